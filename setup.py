@@ -1,0 +1,56 @@
+"""Builds the compiled core; everything else about the package stands in pyproject.toml.
+
+FASTDIST_BUILD chooses how: unset or ``release`` (-O3), ``debug`` (bounds checks, line tracing, no optimisation),
+``sanitize`` (AddressSanitizer and UndefinedBehaviorSanitizer; run with libasan preloaded, see ``make sanitize``).
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+BUILD = os.environ.get("FASTDIST_BUILD", "release")
+FLAGS: dict[str, tuple[list[str], list[str]]] = {
+    "release": (["-O3", "-fno-plt"], []),
+    "debug": (["-O0", "-g", "-DCYTHON_TRACE=1", "-DCYTHON_TRACE_NOGIL=1"], []),
+    "sanitize": (
+        ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        ["-fsanitize=address,undefined"],
+    ),
+}
+if BUILD not in FLAGS:
+    raise SystemExit(f"FASTDIST_BUILD={BUILD}: expected one of {', '.join(FLAGS)}")
+
+compile_args, link_args = FLAGS[BUILD]
+core = Path("src/fastdist/_core")
+checked = BUILD != "release"
+extensions = [
+    Extension(
+        f"fastdist._core.{source.stem}",
+        [str(source)],
+        include_dirs=[str(core)],
+        depends=[str(header) for header in sorted(core.glob("*.h"))],
+        extra_compile_args=["-std=gnu11", "-Wall", "-Wno-unused-function", *compile_args],
+        extra_link_args=link_args,
+    )
+    for source in sorted(core.glob("*.pyx"))
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        include_path=["src"],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": checked,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": checked,
+            "linetrace": BUILD == "debug",
+            "embedsignature": False,
+        },
+        nthreads=os.cpu_count() or 1,
+        force=checked,
+    ),
+)

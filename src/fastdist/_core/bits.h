@@ -1,0 +1,99 @@
+/* Small machine-level pieces that Cython has no words for: clocks, atomics, hashes, CRC-32C. */
+#ifndef FASTDIST_BITS_H
+#define FASTDIST_BITS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+#define fd_likely(x) __builtin_expect(!!(x), 1)
+#define fd_unlikely(x) __builtin_expect(!!(x), 0)
+
+/* Nanoseconds since 1970: for what is stored and compared between processes and over restarts. */
+static inline int64_t fd_wall_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Nanoseconds since boot: for time-outs, the same in every process of this machine. */
+static inline int64_t fd_mono_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* The words of the shared block have one writer unless their description says otherwise; these are for the others. */
+static inline int64_t fd_load(const int64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void fd_store(int64_t *p, int64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline int64_t fd_fetch_add(int64_t *p, int64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+static inline int fd_cas(int64_t *p, int64_t expected, int64_t desired) {
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+/* Keeps the compiler (and, where the machine needs telling, the processor) from moving stores across a commit point. */
+static inline void fd_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
+
+/* 64 x 64 -> 128 bits, folded: one multiplication mixes all bits of both. */
+static inline uint64_t fd_fold(uint64_t a, uint64_t b) {
+    unsigned __int128 product = (unsigned __int128)a * b;
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+static inline uint64_t fd_mix(uint64_t x) { return fd_fold(x ^ 0x9E3779B97F4A7C15u, 0xD6E8FEB86659FD93u); }
+
+/* Not for secrets: spreads keys evenly, the same in every process, on every machine, in every version. */
+static inline uint64_t fd_hash(const void *data, size_t n) {
+    const unsigned char *p = (const unsigned char *)data;
+    uint64_t h = 0x2545F4914F6CDD1Du ^ n, w;
+    for (; n >= 8; n -= 8, p += 8) {
+        memcpy(&w, p, 8);
+        h = fd_fold(h ^ w, 0x9FB21C651E98DF25u);
+    }
+    w = 0;
+    if (n) memcpy(&w, p, n);
+    return fd_mix(fd_fold(h ^ w, 0xA0761D6478BD642Fu));
+}
+
+/* CRC-32C (Castagnoli), as in iSCSI (RFC 3720). `crc` is the result of the preceding piece, 0 at first. */
+static uint32_t fd_crc_table[256];
+static inline void fd_crc32c_prepare(void) {
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t c = i;
+        for (int k = 0; k < 8; k++) c = (c >> 1) ^ (c & 1 ? 0x82F63B78u : 0);
+        fd_crc_table[i] = c;
+    }
+}
+static inline uint32_t fd_crc32c_soft(uint32_t crc, const void *data, size_t n) {
+    const unsigned char *p = (const unsigned char *)data;
+    uint32_t c = ~crc;
+    for (; n; n--) c = fd_crc_table[(c ^ *p++) & 0xFF] ^ (c >> 8);
+    return ~c;
+}
+#if defined(__x86_64__)
+__attribute__((target("sse4.2"))) static inline uint32_t fd_crc32c_hw(uint32_t crc, const void *data, size_t n) {
+    const unsigned char *p = (const unsigned char *)data;
+    uint64_t c = (uint32_t)~crc, w;
+    for (; n >= 8; n -= 8, p += 8) {
+        memcpy(&w, p, 8);
+        c = __builtin_ia32_crc32di(c, w);
+    }
+    for (; n; n--) c = __builtin_ia32_crc32qi((uint32_t)c, *p++);
+    return ~(uint32_t)c;
+}
+static inline int fd_crc32c_is_hw(void) { return __builtin_cpu_supports("sse4.2"); }
+#else
+static inline uint32_t fd_crc32c_hw(uint32_t crc, const void *data, size_t n) { return fd_crc32c_soft(crc, data, n); }
+static inline int fd_crc32c_is_hw(void) { return 0; }
+#endif
+
+static inline uint32_t fd_crc32c(uint32_t crc, const void *data, size_t n) {
+    static int hardware = -1;
+    if (fd_unlikely(hardware < 0)) {
+        fd_crc32c_prepare();
+        hardware = fd_crc32c_is_hw();
+    }
+    return hardware ? fd_crc32c_hw(crc, data, n) : fd_crc32c_soft(crc, data, n);
+}
+
+#endif
