@@ -44,7 +44,6 @@ setup(
         compiler_directives={
             "language_level": 3,
             "boundscheck": checked,
-            "wraparound": False,
             "cdivision": True,
             "initializedcheck": checked,
             "linetrace": BUILD == "debug",

@@ -1,0 +1,199 @@
+"""What one analyzer was given, and what it made of it: the ledger tests compare fastdist's claims with.
+
+Each time a packet arrives in a complete request, exactly one of three counts of its id goes up, once the outcome is
+certain (a request that still waits for its answer is in none of them):
+
+``acknowledged``
+    A complete answer with a 2xx status, head and body, was handed to the operating system for sending.
+``ambiguous``
+    The whole 2xx head was handed over but not the whole body (truncated, or shorter than its Content-Length). The
+    sender may take it for delivered (fastdist does) or send it again; a test has to allow both.
+``received``
+    Anything else: another status, a reset, garbage, no answer, a connection that was gone before the answer. The
+    sender must not take it for delivered.
+
+Rules: ids are the bytes of the header; a million of them must fit (about 150 MB), so the three counts of an id share
+one integer, and equal integers are shared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import orjson
+
+from mock_analyzers.json_array import split_array
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+# One integer per id. Acknowledged comes lowest because it is the usual one and small integers cost no memory. The
+# fields are wide enough for a load generator that sends one and the same id for days.
+_ACKNOWLEDGED = 1
+_AMBIGUOUS = 1 << 32
+_RECEIVED = 1 << 64
+_FIELD = (1 << 32) - 1
+_DELIVERED = _RECEIVED - 1  # the bits of acknowledged and ambiguous
+
+_LINES_AT_ONCE = 5000  # some milliseconds of work: the other analyzers must go on answering meanwhile
+
+_array_items = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+class Ledger:
+    """Counts per packet id and in total. ``arrive`` notes a request, one of three methods its outcome."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self._counts: dict[bytes, int] = {}
+        self._digests: dict[bytes, bytes] = {}
+        self.faults: Counter[str] = Counter()
+        self.requests = 0
+        self.packets = 0
+        self.bytes = 0
+        self.batches = 0
+        self.broken = 0
+        self.anonymous = 0
+        self.acknowledged = 0
+        self.ambiguous = 0
+        self.received = 0
+        self.duplicates = 0
+        self.changed = 0
+        self.max_attempt = 0
+
+    def arrive(self, headers: Mapping[bytes, bytes], body: bytes, *, verify: bool) -> Sequence[bytes]:
+        """Note a complete request and return the ids in it. Headers have lower-case names."""
+        self.requests += 1
+        self.bytes += len(body)
+        attempt = headers.get(b"x-attempt", b"")
+        if attempt != b"1" and attempt.isdigit():
+            self.max_attempt = max(self.max_attempt, int(attempt[:9]))
+        elif attempt and not self.max_attempt:
+            self.max_attempt = 1
+        packet_id = headers.get(b"x-packet-id")
+        if packet_id is None:
+            return self._arrive_many(headers, body, verify=verify)
+        self.packets += 1
+        if verify:
+            self._verify((packet_id,), (body,), intact=_is_json(body))
+        return (packet_id,)
+
+    def _arrive_many(self, headers: Mapping[bytes, bytes], body: bytes, *, verify: bool) -> Sequence[bytes]:
+        joined = headers.get(b"x-packet-ids")
+        if joined is None:
+            self.packets += 1
+            self.anonymous += 1
+            return ()
+        ids = [packet_id.strip() for packet_id in joined.split(b",")]
+        self.batches += 1
+        self.packets += len(ids)
+        elements = _count_elements(body)
+        intact = headers.get(b"x-packet-count") == b"%d" % len(ids) and elements == len(ids)
+        if verify:
+            intact = intact and _is_json(body)
+            self._verify(ids, split_array(body) if intact else (), intact=intact)
+        elif not intact:
+            self.broken += 1
+        return ids
+
+    def _verify(self, ids: Sequence[bytes], bodies: Sequence[bytes], *, intact: bool) -> None:
+        if not intact:
+            self.broken += 1
+        # A broken batch has no bodies to assign, and then zip() makes this a no-op.
+        for packet_id, body in zip(ids, bodies, strict=False):
+            digest = blake2b(body, digest_size=8).digest()
+            if self._digests.setdefault(packet_id, digest) != digest:
+                self.changed += 1
+
+    def acknowledge(self, ids: Sequence[bytes]) -> None:
+        """Note that a complete 2xx answer for these ids was sent."""
+        self.acknowledged += len(ids)
+        self._add(ids, _ACKNOWLEDGED)
+
+    def doubt(self, ids: Sequence[bytes]) -> None:
+        """Note that a 2xx head for these ids was sent, but not all of the answer."""
+        self.ambiguous += len(ids)
+        self._add(ids, _AMBIGUOUS)
+
+    def miss(self, ids: Sequence[bytes]) -> None:
+        """Note that these ids came and nobody may take them for delivered."""
+        self.received += len(ids)
+        self._add(ids, _RECEIVED)
+
+    def _add(self, ids: Sequence[bytes], unit: int) -> None:
+        counts = self._counts
+        for packet_id in ids:
+            old = counts.get(packet_id)
+            if old is None:
+                counts[packet_id] = unit  # the same object for all of them, not a copy
+                continue
+            if old & _DELIVERED and unit != _RECEIVED:
+                self.duplicates += 1
+            counts[packet_id] = old + unit
+
+    def totals(self) -> dict[str, Any]:
+        """Return all that is counted beyond the single id, by JSON names."""
+        return {
+            "requests": self.requests,
+            "packets": self.packets,
+            "bytes": self.bytes,
+            "batches": self.batches,
+            "broken": self.broken,
+            "anonymous": self.anonymous,
+            "ids": len(self._counts),
+            "acknowledged": self.acknowledged,
+            "ambiguous": self.ambiguous,
+            "received": self.received,
+            "duplicates": self.duplicates,
+            "changed": self.changed,
+            "maxAttempt": self.max_attempt,
+            "faults": dict(self.faults),
+        }
+
+    def id_lines(self) -> Iterator[bytes]:
+        """Yield ``id acknowledged received ambiguous`` lines, many at a time; packets may arrive in between."""
+        counts = self._counts
+        ids = list(counts)
+        for first in range(0, len(ids), _LINES_AT_ONCE):
+            yield b"".join(_id_line(packet_id, counts[packet_id]) for packet_id in ids[first : first + _LINES_AT_ONCE])
+
+    def digest_json(self) -> Iterator[bytes]:
+        """Yield ``{id: hex}`` in pieces; packets may arrive in between."""
+        digests = self._digests
+        ids = list(digests)
+        yield b"{"
+        for first in range(0, len(ids), _LINES_AT_ONCE):
+            some = ids[first : first + _LINES_AT_ONCE]
+            piece = orjson.dumps({_text(packet_id): digests[packet_id].hex() for packet_id in some})
+            yield (b"," if first else b"") + piece[1:-1]
+        yield b"}"
+
+
+def _id_line(packet_id: bytes, count: int) -> bytes:
+    return b"%s %d %d %d\n" % (packet_id, count & _FIELD, count >> 64, count >> 32 & _FIELD)
+
+
+def _text(packet_id: bytes) -> str:
+    return packet_id.decode("latin-1")
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _count_elements(body: bytes) -> int:
+    """Return how many elements the array has, -1 if it is none."""
+    try:
+        return len(_array_items.decode(body))
+    except (msgspec.DecodeError, RecursionError):
+        return -1

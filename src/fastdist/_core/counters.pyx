@@ -1,0 +1,151 @@
+"""Counters and histograms of one worker: plain words in shared memory with one writer, so that counting is an addition.
+
+Any process may read them at any time; a reader sees each word whole, and sums over workers that may be a packet apart.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyObject_GetBuffer, PyBuffer_Release
+from fastdist._core.bits cimport likely
+
+FIELDS = {
+    "accepted": ACCEPTED,
+    "messages_accepted": MESSAGES_ACCEPTED,
+    "bytes_accepted": BYTES_ACCEPTED,
+    "malformed": MALFORMED,
+    "invalid": INVALID,
+    "too_large": TOO_LARGE,
+    "head_too_large": HEAD_TOO_LARGE,
+    "unsupported_media_type": UNSUPPORTED,
+    "unauthorized": UNAUTHORIZED,
+    "rate_limited": RATE_LIMITED,
+    "queue_full": QUEUE_FULL,
+    "draining": DRAINING,
+    "storage": STORAGE,
+    "timeout": TIMED_OUT,
+    "retried": RETRIED,
+    "spilled": SPILLED,
+    "refused": REFUSED,
+    "exhausted": EXHAUSTED,
+    "shutdown": SHUTDOWN,
+    "recovered": RECOVERED,
+    "corrupt": CORRUPT,
+    "undone": UNDONE,
+    "in_flight": IN_FLIGHT,
+    "queue_bytes": QUEUE_BYTES,
+    "queue_capacity": QUEUE_CAPACITY,
+    "oldest_ns": OLDEST_NS,
+    "sequence_base": SEQUENCE_BASE,
+    "settling": SETTLING,
+    "emitters": EMITTERS,
+}
+ANALYZER_FIELDS = {
+    "delivered": DELIVERED,
+    "messages_delivered": MESSAGES_DELIVERED,
+    "bytes_delivered": BYTES_DELIVERED,
+    "failed": FAILED,
+    "retries": RETRIES,
+    "requests_in_flight": REQUESTS_IN_FLIGHT,
+    "packets_in_flight": PACKETS_IN_FLIGHT,
+    "connections": CONNECTIONS,
+}
+COUNTER_WORDS = COUNTERS
+ANALYZER_WORDS = ANALYZER_COUNTERS
+HISTOGRAM_BUCKETS = BUCKETS
+WORDS_PER_HISTOGRAM = HISTOGRAM_WORDS
+
+cdef extern from *:
+    int __builtin_clzll(unsigned long long x) nogil
+
+
+cdef void observe(int64_t *histogram, int64_t ns, int64_t times) noexcept nogil:
+    """Count ``times`` values of ``ns`` nanoseconds."""
+    cdef uint64_t units
+    cdef int octave, bucket
+    if ns < 0:
+        ns = 0  # the wall clock was set back
+    units = <uint64_t>ns >> 8
+    if units < 8:
+        bucket = <int>units
+    else:
+        octave = 63 - __builtin_clzll(units)
+        bucket = (octave - 2) * 8 + <int>((units >> (octave - 3)) & 7)
+        if bucket >= BUCKETS:
+            bucket = BUCKETS - 1
+    histogram[bucket] += times
+    histogram[HISTOGRAM_COUNT] += times
+    histogram[HISTOGRAM_SUM] += ns * times
+    if ns > histogram[HISTOGRAM_MAX]:
+        histogram[HISTOGRAM_MAX] = ns
+
+
+def bucket_bounds():
+    """Return the exclusive upper bounds of the buckets, in nanoseconds."""
+    cdef int bucket
+    bounds = []
+    for bucket in range(BUCKETS):
+        if bucket < 8:
+            bounds.append((bucket + 1) << 8)
+        else:
+            bounds.append((8 + bucket % 8 + 1) << (bucket // 8 - 1 + 8))
+    return bounds
+
+
+def row_words(Py_ssize_t slots):
+    """Return how many 8-byte words a row for ``slots`` analyzers takes (a whole number of cache lines)."""
+    return COUNTERS + 2 * HISTOGRAM_WORDS + slots * (ANALYZER_COUNTERS + HISTOGRAM_WORDS)
+
+
+cdef class Counters:
+    """The counters of one worker: a view of ``buffer`` (writable, ``8 * row_words(slots)`` bytes, 8-byte aligned)."""
+
+    def __cinit__(self, buffer, Py_ssize_t slots):
+        cdef Py_buffer view
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            if view.len < 8 * row_words(slots) or <size_t>view.buf % 8:
+                raise ValueError(f"a row for {slots} analyzers takes {8 * row_words(slots)} aligned bytes, got {view.len}")
+            self.words = <int64_t *>view.buf
+        finally:
+            PyBuffer_Release(&view)
+        self.buffer = memoryview(buffer)  # keeps the mapping from being closed under us
+        self.slots = slots
+        self.ingest = self.words + COUNTERS
+        self.queue_wait = self.ingest + HISTOGRAM_WORDS
+        self.analyzers = self.queue_wait + HISTOGRAM_WORDS
+        self.delivery = self.analyzers + slots * ANALYZER_COUNTERS
+
+    def add(self, str field, int64_t n=1):
+        """Add ``n`` to a worker counter of ``FIELDS``."""
+        self.words[<int>FIELDS[field]] += n
+
+    def get(self, str field):
+        """Return a worker counter of ``FIELDS``."""
+        return self.words[<int>FIELDS[field]]
+
+    def set(self, str field, int64_t value):
+        """Set a gauge of ``FIELDS``."""
+        self.words[<int>FIELDS[field]] = value
+
+    def add_to(self, Py_ssize_t slot, str field, int64_t n=1):
+        """Add ``n`` to a counter of ``ANALYZER_FIELDS`` of the analyzer in ``slot``."""
+        self.of(self.checked(slot))[<int>ANALYZER_FIELDS[field]] += n
+
+    def get_of(self, Py_ssize_t slot, str field):
+        """Return a counter of ``ANALYZER_FIELDS`` of the analyzer in ``slot``."""
+        return self.of(self.checked(slot))[<int>ANALYZER_FIELDS[field]]
+
+    def set_of(self, Py_ssize_t slot, str field, int64_t value):
+        """Set a gauge of ``ANALYZER_FIELDS`` of the analyzer in ``slot``."""
+        self.of(self.checked(slot))[<int>ANALYZER_FIELDS[field]] = value
+
+    def observe_ingest(self, int64_t ns):
+        """Count an ingest latency."""
+        observe(self.ingest, ns, 1)
+
+    def observe_delivery(self, Py_ssize_t slot, int64_t ns):
+        """Count a delivery latency of the analyzer in ``slot``."""
+        observe(self.delivery_of(self.checked(slot)), ns, 1)
+
+    cdef Py_ssize_t checked(self, Py_ssize_t slot) except -1:
+        if likely(0 <= slot < self.slots):
+            return slot
+        raise IndexError(f"slot {slot} of {self.slots}")

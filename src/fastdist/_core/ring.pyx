@@ -1,0 +1,590 @@
+"""The packet ring: queue, store and in-flight table of one worker, in a shared mapping (memfd or file).
+
+Facts it rests on:
+1. One process writes a ring at a time. Positions are bytes since the ring was made and only grow; the place of a record
+   is its position modulo the capacity. The data area is mapped twice in a row, so every record is contiguous.
+2. A push writes the record, then publishes the tail. A process that dies in between leaves nothing behind.
+3. Records are done out of order; the head moves over done ones. What lies between head and tail and is not done has not
+   been delivered, whatever else was lost: the ring is the truth, counters are reconciled with it.
+4. A claimed record is known by its handle, because it may move: when a record at the head cannot be delivered and space
+   runs short, it is copied to the tail (same sequence, id, time, attempts). The old one counts until the copy is synced.
+5. Both header copies carry the positions; either is enough. All checksums are seeded with the ring's salt, so neither
+   another ring's records nor a body that looks like a record is ever taken for one.
+"""
+
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, mmap, munmap
+from fastdist._core.bits cimport crc32c, likely, release_fence, unlikely, wall_ns
+
+import os
+from collections import namedtuple
+
+cdef enum:
+    HEADER_BYTES = 65536     # both copies; a whole number of pages wherever Linux runs
+    SECOND_COPY = 32768
+    FORMAT = 1
+    RECORD_MAGIC = 0xFD5EC0DE
+    GAP_MAGIC = 0xFD5E0FF5   # followed by the gap's length in 8-byte words
+    NO_BARRIER = 0
+
+cdef int64_t FOREVER = 0x7FFFFFFFFFFFFFFF
+cdef char *HEADER_MAGIC = b"fdring\r\n"
+
+HEADER_SIZE = HEADER_BYTES
+FORMAT_VERSION = FORMAT
+FLAG_WAITED = WAITED
+STATES = {QUEUED: "queued", MOVED: "moved", DONE: "done"}
+
+Packet = namedtuple("Packet", "sequence id body attempts accepted_ns messages emitter flags")
+Packet.__doc__ = "A record as Python sees it: ``body`` is a copy, ``accepted_ns`` wall-clock nanoseconds."
+
+cdef extern from *:
+    """
+    static const char fd_hex_pairs[] =
+        "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f202122232425262728292a2b2c2d2e2f"
+        "303132333435363738393a3b3c3d3e3f404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f"
+        "606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f808182838485868788898a8b8c8d8e8f"
+        "909192939495969798999a9b9c9d9e9fa0a1a2a3a4a5a6a7a8a9aaabacadaeafb0b1b2b3b4b5b6b7b8b9babbbcbdbebf"
+        "c0c1c2c3c4c5c6c7c8c9cacbcccdcecfd0d1d2d3d4d5d6d7d8d9dadbdcdddedfe0e1e2e3e4e5e6e7e8e9eaebecedeeef"
+        "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff";
+    static inline void fd_write_uuid(const unsigned char *id, char *text) {
+        for (int i = 0; i < 16; i++) {
+            if (i == 4 || i == 6 || i == 8 || i == 10) *text++ = '-';
+            memcpy(text, fd_hex_pairs + 2 * id[i], 2);
+            text += 2;
+        }
+    }
+    """
+    void write_uuid "fd_write_uuid"(const unsigned char *packet_id, char *text) noexcept nogil
+
+
+cdef int64_t record_size(Record *record) noexcept nogil:
+    return (<int64_t>sizeof(Record) + record.key_length + record.body_length + 7) & ~<int64_t>7
+
+
+cdef const unsigned char *record_body(Record *record) noexcept nogil:
+    return <unsigned char *>record + sizeof(Record) + record.key_length
+
+
+cdef size_t write_id(Record *record, char *text) noexcept nogil:
+    """Write the packet's id to ``text`` (ID_TEXT bytes) and return its length."""
+    if record.key_length:
+        memcpy(text, <unsigned char *>record + sizeof(Record), record.key_length)
+        return record.key_length
+    write_uuid(record.id, text)
+    return 36
+
+
+def file_size(int64_t capacity):
+    """Return the size in bytes of the file or memfd that holds a ring of ``capacity`` bytes."""
+    return HEADER_BYTES + round_capacity(capacity)
+
+
+def round_capacity(int64_t capacity):
+    """Return ``capacity`` rounded up to whole pages (of the largest size Linux has)."""
+    return max(HEADER_BYTES, (capacity + HEADER_BYTES - 1) // HEADER_BYTES * HEADER_BYTES)
+
+
+class RingError(Exception):
+    """The file is no ring, or one of a format this version cannot read; the text says which."""
+
+
+cdef class PacketRing:
+    """A ring over the open file ``fd`` (of ``file_size(capacity)`` bytes, read-write; not closed here).
+
+    ``capacity``: make a new ring; None: open the one that is there (RingError if there is none) and recover it.
+    ``claims_wait_for_sync``: records can be claimed once ``mark_synced`` has covered them (durability fsync).
+    ``volatile``: nothing outlives the kernel, so nothing ever waits for a sync (durability memory).
+    """
+
+    def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False):
+        self.damage = []
+        self.claims_wait_for_sync = claims_wait_for_sync
+        self.synced = FOREVER if volatile else 0
+        self._map_headers(fd)
+        if capacity is None:
+            self._open(fd)
+        else:
+            self._create(fd, round_capacity(capacity))
+        self.new_entry()  # handle 0 stands for none
+        self.claimed = 0
+        if capacity is None:
+            self._recover()
+        self.cursor = self.head
+
+    def __dealloc__(self):
+        if self.headers != NULL:
+            munmap(self.headers, HEADER_BYTES)
+        if self.data != NULL:
+            munmap(self.data, 2 * self.capacity)
+        free(self.entries)
+
+    # ---- mapping
+
+    def _map_headers(self, int fd):
+        cdef void *at
+        if os.fstat(fd).st_size < HEADER_BYTES:
+            raise RingError("shorter than a ring's header")
+        at = mmap(NULL, HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        if at == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        self.headers = <unsigned char *>at
+
+    def _map_data(self, int fd, int64_t capacity):
+        cdef unsigned char *base
+        cdef int half
+        if os.fstat(fd).st_size < HEADER_BYTES + capacity:
+            raise RingError(f"the file is shorter than the {capacity} bytes its header speaks of")
+        base = <unsigned char *>mmap(NULL, 2 * capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if base == <unsigned char *>MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        self.data, self.capacity = base, capacity
+        for half in range(2):
+            if mmap(base + half * capacity, capacity, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
+                    HEADER_BYTES) == MAP_FAILED:
+                raise OSError(errno, os.strerror(errno))
+
+    def _create(self, int fd, int64_t capacity):
+        cdef Header *header = <Header *>self.headers
+        cdef bytes noise = os.urandom(24)
+        cdef bytes boot = boot_id()
+        self._map_data(fd, capacity)
+        memset(self.headers, 0, HEADER_BYTES)
+        memcpy(header.magic, HEADER_MAGIC, 8)
+        header.version = FORMAT
+        header.capacity = capacity
+        memcpy(&header.salt, <char *>noise, 8)
+        memcpy(header.ring_id, <char *>noise + 8, 16)
+        memcpy(header.boot_id, <char *>boot, 16)
+        header.created_ns = wall_ns()
+        header.next_sequence = 1
+        header.header_crc = header_crc(header)
+        memcpy(self.headers + SECOND_COPY, self.headers, sizeof(Header))
+        self.seed = crc32c(0, &header.salt, 8)
+        self.next_sequence = 1
+
+    def _open(self, int fd):
+        """Read whichever header copies are sound; of two, the one that knows of more pushes."""
+        cdef Header *header = NULL
+        cdef Header *copy
+        cdef int i
+        newer = 0
+        for i in range(2):
+            copy = <Header *>(self.headers + i * SECOND_COPY)
+            if copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy):
+                continue
+            if copy.version > FORMAT:
+                newer = copy.version
+                continue
+            if header == NULL or copy.next_sequence > header.next_sequence:
+                header = copy
+        if header == NULL:
+            if newer:
+                raise RingError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
+            raise RingError("no intact ring header")
+        self._map_data(fd, header.capacity)
+        self.seed = crc32c(0, &header.salt, 8)
+        self.head, self.tail, self.next_sequence = header.head, header.tail, header.next_sequence
+        for i in range(2):
+            copy = <Header *>(self.headers + i * SECOND_COPY)
+            if copy != header:
+                if copy.header_crc != header.header_crc:
+                    self.damage.append((i * SECOND_COPY, "header copy"))
+                memcpy(copy, header, sizeof(Header))
+
+    # ---- recovery
+
+    def _recover(self):
+        """Walk from head to tail: count what is not done, skip and report what is damaged."""
+        cdef int64_t position, found
+        cdef Record *record
+        cdef dict moved = {}
+        if not (0 <= self.head <= self.tail <= self.head + self.capacity and self.head % 8 == 0 == self.tail % 8
+                and self.next_sequence > 0):
+            self.damage.append((<int64_t>0, "positions in the header"))
+            self._find_ends()
+        position = self.head
+        while position < self.tail:
+            record = self.at(position)
+            if record.magic == GAP_MAGIC and 0 < gap_bytes(record) <= self.tail - position:
+                position += gap_bytes(record)
+            elif self.sound(record, position, self.tail):
+                self._adopt(record, position, moved)
+                position += record_size(record)
+            else:
+                found = self._next_sound(position + 8)
+                self._report(position, f"{found - position} bytes that are no record")
+                make_gap(record, found - position)
+                position = found
+        for position in moved.values():  # its copy never made it
+            self.at(position).state = QUEUED
+            self.undone += 1
+            self.undone_bytes += record_size(self.at(position))
+        self.publish_tail(self.tail)
+        self.advance()
+
+    cdef int _adopt(self, Record *record, int64_t position, dict moved) except -1:
+        if record.sequence >= self.next_sequence:
+            self.next_sequence = record.sequence + 1
+        record.handle = 0
+        if record.state != DONE and not self.body_sound(record):
+            self._report(position, f"checksum of packet {record_id(record)}")
+            record.state = DONE
+            return 0
+        if record.sequence in moved:  # this is the copy of one seen before
+            self.at(moved.pop(record.sequence)).state = DONE
+        if record.state == MOVED:
+            moved[record.sequence] = position
+        elif record.state != DONE:
+            record.state = QUEUED  # or a damaged word: rather twice than never
+            self.undone += 1
+            self.undone_bytes += record_size(record)
+        return 0
+
+    def _report(self, int64_t position, str what):
+        self.corrupt += 1
+        self.damage.append((HEADER_BYTES + position % self.capacity, what))
+
+    def _next_sound(self, int64_t position):
+        while position < self.tail and not self.sound(self.at(position), position, self.tail):
+            position += 8
+        return position
+
+    def _find_ends(self):
+        """Both positions are gone: take the newest record's end as the tail, and all of the ring as in use."""
+        cdef int64_t offset, tail = 0, lowest = FOREVER
+        cdef Record *record
+        for offset in range(0, self.capacity, 8):
+            record = <Record *>(self.data + offset)
+            if record.magic == RECORD_MAGIC and record.position % self.capacity == offset:
+                if self.sound(record, record.position, record.position + self.capacity):
+                    tail = max(tail, record.position + record_size(record))
+        for offset in range(0, self.capacity, 8):
+            record = <Record *>(self.data + offset)
+            if record.magic == RECORD_MAGIC and record.position % self.capacity == offset:
+                if tail - self.capacity <= record.position < lowest and self.sound(record, record.position, tail):
+                    lowest = record.position
+        self.tail, self.head = tail, min(lowest, tail)
+        if self.next_sequence <= 0:
+            self.next_sequence = 1
+
+    cdef bint sound(self, Record *record, int64_t position, int64_t end) noexcept nogil:
+        """Whether a whole record with this position starts here and ends by ``end``; says nothing of its body."""
+        return (record.magic == RECORD_MAGIC and record.position == position
+                and record.head_crc == crc32c(self.seed, &record.position, <char *>&record.state - <char *>&record.position)
+                and position + record_size(record) <= end)
+
+    cdef bint body_sound(self, Record *record) noexcept nogil:
+        return record.body_crc == crc32c(self.seed, <char *>record + sizeof(Record),
+                                         <size_t>record.key_length + record.body_length)
+
+    cdef void seal(self, Record *record) noexcept nogil:
+        record.head_crc = crc32c(self.seed, &record.position, <char *>&record.state - <char *>&record.position)
+
+    # ---- the writer's side
+
+    cdef int push_packet(self, const unsigned char *body, size_t length, const unsigned char *key, size_t key_length,
+                         const uint8_t *packet_id, uint32_t messages, uint64_t emitter, int64_t now_ns,
+                         int flags) noexcept nogil:
+        cdef int64_t size = (<int64_t>sizeof(Record) + key_length + length + 7) & ~<int64_t>7
+        cdef Record *record
+        cdef unsigned char *payload
+        if unlikely(2 * size > self.capacity):
+            return TOO_BIG
+        if unlikely(self.capacity - (self.tail - self.head) < size + self.capacity // 4) and not self.make_room(size):
+            return RING_FULL
+        record = self.at(self.tail)
+        payload = <unsigned char *>record + sizeof(Record)
+        record.magic = RECORD_MAGIC
+        record.position = self.tail
+        record.sequence = self.next_sequence
+        memcpy(record.id, packet_id, 16)
+        record.accepted_ns = now_ns
+        record.emitter = emitter
+        record.body_length = <uint32_t>length
+        record.messages = messages
+        record.key_length = <uint8_t>key_length
+        record.flags = <uint8_t>flags
+        record.reserved = 0
+        if key_length:
+            memcpy(payload, key, key_length)
+        memcpy(payload + key_length, body, length)
+        record.body_crc = crc32c(self.seed, payload, key_length + length)
+        record.state = QUEUED
+        record.attempts = 0
+        record.handle = 0
+        record.reserved_too = 0
+        self.seal(record)
+        self.next_sequence += 1
+        self.undone += 1
+        self.undone_bytes += size
+        self.publish_tail(self.tail + size)
+        return PUSHED
+
+    cdef void publish_tail(self, int64_t tail) noexcept nogil:
+        cdef Header *first = <Header *>self.headers
+        cdef Header *second = <Header *>(self.headers + SECOND_COPY)
+        self.tail = tail
+        release_fence()  # the record before the position that speaks of it
+        first.next_sequence = second.next_sequence = self.next_sequence
+        first.tail = second.tail = tail
+
+    cdef void publish_head(self, int64_t head) noexcept nogil:
+        self.head = head
+        release_fence()
+        (<Header *>self.headers).head = head
+        (<Header *>(self.headers + SECOND_COPY)).head = head
+
+    cdef bint make_room(self, int64_t size) noexcept nogil:
+        """Try to free ``size`` bytes by moving claimed records from the head to the tail; say whether there is room."""
+        cdef int64_t spare, moving
+        cdef int moves = 0
+        while self.head < self.cursor and self.undone_bytes <= self.capacity // 4 * 3 and moves < 16:
+            spare = self.capacity - (self.tail - self.head)
+            moving = record_size(self.at(self.head))
+            if spare < moving or spare >= size + max(self.capacity // 4, moving):
+                break
+            if self.at(self.head).state == MOVED:
+                break  # until its copy is synced
+            self.move_head(moving)
+            self.advance()
+            moves += 1
+        return self.capacity - (self.tail - self.head) >= size
+
+    cdef void move_head(self, int64_t size) noexcept nogil:
+        cdef Record *old = self.at(self.head)
+        cdef Record *copy = self.at(self.tail)
+        memcpy(copy, old, size)
+        copy.position = self.tail
+        self.seal(copy)
+        old.state = MOVED
+        self.entries[old.handle].position = self.tail
+        self.entries[old.handle].flags |= 0x80000000u
+        if self.moved_alive == 0 or copy.accepted_ns < self.moved_oldest_ns:
+            self.moved_oldest_ns = copy.accepted_ns
+        self.moved_alive += 1
+        self.publish_tail(self.tail + size)
+        self.move_barrier = self.tail
+
+    # ---- the reader's side
+
+    cdef bint has_unclaimed(self) noexcept nogil:
+        return self.released_first != 0 or self.cursor < (self.synced if self.claims_wait_for_sync and self.synced < self.tail else self.tail)
+
+    cdef uint32_t claim_next(self) except? 0:
+        """Return a handle on the oldest record nobody has claimed, 0 if there is none."""
+        cdef Record *record
+        cdef uint32_t handle = self.released_first
+        cdef int64_t limit = self.tail
+        if handle:
+            self.released_first = self.entries[handle].next
+            if not self.released_first:
+                self.released_last = 0
+            self.entries[handle].next = 0
+            self.claimed += 1
+            return handle
+        if self.claims_wait_for_sync and self.synced < limit:
+            limit = self.synced
+        while self.cursor < limit:
+            record = self.at(self.cursor)
+            if unlikely(record.magic == GAP_MAGIC):
+                self.cursor += gap_bytes(record)
+                continue
+            if unlikely(record.state != QUEUED or record.handle):  # done, or a copy that moved here claimed
+                self.cursor += record_size(record)
+                continue
+            handle = self.new_entry()
+            self.entries[handle].position = self.cursor
+            self.entries[handle].next = 0
+            self.entries[handle].flags = 0
+            record.handle = handle
+            self.cursor += record_size(record)
+            self.claimed += 1
+            return handle
+        return 0
+
+    cdef void give_back(self, uint32_t handle) noexcept nogil:
+        """Undo a claim: the record is the next but those given back before to be claimed again."""
+        self.entries[handle].next = 0
+        if self.released_last:
+            self.entries[self.released_last].next = handle
+        else:
+            self.released_first = handle
+        self.released_last = handle
+        self.claimed -= 1
+
+    cdef void finish(self, uint32_t handle) noexcept nogil:
+        """The claimed packet was delivered, or is safe elsewhere: its record is done and the handle free."""
+        cdef Entry *entry = &self.entries[handle]
+        cdef Record *record = self.at(entry.position)
+        record.state = DONE
+        self.undone -= 1
+        self.undone_bytes -= record_size(record)
+        self.claimed -= 1
+        if unlikely(entry.flags & 0x80000000u):
+            self.moved_alive -= 1
+        if entry.position == self.head:
+            self.advance()
+        entry.position = -1
+        entry.next = self.free_entry
+        self.free_entry = handle
+
+    cdef void advance(self) noexcept nogil:
+        """Move the head over all that is done."""
+        cdef int64_t head = self.head
+        cdef Record *record
+        while head < self.tail:
+            record = self.at(head)
+            if record.magic == GAP_MAGIC:
+                head += gap_bytes(record)
+            elif record.state == DONE or (record.state == MOVED and self.move_barrier <= self.synced):
+                head += record_size(record)
+            else:
+                break
+        if self.cursor < head:
+            self.cursor = head
+        self.publish_head(head)
+
+    cdef int64_t oldest(self) noexcept nogil:
+        """Return when the oldest packet not done was accepted (wall clock, ns), 0 if there is none."""
+        cdef int64_t when
+        if self.undone == 0:
+            return 0
+        when = self.at(self.head).accepted_ns
+        return min(when, self.moved_oldest_ns) if self.moved_alive else when
+
+    cdef uint32_t new_entry(self) except? 0:
+        cdef uint32_t handle = self.free_entry, count, i
+        cdef Entry *grown
+        if likely(handle):
+            self.free_entry = self.entries[handle].next
+            return handle
+        count = self.entry_count * 2 if self.entry_count else 1024
+        grown = <Entry *>realloc(self.entries, count * sizeof(Entry))
+        if grown == NULL:
+            raise MemoryError
+        self.entries = grown
+        handle = self.entry_count
+        for i in range(handle + 1, count):  # chain the rest of the new part
+            grown[i].position = -1
+            grown[i].next = i + 1 if i + 1 < count else 0
+        self.free_entry = handle + 1
+        self.entry_count = count
+        return handle
+
+    # ---- for Python
+
+    def push(self, bytes body, str key=None, *, bytes packet_id=bytes(16), uint32_t messages=1, uint64_t emitter=0,
+             int64_t accepted_ns=0, uint32_t attempts=0, int flags=0):
+        """Append a packet; return its sequence, 0 when the ring is full. ValueError: it is too large for this ring."""
+        cdef bytes name = key.encode("ascii") if key is not None else b""
+        if len(name) > ID_TEXT or len(packet_id) != 16:
+            raise ValueError("a key has at most 64 characters, an id 16 bytes")
+        cdef int64_t at = self.tail
+        cdef int result = self.push_packet(<const unsigned char *>body, len(body), <const unsigned char *>name, len(name),
+                                           <const uint8_t *>packet_id, messages, emitter, accepted_ns or wall_ns(), flags)
+        if result == TOO_BIG:
+            raise ValueError(f"a packet of {len(body)} bytes is over half of a ring of {self.capacity}")
+        if result == RING_FULL:
+            return 0
+        if attempts:
+            self.at(max(at, self.tail - record_size_of(len(name), len(body)))).attempts = attempts
+        return self.next_sequence - 1
+
+    def claim(self):
+        """Return a handle on the oldest packet nobody has claimed, 0 if there is none."""
+        return self.claim_next()
+
+    def done(self, uint32_t handle):
+        """Mark a claimed packet as delivered (or safe elsewhere)."""
+        self.finish(self._checked(handle))
+
+    def release(self, uint32_t handle):
+        """Give a claimed packet back, to be claimed again."""
+        self.give_back(self._checked(handle))
+
+    def packet(self, uint32_t handle):
+        """Return the claimed packet as a ``Packet``."""
+        cdef Record *record = self.record_of(self._checked(handle))
+        return Packet(record.sequence, record_id(record), record_body(record)[:record.body_length], record.attempts,
+                      record.accepted_ns, record.messages, record.emitter, record.flags)
+
+    def packet_id(self, uint32_t handle):
+        """Return the id of the claimed packet."""
+        return record_id(self.record_of(self._checked(handle)))
+
+    def attempts(self, uint32_t handle):
+        """Return how many sendings of the claimed packet were begun."""
+        return self.record_of(self._checked(handle)).attempts
+
+    def count_attempt(self, uint32_t handle):
+        """Note in the record that a sending begins; return the new number of attempts."""
+        cdef Record *record = self.record_of(self._checked(handle))
+        record.attempts += 1
+        return record.attempts
+
+    def mark_synced(self, int64_t position):
+        """All bytes up to ``position`` (a former ``tail_position``) are on stable storage."""
+        self.synced = max(self.synced, position)
+        self.advance()
+
+    @property
+    def tail_position(self):
+        """Where the next record will start, in bytes since the ring was made."""
+        return self.tail
+
+    @property
+    def next_sequence_number(self):
+        """The sequence the next packet will get; pushes so far, plus one."""
+        return self.next_sequence
+
+    @property
+    def used(self):
+        """Bytes between head and tail, including done records that the head has yet to pass."""
+        return self.tail - self.head
+
+    @property
+    def oldest_ns(self):
+        """When the oldest packet not done was accepted (wall clock, ns), 0 if there is none."""
+        return self.oldest()
+
+    def _checked(self, uint32_t handle):
+        if 0 < handle < self.entry_count and self.entries[handle].position >= 0:
+            return handle
+        raise ValueError(f"{handle} is no handle of a claimed packet")
+
+
+cdef int64_t record_size_of(size_t key_length, size_t body_length) noexcept nogil:
+    return (<int64_t>sizeof(Record) + key_length + body_length + 7) & ~<int64_t>7
+
+
+cdef str record_id(Record *record):
+    cdef char[64] text
+    cdef size_t n = write_id(record, text)
+    return text[:n].decode("latin-1")
+
+
+cdef int64_t gap_bytes(Record *record) noexcept nogil:
+    return 8 * <int64_t>record.head_crc
+
+
+cdef void make_gap(Record *record, int64_t size) noexcept nogil:
+    record.magic = GAP_MAGIC
+    record.head_crc = <uint32_t>(size // 8)
+
+
+cdef uint32_t header_crc(Header *header) noexcept nogil:
+    cdef Header fixed = header[0]
+    fixed.header_crc = 0
+    return crc32c(0, &fixed, <char *>&fixed.head - <char *>&fixed)
+
+
+cdef bytes boot_id():
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return bytes.fromhex(file.read().strip().replace("-", ""))
+    except OSError:
+        return bytes(16)

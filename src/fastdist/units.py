@@ -1,0 +1,97 @@
+"""Durations and sizes as people write them: ``500ms``, ``2s``, ``1.5m``; ``512B``, ``16KiB``, ``10MiB``.
+
+The rules:
+
+- A number is seconds or bytes; a string needs its unit, because ``"10"`` leaves open ten of what.
+- The arithmetic is decimal, so that ``35ms`` is the float ``0.035`` and ``1.5KiB`` is exactly 1536 bytes.
+- Every refusal is a ValueError whose text can follow the name of a setting.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Largest first: formatting takes the first unit that fits.
+_SECONDS = {
+    "d": Decimal(86_400),
+    "h": Decimal(3_600),
+    "m": Decimal(60),
+    "s": Decimal(1),
+    "ms": Decimal("0.001"),
+    "us": Decimal("0.000001"),
+}
+_BYTES = {
+    name: Decimal(base**power)
+    for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "K"))
+    for name, base in ((f"{prefix}iB", 1024), (f"{prefix}B", 1000))
+} | {"B": Decimal(1)}
+_BYTES_FOLDED = {name.lower(): factor for name, factor in _BYTES.items()}
+
+_QUANTITY = re.compile(r"(\d{1,400}(?:\.\d{1,400})?) *([A-Za-z]+)", re.ASCII)
+_MOST = 2**63 - 1  # what a 64-bit counter of bytes or seconds holds
+_SHORT = 5  # longer figures read better in a smaller unit: 1025KiB, not 1.0009765625MiB
+
+
+def parse_duration(value: object) -> float:
+    """Return seconds for a number of seconds or a string with a unit (``us``, ``ms``, ``s``, ``m``, ``h``, ``d``).
+
+    Raises ValueError for anything else, and for what is negative, not finite or over 2**63.
+    """
+    return float(_amount(value, _SECONDS, "a duration such as 500ms, 2s or 1.5m"))
+
+
+def parse_size(value: object) -> int:
+    """Return bytes for a number of bytes or a string with a unit (``B``, ``KB``, ``KiB`` ... ``TiB``, in any case).
+
+    Raises ValueError for anything else, and for what is negative, no whole number of bytes or over 2**63.
+    """
+    folded = value.lower() if isinstance(value, str) else value
+    amount = _amount(folded, _BYTES_FOLDED, "a size such as 512B, 16KiB or 10MiB", written=value)
+    if amount != amount.to_integral_value():
+        raise ValueError(f"expected a whole number of bytes, got {_quote(value)}")
+    return int(amount)
+
+
+def format_duration(seconds: float) -> str:
+    """Return the shortest exact text that ``parse_duration`` reads back; ``never`` for infinity."""
+    return "never" if seconds == math.inf else _text(Decimal(repr(float(seconds))), _SECONDS, "s")
+
+
+def format_size(size: int) -> str:
+    """Return the shortest exact text that ``parse_size`` reads back."""
+    return _text(Decimal(size), _BYTES, "B")
+
+
+def _amount(value: object, units: Mapping[str, Decimal], expected: str, written: object = None) -> Decimal:
+    """Return ``value`` in the base unit; ``written`` is how the user spelled it."""
+    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value.strip())) and match[2] in units:
+        amount = Decimal(match[1]) * units[match[2]]
+    elif isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+        # Compared as they are: an int may be too large to become a float, or to be printed.
+        if value < 0:
+            raise ValueError("must not be negative")
+        amount = Decimal(min(value, 2 * _MOST))
+    else:
+        raise ValueError(f"expected {expected}, got {_quote(value if written is None else written)}")
+    if amount > _MOST:
+        raise ValueError("is too large")
+    return amount
+
+
+def _quote(value: object) -> str:
+    """Return what an error shows of ``value``: enough to recognise it, never pages of it."""
+    return f"{value!r:.60}" if isinstance(value, str | float) else type(value).__name__
+
+
+def _text(amount: Decimal, units: Mapping[str, Decimal], base: str) -> str:
+    for unit, factor in units.items():
+        number = f"{(amount / factor).normalize():f}"
+        if len(number) <= _SHORT and Decimal(number) >= 1 and Decimal(number) * factor == amount:
+            return number + unit
+    return f"{amount:f}{base}" if amount else f"0{base}"
