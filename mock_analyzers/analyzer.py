@@ -11,11 +11,11 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mock_analyzers.ledger import Ledger
-from mock_analyzers.options import Options
 
 if TYPE_CHECKING:
     from mock_analyzers.ledger_file import LedgerFile
     from mock_analyzers.listener import Listener
+    from mock_analyzers.options import Options
 
 
 class Droppable(Protocol):

@@ -1,8 +1,8 @@
 """``/control``: read and change analyzers while they run.
 
 On an analyzer's own port the paths are ``/control``, ``/control/reset``, ``/control/ids``, ``/control/digests``. On
-the control port the analyzer's id comes in between (``/control/A1/reset``), and the paths without an id mean all
-analyzers where that makes sense. This module only decides; the connection writes.
+the control port the analyzer's id comes in between (``/control/A1/reset``), and ``/control`` and ``/control/reset``
+mean all analyzers. This module only decides; the connection writes.
 """
 
 from __future__ import annotations
@@ -32,47 +32,47 @@ def is_control(path: bytes) -> bool:
 
 
 class Control:
-    """Answers for ``analyzers``; ``named``: paths carry an analyzer's id."""
+    """Answers for one analyzer (its own port) or for several (the control port)."""
 
-    def __init__(self, analyzers: Sequence[Analyzer], *, named: bool) -> None:
-        self._analyzers = analyzers
-        self._named = named
+    def __init__(self, *, own: Analyzer | None = None, every: Sequence[Analyzer] = ()) -> None:
+        self._own = own
+        self._every = every
 
     def answer(self, method: bytes, path: bytes, body: bytes) -> Answer | Stream:
         """Return the answer to a request whose path ``is_control``."""
         steps = path.partition(b"?")[0].decode("latin-1").strip("/").split("/")[1:]
-        chosen: Sequence[Analyzer] = self._analyzers
-        if self._named and steps:
-            one = [analyzer for analyzer in self._analyzers if analyzer.id == steps[0]]
-            chosen, steps = (one, steps[1:]) if one else (chosen, steps)
+        one = self._own
+        if one is None and steps:
+            one = next((analyzer for analyzer in self._every if analyzer.id == steps[0]), None)
+            steps = steps[1:] if one else steps
         action = f"{method.decode('latin-1')} {'/'.join(steps)}".strip()
         match action:
             case "GET":
-                return self._described(chosen)
+                return self._described(one)
             case "POST":
-                return self._configured(chosen, body)
+                return self._configured(one, body)
             case "POST reset":
-                for analyzer in chosen:
+                for analyzer in self._chosen(one):
                     analyzer.ledger.reset()
-                return self._described(chosen)
-            case "GET ids" if len(chosen) == 1:
-                return answers.stream_head(_TEXT), chosen[0].ledger.id_lines()
-            case "GET digests" if len(chosen) == 1:
-                return answers.stream_head(), chosen[0].ledger.digest_json()
+                return self._described(one)
+            case "GET ids" if one:
+                return answers.stream_head(_TEXT), one.ledger.id_lines()
+            case "GET digests" if one:
+                return answers.stream_head(), one.ledger.digest_json()
         return answers.json(404, {"error": f"no such control: {method.decode('latin-1')} {path.decode('latin-1')}"})
 
-    def _described(self, chosen: Sequence[Analyzer]) -> Answer:
-        value: dict[str, Any]
-        if len(chosen) == 1:
-            value = chosen[0].describe()
-        else:
-            value = {"analyzers": [analyzer.describe() for analyzer in chosen]}
-        return answers.json(200, value)
+    def _chosen(self, one: Analyzer | None) -> Sequence[Analyzer]:
+        return self._every if one is None else (one,)
 
-    def _configured(self, chosen: Sequence[Analyzer], body: bytes) -> Answer:
+    def _described(self, one: Analyzer | None) -> Answer:
+        if one is not None:
+            return answers.json(200, one.describe())
+        return answers.json(200, {"analyzers": [analyzer.describe() for analyzer in self._every]})
+
+    def _configured(self, one: Analyzer | None, body: bytes) -> Answer:
         try:
             patch = orjson.loads(body)
-            for analyzer in chosen:
+            for analyzer in self._chosen(one):
                 analyzer.configure(patch)
         except orjson.JSONDecodeError as error:
             return answers.json(400, {"error": f"the body is not JSON: {error}"})
@@ -83,4 +83,4 @@ class Control:
             return answers.json(400, problem)
         except OSError as error:
             return answers.json(409, {"error": f"cannot listen again: {error}"})
-        return self._described(chosen)
+        return self._described(one)

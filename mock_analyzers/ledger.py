@@ -93,20 +93,19 @@ class Ledger:
         ids = [packet_id.strip() for packet_id in joined.split(b",")]
         self.batches += 1
         self.packets += len(ids)
-        elements = _count_elements(body)
-        intact = headers.get(b"x-packet-count") == b"%d" % len(ids) and elements == len(ids)
+        intact = headers.get(b"x-packet-count") == b"%d" % len(ids)
         if verify:
-            intact = intact and _is_json(body)
-            self._verify(ids, split_array(body) if intact else (), intact=intact)
-        elif not intact:
+            bodies = _split(body)
+            self._verify(ids, bodies, intact=intact and len(bodies) == len(ids))
+        elif not intact or _count_elements(body) != len(ids):
             self.broken += 1
         return ids
 
     def _verify(self, ids: Sequence[bytes], bodies: Sequence[bytes], *, intact: bool) -> None:
         if not intact:
-            self.broken += 1
-        # A broken batch has no bodies to assign, and then zip() makes this a no-op.
-        for packet_id, body in zip(ids, bodies, strict=False):
+            self.broken += 1  # and no telling which body belongs to which id
+            return
+        for packet_id, body in zip(ids, bodies, strict=True):
             digest = blake2b(body, digest_size=8).digest()
             if self._digests.setdefault(packet_id, digest) != digest:
                 self.changed += 1
@@ -189,6 +188,14 @@ def _is_json(body: bytes) -> bool:
     except orjson.JSONDecodeError:
         return False
     return True
+
+
+def _split(body: bytes) -> list[bytes]:
+    """Return the packets of a batch, none if it is not what a batch should be."""
+    try:
+        return split_array(body) if _is_json(body) else []
+    except ValueError:
+        return []
 
 
 def _count_elements(body: bytes) -> int:

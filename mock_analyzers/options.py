@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from random import Random
 
 Rate = Annotated[float, Meta(ge=0, le=1)]
-Seconds = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Count = Annotated[int, Meta(ge=0)]
 Status = Annotated[int, Meta(ge=200, le=599)]
 

@@ -13,152 +13,61 @@ reader applies them. A new setting is a new field. The rules the module keeps:
 from __future__ import annotations
 
 import difflib
-import functools
-import ipaddress
 import json
 import math
 import re
+import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
 
+from fastdist import units
 from fastdist.errors import ConfigError
-from fastdist.units import format_duration, format_size, parse_duration, parse_size
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
-_HOSTNAME = re.compile(r"(?=.{1,254}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")  # docker's names have a "_"
-_VISIBLE = re.compile(r"[\x21-\x7e]+")
-_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # in no path, host or header; surrogates are undecodable bytes
-
-
-class Endpoint(Struct, frozen=True):
-    """An http(s) URL taken apart: what it takes to connect, and to write a request head.
-
-    ``host`` is what to resolve (no brackets), ``path_and_query`` begins with a slash, ``host_header`` has brackets
-    around an IPv6 address and no default port.
-    """
-
-    scheme: str
-    host: str
-    port: int
-    path_and_query: str
-    host_header: str
-
-    @property
-    def origin(self) -> str:
-        """Scheme, host and port as browsers write an origin."""
-        return f"{self.scheme}://{self.host_header}"
-
-
-@functools.lru_cache(maxsize=1024)
-def parse_endpoint(url: str) -> Endpoint:
-    """Take an absolute http(s) URL apart; ValueError (which never shows the URL: it may hold a password) if it is none."""
-    scheme, _, rest = url.partition("://")
-    scheme = scheme.lower()
-    if scheme not in _DEFAULT_PORTS or not rest:
-        raise ValueError("must be an http:// or https:// URL")
-    return _endpoint(scheme, rest)
-
-
-def _endpoint(scheme: str, rest: str) -> Endpoint:
-    if not _VISIBLE.fullmatch(rest):
-        raise ValueError("must be visible ASCII characters only (percent-encode the others)")
-    if "#" in rest:
-        raise ValueError("must have no fragment (#)")
-    authority, target = re.fullmatch(r"([^/?]*)(.*)", rest).groups()  # type: ignore[union-attr]  # it matches anything
-    if "@" in authority:
-        raise ValueError("must have no user name or password")
-    if not (match := _AUTHORITY.fullmatch(authority)):
-        raise ValueError("must have a host, as in http://host:port/path")
-    host, default = _host(match[1]), _DEFAULT_PORTS.get(scheme, 0)
-    port = int(match[2]) if match[2] else default
-    if match[2] and not 1 <= port <= 65535:  # noqa: PLR2004  (the range of TCP ports)
-        raise ValueError("must have a port from 1 to 65535")
-    shown = f"[{host}]" if ":" in host else host
-    header = shown if port == default else f"{shown}:{port}"
-    return Endpoint(scheme, host, port, target if target.startswith("/") else f"/{target}", header)
-
-
-def _host(text: str) -> str:
-    """Return the host without brackets, in its normal form."""
-    if text.startswith("["):
-        try:
-            return str(ipaddress.IPv6Address(text[1:-1]))
-        except ValueError:
-            raise ValueError("must have a valid IPv6 address in its brackets") from None
-    if not _HOSTNAME.fullmatch(text):
-        raise ValueError("must have a valid host name")
-    return text.lower()
-
-
-def _spill_after(value: object) -> float:
-    if value == "never":
-        return math.inf
-    try:
-        return parse_duration(value)
-    except ValueError as error:
-        raise ValueError(str(error).replace("1.5m,", '1.5m, or "never",')) from None
-
-
-def _identifier(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value):
-        raise ValueError("must be 1..64 characters of A-Z a-z 0-9 . _ -")
-    return value
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 def _url(value: str) -> str:
-    parse_endpoint(value)
+    units.parse_endpoint(value)
     return value
 
 
 def _health(value: str) -> str:
-    if "://" not in value and not value.startswith("/"):
-        raise ValueError("must be a path such as /health, or an http(s) URL")
-    return _url(f"http://host{value}" if value.startswith("/") else value) and value
-
-
-def _cors_origin(value: str) -> str:
-    """Return the origin as browsers send it (lower case, no default port): the comparison is exact."""
-    scheme, mark, rest = value.lower().partition("://")
-    if value == "*":
-        return value
-    if not mark or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or re.search(r"[/?#]", rest):
-        raise ValueError('must be "*" or scheme://host[:port], with no path and no slash at its end')
-    return _endpoint(scheme, rest).origin
-
-
-def _token(value: str) -> str:
-    if not _VISIBLE.fullmatch(value):
-        raise ValueError("must be one or more visible ASCII characters, without spaces")
+    if not re.match("/|https?://", value, re.IGNORECASE):
+        raise ValueError("must be a path such as /health, or an http:// or https:// URL")
+    units.parse_endpoint(f"http://host{value}" if value.startswith("/") else value)
     return value
 
 
-def _text(value: str) -> str:
-    if not value:
-        raise ValueError("must not be empty")
-    return value
+def _spill_after(value: object) -> float:
+    try:
+        return math.inf if value == "never" else units.parse_duration(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("1.5m,", '1.5m, or "never",')) from None
 
 
 # Bounds without a reason at hand keep sums and products of settings inside 64 bits (a year of nanoseconds does).
 _YEAR, _GIB = 365 * 86_400, 2**30
-_DURATION = {"parse": parse_duration, "show": format_duration}
-_SIZE = {"parse": parse_size, "show": format_size}
+_DURATION = {"parse": units.parse_duration, "show": units.format_duration}
+_SIZE = {"parse": units.parse_size, "show": units.format_size}
 Duration = Annotated[float, Meta(ge=0, le=_YEAR, extra=_DURATION)]
 Interval = Annotated[float, Meta(ge=0.001, le=_YEAR, extra=_DURATION)]  # a duration where zero is meaningless
 Count = Annotated[int, Meta(ge=1, le=10_000)]
 Rate = Annotated[float, Meta(ge=0, le=10**9)]
 Burst = Annotated[int, Meta(ge=0, le=10**9)]
-Text = Annotated[str, Meta(extra={"parse": _text})]
+Text = Annotated[str, Meta(pattern=".", description="must not be empty")]
+Id = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z", description="must be 1..64 characters of A-Z a-z 0-9 . _ -")
+]
 Url = Annotated[str, Meta(extra={"parse": _url})]
-Token = Annotated[str, Meta(extra={"parse": _token})]
-CorsOrigin = Annotated[str, Meta(extra={"parse": _cors_origin})]
+Token = Annotated[str, Meta(pattern=r"^[!-~]+\Z", description="must be visible ASCII without spaces, and not empty")]
+Origin = Annotated[str, Meta(extra={"parse": lambda value: value if value == "*" else units.parse_origin(value)})]
 
 
 class Server(Struct, frozen=True, kw_only=True):
@@ -166,10 +75,9 @@ class Server(Struct, frozen=True, kw_only=True):
 
     - ``host``, ``port``: the address to listen on; port 0 is any free one
     - ``workers``: processes; 0 is one per core
-    - ``max_body``, ``max_header``: bytes; a longer body is answered 413, a longer request head 431
-    - ``header_timeout``: seconds for a whole request head
-    - ``body_timeout``: seconds without progress on a body
-    - ``keepalive_timeout``: seconds a connection may be idle between requests
+    - ``max_body``, ``max_header``: bytes of a body (else 413) and of a request head (else 431)
+    - ``header_timeout``, ``body_timeout``, ``keepalive_timeout``: seconds for a whole request head, without progress
+      on a body, between requests
     - ``max_connections``: per worker; past it a connection is answered 503 and closed
     - ``drain_timeout``: seconds that SIGTERM leaves the queue to drain
     - ``validation``: ``none`` (any bytes), ``schema`` or ``strict`` (timestamp and level required)
@@ -197,15 +105,15 @@ class Analyzer(Struct, frozen=True, kw_only=True):
     - ``health``: what to GET to see whether it is well: a path on the endpoint's origin, or a whole URL
     """
 
-    id: Annotated[str, Meta(extra={"parse": _identifier})]
+    id: Id
     endpoint: Url
     weight: Annotated[float, Meta(ge=0)]
     health: Annotated[str, Meta(extra={"parse": _health})] = "/health"
 
     @property
-    def address(self) -> Endpoint:
+    def address(self) -> units.Endpoint:
         """The endpoint, taken apart."""
-        return parse_endpoint(self.endpoint)
+        return units.parse_endpoint(self.endpoint)
 
     @property
     def health_url(self) -> str:
@@ -213,9 +121,9 @@ class Analyzer(Struct, frozen=True, kw_only=True):
         return f"{self.address.origin}{self.health}" if self.health.startswith("/") else self.health
 
     @property
-    def health_address(self) -> Endpoint:
+    def health_address(self) -> units.Endpoint:
         """The URL of the health check, taken apart."""
-        return parse_endpoint(self.health_url)
+        return units.parse_endpoint(self.health_url)
 
 
 class Distribution(Struct, frozen=True, kw_only=True):
@@ -232,8 +140,7 @@ class Distribution(Struct, frozen=True, kw_only=True):
 class Queue(Struct, frozen=True, kw_only=True):
     """``[queue]``: where accepted packets are kept until they are delivered.
 
-    - ``durability``: what they survive: ``memory`` a worker's death, ``disk`` kill -9 of everything, ``fsync`` also
-      a crash of the operating system
+    - ``durability``: what they survive: ``memory`` a worker's death, ``disk`` kill -9, ``fsync`` a system crash
     - ``path``: the directory that all files are written under
     - ``capacity``: bytes, over all workers
     - ``sync_interval``: seconds; what an operating-system crash may cost at most with ``disk``
@@ -263,7 +170,7 @@ class Delivery(Struct, frozen=True, kw_only=True):
     linger: Duration = 0.002
     connections: Count = 32
     pipeline: Count = 1
-    spill_after: Annotated[float, Meta(ge=0, extra={"parse": _spill_after})] = 1.0
+    spill_after: Annotated[float, Meta(ge=0, le=_YEAR, extra=_DURATION | {"parse": _spill_after})] = 1.0
     timeout: Interval = 5.0
     connect_timeout: Interval = 1.0
 
@@ -319,7 +226,7 @@ class Security(Struct, frozen=True, kw_only=True):
 
     tokens: tuple[Token, ...] = ()
     admin_tokens: tuple[Token, ...] = ()
-    cors_origins: tuple[CorsOrigin, ...] = ()
+    cors_origins: tuple[Origin, ...] = ()
     tls_cert: str = ""
     tls_key: str = ""
 
@@ -388,11 +295,13 @@ def load(path: str | Path | None, environ: Mapping[str, str], flags: Mapping[str
     Without a ``path`` the file is the one FASTDIST_CONFIG names; without that there is none. Raises ConfigError.
     """
     named = environ.get("FASTDIST_CONFIG") if path is None else None
-    file = Path(path or named) if path or named else None
+    file = Path(path or named or "") if path or named else None
     document = _read_file(file, " (environment FASTDIST_CONFIG)" if named else "") if file else {}
-    sources = dict.fromkeys(_SETTINGS, "default") | dict.fromkeys(_paths_in(document), f"file {file}")
+    written = {f"{name}.{key}" for name, table in document.items() if isinstance(table, dict) for key in table}
+    sources = {name: f"file {file}" if name in written or name in document else "default" for name in _SETTINGS}
     problems: list[_Problem] = []
-    for setting, value, origin in (*_from_environment(environ, problems), *_from_flags(flags)):
+    given = ((path, flags[name], f"flag --{name}") for name, path in _FLAGS.items() if flags.get(name) is not None)
+    for setting, value, origin in (*_from_environment(environ, problems), *given):
         section, key = setting.split(".")
         table = document.setdefault(section, {})
         if isinstance(table, dict):  # what is none is a problem of its own
@@ -424,21 +333,16 @@ def _read_file(file: Path, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise ConfigError([f"{file}: cannot be read: {error.strerror}{origin}"]) from None
+        problem = f"cannot be read: {error.strerror}{origin}"
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{file}: byte {error.start + 1}: not UTF-8"]) from None
+        problem = f"byte {error.start + 1}: not UTF-8"
     except RecursionError:
-        raise ConfigError([f"{file}: nested too deeply"]) from None
-    except ValueError as error:  # TOMLDecodeError, and what tomllib lets through of int() and datetime()
-        where = re.fullmatch(r"(.*) \((?:at line (\d+), column (\d+)|at (end of document))\)", str(error), re.DOTALL)
-        what, line, column, _ = where.groups() if where else (str(error), None, None, None)
-        place = f"line {line}, column {column}" if line else "end of document" if where else "not TOML"
-        raise ConfigError([f"{file}: {place}: {what}"]) from None
-
-
-def _paths_in(document: Mapping[str, Any]) -> Iterator[str]:
-    for name, table in document.items():
-        yield from (path for path in ([f"{name}.{key}" for key in table] if isinstance(table, dict) else [name]))
+        problem = "nested too deeply"
+    except ValueError as error:  # TOMLDecodeError, and what int() and datetime() raise inside tomllib
+        text = str(error)
+        where = re.fullmatch(r"(.*) \(at (line \d+, column \d+|end of document)\)", text, re.DOTALL)
+        problem = f"{where[2]}: {where[1]}" if where else text
+    raise ConfigError([f"{file}: {problem}"])
 
 
 class _Problem(NamedTuple):
@@ -447,28 +351,32 @@ class _Problem(NamedTuple):
 
 
 def _from_environment(environ: Mapping[str, str], problems: list[_Problem]) -> Iterator[tuple[str, Any, str]]:
-    """Yield setting, value and origin; a later one wins. An empty variable counts as not set, as composers pass it."""
+    """Yield setting, value and origin; a later one wins. An empty variable counts as not set: composers pass those."""
     for name, path in _VARIABLES.items():
         if not (text := environ.get(name)):
             continue
-        if get_origin(_SETTINGS[path]) is tuple:
+        kind = _SETTINGS[path]
+        if get_origin(kind) is tuple:
             problems.append(_Problem(name, "a list cannot be set in the environment, only in the file"))
         else:
-            yield path, _number_in(text) if _is_number(_SETTINGS[path]) else text, f"environment {name}"
+            is_text = get_origin(kind) is Literal or kind is str or get_args(kind)[:1] == (str,)
+            yield path, text if is_text else _number(text), f"environment {name}"
     unknown = (name for name in environ if re.match("FASTDIST_.*__", name) and name not in _VARIABLES)
-    problems.extend(_Problem(name, f"unknown setting{_hint(name, _VARIABLES)}") for name in unknown)
+    problems.extend(_Problem(_shown(name), f"unknown setting{_hint(name, _VARIABLES)}") for name in unknown)
 
 
-def _from_flags(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    for name, path in _FLAGS.items():
-        if flags.get(name) is not None:
-            yield path, flags[name], f"flag --{name}"
+def _number(text: str) -> object:
+    """Return the number that a variable holds; other text as it is, to be refused (or parsed) as in a file."""
+    if re.fullmatch(r"\s*[+-]?[0-9]{1,300}\s*", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"\s*[+-]?[0-9]+\.[0-9]+\s*", text) else text
 
 
 def _build(document: Mapping[str, Any], sources: Mapping[str, str], problems: list[_Problem]) -> Config:
     reader = _Reader(sources, problems)
     config = reader.table(Config, document, "")
     _check_together(reader)
+    _check_analyzers(reader)
     if problems:
         ranks = {name: rank for rank, name in enumerate(_SECTIONS)}
         problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
@@ -482,7 +390,7 @@ class _Reader:
     def __init__(self, sources: Mapping[str, str], problems: list[_Problem]) -> None:
         self.sources = sources
         self.problems = problems
-        self.valid: dict[str, Any] = {}  # path -> value of all settings that are in order by themselves
+        self.valid: dict[str, Any] = {}  # path -> value, of all that is in order by itself
 
     def report(self, path: str, text: str) -> None:
         origin = self.sources.get(path, "")
@@ -490,115 +398,121 @@ class _Reader:
         self.problems.append(_Problem(path, text + blame))
 
     def read(self, kind: Any, raw: Any, path: str) -> Any:
-        """Return ``raw`` as ``kind``; what comes out after a problem is never used."""
-        if get_origin(kind) is tuple:
-            value: Any = self.list(get_args(kind)[0], raw, path)
-        elif isinstance(kind, type) and issubclass(kind, Struct):
-            return self.table(kind, raw, path)
+        """Return ``raw`` as ``kind``; what it returns after a problem is never used."""
+        before = len(self.problems)
+        value: Any = None
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            value = self.table(kind, raw, path)
+        elif get_origin(kind) is tuple:
+            value = self.items(get_args(kind)[0], raw, path)
         else:
             try:
-                value = _scalar(kind, raw, secret=path.startswith(_SECRET))
+                value = _scalar(kind, raw, _describe(raw, secret=path.startswith(_SECRET)))
             except ValueError as error:
-                return self.report(path, str(error))
-        self.valid[path] = value
+                self.report(path, str(error))
+        if len(self.problems) == before:
+            self.valid[path] = value
         return value
 
-    def list(self, kind: Any, raw: Any, path: str) -> tuple[Any, ...]:
-        if not isinstance(raw, list | tuple):
-            self.report(path, f"expected a list, got {_describe(raw, secret=True)}")
-            return ()
-        return tuple(self.read(kind, item, f"{path}[{index}]") for index, item in enumerate(raw))
+    def items(self, kind: Any, raw: Any, path: str) -> tuple[Any, ...]:
+        if isinstance(raw, list | tuple):
+            return tuple(self.read(kind, item, f"{path}[{index}]") for index, item in enumerate(raw))
+        self.report(path, f"expected a list, got {_describe(raw, secret=True)}")
+        return ()
 
     def table(self, kind: type[Struct], raw: Any, path: str) -> Struct | None:
         if not isinstance(raw, dict):
-            return self.report(path, f"expected a table, got {_describe(raw, secret=True)}")
-        before, values = len(self.problems), {}
-        prefix = f"{path}." if path else ""
+            self.report(path, f"expected a table, got {_describe(raw, secret=True)}")
+            return None
+        before, values, prefix = len(self.problems), {}, f"{path}." if path else ""
         fields = {info.name: info for info in msgspec.structs.fields(kind)}
         for name, info in fields.items():
             if name in raw or not info.required:
-                # A section that is not there is read as an empty one, so that its defaults are checked with the rest.
-                absent = {} if isinstance(info.default, Struct) else info.default
-                values[name] = self.read(info.type, raw.get(name, absent), prefix + name)
+                # Defaults are read as if they were written, so that the rules below see them too.
+                value = raw[name] if name in raw else msgspec.to_builtins(info.default)
+                values[name] = self.read(info.type, value, prefix + name)
             else:
                 self.report(prefix + name, "missing")
-        for key, value in raw.items():
-            if key not in fields:
-                what = "section" if not path and isinstance(value, dict | list) else "key"
-                self.report(prefix + _key(key), f"unknown {what}{_hint(key, fields)}")
+        for key in [key for key in raw if key not in fields]:
+            what = "key" if path else "section"
+            self.report(prefix + _shown(key), f"unknown {what}{_hint(key.lower(), fields)}")
         return kind(**values) if len(self.problems) == before else None
 
 
-def _scalar(kind: Any, raw: Any, *, secret: bool) -> Any:
+def _scalar(kind: Any, raw: Any, shown: str) -> Any:
     """Return ``raw`` as the plain, annotated or enumerated type ``kind``; ValueError says what is wrong with it."""
     if get_origin(kind) is Literal:
         if raw not in get_args(kind):
-            raise ValueError(f"must be one of {', '.join(get_args(kind))}; got {_describe(raw, typed=False)}")
+            raise ValueError(f"must be one of {', '.join(get_args(kind))}; got {shown.removeprefix('string ')}")
         return raw
     base, meta = get_args(kind) if get_origin(kind) is Annotated else (kind, Meta())
     extra = meta.extra or {}
-    if base is not str:
-        value = extra["parse"](raw) if extra else _integer(raw) if base is int else _float(raw)
-        show = extra.get("show", str)
-        if meta.ge is not None and value < meta.ge:
-            raise ValueError(f"must be >= {show(meta.ge)}")
-        if meta.le is not None and value > meta.le:
-            raise ValueError(f"must be <= {show(meta.le)}")
-        return value
-    if not isinstance(raw, str):
-        raise ValueError(f"expected a string, got {_describe(raw, secret=secret)}")
-    if _UNFIT.search(raw):
+    expected, types = _TYPES[base]
+    if (base is str or "parse" not in extra) and (not isinstance(raw, types) or isinstance(raw, bool)):
+        raise ValueError(f"expected {expected}, got {shown}")
+    if base is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", raw):  # surrogates stand for bytes out of place
         raise ValueError("must have no control characters, and be valid UTF-8")
-    return extra["parse"](raw) if extra else raw
-
-
-def _integer(raw: Any) -> int:
-    if not isinstance(raw, int) or isinstance(raw, bool):
-        raise ValueError(f"expected an integer, got {_describe(raw)}")
-    return raw
-
-
-def _float(raw: Any) -> float:
-    if not isinstance(raw, int | float) or isinstance(raw, bool):
-        raise ValueError(f"expected a number, got {_describe(raw)}")
-    try:
-        value = float(raw)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
+    value = extra["parse"](raw) if "parse" in extra else raw
+    if meta.pattern and not re.search(meta.pattern, raw):
+        raise ValueError(meta.description)
+    if base is float and "parse" not in extra and not abs(value) <= sys.float_info.max:
         raise ValueError("must be finite")
-    return value
+    show = extra.get("show", str)
+    if meta.ge is not None and value < meta.ge:
+        raise ValueError(f"must be >= {show(meta.ge)}")
+    if meta.le is not None and meta.le < value < math.inf:  # the one infinity here is "never"
+        raise ValueError(f"must be <= {show(meta.le)}")
+    return base(value)
+
+
+_TYPES: dict[Any, Any] = {int: ("an integer", int), float: ("a number", int | float), str: ("a string", str)}
+_KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "a list", dict: "a table"}
+
+
+def _describe(raw: Any, *, secret: bool = False) -> str:
+    """Return what a problem says about a value: its type, and for short enough ones also the value."""
+    kind = _KINDS.get(type(raw), f"a {type(raw).__name__}")
+    if secret or not isinstance(raw, int | float | str) or (isinstance(raw, int) and abs(raw) > sys.maxsize):
+        return kind
+    return f"{kind} {json.dumps(raw[:60] if isinstance(raw, str) else raw, ensure_ascii=not str(raw).isprintable())}"
+
+
+def _shown(key: str) -> str:
+    """Return a key as TOML has it: quoted unless it is a bare one, so that a problem stays on its line."""
+    return key if re.fullmatch("[A-Za-z0-9_-]{1,60}", key) else json.dumps(key[:60])
+
+
+def _hint(key: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key[:60], names, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _check_together(reader: _Reader) -> None:
     """Check what spans several settings, each rule only where those are in order by themselves."""
-    valid, report = reader.valid, reader.report
-    if "retry.base" in valid and "retry.cap" in valid and valid["retry.base"] > valid["retry.cap"]:
+    at, report = reader.valid.get, reader.report
+    if at("retry.base", 0) > at("retry.cap", math.inf):
         report("retry.base", "must be <= retry.cap")
-    if valid.get("server.validation") == "none":
-        needs = 'needs server.validation = "schema" or "strict"'
-        if valid.get("distribution.strategy") == "sticky":
-            report("distribution.strategy", f'"sticky" {needs}: the emitterId is read there')
-        if valid.get("distribution.by") == "messages":
-            report("distribution.by", f'"messages" {needs}: they are counted there')
-    if "*" in valid.get("security.cors_origins", ()) and len(valid["security.cors_origins"]) > 1:
+    needs = 'needs server.validation = "schema" or "strict"'
+    if at("distribution.strategy") == "sticky" and at("server.validation") == "none":
+        report("distribution.strategy", f'"sticky" {needs}: the emitterId is read there')
+    if at("distribution.by") == "messages" and at("server.validation") == "none":
+        report("distribution.by", f'"messages" {needs}: they are counted there')
+    if "*" in at("security.cors_origins", ())[:-1] or "*" in at("security.cors_origins", ())[1:]:
         report("security.cors_origins", '"*" must be alone')
     for key, other in (("security.tls_cert", "security.tls_key"), ("security.tls_key", "security.tls_cert")):
-        if valid.get(key) == "" and valid.get(other):
-            report(key, f"missing, as {other} is set: TLS needs both")
-    _check_analyzers(reader)
+        if at(key) == "" and at(other):
+            report(key, f"missing: {other} is set, and TLS needs both")
 
 
 def _check_analyzers(reader: _Reader) -> None:
-    listed = [(path, value) for path, value in reader.valid.items() if path.startswith("analyzers[")]
     first: dict[str, str] = {}
-    for path, value in listed:
-        if path.endswith(".id") and first.setdefault(value, path) != path:
+    for path, value in reader.valid.items():
+        if re.fullmatch(r"analyzers\[\d+\]\.id", path) and first.setdefault(value, path) != path:
             reader.report(path, f'duplicate of {first[value]}, "{value}"')
-    if any(problem.path.startswith("analyzers") and not problem.path.endswith(".id") for problem in reader.problems):
-        return  # the sum of the weights is not known
-    total = sum(value for path, value in listed if path.endswith(".weight"))
-    if not reader.valid.get("analyzers", _ANALYZERS):
+    if "analyzers" not in reader.valid:
+        return  # neither their number nor the sum of their weights is known
+    total = sum(analyzer.weight for analyzer in reader.valid["analyzers"])
+    if not reader.valid["analyzers"]:
         reader.report("analyzers", "at least one is needed")
     elif total == 0:
         reader.report("analyzers", "at least one weight must be > 0")

@@ -1,21 +1,31 @@
-"""Durations and sizes as people write them: ``500ms``, ``2s``, ``1.5m``; ``512B``, ``16KiB``, ``10MiB``.
+"""Values as people write them: durations (``500ms``, ``1.5m``), sizes (``16KiB``, ``10MiB``) and URLs.
 
 The rules:
 
 - A number is seconds or bytes; a string needs its unit, because ``"10"`` leaves open ten of what.
 - The arithmetic is decimal, so that ``35ms`` is the float ``0.035`` and ``1.5KiB`` is exactly 1536 bytes.
+- A URL is taken apart once, into what connecting and writing a request head need; nothing in it is guessed or mended.
 - Every refusal is a ValueError whose text can follow the name of a setting.
 """
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import math
 import re
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+import msgspec
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_REST = re.compile(r"(?P<userinfo>[^/?]*@)?(?P<host>\[[^\]/?]*\]|[^/?:]*)(?::(?P<port>\d{1,5}))?(?P<target>[/?].*)?")
+_LABEL = r"[A-Za-z0-9_-]{1,63}"  # with the "_" of container names
+_HOSTNAME = re.compile(rf"(?=.{{1,254}}$){_LABEL}(\.{_LABEL})*\.?")
 
 # Largest first: formatting takes the first unit that fits.
 _SECONDS = {
@@ -95,3 +105,76 @@ def _text(amount: Decimal, units: Mapping[str, Decimal], base: str) -> str:
         if len(number) <= _SHORT and Decimal(number) >= 1 and Decimal(number) * factor == amount:
             return number + unit
     return f"{amount:f}{base}" if amount else f"0{base}"
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """An http(s) URL taken apart: what it takes to connect, and to write a request head.
+
+    ``host`` is what to resolve (no brackets), ``path_and_query`` begins with a slash, ``host_header`` has brackets
+    around an IPv6 address and no default port.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path_and_query: str
+    host_header: str
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port as browsers write an origin."""
+        return f"{self.scheme}://{self.host_header}"
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_endpoint(url: str) -> Endpoint:
+    """Take an absolute http(s) URL apart.
+
+    Raises ValueError for any other; its text never shows the URL, which may hold a password.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme.lower() not in _DEFAULT_PORTS:
+        raise ValueError("must be an http:// or https:// URL")
+    return _endpoint(scheme.lower(), rest)
+
+
+def parse_origin(text: str) -> str:
+    """Return the origin ``scheme://host[:port]`` as browsers send it (lower case, no default port); or ValueError."""
+    scheme, mark, rest = text.lower().partition("://")
+    if not mark or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or re.search(r"[/?]", rest):
+        raise ValueError("must be scheme://host[:port], with no path and no slash at its end")
+    return _endpoint(scheme, rest).origin
+
+
+def _endpoint(scheme: str, rest: str) -> Endpoint:
+    if not re.fullmatch(r"[\x21-\x7e]*", rest):
+        raise ValueError("must be visible ASCII characters only (percent-encode the others)")
+    if "#" in rest:
+        raise ValueError("must have no fragment (#)")
+    match = _REST.fullmatch(rest)
+    if match and match["userinfo"]:
+        raise ValueError("must have no user name or password")
+    if not match or not match["host"]:
+        raise ValueError("must have the form http://host[:port][/path]")
+    host, default, target = _host(match["host"]), _DEFAULT_PORTS.get(scheme, 0), match["target"] or ""
+    port = int(match["port"]) if match["port"] else default
+    if match["port"] and not 1 <= port <= 65535:  # noqa: PLR2004  (the range of TCP ports)
+        raise ValueError("must have a port from 1 to 65535")
+    shown = f"[{host}]" if ":" in host else host
+    header = shown if port == default else f"{shown}:{port}"
+    return Endpoint(scheme, host, port, target if target.startswith("/") else f"/{target}", header)
+
+
+def _host(text: str) -> str:
+    """Return the host without brackets, in its normal form."""
+    if text.startswith("["):
+        try:
+            address = ipaddress.IPv6Address(text[1:-1])
+        except ValueError:
+            raise ValueError("must have a valid IPv6 address in its brackets") from None
+        if address.scope_id:
+            raise ValueError("must have no IPv6 zone")
+        return address.compressed
+    if not _HOSTNAME.fullmatch(text):
+        raise ValueError("must have a valid host name")
+    return text.lower()

@@ -11,8 +11,10 @@ where they lie and builds nothing. It answers "yes, with these facts" or "not ce
    an escape in a key that the schema could know (it may spell a known one) or in the emitterId, and deep nesting.
 3. No byte outside the body is read (it may end where a mapping ends), nothing is allocated, nothing calls itself.
 
-The functions hand a cursor along: each takes the place where its piece begins and ``end``, and returns the place behind
-the piece, or NULL for "not certain". Where the text names a place as the first byte of something, it lies before ``end``.
+The functions hand a cursor along: each takes the place where its piece begins and returns the place behind it, or NULL
+for "not certain". ``end`` is the place of the packet's own closing brace, which is looked up first. That byte may be read
+but not passed. It is neither a space nor a digit nor the middle of a character, so what loops over these stops by itself;
+only what passes a closing brace, and what jumps over several bytes, must compare with ``end``.
 
 ``scan_packet`` and ``scan_message`` know the schema and read the members of their objects one by one, in any order; a set
 of bits notes what has been seen, which catches both what is missing and what came twice. Values that the schema does not
@@ -32,9 +34,9 @@ ctypedef const unsigned char *cursor
 cdef extern from "json.h" nogil:
     cursor plain_end "fd_plain_end"(cursor p, cursor end)
 
-# As many as the bits of a word. packet.check accepts twice the depth, which nothing but an attempt at mischief needs.
 cdef enum:
-    MAX_DEPTH = 64
+    SHORTEST = 45  # bytes: {"emitterId":"a","messages":[{"message":""}]}
+    MAX_DEPTH = 64  # as many as a word has bits; packet.check accepts twice that, which no emitter in its senses needs
     MAX_EMITTER = 256  # characters, that is code points
 
 # The members that the schema knows, as bits of the set of those seen. Any other is 0: it may come as often as it likes.
@@ -51,28 +53,32 @@ cdef enum:
 
 # ---------------------------------------------------------------------------------------------- JSON, piece by piece
 
-cdef inline cursor skip_space(cursor p, cursor end) noexcept nogil:
-    while p != end and p[0] <= c' ' and (p[0] == c' ' or p[0] == c'\n' or p[0] == c'\r' or p[0] == c'\t'):
+cdef inline bint is_space(unsigned char c) noexcept nogil:
+    return c <= c' ' and (c == c' ' or c == c'\n' or c == c'\r' or c == c'\t')
+
+
+cdef inline cursor skip_space(cursor p) noexcept nogil:
+    while is_space(p[0]):
         p += 1
     return p
 
 
-cdef inline cursor skip_digits(cursor p, cursor end) noexcept nogil:
-    while p < end and c'0' <= p[0] <= c'9':
+cdef inline cursor skip_digits(cursor p) noexcept nogil:
+    while c'0' <= p[0] <= c'9':
         p += 1
     return p
 
 
-cdef inline int hex_digit(unsigned char c) noexcept nogil:
-    """Its value, or a number above any that four digits can make: sums of digits need one comparison only."""
+cdef inline unsigned int hex_digit(unsigned char c) noexcept nogil:
+    """Its value; what is no digit makes any number it is part of greater than 0xFFFF."""
     if c'0' <= c <= c'9':
         return c - c'0'
     c |= 0x20
     return c - c'a' + 10 if c'a' <= c <= c'f' else 0x10000
 
 
-cdef inline int code_unit(cursor p, cursor end) noexcept nogil:
-    """The UTF-16 code unit of the \\uXXXX at p; above 0xFFFF if there is none."""
+cdef inline unsigned int code_unit(cursor p, cursor end) noexcept nogil:
+    """The UTF-16 code unit of the \\uXXXX at p; greater than 0xFFFF if there is none."""
     if end - p < 6 or p[0] != c'\\' or p[1] != c'u':
         return 0x10000
     return hex_digit(p[2]) << 12 | hex_digit(p[3]) << 8 | hex_digit(p[4]) << 4 | hex_digit(p[5])
@@ -80,15 +86,13 @@ cdef inline int code_unit(cursor p, cursor end) noexcept nogil:
 
 cdef cursor scan_escape(cursor p, cursor end) noexcept nogil:
     """One escape, or the two that make a character beyond U+FFFF; p is at the backslash."""
-    cdef int unit
-    if end - p < 2:
-        return NULL
+    cdef unsigned int unit
     if p[1] != c'u':
         return p + 2 if memchr(b'"\\/bfnrt', p[1], 8) != NULL else NULL
     unit = code_unit(p, end)
     if unit < 0xD800 or 0xDFFF < unit <= 0xFFFF:
         return p + 6
-    # Half of a pair alone, which the grammar lets pass, stands for no character: half of the world's parsers refuse it.
+    # The grammar lets half of a pair stand alone, but it is no character, and half of the world's parsers refuse it.
     if unit <= 0xDBFF and 0xDC00 <= code_unit(p + 6, end) <= 0xDFFF:
         return p + 12
     return NULL
@@ -98,34 +102,29 @@ cdef inline bint is_tail(unsigned char c) noexcept nogil:
     return c & 0xC0 == 0x80
 
 
-cdef cursor scan_utf8(cursor p, cursor end) noexcept nogil:
-    """The characters beyond ASCII from p to the next ASCII one (Unicode 16, table 3-7: well-formed byte sequences)."""
-    cdef unsigned char lead, low, high
-    while p < end and p[0] >= 0x80:
-        lead = p[0]
+cdef cursor scan_utf8(cursor p) noexcept nogil:
+    """The characters beyond ASCII from p to the next one that is not (Unicode, table 3-7: well-formed sequences)."""
+    cdef unsigned char lead = p[0]
+    while lead >= 0x80:
         if 0xC2 <= lead <= 0xDF:
-            if end - p < 2 or not is_tail(p[1]):
+            if not is_tail(p[1]):
                 return NULL
             p += 2
-            continue
-        low = 0x80
-        high = 0xBF
-        if lead == 0xE0 or lead == 0xF0:  # longer than need be
-            low = 0xA0 if lead == 0xE0 else 0x90
-        elif lead == 0xED:  # surrogates
-            high = 0x9F
-        elif lead == 0xF4:  # beyond U+10FFFF
-            high = 0x8F
-        if 0xE0 <= lead <= 0xEF:
-            if end - p < 3 or not low <= p[1] <= high or not is_tail(p[2]):
+        elif 0xE0 <= lead <= 0xEF:
+            if not is_tail(p[1]) or not is_tail(p[2]):
+                return NULL
+            if (lead == 0xE0 and p[1] < 0xA0) or (lead == 0xED and p[1] > 0x9F):  # too long a form; a surrogate
                 return NULL
             p += 3
         elif 0xF0 <= lead <= 0xF4:
-            if end - p < 4 or not low <= p[1] <= high or not is_tail(p[2]) or not is_tail(p[3]):
+            if not is_tail(p[1]) or not is_tail(p[2]) or not is_tail(p[3]):
+                return NULL
+            if (lead == 0xF0 and p[1] < 0x90) or (lead == 0xF4 and p[1] > 0x8F):  # too long a form; above U+10FFFF
                 return NULL
             p += 4
         else:
             return NULL
+        lead = p[0]
     return p
 
 
@@ -137,7 +136,7 @@ cdef cursor scan_rest(cursor p, cursor end) noexcept nogil:
         if p[0] == c'\\':
             p = scan_escape(p, end)
         elif p[0] >= 0x80:
-            p = scan_utf8(p, end)
+            p = scan_utf8(p)
         else:
             return NULL
         if p == NULL:
@@ -149,33 +148,26 @@ cdef cursor scan_rest(cursor p, cursor end) noexcept nogil:
 cdef inline cursor scan_string(cursor p, cursor end) noexcept nogil:
     """From behind the opening quote to behind the closing one."""
     p = plain_end(p, end)
-    if likely(p != end and p[0] == c'"'):
-        return p + 1
-    return scan_rest(p, end)
+    return p + 1 if likely(p[0] == c'"') else scan_rest(p, end)
 
 
-cdef cursor scan_number(cursor p, cursor end) noexcept nogil:
+cdef cursor scan_number(cursor p) noexcept nogil:
     cdef cursor digits
     if p[0] == c'-':
         p += 1
-    if p != end and p[0] == c'0':
-        p += 1
-    else:
-        digits = p
-        p = skip_digits(p, end)
-        if p == digits:
-            return NULL
-    if p != end and p[0] == c'.':
+    digits = p
+    p = skip_digits(p)
+    if p == digits or (digits[0] == c'0' and p - digits > 1):
+        return NULL
+    if p[0] == c'.':
         digits = p + 1
-        p = skip_digits(digits, end)
+        p = skip_digits(digits)
         if p == digits:
             return NULL
-    if p != end and (p[0] == c'e' or p[0] == c'E'):
-        p += 1
-        if p != end and (p[0] == c'+' or p[0] == c'-'):
-            p += 1
+    if p[0] == c'e' or p[0] == c'E':
+        p += 2 if p[1] == c'+' or p[1] == c'-' else 1
         digits = p
-        p = skip_digits(p, end)
+        p = skip_digits(digits)
         if p == digits:
             return NULL
     return p
@@ -185,39 +177,34 @@ cdef inline cursor scan_word(cursor p, cursor end, const char *word, Py_ssize_t 
     return p + length if end - p >= length and memcmp(p, word, length) == 0 else NULL
 
 
-cdef inline cursor scan_colon(cursor p, cursor end) noexcept nogil:
+cdef inline cursor scan_colon(cursor p) noexcept nogil:
     """From behind a key to the first byte of its value."""
-    p = skip_space(p, end)
-    if p == end or p[0] != c':':
-        return NULL
-    p = skip_space(p + 1, end)
-    return p if p != end else NULL
+    p = skip_space(p)
+    return skip_space(p + 1) if p[0] == c':' else NULL
 
 
 cdef inline cursor scan_name(cursor p, cursor end) noexcept nogil:
-    """From where a key should begin to the first byte of its value."""
-    if p == end or p[0] != c'"':
+    """From the first byte of a key to the first byte of its value."""
+    if p[0] != c'"':
         return NULL
     p = scan_string(p + 1, end)
-    return scan_colon(p, end) if p != NULL else NULL
+    return scan_colon(p) if p != NULL else NULL
 
 
 cdef cursor scan_value(cursor p, cursor end) noexcept nogil:
     """A value of any kind; p is at its first byte."""
     cdef uint64_t objects = 0  # one bit for each open container, the innermost lowest: whether it is an object
-    cdef int depth = 0
     cdef unsigned char c
+    cdef int depth = 0
     while True:
         c = p[0]
         if c == c'"':
             p = scan_string(p + 1, end)
         elif c == c'{' or c == c'[':
-            if depth == MAX_DEPTH:
-                return NULL
-            p = skip_space(p + 1, end)
-            if p == end:
-                return NULL
+            p = skip_space(p + 1)
             if p[0] != c + 2:  # ASCII has the closing bracket two places behind the opening one
+                if depth == MAX_DEPTH:
+                    return NULL
                 depth += 1
                 objects = objects << 1 | (c == c'{')
                 if c == c'{':
@@ -225,7 +212,7 @@ cdef cursor scan_value(cursor p, cursor end) noexcept nogil:
                     if p == NULL:
                         return NULL
                 continue
-            p += 1
+            p = p + 1 if p != end else NULL
         elif c == c't':
             p = scan_word(p, end, b"true", 4)
         elif c == c'f':
@@ -233,30 +220,26 @@ cdef cursor scan_value(cursor p, cursor end) noexcept nogil:
         elif c == c'n':
             p = scan_word(p, end, b"null", 4)
         else:
-            p = scan_number(p, end)
+            p = scan_number(p)
         if p == NULL:
             return NULL
         # A value has ended: close the containers that end with it, up to one that goes on.
         while True:
             if depth == 0:
                 return p
-            p = skip_space(p, end)
-            if p == end:
-                return NULL
+            p = skip_space(p)
             if p[0] == c',':
                 break
-            if p[0] != (c'}' if objects & 1 else c']'):
+            if p[0] != (c'}' if objects & 1 else c']') or p == end:
                 return NULL
             p += 1
             depth -= 1
             objects >>= 1
-        p = skip_space(p + 1, end)
+        p = skip_space(p + 1)
         if objects & 1:
             p = scan_name(p, end)
             if p == NULL:
                 return NULL
-        elif p == end:
-            return NULL
 
 
 # ------------------------------------------------------------------------------------------ what strict asks in addition
@@ -292,7 +275,7 @@ cdef bint is_date_time(cursor p, cursor end) noexcept nogil:
     p += 19
     if p[0] == c'.':
         digits = p + 1
-        p = skip_digits(digits, end)
+        p = skip_digits(digits)
         if p == digits:
             return False
     moment = hour * 60 + minute
@@ -331,20 +314,17 @@ cdef bint is_level(cursor p, cursor end) noexcept nogil:
 cdef inline cursor scan_key(cursor p, cursor end, Py_ssize_t *length) noexcept nogil:
     """As scan_name, and the key's length in bytes: 0 if it is none that the schema could know."""
     cdef cursor stop
-    if p == end or p[0] != c'"':
+    if unlikely(p[0] != c'"'):
         return NULL
-    p += 1
-    stop = plain_end(p, end)
-    if unlikely(stop == end):
-        return NULL
+    stop = plain_end(p + 1, end)
     if likely(stop[0] == c'"'):
-        length[0] = stop - p
-        return scan_colon(stop + 1, end)
+        length[0] = stop - p - 1
+        return scan_colon(stop + 1)
     if stop[0] == c'\\':  # maybe a known key in disguise
         return NULL
     length[0] = 0
     p = scan_rest(stop, end)
-    return scan_colon(p, end) if p != NULL else NULL
+    return scan_colon(p) if p != NULL else NULL
 
 
 cdef inline unsigned int message_member(cursor key, Py_ssize_t length) noexcept nogil:
@@ -362,69 +342,54 @@ cdef inline unsigned int message_member(cursor key, Py_ssize_t length) noexcept 
 
 
 cdef cursor scan_message(cursor p, cursor end, bint strict) noexcept nogil:
-    """One log message, from behind its opening brace to behind its closing one."""
+    """One log message; p is at its first byte."""
     cdef unsigned int member, seen = 0
     cdef unsigned int required = MESSAGE | TIMESTAMP | LEVEL if strict else MESSAGE
     cdef Py_ssize_t length = 0
     cdef cursor text
+    if p[0] != c'{':
+        return NULL
     while True:
-        text = skip_space(p, end)
+        text = skip_space(p + 1)  # behind the brace or a comma
         p = scan_key(text, end, &length)
-        if unlikely(p == NULL):
+        if p == NULL:
             return NULL
         member = message_member(text + 1, length)
-        if unlikely(seen & member):
+        if seen & member:
             return NULL
         seen |= member
-        if member == UNKNOWN or member == METADATA:
-            if member == METADATA and p[0] != c'{':
-                return NULL
+        if member == UNKNOWN or (member == METADATA and p[0] == c'{'):
             p = scan_value(p, end)
-            if unlikely(p == NULL):
-                return NULL
+        elif member == METADATA or p[0] != c'"':
+            return NULL
         else:
-            if unlikely(p[0] != c'"'):
-                return NULL
             text = p + 1
             p = scan_string(text, end)
-            if unlikely(p == NULL):
-                return NULL
-            if strict and (
-                (member == TIMESTAMP and not is_date_time(text, p - 1)) or (member == LEVEL and not is_level(text, p - 1))
-            ):
-                return NULL
-        p = skip_space(p, end)
-        if unlikely(p == end):
+            if strict and p != NULL:
+                if member == TIMESTAMP and not is_date_time(text, p - 1):
+                    return NULL
+                if member == LEVEL and not is_level(text, p - 1):
+                    return NULL
+        if p == NULL:
             return NULL
-        if p[0] == c',':
-            p += 1
-        elif p[0] == c'}' and seen & required == required:
-            return p + 1
-        else:
-            return NULL
+        p = skip_space(p)
+        if p[0] != c',':
+            return p + 1 if p[0] == c'}' and p != end and seen & required == required else NULL
 
 
 cdef cursor scan_messages(cursor p, cursor end, bint strict, uint32_t *count) noexcept nogil:
     """The array of log messages; p is at its first byte."""
-    cdef uint32_t n = 0
+    count[0] = 0
     if p[0] != c'[':
         return NULL
     while True:
-        p = skip_space(p + 1, end)  # behind the bracket or a comma
-        if p == end or p[0] != c'{':
-            return NULL
-        p = scan_message(p + 1, end, strict)
+        p = scan_message(skip_space(p + 1), end, strict)  # behind the bracket or a comma
         if p == NULL:
             return NULL
-        n += 1
-        p = skip_space(p, end)
-        if p == end:
-            return NULL
-        if p[0] == c']':
-            count[0] = n
-            return p + 1
+        count[0] += 1
+        p = skip_space(p)
         if p[0] != c',':
-            return NULL
+            return p + 1 if p[0] == c']' else NULL
 
 
 cdef cursor scan_emitter(cursor p, cursor end, uint64_t *hash) noexcept nogil:
@@ -458,13 +423,19 @@ cdef inline unsigned int packet_member(cursor key, Py_ssize_t length) noexcept n
 
 cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts *facts) noexcept nogil:
     cdef cursor key, end = p + n
-    cdef unsigned int member, seen = 0, required = EMITTER_ID | MESSAGES
+    cdef unsigned int member, seen = 0
     cdef Py_ssize_t length = 0
-    p = skip_space(p, end)
-    if p == end or p[0] != c'{':
+    while n > SHORTEST and is_space(end[-1]):
+        end -= 1
+        n -= 1
+    if n < SHORTEST:
+        return False
+    end -= 1
+    p = skip_space(p) if end[0] == c'}' else end
+    if p[0] != c'{':
         return False
     while True:
-        key = skip_space(p + 1, end)  # behind the brace or a comma
+        key = skip_space(p + 1)  # behind the brace or a comma
         p = scan_key(key, end, &length)
         if p == NULL:
             return False
@@ -482,13 +453,9 @@ cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts
             p = scan_value(p, end)
         if p == NULL:
             return False
-        p = skip_space(p, end)
-        if p == end:
-            return False
-        if p[0] == c'}':
-            return seen & required == required and skip_space(p + 1, end) == end
+        p = skip_space(p)
         if p[0] != c',':
-            return False
+            return p == end and seen & EMITTER_ID != 0 and seen & MESSAGES != 0
 
 
 # ------------------------------------------------------------------------------------------------------- for Python

@@ -1,0 +1,181 @@
+"""The shared-memory block: what all processes of one fastdist know of each other. Nothing in it outlives them.
+
+Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
+
+| part      | words              | written by |
+|-----------|--------------------|------------|
+| head      | 64                 | the supervisor, but for ``EPOCH`` |
+| samples   | 16 x 4             | the supervisor, once a second |
+| limiter   | limiter_words      | all, by compare-and-swap |
+| analyzers | n x 64             | see ``AnalyzerWord`` |
+| workers   | w x 16             | see ``WorkerWord`` |
+| rows      | w x row_words(n)   | each worker its own: counters, histograms (``_core.counters``) |
+
+An analyzer keeps its slot for as long as the block lives. Words have one writer, or are changed atomically by helpers of
+``AnalyzerStates``; text is written whole and may be read torn, so it is for people only.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from fastdist._core.counters import Counters, row_words
+from fastdist._core.limiter import RateLimiter, limiter_words
+from fastdist._core.states import AnalyzerStates
+from fastdist.errors import StartError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAGIC = 0x0A6466_74736166  # "fastfd\n"
+CLIENT_SLOTS = 16384
+SAMPLES = 16
+SAMPLE_WORDS = 4
+
+
+class HeadWord(IntEnum):
+    """Words of the head."""
+
+    MAGIC = 0
+    WORKERS = 1
+    SLOTS = 2
+    EPOCH = 3  # grows with every change to an analyzer's state or weight; workers compare it when they flush
+    STARTED_NS = 4  # wall clock
+    SUPERVISOR = 5  # pid
+    DRAINING = 6  # 1 from SIGTERM on
+    SAMPLED = 7  # samples taken so far; the latest is at (SAMPLED - 1) % SAMPLES
+    STORAGE_FAULT = 8  # workers whose last write to disk failed
+    HEAD_WORDS = 64
+
+
+class AnalyzerWord(IntEnum):
+    """Words of an analyzer. The supervisor writes all, but where workers are named."""
+
+    STATE = 0  # AnalyzerState; workers may turn ONLINE into OFFLINE
+    SINCE_NS = 1  # wall clock: when STATE last changed
+    ONLINE_SINCE_NS = 2  # monotonic: when it last recovered, 0 if it never was offline (slow start)
+    PAUSED_UNTIL_NS = 3  # monotonic; workers: Retry-After
+    DELIVERY_FAILURES = 4  # in a row; workers
+    CHECK_FAILURES = 5  # in a row
+    CHECK_SUCCESSES = 6  # in a row
+    LAST_CHECK_NS = 7  # wall clock
+    LAST_STATUS = 8  # of the last check; 0: no reply
+    WEIGHT = 9  # a double
+    IN_USE = 10  # 1: the slot belongs to a configured analyzer
+    DRAINING = 11  # 1: told to drain
+    ERROR_NS = 12  # wall clock; workers
+    ERROR = 16  # text, up to 48 words
+    ANALYZER_WORDS = 64
+
+
+class WorkerWord(IntEnum):
+    """Words of a worker that are no counters."""
+
+    PID = 0  # the supervisor
+    STATE = 1  # WorkerState; the supervisor
+    RESTARTS = 2  # the supervisor
+    HEARTBEAT_NS = 3  # monotonic; the worker's event loop
+    CPU_NS = 4  # user and system, of all processes that held this place; the supervisor
+    CPU_PERMILLE = 5  # of one core, over the last second; the supervisor
+    RSS = 6  # bytes; the supervisor
+    STARTED_NS = 7  # wall clock; the supervisor
+    STORAGE_FAULT = 8  # 1: the last write to disk failed; the worker
+    FULL = 9  # 1: the last push found the queue full; the worker
+    WORKER_WORDS = 16
+
+
+class AnalyzerState(IntEnum):
+    """What an analyzer is, as far as picking goes."""
+
+    ONLINE = 0
+    OFFLINE = 1
+
+
+class WorkerState(IntEnum):
+    """What a worker is doing."""
+
+    STARTING = 0
+    RUNNING = 1
+    DRAINING = 2
+    STOPPED = 3
+
+
+class SharedBlock:
+    """The block over the memfd ``fd``; made by ``create``, opened by ``attach`` in the workers."""
+
+    def __init__(self, fd: int, workers: int, slots: int) -> None:
+        self.fd, self.workers, self.slots = fd, workers, slots
+        self._map = mmap.mmap(fd, self.size(workers, slots))
+        view = memoryview(self._map)
+        self._cut = 0
+        self.head = self._take(view, HeadWord.HEAD_WORDS).cast("q")
+        self.samples = self._take(view, SAMPLES * SAMPLE_WORDS).cast("q")
+        self._limiter = self._take(view, limiter_words(CLIENT_SLOTS))
+        analyzers = self._take(view, slots * AnalyzerWord.ANALYZER_WORDS)
+        self.analyzers = AnalyzerStates(analyzers, self.head)
+        self._worker_words = [self._take(view, WorkerWord.WORKER_WORDS).cast("q") for _ in range(workers)]
+        self._rows = [self._take(view, row_words(slots)) for _ in range(workers)]
+        self.rows = [Counters(row, slots) for row in self._rows]
+
+    def _take(self, view: memoryview, words: int) -> memoryview:
+        part = view[self._cut : self._cut + 8 * words]
+        self._cut += 8 * words
+        return part
+
+    @staticmethod
+    def size(workers: int, slots: int) -> int:
+        """Return the block's size in bytes."""
+        words = HeadWord.HEAD_WORDS + SAMPLES * SAMPLE_WORDS + limiter_words(CLIENT_SLOTS)
+        words += slots * AnalyzerWord.ANALYZER_WORDS + workers * (WorkerWord.WORKER_WORDS + row_words(slots))
+        return 8 * words
+
+    @classmethod
+    def create(cls, workers: int, slots: int) -> SharedBlock:
+        """Make a new block. Raises StartError when there is not enough memory."""
+        fd = os.memfd_create("fastdist-shared", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, 0, cls.size(workers, slots))
+        except OSError as error:
+            os.close(fd)
+            raise StartError(f"cannot allocate {cls.size(workers, slots)} bytes of shared memory: {error}") from error
+        block = cls(fd, workers, slots)
+        block.head[HeadWord.WORKERS], block.head[HeadWord.SLOTS] = workers, slots
+        block.head[HeadWord.MAGIC] = MAGIC
+        return block
+
+    @classmethod
+    def attach(cls, fd: int) -> SharedBlock:
+        """Open the block that another process made."""
+        magic, workers, slots = struct.unpack("qqq", os.pread(fd, 24, 0))
+        if magic != MAGIC:
+            raise StartError("the shared block handed to this worker is none")
+        return cls(fd, workers, slots)
+
+    def limiter(self) -> RateLimiter:
+        """Return this process's view of the rate limits."""
+        return RateLimiter(self._limiter)
+
+    def worker(self, index: int) -> memoryview:
+        """Return the words of a worker, indexed by ``WorkerWord``."""
+        return self._worker_words[index]
+
+    def row(self, index: int) -> memoryview:
+        """Return the counters and histograms of a worker as 8-byte words."""
+        return self._rows[index].cast("q")
+
+    def recent_samples(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (monotonic ns, packets accepted, packets delivered) of the last seconds, the latest first."""
+        taken = self.head[HeadWord.SAMPLED]
+        for age in range(min(taken, SAMPLES)):
+            at = (taken - 1 - age) % SAMPLES * SAMPLE_WORDS
+            yield self.samples[at], self.samples[at + 1], self.samples[at + 2]
+
+    def add_sample(self, now_ns: int, accepted: int, delivered: int) -> None:
+        """Keep a sample of the totals, over the oldest."""
+        at = self.head[HeadWord.SAMPLED] % SAMPLES * SAMPLE_WORDS
+        self.samples[at], self.samples[at + 1], self.samples[at + 2] = now_ns, accepted, delivered
+        self.head[HeadWord.SAMPLED] += 1
