@@ -184,9 +184,7 @@ class Connection(asyncio.Protocol):
             return
         loop = asyncio.get_running_loop()
         due = loop.time() + delay
-        if self._queue:
-            due = max(due, self._queue[-1][0])
-        self._queue.append((due, request))
+        self._queue.append((due, request))  # due or not, it waits for those before it
         if self._analyzer is not None:
             self._analyzer.waiting += 1
         if self._timer is None:

@@ -72,10 +72,8 @@ class Ledger:
         self.requests += 1
         self.bytes += len(body)
         attempt = headers.get(b"x-attempt", b"")
-        if attempt != b"1" and attempt.isdigit():
+        if attempt.isdigit():
             self.max_attempt = max(self.max_attempt, int(attempt[:9]))
-        elif attempt and not self.max_attempt:
-            self.max_attempt = 1
         packet_id = headers.get(b"x-packet-id")
         if packet_id is None:
             return self._arrive_many(headers, body, verify=verify)

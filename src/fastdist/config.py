@@ -295,7 +295,7 @@ def load(path: str | Path | None, environ: Mapping[str, str], flags: Mapping[str
     Without a ``path`` the file is the one FASTDIST_CONFIG names; without that there is none. Raises ConfigError.
     """
     named = environ.get("FASTDIST_CONFIG") if path is None else None
-    file = Path(path or named or "") if path or named else None
+    file = Path(path or named or "") if path is not None or named else None
     document = _read_file(file, " (environment FASTDIST_CONFIG)" if named else "") if file else {}
     written = {f"{name}.{key}" for name, table in document.items() if isinstance(table, dict) for key in table}
     sources = {name: f"file {file}" if name in written or name in document else "default" for name in _SETTINGS}
@@ -372,12 +372,12 @@ def _number(text: str) -> object:
     return float(text) if re.fullmatch(r"\s*[+-]?[0-9]+\.[0-9]+\s*", text) else text
 
 
-def _build(document: Mapping[str, Any], sources: Mapping[str, str], problems: list[_Problem]) -> Config:
-    reader = _Reader(sources, problems)
+def _build(document: Mapping[str, Any], sources: Mapping[str, str], others: list[_Problem]) -> Config:
+    reader = _Reader(sources)
     config = reader.table(Config, document, "")
     _check_together(reader)
     _check_analyzers(reader)
-    if problems:
+    if problems := reader.problems + others:
         ranks = {name: rank for rank, name in enumerate(_SECTIONS)}
         problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
         raise ConfigError([f"{problem.path}: {problem.text}" for problem in problems])
@@ -387,9 +387,9 @@ def _build(document: Mapping[str, Any], sources: Mapping[str, str], problems: li
 class _Reader:
     """Reads a document into structs and notes every problem on its way instead of stopping at the first."""
 
-    def __init__(self, sources: Mapping[str, str], problems: list[_Problem]) -> None:
+    def __init__(self, sources: Mapping[str, str]) -> None:
         self.sources = sources
-        self.problems = problems
+        self.problems: list[_Problem] = []
         self.valid: dict[str, Any] = {}  # path -> value, of all that is in order by itself
 
     def report(self, path: str, text: str) -> None:

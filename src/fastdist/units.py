@@ -82,13 +82,12 @@ def _amount(value: object, units: Mapping[str, Decimal], expected: str, written:
     """Return ``value`` in the base unit; ``written`` is how the user spelled it."""
     if isinstance(value, str) and (match := _QUANTITY.fullmatch(value.strip())) and match[2] in units:
         amount = Decimal(match[1]) * units[match[2]]
-    elif isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
-        # Compared as they are: an int may be too large to become a float, or to be printed.
-        if value < 0:
-            raise ValueError("must not be negative")
-        amount = Decimal(min(value, 2 * _MOST))
-    else:
+    elif isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # noqa: PLR0124  (NaN)
         raise ValueError(f"expected {expected}, got {_quote(value if written is None else written)}")
+    elif value < 0:
+        raise ValueError("must not be negative")
+    else:
+        amount = Decimal(min(value, 2 * _MOST))  # an int may have more digits than a Decimal or a person can take
     if amount > _MOST:
         raise ValueError("is too large")
     return amount

@@ -1,2 +1,6 @@
 def scan(body: bytes, strict: bool = False) -> tuple[int, int] | None: ...
 def hash_text(utf8: bytes) -> int: ...
+
+# Of Cython's making: what the other compiled modules import, and nothing.
+__pyx_capi__: dict[str, object]
+__test__: dict[str, object]

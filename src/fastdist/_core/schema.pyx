@@ -2,25 +2,25 @@
 
 Theory of operation. ``packet.check`` says what a log packet is: it decodes the body and looks at what came out. Nearly
 every body is a good one, though, and of a good one the service needs two figures only, so the scanner reads the bytes
-where they lie and builds nothing. It answers "yes, with these facts" or "not certain"; whoever asked hands the latter to
-``packet.check``, which knows for sure and can tell what is wrong. Hence the rules:
+where they lie and builds nothing. It answers "yes, with these facts" or "not certain"; whoever asked hands the latter
+to ``packet.check``, which knows for sure and can tell what is wrong. Hence the rules:
 
 1. Sound: a yes implies that ``packet.check`` accepts the same bytes with the same facts. Therefore the whole body is
    checked against RFC 8259, the parts nobody looks at as well: the escapes, the numbers, the UTF-8.
-2. Not certain is always allowed, but costs a hundred times as much. So it is for what hardly occurs in accepted packets:
+2. Not certain is always allowed, but costs a hundred times as much. So it is for what hardly occurs in good packets:
    an escape in a key that the schema could know (it may spell a known one) or in the emitterId, and deep nesting.
 3. No byte outside the body is read (it may end where a mapping ends), nothing is allocated, nothing calls itself.
 
 The functions hand a cursor along: each takes the place where its piece begins and returns the place behind it, or NULL
-for "not certain". ``end`` is the place of the packet's own closing brace, which is looked up first. That byte may be read
-but not passed. It is neither a space nor a digit nor the middle of a character, so what loops over these stops by itself;
-only what passes a closing brace, and what jumps over several bytes, must compare with ``end``.
+for "not certain". ``end`` is the place of the packet's own closing brace, which is looked up first. That byte may be
+read but not passed. It is neither a space nor a digit nor the middle of a character, so what loops over these stops by
+itself; only what passes a closing brace, and what jumps over several bytes at once, must compare with ``end``.
 
-``scan_packet`` and ``scan_message`` know the schema and read the members of their objects one by one, in any order; a set
-of bits notes what has been seen, which catches both what is missing and what came twice. Values that the schema does not
-describe go through ``scan_value``, with the kinds of the open containers as bits of a word in place of a call stack. The
-time goes into strings: ``plain_end`` (json.h) passes over their plain text 16 bytes at a time and stops at what deserves
-a look.
+``scan_packet`` and ``scan_message`` know the schema and read the members of their objects one by one, in any order; a
+set of bits notes what has been seen, which catches what is missing and what comes twice. Values that the schema does
+not describe go through ``scan_value``, with the kinds of the open containers as bits of a word in place of a call
+stack. Most of the bytes are strings: ``plain_end`` (json.h) passes over their plain text 16 bytes at a time and stops
+at what deserves a look.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -30,6 +30,9 @@ from libc.string cimport memchr, memcmp, memcpy
 from fastdist._core.bits cimport hash_bytes, likely, unlikely
 
 ctypedef const unsigned char *cursor
+
+cdef extern from "<ctype.h>" nogil:
+    bint isxdigit(int c)
 
 cdef extern from "json.h" nogil:
     cursor plain_end "fd_plain_end"(cursor p, cursor end)
@@ -50,6 +53,8 @@ cdef enum:
     LEVEL = 32
     SOURCE = 64
 
+cdef const char *LEVELS = b"info    warn    error   debug   trace   fatal   warning critical"
+
 
 # ---------------------------------------------------------------------------------------------- JSON, piece by piece
 
@@ -63,39 +68,37 @@ cdef inline cursor skip_space(cursor p) noexcept nogil:
     return p
 
 
-cdef inline cursor skip_digits(cursor p) noexcept nogil:
+cdef inline cursor scan_digits(cursor p) noexcept nogil:
+    """One digit at least."""
+    if not c'0' <= p[0] <= c'9':
+        return NULL
     while c'0' <= p[0] <= c'9':
         p += 1
     return p
 
 
-cdef inline unsigned int hex_digit(unsigned char c) noexcept nogil:
-    """Its value; what is no digit makes any number it is part of greater than 0xFFFF."""
-    if c'0' <= c <= c'9':
-        return c - c'0'
-    c |= 0x20
-    return c - c'a' + 10 if c'a' <= c <= c'f' else 0x10000
+cdef inline bint is_hex(cursor p) noexcept nogil:
+    return isxdigit(p[0]) and isxdigit(p[1]) and isxdigit(p[2]) and isxdigit(p[3])
 
 
-cdef inline unsigned int code_unit(cursor p, cursor end) noexcept nogil:
-    """The UTF-16 code unit of the \\uXXXX at p; greater than 0xFFFF if there is none."""
-    if end - p < 6 or p[0] != c'\\' or p[1] != c'u':
-        return 0x10000
-    return hex_digit(p[2]) << 12 | hex_digit(p[3]) << 8 | hex_digit(p[4]) << 4 | hex_digit(p[5])
-
-
-cdef cursor scan_escape(cursor p, cursor end) noexcept nogil:
-    """One escape, or the two that make a character beyond U+FFFF; p is at the backslash."""
-    cdef unsigned int unit
-    if p[1] != c'u':
-        return p + 2 if memchr(b'"\\/bfnrt', p[1], 8) != NULL else NULL
-    unit = code_unit(p, end)
-    if unit < 0xD800 or 0xDFFF < unit <= 0xFFFF:
-        return p + 6
-    # The grammar lets half of a pair stand alone, but it is no character, and half of the world's parsers refuse it.
-    if unit <= 0xDBFF and 0xDC00 <= code_unit(p + 6, end) <= 0xDFFF:
-        return p + 12
-    return NULL
+cdef cursor scan_escapes(cursor p, cursor end) noexcept nogil:
+    """The escapes from p on to whatever else follows; at least one."""
+    while p[0] == c'\\':
+        if p[1] in (c'"', c'\\', c'/', c'b', c'f', c'n', c'r', c't'):
+            p += 2
+        elif p[1] != c'u' or end - p < 6 or not is_hex(p + 2):
+            return NULL
+        elif p[2] | 0x20 != c'd' or p[3] < c'8':
+            p += 6
+        # Half of a surrogate pair, \uD800 to \uDFFF. The grammar lets one stand alone, but it is no character and many
+        # parsers refuse it: here the second half must follow the first.
+        elif p[3] | 0x20 >= c'c' or end - p < 12 or p[6] != c'\\' or p[7] != c'u' or not is_hex(p + 8):
+            return NULL
+        elif p[8] | 0x20 != c'd' or p[9] | 0x20 < c'c':
+            return NULL
+        else:
+            p += 12
+    return p
 
 
 cdef inline bint is_tail(unsigned char c) noexcept nogil:
@@ -134,7 +137,7 @@ cdef cursor scan_rest(cursor p, cursor end) noexcept nogil:
         if p[0] == c'"':
             return p + 1
         if p[0] == c'\\':
-            p = scan_escape(p, end)
+            p = scan_escapes(p, end)
         elif p[0] >= 0x80:
             p = scan_utf8(p)
         else:
@@ -152,29 +155,18 @@ cdef inline cursor scan_string(cursor p, cursor end) noexcept nogil:
 
 
 cdef cursor scan_number(cursor p) noexcept nogil:
-    cdef cursor digits
     if p[0] == c'-':
         p += 1
-    digits = p
-    p = skip_digits(p)
-    if p == digits or (digits[0] == c'0' and p - digits > 1):
-        return NULL
-    if p[0] == c'.':
-        digits = p + 1
-        p = skip_digits(digits)
-        if p == digits:
-            return NULL
-    if p[0] == c'e' or p[0] == c'E':
-        p += 2 if p[1] == c'+' or p[1] == c'-' else 1
-        digits = p
-        p = skip_digits(digits)
-        if p == digits:
-            return NULL
+    p = p + 1 if p[0] == c'0' else scan_digits(p)
+    if p != NULL and p[0] == c'.':
+        p = scan_digits(p + 1)
+    if p != NULL and (p[0] == c'e' or p[0] == c'E'):
+        p = scan_digits(p + 2 if p[1] == c'+' or p[1] == c'-' else p + 1)
     return p
 
 
-cdef inline cursor scan_word(cursor p, cursor end, const char *word, Py_ssize_t length) noexcept nogil:
-    return p + length if end - p >= length and memcmp(p, word, length) == 0 else NULL
+cdef inline bint is_word(cursor p, cursor end, const char *word, Py_ssize_t length) noexcept nogil:
+    return end - p >= length and memcmp(p, word, length) == 0
 
 
 cdef inline cursor scan_colon(cursor p) noexcept nogil:
@@ -214,11 +206,11 @@ cdef cursor scan_value(cursor p, cursor end) noexcept nogil:
                 continue
             p = p + 1 if p != end else NULL
         elif c == c't':
-            p = scan_word(p, end, b"true", 4)
+            p = p + 4 if is_word(p, end, b"true", 4) else NULL
         elif c == c'f':
-            p = scan_word(p, end, b"false", 5)
+            p = p + 5 if is_word(p, end, b"false", 5) else NULL
         elif c == c'n':
-            p = scan_word(p, end, b"null", 4)
+            p = p + 4 if is_word(p, end, b"null", 4) else NULL
         else:
             p = scan_number(p)
         if p == NULL:
@@ -242,7 +234,7 @@ cdef cursor scan_value(cursor p, cursor end) noexcept nogil:
                 return NULL
 
 
-# ------------------------------------------------------------------------------------------ what strict asks in addition
+# ------------------------------------------------------------------------------------------- what strict asks for
 
 cdef inline unsigned int two_digits(cursor p) noexcept nogil:
     """Their value, or one beyond any range that is asked for."""
@@ -261,7 +253,6 @@ cdef bint is_date_time(cursor p, cursor end) noexcept nogil:
     """RFC 3339, section 5.6; see packet.check for the fine print."""
     cdef unsigned int century, year, month, hour, minute, second
     cdef int moment, offset
-    cdef cursor digits
     if end - p < 20:
         return False
     century, year, month = two_digits(p), two_digits(p + 2), two_digits(p + 5)
@@ -274,9 +265,8 @@ cdef bint is_date_time(cursor p, cursor end) noexcept nogil:
         return False
     p += 19
     if p[0] == c'.':
-        digits = p + 1
-        p = skip_digits(digits)
-        if p == digits:
+        p = scan_digits(p + 1)
+        if p == NULL:
             return False
     moment = hour * 60 + minute
     if end - p == 6 and (p[0] == c'+' or p[0] == c'-') and p[3] == c':':
@@ -292,70 +282,59 @@ cdef bint is_date_time(cursor p, cursor end) noexcept nogil:
 
 cdef bint is_level(cursor p, cursor end) noexcept nogil:
     cdef uint64_t lower = 0
-    cdef Py_ssize_t n = end - p
-    if n > 8:
+    cdef int i
+    if not 4 <= end - p <= 8 or (end - 1)[0] == c' ':
         return False
-    memcpy(&lower, p, n)
-    lower |= 0x2020202020202020u  # of all bytes only the two cases of a letter come out as that letter
-    if n == 4:
-        return memcmp(&lower, b"info", 4) == 0 or memcmp(&lower, b"warn", 4) == 0
-    if n == 5:
-        return (
-            memcmp(&lower, b"error", 5) == 0
-            or memcmp(&lower, b"debug", 5) == 0
-            or memcmp(&lower, b"trace", 5) == 0
-            or memcmp(&lower, b"fatal", 5) == 0
-        )
-    return (n == 7 and memcmp(&lower, b"warning", 7) == 0) or (n == 8 and memcmp(&lower, b"critical", 8) == 0)
+    memcpy(&lower, p, end - p)
+    # Of all bytes only a letter's two cases come out as that letter, and what is beyond the end comes out as spaces.
+    lower |= 0x2020202020202020u
+    for i in range(0, 64, 8):
+        if memcmp(&lower, LEVELS + i, 8) == 0:
+            return True
+    return False
 
 
 # -------------------------------------------------------------------------------------------------------- the schema
 
-cdef inline cursor scan_key(cursor p, cursor end, Py_ssize_t *length) noexcept nogil:
-    """As scan_name, and the key's length in bytes: 0 if it is none that the schema could know."""
-    cdef cursor stop
-    if unlikely(p[0] != c'"'):
-        return NULL
-    stop = plain_end(p + 1, end)
-    if likely(stop[0] == c'"'):
-        length[0] = stop - p - 1
-        return scan_colon(stop + 1)
-    if stop[0] == c'\\':  # maybe a known key in disguise
-        return NULL
-    length[0] = 0
-    p = scan_rest(stop, end)
-    return scan_colon(p) if p != NULL else NULL
+cdef cursor scan_unknown(cursor p, cursor end) noexcept nogil:
+    """As scan_name, for a key that does not read as a known one: it must not be one in disguise either."""
+    return scan_name(p, end) if p[0] == c'"' and plain_end(p + 1, end)[0] != c'\\' else NULL
 
 
-cdef inline unsigned int message_member(cursor key, Py_ssize_t length) noexcept nogil:
-    if length == 7:
-        return MESSAGE if memcmp(key, b"message", 7) == 0 else UNKNOWN
-    if length == 9:
-        return TIMESTAMP if memcmp(key, b"timestamp", 9) == 0 else UNKNOWN
-    if length == 5:
-        return LEVEL if memcmp(key, b"level", 5) == 0 else UNKNOWN
-    if length == 6:
-        return SOURCE if memcmp(key, b"source", 6) == 0 else UNKNOWN
-    if length == 8:
-        return METADATA if memcmp(key, b"metadata", 8) == 0 else UNKNOWN
-    return UNKNOWN
+# Comparing with each known key, instead of measuring the key at hand first, lets the processor run ahead: it predicts
+# the outcomes from the last packets, and where the key ends follows from them.
+
+cdef inline cursor message_member(cursor p, cursor end, unsigned int *member) noexcept nogil:
+    """From the first byte of a key to the first byte of its value."""
+    if is_word(p, end, b'"message"', 9):
+        member[0] = MESSAGE
+        return scan_colon(p + 9)
+    if is_word(p, end, b'"timestamp"', 11):
+        member[0] = TIMESTAMP
+        return scan_colon(p + 11)
+    if is_word(p, end, b'"level"', 7):
+        member[0] = LEVEL
+        return scan_colon(p + 7)
+    if is_word(p, end, b'"source"', 8):
+        member[0] = SOURCE
+        return scan_colon(p + 8)
+    if is_word(p, end, b'"metadata"', 10):
+        member[0] = METADATA
+        return scan_colon(p + 10)
+    member[0] = UNKNOWN
+    return scan_unknown(p, end)
 
 
 cdef cursor scan_message(cursor p, cursor end, bint strict) noexcept nogil:
     """One log message; p is at its first byte."""
     cdef unsigned int member, seen = 0
     cdef unsigned int required = MESSAGE | TIMESTAMP | LEVEL if strict else MESSAGE
-    cdef Py_ssize_t length = 0
     cdef cursor text
     if p[0] != c'{':
         return NULL
     while True:
-        text = skip_space(p + 1)  # behind the brace or a comma
-        p = scan_key(text, end, &length)
-        if p == NULL:
-            return NULL
-        member = message_member(text + 1, length)
-        if seen & member:
+        p = message_member(skip_space(p + 1), end, &member)  # behind the brace or a comma
+        if p == NULL or seen & member:
             return NULL
         seen |= member
         if member == UNKNOWN or (member == METADATA and p[0] == c'{'):
@@ -413,34 +392,37 @@ cdef cursor scan_emitter(cursor p, cursor end, uint64_t *hash) noexcept nogil:
     return p
 
 
-cdef inline unsigned int packet_member(cursor key, Py_ssize_t length) noexcept nogil:
-    if length == 9:
-        return EMITTER_ID if memcmp(key, b"emitterId", 9) == 0 else UNKNOWN
-    if length == 8:
-        return MESSAGES if memcmp(key, b"messages", 8) == 0 else METADATA if memcmp(key, b"metadata", 8) == 0 else UNKNOWN
-    return UNKNOWN
+cdef inline cursor packet_member(cursor p, cursor end, unsigned int *member) noexcept nogil:
+    """From the first byte of a key to the first byte of its value."""
+    if is_word(p, end, b'"emitterId"', 11):
+        member[0] = EMITTER_ID
+        return scan_colon(p + 11)
+    if is_word(p, end, b'"messages"', 10):
+        member[0] = MESSAGES
+        return scan_colon(p + 10)
+    if is_word(p, end, b'"metadata"', 10):
+        member[0] = METADATA
+        return scan_colon(p + 10)
+    member[0] = UNKNOWN
+    return scan_unknown(p, end)
 
 
 cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts *facts) noexcept nogil:
-    cdef cursor key, end = p + n
+    cdef cursor end = p + n
     cdef unsigned int member, seen = 0
-    cdef Py_ssize_t length = 0
-    while n > SHORTEST and is_space(end[-1]):
-        end -= 1
-        n -= 1
     if n < SHORTEST:
         return False
     end -= 1
-    p = skip_space(p) if end[0] == c'}' else end
+    while is_space(end[0]) and end - p >= SHORTEST:
+        end -= 1
+    if end[0] != c'}':
+        return False
+    p = skip_space(p)
     if p[0] != c'{':
         return False
     while True:
-        key = skip_space(p + 1)  # behind the brace or a comma
-        p = scan_key(key, end, &length)
-        if p == NULL:
-            return False
-        member = packet_member(key + 1, length)
-        if seen & member:
+        p = packet_member(skip_space(p + 1), end, &member)  # behind the brace or a comma
+        if p == NULL or seen & member:
             return False
         seen |= member
         if member == MESSAGES:
@@ -461,7 +443,7 @@ cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts
 # ------------------------------------------------------------------------------------------------------- for Python
 
 def scan(bytes body not None, bint strict=False):
-    """``(messages, emitter_hash)`` if the body certainly is a log packet; None sends the caller to ``packet.check``."""
+    """``(messages, emitter_hash)`` of what certainly is a log packet; None sends the caller to ``packet.check``."""
     cdef PacketFacts facts
     if not scan_packet(<const unsigned char *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), strict, &facts):
         return None
@@ -469,5 +451,5 @@ def scan(bytes body not None, bint strict=False):
 
 
 def hash_text(bytes utf8 not None):
-    """The hash that stands for an emitter: 64 bits, the same in every process and version; ``utf8`` is its emitterId."""
+    """The 64-bit number that stands for the emitter with this emitterId, the same in every process and version."""
     return hash_bytes(<const unsigned char *>PyBytes_AS_STRING(utf8), PyBytes_GET_SIZE(utf8))

@@ -35,11 +35,6 @@ cdef enum:
 cdef class AnalyzerStates:
     """The rows in ``buffer``, and the epoch in ``head`` that tells workers to look at them again."""
 
-    cdef object buffer, head_buffer
-    cdef int64_t *rows
-    cdef int64_t *head
-    cdef readonly Py_ssize_t slots
-
     def __cinit__(self, buffer, head):
         self.buffer, self.head_buffer = memoryview(buffer), memoryview(head)
         self.rows = words_of(buffer)
@@ -50,6 +45,12 @@ cdef class AnalyzerStates:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} of {self.slots}")
         return self.rows + slot * WORDS
+
+    cdef int64_t *failures_of(self, Py_ssize_t slot) except NULL:
+        return self.row(slot) + DELIVERY_FAILURES
+
+    cdef int64_t *epoch_word(self) noexcept:
+        return self.head + EPOCH
 
     @property
     def epoch(self):
@@ -117,9 +118,7 @@ cdef class AnalyzerStates:
 
     def delivery_succeeded(self, Py_ssize_t slot):
         """End a row of failed deliveries."""
-        cdef int64_t *row = self.row(slot)
-        if row[DELIVERY_FAILURES]:
-            store(row + DELIVERY_FAILURES, 0)
+        store(self.row(slot) + DELIVERY_FAILURES, 0)
 
     def pause(self, Py_ssize_t slot, int64_t until_ns):
         """Send nothing there until ``until_ns`` (monotonic); never shortens a pause."""

@@ -1,0 +1,182 @@
+"""Dispatching: every packet that was accepted is claimed from the ring, given to an analyzer, and sent from its list.
+
+``DispatchBase`` holds what happens for every packet. ``fastdist.dispatch`` decides, seldom, what the table looks like
+(``refresh``), and what becomes of packets that could not be delivered.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+from fastdist._core.bits cimport load, mix, mono_ns, unlikely
+from fastdist._core.forward cimport LINGERING, PoolBase
+from fastdist._core.pick cimport GOLDEN, AliasTable, Rendezvous
+from fastdist._core.ring cimport PacketRing, Record
+from fastdist._core.states cimport AnalyzerStates
+
+import os
+
+cdef enum:
+    CLAIMS_A_FLUSH = 8192    # a long backlog is claimed in parts, so that answers are not held up
+    DRAWS = 8                # candidates looked at for one that is not ahead of its share
+
+cdef enum:
+    EVEN = 0
+    RANDOM
+    STICKY
+
+cdef enum:
+    PACKETS = 0
+    MESSAGES
+    BYTES
+
+STRATEGIES = {"even": EVEN, "random": RANDOM, "sticky": STICKY}
+UNITS = {"packets": PACKETS, "messages": MESSAGES, "bytes": BYTES}
+
+
+cdef class DispatchBase:
+    """The way from the ring to the pools of the analyzers.
+
+    ``strategy`` and ``by`` as in the configuration. ``phase`` (64 bits) is where the sequence starts: random for every
+    worker, so that workers do not all begin with the same analyzer.
+    """
+
+    cdef readonly PacketRing ring
+    cdef readonly list pools         # PoolBase or None, by slot
+    cdef public object loop
+    cdef AliasTable table
+    cdef Rendezvous rendezvous
+    cdef int strategy, unit
+    cdef uint64_t phase
+    cdef double *given               # units each slot got since the table was set
+    cdef double *share
+    cdef double total
+    cdef Py_ssize_t slots
+    cdef const int64_t *epoch
+    cdef AnalyzerStates states       # keeps `epoch` alive
+    cdef int64_t seen_epoch
+    cdef list touched                # pools that got packets since the last flush
+    cdef list lingering
+    cdef bint scheduled
+    cdef object linger_timer
+    cdef double linger
+
+    def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, str strategy, str by, double linger, phase=None):
+        self.loop, self.ring = loop, ring
+        self.strategy, self.unit = STRATEGIES[strategy], UNITS[by]
+        self.linger = linger
+        self.phase = int.from_bytes(os.urandom(8), "little") if phase is None else phase
+        self.states = states
+        self.epoch = states.epoch_word()
+        self.seen_epoch = -1
+        self.slots = states.slots
+        self.pools = [None] * self.slots
+        self.given = <double *>calloc(self.slots, sizeof(double))
+        self.share = <double *>calloc(self.slots, sizeof(double))
+        if self.given == NULL or self.share == NULL:
+            raise MemoryError
+        self.touched, self.lingering = [], []
+
+    def __dealloc__(self):
+        free(self.given)
+        free(self.share)
+
+    def set_table(self, AliasTable table, Rendezvous rendezvous):
+        """Pick from these from now on; with None for the one the strategy uses, hold everything in the ring."""
+        cdef Py_ssize_t at
+        self.table, self.rendezvous = table, rendezvous
+        self.total = 0
+        memset(self.given, 0, self.slots * sizeof(double))
+        memset(self.share, 0, self.slots * sizeof(double))
+        if table is not None:
+            for slot, share in table.shares().items():
+                at = slot
+                self.share[at] = share
+
+    cdef int32_t pick(self, Record *record) noexcept nogil:
+        cdef double units
+        cdef int32_t slot, best = -1
+        cdef int i
+        if self.strategy == STICKY:
+            return self.rendezvous.best(record.emitter)
+        if self.unit == PACKETS:
+            return self.table.at(self.advance())
+        # Of the next few the table names, take the first that has had no more than its share of the units so far; if
+        # each is ahead, the one that is least so. Sizes may then come in any order.
+        units = record.messages if self.unit == MESSAGES else record.body_length
+        for i in range(DRAWS):
+            slot = self.table.at(self.advance())
+            if best < 0 or self.lead(slot) < self.lead(best):
+                best = slot
+            if self.lead(best) <= 0:
+                break
+        self.given[best] += units
+        self.total += units
+        return best
+
+    cdef inline double lead(self, int32_t slot) noexcept nogil:
+        return self.given[slot] - self.share[slot] * self.total
+
+    cdef inline uint64_t advance(self) noexcept nogil:
+        self.phase += GOLDEN
+        return mix(self.phase) if self.strategy == RANDOM else self.phase
+
+    def schedule(self):
+        """Have ``flush`` run when this turn of the loop has read all there is to read."""
+        if not self.scheduled:
+            self.scheduled = True
+            self.loop.call_soon(self.flush)
+
+    def flush(self):
+        """Give what was accepted to the analyzers, and send what may be sent."""
+        cdef int64_t now = mono_ns()
+        cdef PoolBase pool
+        cdef list pools
+        self.scheduled = False
+        if unlikely(load(self.epoch) != self.seen_epoch):
+            self.seen_epoch = load(self.epoch)
+            self.refresh()
+        if self.table is not None or self.rendezvous is not None:
+            self.route(now)
+        pools, self.touched = self.touched, []
+        for pool in pools:
+            pool.touched = False
+            if pool.pump_at(now) == LINGERING:
+                self.lingering.append(pool)
+        if self.lingering and self.linger_timer is None:
+            self.linger_timer = self.loop.call_later(self.linger, self.linger_over)
+
+    cdef int route(self, int64_t now) except -1:
+        """Claim what is in the ring and let it wait for the analyzer it was picked for."""
+        cdef uint32_t handle
+        cdef PoolBase pool
+        cdef int claims
+        for claims in range(CLAIMS_A_FLUSH):
+            handle = self.ring.claim_next()
+            if handle == 0:
+                return 0
+            pool = <PoolBase>self.pools[self.pick(self.ring.record_of(handle))]
+            pool.join(handle, now)
+            if not pool.touched:
+                pool.touched = True
+                self.touched.append(pool)
+        self.schedule()
+        return 0
+
+    def linger_over(self):
+        """Send what has waited long enough for its batch to fill."""
+        cdef PoolBase pool
+        self.linger_timer = None
+        for pool in self.lingering:
+            self.touch(pool)
+        self.lingering = []
+        self.flush()
+
+    def touch(self, PoolBase pool):
+        """Have the pool looked at in the next flush."""
+        if not pool.touched:
+            pool.touched = True
+            self.touched.append(pool)
+
+    def choose(self, uint32_t handle):
+        """Return the slot the table gives a claimed packet, which moves the sequence on."""
+        return self.pick(self.ring.record_of(handle))

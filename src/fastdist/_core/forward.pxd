@@ -1,0 +1,78 @@
+# One analyzer as a worker sees it: what waits for it, and the connections that carry it.
+from libc.stdint cimport int64_t, uint32_t
+from fastdist._core.counters cimport Counters
+from fastdist._core.http cimport Chunked, ReplyHead, uchar
+from fastdist._core.ring cimport PacketRing
+
+cdef enum Pumped:
+    NOTHING_TO_DO = 0
+    LINGERING                # what waits is not yet worth a request
+    AT_LIMIT                 # all connections are busy, or being opened
+
+cdef struct Group:
+    # One request in flight: a chain of handles through Entry.next.
+    uint32_t first
+    uint32_t packets
+    int64_t bytes            # of bodies
+    int64_t sent_ns
+    bint batch
+
+cdef class PoolBase:
+    cdef readonly PacketRing ring
+    cdef readonly Counters counters
+    cdef readonly int slot
+    cdef int64_t *mine
+    cdef int64_t *latency
+    cdef int64_t *failures
+    cdef bytes head              # of a request, up to the headers that differ
+    cdef bint batching
+    cdef uint32_t batch_packets
+    cdef int64_t batch_bytes, linger_ns
+    cdef readonly int pipeline, connection_limit
+    cdef readonly list idle      # connections with room for a request, the last used last
+    cdef readonly int open_connections
+    cdef public int opening
+    cdef public bint paused
+    cdef bint touched
+    cdef uint32_t first, last
+    cdef readonly int64_t waiting, waiting_bytes
+    cdef readonly int64_t requests_in_flight, packets_in_flight
+
+    cdef void join(self, uint32_t handle, int64_t now) noexcept nogil
+    cdef void join_front(self, uint32_t handle, int64_t now) noexcept nogil
+    cdef uint32_t leave(self) noexcept nogil
+    cdef bint due(self, int64_t now) noexcept nogil
+    cdef Pumped pump_at(self, int64_t now) except *
+    cdef Group form(self, int64_t now) noexcept nogil
+    cdef int64_t room_for(self, Group *group) noexcept
+    cdef char *write_request(self, Group *group, char *out, int64_t wall) noexcept
+    cdef char *write_bodies(self, Group *group, char *out) noexcept nogil
+    cdef int settle(self, Group *group, int64_t now) except -1
+    cdef list dissolve(self, Group *group)
+    cdef void landed(self, Group *group) noexcept nogil
+    cdef list handles(self, uint32_t handle)
+
+cdef class ReplyBase:
+    cdef readonly PoolBase pool
+    cdef public object transport
+    cdef int state
+    cdef Group *groups           # a circle of `pipeline` requests in flight
+    cdef int first_group, group_count
+    cdef int64_t body_left
+    cdef Chunked chunked
+    cdef bint keep_alive
+    cdef bint listed             # in pool.idle
+    cdef bint closing
+    cdef uchar *partial          # of a head
+    cdef Py_ssize_t partial_length, partial_size, scanned
+    cdef readonly int64_t replies
+    cdef readonly int64_t used_ns        # monotonic: last sending or reply
+    cdef int64_t waiting_since
+
+    cdef int send_waiting(self, int64_t now) except -1
+    cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1
+    cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except? NULL
+    cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
+    cdef int unsuccessful(self, Group *group, ReplyHead *head) except -1
+    cdef int reply_over(self, int64_t now) except -1
+    cdef bint has_room(self) noexcept

@@ -1,0 +1,554 @@
+"""Forwarding: the waiting list of an analyzer, and connections that send from it and read replies.
+
+``PoolBase`` and ``ReplyBase`` hold what happens for every packet; ``fastdist.forward`` mixes in connecting, pruning and
+what to do about failures. A packet is a handle of the ring on all of this way: lists are chained through the ring's
+entries, and the only object made is the one ``bytes`` that carries a write.
+
+A reply counts as soon as its head is read. Failures are told to the pool as lists of handles (``failed``), and the
+pool's owner decides where they go next; after any failure on a connection it is closed.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_XDECREF
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy
+from fastdist._core.bits cimport likely, mono_ns, store, unlikely, wall_ns
+from fastdist._core.counters cimport (
+    BYTES_DELIVERED, CONNECTIONS, DELIVERED, MESSAGES_DELIVERED, PACKETS_IN_FLIGHT, REQUESTS_IN_FLIGHT, SETTLING, Counters, observe,
+)
+from fastdist._core.http cimport (
+    CHUNK_BROKEN, CHUNK_END, CHUNK_MORE, CHUNK_TRAILERS_TOO_LONG, HEAD_INCOMPLETE, ReplyHead, Span, Chunked, chunked_next,
+    chunked_start, find_head_end, parse_reply_head, uchar,
+)
+from fastdist._core.ring cimport ID_TEXT, WAITED, Entry, PacketRing, Record, record_body, write_id
+from fastdist._core.states cimport AnalyzerStates
+
+cdef extern from "Python.h":
+    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *text, Py_ssize_t size) except NULL
+    char *text_of "PyBytes_AS_STRING"(PyObject *text)
+    int _PyBytes_Resize(PyObject **text, Py_ssize_t size) except -1
+
+cdef enum:
+    ALONE = 1                    # flag of an entry: send this packet as single, its batch was refused
+
+cdef enum:
+    LARGEST_REPLY_HEAD = 65536
+    FIELD_ROOM = 160             # the headers of a request that differ, without its ids
+
+cdef enum:
+    HEAD = 0
+    LENGTH
+    CHUNKS
+    UNTIL_CLOSE
+
+
+cdef inline char *put(char *out, const char *text, Py_ssize_t n) noexcept nogil:
+    memcpy(out, text, n)
+    return out + n
+
+
+cdef char *put_number(char *out, int64_t number) noexcept nogil:
+    cdef char[20] digits
+    cdef int n = 0
+    while True:
+        digits[n] = <char>(c'0' + number % 10)
+        n += 1
+        number //= 10
+        if number == 0:
+            break
+    while n:
+        n -= 1
+        out[0] = digits[n]
+        out += 1
+    return out
+
+
+cdef class PoolBase:
+    """What waits for one analyzer, and its connections.
+
+    ``head``: the request line and the headers all requests share, each ended by CR LF. ``connections`` at most are
+    open, with ``pipeline`` requests in flight on each. With ``batching`` a request carries up to ``batch_packets``
+    packets and ``batch_bytes`` bytes of them (one packet at least), and waits for more for ``linger`` seconds while
+    another is in flight.
+    """
+
+    def __cinit__(self, PacketRing ring, Counters counters, AnalyzerStates states, int slot, *args, **kwargs):
+        self.ring, self.counters, self.slot = ring, counters, slot
+        self.mine = counters.of(counters.checked(slot))
+        self.latency = counters.delivery_of(slot)
+        self.failures = states.failures_of(slot)
+        self.idle = []
+        self.mine[REQUESTS_IN_FLIGHT] = self.mine[PACKETS_IN_FLIGHT] = self.mine[CONNECTIONS] = 0
+
+    def configure(self, bytes head, int connections, int pipeline, bint batching, uint32_t batch_packets,
+                  int64_t batch_bytes, double linger):
+        """Set how requests are made."""
+        self.head = head
+        self.connection_limit, self.pipeline = connections, pipeline
+        self.batching, self.batch_packets, self.batch_bytes = batching, batch_packets, batch_bytes
+        self.linger_ns = <int64_t>(linger * 1e9)
+
+    # ---- the waiting list
+
+    cdef void join(self, uint32_t handle, int64_t now) noexcept nogil:
+        cdef Entry *entry = &self.ring.entries[handle]
+        entry.since_ns = now
+        entry.next = 0
+        if self.waiting:
+            self.ring.entries[self.last].next = handle
+        else:
+            self.first = handle
+        self.last = handle
+        self.waiting += 1
+        self.waiting_bytes += self.ring.record_of(handle).body_length
+
+    cdef void join_front(self, uint32_t handle, int64_t now) noexcept nogil:
+        cdef Entry *entry = &self.ring.entries[handle]
+        entry.since_ns = now
+        entry.next = self.first if self.waiting else 0
+        self.first = handle
+        if not self.waiting:
+            self.last = handle
+        self.waiting += 1
+        self.waiting_bytes += self.ring.record_of(handle).body_length
+
+    cdef uint32_t leave(self) noexcept nogil:
+        """Take the first out of the list (which must not be empty)."""
+        cdef uint32_t handle = self.first
+        self.first = self.ring.entries[handle].next
+        self.waiting -= 1
+        self.waiting_bytes -= self.ring.record_of(handle).body_length
+        return handle
+
+    def append(self, uint32_t handle):
+        """Let a claimed packet wait here, behind the others."""
+        self.join(handle, mono_ns())
+
+    def prepend(self, uint32_t handle, bint alone=False):
+        """Let a claimed packet wait here, before the others; ``alone``: it is not to share a request."""
+        if alone:
+            self.ring.entries[handle].flags |= ALONE
+        self.join_front(handle, mono_ns())
+
+    def release_waiting(self):
+        """Give all that waits here back to the ring, in order; return how many."""
+        cdef int64_t count = self.waiting
+        while self.waiting:
+            self.ring.give_back(self.leave())
+        return count
+
+    def take_request(self):
+        """Take what the next request would carry out of the list; return its handles."""
+        if not self.waiting:
+            return []
+        cdef Group group = self.form(mono_ns())
+        return self.handles(group.first)
+
+    def spill(self, PoolBase other, int64_t since_ns, int64_t most):
+        """Move up to ``most`` packets that have waited since before ``since_ns`` (monotonic) to another; return how many."""
+        cdef int64_t moved = 0, now = mono_ns()
+        while moved < most and self.waiting and self.ring.entries[self.first].since_ns < since_ns:
+            other.join(self.leave(), now)
+            moved += 1
+        return moved
+
+    def waiting_since(self):
+        """Return since when (monotonic ns) the first has waited here, 0 if none does."""
+        return self.ring.entries[self.first].since_ns if self.waiting else 0
+
+    cdef list handles(self, uint32_t handle):
+        handles = []
+        while handle:
+            handles.append(handle)
+            handle = self.ring.entries[handle].next
+        return handles
+
+    # ---- sending
+
+    def pump(self):
+        """Send what may be sent now; open connections for the rest."""
+        return self.pump_at(mono_ns())
+
+    cdef Pumped pump_at(self, int64_t now) except *:
+        while self.waiting and not self.paused:
+            if not self.due(now):
+                return LINGERING
+            if not self.idle:
+                if self.open_connections + self.opening < self.connection_limit:
+                    self.open_more()
+                return AT_LIMIT
+            (<ReplyBase>self.idle[len(self.idle) - 1]).send_waiting(now)
+        return NOTHING_TO_DO
+
+    cdef bint due(self, int64_t now) noexcept nogil:
+        """Whether a request should leave now, rather than wait to carry more."""
+        return (not self.batching or self.requests_in_flight == 0 or self.waiting >= self.batch_packets
+                or self.waiting_bytes >= self.batch_bytes or now - self.ring.entries[self.first].since_ns >= self.linger_ns)
+
+    cdef Group form(self, int64_t now) noexcept nogil:
+        """Take a request's packets out of the list, which must not be empty."""
+        cdef Group group
+        cdef uint32_t last, handle = self.leave()
+        group.first, group.packets, group.sent_ns = handle, 1, now
+        group.bytes = self.ring.record_of(handle).body_length
+        group.batch = self.batching and not self.ring.entries[handle].flags & ALONE
+        last = handle
+        while group.batch and self.waiting and group.packets < self.batch_packets:
+            handle = self.first
+            if (group.bytes + self.ring.record_of(handle).body_length > self.batch_bytes
+                    or self.ring.entries[handle].flags & ALONE):
+                break
+            self.leave()
+            group.bytes += self.ring.record_of(handle).body_length
+            group.packets += 1
+            self.ring.entries[last].next = handle
+            last = handle
+        self.ring.entries[last].next = 0
+        return group
+
+    cdef int64_t room_for(self, Group *group) noexcept:
+        """Return an upper bound of the request's size."""
+        return len(self.head) + FIELD_ROOM + group.bytes + group.packets * (ID_TEXT + 2)
+
+    cdef char *write_request(self, Group *group, char *out, int64_t wall) noexcept:
+        """Write the request, note the sending in its records, and return where it ends."""
+        cdef uint32_t handle = group.first
+        cdef uint32_t attempts = 0
+        cdef Record *record
+        out = put(out, PyBytes_AS_STRING(self.head), len(self.head))
+        if group.batch:
+            out = put(out, b"X-Packet-Count: ", 16)
+            out = put_number(out, group.packets)
+            out = put(out, b"\r\nX-Packet-Ids: ", 16)
+        else:
+            out = put(out, b"X-Packet-Id: ", 13)
+        while handle:
+            record = self.ring.record_of(handle)
+            if record.attempts == 0:
+                observe(self.counters.queue_wait, wall - record.accepted_ns, 1)
+            record.attempts += 1
+            attempts = max(attempts, record.attempts)
+            out += write_id(record, out)
+            handle = self.ring.entries[handle].next
+            if handle:
+                out[0] = c','
+                out += 1
+        out = put(out, b"\r\nX-Attempt: ", 13)
+        out = put_number(out, attempts)
+        out = put(out, b"\r\nContent-Length: ", 18)
+        out = put_number(out, group.bytes + (group.packets + 1 if group.batch else 0))
+        out = put(out, b"\r\n\r\n", 4)
+        return self.write_bodies(group, out)
+
+    cdef char *write_bodies(self, Group *group, char *out) noexcept nogil:
+        cdef uint32_t handle = group.first
+        cdef Record *record
+        cdef char separator = c'['
+        while handle:
+            record = self.ring.record_of(handle)
+            if group.batch:
+                out[0] = separator
+                out += 1
+                separator = c','
+            out = put(out, <const char *>record_body(record), record.body_length)
+            handle = self.ring.entries[handle].next
+        if group.batch:
+            out[0] = c']'
+            out += 1
+        self.requests_in_flight += 1
+        self.packets_in_flight += group.packets
+        self.mine[REQUESTS_IN_FLIGHT] = self.requests_in_flight
+        self.mine[PACKETS_IN_FLIGHT] = self.packets_in_flight
+        return out
+
+    # ---- outcomes
+
+    cdef int settle(self, Group *group, int64_t now) except -1:
+        """The analyzer has taken the request: its packets are done."""
+        cdef uint32_t next_handle, handle = group.first
+        cdef int64_t messages = 0
+        cdef Record *record
+        cdef list waited = None
+        self.counters.words[SETTLING] = self.slot + 1
+        while handle:
+            next_handle = self.ring.entries[handle].next
+            record = self.ring.record_of(handle)
+            messages += record.messages
+            if unlikely(record.flags & WAITED):
+                waited = waited or []
+                waited.append(record.sequence)
+            self.ring.finish(handle)
+            handle = next_handle
+        self.mine[DELIVERED] += group.packets
+        self.mine[MESSAGES_DELIVERED] += messages
+        self.mine[BYTES_DELIVERED] += group.bytes
+        observe(self.latency, now - group.sent_ns, group.packets)
+        if unlikely(self.failures[0] != 0):
+            store(self.failures, 0)
+        self.landed(group)
+        if unlikely(waited is not None):
+            self.awaited_delivered(waited)
+        return 0
+
+    cdef list dissolve(self, Group *group):
+        """The request failed: return its handles."""
+        self.landed(group)
+        return self.handles(group.first)
+
+    cdef void landed(self, Group *group) noexcept nogil:
+        self.requests_in_flight -= 1
+        self.packets_in_flight -= group.packets
+        self.mine[REQUESTS_IN_FLIGHT] = self.requests_in_flight
+        self.mine[PACKETS_IN_FLIGHT] = self.packets_in_flight
+
+    def connection_count(self, int change):
+        """Count a connection that opened (1) or closed (-1)."""
+        self.open_connections += change
+        self.mine[CONNECTIONS] = self.open_connections
+
+    def room(self):
+        """Return how many packets could be sent at once without one waiting behind another."""
+        cdef int64_t requests = <int64_t>self.connection_limit * self.pipeline - self.requests_in_flight
+        return max(0, requests * (self.batch_packets if self.batching else 1) - self.waiting)
+
+
+cdef class ReplyBase:
+    """A connection to an analyzer: sends requests, reads replies. ``pool`` is told of everything that goes wrong.
+
+    Outcomes reach the pool as ``refused(handles, status, batch)``, ``failed(handles, error, counted)``,
+    ``paused_for(handles, status, value)`` and ``not_sent(handles)`` (certain not to have been looked at, or a
+    connection that was closed while idle: go again at once).
+    """
+
+    def __cinit__(self, PoolBase pool, *args, **kwargs):
+        self.pool = pool
+        self.groups = <Group *>calloc(pool.pipeline, sizeof(Group))
+        if self.groups == NULL:
+            raise MemoryError
+        self.used_ns = mono_ns()
+
+    def __dealloc__(self):
+        free(self.groups)
+        free(self.partial)
+
+    cdef bint has_room(self) noexcept:
+        return not self.closing and self.group_count + (self.state != HEAD) < self.pool.pipeline
+
+    def in_flight(self):
+        """Return how many requests wait for their reply here."""
+        return self.group_count
+
+    def offer(self):
+        """Put the connection at the disposal of its pool (if it has room and is not already)."""
+        if self.has_room() and not self.listed:
+            self.listed = True
+            self.pool.idle.append(self)
+
+    def withdraw(self):
+        """Take the connection out of its pool's idle list."""
+        if self.listed:
+            self.listed = False
+            self.pool.idle.remove(self)
+
+    def overdue(self, int64_t now, int64_t timeout):
+        """Whether a reply (or the rest of one) has been awaited for longer than ``timeout`` ns."""
+        return (self.group_count > 0 or self.state != HEAD) and now - self.waiting_since > timeout
+
+    cdef int send_waiting(self, int64_t now) except -1:
+        """Send as many requests as there is room for and are due, in one write."""
+        cdef PoolBase pool = self.pool
+        cdef Group *group
+        cdef int made = 0, i
+        cdef int64_t room = 0, wall = wall_ns()
+        cdef char *out
+        cdef PyObject *buffer
+        if self.group_count == 0 and self.state == HEAD:
+            self.waiting_since = now
+        while pool.waiting and self.has_room() and pool.due(now):
+            group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
+            group[0] = pool.form(now)
+            room += pool.room_for(group)
+            self.group_count += 1
+            made += 1
+        if made == 0:
+            return 0
+        buffer = new_bytes(NULL, room)
+        out = text_of(buffer)
+        for i in range(self.group_count - made, self.group_count):
+            out = pool.write_request(&self.groups[(self.first_group + i) % pool.pipeline], out, wall)
+        if not self.has_room():
+            self.withdraw()
+        self.used_ns = now
+        _PyBytes_Resize(&buffer, out - text_of(buffer))
+        data = <object>buffer
+        Py_XDECREF(buffer)
+        self.transport.write(data)
+        return made
+
+    # ---- replies
+
+    def data_received(self, bytes data):
+        """Take in what the analyzer sent."""
+        cdef int64_t now = mono_ns()
+        if self.closing:
+            return
+        self.used_ns = now
+        if self.partial_length:
+            self.keep_partial(<const uchar *>PyBytes_AS_STRING(data), len(data))
+            joined = PyBytes_FromStringAndSize(<char *>self.partial, self.partial_length)
+            self.partial_length = 0
+            data = joined
+        self.read_replies(<const uchar *>PyBytes_AS_STRING(data), len(data), now)
+        if self.closing:
+            return
+        if self.has_room():
+            if self.pool.waiting and not self.pool.paused:
+                self.send_waiting(now)
+            self.offer()
+
+    cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
+        cdef const uchar *end = p + n
+        cdef Span piece
+        cdef int event
+        while p < end and not self.closing:
+            if self.state == HEAD:
+                p = self.read_head(p, end, now)
+            elif self.state == LENGTH:
+                piece.n = min(self.body_left, end - p)
+                p += piece.n
+                self.body_left -= piece.n
+                if self.body_left == 0:
+                    self.reply_over(now)
+            elif self.state == CHUNKS:
+                event = chunked_next(&self.chunked, &p, end, &piece, LARGEST_REPLY_HEAD)
+                if event == CHUNK_END:
+                    self.reply_over(now)
+                elif event == CHUNK_BROKEN or event == CHUNK_TRAILERS_TOO_LONG:
+                    self.close_after("a reply whose chunks are broken", False)
+            else:
+                p = end
+        return 0
+
+    cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except? NULL:
+        """Read the head at ``p``, act on it, and return where it ends (``end`` when it is not whole yet)."""
+        cdef ReplyHead head
+        cdef Group group
+        cdef Py_ssize_t length
+        if self.group_count == 0:
+            self.close_after("", False)  # it speaks unasked: nothing of ours is at stake
+            return end
+        length = find_head_end(p, end - p, &self.scanned, False)
+        if length == HEAD_INCOMPLETE:
+            if end - p > LARGEST_REPLY_HEAD or not looks_like_http(p, end - p):
+                self.close_after("a reply that is not HTTP", True)
+            else:
+                self.keep_partial(p, end - p)
+            return end
+        self.scanned = 0
+        if not parse_reply_head(p, length, &head) or head.status == 101:
+            self.close_after("a reply that is not HTTP", True)
+            return end
+        if head.status < 200:
+            return p + length
+        group = self.groups[self.first_group]
+        self.first_group = (self.first_group + 1) % self.pool.pipeline
+        self.group_count -= 1
+        self.replies += 1
+        self.keep_alive = head.keep_alive
+        if head.status == 204 or head.status == 304 or head.content_length == 0:
+            self.state = LENGTH
+            self.body_left = 0
+        elif head.chunked:
+            self.state = CHUNKS
+            chunked_start(&self.chunked)
+        elif head.content_length > 0:
+            self.state = LENGTH
+            self.body_left = head.content_length
+        else:
+            self.state = UNTIL_CLOSE
+            self.keep_alive = False
+        if likely(head.status < 300):
+            self.pool.settle(&group, now)
+        else:
+            self.unsuccessful(&group, &head)
+        if self.state == LENGTH and self.body_left == 0:
+            self.reply_over(now)
+        return p + length
+
+    cdef int unsuccessful(self, Group *group, ReplyHead *head) except -1:
+        cdef list handles = self.pool.dissolve(group)
+        if (head.status == 429 or head.status == 503) and (head.retry_after >= 0 or head.dated):
+            value = head.retry_date.p[:head.retry_date.n].decode("latin-1")
+            self.pool.paused_for(handles, head.status, value)
+        elif head.status >= 500 or head.status == 408 or head.status == 425 or head.status == 429:
+            self.pool.failed(handles, f"HTTP {head.status}", True)
+        else:
+            self.pool.refused(handles, head.status, bool(group.batch))
+        return 0
+
+    cdef int reply_over(self, int64_t now) except -1:
+        """A reply was read to its end: the connection is free for the next, unless the analyzer closes it."""
+        self.state = HEAD
+        self.waiting_since = now
+        if not self.keep_alive:
+            self.close_after("", False)
+        return 0
+
+    cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1:
+        cdef uchar *grown
+        if self.partial_length + n > self.partial_size:
+            grown = <uchar *>realloc(self.partial, self.partial_length + n)
+            if grown == NULL:
+                raise MemoryError
+            self.partial, self.partial_size = grown, self.partial_length + n
+        memcpy(self.partial + self.partial_length, p, n)
+        self.partial_length += n
+        return 0
+
+    def close_after(self, str error, bint counted):
+        """Close the connection. With an ``error`` the first request in flight failed; those behind it were not looked at."""
+        if self.closing:
+            return
+        self.closing = True
+        self.withdraw()
+        first = True
+        groups = []
+        while self.group_count:
+            groups.append((self.pool.dissolve(&self.groups[self.first_group]), first and bool(error)))
+            self.first_group = (self.first_group + 1) % self.pool.pipeline
+            self.group_count -= 1
+            first = False
+        self.transport.abort() if error else self.transport.close()
+        for handles, failed in reversed(groups):  # the first goes last, to the front
+            if failed:
+                self.pool.failed(handles, error, counted)
+            else:
+                self.pool.not_sent(handles)
+
+    def eof_received(self):
+        """The analyzer closes its side: so do we."""
+        return False
+
+    def connection_lost(self, error):
+        """End the connection's life: what was in flight goes elsewhere, or again if it was never looked at."""
+        if not self.closing:
+            # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
+            # stale connection, not a failed analyzer.
+            if self.group_count == 0 or self.state != HEAD or (self.replies > 0 and self.partial_length == 0):
+                self.close_after("", False)
+            else:
+                self.close_after("connection closed before the reply" if error is None else f"connection lost: {error}", True)
+        self.pool.connection_count(-1)
+        self.pool.lost(self)
+
+
+cdef bint looks_like_http(const uchar *p, Py_ssize_t n) noexcept nogil:
+    cdef const char *start = b"HTTP/1."
+    cdef Py_ssize_t i
+    for i in range(min(n, 7)):
+        if p[i] != <uchar>start[i]:
+            return False
+    return True
+

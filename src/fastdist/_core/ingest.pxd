@@ -1,0 +1,88 @@
+# What all emitters' connections of a worker share, and one of them.
+from libc.stdint cimport int64_t, uint64_t, uint32_t
+from fastdist._core.counters cimport Counters
+from fastdist._core.http cimport Chunked, RequestHead, Span, uchar
+from fastdist._core.limiter cimport RateLimiter
+from fastdist._core.ring cimport PacketRing
+
+cdef class Intake:
+    cdef readonly PacketRing ring
+    cdef readonly Counters counters
+    cdef readonly RateLimiter limiter
+    cdef readonly set connections
+    cdef public bint draining
+    cdef public bint broken_storage
+    cdef public bint open_to_all       # no token is asked for
+    cdef public bint shares_origins    # CORS is on
+    cdef bint answers_after_sync
+    cdef readonly list unsynced        # connections with answers that wait for a sync
+    cdef int validation
+    cdef int64_t max_body, max_header
+    cdef int64_t header_timeout, body_timeout, keepalive_timeout
+    cdef readonly Py_ssize_t max_connections
+    cdef object check                  # packet.check
+    cdef object on_accepted
+    cdef object on_sync_wanted
+    cdef uint64_t noise
+    cdef char *out                     # the answers of one read
+    cdef Py_ssize_t out_length, out_size
+    cdef int64_t dated_second
+    cdef bytes date
+
+    cdef int put(self, const char *text, Py_ssize_t n) except -1
+    cdef int make_id(self, int64_t wall, unsigned char *packet_id) except -1
+    cdef bytes take_out(self)
+    cdef int reserve(self, Py_ssize_t n) except -1
+
+cdef class Answer:
+    cdef bytes data
+    cdef bint ready
+    cdef int64_t position              # of the ring, that a sync has to reach first; 0: none
+    cdef IngestBase connection
+
+cdef class IngestBase:
+    cdef readonly Intake intake
+    cdef public object transport
+    cdef uint64_t client               # hash of the peer's address
+    cdef int state
+    cdef bint closing                  # no further request is read
+    cdef bint input_paused, output_paused
+    # the request being read
+    cdef bint is_log, answered, keep_alive, head_only, old_client, chunked_body
+    cdef bint was_answered_100
+    cdef int64_t body_left, started_ns
+    cdef Chunked chunks
+    cdef double wait_seconds           # Prefer: wait; < 0: none
+    cdef char[64] key
+    cdef int key_length
+    cdef bytes extra                   # header lines its answer gets besides the usual
+    cdef tuple request                 # (method, target, head) of one that is not POST /logs
+    # buffers
+    cdef uchar *partial                # of a head
+    cdef Py_ssize_t partial_length, partial_size, scanned
+    cdef uchar *body
+    cdef Py_ssize_t body_length, body_size
+    # times, monotonic ns
+    cdef int64_t moved_ns              # last byte read
+    cdef int64_t head_ns               # first byte of the present head; 0: none yet
+    cdef int64_t paused_ns             # since when the emitter does not read its answers; 0: it does
+    cdef readonly list answers         # in the order of their requests, while any of them has to wait
+
+    cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1
+    cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL
+    cdef const uchar *read_body(self, const uchar *p, const uchar *end) except NULL
+    cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL
+    cdef int begin(self, RequestHead *head, const uchar *p, Py_ssize_t n) except -1
+    cdef int begin_log(self, RequestHead *head) except -1
+    cdef bint take_key(self, Span value) noexcept
+    cdef bint take_preference(self, Span value) noexcept
+    cdef int body_whole(self, const uchar *p, Py_ssize_t n) except -1
+    cdef int accept(self, const uchar *p, Py_ssize_t n) except -1
+    cdef bint understand(self, const uchar *p, Py_ssize_t n, uint32_t *messages, uint64_t *emitter) except -1
+    cdef int answer_accepted(self, unsigned char *packet_id, uint32_t messages) except -1
+    cdef int keep_body(self, const uchar *p, Py_ssize_t n) except -1
+    cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
+    cdef int drop_body(self) noexcept
+    cdef int flush(self) except -1
+    cdef drop_partial(self)
+    cdef flush_to_answers(self)

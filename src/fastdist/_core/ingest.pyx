@@ -1,0 +1,765 @@
+"""Ingest: what emitters send, from bytes to a packet in the ring and an answer.
+
+``Intake`` is what all connections of a worker share; ``IngestBase`` is one connection. A request goes head -> body ->
+answer; ``POST /logs`` is dealt with here, all else, and everything that is wrong, in ``fastdist.ingest`` (``handle``,
+``refuse``). The answers of one read leave in one write. Where an answer has to wait (for a sync, a delivery, another
+process), it and all behind it become ``Answer`` objects in a list, and leave in order as they get ready.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.math cimport INFINITY
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memmove
+from fastdist._core.bits cimport hash_bytes, likely, mix, mono_ns, unlikely, wall_ns
+from fastdist._core.counters cimport (
+    ACCEPTED, BYTES_ACCEPTED, INVALID, MALFORMED, MESSAGES_ACCEPTED, Counters, observe,
+)
+from fastdist._core.http cimport (
+    CHUNK_BROKEN, CHUNK_DATA, CHUNK_END, CHUNK_MORE, CHUNK_TRAILERS_TOO_LONG, GET, HEAD, HEAD_BROKEN, HEAD_INCOMPLETE, POST,
+    Chunked, RequestHead, Span, chunked_next, chunked_start, find_head_end, parse_request_head, same, uchar,
+)
+from fastdist._core.limiter cimport RateLimiter
+from fastdist._core.pick cimport GOLDEN
+from fastdist._core.ring cimport ID_TEXT, PUSHED, TOO_BIG, WAITED, PacketRing
+from fastdist._core.schema cimport PacketFacts, scan_packet
+
+import os
+from email.utils import formatdate
+
+cdef enum:
+    API_BODY = 1 << 20       # the most a request other than POST /logs may carry
+    MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
+
+cdef enum State:
+    START = 0                # between requests, or in a head
+    BODY
+    CHUNKS
+    OVER                     # the last answer is written or waits to be; what still comes is dropped
+
+VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
+
+cdef bytes SAFETY = b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+cdef bytes ACCEPTED_HEAD = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\n" + SAFETY + b"Date: "
+cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
+SAFETY_HEADERS = SAFETY
+
+
+cdef class Intake:
+    """What the emitters' connections of one worker share: the ring they push to, limits, time-outs, the answers' buffer.
+
+    ``server``: the section of the configuration. ``check(body, strict=...)`` returns (messages, emitter hash) or raises
+    PacketError. ``on_accepted()`` is called when packets were pushed, ``on_sync_wanted()`` when answers wait for a sync.
+    """
+
+    def __cinit__(self, PacketRing ring, Counters counters, RateLimiter limiter, server, check, on_accepted,
+                  on_sync_wanted=None):
+        self.ring, self.counters, self.limiter = ring, counters, limiter
+        self.check, self.on_accepted, self.on_sync_wanted = check, on_accepted, on_sync_wanted
+        self.answers_after_sync = on_sync_wanted is not None
+        self.validation = VALIDATIONS[server.validation]
+        self.max_body, self.max_header = server.max_body, server.max_header
+        self.header_timeout = <int64_t>(server.header_timeout * 1e9)
+        self.body_timeout = <int64_t>(server.body_timeout * 1e9)
+        self.keepalive_timeout = <int64_t>(server.keepalive_timeout * 1e9)
+        self.max_connections = server.max_connections
+        self.connections, self.unsynced = set(), []
+        self.open_to_all = True
+        self.noise = int.from_bytes(os.urandom(8), "little")
+        self.out_size = 65536
+        self.out = <char *>malloc(self.out_size)
+        if self.out == NULL:
+            raise MemoryError
+        self.date = b""
+
+    def __dealloc__(self):
+        free(self.out)
+
+    cdef int reserve(self, Py_ssize_t n) except -1:
+        cdef char *grown
+        if self.out_length + n > self.out_size:
+            grown = <char *>realloc(self.out, 2 * (self.out_length + n))
+            if grown == NULL:
+                raise MemoryError
+            self.out, self.out_size = grown, 2 * (self.out_length + n)
+        return 0
+
+    cdef int put(self, const char *text, Py_ssize_t n) except -1:
+        self.reserve(n)
+        memcpy(self.out + self.out_length, text, n)
+        self.out_length += n
+        return 0
+
+    cdef bytes take_out(self):
+        data = PyBytes_FromStringAndSize(self.out, self.out_length)
+        self.out_length = 0
+        return data
+
+    cdef int make_id(self, int64_t wall, unsigned char *packet_id) except -1:
+        """Write a UUIDv7 (RFC 9562): 48 bits of milliseconds, 12 of their fraction, 62 random ones."""
+        cdef uint64_t ms = wall // 1000000
+        cdef uint64_t fraction = <uint64_t>(wall % 1000000) * 4096 // 1000000
+        cdef uint64_t high, low
+        self.noise += GOLDEN
+        high = (ms << 16) | 0x7000 | fraction
+        low = (mix(self.noise) >> 2) | (<uint64_t>1 << 63)
+        for i in range(8):
+            packet_id[i] = (high >> (56 - 8 * i)) & 0xFF
+            packet_id[8 + i] = (low >> (56 - 8 * i)) & 0xFF
+        return 0
+
+    def http_date(self):
+        """Return the present second as HTTP writes it."""
+        cdef int64_t second = wall_ns() // 1000000000
+        if second != self.dated_second:
+            self.dated_second = second
+            self.date = formatdate(second, usegmt=True).encode()
+        return self.date
+
+    def compose(self, int status, str reason, bytes headers, bytes body, *, bint close, bint head_only=False,
+                bint old_client=False):
+        """Return a whole answer. ``headers``: lines each ended by CR LF, Content-Type among them."""
+        parts = [b"HTTP/1.1 %d %s\r\n" % (status, reason.encode()), headers, SAFETY if b"Cache-Control" not in headers else b"",
+                 b"Date: ", self.http_date(), b"\r\n"]
+        if status != 204 and status >= 200:
+            parts.append(b"Content-Length: %d\r\n" % len(body))
+        if close:
+            parts.append(b"Connection: close\r\n")
+        elif old_client:
+            parts.append(b"Connection: keep-alive\r\n")
+        parts.append(b"\r\n")
+        if not head_only and status != 204:
+            parts.append(body)
+        return b"".join(parts)
+
+    def synced(self, int64_t position):
+        """All packets up to ``position`` of the ring are on stable storage: their answers may leave."""
+        cdef IngestBase connection
+        connections, self.unsynced = self.unsynced, []
+        for connection in connections:
+            connection.release(position)
+
+    def sync_failed(self, bytes answer):
+        """The last sync failed: whoever waited for it gets ``answer`` instead (their packets are withdrawn)."""
+        cdef IngestBase connection
+        cdef Answer waiting
+        connections, self.unsynced = self.unsynced, []
+        for connection in connections:
+            for waiting in connection.answers or ():
+                if waiting.position and not waiting.ready:
+                    waiting.data, waiting.ready = answer, True
+            connection.release_ready()
+
+
+cdef class Answer:
+    """An answer that has its place in the order of its connection, and may have to wait."""
+
+    def complete(self, bytes data):
+        """The answer is known now."""
+        if not self.ready:
+            self.data, self.ready = data, True
+            self.connection.release_ready()
+
+    def complete_after_sync(self, bytes data):
+        """The answer is known, and true once its packet is synced."""
+        cdef Intake intake = self.connection.intake
+        if self.position and self.position > intake.ring.synced:
+            self.data = data
+            intake.unsynced.append(self.connection)
+        else:
+            self.complete(data)
+
+
+cdef class IngestBase:
+    """One emitter's connection, mixed into an ``asyncio.Protocol`` that has:
+
+    ``handle(method, target, head, body)``: any request but POST /logs; returns the answer's bytes, or None when it will
+    complete an ``Answer`` made by ``promise`` later. ``refuse(status, counter, detail, close)``: what was wrong with a
+    request, as bytes. ``limited(seconds)``, ``unauthorized(header)``, ``invalid(error)``, ``not_stored(full)``: answers
+    for what their names say (``unauthorized`` returns None where the token is good). ``await_delivery(answer, sequence,
+    seconds, id, messages)``. ``shut(lingering)``: close when all is written.
+    """
+
+    def __cinit__(self, Intake intake, *args, **kwargs):
+        self.intake = intake
+        self.moved_ns = mono_ns()
+        self.answers = None
+
+    def __dealloc__(self):
+        free(self.partial)
+        free(self.body)
+
+    def set_client(self, str address):
+        """Tell who is at the other end (for the rate limits)."""
+        cdef bytes name = address.encode()
+        self.client = hash_bytes(PyBytes_AS_STRING(name), len(name))
+
+    # ---- reading
+
+    def data_received(self, bytes data):
+        """Take in what the emitter sent; write what can be answered at once."""
+        cdef int64_t now = mono_ns()
+        cdef uint64_t before = self.intake.ring.next_sequence
+        self.moved_ns = now
+        if self.state == OVER:
+            return
+        try:
+            if self.partial_length:
+                self.keep_partial(<const uchar *>PyBytes_AS_STRING(data), len(data))
+                data = PyBytes_FromStringAndSize(<char *>self.partial, self.partial_length)
+                self.drop_partial()
+            self.read(<const uchar *>PyBytes_AS_STRING(data), len(data), now)
+        finally:
+            self.flush()
+        if self.intake.ring.next_sequence != before:
+            self.intake.on_accepted()
+
+    cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
+        cdef const uchar *end = p + n
+        while p < end and self.state != OVER:
+            if self.state == START:
+                p = self.read_head(p, end, now)
+            elif self.state == BODY:
+                p = self.read_body(p, end)
+            else:
+                p = self.read_chunks(p, end)
+        return 0
+
+    cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL:
+        """Read the head at ``p``; return where it ends, or ``end`` when it is kept until there is more of it."""
+        cdef RequestHead head
+        cdef Py_ssize_t length
+        if self.head_ns == 0:
+            # An empty line before a request is to be passed over (RFC 9112, 2.2).
+            if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
+                return p + 2
+            self.head_ns = now
+            self.scanned = 0
+        length = find_head_end(p, end - p, &self.scanned, True)
+        if length == HEAD_BROKEN:
+            self.fault(400, "malformed", "the request is not HTTP: a line does not end in CR LF, or holds a control character")
+            return end
+        if (length or end - p) > self.intake.max_header:
+            self.fault(431, "head_too_large", f"the request's head is larger than the {self.intake.max_header} bytes allowed")
+            return end
+        if length == HEAD_INCOMPLETE:
+            self.keep_partial(p, end - p)
+            return end
+        parse_request_head(p, length, &head)
+        self.head_ns = 0
+        self.started_ns = now
+        self.begin(&head, p, length)
+        if self.state == START:  # no body
+            self.body_whole(NULL, 0)
+        elif self.state != OVER and self.was_answered_100 == 0 and head.expects_continue and p + length == end and not self.answered:
+            self.was_answered_100 = True
+            self.emit(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return p + length
+
+    cdef int begin(self, RequestHead *head, const uchar *p, Py_ssize_t n) except -1:
+        """Act on a parsed head: decide what the request is, whether it may go on, and how its body is read."""
+        self.answered = self.was_answered_100 = False
+        self.extra = None
+        if head.status:
+            self.fault(head.status, "malformed", f"the request is not HTTP: {head.fault.decode()}")
+            return 0
+        self.keep_alive = head.keep_alive and not self.intake.draining
+        self.old_client = head.minor == 0
+        self.head_only = head.method == HEAD
+        self.is_log = head.method == POST and head.path.n == 5 and head.path.p[:5] == b"/logs"
+        if unlikely(self.intake.shares_origins) and head.origin.n:
+            self.extra = self.share_with(head.origin.p[:head.origin.n])
+        if likely(self.is_log):
+            self.begin_log(head)
+        else:
+            self.request = (head.method_text.p[:head.method_text.n].decode("latin-1"),
+                            head.target.p[:head.target.n].decode("latin-1"), p[:n])
+            if head.content_length > API_BODY:
+                self.fault(413, "", f"the body is larger than the {API_BODY} bytes allowed here")
+        if self.state == OVER:
+            return 0
+        if head.expects_other and not self.answered:
+            self.reject(self.refuse(417, "", "the only expectation understood is 100-continue", not self.keep_alive))
+        if self.answered and (head.expects_continue or head.content_length > self.intake.max_body):
+            # Whether the body still comes is the emitter's choice, or it is too long to be passed over.
+            self.keep_alive = False
+            self.end()
+        elif head.chunked:
+            self.state = CHUNKS
+            chunked_start(&self.chunks)
+        elif head.content_length > 0:
+            self.state = BODY
+            self.body_left = head.content_length
+        return 0
+
+    cdef int begin_log(self, RequestHead *head) except -1:
+        """Decide from its head alone whether a packet may come: limits, then the token, then the rest."""
+        cdef Intake intake = self.intake
+        cdef int64_t wait
+        self.key_length = 0
+        self.wait_seconds = -1
+        if unlikely(intake.limiter.active):
+            wait = intake.limiter.admit(self.client, self.started_ns)
+            if wait:
+                return self.reject(self.limited(wait / 1e9))
+        if unlikely(not intake.open_to_all):
+            answer = self.unauthorized(head.authorization.p[:head.authorization.n] if head.authorization.n else None)
+            if answer is not None:
+                return self.reject(answer)
+        if unlikely(intake.draining or intake.broken_storage):
+            return self.reject(self.not_stored(False))
+        if head.content_encoding.n and not same(head.content_encoding, b"identity", 8):
+            return self.reject(self.refuse(415, "unsupported_media_type", "compressed bodies are not understood", not self.keep_alive))
+        if head.content_type.n and not is_json(head.content_type):
+            return self.reject(self.refuse(415, "unsupported_media_type", "Content-Type must be application/json", not self.keep_alive))
+        if head.keys and (head.keys > 1 or not self.take_key(head.key)):
+            return self.reject(self.refuse(400, "invalid", "Idempotency-Key must be one value of 1 to 64 visible ASCII characters "
+                                           "other than \" , ; \\, bare or in double quotes", not self.keep_alive))
+        if head.prefer.n and not self.take_preference(head.prefer):
+            self.wait_seconds = -1
+        if head.content_length > intake.max_body:
+            self.fault(413, "too_large", f"the body is {head.content_length} bytes, more than the {intake.max_body} allowed")
+        return 0
+
+    cdef bint take_key(self, Span value) noexcept:
+        cdef Py_ssize_t i
+        if value.n >= 2 and value.p[0] == c'"' and value.p[value.n - 1] == c'"':
+            value.p += 1
+            value.n -= 2
+        if not 1 <= value.n <= ID_TEXT:
+            return False
+        for i in range(value.n):
+            if not 33 <= value.p[i] <= 126 or value.p[i] in (c'"', c',', c';', c'\\'):
+                return False
+        memcpy(self.key, value.p, value.n)
+        self.key_length = <int>value.n
+        return True
+
+    cdef bint take_preference(self, Span value) noexcept:
+        """Find ``wait=<seconds>`` among the preferences (RFC 7240)."""
+        cdef const uchar *p = value.p
+        cdef const uchar *end = value.p + value.n
+        cdef const uchar *start
+        while p < end:
+            while p < end and (p[0] == c' ' or p[0] == c'\t' or p[0] == c','):
+                p += 1
+            start = p
+            while p < end and p[0] != c',':
+                p += 1
+            if p - start >= 6 and start[:4].lower() == b"wait":
+                start += 4
+                while start < p and (start[0] == c' ' or start[0] == c'\t'):
+                    start += 1
+                if start < p and start[0] == c'=':
+                    return self.take_seconds(start[1:p - start].strip(b' \t"'))
+        return False
+
+    def take_seconds(self, bytes text):
+        """Note how long the emitter is prepared to wait; False if that is no number of seconds."""
+        if not text.isdigit() or len(text) > 9:
+            return False
+        self.wait_seconds = min(float(text), 86400.0)
+        return True
+
+    # ---- bodies
+
+    cdef const uchar *read_body(self, const uchar *p, const uchar *end) except NULL:
+        cdef Py_ssize_t n = min(self.body_left, end - p)
+        self.body_left -= n
+        if self.answered:
+            if self.body_left == 0:
+                self.body_whole(NULL, 0)
+        elif self.body_left == 0 and self.body_length == 0:
+            self.body_whole(p, n)
+        else:
+            if self.body == NULL:  # touched only as it fills
+                self.body_size = n + self.body_left
+                self.body = <uchar *>malloc(self.body_size)
+                if self.body == NULL:
+                    raise MemoryError
+            self.keep_body(p, n)
+            if self.body_left == 0:
+                self.body_whole(self.body, self.body_length)
+        return p + n
+
+    cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL:
+        cdef Span piece
+        cdef int event
+        cdef int64_t limit = self.intake.max_body if self.is_log else API_BODY
+        event = chunked_next(&self.chunks, &p, end, &piece, self.intake.max_header)
+        if event == CHUNK_DATA:
+            if self.body_length + piece.n > limit:
+                if not self.answered:
+                    self.fault(413, "too_large" if self.is_log else "", f"the body is larger than the {limit} bytes allowed")
+                else:
+                    self.end()
+            elif self.answered:
+                self.body_length += piece.n  # only counted
+            else:
+                self.keep_body(piece.p, piece.n)
+        elif event == CHUNK_END:
+            self.body_whole(self.body, self.body_length)
+        elif event == CHUNK_BROKEN:
+            self.fault(400, "malformed", "the request is not HTTP: its chunks are broken")
+        elif event == CHUNK_TRAILERS_TOO_LONG:
+            self.fault(431, "head_too_large", "the trailers of the body are too large")
+        return p
+
+    cdef int keep_body(self, const uchar *p, Py_ssize_t n) except -1:
+        cdef uchar *grown
+        cdef Py_ssize_t size
+        if self.body_length + n > self.body_size:
+            size = max(2 * self.body_size, self.body_length + n, 4096)
+            grown = <uchar *>realloc(self.body, size)
+            if grown == NULL:
+                raise MemoryError
+            self.body, self.body_size = grown, size
+        memcpy(self.body + self.body_length, p, n)
+        self.body_length += n
+        return 0
+
+    cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1:
+        cdef uchar *grown
+        if self.partial_length + n > self.partial_size:
+            grown = <uchar *>realloc(self.partial, self.partial_length + n)
+            if grown == NULL:
+                raise MemoryError
+            self.partial, self.partial_size = grown, self.partial_length + n
+        memcpy(self.partial + self.partial_length, p, n)
+        self.partial_length += n
+        return 0
+
+    cdef drop_partial(self):
+        free(self.partial)
+        self.partial = NULL
+        self.partial_length = self.partial_size = 0
+
+    cdef int drop_body(self) noexcept:
+        if self.body != NULL:
+            free(self.body)
+            self.body = NULL
+        self.body_length = self.body_size = 0
+        return 0
+
+    cdef int body_whole(self, const uchar *p, Py_ssize_t n) except -1:
+        """The request is whole: answer it, and be ready for the next."""
+        self.state = START
+        if not self.answered:
+            if likely(self.is_log):
+                self.accept(p, n)
+            else:
+                method, target, head = self.request
+                self.request = None
+                answer = self.handle(method, target, head, p[:n] if n else b"")
+                if answer is not None:
+                    self.emit(answer)
+        self.drop_body()
+        if not self.keep_alive:
+            self.state = OVER
+        return 0
+
+    # ---- packets
+
+    cdef int accept(self, const uchar *p, Py_ssize_t n) except -1:
+        """Check a packet, put it into the ring, and answer."""
+        cdef Intake intake = self.intake
+        cdef int64_t *counters = intake.counters.words
+        cdef uint32_t messages = 0
+        cdef uint64_t emitter = 0
+        cdef unsigned char[16] packet_id
+        cdef int64_t wall
+        cdef int pushed
+        if unlikely(intake.draining or intake.broken_storage):
+            return self.reject(self.not_stored(False))
+        if not self.understand(p, n, &messages, &emitter):
+            return 0
+        wall = wall_ns()
+        intake.make_id(wall, packet_id)
+        pushed = intake.ring.push_packet(p, n, <const uchar *>self.key, self.key_length, packet_id, messages, emitter, wall,
+                                         WAITED if self.wait_seconds >= 0 else 0)
+        if unlikely(pushed != PUSHED):
+            if pushed == TOO_BIG:
+                return self.reject(self.refuse(413, "too_large", f"a packet of {n} bytes is over half of what a worker's part of "
+                                               f"the queue holds ({intake.ring.capacity} bytes)", not self.keep_alive))
+            return self.reject(self.not_stored(True))
+        counters[ACCEPTED] += 1
+        counters[MESSAGES_ACCEPTED] += messages
+        counters[BYTES_ACCEPTED] += n
+        self.answer_accepted(packet_id, messages)
+        observe(intake.counters.ingest, mono_ns() - self.started_ns, 1)
+        return 0
+
+    cdef bint understand(self, const uchar *p, Py_ssize_t n, uint32_t *messages, uint64_t *emitter) except -1:
+        """Validate the body; if it is no packet answer so, and return False."""
+        cdef Intake intake = self.intake
+        cdef PacketFacts facts
+        if n == 0:
+            self.reject(self.refuse(400, "malformed", "the body is empty", not self.keep_alive))
+            return False
+        if intake.validation == 0:
+            return True
+        if likely(scan_packet(p, n, intake.validation == 2, &facts)):
+            messages[0], emitter[0] = facts.messages, facts.emitter_hash
+            return True
+        try:
+            messages[0], emitter[0] = intake.check(p[:n], strict=intake.validation == 2)
+        except Exception as error:
+            self.reject(self.invalid(error))
+            return False
+        return True
+
+    cdef int answer_accepted(self, unsigned char *packet_id, uint32_t messages) except -1:
+        cdef Intake intake = self.intake
+        cdef char[ID_TEXT] text
+        cdef int length = self.key_length
+        cdef Answer answer
+        if length:
+            memcpy(text, self.key, length)
+        else:
+            write_uuid(packet_id, text)
+            length = 36
+        if unlikely(self.wait_seconds >= 0):
+            answer = self.promise()
+            answer.position = intake.ring.tail if intake.answers_after_sync else 0
+            self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
+                                messages if intake.validation else None)
+            return 0
+        if intake.answers_after_sync or self.answers is not None:
+            self.flush_to_answers()
+        write_accepted(intake, text, length, messages, self.extra, self.keep_alive, self.old_client)
+        if intake.answers_after_sync:
+            answer = Answer.__new__(Answer)
+            answer.connection, answer.position = self, intake.ring.tail
+            answer.data = intake.take_out()
+            if self.answers is None:
+                self.answers = []
+            self.answers.append(answer)
+            intake.unsynced.append(self)
+            intake.on_sync_wanted()
+        return 0
+
+    # ---- answers
+
+    def fault(self, int status, str counter, str detail):
+        """Answer with an error and read no further on this connection."""
+        self.keep_alive = False
+        self.answered = True
+        self.emit(self.refuse(status, counter, detail, True))
+        self.end()
+
+    def reject(self, bytes answer):
+        """Answer with an error; the body, if it still comes, is passed over."""
+        self.answered = True
+        self.emit(answer)
+        return 0
+
+    def end(self):
+        """Read no further requests on this connection; close it when all answers are written."""
+        self.state = OVER
+        self.closing = True
+        self.drop_body()
+
+    def emit(self, bytes data):
+        """Write an answer in its turn."""
+        cdef Answer answer
+        if self.answers is None:
+            self.intake.put(PyBytes_AS_STRING(data), len(data))
+            return
+        self.flush_to_answers()
+        answer = Answer.__new__(Answer)
+        answer.connection, answer.data, answer.ready = self, data, True
+        self.answers.append(answer)
+
+    def promise(self):
+        """Return an ``Answer`` that holds the present request's place until it is completed."""
+        cdef Answer answer = Answer.__new__(Answer)
+        self.flush_to_answers()
+        answer.connection = self
+        if self.answers is None:
+            self.answers = []
+        self.answers.append(answer)
+        return answer
+
+    cdef flush_to_answers(self):
+        """What is in the common buffer came first: write it, or let it wait its turn."""
+        cdef Answer answer
+        if self.intake.out_length == 0:
+            return
+        data = self.intake.take_out()
+        if self.answers is None:
+            self.transport.write(data)
+            return
+        answer = Answer.__new__(Answer)
+        answer.connection, answer.data, answer.ready = self, data, True
+        self.answers.append(answer)
+
+    cdef int flush(self) except -1:
+        """Write the answers of this read; close if the last was among them; stop reading while too many wait."""
+        cdef Intake intake = self.intake
+        if intake.out_length:
+            if self.answers is None:
+                self.transport.write(intake.take_out())
+            else:
+                self.flush_to_answers()
+        if self.answers is not None:
+            self.release_ready()
+        elif self.state == OVER:
+            self.shut(self.closing)
+        return 0
+
+    def release(self, int64_t position):
+        """Let go of the answers whose packets are synced up to ``position``."""
+        cdef Answer answer
+        for answer in self.answers or ():
+            if answer.position and answer.position <= position and answer.data is not None:
+                answer.ready = True
+        self.release_ready()
+
+    def release_ready(self):
+        """Write the answers that are next in turn and ready."""
+        cdef Answer answer
+        cdef list ready = []
+        if self.answers is None:
+            return
+        for answer in self.answers:
+            if not answer.ready:
+                break
+            ready.append(answer.data)
+        if ready:
+            del self.answers[:len(ready)]
+            if self.transport is not None:
+                self.transport.write(b"".join(ready))
+        if not self.answers:
+            self.answers = None
+            if self.state == OVER and self.transport is not None:
+                self.shut(self.closing)
+        self.balance_input()
+
+    def balance_input(self):
+        """Read no further while the emitter does not read its answers, or too many of them wait."""
+        pause = self.output_paused or (self.answers is not None and len(self.answers) > MOST_ANSWERS)
+        if pause != self.input_paused and self.transport is not None and not self.transport.is_closing():
+            self.input_paused = pause
+            if pause:
+                self.transport.pause_reading()
+            else:
+                self.moved_ns = mono_ns()
+                self.transport.resume_reading()
+
+    def pause_writing(self):
+        """The emitter does not read its answers."""
+        self.output_paused, self.paused_ns = True, mono_ns()
+        self.balance_input()
+
+    def resume_writing(self):
+        """The emitter reads its answers again."""
+        self.output_paused, self.paused_ns = False, 0
+        self.balance_input()
+
+    def idle(self):
+        """Whether nothing is under way: no part of a request, no answer."""
+        return self.state == START and self.head_ns == 0 and self.answers is None
+
+    def expired(self, int64_t now):
+        """Return what has taken too long: "" nothing, "idle", "head", "body", "answers" or "end"."""
+        cdef Intake intake = self.intake
+        if self.paused_ns and now - self.paused_ns > intake.body_timeout:
+            return "answers"
+        if self.state == OVER:
+            return "end" if now - self.moved_ns > intake.header_timeout else ""
+        if self.answers is not None or self.input_paused:
+            return ""
+        if self.state != START:
+            return "body" if now - self.moved_ns > intake.body_timeout else ""
+        if self.head_ns:
+            return "head" if now - self.head_ns > intake.header_timeout else ""
+        return "idle" if now - self.moved_ns > intake.keepalive_timeout else ""
+
+    def time_out(self, str detail):
+        """Answer 408 and close."""
+        self.fault(408, "timeout", detail)
+        self.flush()
+
+
+cdef extern from *:
+    """
+    static inline void fd_uuid_text(const unsigned char *id, char *text) {
+        static const char hex[] = "0123456789abcdef";
+        for (int i = 0; i < 16; i++) {
+            if (i == 4 || i == 6 || i == 8 || i == 10) *text++ = '-';
+            *text++ = hex[id[i] >> 4];
+            *text++ = hex[id[i] & 15];
+        }
+    }
+    """
+    void write_uuid "fd_uuid_text"(const unsigned char *packet_id, char *text) noexcept nogil
+
+
+cdef bint is_json(Span value) noexcept:
+    """Whether the media type is application/json, with or without parameters."""
+    cdef const uchar *p = value.p
+    cdef Span media_type = value
+    cdef Py_ssize_t i
+    for i in range(value.n):
+        if p[i] == c';':
+            media_type.n = i
+            break
+    while media_type.n and (p[media_type.n - 1] == c' ' or p[media_type.n - 1] == c'\t'):
+        media_type.n -= 1
+    return same(media_type, b"application/json", 16)
+
+
+cdef int write_accepted(Intake intake, const char *packet_id, int id_length, uint32_t messages, bytes extra,
+                        bint keep_alive, bint old_client) except -1:
+    """Put ``202 {"status":"accepted",...}`` into the common buffer."""
+    cdef char[32] count
+    cdef int count_length = 0, length = 0
+    cdef bytes date = intake.http_date()
+    cdef char *out
+    cdef char *start
+    intake.reserve(512 + (len(extra) if extra is not None else 0))
+    start = out = intake.out + intake.out_length
+    if intake.validation:
+        count_length = decimal(count, messages)
+    length = 33 + id_length + 1 + (12 + count_length if count_length else 0) + 1
+    out = append(out, PyBytes_AS_STRING(ACCEPTED_HEAD), len(ACCEPTED_HEAD))
+    out = append(out, PyBytes_AS_STRING(date), len(date))
+    if extra is not None:
+        out = append(out, b"\r\n", 2)
+        out = append(out, PyBytes_AS_STRING(extra), len(extra) - 2)
+    out = append(out, b"\r\nContent-Length: ", 18)
+    out += decimal(out, length)
+    if not keep_alive:
+        out = append(out, b"\r\nConnection: close", 19)
+    elif old_client:
+        out = append(out, b"\r\nConnection: keep-alive", 24)
+    out = append(out, b"\r\n\r\n", 4)
+    out = append(out, PyBytes_AS_STRING(ACCEPTED_BODY), 33)
+    out = append(out, packet_id, id_length)
+    if count_length:
+        out = append(out, b'","messages":', 13)
+        out = append(out, count, count_length)
+        out = append(out, b"}", 1)
+    else:
+        out = append(out, b'"}', 2)
+    intake.out_length += out - start
+    return 0
+
+
+cdef inline char *append(char *out, const char *text, Py_ssize_t n) noexcept nogil:
+    memcpy(out, text, n)
+    return out + n
+
+
+cdef int decimal(char *out, int64_t number) noexcept nogil:
+    """Write a number that is not negative; return how many digits it has."""
+    cdef char[20] digits
+    cdef int n = 20
+    while True:
+        n -= 1
+        digits[n] = <char>(c'0' + number % 10)
+        number //= 10
+        if number == 0:
+            break
+    memcpy(out, digits + n, 20 - n)
+    return 20 - n
