@@ -34,10 +34,10 @@ UNITS = {"packets": PACKETS, "messages": MESSAGES, "bytes": BYTES}
 
 
 cdef class DispatchBase:
-    """The way from the ring to the pools of the analyzers.
+    """The way from the ring to the pools of the analyzers, as ``config`` says.
 
-    ``strategy`` and ``by`` as in the configuration. ``phase`` (64 bits) is where the sequence starts: random for every
-    worker, so that workers do not all begin with the same analyzer.
+    ``phase`` (64 bits) is where the sequence is: it starts at random, so that workers do not all begin with the same
+    analyzer.
     """
 
     cdef readonly PacketRing ring
@@ -46,25 +46,25 @@ cdef class DispatchBase:
     cdef AliasTable table
     cdef Rendezvous rendezvous
     cdef int strategy, unit
-    cdef uint64_t phase
+    cdef public uint64_t phase
     cdef double *given               # units each slot got since the table was set
     cdef double *share
     cdef double total
     cdef Py_ssize_t slots
     cdef const int64_t *epoch
     cdef AnalyzerStates states       # keeps `epoch` alive
-    cdef int64_t seen_epoch
+    cdef public int64_t seen_epoch
     cdef list touched                # pools that got packets since the last flush
     cdef list lingering
     cdef bint scheduled
     cdef object linger_timer
     cdef double linger
 
-    def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, str strategy, str by, double linger, phase=None):
+    def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, config, *args, **kwargs):
         self.loop, self.ring = loop, ring
-        self.strategy, self.unit = STRATEGIES[strategy], UNITS[by]
-        self.linger = linger
-        self.phase = int.from_bytes(os.urandom(8), "little") if phase is None else phase
+        self.strategy, self.unit = STRATEGIES[config.distribution.strategy], UNITS[config.distribution.by]
+        self.linger = config.delivery.linger
+        self.phase = int.from_bytes(os.urandom(8), "little")
         self.states = states
         self.epoch = states.epoch_word()
         self.seen_epoch = -1

@@ -1,7 +1,7 @@
 """Forwarding: the waiting list of an analyzer, and connections that send from it and read replies.
 
 ``PoolBase`` and ``ReplyBase`` hold what happens for every packet; ``fastdist.forward`` mixes in connecting, pruning and
-what to do about failures. A packet is a handle of the ring on all of this way: lists are chained through the ring's
+what to do about failures (``delivered(sequences)`` tells it of packets it watches). A packet is a handle of the ring on all of this way: lists are chained through the ring's
 entries, and the only object made is the one ``bytes`` that carries a write.
 
 A reply counts as soon as its head is read. Failures are told to the pool as lists of handles (``failed``), and the
@@ -32,6 +32,7 @@ cdef extern from "Python.h":
 
 cdef enum:
     ALONE = 1                    # flag of an entry: send this packet as single, its batch was refused
+    WATCHED = 2                  # flag of an entry: the pool's owner wants to hear of its delivery
 
 cdef enum:
     LARGEST_REPLY_HEAD = 65536
@@ -131,6 +132,10 @@ cdef class PoolBase:
         if alone:
             self.ring.entries[handle].flags |= ALONE
         self.join_front(handle, mono_ns())
+
+    def watch(self, uint32_t handle):
+        """Have ``delivered`` called with the packet's sequence once an analyzer has taken it."""
+        self.ring.entries[handle].flags |= WATCHED
 
     def release_waiting(self):
         """Give all that waits here back to the ring, in order; return how many."""
@@ -270,15 +275,15 @@ cdef class PoolBase:
         cdef uint32_t next_handle, handle = group.first
         cdef int64_t messages = 0
         cdef Record *record
-        cdef list waited = None
+        cdef list watched = None
         self.counters.words[SETTLING] = self.slot + 1
         while handle:
             next_handle = self.ring.entries[handle].next
             record = self.ring.record_of(handle)
             messages += record.messages
-            if unlikely(record.flags & WAITED):
-                waited = waited or []
-                waited.append(record.sequence)
+            if unlikely(record.flags & WAITED or self.ring.entries[handle].flags & WATCHED):
+                watched = watched or []
+                watched.append(record.sequence)
             self.ring.finish(handle)
             handle = next_handle
         self.mine[DELIVERED] += group.packets
@@ -288,8 +293,8 @@ cdef class PoolBase:
         if unlikely(self.failures[0] != 0):
             store(self.failures, 0)
         self.landed(group)
-        if unlikely(waited is not None):
-            self.awaited_delivered(waited)
+        if unlikely(watched is not None):
+            self.delivered(watched)
         return 0
 
     cdef list dissolve(self, Group *group):

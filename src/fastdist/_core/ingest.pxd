@@ -48,7 +48,9 @@ cdef class IngestBase:
     cdef bint closing                  # no further request is read
     cdef bint input_paused, output_paused
     # the request being read
-    cdef bint is_log, answered, keep_alive, head_only, old_client, chunked_body
+    cdef bint answered, head_only, old_client
+    cdef readonly bint is_log
+    cdef readonly bint keep_alive
     cdef bint was_answered_100
     cdef int64_t body_left, started_ns
     cdef Chunked chunks

@@ -37,6 +37,8 @@ cdef enum State:
     CHUNKS
     OVER                     # the last answer is written or waits to be; what still comes is dropped
 
+cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, lest that be lost in a reset
+
 VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
 
 cdef bytes SAFETY = b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
@@ -200,9 +202,9 @@ cdef class IngestBase:
         """Take in what the emitter sent; write what can be answered at once."""
         cdef int64_t now = mono_ns()
         cdef uint64_t before = self.intake.ring.next_sequence
-        self.moved_ns = now
         if self.state == OVER:
             return
+        self.moved_ns = now
         try:
             if self.partial_length:
                 self.keep_partial(<const uchar *>PyBytes_AS_STRING(data), len(data))
@@ -235,6 +237,7 @@ cdef class IngestBase:
                 return p + 2
             self.head_ns = now
             self.scanned = 0
+            self.is_log = False  # until its head says so
         length = find_head_end(p, end - p, &self.scanned, True)
         if length == HEAD_BROKEN:
             self.fault(400, "malformed", "the request is not HTTP: a line does not end in CR LF, or holds a control character")
@@ -540,6 +543,13 @@ cdef class IngestBase:
 
     # ---- answers
 
+    def answer(self, int status, str reason, bytes headers, bytes body, bint close=False):
+        """Return the present request's answer as bytes; see ``Intake.compose``."""
+        if self.extra is not None:
+            headers += self.extra
+        return self.intake.compose(status, reason, headers, body, close=close or not self.keep_alive,
+                                   head_only=self.head_only, old_client=self.old_client)
+
     def fault(self, int status, str counter, str detail):
         """Answer with an error and read no further on this connection."""
         self.keep_alive = False
@@ -666,7 +676,7 @@ cdef class IngestBase:
         if self.paused_ns and now - self.paused_ns > intake.body_timeout:
             return "answers"
         if self.state == OVER:
-            return "end" if now - self.moved_ns > intake.header_timeout else ""
+            return "end" if self.answers is None and now - self.moved_ns > LINGER else ""
         if self.answers is not None or self.input_paused:
             return ""
         if self.state != START:
@@ -678,6 +688,12 @@ cdef class IngestBase:
     def time_out(self, str detail):
         """Answer 408 and close."""
         self.fault(408, "timeout", detail)
+        self.flush()
+
+    def turn_away(self, bytes answer):
+        """Write an answer to nothing in particular, and close."""
+        self.emit(answer)
+        self.end()
         self.flush()
 
 

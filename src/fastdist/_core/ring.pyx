@@ -512,6 +512,10 @@ cdef class PacketRing:
         return Packet(record.sequence, record_id(record), record_body(record)[:record.body_length], record.attempts,
                       record.accepted_ns, record.messages, record.emitter, record.flags)
 
+    def sequence(self, uint32_t handle):
+        """Return the sequence of the claimed packet, which unlike its handle is never used again."""
+        return self.record_of(self._checked(handle)).sequence
+
     def packet_id(self, uint32_t handle):
         """Return the id of the claimed packet."""
         return record_id(self.record_of(self._checked(handle)))
@@ -525,6 +529,21 @@ cdef class PacketRing:
         cdef Record *record = self.record_of(self._checked(handle))
         record.attempts += 1
         return record.attempts
+
+    def totals_from(self, uint64_t sequence):
+        """Return (messages, bytes of bodies) of the packets in the ring whose sequence is at least this."""
+        cdef int64_t position = self.head, messages = 0, body_bytes = 0
+        cdef Record *record
+        while position < self.tail:
+            record = self.at(position)
+            if record.magic == GAP_MAGIC:
+                position += gap_bytes(record)
+                continue
+            if record.sequence >= sequence:
+                messages += record.messages
+                body_bytes += record.body_length
+            position += record_size(record)
+        return messages, body_bytes
 
     def mark_synced(self, int64_t position):
         """All bytes up to ``position`` (a former ``tail_position``) are on stable storage."""

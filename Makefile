@@ -1,0 +1,63 @@
+# Everything is built into .venv/; nothing is needed beforehand but python3 (3.11 or newer), a C compiler and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdist/_core/*.h)
+BUILT := .venv/.built
+
+.PHONY: help build run test unit component e2e bench lint types debug sanitize wheel clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+build: $(BUILT)  ## build everything into .venv/
+
+.venv/.made:
+	$(PYTHON) -c 'import sys; sys.exit("python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	touch $@
+
+.venv/.tools: .venv/.made pyproject.toml
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+$(BUILT): .venv/.tools setup.py pyproject.toml $(CORE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-C ends all
+	@$(BIN)/python -m mock_analyzers --quiet & mocks=$$!; \
+	trap 'kill $$mocks 2>/dev/null; wait $$mocks' EXIT; trap : INT TERM; \
+	$(BIN)/fastdist serve
+
+test: build  ## every test
+	$(BIN)/python -m pytest
+
+unit component e2e: build  ## one kind of tests
+	$(BIN)/python -m pytest tests/$@
+
+lint: build  ## style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: build  ## types, and the stubs of the compiled core against what was compiled
+	$(BIN)/mypy
+	$(BIN)/python tests/stubs.py
+
+debug: .venv/.tools  ## build the core with bounds checks and line tracing
+	FASTDIST_BUILD=debug $(BIN)/python setup.py build_ext --inplace --force
+	rm -f $(BUILT)
+
+sanitize: .venv/.tools  ## run the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	FASTDIST_BUILD=sanitize $(BIN)/python setup.py build_ext --inplace --force
+	rm -f $(BUILT)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+		$(BIN)/python -m pytest tests/unit tests/component -m 'not processes'
+
+wheel: build  ## build the wheel, install it into an empty environment and test it there
+	sh tests/wheel.sh
+
+clean:  ## remove everything that was built
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f src/fastdist/_core/*.c src/fastdist/_core/*.so

@@ -1,0 +1,362 @@
+"""Dispatching: what the table looks like, and what becomes of packets that could not be delivered at once.
+
+The hot path (claim, pick, wait, send) is compiled (``DispatchBase``). Here are its exceptions:
+
+- a failed packet goes at once to another analyzer that can be picked and that it has not failed on in this round; when
+  there is none, it backs off (exponential, full jitter) and starts a new round;
+- while no analyzer can be picked packets stay in the ring, and what was picked for one that is gone is picked anew;
+- a packet that has waited ``spill_after`` behind a busy analyzer goes to one that has room;
+- what an analyzer refuses, or what has been sent ``max_attempts`` times, goes to the dead letters.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import ssl
+import time
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist._core.dispatch import DispatchBase
+from fastdist._core.pick import AliasTable, Rendezvous
+from fastdist.forward import AnalyzerPool
+from fastdist.shared import AnalyzerWord
+from fastdist.shares import effective_weights
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Mapping
+
+    from fastdist._core.counters import Counters
+    from fastdist._core.ring import PacketRing
+    from fastdist._core.states import AnalyzerStates
+    from fastdist.config import Analyzer, Config
+    from fastdist.deadletters import DeadLetters
+
+LONGEST_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
+RAMP_STEP_NS = 250_000_000  # how often weights are looked at while an analyzer starts slowly
+CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
+STORAGE_RETRY = 1.0  # seconds until a dead letter that could not be written is tried again
+
+log = logs.get()
+
+
+class Retrying:
+    """What is remembered of a packet that has failed."""
+
+    __slots__ = ("round", "tried")
+
+    def __init__(self) -> None:
+        self.tried: set[int] = set()  # slots it failed on in this round
+        self.round = 0  # rounds it has backed off
+
+
+class Dispatcher(DispatchBase):
+    """Gives packets to analyzers. ``settled(sequence, analyzer id or None)`` hears of awaited packets: None is a dead letter."""
+
+    def __init__(  # noqa: PLR0913  (the parts a worker is wired from)
+        self,
+        loop: asyncio.AbstractEventLoop,  # noqa: ARG002  (taken by __cinit__)
+        ring: PacketRing,  # noqa: ARG002
+        states: AnalyzerStates,
+        config: Config,
+        *,
+        counters: Counters,
+        dead_letters: DeadLetters,
+        settled: Callable[[int, str | None], None],
+    ) -> None:
+        self.analyzer_states, self.counters, self.dead_letters, self.settled = states, counters, dead_letters, settled
+        self.roster: dict[int, Analyzer] = {}
+        self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
+        self.weights: dict[int, float] = {}
+        self.online: set[int] = set()
+        self.retrying: dict[int, Retrying] = {}  # by sequence
+        self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
+        self.storage_failed = False
+        self._tls: ssl.SSLContext | None = None
+        self._next_check = self._next_ramp = 0
+        self._resume_at = 0
+        self.config = config
+
+    def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
+        """Deliver to these analyzers (by slot) from now on."""
+        if self._tls is None and any(analyzer.address.scheme == "https" for analyzer in roster.values()):
+            self._tls = ssl.create_default_context()
+        for slot in range(len(self.pools)):
+            pool, analyzer = self.pools[slot], roster.get(slot)
+            if analyzer is None or (
+                pool is not None and pool.analyzer != analyzer and pool.analyzer.endpoint != analyzer.endpoint
+            ):
+                self._retire(slot)
+                pool = None
+            if analyzer is not None and pool is None:
+                pool = self.pools[slot] = AnalyzerPool(self.ring, self.counters, self.analyzer_states, slot, self)
+            if analyzer is not None:
+                pool.set_up(analyzer, self.config.delivery, self._tls)
+        self.roster = dict(roster)
+        self.refresh()
+        self.schedule()
+
+    def _retire(self, slot: int) -> None:
+        pool = self.pools[slot]
+        if pool is not None:
+            pool.retired = True  # what is in flight may finish
+            pool.release_waiting()
+            self.retired.append(pool)
+            self.pools[slot] = None
+
+    # ---- the table
+
+    def refresh(self) -> None:
+        """Build the table anew from what the analyzers' states and weights are now."""
+        now = time.monotonic_ns()
+        states = self.analyzer_states
+        self.weights = effective_weights(states, self.roster, self.config.health, now)
+        sticky = self.config.distribution.strategy == "sticky"
+        online = {slot for slot in self.roster if states.is_online(slot)}
+        paused = {slot: until for slot in online if (until := states.get(slot, AnalyzerWord.PAUSED_UNTIL_NS)) > now}
+        self._resume_at = min(paused.values(), default=0)
+        if sticky:  # a paused analyzer keeps its emitters: their packets wait for it
+            held = {slot: max(states.weight(slot), 0.0) for slot in paused if states.is_pickable(slot)}
+            pickable = self.weights | {slot: weight for slot, weight in held.items() if weight > 0}
+        else:
+            pickable = self.weights
+        for slot in self.roster:
+            pool = self.pools[slot]
+            pool.paused = slot in paused
+            if slot not in pickable and pool.waiting:
+                pool.release_waiting()
+        self._build(pickable, sticky=sticky)
+        if online - self.online:
+            self._end_back_off()
+        self.online = online
+        for slot in pickable:
+            self.touch(self.pools[slot])
+
+    def _build(self, pickable: Mapping[int, float], *, sticky: bool) -> None:
+        slots, weights = list(pickable), list(pickable.values())
+        if not slots:
+            self.set_table(None, None)
+        elif sticky:
+            self.set_table(None, Rendezvous([self.roster[slot].id for slot in slots], slots, weights))
+        else:
+            self.set_table(AliasTable(slots, weights), None)
+
+    # ---- outcomes, told by the pools
+
+    def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None:
+        """Hear that packets which had failed before, or which an emitter waits for, were delivered."""
+        for sequence in sequences:
+            self.retrying.pop(sequence, None)
+            self.settled(sequence, pool.analyzer.id)
+
+    def failed(self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool) -> None:
+        """Send packets elsewhere: a request failed with ``error``. ``counted``: it speaks against the analyzer."""
+        slot = pool.slot
+        self.counters.add_to(slot, "failed", len(handles))
+        if counted and self.analyzer_states.delivery_failed(slot, error) >= self.config.health.fall:
+            self.analyzer_states.go_offline(slot)
+        for handle in reversed(handles):  # each goes to the front of its new list: the first is to be first again
+            self._retry(pool, handle, None, error)
+        self.wake(pool)
+
+    def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None:
+        """Send nothing to the analyzer for a while, as it asks for (429 or 503 with Retry-After)."""
+        until = time.monotonic_ns() + int(retry_after(value) * 1e9)
+        self.analyzer_states.set_error(pool.slot, f"HTTP {status}, Retry-After: {value[:40]}")
+        self.analyzer_states.pause(pool.slot, until)
+        self.counters.add_to(pool.slot, "failed", len(handles))
+        for handle in reversed(handles):
+            self._retry(pool, handle, status, f"HTTP {status}")
+        self.wake(pool)
+
+    def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None:
+        """Put a packet that was refused to the dead letters; of a refused batch, find out first which packet it was."""
+        self.analyzer_states.delivery_succeeded(pool.slot)
+        self.analyzer_states.set_error(pool.slot, f"HTTP {status}")
+        self.counters.add_to(pool.slot, "failed", len(handles))
+        if batch:
+            self._count_retries(pool, len(handles))
+            for handle in reversed(handles):
+                pool.prepend(handle, alone=True)
+        else:
+            for handle in handles:
+                self._bury(pool, handle, "refused", status, f"HTTP {status}")
+        self.wake(pool)
+
+    def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None:
+        """Send packets again that the analyzer has not looked at."""
+        self._count_retries(pool, len(handles))
+        for handle in reversed(handles):
+            if pool.slot in self.weights and not pool.retired:
+                pool.prepend(handle)
+            else:
+                self.ring.release(handle)
+        self.wake(pool)
+
+    def wake(self, pool: AnalyzerPool) -> None:
+        """Look at the pool in the next flush."""
+        self.touch(pool)
+        self.schedule()
+
+    # ---- retries
+
+    def _count_retries(self, pool: AnalyzerPool, packets: int) -> None:
+        self.counters.add("retried", packets)
+        self.counters.add_to(pool.slot, "retries", packets)
+
+    def _retry(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> None:
+        limit = self.config.retry.max_attempts
+        if limit and self.ring.attempts(handle) >= limit:
+            self._bury(pool, handle, "exhausted", status, error)
+            return
+        self._count_retries(pool, 1)
+        packet = self.ring.sequence(handle)
+        retrying = self.retrying.setdefault(packet, Retrying())
+        retrying.tried.add(pool.slot)
+        pool.watch(handle)
+        target = self._alternative(handle, retrying.tried)
+        if target is not None:
+            target.prepend(handle)
+            self.touch(target)
+        elif not self.weights and not any(self.analyzer_states.is_pickable(slot) for slot in self.roster):
+            retrying.tried.clear()
+            self.ring.release(handle)  # nobody is there: it waits in the ring for whoever comes first
+        else:
+            retry = self.config.retry
+            retrying.round += 1
+            delay = random.uniform(0, min(retry.cap, retry.base * 2 ** min(retrying.round - 1, 60)))  # noqa: S311
+            self._back_off(handle, delay)
+
+    def _alternative(self, handle: int, tried: set[int]) -> AnalyzerPool | None:
+        """Return the pool of another analyzer, picked by weight (sticky: the next in the packet's own order)."""
+        states = self.analyzer_states
+        others = {
+            slot: weight for slot, weight in self.weights.items() if slot not in tried and states.is_pickable(slot)
+        }
+        if not others:
+            return None
+        if self.config.distribution.strategy == "sticky":
+            names = [self.roster[slot].id for slot in others]
+            slot = Rendezvous(names, list(others), list(others.values())).pick(self.ring.packet(handle).emitter)
+        else:
+            slot = random.choices(list(others), list(others.values()))[0]  # noqa: S311
+        pool: AnalyzerPool = self.pools[slot]
+        return pool
+
+    def _back_off(self, handle: int, seconds: float) -> None:
+        heapq.heappush(self.backing_off, (time.monotonic_ns() + int(seconds * 1e9), handle))
+
+    def _end_back_off(self, now_ns: int | None = None) -> None:
+        """Have packets picked again whose time has come (all of them without ``now_ns``)."""
+        while self.backing_off and (now_ns is None or self.backing_off[0][0] <= now_ns):
+            handle = heapq.heappop(self.backing_off)[1]
+            retrying = self.retrying.get(self.ring.sequence(handle))
+            if retrying is not None:
+                retrying.tried.clear()
+            self.ring.release(handle)
+            self.schedule()
+
+    # ---- dead letters
+
+    def _bury(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
+        packet = self.ring.packet(handle)
+        try:
+            self.dead_letters.write(packet, reason, pool.analyzer.id, status, error)
+        except OSError as problem:
+            if not self.storage_failed:
+                log.error("cannot write dead letters; the packets stay queued", error=str(problem))
+            self.storage_failed = True
+            self._back_off(handle, STORAGE_RETRY)
+            return
+        self.storage_failed = False
+        self.ring.done(handle)
+        self.counters.add(reason)
+        self.retrying.pop(packet.sequence, None)
+        self.settled(packet.sequence, None)
+
+    def bury_all(self) -> int:
+        """Write all that is left to the dead letters (reason ``shutdown``); return how many packets. Raises OSError."""
+        for pool in self.pools:
+            if pool is not None:
+                pool.close()
+                pool.release_waiting()
+        self._end_back_off()
+        count = 0
+        while handle := self.ring.claim():
+            self.dead_letters.write(self.ring.packet(handle), "shutdown", None, None, None)
+            self.ring.done(handle)
+            self.counters.add("shutdown")
+            count += 1
+        return count
+
+    # ---- upkeep
+
+    def tick(self, now_ns: int) -> None:
+        """Do what time asks for: back-offs, time-outs, spills, pauses and slow starts that end."""
+        if self.backing_off:
+            self._end_back_off(now_ns)
+        if self.analyzer_states.epoch != self.seen_epoch or (self._resume_at and now_ns >= self._resume_at):
+            self._resume_at = 0
+            self.seen_epoch = -1  # the flush refreshes
+            self.schedule()
+        if now_ns >= self._next_check:
+            self._next_check = now_ns + CHECK_NS
+            self._check(now_ns)
+        if self.config.health.slow_start and now_ns >= self._next_ramp:
+            self._next_ramp = now_ns + RAMP_STEP_NS
+            if any(
+                0
+                < now_ns - self.analyzer_states.get(slot, AnalyzerWord.ONLINE_SINCE_NS)
+                < self.config.health.slow_start * 1e9 + RAMP_STEP_NS
+                for slot in self.roster
+            ):
+                self.seen_epoch = -1
+                self.schedule()
+
+    def _check(self, now_ns: int) -> None:
+        spilling = self.config.delivery.spill_after
+        spills = spilling != float("inf") and self.config.distribution.strategy != "sticky"
+        for pool in self.retired:
+            pool.check(now_ns)
+        self.retired = [pool for pool in self.retired if pool.open_connections or pool.opening]
+        for slot in self.roster:
+            pool = self.pools[slot]
+            if pool.open_connections:
+                pool.check(now_ns)
+            if spills and pool.waiting and pool.waiting_since() < now_ns - spilling * 1e9:
+                self._spill(pool, now_ns - int(spilling * 1e9))
+
+    def _spill(self, pool: AnalyzerPool, since_ns: int) -> None:
+        """Move packets that have waited since before ``since_ns`` to analyzers that have room."""
+        roomy = {
+            slot: weight
+            for slot, weight in self.weights.items()
+            if slot != pool.slot and not self.pools[slot].waiting and self.pools[slot].room() > 0
+        }
+        while roomy and 0 < pool.waiting_since() < since_ns:
+            slot = random.choices(list(roomy), list(roomy.values()))[0]  # noqa: S311
+            other = self.pools[slot]
+            moved = pool.spill(other, since_ns, max(1, other.room() // 4))
+            self.counters.add("spilled", moved)
+            self.wake(other)
+            if other.room() <= 0:
+                del roomy[slot]
+
+    def close(self) -> None:
+        """Close all connections to analyzers."""
+        for pool in self.pools:
+            if pool is not None:
+                pool.close()
+
+
+def retry_after(value: str) -> float:
+    """Return the seconds a Retry-After (seconds or an HTTP date) asks for; 0 for what is neither."""
+    if value.isdigit():
+        return min(float(value), LONGEST_PAUSE)
+    try:
+        return min(max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0), LONGEST_PAUSE)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0

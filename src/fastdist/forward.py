@@ -1,0 +1,180 @@
+"""Connections to analyzers: opened when something waits and none is free, kept alive, pruned when idle.
+
+``PoolBase`` and ``ReplyBase`` (compiled) send and read; here is what happens seldom. A pool decides nothing about
+packets: whatever goes wrong is told to its owner, the dispatcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import TYPE_CHECKING, Protocol
+
+from fastdist._core.forward import PoolBase, ReplyBase
+
+if TYPE_CHECKING:
+    from fastdist._core.counters import Counters
+    from fastdist._core.ring import PacketRing
+    from fastdist._core.states import AnalyzerStates
+    from fastdist.config import Analyzer, Delivery
+
+IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
+
+
+class PoolOwner(Protocol):
+    """Who decides what becomes of packets; see ``fastdist.dispatch.Dispatcher`` for what each call means."""
+
+    def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
+    def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
+    def failed(self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool) -> None: ...  # noqa: D102
+    def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None: ...  # noqa: D102
+    def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None: ...  # noqa: D102
+    def wake(self, pool: AnalyzerPool) -> None: ...  # noqa: D102
+
+
+class AnalyzerConnection(ReplyBase, asyncio.Protocol):
+    """One connection to an analyzer."""
+
+    pool: AnalyzerPool
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Join the pool."""
+        self.transport = transport
+        self.pool.connected(self)
+
+
+class AnalyzerPool(PoolBase):
+    """All connections of one worker to one analyzer, and the packets that wait for them."""
+
+    def __init__(
+        self,
+        ring: PacketRing,  # noqa: ARG002  (taken by __cinit__)
+        counters: Counters,  # noqa: ARG002
+        states: AnalyzerStates,  # noqa: ARG002
+        slot: int,  # noqa: ARG002
+        owner: PoolOwner,
+    ) -> None:
+        self.owner = owner
+        self.connections: set[AnalyzerConnection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.retired = False
+
+    def set_up(self, analyzer: Analyzer, delivery: Delivery, tls: ssl.SSLContext | None) -> None:
+        """Aim the pool at ``analyzer``."""
+        self.analyzer, self.delivery = analyzer, delivery
+        self._address = analyzer.address
+        self._tls = tls if self._address.scheme == "https" else None
+        head = (
+            f"POST {self._address.path_and_query} HTTP/1.1\r\nHost: {self._address.host_header}\r\n"
+            "Content-Type: application/json\r\n"
+        )
+        self.configure(
+            head.encode("latin-1"),
+            delivery.connections,
+            delivery.pipeline,
+            delivery.mode == "batch",
+            delivery.batch_packets,
+            delivery.batch_bytes,
+            delivery.linger,
+        )
+
+    # ---- connecting
+
+    def open_more(self) -> None:
+        """Begin to open as many connections as there are requests waiting, within the limit."""
+        per_connection = (self.delivery.batch_packets if self.delivery.mode == "batch" else 1) * self.pipeline
+        wanted = -(-self.waiting // per_connection) - self.opening
+        for _ in range(min(wanted, self.connection_limit - self.open_connections - self.opening)):
+            self.opening += 1
+            task = asyncio.get_running_loop().create_task(self._open())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        arrived = False
+
+        def join() -> AnalyzerConnection:
+            nonlocal arrived
+            arrived = True
+            self.opening -= 1
+            return AnalyzerConnection(self)
+
+        try:
+            async with asyncio.timeout(self.delivery.connect_timeout):
+                await loop.create_connection(
+                    join,
+                    self._address.host,
+                    self._address.port,
+                    ssl=self._tls,
+                    server_hostname=self._address.host if self._tls else None,
+                )
+        except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
+            if not arrived:
+                self.opening -= 1
+            self._unreachable(describe(error, self.delivery.connect_timeout))
+
+    def _unreachable(self, error: str) -> None:
+        """No connection came about: that failed whatever it was to carry."""
+        self.owner.failed(self, self.take_request(), f"cannot connect: {error}", counted=True)
+
+    def connected(self, connection: AnalyzerConnection) -> None:
+        """Take a new connection into use."""
+        self.connections.add(connection)
+        self.connection_count(1)
+        connection.offer()
+        self.owner.wake(self)
+
+    def lost(self, connection: AnalyzerConnection) -> None:
+        """Forget a connection that has ended."""
+        self.connections.discard(connection)
+        self.owner.wake(self)
+
+    # ---- upkeep
+
+    def check(self, now_ns: int) -> None:
+        """Close connections whose reply is overdue, and those nothing was sent on for long."""
+        timeout = int(self.delivery.timeout * 1e9)
+        for connection in tuple(self.connections):
+            if connection.overdue(now_ns, timeout):
+                connection.close_after(f"no reply within {self.delivery.timeout:g} s", True)  # noqa: FBT003
+            elif connection.in_flight() == 0 and (self.retired or now_ns - connection.used_ns > IDLE_SECONDS * 1e9):
+                connection.close_after("", False)  # noqa: FBT003
+
+    def close(self) -> None:
+        """Close every connection; what was in flight goes back to the owner."""
+        for task in self._tasks:
+            task.cancel()
+        for connection in tuple(self.connections):
+            connection.close_after("", False)  # noqa: FBT003
+
+    # ---- what ReplyBase tells
+
+    def delivered(self, sequences: list[int]) -> None:
+        """Watched packets were delivered."""
+        self.owner.delivered(self, sequences)
+
+    def refused(self, handles: list[int], status: int, batch: bool) -> None:  # noqa: FBT001
+        """Tell of a reply that says the request is at fault."""
+        self.owner.refused(self, handles, status, batch=batch)
+
+    def failed(self, handles: list[int], error: str, counted: bool) -> None:  # noqa: FBT001
+        """Tell of a request that failed and may be sent again."""
+        self.owner.failed(self, handles, error, counted=counted)
+
+    def paused_for(self, handles: list[int], status: int, value: str) -> None:
+        """Tell of a 429 or 503 with Retry-After."""
+        self.owner.paused_for(self, handles, status, value)
+
+    def not_sent(self, handles: list[int]) -> None:
+        """Tell of packets that the analyzer did not look at."""
+        self.owner.not_sent(self, handles)
+
+
+def describe(error: BaseException, timeout: float) -> str:
+    """Return a connection error in few words."""
+    if isinstance(error, TimeoutError) and not error.errno:
+        return f"no answer within {timeout:g} s"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__

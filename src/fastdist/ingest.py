@@ -1,0 +1,215 @@
+"""Emitters' connections: their life, their time-outs, and every answer but 202.
+
+The compiled ``IngestBase`` reads requests and accepts packets; it calls the methods here for whatever is seldom. Answers
+are bytes; problems are RFC 9457 documents made by ``fastdist.api``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import orjson
+
+from fastdist._core.ingest import Answer, IngestBase, Intake
+from fastdist.api import Response, cors_headers, problem
+from fastdist.errors import PacketError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastdist.api import Api
+
+JSON = b"Content-Type: application/json\r\n"
+UNREADABLE = ("malformed", "head_too_large")  # counted although nobody knows what the request was
+RETRY_SOON = b"Retry-After: 1\r\n"
+
+
+class Waiting:
+    """An emitter that waits for its packet's delivery (``Prefer: wait``)."""
+
+    __slots__ = ("answer", "close", "connection", "members", "timer")
+
+    def __init__(
+        self, connection: IngestProtocol, answer: Answer, members: dict[str, object], timer: asyncio.TimerHandle
+    ):
+        self.connection, self.answer, self.members, self.timer = connection, answer, members, timer
+        self.close = not connection.keep_alive
+
+
+class Emitters:
+    """What the connections of a worker share besides their ``Intake``: the API, tokens, CORS, and who waits."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self.tokens: tuple[bytes, ...] = ()
+        self.cors_origins: Sequence[str] = ()
+        self.waiting: dict[int, Waiting] = {}  # by sequence
+        self.intake: Intake  # set by the worker, which wires the two
+
+    def configure(self, tokens: Sequence[str], cors_origins: Sequence[str]) -> None:
+        """Put tokens and origins in force."""
+        self.tokens = tuple(token.encode() for token in tokens)
+        self.cors_origins = cors_origins
+        self.intake.open_to_all = not tokens
+        self.intake.shares_origins = bool(cors_origins)
+
+    def knows(self, authorization: bytes | None) -> bool:
+        """Whether the Authorization header holds a token that may post packets, found in constant time."""
+        scheme, _, given = (authorization or b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        given = given.strip()
+        return sum(hmac.compare_digest(given, token) for token in self.tokens) > 0
+
+    def settled(self, sequence: int, analyzer: str | None) -> None:
+        """Tell whoever waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
+        waiting = self.waiting.pop(sequence, None)
+        if waiting is None:
+            return
+        waiting.timer.cancel()
+        if analyzer is None:
+            detail = f"packet {waiting.members['packetId']} could not be delivered and is now among the dead letters"
+            response = problem(502, detail)
+            self._complete(waiting, response)
+        else:
+            body = orjson.dumps({"status": "delivered", **waiting.members, "analyzer": analyzer})
+            self._complete(waiting, Response(status=200, body=body, headers=JSON))
+
+    def wait_over(self, sequence: int) -> None:
+        """Answer 202: the packet is safe, but was not delivered in the time the emitter was prepared to wait."""
+        waiting = self.waiting.pop(sequence)
+        body = orjson.dumps({"status": "accepted", **waiting.members})
+        self._complete(waiting, Response(status=202, body=body, headers=JSON))
+
+    def _complete(self, waiting: Waiting, response: Response) -> None:
+        reason = HTTPStatus(response.status).phrase
+        data = self.intake.compose(response.status, reason, response.headers, response.body, close=waiting.close)
+        waiting.answer.complete_after_sync(data)
+
+
+class IngestProtocol(IngestBase, asyncio.Protocol):
+    """One emitter's connection."""
+
+    def __init__(self, intake: Intake, emitters: Emitters) -> None:  # noqa: ARG002  (intake is taken by __cinit__)
+        self.emitters = emitters
+        self.shut_down = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection in, unless there are too many."""
+        self.transport = transport
+        peer = transport.get_extra_info("peername")
+        self.set_client(str(peer[0]) if peer else "")
+        connections = self.intake.connections
+        connections.add(self)
+        self.intake.counters.set("emitters", len(connections))
+        if len(connections) > self.intake.max_connections:
+            response = problem(503, "too many connections; try again shortly", headers=RETRY_SOON)
+            self.turn_away(self._compose(response, close=True))
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Let go of everything."""
+        self.transport = None
+        self.intake.connections.discard(self)
+        self.intake.counters.set("emitters", len(self.intake.connections))
+
+    def eof_received(self) -> bool:
+        """Let answers under way still leave; a request cut short gets none."""
+        if self.answers is None:
+            return False
+        self.end()
+        return True
+
+    def shut(self, lingering: bool) -> None:  # noqa: FBT001
+        """Close when all is written; ``lingering``: read on for a while, lest a reset destroys the answer."""
+        if self.shut_down:
+            return
+        self.shut_down = True
+        if lingering and self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    def check(self, now_ns: int) -> None:
+        """Act on whatever has taken too long."""
+        late = self.expired(now_ns)
+        if late == "head":
+            self.time_out("the request's head did not arrive in time")
+        elif late == "body":
+            self.time_out("no more of the request's body arrived")
+        elif late == "idle":
+            self.transport.close()
+        elif late:
+            self.transport.abort()
+
+    # ---- answers
+
+    def _compose(self, response: Response, *, close: bool = False) -> bytes:
+        reason = HTTPStatus(response.status).phrase
+        data: bytes = self.answer(response.status, reason, response.headers, response.body, close)
+        return data
+
+    def handle(self, method: str, target: str, head: bytes, body: bytes) -> bytes:
+        """Answer a request other than POST /logs."""
+        return self._compose(self.emitters.api.respond(method, target, head, body))
+
+    def refuse(self, status: int, counter: str, detail: str, close: bool) -> bytes:  # noqa: FBT001
+        """Count and describe a fault."""
+        if counter and (self.is_log or counter in UNREADABLE):
+            self.intake.counters.add(counter)
+        return self._compose(problem(status, detail), close=close)
+
+    def limited(self, seconds: float) -> bytes:
+        """Answer that the rate is exceeded."""
+        self.intake.counters.add("rate_limited")
+        wait = max(1, math.ceil(seconds))
+        headers = f"Retry-After: {wait}\r\n".encode()
+        return self._compose(
+            problem(429, f"more requests than the limit allows; try again in {wait} s", headers=headers)
+        )
+
+    def unauthorized(self, authorization: bytes | None) -> bytes | None:
+        """Answer that a token is missing or wrong; None if it is neither."""
+        if self.emitters.knows(authorization):
+            return None
+        self.intake.counters.add("unauthorized")
+        headers = b'WWW-Authenticate: Bearer realm="fastdist"\r\n'
+        if authorization is not None:
+            headers = b'WWW-Authenticate: Bearer realm="fastdist", error="invalid_token"\r\n'
+        detail = "this token is not known" if authorization is not None else "a bearer token is needed"
+        return self._compose(problem(401, detail, headers=headers))
+
+    def invalid(self, error: Exception) -> bytes:
+        """Answer that the body is no packet."""
+        if not isinstance(error, PacketError):
+            raise error
+        self.intake.counters.add(error.reason)
+        return self._compose(problem(400, error.detail, errors=error.errors))
+
+    def not_stored(self, full: bool) -> bytes:  # noqa: FBT001
+        """Answer that the packet cannot be stored now."""
+        if full:
+            counter, detail = "queue_full", "the queue is full; try again shortly"
+        elif self.intake.draining:
+            counter, detail = "draining", "the service is shutting down"
+        else:
+            counter, detail = "storage", "the queue's storage fails; nothing can be stored safely now"
+        self.intake.counters.add(counter)
+        return self._compose(problem(503, detail, headers=RETRY_SOON))
+
+    def share_with(self, origin: bytes) -> bytes | None:
+        """Return the CORS headers for an origin, if it is listed."""
+        return cors_headers(origin.decode("latin-1"), self.emitters.cors_origins) or None
+
+    def await_delivery(
+        self, answer: Answer, sequence: int, seconds: float, packet_id: str, messages: int | None
+    ) -> None:
+        """Answer once the packet is delivered, or after ``seconds``."""
+        members: dict[str, object] = {"packetId": packet_id}
+        if messages is not None:
+            members["messages"] = messages
+        timer = asyncio.get_running_loop().call_later(seconds, self.emitters.wait_over, sequence)
+        self.emitters.waiting[sequence] = Waiting(self, answer, members, timer)

@@ -1,0 +1,39 @@
+"""Logging: structlog, for people on a terminal and as one JSON object a line otherwise. Never a line per packet."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import orjson
+import structlog
+
+
+def configure(**context: object) -> None:
+    """Set logging up for this process; ``context`` (such as ``worker="w0"``) is part of every line."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.format_exc_info,
+    ]
+    if sys.stderr.isatty():
+        shared.append(structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False))
+        renderer: structlog.typing.Processor = structlog.dev.ConsoleRenderer(pad_event_to=0)
+    else:
+        shared.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
+        renderer = structlog.processors.JSONRenderer(
+            serializer=lambda line, **_: orjson.dumps(line, default=str).decode()
+        )
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(**context)
+
+
+def get() -> structlog.typing.FilteringBoundLogger:
+    """Return the logger; it follows ``configure`` even when taken before."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return logger
