@@ -54,7 +54,11 @@ class Retrying:
 
 
 class Dispatcher(DispatchBase):
-    """Gives packets to analyzers. ``settled(sequence, analyzer id or None)`` hears of awaited packets: None is a dead letter."""
+    """Gives packets to analyzers.
+
+    ``settled(sequence, analyzer)`` hears what became of packets that failed or are awaited: the id of the analyzer that
+    took it, or None for a dead letter.
+    """
 
     def __init__(  # noqa: PLR0913  (the parts a worker is wired from)
         self,

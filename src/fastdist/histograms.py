@@ -7,6 +7,7 @@ A histogram in shared memory is 248 words: the buckets, then their count, the su
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -30,28 +31,31 @@ class Histogram(Struct, frozen=True):
     sum_ns: int
     max_ns: int
 
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return sum(self.buckets)
+    def cumulative(self) -> list[int]:
+        """Return, for every bucket, how many are in it and in those below: the last is how many there are."""
+        return list(accumulate(self.buckets))
 
-    def percentile(self, fraction: float) -> float | None:
-        """Return the nanoseconds that ``fraction`` of all stay under, interpolated within a bucket; None if empty."""
-        rank, before = fraction * self.count, 0
-        for bucket, cumulative in enumerate(accumulate(self.buckets)):
-            if cumulative >= rank and cumulative > before:
-                lower = BOUNDS[bucket - 1] if bucket else 0
-                # The last bucket has no upper bound: it takes whatever is longer than all others do.
-                upper = BOUNDS[bucket] if bucket < len(BOUNDS) - 1 else max(BOUNDS[bucket], self.max_ns)
-                within = (rank - before) / (cumulative - before)
-                return min(lower + within * (upper - lower), float(max(self.max_ns, lower)))
-            before = cumulative
-        return None
+    def percentiles(self, *fractions: float) -> list[float | None]:
+        """Return the nanoseconds that each of ``fractions`` (0..1) of all stay under; None where there are none.
+
+        Within a bucket durations are taken to be spread evenly.
+        """
+        cumulative = self.cumulative()
+        return [self._at(fraction * cumulative[-1], cumulative) if cumulative[-1] else None for fraction in fractions]
+
+    def _at(self, rank: float, cumulative: list[int]) -> float:
+        bucket = bisect_left(cumulative, max(rank, 1e-9))  # a rank of 0 is in the first bucket that holds anything
+        below = cumulative[bucket - 1] if bucket else 0
+        lower, upper = BOUNDS[bucket - 1] if bucket else 0, BOUNDS[bucket]
+        if bucket == len(BOUNDS) - 1:  # it takes whatever is longer than all others do
+            upper = max(upper, self.max_ns)
+        within = (rank - below) / self.buckets[bucket]
+        return min(lower + within * (upper - lower), max(self.max_ns, lower))
 
     def milliseconds(self) -> dict[str, float | None]:
         """Return what the views show: p50, p90, p99, p999 and max."""
-        figures = {name: self.percentile(fraction) for name, fraction in PERCENTILES.items()}
-        figures["max"] = float(self.max_ns) if self.count else None
+        figures = dict(zip(PERCENTILES, self.percentiles(*PERCENTILES.values()), strict=True))
+        figures["max"] = self.max_ns if any(self.buckets) else None
         return {name: None if ns is None else round(ns / 1e6, 3) for name, ns in figures.items()}
 
 

@@ -1,7 +1,7 @@
 """Emitters' connections: their life, their time-outs, and every answer but 202.
 
-The compiled ``IngestBase`` reads requests and accepts packets; it calls the methods here for whatever is seldom. Answers
-are bytes; problems are RFC 9457 documents made by ``fastdist.api``.
+The compiled ``IngestBase`` reads requests and accepts packets; it calls the methods here for whatever is seldom.
+Answers are bytes; problems are RFC 9457 documents made by ``fastdist.api``.
 """
 
 from __future__ import annotations
@@ -31,13 +31,10 @@ RETRY_SOON = b"Retry-After: 1\r\n"
 class Waiting:
     """An emitter that waits for its packet's delivery (``Prefer: wait``)."""
 
-    __slots__ = ("answer", "close", "connection", "members", "timer")
+    __slots__ = ("answer", "close", "members", "timer")
 
-    def __init__(
-        self, connection: IngestProtocol, answer: Answer, members: dict[str, object], timer: asyncio.TimerHandle
-    ):
-        self.connection, self.answer, self.members, self.timer = connection, answer, members, timer
-        self.close = not connection.keep_alive
+    def __init__(self, answer: Answer, members: dict[str, object], timer: asyncio.TimerHandle, *, close: bool) -> None:
+        self.answer, self.members, self.timer, self.close = answer, members, timer, close
 
 
 class Emitters:
@@ -212,4 +209,4 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if messages is not None:
             members["messages"] = messages
         timer = asyncio.get_running_loop().call_later(seconds, self.emitters.wait_over, sequence)
-        self.emitters.waiting[sequence] = Waiting(self, answer, members, timer)
+        self.emitters.waiting[sequence] = Waiting(answer, members, timer, close=not self.keep_alive)

@@ -11,8 +11,8 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 | workers   | w x 16             | see ``WorkerWord`` |
 | rows      | w x row_words(n)   | each worker its own: counters, histograms (``_core.counters``) |
 
-An analyzer keeps its slot for as long as the block lives. Words have one writer, or are changed atomically by helpers of
-``AnalyzerStates``; text is written whole and may be read torn, so it is for people only.
+An analyzer keeps its slot for as long as the block lives. Words have one writer, or are changed atomically by helpers
+of ``AnalyzerStates``; text is written whole and may be read torn, so it is for people only.
 """
 
 from __future__ import annotations

@@ -303,7 +303,8 @@ class Snapshot:
         ]
 
     def _of(self, slot: int, field: str) -> int:
-        return self._analyzer_totals[slot * ANALYZER_WORDS + ANALYZER_FIELDS[field]]
+        at: int = slot * ANALYZER_WORDS + ANALYZER_FIELDS[field]
+        return self._analyzer_totals[at]
 
     @property
     def obstacle(self) -> str:

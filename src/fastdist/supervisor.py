@@ -29,7 +29,7 @@ from fastdist.config import to_wire
 from fastdist.errors import StartError
 from fastdist.health import HealthChecker
 from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
-from fastdist.stats import Snapshot
+from fastdist.snapshot import Snapshot
 from fastdist.worker import Assignment, Command
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Supervisor:
         self.stopping = False
         self.exit_status = 0
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self._finished = asyncio.Event()
+        self._all_ready = asyncio.Event()
         self._known_states: dict[int, int] = {}
         self._probes: dict[int, psutil.Process] = {}
         self._lock = -1
@@ -135,7 +135,7 @@ class Supervisor:
                 listeners.append(listener)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                listener.setblocking(False)
+                listener.settimeout(0)
                 listener.bind((address[0], port, *address[2:]))
             for listener in listeners:
                 listener.listen(BACKLOG)
@@ -198,8 +198,7 @@ class Supervisor:
 
     async def _announce(self, host: str, port: int) -> None:
         """Say when all workers are ready, and how to send a first packet."""
-        while not all(place.ready for place in self.places):
-            await asyncio.sleep(0.01)
+        await self._all_ready.wait()
         url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"  # noqa: S104
         log.info(
             "fastdist is ready",
@@ -211,7 +210,7 @@ class Supervisor:
         )
         if sys.stderr.isatty():
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
-            print(
+            print(  # noqa: T201  (for the person at the terminal, not for the log)
                 f"\nSend a first packet:\n  curl -i {url}/logs -H 'Content-Type: application/json' -d '{body}'\n"
                 f"See where it went:\n  curl {url}/stats\n",
                 file=sys.stderr,
@@ -268,6 +267,8 @@ class Supervisor:
                 if msgspec.json.decode(line, type=Command).verb == "ready":
                     place.ready, place.false_starts = True, 0
                     self.block.worker(place.index)[WorkerWord.STATE] = WorkerState.RUNNING
+                    if all(other.ready for other in self.places):
+                        self._all_ready.set()
 
     def _after_death(self, place: WorkerPlace, status: int) -> None:
         """Decide how a dead worker is replaced."""

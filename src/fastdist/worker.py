@@ -27,7 +27,7 @@ from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
 from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.shared import SharedBlock, WorkerWord
-from fastdist.stats import Snapshot
+from fastdist.snapshot import Snapshot
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 DELIVERED_FIELDS = ("refused", "exhausted", "shutdown")
@@ -227,8 +227,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(worker=f"w{assignment.index}")
-    with open(assignment.settings, "rb", closefd=False) as file:
-        config = from_wire(file.read())
+    # pread: the descriptor's position is shared with the other workers
+    config = from_wire(os.pread(assignment.settings, os.fstat(assignment.settings).st_size, 0))
 
     async def run() -> None:
         await Worker(assignment, config, asyncio.get_running_loop()).serve()

@@ -83,9 +83,9 @@ def bucket_bounds():
     bounds = []
     for bucket in range(BUCKETS):
         if bucket < 8:
-            bounds.append((bucket + 1) << 8)
+            bounds.append((<int64_t>bucket + 1) << 8)
         else:
-            bounds.append((8 + bucket % 8 + 1) << (bucket // 8 - 1 + 8))
+            bounds.append((<int64_t>8 + bucket % 8 + 1) << (bucket // 8 - 1 + 8))
     return bounds
 
 

@@ -54,7 +54,7 @@ cdef class AliasTable:
         for i in range(n):
             self.own[i] = self.alias[i] = slots[i]
             self.threshold[i] = <uint64_t>-1
-        self._fill([weight * n / total for weight in weights])
+        self._fill([weight / total * n for weight in weights])
 
     def _fill(self, list scaled):
         """Vose: each column that is less than full is topped up by one that is more than full."""

@@ -1,0 +1,190 @@
+"""The HTTP API but for POST /logs: from a request to a response, both plain values.
+
+No sockets and no waiting here, so that tests need neither. What the module sees to:
+
+- Every error is a problem document (RFC 9457). Only what a path exists for is allowed on it: anything else is answered
+  405 with Allow (RFC 9110), an unknown path 404. The query is no part of the path; a slash at its end is.
+- HEAD is answered as GET, body included: who writes the answer leaves the body out, and so has its length right.
+- Headers that concern every answer are not made here: Date, Content-Length and those for safety come with the writing,
+  and ``cors_headers`` is for the connection to add to all its answers, preflights among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from msgspec import Struct
+
+from fastdist import metrics, stats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from fastdist.snapshot import Snapshot
+
+JSON = b"Content-Type: application/json\r\n"
+PROBLEM = b"Content-Type: application/problem+json\r\n"
+RETRY_SOON = b"Retry-After: 1\r\n"
+PREFLIGHT_SECONDS = 600  # how long a browser may go by an answer to its preflight
+REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
+
+# As RFC 9110 has them; Python called them otherwise before 3.13.
+_REASONS = {413: "Content Too Large", 422: "Unprocessable Content"}
+
+
+class Request(Struct, frozen=True):
+    """A request: ``target`` as it came, ``head`` the raw bytes from the request line on, ``body`` without transfer coding."""
+
+    method: str
+    target: str
+    head: bytes
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        """The target without its query."""
+        return self.target.partition("?")[0]
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers by lower-case name; the values of repeated ones are joined by commas."""
+        headers: dict[str, str] = {}
+        for line in self.head.decode("latin-1").split("\r\n")[1:]:
+            name, colon, value = line.partition(":")
+            if colon:
+                name, value = name.lower(), value.strip(" \t")
+                headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        return headers
+
+
+class Response(Struct, frozen=True):
+    """An answer: ``headers`` are lines that each end in CR LF, Content-Type among them if there is a body."""
+
+    status: int
+    body: bytes
+    headers: bytes
+
+
+Handler = Callable[[Request], Response]
+
+
+def reason(status: int) -> str:
+    """Return the reason phrase of a status."""
+    return _REASONS.get(status) or HTTPStatus(status).phrase
+
+
+def problem(
+    status: int, detail: str, *, errors: Sequence[Mapping[str, str]] | None = None, headers: bytes = b""
+) -> Response:
+    """Return an RFC 9457 document; ``errors`` are ``{"pointer", "detail"}`` of the fields at fault, if any."""
+    document: dict[str, Any] = {"type": "about:blank", "title": reason(status), "status": status, "detail": detail}
+    if errors:
+        document["errors"] = errors
+    return Response(status, orjson.dumps(document), PROBLEM + headers)
+
+
+def cors_headers(origin: str, allowed: Sequence[str]) -> bytes:
+    """Return the header lines that let scripts of ``origin`` read an answer; none if it is not ``allowed``.
+
+    ``allowed`` are exact origins, or ``"*"``.
+    """
+    if "*" in allowed:
+        shared = b"Access-Control-Allow-Origin: *\r\n"
+    elif origin in allowed:
+        shared = b"Access-Control-Allow-Origin: " + origin.encode("latin-1") + b"\r\nVary: Origin\r\n"
+    else:
+        return b""
+    return shared + b"Access-Control-Expose-Headers: Retry-After\r\n"
+
+
+class Api:
+    """Answers requests from what ``snapshot()`` returns, called anew for each.
+
+    ``routes`` maps paths to methods to handlers; whoever can do more than look adds its own. GET brings HEAD with it,
+    every path has OPTIONS, and a path whose handlers are elsewhere says in ``ELSEWHERE`` what it takes.
+    """
+
+    ELSEWHERE: Mapping[str, Sequence[str]] = {"/logs": ("POST",)}
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self.snapshot = snapshot
+        self.routes: dict[str, dict[str, Handler]] = {
+            "/health": {"GET": self._view(stats.health)},
+            "/ready": {"GET": self._ready},
+            "/stats": {"GET": self._view(stats.stats)},
+            "/queue": {"GET": self._view(stats.queue)},
+            "/analyzers": {"GET": self._view(stats.analyzers)},
+            "/metrics": {"GET": self._metrics},
+        }
+
+    def respond(self, method: str, target: str, head: bytes, body: bytes) -> Response:
+        """Answer a request that is not POST /logs; ``target`` is a path, ``*`` (OPTIONS) or what CONNECT names."""
+        request = Request(method, target, head, body)
+        methods = self._methods(request.path)
+        if not methods:
+            return problem(404, "there is nothing at this path; packets go to POST /logs")
+        if method == "OPTIONS":
+            return self._options(request, methods)
+        handler = self.routes.get(request.path, {}).get("GET" if method == "HEAD" else method)
+        if handler is None:
+            return problem(405, f"{', '.join(methods)} are what this path takes", headers=_allow(methods))
+        return handler(request)
+
+    def _methods(self, path: str) -> list[str]:
+        """Return what a path takes (a target that is none stands for the whole server), nothing for an unknown one."""
+        paths = [path] if path.startswith("/") else [*self.routes, *self.ELSEWHERE]
+        methods = [method for path in paths for method in (*self.routes.get(path, ()), *self.ELSEWHERE.get(path, ()))]
+        if not methods:
+            return []
+        with_head = [name for method in methods for name in (("GET", "HEAD") if method == "GET" else (method,))]
+        return list(dict.fromkeys([*with_head, "OPTIONS"]))
+
+    def _options(self, request: Request, methods: Iterable[str]) -> Response:
+        allow = _allow(methods)
+        headers = request.headers()
+        origin = headers.get("origin")
+        if origin is None or "access-control-request-method" not in headers:
+            return Response(204, b"", allow)
+        if not cors_headers(origin, self.snapshot().config.security.cors_origins):
+            return Response(204, b"", allow)
+        return Response(204, b"", allow + _preflight(methods))
+
+    def _view(self, view: Callable[[Snapshot], dict[str, Any]]) -> Handler:
+        return lambda _: Response(200, orjson.dumps(view(self.snapshot())), JSON)
+
+    def _ready(self, _: Request) -> Response:
+        state = stats.ready(self.snapshot())
+        if state["status"] == "ready":
+            return Response(200, orjson.dumps(state), JSON)
+        return problem(503, state["detail"], headers=RETRY_SOON)
+
+    def _metrics(self, request: Request) -> Response:
+        if accepts(request.headers().get("accept", ""), "application/openmetrics-text"):
+            render, content_type = metrics.openmetrics, metrics.OPENMETRICS_CONTENT_TYPE
+        else:
+            render, content_type = metrics.text, metrics.CONTENT_TYPE
+        return Response(200, render(self.snapshot()), f"Content-Type: {content_type}\r\n".encode())
+
+
+def accepts(accept: str, media_type: str) -> bool:
+    """Whether an Accept header names ``media_type`` itself (no wildcard), and not to refuse it (``q=0``)."""
+    for item in accept.lower().split(","):
+        name, *parameters = (part.strip(" \t") for part in item.split(";"))
+        if name == media_type:
+            return not any(parameter.startswith("q=") and not parameter[2:].strip("0.") for parameter in parameters)
+    return False
+
+
+def _allow(methods: Iterable[str]) -> bytes:
+    return f"Allow: {', '.join(methods)}\r\n".encode()
+
+
+def _preflight(methods: Iterable[str]) -> bytes:
+    return (
+        f"Access-Control-Allow-Methods: {', '.join(methods)}\r\n".encode()
+        + b"Access-Control-Allow-Headers: "
+        + REQUEST_HEADERS
+        + f"\r\nAccess-Control-Max-Age: {PREFLIGHT_SECONDS}\r\n".encode()
+    )

@@ -1,0 +1,353 @@
+"""What tests with real processes are made of: the mock analyzers, a distributor, emitters that keep a ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = {"A1": 0.1, "A2": 0.4, "A3": 0.2, "A4": 0.3}
+PACKET = {
+    "emitterId": "web-42",
+    "messages": [
+        {
+            "timestamp": "2026-01-02T03:04:05.678Z",
+            "level": "info",
+            "message": "GET /cart/checkout 200 in 12.8 ms for a customer who came from the newsletter",
+            "source": "frontend",
+            "metadata": {"region": "eu-west-1", "trace": "4bf92f3577b34da6a3ce929d0e0e4736"},
+        },
+        {"level": "warn", "message": "payment provider answered slowly", "source": "payments"},
+    ],
+    "metadata": {"host": "web-42.example"},
+}
+BODY = json.dumps(PACKET, separators=(",", ":")).encode()
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    """Return what ``condition`` returns once it is true; fail, saying ``what`` was awaited, after ``seconds``."""
+    end = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        time.sleep(0.02)
+
+
+def request(
+    port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Send one request on a connection of its own; return status, headers (lower case) and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+    finally:
+        connection.close()
+
+
+def get_json(port: int, path: str) -> Any:
+    """GET a JSON document that must be there."""
+    status, _, body = request(port, "GET", path)
+    assert status == 200, (path, status, body)
+    return json.loads(body)
+
+
+class Process:
+    """A child in a session of its own, whose output is kept."""
+
+    def __init__(self, command: list[str], **environment: str) -> None:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("FASTDIST_")}
+        env.pop("PORT", None)
+        env.pop("WORKER_COUNT", None)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=env | environment,
+            start_new_session=True,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def line_with(self, text: str, seconds: float = 30.0) -> str:
+        """Return the first line that has ``text`` in it, once there is one."""
+
+        def look() -> str | None:
+            found = next((line for line in list(self.lines) if text in line), None)
+            if found is None and self.process.poll() is not None:
+                raise AssertionError(f"ended ({self.process.returncode}) without saying {text!r}:\n{self.output}")
+            return found
+
+        return str(wait_until(look, f"a line with {text!r}; so far:\n{self.output}", seconds))
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def wait(self, seconds: float = 60.0) -> int:
+        status = self.process.wait(seconds)
+        self._reader.join(5)
+        return status
+
+    def kill_all(self) -> None:
+        """Kill -9 the process and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.wait()
+
+
+class Mocks(Process):
+    """Mock analyzers, on free ports, driven through their common control port."""
+
+    def __init__(self, ids: tuple[str, ...] = ("A1", "A2", "A3", "A4"), *options: str, ports: list[int] | None = None):
+        wanted = ",".join(str(port) for port in ports or [0] * len(ids))
+        command = [sys.executable, "-m", "mock_analyzers", "--ids", ",".join(ids), "--ports", wanted]
+        super().__init__([*command, "--control-port", "0", *options])
+        self.ids = ids
+        self.control_port = int(self.line_with("control").rsplit(":", 1)[1].split("/")[0])
+        self.endpoints = {name: self.line_with(f"{name} ").split()[-1] for name in ids}
+
+    def set(self, name: str, **options: object) -> None:
+        status, _, body = request(self.control_port, "POST", f"/control/{name}", json.dumps(options).encode())
+        assert status == 200, body
+
+    def totals(self, name: str) -> dict[str, int]:
+        totals: dict[str, int] = get_json(self.control_port, f"/control/{name}")["totals"]
+        return totals
+
+    def reset(self) -> None:
+        for name in self.ids:
+            assert request(self.control_port, "POST", f"/control/{name}/reset", b"")[0] == 200
+
+    def ledger(self) -> dict[str, dict[str, tuple[int, int, int]]]:
+        """Return {analyzer: {packet id: (acknowledged, received, ambiguous)}}."""
+        ledger = {}
+        for name in self.ids:
+            _, _, text = request(self.control_port, "GET", f"/control/{name}/ids")
+            rows = (line.split() for line in text.decode().splitlines())
+            ledger[name] = {row[0]: (int(row[1]), int(row[2]), int(row[3])) for row in rows}
+        return ledger
+
+    def delivered(self) -> dict[str, int]:
+        """Return {packet id: times an analyzer answered 2xx}, over all analyzers."""
+        delivered: dict[str, int] = {}
+        for rows in self.ledger().values():
+            for name, (acknowledged, _, ambiguous) in rows.items():
+                if acknowledged + ambiguous:
+                    delivered[name] = delivered.get(name, 0) + acknowledged + ambiguous
+        return delivered
+
+
+class Distributor(Process):
+    """fastdist on a free port, set up by a configuration file made of ``settings`` (section -> key -> value)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        mocks: Mocks | dict[str, str],
+        settings: dict[str, dict[str, object]] | None = None,
+        *,
+        weights: dict[str, float] | None = None,
+        port: int = 0,
+    ) -> None:
+        endpoints = mocks.endpoints if isinstance(mocks, Mocks) else mocks
+        merged: dict[str, dict[str, object]] = {
+            "server": {"host": "127.0.0.1", "port": port, "workers": 2},
+            "queue": {"path": str(folder / "data"), "durability": "memory", "capacity": "64MiB"},
+            "health": {"interval": "200ms", "timeout": "500ms"},
+        }
+        for section, keys in (settings or {}).items():
+            merged.setdefault(section, {}).update(keys)
+        text = "".join(
+            f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+            for section, keys in merged.items()
+        )
+        for name, endpoint in endpoints.items():
+            weight = (weights or WEIGHTS)[name]
+            text += f'[[analyzers]]\nid = "{name}"\nendpoint = "{endpoint}"\nweight = {weight}\n'
+        self.config = folder / "fastdist.toml"
+        self.config.write_text(text)
+        self.settings = merged
+        super().__init__([sys.executable, "-m", "fastdist", "serve", "--config", str(self.config)])
+        ready = json.loads(self.line_with("fastdist is ready"))
+        self.port = int(ready["url"].rsplit(":", 1)[1])
+
+    def stats(self) -> Any:
+        return get_json(self.port, "/stats")
+
+    def analyzers(self) -> dict[str, Any]:
+        return {row["id"]: row for row in get_json(self.port, "/analyzers")["analyzers"]}
+
+    def post(self, body: bytes = BODY, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return request(self.port, "POST", "/logs", body, {"Content-Type": "application/json"} | named)
+
+    def wait_for_state(self, name: str, state: str, seconds: float = 20.0) -> None:
+        wait_until(lambda: self.analyzers()[name]["state"] == state, f"{name} {state}", seconds)
+
+    def worker_pids(self) -> list[int]:
+        return [int(row["pid"]) for row in self.stats()["workers"]]
+
+    def wait_at_rest(self, seconds: float = 60.0) -> Any:
+        """Wait until nothing is queued or in flight; check the accounting; return /stats."""
+
+        def at_rest() -> Any:
+            stats = self.stats()
+            packets = stats["packets"]
+            return stats if packets["queued"] == 0 and packets["inFlight"] == 0 else None
+
+        try:
+            wait_until(at_rest, "nothing queued or in flight", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {json.dumps(self.stats()['packets'])}") from None
+        time.sleep(0.1)  # each worker publishes its gauges every 20 ms
+        stats = self.stats()
+        check_identity(stats)
+        return stats
+
+    def stop(self) -> int:
+        """SIGTERM, and wait."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+
+def check_identity(stats: Any) -> None:
+    """accepted + recovered = delivered + queued + inFlight + deadLettered, and received = accepted + rejected."""
+    packets = stats["packets"]
+    left = packets["accepted"] + packets["recovered"]
+    right = packets["delivered"] + packets["queued"] + packets["inFlight"] + packets["deadLettered"]
+    assert left == right, packets
+    assert packets["received"] == packets["accepted"] + packets["rejected"], packets
+    assert packets["delivered"] == sum(row["delivered"] for row in stats["analyzers"]), stats
+
+
+@contextlib.contextmanager
+def running(*processes: Process) -> Iterator[None]:
+    """Kill the processes at the end, whatever happens; show what they said if it was a failure."""
+    try:
+        yield
+    except BaseException:
+        for process in processes:
+            print(f"---- {process.process.args}\n{process.output[-6000:]}", file=sys.stderr)
+        raise
+    finally:
+        for process in processes:
+            process.kill_all()
+
+
+class Emitter:
+    """Emitters on ``connections`` keep-alive connections; each packet has an id, and its answer goes into the ledger.
+
+    ``answers`` maps ids to a status, or to None where the connection broke before the answer: such a packet may or may
+    not have been accepted.
+    """
+
+    def __init__(self, port: int, connections: int = 16, prefix: str = "p", body: bytes = BODY) -> None:
+        self.port, self.connections, self.prefix, self.body = port, connections, prefix, body
+        self.answers: dict[str, int | None] = {}
+        self.enough = threading.Event()
+        self._limit = 0
+        self._thread: threading.Thread | None = None
+        self._count = 0
+
+    def send(self, packets: int) -> Emitter:
+        """Send ``packets`` and return."""
+        self._limit = packets
+        asyncio.run(self._run())
+        return self
+
+    def start(self) -> Emitter:
+        """Send until ``stop``."""
+        self._limit = 1 << 60
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> Emitter:
+        self.enough.set()
+        assert self._thread
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self
+
+    @property
+    def accepted(self) -> set[str]:
+        return {name for name, status in self.answers.items() if status in (200, 202)}
+
+    @property
+    def unknown(self) -> set[str]:
+        return {name for name, status in self.answers.items() if status is None}
+
+    async def _run(self) -> None:
+        await asyncio.gather(*(self._connection() for _ in range(self.connections)))
+
+    async def _connection(self) -> None:
+        writer: asyncio.StreamWriter | None = None
+        while self._count < self._limit and not self.enough.is_set():
+            self._count += 1
+            name = f"{self.prefix}-{self._count}"
+            self.answers[name] = None
+            try:
+                if writer is None:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                writer.write(
+                    b"POST /logs HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nIdempotency-Key: "
+                    + f"{name}\r\nContent-Length: {len(self.body)}\r\n\r\n".encode()
+                    + self.body
+                )
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+                self.answers[name] = int(head[9:12])
+                lower = head.lower()
+                length = int(lower.split(b"content-length:")[1].split(b"\r\n")[0])
+                await reader.readexactly(length)
+                if b"connection: close" in lower:
+                    raise ConnectionError
+                if self.answers[name] not in (200, 202):
+                    await asyncio.sleep(0.05)
+            except (OSError, EOFError, TimeoutError):
+                if writer is not None:
+                    writer.close()
+                writer = None
+                await asyncio.sleep(0.02)
+        if writer is not None:
+            writer.close()
+
+
+def compare(emitter: Emitter, mocks: Mocks, *, most_duplicates: int = 0) -> None:
+    """Compare the ledgers of emitters and analyzers: nothing lost, nothing invented, few sent twice."""
+    delivered = mocks.delivered()
+    lost = emitter.accepted - delivered.keys()
+    phantoms = delivered.keys() - emitter.accepted - emitter.unknown
+    duplicates = sum(times - 1 for times in delivered.values())
+    assert not lost, f"{len(lost)} of {len(emitter.accepted)} lost, such as {sorted(lost)[:5]}"
+    assert not phantoms, f"{len(phantoms)} delivered that were never accepted, such as {sorted(phantoms)[:5]}"
+    assert duplicates <= most_duplicates, f"{duplicates} duplicates"
