@@ -36,7 +36,7 @@ _REASONS = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 class Request(Struct, frozen=True):
-    """A request: ``target`` as it came, ``head`` the raw bytes from the request line on, ``body`` without transfer coding."""
+    """A request: ``target`` as it came, ``head`` the raw bytes of request line and headers, ``body`` decoded."""
 
     method: str
     target: str
@@ -142,14 +142,12 @@ class Api:
         return list(dict.fromkeys([*with_head, "OPTIONS"]))
 
     def _options(self, request: Request, methods: Iterable[str]) -> Response:
-        allow = _allow(methods)
-        headers = request.headers()
-        origin = headers.get("origin")
-        if origin is None or "access-control-request-method" not in headers:
-            return Response(204, b"", allow)
-        if not cors_headers(origin, self.snapshot().config.security.cors_origins):
-            return Response(204, b"", allow)
-        return Response(204, b"", allow + _preflight(methods))
+        headers, answer = request.headers(), _allow(methods)
+        if "origin" in headers and "access-control-request-method" in headers:
+            allowed = self.snapshot().config.security.cors_origins
+            if cors_headers(headers["origin"], allowed):
+                answer += _preflight(methods)
+        return Response(204, b"", answer)
 
     def _view(self, view: Callable[[Snapshot], dict[str, Any]]) -> Handler:
         return lambda _: Response(200, orjson.dumps(view(self.snapshot())), JSON)

@@ -14,12 +14,14 @@ from __future__ import annotations
 import heapq
 import random
 import ssl
+import statistics
 import time
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist._core.dispatch import DispatchBase
+from fastdist._core.dispatch import UNLIMITED, DispatchBase
 from fastdist._core.pick import AliasTable, Rendezvous
 from fastdist.forward import AnalyzerPool
 from fastdist.shared import AnalyzerWord
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 LONGEST_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
 RAMP_STEP_NS = 250_000_000  # how often weights are looked at while an analyzer starts slowly
 CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
+OVERLOAD = 0.85  # of the time busy: this process is the bottleneck
+CLAIMS_AHEAD = 4  # times what can be in flight: how much is claimed then
+LONGEST_GRACE = 1.0  # seconds
+SLOW = 4.0  # times the others' latency
 STORAGE_RETRY = 1.0  # seconds until a dead letter that could not be written is tried again
 
 log = logs.get()
@@ -81,6 +87,8 @@ class Dispatcher(DispatchBase):
         self.storage_failed = False
         self._tls: ssl.SSLContext | None = None
         self._next_check = self._next_ramp = 0
+        self._load = LoadMeter()
+        self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
         self._resume_at = 0
         self.config = config
 
@@ -321,17 +329,47 @@ class Dispatcher(DispatchBase):
                 self.schedule()
 
     def _check(self, now_ns: int) -> None:
-        spilling = self.config.delivery.spill_after
-        spills = spilling != float("inf") and self.config.distribution.strategy != "sticky"
         for pool in self.retired:
             pool.check(now_ns)
         self.retired = [pool for pool in self.retired if pool.open_connections or pool.opening]
+        waiting = []
         for slot in self.roster:
             pool = self.pools[slot]
             if pool.open_connections:
                 pool.check(now_ns)
-            if spills and pool.waiting and pool.waiting_since() < now_ns - spilling * 1e9:
-                self._spill(pool, now_ns - int(spilling * 1e9))
+            if pool.waiting:
+                waiting.append(pool)
+        slow = {pool.slot for pool in waiting if self._is_slow(pool, now_ns)}
+        steady = self._limit_claims(now_ns, lift=bool(slow))
+        if self.config.distribution.strategy == "sticky":
+            return
+        since_ns = now_ns - self.config.delivery.spill_after * 1e9
+        for pool in waiting:
+            if pool.waiting_since() < since_ns and (steady or pool.slot in slow):
+                self._spill(pool, int(since_ns))
+
+    def _limit_claims(self, now_ns: int, *, lift: bool) -> bool:
+        """While this process is the bottleneck, and shortly after, leave the backlog in the ring; say if it is not.
+
+        Lists would grow by weight although no analyzer is slow, and packets age in them: spilling those would bend the
+        shares and bring nothing, for it is our time that is short. ``lift``: an analyzer is slow, and is not to hold
+        up the claiming for the others.
+        """
+        if self._load.measure(now_ns) > OVERLOAD:
+            self._overloaded_at = now_ns
+        grace = min(self.config.delivery.spill_after, LONGEST_GRACE)
+        steady = now_ns - self._overloaded_at > grace * 1e9
+        delivery = self.config.delivery
+        room = delivery.connections * delivery.pipeline * (delivery.batch_packets if delivery.mode == "batch" else 1)
+        self.claim_limit = UNLIMITED if steady or lift else CLAIMS_AHEAD * room * max(1, len(self.weights))
+        if self.ring.has_more:
+            self.schedule()
+        return steady
+
+    def _is_slow(self, pool: AnalyzerPool, now_ns: int) -> bool:
+        """Whether the analyzer takes much longer to reply than the others do."""
+        others = [self.pools[slot].latency(now_ns) for slot in self.weights if slot != pool.slot]
+        return bool(others) and pool.latency(now_ns) > SLOW * statistics.median(others)
 
     def _spill(self, pool: AnalyzerPool, since_ns: int) -> None:
         """Move packets that have waited since before ``since_ns`` to analyzers that have room."""
@@ -354,6 +392,23 @@ class Dispatcher(DispatchBase):
         for pool in self.pools:
             if pool is not None:
                 pool.close()
+
+
+class LoadMeter:
+    """How busy the event loop's thread is: the part of the time it ran or waited for a processor (Linux: schedstat)."""
+
+    def __init__(self) -> None:
+        self._last = (0, 0)
+
+    def measure(self, now_ns: int) -> float:
+        """Return the load (0..1) since the last call."""
+        try:
+            ran, waited, _ = Path("/proc/thread-self/schedstat").read_bytes().split()
+            busy = int(ran) + int(waited)
+        except (OSError, ValueError):  # a kernel without it
+            busy = time.thread_time_ns()
+        (then_ns, then_busy), self._last = self._last, (now_ns, busy)
+        return (busy - then_busy) / max(1, now_ns - then_ns) if then_ns else 0.0
 
 
 def retry_after(value: str) -> float:

@@ -29,6 +29,7 @@ class PoolOwner(Protocol):
     def failed(self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool) -> None: ...  # noqa: D102
     def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None: ...  # noqa: D102
     def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None: ...  # noqa: D102
+    def schedule(self) -> None: ...  # noqa: D102
     def wake(self, pool: AnalyzerPool) -> None: ...  # noqa: D102
 
 
@@ -132,6 +133,10 @@ class AnalyzerPool(PoolBase):
 
     # ---- upkeep
 
+    def latency(self, now_ns: int) -> float:
+        """Return how long a reply takes, in ns: as usual, or for as long as one is awaited now if that is longer."""
+        return max(self.usual_latency, max((each.awaited_for(now_ns) for each in self.connections), default=0))
+
     def check(self, now_ns: int) -> None:
         """Close connections whose reply is overdue, and those nothing was sent on for long."""
         timeout = int(self.delivery.timeout * 1e9)
@@ -149,6 +154,10 @@ class AnalyzerPool(PoolBase):
             connection.close_after("", False)  # noqa: FBT003
 
     # ---- what ReplyBase tells
+
+    def claim_more(self) -> None:
+        """There is room again, and something in the ring to claim."""
+        self.owner.schedule()
 
     def delivered(self, sequences: list[int]) -> None:
         """Watched packets were delivered."""

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
-# (the bound in seconds, how many of the buckets in shared memory are below it)
-_BUCKETS = [(f"{bound / 1e9:.10g}", BOUNDS.index(bound) + 1) for bound in (2**octave for octave in range(14, 38))]
+# (a bound in seconds, how many of the buckets in shared memory are below it)
+_BUCKETS = [(repr(2**octave / 1e9), BOUNDS.index(2**octave) + 1) for octave in range(14, 38)]
 
 
 def text(snapshot: Snapshot) -> bytes:

@@ -1,4 +1,4 @@
-"""The tables that say which analyzer gets a packet: shares, independence, evenness of every window, minimal movement."""
+"""The tables that say which analyzer gets a packet: shares, independence, evenness in every window, who moves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def normalised(weights):
 
 
 def chi_square_p(counts, shares):
-    """Return how likely counts at least this far from the shares are by chance (Abramowitz & Stegun 26.4.4 and 26.4.5)."""
+    """Return how likely counts this far from the shares or farther are (Abramowitz & Stegun 26.4.4 and 26.4.5)."""
     n = sum(counts)
     x = sum((count - n * share) ** 2 / (n * share) for count, share in zip(counts, shares, strict=True))
     freedom = len(counts) - 1
@@ -164,7 +164,7 @@ def even_picks(table, n, phase):
 
 def worst_deviations(picks, shares, n):
     """Return for each slot how far its count is from n * share in the worst of all windows of n consecutive picks."""
-    counts = Counter({slot: 0 for slot in range(len(shares))})
+    counts = Counter(dict.fromkeys(range(len(shares)), 0))
     counts.update(picks[:n])
     highest, lowest = dict(counts), dict(counts)
     for enters, leaves in zip(picks[n:], picks, strict=False):
@@ -183,7 +183,7 @@ def pieces_of(table):
         own, alias = table.pick(first), table.pick(last)
         ends.append((first, own))
         if own != alias:
-            switch = bisect.bisect_left(range(first, last), True, key=lambda u: table.pick(u) == alias)  # noqa: B023  # used at once
+            switch = bisect.bisect_left(range(first, last), 1, key=lambda u, alias=alias: table.pick(u) == alias)
             ends.append((first + switch, alias))
     return Counter(slot for (_, slot), (_, before) in zip(ends, ends[-1:] + ends, strict=False) if slot != before)
 
@@ -251,7 +251,7 @@ def mix(x):
 
 
 def rendezvous_model(names, slots, weights, key):
-    """An exponential race: the uniform number of a (key, name) pair becomes a waiting time with the weight as its rate."""
+    """Run an exponential race: a (key, name) pair's uniform number becomes a waiting time, the weight is its rate."""
     times = []
     for name, slot, weight in zip(names, slots, weights, strict=True):
         uniform = (float(mix(fold(key ^ hash_text(name.encode()), GOLDEN_RATIO_STEP)) >> 11) + 0.5) / 2.0**53

@@ -1,4 +1,4 @@
-"""The scanner against its model, packet.check: sound for all bytes, complete for ordinary packets, within its buffer."""
+"""The scanner against its model, packet.check: sound for all bytes, complete for usual packets, within its buffer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def words(text: str) -> list[str]:
 
 ACCEPTED = [
     *words(
-        """
+        r"""
         0 -0 1 -1 9 10 1234567890 0.0 -0.5 1.25 1e1 1E1 1e+1 1e-1 1E+01 0e0 0E-0 -0.0e-0 1.5e300 123.456e-78 1e400
         true false null [] {} [[]] [{}] {"":{}} [1] [1,2] [[],[]] [{},{}] [true,false,null] {"a":1,"a":2} ["[{]},:'"]
         "" "/" "\"\\\/\b\f\n\r\t" "\u0000\u001f\u0022\u005c\uffff\ufffe\uabcd\uabcd" "\ud7ff\ue000" "\\ud800" "\\\\"
@@ -76,71 +76,22 @@ REFUSED = [
         "\ud83d\ud83d\ude00"
         """
     ),
-    *[
-        "",
-        " ",
-        "1 2",
-        "1 true",
-        "[] []",
-        '"a" "b"',
-        "\0",
-        "1\0",
-        "\ufeff1",
-        "- 1",
-        "1 .5",
-        "1e 5",
-        "1e\u0663",
-        "\uff11",
-    ],
+    *["", " ", "1 2", "1 true", "[] []", '"a" "b"', "\0", "1\0", "\ufeff1"],
+    *["- 1", "1 .5", "1e 5", "1e\u0663", "\uff11"],
     *["[1 2]", "[1\v]", "[1\f]", "[\u00a01]", "[\u20281]", "[1\0]", "[1, # comment\n 2]", '{"a" 1}', '{"a":1 "b":2}'],
-    *[
-        '"a\n"',
-        '"a\t"',
-        '"\0"',
-        '"\x1f"',
-        '"\x01' + "x" * 20 + '"',
-        '"' + "x" * 20 + '\r"',
-        r'"\ "',
-        '"\\\n"',
-        '"\\\u00e9"',
-    ],
+    *['"a\n"', '"a\t"', '"\0"', '"\x1f"', '"\x01' + "x" * 20 + '"', '"' + "x" * 20 + '\r"'],
+    *[r'"\ "', '"\\\n"', '"\\\u00e9"'],
     *[r'"\u00 4"', '"\\u\uff10\uff1041"', r'"\ud83d \ude00"'],
 ]
 BROKEN_UTF8 = [
-    *[
-        b"\x80",
-        b"\xbf",
-        b"\xc2",
-        b"\xdf",
-        b"\xe0",
-        b"\xef",
-        b"\xf0",
-        b"\xf4",
-        b"x" * 15 + b"\xc3",
-        b"\xc3\xa9\xc3",
-    ],  # cut off
-    *[
-        b"\xc3(",
-        b"\xe2\x82",
-        b"\xe2\x82(",
-        b"\xe2(\xa1",
-        b"\xf0\x9f\x98",
-        b"\xf0\x9f\x98(",
-        b"\xf0\x9f(\x80",
-        b"\xf0(\x98\x80",
-    ],
-    *[b"\xc3\\u0041", b"\xe2\x82\\n", b"\xc3\xa9\x80", b"\xfe", b"\xff", b"\xf8\x88\x80\x80\x80"],  # no such sequence
-    *[
-        b"\xc0\x80",
-        b"\xc0\xaf",
-        b"\xc1\xbf",
-        b"\xe0\x80\x80",
-        b"\xe0\x9f\xbf",
-        b"\xf0\x80\x80\x80",
-        b"\xf0\x8f\xbf\xbf",
-    ],  # long
-    *[b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xed\xa0\xbd\xed\xb8\x80"],  # surrogates
-    *[b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80"],  # beyond U+10FFFF
+    bytes.fromhex(sequence)
+    for sequence in words(
+        """
+        80 bf c2 df e0 ef f0 f4 e282 f09f98 c3a9c3 787878787878787878787878787878c3 c328 e28228 e228a1 f09f9828 f09f2880
+        f0289880 c35c7530303431 e2825c6e c3a980 fe ff f888808080 c080 c0af c1bf e08080 e09fbf f0808080 f08fbfbf eda080
+        edbfbf eda0bdedb880 f4908080 f5808080
+        """
+    )
 ]
 REFUSED_BYTES = [
     *(b'"' + sequence + b'"' for sequence in BROKEN_UTF8),
@@ -171,7 +122,7 @@ def assert_generic_json(body: bytes) -> None:
 
 @pytest.mark.parametrize("value", ACCEPTED)
 def test_json_is_accepted_wherever_it_stands(value):
-    for body in bodies_with(value.encode("utf-8", "surrogatepass")):
+    for body in bodies_with(value.encode()):
         facts = scan(body)
         assert facts == check(body)
         assert facts == (body.count(b'"message":'), hash_text(b"e"))
@@ -195,7 +146,7 @@ def test_what_stands_around_a_packet(before, after):
     assert_sound(body.encode())
 
 
-# ---------------------------------------------------------------------------------------------------------- the schema
+# ----------------------------------------------------------------------------------------------------------- the schema
 
 SHORTEST = b'{"emitterId":"a","messages":[{"message":""}]}'
 TYPICAL = (
@@ -288,7 +239,7 @@ def test_depth_is_never_a_matter_of_the_stack(shape):
                 assert scan(place.replace(b"%b", value[: len(value) // 2])) is None
 
 
-# ------------------------------------------------------------------------------------------------------------- strict
+# --------------------------------------------------------------------------------------------------------------- strict
 
 STRICT = '{"emitterId":"a","messages":[{"message":"m","timestamp":"%s","level":"%s"}]}'
 EDGES = words("00 01 02 03 04 06 09 11 12 13 19 23 24 28 29 30 31 32 58 59 60 61 99 0a a0 /0 :0 -1")
@@ -353,7 +304,7 @@ def test_strict_is_about_every_message():
         assert scan(body, True) == verdict(body, strict=True)  # noqa: FBT003
 
 
-# ------------------------------------------------------------------------------------------- every small change, no luck
+# ------------------------------------------------------------------------------------------ every small change, no luck
 
 
 def test_every_truncation_is_refused():
@@ -386,7 +337,7 @@ def assert_same_or_unsure(body: bytes) -> None:
     assert facts is None or facts == check(body)
 
 
-# ------------------------------------------------------------------------------------------------------- generated bodies
+# ----------------------------------------------------------------------------------------------------- generated bodies
 
 Members = list[tuple[str, Any]]  # objects as written: in order, keys repeated
 
@@ -403,7 +354,8 @@ def write(value: Any, rng: random.Random) -> str:
     if isinstance(value, Number):
         return value
     if isinstance(value, str):
-        return '"' + "".join(write_character(c, rng) for c in value) + '"'
+        escapes = rng.choice([*[0] * 30, 0.2])  # those that need not be; in a key they make the scanner unsure
+        return '"' + "".join(write_character(c, rng, escapes) for c in value) + '"'
     if isinstance(value, tuple):
         members = (f"{space}{write(k, rng)}{space}:{space}{write(v, rng)}{space}" for k, v in value)
         return "{" + (",".join(members) or space) + "}"
@@ -412,10 +364,10 @@ def write(value: Any, rng: random.Random) -> str:
     return json.dumps(value)
 
 
-def write_character(c: str, rng: random.Random) -> str:
-    if c in '"\\' or c < " " or rng.random() < 0.1:
+def write_character(c: str, rng: random.Random, escapes: float) -> str:
+    if c in '"\\' or c < " " or rng.random() < escapes:
         short = {'"': '\\"', "\\": "\\\\", "/": "\\/", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-        units = [f"\\u{unit:04x}" for unit in memoryview(c.encode("utf-16-le")).cast("H")]
+        units = [f"\\u{unit}" for unit in c.encode("utf-16-be").hex(" ", 2).split()]
         escaped = "".join(unit.upper().replace("U", "u") if rng.random() < 0.5 else unit for unit in units)
         return short[c] if c in short and rng.random() < 0.5 else escaped
     return c
@@ -465,7 +417,7 @@ messages = shuffled(
     st.lists(unknown, max_size=1),
 )
 packets = shuffled(
-    known("emitterId", st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20) | st.just("web-1")),
+    known("emitterId", st.text(st.characters(exclude_categories=["C", "P"]), min_size=1, max_size=20)),
     known("messages", st.lists(messages, min_size=1, max_size=3)),
     st.one_of(st.just([]), known("metadata", objects)),
     st.lists(unknown, max_size=1),

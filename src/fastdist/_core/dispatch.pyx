@@ -29,6 +29,8 @@ cdef enum:
     MESSAGES
     BYTES
 
+UNLIMITED = 1 << 62
+
 STRATEGIES = {"even": EVEN, "random": RANDOM, "sticky": STICKY}
 UNITS = {"packets": PACKETS, "messages": MESSAGES, "bytes": BYTES}
 
@@ -58,6 +60,7 @@ cdef class DispatchBase:
     cdef list lingering
     cdef bint scheduled
     cdef object linger_timer
+    cdef public int64_t claim_limit  # how many packets may be claimed and not done; more stay in the ring
     cdef double linger
 
     def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, config, *args, **kwargs):
@@ -75,6 +78,7 @@ cdef class DispatchBase:
         if self.given == NULL or self.share == NULL:
             raise MemoryError
         self.touched, self.lingering = [], []
+        self.claim_limit = UNLIMITED
 
     def __dealloc__(self):
         free(self.given)
@@ -151,6 +155,8 @@ cdef class DispatchBase:
         cdef PoolBase pool
         cdef int claims
         for claims in range(CLAIMS_A_FLUSH):
+            if self.ring.claimed >= self.claim_limit:
+                return 0
             handle = self.ring.claim_next()
             if handle == 0:
                 return 0

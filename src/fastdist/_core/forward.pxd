@@ -37,6 +37,7 @@ cdef class PoolBase:
     cdef uint32_t first, last
     cdef readonly int64_t waiting, waiting_bytes
     cdef readonly int64_t requests_in_flight, packets_in_flight
+    cdef readonly double usual_latency   # ns, of requests: a moving average
 
     cdef void join(self, uint32_t handle, int64_t now) noexcept nogil
     cdef void join_front(self, uint32_t handle, int64_t now) noexcept nogil

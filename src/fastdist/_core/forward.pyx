@@ -290,6 +290,7 @@ cdef class PoolBase:
         self.mine[MESSAGES_DELIVERED] += messages
         self.mine[BYTES_DELIVERED] += group.bytes
         observe(self.latency, now - group.sent_ns, group.packets)
+        self.usual_latency += (now - group.sent_ns - self.usual_latency) / 16
         if unlikely(self.failures[0] != 0):
             store(self.failures, 0)
         self.landed(group)
@@ -357,6 +358,10 @@ cdef class ReplyBase:
             self.listed = False
             self.pool.idle.remove(self)
 
+    def awaited_for(self, int64_t now):
+        """Return for how many ns a reply has been awaited here, 0 if none is."""
+        return now - self.waiting_since if self.group_count else 0
+
     def overdue(self, int64_t now, int64_t timeout):
         """Whether a reply (or the rest of one) has been awaited for longer than ``timeout`` ns."""
         return (self.group_count > 0 or self.state != HEAD) and now - self.waiting_since > timeout
@@ -412,6 +417,8 @@ cdef class ReplyBase:
             if self.pool.waiting and not self.pool.paused:
                 self.send_waiting(now)
             self.offer()
+        if self.pool.ring.has_unclaimed():
+            self.pool.claim_more()
 
     cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
         cdef const uchar *end = p + n

@@ -561,6 +561,11 @@ cdef class PacketRing:
         return self.next_sequence
 
     @property
+    def has_more(self):
+        """Whether there are packets to claim."""
+        return self.has_unclaimed()
+
+    @property
     def used(self):
         """Bytes between head and tail, including done records that the head has yet to pass."""
         return self.tail - self.head

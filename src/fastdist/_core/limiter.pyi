@@ -1,0 +1,16 @@
+"""Rate limits that hold over all workers: GCRA in shared memory."""
+
+from typing import Self
+
+from _typeshed import WriteableBuffer
+from typing_extensions import disjoint_base
+
+def limiter_words(client_slots: int) -> int: ...
+
+@disjoint_base
+class RateLimiter:
+    @property
+    def active(self) -> bool: ...
+    def __new__(cls, buffer: WriteableBuffer) -> Self: ...
+    def configure(self, rate: float, burst: float, client_rate: float, client_burst: float) -> None: ...
+    def check(self, client: str, now_ns: int | None = None) -> float: ...

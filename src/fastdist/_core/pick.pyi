@@ -1,0 +1,23 @@
+"""Which analyzer gets a packet: the alias method and weighted rendezvous hashing."""
+
+from collections.abc import Sequence
+from typing import Final, Self
+
+from typing_extensions import disjoint_base
+
+GOLDEN_RATIO_STEP: Final[int]
+
+@disjoint_base
+class AliasTable:
+    @property
+    def size(self) -> int: ...
+    def __new__(cls, slots: Sequence[int], weights: Sequence[float]) -> Self: ...
+    def pick(self, u: int) -> int: ...
+    def shares(self) -> dict[int, float]: ...
+
+@disjoint_base
+class Rendezvous:
+    @property
+    def size(self) -> int: ...
+    def __new__(cls, names: Sequence[str], slots: Sequence[int], weights: Sequence[float]) -> Self: ...
+    def pick(self, key: int) -> int: ...

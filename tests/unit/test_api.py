@@ -1,0 +1,274 @@
+"""The API: every route with every method, problem documents, CORS, and what is asked for in headers."""
+
+from __future__ import annotations
+
+import os
+
+import orjson
+import pytest
+from msgspec.structs import replace
+
+from fastdist.api import Api, Request, Response, accepts, cors_headers, problem, reason
+from fastdist.config import Config, Security
+from fastdist.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
+from fastdist.shared import AnalyzerWord, HeadWord, SharedBlock, WorkerWord
+from fastdist.snapshot import Snapshot
+
+SITE = "https://ops.example"
+CONFIG = replace(Config(), security=Security(cors_origins=(SITE,)))
+ROSTER = dict(enumerate(CONFIG.analyzers))
+VIEWS = ("/health", "/ready", "/stats", "/queue", "/analyzers")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "get", "BREW")
+
+
+@pytest.fixture
+def block():
+    block = SharedBlock.create(2, 64)
+    os.close(block.fd)  # the mapping stays
+    for slot in ROSTER:
+        block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
+        block.analyzers.set_weight(slot, 1.0)
+    return block
+
+
+@pytest.fixture
+def api(block):
+    return Api(lambda: Snapshot(block, CONFIG, ROSTER, "1.2.3"))
+
+
+def ask(api, method, target, **headers):
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    head = "\r\n".join([f"{method} {target} HTTP/1.1", "Host: x", *lines, "", ""])
+    return api.respond(method, target, head.encode("latin-1"), b"")
+
+
+def header(response, name):
+    """Return the value of a header that is there once, None if it is not there."""
+    assert response.headers == b"" or response.headers.endswith(b"\r\n")
+    lines = [line.partition(b": ") for line in response.headers.split(b"\r\n")[:-1]]
+    values = [value.decode() for key, _, value in lines if key.lower() == name.lower().encode()]
+    assert len(values) <= 1
+    return values[0] if values else None
+
+
+def assert_problem(response, status):
+    assert response.status == status
+    assert header(response, "Content-Type") == "application/problem+json"
+    document = orjson.loads(response.body)
+    assert document["type"] == "about:blank"
+    assert document["status"] == status
+    assert document["title"] == reason(status)
+    assert document["detail"]
+    return document
+
+
+# ---- routes
+
+
+@pytest.mark.parametrize("path", [*VIEWS, "/metrics"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_there_can_be_looked_at_and_no_more(api, path, method):
+    response = ask(api, method, path)
+    if method in {"GET", "HEAD"}:
+        assert response.status == 200
+        assert response.body
+        assert header(response, "Content-Type") == (CONTENT_TYPE if path == "/metrics" else "application/json")
+        assert header(response, "Allow") is None
+    elif method == "OPTIONS":
+        assert (response.status, response.body) == (204, b"")
+        assert header(response, "Allow") == "GET, HEAD, OPTIONS"
+    else:
+        assert_problem(response, 405)
+        assert header(response, "Allow") == "GET, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize("path", VIEWS)
+def test_views_are_json_objects_of_the_present(api, block, path):
+    assert isinstance(orjson.loads(ask(api, "GET", path).body), dict)
+    block.rows[0].add("accepted", 3)
+    assert orjson.loads(ask(api, "GET", "/stats").body)["packets"]["accepted"] == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logs_takes_packets_only(api, method):
+    response = ask(api, method, "/logs")
+    assert header(response, "Allow") == "POST, OPTIONS"
+    if method == "OPTIONS":
+        assert response == Response(204, b"", b"Allow: POST, OPTIONS\r\n")
+    else:
+        assert_problem(response, 405)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "path", ["/", "/nothing", "/health/", "/Health", "//health", "/health/x", "/logs/", "/%68ealth"]
+)
+def test_what_is_not_there(api, method, path):
+    response = ask(api, method, path)
+    assert_problem(response, 404)
+    assert header(response, "Allow") is None
+
+
+def test_the_query_is_no_part_of_the_path(api):
+    assert ask(api, "GET", "/health?").status == 200
+    assert ask(api, "GET", "/health?a=/b?c").status == 200
+    assert ask(api, "DELETE", "/health?x").status == 405
+    assert ask(api, "GET", "/nothing?/health").status == 404
+
+
+def test_the_server_as_a_whole(api):
+    assert ask(api, "OPTIONS", "*") == Response(204, b"", b"Allow: GET, HEAD, POST, OPTIONS\r\n")
+    assert_problem(ask(api, "CONNECT", "example.com:443"), 405)
+
+
+def test_head_is_get(api):
+    assert ask(api, "HEAD", "/analyzers") == ask(api, "GET", "/analyzers")
+
+
+def test_routes_can_be_added(api):
+    seen = []
+
+    def patch(request):
+        seen.append((request.method, request.path, request.headers()["host"], request.body))
+        return Response(200, b"{}", b"")
+
+    api.routes["/admin/reload"] = {"POST": patch}
+    assert (
+        api.respond("POST", "/admin/reload?x=1", b"POST /admin/reload HTTP/1.1\r\nHost: h\r\n\r\n", b"body").status
+        == 200
+    )
+    assert seen == [("POST", "/admin/reload", "h", b"body")]
+    assert header(ask(api, "GET", "/admin/reload"), "Allow") == "POST, OPTIONS"
+
+
+# ---- readiness
+
+
+def test_ready(api):
+    assert orjson.loads(ask(api, "GET", "/ready").body) == {"status": "ready"}
+
+
+@pytest.mark.parametrize(("what", "word"), [("draining", "draining"), ("storage", "stored"), ("full", "full")])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_not_ready(api, block, what, word, method):
+    if what == "draining":
+        block.head[HeadWord.DRAINING] = 1
+    elif what == "storage":
+        block.worker(1)[WorkerWord.STORAGE_FAULT] = 1
+    else:
+        block.worker(1)[WorkerWord.FULL] = 1
+        block.rows[1].set("queue_bytes", 100)
+        block.rows[1].set("queue_capacity", 100)
+    response = ask(api, method, "/ready")
+    assert word in assert_problem(response, 503)["detail"]
+    assert header(response, "Retry-After") == "1"
+    assert ask(api, "GET", "/health").status == 200
+
+
+# ---- metrics
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("*/*", CONTENT_TYPE),
+        ("text/plain;version=0.0.4", CONTENT_TYPE),
+        ("application/openmetrics-text", OPENMETRICS_CONTENT_TYPE),
+        ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2", OPENMETRICS_CONTENT_TYPE),
+    ],
+)
+def test_metrics_come_in_the_format_asked_for(api, accept, content_type):
+    response = ask(api, "GET", "/metrics", Accept=accept)
+    assert header(response, "Content-Type") == content_type
+    assert b"\nfastdist_packets_accepted_total 0.0\n" in response.body
+    assert response.body.endswith(b"# EOF\n") is (content_type == OPENMETRICS_CONTENT_TYPE)
+
+
+@pytest.mark.parametrize(
+    ("accept", "named"),
+    [
+        ("", False),
+        ("a/b", True),
+        ("x/y , A/B ;q=0.3", True),
+        ("a/b;q=0", False),
+        ("a/b;q=0.000", False),
+        ("a/b; v=1; q=0.001", True),
+        ("a/*, */*", False),
+        ("a/bc", False),
+    ],
+)
+def test_accepts(accept, named):
+    assert accepts(accept, "a/b") is named
+
+
+# ---- CORS
+
+
+def test_preflight(api):
+    response = ask(api, "OPTIONS", "/logs", Origin=SITE, Access_Control_Request_Method="POST")
+    assert (response.status, response.body) == (204, b"")
+    assert header(response, "Allow") == header(response, "Access-Control-Allow-Methods") == "POST, OPTIONS"
+    assert header(response, "Access-Control-Allow-Headers") == "Content-Type, Authorization, Idempotency-Key, Prefer"
+    assert header(response, "Access-Control-Max-Age") == "600"
+    assert header(response, "Access-Control-Allow-Origin") is None  # the connection adds it to all its answers
+
+
+def test_no_preflight_for_others(api):
+    plain = ask(api, "OPTIONS", "/logs")
+    assert ask(api, "OPTIONS", "/logs", Origin=SITE) == plain
+    assert ask(api, "OPTIONS", "/logs", Access_Control_Request_Method="POST") == plain
+    assert ask(api, "OPTIONS", "/logs", Origin="https://evil.example", Access_Control_Request_Method="POST") == plain
+    assert ask(api, "OPTIONS", "/nothing", Origin=SITE, Access_Control_Request_Method="POST").status == 404
+
+
+@pytest.mark.parametrize("allowed", [(SITE,), ("https://other.example", SITE)])
+def test_cors_of_a_listed_origin(allowed):
+    assert cors_headers(SITE, allowed) == (
+        b"Access-Control-Allow-Origin: https://ops.example\r\n"
+        b"Vary: Origin\r\n"
+        b"Access-Control-Expose-Headers: Retry-After\r\n"
+    )
+
+
+def test_cors_of_every_origin():
+    everyone = b"Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: Retry-After\r\n"
+    assert cors_headers("https://anything", ("*",)) == everyone
+    assert cors_headers("null", ("*",)) == everyone
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["", "null", "*", "http://ops.example", "https://ops.example:444", "https://ops.example.evil", SITE[:-1], "\xff"],
+)
+def test_cors_of_others(origin):
+    assert cors_headers(origin, (SITE,)) == b""
+    assert cors_headers(origin, ()) == b""
+
+
+# ---- parts
+
+
+def test_problem_documents():
+    faults = [{"pointer": "/messages/0/message", "detail": "missing"}]
+    response = problem(400, "the packet is not valid", errors=faults, headers=b"X-Y: z\r\n")
+    assert assert_problem(response, 400)["errors"] == faults
+    assert header(response, "X-Y") == "z"
+    assert "errors" not in assert_problem(problem(413, "too large"), 413)
+    assert "errors" not in assert_problem(problem(400, "broken", errors=[]), 400)
+
+
+@pytest.mark.parametrize(
+    ("status", "phrase"), [(404, "Not Found"), (413, "Content Too Large"), (422, "Unprocessable Content")]
+)
+def test_reasons(status, phrase):
+    assert reason(status) == phrase
+
+
+def test_headers_of_a_request():
+    head = b"GET / HTTP/1.1\r\nHost:x:80\r\nA: 1 \r\nEmpty:\r\na:\t2\r\nName: caf\xe9\r\n\r\n"
+    assert Request("GET", "/", head, b"").headers() == {
+        "host": "x:80",
+        "a": "1, 2",
+        "empty": "",
+        "name": "caf\xe9",
+    }
