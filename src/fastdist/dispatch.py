@@ -5,13 +5,16 @@ The hot path (claim, pick, wait, send) is compiled (``DispatchBase``). Here are 
 - a failed packet goes at once to another analyzer that can be picked and that it has not failed on in this round; when
   there is none, it backs off (exponential, full jitter) and starts a new round;
 - while no analyzer can be picked packets stay in the ring, and what was picked for one that is gone is picked anew;
-- a packet that has waited ``spill_after`` behind a busy analyzer goes to one that has room;
+- a packet that has waited ``spill_after`` for an analyzer slower than the others goes to one that has room (where all
+  are equally slow, after a multiple of that: then it is mostly the machine that is busy, and moving packets about bends
+  the shares for nothing);
 - what an analyzer refuses, or what has been sent ``max_attempts`` times, goes to the dead letters.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import ssl
 import statistics
@@ -43,7 +46,9 @@ CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
 OVERLOAD = 0.85  # of the time busy: this process is the bottleneck
 CLAIMS_AHEAD = 4  # times what can be in flight: how much is claimed then
 LONGEST_GRACE = 1.0  # seconds
-SLOW = 4.0  # times the others' latency
+SLOW = 3.0  # times the others' latency
+SLOW_FOR_NS = 400_000_000  # at a stretch: a hiccup does not make an analyzer slow
+EQUALS = 4  # times spill_after: how long packets wait for an analyzer that is as fast as the others
 STORAGE_RETRY = 1.0  # seconds until a dead letter that could not be written is tried again
 
 log = logs.get()
@@ -88,6 +93,7 @@ class Dispatcher(DispatchBase):
         self._tls: ssl.SSLContext | None = None
         self._next_check = self._next_ramp = 0
         self._load = LoadMeter()
+        self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
         self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
         self._resume_at = 0
         self.config = config
@@ -340,13 +346,15 @@ class Dispatcher(DispatchBase):
             if pool.waiting:
                 waiting.append(pool)
         slow = {pool.slot for pool in waiting if self._is_slow(pool, now_ns)}
+        self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
+        slow = {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
         steady = self._limit_claims(now_ns, lift=bool(slow))
         if self.config.distribution.strategy == "sticky":
             return
-        since_ns = now_ns - self.config.delivery.spill_after * 1e9
         for pool in waiting:
-            if pool.waiting_since() < since_ns and (steady or pool.slot in slow):
-                self._spill(pool, int(since_ns))
+            patience = self.config.delivery.spill_after * (1 if pool.slot in slow else EQUALS if steady else math.inf)
+            if pool.waiting_since() < now_ns - patience * 1e9:
+                self._spill(pool, int(now_ns - patience * 1e9))
 
     def _limit_claims(self, now_ns: int, *, lift: bool) -> bool:
         """While this process is the bottleneck, and shortly after, leave the backlog in the ring; say if it is not.

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import math
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import orjson
 
 from fastdist._core.ingest import Answer, IngestBase, Intake
-from fastdist.api import Response, cors_headers, problem
+from fastdist.api import Response, cors_headers, problem, reason
 from fastdist.errors import PacketError
 
 if TYPE_CHECKING:
@@ -83,8 +82,9 @@ class Emitters:
         self._complete(waiting, Response(status=202, body=body, headers=JSON))
 
     def _complete(self, waiting: Waiting, response: Response) -> None:
-        reason = HTTPStatus(response.status).phrase
-        data = self.intake.compose(response.status, reason, response.headers, response.body, close=waiting.close)
+        data = self.intake.compose(
+            response.status, reason(response.status), response.headers, response.body, close=waiting.close
+        )
         waiting.answer.complete_after_sync(data)
 
 
@@ -145,8 +145,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     # ---- answers
 
     def _compose(self, response: Response, *, close: bool = False) -> bytes:
-        reason = HTTPStatus(response.status).phrase
-        data: bytes = self.answer(response.status, reason, response.headers, response.body, close)
+        data: bytes = self.answer(response.status, reason(response.status), response.headers, response.body, close)
         return data
 
     def handle(self, method: str, target: str, head: bytes, body: bytes) -> bytes:
@@ -189,6 +188,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     def not_stored(self, full: bool) -> bytes:  # noqa: FBT001
         """Answer that the packet cannot be stored now."""
         if full:
+            self.intake.full = True
             counter, detail = "queue_full", "the queue is full; try again shortly"
         elif self.intake.draining:
             counter, detail = "draining", "the service is shutting down"

@@ -217,6 +217,9 @@ class Worker:
         counters.set("queue_bytes", ring.used)
         counters.set("queue_capacity", ring.capacity)
         counters.set("oldest_ns", ring.oldest_ns)
+        if self.intake.full and ring.undone_bytes < ring.capacity // 2:
+            self.intake.full = False
+        self.words[WorkerWord.FULL] = int(self.intake.full)
         self.words[WorkerWord.STORAGE_FAULT] = int(self.dispatcher.storage_failed or self.intake.broken_storage)
 
 

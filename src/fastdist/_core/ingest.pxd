@@ -11,6 +11,7 @@ cdef class Intake:
     cdef readonly RateLimiter limiter
     cdef readonly set connections
     cdef public bint draining
+    cdef public bint full              # the last push found no room
     cdef public bint broken_storage
     cdef public bint open_to_all       # no token is asked for
     cdef public bint shares_origins    # CORS is on

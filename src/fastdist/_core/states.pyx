@@ -101,6 +101,8 @@ cdef class AnalyzerStates:
     def go_online(self, Py_ssize_t slot):
         """Turn offline into online; True if it was offline."""
         cdef int64_t *row = self.row(slot)
+        if load(row + STATE) != OFFLINE:
+            return False
         store(row + DELIVERY_FAILURES, 0)
         store(row + CHECK_FAILURES, 0)
         store(row + PAUSED_UNTIL, 0)
@@ -122,10 +124,13 @@ cdef class AnalyzerStates:
 
     def pause(self, Py_ssize_t slot, int64_t until_ns):
         """Send nothing there until ``until_ns`` (monotonic); never shortens a pause."""
-        cdef int64_t *row = self.row(slot)
-        if load(row + PAUSED_UNTIL) < until_ns:
-            store(row + PAUSED_UNTIL, until_ns)
-            self.touch()
+        cdef int64_t *end = self.row(slot) + PAUSED_UNTIL
+        cdef int64_t seen = load(end)
+        while seen < until_ns:
+            if compare_and_swap(end, seen, until_ns):
+                self.touch()
+                return
+            seen = load(end)
 
     def error(self, Py_ssize_t slot):
         """Return the last error as text, empty if there was none."""

@@ -1,0 +1,252 @@
+"""The analyzers' states in shared memory, and that both sides mean the same words by the same numbers."""
+
+from __future__ import annotations
+
+import struct
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdist._core.states import AnalyzerStates
+from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
+
+SLOTS = 3
+ROW = AnalyzerWord.ANALYZER_WORDS
+ERROR_BYTES = 8 * (ROW - AnalyzerWord.ERROR)
+
+
+class Fixture:
+    """States, and the words below them."""
+
+    def __init__(self):
+        rows, head = bytearray(8 * ROW * SLOTS), bytearray(8 * HeadWord.HEAD_WORDS)
+        self.states = AnalyzerStates(rows, head)
+        self.bytes, self.rows, self.head = rows, memoryview(rows).cast("q"), memoryview(head).cast("q")
+
+    def word(self, slot, word):
+        return self.rows[slot * ROW + word]
+
+    def put(self, slot, word, value):
+        self.rows[slot * ROW + word] = value
+
+    def row(self, slot):
+        return self.rows[slot * ROW : (slot + 1) * ROW].tolist()
+
+
+@pytest.fixture
+def block():
+    return Fixture()
+
+
+def wall_and_monotonic(call):
+    """Return what ``call`` returns, and the clocks' ranges while it ran."""
+    wall, monotonic = time.time_ns(), time.monotonic_ns()
+    result = call()
+    return result, range(wall, time.time_ns() + 1), range(monotonic, time.monotonic_ns() + 1)
+
+
+# ---- the words
+
+
+def test_there_are_as_many_slots_as_rows(block):
+    assert block.states.slots == SLOTS
+
+
+@given(st.integers(0, SLOTS - 1), st.sampled_from(list(AnalyzerWord)[:-1]), st.integers(-(2**63), 2**63 - 1))
+def test_get_and_set_mean_the_words_of_the_enumeration(slot, word, value):
+    block = Fixture()
+    block.states.set(slot, word, value)
+    expected = [0] * (ROW * SLOTS)
+    expected[slot * ROW + word] = value
+    assert block.rows.tolist() == expected
+    assert block.states.get(slot, word) == value
+
+
+def test_going_offline_writes_state_since_and_successes(block):
+    block.put(1, AnalyzerWord.CHECK_SUCCESSES, 5)
+    went, wall, _ = wall_and_monotonic(lambda: block.states.go_offline(1))
+    assert went
+    expected = [0] * ROW
+    expected[AnalyzerWord.STATE] = AnalyzerState.OFFLINE
+    expected[AnalyzerWord.SINCE_NS] = block.word(1, AnalyzerWord.SINCE_NS)
+    assert block.row(1) == expected
+    assert block.word(1, AnalyzerWord.SINCE_NS) in wall
+    assert block.row(0) == block.row(2) == [0] * ROW
+
+
+def test_going_online_forgets_failures_and_pause_and_says_since_when(block):
+    for word in (
+        AnalyzerWord.DELIVERY_FAILURES,
+        AnalyzerWord.CHECK_FAILURES,
+        AnalyzerWord.CHECK_SUCCESSES,
+        AnalyzerWord.PAUSED_UNTIL_NS,
+        AnalyzerWord.LAST_STATUS,
+    ):
+        block.put(1, word, 7)
+    block.put(1, AnalyzerWord.STATE, AnalyzerState.OFFLINE)
+    went, wall, monotonic = wall_and_monotonic(lambda: block.states.go_online(1))
+    assert went
+    expected = [0] * ROW
+    expected[AnalyzerWord.STATE] = AnalyzerState.ONLINE
+    expected[AnalyzerWord.CHECK_SUCCESSES] = expected[AnalyzerWord.LAST_STATUS] = 7
+    expected[AnalyzerWord.SINCE_NS] = block.word(1, AnalyzerWord.SINCE_NS)
+    expected[AnalyzerWord.ONLINE_SINCE_NS] = block.word(1, AnalyzerWord.ONLINE_SINCE_NS)
+    assert block.row(1) == expected
+    assert block.word(1, AnalyzerWord.SINCE_NS) in wall
+    assert block.word(1, AnalyzerWord.ONLINE_SINCE_NS) in monotonic
+
+
+def test_the_weight_is_a_double_in_its_word(block):
+    block.states.set_weight(2, 0.3)
+    at = 8 * (2 * ROW + AnalyzerWord.WEIGHT)
+    assert struct.unpack_from("d", block.bytes, at) == (0.3,)
+    struct.pack_into("d", block.bytes, at, 1e-300)
+    assert block.states.weight(2) == 1e-300
+    assert block.states.weight(1) == 0.0
+
+
+def test_failed_deliveries_and_errors_have_their_words(block):
+    (first, wall, _), second = wall_and_monotonic(lambda: block.states.delivery_failed(0, "boom")), block.states
+    assert first == 1
+    assert second.delivery_failed(0, "boom again") == 2
+    assert block.word(0, AnalyzerWord.DELIVERY_FAILURES) == 2
+    assert block.word(0, AnalyzerWord.ERROR_NS) >= wall.start
+    start = 8 * AnalyzerWord.ERROR
+    assert block.bytes[start : start + ERROR_BYTES] == b"boom again".ljust(ERROR_BYTES, b"\0")
+    block.bytes[start : start + 4] = b"room"
+    assert block.states.error(0) == "room again"
+    block.states.delivery_succeeded(0)
+    assert block.word(0, AnalyzerWord.DELIVERY_FAILURES) == 0
+    assert block.states.error(0) == "room again"
+    assert block.states.error(1) == ""
+
+
+def test_pause_and_epoch_have_their_words(block):
+    block.states.pause(1, 123)
+    assert block.word(1, AnalyzerWord.PAUSED_UNTIL_NS) == 123
+    assert block.head.tolist() == [int(word == HeadWord.EPOCH) for word in range(HeadWord.HEAD_WORDS)]
+    block.head[HeadWord.EPOCH] = 41
+    block.states.touch()
+    assert block.states.epoch == block.head[HeadWord.EPOCH] == 42
+
+
+def test_in_the_block_that_processes_share_the_words_are_the_same():
+    block = SharedBlock.create(workers=2, slots=SLOTS)
+    other = SharedBlock.attach(block.fd)
+    block.analyzers.set_weight(1, 0.25)
+    assert block.analyzers.delivery_failed(2, "no route to host") == 1
+    assert other.analyzers.weight(1) == 0.25
+    assert other.analyzers.get(2, AnalyzerWord.DELIVERY_FAILURES) == 1
+    assert other.analyzers.error(2) == "no route to host"
+    assert other.analyzers.go_offline(2)
+    assert other.head[HeadWord.EPOCH] == block.analyzers.epoch == 1
+    assert not block.analyzers.is_online(2)
+    assert (other.head[HeadWord.WORKERS], other.head[HeadWord.SLOTS]) == (2, SLOTS)
+
+
+# ---- what they do
+
+
+@pytest.mark.parametrize("in_use", [0, 1])
+@pytest.mark.parametrize("state", AnalyzerState)
+@pytest.mark.parametrize("draining", [0, 1])
+def test_pickable_is_configured_online_and_not_draining(block, in_use, state, draining):
+    block.put(1, AnalyzerWord.IN_USE, in_use)
+    block.put(1, AnalyzerWord.STATE, state)
+    block.put(1, AnalyzerWord.DRAINING, draining)
+    assert block.states.is_pickable(1) is (in_use == 1 and state == AnalyzerState.ONLINE and draining == 0)
+    assert block.states.is_online(1) is (state == AnalyzerState.ONLINE)
+    assert not block.states.is_pickable(0)
+
+
+def test_only_one_caller_turns_an_analyzer_and_only_that_tells_the_workers(block):
+    states = block.states
+    assert states.is_online(0)
+    assert [states.go_offline(0), states.go_offline(0)] == [True, False]
+    assert states.epoch == 1
+    assert [states.go_online(0), states.go_online(0)] == [True, False]
+    assert states.epoch == 2
+    assert states.is_online(0)
+
+
+def test_going_online_means_nothing_for_one_that_is(block):
+    block.states.pause(1, 10**18)
+    block.states.delivery_failed(1, "")
+    before = block.row(1)
+    assert not block.states.go_online(1)
+    assert block.row(1) == before
+    assert block.states.epoch == 1  # of the pause
+
+
+@given(st.lists(st.integers(0, 2**62), max_size=20))
+def test_a_pause_is_never_shortened(ends):
+    block, longest, changes = Fixture(), 0, 0
+    for end in ends:
+        block.states.pause(0, end)
+        changes += end > longest
+        longest = max(longest, end)
+        assert block.word(0, AnalyzerWord.PAUSED_UNTIL_NS) == longest
+        assert block.states.epoch == changes
+
+
+@given(st.text(max_size=500))
+def test_errors_are_kept_as_far_as_there_is_room(text):
+    block = Fixture()
+    block.put(2, AnalyzerWord.STATE, 9)
+    block.states.set_error(1, "x" * 1000)
+    block.states.set_error(1, text)
+    kept = text.encode("utf-8", "replace")[: ERROR_BYTES - 1].split(b"\0")[0].decode("utf-8", "replace")
+    assert block.states.error(1) == kept
+    assert block.row(2) == [9] + [0] * (ROW - 1)  # the next row is out of its reach
+
+
+def test_a_torn_or_unterminated_error_is_read_to_the_end_of_its_room(block):
+    start = 8 * AnalyzerWord.ERROR
+    block.bytes[start : 8 * ROW] = b"\xff" * ERROR_BYTES
+    block.put(1, AnalyzerWord.STATE, 0x4141414141414141)
+    assert block.states.error(0) == "\N{REPLACEMENT CHARACTER}" * ERROR_BYTES
+
+
+def test_a_cleared_row_is_that_of_a_new_analyzer(block):
+    for word in range(ROW):
+        block.put(1, word, 5)
+    block.put(0, AnalyzerWord.STATE, 3)
+    block.put(2, AnalyzerWord.STATE, 4)
+    _, wall, _ = wall_and_monotonic(lambda: block.states.clear(1))
+    since = block.word(1, AnalyzerWord.SINCE_NS)
+    assert since in wall
+    assert block.row(1) == [since if word == AnalyzerWord.SINCE_NS else 0 for word in range(ROW)]
+    assert (block.word(0, AnalyzerWord.STATE), block.word(2, AnalyzerWord.STATE)) == (3, 4)
+
+
+@pytest.mark.parametrize("slot", [-1, SLOTS, 2**40])
+def test_slots_there_are_not(block, slot):
+    states = block.states
+    for call in (
+        lambda: states.get(slot, 0),
+        lambda: states.set(slot, 0, 1),
+        lambda: states.weight(slot),
+        lambda: states.set_weight(slot, 1.0),
+        lambda: states.is_online(slot),
+        lambda: states.is_pickable(slot),
+        lambda: states.go_offline(slot),
+        lambda: states.go_online(slot),
+        lambda: states.delivery_failed(slot, ""),
+        lambda: states.delivery_succeeded(slot),
+        lambda: states.pause(slot, 1),
+        lambda: states.error(slot),
+        lambda: states.set_error(slot, ""),
+        lambda: states.clear(slot),
+    ):
+        with pytest.raises(IndexError, match=f"slot {slot} of 3"):
+            call()
+    assert not any(block.bytes)
+
+
+def test_memory_that_cannot_be_written_is_refused():
+    with pytest.raises((BufferError, TypeError)):
+        AnalyzerStates(bytes(8 * ROW), bytearray(8 * HeadWord.HEAD_WORDS))
+    with pytest.raises((BufferError, TypeError)):
+        AnalyzerStates(bytearray(8 * ROW), bytes(8 * HeadWord.HEAD_WORDS))
