@@ -37,6 +37,11 @@ PACKET = {
 BODY = json.dumps(PACKET, separators=(",", ":")).encode()
 
 
+def own_body(name: str) -> bytes:
+    """Return a packet unlike any other's, for tests that compare bodies byte for byte."""
+    return BODY.replace(b"web-42", name.encode()) + b" " * (hash(name) % 3)
+
+
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
     """Return what ``condition`` returns once it is true; fail, saying ``what`` was awaited, after ``seconds``."""
     end = time.monotonic() + seconds

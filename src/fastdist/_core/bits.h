@@ -34,10 +34,23 @@ static inline int fd_cas(int64_t *p, int64_t expected, int64_t desired) {
 /* Keeps the compiler (and, where the machine needs telling, the processor) from moving stores across a commit point. */
 static inline void fd_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
 
+/* Writes what is there already: makes the kernel take the page for changed. */
+static inline void fd_touch(unsigned char *p) { *(volatile unsigned char *)p = *(volatile unsigned char *)p; }
+
 /* 64 x 64 -> 128 bits, folded: one multiplication mixes all bits of both. */
 static inline uint64_t fd_fold(uint64_t a, uint64_t b) {
     unsigned __int128 product = (unsigned __int128)a * b;
     return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+/* A UUID's 36 characters. */
+static inline void fd_write_uuid(const unsigned char *id, char *text) {
+    static const char hex[] = "0123456789abcdef";
+    for (int i = 0; i < 16; i++) {
+        if (i == 4 || i == 6 || i == 8 || i == 10) *text++ = '-';
+        *text++ = hex[id[i] >> 4];
+        *text++ = hex[id[i] & 15];
+    }
 }
 
 static inline uint64_t fd_mix(uint64_t x) { return fd_fold(x ^ 0x9E3779B97F4A7C15u, 0xD6E8FEB86659FD93u); }

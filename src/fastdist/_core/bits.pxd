@@ -11,6 +11,8 @@ cdef extern from "bits.h" nogil:
     int64_t fetch_add "fd_fetch_add"(int64_t *word, int64_t value)
     bint compare_and_swap "fd_cas"(int64_t *word, int64_t expected, int64_t desired)
     void release_fence "fd_release"()
+    void touch "fd_touch"(unsigned char *page)
+    void write_uuid "fd_write_uuid"(const unsigned char *packet_id, char *text)
     uint64_t fold "fd_fold"(uint64_t a, uint64_t b)
     uint64_t mix "fd_mix"(uint64_t x)
     uint64_t hash_bytes "fd_hash"(const void *data, size_t n)

@@ -11,7 +11,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
-from fastdist._core.bits cimport hash_bytes, likely, mix, mono_ns, unlikely, wall_ns
+from fastdist._core.bits cimport hash_bytes, likely, mix, mono_ns, unlikely, wall_ns, write_uuid
 from fastdist._core.counters cimport (
     ACCEPTED, BYTES_ACCEPTED, INVALID, MALFORMED, MESSAGES_ACCEPTED, Counters, observe,
 )
@@ -695,20 +695,6 @@ cdef class IngestBase:
         self.emit(answer)
         self.end()
         self.flush()
-
-
-cdef extern from *:
-    """
-    static inline void fd_uuid_text(const unsigned char *id, char *text) {
-        static const char hex[] = "0123456789abcdef";
-        for (int i = 0; i < 16; i++) {
-            if (i == 4 || i == 6 || i == 8 || i == 10) *text++ = '-';
-            *text++ = hex[id[i] >> 4];
-            *text++ = hex[id[i] & 15];
-        }
-    }
-    """
-    void write_uuid "fd_uuid_text"(const unsigned char *packet_id, char *text) noexcept nogil
 
 
 cdef bint is_json(Span value) noexcept:

@@ -37,7 +37,7 @@ cdef struct Record:
     uint32_t state
     uint32_t attempts        # sendings begun
     uint32_t handle          # of this process, while claimed; 0 otherwise
-    uint32_t reserved_too
+    uint32_t moved           # 1: a copy, of a record that stood in the way
 
 cdef struct Entry:
     int64_t position         # of the record, which may be moved while it is claimed
@@ -57,6 +57,8 @@ cdef struct Header:
     int64_t head             # changes from here on
     int64_t tail
     uint64_t next_sequence
+    uint32_t position_crc    # of the three
+    uint32_t reserved
 
 cdef class PacketRing:
     cdef unsigned char *headers
@@ -76,7 +78,8 @@ cdef class PacketRing:
     cdef bint claims_wait_for_sync
     cdef uint32_t moved_alive
     cdef int64_t moved_oldest_ns
-    cdef readonly list damage
+    cdef readonly list damage          # (offset in the file, what) of all that was found wrong
+    cdef int sharing
 
     cdef int push_packet(self, const unsigned char *body, size_t length, const unsigned char *key, size_t key_length,
                          const uint8_t *packet_id, uint32_t messages, uint64_t emitter, int64_t now_ns,
@@ -90,8 +93,7 @@ cdef class PacketRing:
         return self.at(self.entries[handle].position)
     cdef inline Record *at(self, int64_t position) noexcept nogil:
         return <Record *>(self.data + position % self.capacity)
-    cdef void publish_tail(self, int64_t tail) noexcept nogil
-    cdef void publish_head(self, int64_t head) noexcept nogil
+    cdef void publish(self) noexcept nogil
     cdef void advance(self) noexcept nogil
     cdef bint make_room(self, int64_t size) noexcept nogil
     cdef void move_head(self, int64_t size) noexcept nogil

@@ -8,8 +8,12 @@ Facts it rests on:
    been delivered, whatever else was lost: the ring is the truth, counters are reconciled with it.
 4. A claimed record is known by its handle, because it may move: when a record at the head cannot be delivered and space
    runs short, it is copied to the tail (same sequence, id, time, attempts). The old one counts until the copy is synced.
-5. Both header copies carry the positions; either is enough. All checksums are seeded with the ring's salt, so neither
-   another ring's records nor a body that looks like a record is ever taken for one.
+5. Both header copies carry the positions, each with a checksum of its own; either copy is enough. They are written one
+   after the other, so whenever the process dies one of them is whole. All checksums are seeded with the ring's salt, so
+   neither another ring's records nor a body that looks like a record is ever taken for one.
+6. What is synced is a position: ``mark_synced`` tells that all before it is on stable storage. Whoever syncs reads
+   ``tail_position`` first. After a sync that failed nobody knows what reached the disk: what was not synced before is
+   withdrawn, and everything is written anew (``write_again``).
 """
 
 from libc.errno cimport errno
@@ -17,7 +21,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, mmap, munmap
-from fastdist._core.bits cimport crc32c, likely, release_fence, unlikely, wall_ns
+from fastdist._core.bits cimport crc32c, likely, release_fence, touch, unlikely, wall_ns, write_uuid
 
 import os
 from collections import namedtuple
@@ -40,26 +44,6 @@ STATES = {QUEUED: "queued", MOVED: "moved", DONE: "done"}
 
 Packet = namedtuple("Packet", "sequence id body attempts accepted_ns messages emitter flags")
 Packet.__doc__ = "A record as Python sees it: ``body`` is a copy, ``accepted_ns`` wall-clock nanoseconds."
-
-cdef extern from *:
-    """
-    static const char fd_hex_pairs[] =
-        "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f202122232425262728292a2b2c2d2e2f"
-        "303132333435363738393a3b3c3d3e3f404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f"
-        "606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f808182838485868788898a8b8c8d8e8f"
-        "909192939495969798999a9b9c9d9e9fa0a1a2a3a4a5a6a7a8a9aaabacadaeafb0b1b2b3b4b5b6b7b8b9babbbcbdbebf"
-        "c0c1c2c3c4c5c6c7c8c9cacbcccdcecfd0d1d2d3d4d5d6d7d8d9dadbdcdddedfe0e1e2e3e4e5e6e7e8e9eaebecedeeef"
-        "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff";
-    static inline void fd_write_uuid(const unsigned char *id, char *text) {
-        for (int i = 0; i < 16; i++) {
-            if (i == 4 || i == 6 || i == 8 || i == 10) *text++ = '-';
-            memcpy(text, fd_hex_pairs + 2 * id[i], 2);
-            text += 2;
-        }
-    }
-    """
-    void write_uuid "fd_write_uuid"(const unsigned char *packet_id, char *text) noexcept nogil
-
 
 cdef int64_t record_size(Record *record) noexcept nogil:
     return (<int64_t>sizeof(Record) + record.key_length + record.body_length + 7) & ~<int64_t>7
@@ -98,10 +82,12 @@ cdef class PacketRing:
     ``capacity``: make a new ring; None: open the one that is there (RingError if there is none) and recover it.
     ``claims_wait_for_sync``: records can be claimed once ``mark_synced`` has covered them (durability fsync).
     ``volatile``: nothing outlives the kernel, so nothing ever waits for a sync (durability memory).
+    ``private``: look at a ring without changing it, on a copy (``fd`` may be read-only).
     """
 
-    def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False):
+    def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False, bint private=False):
         self.damage = []
+        self.sharing = MAP_PRIVATE if private else MAP_SHARED
         self.claims_wait_for_sync = claims_wait_for_sync
         self.synced = FOREVER if volatile else 0
         self._map_headers(fd)
@@ -128,7 +114,7 @@ cdef class PacketRing:
         cdef void *at
         if os.fstat(fd).st_size < HEADER_BYTES:
             raise RingError("shorter than a ring's header")
-        at = mmap(NULL, HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        at = mmap(NULL, HEADER_BYTES, PROT_READ | PROT_WRITE, self.sharing, fd, 0)
         if at == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
         self.headers = <unsigned char *>at
@@ -143,7 +129,7 @@ cdef class PacketRing:
             raise OSError(errno, os.strerror(errno))
         self.data, self.capacity = base, capacity
         for half in range(2):
-            if mmap(base + half * capacity, capacity, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
+            if mmap(base + half * capacity, capacity, PROT_READ | PROT_WRITE, self.sharing | MAP_FIXED, fd,
                     HEADER_BYTES) == MAP_FAILED:
                 raise OSError(errno, os.strerror(errno))
 
@@ -160,40 +146,44 @@ cdef class PacketRing:
         memcpy(header.ring_id, <char *>noise + 8, 16)
         memcpy(header.boot_id, <char *>boot, 16)
         header.created_ns = wall_ns()
-        header.next_sequence = 1
         header.header_crc = header_crc(header)
         memcpy(self.headers + SECOND_COPY, self.headers, sizeof(Header))
         self.seed = crc32c(0, &header.salt, 8)
         self.next_sequence = 1
+        self.publish()
 
     def _open(self, int fd):
-        """Read whichever header copies are sound; of two, the one that knows of more pushes."""
+        """Read whichever header copies are sound; of two, the one that knows of more."""
         cdef Header *header = NULL
         cdef Header *copy
+        cdef bint known = False
         cdef int i
         newer = 0
         for i in range(2):
             copy = <Header *>(self.headers + i * SECOND_COPY)
             if copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy):
-                continue
-            if copy.version > FORMAT:
+                self.damage.append((i * SECOND_COPY, "header copy"))
+            elif copy.version > FORMAT:
                 newer = copy.version
-                continue
-            if header == NULL or copy.next_sequence > header.next_sequence:
+            else:
+                self.seed = crc32c(0, &copy.salt, 8)
+                if copy.position_crc != position_crc(copy, self.seed):
+                    self.damage.append((i * SECOND_COPY, "positions in a header copy"))
+                elif not known or (copy.next_sequence, copy.head) > (self.next_sequence, self.head):
+                    known = True
+                    self.head, self.tail, self.next_sequence = copy.head, copy.tail, copy.next_sequence
                 header = copy
         if header == NULL:
             if newer:
                 raise RingError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
             raise RingError("no intact ring header")
         self._map_data(fd, header.capacity)
-        self.seed = crc32c(0, &header.salt, 8)
-        self.head, self.tail, self.next_sequence = header.head, header.tail, header.next_sequence
         for i in range(2):
             copy = <Header *>(self.headers + i * SECOND_COPY)
             if copy != header:
-                if copy.header_crc != header.header_crc:
-                    self.damage.append((i * SECOND_COPY, "header copy"))
                 memcpy(copy, header, sizeof(Header))
+        if not known:
+            self._find_ends()
 
     # ---- recovery
 
@@ -202,10 +192,6 @@ cdef class PacketRing:
         cdef int64_t position, found
         cdef Record *record
         cdef dict moved = {}
-        if not (0 <= self.head <= self.tail <= self.head + self.capacity and self.head % 8 == 0 == self.tail % 8
-                and self.next_sequence > 0):
-            self.damage.append((<int64_t>0, "positions in the header"))
-            self._find_ends()
         position = self.head
         while position < self.tail:
             record = self.at(position)
@@ -220,10 +206,8 @@ cdef class PacketRing:
                 make_gap(record, found - position)
                 position = found
         for position in moved.values():  # its copy never made it
-            self.at(position).state = QUEUED
-            self.undone += 1
-            self.undone_bytes += record_size(self.at(position))
-        self.publish_tail(self.tail)
+            count_undone(self, self.at(position))
+        self.publish()
         self.advance()
 
     cdef int _adopt(self, Record *record, int64_t position, dict moved) except -1:
@@ -238,10 +222,8 @@ cdef class PacketRing:
             self.at(moved.pop(record.sequence)).state = DONE
         if record.state == MOVED:
             moved[record.sequence] = position
-        elif record.state != DONE:
-            record.state = QUEUED  # or a damaged word: rather twice than never
-            self.undone += 1
-            self.undone_bytes += record_size(record)
+        elif record.state != DONE:  # or a damaged word: rather twice than never
+            count_undone(self, record)
         return 0
 
     def _report(self, int64_t position, str what):
@@ -254,7 +236,7 @@ cdef class PacketRing:
         return position
 
     def _find_ends(self):
-        """Both positions are gone: take the newest record's end as the tail, and all of the ring as in use."""
+        """The positions are gone: take the newest record's end as the tail, and all of the ring as in use."""
         cdef int64_t offset, tail = 0, lowest = FOREVER
         cdef Record *record
         for offset in range(0, self.capacity, 8):
@@ -294,7 +276,8 @@ cdef class PacketRing:
         cdef unsigned char *payload
         if unlikely(2 * size > self.capacity):
             return TOO_BIG
-        if unlikely(self.capacity - (self.tail - self.head) < size + self.capacity // 4) and not self.make_room(size):
+        # Looked after from half full on: the largest record there may be has to find room for its copy.
+        if unlikely(self.capacity - (self.tail - self.head) < size + self.capacity // 2) and not self.make_room(size):
             return RING_FULL
         record = self.at(self.tail)
         payload = <unsigned char *>record + sizeof(Record)
@@ -316,27 +299,23 @@ cdef class PacketRing:
         record.state = QUEUED
         record.attempts = 0
         record.handle = 0
-        record.reserved_too = 0
+        record.moved = 0
         self.seal(record)
         self.next_sequence += 1
         self.undone += 1
         self.undone_bytes += size
-        self.publish_tail(self.tail + size)
+        self.tail += size
+        self.publish()
         return PUSHED
 
-    cdef void publish_tail(self, int64_t tail) noexcept nogil:
-        cdef Header *first = <Header *>self.headers
-        cdef Header *second = <Header *>(self.headers + SECOND_COPY)
-        self.tail = tail
-        release_fence()  # the record before the position that speaks of it
-        first.next_sequence = second.next_sequence = self.next_sequence
-        first.tail = second.tail = tail
-
-    cdef void publish_head(self, int64_t head) noexcept nogil:
-        self.head = head
-        release_fence()
-        (<Header *>self.headers).head = head
-        (<Header *>(self.headers + SECOND_COPY)).head = head
+    cdef void publish(self) noexcept nogil:
+        cdef Header *copy
+        cdef int i
+        for i in range(2):
+            release_fence()  # the record before the position that speaks of it, one copy before the other
+            copy = <Header *>(self.headers + i * SECOND_COPY)
+            copy.head, copy.tail, copy.next_sequence = self.head, self.tail, self.next_sequence
+            copy.position_crc = position_crc(copy, self.seed)
 
     cdef bint make_room(self, int64_t size) noexcept nogil:
         """Try to free ``size`` bytes by moving claimed records from the head to the tail; say whether there is room."""
@@ -359,14 +338,14 @@ cdef class PacketRing:
         cdef Record *copy = self.at(self.tail)
         memcpy(copy, old, size)
         copy.position = self.tail
+        copy.moved = 1
         self.seal(copy)
         old.state = MOVED
         self.entries[old.handle].position = self.tail
-        self.entries[old.handle].flags |= 0x80000000u
-        if self.moved_alive == 0 or copy.accepted_ns < self.moved_oldest_ns:
-            self.moved_oldest_ns = copy.accepted_ns
-        self.moved_alive += 1
-        self.publish_tail(self.tail + size)
+        if not old.moved:
+            count_moved(self, copy)
+        self.tail += size
+        self.publish()
         self.move_barrier = self.tail
 
     # ---- the reader's side
@@ -424,8 +403,10 @@ cdef class PacketRing:
         self.undone -= 1
         self.undone_bytes -= record_size(record)
         self.claimed -= 1
-        if unlikely(entry.flags & 0x80000000u):
+        if unlikely(record.moved):
             self.moved_alive -= 1
+            if record.accepted_ns == self.moved_oldest_ns:
+                self.moved_oldest_ns = 0  # `oldest` looks for the next one
         if entry.position == self.head:
             self.advance()
         entry.position = -1
@@ -446,15 +427,32 @@ cdef class PacketRing:
                 break
         if self.cursor < head:
             self.cursor = head
-        self.publish_head(head)
+        if head != self.head:
+            self.head = head
+            self.publish()
 
     cdef int64_t oldest(self) noexcept nogil:
         """Return when the oldest packet not done was accepted (wall clock, ns), 0 if there is none."""
-        cdef int64_t when
+        cdef int64_t position = self.head, first = 0, moved = FOREVER
+        cdef Record *record
         if self.undone == 0:
             return 0
-        when = self.at(self.head).accepted_ns
-        return min(when, self.moved_oldest_ns) if self.moved_alive else when
+        while position < self.tail:
+            record = self.at(position)
+            if record.magic == GAP_MAGIC:
+                position += gap_bytes(record)
+                continue
+            if record.state == QUEUED:
+                first = first or record.accepted_ns
+                if self.moved_alive == 0 or self.moved_oldest_ns:
+                    break
+                if record.moved:
+                    moved = min(moved, record.accepted_ns)
+            position += record_size(record)
+        if self.moved_alive == 0:
+            return first
+        self.moved_oldest_ns = self.moved_oldest_ns or moved
+        return min(first, self.moved_oldest_ns)
 
     cdef uint32_t new_entry(self) except? 0:
         cdef uint32_t handle = self.free_entry, count, i
@@ -545,6 +543,37 @@ cdef class PacketRing:
             position += record_size(record)
         return messages, body_bytes
 
+    def withdraw_unsynced(self):
+        """Take back what was pushed since the last sync; return (packets, messages, bytes of bodies).
+
+        Only for a ring whose claims wait for a sync: nobody has these packets yet.
+        """
+        cdef int64_t position = max(self.synced, self.head), packets = 0, messages = 0, body_bytes = 0
+        cdef Record *record
+        while position < self.tail:
+            record = self.at(position)
+            if record.magic == GAP_MAGIC:
+                position += gap_bytes(record)
+                continue
+            if record.state == QUEUED and record.handle == 0:
+                record.state = DONE
+                packets += 1
+                messages += record.messages
+                body_bytes += record.body_length
+                self.undone -= 1
+                self.undone_bytes -= record_size(record)
+            position += record_size(record)
+        self.advance()
+        return packets, messages, body_bytes
+
+    def write_again(self):
+        """Have the kernel write all that counts anew with the next sync: after one that failed it may not know what is left."""
+        cdef int64_t position
+        for position in range(0, HEADER_BYTES, 4096):
+            touch(self.headers + position)
+        for position in range(self.head, self.tail, 4096):
+            touch(self.data + position % self.capacity)
+
     def mark_synced(self, int64_t position):
         """All bytes up to ``position`` (a former ``tail_position``) are on stable storage."""
         self.synced = max(self.synced, position)
@@ -591,6 +620,20 @@ cdef str record_id(Record *record):
     return text[:n].decode("latin-1")
 
 
+cdef void count_moved(PacketRing ring, Record *copy) noexcept nogil:
+    if ring.moved_alive == 0 or copy.accepted_ns < ring.moved_oldest_ns:
+        ring.moved_oldest_ns = copy.accepted_ns
+    ring.moved_alive += 1
+
+
+cdef void count_undone(PacketRing ring, Record *record) noexcept nogil:
+    record.state = QUEUED
+    ring.undone += 1
+    ring.undone_bytes += record_size(record)
+    if record.moved:
+        count_moved(ring, record)
+
+
 cdef int64_t gap_bytes(Record *record) noexcept nogil:
     return 8 * <int64_t>record.head_crc
 
@@ -604,6 +647,10 @@ cdef uint32_t header_crc(Header *header) noexcept nogil:
     cdef Header fixed = header[0]
     fixed.header_crc = 0
     return crc32c(0, &fixed, <char *>&fixed.head - <char *>&fixed)
+
+
+cdef uint32_t position_crc(Header *header, uint32_t seed) noexcept nogil:
+    return crc32c(seed, &header.head, <char *>&header.position_crc - <char *>&header.head)
 
 
 cdef bytes boot_id():
