@@ -38,8 +38,8 @@ BODY = json.dumps(PACKET, separators=(",", ":")).encode()
 
 
 def own_body(name: str) -> bytes:
-    """Return a packet unlike any other's, for tests that compare bodies byte for byte."""
-    return BODY.replace(b"web-42", name.encode()) + b" " * (hash(name) % 3)
+    """Return a packet unlike any other, for tests that compare bodies byte for byte."""
+    return b'{ "emitterId": "%s",\t"messages":[{"message":"caf\xc3\xa9 %s", "\\u00fc":1e2}] }' % ((name.encode(),) * 2)
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
@@ -153,6 +153,13 @@ class Mocks(Process):
         for name in self.ids:
             assert request(self.control_port, "POST", f"/control/{name}/reset", b"")[0] == 200
 
+    def digests(self) -> dict[str, str]:
+        """Return {packet id: digest of its body}, over all analyzers that ``verify``."""
+        digests: dict[str, str] = {}
+        for name in self.ids:
+            digests.update(get_json(self.control_port, f"/control/{name}/digests"))
+        return digests
+
     def ledger(self) -> dict[str, dict[str, tuple[int, int, int]]]:
         """Return {analyzer: {packet id: (acknowledged, received, ambiguous)}}."""
         ledger = {}
@@ -172,19 +179,69 @@ class Mocks(Process):
         return delivered
 
 
+class Fleet:
+    """Mock analyzers in a process each, which can be ended and started again on the same port.
+
+    What they acknowledged stands in a file each, which outlives them: SIGTERM writes all of it, only then ends.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder, self.options = folder, options
+        self.each = {name: self._start(name, 0) for name in WEIGHTS}
+        self.endpoints = {name: mock.endpoints[name] for name, mock in self.each.items()}
+
+    def _start(self, name: str, port: int) -> Mocks:
+        ledger = str(self.folder / f"ledger-{name}")
+        return Mocks((name,), "--ledger", ledger, *self.options, ports=[port])
+
+    def set(self, name: str, **options: object) -> None:
+        self.each[name].set(name, **options)
+
+    def end(self, name: str) -> None:
+        """End the process of an analyzer; requests it has not answered are cut off."""
+        self.each[name].signal(signal.SIGTERM)
+        self.each[name].wait()
+
+    def restart(self, name: str) -> None:
+        self.each[name] = self._start(name, int(self.endpoints[name].rsplit(":", 1)[1].split("/")[0]))
+
+    def delivered(self) -> dict[str, int]:
+        """Return {packet id: times an analyzer answered 2xx}, over all analyzers; ends them."""
+        delivered: dict[str, int] = {}
+        for name, mock in self.each.items():
+            if mock.process.poll() is None:
+                self.end(name)
+            for line in (self.folder / f"ledger-{name}").read_text().splitlines():
+                packet = line.split()[0]
+                delivered[packet] = delivered.get(packet, 0) + 1
+        return delivered
+
+    def kill_all(self) -> None:
+        for mock in self.each.values():
+            mock.kill_all()
+
+    @property
+    def output(self) -> str:
+        return "\n".join(mock.output for mock in self.each.values())
+
+
 class Distributor(Process):
     """fastdist on a free port, set up by a configuration file made of ``settings`` (section -> key -> value)."""
 
     def __init__(
         self,
         folder: Path,
-        mocks: Mocks | dict[str, str],
+        mocks: Mocks | Fleet | dict[str, str],
         settings: dict[str, dict[str, object]] | None = None,
         *,
         weights: dict[str, float] | None = None,
         port: int = 0,
+        prefix: tuple[str, ...] = (),
+        **environment: str,
     ) -> None:
-        endpoints = mocks.endpoints if isinstance(mocks, Mocks) else mocks
+        """Start it; ``prefix`` is a command that runs the one behind it."""
+        self.folder = folder
+        endpoints = mocks if isinstance(mocks, dict) else mocks.endpoints
         merged: dict[str, dict[str, object]] = {
             "server": {"host": "127.0.0.1", "port": port, "workers": 2},
             "queue": {"path": str(folder / "data"), "durability": "memory", "capacity": "64MiB"},
@@ -202,7 +259,8 @@ class Distributor(Process):
         self.config = folder / "fastdist.toml"
         self.config.write_text(text)
         self.settings = merged
-        super().__init__([sys.executable, "-m", "fastdist", "serve", "--config", str(self.config)])
+        command = [*prefix, sys.executable, "-m", "fastdist", "serve", "--config", str(self.config)]
+        super().__init__(command, **environment)
         ready = json.loads(self.line_with("fastdist is ready"))
         self.port = int(ready["url"].rsplit(":", 1)[1])
 
@@ -218,6 +276,11 @@ class Distributor(Process):
 
     def wait_for_state(self, name: str, state: str, seconds: float = 20.0) -> None:
         wait_until(lambda: self.analyzers()[name]["state"] == state, f"{name} {state}", seconds)
+
+    def dead_letters(self) -> list[dict[str, Any]]:
+        """Return all dead letters, of any worker."""
+        files = sorted((self.folder / "data" / "dead-letters").glob("*.ndjson"))
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
     def worker_pids(self) -> list[int]:
         return [int(row["pid"]) for row in self.stats()["workers"]]
@@ -273,12 +336,23 @@ class Emitter:
     """Emitters on ``connections`` keep-alive connections; each packet has an id, and its answer goes into the ledger.
 
     ``answers`` maps ids to a status, or to None where the connection broke before the answer: such a packet may or may
-    not have been accepted.
+    not have been accepted. ``body`` is every packet's, or a function of its id. ``headers`` are lines ended by CR LF.
     """
 
-    def __init__(self, port: int, connections: int = 16, prefix: str = "p", body: bytes = BODY) -> None:
+    def __init__(
+        self,
+        port: int,
+        connections: int = 16,
+        prefix: str = "p",
+        body: bytes | Callable[[str], bytes] = BODY,
+        *,
+        headers: str = "",
+        source: str = "127.0.0.1",
+    ) -> None:
         self.port, self.connections, self.prefix, self.body = port, connections, prefix, body
+        self.headers, self.source = headers, source
         self.answers: dict[str, int | None] = {}
+        self.without_retry_after = 0  # answers 429 or 503 that do not say when to try again
         self.enough = threading.Event()
         self._limit = 0
         self._thread: threading.Thread | None = None
@@ -286,7 +360,7 @@ class Emitter:
 
     def send(self, packets: int) -> Emitter:
         """Send ``packets`` and return."""
-        self._limit = packets
+        self._limit = self._count + packets
         asyncio.run(self._run())
         return self
 
@@ -304,50 +378,66 @@ class Emitter:
         assert not self._thread.is_alive()
         return self
 
+    def wait_for(self, packets: int) -> Emitter:
+        """Wait until so many more have been accepted."""
+        enough = len(self.accepted) + packets
+        wait_until(lambda: len(self.accepted) >= enough, f"{enough} packets accepted")
+        return self
+
+    def count(self, status: int | None) -> int:
+        return sum(answer == status for answer in list(self.answers.values()))
+
     @property
     def accepted(self) -> set[str]:
-        return {name for name, status in self.answers.items() if status in (200, 202)}
+        return {name for name, status in list(self.answers.items()) if status in (200, 202)}
 
     @property
     def unknown(self) -> set[str]:
-        return {name for name, status in self.answers.items() if status is None}
+        return {name for name, status in list(self.answers.items()) if status is None}
 
     async def _run(self) -> None:
         await asyncio.gather(*(self._connection() for _ in range(self.connections)))
 
     async def _connection(self) -> None:
-        writer: asyncio.StreamWriter | None = None
+        """Send one packet after another, on a new connection wherever one breaks or is closed."""
         while self._count < self._limit and not self.enough.is_set():
-            self._count += 1
-            name = f"{self.prefix}-{self._count}"
-            self.answers[name] = None
             try:
-                if writer is None:
-                    reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-                writer.write(
-                    b"POST /logs HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nIdempotency-Key: "
-                    + f"{name}\r\nContent-Length: {len(self.body)}\r\n\r\n".encode()
-                    + self.body
+                reader, writer = await asyncio.open_connection(
+                    "127.0.0.1", self.port, local_addr=(self.source, 0) if self.source != "127.0.0.1" else None
                 )
-                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
-                self.answers[name] = int(head[9:12])
-                lower = head.lower()
-                length = int(lower.split(b"content-length:")[1].split(b"\r\n")[0])
-                await reader.readexactly(length)
-                if b"connection: close" in lower:
-                    raise ConnectionError
-                if self.answers[name] not in (200, 202):
-                    await asyncio.sleep(0.05)
-            except (OSError, EOFError, TimeoutError):
-                if writer is not None:
-                    writer.close()
-                writer = None
+            except OSError:  # nothing was sent
                 await asyncio.sleep(0.02)
-        if writer is not None:
+                continue
+            with contextlib.suppress(OSError, EOFError, TimeoutError):
+                while self._count < self._limit and not self.enough.is_set():
+                    if not await self._exchange(reader, writer):
+                        break
             writer.close()
 
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Send a packet and read its answer; return whether the connection stays open."""
+        self._count += 1
+        name = f"{self.prefix}-{self._count}"
+        body = self.body if isinstance(self.body, bytes) else self.body(name)
+        self.answers[name] = None
+        writer.write(
+            b"POST /logs HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nIdempotency-Key: "
+            + f"{name}\r\n{self.headers}Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        async with asyncio.timeout(20):
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.answers[name] = status = int(head[9:12])
+            lower = head.lower()
+            await reader.readexactly(int(lower.split(b"content-length:")[1].split(b"\r\n")[0]))
+        if status in (429, 503) and b"\r\nretry-after: " not in lower:
+            self.without_retry_after += 1
+        if status not in (200, 202):
+            await asyncio.sleep(0.05)
+        return b"\r\nconnection: close" not in lower
 
-def compare(emitter: Emitter, mocks: Mocks, *, most_duplicates: int = 0) -> None:
+
+def compare(emitter: Emitter, mocks: Mocks | Fleet, *, most_duplicates: int = 0) -> None:
     """Compare the ledgers of emitters and analyzers: nothing lost, nothing invented, few sent twice."""
     delivered = mocks.delivered()
     lost = emitter.accepted - delivered.keys()

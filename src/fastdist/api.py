@@ -14,11 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import orjson
 from msgspec import Struct
 
 from fastdist import metrics, stats
+from fastdist.admin import BadChangeError, has_token, is_loopback, parse_override
+from fastdist.control import Action
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +45,7 @@ class Request(Struct, frozen=True):
     target: str
     head: bytes
     body: bytes
+    client: str = ""  # address
 
     @property
     def path(self) -> str:
@@ -67,7 +71,7 @@ class Response(Struct, frozen=True):
     headers: bytes
 
 
-Handler = Callable[[Request], Response]
+Handler = Callable[[Request], Response | Action]
 
 
 def reason(status: int) -> str:
@@ -102,8 +106,9 @@ def cors_headers(origin: str, allowed: Sequence[str]) -> bytes:
 class Api:
     """Answers requests from what ``snapshot()`` returns, called anew for each.
 
-    ``routes`` maps paths to methods to handlers; whoever can do more than look adds its own. GET brings HEAD with it,
-    every path has OPTIONS, and a path whose handlers are elsewhere says in ``ELSEWHERE`` what it takes.
+    ``routes`` maps paths (with ``{id}`` for an analyzer's) to methods to handlers. GET brings HEAD with it, every path
+    has OPTIONS, and a path whose handlers are elsewhere says in ``ELSEWHERE`` what it takes. A handler that asks for a
+    change returns the ``Action``, for whoever can have it carried out.
     """
 
     ELSEWHERE: Mapping[str, Sequence[str]] = {"/logs": ("POST",)}
@@ -117,24 +122,27 @@ class Api:
             "/queue": {"GET": self._view(stats.queue)},
             "/analyzers": {"GET": self._view(stats.analyzers)},
             "/metrics": {"GET": self._metrics},
+            "/admin/reload": {"POST": self._guarded(lambda _: Action("reload"))},
+            "/analyzers/{id}": {"PATCH": self._guarded(self._override)},
+            "/analyzers/{id}/override": {"DELETE": self._guarded(self._clear)},
         }
 
-    def respond(self, method: str, target: str, head: bytes, body: bytes) -> Response:
+    def respond(self, method: str, target: str, head: bytes, body: bytes, client: str = "") -> Response | Action:
         """Answer a request that is not POST /logs; ``target`` is a path, ``*`` (OPTIONS) or what CONNECT names."""
-        request = Request(method, target, head, body)
+        request = Request(method, target, head, body, client)
         methods = self._methods(request.path)
         if not methods:
             return problem(404, "there is nothing at this path; packets go to POST /logs")
         if method == "OPTIONS":
             return self._options(request, methods)
-        handler = self.routes.get(request.path, {}).get("GET" if method == "HEAD" else method)
+        handler = self.routes.get(template(request.path), {}).get("GET" if method == "HEAD" else method)
         if handler is None:
             return problem(405, f"{', '.join(methods)} are what this path takes", headers=_allow(methods))
         return handler(request)
 
     def _methods(self, path: str) -> list[str]:
         """Return what a path takes (a target that is none stands for the whole server), nothing for an unknown one."""
-        paths = [path] if path.startswith("/") else [*self.routes, *self.ELSEWHERE]
+        paths = [template(path)] if path.startswith("/") else [*self.routes, *self.ELSEWHERE]
         methods = [method for path in paths for method in (*self.routes.get(path, ()), *self.ELSEWHERE.get(path, ()))]
         if not methods:
             return []
@@ -164,6 +172,53 @@ class Api:
         else:
             render, content_type = metrics.text, metrics.CONTENT_TYPE
         return Response(200, render(self.snapshot()), f"Content-Type: {content_type}\r\n".encode())
+
+    def analyzer(self, name: str) -> Response:
+        """Answer with all that is known of one analyzer."""
+        return Response(200, orjson.dumps(stats.analyzer(self.snapshot(), name)), JSON)
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """Let only administrators ask for a change: by token if there are any, else from this machine."""
+
+        def guarded(request: Request) -> Response | Action:
+            tokens = self.snapshot().config.security.admin_tokens
+            if tokens and not has_token(request.headers().get("authorization"), tokens):
+                challenge = b'WWW-Authenticate: Bearer realm="fastdist admin"\r\n'
+                return problem(401, "an admin token is needed", headers=challenge)
+            if not tokens and not is_loopback(request.client):
+                return problem(403, "without security.admin_tokens changes are taken from this machine only")
+            try:
+                return handler(request)
+            except BadChangeError as error:
+                return problem(error.status, error.detail, errors=error.errors)
+
+        return guarded
+
+    def _override(self, request: Request) -> Response | Action:
+        name = analyzer_of(request.path)
+        return self._unknown(name) or parse_override(name, request.body)
+
+    def _clear(self, request: Request) -> Response | Action:
+        name = analyzer_of(request.path)
+        return self._unknown(name) or Action("clear", name)
+
+    def _unknown(self, name: str) -> Response | None:
+        names = [figures.analyzer.id for figures in self.snapshot().analyzers]
+        return None if name in names else problem(404, f"there is no analyzer {name!r}; there are {', '.join(names)}")
+
+
+def template(path: str) -> str:
+    """Return the route that a path belongs to."""
+    parts = path.split("/")
+    if path.startswith("/analyzers/") and len(parts) in (3, 4) and parts[2]:
+        parts[2] = "{id}"
+        return "/".join(parts)
+    return path
+
+
+def analyzer_of(path: str) -> str:
+    """Return the analyzer's id in a path below /analyzers/."""
+    return unquote(path.split("/")[2])
 
 
 def accepts(accept: str, media_type: str) -> bool:

@@ -7,20 +7,21 @@ Answers are bytes; problems are RFC 9457 documents made by ``fastdist.api``.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import math
 from typing import TYPE_CHECKING
 
 import orjson
 
 from fastdist._core.ingest import Answer, IngestBase, Intake
+from fastdist.admin import has_token
 from fastdist.api import Response, cors_headers, problem, reason
 from fastdist.errors import PacketError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fastdist.api import Api
+    from fastdist.control import Action
 
 JSON = b"Content-Type: application/json\r\n"
 UNREADABLE = ("malformed", "head_too_large")  # counted although nobody knows what the request was
@@ -41,25 +42,19 @@ class Emitters:
 
     def __init__(self, api: Api) -> None:
         self.api = api
-        self.tokens: tuple[bytes, ...] = ()
+        self.tokens: Sequence[str] = ()
         self.cors_origins: Sequence[str] = ()
         self.waiting: dict[int, Waiting] = {}  # by sequence
-        self.intake: Intake  # set by the worker, which wires the two
+        # Set by the worker, which wires them.
+        self.intake: Intake
+        self.carry_out: Callable[[Action, Callable[[Response], None]], None]
 
     def configure(self, tokens: Sequence[str], cors_origins: Sequence[str]) -> None:
         """Put tokens and origins in force."""
-        self.tokens = tuple(token.encode() for token in tokens)
+        self.tokens = tokens
         self.cors_origins = cors_origins
         self.intake.open_to_all = not tokens
         self.intake.shares_origins = bool(cors_origins)
-
-    def knows(self, authorization: bytes | None) -> bool:
-        """Whether the Authorization header holds a token that may post packets, found in constant time."""
-        scheme, _, given = (authorization or b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        given = given.strip()
-        return sum(hmac.compare_digest(given, token) for token in self.tokens) > 0
 
     def settled(self, sequence: int, analyzer: str | None) -> None:
         """Tell whoever waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
@@ -99,7 +94,8 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Take the connection in, unless there are too many."""
         self.transport = transport
         peer = transport.get_extra_info("peername")
-        self.set_client(str(peer[0]) if peer else "")
+        self.address = str(peer[0]) if peer else ""
+        self.set_client(self.address)
         connections = self.intake.connections
         connections.add(self)
         self.intake.counters.set("emitters", len(connections))
@@ -148,9 +144,22 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         data: bytes = self.answer(response.status, reason(response.status), response.headers, response.body, close)
         return data
 
-    def handle(self, method: str, target: str, head: bytes, body: bytes) -> bytes:
-        """Answer a request other than POST /logs."""
-        return self._compose(self.emitters.api.respond(method, target, head, body))
+    def handle(self, method: str, target: str, head: bytes, body: bytes) -> bytes | None:
+        """Answer a request other than POST /logs; a change that was asked for is answered when it is carried out."""
+        response = self.emitters.api.respond(method, target, head, body, self.address)
+        if isinstance(response, Response):
+            return self._compose(response)
+        answer, close = self.promise(), not self.keep_alive
+
+        def done(response: Response) -> None:
+            answer.complete(
+                self.intake.compose(
+                    response.status, reason(response.status), response.headers, response.body, close=close
+                )
+            )
+
+        self.emitters.carry_out(response, done)
+        return None
 
     def refuse(self, status: int, counter: str, detail: str, close: bool) -> bytes:  # noqa: FBT001
         """Count and describe a fault."""
@@ -169,7 +178,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def unauthorized(self, authorization: bytes | None) -> bytes | None:
         """Answer that a token is missing or wrong; None if it is neither."""
-        if self.emitters.knows(authorization):
+        if authorization is not None and has_token(authorization.decode("latin-1"), self.emitters.tokens):
             return None
         self.intake.counters.add("unauthorized")
         headers = b'WWW-Authenticate: Bearer realm="fastdist"\r\n'

@@ -68,6 +68,7 @@ class AnalyzerWord(IntEnum):
     IN_USE = 10  # 1: the slot belongs to a configured analyzer
     DRAINING = 11  # 1: told to drain
     ERROR_NS = 12  # wall clock; workers
+    WEIGHT_OVERRIDDEN = 13  # 1: WEIGHT is not the configuration's
     ERROR = 16  # text, up to 48 words
     ANALYZER_WORDS = 64
 

@@ -45,7 +45,7 @@ REJECTIONS = (
     "storage",
     "timeout",
 )
-DEAD_LETTERS = ("refused", "exhausted", "shutdown")
+DEAD_LETTERS = ("refused", "exhausted", "oversized", "shutdown")
 RATE_WINDOW_NS = 10_000_000_000
 SHORTEST_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not a thousand a second
 
@@ -104,6 +104,7 @@ class AnalyzerFigures(Struct, frozen=True):
     slot: int
     analyzer: Analyzer
     weight: float
+    weight_overridden: bool
     online: bool
     draining: bool
     target_share: float
@@ -290,6 +291,7 @@ class Snapshot:
                 weight=weights[slot],
                 online=bool(states.get(slot, AnalyzerWord.STATE) == AnalyzerState.ONLINE),
                 draining=bool(states.get(slot, AnalyzerWord.DRAINING)),
+                weight_overridden=bool(states.get(slot, AnalyzerWord.WEIGHT_OVERRIDDEN)),
                 target_share=target[slot],
                 effective_share=effective.get(slot, 0.0),
                 actual_share=actual[slot],

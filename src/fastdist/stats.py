@@ -106,6 +106,11 @@ def analyzers(snapshot: Snapshot) -> dict[str, Any]:
     return {"analyzers": [_analyzer(snapshot, figures) for figures in snapshot.analyzers]}
 
 
+def analyzer(snapshot: Snapshot, name: str) -> dict[str, Any]:
+    """Return all that is known of the analyzer with that id."""
+    return next(_analyzer(snapshot, figures) for figures in snapshot.analyzers if figures.analyzer.id == name)
+
+
 def _accepted_and_delivered(snapshot: Snapshot, unit: str) -> dict[str, int]:
     return {
         "accepted": snapshot.total(f"{unit}_accepted"),
@@ -167,7 +172,7 @@ def _analyzer(snapshot: Snapshot, figures: AnalyzerFigures) -> dict[str, Any]:
 
 def _override(figures: AnalyzerFigures) -> dict[str, Any] | None:
     """Return what differs from the configuration because somebody said so while the service ran."""
-    changed: dict[str, Any] = {"weight": figures.weight} if figures.weight != figures.analyzer.weight else {}
+    changed: dict[str, Any] = {"weight": figures.weight} if figures.weight_overridden else {}
     return changed | ({"state": "draining"} if figures.draining else {}) or None
 
 

@@ -1,36 +1,48 @@
 """One worker process: its event loop, and the wiring of ring, ingest, dispatcher and API.
 
 A worker is a fresh interpreter, started by the supervisor with the descriptors it needs and an ``Assignment`` on its
-command line. It takes its ring over as it finds it (its predecessor's, or the last run's), reconciles its counters with
-it, and serves until it is told to drain, or until the supervisor is gone.
+command line. It takes its ring over as it finds it, and serves until it is told to drain, or until the supervisor is
+gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import signal
 import socket
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 import uvloop
 
-from fastdist import __version__, logs, packet
+from fastdist import __version__, control, logs, packet, tls
 from fastdist._core.ingest import Intake
 from fastdist._core.ring import PacketRing
-from fastdist.api import Api
+from fastdist.api import Api, Response, problem
 from fastdist.config import Config, from_wire
+from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
 from fastdist.ingest import Emitters, IngestProtocol
+from fastdist.queuefiles import Adoption, OldRing
 from fastdist.shared import SharedBlock, WorkerWord
 from fastdist.snapshot import Snapshot
+from fastdist.sync import Syncer
+from fastdist.takeover import take_over
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastdist.config import Analyzer
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
-DELIVERED_FIELDS = ("refused", "exhausted", "shutdown")
+ADOPTED_A_TICK = 2000  # packets of an old ring that are moved in one tick
+CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
 log = logs.get()
 
@@ -45,118 +57,160 @@ class Assignment(msgspec.Struct, frozen=True):
     control: int
     settings: int  # a memfd with the wire form of the configuration
     roster: dict[str, int]  # analyzer id -> slot
-
-
-class Command(msgspec.Struct, frozen=True):
-    """A line on the control socket. To a worker: ``drain`` (until ``deadline``). From it: ``ready``."""
-
-    verb: str
-    deadline: float = 0.0  # time.monotonic()
+    old_rings: dict[str, int]  # to adopt: path -> descriptor
 
 
 class Worker:
     """A worker's parts and its life."""
 
-    def __init__(self, assignment: Assignment, config: Config, loop: asyncio.AbstractEventLoop) -> None:
-        self.assignment, self.config, self.loop = assignment, config, loop
-        self.name = f"w{assignment.index}"
+    def __init__(self, assignment: Assignment, loop: asyncio.AbstractEventLoop) -> None:
+        self.assignment, self.loop = assignment, loop
         self.block = SharedBlock.attach(assignment.shared)
         self.words = self.block.worker(assignment.index)
         self.counters = self.block.rows[assignment.index]
-        durability = config.queue.durability
-        self.ring = PacketRing(assignment.ring, volatile=durability == "memory")
-        self.dead_letters = DeadLetters(config.queue.path, f"{self.name}-{os.getpid()}", sync=durability == "fsync")
-        self.roster = {
-            slot: analyzer for analyzer in config.analyzers if (slot := assignment.roster.get(analyzer.id)) is not None
-        }
+        self.generation = 0
+        self.config = self._read_settings()
+        self.roster = self._read_roster(assignment.roster)
+        self.durability = self.config.queue.durability
+        self.ring = PacketRing(
+            assignment.ring, volatile=self.durability == "memory", claims_wait_for_sync=self.durability == "fsync"
+        )
+        self.adoptions = [Adoption(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
+        self.syncer = None
+        if self.durability != "memory":
+            self.syncer = Syncer(self.ring, assignment.ring, self._synced, self._sync_failed)
+        self.dead_letters = DeadLetters(
+            self.config.queue.path, f"w{assignment.index}-{os.getpid()}", sync=self.durability == "fsync"
+        )
+        self.limiter = self.block.limiter()
         self.emitters = Emitters(Api(self.snapshot))
+        self.emitters.carry_out = self._ask_for
         self.dispatcher = Dispatcher(
             loop,
             self.ring,
             self.block.analyzers,
-            config,
+            self.config,
             counters=self.counters,
             dead_letters=self.dead_letters,
             settled=self.emitters.settled,
         )
-        limiter = self.block.limiter()
-        limits = config.limits
-        limiter.configure(limits.rate, limits.burst, limits.client_rate, limits.client_burst)
-        self.intake = Intake(self.ring, self.counters, limiter, config.server, packet.check, self.dispatcher.schedule)
+        self.intake = Intake(
+            self.ring,
+            self.counters,
+            self.limiter,
+            self.config.server,
+            packet.check,
+            self.dispatcher.schedule,
+            self.syncer.want if self.syncer is not None and self.durability == "fsync" else None,
+        )
         self.emitters.intake = self.intake
-        self.emitters.configure(config.security.tokens, config.security.cors_origins)
-        self._next_sweep = 0
+        self.tls = tls.server_context(self.config.security)
+        self._put_in_force()
+        self._next_sweep = self._next_sync = 0
         self._stopped = asyncio.Event()
         self._server: asyncio.Server | None = None
+        self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
+        self._numbers = itertools.count(1)
+
+    # ---- settings
+
+    def _read_settings(self) -> Config:
+        settings = self.assignment.settings  # pread: the descriptor's position is shared with the other workers
+        return from_wire(os.pread(settings, os.fstat(settings).st_size, 0))
+
+    def _read_roster(self, slots: dict[str, int]) -> dict[int, Analyzer]:
+        return {slots[analyzer.id]: analyzer for analyzer in self.config.analyzers if analyzer.id in slots}
+
+    def _put_in_force(self) -> None:
+        """Apply the settings that may change while running."""
+        limits, security = self.config.limits, self.config.security
+        self.limiter.configure(limits.rate, limits.burst, limits.client_rate, limits.client_burst)
+        self.emitters.configure(security.tokens, security.cors_origins)
+
+    def _reload(self, message: Message) -> None:
+        self.config = self._read_settings()
+        self.roster = self._read_roster(message.roster)
+        self.generation = message.body or 0
+        self._put_in_force()
+        self.dispatcher.config = self.config
+        self.dispatcher.set_roster(self.roster)
+        if self.tls is not None and self.config.security.tls_cert:
+            tls.load_certificate(self.tls, self.config.security)
+        control.send(self._control, Message("reloaded"))
+
+    def _ask_for(self, action: Action, done: Callable[[Response], None]) -> None:
+        """Have the supervisor carry out a change; ``done`` gets the answer for whoever asked."""
+        number = next(self._numbers)
+        timer = self.loop.call_later(CHANGE_SECONDS, self._changed, Message("reply", id=number, status=504))
+
+        def answer(reply: Message) -> None:
+            timer.cancel()
+            done(self._describe(action, reply))
+
+        self._changes[number] = answer
+        control.send(self._control, Message("request", id=number, action=action))
+
+    def _changed(self, reply: Message) -> None:
+        answer = self._changes.pop(reply.id, None)
+        if answer is not None:
+            answer(reply)
+
+    def _describe(self, action: Action, reply: Message) -> Response:
+        if reply.status == 200 and action.name == "reload":
+            return Response(200, msgspec.json.encode(reply.body), b"Content-Type: application/json\r\n")
+        if reply.status == 200:
+            return self.emitters.api.analyzer(action.analyzer)
+        if reply.status == 504:
+            return problem(503, "the supervisor has not answered in time")
+        if isinstance(reply.body, list):
+            errors = [{"pointer": "", "detail": str(each)} for each in reply.body]
+            return problem(reply.status, "the new configuration cannot be used; the old one stays", errors=errors)
+        return problem(reply.status, str(reply.body))
 
     def snapshot(self) -> Snapshot:
         """Return what all processes know, as it is now."""
         self.publish()
         return Snapshot(self.block, self.config, self.roster, __version__)
 
-    # ---- taking over
-
-    def reconcile(self) -> None:
-        """Make the counters agree with the ring, which is the truth (a predecessor may have died between the two)."""
-        counters, ring = self.counters, self.ring
-        for offset, what in ring.damage:
-            log.warning("damage in the queue; skipped", offset=offset, what=what)
-        counters.add("corrupt", ring.corrupt)
-        base = counters.get("sequence_base")
-        if base == 0:
-            counters.set("sequence_base", ring.next_sequence_number)
-            counters.add("recovered", ring.undone)
-            return
-        missing = ring.next_sequence_number - base - counters.get("accepted")
-        if missing:
-            messages, body_bytes = ring.totals_from(ring.next_sequence_number - missing)
-            counters.add("accepted", missing)
-            counters.add("messages_accepted", messages)
-            counters.add("bytes_accepted", body_bytes)
-        slots = range(counters.slots)
-        for slot in slots:
-            counters.set_of(slot, "connections", 0)
-            counters.set_of(slot, "requests_in_flight", 0)
-            counters.set_of(slot, "packets_in_flight", 0)
-        gone = counters.get("accepted") + counters.get("recovered") - ring.undone
-        gone -= sum(counters.get(field) for field in DELIVERED_FIELDS)
-        uncounted = gone - sum(counters.get_of(slot, "delivered") for slot in slots)
-        if uncounted:  # all of one request, the one being settled
-            counters.add_to(max(0, counters.get("settling") - 1), "delivered", uncounted)
-
     # ---- serving
 
     async def serve(self) -> None:
         """Serve until told to stop."""
-        self.reconcile()
+        take_over(self.ring, self.adoptions, self.counters)
         self.dispatcher.set_roster(self.roster)
         listener = socket.socket(fileno=self.assignment.listener)
-        control = socket.socket(fileno=self.assignment.control)
-        reader, self._control = await asyncio.open_connection(sock=control)
+        commands = socket.socket(fileno=self.assignment.control)
+        reader, self._control = await asyncio.open_connection(sock=commands)
         self._server = await self.loop.create_server(
-            lambda: IngestProtocol(self.intake, self.emitters), sock=listener, backlog=4096
+            lambda: IngestProtocol(self.intake, self.emitters), sock=listener, backlog=4096, ssl=self.tls
         )
+        if self.syncer is not None:
+            self.syncer.want()  # what was found is not known to be synced
         self.tick()
-        self._tell("ready")
+        control.send(self._control, Message("ready", body=self.generation))
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
-        commands = self.loop.create_task(self._obey(reader))
+        obeying = self.loop.create_task(self._obey(reader))
         await self._stopped.wait()
-        commands.cancel()
-
-    def _tell(self, verb: str) -> None:
-        self._control.write(msgspec.json.encode(Command(verb)) + b"\n")
+        obeying.cancel()
 
     async def _obey(self, reader: asyncio.StreamReader) -> None:
         """Carry out the supervisor's commands; end when it is gone."""
-        while line := await reader.readline():
-            command = msgspec.json.decode(line, type=Command)
-            if command.verb == "drain":
-                await self._drain(command.deadline)
-                return
+        draining: asyncio.Task[None] | None = None
+        async for message in control.receive(reader):
+            if message.verb == "drain" and draining is None:
+                draining = self.loop.create_task(self._drain(message.deadline))
+            elif message.verb == "reload":
+                self._reload(message)
+            elif message.verb == "reply":
+                self._changed(message)
         log.warning("the supervisor is gone; ending")
+        if draining is not None:
+            draining.cancel()
         await self._drain(time.monotonic())
+
+    # ---- draining
 
     async def _drain(self, deadline: float) -> None:
         """Accept nothing new, finish what is under way, deliver what is queued; all until ``deadline``."""
@@ -167,7 +221,7 @@ class Worker:
             for connection in tuple(self.intake.connections):
                 if connection.idle() and connection.transport is not None:
                     connection.transport.close()
-            if self.ring.undone == 0 and not self.intake.connections:
+            if self.undone == 0 and not self.intake.connections:
                 break
             await asyncio.sleep(TICK)
         for connection in tuple(self.intake.connections):
@@ -177,11 +231,13 @@ class Worker:
         self.dispatcher.close()
         self.dead_letters.close()
         self.publish()
+        if self.syncer is not None:
+            self.syncer.close()
         self._stopped.set()
 
     def _bury_the_rest(self) -> None:
         """Queued in memory only, packets would end with this process: write them to the dead letters."""
-        if self.config.queue.durability != "memory" or self.ring.undone == 0:
+        if self.durability != "memory" or self.ring.undone == 0:
             return
         try:
             count = self.dispatcher.bury_all()
@@ -192,12 +248,22 @@ class Worker:
 
     # ---- upkeep
 
+    @property
+    def undone(self) -> int:
+        """Packets in the worker's own ring and in those it adopts."""
+        return int(self.ring.undone + sum(adoption.undone for adoption in self.adoptions))
+
     def tick(self) -> None:
         """Run every TICK seconds."""
         self.loop.call_later(TICK, self.tick)
         now = time.monotonic_ns()
         self.words[WorkerWord.HEARTBEAT_NS] = now
         self.dispatcher.tick(now)
+        if self.adoptions:
+            self._adopt()
+        if self.syncer is not None and now >= self._next_sync:
+            self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
+            self.syncer.want_if_changed()
         self.publish()
         if now >= self._next_sweep:
             self._sweep(now)
@@ -210,10 +276,30 @@ class Worker:
         for connection in tuple(self.intake.connections):
             connection.check(now_ns)
 
+    def _adopt(self) -> None:
+        """Move some packets of old rings into this worker's own."""
+        for adoption in list(self.adoptions):
+            moved, oversized = adoption.step(self.ring, ADOPTED_A_TICK)
+            self.counters.add("adopted", moved)
+            for handle in oversized:
+                self.dead_letters.write(
+                    adoption.ring.packet(handle), "oversized", None, None, "larger than the queue takes now"
+                )
+                adoption.ring.done(handle)
+                self.counters.add("oversized")
+            if moved:
+                if self.syncer is not None:
+                    self.syncer.want()
+                self.dispatcher.schedule()
+            if adoption.finished:
+                log.info("an old ring was taken over whole and is deleted", ring=adoption.old.path)
+                adoption.delete()
+                self.adoptions.remove(adoption)
+
     def publish(self) -> None:
         """Put this worker's gauges into its row."""
         counters, ring = self.counters, self.ring
-        counters.set("undone", ring.undone)
+        counters.set("undone", self.undone)
         counters.set("queue_bytes", ring.used)
         counters.set("queue_capacity", ring.capacity)
         counters.set("oldest_ns", ring.oldest_ns)
@@ -222,19 +308,41 @@ class Worker:
         self.words[WorkerWord.FULL] = int(self.intake.full)
         self.words[WorkerWord.STORAGE_FAULT] = int(self.dispatcher.storage_failed or self.intake.broken_storage)
 
+    # ---- what the syncer tells
+
+    def _synced(self, position: int) -> None:
+        self.intake.broken_storage = False
+        self.intake.synced(position)
+        self.dispatcher.schedule()
+
+    def _sync_failed(self, error: OSError) -> None:
+        """Accept nothing until a sync succeeds; with fsync, take back what nobody was told is safe."""
+        self.intake.broken_storage = True
+        if self.durability != "fsync":
+            return
+        packets, messages, body_bytes = self.ring.withdraw_unsynced()
+        counters = self.counters
+        counters.add("accepted", -packets)
+        counters.add("messages_accepted", -messages)
+        counters.add("bytes_accepted", -body_bytes)
+        counters.add("withdrawn", packets)
+        counters.add("storage", packets)
+        response = problem(
+            503, f"the packet could not be written to disk: {error.strerror}", headers=b"Retry-After: 1\r\n"
+        )
+        answer = self.intake.compose(503, "Service Unavailable", response.headers, response.body, close=False)
+        self.intake.sync_failed(answer)
+
 
 def main() -> int:
     """Run a worker; the supervisor calls ``python -m fastdist.worker ASSIGNMENT``."""
     assignment = msgspec.json.decode(sys.argv[1], type=Assignment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     logs.configure(worker=f"w{assignment.index}")
-    # pread: the descriptor's position is shared with the other workers
-    config = from_wire(os.pread(assignment.settings, os.fstat(assignment.settings).st_size, 0))
 
     async def run() -> None:
-        await Worker(assignment, config, asyncio.get_running_loop()).serve()
+        await Worker(assignment, asyncio.get_running_loop()).serve()
 
     uvloop.run(run())
     return 0

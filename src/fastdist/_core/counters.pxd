@@ -21,6 +21,7 @@ cdef enum:
     SPILLED
     REFUSED
     EXHAUSTED
+    OVERSIZED
     SHUTDOWN
     RECOVERED
     CORRUPT
@@ -30,9 +31,11 @@ cdef enum:
     QUEUE_CAPACITY
     OLDEST_NS
     SEQUENCE_BASE
+    ADOPTED
+    WITHDRAWN
     SETTLING
     EMITTERS
-    COUNTERS = 32  # how many words a worker's counters take
+    COUNTERS = 40  # how many words a worker's counters take
 
 cdef enum:
     # Of an analyzer, as one worker sees it.

@@ -25,6 +25,7 @@ FIELDS = {
     "spilled": SPILLED,
     "refused": REFUSED,
     "exhausted": EXHAUSTED,
+    "oversized": OVERSIZED,
     "shutdown": SHUTDOWN,
     "recovered": RECOVERED,
     "corrupt": CORRUPT,
@@ -34,6 +35,8 @@ FIELDS = {
     "queue_capacity": QUEUE_CAPACITY,
     "oldest_ns": OLDEST_NS,
     "sequence_base": SEQUENCE_BASE,
+    "adopted": ADOPTED,
+    "withdrawn": WITHDRAWN,
     "settling": SETTLING,
     "emitters": EMITTERS,
 }

@@ -523,7 +523,9 @@ cdef class IngestBase:
             length = 36
         if unlikely(self.wait_seconds >= 0):
             answer = self.promise()
-            answer.position = intake.ring.tail if intake.answers_after_sync else 0
+            if intake.answers_after_sync:
+                answer.position = intake.ring.tail
+                intake.on_sync_wanted()
             self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
                                 messages if intake.validation else None)
             return 0

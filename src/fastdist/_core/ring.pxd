@@ -36,7 +36,7 @@ cdef struct Record:
     # Changed in place during the record's life.
     uint32_t state
     uint32_t attempts        # sendings begun
-    uint32_t handle          # of this process, while claimed; 0 otherwise
+    uint32_t handle          # of this process, while claimed; 0 otherwise. Of a moved one: 8-byte words to its copy's end
     uint32_t moved           # 1: a copy, of a record that stood in the way
 
 cdef struct Entry:
@@ -74,7 +74,7 @@ cdef class PacketRing:
     cdef readonly int64_t undone       # packets pushed and not done
     cdef readonly int64_t undone_bytes # of records, headers included
     cdef readonly int64_t corrupt
-    cdef int64_t synced, move_barrier
+    cdef int64_t synced, settled       # positions: on stable storage up to; nothing but done and moved records up to
     cdef bint claims_wait_for_sync
     cdef uint32_t moved_alive
     cdef int64_t moved_oldest_ns
@@ -96,7 +96,7 @@ cdef class PacketRing:
     cdef void publish(self) noexcept nogil
     cdef void advance(self) noexcept nogil
     cdef bint make_room(self, int64_t size) noexcept nogil
-    cdef void move_head(self, int64_t size) noexcept nogil
+    cdef void move(self, Record *old, int64_t size) noexcept nogil
     cdef void seal(self, Record *record) noexcept nogil
     cdef bint sound(self, Record *record, int64_t position, int64_t end) noexcept nogil
     cdef bint body_sound(self, Record *record) noexcept nogil

@@ -6,8 +6,8 @@ Facts it rests on:
 2. A push writes the record, then publishes the tail. A process that dies in between leaves nothing behind.
 3. Records are done out of order; the head moves over done ones. What lies between head and tail and is not done has not
    been delivered, whatever else was lost: the ring is the truth, counters are reconciled with it.
-4. A claimed record is known by its handle, because it may move: when a record at the head cannot be delivered and space
-   runs short, it is copied to the tail (same sequence, id, time, attempts). The old one counts until the copy is synced.
+4. A claimed record is known by its handle, because it may move: when records at the head cannot be delivered and space
+   runs short, they are copied to the tail (same sequence, id, time, attempts). The old one counts until the copy is synced.
 5. Both header copies carry the positions, each with a checksum of its own; either copy is enough. They are written one
    after the other, so whenever the process dies one of them is whole. All checksums are seeded with the ring's salt, so
    neither another ring's records nor a body that looks like a record is ever taken for one.
@@ -32,7 +32,7 @@ cdef enum:
     FORMAT = 1
     RECORD_MAGIC = 0xFD5EC0DE
     GAP_MAGIC = 0xFD5E0FF5   # followed by the gap's length in 8-byte words
-    NO_BARRIER = 0
+    MOVES_A_PUSH = 16
 
 cdef int64_t FOREVER = 0x7FFFFFFFFFFFFFFF
 cdef char *HEADER_MAGIC = b"fdring\r\n"
@@ -177,6 +177,8 @@ cdef class PacketRing:
             if newer:
                 raise RingError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
             raise RingError("no intact ring header")
+        if header.capacity != round_capacity(header.capacity):
+            raise RingError(f"a capacity of {header.capacity} bytes, which no ring has")
         self._map_data(fd, header.capacity)
         for i in range(2):
             copy = <Header *>(self.headers + i * SECOND_COPY)
@@ -195,18 +197,20 @@ cdef class PacketRing:
         position = self.head
         while position < self.tail:
             record = self.at(position)
-            if record.magic == GAP_MAGIC and 0 < gap_bytes(record) <= self.tail - position:
-                position += gap_bytes(record)
-            elif self.sound(record, position, self.tail):
+            if self.sound(record, position, self.tail):
                 self._adopt(record, position, moved)
                 position += record_size(record)
+                continue
+            found = self._next_sound(position + 8)
+            if record.magic == GAP_MAGIC and 0 < gap_bytes(record) <= found - position:
+                position += gap_bytes(record)
             else:
-                found = self._next_sound(position + 8)
                 self._report(position, f"{found - position} bytes that are no record")
                 make_gap(record, found - position)
                 position = found
         for position in moved.values():  # its copy never made it
             count_undone(self, self.at(position))
+        self.synced = max(self.synced, self.tail)  # what is taken over has been answered for: never to be withdrawn
         self.publish()
         self.advance()
 
@@ -318,35 +322,42 @@ cdef class PacketRing:
             copy.position_crc = position_crc(copy, self.seed)
 
     cdef bint make_room(self, int64_t size) noexcept nogil:
-        """Try to free ``size`` bytes by moving claimed records from the head to the tail; say whether there is room."""
-        cdef int64_t spare, moving
+        """Move claimed records from the head to the tail, some at a time, lest they pin the ring; say whether ``size`` fits.
+
+        With a file, their old places are free once the copies are synced.
+        """
+        cdef int64_t spare, moving, position = max(self.head, self.settled)
+        cdef Record *record
         cdef int moves = 0
-        while self.head < self.cursor and self.undone_bytes <= self.capacity // 4 * 3 and moves < 16:
-            spare = self.capacity - (self.tail - self.head)
-            moving = record_size(self.at(self.head))
-            if spare < moving or spare >= size + max(self.capacity // 4, moving):
-                break
-            if self.at(self.head).state == MOVED:
-                break  # until its copy is synced
-            self.move_head(moving)
-            self.advance()
-            moves += 1
+        while position < self.cursor and self.undone_bytes <= self.capacity // 4 * 3 and moves < MOVES_A_PUSH:
+            record = self.at(position)
+            moving = gap_bytes(record) if record.magic == GAP_MAGIC else record_size(record)
+            if record.magic == RECORD_MAGIC and record.state == QUEUED:
+                spare = self.capacity - (self.tail - self.head)
+                if spare < moving or spare + position - self.head >= size + max(self.capacity // 4, moving):
+                    break
+                if record.moved and position + moving > self.synced:
+                    break  # a copy: it has not even arrived
+                self.move(record, moving)
+                self.advance()
+                moves += 1
+            position = max(position + moving, self.head)
+        self.settled = position
         return self.capacity - (self.tail - self.head) >= size
 
-    cdef void move_head(self, int64_t size) noexcept nogil:
-        cdef Record *old = self.at(self.head)
+    cdef void move(self, Record *old, int64_t size) noexcept nogil:
         cdef Record *copy = self.at(self.tail)
         memcpy(copy, old, size)
         copy.position = self.tail
         copy.moved = 1
         self.seal(copy)
-        old.state = MOVED
         self.entries[old.handle].position = self.tail
+        old.state = MOVED
+        old.handle = <uint32_t>((self.tail + size - old.position) // 8)
         if not old.moved:
             count_moved(self, copy)
         self.tail += size
         self.publish()
-        self.move_barrier = self.tail
 
     # ---- the reader's side
 
@@ -421,7 +432,7 @@ cdef class PacketRing:
             record = self.at(head)
             if record.magic == GAP_MAGIC:
                 head += gap_bytes(record)
-            elif record.state == DONE or (record.state == MOVED and self.move_barrier <= self.synced):
+            elif record.state == DONE or (record.state == MOVED and head + 8 * <int64_t>record.handle <= self.synced):
                 head += record_size(record)
             else:
                 break
@@ -433,7 +444,7 @@ cdef class PacketRing:
 
     cdef int64_t oldest(self) noexcept nogil:
         """Return when the oldest packet not done was accepted (wall clock, ns), 0 if there is none."""
-        cdef int64_t position = self.head, first = 0, moved = FOREVER
+        cdef int64_t position = max(self.head, self.settled), first = 0, moved = FOREVER
         cdef Record *record
         if self.undone == 0:
             return 0
@@ -481,7 +492,6 @@ cdef class PacketRing:
         cdef bytes name = key.encode("ascii") if key is not None else b""
         if len(name) > ID_TEXT or len(packet_id) != 16:
             raise ValueError("a key has at most 64 characters, an id 16 bytes")
-        cdef int64_t at = self.tail
         cdef int result = self.push_packet(<const unsigned char *>body, len(body), <const unsigned char *>name, len(name),
                                            <const uint8_t *>packet_id, messages, emitter, accepted_ns or wall_ns(), flags)
         if result == TOO_BIG:
@@ -489,7 +499,24 @@ cdef class PacketRing:
         if result == RING_FULL:
             return 0
         if attempts:
-            self.at(max(at, self.tail - record_size_of(len(name), len(body)))).attempts = attempts
+            self.at(self.tail - record_size_of(len(name), len(body))).attempts = attempts
+        return self.next_sequence - 1
+
+    def adopt(self, PacketRing other, uint32_t handle):
+        """Append a copy of a packet that ``other`` holds claimed: same id, time and attempts, a new sequence.
+
+        Return its sequence, 0 when the ring is full. ValueError: it is too large for this ring.
+        """
+        cdef Record *record = other.record_of(other._checked(handle))
+        cdef const unsigned char *key = <unsigned char *>record + sizeof(Record)
+        cdef int64_t size = record_size(record)
+        cdef int result = self.push_packet(record_body(record), record.body_length, key, record.key_length, record.id,
+                                           record.messages, record.emitter, record.accepted_ns, 0)
+        if result == TOO_BIG:
+            raise ValueError(f"a packet of {record.body_length} bytes is over half of a ring of {self.capacity}")
+        if result == RING_FULL:
+            return 0
+        self.at(self.tail - size).attempts = record.attempts
         return self.next_sequence - 1
 
     def claim(self):
@@ -588,6 +615,11 @@ cdef class PacketRing:
     def next_sequence_number(self):
         """The sequence the next packet will get; pushes so far, plus one."""
         return self.next_sequence
+
+    @property
+    def synced_position(self):
+        """Up to where everything is known to be on stable storage."""
+        return self.synced
 
     @property
     def has_more(self):

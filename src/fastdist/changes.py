@@ -1,0 +1,180 @@
+"""Changes while the service runs, on the supervisor's side: reloads, and overrides of an analyzer's weight and state.
+
+Overrides are kept over restarts in ``overrides.json`` in the queue's folder, written anew as a whole. An analyzer keeps
+its slot of the shared block, also when it is removed and comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fastdist import logs
+from fastdist.config import reloadable
+from fastdist.errors import ConfigError
+from fastdist.shared import AnalyzerWord
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastdist.config import Analyzer, Config
+    from fastdist.control import Action
+    from fastdist.shared import SharedBlock
+
+FILE = "overrides.json"
+
+log = logs.get()
+
+
+class Override(msgspec.Struct, omit_defaults=True):
+    """What an administrator set for an analyzer, over what the configuration says."""
+
+    weight: float | None = None
+    draining: bool = False
+
+
+class Changes:
+    """The configuration in force, the slots of its analyzers, and what is overridden."""
+
+    def __init__(self, config: Config, block: SharedBlock, folder: Path) -> None:
+        self.config, self.block, self._folder = config, block, folder
+        self.generation = 0  # of the settings; grows with every reload
+        self.slots: dict[str, int] = {}  # of every analyzer there ever was
+        self.roster: dict[int, Analyzer] = {}
+        self.overrides: dict[str, Override] = {}
+
+    def begin(self) -> None:
+        """Put the analyzers into the shared block, with the overrides of earlier runs."""
+        try:
+            self.overrides = msgspec.json.decode((self._folder / FILE).read_bytes(), type=dict[str, Override])
+        except FileNotFoundError:
+            pass
+        except (OSError, msgspec.DecodeError) as error:
+            log.error("the overrides of the analyzers cannot be read; the configuration holds", error=str(error))
+        self._set_roster(self.config)
+
+    def lower_connections(self, most: int) -> None:
+        """Take at most so many connections from emitters, whatever is configured."""
+        self.config = msgspec.structs.replace(
+            self.config, server=msgspec.structs.replace(self.config.server, max_connections=most)
+        )
+
+    def slots_in_use(self) -> dict[str, int]:
+        """Return {analyzer id: slot} of those configured."""
+        return {analyzer.id: slot for slot, analyzer in self.roster.items()}
+
+    # ---- reload
+
+    def take_over(self, new: Config) -> list[str]:
+        """Put what can change while running in force; return the paths that differ and need a restart.
+
+        Raises ConfigError when there are more analyzers than there is room for.
+        """
+        need_restart = [
+            path
+            for path in reloadable(self.config, new)
+            if path != "server.max_connections" or self._asks_for_less(new)
+        ]
+        config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=new.security)
+        self._set_roster(config)
+        self.config = config
+        self.generation += 1
+        return need_restart
+
+    def _asks_for_less(self, new: Config) -> bool:
+        """Whether max_connections differs by more than having been lowered to what the system allows."""
+        return new.server.max_connections < self.config.server.max_connections
+
+    def _set_roster(self, config: Config) -> None:
+        slots = dict(self.slots)
+        for analyzer in config.analyzers:
+            if analyzer.id not in slots:
+                slots[analyzer.id] = self._free_slot(slots, config)
+        roster = {slots[analyzer.id]: analyzer for analyzer in config.analyzers}
+        states = self.block.analyzers
+        for slot in self.roster.keys() - roster.keys():
+            states.set(slot, AnalyzerWord.IN_USE, 0)
+        for slot, analyzer in roster.items():
+            before = self.roster.get(slot)
+            if before is None or before.endpoint != analyzer.endpoint:
+                states.clear(slot)
+        self.slots, self.roster = slots, roster
+        for slot, analyzer in roster.items():
+            self._put_in_force(slot, analyzer)
+            states.set(slot, AnalyzerWord.IN_USE, 1)
+        states.touch()
+
+    def _free_slot(self, slots: dict[str, int], config: Config) -> int:
+        taken = set(slots.values())
+        free = next((slot for slot in range(self.block.slots) if slot not in taken), None)
+        if free is not None:
+            return free
+        configured = {analyzer.id for analyzer in config.analyzers}
+        removed = next((name for name in slots if name not in configured), None)
+        if removed is None:
+            raise ConfigError([f"analyzers: more than the {self.block.slots} there is room for; this needs a restart"])
+        return slots.pop(removed)
+
+    def _put_in_force(self, slot: int, analyzer: Analyzer) -> None:
+        override = self.overrides.get(analyzer.id, Override())
+        states = self.block.analyzers
+        weight = analyzer.weight if override.weight is None else override.weight
+        states.set_weight(slot, weight)
+        states.set(slot, AnalyzerWord.WEIGHT_OVERRIDDEN, int(override.weight is not None))
+        states.set(slot, AnalyzerWord.DRAINING, int(override.draining))
+
+    # ---- overrides
+
+    def apply(self, action: Action) -> tuple[int, object]:
+        """Change an analyzer; return a status as in HTTP, and what is wrong if it is not 200."""
+        slot = self.slots_in_use().get(action.analyzer)
+        if slot is None:
+            return 404, f"there is no analyzer {action.analyzer!r}"
+        before = self.overrides.get(action.analyzer, Override())
+        after = Override()
+        if action.name == "override":
+            after = Override(
+                before.weight if action.weight is None else action.weight,
+                before.draining if action.draining is None else action.draining,
+            )
+        wanted = {name: override for name, override in self.overrides.items() if name != action.analyzer}
+        if after != Override():
+            wanted[action.analyzer] = after
+        if not self._leaves_somebody(wanted):
+            return 422, "nothing would be left to deliver to"
+        try:
+            self._save(wanted)
+        except OSError as error:
+            return 503, f"the change cannot be stored in {self._folder}: {error.strerror}"
+        self.overrides = wanted
+        self._put_in_force(slot, self.roster[slot])
+        self.block.analyzers.touch()
+        log.info("an analyzer was changed", analyzer=action.analyzer, weight=after.weight, draining=after.draining)
+        return 200, None
+
+    def _leaves_somebody(self, overrides: dict[str, Override]) -> bool:
+        """Whether an analyzer remains that is not draining, and (as in a configuration) a weight that is not 0."""
+        all_of_them = [(analyzer, overrides.get(analyzer.id, Override())) for analyzer in self.roster.values()]
+        weights = [analyzer.weight if over.weight is None else over.weight for analyzer, over in all_of_them]
+        return any(weights) and not all(over.draining for _, over in all_of_them)
+
+    def _save(self, overrides: dict[str, Override]) -> None:
+        """Write the file beside the old one, then put it in its place."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._folder / FILE
+        beside = path.with_suffix(".new")
+        text = json.dumps(msgspec.to_builtins(overrides), indent=2) + "\n"
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

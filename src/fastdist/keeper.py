@@ -1,0 +1,214 @@
+"""Keeping workers: starting them, replacing those that die or hang, measuring what they use.
+
+A place is what outlives the process that fills it: the listener, the ring, the row in the shared block. A dead worker is
+replaced with back-off (``FIRST_DELAY`` doubling to ``LAST_DELAY``); workers that never once got ready, ``FALSE_STARTS``
+in a row, end the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+import psutil
+
+from fastdist import control, logs
+from fastdist.control import Message
+from fastdist.shared import SharedBlock, WorkerState, WorkerWord
+from fastdist.worker import Assignment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from fastdist.queuefiles import OldRing
+
+HANG = 10.0  # seconds without a heartbeat after which a worker is replaced
+START = 60.0  # seconds a worker has to get ready (it may have a large queue to recover)
+FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
+STEADY = 10.0  # seconds a worker has to live for the back-off to begin anew
+FALSE_STARTS = 3
+
+log = logs.get()
+
+
+class Place:
+    """One worker's place, and the process that fills it at present."""
+
+    def __init__(self, index: int, listener: socket.socket, ring: int, old_rings: Sequence[OldRing]) -> None:
+        self.index, self.listener, self.ring, self.old_rings = index, listener, ring, old_rings
+        self.process: asyncio.subprocess.Process | None = None
+        self.control: asyncio.StreamWriter | None = None
+        self.ready = False
+        self.started = 0.0
+        self.delay = 0.0
+        self.false_starts = 0
+        self.cpu_before = 0  # ns, of the processes that filled this place before
+
+    @property
+    def name(self) -> str:
+        """What the log calls the worker."""
+        return f"w{self.index}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a process."""
+        return self.process is not None and self.process.returncode is None
+
+    def kill(self) -> None:
+        """Kill -9."""
+        if self.process is not None and self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+
+    def send(self, message: Message) -> bool:
+        """Send a message to the worker; False if there is none that listens."""
+        if not (self.alive and self.ready and self.control is not None):
+            return False
+        control.send(self.control, message)
+        return True
+
+
+class Keeper:
+    """Fills the places. ``heard(place, message)`` gets what workers say, ``hopeless()`` is called when none can start."""
+
+    def __init__(
+        self,
+        block: SharedBlock,
+        settings: int,
+        heard: Callable[[Place, Message], None],
+        hopeless: Callable[[], None],
+    ) -> None:
+        self.block, self.settings, self.heard, self.hopeless = block, settings, heard, hopeless
+        self.places: list[Place] = []
+        self.roster: Mapping[str, int] = {}  # analyzer id -> slot
+        self.stopping = False
+        self.all_ready = asyncio.Event()
+        self._listeners: set[asyncio.Task[None]] = set()
+        self._probes: dict[int, psutil.Process] = {}
+
+    # ---- one place
+
+    async def keep(self, place: Place) -> None:
+        """Keep a place filled until the service stops."""
+        words = self.block.worker(place.index)
+        while not self.stopping:
+            if place.delay:
+                await asyncio.sleep(place.delay)
+                if self.stopping:
+                    break
+            await self._start(place)
+            assert place.process is not None  # noqa: S101  (_start made it)
+            status = await place.process.wait()
+            words[WorkerWord.STATE] = WorkerState.STOPPED
+            self._account_cpu(place)
+            if place.control is not None:
+                place.control.close()
+            if not self.stopping:
+                self._after_death(place, status)
+
+    async def _start(self, place: Place) -> None:
+        ours, theirs = socket.socketpair()
+        old_rings = {ring.path: ring.fd for ring in place.old_rings}
+        assignment = Assignment(
+            index=place.index,
+            shared=self.block.fd,
+            listener=place.listener.fileno(),
+            ring=place.ring,
+            control=theirs.fileno(),
+            settings=self.settings,
+            roster=dict(self.roster),
+            old_rings=old_rings,
+        )
+        passed = (
+            self.block.fd,
+            place.listener.fileno(),
+            place.ring,
+            theirs.fileno(),
+            self.settings,
+            *old_rings.values(),
+        )
+        words = self.block.worker(place.index)
+        words[WorkerWord.HEARTBEAT_NS] = 0
+        words[WorkerWord.STATE] = WorkerState.STARTING
+        place.ready, place.started = False, time.monotonic()
+        place.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "fastdist.worker", msgspec.json.encode(assignment).decode(), pass_fds=passed
+        )
+        theirs.close()
+        words[WorkerWord.PID], words[WorkerWord.STARTED_NS] = place.process.pid, time.time_ns()
+        reader, place.control = await asyncio.open_connection(sock=ours)
+        task = asyncio.get_running_loop().create_task(self._listen(place, reader))
+        self._listeners.add(task)
+        task.add_done_callback(self._listeners.discard)
+
+    async def _listen(self, place: Place, reader: asyncio.StreamReader) -> None:
+        async for message in control.receive(reader):
+            if message.verb == "ready":
+                place.ready, place.false_starts = True, 0
+                self.block.worker(place.index)[WorkerWord.STATE] = WorkerState.RUNNING
+                if all(other.ready for other in self.places):
+                    self.all_ready.set()
+            self.heard(place, message)
+
+    def _after_death(self, place: Place, status: int) -> None:
+        """Decide how a dead worker is replaced."""
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        if not place.ready:
+            place.false_starts += 1
+            if place.false_starts >= FALSE_STARTS:
+                log.error("workers cannot start; see their error above", worker=place.name, ended_by=how)
+                self.hopeless()
+                return
+        steady = time.monotonic() - place.started > STEADY
+        place.delay = FIRST_DELAY if steady else min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
+        self.block.worker(place.index)[WorkerWord.RESTARTS] += 1
+        log.warning("a worker ended and is replaced", worker=place.name, ended_by=how, delay=place.delay)
+
+    # ---- all of them
+
+    def stop(self, deadline: float) -> None:
+        """Have workers drain until ``deadline`` (time.monotonic()), and end those that cannot; 0: all at once."""
+        self.stopping = True
+        for place in self.places:
+            place.listener.close()
+            if deadline and place.send(Message("drain", deadline=deadline)):
+                self.block.worker(place.index)[WorkerWord.STATE] = WorkerState.DRAINING
+            else:
+                place.kill()
+
+    def replace_hanging(self) -> None:
+        """Kill workers whose event loop has not given a sign for too long; their places are filled anew."""
+        now = time.monotonic()
+        for place in self.places:
+            beat = max(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9, place.started)
+            if place.alive and now - beat > (HANG if place.ready else START):
+                log.error("a worker hangs and is killed", worker=place.name, silent_for=round(now - beat, 1))
+                place.started = now  # once
+                place.kill()
+
+    def measure(self) -> None:
+        """Write each worker's use of processor and memory into its row."""
+        for place in self.places:
+            if not place.alive or place.process is None:
+                continue
+            words = self.block.worker(place.index)
+            with contextlib.suppress(psutil.Error):
+                probe = self._probes.get(place.index)
+                if probe is None or probe.pid != place.process.pid:
+                    probe = self._probes[place.index] = psutil.Process(place.process.pid)
+                times = probe.cpu_times()
+                words[WorkerWord.CPU_NS] = place.cpu_before + int((times.user + times.system) * 1e9)
+                words[WorkerWord.CPU_PERMILLE] = int(probe.cpu_percent() * 10)
+                words[WorkerWord.RSS] = probe.memory_info().rss
+
+    def _account_cpu(self, place: Place) -> None:
+        words = self.block.worker(place.index)
+        place.cpu_before = words[WorkerWord.CPU_NS]
+        words[WorkerWord.CPU_PERMILLE] = words[WorkerWord.RSS] = 0
+        self._probes.pop(place.index, None)

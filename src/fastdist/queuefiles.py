@@ -1,0 +1,189 @@
+"""The queue's folder: its lock, a ring file per worker, and old rings that wait to be adopted.
+
+``ring-<n>.fdq`` belongs to worker n. A ring that does not fit the configuration any more (another capacity, a worker
+that is not there) is renamed ``adopt-<id>.fdq``; a worker moves its packets into its own ring, then deletes it. A file
+without an intact header cannot be read, for its salt is gone; it is set aside for a person to look at, never deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+from typing import NamedTuple
+
+from fastdist import logs
+from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
+from fastdist.errors import StartError
+
+log = logs.get()
+
+
+class OldRing(NamedTuple):
+    """A ring to be adopted: its open file and where it is."""
+
+    fd: int
+    path: str
+
+
+class QueueFolder:
+    """The folder of a queue that is used by this process and its workers alone, once ``lock`` has succeeded."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = -1
+
+    def lock(self) -> None:
+        """Make the folder ours, creating it if need be. Raises StartError when another fastdist has it."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 32, 0).decode("latin-1").strip() or "unknown"
+            text = (
+                f"the queue in {self.path} is in use by a running fastdist (pid {holder}); give each its own queue.path"
+            )
+            raise StartError(text) from None
+        except OSError as error:
+            raise StartError(f"cannot use {self.path} for the queue: {error.strerror}") from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def has_rings(self) -> bool:
+        """Whether there are rings of an earlier run."""
+        return any(self.path.glob("*.fdq"))
+
+    def memory_rings(self, workers: int, capacity: int) -> list[int]:
+        """Return rings of ``capacity`` bytes each that live in memory only, as open files."""
+        rings = []
+        for index in range(workers):
+            fd = os.memfd_create(f"fastdist-ring-{index}")
+            _make(fd, capacity, "memory")
+            rings.append(fd)
+        return rings
+
+    def rings(self, workers: int, capacity: int) -> list[int]:
+        """Return the workers' rings as open files: those that are there and fit, new ones otherwise."""
+        capacity = round_capacity(capacity)
+        for path in sorted(self.path.glob("ring-*.fdq")):
+            self._keep_or_move(path, workers, capacity)
+        rings = []
+        for index in range(workers):
+            path = self.path / f"ring-{index}.fdq"
+            new = not path.exists()
+            fd = os.open(path.with_suffix(".new") if new else path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if new:
+                _make(fd, capacity, str(path))
+                path.with_suffix(".new").rename(path)
+            else:
+                _allocate(fd, capacity, str(path))
+            rings.append(fd)
+        _sync_folder(self.path)
+        return rings
+
+    def _keep_or_move(self, path: Path, workers: int, capacity: int) -> None:
+        """Leave a ring where it is if worker and capacity fit; else have it adopted, or set it aside."""
+        try:
+            with path.open("rb") as file:
+                ring = PacketRing(file.fileno(), private=True)
+        except RingError as error:
+            if "newer version" in str(error):
+                raise StartError(f"{path}: {error}; it is left as it is") from error
+            aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+            path.rename(aside)
+            log.error(
+                "a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), reason=str(error)
+            )
+            return
+        except OSError as error:
+            raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
+        index = path.stem.removeprefix("ring-")
+        if not (index.isdigit() and int(index) < workers and ring.capacity == capacity):
+            path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}.fdq"))
+
+    def old_rings(self) -> list[OldRing]:
+        """Return what is to be adopted."""
+        old = []
+        for path in sorted(self.path.glob("adopt-*.fdq")):
+            old.append(OldRing(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path)))
+        return old
+
+    def retire_all(self) -> None:
+        """Have every ring adopted (none of the workers' rings is a file now)."""
+        for path in sorted(self.path.glob("ring-*.fdq")):
+            self._keep_or_move(path, 0, 0)
+
+
+def _make(fd: int, capacity: int, what: str) -> None:
+    _allocate(fd, capacity, what)
+    PacketRing(fd, capacity)
+    os.fsync(fd)
+
+
+def _allocate(fd: int, capacity: int, what: str) -> None:
+    """Have all of the file's space for certain: a full disk is to be met here, not in the middle of a write."""
+    size = file_size(capacity)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        raise StartError(
+            f"cannot allocate {size} bytes for the queue ({what}): {error.strerror}; make room or lower queue.capacity"
+        ) from error
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Adoption:
+    """The move of an old ring's packets into a worker's own ring, as there is room.
+
+    A packet is done in the old ring when its copy is synced: at every moment one of the two is safe.
+    """
+
+    def __init__(self, old: OldRing) -> None:
+        self.old = old
+        self.ring = PacketRing(old.fd)
+        self._copied: list[int] = []  # handles in the old ring whose copies are not synced yet
+        self._position = 0  # the sync that covers the copies
+
+    @property
+    def undone(self) -> int:
+        """Packets that are still to be moved (a copy that is not synced counts in the new ring)."""
+        return self.ring.undone - len(self._copied)
+
+    def step(self, target: PacketRing, most: int) -> tuple[int, list[int]]:
+        """Copy up to ``most`` packets; return how many were, and handles of packets too large for ``target``."""
+        if self._copied and target.synced_position >= self._position:
+            for handle in self._copied:
+                self.ring.done(handle)
+            self._copied.clear()
+        if self._copied:
+            return 0, []
+        oversized = []
+        while len(self._copied) < most and target.undone_bytes < target.capacity // 2 and (handle := self.ring.claim()):
+            try:
+                if not target.adopt(self.ring, handle):
+                    self.ring.release(handle)
+                    break
+            except ValueError:
+                oversized.append(handle)
+            else:
+                self._copied.append(handle)
+        self._position = target.tail_position
+        return len(self._copied), oversized
+
+    @property
+    def finished(self) -> bool:
+        """Whether the old ring holds nothing any more."""
+        return self.ring.undone == 0
+
+    def delete(self) -> None:
+        """Delete the old ring's file."""
+        Path(self.old.path).unlink(missing_ok=True)

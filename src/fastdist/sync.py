@@ -1,0 +1,97 @@
+"""Group commit: a ring's file is synced in a thread, one sync at a time, and one sync serves all that came before it.
+
+With durability ``fsync`` a sync follows whenever somebody waits for one; with ``disk`` one follows every
+``sync_interval`` in which something changed. A sync that fails is told at once and tried again until one succeeds;
+everything is written anew before that, for after a failure the kernel may take pages for written that are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastdist._core.ring import PacketRing
+
+RETRY_SECONDS = 1.0  # after a sync that failed
+
+log = logs.get()
+
+
+class Syncer:
+    """Syncs ``ring``, mapped from ``fd``. ``on_synced(position)`` and ``on_failed()`` are called in the event loop."""
+
+    def __init__(
+        self, ring: PacketRing, fd: int, on_synced: Callable[[int], None], on_failed: Callable[[OSError], None]
+    ) -> None:
+        self.ring, self.fd = ring, fd
+        self.failing = False
+        self._on_synced, self._on_failed = on_synced, on_failed
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._wanted = self._running = self._scheduled = False
+        self._seen = (-1, -1, -1)
+
+    def want(self) -> None:
+        """Have what is in the ring at the end of this turn of the loop synced."""
+        self._wanted = True
+        if not self._running and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._start)
+
+    def want_if_changed(self) -> None:
+        """The same, if anything has changed since the last sync began."""
+        if self._state() != self._seen:
+            self.want()
+
+    def _state(self) -> tuple[int, int, int]:
+        return self.ring.tail_position, self.ring.used, self.ring.undone
+
+    def _start(self) -> None:
+        self._scheduled = False
+        if self._running or not self._wanted:
+            return
+        self._running, self._wanted = True, False
+        if self.failing:
+            self.ring.write_again()
+        self._seen = self._state()
+        position = self.ring.tail_position
+        future = asyncio.get_running_loop().run_in_executor(self._thread, os.fdatasync, self.fd)
+        future.add_done_callback(lambda done: self._finish(position, done))
+
+    def _finish(self, position: int, done: asyncio.Future[None]) -> None:
+        self._running = False
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            if self.failing:
+                self.failing = False
+                log.info("the queue can be written to disk again")
+            self.ring.mark_synced(position)
+            self._on_synced(position)
+            if self._wanted:
+                self._start()
+            return
+        if not isinstance(error, OSError):
+            raise error
+        if not self.failing:
+            log.error(
+                "cannot write the queue to disk; nothing can be accepted until that is possible", error=str(error)
+            )
+        self.failing = True
+        self._on_failed(error)
+        asyncio.get_running_loop().call_later(RETRY_SECONDS, self.want)
+
+    def close(self) -> None:
+        """Sync once more, here and now, and end the thread."""
+        self._thread.shutdown(wait=True)
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            log.error("the last sync of the queue failed", error=str(error))
