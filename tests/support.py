@@ -228,7 +228,7 @@ class Fleet:
 class Distributor(Process):
     """fastdist on a free port, set up by a configuration file made of ``settings`` (section -> key -> value)."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (tests name what they change)
         self,
         folder: Path,
         mocks: Mocks | Fleet | dict[str, str],
@@ -325,7 +325,7 @@ def running(*processes: Process) -> Iterator[None]:
         yield
     except BaseException:
         for process in processes:
-            print(f"---- {process.process.args}\n{process.output[-6000:]}", file=sys.stderr)
+            sys.stderr.write(f"---- {process.process.args}\n{process.output[-6000:]}\n")
         raise
     finally:
         for process in processes:
@@ -339,7 +339,7 @@ class Emitter:
     not have been accepted. ``body`` is every packet's, or a function of its id. ``headers`` are lines ended by CR LF.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (tests name what they change)
         self,
         port: int,
         connections: int = 16,

@@ -1,24 +1,42 @@
 """Dead letters: packets no analyzer will ever take, kept as NDJSON files for a person to look at and to send again.
 
 A packet is written here (and, with durability fsync, synced) before it leaves the queue; what cannot be written stays
-queued. Every worker writes files of its own, so none needs a lock, and starts a new one when one has grown.
+queued. The rules that writer and readers keep:
+
+1. Every worker writes files of its own, locked (flock) while they are open. A file that has had no letter for a second
+   is closed, so that others can have it; it is taken up again if nobody has it, else a new one is begun.
+2. Others change a file only while they hold its lock, and only by renaming another over it or by deleting it. So
+   whoever gets the lock looks whether the file is still the one of that name.
+3. What was replayed is noted in a journal next to the file (``FILE.replayed``: offset and id) until the file is
+   rewritten without it; readers pass over what is noted there.
+4. A line that is no letter (torn by a crash, damaged) is shown as unreadable and otherwise left alone.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import os
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
 
+import msgspec
 import orjson
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Iterator
+
     from fastdist._core.ring import Packet
 
 FOLDER = "dead-letters"
+SUFFIX = ".ndjson"
+JOURNAL_SUFFIX = ".replayed"  # after the name of a file: what of it was replayed
 LARGEST_FILE = 64 << 20  # bytes
+IDLE_NS = 1_000_000_000  # without a letter, after which a file is closed
+UNREADABLE = "unreadable"  # the reason that a line which is no letter is listed under
 
 
 def iso_time(ns: int) -> str:
@@ -32,8 +50,11 @@ class DeadLetters:
     def __init__(self, queue_path: str | Path, owner: str, *, sync: bool = False) -> None:
         self._folder = Path(queue_path) / FOLDER
         self._owner, self._sync = owner, sync
+        self._path: Path | None = None  # of the file that is open, or was until it had been idle
         self._fd = -1
         self._size = 0
+        self._written = False  # since the last tick
+        self._idle_since = 0  # ns
 
     def write(self, packet: Packet, reason: str, analyzer: str | None, status: int | None, error: str | None) -> None:
         """Append a packet: why it is here, and the last analyzer that saw it with what it said. Raises OSError."""
@@ -52,12 +73,28 @@ class DeadLetters:
             letter["body"] = packet.body.decode()
         except UnicodeDecodeError:
             letter["bodyBase64"] = base64.b64encode(packet.body).decode()
-        line = orjson.dumps(letter, option=orjson.OPT_APPEND_NEWLINE)
-        self._append(line)
+        self._append(orjson.dumps(letter, option=orjson.OPT_APPEND_NEWLINE))
+
+    def tick(self, now_ns: int) -> None:
+        """Close the file when it has been idle; to be called every now and then (``now_ns``: time.monotonic_ns())."""
+        if self._fd < 0:
+            return
+        if self._written:
+            self._written, self._idle_since = False, now_ns
+        elif now_ns - self._idle_since >= IDLE_NS:
+            self._release()
+
+    def close(self) -> None:
+        """Close the present file, if one is open; what comes after goes to another."""
+        self._release()
+        self._path = None
 
     def _append(self, line: bytes) -> None:
-        if self._fd < 0 or self._size + len(line) > LARGEST_FILE:
-            self._open()
+        if self._fd < 0:
+            self._reopen()
+        if self._fd < 0 or (self._size and self._size + len(line) > LARGEST_FILE):
+            self._create()
+        self._written = True
         written = 0
         try:
             while written < len(line):
@@ -65,28 +102,194 @@ class DeadLetters:
             if self._sync:
                 os.fdatasync(self._fd)
         except OSError:
-            # No half of a line stays behind: the packet is still queued, and will be written again.
-            os.ftruncate(self._fd, self._size)
+            self._undo()
             raise
         self._size += len(line)
 
-    def _open(self) -> None:
-        self.close()
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        name = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{self._owner}.ndjson"
-        self._fd = os.open(
-            self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
-        self._size = 0
-        if self._sync:
-            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+    def _undo(self) -> None:
+        """Leave no half of a line behind: the packet is still queued, and will be written again."""
+        try:
+            os.ftruncate(self._fd, self._size)
+        except OSError:
+            self.close()  # at least nothing will be appended to that half
 
-    def close(self) -> None:
-        """Close the present file, if one is open."""
+    def _create(self) -> None:
+        self.close()
+        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        path = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{self._owner}{SUFFIX}"
+        hidden = path.with_suffix(".new")  # until it is locked: nobody is to find it without its owner and delete it
+        fd = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hidden.rename(path)
+            if self._sync:
+                sync_folder(self._folder)
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd, self._path, self._size = fd, path, 0
+
+    def _reopen(self) -> None:
+        """Go on with the file that was closed, lest rare letters make a file each; unless somebody has or had it."""
+        if self._path is None:
+            return
+        try:
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            state = os.fstat(fd)
+            ours = os.path.samestat(state, self._path.stat())
+        except OSError:
+            ours = False
+        if ours:
+            self._fd, self._size = fd, state.st_size
+        else:
+            os.close(fd)
+
+    def _release(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's entries (new files, renamed ones) on stable storage. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Letter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="camel"):
+    """A line of such a file. Of ``body`` (text) and ``body_base64`` (what is not UTF-8) exactly one is there."""
+
+    # What Idempotency-Key may be; \Z, because $ is also before a line feed at the end.
+    id: Annotated[str, msgspec.Meta(pattern=r"\A[!#-+\--:<-\[\]-~]{1,64}\Z")]
+    reason: str
+    accepted_at: datetime
+    dead_lettered_at: datetime
+    analyzer: str | None = None
+    status: int | None = None
+    error: str | None = None
+    attempts: int = 0
+    messages: int = 0
+    body: str | None = None
+    body_base64: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if (self.body is None) == (self.body_base64 is None):
+            raise ValueError("a letter has one body")
+        if self.accepted_at.tzinfo is None or self.dead_lettered_at.tzinfo is None:
+            raise ValueError("times have a zone")
+
+    @property
+    def packet(self) -> bytes:
+        """The packet's body, byte for byte as it was accepted."""
+        return self.body.encode() if self.body is not None else self.body_base64 or b""
+
+
+class Line(NamedTuple):
+    """A line of a file: a letter, or what is left of one (``letter`` is None)."""
+
+    offset: int
+    raw: bytes
+    letter: Letter | None
+    time: datetime  # when it became a dead letter; of an unreadable line: when its file was last changed
+
+    @property
+    def reason(self) -> str:
+        """Why it is here."""
+        return self.letter.reason if self.letter else UNREADABLE
+
+    @property
+    def size(self) -> int:
+        """Bytes of the packet; of an unreadable line, all it has."""
+        return len(self.letter.packet) if self.letter else len(self.raw)
+
+
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """Which lines a command is about: all that agree with what is not None."""
+
+    reason: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def __contains__(self, line: Line) -> bool:
+        return (
+            (self.reason is None or self.reason == line.reason)
+            and (self.since is None or line.time >= self.since)
+            and (self.until is None or line.time <= self.until)
+        )
+
+
+class Found(NamedTuple):
+    """A file as it was when it was looked for; what is written to it after that is left for the next time."""
+
+    path: Path
+    size: int
+
+
+def find_files(path: Path) -> list[Found]:
+    """Return the files of dead letters in ``path``: a queue's folder, its folder of dead letters, or one such file.
+
+    They come oldest first. Raises OSError when the path cannot be read, ValueError when it is a file of another kind.
+    """
+    if not stat.S_ISDIR(path.stat().st_mode):
+        if path.suffix != SUFFIX:
+            raise ValueError(f"{path}: neither a folder nor a file of dead letters (*{SUFFIX})")
+        return [Found(path, path.stat().st_size)]
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    found = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix == SUFFIX:
+            with contextlib.suppress(FileNotFoundError):  # deleted since
+                found.append(Found(file, file.stat().st_size))
+    return found
+
+
+def journal_of(path: Path) -> Path:
+    """Return where it is noted which letters of this file were replayed."""
+    return path.with_name(path.name + JOURNAL_SUFFIX)
+
+
+def read_journal(path: Path) -> set[tuple[int, str]]:
+    """Return offset and id of the letters of this file that were replayed but are still in it."""
+    try:
+        text = journal_of(path).read_text("latin-1")
+    except FileNotFoundError:
+        return set()
+    entries = (line.split(" ", 1) for line in text.split("\n"))
+    return {(int(entry[0]), entry[1]) for entry in entries if len(entry) == 2 and entry[0].isdecimal()}  # noqa: PLR2004
+
+
+def read_lines(file: BinaryIO, end: int, replayed: Container[tuple[int, str]]) -> Iterator[Line]:
+    """Yield the lines that start before ``end`` bytes of a file, but for those that are blank or were replayed."""
+    decoder = msgspec.json.Decoder(Letter)
+    changed = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
+    offset = file.seek(0)
+    for raw in file:
+        if offset >= end:
+            return
+        try:
+            letter = decoder.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            if raw.strip():
+                yield Line(offset, raw, None, changed)
+        else:
+            if (offset, letter.id) not in replayed:
+                yield Line(offset, raw, letter, letter.dead_lettered_at)
+        offset += len(raw)
+
+
+def read_file(found: Found) -> Iterator[Line]:
+    """Yield the lines of a file; none when somebody has deleted it meanwhile. Raises OSError."""
+    try:
+        file = found.path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        yield from read_lines(file, found.size, read_journal(found.path))

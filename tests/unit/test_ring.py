@@ -120,7 +120,7 @@ class RingAgainstModel(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="over half"):
                 self.ring.push(packet.body, key, **options)
             return
-        if self.claimed and CAPACITY - self.ring.used < need + CAPACITY // 2:
+        if (self.claimed or self.given_back) and CAPACITY - self.ring.used < need + CAPACITY // 2:
             self.moving = True
         place = self.ring.tail_position
         result = self.ring.push(packet.body, key, **options)

@@ -69,6 +69,7 @@ cdef class IngestBase:
     cdef int64_t moved_ns              # last byte read
     cdef int64_t head_ns               # first byte of the present head; 0: none yet
     cdef int64_t paused_ns             # since when the emitter does not read its answers; 0: it does
+    cdef bint awaits_sync              # in intake.unsynced
     cdef readonly list answers         # in the order of their requests, while any of them has to wait
 
     cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1
@@ -89,3 +90,4 @@ cdef class IngestBase:
     cdef int flush(self) except -1
     cdef drop_partial(self)
     cdef flush_to_answers(self)
+    cdef await_sync(self)

@@ -139,7 +139,9 @@ cdef class Intake:
         cdef IngestBase connection
         connections, self.unsynced = self.unsynced, []
         for connection in connections:
-            connection.release(position)
+            connection.awaits_sync = False
+            if not connection.release(position):
+                connection.await_sync()  # it has answers that a later sync covers
 
     def sync_failed(self, bytes answer):
         """The last sync failed: whoever waited for it gets ``answer`` instead (their packets are withdrawn)."""
@@ -147,6 +149,7 @@ cdef class Intake:
         cdef Answer waiting
         connections, self.unsynced = self.unsynced, []
         for connection in connections:
+            connection.awaits_sync = False
             for waiting in connection.answers or ():
                 if waiting.position and not waiting.ready:
                     waiting.data, waiting.ready = answer, True
@@ -167,7 +170,7 @@ cdef class Answer:
         cdef Intake intake = self.connection.intake
         if self.position and self.position > intake.ring.synced:
             self.data = data
-            intake.unsynced.append(self.connection)
+            self.connection.await_sync()
         else:
             self.complete(data)
 
@@ -539,7 +542,7 @@ cdef class IngestBase:
             if self.answers is None:
                 self.answers = []
             self.answers.append(answer)
-            intake.unsynced.append(self)
+            self.await_sync()
             intake.on_sync_wanted()
         return 0
 
@@ -619,13 +622,24 @@ cdef class IngestBase:
             self.shut(self.closing)
         return 0
 
+    cdef await_sync(self):
+        if not self.awaits_sync:
+            self.awaits_sync = True
+            self.intake.unsynced.append(self)
+
     def release(self, int64_t position):
-        """Let go of the answers whose packets are synced up to ``position``."""
+        """Let go of the answers whose packets are synced up to ``position``; say whether those were all."""
         cdef Answer answer
+        cdef bint all_of_them = True
         for answer in self.answers or ():
-            if answer.position and answer.position <= position and answer.data is not None:
+            if answer.ready or answer.position == 0 or answer.data is None:
+                continue
+            if answer.position <= position:
                 answer.ready = True
+            else:
+                all_of_them = False
         self.release_ready()
+        return all_of_them
 
     def release_ready(self):
         """Write the answers that are next in turn and ready."""

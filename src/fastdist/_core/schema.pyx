@@ -13,8 +13,8 @@ to ``packet.check``, which knows for sure and can tell what is wrong. Hence the 
 
 The functions hand a cursor along: each takes the place where its piece begins and returns the place behind it, or NULL
 for "not certain". ``end`` is the place of the packet's own closing brace, which is looked up first. That byte may be
-read but not passed. It is neither a space nor a digit nor the middle of a character, so what loops over these stops by
-itself; only what passes a closing brace, and what jumps over several bytes at once, must compare with ``end``.
+read but not passed. It goes on no space, number, escape or character beyond ASCII, so what reads these byte by byte
+stops there by itself; only what passes a closing brace, and what reads several bytes at once, must compare with it.
 
 ``scan_packet`` and ``scan_message`` know the schema and read the members of their objects one by one, in any order; a
 set of bits notes what has been seen, which catches what is missing and what comes twice. Values that the schema does
@@ -81,18 +81,18 @@ cdef inline bint is_hex(cursor p) noexcept nogil:
     return isxdigit(p[0]) and isxdigit(p[1]) and isxdigit(p[2]) and isxdigit(p[3])
 
 
-cdef cursor scan_escapes(cursor p, cursor end) noexcept nogil:
+cdef cursor scan_escapes(cursor p) noexcept nogil:
     """The escapes from p on to whatever else follows; at least one."""
     while p[0] == c'\\':
         if p[1] in (c'"', c'\\', c'/', c'b', c'f', c'n', c'r', c't'):
             p += 2
-        elif p[1] != c'u' or end - p < 6 or not is_hex(p + 2):
+        elif p[1] != c'u' or not is_hex(p + 2):
             return NULL
         elif p[2] | 0x20 != c'd' or p[3] < c'8':
             p += 6
         # Half of a surrogate pair, \uD800 to \uDFFF. The grammar lets one stand alone, but it is no character and many
         # parsers refuse it: here the second half must follow the first.
-        elif p[3] | 0x20 >= c'c' or end - p < 12 or p[6] != c'\\' or p[7] != c'u' or not is_hex(p + 8):
+        elif p[3] | 0x20 >= c'c' or p[6] != c'\\' or p[7] != c'u' or not is_hex(p + 8):
             return NULL
         elif p[8] | 0x20 != c'd' or p[9] | 0x20 < c'c':
             return NULL
@@ -137,7 +137,7 @@ cdef cursor scan_rest(cursor p, cursor end) noexcept nogil:
         if p[0] == c'"':
             return p + 1
         if p[0] == c'\\':
-            p = scan_escapes(p, end)
+            p = scan_escapes(p)
         elif p[0] >= 0x80:
             p = scan_utf8(p)
         else:

@@ -1,0 +1,129 @@
+"""POST /logs as an emitter does it, for the command line: one keep-alive connection, and what a distributor answers."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.client import HTTPConnection, HTTPSConnection, RemoteDisconnected, responses
+from typing import NamedTuple
+
+import msgspec
+
+from fastdist import __version__
+from fastdist.units import Endpoint, parse_endpoint
+
+TIMEOUT = 30.0  # seconds without a sign of life
+LARGEST_ANSWER = 1 << 16  # bytes of an answer that are read
+
+
+class Answer(NamedTuple):
+    """What a distributor answers: a status, what it says for itself, and when (seconds) one may come again."""
+
+    status: int
+    detail: str
+    retry_after: float | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the packet is now in its hands."""
+        return 200 <= self.status < 300  # noqa: PLR2004  (the class of the status)
+
+    @property
+    def text(self) -> str:
+        """The status, and what there is to it, for a person."""
+        return f"{self.status} ({self.detail})" if self.detail else str(self.status)
+
+    @property
+    def advice(self) -> str:
+        """What to look at when no packet at all is accepted."""
+        return "is the token right?" if self.status in (401, 403) else "is that the URL of a distributor?"
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Where to post, and with what bearer token."""
+
+    url: str
+    endpoint: Endpoint
+    token: str | None
+
+    @classmethod
+    def parse(cls, url: str, token: str | None) -> Target:
+        """Return the target at ``url`` (what stands before /logs). Raises ValueError, whose text shows no token."""
+        if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token):
+            raise ValueError("the token must be of visible ASCII characters")
+        return cls(url, parse_endpoint(url), token)
+
+
+class Sender:
+    """One connection, opened when it is needed. Not for two threads at once."""
+
+    def __init__(self, target: Target) -> None:
+        endpoint = target.endpoint
+        self._path = endpoint.path_and_query.rstrip("/") + "/logs"
+        self._headers = {"Content-Type": "application/json", "User-Agent": f"fastdist/{__version__}"}
+        if target.token:
+            self._headers["Authorization"] = f"Bearer {target.token}"
+        self._connection = (
+            HTTPSConnection(endpoint.host, endpoint.port, timeout=TIMEOUT, context=ssl.create_default_context())
+            if endpoint.scheme == "https"
+            else HTTPConnection(endpoint.host, endpoint.port, timeout=TIMEOUT)
+        )
+
+    def post(self, packet_id: str, body: bytes) -> Answer:
+        """Post a packet under its id. Raises OSError or HTTPException when there is no answer."""
+        connection = self._connection
+        try:
+            if connection.sock is None:
+                connection.connect()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
+                connection.request("POST", self._path, body, self._headers | {"Idempotency-Key": packet_id})
+            response = connection.getresponse()
+            content = response.read(LARGEST_ANSWER)
+            if not response.isclosed():  # there is more than anybody wants to read
+                connection.close()
+        except BaseException:
+            connection.close()
+            raise
+        return Answer(
+            response.status,
+            _detail(content) or responses.get(response.status, ""),
+            _seconds(response.getheader("Retry-After")),
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+def describe(error: Exception) -> str:
+    """Return why there was no answer."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {TIMEOUT:.0f} s"
+    if isinstance(error, RemoteDisconnected):
+        return "it closes the connection without an answer"
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def _detail(content: bytes) -> str:
+    """Return the detail of a problem (RFC 9457), on one line; nothing if that is none."""
+    try:
+        problem = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""
+    detail = problem.get("detail") if isinstance(problem, dict) else None
+    return " ".join("".join(c if c.isprintable() else " " for c in detail).split()) if isinstance(detail, str) else ""
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Return the seconds that a Retry-After (seconds or a date) asks for; None when it is neither."""
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdecimal():
+        return min(float(retry_after), 1e9)
+    try:
+        when = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,78 @@
+"""Processes for tests: whatever a test starts is checked when it passes, shown when it fails, and killed at its end."""
+
+from __future__ import annotations
+
+import pytest
+
+from support import Distributor, Fleet, Mocks, Process
+
+PROCESSES = pytest.StashKey[list]()
+PASSED = pytest.StashKey[bool]()
+SHOWN = 8000  # characters of a process's output
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call":
+        item.stash[PASSED] = report.passed
+    if report.failed:
+        for process in item.stash.get(PROCESSES, []):
+            report.sections.append((type(process).__name__, process.output[-SHOWN:]))
+    return report
+
+
+@pytest.fixture
+def start(request):
+    """Return ``start(kind, *arguments)``: start a process; it is killed at the end of the test."""
+    processes = request.node.stash[PROCESSES] = []
+
+    def start(kind, *arguments, **options):
+        process = kind(*arguments, **options)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in reversed(processes):
+        process.kill_all()
+
+
+@pytest.fixture
+def mocks(start) -> Mocks:
+    """Four mock analyzers in one process."""
+    return start(Mocks)
+
+
+@pytest.fixture
+def fleet(start, tmp_path) -> Fleet:
+    """Four mock analyzers in a process each."""
+    return start(Fleet, tmp_path)
+
+
+@pytest.fixture
+def serve(start, tmp_path, request):
+    """Return ``serve(analyzers, settings)``: start a distributor.
+
+    One that still runs at the end of a test that passed must come to rest, and its accounts must be exact.
+    """
+    distributors: list[Distributor] = []
+
+    def serve(analyzers, settings=None, **options):
+        distributors.append(start(Distributor, tmp_path, analyzers, settings, **options))
+        return distributors[-1]
+
+    yield serve
+    if request.node.stash.get(PASSED, False):
+        for distributor in distributors:
+            if distributor.process.poll() is None:
+                distributor.wait_at_rest()
+
+
+@pytest.fixture
+def run(start):
+    """Return ``run(command, **environment)``: start any command."""
+
+    def run(*command, **environment) -> Process:
+        return start(Process, [str(word) for word in command], **environment)
+
+    return run

@@ -1,0 +1,219 @@
+"""Analyzers that fail under load: their share goes to the others and comes back, and nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from support import WEIGHTS, Emitter, compare, wait_until
+
+VICTIM = "A2"
+OTHERS = {name: weight / (1 - WEIGHTS[VICTIM]) for name, weight in WEIGHTS.items() if name != VICTIM}
+QUICK = {"delivery": {"timeout": "500ms"}}
+
+# What an analyzer does -> (the options of the mock, the text that /analyzers shows as its last error)
+COUNTED = {
+    "refuses": ({"refuse": True}, "connection refused"),
+    "answers 500": ({"status": 500}, "HTTP 500"),
+    "answers 503 without Retry-After": ({"status": 503}, "HTTP 503"),
+    "answers 429 without Retry-After": ({"status": 429}, "HTTP 429"),
+    "resets": ({"resetRate": 1}, "connection"),
+    "speaks no HTTP": ({"garbageRate": 1}, "not HTTP"),
+    "hangs": ({"hang": True}, "no reply within 0.5 s"),
+}
+
+
+def check_share_is_with_the_others(fastdist, name=VICTIM):
+    analyzers = fastdist.analyzers()
+    assert analyzers[name]["effectiveShare"] == 0
+    for other, share in OTHERS.items():
+        assert analyzers[other]["effectiveShare"] == pytest.approx(share, abs=1e-4)
+
+
+def wait_until_its_share_is_gone(fastdist):
+    wait_until(lambda: fastdist.analyzers()[VICTIM]["effectiveShare"] == 0, "its share goes to the others", 10)
+
+
+def wait_until_it_has_its_share_again(fastdist, name=VICTIM):
+    fastdist.wait_for_state(name, "online")
+    row = fastdist.analyzers()[name]
+    assert row["effectiveShare"] == pytest.approx(WEIGHTS[name])
+    before = row["delivered"]
+    wait_until(lambda: fastdist.analyzers()[name]["delivered"] > before + 20, f"{name} gets packets again")
+
+
+@pytest.mark.slow
+def test_an_analyzer_ends_and_returns_three_times(fleet, serve):
+    for name in WEIGHTS:
+        fleet.set(name, latency=0.002)  # so that requests are under way when it ends
+    fastdist = serve(fleet)
+    emitter = Emitter(fastdist.port).start()
+    emitter.wait_for(500)
+    for _ in range(3):
+        fleet.end(VICTIM)
+        wait_until_its_share_is_gone(fastdist)
+        check_share_is_with_the_others(fastdist)
+        row = fastdist.analyzers()[VICTIM]
+        assert row["state"] == "offline"
+        assert row["lastError"]
+        assert row["health"]["consecutiveFailures"] > 0
+        before = {name: each["delivered"] for name, each in fastdist.analyzers().items()}
+        emitter.wait_for(1000)
+        after = {name: each["delivered"] for name, each in fastdist.analyzers().items()}
+        assert after[VICTIM] == before[VICTIM]
+        assert all(after[name] > before[name] for name in OTHERS)
+        fleet.restart(VICTIM)
+        wait_until_it_has_its_share_again(fastdist)
+        assert fastdist.analyzers()[VICTIM]["health"]["consecutiveSuccesses"] >= 2
+    emitter.stop()
+    assert emitter.count(202) == len(emitter.answers)
+    fastdist.wait_at_rest()
+    compare(emitter, fleet)  # an answer that is cut off before its head is whole was none: no duplicates
+    assert "analyzer offline" in fastdist.output
+    assert "analyzer online" in fastdist.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", COUNTED)
+def test_an_analyzer_that_fails_every_delivery_goes_offline_and_returns(mocks, serve, fault):
+    """Its health check is answered all the while (unless it refuses): deliveries alone take it offline."""
+    options, error = COUNTED[fault]
+    fastdist = serve(mocks, QUICK | {"health": {"rise": 40 if "refuse" not in options else 2}})  # 8 s: time to look
+    emitter = Emitter(fastdist.port).start().wait_for(200)
+    mocks.set(VICTIM, **options)
+    wait_until_its_share_is_gone(fastdist)
+    check_share_is_with_the_others(fastdist)
+    row = fastdist.analyzers()[VICTIM]
+    assert row["state"] == "offline"
+    assert error in row["lastError"]
+    assert row["failed"] > 0
+    emitter.wait_for(500)
+    mocks.set(VICTIM, **{name: 0 if name.endswith("Rate") else None if name == "status" else False for name in options})
+    wait_until_it_has_its_share_again(fastdist)
+    emitter.stop()
+    assert emitter.count(202) == len(emitter.answers)
+    stats = fastdist.wait_at_rest()
+    compare(emitter, mocks)  # none of these faults leaves a packet delivered that is thought not to be
+    assert stats["packets"]["retried"] > 0
+    assert stats["packets"]["deadLettered"] == 0
+
+
+@pytest.mark.slow
+def test_a_stopped_analyzer_process_is_given_up_and_taken_back(fleet, serve):
+    """SIGSTOP: the kernel still accepts connections, but nobody answers. What it reads later it delivers twice."""
+    fastdist = serve(fleet, QUICK)
+    emitter = Emitter(fastdist.port).start().wait_for(200)
+    fleet.each[VICTIM].signal(signal.SIGSTOP)
+    wait_until_its_share_is_gone(fastdist)
+    check_share_is_with_the_others(fastdist)
+    emitter.wait_for(500)
+    fleet.each[VICTIM].signal(signal.SIGCONT)
+    wait_until_it_has_its_share_again(fastdist)
+    emitter.stop()
+    assert emitter.count(202) == len(emitter.answers)
+    fastdist.wait_at_rest()
+    compare(emitter, fleet, most_duplicates=2 * 2 * 32)  # all connections of two workers, twice
+
+
+def test_retry_after_pauses_an_analyzer_that_stays_online(mocks, serve):
+    fastdist = serve(mocks, {"health": {"fall": 2}})
+    emitter = Emitter(fastdist.port).start().wait_for(200)
+    mocks.set(VICTIM, status=503, retryAfter=2)
+    wait_until_its_share_is_gone(fastdist)
+    check_share_is_with_the_others(fastdist)
+    row = fastdist.analyzers()[VICTIM]
+    assert row["state"] == "online"
+    assert 0 < row["pausedForSeconds"] <= 2
+    assert "Retry-After" in row["lastError"]
+    mocks.set(VICTIM, status=None)
+    wait_until(lambda: fastdist.analyzers()[VICTIM]["effectiveShare"] > 0, "the pause ends", 10)
+    wait_until_it_has_its_share_again(fastdist)
+    emitter.stop()
+    assert emitter.count(202) == len(emitter.answers)
+    fastdist.wait_at_rest()
+    compare(emitter, mocks)
+    assert "analyzer offline" not in fastdist.output
+
+
+def test_a_reply_whose_body_is_cut_short_counts_as_delivered(mocks, serve):
+    """The head of a 2xx is enough; the connection is not used again."""
+    mocks.set(VICTIM, wrongLengthRate=1)
+    fastdist = serve(mocks)
+    emitter = Emitter(fastdist.port).send(3000)
+    stats = fastdist.wait_at_rest()
+    assert emitter.count(202) == 3000
+    compare(emitter, mocks)
+    assert mocks.totals(VICTIM)["ambiguous"] > 0
+    assert stats["packets"]["delivered"] == 3000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"failureRate": 0.2},
+        {"resetRate": 0.1, "garbageRate": 0.1},
+        {"truncateRate": 0.2},
+        {"silentClose": 7},
+        {"closeEvery": 5, "chunked": True, "interim": True},
+        {"latency": 0.005, "jitter": 0.02},
+    ],
+    ids=lambda options: " and ".join(options),
+)
+def test_analyzers_that_all_fail_now_and_then_still_get_everything(mocks, serve, options):
+    for name in WEIGHTS:
+        mocks.set(name, **options)
+    fastdist = serve(mocks, QUICK | {"delivery": {"timeout": "500ms", "pipeline": 4}})
+    emitter = Emitter(fastdist.port).send(5000)
+    assert emitter.count(202) == 5000
+    stats = fastdist.wait_at_rest(100)
+    # Pipelined requests behind a failed one may have been taken before the connection broke.
+    compare(emitter, mocks, most_duplicates=5000)
+    assert stats["packets"]["delivered"] == 5000
+    assert stats["packets"]["deadLettered"] == 0
+
+
+def test_refused_packets_become_dead_letters_and_hurt_no_other(mocks, serve):
+    mocks.set(VICTIM, status=422)
+    fastdist = serve(mocks, {"delivery": {"mode": "batch", "connections": 2}})
+    emitter = Emitter(fastdist.port).send(1000)
+    stats = fastdist.wait_at_rest()
+    letters = fastdist.dead_letters()
+    assert {(row["reason"], row["analyzer"], row["status"]) for row in letters} == {("refused", VICTIM, 422)}
+    refused = {row["id"] for row in letters}
+    assert len(refused) == len(letters) == stats["packets"]["deadLettered"] > 0
+    assert emitter.accepted == refused | mocks.delivered().keys()
+    assert not refused & mocks.delivered().keys()
+    assert fastdist.analyzers()[VICTIM]["state"] == "online"
+
+
+def test_a_packet_that_nobody_takes_is_a_dead_letter_after_max_attempts(mocks, serve):
+    for name in WEIGHTS:
+        mocks.set(name, status=500)
+    fastdist = serve(mocks, {"retry": {"max_attempts": 6, "base": "10ms"}, "health": {"fall": 1_000}})
+    emitter = Emitter(fastdist.port).send(20)
+    stats = fastdist.wait_at_rest()
+    letters = fastdist.dead_letters()
+    assert {row["id"] for row in letters} == emitter.accepted
+    assert {(row["reason"], row["status"], row["attempts"]) for row in letters} == {("exhausted", 500, 6)}
+    assert stats["packets"]["deadLettered"] == 20
+
+
+def test_an_awaited_packet_is_answered_with_who_took_it(mocks, serve):
+    fastdist = serve(mocks)
+    started = time.monotonic()
+    status, _, body = fastdist.post(Prefer="wait=10")
+    assert status == 200
+    assert b'"status":"delivered"' in body
+    for name in WEIGHTS:
+        mocks.set(name, status=400)
+    status, headers, body = fastdist.post(Prefer="wait=10")
+    assert (status, headers["content-type"]) == (502, "application/problem+json")
+    for name in WEIGHTS:
+        mocks.set(name, status=None, latency=1.5)
+    status, _, body = fastdist.post(Prefer="wait=1")
+    assert status == 202
+    assert b'"status":"accepted"' in body
+    assert time.monotonic() - started > 1
