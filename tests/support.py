@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,10 @@ class Mocks(Process):
         status, _, body = request(self.control_port, "POST", f"/control/{name}", json.dumps(options).encode())
         assert status == 200, body
 
+    def set_all(self, **options: object) -> None:
+        for name in self.ids:
+            self.set(name, **options)
+
     def totals(self, name: str) -> dict[str, int]:
         totals: dict[str, int] = get_json(self.control_port, f"/control/{name}")["totals"]
         return totals
@@ -277,6 +282,10 @@ class Distributor(Process):
     def wait_for_state(self, name: str, state: str, seconds: float = 20.0) -> None:
         wait_until(lambda: self.analyzers()[name]["state"] == state, f"{name} {state}", seconds)
 
+    def wait_for_states(self, state: str, seconds: float = 20.0) -> None:
+        """Wait until all analyzers are in this state."""
+        wait_until(lambda: {row["state"] for row in self.analyzers().values()} == {state}, f"all {state}", seconds)
+
     def dead_letters(self) -> list[dict[str, Any]]:
         """Return all dead letters, of any worker."""
         files = sorted((self.folder / "data" / "dead-letters").glob("*.ndjson"))
@@ -289,16 +298,17 @@ class Distributor(Process):
         """Wait until nothing is queued or in flight; check the accounting; return /stats."""
 
         def at_rest() -> Any:
+            """Look twice: each worker publishes its gauges every 20 ms."""
+            before = self.stats()["packets"]
+            time.sleep(0.1)
             stats = self.stats()
-            packets = stats["packets"]
-            return stats if packets["queued"] == 0 and packets["inFlight"] == 0 else None
+            quiet = stats["packets"]["queued"] == 0 and stats["packets"]["inFlight"] == 0
+            return stats if quiet and stats["packets"] == before else None
 
         try:
-            wait_until(at_rest, "nothing queued or in flight", seconds)
+            stats = wait_until(at_rest, "nothing queued or in flight", seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}; {json.dumps(self.stats()['packets'])}") from None
-        time.sleep(0.1)  # each worker publishes its gauges every 20 ms
-        stats = self.stats()
         check_identity(stats)
         return stats
 
@@ -357,6 +367,7 @@ class Emitter:
         self._limit = 0
         self._thread: threading.Thread | None = None
         self._count = 0
+        self._counts: Counter[int] = Counter()
 
     def send(self, packets: int) -> Emitter:
         """Send ``packets`` and return."""
@@ -380,20 +391,21 @@ class Emitter:
 
     def wait_for(self, packets: int) -> Emitter:
         """Wait until so many more have been accepted."""
-        enough = len(self.accepted) + packets
-        wait_until(lambda: len(self.accepted) >= enough, f"{enough} packets accepted")
+        enough = self.count(202) + packets
+        wait_until(lambda: self.count(202) >= enough, f"{enough} packets accepted")
         return self
 
-    def count(self, status: int | None) -> int:
-        return sum(answer == status for answer in list(self.answers.values()))
+    def count(self, status: int) -> int:
+        """Return how many answers had this status so far."""
+        return self._counts[status]
 
     @property
     def accepted(self) -> set[str]:
-        return {name for name, status in list(self.answers.items()) if status in (200, 202)}
+        return {name for name, status in self.answers.copy().items() if status in (200, 202)}
 
     @property
     def unknown(self) -> set[str]:
-        return {name for name, status in list(self.answers.items()) if status is None}
+        return {name for name, status in self.answers.copy().items() if status is None}
 
     async def _run(self) -> None:
         await asyncio.gather(*(self._connection() for _ in range(self.connections)))
@@ -428,6 +440,7 @@ class Emitter:
         async with asyncio.timeout(20):
             head = await reader.readuntil(b"\r\n\r\n")
             self.answers[name] = status = int(head[9:12])
+            self._counts[status] += 1
             lower = head.lower()
             await reader.readexactly(int(lower.split(b"content-length:")[1].split(b"\r\n")[0]))
         if status in (429, 503) and b"\r\nretry-after: " not in lower:

@@ -1,22 +1,36 @@
 """The command line: options in, exit status out; what the commands do lives elsewhere and is imported when needed.
 
-Exit status: 0 done; 2 a configuration or a command line that cannot be used; 3 the service cannot start. An error that
-is expected is printed as it is, without a traceback; an unexpected one shows no local variables (they may hold tokens).
+Exit status: 0 done; 1 not all of it, or not sound; 2 a configuration, a command line or a path that cannot be used;
+3 the service cannot start, or is running and has what was asked for. An error that is expected is printed as it is,
+without a traceback; an unexpected one shows no local variables (they may hold tokens).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Annotated
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from fastdist import __version__
 from fastdist.config import Config, Loaded, load
 from fastdist.errors import ConfigError, StartError
+from fastdist.units import parse_duration
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastdist.queueview import QueueView
+
+INCOMPLETE = 1
 BAD_CONFIG = 2
+UNUSABLE = 2
 CANNOT_START = 3
+IN_USE = 3
 
 app = typer.Typer(
     name="fastdist",
@@ -26,6 +40,17 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+dead_letters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+queue = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(queue, name="queue")
+
+LettersPath = Annotated[
+    Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), its folder dead-letters, or one file.")
+]
+QueuePath = Annotated[Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), or one file of it.")]
+Reason = Annotated[str | None, typer.Option(help="Only those with this reason (refused, exhausted, shutdown).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -99,6 +124,215 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
     loaded = _load_or_exit(file, {})
     typer.echo(f"{file}: ok ({_describe_analyzers(loaded.config)})")
+
+
+@dead_letters.callback()
+def dead_letters_group() -> None:
+    """List, replay and purge dead letters.
+
+    Those are packets that no analyzer would take, or that could not be delivered before the service ended.
+
+    \b
+    Examples:
+      fastdist dead-letters list fastdist-data
+      fastdist dead-letters replay fastdist-data
+      fastdist dead-letters purge fastdist-data --older-than 30d
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+
+
+@dead_letters.command("list")
+def dead_letters_list(
+    path: LettersPath,
+    *,
+    reason: Reason = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters this recently.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List dead letters, the oldest files first.
+
+    A line that is no letter, such as one torn by a crash, is listed with the reason "unreadable". With --json, each
+    letter is an object on a line of its own; the packets themselves are in the files, which are NDJSON as well.
+
+    \b
+    Examples:
+      fastdist dead-letters list fastdist-data
+      fastdist dead-letters list fastdist-data --reason refused --since 1h
+      fastdist dead-letters list fastdist-data --json | jq -r .error | sort | uniq -c
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist import console, deadletters  # noqa: PLC0415  (serve and check need neither)
+
+    with _problems_shown():
+        selection = deadletters.Selection(reason=reason, since=_ago(since, "--since"))
+        show = console.print_letters_json if json else console.print_letters
+        show(deadletters.find_files(path), selection)
+
+
+@dead_letters.command("replay")
+def dead_letters_replay(  # noqa: PLR0913  (a parameter is an option)
+    path: LettersPath,
+    *,
+    url: Annotated[str, typer.Option(help="The distributor to post them to.")] = "http://127.0.0.1:3000",
+    token: Annotated[
+        str | None,
+        typer.Option(help="Bearer token (else that in FASTDIST_TOKEN, which other users of the machine cannot see)."),
+    ] = None,
+    connections: Annotated[int, typer.Option(min=1, max=256, help="How many to post at the same time.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Post no more than this many.")] = None,
+    reason: Reason = None,
+) -> None:
+    """Post dead letters to a running distributor, under the ids they had.
+
+    What it accepts is removed from the files, what it refuses stays. If this is interrupted, even killed, call it
+    again: at worst the few packets that were under way are sent twice, under the same ids. Exit status: 0 when none
+    is left, 1 otherwise.
+
+    \b
+    Examples:
+      fastdist dead-letters replay fastdist-data
+      fastdist dead-letters replay fastdist-data --url http://logs.example:3000 --limit 10
+      FASTDIST_TOKEN=secret fastdist dead-letters replay fastdist-data --connections 16
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist import console, deadletters, posting, replay  # noqa: PLC0415  (serve and check need none of them)
+
+    with _problems_shown("--url: "):
+        target = posting.Target.parse(url, token or os.environ.get("FASTDIST_TOKEN") or None)
+    with _problems_shown(), console.ReplayView() as view:
+        files = deadletters.find_files(path)
+        summary = replay.Replay(files, deadletters.Selection(reason=reason), target, view).run(connections, limit)
+    console.print_summary(summary)
+    raise typer.Exit(INCOMPLETE if summary.left or summary.stopped else 0)
+
+
+@dead_letters.command("purge")
+def dead_letters_purge(
+    path: LettersPath,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    reason: Reason = None,
+    older_than: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters before that.")
+    ] = None,
+) -> None:
+    """Delete dead letters for good.
+
+    \b
+    Examples:
+      fastdist dead-letters purge fastdist-data
+      fastdist dead-letters purge fastdist-data --older-than 30d --yes
+      fastdist dead-letters purge fastdist-data --reason unreadable
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist import console, deadletters, replay  # noqa: PLC0415  (serve and check need none of them)
+
+    if not yes and not sys.stdin.isatty():
+        _fail("there is nobody to ask (stdin is no terminal); say --yes if they are to be deleted")
+    with _problems_shown():
+        selection = deadletters.Selection(reason=reason, until=_ago(older_than, "--older-than"))
+        files = deadletters.find_files(path)
+        census = replay.count(files, selection)
+        if census.lines and not yes and not typer.confirm(f"Delete {console.census_text(census)}?", err=True):
+            _fail("nothing was deleted", INCOMPLETE)
+        removed, skipped = replay.purge(files, selection, lambda note: typer.echo(note, err=True))
+    typer.echo(f"removed {console.plural(removed, 'dead letter')}" if removed else "no dead letters removed")
+    raise typer.Exit(INCOMPLETE if skipped else 0)
+
+
+@queue.callback()
+def queue_group() -> None:
+    """Verify or show a queue that is not in use.
+
+    Nothing is changed. What a running fastdist has queued is told by its GET /queue.
+
+    \b
+    Examples:
+      fastdist queue verify fastdist-data
+      fastdist queue show fastdist-data
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+
+
+@queue.command()
+def verify(path: QueuePath) -> None:
+    """Check every record of a queue.
+
+    Exit status: 0 sound; 1 damaged, with what is; 2 no queue there; 3 in use by a running fastdist. Damage is nothing
+    to be mended by hand: the next start skips what is corrupt and delivers all that is intact.
+
+    \b
+    Examples:
+      fastdist queue verify fastdist-data
+      fastdist queue verify fastdist-data/ring-0.fdq
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist import console  # noqa: PLC0415  (serve and check do not need it)
+
+    view = _look_or_exit(path, 0)
+    console.print_verdict(view)
+    raise typer.Exit(0 if view.sound else INCOMPLETE)
+
+
+@queue.command()
+def show(
+    path: QueuePath,
+    *,
+    limit: Annotated[int, typer.Option(min=0, help="Show no more packets than this, the oldest.")] = 20,
+    json: Json = False,
+) -> None:
+    """Show the packets that wait in a queue, and how full its files are.
+
+    Exit status: 0 shown; 1 a file cannot be read as a queue; 2 no queue there; 3 in use by a running fastdist.
+
+    \b
+    Examples:
+      fastdist queue show fastdist-data
+      fastdist queue show fastdist-data --limit 1000 --json | jq -r '.packets[].id'
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist import console  # noqa: PLC0415  (serve and check do not need it)
+
+    view = _look_or_exit(path, limit)
+    (console.print_queue_json if json else console.print_queue)(view, datetime.now(UTC))
+    raise typer.Exit(INCOMPLETE if any(report.error for report in view.files) else 0)
+
+
+def _look_or_exit(path: Path, limit: int) -> QueueView:
+    from fastdist import queueview  # noqa: PLC0415  (serve and check do not need it)
+
+    try:
+        with _problems_shown():
+            return queueview.look(path, limit)
+    except queueview.NoQueueError as error:
+        _fail(str(error))
+    except queueview.InUseError as error:
+        _fail(str(error), IN_USE)
+
+
+def _ago(duration: str | None, option: str) -> datetime | None:
+    """Return the moment that was this long ago. Raises ValueError, which names the option."""
+    if duration is None:
+        return None
+    try:
+        return datetime.now(UTC) - timedelta(seconds=parse_duration(duration))
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+@contextlib.contextmanager
+def _problems_shown(prefix: str = "") -> Iterator[None]:
+    """End with a line that says what is wrong with a path or a value that was given."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read this had enough
+        raise
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
+        _fail(f"{prefix}{error}")
+
+
+def _fail(text: str, status: int = UNUSABLE) -> NoReturn:
+    typer.echo(f"fastdist: {text}", err=True)
+    raise typer.Exit(status)
 
 
 def _load_or_exit(path: str | None, flags: dict[str, str | int | None]) -> Loaded:

@@ -7,12 +7,13 @@ packets: whatever goes wrong is told to its owner, the dispatcher.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from typing import TYPE_CHECKING, Protocol
 
 from fastdist._core.forward import PoolBase, ReplyBase
 
 if TYPE_CHECKING:
+    import ssl
+
     from fastdist._core.counters import Counters
     from fastdist._core.ring import PacketRing
     from fastdist._core.states import AnalyzerStates

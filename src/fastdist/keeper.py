@@ -1,8 +1,8 @@
 """Keeping workers: starting them, replacing those that die or hang, measuring what they use.
 
-A place is what outlives the process that fills it: the listener, the ring, the row in the shared block. A dead worker is
-replaced with back-off (``FIRST_DELAY`` doubling to ``LAST_DELAY``); workers that never once got ready, ``FALSE_STARTS``
-in a row, end the service.
+A place is what outlives the process that fills it: the listener, the ring, the row in the shared block. A dead worker
+is replaced with back-off (``FIRST_DELAY`` doubling to ``LAST_DELAY``); workers that never once got ready,
+``FALSE_STARTS`` in a row, end the service.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Place:
 
 
 class Keeper:
-    """Fills the places. ``heard(place, message)`` gets what workers say, ``hopeless()`` is called when none can start."""
+    """Fills the places. ``heard(place, message)`` gets what workers say; ``hopeless()``: none of them can start."""
 
     def __init__(
         self,
@@ -137,10 +137,13 @@ class Keeper:
         words[WorkerWord.HEARTBEAT_NS] = 0
         words[WorkerWord.STATE] = WorkerState.STARTING
         place.ready, place.started = False, time.monotonic()
+        # -P: nothing that happens to lie in the working directory is imported in place of what is installed.
         place.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "fastdist.worker", msgspec.json.encode(assignment).decode(), pass_fds=passed
+            sys.executable, "-P", "-m", "fastdist.worker", msgspec.json.encode(assignment).decode(), pass_fds=passed
         )
         theirs.close()
+        if self.stopping:  # since the last look: nobody else will end it
+            place.kill()
         words[WorkerWord.PID], words[WorkerWord.STARTED_NS] = place.process.pid, time.time_ns()
         reader, place.control = await asyncio.open_connection(sock=ours)
         task = asyncio.get_running_loop().create_task(self._listen(place, reader))

@@ -15,7 +15,7 @@ import json
 import re
 from collections import Counter
 from datetime import date
-from itertools import islice
+from itertools import accumulate, islice
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, NoReturn
 
@@ -73,23 +73,29 @@ def check(body: bytes, *, strict: bool = False) -> Facts:
 # ------------------------------------------------------------------------------------------------------------ the JSON
 
 _STRING: Final = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
-_BRACKETS: Final = re.compile(rf"{_STRING}|([\[{{])|[\]}}]", re.DOTALL)
+_STRINGS: Final = re.compile(_STRING, re.DOTALL)
 _CONSTANTS: Final = re.compile(rf"{_STRING}|(NaN|-?Infinity)", re.DOTALL)
-_ESCAPES: Final = re.compile(
-    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # both halves of a pair
-    r"|(u[dD][89a-fA-F])"  # one half alone
-    r"|.)"
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+_UP_TO_LONE_SURROGATE: Final = re.compile(
+    r"[^\\]*+(?:\\(?:[^u]|u(?![dD][89a-fA-F])|u[dD][89abAB]..\\u[dD][c-fC-F]..)[^\\]*+)*+", re.DOTALL
 )
+_STEPS: Final = bytes(1 if byte in b"[{" else 0xFF for byte in range(256))  # as signed numbers 1 and -1
+_OTHER_THAN_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
 
-class _Object(dict[str, Any]):
-    """A JSON object that remembers which keys it was given more than once."""
+class _Ambiguous(dict[str, Any]):
+    """A JSON object some of whose keys came more than once; their last values count."""
+
+    __slots__ = ("repeated",)
 
     def __init__(self, members: list[tuple[str, Any]]) -> None:
         super().__init__(members)
-        self.repeated: set[str] = set()
-        if len(members) != len(self):
-            self.repeated = {key for key, times in Counter(key for key, _ in members).items() if times > 1}
+        self.repeated = {key for key, times in Counter(key for key, _ in members).items() if times > 1}
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(members)
+    return value if len(value) == len(members) else _Ambiguous(members)
 
 
 class _ConstantError(ValueError):
@@ -101,7 +107,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 # The values of numbers do not matter, and an integer of 5,000 digits is as valid as any but too long for int().
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=_Object, parse_int=float, parse_constant=_refuse_constant)
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_int=float, parse_constant=_refuse_constant)
 
 
 def _decode(body: bytes) -> Any:
@@ -130,22 +136,15 @@ def _check_depth(text: str) -> None:
     """Before decoding, since the decoder calls itself for each level."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
-    depth = 0
-    for match in _BRACKETS.finditer(text):
-        if match[1]:
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise _malformed(text, match.start(), f"nested more than {MAX_DEPTH} levels deep")
-        elif match[0] in "]}":
-            depth -= 1
+    brackets = _STRINGS.sub("", text).encode().translate(_STEPS, _OTHER_THAN_BRACKETS)
+    if max(accumulate(memoryview(brackets).cast("b")), default=0) > MAX_DEPTH:
+        raise PacketError("malformed", f"nested more than {MAX_DEPTH} levels deep")
 
 
 def _check_surrogates(text: str) -> None:
-    """After decoding: backslashes then occur in strings only, and all start a valid escape."""
-    if "\\u" in text:
-        for match in _ESCAPES.finditer(text):
-            if match[1]:
-                raise _malformed(text, match.start(), "half a surrogate pair, which is no character")
+    """After decoding: backslashes then occur in strings only, and each starts a valid escape."""
+    if _SURROGATE.search(text) and (match := _UP_TO_LONE_SURROGATE.match(text)) and match.end() != len(text):
+        raise _malformed(text, match.end(), "half a surrogate pair, which is no character")
 
 
 def _malformed(text: str, position: int, what: str) -> PacketError:
@@ -171,14 +170,14 @@ class _Member(NamedTuple):
 _PACKET: Final = {
     "emitterId": _Member(str, required=True),
     "messages": _Member(list, required=True),
-    "metadata": _Member(_Object, required=False),
+    "metadata": _Member(dict, required=False),
 }
 _MESSAGE: Final = {
     "timestamp": _Member(str, required=False),
     "level": _Member(str, required=False),
     "message": _Member(str, required=True),
     "source": _Member(str, required=False),
-    "metadata": _Member(_Object, required=False),
+    "metadata": _Member(dict, required=False),
 }
 _STRICT_MESSAGE: Final = {
     **_MESSAGE,
@@ -191,14 +190,15 @@ _NAMES: Final[dict[type, str]] = {
     bool: "a boolean",
     NoneType: "null",
     list: "an array",
-    _Object: "an object",
+    dict: "an object",
+    _Ambiguous: "an object",
 }
 
 
 def _faults(packet: Any, *, strict: bool) -> Iterator[_Fault]:
     """Whatever keeps decoded JSON from being a log packet, one by one."""
     yield from _faults_of_object(packet, "", _PACKET)
-    if not isinstance(packet, _Object):
+    if not isinstance(packet, dict):
         return
     emitter = packet.get("emitterId")
     if isinstance(emitter, str) and not 1 <= len(emitter) <= MAX_EMITTER_ID:
@@ -211,26 +211,26 @@ def _faults(packet: Any, *, strict: bool) -> Iterator[_Fault]:
     for index, message in enumerate(messages):
         pointer = f"/messages/{index}"
         yield from _faults_of_object(message, pointer, _STRICT_MESSAGE if strict else _MESSAGE)
-        if strict and isinstance(message, _Object):
+        if strict and isinstance(message, dict):
             yield from _strict_faults(message, pointer)
 
 
 def _faults_of_object(value: Any, pointer: str, members: dict[str, _Member]) -> Iterator[_Fault]:
-    if not isinstance(value, _Object):
+    if not isinstance(value, dict):
         yield _Fault(pointer, f"expected an object, got {_NAMES[type(value)]}")
         return
     for key, member in members.items():
         at = f"{pointer}/{key}"
-        if key in value.repeated:
+        if isinstance(value, _Ambiguous) and key in value.repeated:
             yield _Fault(at, "appears twice")
         if key not in value:
             if member.required:
                 yield _Fault(at, "is required")
-        elif type(value[key]) is not member.type:
+        elif not isinstance(value[key], member.type):
             yield _Fault(at, f"expected {_NAMES[member.type]}, got {_NAMES[type(value[key])]}")
 
 
-def _strict_faults(message: _Object, pointer: str) -> Iterator[_Fault]:
+def _strict_faults(message: dict[str, Any], pointer: str) -> Iterator[_Fault]:
     timestamp, level = message.get("timestamp"), message.get("level")
     if isinstance(timestamp, str) and not _is_date_time(timestamp):
         yield _Fault(f"{pointer}/timestamp", "expected an RFC 3339 date-time such as 2026-01-31T12:34:56.789Z")

@@ -105,10 +105,8 @@ class QueueFolder:
 
     def old_rings(self) -> list[OldRing]:
         """Return what is to be adopted."""
-        old = []
-        for path in sorted(self.path.glob("adopt-*.fdq")):
-            old.append(OldRing(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path)))
-        return old
+        paths = sorted(self.path.glob("adopt-*.fdq"))
+        return [OldRing(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path)) for path in paths]
 
     def retire_all(self) -> None:
         """Have every ring adopted (none of the workers' rings is a file now)."""

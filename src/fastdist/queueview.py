@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import heapq
 import os
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -42,13 +43,13 @@ class Damage(msgspec.Struct, rename="camel"):
 
 
 class RingReport(msgspec.Struct, rename="camel", kw_only=True):
-    """A file of a queue: what waits in it, and what is wrong with it (``error``: it cannot be read as a ring at all)."""
+    """A file of a queue: what waits in it, and what is wrong with it (``error``: it is no ring at all)."""
 
     file: str
     packets: int = 0
     bytes: int = 0  # of their records
     capacity_bytes: int = 0
-    lost_records: int = 0
+    corrupt: int = 0  # records (or what was taken for one) that are lost
     damage: list[Damage] = []
     error: str | None = None
 
@@ -63,14 +64,14 @@ class WaitingPacket(msgspec.Struct, rename="camel", kw_only=True):
 
     file: str
     id: str
-    accepted_ns: int = msgspec.field(name="acceptedNs")
+    accepted_at: datetime
     attempts: int
     messages: int
     bytes: int  # of its body
 
 
 class QueueView(msgspec.Struct):
-    """A queue as it was found; ``packets`` are the oldest ones, ``set_aside`` files that an earlier start gave up on."""
+    """A queue as it was found; ``packets`` are the oldest ones, ``set_aside`` files an earlier start gave up on."""
 
     files: list[RingReport]
     packets: list[WaitingPacket]
@@ -87,12 +88,15 @@ def look(path: Path, most_packets: int = 0) -> QueueView:
 
     Raises NoQueueError, InUseError, and OSError for what cannot be read.
     """
-    folder = path if path.is_dir() else path.parent
+    is_folder = path.is_dir()
+    if not is_folder and (SUFFIX not in path.name or not path.exists()):
+        raise NoQueueError(f"no queue in {path}")
+    folder = path if is_folder else path.parent
     with _borrowed_lock(folder):
-        files = sorted(folder.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
-        aside = sorted(file.name for file in folder.glob(f"*{SUFFIX}.damaged-*")) if path.is_dir() else []
-        if not files or not path.exists() or files[0].suffix != SUFFIX:
-            hint = f" (but what an earlier start has set aside: {', '.join(aside)})" if aside else ""
+        files = sorted(folder.glob(f"*{SUFFIX}")) if is_folder else [path]
+        aside = sorted(file.name for file in folder.glob(f"*{SUFFIX}.damaged-*")) if is_folder else []
+        if not files:
+            hint = f" but what an earlier start has set aside: {', '.join(aside)}" if aside else ""
             raise NoQueueError(f"no queue in {path}{hint}")
         reports, packets = [], list[WaitingPacket]()
         for file in files:
@@ -131,7 +135,7 @@ def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPac
             report.error = str(error)
             return report, []
         report.packets, report.bytes, report.capacity_bytes = ring.undone, ring.undone_bytes, ring.capacity
-        report.lost_records = ring.corrupt
+        report.corrupt = ring.corrupt
         report.damage = [Damage(offset, what) for offset, what in ring.damage]
         packets = heapq.nsmallest(most_packets, _packets(file.name, ring), key=_age) if most_packets else []
     return report, packets
@@ -143,12 +147,12 @@ def _packets(file: str, ring: PacketRing) -> Iterator[WaitingPacket]:
         yield WaitingPacket(
             file=file,
             id=packet.id,
-            accepted_ns=packet.accepted_ns,
+            accepted_at=datetime.fromtimestamp(packet.accepted_ns / 1e9, UTC),
             attempts=packet.attempts,
             messages=packet.messages,
             bytes=len(packet.body),
         )
 
 
-def _age(packet: WaitingPacket) -> int:
-    return packet.accepted_ns
+def _age(packet: WaitingPacket) -> datetime:
+    return packet.accepted_at

@@ -185,6 +185,9 @@ def tidy(files: list[Found]) -> None:
 class Events(Protocol):
     """Who wants to know how it goes. Called by several threads, but by one at a time."""
 
+    def begin(self, letters: int) -> None:
+        """Hear how many letters are to be sent, before the first one is."""
+
     def replayed(self) -> None:
         """Hear that one more letter was accepted."""
 
@@ -219,8 +222,10 @@ class Replay:
     def run(self, connections: int, limit: int | None = None) -> Summary:
         """Replay over this many connections, ``limit`` letters at most. Raises OSError for unreadable files."""
         tidy(self.files)
-        self.summary.left = count(self.files, self.selection).lines
-        self._room = self.summary.left if limit is None else limit
+        census = count(self.files, self.selection)
+        self.summary.left = census.lines
+        self._room = census.letters if limit is None else min(limit, census.letters)
+        self.events.begin(self._room)
         self._last_success = time.monotonic()
         senders = [Sender(self.target) for _ in range(connections)]
         try:
@@ -245,24 +250,23 @@ class Replay:
             return
         with held:
             lines = (line for line in held.lines(found.size) if line in self.selection)
+            works: list[Future[None]] = []
             try:
-                self._wait_for([pool.submit(self._work, sender, held, lines) for sender in senders])
+                works += (pool.submit(self._work, sender, held, lines) for sender in senders)
+                for work in works:
+                    work.result()
+            except BaseException:  # Ctrl-C, or a fault in a thread: the others are to end as well
+                self._halt.set()
+                raise
             finally:
-                try:
-                    held.rewrite()
-                except OSError as error:
-                    self._stop(
-                        f"cannot rewrite {found.path}: {error.strerror}; what was replayed of it is noted beside it"
-                    )
+                wait(works)
+                self._rewrite(held)
 
-    def _wait_for(self, works: list[Future[None]]) -> None:
+    def _rewrite(self, held: HeldFile) -> None:
         try:
-            for work in works:
-                work.result()
-        except BaseException:  # Ctrl-C, or a fault in a thread: the others are to end as well
-            self._halt.set()
-            wait(works)
-            raise
+            held.rewrite()
+        except OSError as error:
+            self._stop(f"cannot rewrite {held.path}: {error.strerror}; what was replayed is noted next to it")
 
     # ---- in a thread for each connection
 

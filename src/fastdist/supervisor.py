@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from fastdist import __version__, logs, tls
+from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
 from fastdist.config import to_wire
 from fastdist.control import Message
+from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.health import HealthChecker
 from fastdist.keeper import Keeper, Place
@@ -161,6 +163,7 @@ class Supervisor:
         for task in helpers:
             task.cancel()
         self.health.close()
+        self._bury_the_rest()
         return self.exit_status
 
     async def _announce(self, host: str, port: int) -> None:
@@ -202,6 +205,25 @@ class Supervisor:
                 log.info("draining", signal=number.name, for_at_most=seconds)
                 self.block.head[HeadWord.DRAINING] = 1
                 self.keeper.stop(time.monotonic() + seconds)
+
+    def _bury_the_rest(self) -> None:
+        """Write what workers that were down or killed have left in memory to the dead letters."""
+        if self.config.queue.durability != "memory":
+            return
+        letters = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
+        count = 0
+        for place in self.keeper.places:
+            ring = PacketRing(place.ring, volatile=True)
+            try:
+                while handle := ring.claim():
+                    letters.write(ring.packet(handle), "shutdown", None, None, None)
+                    ring.done(handle)
+                    count += 1
+            except OSError as error:
+                log.error("cannot write dead letters; packets are lost", error=str(error), packets=ring.undone)
+        letters.close()
+        if count:
+            log.warning("packets of workers that were killed are now dead letters", packets=count)
 
     def _hopeless(self) -> None:
         self.exit_status = 3

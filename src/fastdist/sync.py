@@ -25,7 +25,7 @@ log = logs.get()
 
 
 class Syncer:
-    """Syncs ``ring``, mapped from ``fd``. ``on_synced(position)`` and ``on_failed()`` are called in the event loop."""
+    """Syncs ``ring``, mapped from ``fd``. ``on_synced(position)`` and ``on_failed(error)`` are called in the event loop."""
 
     def __init__(
         self, ring: PacketRing, fd: int, on_synced: Callable[[int], None], on_failed: Callable[[OSError], None]
@@ -34,8 +34,9 @@ class Syncer:
         self.failing = False
         self._on_synced, self._on_failed = on_synced, on_failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._wanted = self._running = self._scheduled = False
+        self._wanted = self._running = self._scheduled = self._closed = False
         self._seen = (-1, -1, -1)
+        self._retry: asyncio.TimerHandle | None = None
 
     def want(self) -> None:
         """Have what is in the ring at the end of this turn of the loop synced."""
@@ -45,7 +46,7 @@ class Syncer:
             asyncio.get_running_loop().call_soon(self._start)
 
     def want_if_changed(self) -> None:
-        """The same, if anything has changed since the last sync began."""
+        """Do the same if anything has changed since the last sync began."""
         if self._state() != self._seen:
             self.want()
 
@@ -54,9 +55,11 @@ class Syncer:
 
     def _start(self) -> None:
         self._scheduled = False
-        if self._running or not self._wanted:
+        if self._running or self._closed or not self._wanted:
             return
         self._running, self._wanted = True, False
+        if self._retry is not None:
+            self._retry.cancel()
         if self.failing:
             self.ring.write_again()
         self._seen = self._state()
@@ -86,10 +89,11 @@ class Syncer:
             )
         self.failing = True
         self._on_failed(error)
-        asyncio.get_running_loop().call_later(RETRY_SECONDS, self.want)
+        self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self.want)
 
     def close(self) -> None:
         """Sync once more, here and now, and end the thread."""
+        self._closed = True
         self._thread.shutdown(wait=True)
         try:
             os.fdatasync(self.fd)

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -156,11 +157,11 @@ class Worker:
             answer(reply)
 
     def _describe(self, action: Action, reply: Message) -> Response:
-        if reply.status == 200 and action.name == "reload":
+        if reply.status == HTTPStatus.OK and action.name == "reload":
             return Response(200, msgspec.json.encode(reply.body), b"Content-Type: application/json\r\n")
-        if reply.status == 200:
+        if reply.status == HTTPStatus.OK:
             return self.emitters.api.analyzer(action.analyzer)
-        if reply.status == 504:
+        if reply.status == HTTPStatus.GATEWAY_TIMEOUT:
             return problem(503, "the supervisor has not answered in time")
         if isinstance(reply.body, list):
             errors = [{"pointer": "", "detail": str(each)} for each in reply.body]
@@ -227,13 +228,19 @@ class Worker:
         for connection in tuple(self.intake.connections):
             if connection.transport is not None:
                 connection.transport.close()
+        self._stop_delivering()
         self._bury_the_rest()
-        self.dispatcher.close()
         self.dead_letters.close()
         self.publish()
         if self.syncer is not None:
             self.syncer.close()
         self._stopped.set()
+
+    def _stop_delivering(self) -> None:
+        """Send nothing from here on; what is in flight is back in the ring."""
+        self.dispatcher.set_roster({})
+        for pool in self.dispatcher.retired:
+            pool.close()
 
     def _bury_the_rest(self) -> None:
         """Queued in memory only, packets would end with this process: write them to the dead letters."""

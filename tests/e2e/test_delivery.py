@@ -8,7 +8,6 @@ import shutil
 import subprocess
 
 import pytest
-
 from support import BODY, WEIGHTS, Emitter, compare, own_body
 
 MODES = {
@@ -61,8 +60,7 @@ def test_every_packet_is_delivered_once_and_the_weights_hold(mocks, serve, mode)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bodies_arrive_byte_for_byte(mocks, serve, mode):
-    for name in WEIGHTS:
-        mocks.set(name, verify=True)
+    mocks.set_all(verify=True)
     fastdist = serve(mocks, {"delivery": MODES[mode]})
     emitter = Emitter(fastdist.port, connections=16, body=own_body).send(2000)
     fastdist.wait_at_rest()
@@ -77,8 +75,8 @@ def test_bodies_arrive_byte_for_byte(mocks, serve, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_weights_hold_while_a_backlog_waits(mocks, serve, mode):
     """Analyzers slower than the emitters, one much more so than the others: with "never" it still gets its share."""
-    for name in WEIGHTS:
-        mocks.set(name, latency=0.04 if name == "A2" else 0.01)
+    mocks.set_all(latency=0.01)
+    mocks.set("A2", latency=0.04)
     narrow = {"connections": 32 if mode == "single" else 4, "batch_packets": 8, "spill_after": "never"}
     fastdist = serve(mocks, {"delivery": MODES[mode] | narrow})
     emitter = Emitter(fastdist.port, connections=64).send(20_000)
@@ -129,7 +127,17 @@ def test_200_000_packets_of_a_foreign_load_generator(mocks, serve, tmp_path):
     script.write_text(WRK_SCRIPT % BODY.decode())
     sent = cut_off = 0
     while sent < 200_000:
-        command = ["wrk", "-t2", "-c64", "-d5s", "--timeout", "20s", "-s", script, f"http://127.0.0.1:{fastdist.port}/logs"]
+        command = [
+            "wrk",
+            "-t2",
+            "-c64",
+            "-d5s",
+            "--timeout",
+            "20s",
+            "-s",
+            script,
+            f"http://127.0.0.1:{fastdist.port}/logs",
+        ]
         output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
         requests, refused, broken = map(int, output.partition("RESULT ")[2].split())
         assert (refused, broken) == (0, 0), output

@@ -6,7 +6,6 @@ import signal
 import time
 
 import pytest
-
 from support import WEIGHTS, Emitter, compare, wait_until
 
 VICTIM = "A2"
@@ -80,7 +79,8 @@ def test_an_analyzer_ends_and_returns_three_times(fleet, serve):
 def test_an_analyzer_that_fails_every_delivery_goes_offline_and_returns(mocks, serve, fault):
     """Its health check is answered all the while (unless it refuses): deliveries alone take it offline."""
     options, error = COUNTED[fault]
-    fastdist = serve(mocks, QUICK | {"health": {"rise": 40 if "refuse" not in options else 2}})  # 8 s: time to look
+    patient = {"interval": "100ms", "rise": 2 if "refuse" in options else 20}  # time to look before it is tried again
+    fastdist = serve(mocks, QUICK | {"health": patient})
     emitter = Emitter(fastdist.port).start().wait_for(200)
     mocks.set(VICTIM, **options)
     wait_until_its_share_is_gone(fastdist)
@@ -160,11 +160,10 @@ def test_a_reply_whose_body_is_cut_short_counts_as_delivered(mocks, serve):
         {"closeEvery": 5, "chunked": True, "interim": True},
         {"latency": 0.005, "jitter": 0.02},
     ],
-    ids=lambda options: " and ".join(options),
+    ids=" and ".join,
 )
 def test_analyzers_that_all_fail_now_and_then_still_get_everything(mocks, serve, options):
-    for name in WEIGHTS:
-        mocks.set(name, **options)
+    mocks.set_all(**options)
     fastdist = serve(mocks, QUICK | {"delivery": {"timeout": "500ms", "pipeline": 4}})
     emitter = Emitter(fastdist.port).send(5000)
     assert emitter.count(202) == 5000
@@ -190,8 +189,7 @@ def test_refused_packets_become_dead_letters_and_hurt_no_other(mocks, serve):
 
 
 def test_a_packet_that_nobody_takes_is_a_dead_letter_after_max_attempts(mocks, serve):
-    for name in WEIGHTS:
-        mocks.set(name, status=500)
+    mocks.set_all(status=500)
     fastdist = serve(mocks, {"retry": {"max_attempts": 6, "base": "10ms"}, "health": {"fall": 1_000}})
     emitter = Emitter(fastdist.port).send(20)
     stats = fastdist.wait_at_rest()
@@ -207,12 +205,10 @@ def test_an_awaited_packet_is_answered_with_who_took_it(mocks, serve):
     status, _, body = fastdist.post(Prefer="wait=10")
     assert status == 200
     assert b'"status":"delivered"' in body
-    for name in WEIGHTS:
-        mocks.set(name, status=400)
+    mocks.set_all(status=400)
     status, headers, body = fastdist.post(Prefer="wait=10")
     assert (status, headers["content-type"]) == (502, "application/problem+json")
-    for name in WEIGHTS:
-        mocks.set(name, status=None, latency=1.5)
+    mocks.set_all(status=None, latency=1.5)
     status, _, body = fastdist.post(Prefer="wait=1")
     assert status == 202
     assert b'"status":"accepted"' in body

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pty
+import subprocess
 import sys
-from types import ModuleType
+import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 import fastdist
-from fastdist import __version__, cli
+from fastdist import __version__, cli, console, replay
+from fastdist._core.ring import Packet
+from fastdist.deadletters import DeadLetters
 from fastdist.errors import StartError
 
 
@@ -65,11 +71,27 @@ def test_no_arguments_show_the_help(run):
     assert "check" in result.output
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["serve", "--help"], ["check", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["-h"],
+        ["serve", "--help"],
+        ["check", "--help"],
+        ["dead-letters"],
+        ["dead-letters", "-h"],
+        ["dead-letters", "list", "--help"],
+        ["dead-letters", "replay", "--help"],
+        ["dead-letters", "purge", "--help"],
+        ["queue"],
+        ["queue", "verify", "--help"],
+        ["queue", "show", "--help"],
+    ],
+)
 def test_every_help_has_an_example_on_a_line_of_its_own(run, arguments):
     result = run(*arguments)
-    assert result.exit_code == 0
-    assert any(line.strip().startswith("fastdist ") for line in result.stdout.splitlines())
+    assert result.exit_code == (0 if arguments[-1].startswith("-") else 2)
+    assert any(line.strip().startswith("fastdist ") for line in result.output.splitlines())
 
 
 def test_check_prints_the_shares(run, file):
@@ -171,6 +193,241 @@ def test_serve_that_cannot_start_says_why_without_a_traceback(run, supervisor):
     assert result.exit_code == 3
     assert result.stderr == "fastdist: port 3000 is in use\n"
     assert result.stdout == ""
+
+
+# ---- dead letters (what becomes of them: test_replay.py)
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """A queue's folder with two dead letters and a torn line."""
+    writer = DeadLetters(tmp_path, "w0-1")
+    writer.write(Packet(1, "first", b'{"n":1}', 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, "it says no")
+    writer.write(Packet(2, "second", b"\xff", 0, time.time_ns(), 1, 0, 0), "shutdown", None, None, None)
+    writer.close()
+    (path,) = tmp_path.glob("dead-letters/*.ndjson")
+    with path.open("ab") as file:
+        file.write(b'{"id":"torn')
+    return tmp_path
+
+
+def test_list_has_a_line_for_each_and_a_sum(run, letters):
+    result = run("dead-letters", "list", str(letters))
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["ID", "REASON", "ANALYZER", "STATUS", "ATTEMPTS", "ACCEPTED", "DEAD", "SINCE", "SIZE"]
+    assert lines[1][:5] == ["first", "refused", "A1", "422", "3"]
+    assert lines[1][7:] == ["7", "B"]
+    assert lines[2][:5] == ["second", "shutdown", "-", "-", "0"]
+    assert lines[3][:2] == ["-", "unreadable"]
+    assert " ".join(lines[4]).startswith("2 dead letters and 1 unreadable line, 19 B, the oldest of 20")
+
+
+def test_list_as_json(run, letters):
+    result = run("dead-letters", "list", str(letters), "--json")
+    first, second, torn = map(json.loads, result.stdout.splitlines())
+    for letter in (first, second):
+        assert letter.pop("acceptedAt").endswith("Z")
+        assert letter.pop("deadLetteredAt").endswith("Z")
+    (path,) = letters.glob("dead-letters/*.ndjson")
+    assert first == {
+        "id": "first",
+        "reason": "refused",
+        "analyzer": "A1",
+        "status": 422,
+        "error": "it says no",
+        "attempts": 3,
+        "messages": 2,
+        "file": str(path),
+        "bytes": 7,
+    }
+    assert (second["id"], second["analyzer"], second["status"], second["bytes"]) == ("second", None, None, 1)
+    assert torn == {"id": None, "reason": "unreadable", "file": str(path), "bytes": 11}
+
+
+def test_list_of_a_part(run, letters):
+    assert "1 dead letter, 1 B" in run("dead-letters", "list", str(letters), "--reason", "shutdown").stdout
+    assert "2 dead letters" in run("dead-letters", "list", str(letters), "--since", "1h").stdout
+    assert run("dead-letters", "list", str(letters), "--reason", "x", "--json").stdout == ""
+    assert "2 dead letters" in run("dead-letters", "list", str(letters), "--since", "99999999d").stdout
+
+
+def test_list_of_many(run, tmp_path):
+    writer = DeadLetters(tmp_path, "w0-1")
+    for i in range(2500):
+        writer.write(Packet(1, f"p-{i}", b"", 0, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None)
+    for options in ([], ["--json"]):
+        lines = run("dead-letters", "list", str(tmp_path), *options).stdout.splitlines()
+        assert [line for line in lines if "p-" in line] == [line for line in lines if "refused" in line]
+        assert sum("p-" in line for line in lines) == 2500
+
+
+@pytest.mark.parametrize("command", [["list"], ["replay"], ["purge", "--yes"]])
+def test_dead_letters_where_there_are_none(run, tmp_path, command):
+    result = run("dead-letters", command[0], str(tmp_path), *command[1:])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("no dead letters")
+
+
+@pytest.mark.parametrize("command", [["list"], ["replay"], ["purge", "--yes"]])
+def test_dead_letters_of_a_path_that_cannot_be_used(run, tmp_path, file, command):
+    result = run("dead-letters", command[0], str(tmp_path / "nowhere"), *command[1:])
+    assert result.exit_code == 2
+    assert result.stderr == f"fastdist: {tmp_path / 'nowhere'}: No such file or directory\n"
+    result = run("dead-letters", command[0], str(file), *command[1:])
+    assert result.exit_code == 2
+    assert "neither a folder nor a file of dead letters" in result.stderr
+    assert file.exists()
+
+
+@pytest.mark.parametrize("arguments", [["list", "--since", "1x"], ["purge", "--yes", "--older-than", "-3d"]])
+def test_dead_letters_with_a_duration_that_is_none(run, letters, arguments):
+    result = run("dead-letters", arguments[0], str(letters), *arguments[1:])
+    assert result.exit_code == 2
+    assert f"fastdist: {arguments[-2]}: expected a duration such as" in result.stderr
+    assert "2 dead letters" in run("dead-letters", "list", str(letters)).stdout
+
+
+def test_replay_with_a_url_that_is_none(run, letters):
+    result = run("dead-letters", "replay", str(letters), "--url", "localhost:3000")
+    assert (result.exit_code, result.stderr) == (2, "fastdist: --url: must be an http:// or https:// URL\n")
+
+
+def test_replay_that_finds_no_distributor(run, letters):
+    result = run("dead-letters", "replay", str(letters), "--url", "http://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stdout == "replayed 0, refused 0, left 3\n"
+    assert result.stderr == "stopped: http://127.0.0.1:1 cannot be reached: Connection refused\n"
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Stands in for replaying: what it is told to do, and (``outcome``) what it says of it."""
+    seen = {"outcome": replay.Summary()}
+
+    class Fake:
+        def __init__(self, files, selection, target, view):
+            seen.update(files=files, selection=selection, target=target, view=view)
+
+        def run(self, connections, limit):
+            seen.update(connections=connections, limit=limit)
+            for i in range(seen["outcome"].refused):
+                seen["view"].refused(SimpleNamespace(id=f"p-{i}"), SimpleNamespace(text="400 (no)"))
+            return seen["outcome"]
+
+    monkeypatch.setattr(replay, "Replay", Fake)
+    return seen
+
+
+@pytest.mark.parametrize(("left", "stopped"), [(0, None), (2, None), (0, "no room")])
+def test_replay_exits_with_what_is_left(run, seen, tmp_path, left, stopped):
+    seen["outcome"] = replay.Summary(3, 25, left, stopped)
+    result = run("dead-letters", "replay", str(tmp_path))
+    assert result.exit_code == (1 if left or stopped else 0)
+    assert result.stdout == f"replayed 3, refused 25, left {left}\n"
+    assert "refused p-0: 400 (no)\n" in result.stderr
+    assert result.stderr.count("400 (no)") == 20
+    assert ("stopped: no room" in result.stderr) == bool(stopped)
+
+
+def test_replay_does_as_the_options_say(run, seen, letters):
+    options = ["--url", "http://h:1", "--connections", "9", "--limit", "5", "--reason", "shutdown"]
+    run("dead-letters", "replay", str(letters), *options, FASTDIST_TOKEN="from-environment")
+    assert (seen["target"].url, seen["target"].token) == ("http://h:1", "from-environment")
+    assert (seen["connections"], seen["limit"], seen["selection"].reason) == (9, 5, "shutdown")
+    assert len(seen["files"]) == 1
+    run("dead-letters", "replay", str(letters), "--token", "given", FASTDIST_TOKEN="from-environment")
+    assert seen["target"].token == "given"
+    run("dead-letters", "replay", str(letters))
+    assert (seen["target"].url, seen["target"].token) == ("http://127.0.0.1:3000", None)
+    assert (seen["connections"], seen["limit"]) == (4, None)
+
+
+def test_a_token_is_not_shown(run, letters):
+    result = run("dead-letters", "replay", str(letters), "--token", "secret\n", "--url", "http://127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "secret" not in result.output
+
+
+def test_purge_without_a_terminal_needs_to_be_told(run, letters):
+    result = run("dead-letters", "purge", str(letters))
+    assert result.exit_code == 2
+    assert "say --yes" in result.stderr
+    assert "2 dead letters" in run("dead-letters", "list", str(letters)).stdout
+    result = run("dead-letters", "purge", str(letters), "--yes", "--older-than", "1h")
+    assert (result.exit_code, result.stdout) == (0, "no dead letters removed\n")
+    result = run("dead-letters", "purge", str(letters), "--yes", "--reason", "shutdown")
+    assert (result.exit_code, result.stdout) == (0, "removed 1 dead letter\n")
+    result = run("dead-letters", "purge", str(letters), "-y")
+    assert (result.exit_code, result.stdout) == (0, "removed 2 dead letters\n")
+    assert list(letters.glob("dead-letters/*")) == []
+
+
+@pytest.mark.parametrize(("answer", "status", "left"), [("n", 1, 1), ("\n", 1, 1), ("y", 0, 0)])
+def test_purge_asks_at_a_terminal(letters, monkeypatch, answer, status, left):
+    monkeypatch.setattr(cli, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = CliRunner().invoke(cli.app, ["dead-letters", "purge", str(letters)], input=answer + "\n")
+    assert result.exit_code == status
+    assert "Delete 2 dead letters and 1 unreadable line, 19 B, the oldest of" in result.output
+    assert ("nothing was deleted" in result.output) == bool(left)
+    assert len(list(letters.glob("dead-letters/*"))) == left
+
+
+def test_purge_skips_files_in_use(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "LOCK_PATIENCE", 0.05)
+    writer = DeadLetters(tmp_path, "w0-1")
+    writer.write(Packet(1, "first", b"", 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None)
+    result = run("dead-letters", "purge", str(tmp_path), "--yes")
+    assert result.exit_code == 1
+    assert "skipped, a worker is writing to it" in result.stderr
+    assert result.stdout == "no dead letters removed\n"
+
+
+def at_a_terminal(*arguments, columns="120"):
+    """Run the command line with a terminal for its output; return its exit status and what it shows."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "fastdist", *arguments]
+    environ = os.environ | {"COLUMNS": columns, "TERM": "xterm-256color"}
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environ)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # EIO: the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(master)
+    return process.wait(30), shown.decode()
+
+
+def test_a_terminal_gets_a_table_and_a_bar(letters):
+    status, shown = at_a_terminal("dead-letters", "list", str(letters))
+    assert status == 0
+    assert "\x1b[1m" in shown
+    assert "dead since" in shown
+    assert "unreadable" in shown
+    status, shown = at_a_terminal("dead-letters", "replay", str(letters), "--url", "http://127.0.0.1:1")
+    assert status == 1
+    assert "replaying" in shown
+    assert "0/2" in shown
+    assert "cannot be reached" in shown
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 29, "2.5 GiB"), (3 << 50, "3072.0 TiB")]
+)
+def test_sizes_are_for_people(size, text):
+    assert console.size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (0.4, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (864_000, "10 d")]
+)
+def test_ages_are_for_people(seconds, text):
+    assert console.age_text(seconds) == text
 
 
 def test_tracebacks_show_no_local_variables():

@@ -16,6 +16,7 @@ ORDER = [
     "logs",
     "units",
     "config",
+    "tls",
     "_core",
     "packet",
     "shared",
@@ -23,15 +24,26 @@ ORDER = [
     "histograms",
     "snapshot",
     "deadletters",
+    "queuefiles",
+    "queueview",
+    "sync",
+    "takeover",
     "forward",
     "dispatch",
     "health",
     "stats",
     "metrics",
+    "control",
+    "admin",
     "api",
     "ingest",
     "worker",
+    "keeper",
+    "changes",
     "supervisor",
+    "posting",
+    "replay",
+    "console",
     "cli",
     "__main__",
 ]
@@ -97,7 +109,7 @@ class Late:
 
 
 def test_every_module_has_its_place():
-    assert {path.stem for path in MODULES} <= set(ORDER)
+    assert {path.stem for path in MODULES} | {"_core"} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

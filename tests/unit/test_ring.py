@@ -12,14 +12,7 @@ from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastdist._core.ring import (
-    FLAG_WAITED,
-    HEADER_SIZE,
-    Packet,
-    PacketRing,
-    file_size,
-    round_capacity,
-)
+from fastdist._core.ring import FLAG_WAITED, HEADER_SIZE, Packet, PacketRing, file_size, round_capacity
 
 CAPACITY = 65536  # the smallest there is
 RECORD = 88  # bytes of a record besides key and body
@@ -466,20 +459,42 @@ def test_many_that_stay_behind_move_out_of_the_way_together(fd):
 
 def test_a_moved_packet_is_the_oldest_also_for_whoever_takes_over(fd):
     ring = PacketRing(fd, CAPACITY, volatile=True)
-    ring.push(b"old", accepted_ns=5)
+    ring.push(b"oldest", accepted_ns=5)
     ring.claim()
-    for i in range(2, 200):
-        ring.push(bytes(500), accepted_ns=10 * i)
-        if i < 190:
-            ring.done(ring.claim())
+    for i in range(40):
+        ring.push(bytes(500), accepted_ns=10 + i)
+        ring.done(ring.claim())
+    ring.push(b"older", accepted_ns=60)  # half way round: it need not move when the oldest does
+    ring.claim()
+    while (place := ring.tail_position) + 592 == (ring.push(bytes(500), accepted_ns=100), ring.tail_position)[1]:
+        ring.done(ring.claim())
+    assert place > CAPACITY // 2
     successor = PacketRing(fd, volatile=True)
-    oldest = []
+    packets = []
     while handle := successor.claim():
-        oldest.append(successor.oldest_ns)
+        packets.append((successor.packet(handle).body[:6], successor.oldest_ns))
         successor.done(handle)
-    assert oldest[0] == 5
-    assert oldest[-1] in (5, 1990)
-    assert len(oldest) == 11
+    assert packets == [(b"older", 5), (b"oldest", 5), (bytes(6), 100)]
+
+
+@pytest.mark.parametrize("volatile", [True, False])
+def test_a_crowd_that_stays_behind_needs_few_syncs_to_be_passed(fd, volatile):
+    ring = PacketRing(fd, CAPACITY, volatile=volatile)
+    held, passed = {}, 0
+    for i in range(40):
+        ring.push(body_of(i, 50), accepted_ns=i + 1)
+        held[ring.claim()] = i
+    for i in range(3000):
+        if i % 8 == 0:
+            ring.mark_synced(ring.tail_position)
+        if ring.push(bytes(800)):
+            passed += 1
+            ring.done(ring.claim())
+    assert passed == 3000
+    assert {handle: ring.packet(handle).body for handle in held} == {
+        handle: body_of(i, 50) for handle, i in held.items()
+    }
+    assert sorted(packet.body for packet in drain(PacketRing(fd))) == sorted(body_of(i, 50) for i in range(40))
 
 
 def test_the_old_place_is_kept_until_the_new_one_is_on_stable_storage(fd):
@@ -533,6 +548,45 @@ def test_what_is_taken_over_is_claimable_at_once_and_never_withdrawn(fd):
     successor.push(b"three")
     assert successor.withdraw_unsynced() == (1, 1, 5)
     assert [packet.body for packet in drain(successor)] == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_only_what_was_pushed_since_the_last_sync_is_withdrawn(fd, moved):
+    ring = PacketRing(fd, CAPACITY, claims_wait_for_sync=True)
+    ring.push(b"old")
+    ring.mark_synced(ring.tail_position)
+    old, used = ring.claim(), ring.used
+    while moved and ring.tail_position < CAPACITY:
+        ring.push(bytes(1000))
+        ring.mark_synced(ring.tail_position)
+        ring.done(ring.claim())
+    ring.push(b"synced")
+    ring.mark_synced(ring.tail_position)
+    assert ring.withdraw_unsynced() == (0, 0, 0)
+    for i in range(1, 6):
+        ring.push(bytes(i), "key", messages=10 * i)
+    assert ring.synced_position < ring.tail_position
+    assert ring.withdraw_unsynced() == (5, 150, 15)
+    assert ring.withdraw_unsynced() == (0, 0, 0)
+    assert (ring.undone, ring.undone_bytes) == (2, 2 * used)
+    ring.mark_synced(ring.tail_position)
+    assert [packet.body for packet in drain(ring)] == [b"synced"]
+    assert ring.packet(old).body == b"old"
+    ring.write_again()
+    assert sorted(packet.body for packet in drain(PacketRing(fd))) == [b"old", b"synced"]
+
+
+def test_what_is_to_be_claimed_shows(fd):
+    ring = PacketRing(fd, CAPACITY, claims_wait_for_sync=True)
+    assert not ring.has_more
+    ring.push(b"one")
+    assert not ring.has_more
+    ring.mark_synced(ring.tail_position)
+    assert ring.has_more
+    handle = ring.claim()
+    assert not ring.has_more
+    ring.release(handle)
+    assert ring.has_more
 
 
 def test_volatile_rings_wait_for_nothing(fd):

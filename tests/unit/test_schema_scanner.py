@@ -260,7 +260,7 @@ EDGES = words("00 01 02 03 04 06 09 11 12 13 19 23 24 28 29 30 31 32 58 59 60 61
 @example("2016", ["12", "31", "23", "59", "60"], "T", "", "Z")
 @example("2016", ["12", "31", "00", "00", "60"], "T", ".5", "+00:01")
 @example("2016", ["12", "31", "23", "58", "60"], "T", "", "-23:59")
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_strict_timestamps(year, pairs, separator, fraction, offset):
     month, day, hour, minute, second = pairs
     body = (STRICT % (f"{year}-{month}-{day}{separator}{hour}:{minute}:{second}{fraction}{offset}", "info")).encode()
@@ -424,7 +424,7 @@ bodies = st.builds(lambda packet, seed: write(packet, random.Random(seed)).encod
 
 
 @given(bodies)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_sound_for_almost_packets(body):
     assert_sound(body)
     if scan(body) is not None:
@@ -445,7 +445,7 @@ def mutations(draw: st.DrawFn) -> bytes:
 
 
 @given(mutations())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=350, deadline=None)
 def test_sound_for_mutated_packets(body):
     assert_sound(body)
 
@@ -483,7 +483,7 @@ ordinary = st.fixed_dictionaries(
 
 
 @given(ordinary, st.booleans(), st.sampled_from([None, 0, 2, "\t"]), st.sampled_from([(",", ":"), (", ", ": ")]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_complete_for_ordinary_packets(packet, ascii_only, indent, separators):
     """Only an emitterId with escapes may go the slow way."""
     body = json.dumps(packet, ensure_ascii=ascii_only, indent=indent, separators=separators).encode()

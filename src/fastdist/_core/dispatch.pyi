@@ -10,6 +10,7 @@ from fastdist._core.pick import AliasTable, Rendezvous
 from fastdist._core.ring import PacketRing
 from fastdist._core.states import AnalyzerStates
 
+UNLIMITED: Final[int]
 STRATEGIES: Final[dict[str, int]]
 UNITS: Final[dict[str, int]]
 
@@ -18,6 +19,7 @@ class DispatchBase:
     loop: asyncio.AbstractEventLoop
     phase: int
     seen_epoch: int
+    claim_limit: int
     @property
     def ring(self) -> PacketRing: ...
     @property

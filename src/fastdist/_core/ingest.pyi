@@ -15,6 +15,7 @@ SAFETY_HEADERS: Final[bytes]
 @disjoint_base
 class Intake:
     draining: bool
+    full: bool
     broken_storage: bool
     open_to_all: bool
     shares_origins: bool

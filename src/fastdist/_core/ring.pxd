@@ -37,7 +37,7 @@ cdef struct Record:
     uint32_t state
     uint32_t attempts        # sendings begun
     uint32_t handle          # of this process, while claimed; 0 otherwise. Of a moved one: 8-byte words to its copy's end
-    uint32_t moved           # 1: a copy, of a record that stood in the way
+    uint32_t moved           # 1: a copy: of a record that stood in the way, or that another ring held
 
 cdef struct Entry:
     int64_t position         # of the record, which may be moved while it is claimed

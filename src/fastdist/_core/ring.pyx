@@ -507,6 +507,7 @@ cdef class PacketRing:
 
         Return its sequence, 0 when the ring is full. ValueError: it is too large for this ring.
         """
+        cdef Record *copy
         cdef Record *record = other.record_of(other._checked(handle))
         cdef const unsigned char *key = <unsigned char *>record + sizeof(Record)
         cdef int64_t size = record_size(record)
@@ -516,7 +517,9 @@ cdef class PacketRing:
             raise ValueError(f"a packet of {record.body_length} bytes is over half of a ring of {self.capacity}")
         if result == RING_FULL:
             return 0
-        self.at(self.tail - size).attempts = record.attempts
+        copy = self.at(self.tail - size)
+        copy.attempts, copy.moved = record.attempts, 1
+        count_moved(self, copy)
         return self.next_sequence - 1
 
     def claim(self):
@@ -573,7 +576,8 @@ cdef class PacketRing:
     def withdraw_unsynced(self):
         """Take back what was pushed since the last sync; return (packets, messages, bytes of bodies).
 
-        Only for a ring whose claims wait for a sync: nobody has these packets yet.
+        Only for a ring whose claims wait for a sync: nobody has these packets yet. Copies stay: what they are copies of
+        was answered for long ago.
         """
         cdef int64_t position = max(self.synced, self.head), packets = 0, messages = 0, body_bytes = 0
         cdef Record *record
@@ -582,7 +586,7 @@ cdef class PacketRing:
             if record.magic == GAP_MAGIC:
                 position += gap_bytes(record)
                 continue
-            if record.state == QUEUED and record.handle == 0:
+            if record.state == QUEUED and record.handle == 0 and not record.moved:
                 record.state = DONE
                 packets += 1
                 messages += record.messages
@@ -598,7 +602,7 @@ cdef class PacketRing:
         cdef int64_t position
         for position in range(0, HEADER_BYTES, 4096):
             touch(self.headers + position)
-        for position in range(self.head, self.tail, 4096):
+        for position in range(self.head & ~<int64_t>4095, self.tail, 4096):
             touch(self.data + position % self.capacity)
 
     def mark_synced(self, int64_t position):

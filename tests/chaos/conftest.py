@@ -1,0 +1,56 @@
+"""The chaos suite: see ``docs/reliability.md``. FASTDIST_CHAOS=long chooses the long form, and shows its table."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from experiment import LONG, Experiment, Verdict, table
+
+VERDICTS = pytest.StashKey[list[Verdict]]()
+EXPERIMENT = pytest.StashKey[Experiment]()
+SHOWN = 8000  # characters of a process's output
+
+
+def pytest_configure(config):
+    config.stash[VERDICTS] = []
+
+
+def pytest_collection_modifyitems(items):
+    """Give the long form the time it takes."""
+    for item in items:
+        if LONG and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(400))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    experiment = item.stash.get(EXPERIMENT, None)
+    if report.failed and experiment is not None:
+        for process in experiment.processes:
+            report.sections.append((type(process).__name__, process.output[-SHOWN:]))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    verdicts = config.stash[VERDICTS]
+    if not (LONG and verdicts):
+        return
+    system = os.uname()
+    text = f"{os.cpu_count()} cores, {system.sysname} {system.release}\n\n{table(verdicts)}"
+    terminalreporter.section("what was accepted and what became of it")
+    terminalreporter.write_line(text)
+    target = Path("build/chaos.md")
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(f"{text}\n")
+
+
+@pytest.fixture
+def experiment(request, tmp_path) -> Experiment:
+    """An experiment whose processes are shown if it fails, and killed at its end."""
+    made = request.node.stash[EXPERIMENT] = Experiment(tmp_path, request.config.stash[VERDICTS])
+    yield made
+    made.close()

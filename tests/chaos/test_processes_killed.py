@@ -1,0 +1,124 @@
+"""Processes that are killed or stopped under load: workers, the supervisor, everything at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import psutil
+import pytest
+
+from experiment import BATCHES, DELIVERY, form, in_flight, wait_for_restarts
+from support import wait_until
+
+SINGLE_AND_BATCH = pytest.mark.parametrize("delivery", [DELIVERY, BATCHES], ids=["single", "batch"])
+
+
+def kill_a_worker(fastdist) -> None:
+    while True:
+        try:
+            victim = random.choice([row["pid"] for row in fastdist.stats()["workers"] if row["state"] == "running"])
+            os.kill(victim, signal.SIGKILL)
+        except (OSError, IndexError):  # asked a worker that dies
+            time.sleep(0.05)
+        else:
+            return
+
+
+@SINGLE_AND_BATCH
+@pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
+def test_a_worker_is_killed_each_second(experiment, durability, delivery):
+    kills = form(3, 12)
+    experiment.analyzers("--latency", "0.002")
+    fastdist = experiment.serve({"queue": {"durability": durability}, "delivery": delivery})
+    emitter = experiment.emitter().start()
+    for _ in range(kills):
+        time.sleep(form(0.7, 1.0))
+        kill_a_worker(fastdist)
+    wait_for_restarts(fastdist, kills)
+    emitter.wait_for(200)
+    mode = delivery.get("mode", "single")
+    # Each kill hits one of two workers.
+    experiment.judge(f"worker kill -9 each second ({durability}, {mode})", bound=kills * in_flight(delivery, 1))
+    assert len(emitter.unknown) <= kills * emitter.connections
+    assert fastdist.stats()["packets"]["recovered"] == 0
+
+
+def test_a_stopped_worker_is_replaced(experiment):
+    experiment.analyzers("--latency", "0.002")
+    fastdist = experiment.serve()
+    emitter = experiment.emitter(connections=16).start().wait_for(200)
+    victim = random.choice(fastdist.worker_pids())
+    os.kill(victim, signal.SIGSTOP)
+    stopped = time.monotonic()
+    wait_until(lambda: "a worker hangs and is killed" in fastdist.output, "it is found out", 20)
+    assert 8 < time.monotonic() - stopped < 15
+    wait_for_restarts(fastdist, 1)
+    emitter.wait_for(200)
+    experiment.judge("worker SIGSTOP (replaced after 10 s)", bound=in_flight(DELIVERY, 1))
+    assert victim not in fastdist.worker_pids()
+
+
+@pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
+def test_the_supervisor_is_killed_and_started_again_at_once(experiment, durability):
+    times = form(1, 4)
+    experiment.analyzers("--latency", "0.002")
+    settings = {"queue": {"durability": durability}}
+    experiment.serve(settings)
+    emitter = experiment.emitter().start()
+    for _ in range(times):
+        emitter.wait_for(500)
+        old = experiment.fastdist
+        tree = [psutil.Process(pid) for pid in old.worker_pids()]
+        os.kill(old.process.pid, signal.SIGKILL)
+        old.process.wait()
+        experiment.serve(settings)
+        _, alive = psutil.wait_procs(tree, 5)
+        assert not alive, "workers outlive their supervisor"
+    emitter.wait_for(500)
+    # They end in good order: deliveries under way are cut off at most.
+    experiment.judge(f"supervisor kill -9 ({durability})", bound=times * in_flight(DELIVERY))
+    # An answer may be cut off by the end of a worker, but not after it.
+    assert len(emitter.unknown) <= times * emitter.connections
+
+
+def test_workers_end_when_their_supervisor_is_killed(experiment):
+    experiment.analyzers()
+    fastdist = experiment.serve()
+    emitter = experiment.emitter().start().wait_for(200)
+    tree = [psutil.Process(pid) for pid in fastdist.worker_pids()]
+    os.kill(fastdist.process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(tree, 5)
+    assert not alive
+    emitter.stop()
+    status, output = experiment.refused_start(FASTDIST_SERVER__PORT="70000")
+    assert status == 2, output  # as always: it is the setting that is refused, neither the lock nor the port
+    experiment.serve()
+    experiment.judge("supervisor kill -9, started again later", bound=in_flight(DELIVERY))
+
+
+@SINGLE_AND_BATCH
+@pytest.mark.parametrize("durability", ["disk", "fsync"])
+def test_everything_is_killed_and_started_with_other_numbers_of_workers(experiment, durability, delivery):
+    experiment.analyzers("--latency", "0.002")
+    queue = {"durability": durability}
+    numbers = form([2, 1, 3], [2, 1, 3, 2, 4, 1])
+    emitter = experiment.emitter(connections=32)
+    for turn, workers in enumerate(numbers):
+        fastdist = experiment.serve({"queue": queue, "delivery": delivery, "server": {"workers": workers}})
+        if turn == 0:
+            emitter.start()
+        emitter.wait_for(form(500, 1500))
+        if turn + 1 < len(numbers):
+            time.sleep(random.uniform(0, 0.5))
+            fastdist.kill_all()
+    bound = sum(in_flight(delivery, workers) for workers in numbers[:-1])
+    verdict = experiment.judge(
+        f"everything kill -9 {len(numbers) - 1} times, 2, 1, 3 … workers ({durability}, {delivery.get('mode', 'single')})",
+        bound=bound,
+    )
+    assert verdict.accepted > len(numbers) * 300
+    assert len(emitter.unknown) <= len(numbers) * emitter.connections
+    assert not list(experiment.data.glob("adopt-*"))

@@ -1,0 +1,104 @@
+"""No analyzer at all, and a queue that fills: what was accepted is held, what cannot be is refused."""
+
+from __future__ import annotations
+
+import pytest
+from support import WEIGHTS, Emitter, compare, get_json, request, wait_until
+
+
+def held(packets):
+    return packets["queued"] + packets["inFlight"]
+
+
+@pytest.mark.parametrize(
+    "fault", [{"refuse": True}, {"status": 500, "unhealthy": True}, {"hang": True, "healthHang": True}]
+)
+def test_packets_wait_while_all_analyzers_are_down(mocks, serve, fault):
+    fastdist = serve(mocks, {"delivery": {"timeout": "300ms"}, "retry": {"cap": "1s"}})
+    mocks.set_all(**fault)
+    fastdist.wait_for_states("offline")
+    health = get_json(fastdist.port, "/health")
+    assert (health["status"], health["analyzers"]) == ("unavailable", {"online": 0, "total": 4})
+    emitter = Emitter(fastdist.port).send(2000)
+    assert emitter.count(202) == 2000
+    wait_until(lambda: held(fastdist.stats()["packets"]) == 2000, "all are counted as held")
+    assert fastdist.stats()["packets"]["accepted"] == 2000
+    queue = get_json(fastdist.port, "/queue")
+    assert queue["packets"] + queue["inFlight"] == 2000
+    assert queue["oldestAgeSeconds"] > 0
+    assert queue["bytes"] > 0
+    assert request(fastdist.port, "GET", "/ready")[0] == 200
+    mocks.set_all(**{name: None if name == "status" else False for name in fault})
+    fastdist.wait_for_states("online")
+    stats = fastdist.wait_at_rest()
+    assert stats["packets"]["delivered"] == 2000
+    compare(emitter, mocks)
+    assert get_json(fastdist.port, "/health")["status"] == "ok"
+    assert get_json(fastdist.port, "/queue")["oldestAgeSeconds"] == 0
+
+
+def test_nothing_is_lost_when_no_analyzer_was_ever_there(fleet, serve):
+    for name in WEIGHTS:
+        fleet.end(name)
+    fastdist = serve(fleet)
+    emitter = Emitter(fastdist.port).send(500)
+    assert emitter.count(202) == 500
+    for name in WEIGHTS:
+        fleet.restart(name)
+    stats = fastdist.wait_at_rest()
+    assert stats["packets"]["delivered"] == 500
+    compare(emitter, fleet)
+
+
+def test_a_full_queue_refuses_until_there_is_room_and_drops_nothing(mocks, serve):
+    fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}})
+    mocks.set_all(refuse=True)
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(fastdist.port, connections=32).send(4000)
+    accepted, refused = emitter.count(202), emitter.count(503)
+    assert accepted + refused == 4000
+    assert refused > 100
+    assert emitter.without_retry_after == 0
+    stats = fastdist.stats()
+    assert stats["packets"]["accepted"] == accepted
+    assert stats["rejected"]["queueFull"] == stats["packets"]["rejected"] == refused
+    status, headers, body = request(fastdist.port, "GET", "/ready")
+    assert (status, headers["content-type"]) == (503, "application/problem+json")
+    assert b"full" in body
+    assert get_json(fastdist.port, "/health")["status"] == "unavailable"
+    queue = get_json(fastdist.port, "/queue")
+    assert 0.7 * queue["capacityBytes"] < queue["bytes"] <= queue["capacityBytes"]
+
+    mocks.set_all(refuse=False)
+    fastdist.wait_at_rest()
+    compare(emitter, mocks)
+    wait_until(lambda: request(fastdist.port, "GET", "/ready")[0] == 200, "ready again")
+    assert fastdist.post()[0] == 202
+
+
+def test_a_packet_over_half_of_a_workers_part_is_too_large(mocks, serve):
+    fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}})
+    large = b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 300_000)
+    assert fastdist.post(large)[0] == 413
+    fits = b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 200_000)
+    assert [fastdist.post(fits)[0] for _ in range(20)] == [202] * 20, "the analyzers are there: there is always room"
+    assert fastdist.stats()["rejected"]["tooLarge"] == 1
+
+
+@pytest.mark.slow
+def test_an_outage_under_load_longer_than_the_queue_lasts(mocks, serve):
+    """Emitters go on through all of it and see only 202 and 503."""
+    fastdist = serve(mocks, {"queue": {"capacity": "2MiB"}, "retry": {"cap": "500ms"}})
+    emitter = Emitter(fastdist.port, connections=32).start().wait_for(500)
+    for _ in range(2):
+        mocks.set_all(refuse=True)
+        before = emitter.count(503)
+        wait_until(lambda before=before: emitter.count(503) > before + 50, "the queue is full")
+        mocks.set_all(refuse=False)
+        emitter.wait_for(3000)
+    emitter.stop()
+    assert {*emitter.answers.values()} == {202, 503}
+    stats = fastdist.wait_at_rest()
+    assert stats["packets"]["accepted"] == emitter.count(202)
+    assert stats["rejected"]["queueFull"] == emitter.count(503)
+    compare(emitter, mocks)

@@ -1,0 +1,178 @@
+"""SIGTERM and SIGINT: the queue drains, what cannot drain becomes dead letters, and nobody is left without an answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+from support import BODY, WEIGHTS, Emitter, compare, request, wait_until
+
+REQUEST = b"POST /logs HTTP/1.1\r\nHost: test\r\nIdempotency-Key: %s\r\nContent-Length: %d\r\n\r\n"
+
+
+def exchange(connection, path="/ready"):
+    """Send a GET on an open connection; return the answer's status."""
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+    return int(connection.recv(65536).split(b" ")[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_all_that_was_accepted_is_delivered_before_it_ends(mocks, serve, number):
+    mocks.set_all(latency=0.02)  # so that a backlog waits
+    fastdist = serve(mocks, {"delivery": {"connections": 8}})
+    emitter = Emitter(fastdist.port, connections=32).start().wait_for(3000)
+    fastdist.signal(number)
+    assert fastdist.wait() == 0
+    emitter.stop()
+    assert {*emitter.answers.values()} <= {202, 503, None}
+    compare(emitter, mocks)
+    delivered = mocks.delivered().keys()
+    assert not delivered - emitter.accepted, "requests under way are answered before the end"
+    assert emitter.without_retry_after == 0
+    assert fastdist.dead_letters() == []
+
+
+def test_requests_under_way_finish_and_new_ones_are_refused_while_it_drains(mocks, serve):
+    mocks.set_all(latency=1.5)
+    fastdist = serve(mocks, {"server": {"workers": 1}, "delivery": {"connections": 1}})
+    under_way = socket.create_connection(("127.0.0.1", fastdist.port), timeout=20)
+    under_way.sendall(REQUEST % (b"under-way", len(BODY)) + BODY[:50])
+    other = socket.create_connection(("127.0.0.1", fastdist.port), timeout=20)
+    other.sendall(REQUEST[:30])
+    assert exchange(socket.create_connection(("127.0.0.1", fastdist.port), timeout=20)) == 200
+    emitter = Emitter(fastdist.port).send(12)
+    fastdist.signal(signal.SIGTERM)
+    fastdist.line_with("draining")
+
+    def refused():
+        try:
+            socket.create_connection(("127.0.0.1", fastdist.port), timeout=5).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    wait_until(refused, "the listeners are closed")
+    # Requests that began before are read to their end and answered, if only with 503.
+    under_way.sendall(BODY[50:])
+    other.sendall((REQUEST % (b"other", len(BODY)))[30:] + BODY)
+    for connection, name in ((under_way, "under-way"), (other, "other")):
+        answer = connection.recv(65536)
+        assert answer.startswith((b"HTTP/1.1 202 ", b"HTTP/1.1 503 "))
+        assert b"Connection: close" in answer
+        emitter.answers[name] = int(answer[9:12])
+    assert fastdist.wait() == 0
+    compare(emitter, mocks)
+
+
+def test_ready_says_503_while_it_drains(mocks, serve):
+    mocks.set_all(latency=1)
+    fastdist = serve(mocks, {"server": {"workers": 1}, "delivery": {"connections": 1}})
+    Emitter(fastdist.port).send(8)
+    probe = socket.create_connection(("127.0.0.1", fastdist.port), timeout=20)
+    probe.sendall(b"GET /ready HTTP/1.1\r\nHost: te")  # a request under way: the connection is not idle
+    time.sleep(0.1)
+    fastdist.signal(signal.SIGTERM)
+    fastdist.line_with("draining")
+    probe.sendall(b"st\r\n\r\n")
+    answer = probe.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"draining" in answer
+    assert fastdist.wait() == 0
+
+
+def test_what_cannot_be_delivered_in_time_becomes_dead_letters(mocks, serve):
+    """Durability memory. Half of the packets are delivered before, half find no analyzer."""
+    fastdist = serve(mocks, {"server": {"drain_timeout": "1s"}})
+    first = Emitter(fastdist.port, prefix="first").send(500)
+    fastdist.wait_at_rest()
+    mocks.set_all(refuse=True)
+    fastdist.wait_for_states("offline")
+    second = Emitter(fastdist.port, prefix="second").send(500)
+    started = time.monotonic()
+    assert fastdist.stop() == 0
+    assert 0.9 < time.monotonic() - started < 20
+    compare(first, mocks)
+    letters = fastdist.dead_letters()
+    assert len(letters) == len(second.accepted) == 500
+    assert {row["id"] for row in letters} == second.accepted
+    assert {row["reason"] for row in letters} == {"shutdown"}
+    assert {row["body"] for row in letters} == {BODY.decode()}
+    folder = fastdist.folder / "data" / "dead-letters"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+
+
+def test_packets_in_flight_when_time_is_up_become_dead_letters_too(mocks, serve):
+    mocks.set_all(hang=True)
+    fastdist = serve(mocks, {"server": {"drain_timeout": "500ms"}, "delivery": {"timeout": "60s"}})
+    emitter = Emitter(fastdist.port).send(100)
+    assert fastdist.stop() == 0
+    assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
+
+
+def test_packets_that_back_off_when_time_is_up_become_dead_letters_too(mocks, serve):
+    mocks.set_all(status=500)
+    settings = {"server": {"drain_timeout": "500ms"}, "retry": {"base": "20s"}, "health": {"fall": 10_000}}
+    fastdist = serve(mocks, settings)
+    emitter = Emitter(fastdist.port).send(100)
+    assert fastdist.stop() == 0
+    letters = fastdist.dead_letters()
+    assert sorted(row["id"] for row in letters) == sorted(emitter.accepted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_it_at_once(mocks, serve, number):
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks)  # drain_timeout is 30 s
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(fastdist.port).send(100)
+    fastdist.signal(number)
+    fastdist.line_with("draining")
+    time.sleep(0.2)
+    started = time.monotonic()
+    fastdist.signal(number)
+    assert fastdist.wait() == 0
+    assert time.monotonic() - started < 10
+    assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted, "at once, but not at any cost"
+
+
+def test_packets_of_a_worker_that_is_down_at_the_end_are_not_forgotten(mocks, serve):
+    """Durability memory: its ring is in the supervisor's hands until a successor has it."""
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks, {"server": {"drain_timeout": "1s", "workers": 1}})
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(fastdist.port).send(300)
+    for _ in range(4):  # its restarts get slower
+        victim = fastdist.worker_pids()[0]
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda victim=victim: fastdist.worker_pids()[0] != victim, "a successor")
+    os.kill(fastdist.worker_pids()[0], signal.SIGKILL)
+    wait_until(lambda: fastdist.output.count("a worker ended") == 5, "the supervisor has noticed")
+    assert fastdist.stop() == 0
+    assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
+
+
+def test_a_signal_while_it_starts_ends_it(mocks, run, tmp_path):
+    config = tmp_path / "fastdist.toml"
+    config.write_text(f'[server]\nport = 0\nworkers = 2\n[queue]\ndurability = "memory"\npath = "{tmp_path}/data"\n')
+    for delay in (0.3, 0.4, 0.5, 0.6, 0.7):
+        fastdist = run(os.sys.executable, "-m", "fastdist", "serve", "--config", config)
+        time.sleep(delay)
+        fastdist.signal(signal.SIGTERM)
+        assert fastdist.wait(20) in (0, -signal.SIGTERM)  # the latter: before there was a handler
+
+
+def test_an_idle_service_ends_promptly_with_idle_connections_open(mocks, serve):
+    fastdist = serve(mocks)
+    connections = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(20)]
+    assert [exchange(connection) for connection in connections] == [200] * 20
+    started = time.monotonic()
+    assert fastdist.stop() == 0
+    assert time.monotonic() - started < 10, "drain_timeout is 30 s, and nothing was left to drain"
+    assert [connection.recv(10) for connection in connections] == [b""] * 20
+    with pytest.raises(OSError, match="refused"):
+        request(fastdist.port, "GET", "/health")
+    assert set(WEIGHTS) == set(mocks.ids)

@@ -1,0 +1,845 @@
+"""Dead letters read, sent again and purged; and what writer and readers of a file keep to when they meet."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastdist import deadletters, posting, replay
+from fastdist._core.ring import Packet
+from fastdist.deadletters import DeadLetters, Letter, Selection, find_files, journal_of, read_file
+from fastdist.posting import Target
+from fastdist.replay import HeldFile, Replay
+
+ACCEPTED = (202, {}, b'{"status":"accepted"}')
+SECOND = 1_000_000_000
+
+
+def packet(name="p-1", body=b'{"n":1}'):
+    return Packet(1, name, body, 3, time.time_ns(), 2, 0, 0)
+
+
+def problem(status, detail, **headers):
+    return status, headers, json.dumps({"status": status, "detail": detail}).encode()
+
+
+class Distributor(ThreadingHTTPServer):
+    """Answers as ``script`` says (packet id -> answers, the last of them for good); notes what it accepts."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = {}
+        self.otherwise = ACCEPTED
+        self.requests = []  # (path, headers, body)
+        self.accepted = Counter()
+        self.connections = 0
+        self.before_answer = None
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def answer(self, path, headers, body):
+        if self.before_answer:
+            self.before_answer()
+        with self.lock:
+            self.requests.append((path, headers, body))
+            name = headers["Idempotency-Key"]
+            answers = self.script.get(name, [self.otherwise])
+            answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            if answer and 200 <= answer[0] < 300:
+                self.accepted[name] += 1
+            return answer
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self):
+        self.server.connections += 1
+        super().setup()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = self.server.answer(self.path, self.headers, body)
+        if answer is None:  # hang up
+            self.close_connection = True
+            return
+        status, headers, content = answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def distributor():
+    server = Distributor()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+class Listener:
+    """Remembers the events of a replay."""
+
+    def __init__(self):
+        self.total, self.count, self.refusals, self.notes = None, 0, {}, []
+
+    def begin(self, letters):
+        self.total = letters
+
+    def replayed(self):
+        self.count += 1
+
+    def refused(self, letter, answer):
+        self.refusals[letter.id] = answer.text
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture
+def events():
+    return Listener()
+
+
+@pytest.fixture
+def run(distributor, events):
+    """Replay a folder to the distributor."""
+
+    def run(path, *, connections=2, limit=None, reason=None, target=None):
+        target = target or Target.parse(distributor.url, None)
+        return Replay(find_files(path), Selection(reason=reason), target, events).run(connections, limit)
+
+    return run
+
+
+def fill(folder, names, reason="refused", owner="w0-1", body=b'{"n":1}'):
+    """Write a file of dead letters; return its path."""
+    before = set(folder.glob("dead-letters/*.ndjson"))
+    letters = DeadLetters(folder, owner)
+    for name in names:
+        letters.write(packet(name, body), reason, "A1", 422, "no")
+    letters.close()
+    (new,) = set(folder.glob("dead-letters/*.ndjson")) - before
+    return new
+
+
+def ids(path):
+    """Return the ids in a file or folder, None for what is unreadable."""
+    return [line.letter and line.letter.id for found in find_files(path) for line in read_file(found)]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- a file and those who want it
+
+
+def test_a_file_is_its_workers_until_it_has_been_idle(tmp_path):
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet(), "refused", "A1", 400, None)
+    (found,) = find_files(tmp_path)
+    letters.tick(5 * SECOND)
+    letters.tick(int(5.9 * SECOND))
+    with pytest.raises(BlockingIOError):
+        HeldFile.hold(found.path, 0.05)
+    letters.tick(6 * SECOND)
+    held = HeldFile.hold(found.path, 0)
+    assert [line.letter.id for line in held.lines()] == ["p-1"]
+
+
+def test_a_letter_starts_the_idle_time_anew(tmp_path):
+    letters = DeadLetters(tmp_path, "w0-1")
+    for second in (5, 6, 7):
+        letters.write(packet(), "refused", "A1", 400, None)
+        letters.tick(second * SECOND)
+    (found,) = find_files(tmp_path)
+    with pytest.raises(BlockingIOError):
+        HeldFile.hold(found.path, 0)
+    letters.tick(8 * SECOND)
+    HeldFile.hold(found.path, 0)
+
+
+def idle(letters):
+    letters.tick(SECOND)
+    letters.tick(3 * SECOND)
+
+
+def test_rare_letters_share_a_file(tmp_path):
+    letters = DeadLetters(tmp_path, "w0-1")
+    for name in "abc":
+        letters.write(packet(name), "refused", "A1", 400, None)
+        idle(letters)
+    assert len(find_files(tmp_path)) == 1
+    assert ids(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_worker_takes_a_file_up_again_only_if_nobody_has_or_had_it(tmp_path):
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    idle(letters)
+    (first,) = find_files(tmp_path)
+    with HeldFile.hold(first.path, 0):
+        letters.write(packet("b"), "refused", "A1", 400, None)
+    idle(letters)
+    second = find_files(tmp_path)[1]
+    assert ids(first.path) == ["a"]
+    second.path.unlink()
+    letters.write(packet("c"), "refused", "A1", 400, None)
+    assert ids(tmp_path) == ["a", "c"]
+
+
+def test_a_worker_goes_on_in_a_file_that_was_rewritten(tmp_path, distributor, run):
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    letters.write(packet("b"), "refused", "A1", 400, None)
+    idle(letters)
+    distributor.script["b"] = [problem(400, "no")]
+    run(tmp_path)
+    letters.write(packet("c"), "refused", "A1", 400, None)
+    assert ids(tmp_path) == ["b", "c"]
+    assert len(find_files(tmp_path)) == 1
+
+
+def test_whoever_waited_for_a_lock_looks_whether_the_file_is_still_the_same(tmp_path):
+    path = fill(tmp_path, "ab")
+    with HeldFile.hold(path, 0) as held:
+        taken = []
+        thread = threading.Thread(target=lambda: taken.append(HeldFile.hold(path, 10)))
+        thread.start()
+        time.sleep(0.1)
+        held.rewrite({next(held.lines()).offset})
+    thread.join()
+    assert [line.letter.id for line in taken[0].lines()] == ["b"]
+
+
+def test_whoever_waited_for_the_lock_of_a_file_that_is_deleted_gets_none(tmp_path):
+    path = fill(tmp_path, "a")
+    with HeldFile.hold(path, 0) as held:
+        taken = []
+        thread = threading.Thread(target=lambda: taken.append(HeldFile.hold(path, 10)))
+        thread.start()
+        held.rewrite({0})
+    thread.join()
+    assert taken == [None]
+
+
+def test_nobody_finds_a_new_file_before_its_worker_has_locked_it(tmp_path, monkeypatch):
+    seen = []
+    flock = fcntl.flock
+
+    def look(fd, how):
+        seen.append(find_files(tmp_path))
+        flock(fd, how)
+
+    monkeypatch.setattr(deadletters.fcntl, "flock", look)
+    DeadLetters(tmp_path, "w0-1").write(packet(), "refused", "A1", 400, None)
+    assert seen == [[]]
+
+
+def test_files_and_folders_are_their_owners_alone(tmp_path, distributor, run):
+    path = fill(tmp_path / "queue", "ab")
+    distributor.script["b"] = [problem(400, "no")]
+    run(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert path.parent.parent.stat().st_mode & 0o777 == 0o700
+
+
+# ---- reading
+
+
+def test_a_letter_is_read_as_it_was_written(tmp_path):
+    fill(tmp_path, ["key~1"], body='{"ü":"\\u0000\u2028"} \n'.encode())
+    (line,) = (line for found in find_files(tmp_path) for line in read_file(found))
+    letter = line.letter
+    assert (letter.id, letter.reason, letter.analyzer, letter.status, letter.error) == (
+        "key~1",
+        "refused",
+        "A1",
+        422,
+        "no",
+    )
+    assert (letter.attempts, letter.messages) == (3, 2)
+    assert abs(letter.accepted_at - datetime.now(UTC)) < timedelta(minutes=1)
+    assert abs(letter.dead_lettered_at - datetime.now(UTC)) < timedelta(minutes=1)
+    assert letter.packet == '{"ü":"\\u0000\u2028"} \n'.encode()
+    assert line.size == len(letter.packet)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@given(body=st.binary(max_size=200))
+def test_every_body_comes_back_byte_for_byte(tmp_path, body):
+    path = fill(tmp_path, "a", body=body)
+    (line,) = read_file(find_files(path)[0])
+    assert line.letter.packet == body
+    path.unlink()
+
+
+def test_paths_of_a_queue_its_dead_letters_and_a_file(tmp_path):
+    path = fill(tmp_path, "a")
+    for name in (tmp_path, path.parent, path):
+        assert [found.path for found in find_files(name)] == [path]
+    (tmp_path / "empty").mkdir()
+    assert find_files(tmp_path / "empty") == []
+    with pytest.raises(FileNotFoundError):
+        find_files(tmp_path / "nowhere")
+    (tmp_path / "other.toml").touch()
+    with pytest.raises(ValueError, match="neither a folder nor a file"):
+        find_files(tmp_path / "other.toml")
+
+
+WHOLE = (
+    b'{"id":"x","reason":"r","acceptedAt":"2026-01-02T03:04:05Z","deadLetteredAt":"2026-01-02T03:04:05Z","body":"b"}'
+)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        WHOLE[:-7],
+        b"\xff\x00\n",
+        b"[]\n",
+        b"{}\n",
+        WHOLE.replace(b'"x"', b'"a b"') + b"\n",
+        WHOLE.replace(b'"x"', b'"a\\n"') + b"\n",
+        WHOLE.replace(b'"x"', b'""') + b"\n",
+        WHOLE.replace(b'"x"', b'"' + b"x" * 65 + b'"') + b"\n",
+        WHOLE.replace(b'"b"', b"null") + b"\n",
+        WHOLE.replace(b'"body":"b"', b'"bodyBase64":"?"') + b"\n",
+        WHOLE.replace(b"05Z", b"05") + b"\n",
+    ],
+)
+def test_what_is_no_letter_is_unreadable_but_fatal_to_nobody(tmp_path, line):
+    path = fill(tmp_path, "a")
+    with path.open("ab") as file:
+        file.write(line)
+    assert ids(path) == ["a", None]
+    assert [line.reason for line in read_file(find_files(path)[0])] == ["refused", "unreadable"]
+
+
+def test_a_letter_whose_line_feed_is_missing_is_a_letter_still(tmp_path):
+    path = tmp_path / "a.ndjson"
+    path.write_bytes(b"\n  \n" + WHOLE)
+    assert ids(path) == ["x"]
+
+
+def test_ids_may_be_all_that_a_key_may_be(tmp_path):
+    key = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '",;\\')
+    names = [key[:64], key[64:]]
+    fill(tmp_path, names)
+    assert ids(tmp_path) == names
+
+
+# ---- replaying
+
+
+def test_what_is_accepted_goes_under_its_id_byte_for_byte(tmp_path, distributor, run, events):
+    bodies = {"plain": b'{"a": 1}\n', "umlaut": '{"ü":"€"}'.encode(), "binary": b"\xff\x00\xfe"}
+    for name, body in bodies.items():
+        fill(tmp_path, [name], body=body)
+    summary = run(tmp_path, target=Target.parse(distributor.url, "secret"))
+    assert (summary.replayed, summary.refused, summary.left, summary.stopped) == (3, 0, 0, None)
+    assert {headers["Idempotency-Key"]: body for _, headers, body in distributor.requests} == bodies
+    for path, headers, _ in distributor.requests:
+        assert path == "/logs"
+        assert headers["Content-Type"] == "application/json"
+        assert headers["Authorization"] == "Bearer secret"
+    assert (events.total, events.count) == (3, 3)
+    assert names_in(tmp_path / "dead-letters") == []
+
+
+def test_a_url_may_have_a_path(tmp_path, distributor, run):
+    fill(tmp_path, "a")
+    run(tmp_path, target=Target.parse(distributor.url + "/behind/proxy/", None))
+    assert distributor.requests[0][0] == "/behind/proxy/logs"
+    assert "Authorization" not in distributor.requests[0][1]
+
+
+def test_what_is_refused_stays_and_is_shown(tmp_path, distributor, run, events):
+    path = fill(tmp_path, "abc")
+    distributor.script["b"] = [problem(400, "messages is empty")]
+    distributor.script["c"] = [problem(413, "a packet\x1b[2J\n may have 10 bytes")]
+    summary = run(tmp_path)
+    assert (summary.replayed, summary.refused, summary.left, summary.stopped) == (1, 2, 2, None)
+    assert events.refusals == {"b": "400 (messages is empty)", "c": "413 (a packet [2J may have 10 bytes)"}
+    assert ids(tmp_path) == ["b", "c"]
+    assert names_in(path.parent) == [path.name]
+
+
+def test_unreadable_lines_stay_and_count_as_left(tmp_path, run, events):
+    path = fill(tmp_path, "ab")
+    path.write_bytes(b"garbage\n" + path.read_bytes() + b'{"torn')
+    summary = run(tmp_path)
+    assert (summary.replayed, summary.left) == (2, 2)
+    assert events.total == 2
+    assert path.read_bytes() == b'garbage\n{"torn\n'
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(
+    fates=st.lists(st.lists(st.sampled_from(["accepted", "refused", "unreadable", "blank"]), max_size=6), max_size=4),
+    limit=st.none() | st.integers(1, 12),
+)
+def test_what_was_not_accepted_is_left_and_in_its_order(tmp_path, distributor, fates, limit):
+    folder = tmp_path / "dead-letters"
+    folder.mkdir(exist_ok=True)
+    distributor.accepted.clear()
+    expected, letters = [], 0
+    for i, kinds in enumerate(fates):
+        with (folder / f"{i}.ndjson").open("wb") as file:
+            for j, kind in enumerate(kinds):
+                name = f"{i}-{j}"
+                line = {"accepted": WHOLE, "refused": WHOLE, "unreadable": b"{", "blank": b""}[kind]
+                line = line.replace(b'"x"', f'"{name}"'.encode())
+                file.write(line + b"\n")
+                distributor.script[name] = [ACCEPTED if kind == "accepted" else problem(400, "no")]
+                sent = kind in {"accepted", "refused"} and (limit is None or letters < limit)
+                letters += kind in {"accepted", "refused"}
+                if kind != "blank" and not (sent and kind == "accepted"):
+                    expected.append(line)
+    summary = Replay(find_files(tmp_path), Selection(), Target.parse(distributor.url, None), Listener()).run(3, limit)
+    left = [line for path in sorted(folder.iterdir()) for line in path.read_bytes().splitlines() if line]
+    assert left == expected
+    assert summary.left == len(expected)
+    assert sum(distributor.accepted.values()) == summary.replayed
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def test_a_limit_is_kept_over_all_files(tmp_path, distributor, run, events):
+    fill(tmp_path, "abc")
+    fill(tmp_path, "def")
+    summary = run(tmp_path, limit=4)
+    assert (summary.replayed, summary.left, events.total) == (4, 2, 4)
+    assert ids(tmp_path) == ["e", "f"]
+    assert len(distributor.requests) == 4
+
+
+def test_only_those_with_the_reason(tmp_path, run):
+    fill(tmp_path, "ab", reason="refused")
+    fill(tmp_path, "cd", reason="shutdown")
+    summary = run(tmp_path, reason="shutdown")
+    assert (summary.replayed, summary.left) == (2, 0)
+    assert ids(tmp_path) == ["a", "b"]
+
+
+def test_connections_are_kept_over_files(tmp_path, distributor, run):
+    for i in range(20):
+        fill(tmp_path, [f"p-{i}"])
+    assert run(tmp_path, connections=1).replayed == 20
+    assert distributor.connections == 1
+
+
+def test_letters_are_posted_at_the_same_time(tmp_path, distributor, run):
+    fill(tmp_path, "abc")
+    meeting = threading.Barrier(3, timeout=20)
+    distributor.before_answer = meeting.wait
+    assert run(tmp_path, connections=3).replayed == 3
+
+
+def test_a_connection_that_was_closed_meanwhile_is_opened_anew(tmp_path, distributor, run):
+    fill(tmp_path, "abc")
+    distributor.script["b"] = [None, ACCEPTED]
+    assert run(tmp_path, connections=1).replayed == 3
+    assert distributor.accepted == {"a": 1, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_a_busy_distributor_is_asked_again_when_it_permits(tmp_path, distributor, run, events, status):
+    fill(tmp_path, "ab")
+    distributor.script["a"] = [problem(status, "later", Retry_After="0")] * 3 + [ACCEPTED]
+    summary = run(tmp_path)
+    assert (summary.replayed, summary.refused, summary.left) == (2, 0, 0)
+    assert events.notes == [f"the distributor answers {status} (later); going on as it permits"]
+
+
+def test_retry_after_holds_for_all_connections(tmp_path, distributor, run):
+    fill(tmp_path, "abcdef")
+    times = []
+    distributor.before_answer = lambda: times.append(time.monotonic())
+    distributor.script["a"] = [problem(503, "full", Retry_After="1"), ACCEPTED]
+    assert run(tmp_path, connections=2).replayed == 6
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) > 0.5
+
+
+def test_patience_with_a_busy_distributor_has_an_end(tmp_path, distributor, run, monkeypatch):
+    monkeypatch.setattr(replay, "PATIENCE", 0.3)
+    fill(tmp_path, "abc")
+    distributor.script["b"] = distributor.script["c"] = [problem(503, "the queue is full", Retry_After="0")]
+    summary = run(tmp_path)
+    assert (summary.replayed, summary.left) == (1, 2)
+    assert summary.stopped.startswith(f"{distributor.url} answers 503 (the queue is full)")
+    assert ids(tmp_path) == ["b", "c"]
+
+
+def test_nobody_waits_for_longer_than_patience_allows(tmp_path, distributor, run):
+    fill(tmp_path, "abc")
+    distributor.otherwise = problem(429, "slow down", Retry_After="3600")
+    summary = run(tmp_path)
+    assert summary.stopped.endswith("answers 429 (slow down) and asks to wait 3600 s; try again later")
+    assert ids(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_distributor_that_cannot_be_reached_ends_it_and_keeps_everything(tmp_path, distributor, run):
+    path = fill(tmp_path, "abc")
+    before = path.read_bytes()
+    distributor.server_close()
+    summary = run(tmp_path)
+    assert (summary.replayed, summary.left) == (0, 3)
+    assert summary.stopped == f"{distributor.url} cannot be reached: Connection refused"
+    assert path.read_bytes() == before
+    assert names_in(path.parent) == [path.name]
+
+
+def test_a_distributor_that_hangs_up_ends_it(tmp_path, distributor, run):
+    fill(tmp_path, "abc")
+    distributor.otherwise = None
+    summary = run(tmp_path)
+    assert summary.stopped.endswith("cannot be reached: it closes the connection without an answer")
+    assert ids(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_distributor_that_is_silent_ends_it(tmp_path, distributor, run, monkeypatch):
+    monkeypatch.setattr(posting, "TIMEOUT", 0.1)
+    fill(tmp_path, "a")
+    distributor.before_answer = lambda: time.sleep(0.5)
+    assert "no answer within" in run(tmp_path).stopped
+    assert ids(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        (401, "is the token right?"),
+        (403, "is the token right?"),
+        (404, "of a distributor?"),
+        (301, "of a distributor?"),
+    ],
+)
+def test_a_wrong_door_is_no_refusal_of_a_letter(tmp_path, distributor, run, status, advice):
+    fill(tmp_path, "abc")
+    distributor.otherwise = problem(status, "who is there?")
+    summary = run(tmp_path, connections=1)
+    assert (summary.replayed, summary.refused, summary.left) == (0, 0, 3)
+    assert len(distributor.requests) == 1
+    assert f"answers {status} (who is there?)" in summary.stopped
+    assert summary.stopped.endswith(advice)
+    assert ids(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_file_that_a_worker_writes_to_is_skipped(tmp_path, run, events, monkeypatch):
+    monkeypatch.setattr(replay, "LOCK_PATIENCE", 0.1)
+    fill(tmp_path, "a")
+    busy = DeadLetters(tmp_path, "w1-1")
+    busy.write(packet("b"), "refused", "A1", 400, None)
+    fill(tmp_path, "c", owner="w2-1")
+    summary = run(tmp_path)
+    assert (summary.replayed, summary.left, summary.stopped) == (2, 1, None)
+    assert ids(tmp_path) == ["b"]
+    assert len(events.notes) == 1
+    assert "skipped" in events.notes[0]
+
+
+def test_a_file_that_is_given_up_in_time_is_replayed(tmp_path, run):
+    busy = DeadLetters(tmp_path, "w1-1")
+    busy.write(packet("b"), "refused", "A1", 400, None)
+    threading.Timer(0.3, busy.close).start()
+    assert run(tmp_path).replayed == 1
+
+
+def test_letters_that_die_while_it_runs_are_left_for_the_next_time(tmp_path, distributor):
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    idle(letters)
+    files = find_files(tmp_path)
+    letters.write(packet("b"), "refused", "A1", 400, None)
+    letters.close()
+    Replay(files, Selection(), Target.parse(distributor.url, None), Listener()).run(1)
+    assert distributor.accepted == {"a": 1}
+    assert ids(tmp_path) == ["b"]
+
+
+def test_two_at_once_send_nothing_twice(tmp_path, distributor):
+    names = [f"p-{i}" for i in range(200)]
+    for i in range(0, 200, 20):
+        fill(tmp_path, names[i : i + 20])
+
+    def run():
+        Replay(find_files(tmp_path), Selection(), Target.parse(distributor.url, None), Listener()).run(2)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert distributor.accepted == dict.fromkeys(names, 1)
+    assert names_in(tmp_path / "dead-letters") == []
+
+
+# ---- a replay that does not end well
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from fastdist import replay
+from fastdist.deadletters import Selection, find_files
+from fastdist.posting import Target
+
+class Killer:
+    count = 0
+    def begin(self, letters): pass
+    def note(self, text): pass
+    def refused(self, letter, answer): pass
+    def replayed(self):
+        self.count += 1
+        if self.count == int(sys.argv[3]):
+            os.kill(os.getpid(), 9)
+
+target = Target.parse(sys.argv[2], None)
+replay.Replay(find_files(Path(sys.argv[1])), Selection(), target, Killer()).run(4)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 30, 75])
+def test_killed_it_has_lost_nothing_and_repeats_no_more_than_what_was_under_way(tmp_path, distributor, run, after):
+    names = [f"p-{i}" for i in range(80)]
+    path = fill(tmp_path, names[:40])
+    fill(tmp_path, names[40:])
+    distributor.script["p-0"] = [problem(400, "no")]
+    dead = subprocess.run([sys.executable, "-c", KILLED, tmp_path, distributor.url, str(after)], check=False)
+    assert dead.returncode == -9
+    known = {name for name in ids(tmp_path) if name}
+    assert set(names) - known <= set(distributor.accepted)
+    summary = run(tmp_path)
+    assert summary.left == 1
+    assert ids(tmp_path) == ["p-0"]
+    assert set(distributor.accepted) == set(names[1:])
+    assert sum(distributor.accepted.values()) <= 79 + 4
+    assert names_in(path.parent) == [path.name]
+
+
+def test_a_journal_whose_last_entry_is_torn_is_gone_on_with(tmp_path, distributor, run):
+    path = fill(tmp_path, "abc")
+    offsets = [line.offset for line in read_file(find_files(path)[0])]
+    journal_of(path).write_text(f"\n{offsets[0]} a\nnonsense\n{offsets[1]}")
+    assert ids(path) == ["b", "c"]
+    with HeldFile.hold(path, 0) as held:
+        _, letter = (lines := list(held.lines()))[0], lines[0].letter
+        held.note_replayed(lines[0], letter)
+    assert ids(path) == ["c"]
+    run(tmp_path)
+    assert distributor.accepted == {"c": 1}
+    assert names_in(path.parent) == []
+
+
+def test_a_journal_that_belongs_to_the_file_before_hides_nothing(tmp_path):
+    path = fill(tmp_path, "abc")
+    journal_of(path).write_text("0 z\n17 b\n")
+    assert ids(path) == ["a", "b", "c"]
+
+
+def test_what_killed_ones_left_of_files_that_are_gone_is_cleared_away(tmp_path, run):
+    path = fill(tmp_path, "a")
+    folder = path.parent
+    for name in ("gone.ndjson.replayed", "gone.ndjson.tmp", path.name + ".tmp", "mine.txt"):
+        (folder / name).write_text("x")
+    run(tmp_path)
+    assert names_in(folder) == ["mine.txt"]
+
+
+def test_a_file_that_cannot_be_rewritten_is_kept_and_its_progress_too(tmp_path, distributor, run, monkeypatch):
+    path = fill(tmp_path, "abc")
+    before = path.read_bytes()
+    distributor.script["b"] = [problem(400, "no")]
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(replay.os, "fsync", full)
+        summary = run(tmp_path)
+    assert "cannot rewrite" in summary.stopped
+    assert "No space left on device" in summary.stopped
+    assert path.read_bytes() == before
+    assert ids(path) == ["b"]
+    assert names_in(path.parent) == [path.name, path.name + ".replayed"]
+    assert run(tmp_path).left == 1
+    assert distributor.accepted == {"a": 1, "c": 1}
+    assert names_in(path.parent) == [path.name]
+
+
+def test_it_stops_when_progress_cannot_be_noted(tmp_path, distributor, run, monkeypatch):
+    fill(tmp_path, "abc")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(HeldFile, "note_replayed", full)
+    summary = run(tmp_path, connections=1)
+    assert "cannot note what was replayed" in summary.stopped
+    assert sum(distributor.accepted.values()) == 1
+
+
+def test_a_fault_in_a_thread_is_not_swallowed(tmp_path, run, events):
+    fill(tmp_path, "abc")
+
+    def fault():
+        raise RuntimeError("a bug")
+
+    events.replayed = fault
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tmp_path)
+
+
+def test_ctrl_c_ends_it_in_good_order(tmp_path, distributor, run):
+    names = [f"p-{i}" for i in range(50)]
+    path = fill(tmp_path, names)
+    asked = threading.Event()
+
+    def interrupt():
+        if len(distributor.requests) == 10 and not asked.is_set():
+            asked.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        if asked.is_set():
+            time.sleep(0.05)
+
+    distributor.before_answer = interrupt
+    summary = run(tmp_path)
+    assert summary.stopped == "interrupted"
+    assert 0 < summary.left < 50
+    assert names_in(path.parent) == [path.name]
+    assert set(names) - set(ids(tmp_path)) == set(distributor.accepted)
+    distributor.before_answer = None
+    assert run(tmp_path).left == 0
+    assert distributor.accepted == dict.fromkeys(names, 1)
+
+
+# ---- purging
+
+
+def test_purge_removes_what_is_selected_and_keeps_the_rest(tmp_path):
+    fill(tmp_path, "ab", reason="refused")
+    path = fill(tmp_path, "cd", reason="shutdown")
+    with path.open("ab") as file:
+        file.write(b"{torn")
+    assert replay.purge(find_files(tmp_path), Selection(reason="shutdown"), print) == (2, 0)
+    assert ids(tmp_path) == ["a", "b", None]
+    assert replay.purge(find_files(tmp_path), Selection(reason="unreadable"), print) == (1, 0)
+    assert ids(tmp_path) == ["a", "b"]
+    assert replay.purge(find_files(tmp_path), Selection(), print) == (2, 0)
+    assert names_in(tmp_path / "dead-letters") == []
+
+
+def test_purge_by_age(tmp_path):
+    path = tmp_path / "a.ndjson"
+    old = WHOLE.replace(b'"x"', b'"old"')
+    new = old.replace(b"old", b"new").replace(b"2026-01-02", datetime.now(UTC).strftime("%Y-%m-%d").encode())
+    path.write_bytes(b"unreadable\n" + old + b"\n" + new.replace(b"03:04:05Z", b"23:59:59Z") + b"\n")
+    until = datetime(2026, 1, 3, tzinfo=UTC)
+    assert replay.purge(find_files(path), Selection(until=until), print) == (1, 0)
+    assert ids(path) == [None, "new"]
+    os.utime(path, (0, 0))
+    assert replay.purge(find_files(path), Selection(until=until), print) == (1, 0)
+    assert ids(path) == ["new"]
+
+
+def test_purge_skips_what_a_worker_writes_to_and_what_came_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "LOCK_PATIENCE", 0.05)
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    files = find_files(tmp_path)
+    notes = []
+    assert replay.purge(files, Selection(), notes.append) == (0, 1)
+    assert "skipped" in notes[0]
+    letters.write(packet("b"), "refused", "A1", 400, None)
+    letters.close()
+    assert replay.purge(files, Selection(), notes.append) == (1, 0)
+    assert ids(tmp_path) == ["b"]
+
+
+def test_purge_does_not_count_what_was_replayed(tmp_path):
+    path = fill(tmp_path, "ab")
+    journal_of(path).write_text("0 a\n")
+    assert replay.purge(find_files(tmp_path), Selection(), print) == (1, 0)
+    assert names_in(path.parent) == []
+
+
+def test_census(tmp_path):
+    path = fill(tmp_path, "ab", body=b"12345")
+    with path.open("ab") as file:
+        file.write(b"{torn")
+    census = replay.count(find_files(tmp_path), Selection())
+    assert (census.lines, census.letters, census.size) == (3, 2, 15)
+    assert census.oldest < datetime.now(UTC)
+    assert replay.count(find_files(tmp_path), Selection(reason="exhausted")).oldest is None
+
+
+# ---- what a distributor says
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [(None, None), ("0", 0.0), ("17", 17.0), ("9" * 400, 1e9), ("soon", None), ("-1", None)]
+)
+def test_retry_after(text, seconds):
+    assert posting._seconds(text) == seconds
+
+
+def test_retry_after_as_a_date():
+    when = datetime.now(UTC) + timedelta(seconds=100)
+    assert 50 < posting._seconds(format_datetime(when, usegmt=True)) < 101
+    assert posting._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:3000", "ftp://a", "http://user:secret@a", "http://a:99999"])
+def test_a_url_that_is_none(url):
+    with pytest.raises(ValueError, match="must"):
+        Target.parse(url, None)
+
+
+def test_a_token_that_would_break_the_head():
+    with pytest.raises(ValueError, match="visible ASCII") as caught:
+        Target.parse("http://a", "secret\r\nX: y")
+    assert "secret" not in str(caught.value)
+
+
+def test_https_is_spoken_where_the_url_says_so():
+    sender = posting.Sender(Target.parse("https://a", None))
+    assert type(sender._connection).__name__ == "HTTPSConnection"
+
+
+def test_a_letter_needs_exactly_one_body():
+    now = datetime.now(UTC)
+    with pytest.raises(ValueError, match="one body"):
+        Letter(id="a", reason="r", accepted_at=now, dead_lettered_at=now)
+    with pytest.raises(ValueError, match="one body"):
+        Letter(id="a", reason="r", accepted_at=now, dead_lettered_at=now, body="", body_base64=b"")
