@@ -146,7 +146,9 @@ class Fastdist(Contestant):
             for i, port in enumerate(self.analyzers.ports)
         )
         config = self.folder / "fastdist.toml"
-        config.write_text(f'[server]\nhost = "127.0.0.1"\nport = {self.port}\n[queue]\npath = "{self.folder}/data"\n{analyzers}')
+        config.write_text(
+            f'[server]\nhost = "127.0.0.1"\nport = {self.port}\n[queue]\npath = "{self.folder}/data"\n{analyzers}'
+        )
         variables = [f"FASTDIST_{name}={value}" for name, value in self.settings.items()]
         return ["env", *variables, sys.executable, "-m", "fastdist", "serve", "--config", str(config)]
 

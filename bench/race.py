@@ -130,7 +130,8 @@ def race(work: Work, analyzers: Analyzers, folder: Path, rounds: int, seconds: i
 def machine() -> dict[str, str]:
     """Return what the figures were measured on."""
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "?",
     )
     return {
         "cores": str(os.cpu_count()),

@@ -60,11 +60,13 @@ def parse_override(analyzer: str, body: bytes) -> Action:
     weight, state = document.get("weight"), document.get("state")
     if "weight" in document and not _is_weight(weight):
         errors.append({"pointer": "/weight", "detail": "must be a number >= 0"})
-    if "state" in document and state not in STATES:
+    if "state" in document and not (isinstance(state, str) and state in STATES):
         errors.append({"pointer": "/state", "detail": 'must be "draining" or "online"'})
     if errors:
         raise BadChangeError(422, "the analyzer cannot be changed like that", errors)
-    return Action("override", analyzer, None if weight is None else float(weight), STATES.get(state))
+    return Action(
+        "override", analyzer, None if weight is None else float(weight), STATES[state] if "state" in document else None
+    )
 
 
 def _is_weight(value: object) -> bool:

@@ -10,12 +10,20 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from fastdist import logs
-from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
+from fastdist._core.ring import FORMAT_VERSION, PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
+
+ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
+HEADER_COPIES = (0, 32768)  # offsets in the file
+HEADER_MAGIC = b"fdring\r\n"
+LARGEST = 1 << 44  # bytes; beyond that a header is not believed
+HEADER_START = struct.Struct("=8sIIq")  # magic, version, checksum, capacity
 
 log = logs.get()
 
@@ -35,21 +43,39 @@ class QueueFolder:
         self._lock = -1
 
     def lock(self) -> None:
-        """Make the folder ours, creating it if need be. Raises StartError when another fastdist has it."""
+        """Make the folder ours, creating it if need be. Raises StartError when another fastdist has it.
+
+        The lock is shared with the workers (``held``), and so held until the last of them has ended: two processes
+        must never write one ring. Those of a supervisor that was killed are waited for.
+        """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 32, 0).decode("latin-1").strip() or "unknown"
-            text = (
-                f"the queue in {self.path} is in use by a running fastdist (pid {holder}); give each its own queue.path"
-            )
-            raise StartError(text) from None
+            end = time.monotonic() + ENDING
+            while not self._try_lock():
+                holder = os.pread(self._lock, 32, 0).decode("latin-1").strip()
+                if _is_alive(holder) or time.monotonic() > end:
+                    raise StartError(
+                        f"the queue in {self.path} is in use by a running fastdist (pid {holder or 'unknown'}); "
+                        "give each its own queue.path"
+                    )
+                time.sleep(0.02)
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
         except OSError as error:
             raise StartError(f"cannot use {self.path} for the queue: {error.strerror}") from error
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The descriptors that workers only have to keep open."""
+        return (self._lock,) if self._lock >= 0 else ()
 
     def has_rings(self) -> bool:
         """Whether there are rings of an earlier run."""
@@ -67,51 +93,105 @@ class QueueFolder:
     def rings(self, workers: int, capacity: int) -> list[int]:
         """Return the workers' rings as open files: those that are there and fit, new ones otherwise."""
         capacity = round_capacity(capacity)
-        for path in sorted(self.path.glob("ring-*.fdq")):
-            self._keep_or_move(path, workers, capacity)
+        self._sort_out([f"ring-{index}.fdq" for index in range(workers)], capacity)
         rings = []
         for index in range(workers):
             path = self.path / f"ring-{index}.fdq"
-            new = not path.exists()
-            fd = os.open(path.with_suffix(".new") if new else path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if new:
-                _make(fd, capacity, str(path))
-                path.with_suffix(".new").rename(path)
-            else:
-                _allocate(fd, capacity, str(path))
+            if not path.exists():
+                _make_file(path, capacity)
+            fd = _open(path)
+            _allocate(fd, capacity, str(path))
             rings.append(fd)
         _sync_folder(self.path)
         return rings
 
-    def _keep_or_move(self, path: Path, workers: int, capacity: int) -> None:
-        """Leave a ring where it is if worker and capacity fit; else have it adopted, or set it aside."""
-        try:
-            with path.open("rb") as file:
-                ring = PacketRing(file.fileno(), private=True)
-        except RingError as error:
-            if "newer version" in str(error):
-                raise StartError(f"{path}: {error}; it is left as it is") from error
-            aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
-            path.rename(aside)
-            log.error(
-                "a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), reason=str(error)
-            )
-            return
-        except OSError as error:
-            raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
-        index = path.stem.removeprefix("ring-")
-        if not (index.isdigit() and int(index) < workers and ring.capacity == capacity):
-            path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}.fdq"))
+    def retire_all(self) -> None:
+        """Have every ring adopted (none of the workers' rings is a file now)."""
+        self._sort_out([], 0)
+
+    def _sort_out(self, wanted: list[str], capacity: int) -> None:
+        """Leave rings where they are if name and capacity fit; have others adopted, set aside what cannot be read.
+
+        Nothing is touched while there is one that only a newer version can read.
+        """
+        found = {path: _look_at(path) for path in sorted(self.path.glob("*.fdq"))}
+        for path, ring in found.items():
+            if isinstance(ring, str):
+                aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+                path.rename(aside)
+                log.error("a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), why=ring)
+            elif not path.name.startswith("adopt-") and not (path.name in wanted and ring.capacity == capacity):
+                path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}.fdq"))
 
     def old_rings(self) -> list[OldRing]:
         """Return what is to be adopted."""
-        paths = sorted(self.path.glob("adopt-*.fdq"))
-        return [OldRing(os.open(path, os.O_RDWR | os.O_CLOEXEC), str(path)) for path in paths]
+        return [OldRing(_open(path), str(path)) for path in sorted(self.path.glob("adopt-*.fdq"))]
 
-    def retire_all(self) -> None:
-        """Have every ring adopted (none of the workers' rings is a file now)."""
-        for path in sorted(self.path.glob("ring-*.fdq")):
-            self._keep_or_move(path, 0, 0)
+
+def _is_alive(pid: str) -> bool:
+    """Whether there is such a process, as far as one can tell."""
+    if not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _look_at(path: Path) -> PacketRing | str:
+    """Return a private view of a ring, or what is wrong with the file. Raises StartError where that is not ours to fix.
+
+    A file that was cut short is made whole again, with zeros: what is left of it can then be recovered.
+    """
+    try:
+        with path.open("rb") as file:
+            _lengthen(path, file.fileno())
+            return PacketRing(file.fileno(), private=True)
+    except RingError as error:
+        if "newer version" in str(error):
+            raise StartError(f"{path}: {error}; it is left as it is") from error
+        return str(error)
+    except OSError as error:
+        raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
+
+
+def _lengthen(path: Path, fd: int) -> None:
+    """Give a file the length its header speaks of."""
+    size = os.fstat(fd).st_size
+    for offset in HEADER_COPIES:
+        start = os.pread(fd, HEADER_START.size, offset)
+        if len(start) < HEADER_START.size:
+            continue
+        magic, version, _, capacity = HEADER_START.unpack(start)
+        known = magic == HEADER_MAGIC and version == FORMAT_VERSION
+        if known and capacity == round_capacity(capacity) <= LARGEST and size < file_size(capacity):
+            log.warning("a queue file was cut short", file=str(path), bytes=size, wanted=file_size(capacity))
+            os.truncate(path, file_size(capacity))
+            return
+
+
+def _make_file(path: Path, capacity: int) -> None:
+    """Make a ring beside its place, then put it there: whatever has its name is whole."""
+    beside = path.with_suffix(".new")
+    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        _make(fd, capacity, str(path))
+        beside.rename(path)
+    except StartError:
+        beside.unlink()  # what was allocated is needed by others
+        raise
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
 
 
 def _make(fd: int, capacity: int, what: str) -> None:

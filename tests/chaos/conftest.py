@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from experiment import LONG, Experiment, Verdict, table
 
 VERDICTS = pytest.StashKey[list[Verdict]]()

@@ -9,7 +9,6 @@ import time
 
 import psutil
 import pytest
-
 from experiment import BATCHES, DELIVERY, form, in_flight, wait_for_restarts
 from support import wait_until
 

@@ -13,19 +13,22 @@ import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from support import BODY, WEIGHTS, Emitter, get_json, request, wait_until
+from support import BODY, WEIGHTS, Distributor, Emitter, Mocks, get_json, request, running, wait_until
 
 CHANGING = ("uptimeSeconds", "rates", "workers")  # between two requests, without a packet
 PERCENTILES = ("p50", "p90", "p99", "p999", "max")
 
 
-def worker_that_serves(connection, pids):
-    """Return the pid of the process at the other end of an open connection."""
-    ours = connection.sock.getsockname()
-    for pid in pids:
-        if any(each.raddr == ours for each in psutil.Process(pid).net_connections("tcp")):
-            return pid
-    return None
+def connection_to(port, pid):
+    """Return an open connection that this worker serves."""
+    for _ in range(200):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        if any(each.raddr == connection.sock.getsockname() for each in psutil.Process(pid).net_connections("tcp")):
+            return connection
+        connection.close()
+    raise AssertionError(f"of 200 connections none came to worker {pid}")
 
 
 def samples_of(text, parse=text_string_to_metric_families):
@@ -37,41 +40,36 @@ def samples_of(text, parse=text_string_to_metric_families):
     }
 
 
-@pytest.fixture
-def busy(mocks, serve):
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory):
     """A distributor at rest that has seen traffic of every kind; what it must say of it is known."""
-    fastdist = serve(mocks)
-    Emitter(fastdist.port, connections=16).send(2000)
-    assert fastdist.post(b"{")[0] == 400
-    assert fastdist.post(b'{"emitterId":"e","messages":[]}')[0] == 400
-    assert request(fastdist.port, "POST", "/logs", BODY, {"Content-Type": "text/plain"})[0] == 415
-    mocks.set_all(status=400)
-    assert [fastdist.post()[0] for _ in range(5)] == [202] * 5
-    fastdist.wait_at_rest()
-    mocks.set_all(status=None)
-    fastdist.stats_at_rest = fastdist.wait_at_rest()
-    return fastdist
+    mocks = Mocks()
+    with running(mocks):
+        fastdist = Distributor(tmp_path_factory.mktemp("busy"), mocks)
+        with running(fastdist):
+            Emitter(fastdist.port, connections=16).send(2000)
+            assert fastdist.post(b"{")[0] == 400
+            assert fastdist.post(b'{"emitterId":"e","messages":[]}')[0] == 400
+            assert request(fastdist.port, "POST", "/logs", BODY, {"Content-Type": "text/plain"})[0] == 415
+            fastdist.wait_at_rest()
+            mocks.set_all(status=400)
+            assert [fastdist.post()[0] for _ in range(5)] == [202] * 5
+            fastdist.stats_at_rest = fastdist.wait_at_rest()
+            yield fastdist
+            assert fastdist.wait_at_rest()["packets"] == fastdist.stats_at_rest["packets"], "looking changes nothing"
 
 
 def test_every_worker_says_the_same(busy):
-    pids = busy.worker_pids()
-    said: dict[int, list[dict]] = {}
-    connections = []
-    for _ in range(60):
-        connection = http.client.HTTPConnection("127.0.0.1", busy.port, timeout=20)
-        connections.append(connection)
+    said = []
+    for pid in busy.worker_pids():
+        connection = connection_to(busy.port, pid)
         documents = {}
         for path in ("/stats", "/queue", "/analyzers", "/health"):
             connection.request("GET", path)
             documents[path] = json.loads(connection.getresponse().read())
-        said.setdefault(worker_that_serves(connection, pids), []).append(documents)
-        if len(said) == 2 and len(connections) > 10:
-            break
-    for connection in connections:
         connection.close()
-    assert said.keys() == set(pids), "each worker was asked"
-    everything = [documents for each in said.values() for documents in each]
-    for documents in everything:
+        said.append(documents)
+    for documents in said:
         for key in CHANGING:
             documents["/stats"].pop(key)
         for key in ("drainRatePerSecond", "estimatedDrainSeconds"):
@@ -80,7 +78,7 @@ def test_every_worker_says_the_same(busy):
         for row in documents["/analyzers"]["analyzers"]:
             row.pop("health")
             row.pop("connections")
-    assert all(documents == everything[0] for documents in everything)
+    assert said[0] == said[1]
 
 
 def test_stats_tell_what_was_done(busy):
@@ -136,8 +134,12 @@ def test_workers_are_measured(busy):
     assert {row["restarts"] for row in rows} == {0}
     for row in rows:
         assert row["rssBytes"] == pytest.approx(psutil.Process(row["pid"]).memory_info().rss, rel=0.5)
-    emitter = Emitter(busy.port).start()
-    wait_until(lambda: all(row["cpuPercent"] > 0 for row in busy.stats()["workers"]), "processor time is measured")
+
+
+def test_the_use_of_processors_is_measured(mocks, serve):
+    fastdist = serve(mocks)
+    emitter = Emitter(fastdist.port).start()
+    wait_until(lambda: all(row["cpuPercent"] > 0 for row in fastdist.stats()["workers"]), "processor time is measured")
     emitter.stop()
 
 
@@ -214,12 +216,18 @@ def test_health_tells_what_is_missing(mocks, serve):
     assert request(fastdist.port, "GET", "/ready")[0] == 200, "packets are still taken"
     mocks.set_all(unhealthy=False)
     wait_until(lambda: health()["status"] == "ok", "all are there again")
-    for _ in range(3):  # so that the back-off leaves time to look
-        pid = fastdist.worker_pids()[0]
-        os.kill(pid, signal.SIGKILL)
-        found = wait_until(lambda: h if (h := health())["status"] == "degraded" else None, "a worker is missing")
-        assert found["workers"] == {"running": 1, "configured": 2}
-        wait_until(lambda: health()["status"] == "ok", "a successor is there")
+    victim, survivor = fastdist.worker_pids()
+    connection = connection_to(fastdist.port, survivor)
+    os.kill(victim, signal.SIGKILL)
+
+    def seen_by_the_survivor():
+        connection.request("GET", "/health")
+        return json.loads(connection.getresponse().read())
+
+    found = wait_until(lambda: h if (h := seen_by_the_survivor())["status"] == "degraded" else None, "a worker is gone")
+    assert found["workers"] == {"running": 1, "configured": 2}
+    wait_until(lambda: seen_by_the_survivor()["status"] == "ok", "a successor is there")
+    connection.close()
 
 
 def test_the_queue_can_be_watched(mocks, serve):

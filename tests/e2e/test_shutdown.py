@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the queue drains, what cannot drain becomes dead letters, and nobody is left without an answer."""
+"""SIGTERM and SIGINT: the queue drains, and what cannot drain in time becomes dead letters."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_packets_of_a_worker_that_is_down_at_the_end_are_not_forgotten(mocks, se
     assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
 
 
-def test_a_signal_while_it_starts_ends_it(mocks, run, tmp_path):
+def test_a_signal_while_it_starts_ends_it(run, tmp_path):
     config = tmp_path / "fastdist.toml"
     config.write_text(f'[server]\nport = 0\nworkers = 2\n[queue]\ndurability = "memory"\npath = "{tmp_path}/data"\n')
     for delay in (0.3, 0.4, 0.5, 0.6, 0.7):

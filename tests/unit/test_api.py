@@ -117,7 +117,7 @@ def test_the_query_is_no_part_of_the_path(api):
 
 
 def test_the_server_as_a_whole(api):
-    assert ask(api, "OPTIONS", "*") == Response(204, b"", b"Allow: GET, HEAD, POST, OPTIONS\r\n")
+    assert ask(api, "OPTIONS", "*") == Response(204, b"", b"Allow: GET, HEAD, POST, PATCH, DELETE, OPTIONS\r\n")
     assert_problem(ask(api, "CONNECT", "example.com:443"), 405)
 
 

@@ -1,0 +1,185 @@
+"""Who may change a running service, what they may ask for, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastdist.admin import BadChangeError, has_token, is_loopback, parse_override
+from fastdist.changes import Changes
+from fastdist.config import Analyzer, Config
+from fastdist.control import Action
+from fastdist.errors import ConfigError
+from fastdist.shared import AnalyzerWord, SharedBlock
+
+
+def analyzers(*weights: float, port: int = 4000) -> tuple[Analyzer, ...]:
+    return tuple(
+        Analyzer(id=f"A{n}", endpoint=f"http://127.0.0.1:{port + n}/analyze", weight=weight)
+        for n, weight in enumerate(weights, 1)
+    )
+
+
+@pytest.fixture
+def block():
+    return SharedBlock.create(2, 8)
+
+
+def changes(block, folder, *weights: float) -> Changes:
+    made = Changes(Config(analyzers=analyzers(*weights)), block, folder)
+    made.begin()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.3.4.5", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("10.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2001:db8::1", False),
+        ("", False),
+        ("localhost", False),
+    ],
+)
+def test_loopback_addresses(address, local):
+    assert is_loopback(address) is local
+
+
+@pytest.mark.parametrize(
+    ("authorization", "known"),
+    [
+        ("Bearer one", True),
+        ("bearer two", True),
+        ("BEARER   two  ", True),
+        ("Bearer three", False),
+        ("Bearer", False),
+        ("Bearer ", False),
+        ("Basic one", False),
+        ("one", False),
+        ("", False),
+        (None, False),
+        ("Bearer ö", False),
+    ],
+)
+def test_tokens(authorization, known):
+    assert has_token(authorization, ["one", "two"]) is known
+
+
+@pytest.mark.parametrize(
+    ("body", "action"),
+    [
+        (b'{"weight": 0.2}', Action("override", "A1", 0.2, None)),
+        (b'{"weight": 0}', Action("override", "A1", 0.0, None)),
+        (b'{"state": "draining"}', Action("override", "A1", None, True)),
+        (b'{"state": "online", "weight": 3}', Action("override", "A1", 3.0, False)),
+    ],
+)
+def test_changes_that_can_be_asked_for(body, action):
+    assert parse_override("A1", body) == action
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "pointers"),
+    [
+        (b"", 400, []),
+        (b"{", 400, []),
+        (b'{"state": "\xff"}', 400, []),
+        (b"[]", 422, []),
+        (b"{}", 422, []),
+        (b'{"weight": -1}', 422, ["/weight"]),
+        (b'{"weight": "1"}', 422, ["/weight"]),
+        (b'{"weight": null}', 422, ["/weight"]),
+        (b'{"weight": true}', 422, ["/weight"]),
+        (b'{"weight": 1e999}', 400, []),
+        (b'{"state": "offline"}', 422, ["/state"]),
+        (b'{"state": null}', 422, ["/state"]),
+        (b'{"state": ["online"]}', 422, ["/state"]),
+        (b'{"state": {}}', 422, ["/state"]),
+        (b'{"wait/~": 1, "weight": 1}', 422, ["/wait~1~0"]),
+    ],
+)
+def test_changes_that_make_no_sense(body, status, pointers):
+    with pytest.raises(BadChangeError) as error:
+        parse_override("A1", body)
+    assert error.value.status == status
+    assert [fault["pointer"] for fault in error.value.errors] == pointers
+
+
+def test_an_override_is_in_force_kept_and_taken_back(block, tmp_path):
+    it = changes(block, tmp_path / "queue", 1, 1)
+    epoch = block.analyzers.epoch
+    assert it.apply(Action("override", "A1", 5.0, None)) == (200, None)
+    assert it.apply(Action("override", "A1", None, True)) == (200, None)
+    assert block.analyzers.epoch > epoch
+    assert block.analyzers.weight(0) == 5.0
+    assert block.analyzers.get(0, AnalyzerWord.DRAINING) == 1
+    assert json.loads((tmp_path / "queue" / "overrides.json").read_text()) == {"A1": {"weight": 5.0, "draining": True}}
+
+    later = SharedBlock.create(2, 8)
+    again = changes(later, tmp_path / "queue", 1, 1)
+    assert later.analyzers.weight(0) == 5.0
+    assert later.analyzers.get(0, AnalyzerWord.WEIGHT_OVERRIDDEN) == 1
+    assert again.apply(Action("override", "A1", None, False)) == (200, None)
+    assert later.analyzers.get(0, AnalyzerWord.DRAINING) == 0
+    assert again.apply(Action("clear", "A1")) == (200, None)
+    assert later.analyzers.weight(0) == 1.0
+    assert json.loads((tmp_path / "queue" / "overrides.json").read_text()) == {}
+
+
+def test_somebody_has_to_be_left(block, tmp_path):
+    it = changes(block, tmp_path, 1, 0)
+    assert it.apply(Action("override", "A2", None, True))[0] == 200
+    assert it.apply(Action("override", "A1", None, True))[0] == 422
+    assert it.apply(Action("override", "A1", 0.0, None))[0] == 422
+    assert it.apply(Action("clear", "A2"))[0] == 200
+    assert it.apply(Action("override", "A1", None, True))[0] == 200  # A2 has weight 0: it is for need, and this is need
+    assert it.apply(Action("override", "A9", 1.0, None))[0] == 404
+
+
+def test_an_override_that_cannot_be_stored_is_not_in_force(block, tmp_path):
+    (tmp_path / "file").write_text("")
+    it = changes(block, tmp_path / "file", 1, 1)
+    status, why = it.apply(Action("override", "A1", 5.0, None))
+    assert status == 503
+    assert "cannot be stored" in str(why)
+    assert block.analyzers.weight(0) == 1.0
+
+
+def test_a_damaged_file_of_overrides_is_passed_over(block, tmp_path):
+    (tmp_path / "overrides.json").write_text('{"A1": {"weight": ')
+    changes(block, tmp_path, 1, 1)
+    assert block.analyzers.weight(0) == 1.0
+
+
+def test_reload_adds_removes_and_brings_back(block, tmp_path):
+    it = changes(block, tmp_path, 1, 2, 3)
+    it.apply(Action("override", "A3", 9.0, None))
+    assert it.take_over(Config(analyzers=analyzers(1, 2))) == []
+    assert block.analyzers.get(2, AnalyzerWord.IN_USE) == 0
+    assert it.slots_in_use() == {"A1": 0, "A2": 1}
+    assert it.take_over(Config(analyzers=analyzers(4, 2, 3))) == []
+    assert it.slots_in_use() == {"A1": 0, "A2": 1, "A3": 2}
+    assert block.analyzers.weight(0) == 4.0
+    assert block.analyzers.weight(2) == 9.0  # an override outlives its analyzer's absence
+
+
+def test_another_endpoint_is_another_server(block, tmp_path):
+    it = changes(block, tmp_path, 1, 1)
+    assert block.analyzers.go_offline(0)
+    it.take_over(Config(analyzers=analyzers(1, 1)))
+    assert not block.analyzers.is_online(0)
+    it.take_over(Config(analyzers=analyzers(1, 1, port=5000)))
+    assert block.analyzers.is_online(0)
+
+
+def test_more_analyzers_than_slots(block, tmp_path):
+    it = changes(block, tmp_path, 1)
+    it.take_over(Config(analyzers=analyzers(*[1] * 8)))
+    with pytest.raises(ConfigError, match="needs a restart"):
+        it.take_over(Config(analyzers=analyzers(*[1] * 9)))
+    assert len(it.slots_in_use()) == 8
