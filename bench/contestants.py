@@ -12,7 +12,10 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 HERE = Path(__file__).parent
 WEIGHTS = (10, 40, 20, 30)
@@ -138,7 +141,7 @@ class Fastdist(Contestant):
 
     name = "fastdist"
     queues = True
-    settings: dict[str, str] = {}
+    settings: Mapping[str, str] = {}
 
     def command(self) -> list[str]:
         analyzers = "".join(

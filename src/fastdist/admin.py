@@ -64,9 +64,7 @@ def parse_override(analyzer: str, body: bytes) -> Action:
         errors.append({"pointer": "/state", "detail": 'must be "draining" or "online"'})
     if errors:
         raise BadChangeError(422, "the analyzer cannot be changed like that", errors)
-    return Action(
-        "override", analyzer, None if weight is None else float(weight), STATES[state] if "state" in document else None
-    )
+    return Action("override", analyzer, None if weight is None else float(weight), STATES.get(str(state)))
 
 
 def _is_weight(value: object) -> bool:
