@@ -78,7 +78,7 @@ def get_json(port: int, path: str) -> Any:
 class Process:
     """A child in a session of its own, whose output is kept."""
 
-    def __init__(self, command: list[str], **environment: str) -> None:
+    def __init__(self, command: list[str], cwd: Path = ROOT, **environment: str) -> None:
         env = {name: value for name, value in os.environ.items() if not name.startswith("FASTDIST_")}
         env.pop("PORT", None)
         env.pop("WORKER_COUNT", None)
@@ -86,7 +86,7 @@ class Process:
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            cwd=ROOT,
+            cwd=cwd,
             env=env | environment,
             start_new_session=True,
             text=True,

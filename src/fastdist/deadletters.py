@@ -127,6 +127,9 @@ class DeadLetters:
                 sync_folder(self._folder)
         except OSError:
             os.close(fd)
+            for name in (hidden, path):  # or there would be one more for every try
+                with contextlib.suppress(OSError):
+                    name.unlink(missing_ok=True)
             raise
         self._fd, self._path, self._size = fd, path, 0
 

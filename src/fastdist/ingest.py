@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from fastdist.control import Action
 
 JSON = b"Content-Type: application/json\r\n"
-UNREADABLE = ("malformed", "head_too_large")  # counted although nobody knows what the request was
+UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
 RETRY_SOON = b"Retry-After: 1\r\n"
 
 
 class Waiting:
     """An emitter that waits for its packet's delivery (``Prefer: wait``)."""
 
-    __slots__ = ("answer", "close", "members", "timer")
+    __slots__ = ("answer", "members", "timer")
 
-    def __init__(self, answer: Answer, members: dict[str, object], timer: asyncio.TimerHandle, *, close: bool) -> None:
-        self.answer, self.members, self.timer, self.close = answer, members, timer, close
+    def __init__(self, answer: Answer, members: dict[str, object], timer: asyncio.TimerHandle) -> None:
+        self.answer, self.members, self.timer = answer, members, timer
 
 
 class Emitters:
@@ -65,22 +65,21 @@ class Emitters:
         if analyzer is None:
             detail = f"packet {waiting.members['packetId']} could not be delivered and is now among the dead letters"
             response = problem(502, detail)
-            self._complete(waiting, response)
         else:
             body = orjson.dumps({"status": "delivered", **waiting.members, "analyzer": analyzer})
-            self._complete(waiting, Response(status=200, body=body, headers=JSON))
+            response = Response(status=200, body=body, headers=JSON)
+        waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
 
     def wait_over(self, sequence: int) -> None:
         """Answer 202: the packet is safe, but was not delivered in the time the emitter was prepared to wait."""
         waiting = self.waiting.pop(sequence)
         body = orjson.dumps({"status": "accepted", **waiting.members})
-        self._complete(waiting, Response(status=202, body=body, headers=JSON))
+        response = Response(status=202, body=body, headers=JSON)
+        waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
 
-    def _complete(self, waiting: Waiting, response: Response) -> None:
-        data = self.intake.compose(
-            response.status, reason(response.status), response.headers, response.body, close=waiting.close
-        )
-        waiting.answer.complete_after_sync(data)
+
+def _bytes(answer: Answer, response: Response) -> bytes:
+    return answer.compose(response.status, reason(response.status), response.headers, response.body)
 
 
 class IngestProtocol(IngestBase, asyncio.Protocol):
@@ -88,7 +87,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def __init__(self, intake: Intake, emitters: Emitters) -> None:  # noqa: ARG002  (intake is taken by __cinit__)
         self.emitters = emitters
-        self.shut_down = False
+        self.half_closed = self.shut_down = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection in, unless there are too many."""
@@ -113,6 +112,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Let answers under way still leave; a request cut short gets none."""
         if self.answers is None:
             return False
+        self.half_closed = True
         self.end()
         return True
 
@@ -121,7 +121,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if self.shut_down:
             return
         self.shut_down = True
-        if lingering and self.transport.can_write_eof():
+        if lingering and not self.half_closed and self.transport.can_write_eof():
             self.transport.write_eof()
         else:
             self.transport.close()
@@ -149,16 +149,8 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         response = self.emitters.api.respond(method, target, head, body, self.address)
         if isinstance(response, Response):
             return self._compose(response)
-        answer, close = self.promise(), not self.keep_alive
-
-        def done(response: Response) -> None:
-            answer.complete(
-                self.intake.compose(
-                    response.status, reason(response.status), response.headers, response.body, close=close
-                )
-            )
-
-        self.emitters.carry_out(response, done)
+        answer = self.promise()
+        self.emitters.carry_out(response, lambda response: answer.complete(_bytes(answer, response)))
         return None
 
     def refuse(self, status: int, counter: str, detail: str, close: bool) -> bytes:  # noqa: FBT001
@@ -218,4 +210,4 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if messages is not None:
             members["messages"] = messages
         timer = asyncio.get_running_loop().call_later(seconds, self.emitters.wait_over, sequence)
-        self.emitters.waiting[sequence] = Waiting(answer, members, timer, close=not self.keep_alive)
+        self.emitters.waiting[sequence] = Waiting(answer, members, timer)

@@ -87,6 +87,7 @@ class Keeper:
         self.block, self.settings, self.heard, self.hopeless = block, settings, heard, hopeless
         self.places: list[Place] = []
         self.roster: Mapping[str, int] = {}  # analyzer id -> slot
+        self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
         self.stopping = False
         self.all_ready = asyncio.Event()
         self._listeners: set[asyncio.Task[None]] = set()
@@ -132,6 +133,7 @@ class Keeper:
             theirs.fileno(),
             self.settings,
             *old_rings.values(),
+            *self.held,
         )
         words = self.block.worker(place.index)
         words[WorkerWord.HEARTBEAT_NS] = 0

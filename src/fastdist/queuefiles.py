@@ -7,23 +7,24 @@ without an intact header cannot be read, for its salt is gone; it is set aside f
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
 import secrets
-import struct
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from fastdist import logs
-from fastdist._core.ring import FORMAT_VERSION, PacketRing, RingError, file_size, round_capacity
+from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
 
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
-HEADER_COPIES = (0, 32768)  # offsets in the file
-HEADER_MAGIC = b"fdring\r\n"
-LARGEST = 1 << 44  # bytes; beyond that a header is not believed
-HEADER_START = struct.Struct("=8sIIq")  # magic, version, checksum, capacity
+
+_CUT_SHORT = re.compile(r"shorter than the (\d+) bytes")  # what the ring says of a file whose header is sound
 
 log = logs.get()
 
@@ -54,16 +55,17 @@ class QueueFolder:
             end = time.monotonic() + ENDING
             while not self._try_lock():
                 holder = os.pread(self._lock, 32, 0).decode("latin-1").strip()
-                if _is_alive(holder) or time.monotonic() > end:
-                    raise StartError(
-                        f"the queue in {self.path} is in use by a running fastdist (pid {holder or 'unknown'}); "
-                        "give each its own queue.path"
-                    )
+                if _is_alive(holder):
+                    who = f"a running fastdist (pid {holder}); give each its own queue.path"
+                    raise StartError(f"the queue in {self.path} is in use by {who}")
+                if time.monotonic() > end:
+                    who = f"workers of a fastdist that is gone (pid {holder or 'unknown'}); they do not end"
+                    raise StartError(f"the queue in {self.path} is in use by {who}")
                 time.sleep(0.02)
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
         except OSError as error:
             raise StartError(f"cannot use {self.path} for the queue: {error.strerror}") from error
+        with contextlib.suppress(OSError):  # on a full disk: it is only for people
+            os.pwrite(self._lock, f"{os.getpid():<16}".encode(), 0)
 
     def _try_lock(self) -> bool:
         try:
@@ -100,7 +102,7 @@ class QueueFolder:
             if not path.exists():
                 _make_file(path, capacity)
             fd = _open(path)
-            _allocate(fd, capacity, str(path))
+            _allocate(fd, file_size(capacity), str(path))
             rings.append(fd)
         _sync_folder(self.path)
         return rings
@@ -125,52 +127,42 @@ class QueueFolder:
 
     def old_rings(self) -> list[OldRing]:
         """Return what is to be adopted."""
-        return [OldRing(_open(path), str(path)) for path in sorted(self.path.glob("adopt-*.fdq"))]
+        rings = [OldRing(_open(path), str(path)) for path in sorted(self.path.glob("adopt-*.fdq"))]
+        for fd, path in rings:
+            _allocate(fd, os.fstat(fd).st_size, path)  # there may be holes where it was cut, or copied
+        return rings
 
 
 def _is_alive(pid: str) -> bool:
-    """Whether there is such a process, as far as one can tell."""
-    if not pid.isdecimal():
-        return False
+    """Whether there is such a process."""
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, OverflowError):
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except (ValueError, psutil.Error):
         return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _look_at(path: Path) -> PacketRing | str:
     """Return a private view of a ring, or what is wrong with the file. Raises StartError where that is not ours to fix.
 
-    A file that was cut short is made whole again, with zeros: what is left of it can then be recovered.
+    A file that was cut short is given its length again: what is left of it can then be recovered.
     """
     try:
         with path.open("rb") as file:
-            _lengthen(path, file.fileno())
-            return PacketRing(file.fileno(), private=True)
+            try:
+                return PacketRing(file.fileno(), private=True)
+            except RingError as error:
+                cut = _CUT_SHORT.search(str(error))
+                if cut is None:
+                    raise
+                log.warning("a queue file was cut short", file=str(path), bytes=os.fstat(file.fileno()).st_size)
+                os.truncate(path, file_size(int(cut[1])))
+                return PacketRing(file.fileno(), private=True)
     except RingError as error:
         if "newer version" in str(error):
             raise StartError(f"{path}: {error}; it is left as it is") from error
         return str(error)
     except OSError as error:
         raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
-
-
-def _lengthen(path: Path, fd: int) -> None:
-    """Give a file the length its header speaks of."""
-    size = os.fstat(fd).st_size
-    for offset in HEADER_COPIES:
-        start = os.pread(fd, HEADER_START.size, offset)
-        if len(start) < HEADER_START.size:
-            continue
-        magic, version, _, capacity = HEADER_START.unpack(start)
-        known = magic == HEADER_MAGIC and version == FORMAT_VERSION
-        if known and capacity == round_capacity(capacity) <= LARGEST and size < file_size(capacity):
-            log.warning("a queue file was cut short", file=str(path), bytes=size, wanted=file_size(capacity))
-            os.truncate(path, file_size(capacity))
-            return
 
 
 def _make_file(path: Path, capacity: int) -> None:
@@ -195,14 +187,16 @@ def _open(path: Path) -> int:
 
 
 def _make(fd: int, capacity: int, what: str) -> None:
-    _allocate(fd, capacity, what)
-    PacketRing(fd, capacity)
-    os.fsync(fd)
+    _allocate(fd, file_size(capacity), what)
+    try:
+        PacketRing(fd, capacity)
+        os.fsync(fd)
+    except OSError as error:
+        raise StartError(f"cannot make the queue ({what}): {error.strerror}") from error
 
 
-def _allocate(fd: int, capacity: int, what: str) -> None:
+def _allocate(fd: int, size: int, what: str) -> None:
     """Have all of the file's space for certain: a full disk is to be met here, not in the middle of a write."""
-    size = file_size(capacity)
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
@@ -237,12 +231,11 @@ class Adoption:
         return self.ring.undone - len(self._copied)
 
     def step(self, target: PacketRing, most: int) -> tuple[int, list[int]]:
-        """Copy up to ``most`` packets; return how many were, and handles of packets too large for ``target``."""
-        if self._copied and target.synced_position >= self._position:
-            for handle in self._copied:
-                self.ring.done(handle)
-            self._copied.clear()
-        if self._copied:
+        """Copy up to ``most`` packets; return how many were, and handles of packets too large for ``target``.
+
+        What is copied and not yet synced is copied again after a kill: ``most`` is how many may be sent twice then.
+        """
+        if not self.settle(target):
             return 0, []
         oversized = []
         while len(self._copied) < most and target.undone_bytes < target.capacity // 2 and (handle := self.ring.claim()):
@@ -256,6 +249,15 @@ class Adoption:
                 self._copied.append(handle)
         self._position = target.tail_position
         return len(self._copied), oversized
+
+    def settle(self, target: PacketRing) -> bool:
+        """Let go of what was copied, if the copies are synced; say whether that is so."""
+        if target.synced_position < self._position:
+            return False
+        for handle in self._copied:
+            self.ring.done(handle)
+        self._copied.clear()
+        return True
 
     @property
     def finished(self) -> bool:

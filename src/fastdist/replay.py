@@ -130,11 +130,11 @@ class HeldFile:
 
     def note_replayed(self, line: Line, letter: Letter) -> None:
         """Note that a letter is safe elsewhere: from now on it is no longer in this file. Raises OSError."""
+        self._replayed.add((line.offset, letter.id))
         if self._journal < 0:
             self._journal = self._create(journal_of(self.path), os.O_APPEND)
             os.write(self._journal, b"\n")  # the last entry may have been torn
         os.write(self._journal, f"{line.offset} {letter.id}\n".encode())
-        self._replayed.add((line.offset, letter.id))
 
     def rewrite(self, gone: Container[int] = ()) -> None:
         """Have a file without the lines at these offsets, and without what was replayed; none if nothing is left.
@@ -328,11 +328,11 @@ class Replay:
             self._last_success = time.monotonic()
             self.summary.replayed += 1
             self.summary.left -= 1
-            self.events.replayed()
             try:
                 held.note_replayed(line, letter)
             except OSError as error:
                 self._stop_now(f"cannot note what was replayed of {held.path}: {error.strerror}")
+            self.events.replayed()
         elif answer.status in WRONG_DOOR or answer.status < 400:  # noqa: PLR2004  (redirections are not followed)
             self._stop_now(f"{self.target.url} answers {answer.text}; {answer.advice}")
         else:

@@ -8,6 +8,7 @@ one task acts on it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 BACKLOG = 4096
 WATCH = 0.1  # seconds between looks at workers and analyzers
 DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connections and those to analyzers
+PORT_PATIENCE = 1.0  # seconds that whoever has our port gets to let go of it
 APPLIED = 5.0  # seconds workers have to say that they have taken over new settings
 
 log = logs.get()
@@ -76,6 +78,7 @@ class Supervisor:
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.time_ns(), os.getpid()
         rings = self._open_rings()
         old_rings = self.folder.old_rings() if self.folder.has_rings() else []
+        self.keeper.held = self.folder.held
         self.changes.begin()
         self._write_settings()
         for index, listener in enumerate(self._listen()):
@@ -126,11 +129,7 @@ class Supervisor:
         try:
             info = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             family, _, _, _, address = info
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                # SO_REUSEPORT would let us share the port with another instance: find out first that nobody has it.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                port = probe.getsockname()[1]
+            port = _free_port(family, address)
             for _ in range(self.workers):
                 listener = socket.socket(family, socket.SOCK_STREAM)
                 listeners.append(listener)
@@ -312,6 +311,25 @@ class Supervisor:
             self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
             self.keeper.measure()
             await asyncio.sleep(1.0)
+
+
+def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int:
+    """Return the port of ``address`` (any free one for 0), once nobody has it. Raises OSError.
+
+    SO_REUSEPORT would let us share it with another instance. Workers whose supervisor was killed still let go of it.
+    """
+    end = time.monotonic() + PORT_PATIENCE
+    while True:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                    raise
+            else:
+                return int(probe.getsockname()[1])
+        time.sleep(0.05)
 
 
 def serve(loaded: Loaded) -> int:

@@ -25,7 +25,7 @@ log = logs.get()
 
 
 class Syncer:
-    """Syncs ``ring``, mapped from ``fd``. ``on_synced(position)`` and ``on_failed(error)`` are called in the event loop."""
+    """Syncs ``ring``, mapped from ``fd``; ``on_synced(position)`` or ``on_failed(error)`` tells, in the event loop."""
 
     def __init__(
         self, ring: PacketRing, fd: int, on_synced: Callable[[int], None], on_failed: Callable[[OSError], None]
@@ -95,7 +95,12 @@ class Syncer:
         """Sync once more, here and now, and end the thread."""
         self._closed = True
         self._thread.shutdown(wait=True)
+        if self.failing:
+            self.ring.write_again()
+        position = self.ring.tail_position
         try:
             os.fdatasync(self.fd)
         except OSError as error:
             log.error("the last sync of the queue failed", error=str(error))
+        else:
+            self.ring.mark_synced(position)

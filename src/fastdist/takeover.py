@@ -55,5 +55,7 @@ def _count_the_delivered(undone: int, counters: Counters) -> None:
     gone = counters.get("accepted") + counters.get("recovered") - undone
     gone -= sum(counters.get(reason) for reason in DEAD_LETTERS)
     uncounted = gone - sum(counters.get_of(slot, "delivered") for slot in slots)
-    if uncounted:  # all of one request, the one that was being settled
+    if uncounted > 0:  # all of one request, the one that was being settled
         counters.add_to(max(0, counters.get("settling") - 1), "delivered", uncounted)
+    else:  # copied from an old ring, and not let go of there: they will be copied once more
+        counters.add("recovered", -uncounted)

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from fastdist.config import Analyzer
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
-ADOPTED_A_TICK = 2000  # packets of an old ring that are moved in one tick
+LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
+ADOPTION_RETRY_NS = 1_000_000_000
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
 log = logs.get()
@@ -107,7 +108,8 @@ class Worker:
         self.emitters.intake = self.intake
         self.tls = tls.server_context(self.config.security)
         self._put_in_force()
-        self._next_sweep = self._next_sync = 0
+        self._next_sweep = self._next_sync = self._next_adoption = 0
+        self._cannot_bury = False  # packets of old rings that have to be dead letters
         self._stopped = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
@@ -234,6 +236,8 @@ class Worker:
         self.publish()
         if self.syncer is not None:
             self.syncer.close()
+        for adoption in self.adoptions:
+            adoption.settle(self.ring)
         self._stopped.set()
 
     def _stop_delivering(self) -> None:
@@ -266,7 +270,7 @@ class Worker:
         now = time.monotonic_ns()
         self.words[WorkerWord.HEARTBEAT_NS] = now
         self.dispatcher.tick(now)
-        if self.adoptions:
+        if self.adoptions and now >= self._next_adoption:
             self._adopt()
         if self.syncer is not None and now >= self._next_sync:
             self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
@@ -284,16 +288,15 @@ class Worker:
             connection.check(now_ns)
 
     def _adopt(self) -> None:
-        """Move some packets of old rings into this worker's own."""
+        """Move packets of old rings into this worker's own: at a time, as many as may be in flight."""
+        delivery = self.config.delivery
+        requests = delivery.connections * delivery.pipeline * len(self.roster)
+        most = max(LEAST_ADOPTED, requests * (delivery.batch_packets if delivery.mode == "batch" else 1))
         for adoption in list(self.adoptions):
-            moved, oversized = adoption.step(self.ring, ADOPTED_A_TICK)
+            moved, oversized = adoption.step(self.ring, most)
             self.counters.add("adopted", moved)
-            for handle in oversized:
-                self.dead_letters.write(
-                    adoption.ring.packet(handle), "oversized", None, None, "larger than the queue takes now"
-                )
-                adoption.ring.done(handle)
-                self.counters.add("oversized")
+            if oversized:
+                self._bury_oversized(adoption, oversized)
             if moved:
                 if self.syncer is not None:
                     self.syncer.want()
@@ -302,6 +305,24 @@ class Worker:
                 log.info("an old ring was taken over whole and is deleted", ring=adoption.old.path)
                 adoption.delete()
                 self.adoptions.remove(adoption)
+
+    def _bury_oversized(self, adoption: Adoption, handles: list[int]) -> None:
+        """Write packets to the dead letters that are too large for the queue as it is now."""
+        reason = "larger than the queue takes now"
+        for at, handle in enumerate(handles):
+            try:
+                self.dead_letters.write(adoption.ring.packet(handle), "oversized", None, None, reason)
+            except OSError as error:
+                if not self._cannot_bury:
+                    log.error("cannot write dead letters; the packets stay queued", error=str(error))
+                self._cannot_bury = True
+                self._next_adoption = time.monotonic_ns() + ADOPTION_RETRY_NS
+                for other in handles[at:]:
+                    adoption.ring.release(other)
+                return
+            adoption.ring.done(handle)
+            self.counters.add("oversized")
+        self._cannot_bury = False
 
     def publish(self) -> None:
         """Put this worker's gauges into its row."""
@@ -313,7 +334,9 @@ class Worker:
         if self.intake.full and ring.undone_bytes < ring.capacity // 2:
             self.intake.full = False
         self.words[WorkerWord.FULL] = int(self.intake.full)
-        self.words[WorkerWord.STORAGE_FAULT] = int(self.dispatcher.storage_failed or self.intake.broken_storage)
+        self.words[WorkerWord.STORAGE_FAULT] = int(
+            self.dispatcher.storage_failed or self.intake.broken_storage or self._cannot_bury
+        )
 
     # ---- what the syncer tells
 
@@ -321,6 +344,8 @@ class Worker:
         self.intake.broken_storage = False
         self.intake.synced(position)
         self.dispatcher.schedule()
+        if self.adoptions and time.monotonic_ns() >= self._next_adoption:
+            self._adopt()
 
     def _sync_failed(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, take back what nobody was told is safe."""

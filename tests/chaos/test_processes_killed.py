@@ -79,8 +79,8 @@ def test_the_supervisor_is_killed_and_started_again_at_once(experiment, durabili
     emitter.wait_for(500)
     # They end in good order: deliveries under way are cut off at most.
     experiment.judge(f"supervisor kill -9 ({durability})", bound=times * in_flight(DELIVERY))
-    # An answer may be cut off by the end of a worker, but not after it.
-    assert len(emitter.unknown) <= times * emitter.connections
+    # Who loses one worker may turn to the other, which ends a moment later.
+    assert len(emitter.unknown) <= 2 * times * emitter.connections
 
 
 def test_workers_end_when_their_supervisor_is_killed(experiment):
@@ -113,11 +113,11 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
         if turn + 1 < len(numbers):
             time.sleep(random.uniform(0, 0.5))
             fastdist.kill_all()
-    bound = sum(in_flight(delivery, workers) for workers in numbers[:-1])
+    # What is being copied from old rings counts as in flight: as many packets again.
+    bound = sum(2 * in_flight(delivery, max(2, workers)) for workers in numbers[:-1])
     verdict = experiment.judge(
         f"everything kill -9 {len(numbers) - 1} times, 2, 1, 3 … workers ({durability}, {delivery.get('mode', 'single')})",
         bound=bound,
     )
     assert verdict.accepted > len(numbers) * 300
-    assert len(emitter.unknown) <= len(numbers) * emitter.connections
     assert not list(experiment.data.glob("adopt-*"))

@@ -265,6 +265,36 @@ def test_nobody_finds_a_new_file_before_its_worker_has_locked_it(tmp_path, monke
     assert seen == [[]]
 
 
+def broken(*_):
+    raise OSError(5, "Input/output error")
+
+
+def test_nothing_is_appended_to_half_a_line_that_cannot_be_taken_back(tmp_path, monkeypatch):
+    letters = DeadLetters(tmp_path, "w0-1", sync=True)
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    with monkeypatch.context() as disk:
+        disk.setattr(deadletters.os, "fdatasync", broken)
+        disk.setattr(deadletters.os, "ftruncate", broken)
+        with pytest.raises(OSError, match="Input/output"):
+            letters.write(packet("b"), "refused", "A1", 400, None)
+    letters.write(packet("c"), "refused", "A1", 400, None)
+    first, second = find_files(tmp_path)
+    assert ids(first.path)[0] == "a"
+    assert ids(second.path) == ["c"]
+
+
+def test_files_that_cannot_be_made_durable_do_not_pile_up(tmp_path, monkeypatch):
+    letters = DeadLetters(tmp_path, "w0-1", sync=True)
+    with monkeypatch.context() as disk:
+        disk.setattr(deadletters.os, "fsync", broken)
+        for _ in range(3):
+            with pytest.raises(OSError, match="Input/output"):
+                letters.write(packet("a"), "refused", "A1", 400, None)
+    assert names_in(tmp_path / "dead-letters") == []
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    assert ids(tmp_path) == ["a"]
+
+
 def test_files_and_folders_are_their_owners_alone(tmp_path, distributor, run):
     path = fill(tmp_path / "queue", "ab")
     distributor.script["b"] = [problem(400, "no")]
@@ -700,14 +730,23 @@ def test_a_file_that_cannot_be_rewritten_is_kept_and_its_progress_too(tmp_path, 
 
 def test_it_stops_when_progress_cannot_be_noted(tmp_path, distributor, run, monkeypatch):
     fill(tmp_path, "abc")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(HeldFile, "note_replayed", full)
-    summary = run(tmp_path, connections=1)
+    with monkeypatch.context() as disk:
+        disk.setattr(HeldFile, "_create", broken)
+        summary = run(tmp_path, connections=1)
     assert "cannot note what was replayed" in summary.stopped
     assert sum(distributor.accepted.values()) == 1
+    assert run(tmp_path).left == 0
+    assert distributor.accepted == {"a": 2, "b": 1, "c": 1}
+
+
+def test_what_could_not_be_noted_is_removed_if_that_is_possible(tmp_path, run, monkeypatch):
+    fill(tmp_path, "abc")
+    with monkeypatch.context() as disk:
+        disk.setattr(replay, "journal_of", lambda path: path.with_name("no folder") / "x")
+        summary = run(tmp_path, connections=1)
+    assert "cannot note what was replayed" in summary.stopped
+    assert summary.left == 2
+    assert ids(tmp_path) == ["b", "c"]
 
 
 def test_a_fault_in_a_thread_is_not_swallowed(tmp_path, run, events):

@@ -25,12 +25,13 @@ cdef struct RequestHead:
     int64_t content_length   # -1: none
     bint chunked
     bint keep_alive
+    bint closes              # Connection: close, whatever else it says
     bint expects_continue
     bint expects_other
     Span content_type
-    Span content_encoding
+    bint encoded             # a Content-Encoding other than identity
     Span key                 # Idempotency-Key
-    Span prefer
+    int64_t wait             # of Prefer, seconds; -1: none
     Span authorization
     Span origin
     int keys                 # how many Idempotency-Key fields there were
@@ -61,10 +62,13 @@ cdef struct Chunked:
     int digits
     int64_t line             # length so far of an extension, or of all trailers
 
+cdef const char *BAD_LINE    # what HEAD_BROKEN means
+
 cdef Py_ssize_t find_head_end(const uchar *p, Py_ssize_t n, Py_ssize_t *scanned, bint strict) noexcept nogil
 cdef void parse_request_head(const uchar *p, Py_ssize_t n, RequestHead *head) noexcept nogil
 cdef bint parse_reply_head(const uchar *p, Py_ssize_t n, ReplyHead *head) noexcept nogil
 cdef void chunked_start(Chunked *c) noexcept nogil
 cdef int chunked_next(Chunked *c, const uchar **at, const uchar *end, Span *piece, int64_t line_limit) noexcept nogil
+cdef int chunked_next_strict(Chunked *c, const uchar **at, const uchar *end, Span *piece, int64_t line_limit) noexcept nogil
 cdef bint same(Span span, const char *lower_case, Py_ssize_t n) noexcept nogil
 cdef Span trim(const uchar *p, const uchar *end) noexcept nogil

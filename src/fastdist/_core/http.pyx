@@ -21,6 +21,8 @@ cdef enum:
 
 cdef unsigned char[256] KINDS
 
+BAD_LINE = <const char *>"a line does not end in CR LF, or holds a control character"
+
 
 cdef void prepare() noexcept:
     cdef int c
@@ -42,9 +44,11 @@ cdef Py_ssize_t find_head_end(const uchar *p, Py_ssize_t n, Py_ssize_t *scanned,
     """Return the length of the head that starts at ``p``, HEAD_INCOMPLETE or (strict only) HEAD_BROKEN.
 
     ``scanned`` is 0 for a new head and belongs to this function between calls: the start of the line it is in. With
-    ``strict`` a line that does not end in CR LF is broken, and so is an unfinished one that holds a control character.
+    ``strict`` a line that does not end in CR LF is broken, and so is an unfinished head that holds a control character:
+    whoever speaks another protocol learns so at once.
     """
-    cdef const uchar *line = p + scanned[0]
+    cdef const uchar *start = p + scanned[0]
+    cdef const uchar *line = start
     cdef const uchar *end = p + n
     cdef const uchar *feed
     while line < end:
@@ -60,12 +64,18 @@ cdef Py_ssize_t find_head_end(const uchar *p, Py_ssize_t n, Py_ssize_t *scanned,
             return feed + 1 - p
         line = feed + 1
     scanned[0] = line - p
-    if strict:
-        while line < end:
-            if unlikely(not KINDS[line[0]] & VALUE) and not (line[0] == c'\r' and line + 1 == end):
-                return HEAD_BROKEN
-            line += 1
-    return HEAD_INCOMPLETE
+    return HEAD_BROKEN if strict and holds_control(start, end) else HEAD_INCOMPLETE
+
+
+cdef bint holds_control(const uchar *p, const uchar *end) noexcept nogil:
+    """Whether there is a control character but HTAB and CR LF; a CR at the end may be half of that."""
+    while p < end:
+        if unlikely(not KINDS[p[0]] & VALUE):
+            if p[0] != c'\r' or (p + 1 < end and p[1] != c'\n'):
+                return True
+            p += 1
+        p += 1
+    return False
 
 
 cdef inline uchar lower(uchar c) noexcept nogil:
@@ -94,12 +104,19 @@ cdef Span trim(const uchar *p, const uchar *end) noexcept nogil:
     return span
 
 
-cdef inline Span element(const uchar **at, const uchar *end) noexcept nogil:
-    """Return the next element of a comma-separated list and step over its comma."""
+cdef Span element(const uchar **at, const uchar *end, uchar separator) noexcept nogil:
+    """Return the next element of a list and step over its separator; one in a quoted string does not count."""
     cdef const uchar *start = at[0]
-    cdef const uchar *comma = <const uchar *>memchr(start, c',', end - start)
-    at[0] = comma + 1 if comma != NULL else end
-    return trim(start, comma if comma != NULL else end)
+    cdef const uchar *p = start
+    cdef bint quoted = False
+    while p < end and (quoted or p[0] != separator):
+        if p[0] == c'"':
+            quoted = not quoted
+        elif quoted and p[0] == c'\\' and p + 1 < end:
+            p += 1
+        p += 1
+    at[0] = p + 1 if p < end else end
+    return trim(start, p)
 
 
 cdef inline void refuse(RequestHead *head, int status, const char *fault) noexcept nogil:
@@ -111,12 +128,18 @@ cdef inline void refuse(RequestHead *head, int status, const char *fault) noexce
 
 cdef void parse_request_head(const uchar *p, Py_ssize_t n, RequestHead *head) noexcept nogil:
     """Fill ``head`` from the ``n`` bytes of a head that ``find_head_end`` (strict) has found whole."""
+    request_head(p, n, head)
+    if unlikely(head.status != 0) and holds_control(p, p + n):
+        head.status, head.fault = 400, BAD_LINE  # of several faults the one that is found also before the head is whole
+
+
+cdef void request_head(const uchar *p, Py_ssize_t n, RequestHead *head) noexcept nogil:
     cdef const uchar *end = p + n - 2  # the empty line
     cdef const uchar *line_end
     cdef const uchar *colon
     cdef int hosts = 0, codings = 0
     memset(head, 0, sizeof(RequestHead))
-    head.content_length = -1
+    head.content_length = head.wait = -1
     line_end = <const uchar *>memchr(p, c'\n', n)
     if not request_line(p, line_end - 1, head):
         return
@@ -134,14 +157,13 @@ cdef void parse_request_head(const uchar *p, Py_ssize_t n, RequestHead *head) no
         if unlikely(head.status != 0):
             return
         p = line_end + 1
+    head.keep_alive = head.keep_alive and not head.closes
     if hosts > 1 or (hosts == 0 and head.minor >= 1):
         refuse(head, 400, "more than one Host header" if hosts else "no Host header")
     elif codings and head.content_length >= 0:
         refuse(head, 400, "both Content-Length and Transfer-Encoding")
     elif codings and head.minor == 0:
         refuse(head, 400, "Transfer-Encoding in HTTP/1.0")
-    elif codings and not head.chunked:
-        refuse(head, 501, "the only transfer coding understood is chunked")
 
 
 cdef bint request_line(const uchar *p, const uchar *end, RequestHead *head) noexcept nogil:
@@ -185,7 +207,8 @@ cdef bint origin_form(RequestHead *head) noexcept nogil:
     """Cut an absolute-form target (RFC 9112, 3.2.2) down to its path; accept a path, and ``*`` for OPTIONS."""
     cdef Span target = head.target
     cdef Span scheme
-    cdef const uchar *slash
+    cdef const uchar *path
+    cdef const uchar *end = target.p + target.n
     if target.p[0] == c'/':
         return True
     if target.n == 1 and target.p[0] == c'*':
@@ -193,21 +216,20 @@ cdef bint origin_form(RequestHead *head) noexcept nogil:
     scheme.p, scheme.n = target.p, 7
     if target.n > 7 and same(scheme, b"http://", 7):
         target.p += 7
-        target.n -= 7
     else:
         scheme.n = 8
         if target.n <= 8 or not same(scheme, b"https://", 8):
             return head.method == OTHER  # CONNECT host:port: answered 405, as any method unknown here
         target.p += 8
-        target.n -= 8
-    if target.p[0] == c'/':
+    path = target.p
+    while path < end and KINDS[path[0]] & HOST:
+        path += 1
+    if path == target.p or (path < end and path[0] != c'/' and path[0] != c'?' and path[0] != c'#'):
         return False
-    slash = <const uchar *>memchr(target.p, c'/', target.n)
-    if slash == NULL:
-        head.target.p, head.target.n = b"/", 1
-    else:
-        head.target.n -= slash - head.target.p
-        head.target.p = slash
+    if path < end and path[0] == c'/':
+        head.target.p, head.target.n = path, end - path
+    else:  # no path: the root, or for OPTIONS the server as a whole (its query is nobody's)
+        head.target.p, head.target.n = b"*" if head.method == OPTIONS else b"/", 1
     return True
 
 
@@ -228,6 +250,7 @@ cdef void request_field(RequestHead *head, const uchar *name_at, Py_ssize_t name
     """Take in one header field whose value stands between ``p`` and ``end``."""
     cdef const uchar *at = p
     cdef Span name, value
+    cdef int option
     while at < end and KINDS[at[0]] & VALUE:
         at += 1
     if unlikely(at < end):
@@ -248,11 +271,13 @@ cdef void request_field(RequestHead *head, const uchar *name_at, Py_ssize_t name
             else:
                 head.expects_other = True
         elif same(name, b"prefer", 6):
-            head.prefer = value
+            read_preferences(value, &head.wait)
         elif same(name, b"origin", 6):
             head.origin = value
     elif name_length == 10 and lower(name_at[0]) == c'c' and same(name, b"connection", 10):
-        read_connection(value, &head.keep_alive)
+        option = connection_option(value)
+        head.keep_alive |= option > 0
+        head.closes |= option < 0
     elif name_length == 12 and lower(name_at[0]) == c'c' and same(name, b"content-type", 12):
         head.content_type = value
     elif name_length == 13 and lower(name_at[0]) == c'a' and same(name, b"authorization", 13):
@@ -263,22 +288,48 @@ cdef void request_field(RequestHead *head, const uchar *name_at, Py_ssize_t name
         head.key = value
         head.keys += 1
     elif name_length == 16 and lower(name_at[0]) == c'c' and same(name, b"content-encoding", 16):
-        head.content_encoding = value
+        head.encoded |= value.n > 0 and not same(value, b"identity", 8)
     elif name_length == 17 and lower(name_at[0]) == c't' and same(name, b"transfer-encoding", 17):
         read_codings(head, value, codings)
 
 
-cdef void read_connection(Span value, bint *keep_alive) noexcept nogil:
+cdef int connection_option(Span value) noexcept nogil:
+    """Return -1 for ``close``, which outdoes the other, 1 for ``keep-alive``, 0 for neither."""
     cdef const uchar *at = value.p
     cdef const uchar *end = value.p + value.n
     cdef Span option
+    cdef int found = 0
     while at < end:
-        option = element(&at, end)
+        option = element(&at, end, c',')
         if same(option, b"close", 5):
-            keep_alive[0] = False
-            return
+            return -1
         if same(option, b"keep-alive", 10):
-            keep_alive[0] = True
+            found = 1
+    return found
+
+
+cdef void read_preferences(Span value, int64_t *wait) noexcept nogil:
+    """Find ``wait=<seconds>`` (RFC 7240). The first one counts, one that is no number does not, nor do parameters."""
+    cdef const uchar *at = value.p
+    cdef const uchar *end = value.p + value.n
+    cdef const uchar *part
+    cdef const uchar *equals
+    cdef Span preference
+    while at < end and wait[0] < 0:
+        preference = element(&at, end, c',')
+        part = preference.p
+        preference = element(&part, preference.p + preference.n, c';')
+        equals = <const uchar *>memchr(preference.p, c'=', preference.n)
+        if equals != NULL and same(trim(preference.p, equals), b"wait", 4):
+            wait[0] = digits(unquoted(trim(equals + 1, preference.p + preference.n)))
+
+
+cdef Span unquoted(Span value) noexcept nogil:
+    """Return what is within double quotes, or the value as it is."""
+    if value.n >= 2 and value.p[0] == c'"' and value.p[value.n - 1] == c'"':
+        value.p += 1
+        value.n -= 2
+    return value
 
 
 cdef int64_t digits(Span value) noexcept nogil:
@@ -307,13 +358,13 @@ cdef void read_codings(RequestHead *head, Span value, int *codings) noexcept nog
     cdef const uchar *at = value.p
     cdef const uchar *end = value.p + value.n
     cdef bint foreign = False
-    if head.chunked or value.n == 0:
-        refuse(head, 400, "chunked is not the last transfer coding" if head.chunked else "an empty Transfer-Encoding")
+    if value.n == 0 or value.p[value.n - 1] == c',':
+        refuse(head, 400, "an empty transfer coding")
     while at < end:
         codings[0] += 1
         if head.chunked:
             refuse(head, 400, "chunked is not the last transfer coding")
-        if same(element(&at, end), b"chunked", 7):
+        if same(element(&at, end, c','), b"chunked", 7):
             head.chunked = True
         else:
             foreign = True
@@ -357,6 +408,7 @@ cdef bint parse_reply_head(const uchar *p, Py_ssize_t n, ReplyHead *head) noexce
 cdef bint reply_field(ReplyHead *head, const uchar *name_at, const uchar *colon, const uchar *end) noexcept nogil:
     cdef Span name, value
     cdef int64_t length
+    cdef int option
     name.p, name.n = name_at, colon - name_at
     if name.n == 14 and same(name, b"content-length", 14):
         length = digits(trim(colon + 1, end))
@@ -364,7 +416,9 @@ cdef bint reply_field(ReplyHead *head, const uchar *name_at, const uchar *colon,
             return False
         head.content_length = length
     elif name.n == 10 and same(name, b"connection", 10):
-        read_connection(trim(colon + 1, end), &head.keep_alive)
+        option = connection_option(trim(colon + 1, end))
+        if option:
+            head.keep_alive = option > 0
     elif name.n == 17 and same(name, b"transfer-encoding", 17):
         value = trim(colon + 1, end)
         head.chunked = value.n >= 7
@@ -384,12 +438,14 @@ cdef bint reply_field(ReplyHead *head, const uchar *name_at, const uchar *colon,
 
 cdef enum:
     SIZE = 0                 # digits of a chunk's size
-    EXTENSION                # what may stand behind it
+    SIZE_SPACE               # between them and an extension
+    EXTENSION                # what may stand behind them
     SIZE_FEED                # the LF of that line
     DATA
     DATA_RETURN              # the CR LF behind the data
     DATA_FEED
     TRAILER                  # start of a trailer line
+    TRAILER_NAME
     TRAILER_LINE
     TRAILER_FEED
     LAST_FEED                # the LF of the empty line
@@ -409,6 +465,16 @@ cdef inline int hex_value(uchar c) noexcept nogil:
 
 cdef int chunked_next(Chunked *c, const uchar **at, const uchar *end, Span *piece, int64_t line_limit) noexcept nogil:
     """Go on at ``at``, moving it; return at the first event (CHUNK_...). Extensions and trailers are read and dropped."""
+    return next_event(c, at, end, piece, line_limit, False)
+
+
+cdef int chunked_next_strict(Chunked *c, const uchar **at, const uchar *end, Span *piece, int64_t line_limit) noexcept nogil:
+    """The same for requests: parsers differ about white space behind a chunk's size, so it is broken."""
+    return next_event(c, at, end, piece, line_limit, True)
+
+
+cdef inline int next_event(Chunked *c, const uchar **at, const uchar *end, Span *piece, int64_t line_limit,
+                           bint strict) noexcept nogil:
     cdef const uchar *p = at[0]
     cdef int event = CHUNK_MORE
     while p < end and event == CHUNK_MORE:
@@ -420,37 +486,38 @@ cdef int chunked_next(Chunked *c, const uchar **at, const uchar *end, Span *piec
                 c.state = DATA_RETURN
             event = CHUNK_DATA
         else:
-            event = chunked_byte(c, p[0], line_limit)
+            event = chunked_byte(c, p[0], line_limit, strict)
             p += 1
     at[0] = p
     return event
 
 
-cdef int chunked_byte(Chunked *c, uchar byte, int64_t line_limit) noexcept nogil:
+cdef int chunked_byte(Chunked *c, uchar byte, int64_t line_limit, bint strict) noexcept nogil:
     """Step over one byte of the framing."""
     cdef int value
-    if c.state == SIZE:
-        value = hex_value(byte)
+    if c.state == SIZE_SPACE or c.state == EXTENSION or c.state >= TRAILER:
+        c.line += 1
+        if c.line > line_limit:
+            return CHUNK_TRAILERS_TOO_LONG
+    if c.state == SIZE or c.state == SIZE_SPACE:
+        value = hex_value(byte) if c.state == SIZE else -1
         if value >= 0:
             c.digits += 1
             c.left = c.left * 16 + value
             return CHUNK_BROKEN if c.digits > 15 else CHUNK_MORE
-        if c.digits == 0:
-            return CHUNK_BROKEN
-        if byte == c';' or byte == c' ' or byte == c'\t':
-            c.state = EXTENSION
-        elif byte == c'\r':
+        if byte == c'\r' and c.digits:
             c.state = SIZE_FEED
+        elif byte == c';' and c.digits:
+            c.state = EXTENSION
+        elif (byte == c' ' or byte == c'\t') and c.digits and not strict:
+            c.state = SIZE_SPACE
         else:
             return CHUNK_BROKEN
     elif c.state == EXTENSION or c.state == TRAILER_LINE:
-        c.line += 1
         if byte == c'\r':
             c.state = SIZE_FEED if c.state == EXTENSION else TRAILER_FEED
         elif not KINDS[byte] & VALUE:
             return CHUNK_BROKEN
-        elif c.line > line_limit:
-            return CHUNK_TRAILERS_TOO_LONG
     elif c.state == SIZE_FEED:
         if byte != c'\n':
             return CHUNK_BROKEN
@@ -464,10 +531,12 @@ cdef int chunked_byte(Chunked *c, uchar byte, int64_t line_limit) noexcept nogil
         if byte != c'\n':
             return CHUNK_BROKEN
         c.state = SIZE
-    elif c.state == TRAILER:
-        if byte == c'\r':
+    elif c.state == TRAILER or c.state == TRAILER_NAME:
+        if KINDS[byte] & TOKEN:
+            c.state = TRAILER_NAME
+        elif byte == c'\r' and c.state == TRAILER:
             c.state = LAST_FEED
-        elif KINDS[byte] & TOKEN:
+        elif byte == c':' and c.state == TRAILER_NAME:
             c.state = TRAILER_LINE
         else:
             return CHUNK_BROKEN

@@ -38,6 +38,8 @@ cdef class Intake:
 cdef class Answer:
     cdef bytes data
     cdef bint ready
+    cdef bint close, head_only, old_client  # what the request asks of its answer; see Intake.compose
+    cdef bytes extra
     cdef int64_t position              # of the ring, that a sync has to reach first; 0: none
     cdef IngestBase connection
 
@@ -52,10 +54,9 @@ cdef class IngestBase:
     cdef bint answered, head_only, old_client
     cdef readonly bint is_log
     cdef readonly bint keep_alive
-    cdef bint was_answered_100
     cdef int64_t body_left, started_ns
     cdef Chunked chunks
-    cdef double wait_seconds           # Prefer: wait; < 0: none
+    cdef int64_t wait_seconds          # Prefer: wait; -1: none
     cdef char[64] key
     cdef int key_length
     cdef bytes extra                   # header lines its answer gets besides the usual
@@ -79,7 +80,6 @@ cdef class IngestBase:
     cdef int begin(self, RequestHead *head, const uchar *p, Py_ssize_t n) except -1
     cdef int begin_log(self, RequestHead *head) except -1
     cdef bint take_key(self, Span value) noexcept
-    cdef bint take_preference(self, Span value) noexcept
     cdef int body_whole(self, const uchar *p, Py_ssize_t n) except -1
     cdef int accept(self, const uchar *p, Py_ssize_t n) except -1
     cdef bint understand(self, const uchar *p, Py_ssize_t n, uint32_t *messages, uint64_t *emitter) except -1
@@ -88,6 +88,7 @@ cdef class IngestBase:
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
     cdef int drop_body(self) noexcept
     cdef int flush(self) except -1
+    cdef finish(self)
     cdef drop_partial(self)
     cdef flush_to_answers(self)
     cdef await_sync(self)

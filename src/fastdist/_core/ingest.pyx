@@ -16,8 +16,8 @@ from fastdist._core.counters cimport (
     ACCEPTED, BYTES_ACCEPTED, INVALID, MALFORMED, MESSAGES_ACCEPTED, Counters, observe,
 )
 from fastdist._core.http cimport (
-    CHUNK_BROKEN, CHUNK_DATA, CHUNK_END, CHUNK_MORE, CHUNK_TRAILERS_TOO_LONG, GET, HEAD, HEAD_BROKEN, HEAD_INCOMPLETE, POST,
-    Chunked, RequestHead, Span, chunked_next, chunked_start, find_head_end, parse_request_head, same, uchar,
+    BAD_LINE, CHUNK_BROKEN, CHUNK_DATA, CHUNK_END, CHUNK_MORE, CHUNK_TRAILERS_TOO_LONG, GET, HEAD, HEAD_BROKEN, HEAD_INCOMPLETE, POST,
+    Chunked, RequestHead, Span, chunked_next_strict, chunked_start, find_head_end, parse_request_head, same, uchar,
 )
 from fastdist._core.limiter cimport RateLimiter
 from fastdist._core.pick cimport GOLDEN
@@ -30,6 +30,7 @@ from email.utils import formatdate
 cdef enum:
     API_BODY = 1 << 20       # the most a request other than POST /logs may carry
     MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
+    LONGEST_WAIT = 86400     # seconds of Prefer: wait
 
 cdef enum State:
     START = 0                # between requests, or in a head
@@ -41,7 +42,9 @@ cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer
 
 VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
 
-cdef bytes SAFETY = b"X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+cdef bytes NOSNIFF = b"X-Content-Type-Options: nosniff\r\n"
+cdef bytes NO_STORE = b"Cache-Control: no-store\r\n"
+cdef bytes SAFETY = NOSNIFF + NO_STORE
 cdef bytes ACCEPTED_HEAD = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\n" + SAFETY + b"Date: "
 cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
 SAFETY_HEADERS = SAFETY
@@ -121,8 +124,8 @@ cdef class Intake:
     def compose(self, int status, str reason, bytes headers, bytes body, *, bint close, bint head_only=False,
                 bint old_client=False):
         """Return a whole answer. ``headers``: lines each ended by CR LF, Content-Type among them."""
-        parts = [b"HTTP/1.1 %d %s\r\n" % (status, reason.encode()), headers, SAFETY if b"Cache-Control" not in headers else b"",
-                 b"Date: ", self.http_date(), b"\r\n"]
+        parts = [b"HTTP/1.1 %d %s\r\n" % (status, reason.encode()), headers, NOSNIFF,
+                 NO_STORE if b"Cache-Control:" not in headers else b"", b"Date: ", self.http_date(), b"\r\n"]
         if status != 204 and status >= 200:
             parts.append(b"Content-Length: %d\r\n" % len(body))
         if close:
@@ -151,7 +154,7 @@ cdef class Intake:
         for connection in connections:
             connection.awaits_sync = False
             for waiting in connection.answers or ():
-                if waiting.position and not waiting.ready:
+                if waiting.position > self.ring.synced and not waiting.ready:
                     waiting.data, waiting.ready = answer, True
             connection.release_ready()
 
@@ -167,12 +170,17 @@ cdef class Answer:
 
     def complete_after_sync(self, bytes data):
         """The answer is known, and true once its packet is synced."""
-        cdef Intake intake = self.connection.intake
-        if self.position and self.position > intake.ring.synced:
-            self.data = data
-            self.connection.await_sync()
-        else:
+        if self.position <= self.connection.intake.ring.synced:
             self.complete(data)
+        elif not self.ready:
+            self.data = data
+
+    def compose(self, int status, str reason, bytes headers, bytes body):
+        """Return the answer's bytes; see ``Intake.compose``."""
+        if self.extra is not None:
+            headers += self.extra
+        return self.connection.intake.compose(status, reason, headers, body, close=self.close,
+                                              head_only=self.head_only, old_client=self.old_client)
 
 
 cdef class IngestBase:
@@ -234,18 +242,21 @@ cdef class IngestBase:
         """Read the head at ``p``; return where it ends, or ``end`` when it is kept until there is more of it."""
         cdef RequestHead head
         cdef Py_ssize_t length
-        if self.head_ns == 0:
+        if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
             # An empty line before a request is to be passed over (RFC 9112, 2.2).
-            if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
-                return p + 2
+            self.head_ns = 0
+            return p + 2
+        if self.head_ns == 0:
             self.head_ns = now
             self.scanned = 0
-            self.is_log = False  # until its head says so
-        length = find_head_end(p, end - p, &self.scanned, True)
+            # Until the head says more.
+            self.is_log = self.answered = self.head_only = False
+            self.extra = None
+        length = find_head_end(p, min(end - p, self.intake.max_header), &self.scanned, True)
         if length == HEAD_BROKEN:
-            self.fault(400, "malformed", "the request is not HTTP: a line does not end in CR LF, or holds a control character")
+            self.fault(400, "malformed", f"the request is not HTTP: {BAD_LINE.decode()}")
             return end
-        if (length or end - p) > self.intake.max_header:
+        if length == HEAD_INCOMPLETE and end - p > self.intake.max_header:
             self.fault(431, "head_too_large", f"the request's head is larger than the {self.intake.max_header} bytes allowed")
             return end
         if length == HEAD_INCOMPLETE:
@@ -257,21 +268,21 @@ cdef class IngestBase:
         self.begin(&head, p, length)
         if self.state == START:  # no body
             self.body_whole(NULL, 0)
-        elif self.state != OVER and self.was_answered_100 == 0 and head.expects_continue and p + length == end and not self.answered:
-            self.was_answered_100 = True
+        elif self.state != OVER and head.expects_continue and p + length == end and not self.answered:
             self.emit(b"HTTP/1.1 100 Continue\r\n\r\n")
         return p + length
 
     cdef int begin(self, RequestHead *head, const uchar *p, Py_ssize_t n) except -1:
         """Act on a parsed head: decide what the request is, whether it may go on, and how its body is read."""
-        self.answered = self.was_answered_100 = False
-        self.extra = None
+        cdef bint keep_alive = head.keep_alive and not self.intake.draining
+        # If it is answered already now: whether the body still comes is the emitter's choice, or it is too long to pass over.
+        cdef bint bodiless = head.expects_continue or head.content_length > self.intake.max_body
+        self.head_only = head.method == HEAD
         if head.status:
             self.fault(head.status, "malformed", f"the request is not HTTP: {head.fault.decode()}")
             return 0
-        self.keep_alive = head.keep_alive and not self.intake.draining
+        self.keep_alive = keep_alive and not bodiless
         self.old_client = head.minor == 0
-        self.head_only = head.method == HEAD
         self.is_log = head.method == POST and head.path.n == 5 and head.path.p[:5] == b"/logs"
         if unlikely(self.intake.shares_origins) and head.origin.n:
             self.extra = self.share_with(head.origin.p[:head.origin.n])
@@ -285,12 +296,12 @@ cdef class IngestBase:
         if self.state == OVER:
             return 0
         if head.expects_other and not self.answered:
-            self.reject(self.refuse(417, "", "the only expectation understood is 100-continue", not self.keep_alive))
-        if self.answered and (head.expects_continue or head.content_length > self.intake.max_body):
-            # Whether the body still comes is the emitter's choice, or it is too long to be passed over.
-            self.keep_alive = False
+            self.reject(self.refuse(417, "invalid", "the only expectation understood is 100-continue", not self.keep_alive))
+        if self.answered and bodiless:
             self.end()
-        elif head.chunked:
+            return 0
+        self.keep_alive = keep_alive
+        if head.chunked:
             self.state = CHUNKS
             chunked_start(&self.chunks)
         elif head.content_length > 0:
@@ -303,7 +314,7 @@ cdef class IngestBase:
         cdef Intake intake = self.intake
         cdef int64_t wait
         self.key_length = 0
-        self.wait_seconds = -1
+        self.wait_seconds = min(head.wait, LONGEST_WAIT)
         if unlikely(intake.limiter.active):
             wait = intake.limiter.admit(self.client, self.started_ns)
             if wait:
@@ -314,15 +325,13 @@ cdef class IngestBase:
                 return self.reject(answer)
         if unlikely(intake.draining or intake.broken_storage):
             return self.reject(self.not_stored(False))
-        if head.content_encoding.n and not same(head.content_encoding, b"identity", 8):
+        if head.encoded:
             return self.reject(self.refuse(415, "unsupported_media_type", "compressed bodies are not understood", not self.keep_alive))
         if head.content_type.n and not is_json(head.content_type):
             return self.reject(self.refuse(415, "unsupported_media_type", "Content-Type must be application/json", not self.keep_alive))
         if head.keys and (head.keys > 1 or not self.take_key(head.key)):
             return self.reject(self.refuse(400, "invalid", "Idempotency-Key must be one value of 1 to 64 visible ASCII characters "
                                            "other than \" , ; \\, bare or in double quotes", not self.keep_alive))
-        if head.prefer.n and not self.take_preference(head.prefer):
-            self.wait_seconds = -1
         if head.content_length > intake.max_body:
             self.fault(413, "too_large", f"the body is {head.content_length} bytes, more than the {intake.max_body} allowed")
         return 0
@@ -339,32 +348,6 @@ cdef class IngestBase:
                 return False
         memcpy(self.key, value.p, value.n)
         self.key_length = <int>value.n
-        return True
-
-    cdef bint take_preference(self, Span value) noexcept:
-        """Find ``wait=<seconds>`` among the preferences (RFC 7240)."""
-        cdef const uchar *p = value.p
-        cdef const uchar *end = value.p + value.n
-        cdef const uchar *start
-        while p < end:
-            while p < end and (p[0] == c' ' or p[0] == c'\t' or p[0] == c','):
-                p += 1
-            start = p
-            while p < end and p[0] != c',':
-                p += 1
-            if p - start >= 6 and start[:4].lower() == b"wait":
-                start += 4
-                while start < p and (start[0] == c' ' or start[0] == c'\t'):
-                    start += 1
-                if start < p and start[0] == c'=':
-                    return self.take_seconds(start[1:p - start].strip(b' \t"'))
-        return False
-
-    def take_seconds(self, bytes text):
-        """Note how long the emitter is prepared to wait; False if that is no number of seconds."""
-        if not text.isdigit() or len(text) > 9:
-            return False
-        self.wait_seconds = min(float(text), 86400.0)
         return True
 
     # ---- bodies
@@ -392,13 +375,10 @@ cdef class IngestBase:
         cdef Span piece
         cdef int event
         cdef int64_t limit = self.intake.max_body if self.is_log else API_BODY
-        event = chunked_next(&self.chunks, &p, end, &piece, self.intake.max_header)
+        event = chunked_next_strict(&self.chunks, &p, end, &piece, self.intake.max_header)
         if event == CHUNK_DATA:
             if self.body_length + piece.n > limit:
-                if not self.answered:
-                    self.fault(413, "too_large" if self.is_log else "", f"the body is larger than the {limit} bytes allowed")
-                else:
-                    self.end()
+                self.fault(413, "too_large" if self.is_log else "", f"the body is larger than the {limit} bytes allowed")
             elif self.answered:
                 self.body_length += piece.n  # only counted
             else:
@@ -528,6 +508,7 @@ cdef class IngestBase:
             answer = self.promise()
             if intake.answers_after_sync:
                 answer.position = intake.ring.tail
+                self.await_sync()
                 intake.on_sync_wanted()
             self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
                                 messages if intake.validation else None)
@@ -556,10 +537,11 @@ cdef class IngestBase:
                                    head_only=self.head_only, old_client=self.old_client)
 
     def fault(self, int status, str counter, str detail):
-        """Answer with an error and read no further on this connection."""
+        """Answer with an error, if the request has no answer yet, and read no further on this connection."""
         self.keep_alive = False
-        self.answered = True
-        self.emit(self.refuse(status, counter, detail, True))
+        if not self.answered:
+            self.answered = True
+            self.emit(self.refuse(status, counter, detail, True))
         self.end()
 
     def reject(self, bytes answer):
@@ -589,7 +571,8 @@ cdef class IngestBase:
         """Return an ``Answer`` that holds the present request's place until it is completed."""
         cdef Answer answer = Answer.__new__(Answer)
         self.flush_to_answers()
-        answer.connection = self
+        answer.connection, answer.extra = self, self.extra
+        answer.close, answer.head_only, answer.old_client = not self.keep_alive, self.head_only, self.old_client
         if self.answers is None:
             self.answers = []
         self.answers.append(answer)
@@ -619,8 +602,13 @@ cdef class IngestBase:
         if self.answers is not None:
             self.release_ready()
         elif self.state == OVER:
-            self.shut(self.closing)
+            self.finish()
         return 0
+
+    cdef finish(self):
+        """Everything is written; what may take a while from now on is that it is read."""
+        self.moved_ns = mono_ns()
+        self.shut(self.closing)
 
     cdef await_sync(self):
         if not self.awaits_sync:
@@ -632,12 +620,10 @@ cdef class IngestBase:
         cdef Answer answer
         cdef bint all_of_them = True
         for answer in self.answers or ():
-            if answer.ready or answer.position == 0 or answer.data is None:
-                continue
-            if answer.position <= position:
+            if answer.position > position:
+                all_of_them = all_of_them and answer.ready
+            elif answer.position and answer.data is not None:
                 answer.ready = True
-            else:
-                all_of_them = False
         self.release_ready()
         return all_of_them
 
@@ -658,7 +644,7 @@ cdef class IngestBase:
         if not self.answers:
             self.answers = None
             if self.state == OVER and self.transport is not None:
-                self.shut(self.closing)
+                self.finish()
         self.balance_input()
 
     def balance_input(self):
@@ -679,7 +665,7 @@ cdef class IngestBase:
 
     def resume_writing(self):
         """The emitter reads its answers again."""
-        self.output_paused, self.paused_ns = False, 0
+        self.output_paused, self.paused_ns, self.moved_ns = False, 0, mono_ns()
         self.balance_input()
 
     def idle(self):
@@ -692,7 +678,7 @@ cdef class IngestBase:
         if self.paused_ns and now - self.paused_ns > intake.body_timeout:
             return "answers"
         if self.state == OVER:
-            return "end" if self.answers is None and now - self.moved_ns > LINGER else ""
+            return "end" if self.answers is None and not self.output_paused and now - self.moved_ns > LINGER else ""
         if self.answers is not None or self.input_paused:
             return ""
         if self.state != START:

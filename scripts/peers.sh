@@ -1,0 +1,49 @@
+#!/bin/sh
+# Install the programs that only some tests and benchmarks need: other load generators, and the servers fastdist is
+# compared with. They are Debian packages; elsewhere, or without the right to install, those tests are skipped.
+set -u
+
+missing=
+for pair in wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy; do
+	program=${pair%%:*}
+	# Servers are in sbin, which is not on everybody's path.
+	PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing="$missing ${pair#*:}"
+done
+if [ -z "$missing" ]; then
+	echo "peers: wrk, ab, nginx and haproxy are there; nothing to do"
+	exit 0
+fi
+
+if ! command -v apt-get >/dev/null; then
+	echo "peers: missing:$missing; this is no Debian, install them by other means" >&2
+	exit 1
+fi
+as_root=
+if [ "$(id -u)" != 0 ]; then
+	if ! sudo -n true 2>/dev/null; then
+		echo "peers: missing:$missing; installing needs root, or sudo without a password" >&2
+		exit 1
+	fi
+	as_root=sudo
+fi
+
+echo "peers: installing$missing"
+log=$(mktemp)
+# Installed, not started: the tests start servers of their own. A machine with such a file keeps the one it has.
+policy=/usr/sbin/policy-rc.d
+[ -e "$policy" ] && policy=
+if [ -n "$policy" ]; then
+	printf "#!/bin/sh\nexit 101\n" | $as_root tee "$policy" >/dev/null && $as_root chmod 755 "$policy"
+fi
+if $as_root apt-get -qq update >"$log" 2>&1 &&
+	$as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing >>"$log" 2>&1; then
+	status=0
+	echo "peers: done"
+else
+	status=1
+	tail -n 5 "$log" >&2
+	echo "peers: could not be installed; tests that need them are skipped" >&2
+fi
+[ -z "$policy" ] || $as_root rm -f "$policy"
+rm -f "$log"
+exit $status

@@ -1,0 +1,399 @@
+"""HTTP's traps: whatever two parsers might read differently is refused and ends the connection, the rest is read right."""
+
+from __future__ import annotations
+
+import pytest
+from ingest_harness import BODY, Service, chunk, head, keyed, post, post_chunked
+
+BROKEN_LINE = "a line does not end in CR LF, or holds a control character"
+NOT_A_NAME = "a header name is not a token followed by a colon"
+NOT_A_LENGTH = "Content-Length is not a number"
+NOT_LAST = "chunked is not the last transfer coding"
+BAD_VERSION = "the request line does not end with an HTTP version"
+BAD_TARGET = "the target is neither a path, a URL nor *"
+NO_TARGET = "the request line has no target"
+NO_METHOD = "the request line does not start with a method and a space"
+BAD_CODING = "the only transfer coding understood is chunked"
+BAD_CHUNKS = "its chunks are broken"
+CONTROLS = [*range(9), *range(10, 32), 127]
+
+
+@pytest.fixture(scope="module")
+def service():
+    return Service()
+
+
+def assert_refused(service, data, detail, status=400):
+    """What is sent is answered like this, brings no packet, and is the last that is read on its connection."""
+    before = service.rejected.get("malformed", 0)
+    connection = service.ask(keyed("before") + data, keyed("after"))
+    first, answer = connection.answers()
+    assert first.id == "before"
+    assert answer.status == status
+    assert answer.json["detail"] == f"the request is not HTTP: {detail}"
+    assert answer.closes
+    assert connection.transport.half_closed  # closed for good when the emitter has had time to read the answer
+    assert not connection.transport.closed
+    assert service.rejected["malformed"] == before + 1
+    assert [packet.id for packet in service.packets()] == ["before"]
+    connection.lose()
+
+
+def assert_read(service, data, bodies=(BODY,)):
+    """What is sent is packets with these bodies, and so is what follows."""
+    connection = service.ask(data + post(b'{"emitterId":"next","messages":[{"message":""}]}'))
+    assert connection.statuses == [202] * (len(bodies) + 1)
+    *stored, last = service.bodies()
+    assert stored == list(bodies)
+    assert b"next" in last
+    assert connection.open
+    connection.lose()
+
+
+# ---- length and coding
+
+LENGTH = f"Content-Length: {len(BODY)}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "detail"),
+    [
+        ([LENGTH, "Transfer-Encoding: chunked"], 400, "both Content-Length and Transfer-Encoding"),
+        (["Transfer-Encoding: chunked", LENGTH], 400, "both Content-Length and Transfer-Encoding"),
+        (["Content-Length: 0", "Transfer-Encoding: chunked"], 400, "both Content-Length and Transfer-Encoding"),
+        ([LENGTH, LENGTH], 400, "more than one Content-Length"),
+        ([LENGTH, "content-length: 3"], 400, "more than one Content-Length"),
+        (["Content-Length: 0", LENGTH], 400, "more than one Content-Length"),
+        *[
+            ([f"Content-Length:{value}"], 400, NOT_A_LENGTH)
+            for value in ("", " ", " 5, 5", "5,", ",5", "+5", "-5", "-0", "0x5", "5 5", "1 0", "5.0", "5e1", "\xb2", "5;")
+        ],
+        (["Transfer-Encoding: chunked, chunked"], 400, NOT_LAST),
+        (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 400, NOT_LAST),
+        (["Transfer-Encoding: chunked, gzip"], 400, NOT_LAST),
+        (["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], 400, NOT_LAST),
+        (["Transfer-Encoding: chunked", "Transfer-Encoding:"], 400, "an empty transfer coding"),
+        (["Transfer-Encoding:"], 400, "an empty transfer coding"),
+        (["Transfer-Encoding: chunked,"], 400, "an empty transfer coding"),
+        (["Transfer-Encoding: ,"], 400, "an empty transfer coding"),
+        (["Transfer-Encoding: gzip, chunked"], 501, BAD_CODING),
+        (["Transfer-Encoding: , chunked"], 501, BAD_CODING),
+        *[
+            ([f"Transfer-Encoding: {value}"], 400, BAD_CODING)
+            for value in ("identity", "gzip", "xchunked", "chunkedx", "chunked;q=1", '"chunked"', "chunked chunked", "chunk")
+        ],
+        (["Transfer-Encoding: gzip", "Transfer-Encoding: chunked"], 400, BAD_CODING),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else "",
+)
+def test_lengths_and_codings_that_are_refused(service, lines, status, detail):
+    assert_refused(service, head("POST /logs", *lines) + chunk(BODY) + b"0\r\n\r\n", detail, status)
+
+
+def test_a_coding_in_http_1_0_is_refused(service):
+    before = head("POST /logs HTTP/1.0", "Connection: keep-alive", "Transfer-Encoding: chunked")
+    assert_refused(service, before + chunk(BODY) + b"0\r\n\r\n", "Transfer-Encoding in HTTP/1.0")
+
+
+@pytest.mark.parametrize("value", [f"000{len(BODY)}", f"\t {len(BODY)} \t"])
+def test_lengths_that_are_read(service, value):
+    assert_read(service, head("POST /logs", f"Content-Length:{value}") + BODY)
+
+
+@pytest.mark.parametrize("value", ["chunked", "CHUNKED", "Chunked", " \tchunked "])
+def test_codings_that_are_read(service, value):
+    assert_read(service, head("POST /logs", f"Transfer-Encoding:{value}") + chunk(BODY) + b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("value", ["9" * 18, "9" * 19, "9223372036854775808", "18446744073709551616", "9" * 400])
+def test_lengths_beyond_all_bounds_are_too_large_and_wrap_around_nothing(service, value):
+    connection = service.ask(head("POST /logs", f"Content-Length: {value}"), BODY)
+    assert connection.answer().status == 413
+    assert connection.transport.half_closed
+    assert not service.ring.undone
+
+
+# ---- lines
+
+
+@pytest.mark.parametrize("byte", CONTROLS)
+@pytest.mark.parametrize("place", ["value", "start of a value", "name", "target", "method", "version", "host"])
+def test_a_control_character_anywhere_in_a_head_is_refused(service, place, byte):
+    control = chr(byte)
+    data = {
+        "value": head("POST /logs", f"X: a{control}b"),
+        "start of a value": head("POST /logs", f"X:{control}"),
+        "name": head("POST /logs", f"X{control}Y: a"),
+        "target": head(f"POST /lo{control}gs HTTP/1.1"),
+        "method": head(f"PO{control}ST /logs HTTP/1.1"),
+        "version": head(f"POST /logs HTTP/1.1{control}"),
+        "host": head("POST /logs", host=f"a{control}b"),
+    }[place]
+    assert_refused(service, data, BROKEN_LINE)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"POST /logs HTTP/1.1\nHost: x\r\n\r\n",
+        b"POST /logs HTTP/1.1\r\nHost: x\n\r\n",
+        b"POST /logs HTTP/1.1\r\nHost: x\r\nA: b\nContent-Length: 5\r\n\r\n",
+        b"POST /logs HTTP/1.1\r\nHost: x\r\n\n",
+        b"POST /logs HTTP/1.1\nHost: x\n\n",
+        b"POST /logs HTTP/1.1\rHost: x\r\r",
+        b"POST /logs HTTP/1.1\r\nHost: x\r\n\rPOST",
+        b"POST /logs HTTP/1.1\r\nHost: x\r\nA: b\r\r\n\r\n",
+        b"POST /logs HTTP/1.1\r\r\nHost: x\r\n\r\n",
+        b"POST /logs HTTP/1.1\r\nHost: x\r\r\n\r\n",
+        b"\nPOST /logs HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\rPOST /logs HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\r\n\nPOST /logs HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # a TLS client: no line ever ends
+        b"\x00",
+    ],
+)
+def test_bare_cr_and_bare_lf_are_refused(service, data):
+    assert_refused(service, data, BROKEN_LINE)
+
+
+@pytest.mark.parametrize(
+    ("lines", "detail"),
+    [
+        (["A: b", " c"], "a folded header line"),
+        (["A: b", "\tc"], "a folded header line"),
+        (["Content-Length : 5"], NOT_A_NAME),
+        (["Content-Length\t: 5"], NOT_A_NAME),
+        (["Transfer-Encoding : chunked"], NOT_A_NAME),
+        ([": a"], NOT_A_NAME),
+        (["A"], NOT_A_NAME),
+        (["A b: c"], NOT_A_NAME),
+        *[([f"A{character}: c"], NOT_A_NAME) for character in '"(),/;<=>?@[\\]{}\x80\xe9\xff'],
+    ],
+)
+def test_header_lines_that_are_none(service, lines, detail):
+    assert_refused(service, head("POST /logs", *lines), detail)
+
+
+def test_white_space_before_the_first_header_is_refused(service):
+    for space in (" ", "\t"):
+        data = f"POST /logs HTTP/1.1\r\n{space}Host: x\r\n\r\n".encode()
+        assert_refused(service, data, "a folded header line")
+
+
+@pytest.mark.parametrize("value", ["", "\t", "a\tb", "\x80\xff", "é", '"', ": :", "a" * 1000])
+def test_header_values_that_are_read(service, value):
+    assert_read(service, post(BODY, f"X-Any:{value}"))
+
+
+def test_every_token_character_may_be_in_a_header_name(service):
+    assert_read(service, post(BODY, "!#$%&'*+-.^_`|~09azAZ: x"))
+
+
+# ---- request line
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "detail"),
+    [
+        ("POST /logs HTTP/2.0", 505, "only HTTP/1.0 and HTTP/1.1 are spoken here"),
+        ("POST /logs HTTP/0.9", 505, "only HTTP/1.0 and HTTP/1.1 are spoken here"),
+        ("PRI * HTTP/2.0", 505, "only HTTP/1.0 and HTTP/1.1 are spoken here"),
+        ("POST /logs http/1.1", 400, BAD_VERSION),
+        ("POST /logs HTTP/1.1 ", 400, BAD_VERSION),
+        ("POST /logs HTTP/1.10", 400, BAD_VERSION),
+        ("POST /logs HTTP/1,1", 400, BAD_VERSION),
+        ("POST /logs HTTP/1.x", 400, BAD_VERSION),
+        ("POST /logs HTTP/+1.1", 400, BAD_VERSION),
+        ("POST /logs HTTP 1.1", 400, BAD_VERSION),
+        ("POST /logs ICE/1.0", 400, BAD_VERSION),
+        ("POST /logs  HTTP/1.1", 400, BAD_VERSION),
+        ("POST /lo gs HTTP/1.1", 400, BAD_VERSION),
+        ("POST /logs HTTP/", 400, BAD_VERSION),
+        ("POST  /logs HTTP/1.1", 400, NO_TARGET),
+        ("POST\t/logs HTTP/1.1", 400, NO_METHOD),
+        ("POST /logs\tHTTP/1.1", 400, NO_TARGET),
+        (" POST /logs HTTP/1.1", 400, NO_METHOD),
+        ("POST HTTP/1.1", 400, NO_TARGET),
+        ("POST", 400, NO_METHOD),
+        ("PO:ST /logs HTTP/1.1", 400, NO_METHOD),
+        ("POST logs HTTP/1.1", 400, BAD_TARGET),
+        ("POST * HTTP/1.1", 400, BAD_TARGET),
+        ("GET logs.example:80 HTTP/1.1", 400, BAD_TARGET),
+        ("POST http:///logs HTTP/1.1", 400, BAD_TARGET),
+        ("POST http://?a/logs HTTP/1.1", 400, BAD_TARGET),
+        ("POST https:// HTTP/1.1", 400, BAD_TARGET),
+        ('POST http://logs"example/logs HTTP/1.1', 400, BAD_TARGET),
+        ("POST http://user@logs.example/logs HTTP/1.1", 400, BAD_TARGET),
+        ("POST ftp://logs.example/logs HTTP/1.1", 400, BAD_TARGET),
+    ],
+)
+def test_request_lines_that_are_refused(service, line, status, detail):
+    data = f"{line}\r\nHost: x\r\n\r\n".encode()
+    assert_refused(service, data, detail, status)
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.2", "HTTP/1.9"])
+def test_minor_versions_unknown_here_are_read_as_1_1(service, version):
+    assert_read(service, post(first=f"POST /logs {version}"))
+
+
+@pytest.mark.parametrize("empty_lines", [1, 2, 50])
+def test_empty_lines_before_a_request_are_passed_over(service, empty_lines):
+    assert_read(service, b"\r\n" * empty_lines + post() + b"\r\n" * empty_lines)
+
+
+def test_nothing_but_empty_lines_is_an_idle_connection(service):
+    connection = service.ask(b"\r\n", b"\r", b"\n", b"\r\n\r\n")
+    assert connection.protocol.idle()
+    connection.send(b"\r")
+    assert not connection.protocol.idle()
+    assert connection.written == b""
+
+
+# ---- Host
+
+
+@pytest.mark.parametrize(
+    ("lines", "detail"),
+    [
+        ([], "no Host header"),
+        (["Host: a", "Host: a"], "more than one Host header"),
+        (["Host: a", "hOST: b"], "more than one Host header"),
+        (["Host:", "Host:"], "more than one Host header"),
+        *[
+            ([f"Host: {host}"], "a Host header that names no host")
+            for host in ("a b", "a,b", "a/b", "a@b", "a?b", "a#b", "a\\b", '"a"', "<a>", "a\xe9", "\x80", "a\tb", "{a}", "a|b", "a^b")
+        ],
+    ],
+)
+def test_hosts_that_are_refused(service, lines, detail):
+    assert_refused(service, post(BODY, *lines, host=None), detail)
+
+
+@pytest.mark.parametrize("host", ["", "x", "logs.example:3000", "[2001:db8::1]:80", "a%20b", "under_score", "192.0.2.1"])
+def test_hosts_that_are_read(service, host):
+    assert_read(service, post(host=host))
+
+
+def test_http_1_0_needs_no_host_but_may_not_have_two(service):
+    assert_read(service, post(BODY, "Connection: keep-alive", first="POST /logs HTTP/1.0", host=None))
+    assert_refused(service, post(BODY, "Host: y", first="POST /logs HTTP/1.0"), "more than one Host header")
+
+
+# ---- chunks
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"\r\n",
+        b"g\r\n",
+        b"0x5\r\n",
+        b"+5\r\nabcde\r\n",
+        b"-1\r\n",
+        b"-0\r\n\r\n",
+        b" 5\r\nabcde\r\n",
+        b"5 \r\nabcde\r\n",
+        b"5\t;a=b\r\nabcde\r\n",
+        b"5 5\r\nabcde\r\n",
+        b"5,5\r\nabcde\r\n",
+        b"5.0\r\nabcde\r\n",
+        b";a=b\r\n",
+        b"1000000000000000\r\n",
+        b"FFFFFFFFFFFFFFFF\r\n",
+        b"fffffffffffffffff\r\n",
+        b"0" * 16 + b"5\r\nabcde\r\n",
+        b"5\nabcde\r\n",
+        b"5\rabcde\r\n",
+        b"5\r\r\nabcde\r\n",
+        b"5;a\nabcde\r\n",
+        b"5;a\rb\r\nabcde\r\n",
+        b"5;a\x00\r\nabcde\r\n",
+        b"5;a\x7f\r\nabcde\r\n",
+        b"5\r\nabcde",
+        b"5\r\nabcde\n",
+        b"5\r\nabcde\r\r\n",
+        b"5\r\nabcdef\r\n",
+        b"5\r\nabcde0\r\n\r\n",
+        b"5\r\nabcde\r\n0\r\nA: b\n\r\n",
+        b"5\r\nabcde\r\n0\r\nA: b\r\n\n",
+        b"5\r\nabcde\r\n0\r\nA: b\rC: d\r\n\r\n",
+        b"5\r\nabcde\r\n0\r\nA: \x00\r\n\r\n",
+        b"5\r\nabcde\r\n0\r\n\n",
+        b"5\r\nabcde\r\n0\r\n\rx",
+        b"5\r\nabcde\r\n0\r\n A: b\r\n\r\n",
+        b"5\r\nabcde\r\n0\r\nA : b\r\n\r\n",
+        b"5\r\nabcde\r\n0\r\nA\r\n\r\n",
+        b"5\r\nabcde\r\n0\r\n: b\r\n\r\n",
+        b"5\r\nabcde\r\n0\r\nA: b\r\n c\r\n\r\n",
+        b"5\r\nabcde\r\n0\n\r\n",
+    ],
+)
+def test_chunks_that_are_refused(service, chunks):
+    assert_refused(service, head("POST /logs", "Transfer-Encoding: chunked") + chunks + post(), BAD_CHUNKS)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),
+        b"%X\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),
+        b"%015x\r\n%b\r\n000000\r\n\r\n" % (len(BODY), BODY),
+        b"".join(map(chunk, (bytes([byte]) for byte in BODY))) + b"0\r\n\r\n",
+        b'%x;a=b;c="d;\\"";e\r\n%b\r\n0;f=\xe9\r\n\r\n' % (len(BODY), BODY),
+        b"%x;\r\n%b\r\n0;\r\n\r\n" % (len(BODY), BODY),
+        b"%x\r\n%b\r\n0\r\nX-Sum: 1\r\nEmpty:\r\n\r\n" % (len(BODY), BODY),
+        b"%x\r\n%b\r\n0\r\nContent-Length: 3\r\nTransfer-Encoding: gzip\r\nHost: y\r\n\r\n" % (len(BODY), BODY),
+        b"%x\r\n%b\r\n0\r\nIdempotency-Key: trailer\r\nAuthorization: Bearer x\r\n\r\n" % (len(BODY), BODY),
+    ],
+)
+def test_chunks_that_are_read_without_extensions_and_trailers(service, chunks):
+    assert_read(service, head("POST /logs", "Transfer-Encoding: chunked") + chunks)
+
+
+def test_a_trailer_is_no_header(service):
+    connection = service.ask(post_chunked(BODY, end=b"0\r\nIdempotency-Key: trailer\r\nConnection: close\r\n\r\n"))
+    assert connection.answer().id != "trailer"
+    assert connection.open
+    assert service.packets()[0].id == connection.answer().id
+
+
+# ---- smuggling: what hides in a body or behind a broken request is never read
+
+HIDDEN = keyed("hidden")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        head("POST /logs", "Content-Length: 6", "Transfer-Encoding: chunked") + b"0\r\n\r\n" + HIDDEN,
+        head("POST /logs", "Transfer-Encoding: chunked", "Content-Length: 4") + b"1\r\nZ\r\n0\r\n\r\n" + HIDDEN,
+        head("POST /logs", "Transfer-Encoding : chunked", f"Content-Length: {len(HIDDEN) + 5}") + b"0\r\n\r\n" + HIDDEN,
+        head("POST /logs", "Transfer-Encoding: xchunked", f"Content-Length: {len(HIDDEN) + 5}") + b"0\r\n\r\n" + HIDDEN,
+        head("POST /logs", "Transfer-Encoding:\x0bchunked", f"Content-Length: {len(HIDDEN)}") + HIDDEN,
+        head("POST /logs", "X: x\nTransfer-Encoding: chunked", f"Content-Length: {len(HIDDEN)}") + HIDDEN,
+        head("POST /logs", "Transfer-Encoding:", " chunked", f"Content-Length: {len(HIDDEN)}") + HIDDEN,
+        head("POST /logs", "Content-Length: 0", f"Content-Length: {len(HIDDEN)}") + HIDDEN,
+        head("POST /logs", f"Content-Length: {len(HIDDEN)}", "Content-Length: 0") + HIDDEN,
+        head("POST /logs", f"Content-Length: 0,{len(HIDDEN)}") + HIDDEN,
+        head("POST /logs", "Content-Length: 0\x00", "A: b") + HIDDEN,
+        post_chunked(b"Z", end=b"0\n\r\n") + HIDDEN,
+        head("POST /logs", "Transfer-Encoding: chunked") + b"1;a\nb\r\nZ\r\n0\r\n\r\n" + HIDDEN,
+        head("POST /logs", "Transfer-Encoding: chunked") + b"100000000\r\n" + HIDDEN,
+        post(HIDDEN),
+        post_chunked(HIDDEN),
+        post(HIDDEN, "Content-Type: text/plain"),
+        post_chunked(HIDDEN, lines=("Content-Encoding: br",)),
+        post(HIDDEN, first="GET /health"),
+        post(HIDDEN, first="PUT /nowhere"),
+        head("POST /logs HTTP/1.0", "Connection: close", "Content-Length: 1") + b"x" + HIDDEN,
+        head("POST /logs", "Connection: close") + HIDDEN,
+        head("POST /logs", "Expect: 100-continue", "Content-Type: a/b", f"Content-Length: {len(HIDDEN)}") + HIDDEN,
+        head("POST /logs", "Expect: x", f"Content-Length: {len(HIDDEN)}") + HIDDEN,
+    ],
+)
+def test_nothing_hidden_is_read(service, data):
+    connection = service.ask(data)
+    assert len(connection.answers()) <= 1
+    assert not service.ring.undone
+    connection.lose()
