@@ -33,6 +33,7 @@ START = 60.0  # seconds a worker has to get ready (it may have a large queue to 
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
 STEADY = 10.0  # seconds a worker has to live for the back-off to begin anew
 FALSE_STARTS = 3
+LATE = 10.0  # seconds that workers have to end after the time they had to drain
 
 log = logs.get()
 
@@ -185,6 +186,15 @@ class Keeper:
             if deadline and place.send(Message("drain", deadline=deadline)):
                 self.block.worker(place.index)[WorkerWord.STATE] = WorkerState.DRAINING
             else:
+                place.kill()
+        if deadline:
+            late = max(0.0, deadline - time.monotonic()) + LATE
+            asyncio.get_running_loop().call_later(late, self._end_the_late)
+
+    def _end_the_late(self) -> None:
+        for place in self.places:
+            if place.alive:
+                log.error("a worker has not ended in time and is killed", worker=place.name)
                 place.kill()
 
     def replace_hanging(self) -> None:

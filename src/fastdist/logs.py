@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from typing import TYPE_CHECKING, cast
 
 import orjson
 import structlog
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+
+class _Patient:
+    """A stream that goes on when nobody reads it any more, or its disk is full: a log must not end what it tells of."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def configure(**context: object) -> None:
@@ -27,7 +48,7 @@ def configure(**context: object) -> None:
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Patient(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(**context)

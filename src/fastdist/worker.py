@@ -195,7 +195,10 @@ class Worker:
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
         obeying = self.loop.create_task(self._obey(reader))
+        obeying.add_done_callback(lambda _: self._stopped.set())
         await self._stopped.wait()
+        if obeying.done():
+            obeying.result()  # whatever went wrong there ends this worker: another takes over
         obeying.cancel()
 
     async def _obey(self, reader: asyncio.StreamReader) -> None:

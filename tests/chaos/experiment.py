@@ -106,6 +106,13 @@ class Recorder(Emitter):
             return False
 
 
+class Separate(Fleet):
+    """Analyzers in a process each, on ports that stay theirs while they are down."""
+
+    def _start(self, name: str, port: int) -> Mocks:
+        return super()._start(name, port or free_port())
+
+
 class Verdict(NamedTuple):
     """A row of the table."""
 
@@ -141,9 +148,9 @@ class Experiment:
         self.processes.append(self.mocks)
         return self.mocks
 
-    def fleet(self, *options: str) -> Fleet:
+    def fleet(self, *options: str) -> Separate:
         """Start four analyzers in a process each, which cannot tell of bodies once they have ended."""
-        self.mocks = Fleet(self.folder, *options)
+        self.mocks = Separate(self.folder, *options)
         self.processes.append(self.mocks)
         return self.mocks
 

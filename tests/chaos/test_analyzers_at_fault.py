@@ -107,8 +107,8 @@ def test_analyzers_that_come_and_go(experiment, delivery):
     assert {*emitter.answers.values()} == {202}
 
 
-def test_analyzers_are_killed(experiment):
-    """Kill -9 of the processes: what they had acknowledged is in their files but for a tenth of a second."""
+def test_analyzers_end_and_start_again(experiment):
+    """In the midst of requests, which are cut off; what they had acknowledged stands in a file that outlives them."""
     fleet = experiment.fleet()
     experiment.serve()
     emitter = experiment.emitter().start().wait_for(200)
