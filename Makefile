@@ -27,7 +27,7 @@ $(BUILT): .venv/.tools setup.py pyproject.toml $(CORE)
 	touch $@
 
 run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-C ends all
-	@$(BIN)/python -m mock_analyzers --quiet & mocks=$$!; \
+	@setsid $(BIN)/python -m mock_analyzers --quiet & mocks=$$!; \
 	trap 'kill $$mocks 2>/dev/null; wait $$mocks' EXIT; trap : INT TERM; \
 	$(BIN)/fastdist serve
 

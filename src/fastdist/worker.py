@@ -273,6 +273,7 @@ class Worker:
         now = time.monotonic_ns()
         self.words[WorkerWord.HEARTBEAT_NS] = now
         self.dispatcher.tick(now)
+        self.dead_letters.tick(now)
         if self.adoptions and now >= self._next_adoption:
             self._adopt()
         if self.syncer is not None and now >= self._next_sync:

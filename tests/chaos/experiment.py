@@ -82,15 +82,22 @@ def in_flight(delivery: dict[str, object], workers: int = 2) -> int:
 
 
 class Recorder(Emitter):
-    """An emitter whose packets are all different, and that looks closely at the answers."""
+    """An emitter whose packets are all different, and that looks closely at the answers.
 
-    def __init__(self, port: int, connections: int = 24, prefix: str = "p", **options: object) -> None:
+    ``pause`` (seconds) between an answer and the next packet on a connection leaves the machine some time for others.
+    """
+
+    def __init__(
+        self, port: int, connections: int = 24, prefix: str = "p", *, pause: float = 0.005, **options: object
+    ) -> None:
         super().__init__(port, connections, prefix, **({"body": body_of} | options))
+        self.pause = pause
         self.cut_off: set[str] = set()  # whose answer began and did not end
         self.garbled: list[str] = []  # whose answer was none
         self.late: list[str] = []  # without an answer for as long as the emitter is prepared to wait
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.sleep(self.pause)
         name = f"{self.prefix}-{self._count + 1}"
         try:
             return await super()._exchange(reader, writer)

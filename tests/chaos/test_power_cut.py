@@ -1,0 +1,275 @@
+"""A power cut in a model: which pages of a ring's file were written is chance, but for what a sync has covered.
+
+What the disk holds of each block after the cut is any state that block was in since the last sync which returned began:
+the kernel may write a page back at any time, or never. ``Disk`` keeps all those states. From any choice among them the
+ring must give every packet that a finished sync covered and that was not done, and no packet that was never pushed.
+
+Blocks are pages of 4 KiB, or sectors of 512 bytes for a disk that tears pages.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from experiment import form
+from fastdist._core.ring import FORMAT_VERSION, PacketRing, file_size
+
+CAPACITY = 65536
+SIZE = file_size(CAPACITY)
+RECORD = 88  # bytes of a record besides key and body
+POSITIONS = (72, 32768 + 72)  # where the header's two copies keep head and tail
+
+
+class Disk:
+    """The file as the page cache has it (``fd``), and the states of each block that may be on the disk."""
+
+    def __init__(self, image: bytes, block: int) -> None:
+        self.block = block
+        self.fd = os.memfd_create("ring")
+        os.pwrite(self.fd, image, 0)
+        self._cached = self._cut(image)
+        self.states = [[block] for block in self._cached]
+        self._since_sync: list[list[bytes]] | None = None
+
+    def _cut(self, image: bytes) -> list[bytes]:
+        return [image[at : at + self.block] for at in range(0, SIZE, self.block)]
+
+    def note(self) -> None:
+        """Note the blocks that have changed: each may be written back as it is now."""
+        for at, block in enumerate(self._cut(os.pread(self.fd, SIZE, 0))):
+            if block != self._cached[at]:
+                self._cached[at] = block
+                self.states[at].append(block)
+                if self._since_sync is not None:
+                    self._since_sync[at].append(block)
+
+    def begin_sync(self) -> None:
+        self.note()
+        self._since_sync = [[block] for block in self._cached]
+
+    def end_sync(self) -> None:
+        """Older states than those since the sync began are gone for good."""
+        assert self._since_sync is not None
+        self.note()
+        self.states, self._since_sync = self._since_sync, None
+
+    def after_a_cut(self, chance: random.Random, newness: float) -> bytes:
+        """Return what is on the disk: of each block the latest state with probability ``newness``, else any."""
+        self.note()
+        return b"".join(
+            states[-1] if chance.random() < newness else chance.choice(states) for states in self.states
+        )
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def body_of(number: int, size: int) -> bytes:
+    return random.Random(number).randbytes(size)
+
+
+sizes = st.one_of(st.integers(0, 300), st.integers(300, 5000), st.just(CAPACITY // 2 - RECORD - 16))
+
+
+class PowerCuts(RuleBasedStateMachine):
+    """A ring in use, with syncs that take their time, cuts, and processes that die."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies: dict[str, bytes] = {}  # of all that was ever pushed
+        self.undone: dict[str, int] = {}  # not done: where the record of the push ends
+        self.times: dict[str, int] = {}  # not done: how often it is in the ring (more than once only after a cut)
+        self.safe: set[str] = set()  # covered by a sync that has finished
+        self.claimed: dict[int, str] = {}
+        self.syncing: int | None = None  # the position the sync under way will cover
+        self.number = 0
+
+    @initialize(block=st.sampled_from([4096, 4096, 512]), waits=st.booleans())
+    def create(self, block: int, waits: bool) -> None:  # noqa: FBT001  (hypothesis passes by name)
+        self.block, self.waits = block, waits
+        fd = os.memfd_create("ring")
+        os.ftruncate(fd, SIZE)
+        PacketRing(fd, CAPACITY)
+        self.open(os.pread(fd, SIZE, 0))
+        os.close(fd)
+
+    def open(self, image: bytes) -> None:
+        self.disk = Disk(image, self.block)
+        self.ring = PacketRing(self.disk.fd, claims_wait_for_sync=self.waits)
+        self.disk.note()
+
+    def teardown(self) -> None:
+        if hasattr(self, "disk"):
+            self.cut_the_power(seed=1, newness=0.5)
+            self.disk.close()
+
+    # ---- daily life
+
+    @rule(size=sizes)
+    def push(self, size: int) -> None:
+        self.number += 1
+        name = f"packet-{self.number}"
+        body = body_of(self.number, size)
+        if self.ring.push(body, name):
+            self.bodies[name] = body
+            self.undone[name] = self.ring.tail_position
+            self.times[name] = 1
+        self.disk.note()
+
+    @rule(most=st.integers(1, 10))
+    def claim(self, most: int) -> None:
+        for _ in range(most):
+            handle = self.ring.claim()
+            if not handle:
+                break
+            name = self.ring.packet_id(handle)
+            self.claimed[handle] = name
+        self.disk.note()
+
+    @precondition(lambda self: self.claimed)
+    @rule(n=st.integers(0, 1000))
+    def done(self, n: int) -> None:
+        handle = sorted(self.claimed)[n % len(self.claimed)]
+        name = self.claimed.pop(handle)
+        self.ring.done(handle)
+        self.times[name] -= 1
+        if self.times[name] == 0:
+            del self.undone[name], self.times[name]
+        self.disk.note()
+
+    @precondition(lambda self: self.claimed)
+    @rule(n=st.integers(0, 1000))
+    def release(self, n: int) -> None:
+        handle = sorted(self.claimed)[n % len(self.claimed)]
+        del self.claimed[handle]
+        self.ring.release(handle)
+        self.disk.note()
+
+    @rule(packets=st.integers(1, 30), size=st.sampled_from([0, 500, 3000, 9000]), sync_every=st.integers(1, 12))
+    def let_others_pass(self, packets: int, size: int, sync_every: int) -> None:
+        """Hold what is claimed now, and deliver others, so that the ring goes round and records have to be moved."""
+        for i in range(packets):
+            self.push(size)
+            if self.waits or i % sync_every == 0:
+                self.sync()
+            before = set(self.claimed)
+            self.claim(1)
+            for handle in set(self.claimed) - before:
+                self.done(sorted(self.claimed).index(handle))
+
+    # ---- syncs
+
+    @precondition(lambda self: self.syncing is None)
+    @rule()
+    def begin_sync(self) -> None:
+        self.syncing = self.ring.tail_position
+        self.disk.begin_sync()
+
+    @precondition(lambda self: self.syncing is not None)
+    @rule()
+    def end_sync(self) -> None:
+        self.disk.end_sync()
+        self.ring.mark_synced(self.syncing)
+        self.disk.note()
+        self.safe |= {name for name, end in self.undone.items() if end <= self.syncing}
+        self.syncing = None
+
+    @rule()
+    def sync(self) -> None:
+        if self.syncing is None:
+            self.begin_sync()
+        self.end_sync()
+
+    # ---- the worst
+
+    @rule(seed=st.integers(0, 2**32), newness=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]))
+    def cut_the_power(self, seed: int, newness: float) -> None:
+        image = self.disk.after_a_cut(random.Random(seed), newness)
+        self.start_again(image)
+
+    @rule(seed=st.integers(0, 2**32), newness=st.sampled_from([0.0, 0.5, 0.9]))
+    def cut_the_power_while_the_positions_are_written(self, seed: int, newness: float) -> None:
+        """Neither copy of head and tail is whole: each was written back in the midst of a change."""
+        chance = random.Random(seed)
+        image = bytearray(self.disk.after_a_cut(chance, newness))
+        for offset in POSITIONS:
+            image[offset : offset + 28] = chance.randbytes(28)
+        self.start_again(bytes(image))
+
+    @rule()
+    def kill_the_process(self) -> None:
+        """The page cache stays as it is, and so does what the disk may hold: nothing more is synced."""
+        before = dict(self.times)
+        self.ring = PacketRing(self.disk.fd, claims_wait_for_sync=self.waits)
+        self.disk.note()
+        self.take_over(self.look())
+        assert self.times == before
+
+    def start_again(self, image: bytes) -> None:
+        expected = self.safe & self.undone.keys()
+        self.disk.close()
+        self.syncing = None
+        self.open(image)
+        found = self.look()
+        lost = expected - found.keys()
+        assert not lost, f"lost {sorted(lost)}; damage {self.ring.damage}"
+        self.take_over(found)
+        self.safe = set(found)  # they come from the disk
+
+    def look(self) -> dict[str, int]:
+        """Return what a copy of the file gives, by id: how often."""
+        copy = PacketRing(self.disk.fd, private=True)
+        found: dict[str, int] = {}
+        while handle := copy.claim():
+            packet = copy.packet(handle)
+            assert self.bodies.get(packet.id) == packet.body, f"{packet.id} has another body"
+            found[packet.id] = found.get(packet.id, 0) + 1
+        assert copy.undone == sum(found.values())
+        return found
+
+    def take_over(self, found: dict[str, int]) -> None:
+        """Go on with what is there; what was done before and is there again is to be delivered again."""
+        self.claimed.clear()
+        self.times = dict(found)
+        self.undone = {name: self.undone.get(name, self.ring.tail_position) for name in found}
+
+
+PowerCuts.TestCase.settings = settings(
+    max_examples=form(60, 1500),
+    stateful_step_count=form(40, 60),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestPowerCuts = pytest.mark.timeout(600)(PowerCuts.TestCase)
+
+
+def test_the_model_loses_what_is_not_synced():
+    """The model is worth something: without a sync packets do get lost in it."""
+    fd = os.memfd_create("ring")
+    os.ftruncate(fd, SIZE)
+    ring = PacketRing(fd, CAPACITY)
+    disk = Disk(os.pread(fd, SIZE, 0), 4096)
+    ring = PacketRing(disk.fd)
+    for number in range(20):
+        ring.push(body_of(number, 3000), f"packet-{number}")
+        disk.note()
+    outcomes = set()
+    for seed in range(50):
+        os.pwrite(fd, disk.after_a_cut(random.Random(seed), 0.5), 0)
+        outcomes.add(PacketRing(fd, private=True).undone)
+    assert len(outcomes) > 3
+    assert min(outcomes) < 20
+    disk.begin_sync()
+    disk.end_sync()
+    for seed in range(50):
+        os.pwrite(fd, disk.after_a_cut(random.Random(seed), 0.5), 0)
+        assert PacketRing(fd, private=True).undone == 20
+    os.close(fd)
+    disk.close()
+    assert FORMAT_VERSION == 1, "is the model still that of the format?"

@@ -1,0 +1,252 @@
+"""The documentation agrees with the code: settings, paths, commands, modules, links."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import msgspec
+import pytest
+import typer
+from test_imports import ORDER
+
+import fastdist
+from fastdist import cli, config, metrics
+from fastdist._core.counters import FIELDS
+from fastdist.api import Api
+from fastdist.config import Config
+from fastdist.shared import SharedBlock
+from fastdist.snapshot import Snapshot
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGE = Path(fastdist.__file__).parent
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+EXAMPLE = ROOT / "fastdist.example.toml"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+NAMES = {path: path.relative_to(ROOT).as_posix() for path in DOCUMENTS}
+NO_FLAGS: dict[str, object] = {}
+
+
+def rows(text, heading):
+    """Return the rows of the table whose first column is called ``heading``, as lists of cells."""
+    table = re.search(rf"^\| {re.escape(heading)} \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table, f"no table of {heading}"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+
+
+FENCED = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def code(text):
+    """Return all code of a document: what stands between fences, and in backticks."""
+    return "\n".join([*FENCED.findall(text), *re.findall(r"`([^`\n]+)`", FENCED.sub("", text))])
+
+
+def settings():
+    """Return {path: its annotation} of every setting, those of an analyzer as ``analyzers[].key``."""
+    each = {f"analyzers[].{field.name}": field.type for field in msgspec.structs.fields(config.Analyzer)}
+    return each | {path: kind for path, kind in config._SETTINGS.items() if path != "analyzers"}
+
+
+SETTINGS = {row[0].strip("`"): row[1:] for row in rows(README, "setting")}
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_the_table_has_every_setting_once_and_in_order():
+    order = [field.name for field in msgspec.structs.fields(Config)]
+    assert list(SETTINGS) == sorted(settings(), key=lambda path: order.index(re.split(r"\W", path)[0]))
+    assert len(rows(README, "setting")) == len(SETTINGS)
+
+
+def test_the_defaults_of_the_table_are_those_of_the_code(tmp_path):
+    defaults = {path: cells[1] for path, cells in SETTINGS.items() if cells[1] != "required"}
+    document = "".join(
+        f"{path} = {cell.strip('`')}\n" for path, cell in defaults.items() if not path.startswith("analyzers")
+    )
+    (tmp_path / "table.toml").write_text(document)
+    assert config.load(tmp_path / "table.toml", {}, NO_FLAGS).config == Config()
+    required = {f"analyzers[].{field.name}" for field in msgspec.structs.fields(config.Analyzer) if field.required}
+    assert SETTINGS.keys() - defaults.keys() == required
+    health = next(field for field in msgspec.structs.fields(config.Analyzer) if field.name == "health")
+    assert defaults["analyzers[].health"] == f'`"{health.default}"`'
+
+
+@pytest.mark.parametrize("path", SETTINGS)
+def test_the_type_in_the_table_is_that_of_the_setting(path):
+    shown, kind = SETTINGS[path][0], settings()[path]
+    if get_origin(kind) is Literal:
+        assert re.findall(r"`(\w+)`", shown) == list(get_args(kind))
+    elif get_origin(kind) is tuple:
+        assert shown.startswith("list of")
+    else:
+        base, meta = get_args(kind) if hasattr(kind, "__metadata__") else (kind, msgspec.Meta())
+        units = {config.units.format_duration: "duration", config.units.format_size: "size"}
+        unit = units.get((meta.extra or {}).get("show")) or ("number" if base in {int, float} else None)
+        assert shown.split(",")[0] == unit if unit else shown in {"text", "URL", "path", "path or URL", "address"}
+
+
+def test_the_example_has_every_setting_with_its_default():
+    document = tomllib.loads(EXAMPLE.read_text())
+    written = {f"{name}.{key}" for name, table in document.items() if name != "analyzers" for key in table}
+    for analyzer in document["analyzers"]:
+        assert set(analyzer) == {field.name for field in msgspec.structs.fields(config.Analyzer)}
+    assert written == set(config._SETTINGS) - {"analyzers"}
+    assert config.load(EXAMPLE, {}, NO_FLAGS).config == Config()
+
+
+def test_every_setting_of_the_example_is_explained():
+    for line in EXAMPLE.read_text().splitlines():
+        assert not re.match(r"\w+ *=", line) or "#" in line or line.split(" ")[0] in SELF_EVIDENT, line
+
+
+SELF_EVIDENT = {"id", "endpoint", "weight", "health", "client_burst", "tls_key"}  # what stands above says it
+
+
+def test_the_default_analyzers_are_those_of_the_text():
+    assert [analyzer.endpoint for analyzer in Config().analyzers] == [
+        f"http://127.0.0.1:{port}/analyze" for port in range(3001, 3005)
+    ]
+    weights = [analyzer.weight for analyzer in Config().analyzers]
+    assert "with the weights {}, {}, {} and {}".format(*weights) in README
+
+
+def test_the_variables_that_are_named_exist():
+    known = config._VARIABLES.keys() | {"FASTDIST_CONFIG", "FASTDIST_TOKEN", "FASTDIST_BUILD", "FASTDIST_CHAOS"}
+    for document in DOCUMENTS:
+        named = re.findall(r"\b(?:PORT|WORKER_COUNT|FASTDIST_\w+)\b", document.read_text())
+        assert {name for name in named if not name.endswith("__")} <= known, NAMES[document]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
+def test_the_settings_that_are_named_exist(document):
+    sections = "|".join(field.name for field in msgspec.structs.fields(Config) if field.name != "analyzers")
+    named = re.findall(rf"`((?:{sections})\.\w+)`", document.read_text())
+    modules = {path.name for path in PACKAGE.iterdir()}
+    assert set(named) - modules <= set(config._SETTINGS)
+
+
+# ----------------------------------------------------------------------------------------------- API, metrics, commands
+
+
+def routes():
+    api = Api(lambda: None)
+    return {
+        f"{method} {path}"
+        for table in (api.routes, api.ELSEWHERE)
+        for path, methods in table.items()
+        for method in methods
+    }
+
+
+def test_the_table_has_every_request():
+    assert {row[0].strip("`") for row in rows(README, "request")} == routes()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
+def test_the_requests_that_are_named_exist(document):
+    named = re.findall(r"\b(GET|POST|PATCH|PUT|DELETE) (/(?!control|analyze\b)[\w/{}]*)", document.read_text())
+    assert {f"{method} {path}" for method, path in named} <= routes()
+
+
+def test_the_metrics_that_are_named_exist():
+    block = SharedBlock.create(1, 8)
+    os.close(block.fd)
+    snapshot = Snapshot(block, Config(), dict(enumerate(Config().analyzers)), "1")
+    names = set(re.findall(r"^(fastdist_\w+)", metrics.text(snapshot).decode(), re.MULTILINE))
+    for document in DOCUMENTS:
+        named = re.findall(r"\bfastdist_[a-z_]+\b", document.read_text())
+        assert set(named) <= names, NAMES[document]
+
+
+def test_the_counters_of_the_excerpt_are_those_of_stats():
+    shown = re.search(r'"packets": \{(.*?)\}', README, re.DOTALL)
+    assert shown
+    known = {"received", "rejected", "delivered", "queued", "inFlight", "deadLettered", *FIELDS}
+    assert set(re.findall(r'"(\w+)":', shown[1])) <= known
+
+
+def commands():
+    """Return {"queue verify": command} of the command line."""
+    found = {}
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        within = getattr(command, "commands", None)
+        found |= {f"{name} {sub}": each for sub, each in within.items()} if within else {name: command}
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
+def test_the_commands_that_are_named_exist_with_their_options(document):
+    known = commands()
+    for line in code(document.read_text()).splitlines():
+        used = re.search(r"(?:^|/|\s)fastdist ([a-z].*)", line.split("#")[0])
+        if not used:
+            continue
+        words = used[1].split()
+        name = next((name for name in (" ".join(words[:2]), words[0]) if name in known), None)
+        assert name or words == ["dead-letters"], line
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert not name or options <= {option for parameter in known[name].params for option in parameter.opts}, line
+
+
+def test_every_command_is_in_the_readme():
+    text = code(README)
+    assert [name for name in commands() if not re.search(rf"(?:fastdist|^) *{name}\b", text, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
+def test_the_targets_of_make_that_are_named_exist(document):
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {name for line in re.findall(r"^([a-z][\w -]*):", makefile, re.MULTILINE) for name in line.split()}
+    assert set(re.findall(r"\bmake ([a-z]\w*)", code(document.read_text()))) <= targets
+
+
+# -------------------------------------------------------------------------------------------- modules, packages, links
+
+
+def test_every_module_is_described_in_the_order_of_imports():
+    described = [row[0].strip("`") for row in rows(ARCHITECTURE, "module of `src/fastdist`")]
+    assert [name for name in described if "/" not in name] == [f"{name}.py" for name in ORDER if name != "_core"]
+    compiled = {f"_core/{path.stem}.pyx" for path in (PACKAGE / "_core").glob("*.pyi")} | {"_core/", "_core/bits.pxd"}
+    assert {name for name in described if "/" in name} == compiled
+
+
+def test_every_package_that_is_needed_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = [entry for group in project["dependency-groups"].values() for entry in group if isinstance(entry, str)]
+    needed = [*project["project"]["dependencies"], *groups, *project["build-system"]["requires"]]
+    tables = rows(ARCHITECTURE, "at run time") + rows(ARCHITECTURE, "to build and test")
+    explained = {name for row in tables for name in re.findall(r"`([\w-]+)`", row[0])}
+    assert {re.split(r"[<>=~ \[]", entry)[0] for entry in needed} == explained
+
+
+def slug(heading):
+    """Return the anchor that GitHub gives a heading."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+    return re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-")
+
+
+def anchors(document):
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)", document.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
+def test_links_lead_somewhere(document):
+    text = FENCED.sub("", document.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (document.parent / path).resolve() if path else document
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def test_nothing_of_one_machine_is_in_the_docs():
+    for document in [*DOCUMENTS, EXAMPLE]:
+        assert not re.search(r"(?<![\w.:])/(?:home|root|work|tmp)/", document.read_text()), document

@@ -1,0 +1,39 @@
+#!/bin/sh
+# Build the wheel, install it into an empty environment, and use it there with the source tree out of the way.
+set -eu
+
+root=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+unset PYTHONPATH
+
+echo "wheel: building"
+# A copy of what belongs to the project: nothing that was built before gets into the wheel, or is left behind.
+mkdir "$work/source"
+cp "$root/pyproject.toml" "$root/setup.py" "$root/LICENSE" "$root/README.md" "$work/source/"
+(cd "$root" && find src -type f ! -name '*.so' ! -name '*.c' ! -path '*/__pycache__/*' ! -path 'src/build/*' ! -path '*.egg-info/*') |
+	(cd "$root" && tar -cf - -T -) | tar -xf - -C "$work/source"
+"$python" -m build --quiet --wheel --outdir "$work/dist" "$work/source"
+
+echo "wheel: installing into an empty environment"
+"$python" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$work"/dist/*.whl
+
+cd "$work"
+echo "wheel: $("$work/venv/bin/fastdist" --version)"
+"$work/venv/bin/python" -I - <<'PYTHON'
+"""What is in the wheel: all that is needed to run and to check types, and no sources of the compiled core."""
+from pathlib import Path
+
+import fastdist
+
+package = Path(fastdist.__file__).parent
+suffixes = {path.suffix for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+assert not suffixes & {".pyx", ".pxd", ".c", ".h"}, suffixes
+compiled = {path.name.split(".")[0] for path in (package / "_core").glob("*.so")}
+assert compiled and compiled == {path.stem for path in (package / "_core").glob("*.pyi")}, compiled
+assert (package / "py.typed").exists()
+PYTHON
+"$work/venv/bin/python" -I "$root/tests/wheel_smoke.py" "$work/venv/bin/fastdist"
+echo "wheel: works"
