@@ -37,6 +37,9 @@ test: build  ## every test
 unit component e2e: build  ## one kind of tests
 	$(BIN)/python -m pytest tests/$@
 
+bench: build  ## the race against nginx and HAProxy (scripts/peers.sh installs them)
+	$(BIN)/python bench/race.py
+
 lint: build  ## style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,11 +50,11 @@ types: build  ## types, and the stubs of the compiled core against what was comp
 
 debug: .venv/.tools  ## build the core with bounds checks and line tracing
 	FASTDIST_BUILD=debug $(BIN)/python setup.py build_ext --inplace --force
-	rm -f $(BUILT)
+	rm -f $(BUILT) src/fastdist/_core/*.c
 
 sanitize: .venv/.tools  ## run the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTDIST_BUILD=sanitize $(BIN)/python setup.py build_ext --inplace --force
-	rm -f $(BUILT)
+	rm -f $(BUILT) src/fastdist/_core/*.c
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest tests/unit tests/component -m 'not processes'
 

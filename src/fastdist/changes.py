@@ -41,6 +41,7 @@ class Changes:
 
     def __init__(self, config: Config, block: SharedBlock, folder: Path) -> None:
         self.config, self.block, self._folder = config, block, folder
+        self._wanted_connections = config.server.max_connections  # more than the system may allow
         self.generation = 0  # of the settings; grows with every reload
         self.slots: dict[str, int] = {}  # of every analyzer there ever was
         self.roster: dict[int, Analyzer] = {}
@@ -73,20 +74,16 @@ class Changes:
 
         Raises ConfigError when there are more analyzers than there is room for.
         """
-        need_restart = [
-            path
-            for path in reloadable(self.config, new)
-            if path != "server.max_connections" or self._asks_for_less(new)
-        ]
+        need_restart = [path for path in reloadable(self.config, new) if path != "server.max_connections"]
+        if new.server.max_connections != self._wanted_connections:
+            need_restart.append("server.max_connections")
+        if bool(new.security.tls_cert) != bool(self.config.security.tls_cert):
+            need_restart.append("security.tls_cert")  # certificates can be exchanged, TLS not be turned on or off
         config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=new.security)
         self._set_roster(config)
         self.config = config
         self.generation += 1
         return need_restart
-
-    def _asks_for_less(self, new: Config) -> bool:
-        """Whether max_connections differs by more than having been lowered to what the system allows."""
-        return new.server.max_connections < self.config.server.max_connections
 
     def _set_roster(self, config: Config) -> None:
         slots = dict(self.slots)

@@ -170,19 +170,25 @@ class Dispatcher(DispatchBase):
             self.retrying.pop(sequence, None)
             self.settled(sequence, pool.analyzer.id)
 
-    def failed(self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool) -> None:
+    def failed(
+        self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
+    ) -> None:
         """Send packets elsewhere: a request failed with ``error``. ``counted``: it speaks against the analyzer."""
         slot = pool.slot
         self.counters.add_to(slot, "failed", len(handles))
         if counted and self.analyzer_states.delivery_failed(slot, error) >= self.config.health.fall:
             self.analyzer_states.go_offline(slot)
         for handle in reversed(handles):  # each goes to the front of its new list: the first is to be first again
-            self._retry(pool, handle, None, error)
+            self._retry(pool, handle, status, error)
         self.wake(pool)
 
     def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None:
         """Send nothing to the analyzer for a while, as it asks for (429 or 503 with Retry-After)."""
-        until = time.monotonic_ns() + int(retry_after(value) * 1e9)
+        seconds = retry_after(value)
+        if seconds <= 0:  # it asks for nothing, or nobody can tell for what
+            self.failed(pool, handles, f"HTTP {status}", counted=True, status=status)
+            return
+        until = time.monotonic_ns() + int(seconds * 1e9)
         self.analyzer_states.set_error(pool.slot, f"HTTP {status}, Retry-After: {value[:40]}")
         self.analyzer_states.pause(pool.slot, until)
         self.counters.add_to(pool.slot, "failed", len(handles))

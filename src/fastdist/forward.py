@@ -27,7 +27,9 @@ class PoolOwner(Protocol):
 
     def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
-    def failed(self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool) -> None: ...  # noqa: D102
+    def failed(  # noqa: D102
+        self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
+    ) -> None: ...
     def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None: ...  # noqa: D102
     def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None: ...  # noqa: D102
     def schedule(self) -> None: ...  # noqa: D102
@@ -168,9 +170,9 @@ class AnalyzerPool(PoolBase):
         """Tell of a reply that says the request is at fault."""
         self.owner.refused(self, handles, status, batch=batch)
 
-    def failed(self, handles: list[int], error: str, counted: bool) -> None:  # noqa: FBT001
+    def failed(self, handles: list[int], error: str, counted: bool, status: int | None = None) -> None:  # noqa: FBT001
         """Tell of a request that failed and may be sent again."""
-        self.owner.failed(self, handles, error, counted=counted)
+        self.owner.failed(self, handles, error, counted=counted, status=status)
 
     def paused_for(self, handles: list[int], status: int, value: str) -> None:
         """Tell of a 429 or 503 with Retry-After."""

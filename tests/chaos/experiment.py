@@ -48,9 +48,10 @@ def body_of(name: str) -> bytes:
     """Return a packet unlike any other, of 100 to 3,000 bytes, mostly short."""
     noise = zlib.crc32(name.encode())
     size = noise % 300 if noise % 8 else noise % 2900
-    return (
-        b'{"emitterId":"%s",\t"messages":[{"message":"caf\xc3\xa9 %s","level":"info"}],"metadata":{"of":"%s"} }'
-        % (name.encode(), PADDING[noise % 3000 :][:size].encode(), name.encode())
+    return b'{"emitterId":"%s",\t"messages":[{"message":"caf\xc3\xa9 %s","level":"info"}],"metadata":{"of":"%s"} }' % (
+        name.encode(),
+        PADDING[noise % 3000 :][:size].encode(),
+        name.encode(),
     )
 
 
@@ -272,7 +273,10 @@ class Experiment:
 def table(verdicts: list[Verdict]) -> str:
     """Return the verdicts as a table in Markdown."""
     names = ("fault", "accepted", "delivered", "lost", "corrupted", "phantom", "duplicates", "allowed", "seconds")
-    rows = [(*(f"{value:,}" if isinstance(value, int) else value for value in row[:-1]), f"{row.seconds:.0f}") for row in verdicts]
+    rows = [
+        (*(f"{value:,}" if isinstance(value, int) else value for value in row[:-1]), f"{row.seconds:.0f}")
+        for row in verdicts
+    ]
     lines = [names, ("---", *["---:"] * (len(names) - 1)), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

@@ -7,7 +7,6 @@ import signal
 import time
 
 import pytest
-
 from experiment import ANALYZERS, BATCHES, DELIVERY, form, in_flight
 from support import wait_until
 

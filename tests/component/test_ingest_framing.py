@@ -1,4 +1,4 @@
-"""HTTP's traps: whatever two parsers might read differently is refused and ends the connection, the rest is read right."""
+"""HTTP's traps: whatever two parsers might read differently is refused and ends the connection."""
 
 from __future__ import annotations
 
@@ -66,7 +66,23 @@ LENGTH = f"Content-Length: {len(BODY)}"
         (["Content-Length: 0", LENGTH], 400, "more than one Content-Length"),
         *[
             ([f"Content-Length:{value}"], 400, NOT_A_LENGTH)
-            for value in ("", " ", " 5, 5", "5,", ",5", "+5", "-5", "-0", "0x5", "5 5", "1 0", "5.0", "5e1", "\xb2", "5;")
+            for value in (
+                "",
+                " ",
+                " 5, 5",
+                "5,",
+                ",5",
+                "+5",
+                "-5",
+                "-0",
+                "0x5",
+                "5 5",
+                "1 0",
+                "5.0",
+                "5e1",
+                "\xb2",
+                "5;",
+            )
         ],
         (["Transfer-Encoding: chunked, chunked"], 400, NOT_LAST),
         (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 400, NOT_LAST),
@@ -80,7 +96,16 @@ LENGTH = f"Content-Length: {len(BODY)}"
         (["Transfer-Encoding: , chunked"], 501, BAD_CODING),
         *[
             ([f"Transfer-Encoding: {value}"], 400, BAD_CODING)
-            for value in ("identity", "gzip", "xchunked", "chunkedx", "chunked;q=1", '"chunked"', "chunked chunked", "chunk")
+            for value in (
+                "identity",
+                "gzip",
+                "xchunked",
+                "chunkedx",
+                "chunked;q=1",
+                '"chunked"',
+                "chunked chunked",
+                "chunk",
+            )
         ],
         (["Transfer-Encoding: gzip", "Transfer-Encoding: chunked"], 400, BAD_CODING),
     ],
@@ -262,7 +287,23 @@ def test_nothing_but_empty_lines_is_an_idle_connection(service):
         (["Host:", "Host:"], "more than one Host header"),
         *[
             ([f"Host: {host}"], "a Host header that names no host")
-            for host in ("a b", "a,b", "a/b", "a@b", "a?b", "a#b", "a\\b", '"a"', "<a>", "a\xe9", "\x80", "a\tb", "{a}", "a|b", "a^b")
+            for host in (
+                "a b",
+                "a,b",
+                "a/b",
+                "a@b",
+                "a?b",
+                "a#b",
+                "a\\b",
+                '"a"',
+                "<a>",
+                "a\xe9",
+                "\x80",
+                "a\tb",
+                "{a}",
+                "a|b",
+                "a^b",
+            )
         ],
     ],
 )
@@ -270,7 +311,9 @@ def test_hosts_that_are_refused(service, lines, detail):
     assert_refused(service, post(BODY, *lines, host=None), detail)
 
 
-@pytest.mark.parametrize("host", ["", "x", "logs.example:3000", "[2001:db8::1]:80", "a%20b", "under_score", "192.0.2.1"])
+@pytest.mark.parametrize(
+    "host", ["", "x", "logs.example:3000", "[2001:db8::1]:80", "a%20b", "under_score", "192.0.2.1"]
+)
 def test_hosts_that_are_read(service, host):
     assert_read(service, post(host=host))
 

@@ -66,7 +66,7 @@ def requests_read(service, connection):
             requests.append(upcoming[1])
             written, upcoming = written.removeprefix(upcoming[0]), next(composed, None)
         else:
-            accepted = re.match(rb'HTTP/1\.1 202 .*?\r\n\r\n\{[^}]*\}', written, re.DOTALL)
+            accepted = re.match(rb"HTTP/1\.1 202 .*?\r\n\r\n\{[^}]*\}", written, re.DOTALL)
             (answer,) = read_answers(accepted[0])
             packet = next(packets)
             assert packet.id == answer.id
@@ -123,17 +123,84 @@ class SecondOpinion:
 
 
 LOGS = ("POST", "/logs")
-METHODS = "DELETE GET HEAD POST PUT CONNECT OPTIONS TRACE PATCH PURGE SEARCH LINK UNLINK".split()
+METHODS = [
+    "DELETE",
+    "GET",
+    "HEAD",
+    "POST",
+    "PUT",
+    "CONNECT",
+    "OPTIONS",
+    "TRACE",
+    "PATCH",
+    "PURGE",
+    "SEARCH",
+    "LINK",
+    "UNLINK",
+]
 PIECES = st.sampled_from(
-    [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\0", b"\x0b", b"\x7f", b"\x80", b"\xff", b",", b";", b":", b'"', b"\\"]
-    + [b"0", b"1", b"5", b"-", b"+", b"x", b"0x", b"chunked", b"identity", b"gzip, ", b"0\r\n\r\n", b"/", b"?", b"#", b"*"]
-    + [b"HTTP/1.1", b"HTTP/1.0", b"http://", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"POST /logs HTTP/1.1\r\n"]
+    [
+        b"\r",
+        b"\n",
+        b"\r\n",
+        b"\r\n\r\n",
+        b" ",
+        b"\t",
+        b"\x00",
+        b"\x0b",
+        b"\x7f",
+        b"\x80",
+        b"\xff",
+        b",",
+        b";",
+        b":",
+        b'"',
+        b"\\",
+        b"0",
+        b"1",
+        b"5",
+        b"-",
+        b"+",
+        b"x",
+        b"0x",
+        b"chunked",
+        b"identity",
+        b"gzip, ",
+        b"0\r\n\r\n",
+        b"/",
+        b"?",
+        b"#",
+        b"*",
+        b"HTTP/1.1",
+        b"HTTP/1.0",
+        b"http://",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /logs HTTP/1.1\r\n",
+    ]
 )
 LINES = st.sampled_from(
-    [b"Content-Length: 5", b"Content-Length: 0", b"Content-Length : 5", b"Content-Length: 5, 5", b"content-length:5"]
-    + [b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Transfer-Encoding : chunked", b"Transfer-Encoding:"]
-    + [b"transfer-encoding:chunked", b"Transfer-Encoding: chunked, identity", b"Transfer-Encoding: xchunked", b"Host: y"]
-    + [b"Connection: close", b"Connection: keep-alive", b" folded", b"", b"X", b"Expect: 100-continue", b"Expect: y"]
+    [
+        b"Content-Length: 5",
+        b"Content-Length: 0",
+        b"Content-Length : 5",
+        b"Content-Length: 5, 5",
+        b"content-length:5",
+        b"Transfer-Encoding: chunked",
+        b"Transfer-Encoding: gzip",
+        b"Transfer-Encoding : chunked",
+        b"Transfer-Encoding:",
+        b"transfer-encoding:chunked",
+        b"Transfer-Encoding: chunked, identity",
+        b"Transfer-Encoding: xchunked",
+        b"Host: y",
+        b"Connection: close",
+        b"Connection: keep-alive",
+        b" folded",
+        b"",
+        b"X",
+        b"Expect: 100-continue",
+        b"Expect: y",
+    ]
 )
 MUTATIONS = st.tuples(
     st.sampled_from(["set", "insert", "delete", "line", "repeat", "move", "truncate"]), st.floats(0, 1), PIECES, LINES
@@ -172,7 +239,11 @@ def recording():
     return Service(validation="none", max_header=1024, max_body=4096, protocol=Recorder)
 
 
-@settings(max_examples=int(__import__("os").environ.get("N", "2500")), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=2500,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.lists(st.sampled_from(STREAMS), min_size=1, max_size=3), st.lists(MUTATIONS, max_size=4))
 def test_whatever_we_read_llhttp_reads_as_well_and_the_same(recording, streams, mutations):
     data = mutated(b"".join(streams), mutations)
@@ -210,7 +281,7 @@ def spoil(chance, data):
         if how == 5:
             spoilt[at] ^= 1 << chance.randrange(8)
         elif how == 6:
-            spoilt[at] = chance.choice(b"\r\n\t \0:,;0159\"\\\x7f\xff")
+            spoilt[at] = chance.choice(b'\r\n\t \0:,;0159"\\\x7f\xff')
         else:
             del spoilt[at]
     return bytes(spoilt)
@@ -249,7 +320,9 @@ def test_random_bytes_after_any_prefix_of_a_good_request():
     """The parser is in every state it has when the garbage comes."""
     chance = random.Random(5)
     service = Service(max_header=1024, max_body=4096, protocol=Recorder)
-    good = post(BODY, "Expect: 100-continue", "Prefer: a=b") + CORPUS["chunk extensions, trailers"] + head("GET /health")
+    good = (
+        post(BODY, "Expect: 100-continue", "Prefer: a=b") + CORPUS["chunk extensions, trailers"] + head("GET /health")
+    )
     for place in range(len(good)):
         connection = service.connect().send(good[:place], chance.randbytes(50), b"\r\n\r\n")
         requests_read(service, connection)

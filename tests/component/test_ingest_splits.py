@@ -1,7 +1,8 @@
-"""Where TCP cuts the stream into reads changes nothing: not what is answered, not what is stored, not what comes next."""
+"""Where TCP cuts the stream into reads changes nothing: not what is answered, not what is stored."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -38,7 +39,7 @@ def outcome(service, *reads):
 
 def pieces(data, *places):
     cuts = [0, *sorted(places), len(data)]
-    return [data[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 @pytest.mark.parametrize("name", CORPUS)

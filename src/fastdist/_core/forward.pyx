@@ -323,7 +323,7 @@ cdef class PoolBase:
 cdef class ReplyBase:
     """A connection to an analyzer: sends requests, reads replies. ``pool`` is told of everything that goes wrong.
 
-    Outcomes reach the pool as ``refused(handles, status, batch)``, ``failed(handles, error, counted)``,
+    Outcomes reach the pool as ``refused(handles, status, batch)``, ``failed(handles, error, counted, status)``,
     ``paused_for(handles, status, value)`` and ``not_sent(handles)`` (certain not to have been looked at, or a
     connection that was closed while idle: go again at once).
     """
@@ -495,7 +495,7 @@ cdef class ReplyBase:
             value = head.retry_date.p[:head.retry_date.n].decode("latin-1")
             self.pool.paused_for(handles, head.status, value)
         elif head.status >= 500 or head.status == 408 or head.status == 425 or head.status == 429:
-            self.pool.failed(handles, f"HTTP {head.status}", True)
+            self.pool.failed(handles, f"HTTP {head.status}", True, head.status)
         else:
             self.pool.refused(handles, head.status, bool(group.batch))
         return 0

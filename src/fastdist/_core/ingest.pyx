@@ -456,6 +456,7 @@ cdef class IngestBase:
         cdef int64_t wall
         cdef int pushed
         if unlikely(intake.draining or intake.broken_storage):
+            self.keep_alive = self.keep_alive and not intake.draining
             return self.reject(self.not_stored(False))
         if not self.understand(p, n, &messages, &emitter):
             return 0

@@ -1,0 +1,558 @@
+"""What is bounded: sizes, rates, tokens, room in the queue, connections, times, memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import psutil
+import pytest
+from ingest_harness import BODY, CONTINUE, SECOND, Service, chunk, head, keyed, post, post_chunked
+
+MAX_BODY, MAX_HEADER = 1000, 1024
+KIB = 1024
+
+
+@pytest.fixture
+def service():
+    return Service(max_body=MAX_BODY, max_header=MAX_HEADER, validation="none")
+
+
+def assert_refused(connection, status, detail, *, closes=True):
+    answer = connection.answers()[-1]
+    assert (answer.status, answer.json["detail"], answer.closes) == (status, detail, closes)
+    assert connection.transport.half_closed == closes
+    return answer
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("excess", [1, 1000, 2**40])
+def test_a_body_too_long_is_refused_before_it_comes(service, excess):
+    connection = service.ask(head("POST /logs", f"Content-Length: {MAX_BODY + excess}"))
+    assert_refused(connection, 413, f"the body is {MAX_BODY + excess} bytes, more than the {MAX_BODY} allowed")
+    assert service.rejected == {"too_large": 1}
+    connection.protocol.data_received(keyed("never read"))
+    assert not service.ring.undone
+
+
+@pytest.mark.parametrize("line", ["Expect: 100-continue", "Expect: x", "Connection: close", "X: y"])
+@pytest.mark.parametrize("other", ["Content-Type: text/plain", "Y: z"])
+def test_a_body_too_long_is_never_waited_for(service, line, other):
+    connection = service.ask(head("POST /logs", line, other, "Content-Length: 99999999999"), bytes(5000))
+    answer = connection.answer()
+    assert answer.status == (415 if "text" in other else 413)
+    assert answer.closes
+    assert connection.transport.half_closed
+    assert sum(service.rejected.values()) == 1
+
+
+def test_a_body_just_short_enough_is_read(service):
+    connection = service.ask(post(bytes(MAX_BODY)), post_chunked(bytes(MAX_BODY)), post_chunked(*[b"x"] * MAX_BODY))
+    assert connection.statuses == [202, 202, 202]
+    assert service.bodies() == [bytes(MAX_BODY), bytes(MAX_BODY), b"x" * MAX_BODY]
+
+
+@pytest.mark.parametrize("size", [1, 7, 499, 1001])
+def test_a_chunked_body_is_refused_as_soon_as_it_is_over(service, size):
+    connection = service.ask(head("POST /logs", "Transfer-Encoding: chunked"))
+    whole = MAX_BODY // size
+    connection.send(*[chunk(bytes(size))] * whole)
+    assert connection.written == b""
+    connection.send(b"%x\r\n" % size + bytes(MAX_BODY - whole * size))
+    assert connection.written == b""
+    connection.send(b"x")
+    assert_refused(connection, 413, f"the body is larger than the {MAX_BODY} bytes allowed")
+    assert service.rejected == {"too_large": 1}
+    assert not service.ring.undone
+
+
+@pytest.mark.parametrize("first", ["POST /logs", "GET /health", "PUT /nowhere"])
+def test_a_head_may_have_just_so_many_bytes(service, first):
+    data = head(first, "X: ")
+    fitting = head(first, "X: " + "x" * (MAX_HEADER - len(data)))
+    assert len(fitting) == MAX_HEADER
+    connection = service.ask(fitting + fitting, head(first, "X: " + "x" * (MAX_HEADER - len(data) + 1)))
+    *answers, last = connection.answers()
+    assert len(answers) == 2
+    assert not {answer.status for answer in answers} & {413, 431}
+    assert last.status == 431
+    assert_refused(connection, 431, f"the request's head is larger than the {MAX_HEADER} bytes allowed")
+    assert service.rejected["head_too_large"] == 1
+
+
+def test_a_head_that_never_ends_is_refused_at_its_limit(service):
+    start = b"POST /logs HTTP/1.1\r\nX:"
+    connection = service.ask(start, *[b"x"] * (MAX_HEADER - len(start)))
+    assert connection.written == b""
+    connection.send(b"x")
+    assert_refused(connection, 431, f"the request's head is larger than the {MAX_HEADER} bytes allowed")
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+@pytest.mark.parametrize("what", ["extension", "long trailer", "many trailers", "one-letter trailers"])
+def test_extensions_and_trailers_are_bounded(service, what, excess):
+    room = MAX_HEADER + excess
+    body = {
+        "extension": b"1;" + b"x" * (room - 1) + b"\r\na\r\n0\r\n\r\n",
+        "long trailer": b"1\r\na\r\n0\r\nA: " + b"x" * (room - 7) + b"\r\n\r\n",
+        "many trailers": b"1\r\na\r\n0\r\n" + b"A: b\r\n" * (170 + excess) + b"\r\n",
+        "one-letter trailers": b"1\r\na\r\n0\r\n" + b"A:\r\n" * (255 + excess) + b"\r\n",
+    }[what]
+    connection = service.ask(head("POST /logs", "Transfer-Encoding: chunked") + body)
+    if excess:
+        assert_refused(connection, 431, "the trailers of the body are too large")
+        assert service.rejected == {"head_too_large": 1}
+        assert not service.ring.undone
+    else:
+        assert connection.statuses == [202]
+
+
+def test_endless_trailers_come_to_an_end(service):
+    connection = service.ask(post_chunked(BODY, end=b"0\r\n"))
+    for _ in range(1000):
+        connection.send(b"A:\r\n")
+    assert_refused(connection, 431, "the trailers of the body are too large")
+
+
+def test_a_packet_over_half_the_ring_is_too_large():
+    service = Service(capacity=2**16, validation="none")
+    half = service.ring.capacity // 2
+    connection = service.ask(post(bytes(half)), keyed("next"))
+    refused, after = connection.answers()
+    assert refused.status == 413
+    assert refused.json["detail"] == (
+        f"a packet of {half} bytes is over half of what a worker's part of the queue holds "
+        f"({service.ring.capacity} bytes)"
+    )
+    assert after.id == "next"
+    assert service.rejected == {"too_large": 1}
+    service.packets()
+    assert service.ask(post(bytes(half - 200))).answer().status == 202
+
+
+# ---- rates, tokens, and which of them comes first
+
+
+def test_the_rate_of_all_emitters_together():
+    service = Service(limits={"rate": 0.1, "burst": 2})
+    assert service.ask(post() + post()).statuses == [202, 202]
+    connection = service.connect("198.51.100.7").send(post() + head("GET /health") + post())
+    answers = connection.answers()
+    assert [answer.status for answer in answers] == [429, 200, 429]
+    for answer in answers[::2]:
+        assert answer.headers["retry-after"] == "10"
+        assert answer.json["detail"] == "more requests than the limit allows; try again in 10 s"
+        assert not answer.closes
+    assert service.rejected == {"rate_limited": 2}
+    assert len(service.packets()) == 2
+
+
+def test_the_rate_of_each_client():
+    service = Service(limits={"client_rate": 0.5, "client_burst": 1})
+    first, second = service.connect("192.0.2.1"), service.connect("192.0.2.2")
+    assert first.send(post(), post()).statuses == [202, 429]
+    assert first.answers()[1].headers["retry-after"] == "2"
+    assert second.send(post(), post()).statuses == [202, 429]
+    assert service.connect("192.0.2.1").send(post()).statuses == [429]
+    assert service.connect(None).send(post()).statuses == [202]  # a Unix socket has no address
+
+
+def test_only_packets_count_for_the_rate():
+    """Not what goes elsewhere, and not what nobody can read; but a packet that turns out to be none does."""
+    service = Service(limits={"rate": 0.1, "burst": 2})
+    service.ask(head("GET /health") * 5 + head("GET /logs") * 5 + head("POST /nowhere") * 5 + b"x\r\n\r\n")
+    assert service.ask(post(b"{"), post(), post()).statuses == [400, 202, 429]
+
+
+def authorized(value):
+    return post(BODY, f"Authorization: {value}")
+
+
+@pytest.mark.parametrize("value", ["Bearer secret", "bearer secret", "BEARER other", "Bearer  secret "])
+def test_tokens_that_are_known(value):
+    service = Service(security={"tokens": ("secret", "other")})
+    assert service.ask(authorized(value)).answer().status == 202
+    assert service.rejected == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Bearer wrong",
+        "Bearer",
+        "Bearer ",
+        "Basic secret",
+        "secret",
+        "Bearer secre",
+        "Bearer secrets",
+        "Bearer Secret",
+        "Bearersecret",
+        "Bearer secret other",
+        "Bearer secret,other",
+        "",
+        "Bearer éÿ",
+        '"Bearer secret"',
+        "Bearer\x80secret",
+    ],
+)
+def test_tokens_that_are_not(value):
+    service = Service(security={"tokens": ("secret", "other")})
+    connection = service.ask(authorized(value), authorized("Bearer secret"))
+    answer, after = connection.answers()
+    assert (answer.status, after.status) == (401, 202)
+    if value:
+        assert answer.headers["www-authenticate"] == 'Bearer realm="fastdist", error="invalid_token"'
+        assert answer.json["detail"] == "this token is not known"
+        assert value not in answer.json["detail"]
+    else:
+        assert answer.headers["www-authenticate"] == 'Bearer realm="fastdist"'
+    assert service.rejected == {"unauthorized": 1}
+
+
+def test_a_token_is_asked_for():
+    service = Service(security={"tokens": ("secret",)})
+    answer = service.ask(post()).answer()
+    assert answer.status == 401
+    assert answer.headers["www-authenticate"] == 'Bearer realm="fastdist"'
+    assert answer.json["detail"] == "a bearer token is needed"
+    assert service.ask(head("GET /health") + head("GET /logs")).statuses == [200, 405]
+
+
+def test_a_token_of_one_request_is_none_of_the_next():
+    service = Service(security={"tokens": ("secret",)})
+    assert service.ask(authorized("Bearer secret") + post()).statuses == [202, 401]
+
+
+@pytest.mark.parametrize("line", ["Expect: 100-continue", "Content-Length: 5"])
+def test_without_a_token_no_body_is_invited(line):
+    service = Service(security={"tokens": ("secret",)})
+    lines = [line] if "Length" in line else [line, "Content-Length: 70"]
+    connection = service.ask(head("POST /logs", *lines))
+    answer = connection.answer()
+    assert answer.status == 401
+    assert answer.closes == ("Expect" in line)
+    assert CONTINUE not in connection.written
+
+
+def test_limits_come_first_then_tokens_then_the_rest():
+    """Each request has all the faults that are left; each answer names the first."""
+    service = Service(security={"tokens": ("secret",)}, limits={"rate": 0.001, "burst": 1}, max_body=100)
+    good = [
+        "Authorization: Bearer secret",
+        "Content-Type: application/json",
+        "Content-Encoding: identity",
+        "Idempotency-Key: k",
+    ]
+    bad = ["Authorization: Bearer x", "Content-Type: text/plain", "Content-Encoding: gzip", "Idempotency-Key: a b"]
+    service.intake.broken_storage = True
+
+    def ask(faults, *lines):
+        limiter = service.intake.limiter
+        limiter.configure(0.001 if "rate" in faults else 0, 1, 0, 0)
+        return service.ask(head("POST /logs", *lines, "Expect: x", "Content-Length: 500"))
+
+    assert ask(["rate"], *bad).answer().status == 401
+    assert ask(["rate"], *bad).answer().status == 429
+    assert ask([], *bad).answer().status == 401
+    assert ask([], good[0], *bad[1:]).answer().status == 503
+    service.intake.broken_storage = False
+    assert ask([], good[0], *bad[1:]).answer().json["detail"] == "compressed bodies are not understood"
+    assert ask([], good[0], bad[1], good[2], bad[3]).answer().status == 415
+    assert ask([], *good[:3], bad[3]).answer().status == 400
+    assert ask([], *good).answer().status == 413
+    assert not service.ring.undone
+
+
+# ---- room and storage
+
+
+def test_a_full_queue():
+    service = Service(capacity=2**16)
+    connection = service.connect()
+    accepted = 0
+    while b" 202 " in connection.send(post()).transport.writes[-1]:
+        accepted += 1
+    answer = connection.answers()[-1]
+    assert answer.status == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json["detail"] == "the queue is full; try again shortly"
+    assert not answer.closes
+    assert service.intake.full
+    assert service.rejected == {"queue_full": 1}
+    assert service.accepted == accepted == service.ring.undone > 100
+    assert len(service.packets()) == accepted
+    assert connection.send(post()).answers()[-1].status == 202
+
+
+def test_a_service_that_ends():
+    service = Service()
+    midway = service.connect().send(post()[:-1])
+    idle = service.connect()
+    service.intake.draining = True
+    answer = service.ask(post(), keyed("never read")).answer()
+    assert (answer.status, answer.closes) == (503, True)
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json["detail"] == "the service is shutting down"
+    assert midway.send(post()[-1:]).answer().status == 503
+    health = idle.send(head("GET /health")).answer()
+    assert (health.status, health.closes) == (200, True)
+    assert idle.transport.closed
+    assert service.rejected == {"draining": 2}
+    assert not service.ring.undone
+
+
+def test_storage_that_fails():
+    service = Service()
+    midway = service.connect().send(post()[:-1])
+    service.intake.broken_storage = True
+    for answer in (service.ask(post()).answer(), midway.send(post()[-1:]).answer()):
+        assert (answer.status, answer.closes) == (503, False)
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json["detail"] == "the queue's storage fails; nothing can be stored safely now"
+    assert service.rejected == {"storage": 2}
+    service.intake.broken_storage = False
+    assert midway.send(post()).statuses == [503, 202]
+
+
+# ---- connections
+
+
+def test_too_many_connections():
+    service = Service(max_connections=2)
+    first, second, third = (service.connect() for _ in range(3))
+    assert first.written == second.written == b""
+    answer = assert_refused(third, 503, "too many connections; try again shortly")
+    assert answer.headers["retry-after"] == "1"
+    third.protocol.data_received(keyed("never read"))
+    third.end()
+    assert third.transport.closed
+    third.lose()
+    assert service.counters.get("emitters") == 2
+    first.lose()
+    assert service.counters.get("emitters") == 1
+    assert service.connect().send(post()).statuses == [202]
+    assert second.send(post()).statuses == [202]
+
+
+# ---- times
+
+
+def test_a_head_that_takes_too_long(service):
+    connection = service.connect().send(head("POST /logs")[:-2])
+    connection.wait(9.9)
+    assert connection.open
+    connection.send(b"X: y")  # progress does not help
+    connection.wait(10.1)
+    assert_refused(connection, 408, "the request's head did not arrive in time")
+    assert service.rejected == {"timeout": 1}
+
+
+def test_a_body_that_makes_no_progress(service):
+    for data in (post()[:-1], post_chunked(BODY)[:-1], head("POST /logs", "Content-Length: 1")):
+        connection = service.connect().send(data)
+        connection.wait(29.9)
+        assert connection.open
+        connection.wait(30.1)
+        assert_refused(connection, 408, "no more of the request's body arrived")
+    assert service.rejected == {"timeout": 3}
+    assert not service.ring.undone
+
+
+def test_a_body_that_was_answered_already_gets_no_408(service):
+    connection = service.connect().send(post(BODY, "Content-Type: text/plain")[:-1])
+    connection.wait(30.1)
+    assert connection.statuses == [415]
+    assert connection.transport.half_closed
+    assert service.rejected == {"unsupported_media_type": 1}
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", head("GET /health"), post()])
+def test_an_idle_connection_is_closed_without_a_word(service, sent):
+    connection = service.connect().send(sent)
+    written = connection.written
+    connection.wait(74.9)
+    assert connection.open
+    connection.wait(75.1)
+    assert connection.transport.closed
+    assert not connection.transport.aborted
+    assert connection.written == written
+    assert service.rejected == {}
+
+
+def test_an_answer_under_way_is_no_idleness():
+    service = Service(fsync=True)
+    connection = service.ask(post())
+    connection.wait(1000)
+    assert connection.open
+    service.sync()
+    assert connection.statuses == [202]
+
+
+def test_an_emitter_that_does_not_read_its_answers_is_cut_off(service):
+    connection = service.ask(post())
+    connection.protocol.pause_writing()
+    connection.wait(29.9)
+    assert connection.open
+    connection.wait(30.1)
+    assert connection.transport.aborted
+
+
+def test_one_that_reads_again_is_not(service):
+    connection = service.ask(post())
+    connection.protocol.pause_writing()
+    connection.protocol.resume_writing()
+    connection.wait(30.1)
+    assert connection.open
+
+
+def test_the_last_answer_is_given_time_to_be_read(service):
+    """A connection is closed while the emitter sends: the kernel would reset it, and the answer might be lost."""
+    connection = service.ask(head("POST /logs", "Content-Length: 99999"), bytes(500))
+    assert connection.transport.half_closed
+    connection.wait(4.9)
+    assert not connection.transport.closed
+    connection.wait(5.1)
+    assert connection.transport.aborted
+    assert connection.statuses == [413]
+
+
+def test_a_408_is_given_time_as_well(service):
+    """Counted from the answer, not from the last that was read."""
+    connection = service.connect().send(post()[:-1])
+    connection.protocol.check(time.monotonic_ns() + 31 * SECOND)
+    assert connection.statuses == [408]
+    connection.wait(4.9)
+    assert not connection.transport.closed
+    connection.wait(5.1)
+    assert connection.transport.aborted
+
+
+def test_a_long_last_answer_may_be_read_slowly(service):
+    connection = service.ask(head("GET /metrics", "Connection: close"))
+    connection.protocol.pause_writing()
+    connection.wait(29.9)
+    assert not connection.transport.aborted
+    connection.protocol.resume_writing()
+    connection.wait(4.9)
+    assert not connection.transport.aborted
+    connection.wait(5.1)
+    assert connection.transport.aborted
+
+
+def test_an_emitter_that_is_told_the_end_and_agrees(service):
+    connection = service.ask(b"broken\r\n\r\n")
+    assert connection.transport.half_closed
+    connection.end()
+    assert connection.transport.closed
+    assert not connection.transport.aborted
+
+
+# ---- half-closed connections
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /lo", post()[:-1], post_chunked(BODY)[:-1], b"\r\n"])
+def test_a_request_cut_short_by_the_end_gets_no_answer(service, sent):
+    connection = service.connect().send(sent)
+    connection.end()
+    assert connection.transport.closed
+    assert connection.written == b""
+    assert not service.ring.undone
+    assert service.rejected == {}
+
+
+def test_answers_under_way_leave_after_the_end_of_what_is_sent():
+    service = Service()
+    with service.timers() as loop:
+        connection = service.ask(keyed("a", BODY, "Prefer: wait=5") + keyed("b") + keyed("c")[:-1])
+        connection.end()
+        assert connection.open
+        loop.advance(5)
+    assert [answer.id for answer in connection.answers()] == ["a", "b"]
+    assert connection.transport.closed
+    assert not connection.transport.half_closed
+    assert [packet.id for packet in service.packets()] == ["a", "b"]
+
+
+def test_a_sync_may_come_after_the_end_or_never():
+    service = Service(fsync=True)
+    connection, gone = service.ask(post()), service.ask(post())
+    connection.end()
+    gone.end()
+    gone.lose()
+    service.sync()
+    assert connection.statuses == [202]
+    assert connection.transport.closed
+    assert gone.written == b""
+
+
+# ---- memory
+
+
+def resident():
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+def test_ten_thousand_connections_leave_nothing_behind():
+    service = Service(fsync=True)
+    sent = (
+        [post()],
+        [post(bytes(8000))[:-3]],
+        [post_chunked(bytes(8000))[:-3]],
+        [b"POST /logs HTTP/1.1\r\nX:" + b"x" * 8000],
+        [head("GET /health"), b"x\r\n\r\n"],
+        [head("POST /logs", "Expect: 100-continue", "Content-Length: 99999999")],
+        [post(BODY, "Prefer: wait=9")],
+        [b"\r"],
+    )
+
+    def many(count):
+        with service.timers() as loop:
+            for number in range(count):
+                connection = service.ask(*sent[number % len(sent)])
+                if number % 3 == 0:
+                    service.sync()
+                connection.lose()
+                if number % 100 == 0:
+                    service.sync()
+                    service.packets()
+                    loop.advance(10)
+
+    many(2000)
+    before = resident()
+    many(10_000)
+    assert resident() - before < 2 * KIB**2  # 200 bytes a connection
+    assert not service.intake.connections
+    assert len(service.intake.unsynced) <= 100
+
+
+@pytest.mark.parametrize("how", ["whole", "chunked", "cut short", "refused", "lost"])
+def test_a_large_body_is_kept_no_longer_than_needed(how):
+    service = Service(max_body=2**26, capacity=2**16)
+    body = bytes(2**25)
+    data = {"chunked": post_chunked(body)}.get(how, post(body))
+    pieces = [data[start : start + 2**18] for start in range(0, len(data) - 2**18, 2**18)] + [
+        data[-(len(data) % 2**18 or 2**18) :]
+    ]
+    before = resident()
+    connections = [service.connect() for _ in range(4)]
+    for connection in connections:
+        connection.send(*pieces[:-1])
+    assert resident() - before > 100 * KIB**2
+    for connection in connections:
+        if how == "cut short":
+            connection.end()
+        elif how == "refused":
+            connection.wait(31)
+        elif how == "lost":
+            connection.lose()
+        else:
+            connection.send(pieces[-1])
+            assert connection.answer().status == 400
+    if how in ("cut short", "lost"):
+        del connection
+        connections.clear()
+        service.intake.connections.clear()
+    assert resident() - before < 20 * KIB**2
