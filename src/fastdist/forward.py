@@ -95,28 +95,25 @@ class AnalyzerPool(PoolBase):
             task.add_done_callback(self._tasks.discard)
 
     async def _open(self) -> None:
-        loop = asyncio.get_running_loop()
-        arrived = False
-
-        def join() -> AnalyzerConnection:
-            nonlocal arrived
-            arrived = True
-            self.opening -= 1
-            return AnalyzerConnection(self)
-
+        # Counted as being opened until it is connected: the loop asks for the protocol long before that.
+        connection = AnalyzerConnection(self)
         try:
             async with asyncio.timeout(self.delivery.connect_timeout):
-                await loop.create_connection(
-                    join,
+                await asyncio.get_running_loop().create_connection(
+                    lambda: connection,
                     self._address.host,
                     self._address.port,
                     ssl=self._tls,
                     server_hostname=self._address.host if self._tls else None,
                 )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            if not arrived:
+            if connection.transport is None:
                 self.opening -= 1
             self._unreachable(describe(error, self.delivery.connect_timeout))
+        except asyncio.CancelledError:
+            if connection.transport is None:
+                self.opening -= 1
+            raise
 
     def _unreachable(self, error: str) -> None:
         """No connection came about: that failed whatever it was to carry."""
@@ -124,6 +121,7 @@ class AnalyzerPool(PoolBase):
 
     def connected(self, connection: AnalyzerConnection) -> None:
         """Take a new connection into use."""
+        self.opening -= 1
         self.connections.add(connection)
         self.connection_count(1)
         connection.offer()

@@ -24,6 +24,20 @@ RETRY_SECONDS = 1.0  # after a sync that failed
 log = logs.get()
 
 
+def sync_before_opening(fd: int) -> bool:
+    """Sync the file of a ring that is to be taken over; return whether that worked.
+
+    Who opens a ring takes what stands in its pages for safe. Of what a process that was killed has left, that is not
+    true yet: a record that was moved may be on the disk as such, and its copy in memory only.
+    """
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        log.error("the queue cannot be synced", error=str(error))
+        return False
+    return True
+
+
 class Syncer:
     """Syncs ``ring``, mapped from ``fd``; ``on_synced(position)`` or ``on_failed(error)`` tells, in the event loop."""
 

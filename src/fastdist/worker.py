@@ -33,7 +33,7 @@ from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.queuefiles import Adoption, OldRing
 from fastdist.shared import SharedBlock, WorkerWord
 from fastdist.snapshot import Snapshot
-from fastdist.sync import Syncer
+from fastdist.sync import Syncer, sync_before_opening
 from fastdist.takeover import take_over
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Worker:
         self.config = self._read_settings()
         self.roster = self._read_roster(assignment.roster)
         self.durability = self.config.queue.durability
+        files = [] if self.durability == "memory" else [assignment.ring, *assignment.old_rings.values()]
+        safe = all([sync_before_opening(fd) for fd in files])  # noqa: C419  (all of them, whatever becomes of one)
         self.ring = PacketRing(
             assignment.ring, volatile=self.durability == "memory", claims_wait_for_sync=self.durability == "fsync"
         )
@@ -81,6 +83,7 @@ class Worker:
         self.syncer = None
         if self.durability != "memory":
             self.syncer = Syncer(self.ring, assignment.ring, self._synced, self._sync_failed)
+            self.syncer.failing = not safe
         self.dead_letters = DeadLetters(
             self.config.queue.path, f"w{assignment.index}-{os.getpid()}", sync=self.durability == "fsync"
         )
@@ -105,6 +108,7 @@ class Worker:
             self.dispatcher.schedule,
             self.syncer.want if self.syncer is not None and self.durability == "fsync" else None,
         )
+        self.intake.broken_storage = not safe
         self.emitters.intake = self.intake
         self.tls = tls.server_context(self.config.security)
         self._put_in_force()
@@ -296,7 +300,7 @@ class Worker:
         delivery = self.config.delivery
         requests = delivery.connections * delivery.pipeline * len(self.roster)
         most = max(LEAST_ADOPTED, requests * (delivery.batch_packets if delivery.mode == "batch" else 1))
-        for adoption in list(self.adoptions):
+        for adoption in () if self.intake.broken_storage else tuple(self.adoptions):
             moved, oversized = adoption.step(self.ring, most)
             self.counters.add("adopted", moved)
             if oversized:

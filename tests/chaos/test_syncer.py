@@ -1,0 +1,224 @@
+"""Group commit with a disk that fails: what is told to whom, and when it is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+
+import pytest
+
+from fastdist import sync
+from fastdist._core.ring import PacketRing, file_size
+from fastdist.sync import Syncer, sync_before_opening
+
+CAPACITY = 65536
+
+
+class Disk:
+    """``os.fdatasync`` for the syncer: fails while ``broken``, takes until ``go`` is set, counts."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.broken = False
+        self.go = threading.Event()
+        self.go.set()
+        self.begun = threading.Semaphore(0)
+        self.syncs = 0
+        monkeypatch.setattr(sync.os, "fdatasync", self)
+
+    def __call__(self, fd: int) -> None:
+        assert fd > 2
+        self.syncs += 1
+        self.begun.release()
+        assert self.go.wait(10)
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+class Bench:
+    """A syncer on a ring in memory, and what it tells."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("ring")
+        os.ftruncate(self.fd, file_size(CAPACITY))
+        PacketRing(self.fd, CAPACITY)
+        self.ring = PacketRing(self.fd, claims_wait_for_sync=True)
+        self.told: list[object] = []
+        self.syncer = Syncer(self.ring, self.fd, self.told.append, lambda error: self.told.append(error.errno))
+
+    def push(self, size: int = 100) -> int:
+        assert self.ring.push(bytes(size))
+        self.syncer.want()
+        return self.ring.tail_position
+
+    async def until(self, told: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.told) < told:
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    monkeypatch.setattr(sync, "RETRY_SECONDS", 0.05)
+    return Disk(monkeypatch)
+
+
+def test_one_sync_covers_all_that_came_in_one_turn_of_the_loop(disk):
+    async def run() -> None:
+        bench = Bench()
+        bench.push()
+        end = [bench.push() for _ in range(10)][-1]
+        assert bench.ring.claim() == 0
+        await bench.until(1)
+        assert bench.told == [end]
+        assert bench.ring.synced_position == end
+        assert bench.ring.claim()
+        assert disk.syncs == 1
+
+    asyncio.run(run())
+
+
+def test_what_comes_during_a_sync_waits_for_the_next(disk):
+    async def run() -> None:
+        bench = Bench()
+        disk.go.clear()
+        first = bench.push()
+        await asyncio.to_thread(disk.begun.acquire)
+        second = [bench.push() for _ in range(5)][-1]
+        assert bench.ring.synced_position < first
+        disk.go.set()
+        await bench.until(2)
+        assert bench.told == [first, second]
+        assert disk.syncs == 2
+
+    asyncio.run(run())
+
+
+def test_a_sync_that_fails_is_told_and_tried_again_until_one_succeeds(disk):
+    async def run() -> None:
+        bench = Bench()
+        disk.broken = True
+        end = bench.push()
+        await bench.until(3)
+        assert bench.told == [errno.EIO] * 3
+        assert bench.syncer.failing
+        assert bench.ring.synced_position == 0
+        assert bench.ring.claim() == 0, "nobody gets what is not synced"
+        disk.broken = False
+        await bench.until(4)
+        assert bench.told[3] == end
+        assert not bench.syncer.failing
+        assert bench.ring.claim()
+        await asyncio.sleep(0.2)
+        assert disk.syncs == 4, "it goes on trying although all is well"
+
+    asyncio.run(run())
+
+
+def test_a_failure_is_tried_again_once_however_many_ask(disk):
+    """With durability disk somebody asks every sync_interval in which something has changed."""
+
+    async def run() -> None:
+        bench = Bench()
+        disk.broken = True
+        bench.push()
+        for turn in range(1, 6):
+            await bench.until(turn)
+            bench.ring.push(b"more")
+            bench.syncer.want_if_changed()
+        await asyncio.sleep(0.05)
+        before = disk.syncs
+        await asyncio.sleep(0.5)
+        assert disk.syncs - before <= 11
+
+    asyncio.run(run())
+
+
+def test_everything_is_written_anew_after_a_failure(disk, monkeypatch):
+    """The kernel may take pages for clean that it could not write."""
+
+    async def run() -> None:
+        bench = Bench()
+        written = []
+        original = PacketRing.write_again
+
+        class Watched:
+            """The ring, watched."""
+
+            def __getattr__(self, name):
+                if name == "write_again":
+                    return lambda: (written.append(disk.syncs), original(bench.ring))
+                return getattr(bench.ring, name)
+
+        bench.syncer.ring = Watched()
+        bench.push()
+        await bench.until(1)
+        assert written == []
+        disk.broken = True
+        bench.push()
+        await bench.until(2)
+        disk.broken = False
+        await bench.until(3)
+        assert written == [2], "before the third sync, the first after the one that failed"
+
+    asyncio.run(run())
+
+
+def test_a_real_descriptor_that_cannot_be_synced():
+    """A pipe: the kernel itself refuses."""
+
+    async def run() -> None:
+        bench = Bench()
+        reading, writing = os.pipe()
+        bench.syncer.fd = writing
+        end = bench.push()
+        await bench.until(1)
+        assert bench.told == [errno.EINVAL]
+        bench.syncer.fd = bench.fd
+        await bench.until(2)
+        assert bench.told[1] == end
+        os.close(reading)
+        os.close(writing)
+
+    asyncio.run(run())
+
+
+def test_a_file_that_cannot_be_synced_before_it_is_opened(disk):
+    disk.broken = True
+    assert not sync_before_opening(5)
+    disk.broken = False
+    assert sync_before_opening(5)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_closing_syncs_once_more_and_then_never_again(disk, broken):
+    async def run() -> None:
+        bench = Bench()
+        bench.push()
+        await bench.until(1)
+        end = bench.push()
+        disk.broken = broken
+        bench.syncer.close()
+        assert (bench.ring.synced_position == end) is not broken
+        before = disk.syncs
+        bench.syncer.want()
+        await asyncio.sleep(0.1)
+        assert disk.syncs == before
+
+    asyncio.run(run())
+
+
+def test_closing_while_a_sync_runs_waits_for_it(disk):
+    async def run() -> None:
+        bench = Bench()
+        disk.go.clear()
+        bench.push()
+        await asyncio.to_thread(disk.begun.acquire)
+        end = bench.push()
+        threading.Timer(0.1, disk.go.set).start()
+        bench.syncer.close()
+        assert bench.ring.synced_position == end
+        await bench.until(1)
+
+    asyncio.run(run())
