@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -144,6 +145,7 @@ class Experiment:
         self.started = time.monotonic()
         self.processes: list[Mocks | Fleet | Distributor] = []
         self.emitters: list[Recorder] = []
+        self.delivered_before: dict[str, int] = {}  # by analyzers whose ledgers are not at hand any more
         self.fastdist: Distributor
         self.mocks: Mocks | Fleet
 
@@ -242,7 +244,7 @@ class Experiment:
     def _compare(self, fault: str, bound: int, may_lose: set[str] | frozenset[str]) -> tuple[Verdict, list[str]]:
         accepted = set[str]().union(*(emitter.accepted for emitter in self.emitters))
         unknown = set[str]().union(*(emitter.unknown for emitter in self.emitters))
-        delivered = self.mocks.delivered()
+        delivered = self.delivered()
         letters = {row["id"]: row.get("body", "").encode() for row in self.fastdist.dead_letters()}
         lost = accepted - delivered.keys() - letters.keys() - may_lose
         phantoms = (delivered.keys() | letters.keys()) - accepted - unknown
@@ -261,6 +263,10 @@ class Experiment:
             seconds=time.monotonic() - self.started,
         )
         return verdict, [*sorted(lost)[:5], *corrupted[:5], *sorted(phantoms)[:5]]
+
+    def delivered(self) -> Counter[str]:
+        """Return {packet id: times acknowledged}."""
+        return Counter(self.delivered_before) + Counter(self.mocks.delivered())
 
     def _bodies(self) -> tuple[dict[str, str], int]:
         """Return {packet id: digest of its body}, and how many bodies came twice and not the same, or were no JSON."""

@@ -74,8 +74,9 @@ def test_faults_come_and_go(experiment, faults, delivery):
     emitter.stop()
     # What went out again may have been taken before: by an analyzer that was too slow, or behind one broken request.
     ambiguous = "timeout" in settings or (delivery is BATCHES and any(word in faults[0] for word in BREAKING))
+    what = faults[0] if len(faults) == 1 else "one fault after the other"
     experiment.judge(
-        f"analyzers: {faults[0] if len(faults) == 1 else 'one fault after the other'} ({delivery.get('mode', 'single')})",
+        f"analyzers: {what} ({delivery.get('mode', 'single')})",
         bound=fastdist.stats()["packets"]["retried"] if ambiguous else 0,
     )
     assert {*emitter.answers.values()} == {202}

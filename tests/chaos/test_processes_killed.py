@@ -116,7 +116,8 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
     # What is being copied from old rings counts as in flight: as many packets again.
     bound = sum(2 * in_flight(delivery, max(2, workers)) for workers in numbers[:-1])
     verdict = experiment.judge(
-        f"everything kill -9 {len(numbers) - 1} times, 2, 1, 3 … workers ({durability}, {delivery.get('mode', 'single')})",
+        f"everything kill -9 {len(numbers) - 1} times, 2, 1, 3 … workers"
+        f" ({durability}, {delivery.get('mode', 'single')})",
         bound=bound,
     )
     assert verdict.accepted > len(numbers) * 300
