@@ -141,6 +141,7 @@ class Mocks(Process):
         self.ids = ids
         self.control_port = int(self.line_with("control").rsplit(":", 1)[1].split("/")[0])
         self.endpoints = {name: self.line_with(f"{name} ").split()[-1] for name in ids}
+        self.harmless: dict[str, object] = get_json(self.control_port, f"/control/{ids[0]}")["options"]
 
     def set(self, name: str, **options: object) -> None:
         status, _, body = request(self.control_port, "POST", f"/control/{name}", json.dumps(options).encode())
@@ -154,7 +155,14 @@ class Mocks(Process):
         totals: dict[str, int] = get_json(self.control_port, f"/control/{name}")["totals"]
         return totals
 
+    def start_anew(self) -> None:
+        """Make them what they were at the start: harmless, without connections, with empty ledgers."""
+        self.set_all(refuse=True)
+        self.set_all(**self.harmless)
+        self.reset()
+
     def reset(self) -> None:
+        """Empty the ledgers."""
         for name in self.ids:
             assert request(self.control_port, "POST", f"/control/{name}/reset", b"")[0] == 200
 

@@ -19,9 +19,11 @@ import random
 import ssl
 import statistics
 import time
+from collections import deque
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
 from fastdist._core.dispatch import UNLIMITED, DispatchBase
@@ -64,6 +66,16 @@ class Retrying:
         self.round = 0  # rounds it has backed off
 
 
+class Letter(NamedTuple):
+    """A dead letter to be written: the packet, why, and the last analyzer that saw it with what it said."""
+
+    handle: int
+    reason: str
+    analyzer: str | None
+    status: int | None
+    error: str | None
+
+
 class Dispatcher(DispatchBase):
     """Gives packets to analyzers.
 
@@ -89,7 +101,9 @@ class Dispatcher(DispatchBase):
         self.online: set[int] = set()
         self.retrying: dict[int, Retrying] = {}  # by sequence
         self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
+        self.unwritten: deque[Letter] = deque()  # their packets stay queued
         self.storage_failed = False
+        self._next_write = 0
         self._tls: ssl.SSLContext | None = None
         self._next_check = self._next_ramp = 0
         self._load = LoadMeter()
@@ -174,10 +188,11 @@ class Dispatcher(DispatchBase):
         self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
     ) -> None:
         """Send packets elsewhere: a request failed with ``error``. ``counted``: it speaks against the analyzer."""
-        slot = pool.slot
+        slot, states = pool.slot, self.analyzer_states
         self.counters.add_to(slot, "failed", len(handles))
-        if counted and self.analyzer_states.delivery_failed(slot, error) >= self.config.health.fall:
-            self.analyzer_states.go_offline(slot)
+        if counted and not pool.retired and states.delivery_failed(slot, error) >= self.config.health.fall:
+            states.go_offline(slot)
+            pool.paused = True  # until the next flush has taken its packets elsewhere
         for handle in reversed(handles):  # each goes to the front of its new list: the first is to be first again
             self._retry(pool, handle, status, error)
         self.wake(pool)
@@ -185,16 +200,11 @@ class Dispatcher(DispatchBase):
     def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None:
         """Send nothing to the analyzer for a while, as it asks for (429 or 503 with Retry-After)."""
         seconds = retry_after(value)
-        if seconds <= 0:  # it asks for nothing, or nobody can tell for what
-            self.failed(pool, handles, f"HTTP {status}", counted=True, status=status)
-            return
-        until = time.monotonic_ns() + int(seconds * 1e9)
-        self.analyzer_states.set_error(pool.slot, f"HTTP {status}, Retry-After: {value[:40]}")
-        self.analyzer_states.pause(pool.slot, until)
-        self.counters.add_to(pool.slot, "failed", len(handles))
-        for handle in reversed(handles):
-            self._retry(pool, handle, status, f"HTTP {status}")
-        self.wake(pool)
+        if not pool.retired and seconds:
+            self.analyzer_states.set_error(pool.slot, f"HTTP {status}, Retry-After: {value[:40]}")
+            self.analyzer_states.pause(pool.slot, time.monotonic_ns() + int(seconds * 1e9))
+            pool.paused = True
+        self.failed(pool, handles, f"HTTP {status}", counted=not seconds, status=status)
 
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None:
         """Put a packet that was refused to the dead letters; of a refused batch, find out first which packet it was."""
@@ -202,9 +212,7 @@ class Dispatcher(DispatchBase):
         self.analyzer_states.set_error(pool.slot, f"HTTP {status}")
         self.counters.add_to(pool.slot, "failed", len(handles))
         if batch:
-            self._count_retries(pool, len(handles))
-            for handle in reversed(handles):
-                pool.prepend(handle, alone=True)
+            self._send_again(pool, handles, alone=True)
         else:
             for handle in handles:
                 self._bury(pool, handle, "refused", status, f"HTTP {status}")
@@ -212,12 +220,8 @@ class Dispatcher(DispatchBase):
 
     def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None:
         """Send packets again that the analyzer has not looked at."""
-        self._count_retries(pool, len(handles))
-        for handle in reversed(handles):
-            if pool.slot in self.weights and not pool.retired:
-                pool.prepend(handle)
-            else:
-                self.ring.release(handle)
+        error = "connection closed before the reply"
+        self._send_again(pool, [handle for handle in handles if not self._exhausted(pool, handle, None, error)])
         self.wake(pool)
 
     def wake(self, pool: AnalyzerPool) -> None:
@@ -231,10 +235,24 @@ class Dispatcher(DispatchBase):
         self.counters.add("retried", packets)
         self.counters.add_to(pool.slot, "retries", packets)
 
-    def _retry(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> None:
+    def _send_again(self, pool: AnalyzerPool, handles: list[int], *, alone: bool = False) -> None:
+        """Have the same analyzer get packets before all others, or whoever is picked if it gets none now."""
+        self._count_retries(pool, len(handles))
+        for handle in reversed(handles):
+            pool.prepend(handle, alone)
+        if pool.retired or pool.slot not in self.weights:
+            pool.release_waiting()
+
+    def _exhausted(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> bool:
+        """Put a packet that has been sent ``max_attempts`` times to the dead letters; say if it was."""
         limit = self.config.retry.max_attempts
-        if limit and self.ring.attempts(handle) >= limit:
-            self._bury(pool, handle, "exhausted", status, error)
+        if not limit or self.ring.attempts(handle) < limit:
+            return False
+        self._bury(pool, handle, "exhausted", status, error)
+        return True
+
+    def _retry(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> None:
+        if self._exhausted(pool, handle, status, error):
             return
         self._count_retries(pool, 1)
         packet = self.ring.sequence(handle)
@@ -245,7 +263,7 @@ class Dispatcher(DispatchBase):
         if target is not None:
             target.prepend(handle)
             self.touch(target)
-        elif not self.weights and not any(self.analyzer_states.is_pickable(slot) for slot in self.roster):
+        elif not any(self.analyzer_states.is_pickable(slot) for slot in self.roster):
             retrying.tried.clear()
             self.ring.release(handle)  # nobody is there: it waits in the ring for whoever comes first
         else:
@@ -286,34 +304,43 @@ class Dispatcher(DispatchBase):
     # ---- dead letters
 
     def _bury(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
-        packet = self.ring.packet(handle)
+        self.unwritten.append(Letter(handle, reason, pool.analyzer.id, status, error))
+        self._write_letters()
+
+    def _write_letters(self) -> None:
+        """Write what can be written; the rest is tried again."""
         try:
-            self.dead_letters.write(packet, reason, pool.analyzer.id, status, error)
+            self._write_unwritten()
         except OSError as problem:
             if not self.storage_failed:
                 log.error("cannot write dead letters; the packets stay queued", error=str(problem))
             self.storage_failed = True
-            self._back_off(handle, STORAGE_RETRY)
-            return
-        self.storage_failed = False
-        self.ring.done(handle)
-        self.counters.add(reason)
-        self.retrying.pop(packet.sequence, None)
-        self.settled(packet.sequence, None)
+            self._next_write = time.monotonic_ns() + int(STORAGE_RETRY * 1e9)
+        else:
+            self.storage_failed = False
+
+    def _write_unwritten(self) -> None:
+        while self.unwritten:
+            handle, reason, analyzer, status, error = self.unwritten[0]
+            packet = self.ring.packet(handle)
+            self.dead_letters.write(packet, reason, analyzer, status, error)
+            self.unwritten.popleft()
+            self.ring.done(handle)
+            self.counters.add(reason)
+            self.retrying.pop(packet.sequence, None)
+            self.settled(packet.sequence, None)
 
     def bury_all(self) -> int:
         """Write all that is left to the dead letters (reason ``shutdown``); return how many packets. Raises OSError."""
+        self.close()
         for pool in self.pools:
             if pool is not None:
-                pool.close()
                 pool.release_waiting()
         self._end_back_off()
-        count = 0
         while handle := self.ring.claim():
-            self.dead_letters.write(self.ring.packet(handle), "shutdown", None, None, None)
-            self.ring.done(handle)
-            self.counters.add("shutdown")
-            count += 1
+            self.unwritten.append(Letter(handle, "shutdown", None, None, None))
+        count = len(self.unwritten)
+        self._write_unwritten()
         return count
 
     # ---- upkeep
@@ -322,6 +349,8 @@ class Dispatcher(DispatchBase):
         """Do what time asks for: back-offs, time-outs, spills, pauses and slow starts that end."""
         if self.backing_off:
             self._end_back_off(now_ns)
+        if self.unwritten and now_ns >= self._next_write:
+            self._write_letters()
         if self.analyzer_states.epoch != self.seen_epoch or (self._resume_at and now_ns >= self._resume_at):
             self._resume_at = 0
             self.seen_epoch = -1  # the flush refreshes
@@ -402,8 +431,8 @@ class Dispatcher(DispatchBase):
                 del roomy[slot]
 
     def close(self) -> None:
-        """Close all connections to analyzers."""
-        for pool in self.pools:
+        """Close all connections to analyzers and open no more."""
+        for pool in (*self.pools, *self.retired):
             if pool is not None:
                 pool.close()
 
@@ -427,9 +456,12 @@ class LoadMeter:
 
 def retry_after(value: str) -> float:
     """Return the seconds a Retry-After (seconds or an HTTP date) asks for; 0 for what is neither."""
-    if value.isdigit():
+    if value.isdecimal():
         return min(float(value), LONGEST_PAUSE)
     try:
-        return min(max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0), LONGEST_PAUSE)
-    except (ValueError, TypeError, OverflowError):
+        date = parsedate_to_datetime(value)
+    except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0
+    if date.tzinfo is None:  # the oldest of the three forms names no zone; it is GMT
+        date = date.replace(tzinfo=UTC)
+    return min(max(date.timestamp() - time.time(), 0.0), LONGEST_PAUSE)

@@ -95,8 +95,7 @@ class AnalyzerPool(PoolBase):
             task.add_done_callback(self._tasks.discard)
 
     async def _open(self) -> None:
-        # Counted as being opened until it is connected: the loop asks for the protocol long before that.
-        connection = AnalyzerConnection(self)
+        connection = AnalyzerConnection(self)  # made here, for uvloop asks for its protocol before it connects
         try:
             async with asyncio.timeout(self.delivery.connect_timeout):
                 await asyncio.get_running_loop().create_connection(
@@ -106,14 +105,11 @@ class AnalyzerPool(PoolBase):
                     ssl=self._tls,
                     server_hostname=self._address.host if self._tls else None,
                 )
-        except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            if connection.transport is None:
-                self.opening -= 1
+        except Exception as error:  # noqa: BLE001  (OSError, nearly always; whatever it is, packets wait for this)
             self._unreachable(describe(error, self.delivery.connect_timeout))
-        except asyncio.CancelledError:
+        finally:
             if connection.transport is None:
                 self.opening -= 1
-            raise
 
     def _unreachable(self, error: str) -> None:
         """No connection came about: that failed whatever it was to carry."""
@@ -148,7 +144,8 @@ class AnalyzerPool(PoolBase):
                 connection.close_after("", False)  # noqa: FBT003
 
     def close(self) -> None:
-        """Close every connection; what was in flight goes back to the owner."""
+        """Close every connection and open no more; what was in flight goes back to the owner."""
+        self.paused = True
         for task in self._tasks:
             task.cancel()
         for connection in tuple(self.connections):
@@ -160,6 +157,10 @@ class AnalyzerPool(PoolBase):
         """There is room again, and something in the ring to claim."""
         self.owner.schedule()
 
+    def lingering(self) -> None:
+        """There is room, but what waits is to leave only when its batch is full or its time over."""
+        self.owner.wake(self)
+
     def delivered(self, sequences: list[int]) -> None:
         """Watched packets were delivered."""
         self.owner.delivered(self, sequences)
@@ -168,7 +169,7 @@ class AnalyzerPool(PoolBase):
         """Tell of a reply that says the request is at fault."""
         self.owner.refused(self, handles, status, batch=batch)
 
-    def failed(self, handles: list[int], error: str, counted: bool, status: int | None = None) -> None:  # noqa: FBT001
+    def failed(self, handles: list[int], error: str, counted: bool, status: int | None) -> None:  # noqa: FBT001
         """Tell of a request that failed and may be sent again."""
         self.owner.failed(self, handles, error, counted=counted, status=status)
 

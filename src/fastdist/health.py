@@ -64,7 +64,7 @@ class HealthChecker:
         try:
             async with asyncio.timeout(self.settings.timeout):
                 status = await self._ask(analyzer)
-        except (OSError, TimeoutError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
             return 0, f"health check: {describe(error, self.settings.timeout)}"
         return status, "" if status in OK else f"health check: HTTP {status}"
 
@@ -78,8 +78,12 @@ class HealthChecker:
                 "Accept: */*\r\nUser-Agent: fastdist-health\r\nConnection: close\r\n\r\n".encode("latin-1")
             )
             line = await reader.readline()
+        except ValueError:  # it goes on and on
+            line = b"?"
         finally:
             writer.close()
+        if not line:
+            raise ConnectionError("connection closed before the reply")
         version, _, rest = line.partition(b" ")
         status = rest[:3]
         if not version.startswith(b"HTTP/1.") or not status.isdigit():

@@ -26,7 +26,7 @@ from collections import Counter
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
-from support import ROOT, Distributor, Emitter, Fleet, Mocks, check_identity, wait_until
+from support import ROOT, Distributor, Emitter, Fleet, Mocks, Process, check_identity, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,7 +143,7 @@ class Experiment:
         self.folder, self.verdicts = folder, verdicts
         self.port = free_port()
         self.started = time.monotonic()
-        self.processes: list[Mocks | Fleet | Distributor] = []
+        self.processes: list[Process | Fleet] = []
         self.emitters: list[Recorder] = []
         self.delivered_before: dict[str, int] = {}  # by analyzers whose ledgers are not at hand any more
         self.fastdist: Distributor
@@ -177,6 +177,12 @@ class Experiment:
         self.fastdist = Distributor(self.folder, self.mocks, merged, port=self.port, **options)
         self.processes.append(self.fastdist)
         return self.fastdist
+
+    def begin_to_serve(self, workers: int) -> Process:
+        """Start the distributor with its last configuration, and do not wait until it is ready."""
+        command = [sys.executable, "-m", "fastdist", "serve", "--config", str(self.fastdist.config)]
+        self.processes.append(Process([*command, "--workers", str(workers)]))
+        return self.processes[-1]
 
     def refused_start(self, **environment: str) -> tuple[int, str]:
         """Start the distributor with its last configuration, which is to fail; return exit status and output."""

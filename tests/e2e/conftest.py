@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import Distributor, Fleet, Mocks, Process
+from support import Distributor, Fleet, Mocks, Process, running
 
 PROCESSES = pytest.StashKey[list]()
 PASSED = pytest.StashKey[bool]()
@@ -24,11 +24,12 @@ def pytest_runtest_makereport(item, call):
 @pytest.fixture
 def start(request):
     """Return ``start(kind, *arguments)``: start a process; it is killed at the end of the test."""
-    processes = request.node.stash[PROCESSES] = []
+    processes = []
 
     def start(kind, *arguments, **options):
         process = kind(*arguments, **options)
         processes.append(process)
+        request.node.stash.setdefault(PROCESSES, []).append(process)
         return process
 
     yield start
@@ -36,10 +37,20 @@ def start(request):
         process.kill_all()
 
 
+@pytest.fixture(scope="session")
+def lasting_mocks():
+    """Four mock analyzers in one process, for all tests: starting them for each would take a minute."""
+    mocks = Mocks()
+    with running(mocks):
+        yield mocks
+
+
 @pytest.fixture
-def mocks(start) -> Mocks:
-    """Four mock analyzers in one process."""
-    return start(Mocks)
+def mocks(lasting_mocks, request) -> Mocks:
+    """Four mock analyzers in one process, as if they had just been started."""
+    lasting_mocks.start_anew()
+    request.node.stash.setdefault(PROCESSES, []).append(lasting_mocks)
+    return lasting_mocks
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def test_killed_workers_lose_nothing(mocks, serve, delivery):
         wait_for_successor(fastdist, victim)
         assert sum(row["restarts"] for row in fastdist.stats()["workers"]) == kills
     emitter.stop()
+    mocks.set_all(latency=0)
     assert {*emitter.answers.values()} <= {202, None}
     assert len(emitter.unknown) <= 4 * 32, "more connections broke than a killed worker had"
     stats = fastdist.wait_at_rest()

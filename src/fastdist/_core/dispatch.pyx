@@ -98,23 +98,31 @@ cdef class DispatchBase:
 
     cdef int32_t pick(self, Record *record) noexcept nogil:
         cdef double units
-        cdef int32_t slot, best = -1
+        cdef int32_t slot
         cdef int i
         if self.strategy == STICKY:
             return self.rendezvous.best(record.emitter)
         if self.unit == PACKETS:
             return self.table.at(self.advance())
         # Of the next few the table names, take the first that has had no more than its share of the units so far; if
-        # each is ahead, the one that is least so. Sizes may then come in any order.
+        # each is ahead, the one of all that is furthest behind. Sizes may then come in any order: nobody ever has more
+        # than one packet too much.
         units = record.messages if self.unit == MESSAGES else record.body_length
         for i in range(DRAWS):
             slot = self.table.at(self.advance())
-            if best < 0 or self.lead(slot) < self.lead(best):
-                best = slot
-            if self.lead(best) <= 0:
+            if self.lead(slot) <= 0:
                 break
-        self.given[best] += units
+        else:
+            slot = self.furthest_behind()
+        self.given[slot] += units
         self.total += units
+        return slot
+
+    cdef int32_t furthest_behind(self) noexcept nogil:
+        cdef int32_t slot, best = -1
+        for slot in range(<int32_t>self.slots):
+            if self.share[slot] > 0 and (best < 0 or self.lead(slot) < self.lead(best)):
+                best = slot
         return best
 
     cdef inline double lead(self, int32_t slot) noexcept nogil:

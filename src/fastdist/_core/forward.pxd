@@ -48,6 +48,7 @@ cdef class PoolBase:
     cdef int64_t room_for(self, Group *group) noexcept
     cdef char *write_request(self, Group *group, char *out, int64_t wall) noexcept
     cdef char *write_bodies(self, Group *group, char *out) noexcept nogil
+    cdef void leaves(self, Group *group) noexcept nogil
     cdef int settle(self, Group *group, int64_t now) except -1
     cdef list dissolve(self, Group *group)
     cdef void landed(self, Group *group) noexcept nogil
@@ -61,7 +62,8 @@ cdef class ReplyBase:
     cdef int first_group, group_count
     cdef int64_t body_left
     cdef Chunked chunked
-    cdef bint keep_alive
+    cdef bint keep_alive         # as the last reply says
+    cdef bint interim            # a 1xx has come, but not yet the reply
     cdef bint listed             # in pool.idle
     cdef bint closing
     cdef uchar *partial          # of a head

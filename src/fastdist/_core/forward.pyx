@@ -81,7 +81,6 @@ cdef class PoolBase:
         self.latency = counters.delivery_of(slot)
         self.failures = states.failures_of(slot)
         self.idle = []
-        self.mine[REQUESTS_IN_FLIGHT] = self.mine[PACKETS_IN_FLIGHT] = self.mine[CONNECTIONS] = 0
 
     def configure(self, bytes head, int connections, int pipeline, bint batching, uint32_t batch_packets,
                   int64_t batch_bytes, double linger):
@@ -189,8 +188,10 @@ cdef class PoolBase:
 
     cdef bint due(self, int64_t now) noexcept nogil:
         """Whether a request should leave now, rather than wait to carry more."""
+        cdef Entry *entry = &self.ring.entries[self.first]
         return (not self.batching or self.requests_in_flight == 0 or self.waiting >= self.batch_packets
-                or self.waiting_bytes >= self.batch_bytes or now - self.ring.entries[self.first].since_ns >= self.linger_ns)
+                or self.waiting_bytes >= self.batch_bytes or now - entry.since_ns >= self.linger_ns
+                or entry.flags & ALONE)
 
     cdef Group form(self, int64_t now) noexcept nogil:
         """Take a request's packets out of the list, which must not be empty."""
@@ -262,11 +263,13 @@ cdef class PoolBase:
         if group.batch:
             out[0] = c']'
             out += 1
+        return out
+
+    cdef void leaves(self, Group *group) noexcept nogil:
         self.requests_in_flight += 1
         self.packets_in_flight += group.packets
-        self.mine[REQUESTS_IN_FLIGHT] = self.requests_in_flight
-        self.mine[PACKETS_IN_FLIGHT] = self.packets_in_flight
-        return out
+        self.mine[REQUESTS_IN_FLIGHT] += 1
+        self.mine[PACKETS_IN_FLIGHT] += group.packets
 
     # ---- outcomes
 
@@ -306,13 +309,13 @@ cdef class PoolBase:
     cdef void landed(self, Group *group) noexcept nogil:
         self.requests_in_flight -= 1
         self.packets_in_flight -= group.packets
-        self.mine[REQUESTS_IN_FLIGHT] = self.requests_in_flight
-        self.mine[PACKETS_IN_FLIGHT] = self.packets_in_flight
+        self.mine[REQUESTS_IN_FLIGHT] -= 1
+        self.mine[PACKETS_IN_FLIGHT] -= group.packets
 
     def connection_count(self, int change):
         """Count a connection that opened (1) or closed (-1)."""
         self.open_connections += change
-        self.mine[CONNECTIONS] = self.open_connections
+        self.mine[CONNECTIONS] += change
 
     def room(self):
         """Return how many packets could be sent at once without one waiting behind another."""
@@ -340,7 +343,8 @@ cdef class ReplyBase:
         free(self.partial)
 
     cdef bint has_room(self) noexcept:
-        return not self.closing and self.group_count + (self.state != HEAD) < self.pool.pipeline
+        return (not self.closing and (self.state == HEAD or self.keep_alive)
+                and self.group_count + (self.state != HEAD) < self.pool.pipeline)
 
     def in_flight(self):
         """Return how many requests wait for their reply here."""
@@ -379,6 +383,7 @@ cdef class ReplyBase:
         while pool.waiting and self.has_room() and pool.due(now):
             group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
             group[0] = pool.form(now)
+            pool.leaves(group)
             room += pool.room_for(group)
             self.group_count += 1
             made += 1
@@ -416,6 +421,8 @@ cdef class ReplyBase:
         if self.has_room():
             if self.pool.waiting and not self.pool.paused:
                 self.send_waiting(now)
+                if self.pool.waiting and self.has_room():
+                    self.pool.lingering()  # nobody else may look before its time is over
             self.offer()
         if self.pool.ring.has_unclaimed():
             self.pool.claim_more()
@@ -459,10 +466,11 @@ cdef class ReplyBase:
                 self.keep_partial(p, end - p)
             return end
         self.scanned = 0
-        if not parse_reply_head(p, length, &head) or head.status == 101:
+        if length > LARGEST_REPLY_HEAD or not parse_reply_head(p, length, &head) or head.status == 101:
             self.close_after("a reply that is not HTTP", True)
             return end
-        if head.status < 200:
+        self.interim = head.status < 200
+        if self.interim:
             return p + length
         group = self.groups[self.first_group]
         self.first_group = (self.first_group + 1) % self.pool.pipeline
@@ -481,6 +489,8 @@ cdef class ReplyBase:
         else:
             self.state = UNTIL_CLOSE
             self.keep_alive = False
+        if not self.keep_alive:
+            self.withdraw()
         if likely(head.status < 300):
             self.pool.settle(&group, now)
         else:
@@ -532,10 +542,13 @@ cdef class ReplyBase:
             self.first_group = (self.first_group + 1) % self.pool.pipeline
             self.group_count -= 1
             first = False
-        self.transport.abort() if error else self.transport.close()
+        if error or self.transport.get_write_buffer_size():  # what is still to be written will be sent elsewhere
+            self.transport.abort()
+        else:
+            self.transport.close()
         for handles, failed in reversed(groups):  # the first goes last, to the front
             if failed:
-                self.pool.failed(handles, error, counted)
+                self.pool.failed(handles, error, counted, None)
             else:
                 self.pool.not_sent(handles)
 
@@ -548,7 +561,8 @@ cdef class ReplyBase:
         if not self.closing:
             # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
             # stale connection, not a failed analyzer.
-            if self.group_count == 0 or self.state != HEAD or (self.replies > 0 and self.partial_length == 0):
+            silent = self.partial_length == 0 and not self.interim
+            if self.group_count == 0 or self.state != HEAD or (self.replies > 0 and silent):
                 self.close_after("", False)
             else:
                 self.close_after("connection closed before the reply" if error is None else f"connection lost: {error}", True)

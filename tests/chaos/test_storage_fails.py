@@ -1,0 +1,182 @@
+"""Disks that fail: a sync that returns an error, no room for dead letters, no room at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from contextlib import contextmanager
+
+import pytest
+from experiment import DELIVERY, form, in_flight, wait_for_restarts
+from support import get_json, request, wait_until
+from test_processes_killed import kill_a_worker
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static int fails(void) {
+    const char *flag = getenv("SYNC_FAILS_WHILE_THERE_IS");
+    if (flag == NULL || access(flag, F_OK) != 0) return 0;
+    errno = EIO;
+    return 1;
+}
+int fdatasync(int fd) {
+    static int (*next)(int);
+    if (fails()) return -1;
+    if (next == NULL) next = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
+    return next(fd);
+}
+int fsync(int fd) {
+    static int (*next)(int);
+    if (fails()) return -1;
+    if (next == NULL) next = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
+    return next(fd);
+}
+"""
+
+
+@pytest.fixture
+def failing_sync(tmp_path):
+    """Return the environment of a process whose syncs fail, and the file during whose existence they do."""
+    source, library, flag = tmp_path / "shim.c", tmp_path / "shim.so", tmp_path / "disk-fails"
+    source.write_text(SHIM)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library), "SYNC_FAILS_WHILE_THERE_IS": str(flag)}, flag
+
+
+def storage(fastdist) -> str:
+    try:
+        return get_json(fastdist.port, "/health")["storage"]
+    except OSError:  # asked a worker that was killed
+        return "unknown"
+
+
+@pytest.mark.parametrize("durability", ["disk", "fsync"])
+def test_syncs_fail_and_work_again(experiment, failing_sync, durability):
+    environment, flag = failing_sync
+    experiment.analyzers()
+    fastdist = experiment.serve({"queue": {"durability": durability}}, **environment)
+    emitter = experiment.emitter().start()
+    for _ in range(form(2, 6)):
+        emitter.wait_for(200)
+        flag.touch()
+        wait_until(lambda: storage(fastdist) == "failing", "the failure shows in /health")
+        assert request(fastdist.port, "GET", "/ready")[0] == 503
+        before = emitter.count(202)
+        time.sleep(form(0.6, 1.5))
+        if durability == "fsync":
+            # What was answered 202 meanwhile was synced by the other worker, before it met the failure as well.
+            wait_until(lambda: fastdist.post()[0] == 503, "nothing is accepted")
+            before = emitter.count(202)
+            time.sleep(0.3)
+        assert emitter.count(202) - before <= (0 if durability == "fsync" else 2 * emitter.connections)
+        flag.unlink()
+        wait_until(lambda: storage(fastdist) == "ok", "it heals by itself")
+    emitter.wait_for(200)
+    experiment.judge(f"sync fails with EIO ({durability})")
+    assert emitter.count(503) > 0
+    assert {*emitter.answers.values()} == {202, 503}
+    assert fastdist.stats()["rejected"]["storage"] >= emitter.count(503)
+    assert fastdist.output.count("cannot write the queue to disk") <= 2 * form(2, 6), "said once, not once a second"
+
+
+@pytest.mark.parametrize("durability", form(["fsync"], ["disk", "fsync"]))
+def test_workers_are_killed_while_syncs_fail(experiment, failing_sync, durability):
+    """Their successors cannot be sure of what they find, and accept nothing until they are."""
+    environment, flag = failing_sync
+    experiment.analyzers("--latency", "0.002")
+    fastdist = experiment.serve({"queue": {"durability": durability}}, **environment)
+    emitter = experiment.emitter().start()
+    kills = form(1, 4)
+    for kill in range(1, kills + 1):
+        emitter.wait_for(200)
+        flag.touch()
+        wait_until(lambda: storage(fastdist) == "failing", "the failure shows in /health")
+        kill_a_worker(fastdist)
+        wait_for_restarts(fastdist, kill)
+        assert storage(fastdist) == "failing"
+        flag.unlink()
+        wait_until(lambda: storage(fastdist) == "ok", "it heals by itself")
+    emitter.wait_for(200)
+    experiment.judge(f"sync fails, and workers are killed ({durability})", bound=kills * in_flight(DELIVERY, 1))
+
+
+# ---- a disk that is full
+
+
+@contextmanager
+def small_disk(folder, size: str):
+    """Mount a tmpfs over ``folder``."""
+    folder.mkdir(exist_ok=True)
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False, capture_output=True
+        ).returncode
+    ):
+        pytest.skip("a small disk can be mounted by root only")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder) -> None:
+    """Leave no byte free."""
+    with (folder / "filler").open("wb", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+def test_a_queue_that_the_disk_has_no_room_for(experiment, tmp_path):
+    with small_disk(tmp_path / "data", "3M") as disk:
+        experiment.analyzers()
+        settings = {"queue": {"capacity": "1MiB"}}
+        fastdist = experiment.serve(settings)
+        fastdist.kill_all()
+        status, output = experiment.refused_start(FASTDIST_QUEUE__CAPACITY="16MiB")
+        assert status == 3
+        assert "No space left on device" in output
+        assert "make room or lower queue.capacity" in output
+        assert "Traceback" not in output
+        assert not list(disk.glob("*.new")), "what was allocated in vain is free again"
+        emitter = experiment.emitter()
+        experiment.serve(settings)
+        emitter.start().wait_for(100)
+        experiment.judge("disk full at the start (exit 3), then enough room")
+
+
+def test_dead_letters_that_cannot_be_written_stay_queued(experiment, tmp_path):
+    with small_disk(tmp_path / "data", "6M") as disk:
+        mocks = experiment.analyzers()
+        settings = {"queue": {"capacity": "2MiB"}}
+        fastdist = experiment.serve(settings)
+        emitter = experiment.emitter(connections=8).start().wait_for(100)
+        fill(disk)
+        mocks.set("A2", status=422)
+        wait_until(lambda: storage(fastdist) == "failing", "that they cannot be written shows in /health")
+        emitter.wait_for(200)
+        fastdist.kill_all()
+        fastdist = experiment.serve(settings)  # with a disk that is full: the queue has its room
+        wait_until(lambda: storage(fastdist) == "failing", "that they cannot be written shows in /health")
+        emitter.wait_for(100)
+        emitter.stop()
+        queued = fastdist.stats()["packets"]["queued"]
+        assert queued > 50
+        assert fastdist.dead_letters() == []
+        (disk / "filler").unlink()
+        stats = fastdist.wait_at_rest()
+        assert stats["packets"]["deadLettered"] >= queued
+        assert storage(fastdist) == "ok"
+        letters = fastdist.dead_letters()
+        assert len(letters) == len({row["id"] for row in letters}) == stats["packets"]["deadLettered"]
+        experiment.judge("no room for dead letters, restart with a full disk", bound=in_flight(DELIVERY))

@@ -1,0 +1,603 @@
+"""What the tests of forwarding and dispatching stand on.
+
+``Desk`` is one pool over a real ring, with transports that record, and an owner that writes down what it is told.
+``Bench`` is a whole dispatcher on a loop and a clock that the test moves. ``World`` is a dispatcher on a running uvloop
+with mock analyzers behind real sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import ssl
+import subprocess
+import time
+import uuid
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import msgspec
+import uvloop
+
+from fastdist import dispatch
+from fastdist._core.ring import PacketRing, file_size
+from fastdist.config import Analyzer, Config
+from fastdist.deadletters import DeadLetters
+from fastdist.dispatch import Dispatcher
+from fastdist.forward import AnalyzerConnection, AnalyzerPool
+from fastdist.shared import AnalyzerWord, SharedBlock
+from mock_analyzers.analyzer import Analyzer as Mock
+from mock_analyzers.connection import Connection as MockConnection
+from mock_analyzers.control import Control
+from mock_analyzers.listener import Listener
+from mock_analyzers.options import Options
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+SECOND = 10**9
+PATIENCE = 20.0  # seconds: only a broken test waits so long
+
+
+def memory_ring(capacity=1 << 20):
+    fd = os.memfd_create("ring")
+    os.ftruncate(fd, file_size(capacity))
+    ring = PacketRing(fd, capacity, volatile=True)
+    os.close(fd)  # the mapping stays
+    return ring
+
+
+def shared_block(slots=8):
+    block = SharedBlock.create(1, slots)
+    os.close(block.fd)
+    return block
+
+
+def settings(**sections):
+    """Return a Config; ``settings(delivery={"mode": "batch"})`` differs from the default in that."""
+    default = Config()
+    return Config(
+        **{name: msgspec.structs.replace(getattr(default, name), **values) for name, values in sections.items()}
+    )
+
+
+def reply(status=200, *fields, body=b""):
+    """Return a reply with a Content-Length."""
+    lines = [f"HTTP/1.1 {status} Reason", *fields, f"Content-Length: {len(body)}"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+class Request(NamedTuple):
+    head: bytes
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def ids(self):
+        return (self.headers.get("X-Packet-Ids") or self.headers["X-Packet-Id"]).split(",")
+
+
+def requests_in(data):
+    """Take the bytes that were sent apart; there must be whole requests and nothing else."""
+    requests = []
+    while data:
+        head, mark, rest = data.partition(b"\r\n\r\n")
+        assert mark, data
+        _, *lines = head.decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        assert len(headers) == len(lines)
+        length = int(headers["Content-Length"])
+        assert len(rest) >= length
+        requests.append(Request(head + mark, headers, rest[:length]))
+        data = rest[length:]
+    return requests
+
+
+class Transport:
+    """Records what is done with it. With a ``loop`` the end of the connection follows, as on a real one."""
+
+    def __init__(self, connection, loop=None):
+        self.connection, self.loop = connection, loop
+        self.writes = []
+        self.unflushed = 0
+        self.ended = None  # "close" or "abort"
+        self.lost = False
+
+    def write(self, data):
+        assert self.ended is None, "written to after its end"
+        assert type(data) is bytes
+        self.writes.append(data)
+
+    def get_write_buffer_size(self):
+        return self.unflushed
+
+    def close(self):
+        self.abort("close")
+
+    def abort(self, how="abort"):
+        if self.ended is None:
+            self.ended = how
+            if self.loop is not None and not self.lost:
+                self.loop.call_soon(self.lose)
+
+    def lose(self, error=None):
+        """The connection ends: None is an orderly end."""
+        self.lost = True
+        self.connection.connection_lost(error)
+
+    @property
+    def sent(self):
+        return b"".join(self.writes)
+
+    @property
+    def requests(self):
+        return requests_in(self.sent)
+
+
+class Owner:
+    """A pool's owner that writes down what it is told: ``events`` are (name, ids of packets, anything else)."""
+
+    def __init__(self):
+        self.events = []
+        self.handles = []
+        self.wakes = 0
+
+    def _note(self, name, pool, handles, *more):
+        self.handles += handles
+        self.events.append((name, [pool.ring.packet_id(handle) for handle in handles], *more))
+
+    def delivered(self, _pool, sequences):
+        self.events.append(("delivered", sequences))
+
+    def refused(self, pool, handles, status, *, batch):
+        self._note("refused", pool, handles, status, batch)
+
+    def failed(self, pool, handles, error, *, counted, status=None):
+        self._note("failed", pool, handles, error, counted, status)
+
+    def paused_for(self, pool, handles, status, value):
+        self._note("paused", pool, handles, status, value)
+
+    def not_sent(self, pool, handles):
+        self._note("not sent", pool, handles)
+
+    def schedule(self):
+        pass
+
+    def wake(self, _pool):
+        self.wakes += 1
+
+
+class DeskPool(AnalyzerPool):
+    """Counts how often it was asked for connections, and opens none."""
+
+    asked = 0
+
+    def open_more(self):
+        self.asked += 1
+
+
+class Desk:
+    """One pool in slot 1, over a ring; ``delivery`` as in the configuration."""
+
+    def __init__(self, endpoint="http://analyzer.test/analyze", capacity=1 << 20, **delivery):
+        self.ring = memory_ring(capacity)
+        self.block = shared_block()
+        self.counters = self.block.rows[0]
+        self.owner = Owner()
+        self.pool = DeskPool(self.ring, self.counters, self.block.analyzers, 1, self.owner)
+        self.delivery = msgspec.structs.replace(Config().delivery, **delivery)
+        self.pool.set_up(Analyzer(id="A1", endpoint=endpoint, weight=1), self.delivery, None)
+        self.pushed = 0
+
+    def connect(self):
+        connection = AnalyzerConnection(self.pool)
+        self.pool.opening += 1
+        connection.connection_made(Transport(connection))
+        return connection
+
+    def push(self, *bodies, keys=(), **options):
+        """Claim packets with these bodies for the pool; return their handles. Keys are p1, p2, ... unless given."""
+        handles = []
+        for index, body in enumerate(bodies):
+            self.pushed += 1
+            key = keys[index] if index < len(keys) else f"p{self.pushed}"
+            assert self.ring.push(body, key, **options)
+            handles.append(self.ring.claim())
+            self.pool.append(handles[-1])
+        return handles
+
+    def check(self):
+        """Every packet is once in one of: done, waiting, in flight, told to the owner."""
+        pool, owner = self.pool, self.owner
+        assert len(set(owner.handles)) == len(owner.handles)
+        assert self.ring.claimed == self.ring.undone == pool.waiting + pool.packets_in_flight + len(owner.handles)
+        assert self.pushed == self.ring.undone + self.counters.get_of(1, "delivered")
+        assert pool.packets_in_flight == self.counters.get_of(1, "packets_in_flight")
+        assert pool.requests_in_flight == self.counters.get_of(1, "requests_in_flight")
+        in_flight = sum(connection.in_flight() for connection in pool.connections)
+        assert pool.requests_in_flight == in_flight <= pool.connection_limit * pool.pipeline
+
+
+# ---------------------------------------------------------------------------------------------- a dispatcher by hand
+
+
+class Loop:
+    """call_soon and call_later of an event loop, run when the test says so."""
+
+    def __init__(self):
+        self.ready = []
+        self.timers = []
+
+    def call_soon(self, callback, *args):
+        self.ready.append(partial(callback, *args))
+
+    def call_later(self, delay, callback, *args):
+        self.timers.append((delay, partial(callback, *args)))
+        return object()
+
+    def run(self, turns=1000):
+        """Run what is ready, and what that makes ready."""
+        for _ in range(turns):
+            if not self.ready:
+                return
+            ready, self.ready = self.ready, []
+            for callback in ready:
+                callback()
+        raise AssertionError("never comes to rest")
+
+    def fire(self):
+        """Let all timers be over."""
+        timers, self.timers = self.timers, []
+        for _, callback in timers:
+            callback()
+        self.run()
+
+
+class Clock:
+    """The real clocks plus what the test has let pass: the compiled half reads the real ones."""
+
+    def __init__(self):
+        self.ahead = 0.0
+
+    def monotonic_ns(self):
+        return time.monotonic_ns() + int(self.ahead * SECOND)
+
+    def time(self):
+        return time.time() + self.ahead
+
+    def module(self):
+        """What stands for the ``time`` module."""
+        return SimpleNamespace(monotonic_ns=self.monotonic_ns, time=self.time, thread_time_ns=time.thread_time_ns)
+
+
+class BenchPool(AnalyzerPool):
+    """A pool whose connections arrive in the next turn of the loop, or are refused."""
+
+    reachable = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.history = []  # all connections there ever were
+
+    def open_more(self):
+        per_connection = (self.delivery.batch_packets if self.delivery.mode == "batch" else 1) * self.pipeline
+        wanted = -(-self.waiting // per_connection) - self.opening
+        for _ in range(min(wanted, self.connection_limit - self.open_connections - self.opening)):
+            self.opening += 1
+            self.owner.loop.call_soon(self._arrive)
+
+    def _arrive(self):
+        if not self.reachable:
+            self.opening -= 1
+            self._unreachable("connection refused")
+            return
+        connection = AnalyzerConnection(self)
+        connection.connection_made(Transport(connection, self.owner.loop))
+        self.history.append(connection)
+
+
+class Site:
+    """A dispatcher with its ring, its shared block and its roster."""
+
+    def __init__(self, folder, loop, config, capacity):
+        self.folder, self.loop, self.config = folder, loop, config
+        self.ring, self.block = memory_ring(capacity), shared_block()
+        self.states, self.counters = self.block.analyzers, self.block.rows[0]
+        self.roster, self.settled, self.pushed = {}, [], 0
+        self.dispatcher = Dispatcher(
+            loop,
+            self.ring,
+            self.states,
+            config,
+            counters=self.counters,
+            dead_letters=DeadLetters(folder, "w0"),
+            settled=lambda sequence, analyzer: self.settled.append((sequence, analyzer)),
+        )
+
+    @property
+    def pools(self):
+        """All pools there are, those of former endpoints included."""
+        return [pool for pool in [*self.dispatcher.pools, *self.dispatcher.retired] if pool is not None]
+
+    def add(self, slot, weight, endpoint=None, name=None):
+        """Put an analyzer (A1 in slot 0 ...) into the roster, as a new one."""
+        name = name or f"A{slot + 1}"
+        self.states.clear(slot)
+        self.states.set(slot, AnalyzerWord.IN_USE, 1)
+        self.states.set_weight(slot, weight)
+        self.roster[slot] = Analyzer(id=name, endpoint=endpoint or f"http://{name}.test/analyze", weight=weight)
+
+
+class Bench(Site):
+    """A dispatcher whose loop, clock and transports the test drives: ``with Bench(folder) as bench``.
+
+    ``weights``: of A1, A2, ... in slots 0, 1, ...; ``sections`` as in ``settings``, but nothing spills unless asked
+    for: the compiled half does not see the time that passes here.
+    """
+
+    def __init__(self, folder, weights=(1, 1, 1), capacity=1 << 20, **sections):
+        sections["delivery"] = {"spill_after": math.inf} | sections.get("delivery", {})
+        self.clock = Clock()
+        self.replaced = [(dispatch, "time", dispatch.time), (dispatch, "AnalyzerPool", dispatch.AnalyzerPool)]
+        dispatch.time, dispatch.AnalyzerPool = self.clock.module(), BenchPool
+        super().__init__(folder, Loop(), settings(**sections), capacity)
+        self.dispatcher._load.measure = lambda _now: 0.0
+        self.count, self.count_of = self.counters.get, self.counters.get_of
+        for slot, weight in enumerate(weights):
+            self.add(slot, weight)
+        self.dispatcher.set_roster(self.roster)
+        self.loop.run()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for module, name, value in self.replaced:
+            setattr(module, name, value)
+        if error[0] is None:
+            self.account()
+
+    # ---- doing
+
+    def rest(self):
+        """Let the loop come to rest."""
+        self.loop.run()
+        self.check()
+
+    def push(self, *bodies, run=True, **options):
+        """Let packets be accepted; their keys are p1, p2, ..."""
+        for body in bodies:
+            self.pushed += 1
+            assert self.ring.push(body, f"p{self.pushed}", **options)
+        self.dispatcher.schedule()
+        if run:
+            self.rest()
+
+    def pass_time(self, seconds):
+        """Let time pass, all at once, and the dispatcher's tick see it."""
+        self.clock.ahead += seconds
+        self.tick()
+
+    def tick(self):
+        self.dispatcher.tick(self.clock.monotonic_ns())
+        self.rest()
+
+    def answer(self, connection, data=OK):
+        connection.data_received(data)
+        self.rest()
+
+    def lose(self, connection, error=None):
+        """Let a connection end, from the other side."""
+        connection.transport.lose(error)
+        self.rest()
+
+    def answer_all(self, data=OK, slots=None):
+        """Answer every request that is in flight (to these analyzers); return how many."""
+        count = 0
+        for slot in self.roster if slots is None else slots:
+            for connection in self.connections(slot):
+                for _ in range(connection.in_flight()):
+                    connection.data_received(data)
+                    count += 1
+        self.rest()
+        return count
+
+    def go_offline(self, slot):
+        self.states.go_offline(slot)
+        self.tick()
+
+    def go_online(self, slot):
+        self.states.go_online(slot)
+        self.tick()
+
+    def drain(self, slot, draining=1):
+        self.states.set(slot, AnalyzerWord.DRAINING, draining)
+        self.states.touch()
+        self.tick()
+
+    # ---- looking
+
+    def pool(self, slot):
+        return self.dispatcher.pools[slot]
+
+    def connections(self, slot):
+        """Return the open connections, the oldest first."""
+        return [each for each in self.pool(slot).history if each in self.pool(slot).connections]
+
+    def busy(self, slot):
+        """Return the connections that wait for a reply."""
+        return [connection for connection in self.connections(slot) if connection.in_flight()]
+
+    def sent(self, slot):
+        """Return all requests the analyzer got so far, in the order of its connections."""
+        return [request for each in self.pool(slot).history for request in each.transport.requests]
+
+    def sent_ids(self, slot):
+        return [name for request in self.sent(slot) for name in request.ids]
+
+    @property
+    def delivered(self):
+        return sum(self.count_of(slot, "delivered") for slot in range(self.counters.slots))
+
+    @property
+    def buried(self):
+        return self.count("refused") + self.count("exhausted") + self.count("shutdown")
+
+    def letters(self):
+        """Return the dead letters, in the order they were written."""
+        files = sorted(self.folder.glob("dead-letters/*.ndjson"))
+        return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
+
+    def check(self):
+        """Every packet is once in one of: done, waiting, in flight, backing off, to be written, in the ring."""
+        held = sum(pool.waiting + pool.packets_in_flight for pool in self.pools)
+        held += len(self.dispatcher.backing_off) + len(self.dispatcher.unwritten)
+        assert self.ring.claimed == held
+        assert self.ring.undone == self.pushed - self.delivered - self.buried
+        for pool in self.pools:
+            in_flight = sum(connection.in_flight() for connection in pool.connections)
+            assert pool.requests_in_flight == in_flight <= pool.connection_limit * pool.pipeline
+            assert len(pool.connections) == pool.open_connections <= pool.connection_limit
+
+    def account(self):
+        """End everything, and find every packet that is not done in the ring, once."""
+        self.dispatcher.close()
+        for pool in self.pools:
+            pool.release_waiting()
+        self.dispatcher._end_back_off()
+        for letter in self.dispatcher.unwritten:
+            self.ring.release(letter.handle)
+        left = []
+        while handle := self.ring.claim():
+            left.append(self.ring.sequence(handle))
+            assert len(left) <= self.pushed
+        assert len(set(left)) == len(left) == self.pushed - self.delivered - self.buried
+
+
+# ------------------------------------------------------------------------------------------------------ real sockets
+
+
+def run(coroutine):
+    """Run a scenario on a uvloop; no test takes a minute."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(asyncio.wait_for(coroutine, 60))
+
+
+def self_signed(folder):
+    """Make a certificate for 127.0.0.1; return its path and a server's context with it."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=analyzer"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return cert, context
+
+
+async def until(condition, what="the condition", seconds=PATIENCE):
+    """Wait for a condition and return what it returns."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(0.005)
+    return result
+
+
+def start_mock(name="A1", **options):
+    """Return a mock analyzer that listens on a free port of this process."""
+    mock = Mock(name, Options(**options), seed=7, log=None)
+    mock.listener = Listener(partial(MockConnection, mock, Control(own=mock)), "127.0.0.1", 0)
+    mock.start()
+    return mock
+
+
+class Script(asyncio.Protocol):
+    """A server's side of connections, each read given to ``on_data(connection number, transport, data)``."""
+
+    def __init__(self, server):
+        self.server = server
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.number = len(self.server.transports)
+        self.server.transports.append(transport)
+        self.server.on_connect(self.number, transport)
+
+    def data_received(self, data):
+        self.server.received.append((self.number, data))
+        self.server.on_data(self.number, self.transport, data)
+
+
+class ScriptServer:
+    """A server that does what the test says: see ``Script``."""
+
+    def __init__(self, on_data=lambda *_: None, on_connect=lambda *_: None):
+        self.on_data, self.on_connect = on_data, on_connect
+        self.transports, self.received = [], []
+
+    async def start(self, tls=None):
+        loop = asyncio.get_running_loop()
+        self.server = await loop.create_server(lambda: Script(self), "127.0.0.1", 0, ssl=tls)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    @property
+    def endpoint(self):
+        return f"http://127.0.0.1:{self.port}/analyze"
+
+    @property
+    def open(self):
+        return sum(not transport.is_closing() for transport in self.transports)
+
+    def stop(self):
+        self.server.close()
+        for transport in self.transports:
+            transport.abort()
+
+
+def endpoint_of(server):
+    if isinstance(server, Mock):
+        return f"{server.listener.origin}/analyze"
+    return server.endpoint if isinstance(server, ScriptServer) else server
+
+
+class World(Site):
+    """A dispatcher on the running loop, ticking, over ``servers``: {id: mock, ScriptServer or endpoint}."""
+
+    def __init__(self, folder, servers, weights=None, capacity=1 << 22, **sections):
+        super().__init__(folder, asyncio.get_running_loop(), settings(**sections), capacity)
+        for slot, (name, server) in enumerate(servers.items()):
+            self.add(slot, (weights or {}).get(name, 1.0), endpoint_of(server), name)
+        self.servers, self.most_open = servers, 0
+        self.delivered = partial(self.counters.get_of, field="delivered")
+
+    async def __aenter__(self):
+        self.dispatcher.set_roster(self.roster)
+        self._ticking = self.loop.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_error):
+        self._ticking.cancel()
+        self.dispatcher.close()
+        for server in self.servers.values():
+            if not isinstance(server, str):
+                server.stop()
+        await asyncio.sleep(0.01)
+
+    async def _tick(self):
+        while True:
+            self.dispatcher.tick(time.monotonic_ns())
+            for pool in self.pools:
+                self.most_open = max(self.most_open, pool.open_connections + pool.opening)
+            await asyncio.sleep(0.01)
+
+    def push(self, count=1, body=b'{"n":1}'):
+        for _ in range(count):
+            self.pushed += 1
+            assert self.ring.push(body, str(uuid.UUID(int=self.pushed)))
+        self.dispatcher.schedule()
+
+    async def until_empty(self):
+        await until(lambda: self.ring.undone == 0, "all delivered")

@@ -1,0 +1,311 @@
+"""Packets no analyzer takes: refused, sent too often, left over; and dead letters that cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from forward_harness import Bench, reply
+
+from fastdist.deadletters import FOLDER
+
+
+def send_all(bench):
+    """Answer 200 until nothing is in flight."""
+    while bench.answer_all():
+        pass
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 304, 307, 308, 400, 401, 404, 405, 413, 415, 422, 451, 499])
+def test_what_an_analyzer_refuses_is_a_dead_letter(tmp_path, status):
+    with Bench(tmp_path, (1, 1)) as bench:
+        bench.push(b'{"a":"\xc3\xa9"}', messages=7)
+        slot = 0 if bench.busy(0) else 1
+        bench.answer(bench.busy(slot)[0], reply(status))
+        (letter,) = bench.letters()
+        times = letter.pop("acceptedAt"), letter.pop("deadLetteredAt")
+        assert times[0] <= times[1]
+        assert letter == {
+            "id": "p1",
+            "reason": "refused",
+            "analyzer": f"A{slot + 1}",
+            "status": status,
+            "error": f"HTTP {status}",
+            "attempts": 1,
+            "messages": 7,
+            "body": '{"a":"é"}',
+        }
+        assert bench.ring.undone == bench.ring.claimed == 0
+        assert (bench.count("refused"), bench.count_of(slot, "failed"), bench.count("retried")) == (1, 1, 0)
+        assert bench.settled == [(1, None)]
+        assert bench.states.is_online(slot)
+        assert bench.states.error(slot) == f"HTTP {status}"
+
+
+def test_a_packet_refused_after_failures_tells_how_often_it_was_sent(tmp_path):
+    with Bench(tmp_path, (1, 1, 1)) as bench:
+        bench.push(b"x")
+        bench.answer_all(reply(500))
+        bench.answer_all(reply(429))
+        bench.answer_all(reply(400))
+        (letter,) = bench.letters()
+        assert (letter["reason"], letter["attempts"], letter["status"]) == ("refused", 3, 400)
+        assert bench.dispatcher.retrying == {}
+
+
+def test_of_a_refused_batch_only_the_packet_at_fault_is_refused(tmp_path):
+    with Bench(tmp_path, (1,), delivery={"mode": "batch", "connections": 1, "pipeline": 3}) as bench:
+        bench.push(*[b"%d" % number for number in range(1, 11)])
+        (connection,) = bench.busy(0)
+        bench.answer(connection, reply(422))
+        assert bench.letters() == []
+        assert bench.count("retried") == 10
+        alone = connection.transport.requests[1:]
+        assert [request.ids for request in alone] == [["p1"], ["p2"], ["p3"]]  # in order
+        bench.push(b"11")  # behind them
+        for number in range(1, 11):
+            bench.answer(connection, reply(422 if number in (4, 9) else 200))
+        assert [request.ids for request in connection.transport.requests[1:]] == [[f"p{n}"] for n in range(1, 12)]
+        assert [request.body for request in connection.transport.requests[1:11]] == [b"%d" % n for n in range(1, 11)]
+        assert all("X-Packet-Id" in request.headers for request in connection.transport.requests[1:11])
+        assert connection.transport.requests[1].headers["X-Attempt"] == "2"
+        assert connection.transport.requests[11].body == b"[11]"
+        assert [(letter["id"], letter["attempts"]) for letter in bench.letters()] == [("p4", 2), ("p9", 2)]
+        send_all(bench)
+        assert bench.delivered == 9
+
+
+def test_a_refused_batch_of_one_is_retried_as_single_too(tmp_path):
+    with Bench(tmp_path, (1,), delivery={"mode": "batch"}) as bench:
+        bench.push(b"1")
+        bench.answer_all(reply(400))
+        assert bench.letters() == []
+        assert bench.sent(0)[1].body == b"1"
+        bench.answer_all(reply(400))
+        assert len(bench.letters()) == 1
+
+
+def test_a_packet_alone_stays_alone_elsewhere(tmp_path):
+    with Bench(tmp_path, (1, 1), delivery={"mode": "batch", "connections": 1}) as bench:
+        bench.push(b"1")
+        first = 0 if bench.busy(0) else 1
+        bench.answer_all(reply(400))
+        bench.answer_all(reply(500))
+        (request,) = bench.sent(1 - first)
+        assert request.body == b"1"
+        send_all(bench)
+        assert bench.delivered == 1
+
+
+# ---- sent too often
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("how", ["500", "429", "pause", "reset", "garbage", "stale"])
+def test_after_max_attempts_a_packet_is_a_dead_letter(tmp_path, most, how):
+    fast = {"base": 0.001, "cap": 0.001, "max_attempts": most}
+    with Bench(tmp_path, (1, 1, 1), retry=fast, health={"fall": 10_000}) as bench:
+        if how == "stale":
+            bench.push(*[b"warm"] * 60)
+            send_all(bench)
+        warm = bench.pushed
+        bench.push(b"x")
+        for attempt in range(1, most + 1):
+            assert bench.letters() == []
+            while not any(bench.busy(slot) for slot in range(3)):
+                bench.pass_time(1.5 if how == "pause" else 0.01)
+            (connection,) = (each for slot in range(3) for each in bench.busy(slot))
+            assert connection.transport.requests[-1].headers["X-Attempt"] == str(attempt)
+            name = connection.pool.analyzer.id
+            if how in ("reset", "stale"):
+                bench.lose(connection, OSError("reset"))
+            elif how == "pause":
+                bench.answer(connection, reply(503, "Retry-After: 1"))
+            else:
+                bench.answer(connection, b"\0" if how == "garbage" else reply(int(how)))
+        (letter,) = bench.letters()
+        status = {"500": 500, "429": 429, "pause": 503}.get(how)
+        assert (letter["id"], letter["reason"], letter["attempts"]) == (f"p{warm + 1}", "exhausted", most)
+        assert (letter["analyzer"], letter["status"]) == (name, status)
+        assert letter["error"]
+        assert bench.count("exhausted") == 1
+        assert bench.settled[-1] == (warm + 1, None)
+        assert bench.dispatcher.retrying == {}
+        bench.pass_time(60)
+        assert bench.ring.undone == 0
+
+
+def test_attempts_of_an_earlier_life_count(tmp_path):
+    with Bench(tmp_path, (1, 1), retry={"max_attempts": 5}) as bench:
+        bench.push(b"x", attempts=4)
+        bench.answer_all(reply(500))
+        assert bench.letters()[0]["attempts"] == 5
+
+
+def test_a_connection_that_does_not_come_about_is_no_sending(tmp_path):
+    with Bench(tmp_path, (1,), retry={"base": 0.01, "cap": 0.01, "max_attempts": 1}, health={"fall": 1000}) as bench:
+        bench.pool(0).reachable = False
+        bench.push(b"x")
+        for _ in range(10):
+            bench.pass_time(0.02)
+        assert bench.letters() == []
+        bench.pool(0).reachable = True
+        bench.pass_time(0.02)
+        bench.answer_all()
+        assert bench.delivered == 1
+        assert bench.sent(0)[0].headers["X-Attempt"] == "1"
+
+
+def test_without_a_limit_a_packet_is_sent_until_it_is_delivered(tmp_path):
+    with Bench(tmp_path, (1,), retry={"base": 0.001, "cap": 0.001}, health={"fall": 10_000}) as bench:
+        bench.push(b"x")
+        for _ in range(300):
+            bench.answer_all(reply(500))
+            bench.pass_time(0.01)
+        bench.answer_all()
+        assert bench.sent(0)[-1].headers["X-Attempt"] == "301"
+        assert bench.letters() == []
+
+
+# ---- what cannot be written
+
+
+class Obstacle:
+    """Something that keeps dead letters from being written, until it is taken away."""
+
+    def __init__(self, kind, bench, monkeypatch):
+        self.kind, self.path, self.monkeypatch = kind, bench.folder / FOLDER, monkeypatch
+        if kind == "a file in its place":
+            self.path.write_bytes(b"")
+        else:
+            self.error = OSError({"full": errno.ENOSPC, "broken": errno.EIO}[kind], kind)
+            self.monkeypatch.setattr("fastdist.deadletters.os.write", self.fail)
+
+    def fail(self, *_):
+        raise self.error
+
+    def remove(self):
+        self.path.unlink() if self.kind == "a file in its place" else self.monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["a file in its place", "full", "broken"])
+@pytest.mark.parametrize("reason", ["refused", "exhausted"])
+def test_a_dead_letter_that_cannot_be_written_stays_queued_and_is_written_later(tmp_path, monkeypatch, kind, reason):
+    with Bench(tmp_path, (1, 1), retry={"max_attempts": 1 if reason == "exhausted" else 0}) as bench:
+        obstacle = Obstacle(kind, bench, monkeypatch)
+        bench.push(b"1", b"2", b"3")
+        bench.answer_all(reply(404 if reason == "refused" else 500))
+        assert bench.dispatcher.storage_failed
+        assert bench.ring.undone == 3
+        assert bench.buried == 0
+        assert bench.settled == []
+        for _ in range(5):
+            bench.pass_time(1.1)
+        assert bench.dispatcher.storage_failed
+        assert len(bench.sent(0)) + len(bench.sent(1)) == 3  # it is not sent again meanwhile
+        bench.push(b"4")
+        bench.answer_all()  # others are delivered all the same
+        assert bench.delivered == 1
+        obstacle.remove()
+        assert bench.dispatcher.storage_failed
+        bench.pass_time(1.1)
+        assert not bench.dispatcher.storage_failed
+        letters = bench.letters()
+        assert {letter["id"] for letter in letters} == {"p1", "p2", "p3"}
+        assert len(letters) == 3
+        assert {(letter["reason"], letter["attempts"]) for letter in letters} == {(reason, 1)}
+        assert bench.ring.undone == bench.ring.claimed == 0
+        assert bench.count(reason) == 3
+        assert sorted(bench.settled) == [(1, None), (2, None), (3, None)]
+
+
+def test_half_a_letter_is_taken_back(tmp_path, monkeypatch):
+    """The disk fills up in the middle of a line."""
+    write, sizes = os.write, [100, 7, 0, 0]
+
+    def fill_up(fd, data):
+        if not sizes:
+            return write(fd, data)
+        if size := sizes.pop(0):
+            return write(fd, data[:size])
+        raise OSError(errno.ENOSPC, "full")
+
+    with Bench(tmp_path, (1,)) as bench:
+        bench.push(b"1")
+        bench.answer_all(reply(404))
+        assert len(bench.letters()) == 1
+        bench.push(b"2" * 500)
+        monkeypatch.setattr("fastdist.deadletters.os.write", fill_up)
+        bench.answer_all(reply(404))
+        assert [letter["id"] for letter in bench.letters()] == ["p1"]
+        bench.pass_time(1.1)
+        assert [letter["id"] for letter in bench.letters()] == ["p1"]
+        bench.pass_time(1.1)
+        assert [letter["id"] for letter in bench.letters()] == ["p1", "p2"]
+
+
+def test_letters_keep_their_order_when_storage_recovers(tmp_path, monkeypatch):
+    with Bench(tmp_path, (1,), delivery={"connections": 1, "pipeline": 10}) as bench:
+        obstacle = Obstacle("full", bench, monkeypatch)
+        bench.push(*[b"x"] * 5)
+        for _ in range(4):
+            bench.answer(bench.busy(0)[0], reply(400))
+        obstacle.remove()
+        bench.answer(bench.busy(0)[0], reply(400))  # the fifth finds it mended
+        assert [letter["id"] for letter in bench.letters()] == [f"p{n}" for n in range(1, 6)]
+        assert not bench.dispatcher.storage_failed
+
+
+# ---- what is left at the end
+
+
+def test_all_that_is_left_is_buried(tmp_path, monkeypatch):
+    weights = (1, 1, 1)
+    with Bench(tmp_path, weights, delivery={"connections": 2, "pipeline": 2}, health={"fall": 100}) as bench:
+        obstacle = Obstacle("full", bench, monkeypatch)
+        bench.push(*[b"x"] * 40)
+        bench.answer(bench.busy(0)[0], reply(400))  # cannot be written yet
+        bench.answer(bench.busy(0)[0])
+        retired = bench.pool(2)
+        del bench.roster[2]
+        bench.dispatcher.set_roster(bench.roster)  # removed, with requests under way
+        bench.loop.run()
+        for slot in (0, 1):
+            bench.answer(bench.busy(slot)[0], reply(500))
+        obstacle.remove()
+        in_flight = bench.pool(0).packets_in_flight + bench.pool(1).packets_in_flight + retired.packets_in_flight
+        assert in_flight == 12
+        assert bench.dispatcher.bury_all() == bench.pushed - bench.delivered
+        bench.loop.run()
+        bench.check()
+        letters = bench.letters()
+        assert bench.ring.undone == 0
+        assert {letter["id"] for letter in letters} | {"p" + str(n) for n in range(1, 41)} == {
+            f"p{n}" for n in range(1, 41)
+        }
+        assert len({letter["id"] for letter in letters}) == len(letters) == 40 - bench.delivered
+        assert sorted({letter["reason"] for letter in letters}) == ["refused", "shutdown"]
+        left = next(letter for letter in letters if letter["reason"] == "shutdown")
+        assert (left["analyzer"], left["status"], left["error"]) == (None, None, None)
+        assert bench.count("shutdown") == len(letters) - 1
+
+
+def test_what_cannot_be_buried_is_an_error(tmp_path, monkeypatch):
+    with Bench(tmp_path, (1,)) as bench:
+        Obstacle("full", bench, monkeypatch)
+        bench.push(b"x")
+        with pytest.raises(OSError, match="full"):
+            bench.dispatcher.bury_all()
+        assert bench.ring.undone == 1
+
+
+def test_nothing_is_sent_after_the_end(tmp_path):
+    with Bench(tmp_path, (1, 1), delivery={"connections": 1, "pipeline": 2}) as bench:
+        bench.push(*[b"x"] * 10)
+        sent = len(bench.sent(0)) + len(bench.sent(1))
+        bench.dispatcher.close()
+        bench.loop.run()
+        assert len(bench.sent(0)) + len(bench.sent(1)) == sent
+        assert bench.pool(0).opening == bench.pool(0).open_connections == 0
+        assert bench.ring.undone == 10

@@ -1,0 +1,551 @@
+"""Connections to analyzers: opened on demand, used last in first out, watched, pruned, and what their end means."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+import time
+
+import pytest
+from forward_harness import (
+    OK,
+    SECOND,
+    Desk,
+    DeskPool,
+    ScriptServer,
+    World,
+    reply,
+    requests_in,
+    run,
+    self_signed,
+    start_mock,
+    until,
+)
+
+from fastdist import dispatch
+from fastdist.forward import describe
+
+# ---- which connection is used
+
+
+def test_the_connection_used_last_is_used_next():
+    desk = Desk()
+    one, two, three = (desk.connect() for _ in range(3))
+    desk.push(b"1", b"2")
+    desk.pool.pump()
+    assert [each.in_flight() for each in (one, two, three)] == [0, 1, 1]
+    two.data_received(OK)
+    three.data_received(OK)
+    for _ in range(5):
+        desk.push(b"x")
+        desk.pool.pump()
+        three.data_received(OK)
+    assert [len(each.transport.requests) for each in (one, two, three)] == [0, 1, 6]
+    desk.check()
+
+
+def test_requests_in_flight_never_pass_connections_times_pipeline():
+    desk = Desk(connections=3, pipeline=2)
+    for _ in range(3):
+        desk.connect()
+    desk.push(*[b"x"] * 20)
+    desk.pool.pump()
+    assert desk.pool.requests_in_flight == 6
+    desk.check()
+    done = 0
+    while desk.ring.undone:
+        for connection in list(desk.pool.connections):
+            if connection.in_flight():
+                connection.data_received(OK)
+                done += 1
+                desk.check()
+                assert desk.pool.requests_in_flight == min(6, 20 - done)
+    sent = sorted(
+        int(name[1:]) for each in desk.pool.connections for request in each.transport.requests for name in request.ids
+    )
+    assert sent == list(range(1, 21))
+
+
+def test_more_connections_are_asked_for_only_when_none_is_free_and_within_the_limit():
+    desk = Desk(connections=2)
+    desk.push(b"1")
+    desk.pool.pump()
+    assert desk.pool.asked == 1
+    first = desk.connect()
+    desk.pool.pump()
+    assert first.in_flight() == 1
+    desk.pool.pump()  # nothing waits
+    assert desk.pool.asked == 1
+    desk.push(b"2")
+    desk.pool.opening = 1  # one is on its way
+    desk.pool.pump()
+    assert desk.pool.asked == 1
+    desk.pool.opening = 0
+    desk.pool.pump()
+    assert desk.pool.asked == 2
+    desk.connect()
+    desk.pool.pump()
+    desk.push(b"3")
+    desk.pool.pump()
+    assert desk.pool.asked == 2
+    assert desk.pool.waiting == 1
+
+
+@pytest.mark.parametrize(
+    ("delivery", "in_flight", "waiting", "room"),
+    [
+        ({"connections": 4}, 0, 0, 4),
+        ({"connections": 4}, 3, 0, 1),
+        ({"connections": 4, "pipeline": 3}, 4, 0, 8),
+        ({"connections": 4}, 4, 2, 0),
+        ({"connections": 4, "mode": "batch", "batch_packets": 10}, 0, 0, 40),
+        ({"connections": 4, "mode": "batch", "batch_packets": 10, "linger": 1000}, 1, 7, 23),
+    ],
+)
+def test_room_is_what_could_be_sent_at_once(delivery, in_flight, waiting, room):
+    desk = Desk(**delivery)
+    for _ in range(4):
+        desk.connect()
+    for _ in range(in_flight):
+        desk.push(b"x")
+        desk.pool.pump()
+    assert desk.pool.requests_in_flight == in_flight
+    for _ in range(waiting):
+        desk.push(b"x")
+    desk.pool.pump()
+    assert (desk.pool.waiting, desk.pool.room()) == (waiting, room)
+
+
+# ---- time
+
+
+def test_idle_connections_are_closed_after_a_minute_and_busy_ones_are_not():
+    desk = Desk(timeout=1000.0)
+    idle, busy = desk.connect(), desk.connect()
+    desk.push(b"1")
+    desk.pool.pump()
+    now = time.monotonic_ns()
+    desk.pool.check(now + 59 * SECOND)
+    assert idle.transport.ended is None
+    desk.pool.check(now + 62 * SECOND)
+    assert (idle.transport.ended, busy.transport.ended) == ("close", None)
+    assert desk.pool.idle == []
+    idle.connection_lost(None)
+    assert desk.pool.open_connections == 1
+    busy.data_received(OK)
+    desk.pool.check(time.monotonic_ns() + 59 * SECOND)
+    assert busy.transport.ended is None
+    desk.pool.check(time.monotonic_ns() + 62 * SECOND)
+    assert busy.transport.ended == "close"
+    assert desk.owner.events == []
+
+
+def test_the_connections_of_a_retired_pool_end_with_their_last_reply():
+    desk = Desk()
+    idle, busy = desk.connect(), desk.connect()
+    desk.push(b"1")
+    desk.pool.pump()
+    desk.pool.retired = True
+    desk.pool.check(time.monotonic_ns())
+    assert (idle.transport.ended, busy.transport.ended) == ("close", None)
+    busy.data_received(OK)
+    desk.pool.check(time.monotonic_ns())
+    assert busy.transport.ended == "close"
+    assert desk.owner.events == []
+    assert desk.ring.undone == 0
+
+
+def test_a_reply_that_does_not_come_in_time_is_a_failure_of_the_first_request_only():
+    desk = Desk(timeout=5.0, pipeline=3)
+    connection = desk.connect()
+    desk.push(b"1", b"2", b"3")
+    desk.pool.pump()
+    now = time.monotonic_ns()
+    desk.pool.check(now + int(4.5 * SECOND))
+    assert connection.transport.ended is None
+    desk.pool.check(now + int(5.5 * SECOND))
+    assert connection.transport.ended == "abort"
+    assert desk.owner.events == [
+        ("not sent", ["p3"]),
+        ("not sent", ["p2"]),
+        ("failed", ["p1"], "no reply within 5 s", True, None),
+    ]
+    desk.check()
+    connection.data_received(OK)  # too late
+    connection.connection_lost(None)
+    assert len(desk.owner.events) == 3
+    desk.check()
+
+
+def test_the_clock_of_a_pipelined_request_starts_with_the_reply_before_it():
+    desk = Desk(timeout=0.2, pipeline=2)
+    connection = desk.connect()
+    desk.push(b"1", b"2")
+    desk.pool.pump()
+    time.sleep(0.15)
+    connection.data_received(OK)
+    time.sleep(0.1)
+    desk.pool.check(time.monotonic_ns())  # 0.25 s after it was sent
+    assert connection.transport.ended is None
+    assert 0.09 * SECOND < connection.awaited_for(time.monotonic_ns()) < 5 * SECOND
+    desk.pool.check(time.monotonic_ns() + SECOND)
+    assert desk.owner.events == [("failed", ["p2"], "no reply within 0.2 s", True, None)]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+    ],
+)
+def test_a_body_that_does_not_end_costs_the_connection_and_nothing_else(start):
+    desk = Desk(timeout=5.0)
+    connection = desk.connect()
+    desk.push(b"1")
+    desk.pool.pump()
+    connection.data_received(start)
+    assert connection.awaited_for(time.monotonic_ns()) == 0
+    desk.pool.check(time.monotonic_ns() + 6 * SECOND)
+    assert connection.transport.ended == "abort"
+    assert desk.owner.events == []
+    assert desk.ring.undone == 0
+
+
+def test_a_connection_without_requests_is_never_overdue():
+    desk = Desk(timeout=1.0)
+    connection = desk.connect()
+    assert not connection.overdue(time.monotonic_ns() + 3600 * SECOND, SECOND)
+    desk.push(b"1")
+    desk.pool.pump()
+    assert connection.overdue(time.monotonic_ns() + 2 * SECOND, SECOND)
+    connection.data_received(OK)
+    assert not connection.overdue(time.monotonic_ns() + 3600 * SECOND, SECOND)
+
+
+def test_latency_is_the_usual_one_or_that_of_the_reply_now_awaited():
+    desk = Desk()
+    connection = desk.connect()
+    assert desk.pool.latency(time.monotonic_ns()) == 0
+    for _ in range(200):
+        desk.push(b"x")
+        desk.pool.pump()
+        connection.data_received(OK)
+    usual = desk.pool.usual_latency
+    assert 0 < usual < SECOND
+    assert desk.pool.latency(time.monotonic_ns()) == usual
+    desk.push(b"x")
+    desk.pool.pump()
+    assert 9 * SECOND < desk.pool.latency(time.monotonic_ns() + 10 * SECOND) < 60 * SECOND
+
+
+# ---- ends
+
+
+def test_a_connection_that_is_closed_while_idle_costs_nothing():
+    desk = Desk()
+    fresh, used = desk.connect(), desk.connect()
+    desk.push(b"1")
+    desk.pool.pump()
+    used.data_received(OK)
+    for connection, error in ((fresh, None), (used, OSError("reset"))):
+        connection.connection_lost(error)
+        assert connection not in desk.pool.idle
+    assert desk.owner.events == []
+    assert (desk.pool.open_connections, desk.pool.connections) == (0, set())
+    assert desk.owner.wakes == 4
+
+
+def test_an_end_is_told_once():
+    desk = Desk(pipeline=2)
+    connection = desk.connect()
+    desk.push(b"1", b"2")
+    desk.pool.pump()
+    connection.close_after("first", True)
+    connection.close_after("second", True)
+    connection.data_received(b"garbage")
+    connection.connection_lost(OSError("third"))
+    assert [event[0] for event in desk.owner.events] == ["not sent", "failed"]
+    assert desk.owner.events[1][2] == "first"
+    desk.check()
+
+
+def test_closing_does_not_wait_for_bytes_that_will_be_sent_elsewhere():
+    """An analyzer that refuses early and reads no further would hold the connection for ever."""
+    desk = Desk(pipeline=2)
+    connection = desk.connect()
+    desk.push(b"x" * 100_000, b"2")
+    desk.pool.pump()
+    connection.transport.unflushed = 50_000
+    connection.data_received(reply(413, "Connection: close"))
+    assert connection.transport.ended == "abort"
+    assert desk.owner.events == [("refused", ["p1"], 413, False), ("not sent", ["p2"])]
+
+
+def test_an_end_of_input_ends_the_connection():
+    assert Desk().connect().eof_received() is False
+
+
+def test_gauges_add_up_when_a_slot_has_two_pools():
+    """As after a change of an analyzer's endpoint: the old pool's requests finish while the new one is at work."""
+    desk = Desk()
+    old = desk.connect()
+    desk.push(b"1")
+    desk.pool.pump()
+    successor = DeskPool(desk.ring, desk.counters, desk.block.analyzers, 1, desk.owner)
+    successor.set_up(desk.pool.analyzer, desk.delivery, None)
+    gauges = ("requests_in_flight", "packets_in_flight", "connections")
+    assert [desk.counters.get_of(1, gauge) for gauge in gauges] == [1, 1, 1]
+    desk.pool, first = successor, desk.pool
+    new = desk.connect()
+    desk.push(b"2")
+    desk.pool.pump()
+    assert new.in_flight() == 1
+    assert [desk.counters.get_of(1, gauge) for gauge in gauges] == [2, 2, 2]
+    old.data_received(OK)
+    first.retired = True
+    first.check(time.monotonic_ns())
+    old.connection_lost(None)
+    assert [desk.counters.get_of(1, gauge) for gauge in gauges] == [1, 1, 1]
+
+
+# ---- words for errors
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (TimeoutError(), "no answer within 1.5 s"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "Connection timed out"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('127.0.0.1', 1)"), "connection refused"),
+        (ConnectionRefusedError(), "connection refused"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer"),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), "No route to host"),
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+        (ConnectionResetError(), "ConnectionResetError"),
+        (OSError("Multiple exceptions: a, b"), "Multiple exceptions: a, b"),
+        (ValueError("a reply that is not HTTP"), "a reply that is not HTTP"),
+        (ssl.SSLError(1, "[SSL] wrong version number"), "[SSL] wrong version number"),
+    ],
+)
+def test_errors_are_described_in_few_words(error, text):
+    assert describe(error, 1.5) == text
+
+
+# ---- on real sockets
+
+
+def test_connections_are_opened_on_demand_and_never_more_than_the_limit(tmp_path):
+    async def scenario():
+        held = []
+        server = await ScriptServer(lambda _n, transport, _data: held.append(transport)).start()
+        async with World(tmp_path, {"A1": server}, delivery={"connections": 5, "timeout": 60.0}) as w:
+            w.push(1)
+            await until(lambda: len(held) == 1)
+            assert len(server.transports) == 1
+            for _ in range(30):  # while connections are on their way
+                w.push(1)
+                await asyncio.sleep(0)
+            await until(lambda: len(held) == 5)
+            await asyncio.sleep(0.1)
+            assert len(server.transports) == w.most_open == len(held) == 5
+            pool = w.dispatcher.pools[0]
+            assert (pool.opening, pool.open_connections, pool.waiting) == (0, 5, 26)
+            for transport in held:
+                transport.write(OK)
+            server.on_data = lambda _n, transport, _data: transport.write(OK)
+            await w.until_empty()
+            assert len(server.transports) == 5
+
+    run(scenario())
+
+
+def test_one_connection_is_enough_for_a_trickle(tmp_path):
+    async def scenario():
+        mock = start_mock()
+        async with World(tmp_path, {"A1": mock}) as w:
+            for _ in range(50):
+                w.push(1)
+                await w.until_empty()
+            assert w.most_open == 1
+            assert mock.ledger.requests == mock.ledger.acknowledged == 50
+
+    run(scenario())
+
+
+def test_a_connection_that_cannot_be_opened_in_time_is_a_failure(tmp_path):
+    async def scenario():
+        blackhole = socket.create_server(("127.0.0.1", 0), backlog=0)
+        port = blackhole.getsockname()[1]
+        fillers = []
+        for _ in range(4):  # its queue is full: whoever comes now is not answered
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+            fillers.append(filler)
+        await asyncio.sleep(0.05)
+        mock = start_mock("A2")
+        try:
+            async with World(
+                tmp_path,
+                {"A1": f"http://127.0.0.1:{port}/", "A2": mock},
+                delivery={"connect_timeout": 0.2},
+                health={"fall": 2},
+            ) as w:
+                w.push(40)
+                await w.until_empty()
+                assert not w.states.is_online(0)
+                assert w.states.error(0) == "cannot connect: no answer within 0.2 s"
+                assert w.delivered(1) == 40
+                assert w.dispatcher.pools[0].opening == 0
+        finally:
+            for each in (*fillers, blackhole):
+                each.close()
+
+    run(scenario())
+
+
+def test_a_refused_connection_is_a_failure(tmp_path):
+    async def scenario():
+        closed = start_mock("A1", refuse=True)
+        mock = start_mock("A2")
+        async with World(tmp_path, {"A1": closed, "A2": mock}) as w:
+            w.push(40)
+            await w.until_empty()
+            assert not w.states.is_online(0)
+            assert w.states.error(0) == "cannot connect: connection refused"
+            assert (w.delivered(0), w.delivered(1)) == (0, 40)
+            assert mock.ledger.duplicates == 0
+            assert w.dispatcher.pools[0].opening == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("when", ["accepted", "requested"])
+def test_a_server_that_hangs_up_is_a_failure_but_not_a_loss(tmp_path, when):
+    async def scenario():
+        def hang_up(_number, transport, _data=None):
+            transport.close()
+
+        server = await ScriptServer(**{"on_connect" if when == "accepted" else "on_data": hang_up}).start()
+        mock = start_mock("A2")
+        async with World(tmp_path, {"A1": server, "A2": mock}) as w:
+            w.push(60)
+            await w.until_empty()
+            assert w.delivered(1) == 60
+            if when == "requested":
+                assert not w.states.is_online(0)
+                assert w.states.error(0) == "connection closed before the reply"
+
+    run(scenario())
+
+
+def test_a_keep_alive_connection_that_went_stale_is_no_failure(tmp_path):
+    async def scenario():
+        def answer_twice(number, transport, data):
+            requests = [each for at, each in server.received if at == number]
+            transport.write(OK * len(requests_in(data)))
+            if len(requests) >= 2:
+                transport.close()
+
+        server = await ScriptServer(answer_twice).start()
+        async with World(tmp_path, {"A1": server}, health={"fall": 1}) as w:
+            for _ in range(30):
+                w.push(2)
+                await w.until_empty()
+            assert w.states.is_online(0)
+            assert w.delivered(0) == 60
+            assert w.counters.get_of(0, "failed") == 0
+            assert w.states.error(0) == ""
+
+    run(scenario())
+
+
+def test_an_early_refusal_does_not_hold_the_connection(tmp_path):
+    """The analyzer refuses a body it does not read, and says that it closes, but does not."""
+
+    async def scenario():
+        def refuse(_number, transport, _data):
+            if not transport.is_closing():
+                transport.pause_reading()
+                transport.write(reply(413, "Connection: close"))
+
+        server = await ScriptServer(refuse).start()
+        async with World(tmp_path, {"A1": server}, delivery={"connections": 1}, capacity=1 << 25) as w:
+            for _ in range(3):
+                w.push(1, b"x" * (12 << 20))
+                await w.until_empty()
+            assert w.counters.get("refused") == 3
+            assert len(server.transports) == 3
+
+    run(scenario())
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return self_signed(tmp_path_factory.mktemp("tls"))
+
+
+def test_a_certificate_nobody_vouches_for_is_a_failure(tmp_path, certificate):
+    async def scenario():
+        server = await ScriptServer().start(tls=certificate[1])
+        mock = start_mock("A2")
+        endpoint = f"https://127.0.0.1:{server.port}/analyze"
+        async with World(tmp_path, {"A1": endpoint, "A2": mock}) as w:
+            w.push(20)
+            await w.until_empty()
+            assert w.delivered(1) == 20
+            assert not w.states.is_online(0)
+            assert "certificate verify failed" in w.states.error(0)
+            assert "self-signed" in w.states.error(0) or "self signed" in w.states.error(0)
+            assert server.received == []
+        server.stop()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_packets_travel_over_tls(tmp_path, certificate, monkeypatch, host):
+    """A certificate is for the host that is in the endpoint, and for no other."""
+    path, context = certificate
+    trusting = ssl.create_default_context(cafile=path)
+    monkeypatch.setattr(dispatch.ssl, "create_default_context", lambda: trusting)
+
+    async def scenario():
+        server = await ScriptServer(lambda _n, transport, data: transport.write(OK * data.count(b"POST"))).start(
+            context
+        )
+        server_endpoint = f"https://{host}:{server.port}/analyze"
+        mock = start_mock("A2")
+        async with World(tmp_path, {"A1": server_endpoint, "A2": mock}, delivery={"pipeline": 4}) as w:
+            w.push(40)
+            await w.until_empty()
+            if host == "127.0.0.1":
+                assert abs(w.delivered(0) - 20) <= 2
+                assert w.counters.get("retried") == 0
+                assert w.states.is_online(0)
+            else:
+                assert (w.delivered(0), w.delivered(1)) == (0, 40)
+                assert "certificate verify failed" in w.states.error(0)
+        server.stop()
+
+    run(scenario())
+
+
+def test_a_server_that_speaks_no_tls_is_a_failure(tmp_path):
+    async def scenario():
+        plain = start_mock("A1")
+        mock = start_mock("A2")
+        endpoint = plain.listener.origin.replace("http", "https")
+        async with World(tmp_path, {"A1": f"{endpoint}/analyze", "A2": mock}) as w:
+            w.push(20)
+            await w.until_empty()
+            assert w.delivered(1) == 20
+            assert not w.states.is_online(0)
+            assert w.states.error(0).startswith("cannot connect: ")
+        plain.stop()
+
+    run(scenario())

@@ -1,0 +1,341 @@
+"""Dead letters: what stands in them, how their files come and go, and what a disk that fails does to them."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import fcntl
+import json
+import os
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdist import deadletters
+from fastdist._core.ring import Packet
+from fastdist.deadletters import FOLDER, IDLE_NS, DeadLetters, find_files, iso_time, read_file
+
+MOMENT = 1_700_000_000_123_456_000  # 2023-11-14, 22:13:20.123456 UTC
+
+
+def packet(body=b"{}", name="p1", sequence=1, **more):
+    fields = {"attempts": 3, "accepted_ns": MOMENT, "messages": 2, "emitter": 0, "flags": 0} | more
+    return Packet(sequence, name, body, **fields)
+
+
+def files_in(folder):
+    return sorted((folder / FOLDER).iterdir())
+
+
+def letters_in(folder):
+    return [json.loads(line) for file in files_in(folder) for line in file.read_bytes().splitlines()]
+
+
+def write(letters, body=b"{}", name="p1"):
+    letters.write(packet(body, name), "refused", "A2", 422, "HTTP 422")
+
+
+@pytest.fixture
+def letters(tmp_path):
+    made = DeadLetters(tmp_path, "w0-1")
+    yield made
+    made.close()
+
+
+# ---- what stands in them
+
+
+def test_a_letter_tells_everything(letters, tmp_path):
+    before = datetime.now(UTC) - timedelta(microseconds=1)
+    letters.write(packet('{"a":"é\u2028"}'.encode(), "key~1"), "exhausted", "A2", 503, "HTTP 503")
+    (letter,) = letters_in(tmp_path)
+    when = datetime.fromisoformat(letter.pop("deadLetteredAt"))
+    assert before <= when <= datetime.now(UTC)
+    assert letter == {
+        "id": "key~1",
+        "reason": "exhausted",
+        "analyzer": "A2",
+        "status": 503,
+        "error": "HTTP 503",
+        "attempts": 3,
+        "messages": 2,
+        "acceptedAt": "2023-11-14T22:13:20.123456Z",
+        "body": '{"a":"é\u2028"}',
+    }
+
+
+def test_what_is_not_known_is_null(letters, tmp_path):
+    letters.write(packet(), "shutdown", None, None, None)
+    (letter,) = letters_in(tmp_path)
+    assert (letter["analyzer"], letter["status"], letter["error"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"plain",
+        b'"quotes" and \\ and \n and \0',
+        "\U0001f600 \u2028 \x7f".encode(),
+        b"\xff\xfe",
+        b"half \xc3",
+        b"\xed\xa0\x80",  # a surrogate
+        b"\xc0\xaf",  # overlong
+        bytes(range(256)),
+        b"x" * 100_000,
+    ],
+)
+def test_the_body_is_its_exact_text_or_base64(letters, tmp_path, body):
+    write(letters, body)
+    (line,) = files_in(tmp_path)[0].read_bytes().splitlines(keepends=True)
+    assert line.endswith(b"\n")
+    letter = json.loads(line)
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        assert "body" not in letter
+        assert base64.b64decode(letter["bodyBase64"], validate=True) == body
+    else:
+        assert letter["body"] == text
+        assert "bodyBase64" not in letter
+
+
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)))
+@settings(max_examples=100)
+def test_any_packet_can_be_had_back(tmp_path_factory, body):
+    folder = tmp_path_factory.mktemp("any")
+    letters = DeadLetters(folder, "w0")
+    write(letters, body)
+    letters.close()
+    (line,) = (line for found in find_files(folder) for line in read_file(found))
+    assert line.letter.packet == body
+    assert (line.letter.id, line.letter.attempts, line.letter.status) == ("p1", 3, 422)
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [
+        (0, "1970-01-01T00:00:00.000000Z"),
+        (MOMENT, "2023-11-14T22:13:20.123456Z"),
+        (10**18, "2001-09-09T01:46:40.000000Z"),
+        (1_700_000_000_000_000_000, "2023-11-14T22:13:20.000000Z"),
+    ],
+)
+def test_times_are_rfc_3339(ns, text):
+    assert iso_time(ns) == text
+
+
+# ---- their files
+
+
+def test_letters_follow_each_other_in_one_file_of_the_owners(letters, tmp_path):
+    for number in range(50):
+        write(letters, name=f"p{number}")
+    (file,) = files_in(tmp_path)
+    assert file.name.endswith("-w0-1.ndjson")
+    assert [letter["id"] for letter in letters_in(tmp_path)] == [f"p{number}" for number in range(50)]
+
+
+def test_nobody_else_can_read_them(tmp_path):
+    old = os.umask(0)
+    try:
+        letters = DeadLetters(tmp_path / "new" / "data", "w0")
+        write(letters)
+    finally:
+        os.umask(old)
+    (file,) = files_in(tmp_path / "new" / "data")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.parent.parent.stat().st_mode) == 0o700
+    letters.close()
+
+
+def test_nothing_is_made_before_there_is_a_letter(tmp_path):
+    letters = DeadLetters(tmp_path / "data", "w0")
+    letters.tick(1)
+    letters.close()
+    assert not (tmp_path / "data").exists()
+
+
+def test_owners_do_not_share_files(tmp_path):
+    owners = [DeadLetters(tmp_path, f"w{number}") for number in range(3)]
+    for number in range(30):
+        write(owners[number % 3], name=f"p{number}")
+    assert len(files_in(tmp_path)) == 3
+    assert {letter["id"] for letter in letters_in(tmp_path)} == {f"p{number}" for number in range(30)}
+    for owner in owners:
+        owner.close()
+
+
+def test_a_new_file_is_begun_when_one_has_grown(letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(deadletters, "LARGEST_FILE", 2000)
+    for number in range(20):
+        write(letters, b"x" * 300, f"p{number}")
+    files = files_in(tmp_path)
+    assert len(files) == 7  # three to a file
+    assert all(file.stat().st_size <= 2000 for file in files)
+    assert [letter["id"] for letter in letters_in(tmp_path)] == [f"p{number}" for number in range(20)]
+
+
+def test_a_letter_larger_than_a_file_has_one_of_its_own(letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(deadletters, "LARGEST_FILE", 2000)
+    for size in (10, 5000, 10, 5000, 5000):
+        write(letters, b"x" * size)
+    assert [len(letter["body"]) for letter in letters_in(tmp_path)] == [10, 5000, 10, 5000, 5000]
+    assert len(files_in(tmp_path)) == 5
+
+
+def test_a_file_is_open_only_while_letters_come(letters, tmp_path):
+    def open_files():
+        links = (link for link in Path("/proc/self/fd").iterdir() if link.is_symlink())  # one is that of the listing
+        return [link for link in links if link.resolve().is_relative_to(tmp_path)]
+
+    write(letters)
+    letters.tick(10 * IDLE_NS)
+    letters.tick(10 * IDLE_NS + IDLE_NS // 2)
+    assert len(open_files()) == 1
+    write(letters, name="p2")
+    letters.tick(11 * IDLE_NS)  # it was written to since
+    letters.tick(11 * IDLE_NS + IDLE_NS // 2)
+    assert len(open_files()) == 1
+    letters.tick(12 * IDLE_NS)
+    assert open_files() == []
+    write(letters, name="p3")  # and is taken up again
+    assert len(files_in(tmp_path)) == 1
+    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2", "p3"]
+
+
+@pytest.mark.parametrize("what", ["locked", "deleted", "replaced"])
+def test_a_file_somebody_has_or_had_is_left_alone(letters, tmp_path, what):
+    write(letters)
+    letters.tick(1)
+    letters.tick(1 + IDLE_NS)
+    (file,) = files_in(tmp_path)
+    other = os.open(file, os.O_RDWR)
+    if what == "locked":
+        fcntl.flock(other, fcntl.LOCK_EX)
+    else:
+        file.unlink()
+        if what == "replaced":
+            file.write_bytes(b"")
+    write(letters, name="p2")
+    assert [letter["id"] for letter in letters_in(tmp_path)] == (["p1", "p2"] if what == "locked" else ["p2"])
+    os.close(other)
+
+
+def test_a_file_in_use_is_locked(letters, tmp_path):
+    write(letters)
+    (file,) = files_in(tmp_path)
+    with file.open("rb") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_after_close_comes_another_file(letters, tmp_path):
+    write(letters)
+    letters.close()
+    letters.close()
+    write(letters, name="p2")
+    assert len(files_in(tmp_path)) == 2
+    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+
+
+# ---- durability
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_with_sync_a_letter_is_on_the_disk_before_write_returns(tmp_path, monkeypatch, sync):
+    calls = []
+    monkeypatch.setattr(deadletters.os, "fdatasync", lambda fd: calls.append(("data", os.fstat(fd).st_size)))
+    monkeypatch.setattr(
+        deadletters.os, "fsync", lambda fd: calls.append(("folder", stat.S_ISDIR(os.fstat(fd).st_mode)))
+    )
+    letters = DeadLetters(tmp_path, "w0", sync=sync)
+    write(letters)
+    write(letters)
+    sizes = [len(line) for line in files_in(tmp_path)[0].read_bytes().splitlines(keepends=True)]
+    assert calls == ([("folder", True), ("data", sizes[0]), ("data", sum(sizes))] if sync else [])
+    letters.close()
+
+
+@pytest.mark.parametrize("call", ["write", "fdatasync", "open", "mkdir", "folder"])
+def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkeypatch, call):
+    letters = DeadLetters(tmp_path, "w0", sync=True)
+    if call in ("write", "fdatasync"):
+        write(letters)  # the first goes well
+
+    def fail(*_args, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if call == "mkdir":
+        (tmp_path / FOLDER).write_bytes(b"in its place")
+    else:
+        monkeypatch.setattr(deadletters.os, {"folder": "fsync"}.get(call, call), fail)
+    for _ in range(5):
+        with pytest.raises(OSError, match=r"No space|exists"):
+            write(letters, name="lost")
+    monkeypatch.undo()
+    if call == "mkdir":
+        (tmp_path / FOLDER).unlink()
+    write(letters, name="later")
+    assert [letter["id"] for letter in letters_in(tmp_path)] == (
+        ["p1", "later"] if call in ("write", "fdatasync") else ["later"]
+    )
+    assert len(files_in(tmp_path)) == 1
+    letters.close()
+
+
+@pytest.mark.parametrize("first", [0, 1, 50])
+def test_half_a_line_is_taken_back(letters, tmp_path, monkeypatch, first):
+    write(letters)
+    whole = files_in(tmp_path)[0].read_bytes()
+    real, sizes = os.write, [first]
+
+    def write_some(fd, data):
+        if sizes:
+            return real(fd, data[: sizes.pop()])
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(deadletters.os, "write", write_some)
+    with pytest.raises(OSError, match="full"):
+        write(letters, name="p2")
+    assert files_in(tmp_path)[0].read_bytes() == whole
+    monkeypatch.undo()
+    write(letters, name="p3")
+    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p3"]
+
+
+def test_short_writes_are_continued(letters, tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(deadletters.os, "write", lambda fd, data: real(fd, data[:7]))
+    write(letters, b"x" * 1000)
+    write(letters, b"y" * 1000, "p2")
+    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+
+
+def test_half_a_line_that_cannot_be_taken_back_is_followed_by_nothing(letters, tmp_path, monkeypatch):
+    write(letters)
+    real, sizes = os.write, [50]
+
+    def write_some(fd, data):
+        if sizes:
+            return real(fd, data[: sizes.pop()])
+        raise OSError(errno.EIO, "broken")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(deadletters.os, "write", write_some)
+    monkeypatch.setattr(deadletters.os, "ftruncate", fail)
+    with pytest.raises(OSError, match="broken"):
+        write(letters, name="p2")
+    monkeypatch.undo()
+    write(letters, name="p3")
+    first, second = files_in(tmp_path)
+    assert len(first.read_bytes().splitlines()) == 2
+    assert [json.loads(line)["id"] for line in second.read_bytes().splitlines()] == ["p3"]
+    lines = [line for found in find_files(tmp_path) for line in read_file(found)]
+    assert [line.letter and line.letter.id for line in lines] == ["p1", None, "p3"]
