@@ -31,7 +31,7 @@ def change(experiment, method: str, path: str, document: object = None) -> int:
 
 @pytest.mark.parametrize("delivery", [DELIVERY, BATCHES], ids=["single", "batch"])
 def test_reloads_twice_a_second(experiment, delivery):
-    """Weights change, analyzers come and go; what is in flight to one that is removed is finished, or goes elsewhere."""
+    """Weights change, analyzers come and go; what is in flight to one that is removed finishes, or goes elsewhere."""
     experiment.analyzers("--latency", "0.005", "--jitter", "0.02")
     fastdist = experiment.serve({"delivery": delivery})
     emitter = experiment.emitter().start().wait_for(100)

@@ -104,9 +104,9 @@ class Damaged:
         capacity = self.queue.capacity
         for place in self.queue.places:
             for start in (place.offset, place.offset - capacity):  # it may go on at the beginning of the data
-                if place.file == name and start < offset + length and offset < start + place.size:
-                    if offset >= HEADER_SIZE:
-                        self.struck.add(place.name)
+                touches = start < offset + length and offset < start + place.size
+                if place.file == name and touches and offset >= HEADER_SIZE:
+                    self.struck.add(place.name)
 
     def somewhere(self, file) -> int:
         """Return the offset of a byte in the record of a packet that waits."""
@@ -135,7 +135,7 @@ def overwrite_pages_with_noise(damaged: Damaged) -> None:
 
 
 def overwrite_pages_with_other_pages(damaged: Damaged) -> None:
-    """Pages of the same file, as a disk that writes to the wrong place would: each record in them is sound in itself."""
+    """Pages of the same file, as of a disk that writes to the wrong place: each record in them is sound in itself."""
     for file in damaged.files:
         image = file.read_bytes()
         for _ in range(4):
