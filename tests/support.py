@@ -354,7 +354,8 @@ class Emitter:
     """Emitters on ``connections`` keep-alive connections; each packet has an id, and its answer goes into the ledger.
 
     ``answers`` maps ids to a status, or to None where the connection broke before the answer: such a packet may or may
-    not have been accepted. ``body`` is every packet's, or a function of its id. ``headers`` are lines ended by CR LF.
+    not have been accepted. ``body`` is every packet's, or a function of its id. ``headers`` are lines ended by CR LF. Those that
+    ``send`` a number of packets do so as fast as they can; those that ``start`` make a ``pause`` after each.
     """
 
     def __init__(  # noqa: PLR0913  (tests name what they change)
@@ -366,9 +367,10 @@ class Emitter:
         *,
         headers: str = "",
         source: str = "127.0.0.1",
+        pause: float = 0.005,
     ) -> None:
         self.port, self.connections, self.prefix, self.body = port, connections, prefix, body
-        self.headers, self.source = headers, source
+        self.headers, self.source, self.pause = headers, source, pause
         self.answers: dict[str, int | None] = {}
         self.without_retry_after = 0  # answers 429 or 503 that do not say when to try again
         self.enough = threading.Event()
@@ -379,6 +381,7 @@ class Emitter:
 
     def send(self, packets: int) -> Emitter:
         """Send ``packets`` and return."""
+        self.pause = 0.0
         self._limit = self._count + packets
         asyncio.run(self._run())
         return self
@@ -455,6 +458,8 @@ class Emitter:
             self.without_retry_after += 1
         if status not in (200, 202):
             await asyncio.sleep(0.05)
+        elif self.pause:
+            await asyncio.sleep(self.pause)
         return b"\r\nconnection: close" not in lower
 
 

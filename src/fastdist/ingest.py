@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 JSON = b"Content-Type: application/json\r\n"
 UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
+MOST_TURNED_AWAY = (
+    256  # connections too many, that are left open for their 503 to be read; the others are closed at once
+)
 RETRY_SOON = b"Retry-After: 1\r\n"
 
 
@@ -45,6 +48,7 @@ class Emitters:
         self.tokens: Sequence[str] = ()
         self.cors_origins: Sequence[str] = ()
         self.waiting: dict[int, Waiting] = {}  # by sequence
+        self.turned_away: set[IngestProtocol] = set()  # connections too many, and not closed yet
         # Set by the worker, which wires them.
         self.intake: Intake
         self.carry_out: Callable[[Action, Callable[[Response], None]], None]
@@ -87,7 +91,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def __init__(self, intake: Intake, emitters: Emitters) -> None:  # noqa: ARG002  (intake is taken by __cinit__)
         self.emitters = emitters
-        self.half_closed = self.shut_down = False
+        self.may_linger, self.shut_down = True, False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection in, unless there are too many."""
@@ -95,24 +99,31 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if peer else ""
         self.set_client(self.address)
-        connections = self.intake.connections
-        connections.add(self)
-        self.intake.counters.set("emitters", len(connections))
-        if len(connections) > self.intake.max_connections:
+        self.intake.connections.add(self)
+        turned_away = self.emitters.turned_away
+        if len(self.intake.connections) - len(turned_away) > self.intake.max_connections:
+            turned_away.add(self)
+            self.may_linger = len(turned_away) <= MOST_TURNED_AWAY
             response = problem(503, "too many connections; try again shortly", headers=RETRY_SOON)
             self.turn_away(self._compose(response, close=True))
+        self._count()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Let go of everything."""
         self.transport = None
         self.intake.connections.discard(self)
-        self.intake.counters.set("emitters", len(self.intake.connections))
+        self.emitters.turned_away.discard(self)
+        self._count()
+
+    def _count(self) -> None:
+        emitters = len(self.intake.connections) - len(self.emitters.turned_away)
+        self.intake.counters.set("emitters", emitters)
 
     def eof_received(self) -> bool:
         """Let answers under way still leave; a request cut short gets none."""
         if self.answers is None:
             return False
-        self.half_closed = True
+        self.may_linger = False  # there is nobody who still sends
         self.end()
         return True
 
@@ -121,7 +132,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if self.shut_down:
             return
         self.shut_down = True
-        if lingering and not self.half_closed and self.transport.can_write_eof():
+        if lingering and self.may_linger and self.transport.can_write_eof():
             self.transport.write_eof()
         else:
             self.transport.close()

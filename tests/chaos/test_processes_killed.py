@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -12,7 +13,8 @@ import pytest
 from experiment import BATCHES, DELIVERY, form, in_flight, wait_for_restarts
 from support import wait_until
 
-SINGLE_AND_BATCH = pytest.mark.parametrize("delivery", [DELIVERY, BATCHES], ids=["single", "batch"])
+EVERY_WAY = list(itertools.product(["memory", "disk", "fsync"], ["single", "batch"]))
+MODES = {"single": DELIVERY, "batch": BATCHES}
 
 
 def kill_a_worker(fastdist) -> None:
@@ -26,10 +28,9 @@ def kill_a_worker(fastdist) -> None:
             return
 
 
-@SINGLE_AND_BATCH
-@pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
-def test_a_worker_is_killed_each_second(experiment, durability, delivery):
-    kills = form(3, 12)
+@pytest.mark.parametrize(("durability", "mode"), form([("memory", "single"), ("disk", "batch")], EVERY_WAY))
+def test_a_worker_is_killed_each_second(experiment, durability, mode):
+    kills, delivery = form(3, 12), MODES[mode]
     experiment.analyzers("--latency", "0.002")
     fastdist = experiment.serve({"queue": {"durability": durability}, "delivery": delivery})
     emitter = experiment.emitter().start()
@@ -38,7 +39,6 @@ def test_a_worker_is_killed_each_second(experiment, durability, delivery):
         kill_a_worker(fastdist)
     wait_for_restarts(fastdist, kills)
     emitter.wait_for(200)
-    mode = delivery.get("mode", "single")
     # Each kill hits one of two workers.
     experiment.judge(f"worker kill -9 each second ({durability}, {mode})", bound=kills * in_flight(delivery, 1))
     assert len(emitter.unknown) <= kills * emitter.connections
@@ -60,7 +60,27 @@ def test_a_stopped_worker_is_replaced(experiment):
     assert victim not in fastdist.worker_pids()
 
 
-@pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
+def test_workers_are_stopped_for_a_moment(experiment):
+    """Too short to be replaced, but all their time-outs are over at once when they wake up."""
+    experiment.analyzers("--close-every", "3", "--latency", "0.002")
+    fastdist = experiment.serve({"delivery": DELIVERY | {"timeout": "1s"}})
+    emitter = experiment.emitter().start().wait_for(100)
+    times = form(2, 8)
+    for _ in range(times):
+        pids = fastdist.worker_pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(random.uniform(1.2, 2.0))
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        emitter.wait_for(200)
+    # Replies that came while nobody could read them are taken for late.
+    experiment.judge("workers SIGSTOP for a moment", bound=times * in_flight(DELIVERY))
+    assert {*emitter.answers.values()} == {202}
+    assert sum(row["restarts"] for row in fastdist.stats()["workers"]) == 0
+
+
+@pytest.mark.parametrize("durability", form(["disk"], ["memory", "disk", "fsync"]))
 def test_the_supervisor_is_killed_and_started_again_at_once(experiment, durability):
     times = form(1, 4)
     experiment.analyzers("--latency", "0.002")
@@ -83,24 +103,9 @@ def test_the_supervisor_is_killed_and_started_again_at_once(experiment, durabili
     assert len(emitter.unknown) <= 2 * times * emitter.connections
 
 
-def test_workers_end_when_their_supervisor_is_killed(experiment):
-    experiment.analyzers()
-    fastdist = experiment.serve()
-    emitter = experiment.emitter().start().wait_for(200)
-    tree = [psutil.Process(pid) for pid in fastdist.worker_pids()]
-    os.kill(fastdist.process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(tree, 5)
-    assert not alive
-    emitter.stop()
-    status, output = experiment.refused_start(FASTDIST_SERVER__PORT="70000")
-    assert status == 2, output  # as always: it is the setting that is refused, neither the lock nor the port
-    experiment.serve()
-    experiment.judge("supervisor kill -9, started again later", bound=in_flight(DELIVERY))
-
-
-@SINGLE_AND_BATCH
-@pytest.mark.parametrize("durability", ["disk", "fsync"])
-def test_everything_is_killed_and_started_with_other_numbers_of_workers(experiment, durability, delivery):
+@pytest.mark.parametrize(("durability", "mode"), form([("disk", "single"), ("fsync", "batch")], EVERY_WAY[2:]))
+def test_everything_is_killed_and_started_with_other_numbers_of_workers(experiment, durability, mode):
+    delivery = MODES[mode]
     experiment.analyzers("--latency", "0.002")
     queue = {"durability": durability}
     numbers = form([2, 1, 3], [2, 1, 3, 2, 4, 1])
@@ -116,8 +121,7 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
     # What is being copied from old rings counts as in flight: as many packets again.
     bound = sum(2 * in_flight(delivery, max(2, workers)) for workers in numbers[:-1])
     verdict = experiment.judge(
-        f"everything kill -9 {len(numbers) - 1} times, 2, 1, 3 … workers"
-        f" ({durability}, {delivery.get('mode', 'single')})",
+        f"everything kill -9 {len(numbers) - 1} times, 2, 1, 3 … workers ({durability}, {mode})",
         bound=bound,
     )
     assert verdict.accepted > len(numbers) * 300

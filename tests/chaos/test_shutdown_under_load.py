@@ -16,7 +16,7 @@ DRAIN = {"drain_timeout": "1s"}
 @pytest.mark.parametrize("delivery", [DELIVERY, BATCHES], ids=["single", "batch"])
 def test_memory_leaves_the_rest_in_the_dead_letters(experiment, delivery):
     """The analyzers are too slow for what is queued to be delivered in time."""
-    experiment.analyzers("--latency", "0.2")
+    experiment.analyzers("--latency", "1.5")
     fastdist = experiment.serve({"queue": {"durability": "memory"}, "delivery": delivery, "server": DRAIN})
     emitter = experiment.emitter().start().wait_for(1000)
     assert fastdist.stop() == 0
@@ -72,11 +72,11 @@ def test_signals_at_any_moment_of_a_start(experiment):
     fastdist = experiment.serve()
     emitter = experiment.emitter().start().wait_for(100)
     mocks.set_all(refuse=True)
-    emitter.wait_for(form(300, 2000))
+    emitter.wait_for(form(200, 2000))
     emitter.stop()
     fastdist.kill_all()
     rng = random.Random()
-    turns = form(4, 25)
+    turns = form(2, 25)
     for turn in range(turns):
         starting = experiment.begin_to_serve(workers=rng.randint(1, 4))
         time.sleep(rng.uniform(0, 1.2))

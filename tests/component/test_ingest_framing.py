@@ -373,7 +373,7 @@ def test_http_1_0_needs_no_host_but_may_not_have_two(service):
     ],
 )
 def test_chunks_that_are_refused(service, chunks):
-    assert_refused(service, head("POST /logs", "Transfer-Encoding: chunked") + chunks + post(), BAD_CHUNKS)
+    assert_refused(service, head("POST /logs", "Transfer-Encoding: chunked") + chunks + b"0\r\n\r\n", BAD_CHUNKS)
 
 
 @pytest.mark.parametrize(

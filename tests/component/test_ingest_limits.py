@@ -336,6 +336,25 @@ def test_too_many_connections():
     assert second.send(post()).statuses == [202]
 
 
+def test_who_was_turned_away_takes_nobodys_place():
+    """Nor more than so many descriptors, while it reads why."""
+    service = Service(max_connections=1)
+    inside = service.connect()
+    outside = [service.connect() for _ in range(300)]
+    assert {connection.answer().status for connection in outside} == {503}
+    assert [connection.transport.half_closed for connection in outside] == [True] * 256 + [False] * 44
+    assert [connection.transport.closed for connection in outside] == [False] * 256 + [True] * 44
+    assert service.counters.get("emitters") == 1
+    inside.lose()
+    assert service.connect().send(post()).statuses == [202]
+    for connection in outside:
+        connection.wait(5.1)
+        assert connection.transport.closed
+        connection.lose()
+    assert service.counters.get("emitters") == 1
+    assert not service.emitters.turned_away
+
+
 # ---- times
 
 
@@ -418,12 +437,19 @@ def test_the_last_answer_is_given_time_to_be_read(service):
     assert connection.statuses == [413]
 
 
+def pause():
+    """Let a little real time pass; return the time after it. What happens from then on is judged by that clock."""
+    time.sleep(0.2)
+    return time.monotonic_ns()
+
+
 def test_a_408_is_given_time_as_well(service):
     """Counted from the answer, not from the last that was read."""
     connection = service.connect().send(post()[:-1])
-    connection.protocol.check(time.monotonic_ns() + 31 * SECOND)
+    answered = pause()
+    connection.protocol.check(answered + 31 * SECOND)
     assert connection.statuses == [408]
-    connection.wait(4.9)
+    connection.protocol.check(answered + 49 * SECOND // 10)
     assert not connection.transport.closed
     connection.wait(5.1)
     assert connection.transport.aborted
@@ -434,8 +460,9 @@ def test_a_long_last_answer_may_be_read_slowly(service):
     connection.protocol.pause_writing()
     connection.wait(29.9)
     assert not connection.transport.aborted
+    resumed = pause()
     connection.protocol.resume_writing()
-    connection.wait(4.9)
+    connection.protocol.check(resumed + 49 * SECOND // 10)
     assert not connection.transport.aborted
     connection.wait(5.1)
     assert connection.transport.aborted

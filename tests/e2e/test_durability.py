@@ -50,7 +50,7 @@ def test_kill_9_of_everything_under_load_three_times(mocks, serve, settings):
         mocks.set_all(latency=0.01)
         fastdist = serve(mocks, settings | {"delivery": {"connections": 8}})
         before = fastdist.stats()["packets"]["recovered"]
-        emitter = Emitter(fastdist.port, connections=32, prefix=f"round{round_number}").start().wait_for(1500)
+        emitter = Emitter(fastdist.port, connections=32, prefix=f"round{round_number}", pause=0).start().wait_for(1500)
         emitters.append(emitter)
         if round_number:
             assert before > 0, "nothing was left in the queue: this has tested little"

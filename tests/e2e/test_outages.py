@@ -89,7 +89,7 @@ def test_a_packet_over_half_of_a_workers_part_is_too_large(mocks, serve):
 def test_an_outage_under_load_longer_than_the_queue_lasts(mocks, serve):
     """Emitters go on through all of it and see only 202 and 503."""
     fastdist = serve(mocks, {"queue": {"capacity": "2MiB"}, "retry": {"cap": "500ms"}})
-    emitter = Emitter(fastdist.port, connections=32).start().wait_for(500)
+    emitter = Emitter(fastdist.port, connections=32, pause=0).start().wait_for(500)
     for _ in range(2):
         mocks.set_all(refuse=True)
         before = emitter.count(503)

@@ -23,7 +23,7 @@ def exchange(connection, path="/ready"):
 def test_all_that_was_accepted_is_delivered_before_it_ends(mocks, serve, number):
     mocks.set_all(latency=0.02)  # so that a backlog waits
     fastdist = serve(mocks, {"delivery": {"connections": 8}})
-    emitter = Emitter(fastdist.port, connections=32).start().wait_for(3000)
+    emitter = Emitter(fastdist.port, connections=32, pause=0).start().wait_for(3000)
     fastdist.signal(number)
     assert fastdist.wait() == 0
     emitter.stop()

@@ -43,7 +43,7 @@ def wait_for_successor(fastdist, pid, workers=2):
 def test_killed_workers_lose_nothing(mocks, serve, delivery):
     """kill -9 in the midst of everything: with a backlog, and with none."""
     fastdist = serve(mocks, {"delivery": {"connections": 8} | delivery})
-    emitter = Emitter(fastdist.port, connections=32).start().wait_for(1000)
+    emitter = Emitter(fastdist.port, connections=32, pause=0).start().wait_for(1000)
     rng = random.Random(4)
     for kills in range(1, 5):
         slow = 0 if kills % 2 else 0.01
