@@ -354,8 +354,8 @@ class Emitter:
     """Emitters on ``connections`` keep-alive connections; each packet has an id, and its answer goes into the ledger.
 
     ``answers`` maps ids to a status, or to None where the connection broke before the answer: such a packet may or may
-    not have been accepted. ``body`` is every packet's, or a function of its id. ``headers`` are lines ended by CR LF. Those that
-    ``send`` a number of packets do so as fast as they can; those that ``start`` make a ``pause`` after each.
+    not have been accepted. ``body`` is every packet's, or a function of its id. ``headers`` are lines ended by CR LF.
+    Those that ``send`` a number of packets do so as fast as they can; those that ``start`` pause after each.
     """
 
     def __init__(  # noqa: PLR0913  (tests name what they change)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import math
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,6 +13,7 @@ from fastdist.control import Action
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+LARGEST_WEIGHT = 1e100  # so that no sum of weights is ever infinite
 STATES = {"draining": True, "online": False}
 
 
@@ -59,7 +59,7 @@ def parse_override(analyzer: str, body: bytes) -> Action:
     ]
     weight, state = document.get("weight"), document.get("state")
     if "weight" in document and not _is_weight(weight):
-        errors.append({"pointer": "/weight", "detail": "must be a number >= 0"})
+        errors.append({"pointer": "/weight", "detail": f"must be a number from 0 to {LARGEST_WEIGHT:g}"})
     if "state" in document and not (isinstance(state, str) and state in STATES):
         errors.append({"pointer": "/state", "detail": 'must be "draining" or "online"'})
     if errors:
@@ -68,7 +68,7 @@ def parse_override(analyzer: str, body: bytes) -> Action:
 
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST_WEIGHT
 
 
 def _escape(key: str) -> str:

@@ -7,6 +7,7 @@ its slot of the shared block, also when it is removed and comes back.
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from fastdist.errors import ConfigError
 from fastdist.shared import AnalyzerWord
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from fastdist.config import Analyzer, Config
@@ -55,6 +57,9 @@ class Changes:
             pass
         except (OSError, msgspec.DecodeError) as error:
             log.error("the overrides of the analyzers cannot be read; the configuration holds", error=str(error))
+        if not _leaves_somebody(self.config.analyzers, self.overrides):
+            log.error("the overrides of earlier runs leave nobody to deliver to, and are passed over", file=FILE)
+            self.overrides = {}
         self._set_roster(self.config)
 
     def lower_connections(self, most: int) -> None:
@@ -79,6 +84,8 @@ class Changes:
             need_restart.append("server.max_connections")
         if bool(new.security.tls_cert) != bool(self.config.security.tls_cert):
             need_restart.append("security.tls_cert")  # certificates can be exchanged, TLS not be turned on or off
+        if not _leaves_somebody(new.analyzers, self.overrides):
+            raise ConfigError(["analyzers: with the overrides in force nothing would be left to deliver to"])
         config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=new.security)
         self._set_roster(config)
         self.config = config
@@ -140,7 +147,7 @@ class Changes:
         wanted = {name: override for name, override in self.overrides.items() if name != action.analyzer}
         if after != Override():
             wanted[action.analyzer] = after
-        if not self._leaves_somebody(wanted):
+        if not _leaves_somebody(self.config.analyzers, wanted):
             return 422, "nothing would be left to deliver to"
         try:
             self._save(wanted)
@@ -151,12 +158,6 @@ class Changes:
         self.block.analyzers.touch()
         log.info("an analyzer was changed", analyzer=action.analyzer, weight=after.weight, draining=after.draining)
         return 200, None
-
-    def _leaves_somebody(self, overrides: dict[str, Override]) -> bool:
-        """Whether an analyzer remains that is not draining, and (as in a configuration) a weight that is not 0."""
-        all_of_them = [(analyzer, overrides.get(analyzer.id, Override())) for analyzer in self.roster.values()]
-        weights = [analyzer.weight if over.weight is None else over.weight for analyzer, over in all_of_them]
-        return any(weights) and not all(over.draining for _, over in all_of_them)
 
     def _save(self, overrides: dict[str, Override]) -> None:
         """Write the file beside the old one, then put it in its place."""
@@ -175,3 +176,10 @@ class Changes:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _leaves_somebody(analyzers: Iterable[Analyzer], overrides: Mapping[str, Override]) -> bool:
+    """Whether an analyzer remains that is not draining, and the weights are what a configuration may have."""
+    all_of_them = [(analyzer, overrides.get(analyzer.id, Override())) for analyzer in analyzers]
+    weights = [analyzer.weight if over.weight is None else over.weight for analyzer, over in all_of_them]
+    return 0 < sum(weights) < math.inf and not all(over.draining for _, over in all_of_them)

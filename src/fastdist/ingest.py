@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 JSON = b"Content-Type: application/json\r\n"
 UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
-MOST_TURNED_AWAY = (
-    256  # connections too many, that are left open for their 503 to be read; the others are closed at once
-)
+MOST_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
 RETRY_SOON = b"Retry-After: 1\r\n"
 
 
 class Waiting:
     """An emitter that waits for its packet's delivery (``Prefer: wait``)."""
 
-    __slots__ = ("answer", "members", "timer")
+    __slots__ = ("answer", "connection", "members", "timer")
 
-    def __init__(self, answer: Answer, members: dict[str, object], timer: asyncio.TimerHandle) -> None:
-        self.answer, self.members, self.timer = answer, members, timer
+    def __init__(
+        self, connection: IngestProtocol, answer: Answer, members: dict[str, object], timer: asyncio.TimerHandle
+    ) -> None:
+        self.connection, self.answer, self.members, self.timer = connection, answer, members, timer
 
 
 class Emitters:
@@ -62,10 +62,9 @@ class Emitters:
 
     def settled(self, sequence: int, analyzer: str | None) -> None:
         """Tell whoever waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
-        waiting = self.waiting.pop(sequence, None)
+        waiting = self._take(sequence)
         if waiting is None:
             return
-        waiting.timer.cancel()
         if analyzer is None:
             detail = f"packet {waiting.members['packetId']} could not be delivered and is now among the dead letters"
             response = problem(502, detail)
@@ -76,10 +75,29 @@ class Emitters:
 
     def wait_over(self, sequence: int) -> None:
         """Answer 202: the packet is safe, but was not delivered in the time the emitter was prepared to wait."""
-        waiting = self.waiting.pop(sequence)
+        waiting = self._take(sequence)
+        if waiting is None:
+            return
         body = orjson.dumps({"status": "accepted", **waiting.members})
         response = Response(status=202, body=body, headers=JSON)
         waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
+
+    def end_waiting(self) -> None:
+        """Answer 202 to all that still wait: the time of this process is up, not that of their packets."""
+        for sequence in tuple(self.waiting):
+            self.wait_over(sequence)
+
+    def forget(self, connection: IngestProtocol) -> None:
+        """Drop what a connection that is gone has waited for."""
+        for sequence in tuple(connection.awaited):
+            self._take(sequence)
+
+    def _take(self, sequence: int) -> Waiting | None:
+        waiting = self.waiting.pop(sequence, None)
+        if waiting is not None:
+            waiting.timer.cancel()
+            waiting.connection.awaited.discard(sequence)
+        return waiting
 
 
 def _bytes(answer: Answer, response: Response) -> bytes:
@@ -92,6 +110,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     def __init__(self, intake: Intake, emitters: Emitters) -> None:  # noqa: ARG002  (intake is taken by __cinit__)
         self.emitters = emitters
         self.may_linger, self.shut_down = True, False
+        self.awaited: set[int] = set()  # sequences of packets whose delivery it is to be told
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection in, unless there are too many."""
@@ -113,11 +132,11 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self.transport = None
         self.intake.connections.discard(self)
         self.emitters.turned_away.discard(self)
+        self.emitters.forget(self)
         self._count()
 
     def _count(self) -> None:
-        emitters = len(self.intake.connections) - len(self.emitters.turned_away)
-        self.intake.counters.set("emitters", emitters)
+        self.intake.counters.set("emitters", len(self.intake.connections) - len(self.emitters.turned_away))
 
     def eof_received(self) -> bool:
         """Let answers under way still leave; a request cut short gets none."""
@@ -221,4 +240,5 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if messages is not None:
             members["messages"] = messages
         timer = asyncio.get_running_loop().call_later(seconds, self.emitters.wait_over, sequence)
-        self.emitters.waiting[sequence] = Waiting(answer, members, timer)
+        self.emitters.waiting[sequence] = Waiting(self, answer, members, timer)
+        self.awaited.add(sequence)

@@ -33,6 +33,7 @@ START = 60.0  # seconds a worker has to get ready (it may have a large queue to 
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
 STEADY = 10.0  # seconds a worker has to live for the back-off to begin anew
 FALSE_STARTS = 3
+PAUSED = 2.0  # seconds between two looks that tell of a pause of the whole
 LATE = 10.0  # seconds that workers have to end after the time they had to drain
 
 log = logs.get()
@@ -45,7 +46,7 @@ class Place:
         self.index, self.listener, self.ring, self.old_rings = index, listener, ring, old_rings
         self.process: asyncio.subprocess.Process | None = None
         self.control: asyncio.StreamWriter | None = None
-        self.ready = False
+        self.ready = self.ever_ready = False
         self.started = 0.0
         self.delay = 0.0
         self.false_starts = 0
@@ -90,6 +91,8 @@ class Keeper:
         self.roster: Mapping[str, int] = {}  # analyzer id -> slot
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
         self.stopping = False
+        self._looked = time.monotonic()
+        self._judge_from = 0.0
         self.all_ready = asyncio.Event()
         self._listeners: set[asyncio.Task[None]] = set()
         self._probes: dict[int, psutil.Process] = {}
@@ -104,7 +107,12 @@ class Keeper:
                 await asyncio.sleep(place.delay)
                 if self.stopping:
                     break
-            await self._start(place)
+            try:
+                await self._start(place)
+            except OSError as error:  # no process or descriptor to be had now: the others go on
+                log.error("a worker cannot be started; trying again", worker=place.name, error=str(error))
+                place.delay = min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
+                continue
             assert place.process is not None  # noqa: S101  (_start made it)
             status = await place.process.wait()
             words[WorkerWord.STATE] = WorkerState.STOPPED
@@ -116,6 +124,18 @@ class Keeper:
 
     async def _start(self, place: Place) -> None:
         ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as stack:
+            stack.callback(theirs.close)
+            stack.callback(ours.close)
+            await self._spawn(place, theirs)
+            reader, place.control = await asyncio.open_connection(sock=ours)
+            stack.pop_all()
+            theirs.close()
+        task = asyncio.get_running_loop().create_task(self._listen(place, reader))
+        self._listeners.add(task)
+        task.add_done_callback(self._listeners.discard)
+
+    async def _spawn(self, place: Place, theirs: socket.socket) -> None:
         old_rings = {ring.path: ring.fd for ring in place.old_rings}
         assignment = Assignment(
             index=place.index,
@@ -144,19 +164,15 @@ class Keeper:
         place.process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "fastdist.worker", msgspec.json.encode(assignment).decode(), pass_fds=passed
         )
-        theirs.close()
         if self.stopping:  # since the last look: nobody else will end it
             place.kill()
         words[WorkerWord.PID], words[WorkerWord.STARTED_NS] = place.process.pid, time.time_ns()
-        reader, place.control = await asyncio.open_connection(sock=ours)
-        task = asyncio.get_running_loop().create_task(self._listen(place, reader))
-        self._listeners.add(task)
-        task.add_done_callback(self._listeners.discard)
 
     async def _listen(self, place: Place, reader: asyncio.StreamReader) -> None:
         async for message in control.receive(reader):
             if message.verb == "ready":
-                place.ready, place.false_starts = True, 0
+                place.ready = place.ever_ready = True
+                place.false_starts = 0
                 self.block.worker(place.index)[WorkerWord.STATE] = WorkerState.RUNNING
                 if all(other.ready for other in self.places):
                     self.all_ready.set()
@@ -167,7 +183,7 @@ class Keeper:
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         if not place.ready:
             place.false_starts += 1
-            if place.false_starts >= FALSE_STARTS:
+            if place.false_starts >= FALSE_STARTS and not any(other.ever_ready for other in self.places):
                 log.error("workers cannot start; see their error above", worker=place.name, ended_by=how)
                 self.hopeless()
                 return
@@ -200,6 +216,11 @@ class Keeper:
     def replace_hanging(self) -> None:
         """Kill workers whose event loop has not given a sign for too long; their places are filled anew."""
         now = time.monotonic()
+        slept, self._looked = now - self._looked, now
+        if slept > PAUSED:  # all of us were stopped, it seems: workers get a moment to give their sign
+            self._judge_from = now + PAUSED
+        if now < self._judge_from:
+            return
         for place in self.places:
             beat = max(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9, place.started)
             if place.alive and now - beat > (HANG if place.ready else START):

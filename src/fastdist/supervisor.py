@@ -33,6 +33,9 @@ from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
 from fastdist.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Any
+
     from fastdist.config import Config, Loaded
 
 BACKLOG = 4096
@@ -60,7 +63,7 @@ class Supervisor:
         self._known_states: dict[int, int] = {}
         self._behind: set[Place] = set()  # workers that have yet to take over the latest settings
         self._applied = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
 
     @property
@@ -72,6 +75,8 @@ class Supervisor:
 
     def prepare(self) -> None:
         """Open listeners and rings and fill the shared block. Raises StartError."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._signals.put_nowait, number)
         tls.server_context(self.config.security)
         self._fit_descriptor_limit()
         head = self.block.head
@@ -148,8 +153,6 @@ class Supervisor:
     async def run(self) -> int:
         """Run until stopped; return the exit status."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._signals.put_nowait, number)
         self.health = HealthChecker(self.block.analyzers, self.config.health)
         self.health.set_roster(self.changes.roster)
         places = self.keeper.places
@@ -195,7 +198,7 @@ class Supervisor:
         while True:
             number = await self._signals.get()
             if number == signal.SIGHUP:
-                await self._reload()
+                self._begin(self._reload())  # a signal to end is not to wait for it
             elif self.keeper.stopping:
                 log.warning("a second signal: ending at once")
                 self.keeper.stop(0.0)
@@ -238,9 +241,19 @@ class Supervisor:
             if not self._behind:
                 self._applied.set()
         elif message.verb == "request" and message.action is not None:
-            task = asyncio.get_running_loop().create_task(self._carry_out(place, message))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._carry_out(place, message))
+
+    def _begin(self, work: Coroutine[Any, Any, object]) -> None:
+        """Have something done beside all else; what goes wrong with it is told."""
+
+        def done(task: asyncio.Task[object]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and task.exception() is not None:
+                log.error("a change has failed", exc_info=task.exception())
+
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(done)
 
     async def _carry_out(self, place: Place, message: Message) -> None:
         action = message.action

@@ -234,15 +234,17 @@ class Worker:
             if self.undone == 0 and not self.intake.connections:
                 break
             await asyncio.sleep(TICK)
+        self._stop_delivering()
+        self._bury_the_rest()
+        self.emitters.end_waiting()
+        if self.syncer is not None:
+            self.syncer.close()
+            self.intake.synced(self.ring.synced_position)
         for connection in tuple(self.intake.connections):
             if connection.transport is not None:
                 connection.transport.close()
-        self._stop_delivering()
-        self._bury_the_rest()
         self.dead_letters.close()
         self.publish()
-        if self.syncer is not None:
-            self.syncer.close()
         for adoption in self.adoptions:
             adoption.settle(self.ring)
         self._stopped.set()

@@ -24,13 +24,15 @@ import time
 import zlib
 from collections import Counter
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from support import ROOT, Distributor, Emitter, Fleet, Mocks, Process, check_identity, wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+Started = TypeVar("Started", bound="Process")
 LONG = os.environ.get("FASTDIST_CHAOS") == "long"
 ANALYZERS = ("A1", "A2", "A3", "A4")
 DELIVERY = {"connections": 8, "timeout": "10s"}  # a machine that is busy with other tests is not a fault
@@ -61,19 +63,36 @@ def digest_of(body: bytes) -> str:
     return blake2b(body, digest_size=8).hexdigest()
 
 
+GIVEN: set[int] = set()
+
+
 def free_port() -> int:
     """Return a port that nobody listens on, and that no connection is given as its own while nobody does.
 
-    One from the ephemeral range may be taken by an emitter that tries to connect, even to itself.
+    One from the ephemeral range may be taken by an emitter that tries to connect, even to itself. Nothing keeps
+    others from taking it before we do; ``on_free_ports`` tries again then.
     """
     while True:
         port = random.SystemRandom().randrange(12_000, 30_000)
+        if port in GIVEN:
+            continue
+        GIVEN.add(port)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return port
+
+
+def on_free_ports(start: Callable[[], Started]) -> Started:
+    """Return what ``start`` does, and have it done again where somebody else has taken a port."""
+    while True:
+        try:
+            return start()
+        except AssertionError as error:
+            if "ddress already in use" not in str(error):
+                raise
 
 
 def in_flight(delivery: dict[str, object], workers: int = 2) -> int:
@@ -141,7 +160,7 @@ class Experiment:
 
     def __init__(self, folder: Path, verdicts: list[Verdict]) -> None:
         self.folder, self.verdicts = folder, verdicts
-        self.port = free_port()
+        self.port = 0  # of the distributor, once it has one
         self.started = time.monotonic()
         self.processes: list[Process | Fleet] = []
         self.emitters: list[Recorder] = []
@@ -153,8 +172,9 @@ class Experiment:
 
     def analyzers(self, *options: str) -> Mocks:
         """Start four analyzers that verify bodies."""
-        ports = [free_port() for _ in ANALYZERS]
-        self.mocks = Mocks(ANALYZERS, "--verify", *options, ports=ports)
+        self.mocks = on_free_ports(
+            lambda: Mocks(ANALYZERS, "--verify", *options, ports=[free_port() for _ in ANALYZERS])
+        )
         self.processes.append(self.mocks)
         return self.mocks
 
@@ -174,7 +194,13 @@ class Experiment:
         }
         for section, keys in (settings or {}).items():
             merged[section] = merged.get(section, {}) | keys
-        self.fastdist = Distributor(self.folder, self.mocks, merged, port=self.port, **options)
+        if self.port == 0:
+            self.fastdist = on_free_ports(
+                lambda: Distributor(self.folder, self.mocks, merged, port=free_port(), **options)
+            )
+            self.port = self.fastdist.port
+        else:
+            self.fastdist = Distributor(self.folder, self.mocks, merged, port=self.port, **options)
         self.processes.append(self.fastdist)
         return self.fastdist
 
@@ -194,6 +220,7 @@ class Experiment:
 
     def emitter(self, **options: object) -> Recorder:
         """Return a further emitter, not started yet."""
+        assert self.port, "there is no distributor yet"
         prefix = f"{'abcdefghij'[len(self.emitters)]}{random.SystemRandom().randrange(16**6):06x}"
         self.emitters.append(Recorder(self.port, prefix=prefix, **options))
         return self.emitters[-1]

@@ -70,11 +70,11 @@ def test_faults_come_and_go(experiment, fault, delivery):
     settings = {name: value for fault in faults for name, value in FAULTS[fault][2].items()}
     fastdist = experiment.serve({"delivery": delivery | settings})
     emitter = experiment.emitter().start().wait_for(100)
-    for each in faults * form(1, 3):
+    for each in faults * form(1, 2):
         struck, options, _ = FAULTS[each]
         for name in struck:
             mocks.set(name, **options)
-        time.sleep(form(0.6, 2))
+        time.sleep(form(0.6, 1.5))
         for name in struck:
             mocks.set(name, **SOUND)
         emitter.wait_for(100)

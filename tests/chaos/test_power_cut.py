@@ -246,7 +246,7 @@ class PowerCuts(RuleBasedStateMachine):
 
 
 PowerCuts.TestCase.settings = settings(
-    max_examples=form(60, 1500),
+    max_examples=form(60, 800),
     stateful_step_count=form(40, 60),
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -109,11 +109,10 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
     experiment.analyzers("--latency", "0.002")
     queue = {"durability": durability}
     numbers = form([2, 1, 3], [2, 1, 3, 2, 4, 1])
-    emitter = experiment.emitter(connections=32)
     for turn, workers in enumerate(numbers):
         fastdist = experiment.serve({"queue": queue, "delivery": delivery, "server": {"workers": workers}})
         if turn == 0:
-            emitter.start()
+            emitter = experiment.emitter(connections=32).start()
         emitter.wait_for(form(500, 1500))
         if turn + 1 < len(numbers):
             time.sleep(random.uniform(0, 0.5))

@@ -149,9 +149,8 @@ def test_a_queue_that_the_disk_has_no_room_for(experiment, tmp_path):
         assert "make room or lower queue.capacity" in output
         assert "Traceback" not in output
         assert not list(disk.glob("*.new")), "what was allocated in vain is free again"
-        emitter = experiment.emitter()
         experiment.serve(settings)
-        emitter.start().wait_for(100)
+        experiment.emitter().start().wait_for(100)
         experiment.judge("disk full at the start (exit 3), then enough room")
 
 

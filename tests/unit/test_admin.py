@@ -95,6 +95,8 @@ def test_changes_that_can_be_asked_for(body, action):
         (b'{"weight": "1"}', 422, ["/weight"]),
         (b'{"weight": null}', 422, ["/weight"]),
         (b'{"weight": true}', 422, ["/weight"]),
+        (b'{"weight": 1e101}', 422, ["/weight"]),
+        (b'{"weight": 1%s}' % (b"0" * 400), 422, ["/weight"]),
         (b'{"weight": 1e999}', 400, []),
         (b'{"state": "offline"}', 422, ["/state"]),
         (b'{"state": null}', 422, ["/state"]),
@@ -166,6 +168,17 @@ def test_reload_adds_removes_and_brings_back(block, tmp_path):
     assert it.slots_in_use() == {"A1": 0, "A2": 1, "A3": 2}
     assert block.analyzers.weight(0) == 4.0
     assert block.analyzers.weight(2) == 9.0  # an override outlives its analyzer's absence
+
+
+def test_a_reload_has_to_leave_somebody_too(block, tmp_path):
+    it = changes(block, tmp_path, 1, 1)
+    it.apply(Action("override", "A1", None, True))
+    with pytest.raises(ConfigError, match="nothing would be left"):
+        it.take_over(Config(analyzers=analyzers(1)))
+    assert it.slots_in_use() == {"A1": 0, "A2": 1}
+    later = SharedBlock.create(2, 8)
+    changes(later, tmp_path, 1)  # a restart with that configuration: rather without the override than with nobody
+    assert later.analyzers.is_pickable(0)
 
 
 def test_another_endpoint_is_another_server(block, tmp_path):

@@ -286,6 +286,8 @@ cdef class IngestBase:
         self.is_log = head.method == POST and head.path.n == 5 and head.path.p[:5] == b"/logs"
         if unlikely(self.intake.shares_origins) and head.origin.n:
             self.extra = self.share_with(head.origin.p[:head.origin.n])
+        if unlikely(self.intake.draining) and head.keep_alive:
+            self.closing = True  # it may have sent more: linger, lest a reset destroys what it has yet to read
         if likely(self.is_log):
             self.begin_log(head)
         else:
