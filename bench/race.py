@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 MESSAGE = {
     "timestamp": "2026-01-02T03:04:05.678Z",
     "level": "info",
-    "message": "GET /cart/checkout 200 in 12.8 ms for a customer from the newsletter",
+    "message": "GET /cart/checkout 200 in 12.8 ms, cached",
     "source": "frontend",
     "metadata": {"region": "eu-west-1", "trace": "4bf92f3577b34da6"},
 }
