@@ -121,7 +121,7 @@ def test_figures_are_sums_over_all_workers(block):
     for name in ("packets_accepted", "packets_recovered", "packets_spilled", "packets_corrupt"):
         assert it[f"fastdist_{name}_total",] == 3
     dead = {key[1]: value for key, value in it.items() if key[0] == "fastdist_packets_dead_lettered_total"}
-    assert dead == {"refused": 240, "exhausted": 260, "shutdown": 280}
+    assert dead == {reason: 20 * number for number, reason in enumerate(DEAD_LETTERS, 1 + len(REJECTIONS))}
     for name in ("delivered", "failed", "retried"):
         assert it[f"fastdist_packets_{name}_total", "A1"] == 300
     assert it["fastdist_packets_delivered_total", "a-2_x.y"] == 900

@@ -400,6 +400,7 @@ def test_an_analyzer_in_trouble(block):
 
 def test_what_was_changed_while_running_shows_as_an_override(block):
     block.analyzers.set_weight(A2, 1.4)
+    block.analyzers.set(A2, AnalyzerWord.WEIGHT_OVERRIDDEN, 1)
     block.analyzers.set(A4, AnalyzerWord.DRAINING, 1)
     changed = analyzer(block, A2)
     assert (changed["weight"], changed["override"], changed["targetShare"]) == (1.4, {"weight": 1.4}, 0.7)
