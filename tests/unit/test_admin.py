@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastdist.admin import BadChangeError, has_token, is_loopback, parse_override
+from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.changes import Changes
 from fastdist.config import Analyzer, Config
 from fastdist.control import Action
@@ -48,6 +48,25 @@ def changes(block, folder, *weights: float) -> Changes:
 )
 def test_loopback_addresses(address, local):
     assert is_loopback(address) is local
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "own"),
+    [
+        ("http://127.0.0.1:3000", "127.0.0.1:3000", True),
+        ("http://localhost:3000", "localhost:3000", True),
+        ("https://[::1]:3000", "[::1]:3000", True),
+        ("http://127.0.0.1:8080", "127.0.0.1:3000", False),
+        ("http://localhost:3000", "127.0.0.1:3000", False),
+        ("https://evil.example", "127.0.0.1:3000", False),
+        ("http://evil.example:3000", "evil.example:3000", False),  # a name that was made to resolve to this machine
+        ("null", "127.0.0.1:3000", False),
+        ("", "", False),
+        ("http://[", "[", False),
+    ],
+)
+def test_pages_of_the_service_itself(origin, host, own):
+    assert is_own_page(origin, host) is own
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ cdef class IngestBase:
     # buffers
     cdef uchar *partial                # of a head
     cdef Py_ssize_t partial_length, partial_size, scanned
+    cdef int blank_lines               # passed over since the last head
     cdef uchar *body
     cdef Py_ssize_t body_length, body_size
     # times, monotonic ns

@@ -29,6 +29,7 @@ from email.utils import formatdate
 
 cdef enum:
     API_BODY = 1 << 20       # the most a request other than POST /logs may carry
+    MOST_BLANK_LINES = 100   # before a request
     MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
     LONGEST_WAIT = 86400     # seconds of Prefer: wait
 
@@ -242,16 +243,20 @@ cdef class IngestBase:
         """Read the head at ``p``; return where it ends, or ``end`` when it is kept until there is more of it."""
         cdef RequestHead head
         cdef Py_ssize_t length
-        if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
-            # An empty line before a request is to be passed over (RFC 9112, 2.2).
-            self.head_ns = 0
-            return p + 2
         if self.head_ns == 0:
             self.head_ns = now
             self.scanned = 0
             # Until the head says more.
             self.is_log = self.answered = self.head_only = False
             self.extra = None
+        if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
+            # An empty line before a request is to be passed over (RFC 9112, 2.2); without end they would be no request.
+            self.head_ns = 0
+            self.blank_lines += 1
+            if self.blank_lines > MOST_BLANK_LINES:
+                self.fault(400, "malformed", f"more than {MOST_BLANK_LINES} empty lines where a request should begin")
+                return end
+            return p + 2
         length = find_head_end(p, min(end - p, self.intake.max_header), &self.scanned, True)
         if length == HEAD_BROKEN:
             self.fault(400, "malformed", f"the request is not HTTP: {BAD_LINE.decode()}")
@@ -264,6 +269,7 @@ cdef class IngestBase:
             return end
         parse_request_head(p, length, &head)
         self.head_ns = 0
+        self.blank_lines = 0
         self.started_ns = now
         self.begin(&head, p, length)
         if self.state == START:  # no body
