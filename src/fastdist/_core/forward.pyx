@@ -187,11 +187,19 @@ cdef class PoolBase:
         return NOTHING_TO_DO
 
     cdef bint due(self, int64_t now) noexcept nogil:
-        """Whether a request should leave now, rather than wait to carry more."""
+        """Whether a request should leave now, rather than wait to carry more.
+
+        An analyzer counts as busy while a request is in flight, and for ``linger`` after each: a fast one would otherwise
+        get the first packets of every turn of the loop at once, and a backlog in crumbs.
+        """
         cdef Entry *entry = &self.ring.entries[self.first]
-        return (not self.batching or self.requests_in_flight == 0 or self.waiting >= self.batch_packets
-                or self.waiting_bytes >= self.batch_bytes or now - entry.since_ns >= self.linger_ns
-                or entry.flags & ALONE)
+        return (not self.batching or self.waiting >= self.batch_packets or self.waiting_bytes >= self.batch_bytes
+                or (self.requests_in_flight == 0 and now - self.sent_ns >= self.linger_ns)
+                or now - entry.since_ns >= self.linger_ns or entry.flags & ALONE)
+
+    cdef int64_t due_in(self, int64_t now) noexcept nogil:
+        """Return for how many ns the first that waits may still wait."""
+        return max(0, self.ring.entries[self.first].since_ns + self.linger_ns - now) if self.waiting else 0
 
     cdef Group form(self, int64_t now) noexcept nogil:
         """Take a request's packets out of the list, which must not be empty."""
@@ -384,6 +392,7 @@ cdef class ReplyBase:
             group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
             group[0] = pool.form(now)
             pool.leaves(group)
+            pool.sent_ns = now
             room += pool.room_for(group)
             self.group_count += 1
             made += 1

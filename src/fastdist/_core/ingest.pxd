@@ -31,7 +31,7 @@ cdef class Intake:
     cdef bytes date
 
     cdef int put(self, const char *text, Py_ssize_t n) except -1
-    cdef int make_id(self, int64_t wall, unsigned char *packet_id) except -1
+    cdef void make_id(self, int64_t wall, unsigned char *packet_id) noexcept nogil
     cdef bytes take_out(self)
     cdef int reserve(self, Py_ssize_t n) except -1
 

@@ -11,7 +11,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
-from fastdist._core.bits cimport hash_bytes, likely, mix, mono_ns, unlikely, wall_ns, write_uuid
+from fastdist._core.bits cimport hash_bytes, likely, make_uuid7, mix, mono_ns, unlikely, wall_ns, write_uuid
 from fastdist._core.counters cimport (
     ACCEPTED, BYTES_ACCEPTED, INVALID, MALFORMED, MESSAGES_ACCEPTED, Counters, observe,
 )
@@ -101,18 +101,9 @@ cdef class Intake:
         self.out_length = 0
         return data
 
-    cdef int make_id(self, int64_t wall, unsigned char *packet_id) except -1:
-        """Write a UUIDv7 (RFC 9562): 48 bits of milliseconds, 12 of their fraction, 62 random ones."""
-        cdef uint64_t ms = wall // 1000000
-        cdef uint64_t fraction = <uint64_t>(wall % 1000000) * 4096 // 1000000
-        cdef uint64_t high, low
+    cdef void make_id(self, int64_t wall, unsigned char *packet_id) noexcept nogil:
         self.noise += GOLDEN
-        high = (ms << 16) | 0x7000 | fraction
-        low = (mix(self.noise) >> 2) | (<uint64_t>1 << 63)
-        for i in range(8):
-            packet_id[i] = (high >> (56 - 8 * i)) & 0xFF
-            packet_id[8 + i] = (low >> (56 - 8 * i)) & 0xFF
-        return 0
+        make_uuid7(wall, mix(self.noise), packet_id)
 
     def http_date(self):
         """Return the present second as HTTP writes it."""
