@@ -24,7 +24,7 @@ from fastdist.shared import SharedBlock, WorkerState, WorkerWord
 from fastdist.worker import Assignment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from fastdist.queuefiles import OldRing
 
@@ -88,7 +88,6 @@ class Keeper:
     ) -> None:
         self.block, self.settings, self.heard, self.hopeless = block, settings, heard, hopeless
         self.places: list[Place] = []
-        self.roster: Mapping[str, int] = {}  # analyzer id -> slot
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
         self.stopping = False
         self._looked = time.monotonic()
@@ -144,7 +143,6 @@ class Keeper:
             ring=place.ring,
             control=theirs.fileno(),
             settings=self.settings,
-            roster=dict(self.roster),
             old_rings=old_rings,
         )
         passed = (

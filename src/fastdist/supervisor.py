@@ -22,8 +22,7 @@ import uvloop
 from fastdist import __version__, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
-from fastdist.config import to_wire
-from fastdist.control import Message
+from fastdist.control import Message, Settings, write_settings
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.health import HealthChecker
@@ -104,10 +103,8 @@ class Supervisor:
         return self.folder.rings(self.workers, capacity)
 
     def _write_settings(self) -> None:
-        data = to_wire(self.config)
-        os.ftruncate(self.settings, len(data))
-        os.pwrite(self.settings, data, 0)
-        self.keeper.roster = self.changes.slots_in_use()
+        changes = self.changes
+        write_settings(self.settings, Settings(changes.generation, changes.slots_in_use(), changes.config))
 
     def _fit_descriptor_limit(self) -> None:
         """Make room for ``max_connections``, or lower that to what there is room for."""
@@ -290,7 +287,7 @@ class Supervisor:
             return 200, {"status": "reloaded", "needsRestart": need_restart}
 
     def _news(self) -> Message:
-        return Message("reload", roster=self.changes.slots_in_use(), body=self.changes.generation)
+        return Message("reload")
 
     # ---- watching
 

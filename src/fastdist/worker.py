@@ -25,7 +25,6 @@ from fastdist import __version__, control, logs, packet, tls
 from fastdist._core.ingest import Intake
 from fastdist._core.ring import PacketRing
 from fastdist.api import Api, Response, problem
-from fastdist.config import Config, from_wire
 from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
@@ -38,8 +37,6 @@ from fastdist.takeover import take_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from fastdist.config import Analyzer
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
@@ -57,8 +54,7 @@ class Assignment(msgspec.Struct, frozen=True):
     listener: int
     ring: int
     control: int
-    settings: int  # a memfd with the wire form of the configuration
-    roster: dict[str, int]  # analyzer id -> slot
+    settings: int  # a memfd, see ``control.Settings``
     old_rings: dict[str, int]  # to adopt: path -> descriptor
 
 
@@ -70,9 +66,7 @@ class Worker:
         self.block = SharedBlock.attach(assignment.shared)
         self.words = self.block.worker(assignment.index)
         self.counters = self.block.rows[assignment.index]
-        self.generation = 0
-        self.config = self._read_settings()
-        self.roster = self._read_roster(assignment.roster)
+        self._read_settings()
         self.durability = self.config.queue.durability
         files = [] if self.durability == "memory" else [assignment.ring, *assignment.old_rings.values()]
         safe = all([sync_before_opening(fd) for fd in files])  # noqa: C419  (all of them, whatever becomes of one)
@@ -121,12 +115,10 @@ class Worker:
 
     # ---- settings
 
-    def _read_settings(self) -> Config:
-        settings = self.assignment.settings  # pread: the descriptor's position is shared with the other workers
-        return from_wire(os.pread(settings, os.fstat(settings).st_size, 0))
-
-    def _read_roster(self, slots: dict[str, int]) -> dict[int, Analyzer]:
-        return {slots[analyzer.id]: analyzer for analyzer in self.config.analyzers if analyzer.id in slots}
+    def _read_settings(self) -> None:
+        settings = control.read_settings(self.assignment.settings)
+        self.generation, self.config = settings.generation, settings.config
+        self.roster = {settings.roster[analyzer.id]: analyzer for analyzer in self.config.analyzers}
 
     def _put_in_force(self) -> None:
         """Apply the settings that may change while running."""
@@ -134,10 +126,8 @@ class Worker:
         self.limiter.configure(limits.rate, limits.burst, limits.client_rate, limits.client_burst)
         self.emitters.configure(security.tokens, security.cors_origins)
 
-    def _reload(self, message: Message) -> None:
-        self.config = self._read_settings()
-        self.roster = self._read_roster(message.roster)
-        self.generation = message.body or 0
+    def _reload(self) -> None:
+        self._read_settings()
         self._put_in_force()
         self.dispatcher.config = self.config
         self.dispatcher.set_roster(self.roster)
@@ -212,7 +202,7 @@ class Worker:
             if message.verb == "drain" and draining is None:
                 draining = self.loop.create_task(self._drain(message.deadline))
             elif message.verb == "reload":
-                self._reload(message)
+                self._reload()
             elif message.verb == "reply":
                 self._changed(message)
         log.warning("the supervisor is gone; ending")

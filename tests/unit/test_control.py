@@ -1,0 +1,69 @@
+"""Settings for workers are read whole or not at all, however they are being written at that moment."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from fastdist.config import Analyzer, Config
+from fastdist.control import Settings, read_settings, write_settings
+from fastdist.errors import StartError
+
+
+def settings(generation: int, count: int) -> Settings:
+    analyzers = tuple(Analyzer(id=f"A{n}", endpoint=f"http://127.0.0.1:{4000 + n}/", weight=1) for n in range(count))
+    roster = {analyzer.id: slot for slot, analyzer in enumerate(analyzers)}
+    return Settings(generation, roster, Config(analyzers=analyzers))
+
+
+@pytest.fixture
+def memfd():
+    fd = os.memfd_create("test")
+    yield fd
+    os.close(fd)
+
+
+def test_what_was_written_last_is_read_also_when_it_is_shorter(memfd):
+    for generation, count in enumerate((1, 50, 2)):
+        write_settings(memfd, settings(generation, count))
+        assert read_settings(memfd) == settings(generation, count)
+
+
+def test_settings_that_are_not_whole_are_waited_for(memfd):
+    write_settings(memfd, settings(1, 20))
+    whole = os.pread(memfd, os.fstat(memfd).st_size, 0)
+    write_settings(memfd, settings(2, 30))
+    os.pwrite(memfd, whole[: len(whole) // 2], 0)  # the rest is still of the longer ones
+    with pytest.raises(StartError, match="not whole"):
+        read_settings(memfd, 0.0)
+    rest = threading.Timer(0.05, os.pwrite, (memfd, whole, 0))
+    rest.start()
+    assert read_settings(memfd, 30.0) == settings(1, 20)
+    rest.join()
+
+
+def test_an_empty_file_holds_no_settings(memfd):
+    with pytest.raises(StartError, match="not whole"):
+        read_settings(memfd, 0.0)
+
+
+def test_settings_are_whole_while_others_are_being_written(memfd):
+    each = [settings(1, 10), settings(2, 200)]
+    write_settings(memfd, each[0])
+    done = threading.Event()
+
+    def write():
+        while not done.is_set():
+            for it in each:
+                write_settings(memfd, it)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(50):
+            assert read_settings(memfd, 30.0) in each
+    finally:
+        done.set()
+        writer.join()
