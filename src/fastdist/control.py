@@ -5,11 +5,12 @@ that ``id``). From a worker: ``ready`` (with the generation of its settings), ``
 that an administrator asked for). The socket's end of file is how either learns that the other is gone.
 
 What grows with the configuration travels in the memfd, never in a line or on a command line. It is written in place
-while workers may be reading it; a checksum tells them to look again.
+while workers may be reading it; a checksum tells them to look again. Of many problems a line has the first.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 import time
@@ -22,9 +23,11 @@ from fastdist.config import Config, from_wire, to_wire
 from fastdist.errors import StartError
 
 if TYPE_CHECKING:
-    import asyncio
+    import socket
     from collections.abc import AsyncIterator
 
+LONGEST_LINE = 2**20  # bytes; far more than any message has, see ``shorten``
+MOST_PROBLEMS, LONGEST_PROBLEM = 100, 500  # lines, characters
 HEADER = struct.Struct("=Q16s")  # of the settings: their length and checksum
 PATIENCE = 1.0  # seconds for settings that are being written to be whole
 
@@ -88,6 +91,19 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     action: Action | None = None
     status: int = 0  # of a reply, as in HTTP
     body: Any = None
+
+
+def shorten(problems: list[str]) -> list[str]:
+    """Return what a message, an answer or a log line holds of a configuration's problems; ``check`` prints them all."""
+    few = [each if len(each) <= LONGEST_PROBLEM else f"{each[:LONGEST_PROBLEM]}…" for each in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        few.append(f"and {len(problems) - MOST_PROBLEMS} more problems; `fastdist check FILE` prints them all")
+    return few
+
+
+async def connect(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return reader and writer of one end of the socket pair."""
+    return await asyncio.open_connection(sock=sock, limit=LONGEST_LINE)
 
 
 def send(writer: asyncio.StreamWriter, message: Message) -> None:

@@ -127,7 +127,7 @@ class Keeper:
             stack.callback(theirs.close)
             stack.callback(ours.close)
             await self._spawn(place, theirs)
-            reader, place.control = await asyncio.open_connection(sock=ours)
+            reader, place.control = await control.connect(ours)
             stack.pop_all()
             theirs.close()
         task = asyncio.get_running_loop().create_task(self._listen(place, reader))

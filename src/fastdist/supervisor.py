@@ -22,7 +22,7 @@ import uvloop
 from fastdist import __version__, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
-from fastdist.control import Message, Settings, write_settings
+from fastdist.control import Message, Settings, shorten, write_settings
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.health import HealthChecker
@@ -269,7 +269,7 @@ class Supervisor:
                 tls.server_context(loaded.config.security)
                 need_restart = self.changes.take_over(loaded.config)
             except (ConfigError, StartError) as error:
-                problems = getattr(error, "problems", [str(error)])
+                problems = shorten(getattr(error, "problems", [str(error)]))
                 log.error("the new configuration cannot be used; the old one stays", problems=problems)
                 return 422, problems
             self.loaded = loaded

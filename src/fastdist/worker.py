@@ -177,7 +177,7 @@ class Worker:
         self.dispatcher.set_roster(self.roster)
         listener = socket.socket(fileno=self.assignment.listener)
         commands = socket.socket(fileno=self.assignment.control)
-        reader, self._control = await asyncio.open_connection(sock=commands)
+        reader, self._control = await control.connect(commands)
         self._server = await self.loop.create_server(
             lambda: IngestProtocol(self.intake, self.emitters), sock=listener, backlog=4096, ssl=self.tls
         )

@@ -34,3 +34,20 @@ def test_two_thousand_analyzers_start_and_are_reloaded_without_a_worker_dying(mo
     wait_until(lambda: fastdist.stats()["packets"]["delivered"] == 1, "the packet is delivered")
     assert fastdist.worker_pids() == pids
     assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0, 0]
+
+
+def test_thousands_of_faults_are_an_answer_and_no_worker_dies(mocks, serve):
+    fastdist = serve(mocks)
+    pids = fastdist.worker_pids()
+    right = fastdist.config.read_text()
+    wrong = "".join(f'[[analyzers]]\nid = "B{number}"\nendpoint = "x"\nweight = -1\n' for number in range(1000))
+    fastdist.config.write_text(right + wrong)
+    status, headers, body = request(fastdist.port, "POST", "/admin/reload", b"")
+    assert (status, headers["content-type"]) == (422, "application/problem+json")
+    errors = [row["detail"] for row in json.loads(body)["errors"]]
+    assert errors[0].startswith("analyzers[4].endpoint: ")
+    assert "1900 more" in errors[-1]
+    assert fastdist.worker_pids() == pids
+    fastdist.config.write_text(right)
+    assert request(fastdist.port, "POST", "/admin/reload", b"")[0] == 200
+    assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0, 0]

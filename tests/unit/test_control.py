@@ -1,14 +1,27 @@
-"""Settings for workers are read whole or not at all, however they are being written at that moment."""
+"""Settings for workers are read whole or not at all, and no message is too long for whoever gets it."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import threading
 
 import pytest
 
 from fastdist.config import Analyzer, Config
-from fastdist.control import Settings, read_settings, write_settings
+from fastdist.control import (
+    LONGEST_PROBLEM,
+    MOST_PROBLEMS,
+    Message,
+    Settings,
+    connect,
+    read_settings,
+    receive,
+    send,
+    shorten,
+    write_settings,
+)
 from fastdist.errors import StartError
 
 
@@ -67,3 +80,35 @@ def test_settings_are_whole_while_others_are_being_written(memfd):
     finally:
         done.set()
         writer.join()
+
+
+def test_problems_are_shortened_only_when_they_are_many_or_long():
+    few = [f"analyzers[{number}].weight: must be >= 0" for number in range(MOST_PROBLEMS)]
+    assert shorten(few) == few
+    *first, last = shorten([*few, "one", "two", "three"])
+    assert first == few
+    assert "3 more" in last
+    assert "fastdist check" in last
+    assert shorten(["é" * LONGEST_PROBLEM, "é" * (LONGEST_PROBLEM + 1)]) == [
+        "é" * LONGEST_PROBLEM,
+        "é" * LONGEST_PROBLEM + "…",
+    ]
+
+
+@pytest.mark.parametrize("letter", ["a", '"', "é", "\U0001f30d", "\x01"])
+def test_the_longest_list_of_problems_arrives(letter):
+    """Whatever the encoding makes of it."""
+    message = Message("reply", id=7, status=422, body=shorten([letter * 10_000] * 10_000))
+
+    async def converse():
+        ours, theirs = socket.socketpair()
+        _, writer = await connect(ours)
+        reader, other = await connect(theirs)
+        send(writer, message)
+        send(writer, Message("drain", deadline=1.5))
+        writer.close()
+        received = [each async for each in receive(reader)]
+        other.close()
+        return received
+
+    assert asyncio.run(converse()) == [message, Message("drain", deadline=1.5)]
