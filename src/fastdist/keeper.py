@@ -122,14 +122,16 @@ class Keeper:
                 self._after_death(place, status)
 
     async def _start(self, place: Place) -> None:
+        """Start a process. The process comes last: when anything fails here, there is none that would hold the ring."""
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as stack:
-            stack.callback(theirs.close)
-            stack.callback(ours.close)
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
+            reader, writer = await control.connect(ours)
+            undo.pop_all()  # it is the writer's now
+            undo.callback(writer.close)
             await self._spawn(place, theirs)
-            reader, place.control = await control.connect(ours)
-            stack.pop_all()
-            theirs.close()
+            undo.pop_all()
+        place.control = writer
         task = asyncio.get_running_loop().create_task(self._listen(place, reader))
         self._listeners.add(task)
         task.add_done_callback(self._listeners.discard)

@@ -1,0 +1,105 @@
+"""Keeping workers when there is no process, no descriptor or no memory to be had for them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+
+import pytest
+
+from fastdist import control, keeper
+from fastdist.keeper import Keeper, Place
+from fastdist.shared import SharedBlock
+
+SECONDS = 60.0
+
+
+class Worker:
+    """A process as the keeper sees it, that lives until it is killed."""
+
+    pid = 4711
+
+    def __init__(self):
+        self.returncode = None
+        self._ended = asyncio.Event()
+
+    def kill(self):
+        self.returncode = -9
+        self._ended.set()
+
+    async def wait(self):
+        await self._ended.wait()
+        return self.returncode
+
+
+class Bench:
+    """A keeper with one place, whose next connections and processes fail with what stands in the lists."""
+
+    def __init__(self, monkeypatch):
+        self.workers: list[Worker] = []
+        self.alive_before: list[int] = []  # at each start: earlier processes that still run
+        self.spawn_failures: list[OSError] = []
+        self.connect_failures: list[OSError] = []
+        self.hopeless = 0
+        self.started = asyncio.Event()
+        self.keeper = Keeper(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None, self._give_up)
+        self.place = Place(0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), [])
+        self.keeper.places.append(self.place)
+        connect = control.connect
+
+        async def connect_or_fail(sock):
+            if self.connect_failures:
+                raise self.connect_failures.pop()
+            return await connect(sock)
+
+        async def spawn_or_fail(*_, **__):
+            self.alive_before.append(sum(worker.returncode is None for worker in self.workers))
+            if self.spawn_failures:
+                raise self.spawn_failures.pop()
+            self.workers.append(Worker())
+            if not self.connect_failures:
+                self.started.set()
+            return self.workers[-1]
+
+        monkeypatch.setattr(control, "connect", connect_or_fail)
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", spawn_or_fail)
+        monkeypatch.setattr(keeper, "FIRST_DELAY", 0.001)
+
+    def _give_up(self):
+        self.hopeless += 1
+        self.keeper.stop(0.0)
+
+    async def run_until(self, event):
+        """Keep the place until ``event`` is set, then stop."""
+        keeping = asyncio.ensure_future(self.keeper.keep(self.place))
+        await asyncio.wait_for(event.wait(), SECONDS)
+        self.keeper.stop(0.0)
+        await asyncio.wait_for(keeping, SECONDS)
+
+
+@pytest.fixture
+def under(monkeypatch):
+    """Return ``under(scenario)``: run ``scenario(bench)``."""
+
+    def under(scenario):
+        async def run():
+            await scenario(Bench(monkeypatch))
+
+        asyncio.run(run())
+
+    return under
+
+
+def test_no_two_processes_ever_have_one_ring(under):
+    """Whatever fails between the socket pair and the process that is running."""
+
+    async def scenario(bench):
+        bench.connect_failures = [OSError(errno.EMFILE, "no descriptor")] * 2
+        bench.spawn_failures = [OSError(errno.EAGAIN, "no process")]
+        await bench.run_until(bench.started)
+        assert bench.alive_before == [0, 0]
+        assert len(bench.workers) == 1
+
+    under(scenario)
