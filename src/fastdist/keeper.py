@@ -2,7 +2,7 @@
 
 A place is what outlives the process that fills it: the listener, the ring, the row in the shared block. A dead worker
 is replaced with back-off (``FIRST_DELAY`` doubling to ``LAST_DELAY``); workers that never once got ready,
-``FALSE_STARTS`` in a row, end the service.
+``FALSE_STARTS`` in a row, end the service, also when there was no process to be had for them.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ class Keeper:
             try:
                 await self._start(place)
             except OSError as error:  # no process or descriptor to be had now: the others go on
+                if self._is_hopeless(place, str(error)):
+                    break
                 log.error("a worker cannot be started; trying again", worker=place.name, error=str(error))
                 place.delay = min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
                 continue
@@ -181,16 +183,21 @@ class Keeper:
     def _after_death(self, place: Place, status: int) -> None:
         """Decide how a dead worker is replaced."""
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        if not place.ready:
-            place.false_starts += 1
-            if place.false_starts >= FALSE_STARTS and not any(other.ever_ready for other in self.places):
-                log.error("workers cannot start; see their error above", worker=place.name, ended_by=how)
-                self.hopeless()
-                return
+        if not place.ready and self._is_hopeless(place, how):
+            return
         steady = time.monotonic() - place.started > STEADY
         place.delay = FIRST_DELAY if steady else min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
         self.block.worker(place.index)[WorkerWord.RESTARTS] += 1
         log.warning("a worker ended and is replaced", worker=place.name, ended_by=how, delay=place.delay)
+
+    def _is_hopeless(self, place: Place, why: str) -> bool:
+        """Count a start that failed; end the service when there were too many and no worker ever got ready."""
+        place.false_starts += 1
+        if place.false_starts < FALSE_STARTS or any(other.ever_ready for other in self.places):
+            return False
+        log.error("workers cannot start; see their error above", worker=place.name, ended_by=why)
+        self.hopeless()
+        return True
 
     # ---- all of them
 

@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from fastdist import control, keeper
-from fastdist.keeper import Keeper, Place
+from fastdist.keeper import FALSE_STARTS, Keeper, Place
 from fastdist.shared import SharedBlock
 
 SECONDS = 60.0
@@ -96,10 +96,31 @@ def test_no_two_processes_ever_have_one_ring(under):
     """Whatever fails between the socket pair and the process that is running."""
 
     async def scenario(bench):
-        bench.connect_failures = [OSError(errno.EMFILE, "no descriptor")] * 2
+        bench.connect_failures = [OSError(errno.EMFILE, "no descriptor")]
         bench.spawn_failures = [OSError(errno.EAGAIN, "no process")]
         await bench.run_until(bench.started)
         assert bench.alive_before == [0, 0]
         assert len(bench.workers) == 1
+
+    under(scenario)
+
+
+def test_a_service_that_gets_no_process_for_its_workers_ends(under):
+    async def scenario(bench):
+        bench.spawn_failures = [OSError(errno.E2BIG, "Argument list too long")] * 100
+        await asyncio.wait_for(bench.keeper.keep(bench.place), SECONDS)
+        assert bench.hopeless == 1
+        assert len(bench.alive_before) == FALSE_STARTS
+
+    under(scenario)
+
+
+def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under):
+    async def scenario(bench):
+        bench.place.ever_ready = True
+        bench.spawn_failures = [OSError(errno.EAGAIN, "no process")] * (2 * FALSE_STARTS)
+        await bench.run_until(bench.started)
+        assert bench.hopeless == 0
+        assert len(bench.alive_before) == 2 * FALSE_STARTS + 1
 
     under(scenario)
