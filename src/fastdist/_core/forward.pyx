@@ -34,6 +34,8 @@ cdef enum:
     ALONE = 1                    # flag of an entry: send this packet as single, its batch was refused
     WATCHED = 2                  # flag of an entry: the pool's owner wants to hear of its delivery
 
+cdef int64_t STALE_NS = 1000000000
+
 cdef enum:
     LARGEST_REPLY_HEAD = 65536
     FIELD_ROOM = 160             # the headers of a request that differ, without its ids
@@ -368,7 +370,10 @@ cdef class ReplyBase:
         """Take the connection out of its pool's idle list."""
         if self.listed:
             self.listed = False
-            self.pool.idle.remove(self)
+            if self.pool.idle[len(self.pool.idle) - 1] is self:  # nearly always: the last used is used first
+                self.pool.idle.pop()
+            else:
+                self.pool.idle.remove(self)
 
     def awaited_for(self, int64_t now):
         """Return for how many ns a reply has been awaited here, 0 if none is."""
@@ -569,8 +574,8 @@ cdef class ReplyBase:
         """End the connection's life: what was in flight goes elsewhere, or again if it was never looked at."""
         if not self.closing:
             # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
-            # stale connection, not a failed analyzer.
-            silent = self.partial_length == 0 and not self.interim
+            # stale connection, not a failed analyzer. That shows at once; later it had begun to work on the request.
+            silent = self.partial_length == 0 and not self.interim and mono_ns() - self.waiting_since < STALE_NS
             if self.group_count == 0 or self.state != HEAD or (self.replies > 0 and silent):
                 self.close_after("", False)
             else:
