@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from fastdist.queuefiles import OldRing
 
 HANG = 10.0  # seconds without a heartbeat after which a worker is replaced
-START = 60.0  # seconds a worker has to get ready (it may have a large queue to recover)
+START = 60.0  # seconds a worker has to get ready, or to give a sign before it is
+READ_RATE = 16 * 2**20  # bytes a second at which a worker must be able to read its rings, beyond that
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
 STEADY = 10.0  # seconds a worker has to live for the back-off to begin anew
 FALSE_STARTS = 3
@@ -48,6 +50,8 @@ class Place:
         self.control: asyncio.StreamWriter | None = None
         self.ready = self.ever_ready = False
         self.started = 0.0
+        rings = sum(os.fstat(fd).st_size for fd in (ring, *(old.fd for old in old_rings)))
+        self.time_to_start = START + rings / READ_RATE
         self.delay = 0.0
         self.false_starts = 0
         self.cpu_before = 0  # ns, of the processes that filled this place before
@@ -230,7 +234,7 @@ class Keeper:
             return
         for place in self.places:
             beat = max(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9, place.started)
-            if place.alive and now - beat > (HANG if place.ready else START):
+            if place.alive and now - beat > (HANG if place.ready else place.time_to_start):
                 log.error("a worker hangs and is killed", worker=place.name, silent_for=round(now - beat, 1))
                 place.started = now  # once
                 place.kill()

@@ -8,12 +8,14 @@ gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -36,11 +38,12 @@ from fastdist.sync import Syncer, sync_before_opening
 from fastdist.takeover import take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 ADOPTION_RETRY_NS = 1_000_000_000
+BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
 log = logs.get()
@@ -69,7 +72,8 @@ class Worker:
         self._read_settings()
         self.durability = self.config.queue.durability
         files = [] if self.durability == "memory" else [assignment.ring, *assignment.old_rings.values()]
-        safe = all([sync_before_opening(fd) for fd in files])  # noqa: C419  (all of them, whatever becomes of one)
+        with _signs_of_life(self.words):
+            safe = all([sync_before_opening(fd) for fd in files])  # noqa: C419  (all of them, whatever becomes of one)
         self.ring = PacketRing(
             assignment.ring, volatile=self.durability == "memory", claims_wait_for_sync=self.durability == "fsync"
         )
@@ -359,6 +363,29 @@ class Worker:
             503, f"the packet could not be written to disk: {error.strerror}", headers=b"Retry-After: 1\r\n"
         )
         self.intake.sync_failed(response.status, reason(response.status), response.headers, response.body)
+
+
+@contextlib.contextmanager
+def _signs_of_life(words: memoryview) -> Iterator[None]:
+    """Give the event loop's sign in its place while the disk is waited for; a kill would not end that wait sooner."""
+    done = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not done.wait(BEAT):
+            words[WorkerWord.HEARTBEAT_NS] = time.monotonic_ns()
+            beats += 1
+            if beats == BEATS_TILL_TOLD:
+                log.warning("the disk takes long to write what the last run has left in the queue; waiting for it")
+
+    thread = threading.Thread(target=beat, name="signs-of-life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        words[WorkerWord.HEARTBEAT_NS] = time.monotonic_ns()
 
 
 def main() -> int:

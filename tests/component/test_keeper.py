@@ -1,4 +1,4 @@
-"""Keeping workers when there is no process, no descriptor or no memory to be had for them."""
+"""Keeping workers: when there is no process or descriptor to be had for them, and how long they may be silent."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import asyncio
 import errno
 import os
 import socket
+import time
 
 import pytest
 
 from fastdist import control, keeper
-from fastdist.keeper import FALSE_STARTS, Keeper, Place
-from fastdist.shared import SharedBlock
+from fastdist.keeper import FALSE_STARTS, HANG, READ_RATE, START, Keeper, Place
+from fastdist.shared import SharedBlock, WorkerWord
 
 SECONDS = 60.0
+LARGE = int(START) * READ_RATE  # bytes of a ring that takes as long to read as a worker has anyway
 
 
 class Worker:
@@ -122,5 +124,27 @@ def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under)
         await bench.run_until(bench.started)
         assert bench.hopeless == 0
         assert len(bench.alive_before) == 2 * FALSE_STARTS + 1
+
+    under(scenario)
+
+
+@pytest.mark.parametrize(
+    ("ready", "ring", "limit"),
+    [(True, 0, HANG), (True, LARGE, HANG), (False, 0, START), (False, LARGE, 2 * START)],
+)
+@pytest.mark.parametrize("signs", [True, False], ids=["since its last sign", "since it was started"])
+def test_how_long_a_worker_may_give_no_sign(under, ready, ring, limit, signs):
+    async def scenario(bench):
+        file = os.memfd_create("ring")
+        os.truncate(file, ring)  # sparse
+        place = Place(0, bench.place.listener, file, [])
+        bench.keeper.places[:] = [place]
+        place.process, place.ready = Worker(), ready
+        for silent, alive in ((0.8 * limit, True), (1.2 * limit, False)):
+            now = time.monotonic()
+            place.started = now - (100 * START if signs else silent)
+            bench.keeper.block.worker(0)[WorkerWord.HEARTBEAT_NS] = int((now - silent) * 1e9) if signs else 0
+            bench.keeper.replace_hanging()
+            assert place.alive is alive
 
     under(scenario)
