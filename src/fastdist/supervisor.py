@@ -22,6 +22,7 @@ import uvloop
 from fastdist import __version__, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
+from fastdist.config import warnings
 from fastdist.control import Message, Settings, shorten, write_settings
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
@@ -77,6 +78,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._signals.put_nowait, number)
         tls.server_context(self.config.security)
+        for warning in warnings(self.config):
+            log.warning(warning)
         self._fit_descriptor_limit()
         head = self.block.head
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.time_ns(), os.getpid()
