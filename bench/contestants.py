@@ -41,6 +41,7 @@ class Contestant:
 
     name = ""
     counts_itself = False  # packets end with it, there is nothing behind it
+    warm_up = 1  # seconds of load before it is measured
 
     def __init__(
         self, tools: Path, folder: Path, ports: tuple[int, ...], settings: Mapping[str, str] | None = None
@@ -303,6 +304,7 @@ class Express(Contestant):
     """An Express app of the kind one writes in an afternoon: ``express/app.js``."""
 
     name = "Express"
+    warm_up = 4  # its JIT compiler takes its time
     folder_of_app: ClassVar[Path] = HERE / "express"
 
     @classmethod
