@@ -78,9 +78,9 @@ class Contestant:
                 self.command(), stdout=log, stderr=log, start_new_session=True, env=self.environment()
             )
         try:
-            wait_for_port(self.port)
+            wait_for_port(self.port, self.process)
         except TimeoutError as error:
-            raise RuntimeError(f"{self.name} does not start:\n{self.log()}") from error
+            raise RuntimeError(f"{self.name} does not start, {error}:\n{self.log()}") from error
 
     def log(self) -> str:
         """Return the end of what it said."""
@@ -216,7 +216,8 @@ class Haproxy(Contestant):
         config.write_text(f"""
 global
   nbthread {CORES}
-  maxconn 9000
+  maxconn 20000
+  no strict-limits
 defaults
   mode http
   timeout connect 1s

@@ -169,10 +169,9 @@ def latency_plot(rows: dict[str, Any], theme: Theme) -> Figure | None:
         colour, line = next(styles)
         axes.plot(range(len(each)), each, line, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(PERCENTILES)), list(PERCENTILES.values()))
     tidy(axes, theme)
+    axes.set_xticks(range(len(PERCENTILES)), list(PERCENTILES.values()))
     axes.grid(visible=True, axis="y", color=theme.line, linewidth=0.6)
-    axes.xaxis.set_major_formatter(lambda _value, position: list(PERCENTILES.values())[position])
     axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g} ms")
     axes.tick_params(axis="y", which="both", length=0, labelcolor=theme.quiet, labelsize=8.5)
     axes.set_title(
