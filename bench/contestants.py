@@ -41,6 +41,7 @@ class Contestant:
 
     name = ""
     counts_itself = False  # packets end with it, there is nothing behind it
+    warm_up = 1  # seconds of load before it is measured
 
     def __init__(
         self, tools: Path, folder: Path, ports: tuple[int, ...], settings: Mapping[str, str] | None = None
@@ -77,9 +78,9 @@ class Contestant:
                 self.command(), stdout=log, stderr=log, start_new_session=True, env=self.environment()
             )
         try:
-            wait_for_port(self.port)
+            wait_for_port(self.port, self.process)
         except TimeoutError as error:
-            raise RuntimeError(f"{self.name} does not start:\n{self.log()}") from error
+            raise RuntimeError(f"{self.name} does not start, {error}:\n{self.log()}") from error
 
     def log(self) -> str:
         """Return the end of what it said."""
@@ -215,7 +216,8 @@ class Haproxy(Contestant):
         config.write_text(f"""
 global
   nbthread {CORES}
-  maxconn 9000
+  maxconn 20000
+  no strict-limits
 defaults
   mode http
   timeout connect 1s
@@ -303,6 +305,7 @@ class Express(Contestant):
     """An Express app of the kind one writes in an afternoon: ``express/app.js``."""
 
     name = "Express"
+    warm_up = 4  # its JIT compiler takes its time
     folder_of_app: ClassVar[Path] = HERE / "express"
 
     @classmethod

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RATE = 10_000  # packets a second of the open loop
 EMITTERS = 256  # connections of the open loop: enough for one to be free whenever a packet is due
+FIRST_CHECKS = 4.0  # seconds: two rounds of health checks
 BACKLOG = 1_000_000
 BACKLOG_RATE = 15_000  # packets a second while the backlog stays
 BACKLOG_MEMORY = 5 << 30
@@ -102,12 +103,22 @@ def throughput(scene: Scene, run: Run) -> Figures:
     body = packet(run.load.messages)
     ports = free_ports(run.load.analyzers)
     with Sink(scene.tools, ports) as sink, started(scene.contestant(run, ports)) as contestant:
-        wrk = Wrk(scene.folder, contestant.port, body, 1, run.load.connections)  # warm-up
-        if not contestant.counts_itself:
-            wait_until_delivered(contestant, sink, 0, wrk.answered)
+        _warm_up(scene, run, contestant, sink, body)
         with open_and_idle(scene, contestant, body, scene.smaller(run.load.idle)):
             settle(sink)
             return _closed_loop(scene, contestant, sink, body, run.load.connections)
+
+
+def _warm_up(scene: Scene, run: Run, contestant: Contestant, sink: Sink, body: bytes) -> None:
+    """Load it for a little. Where there are many analyzers let it first find all of them well, and connect after."""
+    seconds = contestant.warm_up
+    if run.load.analyzers > len(WEIGHTS):
+        _wait_until_online(contestant, run.load.analyzers)
+        time.sleep(1 if scene.short else FIRST_CHECKS)
+        seconds = 2
+    wrk = Wrk(scene.folder, contestant.port, body, seconds, run.load.connections)
+    if not contestant.counts_itself:
+        wait_until_delivered(contestant, sink, 0, wrk.answered)
 
 
 def _closed_loop(scene: Scene, contestant: Contestant, sink: Sink, body: bytes, connections: int) -> Figures:

@@ -168,6 +168,9 @@ def remarks(document: Document) -> list[str]:
                 found.append(f"{name}: {contestant} failed: {figures['failed']}")
             failures = figures.get("failures", [])
             found.extend(f"{name}: {contestant} failed in a round that does not count: {text}" for text in failures)
+            late = figures.get("median", {}).get("late_p99", 0)
+            if late > figures.get("median", {}).get("p99", 0) / 2:
+                found.append(f"{name}: with {contestant} the load itself was late (p99 {late:.1f} ms): a busy machine")
             if any(each.get("held_back") for each in figures.get("rounds", [])):
                 found.append(f"{name}: wrk could not keep {contestant} busy; it might do better")
     return list(dict.fromkeys(found))

@@ -62,14 +62,14 @@ def get(port: int, path: str) -> str:
         return str(response.read().decode())
 
 
-def wait_for_port(port: int, seconds: float = 15.0) -> None:
-    """Wait until something listens on ``port``."""
+def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
+    """Wait until a process listens on ``port``."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
         time.sleep(0.05)
-    raise TimeoutError(f"nothing listens on port {port} after {seconds:g} s")
+    raise TimeoutError("it has ended" if process.poll() is not None else f"nothing on port {port} after {seconds:g} s")
 
 
 def compile_tools(folder: Path) -> None:
