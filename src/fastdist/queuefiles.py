@@ -122,7 +122,7 @@ class QueueFolder:
                 aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
                 path.rename(aside)
                 log.error("a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), why=ring)
-            elif not path.name.startswith("adopt-") and not (path.name in wanted and ring.capacity == capacity):
+            elif not path.name.startswith("adopt-") and not (path.name in wanted and ring == capacity):
                 path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}.fdq"))
 
     def old_rings(self) -> list[OldRing]:
@@ -141,22 +141,22 @@ def _is_alive(pid: str) -> bool:
         return False
 
 
-def _look_at(path: Path) -> PacketRing | str:
-    """Return a private view of a ring, or what is wrong with the file. Raises StartError where that is not ours to fix.
+def _look_at(path: Path) -> int | str:
+    """Return a ring's capacity, or what is wrong with the file. Raises StartError where that is not ours to fix.
 
     A file that was cut short is given its length again: what is left of it can then be recovered.
     """
     try:
         with path.open("rb") as file:
             try:
-                return PacketRing(file.fileno(), private=True)
+                return PacketRing(file.fileno(), private=True).capacity
             except RingError as error:
                 cut = _CUT_SHORT.search(str(error))
                 if cut is None:
                     raise
                 log.warning("a queue file was cut short", file=str(path), bytes=os.fstat(file.fileno()).st_size)
                 os.truncate(path, file_size(int(cut[1])))
-                return PacketRing(file.fileno(), private=True)
+                return PacketRing(file.fileno(), private=True).capacity
     except RingError as error:
         if "newer version" in str(error):
             raise StartError(f"{path}: {error}; it is left as it is") from error

@@ -142,8 +142,7 @@ def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPac
 
 
 def _packets(file: str, ring: PacketRing) -> Iterator[WaitingPacket]:
-    while handle := ring.claim():
-        packet = ring.packet(handle)
+    for packet in ring.waiting():
         yield WaitingPacket(
             file=file,
             id=packet.id,
