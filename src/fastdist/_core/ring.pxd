@@ -83,6 +83,7 @@ cdef class PacketRing:
     cdef uint32_t moved_alive
     cdef int64_t moved_oldest_ns
     cdef readonly list damage          # (offset in the file, what) of all that was found wrong
+    cdef readonly list notes           # the same of what is no damage: a process was killed while it wrote there
     cdef int sharing
 
     cdef int push_packet(self, const unsigned char *body, size_t length, const unsigned char *key, size_t key_length,

@@ -88,7 +88,7 @@ cdef class PacketRing:
     """
 
     def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False, bint private=False):
-        self.damage = []
+        self.damage, self.notes = [], []
         self.sharing = MAP_PRIVATE if private else MAP_SHARED
         self.claims_wait_for_sync = claims_wait_for_sync
         self.synced = self.answered = FOREVER if volatile else 0
@@ -161,7 +161,7 @@ cdef class PacketRing:
         cdef Header *copy
         cdef bint known = False
         cdef int i
-        newer = 0
+        newer, torn = 0, []
         for i in range(2):
             copy = <Header *>(self.headers + i * SECOND_COPY)
             if copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy):
@@ -173,7 +173,7 @@ cdef class PacketRing:
                 # The lesser of the two: one copy is written after the other.
                 self.trusted = min(self.trusted if header != NULL else FOREVER, trusted_by(copy, self.seed))
                 if copy.position_crc != position_crc(copy, self.seed):
-                    self.damage.append((i * SECOND_COPY, "positions in a header copy"))
+                    torn.append((i * SECOND_COPY, "positions in a header copy"))
                 elif not known or (copy.next_sequence, copy.head) > (self.next_sequence, self.head):
                     known = True
                     self.head, self.tail, self.next_sequence = copy.head, copy.tail, copy.next_sequence
@@ -189,7 +189,10 @@ cdef class PacketRing:
             copy = <Header *>(self.headers + i * SECOND_COPY)
             if copy != header:
                 memcpy(copy, header, sizeof(Header))
-        if not known:
+        if known:  # a process was killed while it wrote one copy: what the other is there for
+            self.notes += torn
+        else:
+            self.damage += torn
             self._find_ends()
 
     # ---- recovery
