@@ -41,8 +41,10 @@ def _count_the_pushed(ring: PacketRing, counters: Counters) -> None:
     pushed = ring.next_sequence_number - counters.get("sequence_base") - counters.get("adopted")
     missing = pushed - counters.get("accepted") - counters.get("withdrawn")
     if missing > 0:
-        messages, body_bytes = ring.totals_from(ring.next_sequence_number - missing)
-        counters.add("accepted", missing)
+        # Without having counted it a process has pushed one packet, or copied some of an old ring: never both.
+        messages, body_bytes, adopted = ring.totals_from(ring.next_sequence_number - missing)
+        counters.add("adopted", adopted)
+        counters.add("accepted", missing - adopted)
         counters.add("messages_accepted", messages)
         counters.add("bytes_accepted", body_bytes)
 

@@ -35,6 +35,7 @@ cdef enum:
     RECORD_MAGIC = 0xFD5EC0DE
     GAP_MAGIC = 0xFD5E0FF5   # followed by the gap's length in 8-byte words
     MOVES_A_PUSH = 16
+    A_COPY = 0x100           # beside the flags of a push: of a packet another ring holds
 
 cdef int64_t FOREVER = 0x7FFFFFFFFFFFFFFF
 cdef char *HEADER_MAGIC = b"fdring\r\n"
@@ -311,7 +312,7 @@ cdef class PacketRing:
         record.body_length = <uint32_t>length
         record.messages = messages
         record.key_length = <uint8_t>key_length
-        record.flags = <uint8_t>flags
+        record.flags = <uint8_t>(flags & 0xFF)
         record.reserved = 0
         if key_length:
             memcpy(payload, key, key_length)
@@ -320,7 +321,7 @@ cdef class PacketRing:
         record.state = QUEUED
         record.attempts = 0
         record.handle = 0
-        record.moved = 0
+        record.moved = 1 if flags & A_COPY else 0
         self.seal(record)
         self.next_sequence += 1
         self.undone += 1
@@ -538,13 +539,13 @@ cdef class PacketRing:
         cdef const unsigned char *key = <unsigned char *>record + sizeof(Record)
         cdef int64_t size = record_size(record)
         cdef int result = self.push_packet(record_body(record), record.body_length, key, record.key_length, record.id,
-                                           record.messages, record.emitter, record.accepted_ns, 0)
+                                           record.messages, record.emitter, record.accepted_ns, A_COPY)
         if result == TOO_BIG:
             raise ValueError(f"a packet of {record.body_length} bytes is over half of a ring of {self.capacity}")
         if result == RING_FULL:
             return 0
         copy = self.at(self.tail - size)
-        copy.attempts, copy.moved = record.attempts, 1
+        copy.attempts = record.attempts
         count_moved(self, copy)
         return self.next_sequence - 1
 
@@ -596,8 +597,11 @@ cdef class PacketRing:
                 yield packet_of(record)
 
     def totals_from(self, uint64_t sequence):
-        """Return (messages, bytes of bodies) of the packets in the ring whose sequence is at least this."""
-        cdef int64_t position = self.head, messages = 0, body_bytes = 0
+        """Return (messages, bytes of bodies, how many came from another ring) of what was pushed from this sequence on.
+
+        Messages and bytes are of the others. The pushes have to be the latest: nothing is known of what has left the ring.
+        """
+        cdef int64_t position = self.head, messages = 0, body_bytes = 0, copies = 0
         cdef Record *record
         while position < self.tail:
             record = self.at(position)
@@ -605,10 +609,13 @@ cdef class PacketRing:
                 position += gap_bytes(record)
                 continue
             if record.sequence >= sequence:
-                messages += record.messages
-                body_bytes += record.body_length
+                if record.moved:
+                    copies += 1
+                else:
+                    messages += record.messages
+                    body_bytes += record.body_length
             position += record_size(record)
-        return messages, body_bytes
+        return messages, body_bytes, copies
 
     def withdraw_unsynced(self):
         """Take back what was pushed since the last sync; return (packets, messages, bytes of bodies).
