@@ -22,6 +22,7 @@ from fastdist import logs
 from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
 
+CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
 
 _CUT_SHORT = re.compile(r"shorter than the (\d+) bytes")  # what the ring says of a file whose header is sound
@@ -88,6 +89,7 @@ class QueueFolder:
         rings = []
         for index in range(workers):
             fd = os.memfd_create(f"fastdist-ring-{index}")
+            _clear(fd, min(file_size(capacity), CLEARED // workers), "memory")
             _make(fd, capacity, "memory")
             rings.append(fd)
         return rings
@@ -203,6 +205,18 @@ def _allocate(fd: int, size: int, what: str) -> None:
         raise StartError(
             f"cannot allocate {size} bytes for the queue ({what}): {error.strerror}; make room or lower queue.capacity"
         ) from error
+
+
+def _clear(fd: int, size: int, what: str) -> None:
+    """Write zeros: a page of shared memory is cleared when it is first written to, and that is not to be by a push.
+
+    256 MiB take some 60 ms.
+    """
+    _allocate(fd, size, what)
+    zeros = bytes(1 << 20)
+    at = 0
+    while at < size:
+        at += os.pwrite(fd, zeros[: size - at], at)
 
 
 def _sync_folder(path: Path) -> None:
