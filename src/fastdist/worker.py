@@ -24,7 +24,7 @@ import uvloop
 from fastdist import __version__, control, logs, packet, tls
 from fastdist._core.ingest import Intake
 from fastdist._core.ring import PacketRing
-from fastdist.api import Api, Response, problem
+from fastdist.api import Api, Response, problem, reason
 from fastdist.config import Config, from_wire
 from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
@@ -368,18 +368,13 @@ class Worker:
         self.intake.broken_storage = True
         if self.durability != "fsync":
             return
-        packets, messages, body_bytes = self.ring.withdraw_unsynced()
-        counters = self.counters
-        counters.add("accepted", -packets)
-        counters.add("messages_accepted", -messages)
-        counters.add("bytes_accepted", -body_bytes)
-        counters.add("withdrawn", packets)
-        counters.add("storage", packets)
+        packets, _, _ = self.ring.withdraw_unsynced()
+        self.counters.add("withdrawn", packets)
+        self.counters.add("storage", packets)
         response = problem(
             503, f"the packet could not be written to disk: {error.strerror}", headers=b"Retry-After: 1\r\n"
         )
-        answer = self.intake.compose(503, "Service Unavailable", response.headers, response.body, close=False)
-        self.intake.sync_failed(answer)
+        self.intake.sync_failed(response.status, reason(response.status), response.headers, response.body)
 
 
 def main() -> int:

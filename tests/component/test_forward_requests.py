@@ -177,7 +177,7 @@ def test_a_batch_is_what_the_contract_says():
 
 
 def test_a_batch_says_the_highest_attempt_in_it():
-    desk = Desk(mode="batch")
+    desk = Desk(mode="batch", linger=0)
     connection = desk.connect()
     for attempts in (0, 6, 2):
         desk.push(b"0", attempts=attempts)
@@ -310,12 +310,25 @@ def busy_desk(**delivery):
 
 
 def test_an_idle_analyzer_gets_a_batch_of_one_at_once():
-    desk, busy, _ = busy_desk()
+    desk, busy, _ = busy_desk(linger=0.05)
     assert busy.transport.sent == batch(["p1"], [b"first"])
     busy.data_received(OK)
+    time.sleep(0.06)
     desk.push(b"second")
     desk.pool.pump()
     assert busy.transport.sent.endswith(batch(["p2"], [b"second"]))
+
+
+def test_an_analyzer_counts_as_busy_for_a_linger_after_each_batch():
+    """However fast it answers: it would get the packets of every turn of the loop one by one."""
+    desk, busy, _ = busy_desk()
+    busy.data_received(OK)
+    desk.push(b"2")
+    desk.pool.pump()
+    assert len(busy.transport.writes) == 1
+    desk.push(b"3", b"4", b"5")
+    desk.pool.pump()
+    assert busy.transport.writes[1] == batch(["p2", "p3", "p4", "p5"], [b"2", b"3", b"4", b"5"])
 
 
 def test_a_batch_waits_for_more_while_the_analyzer_is_busy():
@@ -359,11 +372,12 @@ def test_a_linger_of_nothing_waits_for_nothing():
     assert spare.transport.writes == [batch(["p2"], [b"2"])]
 
 
-def test_a_batch_that_waits_leaves_when_the_analyzer_is_idle_again():
-    desk, busy, spare = busy_desk()
+def test_a_reply_sends_what_has_waited_long_enough():
+    desk, busy, spare = busy_desk(linger=0.05)
     desk.push(b"2")
     desk.pool.pump()
     assert not spare.transport.writes
+    time.sleep(0.06)
     busy.data_received(OK)
     assert busy.transport.writes[1] == batch(["p2"], [b"2"])
 

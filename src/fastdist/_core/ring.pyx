@@ -617,6 +617,25 @@ cdef class PacketRing:
             position += record_size(record)
         return messages, body_bytes, copies
 
+    def pushed_between(self, int64_t start, int64_t end):
+        """Return (packets, messages, bytes of bodies) of what lies between two positions and waits to be claimed.
+
+        Copies do not count: what they are copies of was counted long ago.
+        """
+        cdef int64_t at = max(start, self.head), packets = 0, messages = 0, body_bytes = 0
+        cdef Record *record
+        while at < end:
+            record = self.at(at)
+            if record.magic == GAP_MAGIC:
+                at += gap_bytes(record)
+                continue
+            if record.state == QUEUED and not record.moved:
+                packets += 1
+                messages += record.messages
+                body_bytes += record.body_length
+            at += record_size(record)
+        return packets, messages, body_bytes
+
     def withdraw_unsynced(self):
         """Take back what was pushed since the last sync; return (packets, messages, bytes of bodies).
 
