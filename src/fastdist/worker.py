@@ -34,7 +34,7 @@ from fastdist.queuefiles import Adoption, OldRing
 from fastdist.shared import SharedBlock, WorkerWord
 from fastdist.snapshot import Snapshot
 from fastdist.sync import Syncer, make_safe
-from fastdist.takeover import take_over
+from fastdist.takeover import begin_adopting, end_adopting, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -309,8 +309,9 @@ class Worker:
         requests = delivery.connections * delivery.pipeline * len(self.roster)
         most = max(LEAST_ADOPTED, requests * (delivery.batch_packets if delivery.mode == "batch" else 1))
         for adoption in () if self.intake.broken_storage else tuple(self.adoptions):
+            begin_adopting(self.ring, self.counters)
             moved, oversized = adoption.step(self.ring, most)
-            self.counters.add("adopted", moved)
+            end_adopting(self.ring, self.counters)
             if oversized:
                 self._bury_oversized(adoption, oversized)
             if moved:

@@ -9,7 +9,7 @@ import pytest
 from fastdist._core.ring import PacketRing, file_size
 from fastdist.queuefiles import Adoption, OldRing
 from fastdist.shared import SharedBlock
-from fastdist.takeover import take_over
+from fastdist.takeover import begin_adopting, end_adopting, take_over
 
 CAPACITY = 65536
 
@@ -42,10 +42,11 @@ class Place:
             self.counters.add("bytes_accepted", 2)
 
     def copy(self, most, *, counted=True):
+        begin_adopting(self.ring, self.counters)
         moved, oversized = self.adoption.step(self.ring, most)
         assert not oversized
         if counted:
-            self.counters.add("adopted", moved)
+            end_adopting(self.ring, self.counters)
         return moved
 
     def figures(self):
@@ -92,6 +93,23 @@ def test_copies_of_an_old_ring_are_never_counted_as_accepted(place, counted):
     place.assert_accounts()
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_packets_that_wait_for_their_sync_are_told_from_copies(place, counted):
+    """With fsync packets are counted when they are synced; copies come before them, among them and after them."""
+    place.copy(2)
+    place.accept(counted=False)
+    place.ring.mark_synced(place.ring.tail_position)
+    place.copy(3)
+    place.accept(counted=False)
+    place.ring.mark_synced(place.ring.tail_position)
+    place.copy(1, counted=counted)
+    place.start()
+    figures = place.figures()
+    assert (figures["accepted"], figures["messages_accepted"], figures["bytes_accepted"]) == (2, 4, 4)
+    assert (figures["adopted"], figures["recovered"]) == (6, 11)
+    place.assert_accounts()
+
+
 def test_a_death_in_the_middle_of_copying_is_no_different(place):
     place.accept()
     copied = iter([True, True, False])
@@ -110,6 +128,7 @@ def test_a_death_in_the_middle_of_copying_is_no_different(place):
                 raise Killed
             return place.ring.adopt(other, handle)
 
+    begin_adopting(place.ring, place.counters)
     with pytest.raises(Killed):
         place.adoption.step(Dying(), 5)
     place.start()

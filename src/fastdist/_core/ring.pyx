@@ -596,26 +596,29 @@ cdef class PacketRing:
             if record.state == QUEUED and not self.is_claimed(record):
                 yield packet_of(record)
 
-    def totals_from(self, uint64_t sequence):
-        """Return (messages, bytes of bodies, how many came from another ring) of what was pushed from this sequence on.
-
-        Messages and bytes are of the others. The pushes have to be the latest: nothing is known of what has left the ring.
-        """
-        cdef int64_t position = self.head, messages = 0, body_bytes = 0, copies = 0
+    def totals_of_latest(self, int64_t count):
+        """Return (messages, bytes of bodies) of the latest ``count`` packets that were pushed; copies are none."""
+        cdef int64_t position, turn, skip = 0, messages = 0, body_bytes = 0
         cdef Record *record
-        while position < self.tail:
-            record = self.at(position)
-            if record.magic == GAP_MAGIC:
-                position += gap_bytes(record)
-                continue
-            if record.sequence >= sequence:
+        for turn in range(2):  # first count all there are
+            skip = max(0, skip - count)
+            position = self.head
+            while position < self.tail:
+                record = self.at(position)
+                if record.magic == GAP_MAGIC:
+                    position += gap_bytes(record)
+                    continue
+                position += record_size(record)
                 if record.moved:
-                    copies += 1
+                    continue
+                if turn == 0:
+                    skip += 1
+                elif skip:
+                    skip -= 1
                 else:
                     messages += record.messages
                     body_bytes += record.body_length
-            position += record_size(record)
-        return messages, body_bytes, copies
+        return messages, body_bytes
 
     def pushed_between(self, int64_t start, int64_t end):
         """Return (packets, messages, bytes of bodies) of what lies between two positions and waits to be claimed.
