@@ -34,8 +34,8 @@ from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.queuefiles import Adoption, OldRing
 from fastdist.shared import SharedBlock, WorkerWord
 from fastdist.snapshot import Snapshot
-from fastdist.sync import Syncer, sync_before_opening
-from fastdist.takeover import take_over
+from fastdist.sync import Syncer, make_safe
+from fastdist.takeover import begin_adopting, end_adopting, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,13 +71,11 @@ class Worker:
         self.counters = self.block.rows[assignment.index]
         self._read_settings()
         self.durability = self.config.queue.durability
-        files = [] if self.durability == "memory" else [assignment.ring, *assignment.old_rings.values()]
-        with _signs_of_life(self.words):
-            safe = all([sync_before_opening(fd) for fd in files])  # noqa: C419  (all of them, whatever becomes of one)
         self.ring = PacketRing(
             assignment.ring, volatile=self.durability == "memory", claims_wait_for_sync=self.durability == "fsync"
         )
         self.adoptions = [Adoption(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
+        safe = self._make_safe()
         self.syncer = None
         if self.durability != "memory":
             self.syncer = Syncer(self.ring, assignment.ring, self._synced, self._sync_failed)
@@ -116,6 +114,14 @@ class Worker:
         self._server: asyncio.Server | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
         self._numbers = itertools.count(1)
+
+    def _make_safe(self) -> bool:
+        """Sync what was found in files, whatever becomes of one; say whether all of it is safe."""
+        if self.durability == "memory":
+            return True
+        rings = [(self.ring, self.assignment.ring), *((each.ring, each.old.fd) for each in self.adoptions)]
+        with _signs_of_life(self.words):
+            return all([make_safe(ring, fd) for ring, fd in rings])  # noqa: C419
 
     # ---- settings
 
@@ -297,8 +303,9 @@ class Worker:
         requests = delivery.connections * delivery.pipeline * len(self.roster)
         most = max(LEAST_ADOPTED, requests * (delivery.batch_packets if delivery.mode == "batch" else 1))
         for adoption in () if self.intake.broken_storage else tuple(self.adoptions):
+            begin_adopting(self.ring, self.counters)
             moved, oversized = adoption.step(self.ring, most)
-            self.counters.add("adopted", moved)
+            end_adopting(self.ring, self.counters)
             if oversized:
                 self._bury_oversized(adoption, oversized)
             if moved:
