@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist._core.counters import COUNTER_WORDS, HISTOGRAM_BUCKETS, WORDS_PER_HISTOGRAM
+from fastdist.config import SAFE_BATCH
 
 NEVER = 1000.0  # seconds: a linger that is over in no test
 ANY_BYTES = bytes(range(256))
@@ -195,6 +196,16 @@ def test_ids_of_any_length_share_a_batch():
     desk.push(*[b"7"] * 500, keys=keys)
     desk.pool.pump()
     assert connection.transport.sent == batch(keys, [b"7"] * 500)
+
+
+def test_the_largest_batch_that_is_not_warned_of_has_a_head_below_8_kib():
+    desk = Desk(mode="batch", batch_packets=SAFE_BATCH)
+    connection = desk.connect()
+    desk.push(*[b"7"] * SAFE_BATCH, keys=[f"{number:064}" for number in range(SAFE_BATCH)])
+    desk.pool.pump()
+    (request,) = connection.transport.requests
+    assert len(request.ids) == SAFE_BATCH
+    assert connection.transport.sent.index(b"\r\n\r\n") + 4 < 8192 - 200  # what is left is for a host and a path
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 13])

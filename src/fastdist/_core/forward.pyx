@@ -370,7 +370,10 @@ cdef class ReplyBase:
         """Take the connection out of its pool's idle list."""
         if self.listed:
             self.listed = False
-            self.pool.idle.remove(self)
+            if self.pool.idle[len(self.pool.idle) - 1] is self:  # nearly always: the last used is used first
+                self.pool.idle.pop()
+            else:
+                self.pool.idle.remove(self)
 
     def awaited_for(self, int64_t now):
         """Return for how many ns a reply has been awaited here, 0 if none is."""
