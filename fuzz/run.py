@@ -30,7 +30,7 @@ NEWEST_CLANG = 30
 
 
 class CannotFuzzError(Exception):
-    """This machine has not what it takes."""
+    """Something is missing on this machine."""
 
 
 def find_clang() -> tuple[str, Path, Path]:
@@ -40,14 +40,15 @@ def find_clang() -> tuple[str, Path, Path]:
     machine = platform.machine()
     for clang in found:
         libraries = []
-        for name, end in (("fuzzer_no_main", "a"), ("asan", "so")):
+        wanted = (("fuzzer_no_main", "a"), ("asan", "so"))
+        for name, end in wanted:
             for file in (f"libclang_rt.{name}-{machine}.{end}", f"libclang_rt.{name}.{end}"):
                 command = [clang, f"-print-file-name={file}"]
                 path = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
                 if path.is_absolute() and path.exists():
                     libraries.append(path)
                     break
-        if len(libraries) == 2:
+        if len(libraries) == len(wanted):
             return clang, libraries[0], libraries[1]
     missing = f"{found[0]} has no libFuzzer or AddressSanitizer library" if found else "there is no clang"
     raise CannotFuzzError(f"{missing}; Debian has both: apt-get install clang libclang-rt-dev")
@@ -85,7 +86,7 @@ class Fuzzer:
         process = subprocess.Popen(
             command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
-        assert process.stdout is not None  # noqa: S101
+        assert process.stdout is not None
         telling = re.compile(r"INITED|pulse|DONE|Done|#[0-9]+\s+BINGO")
         last: list[str] = []
         for line in process.stdout:

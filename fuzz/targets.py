@@ -41,7 +41,7 @@ def _verdict(body: bytes, *, strict: bool) -> tuple[int, int] | None:
 
 
 def packet(given: Input) -> None:
-    """The scanner says yes only where ``packet.check`` does, with the same facts, and to all usual packets it does."""
+    """Check that the scanner says yes only where ``packet.check`` does, and to all usual packets."""
     body = given.data
     for strict in (False, True):
         facts, verdict = given.scan(strict), _verdict(body, strict=strict)
@@ -59,11 +59,11 @@ class _Ingest:
         limits = {"max_header": 1024, "max_body": 4096, "protocol": Recorder}
         self.checking = Service(**limits, security={"cors_origins": ("*",)})
         self.trusting = Service(**limits, validation="none")
-        self.checking.timers().__enter__()  # for good: in place of a running event loop's, and they never go off
-        self.loop = self.checking.loop
+        self.timers = self.checking.timers()
+        self.loop = self.timers.__enter__()  # for good: in place of a running event loop's, and they never go off
 
     def read(self, service: Service, pieces: Iterable[bytes]) -> tuple[Connection, list[object], list[int]]:
-        """Return a connection that is gone again, the requests that were read from it, and the statuses of its answers."""
+        """Return a connection that is gone again, the requests that were read from it, and its answers' statuses."""
         connection = service.connect().send(*pieces)
         service.emitters.end_waiting()
         self.loop.advance(0)
@@ -82,7 +82,7 @@ _INGEST: list[_Ingest] = []
 
 
 def request(given: Input) -> None:
-    """Requests mean the same however they arrive, and nothing that llhttp reads otherwise; no packet without its 202."""
+    """Check that requests mean the same however they arrive, and to llhttp too, and that no packet lacks its 202."""
     data = given.data
     cut = _choice(data, len(data) + 1)
     given.check_request(cut)
@@ -104,7 +104,7 @@ _TRIALS: list[Trials] = []
 
 
 def reply(given: Input) -> None:
-    """Replies mean the same however they arrive, and whatever they are no packet is lost or settled twice."""
+    """Check that replies mean the same however they arrive, and lose no packet, nor settle one twice."""
     data = given.data
     cut = _choice(data, len(data) + 1)
     given.check_reply(cut)

@@ -183,11 +183,11 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self.emitters.carry_out(response, lambda response: answer.complete(_bytes(answer, response)))
         return None
 
-    def refuse(self, status: int, counter: str, detail: str, close: bool) -> bytes:  # noqa: FBT001
+    def refuse(self, status: int, counter: str, detail: str, close: bool, headers: bytes = b"") -> bytes:  # noqa: FBT001
         """Count and describe a fault."""
         if counter and (self.is_log or counter in UNREADABLE):
             self.intake.counters.add(counter)
-        return self._compose(problem(status, detail), close=close)
+        return self._compose(problem(status, detail, headers=headers), close=close)
 
     def limited(self, seconds: float) -> bytes:
         """Answer that the rate is exceeded."""
