@@ -30,6 +30,7 @@ from fastdist.api import Api, Response, problem, reason
 from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
+from fastdist.errors import StartError
 from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.queuefiles import Adoption, OldRing
 from fastdist.shared import SharedBlock, WorkerWord
@@ -44,6 +45,7 @@ TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 ADOPTION_RETRY_NS = 1_000_000_000
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
+TLS_GOODBYE = 5.0  # seconds an emitter has to agree to the end of a TLS connection
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
 log = logs.get()
@@ -142,7 +144,10 @@ class Worker:
         self.dispatcher.config = self.config
         self.dispatcher.set_roster(self.roster)
         if self.tls is not None and self.config.security.tls_cert:
-            tls.load_certificate(self.tls, self.config.security)
+            try:
+                tls.load_certificate(self.tls, self.config.security)
+            except StartError as error:  # the supervisor could use the files a moment ago
+                log.error("the new certificate cannot be used; the old one stays", error=str(error))
         control.send(self._control, Message("reloaded"))
 
     def _ask_for(self, action: Action, done: Callable[[Response], None]) -> None:
@@ -189,7 +194,13 @@ class Worker:
         commands = socket.socket(fileno=self.assignment.control)
         reader, self._control = await control.connect(commands)
         self._server = await self.loop.create_server(
-            lambda: IngestProtocol(self.intake, self.emitters), sock=listener, backlog=4096, ssl=self.tls
+            lambda: IngestProtocol(self.intake, self.emitters),
+            sock=listener,
+            backlog=4096,
+            ssl=self.tls,
+            # As for a request's head: until it is whole there is nobody.
+            ssl_handshake_timeout=self.config.server.header_timeout if self.tls is not None else None,
+            ssl_shutdown_timeout=TLS_GOODBYE if self.tls is not None else None,
         )
         if self.syncer is not None:
             self.syncer.want()  # what was found is not known to be synced
