@@ -60,6 +60,10 @@ class Emitters:
         self.intake.open_to_all = not tokens
         self.intake.shares_origins = bool(cors_origins)
 
+    def has_room_besides(self, coming: int) -> bool:
+        """Whether one more connection may come with so many that are on their way: to be taken in, or to be told no."""
+        return len(self.intake.connections) + coming < self.intake.max_connections + MOST_TURNED_AWAY
+
     def settled(self, sequence: int, analyzer: str | None) -> None:
         """Tell whoever waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
         waiting = self._take(sequence)

@@ -2,19 +2,31 @@
 
 One context serves all connections for as long as a worker lives. A new certificate is put into it, so that connections
 from then on have the new one and those that are open keep theirs. A pair of files that cannot be used changes nothing.
+
+Handshakes under way are connections that nobody else counts yet: ``TlsServer`` bounds their number and their time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from typing import TYPE_CHECKING
 
+from fastdist import logs
 from fastdist.errors import StartError
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
     from typing import NoReturn
 
     from fastdist.config import Security
+
+ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
+PAUSE = 0.1  # seconds to accept nothing when there is no descriptor to be had
+GOODBYE = 5.0  # seconds a client has to agree to the end of a connection
+
+log = logs.get()
 
 # Of TLS 1.2; those of 1.3 are all like these: a new key for each connection, and authenticated encryption.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -63,3 +75,66 @@ class _EncryptedError(Exception):
 def _refuse_to_ask() -> NoReturn:
     """In place of OpenSSL's question on the terminal, which a service waits for until somebody looks."""
     raise _EncryptedError
+
+
+class TlsServer:
+    """Accepts connections and sees them through their handshakes; then they are ``protocol()``'s.
+
+    ``has_room(handshakes)`` says whether one more connection may be accepted with that many on their way: one too many
+    is closed at once, as nothing can be said to it. A handshake has ``patience`` seconds.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        context: ssl.SSLContext,
+        protocol: Callable[[], asyncio.Protocol],
+        has_room: Callable[[int], bool],
+        patience: float,
+    ) -> None:
+        self.listener, self.context, self.protocol = listener, context, protocol
+        self.has_room, self.patience = has_room, patience
+        self.loop = asyncio.get_running_loop()
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._closed = False
+        listener.setblocking(False)  # noqa: FBT003
+        self._listen()
+
+    def close(self) -> None:
+        """Accept no more connections."""
+        self._closed = True
+        self.loop.remove_reader(self.listener)
+
+    def _listen(self) -> None:
+        if not self._closed:
+            self.loop.add_reader(self.listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, _ = self.listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.error("cannot accept connections; trying again", error=error.strerror)
+                self.loop.remove_reader(self.listener)
+                self.loop.call_later(PAUSE, self._listen)
+                return
+            if not self.has_room(len(self._handshakes)):
+                connection.close()
+                continue
+            task = self.loop.create_task(self._shake_hands(connection))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+
+    async def _shake_hands(self, connection: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(
+                self.protocol,
+                connection,
+                ssl=self.context,
+                ssl_handshake_timeout=self.patience,
+                ssl_shutdown_timeout=GOODBYE,
+            )
+        except OSError:  # of ssl and of time-outs too: whoever it was has gone, or speaks something else
+            connection.close()

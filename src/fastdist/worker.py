@@ -45,7 +45,6 @@ TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 ADOPTION_RETRY_NS = 1_000_000_000
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
-TLS_GOODBYE = 5.0  # seconds an emitter has to agree to the end of a TLS connection
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
 log = logs.get()
@@ -113,7 +112,7 @@ class Worker:
         self._next_sweep = self._next_sync = self._next_adoption = 0
         self._cannot_bury = False  # packets of old rings that have to be dead letters
         self._stopped = asyncio.Event()
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | tls.TlsServer | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
         self._numbers = itertools.count(1)
 
@@ -193,15 +192,7 @@ class Worker:
         listener = socket.socket(fileno=self.assignment.listener)
         commands = socket.socket(fileno=self.assignment.control)
         reader, self._control = await control.connect(commands)
-        self._server = await self.loop.create_server(
-            lambda: IngestProtocol(self.intake, self.emitters),
-            sock=listener,
-            backlog=4096,
-            ssl=self.tls,
-            # As for a request's head: until it is whole there is nobody.
-            ssl_handshake_timeout=self.config.server.header_timeout if self.tls is not None else None,
-            ssl_shutdown_timeout=TLS_GOODBYE if self.tls is not None else None,
-        )
+        self._server = await self._listen(listener)
         if self.syncer is not None:
             self.syncer.want()  # what was found is not known to be synced
         self.tick()
@@ -215,6 +206,17 @@ class Worker:
         if obeying.done():
             obeying.result()  # whatever went wrong there ends this worker: another takes over
         obeying.cancel()
+
+    async def _listen(self, listener: socket.socket) -> asyncio.Server | tls.TlsServer:
+        def protocol() -> IngestProtocol:
+            return IngestProtocol(self.intake, self.emitters)
+
+        if self.tls is None:
+            return await self.loop.create_server(protocol, sock=listener, backlog=4096)
+        # Until its handshake is over a connection is like one whose head is not whole.
+        return tls.TlsServer(
+            listener, self.tls, protocol, self.emitters.has_room_besides, self.config.server.header_timeout
+        )
 
     async def _obey(self, reader: asyncio.StreamReader) -> None:
         """Carry out the supervisor's commands; end when it is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
 import socket
 import ssl
 import subprocess
@@ -13,7 +14,7 @@ import threading
 
 import pytest
 import trustme
-from support import BODY, Distributor
+from support import BODY, Distributor, wait_until
 
 AUTHORITY = trustme.CA()
 NEXT = trustme.CA()  # of the certificate that replaces the first
@@ -294,3 +295,27 @@ def test_connections_beyond_the_limit_are_answered_over_tls_too(secure):
         assert b"".join(iter(lambda: connection.recv(65536), b"")).startswith(b"HTTP/1.1 503 ")
     for connection in inside:
         connection.close()
+
+
+def test_handshakes_that_never_end_leave_descriptors_for_others(secure):
+    """Beyond the limit, and some that could be told so, connections are closed before they cost anything."""
+    fastdist = secure({"server": {"workers": 1, "max_connections": 20, "header_timeout": "3s"}})
+    silent = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(500)]
+    try:
+        wait_until(lambda: len(ended(silent)) >= 500 - 20 - 256, "those beyond the limit are closed")
+        assert len(ended(silent)) < 400, "those within the limit have their time"
+        wait_until(lambda: len(ended(silent)) == 500, "their time is over")
+    finally:
+        for connection in silent:
+            connection.close()
+    assert fastdist.once("POST", "/logs", BODY)[0] == 202
+    fastdist.wait_at_rest()
+    assert [row["state"] for row in json.loads(fastdist.once("GET", "/analyzers")[1])["analyzers"]] == ["online"] * 4
+
+
+def ended(connections):
+    """Return those that the other side has closed."""
+    readable = select.poll()
+    for connection in connections:
+        readable.register(connection, select.POLLIN)
+    return readable.poll(0)
