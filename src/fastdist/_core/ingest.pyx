@@ -230,6 +230,8 @@ cdef class IngestBase:
             self.flush()
         if self.intake.ring.next_sequence != before:
             self.intake.on_accepted()
+            if self.intake.answers_after_sync:
+                self.intake.on_sync_wanted()
 
     cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
         cdef const uchar *end = p + n
@@ -525,7 +527,6 @@ cdef class IngestBase:
             if intake.answers_after_sync:
                 answer.position = intake.ring.tail
                 self.await_sync()
-                intake.on_sync_wanted()
             self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
                                 messages if intake.validation else None)
             return 0
@@ -541,7 +542,6 @@ cdef class IngestBase:
                 self.answers = []
             self.answers.append(answer)
             self.await_sync()
-            intake.on_sync_wanted()
         return 0
 
     # ---- answers
@@ -655,14 +655,16 @@ cdef class IngestBase:
                 break
             ready.append(answer.data)
         if ready:
-            del self.answers[:len(ready)]
+            if len(ready) == len(self.answers):
+                self.answers = None
+            else:
+                del self.answers[:len(ready)]
             if self.transport is not None:
-                self.transport.write(b"".join(ready))
-        if not self.answers:
-            self.answers = None
-            if self.state == OVER and self.transport is not None:
-                self.finish()
-        self.balance_input()
+                self.transport.write(ready[0] if len(ready) == 1 else b"".join(ready))
+        if self.answers is None and self.state == OVER and self.transport is not None:
+            self.finish()
+        if self.input_paused or self.output_paused or self.answers is not None:
+            self.balance_input()
 
     def balance_input(self):
         """Read no further while the emitter does not read its answers, or too many of them wait."""
