@@ -6,12 +6,14 @@ import json
 
 import pytest
 
+from fastdist import stats
 from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.changes import Changes
 from fastdist.config import Analyzer, Config
 from fastdist.control import Action
 from fastdist.errors import ConfigError
 from fastdist.shared import AnalyzerWord, SharedBlock
+from fastdist.snapshot import Snapshot
 
 
 def analyzers(*weights: float, port: int = 4000) -> tuple[Analyzer, ...]:
@@ -215,3 +217,49 @@ def test_more_analyzers_than_slots(block, tmp_path):
     with pytest.raises(ConfigError, match="needs a restart"):
         it.take_over(Config(analyzers=analyzers(*[1] * 9)))
     assert len(it.slots_in_use()) == 8
+
+
+def named(*names: str) -> Config:
+    return Config(analyzers=tuple(Analyzer(id=name, endpoint="http://127.0.0.1:4000/", weight=1) for name in names))
+
+
+def test_a_new_analyzer_begins_at_nothing_in_a_slot_another_has_had(block, tmp_path):
+    it = Changes(named("old", *"bcdefgh"), block, tmp_path)  # all the slots there are
+    it.begin()
+    for row in block.rows:
+        for field in ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries"):
+            row.add_to(0, field, 40)
+        row.observe_delivery(0, 8_000_000)
+    it.take_over(named(*"bcdefgh"))
+    it.take_over(named("new", *"bcdefgh"))
+    assert it.slots_in_use()["new"] == 0
+    block.rows[1].add_to(0, "delivered", 3)
+    block.rows[1].observe_delivery(0, 1_000_000)
+    it.block.rows[0].add_to(1, "delivered", 1)
+    snapshot = Snapshot(block, it.config, it.roster, "1")
+    new = next(view for view in stats.analyzers(snapshot)["analyzers"] if view["id"] == "new")
+    assert (new["delivered"], new["failed"], new["retried"], new["actualShare"]) == (3, 0, 0, 0.75)
+    assert new["latencyMs"]["max"] < 2.0
+    assert snapshot.delivery([0]).cumulative()[-1] == 1
+    assert snapshot.delivered == 84
+    assert snapshot.total_of_analyzers("failed") == 80
+    assert snapshot.delivery().cumulative()[-1] == 3
+
+
+def test_an_analyzer_that_comes_back_to_its_slot_keeps_its_figures(block, tmp_path):
+    it = Changes(named("a", "b"), block, tmp_path)
+    it.begin()
+    block.rows[0].add_to(0, "delivered", 40)
+    it.take_over(named("b"))
+    it.take_over(named("b", "a"))
+    figures = {each.analyzer.id: each for each in Snapshot(block, it.config, it.roster, "1").analyzers}
+    assert figures["a"].delivered == 40
+
+
+def test_a_slot_that_still_awaits_replies_is_the_last_to_be_given_away(block, tmp_path):
+    it = Changes(named(*"abcdefgh"), block, tmp_path)
+    it.begin()
+    it.take_over(named(*"defgh"))
+    block.rows[1].add_to(0, "packets_in_flight", 1)
+    it.take_over(named(*"efgh", "x"))  # d is removed in the same step: workers have yet to hear of it
+    assert it.slots_in_use()["x"] == 1
