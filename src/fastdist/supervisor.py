@@ -22,7 +22,7 @@ import uvloop
 from fastdist import __version__, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
-from fastdist.config import to_wire
+from fastdist.config import LEAST_PART, to_wire, usable_cores
 from fastdist.control import Message
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
@@ -52,7 +52,7 @@ class Supervisor:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
-        self.workers = loaded.config.server.workers or min(256, len(os.sched_getaffinity(0)))
+        self.workers = loaded.config.server.workers or usable_cores()
         self.block = SharedBlock.create(self.workers, max(64, 2 * len(loaded.config.analyzers)))
         self.settings = os.memfd_create("fastdist-settings")
         self.folder = QueueFolder(loaded.config.queue.path)
@@ -94,7 +94,7 @@ class Supervisor:
 
     def _open_rings(self) -> list[int]:
         queue = self.config.queue
-        capacity = queue.capacity // self.workers
+        capacity = queue.capacity // self.workers // LEAST_PART * LEAST_PART  # together never more than was allowed
         if queue.durability == "memory":
             if self.folder.has_rings():
                 self.folder.lock()
