@@ -5,7 +5,7 @@ BIN := .venv/bin
 CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdist/_core/*.h)
 BUILT := .venv/.built
 
-.PHONY: help build run test unit component e2e chaos bench lint types debug sanitize wheel clean
+.PHONY: help build run test unit component e2e chaos bench bench-quick micro lint types debug sanitize wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,8 +40,14 @@ unit component e2e: build  ## one kind of tests
 chaos: build  ## the long form of the chaos suite (some twenty minutes), with its table for docs/reliability.md
 	FASTDIST_CHAOS=long $(BIN)/python -m pytest tests/chaos
 
-bench: build  ## the race against nginx and HAProxy (scripts/peers.sh installs them)
+bench: build  ## the race against nginx, HAProxy, Envoy and Express (scripts/bench-peers.sh installs them)
 	$(BIN)/python bench/race.py
+
+bench-quick: build  ## does the race work? a second of everything
+	$(BIN)/python bench/race.py --quick
+
+micro: build  ## micro-benchmarks of the core (scripts/bench-peers.sh installs what they need)
+	$(BIN)/python -m pytest bench/micro
 
 lint: build  ## style
 	$(BIN)/ruff check
