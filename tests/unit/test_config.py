@@ -271,7 +271,7 @@ def test_a_configuration_is_frozen():
         ("[limits]\nrate = true", "limits.rate: expected a number, got boolean true"),
         ("[limits]\nrate = '1'", 'limits.rate: expected a number, got string "1"'),
         ("[limits]\nburst = 1.5", "limits.burst: expected an integer, got number 1.5"),
-        ("[retry]\nbase = true", "retry.base: expected a duration such as 500ms, 2s or 1.5m, got bool"),
+        ("[retry]\nbase = true", "retry.base: expected a duration such as 500ms, 2s or 1.5m, got boolean true"),
         ("[server]\nmax_body = '5'", "server.max_body: expected a size such as 512B, 16KiB or 10MiB, got '5'"),
         (
             "[delivery]\nspill_after = 'soon'",

@@ -288,7 +288,8 @@ cdef class IngestBase:
         cdef bint bodiless = head.expects_continue or head.content_length > self.intake.max_body
         self.head_only = head.method == HEAD
         if head.status:
-            self.fault(head.status, "malformed", f"the request is not HTTP: {head.fault.decode()}")
+            self.fault(head.status, "malformed",  # 501 and 505 are about what is HTTP, but not spoken here
+                       f"{'the request is not HTTP: ' if head.status == 400 else ''}{head.fault.decode()}")
             return 0
         self.keep_alive = keep_alive and not bodiless
         self.old_client = head.minor == 0
