@@ -161,6 +161,8 @@ class Changes:
             return 503, f"the change cannot be stored in {self._folder}: {error.strerror}"
         self.overrides = wanted
         self._put_in_force(slot, self.roster[slot])
+        if action.draining is False:  # told to be online: that ends a pause it has asked for (Retry-After)
+            self.block.analyzers.set(slot, AnalyzerWord.PAUSED_UNTIL_NS, 0)
         self.block.analyzers.touch()
         log.info("an analyzer was changed", analyzer=action.analyzer, weight=after.weight, draining=after.draining)
         return 200, None

@@ -109,7 +109,6 @@ def test_changes_that_can_be_asked_for(body, action):
     [
         (b"", 400, []),
         (b"{", 400, []),
-        (b'{"state": "\xff"}', 400, []),
         (b"[]", 422, []),
         (b"{}", 422, []),
         (b'{"weight": -1}', 422, ["/weight"]),
@@ -118,7 +117,12 @@ def test_changes_that_can_be_asked_for(body, action):
         (b'{"weight": true}', 422, ["/weight"]),
         (b'{"weight": 1e101}', 422, ["/weight"]),
         (b'{"weight": 1%s}' % (b"0" * 400), 422, ["/weight"]),
-        (b'{"weight": 1e999}', 400, []),
+        (b'{"weight": 1e999}', 422, ["/weight"]),
+        (b'{"weight": -1e999}', 422, ["/weight"]),
+        (b'{"weight": NaN}', 400, []),
+        (b'{"weight": Infinity}', 400, []),
+        (b"[" * 100_000, 400, []),
+        (b'{"state": "\xff"}', 400, []),
         (b'{"state": "offline"}', 422, ["/state"]),
         (b'{"state": null}', 422, ["/state"]),
         (b'{"state": ["online"]}', 422, ["/state"]),
@@ -263,3 +267,17 @@ def test_a_slot_that_still_awaits_replies_is_the_last_to_be_given_away(block, tm
     block.rows[1].add_to(0, "packets_in_flight", 1)
     it.take_over(named(*"efgh", "x"))  # d is removed in the same step: workers have yet to hear of it
     assert it.slots_in_use()["x"] == 1
+
+
+def test_being_told_to_be_online_ends_a_pause(block, tmp_path):
+    it = changes(block, tmp_path, 1, 1)
+    later = 2**62
+    for slot in (0, 1):
+        block.analyzers.pause(slot, later)
+    assert it.apply(Action("override", "A1", 2.0, None))[0] == 200  # another weight is no reason to disturb it
+    assert block.analyzers.get(0, AnalyzerWord.PAUSED_UNTIL_NS) == later
+    epoch = block.analyzers.epoch
+    assert it.apply(Action("override", "A1", None, False))[0] == 200
+    assert block.analyzers.get(0, AnalyzerWord.PAUSED_UNTIL_NS) == 0
+    assert block.analyzers.epoch > epoch
+    assert block.analyzers.get(1, AnalyzerWord.PAUSED_UNTIL_NS) == later
