@@ -95,7 +95,7 @@ class WorkerWord(IntEnum):
     CPU_PERMILLE = 5  # of one core, over the last second; the supervisor
     RSS = 6  # bytes; the supervisor
     STARTED_NS = 7  # wall clock; the supervisor
-    STORAGE_FAULT = 8  # 1: the last write to disk failed; the worker
+    STORAGE_FAULT = 8  # 1: the last write to disk failed, or the ring's file was deleted; the worker
     FULL = 9  # 1: the last push found the queue full; the worker
     WORKER_WORDS = 16
 

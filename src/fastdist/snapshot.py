@@ -318,7 +318,7 @@ class Snapshot:
         if self.block.head[HeadWord.DRAINING]:
             return "the service is draining: it is about to end"
         if any(worker.cannot_store for worker in self.workers):
-            return "packets cannot be stored: the last write to disk failed"
+            return "packets cannot be stored: writing to disk fails, or the queue's file was deleted"
         if any(worker.full for worker in self.workers):
             return "the queue is full"
         return ""

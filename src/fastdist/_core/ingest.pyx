@@ -690,6 +690,11 @@ cdef class IngestBase:
         """Whether nothing is under way: no part of a request, no answer."""
         return self.state == START and self.head_ns == 0 and self.answers is None
 
+    def lingered(self, int64_t now):
+        """Return for how many ns all has been written here and only the emitter's end is awaited; 0 if that is not so."""
+        done = self.state == OVER and self.answers is None and self.transport.get_write_buffer_size() == 0
+        return now - self.moved_ns if done else 0
+
     def expired(self, int64_t now):
         """Return what has taken too long: "" nothing, "idle", "head", "body", "answers" or "end"."""
         cdef Intake intake = self.intake
