@@ -22,13 +22,13 @@ import uvloop
 from fastdist import __version__, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
-from fastdist.config import warnings
+from fastdist.config import LEAST_PART, usable_cores, warnings
 from fastdist.control import Message, Settings, shorten, write_settings
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.health import HealthChecker
 from fastdist.keeper import Keeper, Place
-from fastdist.queuefiles import QueueFolder
+from fastdist.queuefiles import QueueFolder, is_nameless
 from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
 from fastdist.snapshot import Snapshot
 
@@ -52,7 +52,7 @@ class Supervisor:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
-        self.workers = loaded.config.server.workers or min(256, len(os.sched_getaffinity(0)))
+        self.workers = loaded.config.server.workers or usable_cores()
         self.block = SharedBlock.create(self.workers, max(64, 2 * len(loaded.config.analyzers)))
         self.settings = os.memfd_create("fastdist-settings")
         self.folder = QueueFolder(loaded.config.queue.path)
@@ -96,7 +96,7 @@ class Supervisor:
 
     def _open_rings(self) -> list[int]:
         queue = self.config.queue
-        capacity = queue.capacity // self.workers
+        capacity = queue.capacity // self.workers // LEAST_PART * LEAST_PART  # together never more than was allowed
         if queue.durability == "memory":
             if self.folder.has_rings():
                 self.folder.lock()
@@ -145,7 +145,8 @@ class Supervisor:
             for listener in listeners:
                 listener.listen(BACKLOG)
         except OSError as error:
-            raise StartError(f"cannot listen on {server.host} port {server.port}: {error.strerror or error}") from error
+            where = f'"{server.host}" port {server.port}'
+            raise StartError(f"cannot listen on {where}: {error.strerror or error}") from error
         return listeners
 
     # ---- running
@@ -209,12 +210,16 @@ class Supervisor:
                 self.keeper.stop(time.monotonic() + seconds)
 
     def _bury_the_rest(self) -> None:
-        """Write what workers that were down or killed have left in memory to the dead letters."""
-        if self.config.queue.durability != "memory":
-            return
+        """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters."""
+        nameless = [place for place in self.keeper.places if is_nameless(place.ring)]
+        queued = sum(row.get("undone") for row in self.block.rows) if not nameless else 0
+        if queued:
+            log.warning(
+                "packets stay queued, for the next start to deliver", packets=queued, path=str(self.folder.path)
+            )
         letters = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
         count = 0
-        for place in self.keeper.places:
+        for place in nameless:
             ring = PacketRing(place.ring, volatile=True)
             try:
                 while handle := ring.claim():

@@ -31,7 +31,7 @@ from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
 from fastdist.ingest import Emitters, IngestProtocol
-from fastdist.queuefiles import Adoption, OldRing
+from fastdist.queuefiles import Adoption, OldRing, is_nameless
 from fastdist.shared import SharedBlock, WorkerWord
 from fastdist.snapshot import Snapshot
 from fastdist.sync import Syncer, make_safe
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
+LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
 log = logs.get()
@@ -112,6 +113,7 @@ class Worker:
         self._put_in_force()
         self._next_sweep = self._next_sync = 0
         self._letters_unsafe = False  # dead letters could not be synced (disk)
+        self._deleted = False  # the ring's file
         self._stopped = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
@@ -230,9 +232,7 @@ class Worker:
         if self._server is not None:
             self._server.close()
         while time.monotonic() < deadline:
-            for connection in tuple(self.intake.connections):
-                if connection.idle() and connection.transport is not None:
-                    connection.transport.close()
+            self._close_what_is_over()
             if self.undone == 0 and not self.intake.connections:
                 break
             await asyncio.sleep(TICK)
@@ -252,6 +252,15 @@ class Worker:
             adoption.settle(self.ring)
         self._stopped.set()
 
+    def _close_what_is_over(self) -> None:
+        for connection in tuple(self.intake.connections):
+            if connection.transport is None:
+                continue
+            if connection.idle():
+                connection.transport.close()
+            elif self.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
+                connection.transport.abort()
+
     def _stop_delivering(self) -> None:
         """Send nothing from here on; what is in flight is back in the ring."""
         self.dispatcher.set_roster({})
@@ -269,7 +278,7 @@ class Worker:
 
     def _bury_the_rest(self) -> None:
         """Queued in memory only, packets would end with this process: write them to the dead letters."""
-        if self.durability != "memory" or self.ring.undone == 0:
+        if not is_nameless(self.assignment.ring) or self.ring.undone == 0:
             return
         try:
             count = self.dispatcher.bury_all()
@@ -310,6 +319,18 @@ class Worker:
         self._next_sweep = now_ns + int(min(1.0, max(TICK, shortest / 8)) * 1e9)
         for connection in tuple(self.intake.connections):
             connection.check(now_ns)
+        self._look_for_file()
+
+    def _look_for_file(self) -> None:
+        """Accept nothing once the ring's file was deleted: what is in it now ends with this service."""
+        if self._deleted or self.durability == "memory" or not is_nameless(self.assignment.ring):
+            return
+        self._deleted = self.intake.broken_storage = True
+        log.error(
+            "the queue's file was deleted; nothing can be accepted until fastdist is restarted",
+            folder=self.config.queue.path,
+            packets=self.ring.undone,
+        )
 
     def _adopt(self) -> None:
         """Move packets of old rings into this worker's own: at a time, as many as may be in flight."""
@@ -350,7 +371,7 @@ class Worker:
     # ---- what the syncer tells
 
     def _synced(self, position: int) -> None:
-        self.intake.broken_storage = False
+        self.intake.broken_storage = self._deleted
         self.intake.synced(position)
         self.dispatcher.schedule()
         if self.adoptions:

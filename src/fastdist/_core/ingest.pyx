@@ -290,7 +290,8 @@ cdef class IngestBase:
         cdef bint bodiless = head.expects_continue or head.content_length > self.intake.max_body
         self.head_only = head.method == HEAD
         if head.status:
-            self.fault(head.status, "malformed", f"the request is not HTTP: {head.fault.decode()}")
+            self.fault(head.status, "malformed",  # 501 and 505 are about what is HTTP, but not spoken here
+                       f"{'the request is not HTTP: ' if head.status == 400 else ''}{head.fault.decode()}")
             return 0
         self.keep_alive = keep_alive and not bodiless
         self.old_client = head.minor == 0
@@ -690,6 +691,11 @@ cdef class IngestBase:
     def idle(self):
         """Whether nothing is under way: no part of a request, no answer."""
         return self.state == START and self.head_ns == 0 and self.answers is None
+
+    def lingered(self, int64_t now):
+        """Return for how many ns all has been written here and only the emitter's end is awaited; 0 if that is not so."""
+        done = self.state == OVER and self.answers is None and self.transport.get_write_buffer_size() == 0
+        return now - self.moved_ns if done else 0
 
     def expired(self, int64_t now):
         """Return what has taken too long: "" nothing, "idle", "head", "body", "answers" or "end"."""
