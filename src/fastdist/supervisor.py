@@ -27,10 +27,11 @@ from fastdist.control import Message
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.health import HealthChecker
-from fastdist.keeper import Keeper, Place
+from fastdist.keeper import LATE, Keeper, Place
 from fastdist.queuefiles import QueueFolder
 from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
 from fastdist.snapshot import Snapshot
+from fastdist.systemd import ServiceManager
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -58,6 +59,7 @@ class Supervisor:
         self.folder = QueueFolder(loaded.config.queue.path)
         self.changes = Changes(loaded.config, self.block, self.folder.path)
         self.keeper = Keeper(self.block, self.settings, self._heard, self._hopeless)
+        self.manager = ServiceManager()
         self.exit_status = 0
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, int] = {}
@@ -183,6 +185,7 @@ class Supervisor:
             analyzers=len(self.config.analyzers),
             durability=self.config.queue.durability,
         )
+        self.manager.ready()
         if sys.stderr.isatty():
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
             print(  # noqa: T201  (for the person at the terminal, not for the log)
@@ -205,6 +208,8 @@ class Supervisor:
             else:
                 seconds = self.config.server.drain_timeout
                 log.info("draining", signal=number.name, for_at_most=seconds)
+                self.manager.stopping(seconds + 2 * LATE)
+                self.manager.status(f"Draining for at most {seconds:g} s")
                 self.block.head[HeadWord.DRAINING] = 1
                 self.keeper.stop(time.monotonic() + seconds)
 
@@ -267,27 +272,31 @@ class Supervisor:
     async def _reload(self) -> tuple[int, object]:
         """Read the configuration again; return a status and what to tell whoever asked."""
         async with self._changing:
+            with self.manager.reloading():
+                return await self._read_again()
+
+    async def _read_again(self) -> tuple[int, object]:
+        try:
+            loaded = self.loaded.reload()
+            tls.server_context(loaded.config.security)
+            need_restart = self.changes.take_over(loaded.config)
+        except (ConfigError, StartError) as error:
+            problems = getattr(error, "problems", [str(error)])
+            log.error("the new configuration cannot be used; the old one stays", problems=problems)
+            return 422, problems
+        self.loaded = loaded
+        self._write_settings()
+        self.health.set_roster(self.changes.roster)
+        self._applied.clear()
+        self._behind = {place for place in self.keeper.places if place.send(self._news())}
+        if self._behind:
             try:
-                loaded = self.loaded.reload()
-                tls.server_context(loaded.config.security)
-                need_restart = self.changes.take_over(loaded.config)
-            except (ConfigError, StartError) as error:
-                problems = getattr(error, "problems", [str(error)])
-                log.error("the new configuration cannot be used; the old one stays", problems=problems)
-                return 422, problems
-            self.loaded = loaded
-            self._write_settings()
-            self.health.set_roster(self.changes.roster)
-            self._applied.clear()
-            self._behind = {place for place in self.keeper.places if place.send(self._news())}
-            if self._behind:
-                try:
-                    await asyncio.wait_for(self._applied.wait(), APPLIED)
-                except TimeoutError:
-                    late = sorted(place.name for place in self._behind if place.alive)
-                    log.warning("not all workers have taken over the new settings yet", workers=late)
-            log.info("the configuration was read again", needs_restart=need_restart or None)
-            return 200, {"status": "reloaded", "needsRestart": need_restart}
+                await asyncio.wait_for(self._applied.wait(), APPLIED)
+            except TimeoutError:
+                late = sorted(place.name for place in self._behind if place.alive)
+                log.warning("not all workers have taken over the new settings yet", workers=late)
+        log.info("the configuration was read again", needs_restart=need_restart or None)
+        return 200, {"status": "reloaded", "needsRestart": need_restart}
 
     def _news(self) -> Message:
         return Message("reload", roster=self.changes.slots_in_use(), body=self.changes.generation)
@@ -300,6 +309,8 @@ class Supervisor:
             await asyncio.sleep(WATCH)
             self.keeper.replace_hanging()
             self._tell_of_analyzers()
+            if self.keeper.serving():
+                self.manager.alive()
 
     def _tell_of_analyzers(self) -> None:
         states = self.block.analyzers
@@ -323,7 +334,21 @@ class Supervisor:
             snapshot = Snapshot(self.block, self.config, self.changes.roster, __version__)
             self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
             self.keeper.measure()
+            if not self.keeper.stopping:
+                self.manager.status(_in_a_line(snapshot))
             await asyncio.sleep(1.0)
+
+
+def _in_a_line(snapshot: Snapshot) -> str:
+    """Return what the service manager shows of the service."""
+    states = [figures.state for figures in snapshot.analyzers]
+    running = sum(worker.running for worker in snapshot.workers)
+    draining = f", {states.count('draining')} draining" if "draining" in states else ""
+    obstacle = f"; takes no packets: {snapshot.obstacle}" if snapshot.obstacle else ""
+    return (
+        f"{running} of {len(snapshot.workers)} workers running, "
+        f"{states.count('online')} of {len(states)} analyzers online{draining}{obstacle}"
+    )
 
 
 def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int:

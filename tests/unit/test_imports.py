@@ -40,6 +40,7 @@ ORDER = [
     "worker",
     "keeper",
     "changes",
+    "systemd",
     "supervisor",
     "posting",
     "replay",
