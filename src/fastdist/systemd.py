@@ -2,7 +2,7 @@
 
 - A message is one datagram to the socket that NOTIFY_SOCKET names; without that variable nothing is ever sent.
 - The variables are taken out of the environment: the workers, which inherit it, do not speak for the service.
-- No message is worth the service. One that cannot be sent within ``PATIENCE`` is given up, and the log tells of it once.
+- No message is worth the service. One that cannot be sent within ``PATIENCE`` is given up; the log tells of it once.
 - What is said is true at any moment: nothing is ready twice, and after STOPPING=1 nothing is ready again.
 """
 
