@@ -185,6 +185,7 @@ class Supervisor:
             analyzers=len(self.config.analyzers),
             durability=self.config.queue.durability,
         )
+        self.manager.status(_in_a_line(self._snapshot()))
         self.manager.ready()
         if sys.stderr.isatty():
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
@@ -328,10 +329,13 @@ class Supervisor:
                     log.info("analyzer online; it gets its share again", analyzer=analyzer.id)
             self._known_states[slot] = state
 
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.block, self.config, self.changes.roster, __version__)
+
     async def _sample(self) -> None:
         """Once a second keep the totals for the rates, and each worker's use of processor and memory."""
         while True:
-            snapshot = Snapshot(self.block, self.config, self.changes.roster, __version__)
+            snapshot = self._snapshot()
             self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
             self.keeper.measure()
             if not self.keeper.stopping:
