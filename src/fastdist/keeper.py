@@ -213,14 +213,11 @@ class Keeper:
                 log.error("a worker has not ended in time and is killed", worker=place.name)
                 place.kill()
 
-    def _silence(self, place: Place, now: float) -> float:
-        """Return for how many seconds the event loop of a worker has given no sign."""
-        return now - max(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9, place.started)
-
     def serving(self) -> bool:
         """Whether there is a worker that got ready and does not hang."""
-        now = time.monotonic()
-        return any(place.alive and place.ready and self._silence(place, now) <= HANG for place in self.places)
+        since = (time.monotonic() - HANG) * 1e9
+        running = (place for place in self.places if place.alive and place.ready)
+        return any(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] >= since for place in running)
 
     def replace_hanging(self) -> None:
         """Kill workers whose event loop has not given a sign for too long; their places are filled anew."""
@@ -231,9 +228,9 @@ class Keeper:
         if now < self._judge_from:
             return
         for place in self.places:
-            silence = self._silence(place, now)
-            if place.alive and silence > (HANG if place.ready else START):
-                log.error("a worker hangs and is killed", worker=place.name, silent_for=round(silence, 1))
+            beat = max(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9, place.started)
+            if place.alive and now - beat > (HANG if place.ready else START):
+                log.error("a worker hangs and is killed", worker=place.name, silent_for=round(now - beat, 1))
                 place.started = now  # once
                 place.kill()
 
