@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import images
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import Distributor, Emitter, Mocks, request, running
@@ -43,3 +44,12 @@ def promtool() -> str:
     if found is None:
         pytest.skip("promtool is not installed; scripts/peers.sh installs it")
     return found
+
+
+@pytest.fixture(scope="session")
+def builder(tmp_path_factory) -> images.Builder:
+    """Return what makes the Dockerfile's images, each once; skip where none can be made."""
+    folder = tmp_path_factory.mktemp("images")
+    if obstacle := images.obstacle(folder):
+        pytest.skip(obstacle)
+    return images.Builder(folder)

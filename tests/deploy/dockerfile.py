@@ -84,7 +84,9 @@ def environment(name: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for stage in lineage(name):
         for each in stage.all("ENV"):
-            pairs |= {key: quoted or plain for key, quoted, plain in re.findall(r'(\w+)=(?:"([^"]*)"|(\S+))', each.text)}
+            pairs |= {
+                key: quoted or plain for key, quoted, plain in re.findall(r'(\w+)=(?:"([^"]*)"|(\S+))', each.text)
+            }
     return pairs
 
 

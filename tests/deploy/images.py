@@ -35,8 +35,13 @@ def obstacle(folder: Path) -> str:
     for program in ("unshare", "chroot", "groupadd", "useradd"):
         if shutil.which(program) is None:
             return f"there is no {program}"
-    tried = subprocess.run(Image(folder / "probe").command(["true"]), capture_output=True, text=True, check=False)
-    return f"no overlay over this machine's root: {tried.stderr.strip()}" if tried.returncode else ""
+    command = Image(folder / "probe").command(["sleep", "1"])
+    tried = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]  # one root, two containers
+    for process in tried:
+        _, complaint = process.communicate()
+        if process.returncode:
+            return f"no overlay over this machine's root: {complaint.strip()}"
+    return ""
 
 
 class Image:
@@ -116,7 +121,9 @@ class Builder:
         """Return what stands in for python:*: this machine, with an interpreter that has pip."""
         if "this machine" not in self.images:
             image = self.images["this machine"] = Image(self.folder / "this-machine")
-            for path in BINDS:  # an interpreter that was moved finds its library no longer by the path it was built with
+            for (
+                path
+            ) in BINDS:  # an interpreter that was moved finds its library no longer by the path it was built with
                 image.copy_text(f"{path}/lib\n", "/etc/ld.so.conf.d/00-python.conf")
                 image.run(["ldconfig"])
             image.run([str(INTERPRETER), "-m", "venv", ENVIRONMENT])

@@ -93,8 +93,8 @@ def test_every_alert_and_no_other_has_its_place_in_the_documentation():
     text = OPERATIONS.read_text()
     headings = re.findall(r"^### (Fastdist\w+)$", text, re.MULTILINE)
     assert headings == NAMES
-    for name, section in zip(headings, re.split(r"^### Fastdist\w+$", text, flags=re.MULTILINE)[1:], strict=True):
-        section = re.split(r"^## ", section, flags=re.MULTILINE)[0]
+    sections = re.findall(r"^### Fastdist\w+$(.*?)(?=^##)", text + "\n##", re.MULTILINE | re.DOTALL)
+    for name, section in zip(headings, sections, strict=True):
         assert re.search(r"^\*Means:\* .*^\*Do:\* ", section, re.MULTILINE | re.DOTALL), name
 
 
