@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -42,6 +43,20 @@ def is_loopback(address: str) -> bool:
         return False
     mapped = client.ipv4_mapped if isinstance(client, ipaddress.IPv6Address) else None
     return (mapped or client).is_loopback
+
+
+def is_own_page(origin: str, host: str) -> bool:
+    """Whether a browser sent this from a page of ours, opened under a name of this machine that nobody else can claim.
+
+    Being on this machine is all that is asked for where there is no admin token, and any page in its browser is. One
+    whose own name resolves to this machine (DNS rebinding) is even of the same origin, hence the look at the name.
+    """
+    try:
+        page = urlsplit(origin)
+        name = page.hostname or ""
+    except ValueError:
+        return False
+    return page.netloc == host and (name == "localhost" or is_loopback(name))
 
 
 def parse_override(analyzer: str, body: bytes) -> Action:

@@ -20,7 +20,7 @@ import orjson
 from msgspec import Struct
 
 from fastdist import metrics, stats
-from fastdist.admin import BadChangeError, has_token, is_loopback, parse_override
+from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.control import Action
 
 if TYPE_CHECKING:
@@ -181,18 +181,33 @@ class Api:
         """Let only administrators ask for a change: by token if there are any, else from this machine."""
 
         def guarded(request: Request) -> Response | Action:
-            tokens = self.snapshot().config.security.admin_tokens
-            if tokens and not has_token(request.headers().get("authorization"), tokens):
-                challenge = b'WWW-Authenticate: Bearer realm="fastdist admin"\r\n'
-                return problem(401, "an admin token is needed", headers=challenge)
-            if not tokens and not is_loopback(request.client):
-                return problem(403, "without security.admin_tokens changes are taken from this machine only")
+            refusal = self._refusal(request)
+            if refusal is not None:
+                return refusal
             try:
                 return handler(request)
             except BadChangeError as error:
                 return problem(error.status, error.detail, errors=error.errors)
 
         return guarded
+
+    def _refusal(self, request: Request) -> Response | None:
+        headers, security = request.headers(), self.snapshot().config.security
+        if security.admin_tokens:
+            if has_token(headers.get("authorization"), security.admin_tokens):
+                return None
+            challenge = b'WWW-Authenticate: Bearer realm="fastdist admin"\r\n'
+            return problem(401, "an admin token is needed", headers=challenge)
+        if not is_loopback(request.client):
+            return problem(403, "without security.admin_tokens changes are taken from this machine only")
+        origin = headers.get("origin")
+        if origin is None or origin in security.cors_origins or is_own_page(origin, headers.get("host", "")):
+            return None
+        return problem(
+            403,
+            f"without security.admin_tokens changes are not taken from pages of {origin}; "
+            "open the dashboard as localhost, or list that origin in security.cors_origins",
+        )
 
     def _override(self, request: Request) -> Response | Action:
         name = analyzer_of(request.path)

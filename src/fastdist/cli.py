@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from fastdist import __version__
-from fastdist.config import Config, Loaded, load
+from fastdist.config import Config, Loaded, load, warnings
 from fastdist.errors import ConfigError, StartError
 from fastdist.units import parse_duration
 
@@ -123,6 +123,8 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
       fastdist check fastdist.toml
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
     loaded = _load_or_exit(file, {})
+    for warning in warnings(loaded.config):
+        typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(loaded.config)})")
 
 

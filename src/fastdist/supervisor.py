@@ -22,8 +22,8 @@ import uvloop
 from fastdist import __version__, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
-from fastdist.config import to_wire
-from fastdist.control import Message
+from fastdist.config import warnings
+from fastdist.control import Message, Settings, shorten, write_settings
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.health import HealthChecker
@@ -80,6 +80,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._signals.put_nowait, number)
         tls.server_context(self.config.security)
+        for warning in warnings(self.config):
+            log.warning(warning)
         self._fit_descriptor_limit()
         head = self.block.head
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.time_ns(), os.getpid()
@@ -106,10 +108,8 @@ class Supervisor:
         return self.folder.rings(self.workers, capacity)
 
     def _write_settings(self) -> None:
-        data = to_wire(self.config)
-        os.ftruncate(self.settings, len(data))
-        os.pwrite(self.settings, data, 0)
-        self.keeper.roster = self.changes.slots_in_use()
+        changes = self.changes
+        write_settings(self.settings, Settings(changes.generation, changes.slots_in_use(), changes.config))
 
     def _fit_descriptor_limit(self) -> None:
         """Make room for ``max_connections``, or lower that to what there is room for."""
@@ -272,35 +272,31 @@ class Supervisor:
 
     async def _reload(self) -> tuple[int, object]:
         """Read the configuration again; return a status and what to tell whoever asked."""
-        async with self._changing:
-            with self.manager.reloading():
-                return await self._read_again()
-
-    async def _read_again(self) -> tuple[int, object]:
-        try:
-            loaded = self.loaded.reload()
-            tls.server_context(loaded.config.security)
-            need_restart = self.changes.take_over(loaded.config)
-        except (ConfigError, StartError) as error:
-            problems = getattr(error, "problems", [str(error)])
-            log.error("the new configuration cannot be used; the old one stays", problems=problems)
-            return 422, problems
-        self.loaded = loaded
-        self._write_settings()
-        self.health.set_roster(self.changes.roster)
-        self._applied.clear()
-        self._behind = {place for place in self.keeper.places if place.send(self._news())}
-        if self._behind:
+        async with self._changing, self.manager.reloading():
             try:
-                await asyncio.wait_for(self._applied.wait(), APPLIED)
-            except TimeoutError:
-                late = sorted(place.name for place in self._behind if place.alive)
-                log.warning("not all workers have taken over the new settings yet", workers=late)
-        log.info("the configuration was read again", needs_restart=need_restart or None)
-        return 200, {"status": "reloaded", "needsRestart": need_restart}
+                loaded = self.loaded.reload()
+                tls.server_context(loaded.config.security)
+                need_restart = self.changes.take_over(loaded.config)
+            except (ConfigError, StartError) as error:
+                problems = shorten(getattr(error, "problems", [str(error)]))
+                log.error("the new configuration cannot be used; the old one stays", problems=problems)
+                return 422, problems
+            self.loaded = loaded
+            self._write_settings()
+            self.health.set_roster(self.changes.roster)
+            self._applied.clear()
+            self._behind = {place for place in self.keeper.places if place.send(self._news())}
+            if self._behind:
+                try:
+                    await asyncio.wait_for(self._applied.wait(), APPLIED)
+                except TimeoutError:
+                    late = sorted(place.name for place in self._behind if place.alive)
+                    log.warning("not all workers have taken over the new settings yet", workers=late)
+            log.info("the configuration was read again", needs_restart=need_restart or None)
+            return 200, {"status": "reloaded", "needsRestart": need_restart}
 
     def _news(self) -> Message:
-        return Message("reload", roster=self.changes.slots_in_use(), body=self.changes.generation)
+        return Message("reload")
 
     # ---- watching
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastdist import logs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
+    from collections.abc import AsyncIterator, MutableMapping
 
 PATIENCE = 1.0  # seconds that a manager which reads nothing may hold us up
 SIGNS = 3  # of life within the time that the watchdog allows: a late one does no harm
@@ -43,8 +43,8 @@ class ServiceManager:
             self._phase = "ready"
             self._send("READY=1")
 
-    @contextmanager
-    def reloading(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def reloading(self) -> AsyncIterator[None]:
         """Say that settings are read again, and at the end that this is over."""
         if self._phase == "ready":
             # The time is what Type=notify-reload (systemd 253) tells this reload from others by.

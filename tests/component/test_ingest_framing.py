@@ -275,6 +275,15 @@ def test_nothing_but_empty_lines_is_an_idle_connection(service):
     assert connection.written == b""
 
 
+@pytest.mark.parametrize("pieces", [[b"\r\n" * 101], [b"\r\n"] * 101, [b"\r", b"\n"] * 101])
+def test_empty_lines_without_end_are_no_request(service, pieces):
+    connection = service.ask(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n" * 100, post(), *pieces)
+    assert connection.statuses == [404, 202, 400]
+    assert len(service.bodies()) == 1
+    assert b"more than 100 empty lines" in connection.written
+    assert not connection.open
+
+
 # ---- Host
 
 

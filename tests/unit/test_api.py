@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from fastdist.api import Api, Request, Response, accepts, cors_headers, problem, reason
 from fastdist.config import Config, Security
+from fastdist.control import Action
 from fastdist.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
 from fastdist.shared import AnalyzerWord, HeadWord, SharedBlock, WorkerWord
 from fastdist.snapshot import Snapshot
@@ -139,6 +140,22 @@ def test_routes_can_be_added(api):
     )
     assert seen == [("POST", "/admin/reload", "h", b"body")]
     assert header(ask(api, "GET", "/admin/reload"), "Allow") == "POST, OPTIONS"
+
+
+def test_pages_of_others_change_nothing_where_there_is_no_token(api):
+    """A browser on this machine sends what any page tells it to."""
+
+    def reload(**headers):
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"POST /admin/reload HTTP/1.1\r\nHost: localhost:3000\r\n{lines}\r\n".encode()
+        return api.respond("POST", "/admin/reload", head, b"", "127.0.0.1")
+
+    assert reload() == Action("reload")
+    assert reload(Origin="http://localhost:3000") == Action("reload")
+    for origin in ("https://evil.example", "null", "http://localhost:8080"):
+        response = reload(Origin=origin)
+        assert_problem(response, 403)
+        assert origin in orjson.loads(response.body)["detail"]
 
 
 # ---- readiness

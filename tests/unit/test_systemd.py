@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -55,39 +56,49 @@ def test_readiness_is_told_once(manager):
     assert manager.messages() == ["READY=1"]
 
 
+def reload(it, meanwhile=lambda: None):
+    """Reload, with something happening in the middle."""
+
+    async def reload():
+        async with it.reloading():
+            meanwhile()
+
+    asyncio.run(reload())
+
+
 def test_a_reload_begins_with_its_time_and_ends_ready_again(manager):
     it = service(manager)
     it.ready()
     before = time.monotonic_ns() // 1000
-    with it.reloading():
-        _, message = manager.messages()
-        assert message.startswith("RELOADING=1\nMONOTONIC_USEC=")
-        assert before <= int(message.rpartition("=")[2]) <= time.monotonic_ns() // 1000
-    assert manager.messages() == ["READY=1"]
+    reload(it, lambda: it.status("in the middle"))
+    _, message, *after = manager.messages()
+    assert message.startswith("RELOADING=1\nMONOTONIC_USEC=")
+    assert before <= int(message.rpartition("=")[2]) <= time.monotonic_ns() // 1000
+    assert after == ["STATUS=in the middle", "READY=1"]
 
 
 def test_a_reload_that_goes_wrong_ends_ready_as_well(manager):
     it = service(manager)
     it.ready()
-    with pytest.raises(ValueError, match="wrong"), it.reloading():
+
+    def fail():
         raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        reload(it, fail)
     assert manager.messages()[-1] == "READY=1"
 
 
 def test_nothing_is_ready_by_a_reload_that_was_not_before(manager):
-    it = service(manager)
-    with it.reloading():
-        pass
+    reload(service(manager))
     assert manager.messages() == []
 
 
 def test_nothing_is_ready_again_after_the_end_has_begun(manager):
     it = service(manager)
     it.ready()
-    with it.reloading():
-        it.stopping(1.5)
-    with it.reloading():
-        it.ready()
+    reload(it, lambda: it.stopping(1.5))
+    reload(it, it.ready)
     assert manager.messages()[2:] == ["STOPPING=1\nEXTEND_TIMEOUT_USEC=1500000"]
 
 
