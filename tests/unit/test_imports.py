@@ -28,6 +28,7 @@ ORDER = [
     "queueview",
     "sync",
     "takeover",
+    "undertaker",
     "forward",
     "dispatch",
     "health",
