@@ -41,6 +41,7 @@ ORDER = [
     "worker",
     "keeper",
     "changes",
+    "systemd",
     "supervisor",
     "posting",
     "replay",
