@@ -310,6 +310,24 @@ def load(path: str | Path | None, environ: Mapping[str, str], flags: Mapping[str
     return Loaded(_build(document, sources, problems), sources, file, environ, flags)
 
 
+class Setting(NamedTuple):
+    """A setting for a person to look at; ``kind`` is its annotation, ``origin`` as in ``Loaded.sources``."""
+
+    path: str
+    kind: Any
+    value: Any
+    origin: str
+    secret: bool
+
+
+def settings(loaded: Loaded) -> Iterator[Setting]:
+    """Yield every setting of a configuration, in the order of the table above."""
+    for name in _SECTIONS:
+        for path in (path for path in _SETTINGS if path.partition(".")[0] == name):
+            value, origin = attrgetter(path)(loaded.config), loaded.sources[path]
+            yield Setting(path, _SETTINGS[path], value, origin, path in _SECRET)
+
+
 def reloadable(old: Config, new: Config) -> list[str]:
     """Return the dotted paths of the settings that differ and need a restart to change; the others change at once."""
     restart = (path for path in _SETTINGS if not path.startswith(_LIVE))
