@@ -5,7 +5,7 @@ BIN := .venv/bin
 CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdist/_core/*.h)
 BUILT := .venv/.built
 
-.PHONY: help build run test unit component e2e chaos bench lint types debug sanitize wheel clean
+.PHONY: help build run test unit component e2e chaos bench bench-quick micro profile lint types debug sanitize wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,8 +40,17 @@ unit component e2e: build  ## one kind of tests
 chaos: build  ## the long form of the chaos suite (some twenty minutes), with its table for docs/reliability.md
 	FASTDIST_CHAOS=long $(BIN)/python -m pytest tests/chaos
 
-bench: build  ## the race against nginx and HAProxy (scripts/peers.sh installs them)
-	$(BIN)/python bench/race.py
+bench: build  ## the race against nginx, HAProxy, Envoy, Express (scripts/bench-peers.sh installs them); ARGS="--help"
+	$(BIN)/python bench/race.py $(ARGS)
+
+bench-quick: build  ## does the race work? a second of everything
+	$(BIN)/python bench/race.py --quick $(ARGS)
+
+micro: build  ## micro-benchmarks of the core (scripts/bench-peers.sh installs what they need)
+	$(BIN)/python -m pytest bench/micro $(ARGS)
+
+profile: build  ## where the workers spend their time under load (needs perf); ARGS="DELIVERY__MODE=single"
+	$(BIN)/python bench/hotspots.py $(ARGS)
 
 lint: build  ## style
 	$(BIN)/ruff check

@@ -1,8 +1,10 @@
-"""The race: packets delivered per CPU-second of each contestant's own processes, in one run, in turn, median of rounds.
+"""The race: fastdist against the proxies it replaces, in one run, in turn, median of rounds.
 
-``make bench``, or ``python bench/race.py [--rounds N] [--seconds S] [--work NAME ...]``. Every contestant gets the same
-load (wrk, 64 connections) and the same analyzers (``sink.c``); its processor time is counted from the first request
-until its queue is empty. Prints a table and writes ``bench/results/<time>.json``.
+``make bench``, or ``python bench/race.py``. What is measured stands in ``works.py``, how in ``measure.py``; README.md
+explains both. Every contestant gets the same load and the same analyzers. In every round each run takes place once, in
+the other direction in every second round. What is not installed or fails is named, and the race goes on without it.
+
+Prints tables, writes ``bench/results/<time>.json`` and, after a whole race, the plots in ``docs``.
 """
 
 from __future__ import annotations
@@ -11,193 +13,182 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from contestants import WEIGHTS, Analyzers, Contestant, Fastdist, Haproxy, Nginx, build_sink, free_port, wait_for_port
+from contestants import CORES, EVERYBODY, Contestant, Fastdist, first_line
+from measure import MEASURES, Scene, held_back
+from report import FIGURES, show, summary
+from tools import HERE, compile_tools
+from works import WORKS, Run, Work
 
-HERE = Path(__file__).parent
-MESSAGE = {
-    "timestamp": "2026-01-02T03:04:05.678Z",
-    "level": "info",
-    "message": "GET /cart/checkout 200 in 12.8 ms, cached",
-    "source": "frontend",
-    "metadata": {"region": "eu-west-1", "trace": "4bf92f3577b34da6"},
-}
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def packet(messages: int) -> bytes:
-    """Return a packet of that many messages (2: about 450 bytes, 100: about 18 KB)."""
-    document = {"emitterId": "web-42", "messages": [MESSAGE] * messages, "metadata": {"host": "web-42.example"}}
-    return json.dumps(document, separators=(",", ":")).encode()
+class Results(NamedTuple):
+    """What was measured, round by round, and what went wrong."""
+
+    measured: dict[Run, list[dict[str, Any]]]
+    failures: dict[Run, list[str]]
 
 
-class Work(NamedTuple):
-    """What is sent, and how fastdist is set up for it."""
-
-    name: str
-    messages: int
-    settings: dict[str, str]
-
-
-SINGLE = {"DELIVERY__MODE": "single"}
-WORKS = [
-    Work("single, memory", 2, {**SINGLE, "QUEUE__DURABILITY": "memory"}),
-    Work("single, disk", 2, {**SINGLE, "QUEUE__DURABILITY": "disk"}),
-    Work("single, pipeline 8, memory", 2, {**SINGLE, "DELIVERY__PIPELINE": "8", "QUEUE__DURABILITY": "memory"}),
-    Work("batch, memory", 2, {"DELIVERY__MODE": "batch", "QUEUE__DURABILITY": "memory"}),
-    Work("batch, disk", 2, {"DELIVERY__MODE": "batch", "QUEUE__DURABILITY": "disk"}),
-    Work("batch, fsync", 2, {"DELIVERY__MODE": "batch", "QUEUE__DURABILITY": "fsync"}),
-    Work("18 KB, batch, memory", 100, {"DELIVERY__MODE": "batch", "QUEUE__DURABILITY": "memory"}),
-    Work(
-        "18 KB, batch, memory, validation none",
-        100,
-        {"DELIVERY__MODE": "batch", "QUEUE__DURABILITY": "memory", "SERVER__VALIDATION": "none"},
-    ),
-]
-PEERS: list[type[Contestant]] = [Nginx, Haproxy]
+def race(works: list[Work], present: Sequence[type[Contestant]], options: argparse.Namespace) -> Results:
+    """Run everybody, round after round. Ctrl-C ends it with what there is."""
+    most: dict[Run, int] = {}
+    for work in works:
+        for run in work.runs:
+            if run.contestant in present:
+                most[run] = max(most.get(run, 0), min(work.rounds, options.rounds))
+    results = Results({}, {})
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="race-") as name:
+        compile_tools(Path(name))
+        scene = Scene(Path(name), Path(name), options.seconds, options.quick)
+        try:
+            for number in range(options.rounds):
+                runs = [run for run, rounds in most.items() if number < rounds]
+                for run in runs if number % 2 == 0 else reversed(runs):
+                    one(scene, run, results)
+                print(f"-- round {number + 1} of {options.rounds}, after {time.monotonic() - began:.0f} s", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted: what was measured so far is", flush=True)
+    return results
 
 
-class Measured(NamedTuple):
-    """One contestant's run: packets per CPU-second and per second of wall time until all was delivered."""
-
-    per_cpu: float
-    per_second: float
-    accepted_per_second: float
-    shares: list[float]
-
-
-def run(contestant: Contestant, body: bytes, seconds: int, connections: int = 64) -> Measured:
-    """Load a started contestant for ``seconds`` and wait until everything is delivered."""
-    script = contestant.folder / "post.lua"
-    quoted = body.decode().replace("\\", "\\\\").replace("'", "\\'")
-    script.write_text(f"wrk.method = 'POST'\nwrk.headers['Content-Type'] = 'application/json'\nwrk.body = '{quoted}'\n")
-    before, cpu, began = contestant.analyzers.each(), contestant.cpu(), time.monotonic()
-    url = f"http://127.0.0.1:{contestant.port}/logs"
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "-s", str(script), url]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    loaded = time.monotonic() - began
-    if "Non-2xx" in output:
-        raise RuntimeError(f"{contestant.name} answered errors:\n{output}")
-    answered = int(output.split(" requests in ")[0].split()[-1])
-    delivered = wait_until_delivered(contestant, sum(before), answered)
-    after = contestant.analyzers.each()
-    took = time.monotonic() - began
-    gained = [now - then for now, then in zip(after, before, strict=True)]
-    shares = [count / delivered for count in gained]
-    return Measured(delivered / (contestant.cpu() - cpu), delivered / took, answered / loaded, shares)
-
-
-def wait_until_delivered(contestant: Contestant, before: int, answered: int) -> int:
-    """Return how many packets arrived, once none is left (wrk may have sent a few whose answers it did not count)."""
-    last, since = -1, time.monotonic()
-    while True:
-        arrived = contestant.analyzers.packets() - before
-        if arrived != last:
-            last, since = arrived, time.monotonic()
-        elif arrived >= answered and time.monotonic() - since > 0.3:
-            return arrived
-        elif time.monotonic() - since > 30:
-            raise RuntimeError(f"{contestant.name} answered {answered} packets and delivered {arrived}")
-        time.sleep(0.05)
-
-
-def race(work: Work, analyzers: Analyzers, folder: Path, rounds: int, seconds: int) -> dict[str, Measured]:
-    """Run everybody ``rounds`` times in turn; return each one's median."""
-    body = packet(work.messages)
-    results: dict[str, list[Measured]] = {}
-    for _ in range(rounds):
-        for kind in (Fastdist, *PEERS):
-            if kind.missing():
-                continue
-            contestant = kind(folder / kind.name, analyzers)
-            if isinstance(contestant, Fastdist):
-                contestant.settings = work.settings
-            contestant.start()
-            try:
-                run(contestant, body, 1)  # warm-up
-                results.setdefault(kind.name, []).append(run(contestant, body, seconds))
-            finally:
-                contestant.stop()
-    return {name: sorted(runs)[len(runs) // 2] for name, runs in results.items()}
+def one(scene: Scene, run: Run, results: Results) -> None:
+    """Measure one run; a failure is noted."""
+    try:
+        figures = MEASURES[run.measure](scene, run)
+    except Exception as error:  # noqa: BLE001  (whatever happens to one, the race goes on)
+        text = f"{type(error).__name__}: {error}".strip()
+        results.failures.setdefault(run, []).append(text[:1000])
+        print(f"{run}: failed: {text}", flush=True)
+        return
+    figures["held_back"] = held_back(figures)
+    results.measured.setdefault(run, []).append(figures)
+    told = next(name for name in FIGURES if name in figures)
+    kind, form = FIGURES[told]
+    print(f"{run}: {form.format(figures[told])} {kind}", flush=True)
 
 
 def machine() -> dict[str, str]:
     """Return what the figures were measured on."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "?",
-    )
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    meminfo = Path("/proc/meminfo").read_text().split()
     return {
-        "cores": str(os.cpu_count()),
-        "model": model,
+        "cores": str(CORES),
+        "model": next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), platform.machine()),
+        "memory": f"{int(meminfo[1]) / 2**20:.0f} GiB",
         "kernel": platform.release(),
+        "system": platform.freedesktop_os_release().get("PRETTY_NAME", "?"),
         "python": platform.python_version(),
-        "nginx": version("nginx", "-v"),
-        "haproxy": version("haproxy", "-v"),
-        "wrk": version("wrk", "-v"),
     }
 
 
-def version(name: str, flag: str) -> str:
-    """Return the first line a program says of its version."""
-    if not shutil.which(name):
-        return "not installed"
-    done = subprocess.run([name, flag], capture_output=True, text=True, check=False)
-    return (done.stdout + done.stderr).splitlines()[0]
+def commit() -> str:
+    """Return the commit that is measured, with a + if there are changes beside it."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "?"
+
+
+def versions(present: Sequence[type[Contestant]]) -> dict[str, str]:
+    """Return the versions of everybody who runs, and of the load."""
+    return {kind.name: kind.version() for kind in present} | {"wrk": first_line("wrk", "-v").split(" Copyright")[0]}
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=5, help="rounds (5)")
+    options.add_argument("--seconds", type=int, default=3, help="seconds of load in each run (3)")
+    options.add_argument(
+        "--quick", action="store_true", help="one round of one second, counts a hundredth: does it work?"
+    )
+    options.add_argument("--work", action="append", metavar="NAME", help="only works whose name contains this")
+    options.add_argument("--contestant", action="append", metavar="NAME", help="only these")
+    options.add_argument("--results", type=Path, default=HERE / "results", metavar="FOLDER", help="where to write to")
+    options.add_argument("--list", action="store_true", help="name the works and end")
+    chosen = options.parse_args()
+    if chosen.quick:
+        chosen.rounds = chosen.seconds = 1
+    if chosen.rounds < 1 or chosen.seconds < 1:
+        options.error("there is at least one round of one second")
+    names = {kind.name.lower() for kind in EVERYBODY}
+    for name in chosen.contestant or []:
+        if name.lower() not in names:
+            options.error(f"no contestant is called {name}: there are {', '.join(sorted(names))}")
+    return chosen
+
+
+def entrants(chosen: Sequence[str] | None) -> tuple[list[type[Contestant]], dict[str, str]]:
+    """Return who runs, and who is missing with the reason."""
+    wanted = [kind for kind in EVERYBODY if not chosen or kind.name.lower() in {name.lower() for name in chosen}]
+    missing = {kind.name: kind.missing() for kind in wanted if kind.missing()}
+    return [kind for kind in wanted if kind.name not in missing], missing
+
+
+def prepare_machine(works: list[Work]) -> None:
+    """Allow as many open files as can be had; the contestants inherit that."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = max((work.load.idle for work in works), default=0) + 1000
+    if hard < needed:
+        print(f"only {hard} open files are allowed: works with {needed - 1000} connections will fail (ulimit -Hn)")
 
 
 def main() -> int:
     """Run the race."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--seconds", type=int, default=4)
-    options.add_argument("--work", action="append", help="only works whose name contains this")
-    chosen = options.parse_args()
-    if not shutil.which("wrk"):
-        print("the race needs wrk: scripts/peers.sh installs it", file=sys.stderr)
-        return 2
-    for kind in PEERS:
-        if kind.missing():
-            print(f"{kind.name} is not installed (scripts/peers.sh installs it); the race goes on without it")
+    chosen = arguments()
     works = [work for work in WORKS if not chosen.work or any(part in work.name for part in chosen.work)]
-    with tempfile.TemporaryDirectory(prefix="race-") as name:
-        folder = Path(name)
-        ports = tuple(free_port() for _ in WEIGHTS)
-        sink = subprocess.Popen([str(build_sink(folder)), *map(str, ports)], stdout=subprocess.DEVNULL)
-        try:
-            for port in ports:
-                wait_for_port(port)
-            results = {}
-            for work in works:
-                results[work.name] = race(work, Analyzers(ports), folder, chosen.rounds, chosen.seconds)
-                show(work, results[work.name])
-        finally:
-            sink.kill()
-    target = HERE / "results" / f"{time.strftime('%Y%m%dT%H%M%S')}.json"
-    target.parent.mkdir(exist_ok=True)
-    figures = {work: {name: result._asdict() for name, result in each.items()} for work, each in results.items()}
-    target.write_text(json.dumps({"machine": machine(), "options": vars(chosen), "works": figures}, indent=2) + "\n")
-    print(f"written to {target.relative_to(HERE.parent)}")
-    return 0
+    if chosen.list:
+        print("\n".join(work.name for work in WORKS))
+        return 0
+    if not works:
+        print(f"no work is called that; --list names them: {', '.join(chosen.work)}", file=sys.stderr)
+        return 2
+    for program in ("wrk", os.environ.get("CC", "cc")):
+        if not shutil.which(program):
+            print(f"the race needs {program} (scripts/bench-peers.sh installs wrk)", file=sys.stderr)
+            return 2
+    present, missing = entrants(chosen.contestant)
+    for why in missing.values():
+        print(f"{why}; the race goes on without it")
+    prepare_machine(works)
+    began = time.time()
+    results = race(works, present, chosen)
+    document = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "took_seconds": round(time.time() - began),
+        "commit": commit(),
+        "options": {name: getattr(chosen, name) for name in ("rounds", "seconds", "quick", "work", "contestant")},
+        "machine": machine(),
+        "versions": versions(present),
+        "missing": missing,
+        "works": summary(works, *results),
+    }
+    show(document)
+    target = chosen.results / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(began))}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"written to {target}")
+    if len(works) == len(WORKS) and not chosen.quick and not chosen.contestant:
+        draw(target)
+    return 0 if Fastdist not in present or any(run.contestant is Fastdist for run in results.measured) else 1
 
 
-def show(work: Work, results: dict[str, Measured]) -> None:
-    """Print a work's rows."""
-    ours = results["fastdist"].per_cpu
-    print(f"\n{work.name} ({len(packet(work.messages))} bytes)")
-    for name, result in results.items():
-        ratio = "" if name == "fastdist" else f"  fastdist is {ours / result.per_cpu:.2f} times that"
-        print(
-            f"  {name:10} {result.per_cpu:9,.0f} packets/CPU-s  {result.per_second:9,.0f} delivered/s"
-            f"  {result.accepted_per_second:9,.0f} answered/s{ratio}",
-            flush=True,
-        )
+def draw(results: Path) -> None:
+    """Draw the plots, if matplotlib is there."""
+    done = subprocess.run([sys.executable, str(HERE / "plots.py"), str(results)], check=False)
+    if done.returncode:
+        print("no plots were drawn")
 
 
 if __name__ == "__main__":

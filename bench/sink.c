@@ -1,8 +1,12 @@
-/* The analyzers of the race: answers every request 200 as cheaply as it can and counts packets per port.
+/* The analyzers of the race, and its limit: answers every request as cheaply as it can and counts packets.
  *
- *   sink PORT...            one thread, epoll; GET /count answers "<packets> <requests>", GET anything else "ok"
+ *   sink [-r RATE] PORT...   analyzers: answers 200 and counts packets for each port; at most RATE packets a second
+ *   sink -l PROCESSES PORT   the limit: as many processes on one port that answer 202 as a distributor does, no more
  *
- * A request without X-Packet-Count carries one packet. Only what clients of this benchmark send is understood.
+ * One thread a process, epoll. GET /count answers "<packets> <requests>" of the port, GET /total the same of all ports,
+ * GET /each the packets of each port, in the order they were given; GET anything else (a health check) answers as well.
+ * A request without X-Packet-Count carries one packet. Only what clients of this benchmark send is understood; a body
+ * without a Content-Length ends the program, lest it be counted wrong.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -15,11 +19,17 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { HEAD_ROOM = 65536, READ = 262144, REPLIES = 262144 };
+enum { HEAD_ROOM = 65536, READ = 262144, REPLIES = 262144, REPLY = 512 };
 static const char OK[] = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
+static const char ACCEPTED[] =
+    "HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: 84\r\n\r\n"
+    "{\"status\":\"accepted\",\"packetId\":\"01a209d3-2da8-7d29-8a7b-0aa3a6533672\",\"messages\":2}";
 
 struct listener { int fd; long packets, requests; };
 struct connection {
@@ -30,11 +40,22 @@ struct connection {
     char *head;
 };
 
+static struct listener *listeners;
+static int ports;
+static const char *yes = OK;
+static size_t yes_length = sizeof OK - 1;
+static double seconds_a_packet, free_at;   /* when the packets read so far would be worked off */
 static char input[HEAD_ROOM + READ], output[REPLIES];
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
 
 static long field(const char *head, size_t n, const char *name, long missing) {
     size_t length = strlen(name);
-    for (const char *p = head; (p = memchr(p, '\n', head + n - p)) != NULL;) {
+    for (const char *p = head; (p = memchr(p, '\n', (size_t)(head + n - p))) != NULL;) {
         p++;
         if ((size_t)(head + n - p) > length && strncasecmp(p, name, length) == 0 && p[length] == ':')
             return strtol(p + length + 1, NULL, 10);
@@ -42,25 +63,48 @@ static long field(const char *head, size_t n, const char *name, long missing) {
     return missing;
 }
 
-static size_t answer(struct connection *c, const char *head, size_t n, char *out) {
-    if (memcmp(head, "GET", 3) == 0) {
-        if (memcmp(head + 4, "/count", 6) != 0) {
-            memcpy(out, OK, sizeof OK - 1);
-            return sizeof OK - 1;
-        }
-        char text[64];
-        int length = snprintf(text, sizeof text, "%ld %ld\n", c->on->packets, c->on->requests);
-        return (size_t)sprintf(out, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", length, text);
+static size_t figures(struct connection *c, const char *path, char *out) {
+    static char text[REPLIES / 2];
+    size_t length = 0;
+    struct listener all = {0};
+    for (int i = 0; i < ports; i++) {
+        all.packets += listeners[i].packets;
+        all.requests += listeners[i].requests;
     }
-    c->on->packets += field(head, n, "X-Packet-Count", 1);
+    struct listener *one = memcmp(path, "/total ", 7) == 0 ? &all : c->on;
+    if (memcmp(path, "/each ", 6) == 0)
+        for (int i = 0; i < ports && length < sizeof text - 32; i++)
+            length += (size_t)sprintf(text + length, "%ld\n", listeners[i].packets);
+    else
+        length = (size_t)sprintf(text, "%ld %ld\n", one->packets, one->requests);
+    return (size_t)sprintf(out, "HTTP/1.1 200 OK\r\nContent-Length: %zu\r\n\r\n%s", length, text);
+}
+
+static size_t answer(struct connection *c, const char *head, size_t n, char *out) {
+    if (memcmp(head, "GET ", 4) == 0) return figures(c, head + 4, out);
+    long length = field(head, n, "Content-Length", -1);
+    if (length < 0) {
+        fprintf(stderr, "sink: a request without Content-Length:\n%.*s", (int)n, head);
+        exit(1);
+    }
+    long packets = field(head, n, "X-Packet-Count", 1);
+    c->on->packets += packets;
     c->on->requests++;
-    c->body_left = (size_t)field(head, n, "Content-Length", 0);
-    memcpy(out, OK, sizeof OK - 1);
-    return sizeof OK - 1;
+    c->body_left = (size_t)length;
+    free_at += (double)packets * seconds_a_packet;
+    memcpy(out, yes, yes_length);
+    return yes_length;
+}
+
+/* Waits like an analyzer that needs its time for each packet; what comes meanwhile waits in the sockets. */
+static void work_off(void) {
+    double t = now();
+    if (free_at < t) free_at = t;
+    else if (free_at > t + 0.0005) usleep((useconds_t)((free_at - t) * 1e6));
 }
 
 static int serve(struct connection *c) {
-    memcpy(input, c->head, c->kept);
+    if (c->kept) memcpy(input, c->head, c->kept);
     ssize_t got = read(c->fd, input + c->kept, READ);
     if (got <= 0) return got < 0 && errno == EAGAIN ? 0 : -1;
     char *p = input, *end = input + c->kept + got;
@@ -79,29 +123,64 @@ static int serve(struct connection *c) {
             memcpy(c->head, p, c->kept);
             break;
         }
-        if (out > REPLIES - 256) {
+        if (out > REPLIES / 2 - REPLY) {
             if (write(c->fd, output, out) != (ssize_t)out) return -1;
             out = 0;
         }
         out += answer(c, p, (size_t)(stop + 4 - p), output + out);
         p = stop + 4;
     }
+    if (seconds_a_packet > 0) work_off();
     return out && write(c->fd, output, out) != (ssize_t)out ? -1 : 0;
 }
 
+static int listen_on(const char *port) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port))};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int one = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one);
+    if (bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, 4096)) {
+        perror(port);
+        exit(1);
+    }
+    return fd;
+}
+
+static void take(int poll, struct listener *on) {
+    int fd, one = 1;
+    while ((fd = accept4(on->fd, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        struct connection *c = calloc(1, sizeof *c);
+        c->fd = fd;
+        c->on = on;
+        struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
+        epoll_ctl(poll, EPOLL_CTL_ADD, fd, &event);
+    }
+}
+
 int main(int argc, char **argv) {
-    struct listener *listeners = calloc((size_t)argc, sizeof *listeners);
-    int poll = epoll_create1(0), one = 1;
+    int option, processes = 1;
+    while ((option = getopt(argc, argv, "r:l:")) != -1) {
+        if (option == 'r') seconds_a_packet = 1 / atof(optarg);
+        else if (option == 'l') processes = atoi(optarg), yes = ACCEPTED, yes_length = sizeof ACCEPTED - 1;
+        else return 2;
+    }
+    struct rlimit files;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
     signal(SIGPIPE, SIG_IGN);
-    for (int i = 1; i < argc; i++) {
-        struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(argv[i]))};
-        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        listeners[i].fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
-        setsockopt(listeners[i].fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-        if (bind(listeners[i].fd, (struct sockaddr *)&address, sizeof address) || listen(listeners[i].fd, 4096)) {
-            perror(argv[i]);
-            return 1;
+    while (--processes > 0)
+        if (fork() == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            break;
         }
+    ports = argc - optind;
+    listeners = calloc((size_t)ports, sizeof *listeners);
+    int poll = epoll_create1(0);
+    for (int i = 0; i < ports; i++) {
+        listeners[i].fd = listen_on(argv[optind + i]);
         struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)i};
         epoll_ctl(poll, EPOLL_CTL_ADD, listeners[i].fd, &event);
     }
@@ -111,23 +190,15 @@ int main(int argc, char **argv) {
         struct epoll_event events[512];
         int n = epoll_wait(poll, events, 512, -1);
         for (int k = 0; k < n; k++) {
-            if (events[k].data.u64 < (uint64_t)argc) {
-                struct listener *on = &listeners[events[k].data.u64];
-                int fd = accept4(on->fd, NULL, NULL, SOCK_NONBLOCK);
-                if (fd < 0) continue;
-                setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-                struct connection *c = calloc(1, sizeof *c);
-                c->fd = fd;
-                c->on = on;
-                struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
-                epoll_ctl(poll, EPOLL_CTL_ADD, fd, &event);
-            } else {
-                struct connection *c = events[k].data.ptr;
-                if (serve(c) < 0) {
-                    close(c->fd);
-                    free(c->head);
-                    free(c);
-                }
+            if (events[k].data.u64 < (uint64_t)ports) {
+                take(poll, &listeners[events[k].data.u64]);
+                continue;
+            }
+            struct connection *c = events[k].data.ptr;
+            if (serve(c) < 0) {
+                close(c->fd);
+                free(c->head);
+                free(c);
             }
         }
     }

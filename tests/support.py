@@ -472,3 +472,15 @@ def compare(emitter: Emitter, mocks: Mocks | Fleet, *, most_duplicates: int = 0)
     assert not lost, f"{len(lost)} of {len(emitter.accepted)} lost, such as {sorted(lost)[:5]}"
     assert not phantoms, f"{len(phantoms)} delivered that were never accepted, such as {sorted(phantoms)[:5]}"
     assert duplicates <= most_duplicates, f"{duplicates} duplicates"
+
+
+def copied_pages(name: str) -> int:
+    """Return how many pages of mappings of this file, as far as they are private, this process has written to."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            ours = any(name in word for word in rest)
+        elif ours and first == "Anonymous:":
+            total += int(rest[0]) * 1024 // os.sysconf("SC_PAGE_SIZE")
+    return total

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fastdist import logs
+from fastdist import logs, tls
 from fastdist.config import reloadable
 from fastdist.errors import ConfigError
 from fastdist.shared import AnalyzerWord
@@ -77,16 +77,24 @@ class Changes:
     def take_over(self, new: Config) -> list[str]:
         """Put what can change while running in force; return the paths that differ and need a restart.
 
-        Raises ConfigError when there are more analyzers than there is room for.
+        Raises ConfigError when there are more analyzers than there is room for, StartError when the certificate that
+        would be in force cannot be used.
         """
         need_restart = [path for path in reloadable(self.config, new) if path != "server.max_connections"]
         if new.server.max_connections != self._wanted_connections:
             need_restart.append("server.max_connections")
-        if bool(new.security.tls_cert) != bool(self.config.security.tls_cert):
-            need_restart.append("security.tls_cert")  # certificates can be exchanged, TLS not be turned on or off
+        security = new.security
+        if bool(security.tls_cert) != bool(self.config.security.tls_cert):
+            # Certificates can be exchanged, TLS not be turned on or off: a worker that is replaced meanwhile would
+            # speak it and the others not.
+            need_restart += ["security.tls_cert", "security.tls_key"]
+            security = msgspec.structs.replace(
+                security, tls_cert=self.config.security.tls_cert, tls_key=self.config.security.tls_key
+            )
+        tls.server_context(security)
         if not _leaves_somebody(new.analyzers, self.overrides):
             raise ConfigError(["analyzers: with the overrides in force nothing would be left to deliver to"])
-        config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=new.security)
+        config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=security)
         self._set_roster(config)
         self.config = config
         self.generation += 1

@@ -124,7 +124,7 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
     """Check a configuration file and print every problem.
 
     What is checked is what `serve --config FILE` would use here and now, the environment and the certificate included.
-    Exit status: 0 when it can be used, with notes about what may surprise; 2 when it cannot.
+    Exit status: 0 when it can be used, with warnings of what may not be meant; 2 when it cannot.
 
     \b
     Example:
@@ -138,8 +138,8 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
     except StartError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(BAD_CONFIG) from None
-    for note in effective.notes(config):
-        typer.echo(f"note: {note}", err=True)
+    for warning in effective.warnings(config):
+        typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
 
 

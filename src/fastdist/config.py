@@ -59,6 +59,8 @@ _SIZE = {"parse": units.parse_size, "show": units.format_size}
 Duration = Annotated[float, Meta(ge=0, le=_YEAR, extra=_DURATION)]
 Interval = Annotated[float, Meta(ge=0.001, le=_YEAR, extra=_DURATION)]  # a duration where zero is meaningless
 Count = Annotated[int, Meta(ge=1, le=10_000)]
+_IDS = ": X-Packet-Ids has the id of each, and servers refuse long heads"
+BatchCount = Annotated[int, Meta(ge=1, le=1000, extra={"why": _IDS})]
 Rate = Annotated[float, Meta(ge=0, le=10**9)]
 Burst = Annotated[int, Meta(ge=0, le=10**9)]
 Text = Annotated[str, Meta(pattern=".", description="must not be empty")]
@@ -165,7 +167,7 @@ class Delivery(Struct, frozen=True, kw_only=True):
     """
 
     mode: Literal["single", "batch"] = "single"
-    batch_packets: Count = 64
+    batch_packets: BatchCount = 64
     batch_bytes: Annotated[int, Meta(ge=1, le=_GIB, extra=_SIZE)] = 2**20
     linger: Duration = 0.002
     connections: Count = 32
@@ -263,6 +265,7 @@ _SETTINGS: dict[str, Any] = {"analyzers": _SECTIONS["analyzers"]} | {
     for key in msgspec.structs.fields(kind)
 }
 _LIVE = ("analyzers", "limits.", "security.")
+SAFE_BATCH = 120  # with as many ids of 64 characters the head of a request is below 8 KiB
 _SECRET = ("security.tokens", "security.admin_tokens")
 _VARIABLES = {"PORT": "server.port", "WORKER_COUNT": "server.workers"} | {
     f"FASTDIST_{path.replace('.', '__').upper()}": path for path in _SETTINGS if "." in path
@@ -326,6 +329,15 @@ def settings(loaded: Loaded) -> Iterator[Setting]:
         for path in (path for path in _SETTINGS if path.partition(".")[0] == name):
             value, origin = attrgetter(path)(loaded.config), loaded.sources[path]
             yield Setting(path, _SETTINGS[path], value, origin, path in _SECRET)
+
+
+def warnings(config: Config) -> list[str]:
+    """Return what is allowed but may not be what was meant, each on one line that begins with its path."""
+    delivery = config.delivery
+    if delivery.mode != "batch" or delivery.batch_packets <= SAFE_BATCH:
+        return []
+    problem = f"with more than {SAFE_BATCH} the head of a batch may be over 8 KiB, which many servers refuse (431)"
+    return [f"delivery.batch_packets: {problem}; all packets of such a batch are sent again one by one"]
 
 
 def reloadable(old: Config, new: Config) -> list[str]:
@@ -479,7 +491,7 @@ def _scalar(kind: Any, raw: Any, shown: str) -> Any:
     if meta.ge is not None and value < meta.ge:
         raise ValueError(f"must be >= {show(meta.ge)}")
     if meta.le is not None and meta.le < value < math.inf:  # the one infinity here is "never"
-        raise ValueError(f"must be <= {show(meta.le)}")
+        raise ValueError(f"must be <= {show(meta.le)}{extra.get('why', '')}")
     return base(value)
 
 

@@ -257,6 +257,8 @@ def print_verdict(view: QueueView) -> None:
             typer.echo(f"  at byte {damage.offset}: {damage.what}")
         if len(report.damage) > MOST_DAMAGES:
             typer.echo(f"  and {len(report.damage) - MOST_DAMAGES} more")
+        for note in report.notes:
+            typer.echo(f"  note: at byte {note.offset}: {note.what}, half written by a process that was killed")
     for name in view.set_aside:
         typer.echo(f"{name}: set aside by an earlier start, which could not read it; no part of the queue")
     packets = plural(sum(report.packets for report in view.files), "packet")

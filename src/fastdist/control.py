@@ -1,19 +1,76 @@
-"""What the supervisor and its workers say to each other: JSON lines over a socket pair.
+"""What the supervisor and its workers say to each other: JSON lines over a socket pair, and settings in a memfd.
 
-To a worker: ``drain`` (until ``deadline``), ``reload`` (the settings were written anew; ``roster`` has the slots),
-``reply`` (to the request of that ``id``). From a worker: ``ready``, ``reloaded``, ``request`` (an ``action`` that an
-administrator asked for). The socket's end of file is how either learns that the other is gone.
+To a worker: ``drain`` (until ``deadline``), ``reload`` (the settings were written anew), ``reply`` (to the request of
+that ``id``). From a worker: ``ready`` (with the generation of its settings), ``reloaded``, ``request`` (an ``action``
+that an administrator asked for). The socket's end of file is how either learns that the other is gone.
+
+What grows with the configuration travels in the memfd, never in a line or on a command line. It is written in place
+while workers may be reading it; a checksum tells them to look again. Of many problems a line has the first.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
+import struct
+import time
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from fastdist.config import Config, from_wire, to_wire
+from fastdist.errors import StartError
+
 if TYPE_CHECKING:
-    import asyncio
+    import socket
     from collections.abc import AsyncIterator
+
+LONGEST_LINE = 2**20  # bytes; far more than any message has, see ``shorten``
+MOST_PROBLEMS, LONGEST_PROBLEM = 100, 500  # lines, characters
+HEADER = struct.Struct("=Q16s")  # of the settings: their length and checksum
+PATIENCE = 1.0  # seconds for settings that are being written to be whole
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """All that a worker goes by: the configuration, and the slots of its analyzers by id."""
+
+    generation: int  # grows with every reload
+    roster: dict[str, int]
+    config: Config
+
+
+class _Wire(msgspec.Struct, frozen=True):
+    generation: int
+    roster: dict[str, int]
+    config: msgspec.Raw
+
+
+def write_settings(fd: int, settings: Settings) -> None:
+    """Write settings over those that are in the memfd ``fd``."""
+    wire = _Wire(settings.generation, settings.roster, msgspec.Raw(to_wire(settings.config)))
+    body = msgspec.json.encode(wire)
+    os.pwrite(fd, HEADER.pack(len(body), _checksum(body)) + body, 0)
+
+
+def read_settings(fd: int, patience: float = PATIENCE) -> Settings:
+    """Return the settings that were written last, whole. Raises StartError when they are not within ``patience``."""
+    end = time.monotonic() + patience
+    while True:
+        data = os.pread(fd, os.fstat(fd).st_size, 0)  # pread: all processes share the descriptor's position
+        if len(data) >= HEADER.size:
+            length, checksum = HEADER.unpack_from(data)
+            body = data[HEADER.size : HEADER.size + length]
+            if len(body) == length and _checksum(body) == checksum:
+                wire = msgspec.json.decode(body, type=_Wire)
+                return Settings(wire.generation, wire.roster, from_wire(bytes(wire.config)))
+        if time.monotonic() > end:
+            raise StartError("the settings handed to this worker are not whole")
+        time.sleep(0.001)
+
+
+def _checksum(body: bytes) -> bytes:
+    return blake2b(body, digest_size=16).digest()
 
 
 class Action(msgspec.Struct, frozen=True):
@@ -31,10 +88,22 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     verb: str
     id: int = 0
     deadline: float = 0.0  # time.monotonic()
-    roster: dict[str, int] = {}
     action: Action | None = None
     status: int = 0  # of a reply, as in HTTP
     body: Any = None
+
+
+def shorten(problems: list[str]) -> list[str]:
+    """Return what a message, an answer or a log line holds of a configuration's problems; ``check`` prints them all."""
+    few = [each if len(each) <= LONGEST_PROBLEM else f"{each[:LONGEST_PROBLEM]}…" for each in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        few.append(f"and {len(problems) - MOST_PROBLEMS} more problems; `fastdist check FILE` prints them all")
+    return few
+
+
+async def connect(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return reader and writer of one end of the socket pair."""
+    return await asyncio.open_connection(sock=sock, limit=LONGEST_LINE)
 
 
 def send(writer: asyncio.StreamWriter, message: Message) -> None:

@@ -17,8 +17,8 @@ import heapq
 import math
 import random
 import ssl
-import statistics
 import time
+from bisect import bisect_left
 from collections import deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -34,7 +34,7 @@ from fastdist.shares import effective_weights
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from fastdist._core.counters import Counters
     from fastdist._core.ring import PacketRing
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 LONGEST_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
 RAMP_STEP_NS = 250_000_000  # how often weights are looked at while an analyzer starts slowly
 CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
+PRUNING_NS = 1_000_000_000  # how often idle connections are
 OVERLOAD = 0.85  # of the time busy: this process is the bottleneck
 CLAIMS_AHEAD = 4  # times what can be in flight: how much is claimed then
 LONGEST_GRACE = 1.0  # seconds
@@ -105,7 +106,7 @@ class Dispatcher(DispatchBase):
         self.storage_failed = False
         self._next_write = 0
         self._tls: ssl.SSLContext | None = None
-        self._next_check = self._next_ramp = 0
+        self._next_check = self._next_pruning = self._next_ramp = 0
         self._load = LoadMeter()
         self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
         self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
@@ -373,14 +374,17 @@ class Dispatcher(DispatchBase):
         for pool in self.retired:
             pool.check(now_ns)
         self.retired = [pool for pool in self.retired if pool.open_connections or pool.opening]
+        idle_too = now_ns >= self._next_pruning
+        if idle_too:
+            self._next_pruning = now_ns + PRUNING_NS
         waiting = []
         for slot in self.roster:
             pool = self.pools[slot]
-            if pool.open_connections:
+            if pool.requests_in_flight or (idle_too and pool.open_connections):
                 pool.check(now_ns)
             if pool.waiting:
                 waiting.append(pool)
-        slow = {pool.slot for pool in waiting if self._is_slow(pool, now_ns)}
+        slow = self._slow_among(waiting, now_ns)
         self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
         slow = {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
         steady = self._limit_claims(now_ns, lift=bool(slow))
@@ -409,10 +413,17 @@ class Dispatcher(DispatchBase):
             self.schedule()
         return steady
 
-    def _is_slow(self, pool: AnalyzerPool, now_ns: int) -> bool:
-        """Whether the analyzer takes much longer to reply than the others do."""
-        others = [self.pools[slot].latency(now_ns) for slot in self.weights if slot != pool.slot]
-        return bool(others) and pool.latency(now_ns) > SLOW * statistics.median(others)
+    def _slow_among(self, waiting: list[AnalyzerPool], now_ns: int) -> set[int]:
+        """Return the slots of those that take much longer to reply than the others do."""
+        if not waiting:
+            return set()
+        everybody = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
+        slow = set()
+        for pool in waiting:
+            mine = pool.latency(now_ns)
+            if mine > SLOW * median_of_others(everybody, mine if pool.slot in self.weights else None):
+                slow.add(pool.slot)
+        return slow
 
     def _spill(self, pool: AnalyzerPool, since_ns: int) -> None:
         """Move packets that have waited since before ``since_ns`` to analyzers that have room."""
@@ -435,6 +446,19 @@ class Dispatcher(DispatchBase):
         for pool in (*self.pools, *self.retired):
             if pool is not None:
                 pool.close()
+
+
+def median_of_others(ordered: Sequence[float], one: float | None) -> float:
+    """Return the median of ``ordered`` without ``one`` of its values (None: of all); infinity if that leaves nothing.
+
+    In constant time but for the search: it is asked for each of perhaps a thousand analyzers.
+    """
+    left_out = len(ordered) if one is None else bisect_left(ordered, one)
+    count = len(ordered) - (one is not None)
+    if count == 0:
+        return math.inf
+    low, high = ((at + (at >= left_out)) for at in ((count - 1) // 2, count // 2))
+    return (ordered[low] + ordered[high]) / 2
 
 
 class LoadMeter:

@@ -1,6 +1,6 @@
 """The configuration in force, for a person: as TOML that can be read again, with where each value comes from.
 
-Tokens are masked. The notes are about what is valid and still may not be what was meant.
+Tokens are masked. Warnings beyond those of a start are for who asks for a check: some concern the defaults as well.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import msgspec
 
 from fastdist.config import Analyzer, Config, settings
+from fastdist.config import warnings as config_warnings
 from fastdist.units import format_size
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def as_toml(loaded: Loaded, *, changed: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-def notes(config: Config) -> Iterator[str]:
-    """Yield what is valid but may surprise, each with its path first."""
+def warnings(config: Config) -> Iterator[str]:
+    """Yield what is allowed but may not be what was meant, each on one line that begins with its path."""
+    yield from config_warnings(config)
     workers = config.server.workers or min(256, len(os.sched_getaffinity(0)))
     largest = config.queue.capacity // workers // 2
     if largest < config.server.max_body:

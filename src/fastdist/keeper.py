@@ -2,13 +2,14 @@
 
 A place is what outlives the process that fills it: the listener, the ring, the row in the shared block. A dead worker
 is replaced with back-off (``FIRST_DELAY`` doubling to ``LAST_DELAY``); workers that never once got ready,
-``FALSE_STARTS`` in a row, end the service.
+``FALSE_STARTS`` in a row, end the service, also when there was no process to be had for them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -24,12 +25,13 @@ from fastdist.shared import SharedBlock, WorkerState, WorkerWord
 from fastdist.worker import Assignment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from fastdist.queuefiles import OldRing
 
 HANG = 10.0  # seconds without a heartbeat after which a worker is replaced
-START = 60.0  # seconds a worker has to get ready (it may have a large queue to recover)
+START = 60.0  # seconds a worker has to get ready, or to give a sign before it is
+READ_RATE = 16 * 2**20  # bytes a second at which a worker must be able to read its rings, beyond that
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
 STEADY = 10.0  # seconds a worker has to live for the back-off to begin anew
 FALSE_STARTS = 3
@@ -48,6 +50,8 @@ class Place:
         self.control: asyncio.StreamWriter | None = None
         self.ready = self.ever_ready = False
         self.started = 0.0
+        rings = sum(os.fstat(fd).st_size for fd in (ring, *(old.fd for old in old_rings)))
+        self.time_to_start = START + rings / READ_RATE
         self.delay = 0.0
         self.false_starts = 0
         self.cpu_before = 0  # ns, of the processes that filled this place before
@@ -88,7 +92,6 @@ class Keeper:
     ) -> None:
         self.block, self.settings, self.heard, self.hopeless = block, settings, heard, hopeless
         self.places: list[Place] = []
-        self.roster: Mapping[str, int] = {}  # analyzer id -> slot
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
         self.stopping = False
         self._looked = time.monotonic()
@@ -110,6 +113,8 @@ class Keeper:
             try:
                 await self._start(place)
             except OSError as error:  # no process or descriptor to be had now: the others go on
+                if self._is_hopeless(place, str(error)):
+                    break
                 log.error("a worker cannot be started; trying again", worker=place.name, error=str(error))
                 place.delay = min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
                 continue
@@ -123,14 +128,16 @@ class Keeper:
                 self._after_death(place, status)
 
     async def _start(self, place: Place) -> None:
+        """Start a process. The process comes last: when anything fails here, there is none that would hold the ring."""
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as stack:
-            stack.callback(theirs.close)
-            stack.callback(ours.close)
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
+            reader, writer = await control.connect(ours)
+            undo.pop_all()  # it is the writer's now
+            undo.callback(writer.close)
             await self._spawn(place, theirs)
-            reader, place.control = await asyncio.open_connection(sock=ours)
-            stack.pop_all()
-            theirs.close()
+            undo.pop_all()
+        place.control = writer
         task = asyncio.get_running_loop().create_task(self._listen(place, reader))
         self._listeners.add(task)
         task.add_done_callback(self._listeners.discard)
@@ -144,7 +151,6 @@ class Keeper:
             ring=place.ring,
             control=theirs.fileno(),
             settings=self.settings,
-            roster=dict(self.roster),
             old_rings=old_rings,
         )
         passed = (
@@ -181,16 +187,21 @@ class Keeper:
     def _after_death(self, place: Place, status: int) -> None:
         """Decide how a dead worker is replaced."""
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        if not place.ready:
-            place.false_starts += 1
-            if place.false_starts >= FALSE_STARTS and not any(other.ever_ready for other in self.places):
-                log.error("workers cannot start; see their error above", worker=place.name, ended_by=how)
-                self.hopeless()
-                return
+        if not place.ready and self._is_hopeless(place, how):
+            return
         steady = time.monotonic() - place.started > STEADY
         place.delay = FIRST_DELAY if steady else min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
         self.block.worker(place.index)[WorkerWord.RESTARTS] += 1
         log.warning("a worker ended and is replaced", worker=place.name, ended_by=how, delay=place.delay)
+
+    def _is_hopeless(self, place: Place, why: str) -> bool:
+        """Count a start that failed; end the service when there were too many and no worker ever got ready."""
+        place.false_starts += 1
+        if place.false_starts < FALSE_STARTS or any(other.ever_ready for other in self.places):
+            return False
+        log.error("workers cannot start; see their error above", worker=place.name, ended_by=why)
+        self.hopeless()
+        return True
 
     # ---- all of them
 
@@ -223,7 +234,7 @@ class Keeper:
             return
         for place in self.places:
             beat = max(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9, place.started)
-            if place.alive and now - beat > (HANG if place.ready else START):
+            if place.alive and now - beat > (HANG if place.ready else place.time_to_start):
                 log.error("a worker hangs and is killed", worker=place.name, silent_for=round(now - beat, 1))
                 place.started = now  # once
                 place.kill()

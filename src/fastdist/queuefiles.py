@@ -22,6 +22,7 @@ from fastdist import logs
 from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
 
+CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
 
 _CUT_SHORT = re.compile(r"shorter than the (\d+) bytes")  # what the ring says of a file whose header is sound
@@ -88,6 +89,7 @@ class QueueFolder:
         rings = []
         for index in range(workers):
             fd = os.memfd_create(f"fastdist-ring-{index}")
+            _clear(fd, min(file_size(capacity), CLEARED // workers), "memory")
             _make(fd, capacity, "memory")
             rings.append(fd)
         return rings
@@ -122,7 +124,7 @@ class QueueFolder:
                 aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
                 path.rename(aside)
                 log.error("a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), why=ring)
-            elif not path.name.startswith("adopt-") and not (path.name in wanted and ring.capacity == capacity):
+            elif not path.name.startswith("adopt-") and not (path.name in wanted and ring == capacity):
                 path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}.fdq"))
 
     def old_rings(self) -> list[OldRing]:
@@ -141,22 +143,22 @@ def _is_alive(pid: str) -> bool:
         return False
 
 
-def _look_at(path: Path) -> PacketRing | str:
-    """Return a private view of a ring, or what is wrong with the file. Raises StartError where that is not ours to fix.
+def _look_at(path: Path) -> int | str:
+    """Return a ring's capacity, or what is wrong with the file. Raises StartError where that is not ours to fix.
 
     A file that was cut short is given its length again: what is left of it can then be recovered.
     """
     try:
         with path.open("rb") as file:
             try:
-                return PacketRing(file.fileno(), private=True)
+                return PacketRing(file.fileno(), private=True).capacity
             except RingError as error:
                 cut = _CUT_SHORT.search(str(error))
                 if cut is None:
                     raise
                 log.warning("a queue file was cut short", file=str(path), bytes=os.fstat(file.fileno()).st_size)
                 os.truncate(path, file_size(int(cut[1])))
-                return PacketRing(file.fileno(), private=True)
+                return PacketRing(file.fileno(), private=True).capacity
     except RingError as error:
         if "newer version" in str(error):
             raise StartError(f"{path}: {error}; it is left as it is") from error
@@ -203,6 +205,18 @@ def _allocate(fd: int, size: int, what: str) -> None:
         raise StartError(
             f"cannot allocate {size} bytes for the queue ({what}): {error.strerror}; make room or lower queue.capacity"
         ) from error
+
+
+def _clear(fd: int, size: int, what: str) -> None:
+    """Write zeros: a page of shared memory is cleared when it is first written to, and that is not to be by a push.
+
+    256 MiB take some 60 ms.
+    """
+    _allocate(fd, size, what)
+    zeros = bytes(1 << 20)
+    at = 0
+    while at < size:
+        at += os.pwrite(fd, zeros[: size - at], at)
 
 
 def _sync_folder(path: Path) -> None:

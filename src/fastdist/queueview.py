@@ -51,11 +51,12 @@ class RingReport(msgspec.Struct, rename="camel", kw_only=True):
     capacity_bytes: int = 0
     corrupt: int = 0  # records (or what was taken for one) that are lost
     damage: list[Damage] = []
+    notes: list[Damage] = []  # what a kill may leave, and costs nothing
     error: str | None = None
 
     @property
     def sound(self) -> bool:
-        """Whether all of it is as it was written."""
+        """Whether nothing of it is damaged."""
         return not self.damage and self.error is None
 
 
@@ -137,13 +138,13 @@ def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPac
         report.packets, report.bytes, report.capacity_bytes = ring.undone, ring.undone_bytes, ring.capacity
         report.corrupt = ring.corrupt
         report.damage = [Damage(offset, what) for offset, what in ring.damage]
+        report.notes = [Damage(offset, what) for offset, what in ring.notes]
         packets = heapq.nsmallest(most_packets, _packets(file.name, ring), key=_age) if most_packets else []
     return report, packets
 
 
 def _packets(file: str, ring: PacketRing) -> Iterator[WaitingPacket]:
-    while handle := ring.claim():
-        packet = ring.packet(handle)
+    for packet in ring.waiting():
         yield WaitingPacket(
             file=file,
             id=packet.id,

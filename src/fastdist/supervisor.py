@@ -22,8 +22,8 @@ import uvloop
 from fastdist import __version__, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
-from fastdist.config import to_wire
-from fastdist.control import Message
+from fastdist.config import warnings
+from fastdist.control import Message, Settings, shorten, write_settings
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.health import HealthChecker
@@ -78,6 +78,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._signals.put_nowait, number)
         tls.server_context(self.config.security)
+        for warning in warnings(self.config):
+            log.warning(warning)
         self._fit_descriptor_limit()
         head = self.block.head
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.time_ns(), os.getpid()
@@ -104,10 +106,8 @@ class Supervisor:
         return self.folder.rings(self.workers, capacity)
 
     def _write_settings(self) -> None:
-        data = to_wire(self.config)
-        os.ftruncate(self.settings, len(data))
-        os.pwrite(self.settings, data, 0)
-        self.keeper.roster = self.changes.slots_in_use()
+        changes = self.changes
+        write_settings(self.settings, Settings(changes.generation, changes.slots_in_use(), changes.config))
 
     def _fit_descriptor_limit(self) -> None:
         """Make room for ``max_connections``, or lower that to what there is room for."""
@@ -272,7 +272,7 @@ class Supervisor:
                 tls.server_context(loaded.config.security)
                 need_restart = self.changes.take_over(loaded.config)
             except (ConfigError, StartError) as error:
-                problems = getattr(error, "problems", [str(error)])
+                problems = shorten(getattr(error, "problems", [str(error)]))
                 log.error("the new configuration cannot be used; the old one stays", problems=problems)
                 return 422, problems
             self.loaded = loaded
@@ -290,7 +290,7 @@ class Supervisor:
             return 200, {"status": "reloaded", "needsRestart": need_restart}
 
     def _news(self) -> Message:
-        return Message("reload", roster=self.changes.slots_in_use(), body=self.changes.generation)
+        return Message("reload")
 
     # ---- watching
 

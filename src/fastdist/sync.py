@@ -2,7 +2,8 @@
 
 With durability ``fsync`` a sync follows whenever somebody waits for one; with ``disk`` one follows every
 ``sync_interval`` in which something changed. A sync that fails is told at once and tried again until one succeeds;
-everything is written anew before that, for after a failure the kernel may take pages for written that are not.
+everything is written anew before that, for after a failure the kernel may take pages for written that are not. The ring
+remembers the failure, for whoever opens it next.
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ RETRY_SECONDS = 1.0  # after a sync that failed
 log = logs.get()
 
 
-def sync_before_opening(fd: int) -> bool:
-    """Sync the file of a ring that is to be taken over; return whether that worked.
+def make_safe(ring: PacketRing, fd: int) -> bool:
+    """Have all of a ring that was taken over on stable storage; return whether that worked.
 
-    Who opens a ring takes what stands in its pages for safe. Of what a process that was killed has left, that is not
-    true yet: a record that was moved may be on the disk as such, and its copy in memory only.
+    What a process that was killed has left in the pages is not: not yet, or never, for it may have been killed after a
+    sync that failed, which the kernel reports once. So what no sync is known to have covered is written anew.
     """
+    ring.write_again()
+    position = ring.tail_position
     try:
         os.fdatasync(fd)
     except OSError as error:
         log.error("the queue cannot be synced", error=str(error))
+        ring.forget_synced()
         return False
+    ring.mark_synced(position)
     return True
 
 
@@ -102,6 +107,7 @@ class Syncer:
                 "cannot write the queue to disk; nothing can be accepted until that is possible", error=str(error)
             )
         self.failing = True
+        self.ring.forget_synced()
         self._on_failed(error)
         self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self.want)
 
@@ -116,5 +122,6 @@ class Syncer:
             os.fdatasync(self.fd)
         except OSError as error:
             log.error("the last sync of the queue failed", error=str(error))
+            self.ring.forget_synced()
         else:
             self.ring.mark_synced(position)

@@ -37,11 +37,24 @@ def take_over(ring: PacketRing, adoptions: Sequence[Adoption], counters: Counter
     _count_the_delivered(undone, counters)
 
 
+def begin_adopting(ring: PacketRing, counters: Counters) -> None:
+    """Note that nothing but copies of an old ring's packets will be pushed until ``end_adopting``."""
+    counters.set("adopting", ring.next_sequence_number - counters.get("adopted"))
+
+
+def end_adopting(ring: PacketRing, counters: Counters) -> None:
+    """Count what was copied since ``begin_adopting``, though it be for a process that was killed meanwhile."""
+    if begun := counters.get("adopting"):
+        counters.set("adopted", ring.next_sequence_number - begun)
+        counters.set("adopting", 0)
+
+
 def _count_the_pushed(ring: PacketRing, counters: Counters) -> None:
+    end_adopting(ring, counters)
     pushed = ring.next_sequence_number - counters.get("sequence_base") - counters.get("adopted")
     missing = pushed - counters.get("accepted") - counters.get("withdrawn")
     if missing > 0:
-        messages, body_bytes = ring.totals_from(ring.next_sequence_number - missing)
+        messages, body_bytes = ring.totals_of_latest(missing)
         counters.add("accepted", missing)
         counters.add("messages_accepted", messages)
         counters.add("bytes_accepted", body_bytes)

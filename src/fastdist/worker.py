@@ -8,12 +8,14 @@ gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -24,8 +26,7 @@ import uvloop
 from fastdist import __version__, control, logs, packet, tls
 from fastdist._core.ingest import Intake
 from fastdist._core.ring import PacketRing
-from fastdist.api import Api, Response, problem
-from fastdist.config import Config, from_wire
+from fastdist.api import Api, Response, problem, reason
 from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
@@ -33,17 +34,16 @@ from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.queuefiles import Adoption, OldRing
 from fastdist.shared import SharedBlock, WorkerWord
 from fastdist.snapshot import Snapshot
-from fastdist.sync import Syncer, sync_before_opening
-from fastdist.takeover import take_over
+from fastdist.sync import Syncer, make_safe
+from fastdist.takeover import begin_adopting, end_adopting, take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fastdist.config import Analyzer
+    from collections.abc import Callable, Iterator
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 ADOPTION_RETRY_NS = 1_000_000_000
+BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
 log = logs.get()
@@ -57,8 +57,7 @@ class Assignment(msgspec.Struct, frozen=True):
     listener: int
     ring: int
     control: int
-    settings: int  # a memfd with the wire form of the configuration
-    roster: dict[str, int]  # analyzer id -> slot
+    settings: int  # a memfd, see ``control.Settings``
     old_rings: dict[str, int]  # to adopt: path -> descriptor
 
 
@@ -70,16 +69,13 @@ class Worker:
         self.block = SharedBlock.attach(assignment.shared)
         self.words = self.block.worker(assignment.index)
         self.counters = self.block.rows[assignment.index]
-        self.generation = 0
-        self.config = self._read_settings()
-        self.roster = self._read_roster(assignment.roster)
+        self._read_settings()
         self.durability = self.config.queue.durability
-        files = [] if self.durability == "memory" else [assignment.ring, *assignment.old_rings.values()]
-        safe = all([sync_before_opening(fd) for fd in files])  # noqa: C419  (all of them, whatever becomes of one)
         self.ring = PacketRing(
             assignment.ring, volatile=self.durability == "memory", claims_wait_for_sync=self.durability == "fsync"
         )
         self.adoptions = [Adoption(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
+        safe = self._make_safe()
         self.syncer = None
         if self.durability != "memory":
             self.syncer = Syncer(self.ring, assignment.ring, self._synced, self._sync_failed)
@@ -119,14 +115,20 @@ class Worker:
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
         self._numbers = itertools.count(1)
 
+    def _make_safe(self) -> bool:
+        """Sync what was found in files, whatever becomes of one; say whether all of it is safe."""
+        if self.durability == "memory":
+            return True
+        rings = [(self.ring, self.assignment.ring), *((each.ring, each.old.fd) for each in self.adoptions)]
+        with _signs_of_life(self.words):
+            return all([make_safe(ring, fd) for ring, fd in rings])  # noqa: C419
+
     # ---- settings
 
-    def _read_settings(self) -> Config:
-        settings = self.assignment.settings  # pread: the descriptor's position is shared with the other workers
-        return from_wire(os.pread(settings, os.fstat(settings).st_size, 0))
-
-    def _read_roster(self, slots: dict[str, int]) -> dict[int, Analyzer]:
-        return {slots[analyzer.id]: analyzer for analyzer in self.config.analyzers if analyzer.id in slots}
+    def _read_settings(self) -> None:
+        settings = control.read_settings(self.assignment.settings)
+        self.generation, self.config = settings.generation, settings.config
+        self.roster = {settings.roster[analyzer.id]: analyzer for analyzer in self.config.analyzers}
 
     def _put_in_force(self) -> None:
         """Apply the settings that may change while running."""
@@ -134,10 +136,8 @@ class Worker:
         self.limiter.configure(limits.rate, limits.burst, limits.client_rate, limits.client_burst)
         self.emitters.configure(security.tokens, security.cors_origins)
 
-    def _reload(self, message: Message) -> None:
-        self.config = self._read_settings()
-        self.roster = self._read_roster(message.roster)
-        self.generation = message.body or 0
+    def _reload(self) -> None:
+        self._read_settings()
         self._put_in_force()
         self.dispatcher.config = self.config
         self.dispatcher.set_roster(self.roster)
@@ -187,7 +187,7 @@ class Worker:
         self.dispatcher.set_roster(self.roster)
         listener = socket.socket(fileno=self.assignment.listener)
         commands = socket.socket(fileno=self.assignment.control)
-        reader, self._control = await asyncio.open_connection(sock=commands)
+        reader, self._control = await control.connect(commands)
         self._server = await self.loop.create_server(
             lambda: IngestProtocol(self.intake, self.emitters), sock=listener, backlog=4096, ssl=self.tls
         )
@@ -212,7 +212,7 @@ class Worker:
             if message.verb == "drain" and draining is None:
                 draining = self.loop.create_task(self._drain(message.deadline))
             elif message.verb == "reload":
-                self._reload(message)
+                self._reload()
             elif message.verb == "reply":
                 self._changed(message)
         log.warning("the supervisor is gone; ending")
@@ -303,8 +303,9 @@ class Worker:
         requests = delivery.connections * delivery.pipeline * len(self.roster)
         most = max(LEAST_ADOPTED, requests * (delivery.batch_packets if delivery.mode == "batch" else 1))
         for adoption in () if self.intake.broken_storage else tuple(self.adoptions):
+            begin_adopting(self.ring, self.counters)
             moved, oversized = adoption.step(self.ring, most)
-            self.counters.add("adopted", moved)
+            end_adopting(self.ring, self.counters)
             if oversized:
                 self._bury_oversized(adoption, oversized)
             if moved:
@@ -362,18 +363,36 @@ class Worker:
         self.intake.broken_storage = True
         if self.durability != "fsync":
             return
-        packets, messages, body_bytes = self.ring.withdraw_unsynced()
-        counters = self.counters
-        counters.add("accepted", -packets)
-        counters.add("messages_accepted", -messages)
-        counters.add("bytes_accepted", -body_bytes)
-        counters.add("withdrawn", packets)
-        counters.add("storage", packets)
+        packets, _, _ = self.ring.withdraw_unsynced()
+        self.counters.add("withdrawn", packets)
+        self.counters.add("storage", packets)
         response = problem(
             503, f"the packet could not be written to disk: {error.strerror}", headers=b"Retry-After: 1\r\n"
         )
-        answer = self.intake.compose(503, "Service Unavailable", response.headers, response.body, close=False)
-        self.intake.sync_failed(answer)
+        self.intake.sync_failed(response.status, reason(response.status), response.headers, response.body)
+
+
+@contextlib.contextmanager
+def _signs_of_life(words: memoryview) -> Iterator[None]:
+    """Give the event loop's sign in its place while the disk is waited for; a kill would not end that wait sooner."""
+    done = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not done.wait(BEAT):
+            words[WorkerWord.HEARTBEAT_NS] = time.monotonic_ns()
+            beats += 1
+            if beats == BEATS_TILL_TOLD:
+                log.warning("the disk takes long to write what the last run has left in the queue; waiting for it")
+
+    thread = threading.Thread(target=beat, name="signs-of-life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        words[WorkerWord.HEARTBEAT_NS] = time.monotonic_ns()
 
 
 def main() -> int:

@@ -8,12 +8,22 @@ import os
 import threading
 
 import pytest
+from support import copied_pages
 
 from fastdist import sync
 from fastdist._core.ring import PacketRing, file_size
-from fastdist.sync import Syncer, sync_before_opening
+from fastdist.sync import Syncer, make_safe
 
 CAPACITY = 65536
+PAGE = 4096
+HEADER_PAGES = 16
+
+
+def pages_written_again(fd: int) -> int:
+    """Return how many pages whoever opens the ring has the kernel write anew: those of a private view get copied."""
+    ring = PacketRing(fd, private=True)
+    ring.write_again()
+    return copied_pages("memfd:ring")
 
 
 class Disk:
@@ -184,11 +194,39 @@ def test_a_real_descriptor_that_cannot_be_synced():
     asyncio.run(run())
 
 
-def test_a_file_that_cannot_be_synced_before_it_is_opened(disk):
+def test_what_is_taken_over_is_safe_only_once_it_is_synced(disk):
+    bench = Bench()
+    bench.ring.push(b"x")
+    successor = PacketRing(bench.fd, claims_wait_for_sync=True)
     disk.broken = True
-    assert not sync_before_opening(5)
+    assert not make_safe(successor, bench.fd)
+    assert successor.synced_position == 0
     disk.broken = False
-    assert sync_before_opening(5)
+    assert make_safe(successor, bench.fd)
+    assert successor.synced_position == successor.tail_position
+
+
+@pytest.mark.parametrize("end", ["killed", "closed"])
+def test_whoever_opens_a_ring_after_a_sync_that_failed_writes_everything_anew(disk, end):
+    """The kernel tells of the failure once: the predecessor has heard of it, and its successor's sync succeeds."""
+
+    async def run() -> None:
+        bench = Bench()
+        for _ in range(20):
+            bench.push(1000)
+        await bench.until(1)
+        assert pages_written_again(bench.fd) == HEADER_PAGES
+        disk.broken = True
+        bench.push(1000)
+        await bench.until(2)
+        if end == "closed":
+            bench.syncer.close()
+        assert pages_written_again(bench.fd) == HEADER_PAGES + 21 * 1088 // PAGE + 1
+        disk.broken = False
+        assert make_safe(PacketRing(bench.fd), bench.fd)
+        assert pages_written_again(bench.fd) == HEADER_PAGES
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -55,7 +55,7 @@ def test_a_packet_refused_after_failures_tells_how_often_it_was_sent(tmp_path):
 
 
 def test_of_a_refused_batch_only_the_packet_at_fault_is_refused(tmp_path):
-    with Bench(tmp_path, (1,), delivery={"mode": "batch", "connections": 1, "pipeline": 3}) as bench:
+    with Bench(tmp_path, (1,), delivery={"mode": "batch", "connections": 1, "pipeline": 3, "linger": 0}) as bench:
         bench.push(*[b"%d" % number for number in range(1, 11)])
         (connection,) = bench.busy(0)
         bench.answer(connection, reply(422))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from pathlib import Path
 
 import pytest
 from forward_harness import OK, Bench, reply
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastdist import dispatch
-from fastdist.dispatch import CLAIMS_AHEAD, LoadMeter
+from fastdist.dispatch import CLAIMS_AHEAD, LoadMeter, median_of_others
 
 
 def stuck(tmp_path, slots=(0,), weights=(1, 1, 1), count=30, **delivery):
@@ -257,3 +260,12 @@ def test_the_load_is_the_part_of_the_time_that_was_used(monkeypatch, schedstat):
 def test_a_schedstat_that_makes_no_sense_is_not_used(monkeypatch, text):
     monkeypatch.setattr(Path, "read_bytes", lambda _path: text)
     assert 0 <= measure(lambda: time.sleep(0.01), 0.03) < 2
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.data())
+def test_the_median_of_the_others(values, data):
+    one = data.draw(st.sampled_from(values))
+    others = values.copy()
+    others.remove(one)
+    assert median_of_others(sorted(values), None) == statistics.median(values)
+    assert median_of_others(sorted(values), one) == (statistics.median(others) if others else math.inf)

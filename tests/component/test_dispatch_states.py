@@ -302,7 +302,7 @@ def test_failures_at_a_former_endpoint_do_not_count_against_the_new_one(tmp_path
 
 @pytest.mark.parametrize("how", ["refused batch", "stale"])
 def test_what_a_former_endpoint_is_to_get_again_goes_to_whoever_is_picked(tmp_path, how):
-    with Bench(tmp_path, (1, 1), delivery={"mode": "batch", "connections": 1}) as bench:
+    with Bench(tmp_path, (1, 1), delivery={"mode": "batch", "connections": 1, "linger": 0}) as bench:
         send_all_to(bench, 0)
         bench.push(b"0")
         bench.answer_all()

@@ -315,7 +315,7 @@ def test_nothing_is_sent_on_a_connection_that_is_about_to_close():
 
 
 def test_a_reply_to_a_batch_is_one_for_all_in_it():
-    desk = Desk(mode="batch", connections=2)
+    desk = Desk(mode="batch", connections=2, linger=0)
     connection = desk.connect()
     for status, event in [
         (200, []),

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist._core.counters import COUNTER_WORDS, HISTOGRAM_BUCKETS, WORDS_PER_HISTOGRAM
+from fastdist.config import SAFE_BATCH
 
 NEVER = 1000.0  # seconds: a linger that is over in no test
 ANY_BYTES = bytes(range(256))
@@ -177,7 +178,7 @@ def test_a_batch_is_what_the_contract_says():
 
 
 def test_a_batch_says_the_highest_attempt_in_it():
-    desk = Desk(mode="batch")
+    desk = Desk(mode="batch", linger=0)
     connection = desk.connect()
     for attempts in (0, 6, 2):
         desk.push(b"0", attempts=attempts)
@@ -195,6 +196,16 @@ def test_ids_of_any_length_share_a_batch():
     desk.push(*[b"7"] * 500, keys=keys)
     desk.pool.pump()
     assert connection.transport.sent == batch(keys, [b"7"] * 500)
+
+
+def test_the_largest_batch_that_is_not_warned_of_has_a_head_below_8_kib():
+    desk = Desk(mode="batch", batch_packets=SAFE_BATCH)
+    connection = desk.connect()
+    desk.push(*[b"7"] * SAFE_BATCH, keys=[f"{number:064}" for number in range(SAFE_BATCH)])
+    desk.pool.pump()
+    (request,) = connection.transport.requests
+    assert len(request.ids) == SAFE_BATCH
+    assert connection.transport.sent.index(b"\r\n\r\n") + 4 < 8192 - 200  # what is left is for a host and a path
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 13])
@@ -310,12 +321,25 @@ def busy_desk(**delivery):
 
 
 def test_an_idle_analyzer_gets_a_batch_of_one_at_once():
-    desk, busy, _ = busy_desk()
+    desk, busy, _ = busy_desk(linger=0.05)
     assert busy.transport.sent == batch(["p1"], [b"first"])
     busy.data_received(OK)
+    time.sleep(0.06)
     desk.push(b"second")
     desk.pool.pump()
     assert busy.transport.sent.endswith(batch(["p2"], [b"second"]))
+
+
+def test_an_analyzer_counts_as_busy_for_a_linger_after_each_batch():
+    """However fast it answers: it would get the packets of every turn of the loop one by one."""
+    desk, busy, _ = busy_desk()
+    busy.data_received(OK)
+    desk.push(b"2")
+    desk.pool.pump()
+    assert len(busy.transport.writes) == 1
+    desk.push(b"3", b"4", b"5")
+    desk.pool.pump()
+    assert busy.transport.writes[1] == batch(["p2", "p3", "p4", "p5"], [b"2", b"3", b"4", b"5"])
 
 
 def test_a_batch_waits_for_more_while_the_analyzer_is_busy():
@@ -359,11 +383,12 @@ def test_a_linger_of_nothing_waits_for_nothing():
     assert spare.transport.writes == [batch(["p2"], [b"2"])]
 
 
-def test_a_batch_that_waits_leaves_when_the_analyzer_is_idle_again():
-    desk, busy, spare = busy_desk()
+def test_a_reply_sends_what_has_waited_long_enough():
+    desk, busy, spare = busy_desk(linger=0.05)
     desk.push(b"2")
     desk.pool.pump()
     assert not spare.transport.writes
+    time.sleep(0.06)
     busy.data_received(OK)
     assert busy.transport.writes[1] == batch(["p2"], [b"2"])
 

@@ -24,6 +24,24 @@ class Refuses:
 
 sys.meta_path.insert(0, Refuses())
 """
+SLOW_DISK = """
+import os, sys, time
+
+if "fastdist.worker" in sys.orig_argv:
+    sync, slow = os.fdatasync, [True]
+
+    def fdatasync(fd):
+        if slow:
+            slow.clear()  # the first sync of a worker is that of what it finds
+            time.sleep(15)
+        sync(fd)
+
+    os.fdatasync = fdatasync
+elif "serve" in sys.orig_argv:
+    from fastdist import keeper
+
+    keeper.START = 5.0
+"""
 
 
 def running_workers(fastdist):
@@ -165,6 +183,18 @@ def test_a_service_whose_workers_cannot_start_ends_with_their_error(mocks, run, 
     assert "no dispatching today" in fastdist.output
     assert "workers cannot start" in fastdist.output
     assert "fastdist is ready" not in fastdist.output
+
+
+@pytest.mark.slow
+def test_a_worker_that_waits_for_a_slow_disk_is_not_taken_for_one_that_hangs(mocks, serve, tmp_path):
+    """The time to get ready begins anew when what was found in the queue is on the disk."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(tmp_path), *([inherited] if inherited else [])])
+    fastdist = serve(mocks, {"queue": {"durability": "disk"}}, PYTHONPATH=path)
+    assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0, 0]
+    assert "the disk takes long" in fastdist.output
+    assert fastdist.post()[0] == 202
 
 
 def test_a_worker_that_dies_again_and_again_is_replaced_with_back_off(mocks, serve):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
 from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.changes import Changes
-from fastdist.config import Analyzer, Config
+from fastdist.config import Analyzer, Config, Security
 from fastdist.control import Action
-from fastdist.errors import ConfigError
+from fastdist.errors import ConfigError, StartError
 from fastdist.shared import AnalyzerWord, SharedBlock
 
 
@@ -215,3 +216,48 @@ def test_more_analyzers_than_slots(block, tmp_path):
     with pytest.raises(ConfigError, match="needs a restart"):
         it.take_over(Config(analyzers=analyzers(*[1] * 9)))
     assert len(it.slots_in_use()) == 8
+
+
+def certificate(folder, name: str) -> Security:
+    """Return the settings for a certificate made just now."""
+    paths = {"tls_cert": str(folder / f"{name}.pem"), "tls_key": str(folder / f"{name}.key")}
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj"
+    files = ["/CN=emitters", "-out", paths["tls_cert"], "-keyout", paths["tls_key"]]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    return Security(**paths)
+
+
+@pytest.mark.parametrize("turned", ["on", "off"])
+def test_tls_is_turned_on_and_off_by_a_restart_only(block, tmp_path, turned):
+    """What workers get, and their successors, is what the others speak."""
+    with_tls, without = certificate(tmp_path, "one"), Security()
+    before, after = (without, with_tls) if turned == "on" else (with_tls, without)
+    it = Changes(Config(analyzers=analyzers(1), security=before), block, tmp_path)
+    it.begin()
+    wanted = Config(
+        analyzers=analyzers(2),
+        security=Security(tokens=("secret",), tls_cert=after.tls_cert, tls_key=after.tls_key),
+    )
+    for _ in range(2):  # the next reload says so again
+        assert it.take_over(wanted) == ["security.tls_cert", "security.tls_key"]
+        assert (it.config.security.tls_cert, it.config.security.tls_key) == (before.tls_cert, before.tls_key)
+        assert it.config.security.tokens == ("secret",), "all else is in force"
+        assert block.analyzers.weight(0) == 2.0
+
+
+def test_a_certificate_is_exchanged_without_a_restart(block, tmp_path):
+    one, two = certificate(tmp_path, "one"), certificate(tmp_path, "two")
+    it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path)
+    it.begin()
+    assert it.take_over(Config(analyzers=analyzers(1), security=two)) == []
+    assert it.config.security == two
+
+
+def test_a_certificate_that_is_gone_but_in_force_refuses_the_reload(block, tmp_path):
+    """TLS is still on: every worker loads the certificate again, and its successors too."""
+    it = Changes(Config(analyzers=analyzers(1), security=certificate(tmp_path, "one")), block, tmp_path)
+    it.begin()
+    (tmp_path / "one.pem").unlink()
+    with pytest.raises(StartError, match=r"one\.pem"):
+        it.take_over(Config(analyzers=analyzers(2)))
+    assert block.analyzers.weight(0) == 1.0

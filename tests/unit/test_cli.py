@@ -116,6 +116,15 @@ def test_check_prints_every_problem_on_a_line_of_its_own(run, file):
     assert result.stderr == "server.port: must be >= 0\nserver.prot: unknown key; did you mean 'port'?\n"
 
 
+def test_check_warns_of_what_may_not_be_meant(run, file):
+    file.write_text("[delivery]\nmode = 'batch'\nbatch_packets = 121\n")
+    result = run("check", str(file))
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{file}: ok ")
+    assert result.stderr.startswith(f"{file}: warning: delivery.batch_packets: with more than 120 ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_check_judges_the_environment_too(run, file):
     result = run("check", str(file), PORT="x")
     assert result.exit_code == 2

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastdist.config import Analyzer, Config, from_wire, load, reloadable, to_wire
+from fastdist.config import Analyzer, Config, Delivery, from_wire, load, reloadable, to_wire, warnings
 from fastdist.errors import ConfigError
 
 # The documented configuration, word for word: every value in it is the default.
@@ -282,6 +282,10 @@ def test_a_configuration_is_frozen():
         ("[queue]\ncapacity = '1MB'", "queue.capacity: must be >= 1MiB"),
         ("[queue]\nsync_interval = 0", "queue.sync_interval: must be >= 1ms"),
         ("[delivery]\nbatch_packets = 0", "delivery.batch_packets: must be >= 1"),
+        (
+            "[delivery]\nbatch_packets = 1001",
+            "delivery.batch_packets: must be <= 1000: X-Packet-Ids has the id of each, and servers refuse long heads",
+        ),
         ("[delivery]\nbatch_bytes = 0", "delivery.batch_bytes: must be >= 1B"),
         ("[delivery]\nconnections = 0", "delivery.connections: must be >= 1"),
         ("[delivery]\npipeline = 0", "delivery.pipeline: must be >= 1"),
@@ -669,6 +673,18 @@ def test_empty_and_foreign_variables_are_ignored():
 
 def test_a_section_that_is_no_table_is_reported_along_with_the_environment(problems_of):
     assert problems_of("server = 1", {"PORT": "1"}) == ["server: expected a table, got integer"]
+
+
+# ---- warnings
+
+
+@pytest.mark.parametrize(
+    ("mode", "packets", "warned"), [("batch", 120, False), ("batch", 121, True), ("single", 1000, False)]
+)
+def test_batches_whose_head_may_be_too_long_are_warned_of(mode, packets, warned):
+    assert [text.split(":")[0] for text in warnings(Config(delivery=Delivery(mode=mode, batch_packets=packets)))] == [
+        "delivery.batch_packets"
+    ] * warned
 
 
 # ---- reloading

@@ -318,3 +318,13 @@ def test_too_little_memory_is_refused(size):
 def test_memory_that_cannot_be_written_is_refused():
     with pytest.raises((BufferError, TypeError)):
         RateLimiter(bytes(8 * limiter_words(8)))
+
+
+def test_a_limit_that_is_loosened_lets_in_who_the_old_one_kept_out():
+    real = limiter(0.01, 1, 0.01, 1)
+    assert real.check("a") == 0
+    assert real.check("a") > 90
+    real.configure(1000, 10, 100, 10)
+    assert real.check("a") < 0.02
+    real.configure(0, 0, 0, 0)
+    assert real.check("a") == 0

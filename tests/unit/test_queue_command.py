@@ -95,6 +95,25 @@ def test_one_of_two_headers(run, queue):
     assert "0 corrupt records, 3 packets intact" in result.stdout
 
 
+@pytest.mark.parametrize("copy", [0, SECOND_HEADER])
+def test_one_of_two_position_copies_half_written_by_a_kill_is_no_damage(run, queue, copy):
+    spoil(queue / "ring-0.fdq", copy + 80)
+    result = run("verify", queue, folder=queue)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0].startswith("ring-0.fdq: sound: 3 packets, ")
+    assert f"  note: at byte {copy}: positions in a header copy, half written by a process" in result.stdout
+    shown = json.loads(run("show", queue, "--json", folder=queue).stdout)
+    assert shown["files"][0]["notes"] == [{"offset": copy, "what": "positions in a header copy"}]
+
+
+def test_both_position_copies_gone_are_damage(run, queue):
+    for copy in (0, SECOND_HEADER):
+        spoil(queue / "ring-0.fdq", copy + 80)
+    result = run("verify", queue, folder=queue)
+    assert result.exit_code == 1
+    assert "  at byte 0: positions in a header copy" in result.stdout
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 10, bytes(file_size(CAPACITY))])
 def test_a_file_that_is_no_ring_at_all(run, queue, content):
     (queue / "ring-1.fdq").write_bytes(content)

@@ -354,16 +354,16 @@ def test_tens_of_thousands_may_be_claimed_at_once():
     os.close(fd)
 
 
-def test_totals_are_those_of_the_packets_from_a_sequence_on(fd):
+def test_totals_are_those_of_the_latest_packets(fd):
     ring = PacketRing(fd, CAPACITY)
     for i in range(1, 11):
         ring.push(bytes(i), "key", messages=100 + i)
     for _ in range(9):
         ring.done(ring.claim())  # the head passes them, they are gone
     ring.push(bytes(11), messages=111)
-    assert ring.totals_from(1) == ring.totals_from(10) == (110 + 111, 10 + 11)
-    assert ring.totals_from(11) == (111, 11)
-    assert ring.totals_from(12) == (0, 0)
+    assert ring.totals_of_latest(2) == ring.totals_of_latest(10) == (110 + 111, 10 + 11)
+    assert ring.totals_of_latest(1) == (111, 11)
+    assert ring.totals_of_latest(0) == (0, 0)
 
 
 # ---- a full ring

@@ -179,7 +179,8 @@ def test_a_death_in_the_middle_of_a_push_leaves_nothing_or_the_packet(disk):
     for patches, there in stages():
         ring = disk.open(*patches)
         assert ring.corrupt == 0
-        assert all(what == "positions in a header copy" for _, what in ring.damage)
+        assert ring.damage == [], "an ordinary death is no damage"
+        assert all(what == "positions in a header copy" for _, what in ring.notes)
         assert ring.next_sequence_number == last.packet.sequence + there
         assert_in_order(ring, disk.packets(without=() if there else [last]))
 
@@ -336,11 +337,13 @@ def test_a_changed_byte_of_a_header_copy_costs_nothing(disk):
     disk.fill()
     for copy, relative in product(COPIES, range(HEADER)):
         ring = disk.open(disk.flip(copy + relative))
-        what = "header copy" if relative < FIXED.size else "positions in a header copy"
-        assert ring.damage == ([(copy, what)] if relative < HEADER - 4 else [])
+        in_header, in_positions = relative < FIXED.size, FIXED.size <= relative < HEADER - 4
+        assert ring.damage == ([(copy, "header copy")] if in_header else [])
+        assert ring.notes == ([(copy, "positions in a header copy")] if in_positions else [])
         assert ring.corrupt == 0
         assert_in_order(ring, disk.packets())
-        assert disk.reopen().damage == []
+        again = disk.reopen()
+        assert again.damage == again.notes == []
 
 
 @pytest.mark.parametrize("copy", COPIES)

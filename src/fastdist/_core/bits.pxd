@@ -13,6 +13,7 @@ cdef extern from "bits.h" nogil:
     void release_fence "fd_release"()
     void touch "fd_touch"(unsigned char *page)
     void write_uuid "fd_write_uuid"(const unsigned char *packet_id, char *text)
+    void make_uuid7 "fd_make_uuid7"(int64_t wall_ns, uint64_t noise, unsigned char *packet_id)
     uint64_t fold "fd_fold"(uint64_t a, uint64_t b)
     uint64_t mix "fd_mix"(uint64_t x)
     uint64_t hash_bytes "fd_hash"(const void *data, size_t n)

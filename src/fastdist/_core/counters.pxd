@@ -32,6 +32,7 @@ cdef enum:
     OLDEST_NS
     SEQUENCE_BASE
     ADOPTED
+    ADOPTING
     WITHDRAWN
     SETTLING
     EMITTERS

@@ -36,6 +36,7 @@ FIELDS = {
     "oldest_ns": OLDEST_NS,
     "sequence_base": SEQUENCE_BASE,
     "adopted": ADOPTED,
+    "adopting": ADOPTING,
     "withdrawn": WITHDRAWN,
     "settling": SETTLING,
     "emitters": EMITTERS,

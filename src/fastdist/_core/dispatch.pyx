@@ -61,12 +61,12 @@ cdef class DispatchBase:
     cdef bint scheduled
     cdef object linger_timer
     cdef public int64_t claim_limit  # how many packets may be claimed and not done; more stay in the ring
-    cdef double linger
+    cdef int64_t linger_ns
 
     def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, config, *args, **kwargs):
         self.loop, self.ring = loop, ring
         self.strategy, self.unit = STRATEGIES[config.distribution.strategy], UNITS[config.distribution.by]
-        self.linger = config.delivery.linger
+        self.linger_ns = <int64_t>(config.delivery.linger * 1e9)
         self.phase = int.from_bytes(os.urandom(8), "little")
         self.states = states
         self.epoch = states.epoch_word()
@@ -141,6 +141,7 @@ cdef class DispatchBase:
     def flush(self):
         """Give what was accepted to the analyzers, and send what may be sent."""
         cdef int64_t now = mono_ns()
+        cdef int64_t linger = self.linger_ns
         cdef PoolBase pool
         cdef list pools
         self.scheduled = False
@@ -154,8 +155,9 @@ cdef class DispatchBase:
             pool.touched = False
             if pool.pump_at(now) == LINGERING:
                 self.lingering.append(pool)
+                linger = min(linger, pool.due_in(now))
         if self.lingering and self.linger_timer is None:
-            self.linger_timer = self.loop.call_later(self.linger, self.linger_over)
+            self.linger_timer = self.loop.call_later(linger / 1e9, self.linger_over)
 
     cdef int route(self, int64_t now) except -1:
         """Claim what is in the ring and let it wait for the analyzer it was picked for."""

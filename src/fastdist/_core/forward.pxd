@@ -28,6 +28,7 @@ cdef class PoolBase:
     cdef bint batching
     cdef uint32_t batch_packets
     cdef int64_t batch_bytes, linger_ns
+    cdef int64_t sent_ns         # monotonic: the last sending
     cdef readonly int pipeline, connection_limit
     cdef readonly list idle      # connections with room for a request, the last used last
     cdef readonly int open_connections
@@ -43,6 +44,7 @@ cdef class PoolBase:
     cdef void join_front(self, uint32_t handle, int64_t now) noexcept nogil
     cdef uint32_t leave(self) noexcept nogil
     cdef bint due(self, int64_t now) noexcept nogil
+    cdef int64_t due_in(self, int64_t now) noexcept nogil
     cdef Pumped pump_at(self, int64_t now) except *
     cdef Group form(self, int64_t now) noexcept nogil
     cdef int64_t room_for(self, Group *group) noexcept

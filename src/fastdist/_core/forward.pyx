@@ -34,6 +34,8 @@ cdef enum:
     ALONE = 1                    # flag of an entry: send this packet as single, its batch was refused
     WATCHED = 2                  # flag of an entry: the pool's owner wants to hear of its delivery
 
+cdef int64_t STALE_NS = 1000000000
+
 cdef enum:
     LARGEST_REPLY_HEAD = 65536
     FIELD_ROOM = 160             # the headers of a request that differ, without its ids
@@ -187,11 +189,19 @@ cdef class PoolBase:
         return NOTHING_TO_DO
 
     cdef bint due(self, int64_t now) noexcept nogil:
-        """Whether a request should leave now, rather than wait to carry more."""
+        """Whether a request should leave now, rather than wait to carry more.
+
+        An analyzer counts as busy while a request is in flight, and for ``linger`` after each: a fast one would otherwise
+        get the first packets of every turn of the loop at once, and a backlog in crumbs.
+        """
         cdef Entry *entry = &self.ring.entries[self.first]
-        return (not self.batching or self.requests_in_flight == 0 or self.waiting >= self.batch_packets
-                or self.waiting_bytes >= self.batch_bytes or now - entry.since_ns >= self.linger_ns
-                or entry.flags & ALONE)
+        return (not self.batching or self.waiting >= self.batch_packets or self.waiting_bytes >= self.batch_bytes
+                or (self.requests_in_flight == 0 and now - self.sent_ns >= self.linger_ns)
+                or now - entry.since_ns >= self.linger_ns or entry.flags & ALONE)
+
+    cdef int64_t due_in(self, int64_t now) noexcept nogil:
+        """Return for how many ns the first that waits may still wait."""
+        return max(0, self.ring.entries[self.first].since_ns + self.linger_ns - now) if self.waiting else 0
 
     cdef Group form(self, int64_t now) noexcept nogil:
         """Take a request's packets out of the list, which must not be empty."""
@@ -360,7 +370,10 @@ cdef class ReplyBase:
         """Take the connection out of its pool's idle list."""
         if self.listed:
             self.listed = False
-            self.pool.idle.remove(self)
+            if self.pool.idle[len(self.pool.idle) - 1] is self:  # nearly always: the last used is used first
+                self.pool.idle.pop()
+            else:
+                self.pool.idle.remove(self)
 
     def awaited_for(self, int64_t now):
         """Return for how many ns a reply has been awaited here, 0 if none is."""
@@ -384,6 +397,7 @@ cdef class ReplyBase:
             group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
             group[0] = pool.form(now)
             pool.leaves(group)
+            pool.sent_ns = now
             room += pool.room_for(group)
             self.group_count += 1
             made += 1
@@ -560,8 +574,8 @@ cdef class ReplyBase:
         """End the connection's life: what was in flight goes elsewhere, or again if it was never looked at."""
         if not self.closing:
             # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
-            # stale connection, not a failed analyzer.
-            silent = self.partial_length == 0 and not self.interim
+            # stale connection, not a failed analyzer. That shows at once; later it had begun to work on the request.
+            silent = self.partial_length == 0 and not self.interim and mono_ns() - self.waiting_since < STALE_NS
             if self.group_count == 0 or self.state != HEAD or (self.replies > 0 and silent):
                 self.close_after("", False)
             else:

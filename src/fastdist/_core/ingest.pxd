@@ -16,6 +16,7 @@ cdef class Intake:
     cdef public bint open_to_all       # no token is asked for
     cdef public bint shares_origins    # CORS is on
     cdef bint answers_after_sync
+    cdef int64_t counted               # position of the ring: what was pushed before it is counted as accepted
     cdef readonly list unsynced        # connections with answers that wait for a sync
     cdef int validation
     cdef int64_t max_body, max_header
@@ -31,8 +32,9 @@ cdef class Intake:
     cdef bytes date
 
     cdef int put(self, const char *text, Py_ssize_t n) except -1
-    cdef int make_id(self, int64_t wall, unsigned char *packet_id) except -1
+    cdef void make_id(self, int64_t wall, unsigned char *packet_id) noexcept nogil
     cdef bytes take_out(self)
+    cdef count_until(self, int64_t position)
     cdef int reserve(self, Py_ssize_t n) except -1
 
 cdef class Answer:

@@ -11,7 +11,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
-from fastdist._core.bits cimport hash_bytes, likely, mix, mono_ns, unlikely, wall_ns, write_uuid
+from fastdist._core.bits cimport hash_bytes, likely, make_uuid7, mix, mono_ns, unlikely, wall_ns, write_uuid
 from fastdist._core.counters cimport (
     ACCEPTED, BYTES_ACCEPTED, INVALID, MALFORMED, MESSAGES_ACCEPTED, Counters, observe,
 )
@@ -63,6 +63,7 @@ cdef class Intake:
         self.ring, self.counters, self.limiter = ring, counters, limiter
         self.check, self.on_accepted, self.on_sync_wanted = check, on_accepted, on_sync_wanted
         self.answers_after_sync = on_sync_wanted is not None
+        self.counted = ring.tail
         self.validation = VALIDATIONS[server.validation]
         self.max_body, self.max_header = server.max_body, server.max_header
         self.header_timeout = <int64_t>(server.header_timeout * 1e9)
@@ -101,18 +102,9 @@ cdef class Intake:
         self.out_length = 0
         return data
 
-    cdef int make_id(self, int64_t wall, unsigned char *packet_id) except -1:
-        """Write a UUIDv7 (RFC 9562): 48 bits of milliseconds, 12 of their fraction, 62 random ones."""
-        cdef uint64_t ms = wall // 1000000
-        cdef uint64_t fraction = <uint64_t>(wall % 1000000) * 4096 // 1000000
-        cdef uint64_t high, low
+    cdef void make_id(self, int64_t wall, unsigned char *packet_id) noexcept nogil:
         self.noise += GOLDEN
-        high = (ms << 16) | 0x7000 | fraction
-        low = (mix(self.noise) >> 2) | (<uint64_t>1 << 63)
-        for i in range(8):
-            packet_id[i] = (high >> (56 - 8 * i)) & 0xFF
-            packet_id[8 + i] = (low >> (56 - 8 * i)) & 0xFF
-        return 0
+        make_uuid7(wall, mix(self.noise), packet_id)
 
     def http_date(self):
         """Return the present second as HTTP writes it."""
@@ -141,14 +133,25 @@ cdef class Intake:
     def synced(self, int64_t position):
         """All packets up to ``position`` of the ring are on stable storage: their answers may leave."""
         cdef IngestBase connection
+        self.count_until(position)
         connections, self.unsynced = self.unsynced, []
         for connection in connections:
             connection.awaits_sync = False
             if not connection.release(position):
                 connection.await_sync()  # it has answers that a later sync covers
 
-    def sync_failed(self, bytes answer):
-        """The last sync failed: whoever waited for it gets ``answer`` instead (their packets are withdrawn)."""
+    cdef count_until(self, int64_t position):
+        """Count as accepted what was pushed before ``position``: counters never go back, but an unsynced packet may."""
+        if not self.answers_after_sync or position <= self.counted:
+            return
+        packets, messages, body_bytes = self.ring.pushed_between(self.counted, position)
+        self.counted = position
+        self.counters.words[ACCEPTED] += packets
+        self.counters.words[MESSAGES_ACCEPTED] += messages
+        self.counters.words[BYTES_ACCEPTED] += body_bytes
+
+    def sync_failed(self, int status, str reason, bytes headers, bytes body):
+        """The last sync failed: whoever waited for it gets this answer instead (their packets are withdrawn)."""
         cdef IngestBase connection
         cdef Answer waiting
         connections, self.unsynced = self.unsynced, []
@@ -156,7 +159,7 @@ cdef class Intake:
             connection.awaits_sync = False
             for waiting in connection.answers or ():
                 if waiting.position > self.ring.synced and not waiting.ready:
-                    waiting.data, waiting.ready = answer, True
+                    waiting.data, waiting.ready = waiting.compose(status, reason, headers, body), True
             connection.release_ready()
 
 
@@ -463,9 +466,11 @@ cdef class IngestBase:
         cdef unsigned char[16] packet_id
         cdef int64_t wall
         cdef int pushed
-        if unlikely(intake.draining or intake.broken_storage):
-            self.keep_alive = self.keep_alive and not intake.draining
+        if unlikely(intake.broken_storage):
             return self.reject(self.not_stored(False))
+        if unlikely(intake.draining) and self.keep_alive:  # it was under way when the draining began: the last here
+            self.keep_alive = False
+            self.closing = True
         if not self.understand(p, n, &messages, &emitter):
             return 0
         wall = wall_ns()
@@ -477,9 +482,11 @@ cdef class IngestBase:
                 return self.reject(self.refuse(413, "too_large", f"a packet of {n} bytes is over half of what a worker's part of "
                                                f"the queue holds ({intake.ring.capacity} bytes)", not self.keep_alive))
             return self.reject(self.not_stored(True))
-        counters[ACCEPTED] += 1
-        counters[MESSAGES_ACCEPTED] += messages
-        counters[BYTES_ACCEPTED] += n
+        intake.full = False
+        if not intake.answers_after_sync:  # what may yet be withdrawn is counted when it is synced
+            counters[ACCEPTED] += 1
+            counters[MESSAGES_ACCEPTED] += messages
+            counters[BYTES_ACCEPTED] += n
         self.answer_accepted(packet_id, messages)
         observe(intake.counters.ingest, mono_ns() - self.started_ns, 1)
         return 0
@@ -527,7 +534,8 @@ cdef class IngestBase:
         write_accepted(intake, text, length, messages, self.extra, self.keep_alive, self.old_client)
         if intake.answers_after_sync:
             answer = Answer.__new__(Answer)
-            answer.connection, answer.position = self, intake.ring.tail
+            answer.connection, answer.extra, answer.position = self, self.extra, intake.ring.tail
+            answer.close, answer.old_client = not self.keep_alive, self.old_client
             answer.data = intake.take_out()
             if self.answers is None:
                 self.answers = []
@@ -688,12 +696,14 @@ cdef class IngestBase:
             return "answers"
         if self.state == OVER:
             return "end" if self.answers is None and not self.output_paused and now - self.moved_ns > LINGER else ""
-        if self.answers is not None or self.input_paused:
+        if self.input_paused:
+            return ""
+        if self.head_ns:
+            return "head" if now - self.head_ns > intake.header_timeout else ""
+        if self.answers is not None:  # among them perhaps the 100 Continue that the emitter waits for
             return ""
         if self.state != START:
             return "body" if now - self.moved_ns > intake.body_timeout else ""
-        if self.head_ns:
-            return "head" if now - self.head_ns > intake.header_timeout else ""
         return "idle" if now - self.moved_ns > intake.keepalive_timeout else ""
 
     def time_out(self, str detail):

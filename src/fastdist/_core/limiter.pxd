@@ -7,6 +7,7 @@ cdef class RateLimiter:
     cdef uint64_t client_slots
     cdef readonly bint active
     cdef int64_t interval, tolerance, client_interval, client_tolerance
+    cdef void forgive(self) noexcept nogil
     cdef int64_t admit(self, uint64_t client, int64_t now) noexcept nogil
     cdef int64_t take(self, int64_t *arrival, int64_t interval, int64_t tolerance, int64_t now) noexcept nogil
     cdef int64_t *find(self, uint64_t client, int64_t now) noexcept nogil

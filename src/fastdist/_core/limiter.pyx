@@ -42,6 +42,15 @@ cdef class RateLimiter:
         self.interval, self.tolerance = spacing(rate, burst)
         self.client_interval, self.client_tolerance = spacing(client_rate, client_burst)
         self.active = self.interval > 0 or self.client_interval > 0
+        self.forgive()
+
+    cdef void forgive(self) noexcept nogil:
+        """Nobody is further ahead than one that just passed: a limit that was tighter until now binds nobody any more."""
+        cdef int64_t now = mono_ns()
+        cdef int64_t i
+        lower(self.everyone, now + self.tolerance + self.interval)
+        for i in range(self.client_slots):
+            lower(self.clients + 2 * i + 1, now + self.client_tolerance + self.client_interval)
 
     cdef int64_t admit(self, uint64_t client, int64_t now) noexcept nogil:
         """Return 0 if a request may pass at ``now`` (monotonic ns), else in how many ns one may."""
@@ -91,6 +100,14 @@ cdef class RateLimiter:
         cdef bytes name = client.encode()
         cdef int64_t now = mono_ns() if now_ns is None else now_ns
         return self.admit(hash_bytes(<const char *>name, len(name)), now) / 1e9
+
+
+cdef void lower(int64_t *word, int64_t most) noexcept nogil:
+    cdef int64_t seen
+    while True:
+        seen = load(word)
+        if seen <= most or compare_and_swap(word, seen, most):
+            return
 
 
 cdef (int64_t, int64_t) spacing(double rate, double burst) except *:

@@ -36,7 +36,7 @@ cdef struct Record:
     # Changed in place during the record's life.
     uint32_t state
     uint32_t attempts        # sendings begun
-    uint32_t handle          # of this process, while claimed; 0 otherwise. Of a moved one: 8-byte words to its copy's end
+    uint32_t handle          # while claimed; else 0 or stale (is_claimed tells). Of a moved one: 8-byte words to its copy's end
     uint32_t moved           # 1: a copy: of a record that stood in the way, or that another ring held
 
 cdef struct Entry:
@@ -59,6 +59,8 @@ cdef struct Header:
     uint64_t next_sequence
     uint32_t position_crc    # of the three
     uint32_t reserved
+    int64_t trusted          # position: a sync has covered all before it; -1: one has failed since
+    uint32_t trusted_crc     # of that
 
 cdef class PacketRing:
     cdef unsigned char *headers
@@ -75,10 +77,13 @@ cdef class PacketRing:
     cdef readonly int64_t undone_bytes # of records, headers included
     cdef readonly int64_t corrupt
     cdef int64_t synced, settled       # positions: on stable storage up to; nothing but done and moved records up to
+    cdef int64_t answered              # position: packets before it are not withdrawn any more
+    cdef int64_t trusted               # as the header has it
     cdef bint claims_wait_for_sync
     cdef uint32_t moved_alive
     cdef int64_t moved_oldest_ns
     cdef readonly list damage          # (offset in the file, what) of all that was found wrong
+    cdef readonly list notes           # the same of what is no damage: a process was killed while it wrote there
     cdef int sharing
 
     cdef int push_packet(self, const unsigned char *body, size_t length, const unsigned char *key, size_t key_length,
@@ -93,7 +98,10 @@ cdef class PacketRing:
         return self.at(self.entries[handle].position)
     cdef inline Record *at(self, int64_t position) noexcept nogil:
         return <Record *>(self.data + position % self.capacity)
+    cdef inline bint is_claimed(self, Record *record) noexcept nogil:
+        return 0 < record.handle < self.entry_count and self.entries[record.handle].position == record.position
     cdef void publish(self) noexcept nogil
+    cdef void publish_trusted(self) noexcept nogil
     cdef void advance(self) noexcept nogil
     cdef bint make_room(self, int64_t size) noexcept nogil
     cdef void move(self, Record *old, int64_t size) noexcept nogil

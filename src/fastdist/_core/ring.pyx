@@ -13,7 +13,9 @@ Facts it rests on:
    neither another ring's records nor a body that looks like a record is ever taken for one.
 6. What is synced is a position: ``mark_synced`` tells that all before it is on stable storage. Whoever syncs reads
    ``tail_position`` first. After a sync that failed nobody knows what reached the disk: what was not synced before is
-   withdrawn, and everything is written anew (``write_again``).
+   withdrawn, and everything is written anew (``write_again``). The header keeps that position, or that a sync has failed
+   (``forget_synced``), for whoever opens the ring next: a process that was killed cannot tell.
+7. Opening a ring writes only what has to change: a backlog is not to be copied, or written back, for being looked at.
 """
 
 from libc.errno cimport errno
@@ -33,6 +35,7 @@ cdef enum:
     RECORD_MAGIC = 0xFD5EC0DE
     GAP_MAGIC = 0xFD5E0FF5   # followed by the gap's length in 8-byte words
     MOVES_A_PUSH = 16
+    A_COPY = 0x100           # beside the flags of a push: of a packet another ring holds
 
 cdef int64_t FOREVER = 0x7FFFFFFFFFFFFFFF
 cdef char *HEADER_MAGIC = b"fdring\r\n"
@@ -86,10 +89,10 @@ cdef class PacketRing:
     """
 
     def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False, bint private=False):
-        self.damage = []
+        self.damage, self.notes = [], []
         self.sharing = MAP_PRIVATE if private else MAP_SHARED
         self.claims_wait_for_sync = claims_wait_for_sync
-        self.synced = FOREVER if volatile else 0
+        self.synced = self.answered = FOREVER if volatile else 0
         self._map_headers(fd)
         if capacity is None:
             self._open(fd)
@@ -151,6 +154,7 @@ cdef class PacketRing:
         self.seed = crc32c(0, &header.salt, 8)
         self.next_sequence = 1
         self.publish()
+        self.publish_trusted()
 
     def _open(self, int fd):
         """Read whichever header copies are sound; of two, the one that knows of more."""
@@ -158,7 +162,7 @@ cdef class PacketRing:
         cdef Header *copy
         cdef bint known = False
         cdef int i
-        newer = 0
+        newer, torn = 0, []
         for i in range(2):
             copy = <Header *>(self.headers + i * SECOND_COPY)
             if copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy):
@@ -167,8 +171,10 @@ cdef class PacketRing:
                 newer = copy.version
             else:
                 self.seed = crc32c(0, &copy.salt, 8)
+                # The lesser of the two: one copy is written after the other.
+                self.trusted = min(self.trusted if header != NULL else FOREVER, trusted_by(copy, self.seed))
                 if copy.position_crc != position_crc(copy, self.seed):
-                    self.damage.append((i * SECOND_COPY, "positions in a header copy"))
+                    torn.append((i * SECOND_COPY, "positions in a header copy"))
                 elif not known or (copy.next_sequence, copy.head) > (self.next_sequence, self.head):
                     known = True
                     self.head, self.tail, self.next_sequence = copy.head, copy.tail, copy.next_sequence
@@ -184,7 +190,10 @@ cdef class PacketRing:
             copy = <Header *>(self.headers + i * SECOND_COPY)
             if copy != header:
                 memcpy(copy, header, sizeof(Header))
-        if not known:
+        if known:  # a process was killed while it wrote one copy: what the other is there for
+            self.notes += torn
+        else:
+            self.damage += torn
             self._find_ends()
 
     # ---- recovery
@@ -210,25 +219,34 @@ cdef class PacketRing:
                 position = found
         for position in moved.values():  # its copy never made it
             count_undone(self, self.at(position))
-        self.synced = max(self.synced, self.tail)  # what is taken over has been answered for: never to be withdrawn
+        self.answered = max(self.answered, self.tail)  # what is taken over is claimable and never to be withdrawn
+        self.trusted = min(self.trusted, self.tail)
+        self.synced = max(self.synced, max(self.trusted, self.head))
         self.publish()
+        self.publish_trusted()
         self.advance()
 
     cdef int _adopt(self, Record *record, int64_t position, dict moved) except -1:
         if record.sequence >= self.next_sequence:
             self.next_sequence = record.sequence + 1
-        record.handle = 0
         if record.state != DONE and not self.body_sound(record):
             self._report(position, f"checksum of packet {record_id(record)}")
             record.state = DONE
             return 0
-        if record.sequence in moved:  # this is the copy of one seen before
-            self.at(moved.pop(record.sequence)).state = DONE
+        if record.sequence in moved:  # this is the copy of one seen before, which counts until this one is synced
+            self._link(moved.pop(record.sequence), position + record_size(record))
         if record.state == MOVED:
             moved[record.sequence] = position
         elif record.state != DONE:  # or a damaged word: rather twice than never
             count_undone(self, record)
         return 0
+
+    def _link(self, int64_t position, int64_t end):
+        """See to it that the moved record there says where its copy ends."""
+        cdef Record *old = self.at(position)
+        cdef uint32_t words = <uint32_t>((end - position) // 8)
+        if old.handle != words:
+            old.handle = words
 
     def _report(self, int64_t position, str what):
         self.corrupt += 1
@@ -294,7 +312,7 @@ cdef class PacketRing:
         record.body_length = <uint32_t>length
         record.messages = messages
         record.key_length = <uint8_t>key_length
-        record.flags = <uint8_t>flags
+        record.flags = <uint8_t>(flags & 0xFF)
         record.reserved = 0
         if key_length:
             memcpy(payload, key, key_length)
@@ -303,7 +321,7 @@ cdef class PacketRing:
         record.state = QUEUED
         record.attempts = 0
         record.handle = 0
-        record.moved = 0
+        record.moved = 1 if flags & A_COPY else 0
         self.seal(record)
         self.next_sequence += 1
         self.undone += 1
@@ -320,6 +338,15 @@ cdef class PacketRing:
             copy = <Header *>(self.headers + i * SECOND_COPY)
             copy.head, copy.tail, copy.next_sequence = self.head, self.tail, self.next_sequence
             copy.position_crc = position_crc(copy, self.seed)
+
+    cdef void publish_trusted(self) noexcept nogil:
+        cdef Header *copy
+        cdef int i
+        for i in range(2):
+            release_fence()
+            copy = <Header *>(self.headers + i * SECOND_COPY)
+            copy.trusted = self.trusted
+            copy.trusted_crc = crc32c(self.seed, &self.trusted, 8)
 
     cdef bint make_room(self, int64_t size) noexcept nogil:
         """Move claimed records from the head to the tail, some at a time, lest they pin the ring; say whether ``size`` fits.
@@ -362,7 +389,7 @@ cdef class PacketRing:
     # ---- the reader's side
 
     cdef bint has_unclaimed(self) noexcept nogil:
-        return self.released_first != 0 or self.cursor < (self.synced if self.claims_wait_for_sync and self.synced < self.tail else self.tail)
+        return self.released_first != 0 or self.cursor < (self.answered if self.claims_wait_for_sync and self.answered < self.tail else self.tail)
 
     cdef uint32_t claim_next(self) except? 0:
         """Return a handle on the oldest record nobody has claimed, 0 if there is none."""
@@ -376,14 +403,14 @@ cdef class PacketRing:
             self.entries[handle].next = 0
             self.claimed += 1
             return handle
-        if self.claims_wait_for_sync and self.synced < limit:
-            limit = self.synced
+        if self.claims_wait_for_sync and self.answered < limit:
+            limit = self.answered
         while self.cursor < limit:
             record = self.at(self.cursor)
             if unlikely(record.magic == GAP_MAGIC):
                 self.cursor += gap_bytes(record)
                 continue
-            if unlikely(record.state != QUEUED or record.handle):  # done, or a copy that moved here claimed
+            if unlikely(record.state != QUEUED or self.is_claimed(record)):  # done, or a copy that moved here claimed
                 self.cursor += record_size(record)
                 continue
             handle = self.new_entry()
@@ -512,13 +539,13 @@ cdef class PacketRing:
         cdef const unsigned char *key = <unsigned char *>record + sizeof(Record)
         cdef int64_t size = record_size(record)
         cdef int result = self.push_packet(record_body(record), record.body_length, key, record.key_length, record.id,
-                                           record.messages, record.emitter, record.accepted_ns, 0)
+                                           record.messages, record.emitter, record.accepted_ns, A_COPY)
         if result == TOO_BIG:
             raise ValueError(f"a packet of {record.body_length} bytes is over half of a ring of {self.capacity}")
         if result == RING_FULL:
             return 0
         copy = self.at(self.tail - size)
-        copy.attempts, copy.moved = record.attempts, 1
+        copy.attempts = record.attempts
         count_moved(self, copy)
         return self.next_sequence - 1
 
@@ -536,9 +563,7 @@ cdef class PacketRing:
 
     def packet(self, uint32_t handle):
         """Return the claimed packet as a ``Packet``."""
-        cdef Record *record = self.record_of(self._checked(handle))
-        return Packet(record.sequence, record_id(record), record_body(record)[:record.body_length], record.attempts,
-                      record.accepted_ns, record.messages, record.emitter, record.flags)
+        return packet_of(self.record_of(self._checked(handle)))
 
     def sequence(self, uint32_t handle):
         """Return the sequence of the claimed packet, which unlike its handle is never used again."""
@@ -558,20 +583,61 @@ cdef class PacketRing:
         record.attempts += 1
         return record.attempts
 
-    def totals_from(self, uint64_t sequence):
-        """Return (messages, bytes of bodies) of the packets in the ring whose sequence is at least this."""
-        cdef int64_t position = self.head, messages = 0, body_bytes = 0
+    def waiting(self):
+        """Yield each packet that is to be claimed, in the ring's order; nothing is claimed by that, or written."""
+        cdef int64_t position = self.head
         cdef Record *record
         while position < self.tail:
             record = self.at(position)
             if record.magic == GAP_MAGIC:
                 position += gap_bytes(record)
                 continue
-            if record.sequence >= sequence:
+            position += record_size(record)
+            if record.state == QUEUED and not self.is_claimed(record):
+                yield packet_of(record)
+
+    def totals_of_latest(self, int64_t count):
+        """Return (messages, bytes of bodies) of the latest ``count`` packets that were pushed; copies are none."""
+        cdef int64_t position, turn, skip = 0, messages = 0, body_bytes = 0
+        cdef Record *record
+        for turn in range(2):  # first count all there are
+            skip = max(0, skip - count)
+            position = self.head
+            while position < self.tail:
+                record = self.at(position)
+                if record.magic == GAP_MAGIC:
+                    position += gap_bytes(record)
+                    continue
+                position += record_size(record)
+                if record.moved:
+                    continue
+                if turn == 0:
+                    skip += 1
+                elif skip:
+                    skip -= 1
+                else:
+                    messages += record.messages
+                    body_bytes += record.body_length
+        return messages, body_bytes
+
+    def pushed_between(self, int64_t start, int64_t end):
+        """Return (packets, messages, bytes of bodies) of what lies between two positions and waits to be claimed.
+
+        Copies do not count: what they are copies of was counted long ago.
+        """
+        cdef int64_t at = max(start, self.head), packets = 0, messages = 0, body_bytes = 0
+        cdef Record *record
+        while at < end:
+            record = self.at(at)
+            if record.magic == GAP_MAGIC:
+                at += gap_bytes(record)
+                continue
+            if record.state == QUEUED and not record.moved:
+                packets += 1
                 messages += record.messages
                 body_bytes += record.body_length
-            position += record_size(record)
-        return messages, body_bytes
+            at += record_size(record)
+        return packets, messages, body_bytes
 
     def withdraw_unsynced(self):
         """Take back what was pushed since the last sync; return (packets, messages, bytes of bodies).
@@ -579,14 +645,14 @@ cdef class PacketRing:
         Only for a ring whose claims wait for a sync: nobody has these packets yet. Copies stay: what they are copies of
         was answered for long ago.
         """
-        cdef int64_t position = max(self.synced, self.head), packets = 0, messages = 0, body_bytes = 0
+        cdef int64_t position = max(self.answered, self.head), packets = 0, messages = 0, body_bytes = 0
         cdef Record *record
         while position < self.tail:
             record = self.at(position)
             if record.magic == GAP_MAGIC:
                 position += gap_bytes(record)
                 continue
-            if record.state == QUEUED and record.handle == 0 and not record.moved:
+            if record.state == QUEUED and not self.is_claimed(record) and not record.moved:
                 record.state = DONE
                 packets += 1
                 messages += record.messages
@@ -598,17 +664,29 @@ cdef class PacketRing:
         return packets, messages, body_bytes
 
     def write_again(self):
-        """Have the kernel write all that counts anew with the next sync: after one that failed it may not know what is left."""
-        cdef int64_t position
+        """Have the kernel write anew with the next sync what may not have reached the disk though its pages are clean.
+
+        That is all behind the position that a sync is known to have covered; after one that failed, all that counts.
+        """
+        cdef int64_t position, start = max(self.head, self.trusted)
         for position in range(0, HEADER_BYTES, 4096):
             touch(self.headers + position)
-        for position in range(self.head & ~<int64_t>4095, self.tail, 4096):
-            touch(self.data + position % self.capacity)
+        if start < self.tail:
+            for position in range(start & ~<int64_t>4095, self.tail, 4096):
+                touch(self.data + position % self.capacity)
 
     def mark_synced(self, int64_t position):
         """All bytes up to ``position`` (a former ``tail_position``) are on stable storage."""
         self.synced = max(self.synced, position)
+        self.answered = max(self.answered, position)
+        self.trusted = max(self.trusted, position)
+        self.publish_trusted()
         self.advance()
+
+    def forget_synced(self):
+        """A sync has failed: until one succeeds, nobody is to take for written what is in this ring."""
+        self.trusted = -1
+        self.publish_trusted()
 
     @property
     def tail_position(self):
@@ -622,7 +700,7 @@ cdef class PacketRing:
 
     @property
     def synced_position(self):
-        """Up to where everything is known to be on stable storage."""
+        """Up to where everything has reached stable storage."""
         return self.synced
 
     @property
@@ -650,6 +728,11 @@ cdef int64_t record_size_of(size_t key_length, size_t body_length) noexcept nogi
     return (<int64_t>sizeof(Record) + key_length + body_length + 7) & ~<int64_t>7
 
 
+cdef object packet_of(Record *record):
+    return Packet(record.sequence, record_id(record), record_body(record)[:record.body_length], record.attempts,
+                  record.accepted_ns, record.messages, record.emitter, record.flags)
+
+
 cdef str record_id(Record *record):
     cdef char[64] text
     cdef size_t n = write_id(record, text)
@@ -663,7 +746,8 @@ cdef void count_moved(PacketRing ring, Record *copy) noexcept nogil:
 
 
 cdef void count_undone(PacketRing ring, Record *record) noexcept nogil:
-    record.state = QUEUED
+    if record.state != QUEUED:
+        record.state = QUEUED
     ring.undone += 1
     ring.undone_bytes += record_size(record)
     if record.moved:
@@ -687,6 +771,10 @@ cdef uint32_t header_crc(Header *header) noexcept nogil:
 
 cdef uint32_t position_crc(Header *header, uint32_t seed) noexcept nogil:
     return crc32c(seed, &header.head, <char *>&header.position_crc - <char *>&header.head)
+
+
+cdef int64_t trusted_by(Header *header, uint32_t seed) noexcept nogil:
+    return header.trusted if header.trusted_crc == crc32c(seed, &header.trusted, 8) else -1
 
 
 cdef bytes boot_id():

@@ -1,0 +1,198 @@
+"""The works of the race and the aims they have. What a figure means stands in ``measure.py``, and in README.md.
+
+A work has fastdist run under some settings, and others beside it. Two works that let somebody do the same thing share
+the run: nginx does not know what fastdist's durability is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from contestants import EVERYBODY, PEERS, Contestant, Fastdist, Haproxy, Nginx
+
+
+class Load(NamedTuple):
+    """What is sent, by how many, to how many analyzers, and how many connections are open beside and idle."""
+
+    messages: int = 2
+    connections: int = 64
+    analyzers: int = 4
+    idle: int = 0
+
+
+class Run(NamedTuple):
+    """One thing that is measured once in every round: who does what."""
+
+    measure: str
+    load: Load
+    contestant: type[Contestant]
+    settings: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name.partition('__')[2].lower()}={value}" for name, value in self.settings)
+        load = f"{'452 B' if self.load.messages == 2 else '18 KB'} x {self.load.connections}"
+        more = [f"{self.load.analyzers} analyzers"] * (self.load.analyzers != 4) + [f"{self.load.idle} idle"] * (
+            self.load.idle > 0
+        )
+        return f"{self.measure}, {', '.join([load, *more])}: {self.contestant.name} {settings}".strip()
+
+
+class Aim(NamedTuple):
+    """What fastdist's figure, divided by somebody else's of the same name, has to be.
+
+    ``against``: a contestant; "best", the best of nginx, HAProxy and Envoy that ran; the name of another work, for
+    fastdist's figure there; or "", for the figure as it is.
+    """
+
+    against: str
+    at_least: float | None = None
+    at_most: float | None = None
+    figure: str = "per_cpu"
+
+    @property
+    def text(self) -> str:
+        """What is wanted, in short."""
+        sign, bound = (">=", self.at_least) if self.at_least is not None else ("<=", self.at_most)
+        return f"{sign} {bound:g}"
+
+    def met(self, value: float) -> bool:
+        """Return whether the value is as it should be."""
+        above = self.at_least is None or value >= self.at_least
+        return above and (self.at_most is None or value <= self.at_most)
+
+
+class Work(NamedTuple):
+    """A row of the table. ``figure`` is the one it shows; ``rounds``: at most so many, for what takes long."""
+
+    name: str
+    measure: str
+    load: Load
+    settings: dict[str, str]
+    peers: tuple[type[Contestant], ...] = ()
+    aims: tuple[Aim, ...] = ()
+    figure: str = "per_cpu"
+    rounds: int = 1000
+
+    def run(self, contestant: type[Contestant]) -> Run:
+        """Return what a contestant does in this work."""
+        ours = tuple(sorted(self.settings.items())) if contestant is Fastdist else ()
+        return Run(self.measure, self.load, contestant, ours)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs that it takes."""
+        return [self.run(contestant) for contestant in EVERYBODY if contestant is Fastdist or contestant in self.peers]
+
+
+def settings(mode: str, durability: str = "memory", **more: str) -> dict[str, str]:
+    """Return settings of fastdist, as environment variables without their prefix."""
+    return {"DELIVERY__MODE": mode, "QUEUE__DURABILITY": durability, **more}
+
+
+SMALL, LARGE, MANY = Load(), Load(messages=100), Load(connections=256)
+ENOUGH_FOR_A_MILLION = {"QUEUE__CAPACITY": "2GiB", "HEALTH__INTERVAL": "200ms", "DELIVERY__CONNECTIONS": "4"}
+OVER_EXPRESS = Aim("Express", at_least=20)
+
+
+def _against_peers() -> list[Work]:
+    large = settings("batch")
+    best_18 = (Aim("HAProxy", at_least=1.0), Aim("Envoy", at_least=1.0), Aim("nginx", at_least=0.75), OVER_EXPRESS)
+    return [
+        Work("batch, memory", "throughput", SMALL, large, PEERS, (Aim("best", at_least=2.0), OVER_EXPRESS)),
+        Work(
+            "batch, disk",
+            "throughput",
+            SMALL,
+            settings("batch", "disk"),
+            PEERS,
+            (Aim("best", at_least=1.8), OVER_EXPRESS, *_cost("batch, memory", 0.9)),
+        ),
+        Work("batch, fsync", "throughput", SMALL, settings("batch", "fsync"), PEERS, (OVER_EXPRESS,)),
+        Work("single", "throughput", SMALL, settings("single"), PEERS, (Aim("best", at_least=1.0), OVER_EXPRESS)),
+        Work(
+            "single, pipeline 8",
+            "throughput",
+            SMALL,
+            settings("single", DELIVERY__PIPELINE="8"),
+            PEERS,
+            (Aim("best", at_least=1.4), OVER_EXPRESS),
+        ),
+        Work("18 KB, batch", "throughput", LARGE, large, PEERS, best_18),
+        Work(
+            "18 KB, batch, validation none",
+            "throughput",
+            LARGE,
+            settings("batch", SERVER__VALIDATION="none"),
+            PEERS,
+            (Aim("best", at_least=1.0), OVER_EXPRESS),
+        ),
+    ]
+
+
+def _latency() -> list[Work]:
+    aims = (Aim("nginx", at_most=1.0, figure="p99"),)
+    return [
+        Work(f"latency, {name}", "latency", SMALL, chosen, (Nginx, Haproxy), aims, figure="p99")
+        for name, chosen in {
+            "batch, memory": settings("batch"),
+            "single, disk (the default)": settings("single", "disk"),
+        }.items()
+    ]
+
+
+def _cost(against: str, least: float) -> tuple[Aim, ...]:
+    """Return the aims of durability: of processor time, and of what is accepted in a second."""
+    return (
+        Aim(against, at_least=least),
+        Aim(against, at_least=least, figure="accepted_per_second"),
+    )
+
+
+def _durability() -> list[Work]:
+    memory = "256 connections, memory"
+    fsync = (Aim(memory, at_least=0.6, figure="accepted_per_second"),)
+    return [
+        Work(memory, "throughput", MANY, settings("batch")),
+        Work("256 connections, disk", "throughput", MANY, settings("batch", "disk"), aims=_cost(memory, 0.9)),
+        Work("256 connections, fsync", "throughput", MANY, settings("batch", "fsync"), aims=fsync),
+    ]
+
+
+def _size() -> list[Work]:
+    many = [
+        Work(
+            f"{count} analyzers, {mode}",
+            "throughput",
+            Load(analyzers=count),
+            settings(mode),
+            aims=(Aim("batch, memory" if mode == "batch" else "single", at_least=0.95),),
+        )
+        for mode in ("batch", "single")
+        for count in (64, 1000)
+    ]
+    queue = settings("batch", **ENOUGH_FOR_A_MILLION)
+    return [
+        *many,
+        Work("queue empty", "empty", SMALL, queue, rounds=3),
+        Work("1,000,000 queued", "backlog", SMALL, queue, aims=(Aim("queue empty", at_least=0.95),), rounds=3),
+        Work(
+            "memory per idle connection",
+            "memory",
+            Load(idle=10_000),
+            settings("batch"),
+            (Nginx, Haproxy),
+            (Aim("", at_most=8192, figure="bytes_each"),),
+            figure="bytes_each",
+            rounds=3,
+        ),
+        Work(
+            "10,000 connections, 64 active",
+            "throughput",
+            Load(idle=9936),
+            settings("batch"),
+            aims=(Aim("batch, memory", at_least=0.9),),
+        ),
+    ]
+
+
+WORKS = [*_against_peers(), *_latency(), *_durability(), *_size()]

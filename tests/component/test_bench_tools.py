@@ -1,0 +1,164 @@
+"""The benchmark's own tools tell the truth: analyzers count, the open loop omits nothing, aims are judged."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from support import request
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
+
+import contestants
+import race
+import report
+import tools
+import works
+
+STALL = 0.3  # seconds
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("tools")
+    tools.compile_tools(folder)
+    return folder
+
+
+def test_the_analyzers_of_the_race_count_packets_by_port(compiled):
+    ports = tools.free_ports(3)
+    with tools.Sink(compiled, ports) as sink:
+        for port, headers in ((ports[0], {}), (ports[2], {"X-Packet-Count": "64"}), (ports[2], {})):
+            assert request(port, "POST", "/analyze", tools.packet(2), headers)[0] == 200
+        assert request(ports[1], "GET", "/health")[0] == 200
+        assert sink.each() == [1, 0, 65]
+        assert sink.packets() == 66
+
+
+def test_packets_have_the_size_they_are_said_to_have():
+    assert len(tools.packet(2)) == 452
+    assert 18_000 <= len(tools.packet(100)) <= 20_000
+
+
+class StallingServer:
+    """Answers 202 at once, but the first request of all only after a while."""
+
+    def __init__(self):
+        self.requests = 0
+
+    async def serve(self, reader, writer):
+        while True:
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except (OSError, EOFError):
+                return
+            await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
+            self.requests += 1
+            if self.requests == 1:
+                await asyncio.sleep(STALL)
+            writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_a_stall_is_charged_to_everything_that_was_due_meanwhile(compiled):
+    """A closed loop would send nothing while it waits, and see one slow answer in a hundred."""
+
+    async def scenario():
+        stalling = StallingServer()
+        server = await asyncio.start_server(stalling.serve, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            with tools.Load(compiled, "rate", port, tools.packet(2), 1, 100, 1) as load:
+                return await asyncio.to_thread(load.line), stalling.requests
+
+    said, requests = asyncio.run(scenario())
+    assert said["sent"] == said["answered"] == requests == 100
+    assert said["max"] >= STALL * 1000
+    assert said["p90"] > STALL * 1000 / 3  # ten of the packets that were due in the stall waited longer than this
+
+
+def test_load_says_why_it_cannot_go_on(compiled):
+    port = tools.free_ports(1)[0]
+    with (
+        tools.Load(compiled, "count", port, tools.packet(2), 1, 1) as load,
+        pytest.raises(RuntimeError, match="refused"),
+    ):
+        load.line()
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+BATCH, OTHER = (
+    works.Work(
+        name,
+        "throughput",
+        works.Load(),
+        {"X": name},
+        (contestants.Nginx, contestants.Haproxy, contestants.Express),
+        (works.Aim("best", at_least=2.0), works.Aim("Express", at_least=20), works.Aim("one", at_least=0.9)),
+    )
+    for name in ("one", "other")
+)
+
+
+def measured(**figures):
+    """Return rounds by run: ``fastdist=[...]`` are figures of the work "one"."""
+    kinds = {kind.name: kind for kind in contestants.EVERYBODY}
+    return {BATCH.run(kinds[name]): [{"per_cpu": each} for each in rounds] for name, rounds in figures.items()}
+
+
+def test_aims_are_judged_by_medians_against_the_best_that_ran():
+    rows = report.summary([BATCH], measured(fastdist=[100, 900, 210], nginx=[100, 100], HAProxy=[50, 60, 120]), {})
+    best, express, itself = rows["one"]["aims"]
+    assert (best["against"], best["value"], best["met"]) == ("nginx", 2.1, True)
+    assert (express["value"], express["met"]) == (None, None)
+    assert itself["value"] == 1.0
+    assert rows["one"]["contestants"]["fastdist"]["spread"]["per_cpu"] == [100, 900]
+
+
+def test_an_aim_is_missed_when_it_is_not_reached():
+    rows = report.summary([BATCH], measured(fastdist=[199], HAProxy=[100], Express=[1]), {})
+    assert [aim["met"] for aim in rows["one"]["aims"]] == [False, True, True]
+
+
+def test_works_are_compared_with_each_other():
+    runs = measured(fastdist=[100]) | {OTHER.run(contestants.Fastdist): [{"per_cpu": 80}]}
+    rows = report.summary([BATCH, OTHER], runs, {})
+    assert (rows["other"]["aims"][2]["value"], rows["other"]["aims"][2]["met"]) == (0.8, False)
+
+
+def test_peers_share_a_run_between_works_that_let_them_do_the_same():
+    assert BATCH.run(contestants.Nginx) == OTHER.run(contestants.Nginx)
+    assert BATCH.run(contestants.Fastdist) != OTHER.run(contestants.Fastdist)
+
+
+def test_a_contestant_that_fails_ends_nothing_and_is_shown(compiled, tmp_path, capsys):
+    class Broken(contestants.Limit):
+        def command(self):
+            return ["sh", "-c", "echo it is broken; exit 1"]
+
+    results, run = race.Results({}, {}), works.Run("throughput", works.Load(), Broken)
+    race.one(race.Scene(compiled, tmp_path, 1, short=True), run, results)
+    assert not results.measured
+    failed = {BATCH.run(contestants.Nginx): results.failures[run]}
+    document = {"works": report.summary([BATCH], measured(fastdist=[1]), failed), "missing": {"Envoy": "not there"}}
+    report.show(document)
+    shown = capsys.readouterr().out
+    assert "one: nginx failed: RuntimeError: limit does not start" in shown
+    assert "it is broken" in shown
+    assert "Envoy did not run: not there" in shown
+
+
+def test_every_work_and_aim_of_the_race_refers_to_something():
+    names = {work.name for work in works.WORKS}
+    assert len(names) == len(works.WORKS)
+    for work in works.WORKS:
+        assert work.figure in report.FIGURES
+        for aim in work.aims:
+            ran = {kind.name for kind in work.peers} | ({"best"} if contestants.Envoy in work.peers else set())
+            assert aim.against in names | ran | {""}, (work.name, aim)
+            assert (aim.at_least is None) != (aim.at_most is None)

@@ -1,0 +1,150 @@
+"""Keeping workers: when there is no process or descriptor to be had for them, and how long they may be silent."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import time
+
+import pytest
+
+from fastdist import control, keeper
+from fastdist.keeper import FALSE_STARTS, HANG, READ_RATE, START, Keeper, Place
+from fastdist.shared import SharedBlock, WorkerWord
+
+SECONDS = 60.0
+LARGE = int(START) * READ_RATE  # bytes of a ring that takes as long to read as a worker has anyway
+
+
+class Worker:
+    """A process as the keeper sees it, that lives until it is killed."""
+
+    pid = 4711
+
+    def __init__(self):
+        self.returncode = None
+        self._ended = asyncio.Event()
+
+    def kill(self):
+        self.returncode = -9
+        self._ended.set()
+
+    async def wait(self):
+        await self._ended.wait()
+        return self.returncode
+
+
+class Bench:
+    """A keeper with one place, whose next connections and processes fail with what stands in the lists."""
+
+    def __init__(self, monkeypatch):
+        self.workers: list[Worker] = []
+        self.alive_before: list[int] = []  # at each start: earlier processes that still run
+        self.spawn_failures: list[OSError] = []
+        self.connect_failures: list[OSError] = []
+        self.hopeless = 0
+        self.started = asyncio.Event()
+        self.keeper = Keeper(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None, self._give_up)
+        self.place = Place(0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), [])
+        self.keeper.places.append(self.place)
+        connect = control.connect
+
+        async def connect_or_fail(sock):
+            if self.connect_failures:
+                raise self.connect_failures.pop()
+            return await connect(sock)
+
+        async def spawn_or_fail(*_, **__):
+            self.alive_before.append(sum(worker.returncode is None for worker in self.workers))
+            if self.spawn_failures:
+                raise self.spawn_failures.pop()
+            self.workers.append(Worker())
+            if not self.connect_failures:
+                self.started.set()
+            return self.workers[-1]
+
+        monkeypatch.setattr(control, "connect", connect_or_fail)
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", spawn_or_fail)
+        monkeypatch.setattr(keeper, "FIRST_DELAY", 0.001)
+
+    def _give_up(self):
+        self.hopeless += 1
+        self.keeper.stop(0.0)
+
+    async def run_until(self, event):
+        """Keep the place until ``event`` is set, then stop."""
+        keeping = asyncio.ensure_future(self.keeper.keep(self.place))
+        await asyncio.wait_for(event.wait(), SECONDS)
+        self.keeper.stop(0.0)
+        await asyncio.wait_for(keeping, SECONDS)
+
+
+@pytest.fixture
+def under(monkeypatch):
+    """Return ``under(scenario)``: run ``scenario(bench)``."""
+
+    def under(scenario):
+        async def run():
+            await scenario(Bench(monkeypatch))
+
+        asyncio.run(run())
+
+    return under
+
+
+def test_no_two_processes_ever_have_one_ring(under):
+    """Whatever fails between the socket pair and the process that is running."""
+
+    async def scenario(bench):
+        bench.connect_failures = [OSError(errno.EMFILE, "no descriptor")]
+        bench.spawn_failures = [OSError(errno.EAGAIN, "no process")]
+        await bench.run_until(bench.started)
+        assert bench.alive_before == [0, 0]
+        assert len(bench.workers) == 1
+
+    under(scenario)
+
+
+def test_a_service_that_gets_no_process_for_its_workers_ends(under):
+    async def scenario(bench):
+        bench.spawn_failures = [OSError(errno.E2BIG, "Argument list too long")] * 100
+        await asyncio.wait_for(bench.keeper.keep(bench.place), SECONDS)
+        assert bench.hopeless == 1
+        assert len(bench.alive_before) == FALSE_STARTS
+
+    under(scenario)
+
+
+def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under):
+    async def scenario(bench):
+        bench.place.ever_ready = True
+        bench.spawn_failures = [OSError(errno.EAGAIN, "no process")] * (2 * FALSE_STARTS)
+        await bench.run_until(bench.started)
+        assert bench.hopeless == 0
+        assert len(bench.alive_before) == 2 * FALSE_STARTS + 1
+
+    under(scenario)
+
+
+@pytest.mark.parametrize(
+    ("ready", "ring", "limit"),
+    [(True, 0, HANG), (True, LARGE, HANG), (False, 0, START), (False, LARGE, 2 * START)],
+)
+@pytest.mark.parametrize("signs", [True, False], ids=["since its last sign", "since it was started"])
+def test_how_long_a_worker_may_give_no_sign(under, ready, ring, limit, signs):
+    async def scenario(bench):
+        file = os.memfd_create("ring")
+        os.truncate(file, ring)  # sparse
+        place = Place(0, bench.place.listener, file, [])
+        bench.keeper.places[:] = [place]
+        place.process, place.ready = Worker(), ready
+        for silent, alive in ((0.8 * limit, True), (1.2 * limit, False)):
+            now = time.monotonic()
+            place.started = now - (100 * START if signs else silent)
+            bench.keeper.block.worker(0)[WorkerWord.HEARTBEAT_NS] = int((now - silent) * 1e9) if signs else 0
+            bench.keeper.replace_hanging()
+            assert place.alive is alive
+
+    under(scenario)

@@ -1,0 +1,36 @@
+"""The race runs: fastdist alone, for a second, and its figures are written down."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from support import ROOT, WEIGHTS
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed (scripts/peers.sh installs it)")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_a_tiny_race_writes_what_it_measured(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "race.py"), "--quick", "--contestant", "fastdist"]
+    done = subprocess.run(
+        [*command, "--work", "batch, memory", "--results", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("*.json")
+    document = json.loads(written.read_text())
+    assert document["works"].keys() == {"batch, memory", "latency, batch, memory"}
+    assert document["versions"]["fastdist"].startswith("fastdist ")
+    assert document["machine"]["cores"]
+    throughput = document["works"]["batch, memory"]["contestants"]["fastdist"]
+    (figures,) = throughput["rounds"]
+    assert throughput["median"]["per_cpu"] > 0
+    assert figures["shares"] == pytest.approx(list(WEIGHTS.values()), abs=0.02)
+    latency = document["works"]["latency, batch, memory"]["contestants"]["fastdist"]["median"]
+    assert latency["answered"] == latency["sent"] == 1000
+    assert latency["p50"] <= latency["p99"] <= latency["max"]
+    assert "batch, memory" in done.stdout

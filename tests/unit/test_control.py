@@ -1,0 +1,114 @@
+"""Settings for workers are read whole or not at all, and no message is too long for whoever gets it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+
+import pytest
+
+from fastdist.config import Analyzer, Config
+from fastdist.control import (
+    LONGEST_PROBLEM,
+    MOST_PROBLEMS,
+    Message,
+    Settings,
+    connect,
+    read_settings,
+    receive,
+    send,
+    shorten,
+    write_settings,
+)
+from fastdist.errors import StartError
+
+
+def settings(generation: int, count: int) -> Settings:
+    analyzers = tuple(Analyzer(id=f"A{n}", endpoint=f"http://127.0.0.1:{4000 + n}/", weight=1) for n in range(count))
+    roster = {analyzer.id: slot for slot, analyzer in enumerate(analyzers)}
+    return Settings(generation, roster, Config(analyzers=analyzers))
+
+
+@pytest.fixture
+def memfd():
+    fd = os.memfd_create("test")
+    yield fd
+    os.close(fd)
+
+
+def test_what_was_written_last_is_read_also_when_it_is_shorter(memfd):
+    for generation, count in enumerate((1, 50, 2)):
+        write_settings(memfd, settings(generation, count))
+        assert read_settings(memfd) == settings(generation, count)
+
+
+def test_settings_that_are_not_whole_are_waited_for(memfd):
+    write_settings(memfd, settings(1, 20))
+    whole = os.pread(memfd, os.fstat(memfd).st_size, 0)
+    write_settings(memfd, settings(2, 30))
+    os.pwrite(memfd, whole[: len(whole) // 2], 0)  # the rest is still of the longer ones
+    with pytest.raises(StartError, match="not whole"):
+        read_settings(memfd, 0.0)
+    rest = threading.Timer(0.05, os.pwrite, (memfd, whole, 0))
+    rest.start()
+    assert read_settings(memfd, 30.0) == settings(1, 20)
+    rest.join()
+
+
+def test_an_empty_file_holds_no_settings(memfd):
+    with pytest.raises(StartError, match="not whole"):
+        read_settings(memfd, 0.0)
+
+
+def test_settings_are_whole_while_others_are_being_written(memfd):
+    each = [settings(1, 10), settings(2, 200)]
+    write_settings(memfd, each[0])
+    done = threading.Event()
+
+    def write():
+        while not done.is_set():
+            for it in each:
+                write_settings(memfd, it)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(50):
+            assert read_settings(memfd, 30.0) in each
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_problems_are_shortened_only_when_they_are_many_or_long():
+    few = [f"analyzers[{number}].weight: must be >= 0" for number in range(MOST_PROBLEMS)]
+    assert shorten(few) == few
+    *first, last = shorten([*few, "one", "two", "three"])
+    assert first == few
+    assert "3 more" in last
+    assert "fastdist check" in last
+    assert shorten(["é" * LONGEST_PROBLEM, "é" * (LONGEST_PROBLEM + 1)]) == [
+        "é" * LONGEST_PROBLEM,
+        "é" * LONGEST_PROBLEM + "…",
+    ]
+
+
+@pytest.mark.parametrize("letter", ["a", '"', "é", "\U0001f30d", "\x01"])
+def test_the_longest_list_of_problems_arrives(letter):
+    """Whatever the encoding makes of it."""
+    message = Message("reply", id=7, status=422, body=shorten([letter * 10_000] * 10_000))
+
+    async def converse():
+        ours, theirs = socket.socketpair()
+        _, writer = await connect(ours)
+        reader, other = await connect(theirs)
+        send(writer, message)
+        send(writer, Message("drain", deadline=1.5))
+        writer.close()
+        received = [each async for each in receive(reader)]
+        other.close()
+        return received
+
+    assert asyncio.run(converse()) == [message, Message("drain", deadline=1.5)]

@@ -1,0 +1,35 @@
+"""The queue's folder and its rings: what is there before a worker starts."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fastdist import queuefiles
+from fastdist._core.ring import PacketRing, file_size
+from fastdist.queuefiles import QueueFolder
+
+CAPACITY = 3 << 20
+
+
+@pytest.mark.parametrize("most", [1 << 30, 1 << 21, 1 << 16])
+def test_rings_in_memory_are_cleared_before_they_are_used_but_not_without_end(tmp_path, monkeypatch, most):
+    written, real = {}, os.pwrite
+
+    def pwrite(fd, data, at):
+        assert at == written.get(fd, 0), "in order, without gaps"
+        assert not any(data)
+        written[fd] = at + len(data)
+        return real(fd, data, at)
+
+    monkeypatch.setattr(queuefiles.os, "pwrite", pwrite)
+    monkeypatch.setattr(queuefiles, "CLEARED", most)
+    rings = QueueFolder(tmp_path).memory_rings(2, CAPACITY)
+    assert written == dict.fromkeys(rings, min(file_size(CAPACITY), most // 2))
+    for fd in rings:
+        assert os.fstat(fd).st_size == file_size(CAPACITY)
+        ring = PacketRing(fd, volatile=True)
+        assert ring.capacity == CAPACITY
+        assert ring.push(b"x")
+        os.close(fd)

@@ -1,0 +1,121 @@
+"""Opening a ring: what is written by that, and what is taken for safe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+
+import pytest
+from support import copied_pages
+
+from fastdist._core.ring import PacketRing, file_size
+
+CAPACITY = 1 << 20
+HEADER_PAGES = 16
+MOVED = (0x2CC32CC3).to_bytes(4, sys.byteorder)
+
+
+@contextmanager
+def full_ring(kind="new"):
+    """Yield the file of a ring that is full, each of its pages in use."""
+    fd = os.memfd_create("full-ring")
+    os.ftruncate(fd, file_size(CAPACITY))
+    ring = PacketRing(fd, CAPACITY)
+    if kind == "moved":
+        for _ in range(500):
+            ring.push(bytes(450))
+            ring.claim()
+        while ring.tail_position < CAPACITY:
+            ring.push(bytes(450))
+            ring.done(ring.claim())
+            ring.mark_synced(ring.tail_position)
+    while ring.push(bytes(450), messages=2):
+        if kind != "new":
+            ring.claim()
+    assert kind != "moved" or MOVED in os.pread(fd, file_size(CAPACITY), 0)
+    yield fd
+    os.close(fd)
+
+
+def pages_of(fd, act):
+    """Return how many pages ``act`` writes to that opening the ring does not."""
+    view = PacketRing(fd, private=True)
+    before = copied_pages("full-ring")
+    act(view)
+    return copied_pages("full-ring") - before
+
+
+@pytest.mark.parametrize("kind", ["new", "claimed", "moved"])
+def test_of_a_full_ring_only_the_positions_are_written_by_opening_it(kind):
+    with full_ring(kind) as fd:
+        view = PacketRing(fd, private=True)
+        assert view.undone > 800
+        assert copied_pages("full-ring") <= 2
+
+
+def test_looking_at_what_waits_writes_nothing():
+    with full_ring("claimed") as fd:
+        assert pages_of(fd, lambda view: [packet.messages for packet in view.waiting()].remove(2)) == 0
+
+
+def test_what_waits_is_what_would_be_claimed():
+    with full_ring() as fd:
+        ring = PacketRing(fd)
+        for turn in range(50):
+            handle = ring.claim()
+            if turn % 3:
+                ring.done(handle)
+        view = PacketRing(fd, private=True)
+        waiting = list(view.waiting())
+        claimed = []
+        while handle := view.claim():
+            claimed.append(view.packet(handle))
+        assert waiting == claimed
+        assert len(waiting) == view.undone
+        assert list(view.waiting()) == []
+
+
+def test_only_what_no_sync_is_known_to_have_covered_is_written_anew():
+    with full_ring() as fd:
+        ring = PacketRing(fd)
+        for _ in range(20):
+            ring.done(ring.claim())
+        everything = CAPACITY // os.sysconf("SC_PAGE_SIZE")
+        written = pages_of(fd, PacketRing.write_again)
+        assert everything - 4 <= written - HEADER_PAGES + 2 <= everything
+        ring.mark_synced(ring.tail_position)
+        assert pages_of(fd, PacketRing.write_again) <= HEADER_PAGES
+        assert ring.push(bytes(5000))
+        assert 1 <= pages_of(fd, PacketRing.write_again) - (HEADER_PAGES - 2) <= 3
+        ring.forget_synced()
+        assert pages_of(fd, PacketRing.write_again) - HEADER_PAGES + 2 >= everything - 4
+        PacketRing(fd)  # somebody who was killed at once
+        assert pages_of(fd, PacketRing.write_again) - HEADER_PAGES + 2 >= everything - 4
+
+
+def test_damage_to_what_a_header_says_is_written_has_everything_written_anew():
+    with full_ring() as fd:
+        ring = PacketRing(fd)
+        ring.mark_synced(ring.tail_position)
+        assert pages_of(fd, PacketRing.write_again) <= HEADER_PAGES
+        os.pwrite(fd, b"\x7f", 104 + 7)  # of one copy: far behind the tail
+        assert pages_of(fd, PacketRing.write_again) > 200
+
+
+def test_a_moved_packet_counts_in_its_old_place_until_its_copy_is_synced():
+    fd = os.memfd_create("ring")
+    os.ftruncate(fd, file_size(65536))
+    ring = PacketRing(fd, 65536)
+    ring.push(b"held")
+    ring.claim()
+    while MOVED not in os.pread(fd, file_size(65536), 0):
+        ring.push(bytes(1000))
+        ring.done(ring.claim())
+    successor = PacketRing(fd)
+    assert successor.undone == 1
+    assert successor.used == successor.tail_position, "the old place is not given up"
+    successor.mark_synced(successor.tail_position)
+    assert successor.used < 10_000
+    assert [packet.body for packet in successor.waiting()] == [b"held"]
+    os.close(fd)

@@ -1,0 +1,137 @@
+"""Taking over: what a killed predecessor had changed in its rings and not counted is counted all the same."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fastdist._core.ring import PacketRing, file_size
+from fastdist.queuefiles import Adoption, OldRing
+from fastdist.shared import SharedBlock
+from fastdist.takeover import begin_adopting, end_adopting, take_over
+
+CAPACITY = 65536
+
+
+class Place:
+    """A worker's ring and counters, with an old ring of some packets that it adopts; ``start`` is a fresh process."""
+
+    def __init__(self, old_packets=0):
+        block = SharedBlock.create(1, 4)
+        os.close(block.fd)
+        self.counters = block.rows[0]
+        self.fd, self.old_fd = (os.memfd_create(name) for name in ("own", "old"))
+        for fd in (self.fd, self.old_fd):
+            os.ftruncate(fd, file_size(CAPACITY))
+            made = PacketRing(fd, CAPACITY)
+        for number in range(old_packets):
+            assert made.push(b"old", f"o{number}", messages=5)
+        self.start()
+
+    def start(self):
+        self.ring = PacketRing(self.fd)
+        self.adoption = Adoption(OldRing(self.old_fd, "old"))
+        take_over(self.ring, [self.adoption], self.counters)
+
+    def accept(self, *, counted=True):
+        assert self.ring.push(b"{}", messages=2)
+        if counted:
+            self.counters.add("accepted")
+            self.counters.add("messages_accepted", 2)
+            self.counters.add("bytes_accepted", 2)
+
+    def copy(self, most, *, counted=True):
+        begin_adopting(self.ring, self.counters)
+        moved, oversized = self.adoption.step(self.ring, most)
+        assert not oversized
+        if counted:
+            end_adopting(self.ring, self.counters)
+        return moved
+
+    def figures(self):
+        names = ("accepted", "messages_accepted", "bytes_accepted", "adopted", "recovered")
+        return {name: self.counters.get(name) for name in names}
+
+    def assert_accounts(self):
+        gone = sum(self.counters.get_of(slot, "delivered") for slot in range(self.counters.slots))
+        undone = self.ring.undone + self.adoption.undone
+        assert self.counters.get("accepted") + self.counters.get("recovered") == undone + gone
+
+
+@pytest.fixture
+def place():
+    made = Place(old_packets=10)
+    yield made
+    os.close(made.fd)
+    os.close(made.old_fd)
+
+
+def test_a_packet_that_was_pushed_and_not_counted_is_counted(place):
+    place.accept()
+    place.accept(counted=False)
+    place.start()
+    assert place.figures() == {
+        "accepted": 2,
+        "messages_accepted": 4,
+        "bytes_accepted": 4,
+        "adopted": 0,
+        "recovered": 10,
+    }
+    place.assert_accounts()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_copies_of_an_old_ring_are_never_counted_as_accepted(place, counted):
+    """The death may come between the copies and their being counted. They are copied once more, and delivered twice."""
+    place.accept()
+    assert place.copy(4, counted=counted) == 4
+    place.start()
+    figures = place.figures()
+    assert (figures["accepted"], figures["messages_accepted"], figures["bytes_accepted"]) == (1, 2, 2)
+    assert (figures["adopted"], figures["recovered"]) == (4, 14)
+    place.assert_accounts()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_packets_that_wait_for_their_sync_are_told_from_copies(place, counted):
+    """With fsync packets are counted when they are synced; copies come before them, among them and after them."""
+    place.copy(2)
+    place.accept(counted=False)
+    place.ring.mark_synced(place.ring.tail_position)
+    place.copy(3)
+    place.accept(counted=False)
+    place.ring.mark_synced(place.ring.tail_position)
+    place.copy(1, counted=counted)
+    place.start()
+    figures = place.figures()
+    assert (figures["accepted"], figures["messages_accepted"], figures["bytes_accepted"]) == (2, 4, 4)
+    assert (figures["adopted"], figures["recovered"]) == (6, 11)
+    place.assert_accounts()
+
+
+def test_a_death_in_the_middle_of_copying_is_no_different(place):
+    place.accept()
+    copied = iter([True, True, False])
+
+    class Killed(BaseException):
+        pass
+
+    class Dying:
+        """The worker's ring until the process is killed."""
+
+        def __getattr__(self, name):
+            return getattr(place.ring, name)
+
+        def adopt(self, other, handle):
+            if not next(copied):
+                raise Killed
+            return place.ring.adopt(other, handle)
+
+    begin_adopting(place.ring, place.counters)
+    with pytest.raises(Killed):
+        place.adoption.step(Dying(), 5)
+    place.start()
+    figures = place.figures()
+    assert (figures["accepted"], figures["adopted"], figures["recovered"]) == (1, 2, 12)
+    place.assert_accounts()
