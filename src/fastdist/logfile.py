@@ -94,6 +94,8 @@ class Log:
                 yield from packer.flush()
                 return
             time.sleep(IDLE)
+        if follow:  # what was read is to be sent; a line without an end is not
+            yield from packer.flush()
 
     def _planned(self) -> Iterator[Packet]:
         """Yield the packets that may have been under way when this was sent before."""
