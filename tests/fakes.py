@@ -55,8 +55,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.connections += 1
         super().setup()
 
+    def do_GET(self):
+        self.do_POST()
+
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         answer = self.server.answer(self.path, self.headers, body)
         if answer is None:  # hang up
             self.close_connection = True

@@ -28,6 +28,7 @@ from fastdist.commands import (
     fail,
     load_or_exit,
     problems_shown,
+    target_or_exit,
     token_or_environment,
 )
 from fastdist.errors import StartError
@@ -244,10 +245,9 @@ def dead_letters_replay(  # noqa: PLR0913  (a parameter is an option)
       fastdist dead-letters replay fastdist-data --url http://logs.example:3000 --limit 10
       FASTDIST_TOKEN=secret fastdist dead-letters replay fastdist-data --connections 16
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist import console, deadletters, posting, replay  # noqa: PLC0415  (serve and check need none of them)
+    from fastdist import console, deadletters, replay  # noqa: PLC0415  (serve and check need none of them)
 
-    with problems_shown("--url: "):
-        target = posting.Target.parse(url, token_or_environment(token), ca_file)
+    target = target_or_exit(url, token_or_environment(token), ca_file)
     with problems_shown(), console.ReplayView() as view:
         files = deadletters.find_files(path)
         summary = replay.Replay(files, deadletters.Selection(reason=reason), target, view).run(connections, limit)

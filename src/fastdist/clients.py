@@ -25,6 +25,7 @@ from fastdist.commands import (
     Token,
     fail,
     problems_shown,
+    target_or_exit,
     token_or_environment,
 )
 from fastdist.units import format_size, parse_duration, parse_size
@@ -94,10 +95,9 @@ def send(  # noqa: PLR0913  (a parameter is an option)
       fastdist send /var/log/app.log --follow --offset-file /var/lib/app.offset
       journalctl -o json -f | FASTDIST_TOKEN=secret fastdist send - --format ndjson
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist import logfile, packing, posting, sending, sendview  # noqa: PLC0415  (serve needs none of them)
+    from fastdist import logfile, packing, sending, sendview  # noqa: PLC0415  (serve needs none of them)
 
-    with problems_shown("--url: "):
-        target = posting.Target.parse(url, token_or_environment(token), ca_file)
+    target = target_or_exit(url, token_or_environment(token), ca_file)
     with problems_shown():
         style = packing.Style(
             emitter=_text("--emitter", emitter if emitter is not None else socket.gethostname()),
@@ -224,10 +224,9 @@ def top(
       fastdist top --url https://logs.example:3000 --interval 5s
       fastdist top --once
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist import posting, watching  # noqa: PLC0415  (serve needs neither)
+    from fastdist import watching  # noqa: PLC0415  (serve does not need it)
 
-    with problems_shown("--url: "):
-        target = posting.Target.parse(url, None, ca_file)
+    target = target_or_exit(url, None, ca_file)
     with problems_shown():
         seconds = max(SHORTEST_INTERVAL, _duration("--interval", interval))
     if once:

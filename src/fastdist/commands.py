@@ -16,6 +16,8 @@ from fastdist.units import parse_duration
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastdist.posting import Target
+
 INCOMPLETE = 1
 BAD_CONFIG = 2
 UNUSABLE = 2
@@ -69,6 +71,16 @@ def load_or_exit(path: str | None, flags: dict[str, str | int | None]) -> Loaded
 def token_or_environment(token: str | None) -> str | None:
     """Return the token to use, if any."""
     return token or os.environ.get("FASTDIST_TOKEN") or None
+
+
+def target_or_exit(url: str, token: str | None, ca_file: str | None) -> Target:
+    """Return the distributor to talk to; if an option cannot be used, say so and exit."""
+    from fastdist import posting, units  # noqa: PLC0415  (serve needs no client)
+
+    with problems_shown("--url: "):
+        units.parse_endpoint(url)
+    with problems_shown():
+        return posting.Target.parse(url, token, ca_file)
 
 
 def ago(duration: str | None, option: str) -> datetime | None:

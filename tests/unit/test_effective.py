@@ -87,7 +87,7 @@ def test_what_is_changed_is_all_that_is_shown_when_asked_for(file):
     text = effective.as_toml(config.load(file, {"PORT": "1"}, {}), changed=True)
     document = tomllib.loads(text)
     assert document.keys() == {"server", "analyzers", "security"}
-    assert document["server"] == {"port": 1, "max_body": "1536KiB"}
+    assert document["server"] == {"port": 1, "max_body": "1.5MiB"}
     assert document["security"].keys() == {"tokens", "cors_origins"}
     assert "default\n" not in text
 
