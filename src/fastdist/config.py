@@ -315,6 +315,24 @@ def load(path: str | Path | None, environ: Mapping[str, str], flags: Mapping[str
     return Loaded(_build(document, sources, problems), sources, file, environ, flags)
 
 
+class Setting(NamedTuple):
+    """A setting for a person to look at; ``kind`` is its annotation, ``origin`` as in ``Loaded.sources``."""
+
+    path: str
+    kind: Any
+    value: Any
+    origin: str
+    secret: bool
+
+
+def settings(loaded: Loaded) -> Iterator[Setting]:
+    """Yield every setting of a configuration, in the order of the table above."""
+    for name in _SECTIONS:
+        for path in (path for path in _SETTINGS if path.partition(".")[0] == name):
+            value, origin = attrgetter(path)(loaded.config), loaded.sources[path]
+            yield Setting(path, _SETTINGS[path], value, origin, path in _SECRET)
+
+
 def warnings(config: Config) -> list[str]:
     """Return what is allowed but may not be what was meant, each on one line that begins with its path."""
     delivery = config.delivery

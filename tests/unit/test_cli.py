@@ -21,15 +21,6 @@ from fastdist.errors import StartError
 from fastdist.snapshot import DEAD_LETTERS
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """Run the command line in an environment without any setting."""
-    for name in list(os.environ):
-        if name in {"PORT", "WORKER_COUNT"} or name.startswith("FASTDIST_"):
-            monkeypatch.delenv(name)
-    return lambda *arguments, **environ: CliRunner().invoke(cli.app, list(arguments), env=environ)
-
-
 class FakeSupervisor(ModuleType):
     """Stands in for the service: notes what it is given, returns or raises what it is told."""
 
@@ -53,13 +44,6 @@ def supervisor(monkeypatch):
     return fake
 
 
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "fastdist.toml"
-    path.write_text("[server]\nport = 2000\nworkers = 2\n")
-    return path
-
-
 def test_version(run):
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"fastdist {__version__}\n")
@@ -79,6 +63,9 @@ def test_no_arguments_show_the_help(run):
         ["-h"],
         ["serve", "--help"],
         ["check", "--help"],
+        ["config", "--help"],
+        ["send", "--help"],
+        ["top", "--help"],
         ["dead-letters"],
         ["dead-letters", "-h"],
         ["dead-letters", "list", "--help"],
@@ -203,6 +190,14 @@ def test_serve_that_cannot_start_says_why_without_a_traceback(run, supervisor):
     assert result.exit_code == 3
     assert result.stderr == "fastdist: port 3000 is in use\n"
     assert result.stdout == ""
+
+
+def test_check_looks_at_the_certificate_as_serve_does(run, file):
+    file.write_text("[security]\ntls_cert = '/nowhere.pem'\ntls_key = '/nowhere.pem'\n")
+    result = run("check", str(file))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == "security.tls_cert: /nowhere.pem cannot be read: No such file or directory\n"
 
 
 # ---- dead letters (what becomes of them: test_replay.py)

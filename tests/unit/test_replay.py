@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from fakes import ACCEPTED, Distributor, problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,75 +24,11 @@ from fastdist.deadletters import DeadLetters, Letter, Selection, find_files, jou
 from fastdist.posting import Target
 from fastdist.replay import HeldFile, Replay
 
-ACCEPTED = (202, {}, b'{"status":"accepted"}')
 SECOND = 1_000_000_000
 
 
 def packet(name="p-1", body=b'{"n":1}'):
     return Packet(1, name, body, 3, time.time_ns(), 2, 0, 0)
-
-
-def problem(status, detail, **headers):
-    return status, headers, json.dumps({"status": status, "detail": detail}).encode()
-
-
-class Distributor(ThreadingHTTPServer):
-    """Answers as ``script`` says (packet id -> answers, the last of them for good); notes what it accepts."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script = {}
-        self.otherwise = ACCEPTED
-        self.requests = []  # (path, headers, body)
-        self.accepted = Counter()
-        self.connections = 0
-        self.before_answer = None
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def answer(self, path, headers, body):
-        if self.before_answer:
-            self.before_answer()
-        with self.lock:
-            self.requests.append((path, headers, body))
-            name = headers["Idempotency-Key"]
-            answers = self.script.get(name, [self.otherwise])
-            answer = answers.pop(0) if len(answers) > 1 else answers[0]
-            if answer and 200 <= answer[0] < 300:
-                self.accepted[name] += 1
-            return answer
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def setup(self):
-        self.server.connections += 1
-        super().setup()
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer = self.server.answer(self.path, self.headers, body)
-        if answer is None:  # hang up
-            self.close_connection = True
-            return
-        status, headers, content = answer
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
