@@ -326,6 +326,7 @@ class Worker:
         if self._deleted or self.durability == "memory" or not is_nameless(self.assignment.ring):
             return
         self._deleted = self.intake.broken_storage = True
+        self.dead_letters.close()  # whose file most likely went with it: what comes is written to a new one
         log.error(
             "the queue's file was deleted; nothing can be accepted until fastdist is restarted",
             folder=self.config.queue.path,
