@@ -66,9 +66,8 @@ def test_the_proxy_that_is_shown_lets_packets_through_and_nothing_else(live, tmp
     temporary = "".join(
         f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    configuration.write_text(
-        f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}\nhttp {{ access_log off;\n{temporary}{shown}}}\n"
-    )
+    head = f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}\n"
+    configuration.write_text(f"{head}http {{ access_log off;\n{temporary}{shown}}}\n")
     checked = subprocess.run([NGINX, "-t", "-c", str(configuration)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     proxy = Process([NGINX, "-c", str(configuration)])
