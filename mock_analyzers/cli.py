@@ -53,6 +53,7 @@ def serve(  # noqa: PLR0913 - Typer makes one flag of each parameter
     health_hang: Annotated[bool, _fault("GET /health is not answered.")] = False,
     refuse: Annotated[bool, _fault("Refuse connections until told otherwise on the control port.")] = False,
     verify: Annotated[bool, _fault("Check that bodies are JSON and keep a digest of each packet.")] = False,
+    keep: Annotated[bool, _fault("The same, and keep the packets themselves.")] = False,
 ) -> None:
     """Start mock analyzers that count what is delivered to them, and fail on request."""
     options = Options(
@@ -75,6 +76,7 @@ def serve(  # noqa: PLR0913 - Typer makes one flag of each parameter
         health_hang=health_hang,
         refuse=refuse,
         verify=verify,
+        keep=keep,
     )
     numbers = _ports(ports)
     settings = Settings(host, numbers, _ids(ids, len(numbers)), control_port, ledger, quiet, seed, _checked(options))

@@ -161,7 +161,7 @@ class Connection(asyncio.Protocol):
         if analyzer is None or method != b"POST" or is_control(path):
             self._take(Request(method, path, body, keep_alive), 0.0)
             return
-        ids = analyzer.ledger.arrive(headers, body, verify=analyzer.options.verify)
+        ids = analyzer.ledger.arrive(headers, body, analyzer.options)
         # The body has been counted and looked at; a queue of requests must not hold on to it.
         request = Request(method, path, b"", keep_alive, ids, headers.get(b"x-attempt", b""))
         if analyzer.plain and keep_alive and not self._queue and not self._doomed:

@@ -1,8 +1,8 @@
 """``/control``: read and change analyzers while they run.
 
-On an analyzer's own port the paths are ``/control``, ``/control/reset``, ``/control/ids``, ``/control/digests``. On
-the control port the analyzer's id comes in between (``/control/A1/reset``), and ``/control`` and ``/control/reset``
-mean all analyzers. This module only decides; the connection writes.
+On an analyzer's own port the paths are ``/control``, ``/control/reset``, ``/control/ids``, ``/control/digests``,
+``/control/bodies``. On the control port the analyzer's id comes in between (``/control/A1/reset``), and ``/control``
+and ``/control/reset`` mean all analyzers. This module only decides; the connection writes.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Control:
                 return self._described(one)
             case "GET ids" if one:
                 return answers.stream_head(_TEXT), one.ledger.id_lines()
-            case "GET digests" if one:
-                return answers.stream_head(), one.ledger.digest_json()
+            case "GET digests" | "GET bodies" if one:
+                ledger = one.ledger
+                return answers.stream_head(), ledger.digest_json() if "digests" in steps else ledger.body_json()
         return answers.json(404, {"error": f"no such control: {method.decode('latin-1')} {path.decode('latin-1')}"})
 
     def _chosen(self, one: Analyzer | None) -> Sequence[Analyzer]:

@@ -30,6 +30,8 @@ from mock_analyzers.json_array import split_array
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from mock_analyzers.options import Options
+
 # One integer per id. Acknowledged comes lowest because it is the usual one and small integers cost no memory. The
 # fields are wide enough for a load generator that sends one and the same id for days.
 _ACKNOWLEDGED = 1
@@ -53,6 +55,7 @@ class Ledger:
         """Start again from nothing."""
         self._counts: dict[bytes, int] = {}
         self._digests: dict[bytes, bytes] = {}
+        self._bodies: dict[bytes, bytes] = {}
         self.faults: Counter[str] = Counter()
         self.requests = 0
         self.packets = 0
@@ -67,7 +70,7 @@ class Ledger:
         self.changed = 0
         self.max_attempt = 0
 
-    def arrive(self, headers: Mapping[bytes, bytes], body: bytes, *, verify: bool) -> Sequence[bytes]:
+    def arrive(self, headers: Mapping[bytes, bytes], body: bytes, options: Options) -> Sequence[bytes]:
         """Note a complete request and return the ids in it. Headers have lower-case names."""
         self.requests += 1
         self.bytes += len(body)
@@ -76,13 +79,13 @@ class Ledger:
             self.max_attempt = max(self.max_attempt, int(attempt[:9]))
         packet_id = headers.get(b"x-packet-id")
         if packet_id is None:
-            return self._arrive_many(headers, body, verify=verify)
+            return self._arrive_many(headers, body, options)
         self.packets += 1
-        if verify:
-            self._verify((packet_id,), (body,), intact=_is_json(body))
+        if options.verify or options.keep:
+            self._verify((packet_id,), (body,), intact=_is_json(body), keep=options.keep)
         return (packet_id,)
 
-    def _arrive_many(self, headers: Mapping[bytes, bytes], body: bytes, *, verify: bool) -> Sequence[bytes]:
+    def _arrive_many(self, headers: Mapping[bytes, bytes], body: bytes, options: Options) -> Sequence[bytes]:
         joined = headers.get(b"x-packet-ids")
         if joined is None:
             self.packets += 1
@@ -92,14 +95,14 @@ class Ledger:
         self.batches += 1
         self.packets += len(ids)
         intact = headers.get(b"x-packet-count") == b"%d" % len(ids)
-        if verify:
+        if options.verify or options.keep:
             bodies = _split(body)
-            self._verify(ids, bodies, intact=intact and len(bodies) == len(ids))
+            self._verify(ids, bodies, intact=intact and len(bodies) == len(ids), keep=options.keep)
         elif not intact or _count_elements(body) != len(ids):
             self.broken += 1
         return ids
 
-    def _verify(self, ids: Sequence[bytes], bodies: Sequence[bytes], *, intact: bool) -> None:
+    def _verify(self, ids: Sequence[bytes], bodies: Sequence[bytes], *, intact: bool, keep: bool) -> None:
         if not intact:
             self.broken += 1  # and no telling which body belongs to which id
             return
@@ -107,6 +110,8 @@ class Ledger:
             digest = blake2b(body, digest_size=8).digest()
             if self._digests.setdefault(packet_id, digest) != digest:
                 self.changed += 1
+            if keep:
+                self._bodies[packet_id] = body
 
     def acknowledge(self, ids: Sequence[bytes]) -> None:
         """Note that a complete 2xx answer for these ids was sent."""
@@ -159,6 +164,13 @@ class Ledger:
         ids = list(counts)
         for first in range(0, len(ids), _LINES_AT_ONCE):
             yield b"".join(_id_line(packet_id, counts[packet_id]) for packet_id in ids[first : first + _LINES_AT_ONCE])
+
+    def body_json(self) -> Iterator[bytes]:
+        """Yield ``{id: packet}`` in pieces, the packets as they came; only JSON may have been kept."""
+        bodies = self._bodies
+        for number, packet_id in enumerate(list(bodies)):
+            yield (b"," if number else b"{") + orjson.dumps(_text(packet_id)) + b":" + bodies[packet_id]
+        yield b"}" if bodies else b"{}"
 
     def digest_json(self) -> Iterator[bytes]:
         """Yield ``{id: hex}`` in pieces; packets may arrive in between."""

@@ -70,6 +70,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """The listener and all connections are closed; only the control port can bring the analyzer back."""
     verify: bool = False
     """Bodies must be JSON, and a digest of each packet is kept."""
+    keep: bool = False
+    """The same, and the packets themselves are kept."""
 
     @property
     def plain(self) -> bool:
@@ -81,6 +83,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
             health_hang=self.health_hang,
             refuse=self.refuse,
             verify=self.verify,
+            keep=self.keep,
         )
         return self == unfelt
 

@@ -74,6 +74,11 @@ def undescribed(schema: Any, value: Any, where: str = "$") -> list[str]:
     ]
 
 
+def concrete(path: str) -> str:
+    """Return a path that belongs to a described one, and exists."""
+    return path.replace("{id}", "A1").replace("{file}", "app.js")
+
+
 def operation_of(method: str, path: str) -> tuple[str, dict[str, Any]]:
     """Return the described path that a path belongs to, and its operation."""
     path = path.partition("?")[0]

@@ -1,56 +1,91 @@
 """The command line: options in, exit status out; what the commands do lives elsewhere and is imported when needed.
 
 Exit status: 0 done; 1 not all of it, or not sound; 2 a configuration, a command line or a path that cannot be used;
-3 the service cannot start, or is running and has what was asked for. An error that is expected is printed as it is,
-without a traceback; an unexpected one shows no local variables (they may hold tokens).
+3 the service cannot start, or is running and has what was asked for (``send`` has more). An error that is expected is
+printed as it is, without a traceback; an unexpected one shows no local variables (they may hold tokens).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastdist import __version__
-from fastdist.config import Config, Loaded, load, warnings
-from fastdist.errors import ConfigError, StartError
-from fastdist.units import parse_duration
+from fastdist import __version__, clients
+from fastdist.commands import (
+    BAD_CONFIG,
+    CANNOT_START,
+    DEFAULT_URL,
+    IN_USE,
+    INCOMPLETE,
+    CaFile,
+    Json,
+    Token,
+    ago,
+    fail,
+    load_or_exit,
+    problems_shown,
+    target_or_exit,
+    token_or_environment,
+)
+from fastdist.errors import StartError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from fastdist.config import Config
     from fastdist.queueview import QueueView
-
-INCOMPLETE = 1
-BAD_CONFIG = 2
-UNUSABLE = 2
-CANNOT_START = 3
-IN_USE = 3
 
 app = typer.Typer(
     name="fastdist",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # examples keep their line breaks
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 dead_letters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 queue = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(dead_letters, name="dead-letters")
-app.add_typer(queue, name="queue")
 
 LettersPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), its folder dead-letters, or one file.")
 ]
 QueuePath = Annotated[Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), or one file of it.")]
-Reason = Annotated[str | None, typer.Option(help="Only those with this reason (refused, exhausted, shutdown).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Reason(StrEnum):
+    """Why a packet is a dead letter."""
+
+    REFUSED = "refused"
+    EXHAUSTED = "exhausted"
+    OVERSIZED = "oversized"
+    SHUTDOWN = "shutdown"
+
+
+class LineReason(StrEnum):
+    """The same, and what a line is listed under that is no letter."""
+
+    REFUSED = "refused"
+    EXHAUSTED = "exhausted"
+    OVERSIZED = "oversized"
+    SHUTDOWN = "shutdown"
+    UNREADABLE = "unreadable"
+
+
+REASONS_HELP = (
+    "Only those with this reason: an analyzer refused it; retry.max_attempts is used up; too large for the queue as it "
+    "is now; left in memory at the end"
+)
+LetterReasonOption = Annotated[Reason | None, typer.Option(help=f"{REASONS_HELP}.")]
+LineReasonOption = Annotated[LineReason | None, typer.Option(help=f"{REASONS_HELP}; a line that is no letter.")]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE", help="TOML file to read; else the one FASTDIST_CONFIG names; else none."),
+]
+Host = Annotated[str | None, typer.Option(help="Address to listen on  [0.0.0.0]")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 is any free one  [3000]")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes; 0 is one per core  [0]")]
 
 
 def main() -> None:
@@ -74,20 +109,20 @@ def root(
     """Take packets of log messages over HTTP and split them over analyzers by weight, without losing any.
 
     \b
-    Example:
+    Examples:
       fastdist serve --config fastdist.toml
+      fastdist top
+      fastdist send access.log
+      fastdist --install-completion
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
 
 
 @app.command()
 def serve(
-    config: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="TOML file to read; else the one FASTDIST_CONFIG names; else none."),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on  [0.0.0.0]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 is any free one  [3000]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; 0 is one per core  [0]")] = None,
+    config: ConfigFile = None,
+    host: Host = None,
+    port: Port = None,
+    workers: Workers = None,
 ) -> None:
     """Run the distributor until SIGTERM or SIGINT.
 
@@ -101,9 +136,10 @@ def serve(
       fastdist serve --config fastdist.toml --port 8080
       FASTDIST_QUEUE__DURABILITY=fsync fastdist serve
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    loaded = _load_or_exit(config, {"host": host, "port": port, "workers": workers})
+    loaded = load_or_exit(config, {"host": host, "port": port, "workers": workers})
     from fastdist import supervisor  # noqa: PLC0415  (check and --help need neither event loop nor extension)
 
+    _check_certificate(loaded.config)
     try:
         status = supervisor.serve(loaded)
     except StartError as error:
@@ -116,16 +152,55 @@ def serve(
 def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to check.")]) -> None:
     """Check a configuration file and print every problem.
 
-    What is checked is what `serve --config FILE` would use here and now, the environment included.
+    What is checked is what `serve --config FILE` would use here and now, the environment and the certificate included.
+    Exit status: 0 when it can be used, with warnings of what may not be meant; 2 when it cannot.
 
     \b
     Example:
       fastdist check fastdist.toml
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    loaded = _load_or_exit(file, {})
-    for warning in warnings(loaded.config):
+    from fastdist import effective  # noqa: PLC0415  (serve does not need it)
+
+    config = load_or_exit(file, {}).config
+    _check_certificate(config)
+    for warning in effective.warnings(config):
         typer.echo(f"{file}: warning: {warning}", err=True)
-    typer.echo(f"{file}: ok ({_describe_analyzers(loaded.config)})")
+    typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
+
+
+@app.command("config")
+def show_config(
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE]", help="TOML file to read; else the one FASTDIST_CONFIG names; else none."),
+    ] = None,
+    *,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what is not left at its default.")] = False,
+    host: Host = None,
+    port: Port = None,
+    workers: Workers = None,
+) -> None:
+    """Print the configuration that `serve` would use here and now, and where each value comes from.
+
+    It is TOML that can be read again, but for tokens, which are masked. A running distributor may differ in the weights
+    and states that were set by PATCH /analyzers/{id}. Exit status: 0; 2 when the configuration cannot be used.
+
+    \b
+    Examples:
+      fastdist config
+      fastdist config fastdist.toml --changed
+      FASTDIST_QUEUE__DURABILITY=fsync fastdist config fastdist.toml --port 8080
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist import effective  # noqa: PLC0415  (serve does not need it)
+
+    loaded = load_or_exit(file, {"host": host, "port": port, "workers": workers})
+    typer.echo(effective.as_toml(loaded, changed=changed), nl=False)
+
+
+app.command()(clients.send)
+app.command()(clients.top)
+app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(queue, name="queue")
 
 
 @dead_letters.callback()
@@ -146,7 +221,7 @@ def dead_letters_group() -> None:
 def dead_letters_list(
     path: LettersPath,
     *,
-    reason: Reason = None,
+    reason: LineReasonOption = None,
     since: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters this recently.")
     ] = None,
@@ -165,8 +240,8 @@ def dead_letters_list(
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
     from fastdist import console, deadletters  # noqa: PLC0415  (serve and check need neither)
 
-    with _problems_shown():
-        selection = deadletters.Selection(reason=reason, since=_ago(since, "--since"))
+    with problems_shown():
+        selection = deadletters.Selection(reason=reason, since=ago(since, "--since"))
         show = console.print_letters_json if json else console.print_letters
         show(deadletters.find_files(path), selection)
 
@@ -175,14 +250,12 @@ def dead_letters_list(
 def dead_letters_replay(  # noqa: PLR0913  (a parameter is an option)
     path: LettersPath,
     *,
-    url: Annotated[str, typer.Option(help="The distributor to post them to.")] = "http://127.0.0.1:3000",
-    token: Annotated[
-        str | None,
-        typer.Option(help="Bearer token (else that in FASTDIST_TOKEN, which other users of the machine cannot see)."),
-    ] = None,
+    url: Annotated[str, typer.Option(help="The distributor to post them to.")] = DEFAULT_URL,
+    token: Token = None,
+    ca_file: CaFile = None,
     connections: Annotated[int, typer.Option(min=1, max=256, help="How many to post at the same time.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Post no more than this many.")] = None,
-    reason: Reason = None,
+    reason: LetterReasonOption = None,
 ) -> None:
     """Post dead letters to a running distributor, under the ids they had.
 
@@ -196,11 +269,10 @@ def dead_letters_replay(  # noqa: PLR0913  (a parameter is an option)
       fastdist dead-letters replay fastdist-data --url http://logs.example:3000 --limit 10
       FASTDIST_TOKEN=secret fastdist dead-letters replay fastdist-data --connections 16
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist import console, deadletters, posting, replay  # noqa: PLC0415  (serve and check need none of them)
+    from fastdist import console, deadletters, replay  # noqa: PLC0415  (serve and check need none of them)
 
-    with _problems_shown("--url: "):
-        target = posting.Target.parse(url, token or os.environ.get("FASTDIST_TOKEN") or None)
-    with _problems_shown(), console.ReplayView() as view:
+    target = target_or_exit(url, token_or_environment(token), ca_file)
+    with problems_shown(), console.ReplayView() as view:
         files = deadletters.find_files(path)
         summary = replay.Replay(files, deadletters.Selection(reason=reason), target, view).run(connections, limit)
     console.print_summary(summary)
@@ -212,7 +284,7 @@ def dead_letters_purge(
     path: LettersPath,
     *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    reason: Reason = None,
+    reason: LineReasonOption = None,
     older_than: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters before that.")
     ] = None,
@@ -228,15 +300,15 @@ def dead_letters_purge(
     from fastdist import console, deadletters, replay  # noqa: PLC0415  (serve and check need none of them)
 
     if not yes and not sys.stdin.isatty():
-        _fail("there is nobody to ask (stdin is no terminal); say --yes if they are to be deleted")
-    with _problems_shown():
-        selection = deadletters.Selection(reason=reason, until=_ago(older_than, "--older-than"))
+        fail("there is nobody to ask (stdin is no terminal); say --yes if they are to be deleted")
+    with problems_shown():
+        selection = deadletters.Selection(reason=reason, until=ago(older_than, "--older-than"))
         files = deadletters.find_files(path)
         census = replay.count(files, selection)
         if census.lines and not yes and not typer.confirm(f"Delete {console.census_text(census)}?", err=True):
-            _fail("nothing was deleted", INCOMPLETE)
+            fail("nothing was deleted", INCOMPLETE)
         removed, skipped = replay.purge(files, selection, lambda note: typer.echo(note, err=True))
-    typer.echo(f"removed {console.plural(removed, 'dead letter')}" if removed else "no dead letters removed")
+    typer.echo(f"removed {console.lines_text(removed)}" if removed.lines else "no dead letters removed")
     raise typer.Exit(INCOMPLETE if skipped else 0)
 
 
@@ -299,50 +371,22 @@ def _look_or_exit(path: Path, limit: int) -> QueueView:
     from fastdist import queueview  # noqa: PLC0415  (serve and check do not need it)
 
     try:
-        with _problems_shown():
+        with problems_shown():
             return queueview.look(path, limit)
     except queueview.NoQueueError as error:
-        _fail(str(error))
+        fail(str(error))
     except queueview.InUseError as error:
-        _fail(str(error), IN_USE)
+        fail(str(error), IN_USE)
 
 
-def _ago(duration: str | None, option: str) -> datetime | None:
-    """Return the moment that was this long ago. Raises ValueError, which names the option."""
-    if duration is None:
-        return None
+def _check_certificate(config: Config) -> None:
+    """Exit if there is a certificate or a key that cannot be used: files that are named are part of a configuration."""
+    from fastdist import tls  # noqa: PLC0415  (--help does not need it)
+
     try:
-        return datetime.now(UTC) - timedelta(seconds=parse_duration(duration))
-    except OverflowError:
-        return datetime.min.replace(tzinfo=UTC)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
-
-
-@contextlib.contextmanager
-def _problems_shown(prefix: str = "") -> Iterator[None]:
-    """End with a line that says what is wrong with a path or a value that was given."""
-    try:
-        yield
-    except BrokenPipeError:  # whoever read this had enough
-        raise
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except ValueError as error:
-        _fail(f"{prefix}{error}")
-
-
-def _fail(text: str, status: int = UNUSABLE) -> NoReturn:
-    typer.echo(f"fastdist: {text}", err=True)
-    raise typer.Exit(status)
-
-
-def _load_or_exit(path: str | None, flags: dict[str, str | int | None]) -> Loaded:
-    try:
-        return load(path, dict(os.environ), flags)
-    except ConfigError as error:
-        for problem in error.problems:
-            typer.echo(problem, err=True)
+        tls.server_context(config.security)
+    except StartError as error:
+        typer.echo(error, err=True)
         raise typer.Exit(BAD_CONFIG) from None
 
 

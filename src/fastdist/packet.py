@@ -232,7 +232,7 @@ def _faults_of_object(value: Any, pointer: str, members: dict[str, _Member]) -> 
 
 def _strict_faults(message: dict[str, Any], pointer: str) -> Iterator[_Fault]:
     timestamp, level = message.get("timestamp"), message.get("level")
-    if isinstance(timestamp, str) and not _is_date_time(timestamp):
+    if isinstance(timestamp, str) and not is_date_time(timestamp):
         yield _Fault(f"{pointer}/timestamp", "expected an RFC 3339 date-time such as 2026-01-31T12:34:56.789Z")
     if isinstance(level, str) and level.lower() not in LEVELS:
         yield _Fault(f"{pointer}/level", f"expected one of {', '.join(LEVELS)}, in any case")
@@ -245,7 +245,7 @@ _DATE_TIME: Final = re.compile(
 )
 
 
-def _is_date_time(text: str) -> bool:
+def is_date_time(text: str) -> bool:
     """RFC 3339, section 5.6: a date of the calendar; an offset is required; a leap second only where it can be."""
     match = _DATE_TIME.fullmatch(text)
     if match is None:

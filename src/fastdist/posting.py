@@ -1,4 +1,4 @@
-"""POST /logs as an emitter does it, for the command line: one keep-alive connection, and what a distributor answers."""
+"""A distributor as a client sees it, for the command line: one keep-alive connection, and what is answered on it."""
 
 from __future__ import annotations
 
@@ -42,65 +42,99 @@ class Answer(NamedTuple):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where to post, and with what bearer token."""
+    """Where to go, and with what bearer token; ``context`` is for https."""
 
     url: str
     endpoint: Endpoint
     token: str | None
+    context: ssl.SSLContext | None = None
 
     @classmethod
-    def parse(cls, url: str, token: str | None) -> Target:
-        """Return the target at ``url`` (what stands before /logs). Raises ValueError, whose text shows no token."""
+    def parse(cls, url: str, token: str | None, ca_file: str | None = None) -> Target:
+        """Return the target at ``url`` (what stands before /logs); ``ca_file`` is trusted instead of the system's.
+
+        Raises ValueError, whose text shows no token, and OSError for a file that cannot be used.
+        """
         if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token):
             raise ValueError("the token must be of visible ASCII characters")
-        return cls(url, parse_endpoint(url), token)
+        endpoint = parse_endpoint(url)
+        return cls(url, endpoint, token, _context(ca_file) if endpoint.scheme == "https" else None)
 
 
-class Sender:
-    """One connection, opened when it is needed. Not for two threads at once."""
+def _context(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError as error:
+        raise ValueError(f"{ca_file}: no certificates in PEM form ({error.reason})") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, ca_file) from None
 
-    def __init__(self, target: Target) -> None:
-        endpoint = target.endpoint
-        self._path = endpoint.path_and_query.rstrip("/") + "/logs"
-        self._headers = {"Content-Type": "application/json", "User-Agent": f"fastdist/{__version__}"}
+
+class Reply(NamedTuple):
+    """An HTTP response: status, content (no more than was asked for) and Retry-After as it was written."""
+
+    status: int
+    content: bytes
+    retry_after: str | None
+
+
+class Connection:
+    """One keep-alive connection to a distributor, opened when it is needed. Not for two threads at once."""
+
+    def __init__(self, target: Target, timeout: float | None = None) -> None:
+        endpoint, timeout = target.endpoint, timeout or TIMEOUT
+        self._path = endpoint.path_and_query.rstrip("/")
+        self._headers = {"User-Agent": f"fastdist/{__version__}"}
         if target.token:
             self._headers["Authorization"] = f"Bearer {target.token}"
         self._connection = (
-            HTTPSConnection(endpoint.host, endpoint.port, timeout=TIMEOUT, context=ssl.create_default_context())
+            HTTPSConnection(endpoint.host, endpoint.port, timeout=timeout, context=target.context)
             if endpoint.scheme == "https"
-            else HTTPConnection(endpoint.host, endpoint.port, timeout=TIMEOUT)
+            else HTTPConnection(endpoint.host, endpoint.port, timeout=timeout)
         )
 
-    def post(self, packet_id: str, body: bytes) -> Answer:
-        """Post a packet under its id. Raises OSError or HTTPException when there is no answer."""
+    @property
+    def is_open(self) -> bool:
+        """Whether it is there already; the other side may have closed it since."""
+        return self._connection.sock is not None
+
+    def request(self, method: str, path: str, body: bytes | None, headers: dict[str, str], most: int) -> Reply:
+        """Send a request and read ``most`` bytes of what comes back. Raises OSError or HTTPException without answer."""
         connection = self._connection
         try:
             if connection.sock is None:
                 connection.connect()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
-                connection.request("POST", self._path, body, self._headers | {"Idempotency-Key": packet_id})
+                connection.request(method, self._path + path, body, self._headers | headers)
             response = connection.getresponse()
-            content = response.read(LARGEST_ANSWER)
+            content = response.read(most)
             if not response.isclosed():  # there is more than anybody wants to read
                 connection.close()
         except BaseException:
             connection.close()
             raise
-        return Answer(
-            response.status,
-            _detail(content) or responses.get(response.status, ""),
-            _seconds(response.getheader("Retry-After")),
-        )
+        return Reply(response.status, content, response.getheader("Retry-After"))
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close it."""
         self._connection.close()
 
 
-def describe(error: Exception) -> str:
+class Sender(Connection):
+    """A connection for packets."""
+
+    def post(self, packet_id: str, body: bytes) -> Answer:
+        """Post a packet under its id. Raises OSError or HTTPException when there is no answer."""
+        headers = {"Content-Type": "application/json", "Idempotency-Key": packet_id}
+        reply = self.request("POST", "/logs", body, headers, LARGEST_ANSWER)
+        detail = _detail(reply.content) or responses.get(reply.status, "")
+        return Answer(reply.status, detail, _seconds(reply.retry_after))
+
+
+def describe(error: Exception, timeout: float | None = None) -> str:
     """Return why there was no answer."""
     if isinstance(error, TimeoutError):
-        return f"no answer within {TIMEOUT:.0f} s"
+        return f"no answer within {timeout or TIMEOUT:.0f} s"
     if isinstance(error, RemoteDisconnected):
         return "it closes the connection without an answer"
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdist import logs
@@ -18,7 +19,6 @@ from fastdist.errors import StartError
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
-    from typing import NoReturn
 
     from fastdist.config import Security
 
@@ -60,21 +60,30 @@ def load_certificate(context: ssl.SSLContext, security: Security) -> None:
 
 def _load(context: ssl.SSLContext, security: Security) -> None:
     try:
-        context.load_cert_chain(security.tls_cert, security.tls_key, password=_refuse_to_ask)
-    except (OSError, _EncryptedError) as error:  # ssl.SSLError is an OSError
-        raise StartError(
-            f"security.tls_cert {security.tls_cert} and tls_key {security.tls_key} cannot be used: {error}"
-        ) from error
+        context.load_cert_chain(security.tls_cert, security.tls_key, password=_no_password)
+    except (OSError, ValueError) as error:  # ssl.SSLError is the former
+        raise StartError(_fault(security, error)) from error
 
 
-class _EncryptedError(Exception):
-    def __str__(self) -> str:
-        return "the key is encrypted, and there is nobody to ask for its passphrase"
+def _no_password() -> str:
+    """Keep a key that is encrypted from asking for its password at the terminal."""
+    return ""
 
 
-def _refuse_to_ask() -> NoReturn:
-    """In place of OpenSSL's question on the terminal, which a service waits for until somebody looks."""
-    raise _EncryptedError
+def _fault(security: Security, error: Exception) -> str:
+    """Return which of the two files cannot be used, and why."""
+    for setting, file in (("security.tls_cert", security.tls_cert), ("security.tls_key", security.tls_key)):
+        try:
+            Path(file).read_bytes()
+        except OSError as unreadable:
+            return f"{setting}: {file} cannot be read: {unreadable.strerror}"
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(security.tls_cert)
+    except ssl.SSLError:
+        return f"security.tls_cert: {security.tls_cert} holds no certificate in PEM form"
+    if getattr(error, "reason", None) in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+        return f"security.tls_key: {security.tls_key} is not the key of the certificate in {security.tls_cert}"
+    return f"security.tls_key: {security.tls_key} holds no private key in PEM form that is not encrypted"
 
 
 class TlsServer:

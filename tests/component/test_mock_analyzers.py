@@ -188,7 +188,7 @@ def test_flags_become_options_of_all_analyzers(start):
         "closeEvery": 7,
         "silentClose": 8,
     }
-    switches = ("hang", "chunked", "interim", "unhealthy", "healthHang", "refuse", "verify")
+    switches = ("hang", "chunked", "interim", "unhealthy", "healthHang", "refuse", "verify", "keep")
     flags = [f"--{dashed(name)}={value}" for name, value in values.items()] + [f"--{dashed(name)}" for name in switches]
     mock = start(*flags)
     assert mock.lines[0].startswith("A1 refuses http://127.0.0.1:")
@@ -340,6 +340,19 @@ def test_digests_of_batches_are_those_of_the_packets(mock):
         sent |= dict(zip(ids, map(digest, bodies), strict=True))
     assert mock.control("/control/digests") == sent
     assert mock.totals()["broken"] == 0
+
+
+def test_packets_that_are_kept_are_those_that_came(mock):
+    assert mock.control("/control/bodies") == {}
+    mock.configure(keep=True)
+    mock.send("p1", b'{"a": 1}')
+    mock.send("p2", b"{")
+    mock.send_batch(["p3", "p4"], b'[ "x" ,[2]]')
+    assert mock.totals()["broken"] == 1
+    mock.configure(keep=False)
+    mock.send("p5", b"5")
+    assert mock.control("/control/digests").keys() == {"p1", "p3", "p4"}
+    assert mock.control("/control/bodies") == {"p1": {"a": 1}, "p3": "x", "p4": [2]}
 
 
 def random_json(rng, depth=0):

@@ -7,7 +7,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from openapi_description import DOCUMENT, METHODS, check_answer
+from openapi_description import DOCUMENT, METHODS, check_answer, concrete
 from support import BODY, request, wait_until
 
 OPERATIONS = [(name.upper(), path) for path, item in DOCUMENT["paths"].items() for name in item if name in METHODS]
@@ -21,10 +21,6 @@ DESCRIBED = {
 PAGE = {"Origin": "https://elsewhere.example"}
 ADMIN = {"Authorization": "Bearer for-changes"}
 CHANGES = [("PATCH", "/analyzers/A1"), ("DELETE", "/analyzers/A1/override"), ("POST", "/admin/reload")]
-
-
-def concrete(path):
-    return path.replace("{id}", "A1").replace("{file}", "dashboard.js")
 
 
 def send(port, data):
@@ -121,6 +117,7 @@ def pages(port, ask):
             ask(304, port, method, concrete(path), headers={"If-None-Match": etag})
             if "{file}" in path:
                 ask(404, port, method, "/dashboard/nothing.js")
+    ask(404, port, "OPTIONS", "/dashboard/nothing.js")
 
 
 def packets(mocks, port, ask):

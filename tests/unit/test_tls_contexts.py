@@ -85,7 +85,7 @@ def test_what_cannot_be_used_leaves_the_context_as_it_was(files, fault):
         files.key.write_bytes(files.key.read_bytes()[:100])
     with pytest.raises(StartError) as caught:
         load_certificate(context, files.security)
-    assert str(files.cert) in str(caught.value)
+    assert str(files.cert.parent) in str(caught.value)
     assert files.shown_by(context) == first
     with pytest.raises(StartError):
         server_context(files.security)
@@ -97,5 +97,5 @@ def test_an_encrypted_key_is_refused_with_its_reason(files):
     lock = serialization.BestAvailableEncryption(b"word")
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
     files.key.write_bytes(key.private_bytes(*form, lock))
-    with pytest.raises(StartError, match="the key is encrypted"):
+    with pytest.raises(StartError, match="not encrypted"):
         server_context(files.security)

@@ -1,0 +1,26 @@
+"""The command line as tests run it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from fastdist import cli
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command line in an environment without any setting."""
+    for name in list(os.environ):
+        if name in {"PORT", "WORKER_COUNT"} or name.startswith("FASTDIST_"):
+            monkeypatch.delenv(name)
+    return lambda *arguments, **environ: CliRunner().invoke(cli.app, list(arguments), env=environ)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "fastdist.toml"
+    path.write_text("[server]\nport = 2000\nworkers = 2\n")
+    return path

@@ -1,0 +1,502 @@
+"""Logs that grow, are rotated, truncated or exchanged; streams; and going on where one was left."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+
+import pytest
+
+from fastdist import logfile
+from fastdist.logfile import Log, StandardInput, Stream, Trail
+from fastdist.offsets import OffsetFile
+from fastdist.packing import SMALLEST_PACKET, Recipe, Style
+
+RECIPE = Recipe(Style("web-42", "app.log"), 3, SMALLEST_PACKET)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(logfile, "IDLE", 0.01)
+    monkeypatch.setattr(logfile, "LINGER", 0.05)
+    monkeypatch.setattr(logfile, "ROTATION_PATIENCE", 0.1)
+
+
+@pytest.fixture
+def notes():
+    return []
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "app.log"
+
+
+@pytest.fixture
+def trail(path, notes):
+    return Trail(path, RECIPE, notes.append)
+
+
+@pytest.fixture
+def offsets(tmp_path):
+    """Return the offset file, opened anew at each call."""
+    opened = []
+
+    def offsets():
+        for before in opened:
+            before.__exit__()
+        opened[:] = [OffsetFile(tmp_path / "app.offset")]
+        return opened[0]
+
+    yield offsets
+    for file in opened:
+        file.__exit__()
+
+
+def never():
+    return False
+
+
+def lines(first, last):
+    return b"".join(b"line %d\n" % number for number in range(first, last))
+
+
+def only(sources):
+    (source,) = sources
+    return source
+
+
+def all_of(source):
+    """Return the packets of a source that ends."""
+    return [packet for packet in source.packets(never) if packet]
+
+
+def text_of(packets):
+    """Return the lines in packets, by the packets' bodies."""
+    return b"".join(packet.body for packet in packets).count(b'"line ')
+
+
+def accept(offsets, log, packets, count=None):
+    """Record that the first ``count`` packets are accepted and the others planned."""
+    count = len(packets) if count is None else count
+    offset = packets[count - 1].end if count else log.start
+    offsets.save(log.reached(offset, [packet.end for packet in packets[count:]]))
+
+
+# ----------------------------------------------------------------------------------------------------------- from start
+
+
+def test_a_log_is_read_to_its_end(path, trail):
+    path.write_bytes(lines(0, 10) + b"the end")
+    log = only(trail.begin(None))
+    packets = all_of(log)
+    assert [packet.messages for packet in packets] == [3, 3, 3, 2]
+    assert packets[-1].end == log.size == path.stat().st_size
+    assert log.outcome == "end"
+
+
+def test_two_runs_make_the_same_packets(path, trail):
+    path.write_bytes(lines(0, 10))
+    assert all_of(only(trail.begin(None))) == all_of(only(trail.begin(None)))
+
+
+def test_a_log_that_is_not_there(trail, offsets):
+    with pytest.raises(FileNotFoundError):
+        trail.begin(None)
+    with pytest.raises(FileNotFoundError):
+        trail.begin(offsets())
+
+
+# ------------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("accepted", range(5))
+def test_what_was_planned_is_made_again_under_the_same_ids(path, trail, offsets, notes, accepted):
+    """Also when the log has grown meanwhile in the middle of what was its last line."""
+    path.write_bytes(lines(0, 10) + b"unfinished")
+    file = offsets()
+    log = only(trail.begin(file))
+    packets = all_of(log)
+    accept(file, log, packets, accepted)
+    with path.open("ab") as more:
+        more.write(b" business\n" + lines(11, 13))
+    log = only(trail.begin(offsets()))
+    again = all_of(log)
+    assert [(each.id, each.body) for each in again[: 4 - accepted]] == [
+        (each.id, each.body) for each in packets[accepted:]
+    ]
+    rest = again[4 - accepted :]
+    assert rest[0].offset == packets[-1].end
+    assert b'"message":" business","metadata":{"part":' in rest[0].body
+    assert sum(packet.messages for packet in rest) == 3
+    assert notes == []
+
+
+def test_other_limits_do_not_change_what_was_planned(path, trail, offsets, notes):
+    path.write_bytes(lines(0, 10))
+    file = offsets()
+    log = only(trail.begin(file))
+    packets = all_of(log)
+    accept(file, log, packets, 1)
+    other = Trail(path, Recipe(RECIPE.style, 1, SMALLEST_PACKET), notes.append)
+    again = all_of(only(other.begin(offsets())))
+    assert again == packets[1:]
+    with path.open("ab") as more:
+        more.write(lines(10, 12))
+    assert [packet.messages for packet in all_of(only(other.begin(offsets())))] == [3, 3, 1, 1, 1]
+
+
+def test_a_part_of_an_over_long_line_is_made_again(path, trail, offsets):
+    path.write_bytes(b"x" * (RECIPE.longest * 5 + 7) + b"\n" + lines(0, 3))
+    file = offsets()
+    log = only(trail.begin(file))
+    packets = all_of(log)
+    assert [packet.messages for packet in packets] == [3, 3, 3]
+    for accepted in range(3):
+        accept(file, log, packets, accepted)
+        assert all_of(only(trail.begin(offsets()))) == packets[accepted:]
+        file = offsets()
+
+
+def test_nothing_is_sent_of_a_log_that_has_not_grown(path, trail, offsets):
+    path.write_bytes(lines(0, 4))
+    file = offsets()
+    log = only(trail.begin(file))
+    accept(file, log, all_of(log))
+    assert all_of(only(trail.begin(offsets()))) == []
+
+
+def test_a_plan_beyond_the_end_is_given_up(path, trail, offsets):
+    """A crash of the system may cost a log more than the plan."""
+    path.write_bytes(lines(0, 9))
+    file = offsets()
+    log = only(trail.begin(file))
+    packets = all_of(log)
+    accept(file, log, packets, 1)
+    os.truncate(path, packets[1].end + 3)
+    again = all_of(only(trail.begin(offsets())))
+    assert again[0] == packets[1]
+    assert [(each.offset, each.end) for each in again[1:]] == [(packets[1].end, packets[1].end + 3)]
+
+
+# ------------------------------------------------------------------------------------ rotated, truncated, another's log
+
+
+@pytest.fixture
+def half_sent(path, trail, offsets):
+    """A log of nine lines, three of which are accepted and three planned; its packets."""
+    path.write_bytes(lines(0, 9))
+    file = offsets()
+    log = only(trail.begin(file))
+    packets = all_of(log)
+    file.save(log.reached(packets[0].end, [packets[1].end]))
+    return packets
+
+
+def test_the_rest_of_a_rotated_log_is_sent_before_the_new_one(path, trail, offsets, notes, half_sent):
+    path.rename(path.with_name("app.log.1"))
+    path.write_bytes(lines(100, 102))
+    old, new = trail.begin(offsets())
+    assert all_of(old) == half_sent[1:]
+    (packet,) = all_of(new)
+    assert (packet.offset, packet.messages) == (0, 2)
+    assert notes == [f"{path} was rotated; sending the rest of the old one from app.log.1 first"]
+
+
+def test_a_log_that_was_rotated_more_than_once_is_found_and_what_is_between_is_named(
+    path, trail, offsets, notes, half_sent
+):
+    old = path.with_name("app.log.2")
+    path.rename(old)
+    os.utime(old, (1000, 1000))
+    path.with_name("app.log.1").write_bytes(lines(50, 60))
+    path.with_name("other.log").write_bytes(lines(50, 60))
+    path.write_bytes(lines(100, 102))
+    first, second = trail.begin(offsets())
+    assert all_of(first) == half_sent[1:]
+    assert len(all_of(second)) == 1
+    assert notes[1:] == ["app.log.1 is younger than app.log.2 and is not sent; send it by itself"]
+
+
+def test_a_rotated_log_without_a_new_one_is_sent(path, trail, offsets, notes, half_sent):
+    path.rename(path.with_name("app.log.1"))
+    assert all_of(only(trail.begin(offsets()))) == half_sent[1:]
+    assert "is not there" in only(notes)
+
+
+def test_a_log_behind_a_link_that_was_exchanged_is_found(path, tmp_path, offsets, notes):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "monday").write_bytes(lines(0, 9))
+    path.symlink_to(logs / "monday")
+    trail = Trail(path, RECIPE, notes.append)
+    file = offsets()
+    log = only(trail.begin(file))
+    packets = all_of(log)
+    accept(file, log, packets, 1)
+    path.unlink()
+    (logs / "tuesday").write_bytes(lines(10, 12))
+    path.symlink_to(logs / "tuesday")
+    old, new = trail.begin(offsets())
+    assert all_of(old) == packets[1:]
+    assert text_of(all_of(new)) == 2
+
+
+def test_a_new_log_is_sent_from_its_beginning_when_the_old_one_is_gone(path, trail, offsets, notes, half_sent):
+    held = path.open("rb")  # so that its inode is not used again
+    path.unlink()
+    path.write_bytes(lines(0, 12))
+    again = all_of(only(trail.begin(offsets())))
+    held.close()
+    assert text_of(again) == 12
+    assert not {each.id for each in again} & {each.id for each in half_sent}
+    assert "the one before is gone" in only(notes)
+
+
+@pytest.mark.parametrize("now", [b"", lines(0, 1), lines(50, 90)], ids=["empty", "shorter", "longer"])
+def test_a_truncated_log_is_sent_from_its_beginning_under_new_ids(  # noqa: PLR0913
+    path, trail, offsets, notes, half_sent, *, now
+):
+    with path.open("r+b") as file:
+        file.truncate(0)
+        file.write(now)
+    again = all_of(only(trail.begin(offsets())))
+    assert text_of(again) == now.count(b"\n")
+    assert not {each.id for each in again} & {each.id for each in half_sent}
+    assert "was truncated or written anew" in only(notes)
+
+
+@pytest.mark.usefixtures("half_sent")
+def test_the_same_lines_written_anew_are_no_repetitions(path, trail, offsets):
+    """An analyzer that drops repetitions would drop the new lines."""
+    with path.open("r+b") as file:
+        file.truncate(0)
+        file.write(lines(0, 2))
+    file = offsets()
+    log = only(trail.begin(file))
+    packets = all_of(log)
+    accept(file, log, packets, 0)
+    assert all_of(only(trail.begin(offsets()))) == packets
+    assert log.position.identity.startswith(f"{log.position.device}:{log.position.inode}:")
+
+
+@pytest.mark.usefixtures("half_sent")
+def test_the_offsets_of_another_log_are_refused(path, offsets, notes):
+    other = path.with_name("other.log")
+    other.write_bytes(lines(0, 3))
+    with pytest.raises(ValueError, match=r"these are the offsets of .*/app.log; each log needs a file of its own"):
+        Trail(other, RECIPE, notes.append).begin(offsets())
+
+
+def test_a_log_that_was_moved_is_still_that_log(path, tmp_path, offsets, notes, half_sent):
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "moved.log")
+    assert all_of(only(Trail(moved, RECIPE, notes.append).begin(offsets()))) == half_sent[1:]
+    assert notes == []
+
+
+# ------------------------------------------------------------------------------------------------------------ following
+
+
+class Follower:
+    """Follows a trail; each step returns the packets up to the next pause."""
+
+    def __init__(self, trail, offsets=None):
+        self.trail = trail
+        self.stopping = False
+        self.log = trail.begin(offsets)[-1]
+        self.packets = self.log.packets(lambda: self.stopping, follow=True)
+
+    def step(self):
+        return list(itertools.takewhile(lambda packet: packet is not None, self.packets))
+
+    def until_it_ends(self):
+        return [packet for packet in self.packets if packet is not None]
+
+    def next(self):
+        self.log = self.trail.following(self.log, lambda: self.stopping)
+        self.packets = self.log.packets(lambda: self.stopping, follow=True)
+        return self
+
+
+def append(path, data):
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def test_a_log_that_is_followed_goes_on(path, trail):
+    path.write_bytes(lines(0, 4))
+    follower = Follower(trail)
+    assert [packet.messages for packet in follower.step()] == [3, 1]
+    assert follower.step() == []
+    append(path, lines(4, 6))
+    assert [packet.messages for packet in follower.step()] == [2]
+
+
+def test_a_line_that_is_not_ended_is_waited_for(path, trail):
+    path.write_bytes(b"one\ntw")
+    follower = Follower(trail)
+    assert [(each.offset, each.end) for each in follower.step()] == [(0, 4)]
+    append(path, b"o\n")
+    assert [(each.offset, each.end) for each in follower.step()] == [(4, 8)]
+
+
+def test_it_ends_when_it_is_told_to(path, trail):
+    path.write_bytes(b"one\ntw")
+    follower = Follower(trail)
+    follower.step()
+    follower.stopping = True
+    assert follower.until_it_ends() == []
+    assert follower.trail.following(follower.log, lambda: True) is None
+
+
+def test_a_rotated_log_is_followed_until_writers_have_left_it(path, trail, notes):
+    path.write_bytes(lines(0, 2))
+    follower = Follower(trail)
+    assert text_of(follower.step()) == 2
+    old = path.rename(path.with_name("app.log.1"))
+    assert follower.step() == []
+    append(old, lines(2, 4))
+    assert text_of(follower.step()) == 2
+    path.write_bytes(lines(10, 12))
+    append(old, lines(4, 5) + b"no line end")
+    assert text_of(follower.step()) == 1
+    last = follower.until_it_ends()
+    assert b"no line end" in only(last).body
+    assert follower.log.outcome == "rotated"
+    assert text_of(follower.next().step()) == 2
+    assert notes == [f"{path} was rotated; going on with the new one"]
+
+
+def test_a_truncated_log_begins_anew(path, trail, notes):
+    path.write_bytes(lines(0, 2) + b"unfinished")
+    follower = Follower(trail)
+    first = follower.step()
+    os.truncate(path, 0)
+    append(path, lines(0, 2))
+    assert b"unfinished" in only(follower.until_it_ends()).body
+    again = follower.next().step()
+    assert text_of(again) == 2
+    assert again[0].id != first[0].id
+    assert notes == [f"{path} was truncated; beginning anew"]
+
+
+def test_the_next_log_may_be_long_in_coming(path, trail):
+    path.write_bytes(lines(0, 2))
+    follower = Follower(trail)
+    follower.step()
+    path.rename(path.with_name("app.log.1"))
+    path.write_bytes(b"")
+    assert follower.until_it_ends() == []
+    path.unlink()
+    threading.Timer(0.1, path.write_bytes, [lines(5, 6)]).start()
+    assert text_of(follower.next().step()) == 1
+
+
+def test_the_rest_of_a_rotated_log_is_followed_under_its_name(path, trail, offsets, half_sent):
+    """There is no new log yet: whoever still writes to the old one is heard, and the new one is found."""
+    old = path.rename(path.with_name("app.log.1"))
+    follower = Follower(trail, offsets())
+    assert follower.step() == half_sent[1:]
+    append(old, lines(9, 10))
+    assert text_of(follower.step()) == 1
+    path.write_bytes(lines(20, 23))
+    assert follower.until_it_ends() == []
+    assert text_of(follower.next().step()) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def pipe():
+    """Return (stream, write): a stream and what writes to it; without bytes, it closes the other end."""
+    reading, writing = os.pipe()
+    open_ends = {writing}
+
+    def write(data=None):
+        if data is None:
+            open_ends.discard(writing)
+            os.close(writing)
+        else:
+            os.write(writing, data)
+
+    stream = Stream(reading, RECIPE)
+    yield stream, write
+    stream.close()
+    for fd in open_ends:
+        os.close(fd)
+
+
+def test_a_stream_is_read_to_its_end(pipe):
+    stream, write = pipe
+    write(lines(0, 4) + b"the end")
+    write()
+    packets = all_of(stream)
+    assert [packet.messages for packet in packets] == [3, 2]
+    assert not stream.resumable
+
+
+def test_lines_of_a_stream_do_not_wait_for_long(pipe):
+    stream, write = pipe
+    write(lines(0, 1))
+    packets = (packet for packet in stream.packets(never) if packet)
+    assert next(packets).messages == 1
+    write(lines(1, 2) + b"not ended")
+    assert next(packets).messages == 1
+    write()
+    assert b"not ended" in next(packets).body
+
+
+def test_lines_that_trickle_do_not_put_off_those_before_them(pipe):
+    stream, write = pipe
+    recipe = Recipe(RECIPE.style, 100_000, SMALLEST_PACKET)
+    stream._packer = logfile.Packer(recipe, "x")
+    seen = []
+    for packet in stream.packets(never):
+        if packet:
+            seen.append(packet)
+            break
+        write(b"x\n")  # always before the one before has waited for long
+    assert seen[0].messages >= 1
+
+
+def test_a_stream_that_is_stopped_yields_what_is_in_it(pipe):
+    stream, write = pipe
+    stopping = False
+    packets = stream.packets(lambda: stopping)
+    write(lines(0, 1))
+    assert next(packet for packet in packets if packet).messages == 1
+    write(lines(1, 5) + b"not ended")
+    stopping = True
+    assert text_of(rest := [packet for packet in packets if packet]) == 4
+    assert b"not ended" in rest[-1].body
+
+
+def test_standard_input_is_a_stream_with_ids_of_its_own():
+    first, second = (only(StandardInput(RECIPE).begin(None)) for _ in range(2))
+    assert isinstance(first, Stream)
+    assert first._packer._identity != second._packer._identity
+    assert StandardInput(RECIPE).following(None, never) is None
+    first.close()
+    second.close()
+    os.fstat(0)
+
+
+def test_a_pipe_with_a_name_is_a_stream(path, trail):
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=[lines(0, 2)])
+    writer.start()
+    source = only(trail.begin(None))
+    assert isinstance(source, Stream)
+    assert text_of(all_of(source)) == 2
+    writer.join()
+
+
+def test_a_log_has_what_is_asked_of_a_source(path, trail):
+    path.write_bytes(lines(0, 1))
+    log = only(trail.begin(None))
+    assert isinstance(log, Log)
+    assert (log.start, log.size, log.resumable) == (0, 7, True)
+    log.close()

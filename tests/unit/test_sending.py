@@ -1,0 +1,377 @@
+"""Sending: every packet accepted once, in whatever way the distributor answers; and what is recorded of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+from fakes import ACCEPTED, Distributor, problem
+from support import wait_until
+
+from fastdist import sending
+from fastdist.logfile import Trail
+from fastdist.offsets import OffsetFile
+from fastdist.packing import SMALLEST_PACKET, Recipe, Style
+from fastdist.posting import Target
+from fastdist.sending import Pauses, Shipper
+
+BUSY = problem(503, "the queue is full", Retry_After="0")
+
+
+@pytest.fixture
+def distributor():
+    server = Distributor()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+class Listener:
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.sources, self.packets, self.waits, self.notes, self.stops = [], [], [], [], 0
+
+    def begin(self, source):
+        self.sources.append(source)
+
+    def accepted(self, packet):
+        self.packets.append(packet)
+
+    def waiting(self, why, seconds):
+        self.waits.append((why, seconds))
+
+    def stopping(self):
+        self.stops += 1
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+class Rig:
+    """A log of so many lines, two to a packet, and how to send it."""
+
+    def __init__(self, path, distributor):
+        self.path, self.offset_path = path, path.with_suffix(".offset")
+        self.distributor = distributor
+        self.shipper = None
+
+    def fill(self, lines):
+        self.path.write_bytes(b"".join(b"line %d\n" % number for number in range(lines)))
+        return self
+
+    def make(self, *, connections=3, patience=60.0, url=None, token=None):
+        self.events = Listener()
+        self.shipper = Shipper(Target.parse(url or self.distributor.url, token), connections, patience, self.events)
+        return self.shipper
+
+    def send(self, *, offsets=False, follow=False, **options):
+        shipper = self.make(**options)
+        trail = Trail(self.path, Recipe(Style("e", "log"), 2, SMALLEST_PACKET), self.events.note)
+        if not offsets:
+            return shipper.run(trail, None, follow=follow)
+        with OffsetFile(self.offset_path) as held:
+            return shipper.run(trail, held, follow=follow)
+
+    def in_background(self, **options):
+        self.summary = None
+
+        def run():
+            self.summary = self.send(**options)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    @property
+    def noted(self):
+        text = self.offset_path.read_text()
+        return json.loads(text) if text else {"offset": None}
+
+    def arrived(self):
+        """Return the lines that were accepted, in the order of the log."""
+        bodies = {headers["Idempotency-Key"]: json.loads(body) for _, headers, body in self.distributor.requests}
+        accepted = sorted((bodies[name] for name in self.distributor.accepted), key=lambda b: b["metadata"]["offset"])
+        return [message["message"] for body in accepted for message in body["messages"]]
+
+    def is_whole(self):
+        return self.arrived() == self.path.read_text().splitlines()
+
+
+@pytest.fixture
+def rig(tmp_path, distributor):
+    return Rig(tmp_path / "app.log", distributor)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(sending, "BASE", 0.01)
+    monkeypatch.setattr(sending, "CAP", 0.05)
+    monkeypatch.setattr(sending, "LOOK_EVERY", 0.02)
+
+
+def test_every_line_arrives_once(rig, distributor):
+    summary = rig.fill(101).send()
+    assert rig.is_whole()
+    assert set(distributor.accepted.values()) == {1}
+    assert (summary.packets, summary.messages, summary.bytes) == (51, 101, rig.path.stat().st_size)
+    assert (summary.retries, summary.stopped, summary.unsent) == (0, None, 0)
+    assert {packet.id for packet in rig.events.packets} == distributor.accepted.keys()
+    assert distributor.connections <= 3, "they are kept"
+
+
+def test_the_request_is_that_of_an_emitter(rig, distributor):
+    rig.fill(1).send(token="secret", url=f"{distributor.url}/behind/a/proxy/")
+    ((path, headers, body),) = distributor.requests
+    assert path == "/behind/a/proxy/logs"
+    assert (headers["Content-Type"], headers["Authorization"]) == ("application/json", "Bearer secret")
+    assert json.loads(body)["messages"] == [{"message": "line 0"}]
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_what_may_get_better_is_tried_again_under_the_same_id(rig, distributor, status):
+    distributor.script = {}
+    distributor.otherwise = ACCEPTED
+    first = threading.Event()
+
+    def first_answer_is_another():
+        distributor.otherwise = ACCEPTED if first.is_set() else problem(status, "not now")
+        first.set()
+
+    distributor.before_answer = first_answer_is_another
+    summary = rig.fill(20).send(connections=1)
+    assert rig.is_whole()
+    assert set(distributor.accepted.values()) == {1}
+    assert summary.retries == 1
+    assert len(distributor.requests) == 11
+    assert rig.events.waits[0][0] == f"answers {status} (not now)"
+
+
+def test_a_connection_that_breaks_is_opened_again(rig, distributor):
+    """Every fifth answer fails to come: some packets may be there twice, under the same id."""
+    numbers = iter(range(1000))
+    answer = distributor.answer
+
+    def sometimes(path, headers, body):
+        given = answer(path, headers, body)
+        return None if next(numbers) % 5 == 3 else given
+
+    distributor.answer = sometimes
+    summary = rig.fill(100).send()
+    assert rig.is_whole()
+    assert summary.retries > 5
+    assert sum(distributor.accepted.values()) == 50 + summary.retries
+
+
+def test_retry_after_is_honoured_by_all_connections(rig, distributor):
+    """The clock of pauses is watched, not that on the wall: nothing is asked while they say so."""
+    distributor.otherwise = problem(429, "too many", Retry_After="1")
+    thread = rig.fill(40).in_background(connections=4)
+    wait_until(lambda: rig.events.waits if rig.shipper else None, "a pause")
+    distributor.otherwise = ACCEPTED
+    asked = len(distributor.requests)
+    pauses = rig.shipper._pauses
+    assert asked <= 4
+    while pauses._until > time.monotonic():
+        assert len(distributor.requests) <= 4, "some were under way when the pause began"
+        time.sleep(0.01)
+    thread.join(30)
+    assert rig.is_whole()
+    assert any(0.9 < seconds <= 1 for _, seconds in rig.events.waits)
+
+
+def test_a_distributor_that_stays_away_is_given_up(rig):
+    rig.fill(10)
+    summary = rig.send(url="http://127.0.0.1:1", patience=0.1)
+    assert summary.stopped == "http://127.0.0.1:1 cannot be reached: Connection refused; given up, try again later"
+    assert not summary.refused
+    assert summary.messages == 0
+
+
+def test_patience_begins_anew_with_each_success():
+    """Trouble that is over does not count: a pause after hours of quiet is no reason to give up."""
+    pauses = Pauses(10.0)
+    assert pauses.begin(1.0) == pytest.approx(1, abs=0.1)
+    pauses._trouble_since -= 9.5
+    pauses._until = 0
+    assert pauses.begin(1.0) is None
+    pauses._until = 0
+    pauses.end()
+    assert pauses.begin(1.0) == pytest.approx(1, abs=0.1)
+
+
+def test_a_retry_after_beyond_all_patience_is_not_waited_for(rig, distributor):
+    distributor.otherwise = problem(503, "maintenance", Retry_After="3600")
+    summary = rig.fill(10).send(patience=60)
+    assert "answers 503 (maintenance); given up" in summary.stopped
+
+
+def test_pauses_get_longer_without_end_to_them(monkeypatch):
+    monkeypatch.setattr(sending, "BASE", 0.1)
+    monkeypatch.setattr(sending, "CAP", 10.0)
+    pauses = Pauses(float("inf"))
+    lengths = []
+    for _ in range(40):
+        pauses._until = 0
+        lengths.append(pauses.begin(None))
+    assert all(min(10, 0.1 * 2**i) / 2 - 0.01 <= length <= min(10, 0.1 * 2**i) for i, length in enumerate(lengths))
+
+
+def test_what_others_meet_during_a_pause_does_not_lengthen_it():
+    pauses = Pauses(60.0)
+    assert pauses.begin(5.0) == pytest.approx(5, abs=0.1)
+    for _ in range(20):
+        assert pauses.begin(None) == pytest.approx(5, abs=0.1)
+    assert pauses.begin(7.0) == pytest.approx(7, abs=0.1)
+    assert 0 < pauses.left() < 7.8
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_what_is_refused_ends_it_and_nothing_is_passed_over(rig, distributor, status):
+    answer = distributor.answer
+
+    def one(path, headers, body):
+        return problem(status, "/messages/0: no") if b"line 4" in body else answer(path, headers, body)
+
+    distributor.answer = one
+    summary = rig.fill(40).send(offsets=True, connections=2)
+    assert summary.refused
+    assert f"refuses the 2 messages of bytes 28 to 42: {status} (/messages/0: no)" in summary.stopped
+    assert ("--batch-bytes" in summary.stopped) == (status == 413)
+    assert (rig.noted["offset"], rig.noted["planned"][0]) == (28, 42)
+    distributor.answer = answer
+    rig.send(offsets=True)
+    assert rig.is_whole()
+
+
+@pytest.mark.parametrize(
+    ("answer", "advice"),
+    [
+        (problem(401, "no token"), "is the token right?"),
+        (problem(403, "no"), "is the token right?"),
+        (problem(404, "no"), "is that the URL of a distributor?"),
+        ((301, {"Location": "http://x/"}, b""), "is that the URL of a distributor?"),
+    ],
+)
+def test_a_wrong_door_is_not_knocked_at_twice(rig, distributor, answer, advice):
+    distributor.otherwise = answer
+    summary = rig.fill(40).send(connections=1)
+    assert summary.refused
+    assert advice in summary.stopped
+    assert len(distributor.requests) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- offsets
+
+
+def test_a_packet_is_planned_before_it_is_sent(rig, distributor):
+    seen = {}
+    answer = distributor.answer
+
+    def look(path, headers, body):
+        seen[json.loads(body)["metadata"]["offset"]] = {rig.noted["offset"], *rig.noted["planned"]}
+        return answer(path, headers, body)
+
+    distributor.answer = look
+    rig.fill(100).send(offsets=True)
+    assert len(seen) == len(rig.events.packets) == 50
+    for packet in rig.events.packets:
+        assert {packet.offset, packet.end} <= seen[packet.offset]
+
+
+def test_the_offset_at_the_end_is_that_of_the_log(rig):
+    summary = rig.fill(101).send(offsets=True)
+    assert summary.offset == rig.noted["offset"] == rig.path.stat().st_size
+    assert rig.noted["planned"] == []
+    assert rig.send(offsets=True).messages == 0
+
+
+def test_the_offset_has_no_gap(rig, distributor):
+    """The first packet waits while others are accepted: nothing counts but what is before it."""
+    go_on = threading.Event()
+    answer = distributor.answer
+
+    def first_waits(path, headers, body):
+        if b"line 0" in body:
+            go_on.wait(30)
+        return answer(path, headers, body)
+
+    distributor.answer = first_waits
+    thread = rig.fill(100).in_background(offsets=True, connections=2)
+    wait_until(lambda: len(distributor.accepted) >= 6, "others are accepted")
+    wait_until(lambda: rig.shipper._window[0].packet.offset == 0, "the first is awaited")
+    assert rig.noted["offset"] == 0
+    assert len(rig.shipper._window) <= 2 * sending.WINDOW, "memory is bounded"
+    go_on.set()
+    thread.join(30)
+    assert rig.is_whole()
+    assert set(distributor.accepted.values()) == {1}
+
+
+def test_an_offset_file_that_cannot_be_written_ends_it(rig, distributor):
+    rig.fill(100)
+    rig.offset_path.with_name("app.offset.tmp").mkdir()
+    summary = rig.send(offsets=True)
+    assert summary.stopped == f"cannot write {rig.offset_path}: Is a directory"
+    assert distributor.requests == [], "nothing is sent that was not planned"
+
+
+def test_offsets_are_recorded_now_and_then_while_a_log_is_followed(rig, monkeypatch):
+    monkeypatch.setattr(sending, "RECORD_EVERY", 0.05)
+    thread = rig.fill(5).in_background(offsets=True, follow=True)
+    size = rig.path.stat().st_size
+    wait_until(lambda: rig.offset_path.exists() and rig.noted["offset"] == size, "it is recorded")
+    assert rig.noted["planned"] == []
+    rig.shipper.stopping = True
+    thread.join(30)
+    assert rig.summary.messages == 5
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+
+
+def test_told_to_stop_it_finishes_what_is_under_way(rig, distributor):
+    go_on = threading.Event()
+    distributor.before_answer = lambda: go_on.wait(30)
+    thread = rig.fill(1000).in_background(offsets=True, connections=2)
+    wait_until(lambda: rig.shipper and rig.shipper._under_way == 2, "two are under way")
+    rig.shipper.stopping = True
+    wait_until(lambda: rig.events.stops, "it says so")
+    go_on.set()
+    thread.join(30)
+    assert (rig.summary.packets, rig.summary.stopped) == (2, None)
+    assert rig.noted["offset"] == rig.summary.offset > 0
+    rig.send(offsets=True)
+    assert rig.is_whole()
+    assert set(distributor.accepted.values()) == {1}
+
+
+def test_a_log_that_is_followed_is_sent_as_far_as_it_was_read(rig, distributor):
+    go_on = threading.Event()
+    distributor.before_answer = lambda: go_on.wait(30)
+    thread = rig.fill(11).in_background(follow=True, connections=1)
+    wait_until(lambda: rig.shipper and rig.shipper._under_way, "one is under way")
+    rig.shipper.stopping = True
+    wait_until(lambda: rig.events.stops, "it says so")
+    go_on.set()
+    thread.join(30)
+    assert rig.is_whole()
+
+
+def test_a_fault_in_a_thread_is_not_hidden(rig, monkeypatch):
+    def fault(*_):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(sending.Sender, "post", fault)
+    with pytest.raises(RuntimeError, match="a fault"):
+        rig.fill(10).send()
+
+
+def test_empty_lines_at_the_end_are_passed_over(rig, distributor):
+    rig.path.write_bytes(b"one\ntwo\n\n\n\n")
+    summary = rig.send(offsets=True)
+    assert (summary.packets, summary.bytes, summary.tally) == (1, 11, {"empty": 3})
+    assert rig.noted["offset"] == 11
+    assert len(distributor.requests) == 1

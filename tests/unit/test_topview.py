@@ -1,0 +1,231 @@
+"""What ``fastdist top`` shows: the figures it was given, what is wrong on top, and no more than fits."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fastdist.observed import Analyzer, Answers, Health, Queue, Stats
+from fastdist.topview import BLOCKS, COUNTERS, GAP, MARK, Frame, History, render, share_bar, sparkline
+
+NOON = datetime(2026, 1, 2, 12, 0, tzinfo=UTC)
+NONE_YET = dict.fromkeys(("p50", "p90", "p99", "p999", "max"))
+SOME = {"p50": 0.1234, "p90": 1.5, "p99": 12.34, "p999": 123.4, "max": 12345.6}
+
+
+def analyzer(name, target, actual, **members):
+    plain = {
+        "state": "online",
+        "effectiveShare": target,
+        "delivered": 1234567,
+        "failed": 2,
+        "retried": 3,
+        "inFlight": 4,
+    }
+    shares = {"id": name, "targetShare": target, "actualShare": actual, "lastError": None, "latencyMs": SOME}
+    return plain | shares | members
+
+
+def worker(number, **members):
+    plain = {"pid": 4000 + number, "state": "running", "restarts": 0, "cpuPercent": 12.3, "rssBytes": 50 << 20}
+    return {"id": number, "accepted": 10 + number, "delivered": 20 + number} | plain | members
+
+
+def answers(*, analyzers=None, workers=None, **changes):
+    """Return what a server says; ``changes`` are those to its documents."""
+    analyzers = analyzers or [analyzer("A1", 0.25, 0.3), analyzer("A2", 0.75, 0.7)]
+    workers = workers or [worker(0), worker(1)]
+    health = {
+        "status": "ok",
+        "version": "1.2.3",
+        "uptimeSeconds": 7205.0,
+        "workers": {"running": len(workers), "configured": len(workers)},
+        "analyzers": {"online": 2, "total": 2},
+        "storage": "ok",
+    }
+    stats = {
+        "packets": {name: 1000 * number for number, (name, _) in enumerate(COUNTERS, 1)}
+        | {"rejected": 0, "corrupt": 0},
+        "rejected": {"malformed": 0, "queueFull": 0},
+        "rates": {"acceptedPerSecond": 1234.56, "deliveredPerSecond": 99.94},
+        "latencyMs": {"ingest": SOME, "queueWait": NONE_YET, "delivery": SOME},
+        "workers": workers,
+    }
+    queue = {
+        "packets": 0,
+        "bytes": 1 << 20,
+        "capacityBytes": 1 << 28,
+        "inFlight": 17,
+        "oldestAgeSeconds": 0.0,
+        "durability": "disk",
+        "estimatedDrainSeconds": 0.0,
+    }
+    for document in (health, stats, queue):
+        document.update((key, value) for key, value in changes.items() if key in document)
+    return Answers(
+        msgspec.convert(health, Health),
+        msgspec.convert(stats, Stats),
+        msgspec.convert(queue | changes.get("queue", {}), Queue),
+        [msgspec.convert(row, Analyzer) for row in analyzers],
+    )
+
+
+def shown(frame, width=160, lines=None, history=None):
+    out = io.StringIO()
+    Console(file=out, width=width, highlight=False, color_system=None).print(render(frame, width, lines, history))
+    return out.getvalue()
+
+
+def frame(**changes):
+    return Frame("http://h:3000", NOON, answers(**changes), NOON)
+
+
+def line_with(text, start):
+    return next(line.strip() for line in text.splitlines() if line.strip().startswith(start))
+
+
+def squeezed(line):
+    return " ".join(line.split())
+
+
+def test_all_figures_are_there():
+    text = shown(frame())
+    first = text.splitlines()[0]
+    assert squeezed(first) == "fastdist top http://h:3000 ok version 1.2.3 up 2 h workers 2/2 analyzers 2/2 12:00:00Z"
+    for number, (key, name) in enumerate(COUNTERS, 1):
+        assert f"{name} {0 if key in ('rejected', 'corrupt') else 1000 * number:,}" in text
+    assert "accepted 1,234.6/s" in text
+    assert "delivered 99.9/s" in text
+    assert "waiting 0  in flight 17  oldest 0 s" in text
+    assert "1.0 MiB of 256.0 MiB  disk" in text
+    row = squeezed(line_with(text, "A1"))
+    assert row.startswith("A1 online ")
+    assert row.endswith(" 30.0 % 25.0 % 25.0 % 1,234,567 2 3 4 0.123 12.3 -")
+    assert squeezed(line_with(text, "ingest")) == "ingest 0.123 1.5 12.3 123 12,346"
+    assert squeezed(line_with(text, "queue wait")) == "queue wait - - - - -"
+    assert squeezed(line_with(text, "1 ")) == "1 running 4001 0 12.3 % 50.0 MiB 11 21"
+
+
+def test_nothing_is_wrong_when_nothing_is_wrong():
+    text = shown(frame())
+    for word in ("DEGRADED", "UNAVAILABLE", "UNREACHABLE", "PAUSED", "FULL"):
+        assert word not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "banner"),
+    [
+        (
+            {"analyzers": [analyzer("A1", 1, 0, state="offline", lastError="connection refused")]},
+            "DEGRADED: A1 is offline: connection refused",
+        ),
+        ({"analyzers": [analyzer("A1", 1, 0, pausedForSeconds=2.6)]}, "PAUSED: A1 for 3 s, as it asks"),
+        ({"status": "unavailable"}, "UNAVAILABLE: no analyzer is online; packets are queued"),
+        ({"storage": "failing"}, "DEGRADED: packets cannot be stored, and are answered 503"),
+        ({"workers": [worker(0)] * 2}, None),
+        ({"bytes": 210 << 20}, "QUEUE 82% FULL: what does not fit in is answered 503"),
+    ],
+)
+def test_what_is_wrong_stands_at_the_top(changes, banner):
+    second = shown(frame(**changes)).splitlines()[1].strip()
+    assert second == (banner or "")
+
+
+def test_a_worker_that_is_missing_is_named():
+    base = frame()
+    fewer = msgspec.structs.replace(base.answers.health.workers, running=1)
+    health = msgspec.structs.replace(base.answers.health, workers=fewer, status="degraded")
+    text = shown(msgspec.structs.replace(base, answers=msgspec.structs.replace(base.answers, health=health)))
+    assert text.splitlines()[1].strip() == "DEGRADED: 1 of 2 workers running"
+
+
+def test_the_last_figures_stay_while_the_server_is_away():
+    gone = msgspec.structs.replace(frame(), trouble="Connection refused", at=NOON.replace(minute=5))
+    text = shown(gone)
+    assert "unreachable" in text.splitlines()[0]
+    assert text.splitlines()[1].strip() == "UNREACHABLE: Connection refused; the figures are of 12:00:00Z"
+    assert "1,234,567" in text
+
+
+def test_there_may_be_no_figures_yet():
+    assert "connecting" in shown(Frame("http://h", NOON))
+    text = shown(Frame("http://h", NOON, trouble="Connection refused"))
+    assert text.splitlines()[1].strip() == "UNREACHABLE: Connection refused"
+    assert len(text.splitlines()) == 2
+
+
+def test_what_is_rejected_is_told_by_reason():
+    text = shown(frame(rejected={"malformed": 0, "queueFull": 1234, "rateLimited": 5}))
+    assert squeezed(line_with(text, "rejected")) == "rejected queue full 1,234 rate limited 5"
+
+
+def test_a_queue_that_does_not_drain_says_so():
+    assert "nothing is delivered" in shown(frame(queue={"packets": 5, "estimatedDrainSeconds": None}))
+    assert "drained in 2 min" in shown(frame(queue={"packets": 5, "estimatedDrainSeconds": 120.0}))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160, 300])
+def test_it_fits_in_and_what_matters_most_is_there(width):
+    text = shown(frame(analyzers=[analyzer("A1", 1, 1, lastError="x" * 500)]), width)
+    assert max(map(len, text.splitlines())) <= width
+    for word in ("A1", "online", "100.0 %") if width >= 80 else ("A1",):
+        assert word in text
+
+
+@pytest.mark.parametrize("lines", [10, 30, 40, 60])
+def test_workers_that_do_not_fit_in_are_counted(lines):
+    text = shown(frame(workers=[worker(number) for number in range(40)]), 160, lines)
+    rows = [line for line in text.splitlines() if " running " in line]
+    if lines >= 30:
+        assert len(text.splitlines()) <= lines
+    assert len(rows) >= 1
+    if len(rows) < 40:
+        assert f"… and {40 - len(rows)} more" in text
+
+
+def test_members_that_are_not_known_are_passed_over_and_missing_ones_named():
+    row = msgspec.convert(analyzer("A1", 1, 1, new=[1]), Analyzer)
+    assert row.shown_state == "online"
+    with pytest.raises(msgspec.ValidationError, match="targetShare"):
+        msgspec.convert({"id": "A1", "state": "online"}, Analyzer)
+
+
+# ----------------------------------------------------------------------------------------------------------------- bars
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(4, 40))
+def test_a_bar_is_as_long_as_the_share(actual, target, width):
+    bar = share_bar(actual, target, 1.0, width).plain
+    assert len(bar) == width
+    assert bar.count(MARK) == (target > 0)
+    filled = [cell for cell in bar if cell in BLOCKS[1:]]
+    assert abs(len(filled) + bar.count(MARK) * (bar.find(MARK) < actual * width) - actual * width) <= 1
+    assert bar.count(GAP) <= max(0, (target - actual) * width) + 1
+
+
+def test_the_gap_shows():
+    assert share_bar(0.25, 0.75, 1.0, 8).plain == f"██{GAP * 4}{MARK} "
+    assert share_bar(0.75, 0.25, 1.0, 8).plain == f"██{MARK}███  "
+    assert share_bar(0.5, 0.5, 1.0, 8).plain == f"████{MARK}   "
+    assert share_bar(0.53125, 0, 1.0, 8).plain == "████▎   "
+    assert share_bar(0, 0, 0, 4).plain == "    "
+
+
+def test_sparklines_are_scaled_to_their_highest():
+    assert sparkline([]) == ""
+    assert sparkline([0, 0]) == "▁▁"
+    assert sparkline([0, 50, 100]) == "▁▅█"
+
+
+def test_the_history_keeps_the_last_rates():
+    history = History(3)
+    for rate in range(5):
+        history.add(answers(rates={"acceptedPerSecond": rate, "deliveredPerSecond": 0}))
+    assert history.accepted == [2, 3, 4]
+    assert f"accepted 1,234.6/s {sparkline([2, 3, 4])}" in shown(frame(), history=history)
