@@ -133,6 +133,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Let go of everything."""
+        self.let_go()
         self.transport = None
         self.intake.connections.discard(self)
         self.emitters.turned_away.discard(self)
@@ -231,6 +232,13 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             counter, detail = "storage", "the queue's storage fails; nothing can be stored safely now"
         self.intake.counters.add(counter)
         return self._compose(problem(503, detail, headers=RETRY_SOON))
+
+    def crowded_out(self) -> bytes:
+        """Answer that bodies on their way take all the memory there is for them."""
+        if self.is_log:
+            self.intake.counters.add("queue_full")
+        detail = "more bodies are on their way than there is memory for; try again shortly"
+        return self._compose(problem(503, detail, headers=RETRY_SOON), close=True)
 
     def share_with(self, origin: bytes) -> bytes | None:
         """Return the CORS headers for an origin, if it is listed."""

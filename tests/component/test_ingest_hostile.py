@@ -63,12 +63,13 @@ def requests_read(service, connection):
             requests.append(upcoming[1])
             written, upcoming = written.removeprefix(upcoming[0]), next(composed, None)
         else:
-            accepted = re.match(rb"HTTP/1\.1 202 .*?\r\n\r\n\{[^}]*\}", written, re.DOTALL)
-            (answer,) = read_answers(accepted[0])
+            accepted = re.match(rb"HTTP/1\.1 202 .*?\r\nContent-Length: (\d+)\r\n.*?\r\n\r\n", written, re.DOTALL)
+            end = accepted.end() + int(accepted[1])
+            (answer,) = read_answers(written[:end])
             packet = next(packets)
             assert packet.id == answer.id
             requests.append((*LOGS, packet.body))
-            written = written[accepted.end() :]
+            written = written[end:]
     assert upcoming is None
     assert next(packets, None) is None
     return requests

@@ -22,6 +22,8 @@ cdef class Intake:
     cdef int64_t max_body, max_header
     cdef int64_t header_timeout, body_timeout, keepalive_timeout
     cdef readonly Py_ssize_t max_connections
+    cdef public int64_t most_bodies    # bytes of bodies on their way, of all connections
+    cdef readonly int64_t bodies       # as many as there are
     cdef object check                  # packet.check
     cdef object on_accepted
     cdef object on_sync_wanted
@@ -87,6 +89,7 @@ cdef class IngestBase:
     cdef int accept(self, const uchar *p, Py_ssize_t n) except -1
     cdef bint understand(self, const uchar *p, Py_ssize_t n, uint32_t *messages, uint64_t *emitter) except -1
     cdef int answer_accepted(self, unsigned char *packet_id, uint32_t messages) except -1
+    cdef bint has_room_for(self, Py_ssize_t n) except -1
     cdef int keep_body(self, const uchar *p, Py_ssize_t n) except -1
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
     cdef int drop_body(self) noexcept

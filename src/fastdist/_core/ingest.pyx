@@ -30,6 +30,7 @@ from email.utils import formatdate
 cdef enum:
     API_BODY = 1 << 20       # the most a request other than POST /logs may carry
     MOST_BLANK_LINES = 100   # before a request
+    LEAST_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
     MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
     LONGEST_WAIT = 86400     # seconds of Prefer: wait
 
@@ -71,6 +72,7 @@ cdef class Intake:
         self.body_timeout = <int64_t>(server.body_timeout * 1e9)
         self.keepalive_timeout = <int64_t>(server.keepalive_timeout * 1e9)
         self.max_connections = server.max_connections
+        self.most_bodies = max(LEAST_FOR_BODIES, 2 * self.max_body)
         self.connections, self.unsynced = set(), []
         self.open_to_all = True
         self.noise = int.from_bytes(os.urandom(8), "little")
@@ -200,7 +202,8 @@ cdef class IngestBase:
     complete an ``Answer`` made by ``promise`` later. ``refuse(status, counter, detail, close, headers=b"")``: what was
     wrong with a request, as bytes. ``limited(seconds)``, ``unauthorized(header)``, ``invalid(error)``, ``not_stored(full)``: answers
     for what their names say (``unauthorized`` returns None where the token is good). ``await_delivery(answer, sequence,
-    seconds, id, messages)``. ``shut(lingering)``: close when all is written.
+    seconds, id, messages)``. ``crowded_out()``: the answer where there is no memory for a body. ``shut(lingering)``: close
+    when all is written.
     """
 
     def __cinit__(self, Intake intake, *args, **kwargs):
@@ -382,7 +385,7 @@ cdef class IngestBase:
                 self.body_whole(NULL, 0)
         elif self.body_left == 0 and self.body_length == 0:
             self.body_whole(p, n)
-        else:
+        elif self.has_room_for(n):
             if self.body == NULL:  # touched only as it fills
                 self.body_size = n + self.body_left
                 self.body = <uchar *>malloc(self.body_size)
@@ -403,7 +406,7 @@ cdef class IngestBase:
                 self.fault(413, "too_large" if self.is_log else "", f"the body is larger than the {limit} bytes allowed")
             elif self.answered:
                 self.body_length += piece.n  # only counted
-            else:
+            elif self.has_room_for(piece.n):
                 self.keep_body(piece.p, piece.n)
         elif event == CHUNK_END:
             self.body_whole(self.body, self.body_length)
@@ -412,6 +415,16 @@ cdef class IngestBase:
         elif event == CHUNK_TRAILERS_TOO_LONG:
             self.fault(431, "head_too_large", "the trailers of the body are too large")
         return p
+
+    cdef bint has_room_for(self, Py_ssize_t n) except -1:
+        """Whether so much more of a body may be kept. If not, say so: many that come slowly would take all memory."""
+        if likely(self.intake.bodies + n <= self.intake.most_bodies):
+            return True
+        self.keep_alive = False
+        self.answered = True
+        self.emit(self.crowded_out())
+        self.end()
+        return False
 
     cdef int keep_body(self, const uchar *p, Py_ssize_t n) except -1:
         cdef uchar *grown
@@ -424,6 +437,7 @@ cdef class IngestBase:
             self.body, self.body_size = grown, size
         memcpy(self.body + self.body_length, p, n)
         self.body_length += n
+        self.intake.bodies += n
         return 0
 
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1:
@@ -446,6 +460,7 @@ cdef class IngestBase:
         if self.body != NULL:
             free(self.body)
             self.body = NULL
+            self.intake.bodies -= self.body_length
         self.body_length = self.body_size = 0
         return 0
 
@@ -581,6 +596,11 @@ cdef class IngestBase:
         self.state = OVER
         self.closing = True
         self.drop_body()
+
+    def let_go(self):
+        """Free what was kept of a request: the connection is gone."""
+        self.drop_body()
+        self.drop_partial()
 
     def emit(self, bytes data):
         """Write an answer in its turn."""
