@@ -63,7 +63,7 @@ def requests_read(service, connection):
             requests.append(upcoming[1])
             written, upcoming = written.removeprefix(upcoming[0]), next(composed, None)
         else:
-            accepted = re.match(rb"HTTP/1\.1 202 .*?\r\nContent-Length: (\d+)\r\n.*?\r\n\r\n", written, re.DOTALL)
+            accepted = re.match(rb"HTTP/1\.1 202 .*?\r\nContent-Length: (\d+).*?\r\n\r\n", written, re.DOTALL)
             end = accepted.end() + int(accepted[1])
             (answer,) = read_answers(written[:end])
             packet = next(packets)
