@@ -35,10 +35,10 @@ cdef int64_t LINE_LIMIT = 300  # of chunk extensions and trailers: low, so that 
 cdef object the_target = None
 
 
-def run(target, list arguments):
+def run(target, program, list arguments):
     """Have libFuzzer call ``target(Input)`` until its time is up; ``arguments`` are those of its command line.
 
-    It ends the process itself where an input is found to be at fault, having kept it in a file.
+    ``program`` is what it starts where it wants to run itself again. It ends the process itself where an input is found to be at fault, having kept it in a file.
     """
     global the_target
     cdef int argc = <int>len(arguments) + 1
@@ -46,7 +46,7 @@ def run(target, list arguments):
     if argv == NULL:
         raise MemoryError
     the_target = target
-    words = [os.fsencode(word) for word in ["fuzz", *arguments]]
+    words = [os.fsencode(word) for word in [program, *arguments]]
     for i, word in enumerate(words):
         argv[i] = PyBytes_AS_STRING(word)
     argv[argc] = NULL

@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,7 @@ class Fuzzer:
         corpus, grown = FOLDER / "corpus" / target, BUILD / "corpus" / target
         grown.mkdir(parents=True, exist_ok=True)
         FINDINGS.mkdir(exist_ok=True)
+        corpus.mkdir(parents=True, exist_ok=True)
         print(f"fuzz: {target}, for {seconds} s, from {len(list(corpus.iterdir()))} inputs", flush=True)
         options = [
             f"-max_total_time={seconds}",
@@ -128,7 +130,10 @@ class Fuzzer:
         sources = [str(BUILD / "corpus" / target), str(corpus), str(BUILD / "seeds" / target)]
         if self.call(target, "-merge=1", f"-max_len={LARGEST[target]}", "-detect_leaks=0", str(fewest), *sources):
             return False
-        shutil.rmtree(corpus)
+        if not any(fewest.iterdir()):
+            print(f"fuzz: {target}: the corpus could not be merged", file=sys.stderr)
+            return False
+        shutil.rmtree(corpus, ignore_errors=True)
         shutil.copytree(fewest, corpus)
         print(f"fuzz: {target}: {len(list(corpus.iterdir()))} inputs are kept")
         return True
@@ -154,7 +159,11 @@ def inside(target: str, arguments: list[str]) -> None:
     import engine  # noqa: PLC0415  (needs what was built)
     from targets import TARGETS  # noqa: PLC0415
 
-    engine.run(TARGETS[target], arguments)
+    again = BUILD / f"again-{target}"
+    command = [sys.executable, str(Path(__file__).resolve()), "--inside", target]
+    again.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    again.chmod(0o755)
+    engine.run(TARGETS[target], str(again), arguments)
 
 
 def main() -> int:
