@@ -128,7 +128,9 @@ class Fuzzer:
         shutil.rmtree(fewest, ignore_errors=True)
         fewest.mkdir(parents=True)
         sources = [str(BUILD / "corpus" / target), str(corpus), str(BUILD / "seeds" / target)]
-        if self.call(target, "-merge=1", f"-max_len={LARGEST[target]}", "-detect_leaks=0", str(fewest), *sources):
+        if self.call(
+            target, "-set_cover_merge=1", f"-max_len={LARGEST[target]}", "-detect_leaks=0", str(fewest), *sources
+        ):
             return False
         if not any(fewest.iterdir()):
             print(f"fuzz: {target}: the corpus could not be merged", file=sys.stderr)

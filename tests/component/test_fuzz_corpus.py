@@ -1,0 +1,55 @@
+"""What fuzzing has found to be worth keeping, through the same targets: without clang, in every run of the tests.
+
+``make fuzz`` looks for more of it (fuzz/run.py), with sanitizers and at the bytes' own memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from fastdist._core.schema import scan
+
+FOLDER = Path(__file__).parents[2] / "fuzz"
+
+
+class Input:
+    """What targets are given, as far as it can be had without the fuzzer's build."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def scan(self, strict):
+        return scan(self.data, strict)
+
+    def check_request(self, cut):
+        assert 0 <= cut <= len(self.data)
+
+    check_reply = check_request
+
+
+@pytest.fixture(scope="module")
+def targets():
+    spec = importlib.util.spec_from_file_location("fuzz_targets", FOLDER / "targets.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("target", ["packet", "request", "reply"])
+def test_the_corpus_finds_nothing(targets, target):
+    inputs = sorted((FOLDER / "corpus" / target).iterdir())
+    assert len(inputs) > 100
+    for path in inputs:
+        try:
+            targets.TARGETS[target](Input(path.read_bytes()))
+        except Exception as error:
+            raise AssertionError(path.name) from error
+
+
+def test_a_target_that_does_not_hold_says_so(targets, monkeypatch):
+    monkeypatch.setattr(targets, "check", lambda *_, **__: (7, 7))
+    with pytest.raises(AssertionError, match="the scanner is wrong"):
+        targets.packet(Input(b'{"emitterId":"e","messages":[{"message":"m"}]}'))
