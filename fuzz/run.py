@@ -57,7 +57,13 @@ def find_clang() -> tuple[str, Path, Path]:
 
 def build(clang: str, fuzzer: Path) -> Path:
     """Build core and engine with sanitizers and coverage; return the library that holds libFuzzer."""
+    version = subprocess.run([clang, "--version"], capture_output=True, text=True, check=True).stdout
+    stamp = BUILD / "built-by"
+    if not stamp.exists() or stamp.read_text() != version:  # setuptools only looks at what is newer
+        for folder in (LIBRARY, *BUILD.glob("temp*")):
+            shutil.rmtree(folder, ignore_errors=True)
     LIBRARY.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(version)
     runtime = BUILD / "libfuzzer.so"
     whole = ["-Wl,--whole-archive", str(fuzzer), "-Wl,--no-whole-archive"]
     subprocess.run([clang, "-shared", "-o", str(runtime), *whole, "-lstdc++", "-lm", "-lpthread"], check=True)

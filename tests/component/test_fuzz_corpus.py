@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from fastdist._core.schema import scan
 
 FOLDER = Path(__file__).parents[2] / "fuzz"
+UNIT_TESTS = str(Path(__file__).parents[1] / "unit")  # some of whose inputs the targets begin with
 
 
 class Input:
@@ -34,8 +36,12 @@ class Input:
 def targets():
     spec = importlib.util.spec_from_file_location("fuzz_targets", FOLDER / "targets.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, UNIT_TESTS])
+        spec.loader.exec_module(module)
+    yield module
+    for ingest in module._INGEST:
+        ingest.timers.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("target", ["packet", "request", "reply"])
