@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 CORES = os.cpu_count() or 1
 
 
+def program(name: str) -> str:
+    """Return a program's path, "" if there is none. Servers are in sbin, which is not on everybody's path."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin") or ""
+
+
 def first_line(*command: str) -> str:
     """Return the first line a program says of its version."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -152,11 +157,11 @@ class Nginx(Contestant):
 
     @classmethod
     def missing(cls) -> str:
-        return "" if shutil.which("nginx") else "nginx is not installed (scripts/bench-peers.sh installs it)"
+        return "" if program("nginx") else "nginx is not installed (scripts/bench-peers.sh installs it)"
 
     @classmethod
     def version(cls) -> str:
-        return first_line("nginx", "-v").removeprefix("nginx version: ")
+        return first_line(program("nginx"), "-v").removeprefix("nginx version: ")
 
     def command(self) -> list[str]:
         servers = "".join(
@@ -192,7 +197,7 @@ http {{
   }}
 }}
 """)
-        return ["nginx", "-c", str(config), "-p", str(self.folder)]
+        return [program("nginx"), "-c", str(config), "-p", str(self.folder)]
 
 
 class Haproxy(Contestant):
@@ -202,11 +207,11 @@ class Haproxy(Contestant):
 
     @classmethod
     def missing(cls) -> str:
-        return "" if shutil.which("haproxy") else "HAProxy is not installed (scripts/bench-peers.sh installs it)"
+        return "" if program("haproxy") else "HAProxy is not installed (scripts/bench-peers.sh installs it)"
 
     @classmethod
     def version(cls) -> str:
-        return first_line("haproxy", "-v").removesuffix(" - https://haproxy.org/")
+        return first_line(program("haproxy"), "-v").removesuffix(" - https://haproxy.org/")
 
     def command(self) -> list[str]:
         servers = "".join(
@@ -230,7 +235,7 @@ frontend in
 backend analyzers
   balance roundrobin
 {servers}""")
-        return ["haproxy", "-db", "-f", str(config)]
+        return [program("haproxy"), "-db", "-f", str(config)]
 
 
 class Envoy(Contestant):

@@ -134,6 +134,7 @@ def race_plot(rows: dict[str, Any], theme: Theme) -> Figure | None:
     if not drawn:
         return None
     heights = [len(bars) + 1.5 for bars, _ in drawn.values()]
+    figure: Figure
     figure, all_axes = plt.subplots(
         len(drawn),
         1,
@@ -163,6 +164,7 @@ def latency_plot(rows: dict[str, Any], theme: Theme) -> Figure | None:
     values = {label: each for label, each in values.items() if len(each) == len(PERCENTILES)}
     if not values:
         return None
+    figure: Figure
     figure, axes = plt.subplots(figsize=(8.6, 3.2), layout="constrained")
     styles = iter(((theme.ours, "-"), (theme.ours, ":"), (theme.quiet, "-"), (theme.quiet, ":")))
     for label, each in values.items():

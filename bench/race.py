@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+ENOUGH_ROUNDS = 3  # for plots that are shown to people
+
+
 class Results(NamedTuple):
     """What was measured, round by round, and what went wrong."""
 
@@ -56,7 +59,11 @@ def race(works: list[Work], present: Sequence[type[Contestant]], options: argpar
                 runs = [run for run, rounds in most.items() if number < rounds]
                 for run in runs if number % 2 == 0 else reversed(runs):
                     one(scene, run, results)
-                print(f"-- round {number + 1} of {options.rounds}, after {time.monotonic() - began:.0f} s", flush=True)
+                took = time.monotonic() - began
+                print(f"-- round {number + 1} of {options.rounds}, after {took:.0f} s", flush=True)
+                if number + 1 < options.rounds and took * (number + 2) / (number + 1) > options.minutes * 60:
+                    print(f"no further round: it would not end within {options.minutes:g} minutes", flush=True)
+                    break
         except KeyboardInterrupt:
             print("interrupted: what was measured so far is", flush=True)
     return results
@@ -179,7 +186,8 @@ def main() -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written to {target}")
-    if len(works) == len(WORKS) and not chosen.quick and not chosen.contestant:
+    whole = len(works) == len(WORKS) and not chosen.contestant
+    if whole and max(map(len, results.measured.values()), default=0) >= ENOUGH_ROUNDS:
         draw(target)
     return 0 if Fastdist not in present or any(run.contestant is Fastdist for run in results.measured) else 1
 

@@ -92,7 +92,8 @@ def _judged(aim: Aim, work: Work, rows: Document) -> Document:
         value = ours / opponents[result["against"]]
     else:
         value = ours
-    return result | {"of": aim.against, "value": value, "met": aim.met(value)}
+    absent = [name for name in PROXIES if name not in opponents] if aim.against == "best" else []
+    return result | {"of": aim.against, "value": value, "met": aim.met(value), "absent": absent}
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -155,6 +156,8 @@ def _aims(rows: Document) -> list[list[str]]:
                 else (f"{aim['value']:.2f}" if against else form.format(aim["value"]))
             )
             verdict = {None: "", True: "met", False: "missed"}[aim["met"]]
+            if aim.get("absent"):
+                verdict += f" (without {', '.join(aim['absent'])})"
             result.append([name, kind, against or "(as it is)", value, aim["wanted"], verdict])
     return result
 
@@ -190,7 +193,7 @@ def show(document: Document, *, markdown: bool = False) -> None:
         for column in columns:
             table.add_column(column, justify="left" if column == "work" else "right")
         for row in rows:
-            table.add_row(*row, style="red" if row[-1] == "missed" else "")
+            table.add_row(*row, style="red" if row[-1].startswith("missed") else "")
         console.print(table)
     for remark in remarks(document):
         print(f"- {remark}")

@@ -62,7 +62,7 @@ def get(port: int, path: str) -> str:
         return str(response.read().decode())
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
+def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
     """Wait until a process listens on ``port``."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:

@@ -1,16 +1,17 @@
 #!/bin/sh
-# Install the programs that only some tests and benchmarks need: other load generators, and the servers fastdist is
-# compared with. They are Debian packages; elsewhere, or without the right to install, those tests are skipped.
+# Install the programs that only some tests and benchmarks need: other load generators, the servers fastdist is
+# compared with, and Prometheus' promtool. They are Debian packages; elsewhere, or without the right to install, those
+# tests are skipped.
 set -u
 
 missing=
-for pair in wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy; do
+for pair in wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus; do
 	program=${pair%%:*}
 	# Servers are in sbin, which is not on everybody's path.
 	PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing="$missing ${pair#*:}"
 done
 if [ -z "$missing" ]; then
-	echo "peers: wrk, ab, nginx and haproxy are there; nothing to do"
+	echo "peers: wrk, ab, nginx, haproxy and promtool are there; nothing to do"
 	exit 0
 fi
 

@@ -105,7 +105,8 @@ class Way:
 
     def __init__(self, emitters: int, analyzers: int = 4, messages: int = 2, **delivery: object) -> None:
         config = Config()
-        config = replace(config, delivery=replace(config.delivery, **delivery))
+        # Timers never go off here: what a turn brings is sent in that turn.
+        config = replace(config, delivery=replace(config.delivery, linger=0.0, **delivery))
         self.request, self.loop, self.ring = post(messages), Loop(), memory_ring()
         self.block = SharedBlock.create(1, analyzers)
         os.close(self.block.fd)

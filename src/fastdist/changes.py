@@ -1,7 +1,7 @@
 """Changes while the service runs, on the supervisor's side: reloads, and overrides of an analyzer's weight and state.
 
 Overrides are kept over restarts in ``overrides.json`` in the queue's folder, written anew as a whole. An analyzer keeps
-its slot of the shared block, also when it is removed and comes back.
+its slot of the shared block, also when it is removed and comes back, until a new one needs it; its figures begin at 0.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Changes:
         self.config, self.block, self._folder = config, block, folder
         self._wanted_connections = config.server.max_connections  # more than the system may allow
         self.generation = 0  # of the settings; grows with every reload
-        self.slots: dict[str, int] = {}  # of every analyzer there ever was
+        self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot nobody has needed
         self.roster: dict[int, Analyzer] = {}
         self.overrides: dict[str, Override] = {}
 
@@ -113,6 +113,8 @@ class Changes:
             before = self.roster.get(slot)
             if before is None or before.endpoint != analyzer.endpoint:
                 states.clear(slot)
+            if self.slots.get(analyzer.id) != slot and slot in self.slots.values():
+                self.block.begin_anew(slot)
         self.slots, self.roster = slots, roster
         for slot, analyzer in roster.items():
             self._put_in_force(slot, analyzer)
@@ -125,10 +127,14 @@ class Changes:
         if free is not None:
             return free
         configured = {analyzer.id for analyzer in config.analyzers}
-        removed = next((name for name in slots if name not in configured), None)
-        if removed is None:
+        removed = [name for name in slots if name not in configured]
+        if not removed:
             raise ConfigError([f"analyzers: more than the {self.block.slots} there is room for; this needs a restart"])
-        return slots.pop(removed)
+        return slots.pop(min(removed, key=lambda name: self._is_in_use(slots[name])))  # the oldest, if all are idle
+
+    def _is_in_use(self, slot: int) -> bool:
+        """Whether workers may still count something there: it is removed only now, or awaits replies."""
+        return slot in self.roster or any(row.get_of(slot, "packets_in_flight") for row in self.block.rows)
 
     def _put_in_force(self, slot: int, analyzer: Analyzer) -> None:
         override = self.overrides.get(analyzer.id, Override())
@@ -163,6 +169,8 @@ class Changes:
             return 503, f"the change cannot be stored in {self._folder}: {error.strerror}"
         self.overrides = wanted
         self._put_in_force(slot, self.roster[slot])
+        if action.draining is False:  # told to be online: that ends a pause it has asked for (Retry-After)
+            self.block.analyzers.set(slot, AnalyzerWord.PAUSED_UNTIL_NS, 0)
         self.block.analyzers.touch()
         log.info("an analyzer was changed", analyzer=action.analyzer, weight=after.weight, draining=after.draining)
         return 200, None

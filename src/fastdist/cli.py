@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,7 +52,33 @@ LettersPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), its folder dead-letters, or one file.")
 ]
 QueuePath = Annotated[Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), or one file of it.")]
-Reason = Annotated[str | None, typer.Option(help="Only those with this reason (refused, exhausted, shutdown).")]
+
+
+class Reason(StrEnum):
+    """Why a packet is a dead letter."""
+
+    REFUSED = "refused"
+    EXHAUSTED = "exhausted"
+    OVERSIZED = "oversized"
+    SHUTDOWN = "shutdown"
+
+
+class LineReason(StrEnum):
+    """The same, and what a line is listed under that is no letter."""
+
+    REFUSED = "refused"
+    EXHAUSTED = "exhausted"
+    OVERSIZED = "oversized"
+    SHUTDOWN = "shutdown"
+    UNREADABLE = "unreadable"
+
+
+REASONS_HELP = (
+    "Only those with this reason: an analyzer refused it; retry.max_attempts is used up; too large for the queue as it "
+    "is now; left in memory at the end"
+)
+LetterReasonOption = Annotated[Reason | None, typer.Option(help=f"{REASONS_HELP}.")]
+LineReasonOption = Annotated[LineReason | None, typer.Option(help=f"{REASONS_HELP}; a line that is no letter.")]
 ConfigFile = Annotated[
     str | None,
     typer.Option("--config", metavar="FILE", help="TOML file to read; else the one FASTDIST_CONFIG names; else none."),
@@ -112,6 +139,7 @@ def serve(
     loaded = load_or_exit(config, {"host": host, "port": port, "workers": workers})
     from fastdist import supervisor  # noqa: PLC0415  (check and --help need neither event loop nor extension)
 
+    _check_certificate(loaded.config)
     try:
         status = supervisor.serve(loaded)
     except StartError as error:
@@ -131,14 +159,10 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
     Example:
       fastdist check fastdist.toml
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist import effective, tls  # noqa: PLC0415  (serve does not need it)
+    from fastdist import effective  # noqa: PLC0415  (serve does not need it)
 
     config = load_or_exit(file, {}).config
-    try:
-        tls.server_context(config.security)
-    except StartError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(BAD_CONFIG) from None
+    _check_certificate(config)
     for warning in effective.warnings(config):
         typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
@@ -197,7 +221,7 @@ def dead_letters_group() -> None:
 def dead_letters_list(
     path: LettersPath,
     *,
-    reason: Reason = None,
+    reason: LineReasonOption = None,
     since: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters this recently.")
     ] = None,
@@ -231,7 +255,7 @@ def dead_letters_replay(  # noqa: PLR0913  (a parameter is an option)
     ca_file: CaFile = None,
     connections: Annotated[int, typer.Option(min=1, max=256, help="How many to post at the same time.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Post no more than this many.")] = None,
-    reason: Reason = None,
+    reason: LetterReasonOption = None,
 ) -> None:
     """Post dead letters to a running distributor, under the ids they had.
 
@@ -260,7 +284,7 @@ def dead_letters_purge(
     path: LettersPath,
     *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    reason: Reason = None,
+    reason: LineReasonOption = None,
     older_than: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters before that.")
     ] = None,
@@ -284,7 +308,7 @@ def dead_letters_purge(
         if census.lines and not yes and not typer.confirm(f"Delete {console.census_text(census)}?", err=True):
             fail("nothing was deleted", INCOMPLETE)
         removed, skipped = replay.purge(files, selection, lambda note: typer.echo(note, err=True))
-    typer.echo(f"removed {console.plural(removed, 'dead letter')}" if removed else "no dead letters removed")
+    typer.echo(f"removed {console.lines_text(removed)}" if removed.lines else "no dead letters removed")
     raise typer.Exit(INCOMPLETE if skipped else 0)
 
 
@@ -353,6 +377,17 @@ def _look_or_exit(path: Path, limit: int) -> QueueView:
         fail(str(error))
     except queueview.InUseError as error:
         fail(str(error), IN_USE)
+
+
+def _check_certificate(config: Config) -> None:
+    """Exit if there is a certificate or a key that cannot be used: files that are named are part of a configuration."""
+    from fastdist import tls  # noqa: PLC0415  (--help does not need it)
+
+    try:
+        tls.server_context(config.security)
+    except StartError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(BAD_CONFIG) from None
 
 
 def _describe_analyzers(config: Config) -> str:

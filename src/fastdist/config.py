@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import tomllib
@@ -54,6 +55,7 @@ def _spill_after(value: object) -> float:
 
 # Bounds without a reason at hand keep sums and products of settings inside 64 bits (a year of nanoseconds does).
 _YEAR, _GIB = 365 * 86_400, 2**30
+LEAST_PART = 2**16  # bytes of queue.capacity that a worker needs; its part is a multiple of that
 _DURATION = {"parse": units.parse_duration, "show": units.format_duration}
 _SIZE = {"parse": units.parse_size, "show": units.format_size}
 Duration = Annotated[float, Meta(ge=0, le=_YEAR, extra=_DURATION)]
@@ -340,6 +342,11 @@ def warnings(config: Config) -> list[str]:
     return [f"delivery.batch_packets: {problem}; all packets of such a batch are sent again one by one"]
 
 
+def usable_cores() -> int:
+    """Return how many workers there are by default."""
+    return min(256, len(os.sched_getaffinity(0)))
+
+
 def reloadable(old: Config, new: Config) -> list[str]:
     """Return the dotted paths of the settings that differ and need a restart to change; the others change at once."""
     restart = (path for path in _SETTINGS if not path.startswith(_LIVE))
@@ -407,6 +414,8 @@ def _build(document: Mapping[str, Any], sources: Mapping[str, str], others: list
     config = reader.table(Config, document, "")
     _check_together(reader)
     _check_analyzers(reader)
+    if sources:  # else it comes from a process that has checked this, and may have had other cores to use
+        _check_capacity(reader)
     if problems := reader.problems + others:
         ranks = {name: rank for rank, name in enumerate(_SECTIONS)}
         problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
@@ -532,6 +541,17 @@ def _check_together(reader: _Reader) -> None:
     for key, other in (("security.tls_cert", "security.tls_key"), ("security.tls_key", "security.tls_cert")):
         if at(key) == "" and at(other):
             report(key, f"missing: {other} is set, and TLS needs both")
+
+
+def _check_capacity(reader: _Reader) -> None:
+    if "queue.capacity" not in reader.valid or "server.workers" not in reader.valid:
+        return
+    set_to = reader.valid["server.workers"]
+    workers = set_to or usable_cores()
+    if reader.valid["queue.capacity"] < workers * LEAST_PART:
+        least, part = units.format_size(workers * LEAST_PART), units.format_size(LEAST_PART)
+        whose = "server.workers" if set_to else "one per core here"
+        reader.report("queue.capacity", f"must be >= {least}: {part} for each of {workers} workers ({whose})")
 
 
 def _check_analyzers(reader: _Reader) -> None:

@@ -124,12 +124,17 @@ def print_letters(files: list[Found], selection: Selection) -> None:
     typer.echo(census_text(census))
 
 
+def lines_text(census: Census) -> str:
+    """Return how many dead letters and unreadable lines there are."""
+    unreadable = census.lines - census.letters
+    counts = [plural(census.letters, "dead letter")] if census.letters or not unreadable else []
+    return " and ".join([*counts, plural(unreadable, "unreadable line")] if unreadable else counts)
+
+
 def census_text(census: Census) -> str:
     """Return a line about dead letters: how many, how large, since when."""
-    unreadable = census.lines - census.letters
-    also = f" and {plural(unreadable, 'unreadable line')}" if unreadable else ""
     since = f", the oldest of {time_text(census.oldest)}" if census.oldest else ""
-    return f"{plural(census.letters, 'dead letter')}{also}, {size_text(census.size)}{since}"
+    return f"{lines_text(census)}, {size_text(census.size)}{since}"
 
 
 def _letter_row(line: Line) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Dead letters: packets no analyzer will ever take, kept as NDJSON files for a person to look at and to send again.
 
 A packet is written here (and, with durability fsync, synced) before it leaves the queue; what cannot be written stays
-queued. The rules that writer and readers keep:
+queued. With durability disk it is synced within ``sync_interval``. The rules that writer and readers keep:
 
 1. Every worker writes files of its own, locked (flock) while they are open. A file that has had no letter for a second
    is closed, so that others can have it; it is taken up again if nobody has it, else a new one is begun.
@@ -20,6 +20,7 @@ import fcntl
 import os
 import stat
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
 
@@ -27,7 +28,7 @@ import msgspec
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Callable, Container, Iterator
 
     from fastdist._core.ring import Packet
 
@@ -44,15 +45,36 @@ def iso_time(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+class _File:
+    """A file of ours, open and locked: its size, and up to where it is known to be on stable storage."""
+
+    __slots__ = ("fd", "name_synced", "path", "size", "suspect", "synced")
+
+    def __init__(self, fd: int, path: Path, size: int, *, new: bool) -> None:
+        self.fd, self.path, self.size = fd, path, size
+        self.synced = size
+        self.name_synced = not new
+        self.suspect = False  # a sync has failed: the kernel may take for written what is not
+
+    @property
+    def unsynced(self) -> bool:
+        return self.synced < self.size
+
+
 class DeadLetters:
-    """The files that the process ``owner`` (a word fit for a file name) writes below ``queue_path``."""
+    """The files that the process ``owner`` (a word fit for a file name) writes below ``queue_path``.
+
+    ``sync``: somebody will sync what is written (``sync``; ``begin_sync`` and ``end_sync`` when a thread is to do it).
+    """
 
     def __init__(self, queue_path: str | Path, owner: str, *, sync: bool = False) -> None:
         self._folder = Path(queue_path) / FOLDER
-        self._owner, self._sync = owner, sync
+        self._owner, self._syncs = owner, sync
         self._path: Path | None = None  # of the file that is open, or was until it had been idle
-        self._fd = -1
-        self._size = 0
+        self._file: _File | None = None
+        self._held: list[_File] = []  # nothing more is written to them, but they are not synced
+        self._batch: list[tuple[_File, int]] = []  # being synced, up to there
+        self.syncing = False
         self._written = False  # since the last tick
         self._idle_since = 0  # ns
 
@@ -77,9 +99,9 @@ class DeadLetters:
 
     def tick(self, now_ns: int) -> None:
         """Close the file when it has been idle; to be called every now and then (``now_ns``: time.monotonic_ns())."""
-        if self._fd < 0:
+        if self._file is None:
             return
-        if self._written:
+        if self._written or self.unsynced or self.syncing:
             self._written, self._idle_since = False, now_ns
         elif now_ns - self._idle_since >= IDLE_NS:
             self._release()
@@ -89,31 +111,86 @@ class DeadLetters:
         self._release()
         self._path = None
 
+    # ---- syncing
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether there is anything to be synced."""
+        return self._syncs and any(file.unsynced for file in self._open_files)
+
+    @property
+    def _open_files(self) -> list[_File]:
+        return [*self._held, self._file] if self._file is not None else self._held
+
+    def begin_sync(self) -> Callable[[], None]:
+        """Return what will put all that was written so far on stable storage; ``end_sync`` is to follow.
+
+        It may be called in a thread, while more is written. It raises OSError.
+        """
+        self.syncing = True
+        self._batch = [(file, file.size) for file in self._open_files if file.unsynced]
+        again = [(file.path, file.synced, size) for file, size in self._batch if file.suspect]
+        folders = [self._folder, self._folder.parent] if any(not file.name_synced for file, _ in self._batch) else []
+        return partial(_sync, [file.fd for file, _ in self._batch], again, folders)
+
+    def end_sync(self, error: OSError | None) -> None:
+        """Take note of what became of the sync that was begun."""
+        for file, size in self._batch:
+            file.suspect = error is not None
+            if error is None:
+                file.synced, file.name_synced = size, True
+        self.syncing, self._batch = False, []
+        self._close_held()
+
+    def sync(self) -> None:
+        """Sync all that was written, here and now. Raises OSError."""
+        if not self.unsynced:
+            return
+        work = self.begin_sync()
+        try:
+            work()
+        except OSError as error:
+            self.end_sync(error)
+            raise
+        self.end_sync(None)
+
+    def take_back(self) -> None:
+        """Remove what is not synced: the packets are still queued, and will be written again."""
+        for file in self._open_files:
+            if file.unsynced:
+                try:
+                    os.ftruncate(file.fd, file.synced)
+                except OSError:  # better twice than never
+                    file.synced = file.size
+                    self.close()
+                else:
+                    file.size, file.suspect = file.synced, False
+        self._close_held()
+
+    # ---- files
+
     def _append(self, line: bytes) -> None:
-        if self._fd < 0:
-            self._reopen()
-        if self._fd < 0 or (self._size and self._size + len(line) > LARGEST_FILE):
-            self._create()
+        file = self._file or self._reopen()
+        if file is None or (file.size and file.size + len(line) > LARGEST_FILE):
+            file = self._create()
         self._written = True
         written = 0
         try:
             while written < len(line):
-                written += os.write(self._fd, line[written:])
-            if self._sync:
-                os.fdatasync(self._fd)
+                written += os.write(file.fd, line[written:])
         except OSError:
-            self._undo()
+            self._undo(file)
             raise
-        self._size += len(line)
+        file.size += len(line)
 
-    def _undo(self) -> None:
+    def _undo(self, file: _File) -> None:
         """Leave no half of a line behind: the packet is still queued, and will be written again."""
         try:
-            os.ftruncate(self._fd, self._size)
+            os.ftruncate(file.fd, file.size)
         except OSError:
             self.close()  # at least nothing will be appended to that half
 
-    def _create(self) -> None:
+    def _create(self) -> _File:
         self.close()
         self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -123,39 +200,65 @@ class DeadLetters:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             hidden.rename(path)
-            if self._sync:
-                sync_folder(self._folder)
         except OSError:
             os.close(fd)
             for name in (hidden, path):  # or there would be one more for every try
                 with contextlib.suppress(OSError):
                     name.unlink(missing_ok=True)
             raise
-        self._fd, self._path, self._size = fd, path, 0
+        self._file, self._path = _File(fd, path, 0, new=True), path
+        return self._file
 
-    def _reopen(self) -> None:
+    def _reopen(self) -> _File | None:
         """Go on with the file that was closed, lest rare letters make a file each; unless somebody has or had it."""
         if self._path is None:
-            return
+            return None
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError:
-            return
+            return None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             state = os.fstat(fd)
             ours = os.path.samestat(state, self._path.stat())
         except OSError:
             ours = False
-        if ours:
-            self._fd, self._size = fd, state.st_size
-        else:
+        if not ours:
             os.close(fd)
+            return None
+        self._file = _File(fd, self._path, state.st_size, new=False)
+        return self._file
 
     def _release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._held.append(self._file)
+            self._file = None
+            self._close_held()
+
+    def _close_held(self) -> None:
+        """Close what nobody needs open any more."""
+        keep = {file for file, _ in self._batch} | {file for file in self._held if self._syncs and file.unsynced}
+        for file in self._held:
+            if file not in keep:
+                os.close(file.fd)
+        self._held = [file for file in self._held if file in keep]
+
+
+def _sync(files: list[int], again: list[tuple[Path, int, int]], folders: list[Path]) -> None:
+    """Put files on stable storage, after writing parts of them (from, to) once more, and then their names."""
+    for path, start, end in again:
+        _write_again(path, start, end)
+    for fd in files:
+        os.fdatasync(fd)
+    for folder in folders:
+        sync_folder(folder)
+
+
+def _write_again(path: Path, start: int, end: int) -> None:
+    """Have the kernel take these bytes of a file for changed, for it may never have written them."""
+    with path.open("r+b", buffering=0) as file:
+        while start < end and (piece := os.pread(file.fileno(), min(1 << 20, end - start), start)):
+            start += os.pwrite(file.fileno(), piece, start)
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,11 +19,10 @@ import random
 import ssl
 import time
 from bisect import bisect_left
-from collections import deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fastdist import logs
 from fastdist._core.dispatch import UNLIMITED, DispatchBase
@@ -31,6 +30,7 @@ from fastdist._core.pick import AliasTable, Rendezvous
 from fastdist.forward import AnalyzerPool
 from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights
+from fastdist.undertaker import Letter, Undertaker
 
 if TYPE_CHECKING:
     import asyncio
@@ -52,7 +52,6 @@ LONGEST_GRACE = 1.0  # seconds
 SLOW = 3.0  # times the others' latency
 SLOW_FOR_NS = 400_000_000  # at a stretch: a hiccup does not make an analyzer slow
 EQUALS = 4  # times spill_after: how long packets wait for an analyzer that is as fast as the others
-STORAGE_RETRY = 1.0  # seconds until a dead letter that could not be written is tried again
 
 log = logs.get()
 
@@ -65,16 +64,6 @@ class Retrying:
     def __init__(self) -> None:
         self.tried: set[int] = set()  # slots it failed on in this round
         self.round = 0  # rounds it has backed off
-
-
-class Letter(NamedTuple):
-    """A dead letter to be written: the packet, why, and the last analyzer that saw it with what it said."""
-
-    handle: int
-    reason: str
-    analyzer: str | None
-    status: int | None
-    error: str | None
 
 
 class Dispatcher(DispatchBase):
@@ -95,16 +84,14 @@ class Dispatcher(DispatchBase):
         dead_letters: DeadLetters,
         settled: Callable[[int, str | None], None],
     ) -> None:
-        self.analyzer_states, self.counters, self.dead_letters, self.settled = states, counters, dead_letters, settled
+        self.analyzer_states, self.counters, self.settled = states, counters, settled
         self.roster: dict[int, Analyzer] = {}
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
         self.weights: dict[int, float] = {}
         self.online: set[int] = set()
         self.retrying: dict[int, Retrying] = {}  # by sequence
         self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
-        self.unwritten: deque[Letter] = deque()  # their packets stay queued
-        self.storage_failed = False
-        self._next_write = 0
+        self.undertaker = Undertaker(dead_letters, counters, self._buried)
         self._tls: ssl.SSLContext | None = None
         self._next_check = self._next_pruning = self._next_ramp = 0
         self._load = LoadMeter()
@@ -304,32 +291,18 @@ class Dispatcher(DispatchBase):
 
     # ---- dead letters
 
+    @property
+    def storage_failed(self) -> bool:
+        """Whether there are dead letters that could not be written."""
+        return self.undertaker.failed
+
     def _bury(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
-        self.unwritten.append(Letter(handle, reason, pool.analyzer.id, status, error))
-        self._write_letters()
+        self.undertaker.bury(Letter(self.ring, handle, reason, pool.analyzer.id, status, error))
 
-    def _write_letters(self) -> None:
-        """Write what can be written; the rest is tried again."""
-        try:
-            self._write_unwritten()
-        except OSError as problem:
-            if not self.storage_failed:
-                log.error("cannot write dead letters; the packets stay queued", error=str(problem))
-            self.storage_failed = True
-            self._next_write = time.monotonic_ns() + int(STORAGE_RETRY * 1e9)
-        else:
-            self.storage_failed = False
-
-    def _write_unwritten(self) -> None:
-        while self.unwritten:
-            handle, reason, analyzer, status, error = self.unwritten[0]
-            packet = self.ring.packet(handle)
-            self.dead_letters.write(packet, reason, analyzer, status, error)
-            self.unwritten.popleft()
-            self.ring.done(handle)
-            self.counters.add(reason)
-            self.retrying.pop(packet.sequence, None)
-            self.settled(packet.sequence, None)
+    def _buried(self, ring: PacketRing, sequence: int) -> None:
+        if ring is self.ring:  # not an old one
+            self.retrying.pop(sequence, None)
+            self.settled(sequence, None)
 
     def bury_all(self) -> int:
         """Write all that is left to the dead letters (reason ``shutdown``); return how many packets. Raises OSError."""
@@ -338,11 +311,10 @@ class Dispatcher(DispatchBase):
             if pool is not None:
                 pool.release_waiting()
         self._end_back_off()
+        letters = []
         while handle := self.ring.claim():
-            self.unwritten.append(Letter(handle, "shutdown", None, None, None))
-        count = len(self.unwritten)
-        self._write_unwritten()
-        return count
+            letters.append(Letter(self.ring, handle, "shutdown", None, None, None))
+        return self.undertaker.bury_now(letters)
 
     # ---- upkeep
 
@@ -350,8 +322,7 @@ class Dispatcher(DispatchBase):
         """Do what time asks for: back-offs, time-outs, spills, pauses and slow starts that end."""
         if self.backing_off:
             self._end_back_off(now_ns)
-        if self.unwritten and now_ns >= self._next_write:
-            self._write_letters()
+        self.undertaker.tick(now_ns)
         if self.analyzer_states.epoch != self.seen_epoch or (self._resume_at and now_ns >= self._resume_at):
             self._resume_at = 0
             self.seen_epoch = -1  # the flush refreshes

@@ -7,8 +7,10 @@ packets: whatever goes wrong is told to its owner, the dispatcher.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Protocol
 
+from fastdist import logs
 from fastdist._core.forward import PoolBase, ReplyBase
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from fastdist.config import Analyzer, Delivery
 
 IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
+COMPLAINT_SECONDS = 60.0  # between warnings of one kind about an analyzer
+
+log = logs.get()
 
 
 class PoolOwner(Protocol):
@@ -62,6 +67,7 @@ class AnalyzerPool(PoolBase):
         self.connections: set[AnalyzerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.retired = False
+        self._complain_at = 0.0  # time.monotonic()
 
     def set_up(self, analyzer: Analyzer, delivery: Delivery, tls: ssl.SSLContext | None) -> None:
         """Aim the pool at ``analyzer``."""
@@ -160,6 +166,19 @@ class AnalyzerPool(PoolBase):
     def lingering(self) -> None:
         """There is room, but what waits is to leave only when its batch is full or its time over."""
         self.owner.wake(self)
+
+    def unasked(self, beginning: bytes) -> None:
+        """Warn of an analyzer that sends what nothing asked for: with pipelining, that may settle the wrong request."""
+        if beginning.startswith((b"HTTP/1.1 408", b"HTTP/1.0 408")):  # how some servers close an idle connection
+            return
+        now = time.monotonic()
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAINT_SECONDS
+            log.warning(
+                "an analyzer sent more than the replies it was asked for; the connection is closed",
+                analyzer=self.analyzer.id,
+                beginning=beginning.decode("latin-1"),
+            )
 
     def delivered(self, sequences: list[int]) -> None:
         """Watched packets were delivered."""

@@ -31,6 +31,16 @@ class Histogram(Struct, frozen=True):
     sum_ns: int
     max_ns: int
 
+    def since(self, earlier: Histogram) -> Histogram:
+        """Return what was added since this was ``earlier``; of the longest only its bucket is known then."""
+        if not any(earlier.buckets):
+            return self
+        buckets = [max(now - then, 0) for now, then in zip(self.buckets, earlier.buckets, strict=True)]
+        highest = max((bucket for bucket, count in enumerate(buckets) if count), default=None)
+        bounds = (*BOUNDS[:-1], self.max_ns)  # the last bucket has none
+        longest = 0 if highest is None else min(self.max_ns, bounds[highest])
+        return Histogram(buckets, max(self.sum_ns - earlier.sum_ns, 0), longest)
+
     def cumulative(self) -> list[int]:
         """Return, for every bucket, how many are in it and in those below: the last is how many there are."""
         return list(accumulate(self.buckets))

@@ -224,6 +224,12 @@ class Keeper:
                 log.error("a worker has not ended in time and is killed", worker=place.name)
                 place.kill()
 
+    def serving(self) -> bool:
+        """Whether there is a worker that got ready and does not hang."""
+        since = (time.monotonic() - HANG) * 1e9
+        running = (place for place in self.places if place.alive and place.ready)
+        return any(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] >= since for place in running)
+
     def replace_hanging(self) -> None:
         """Kill workers whose event loop has not given a sign for too long; their places are filled anew."""
         now = time.monotonic()

@@ -61,6 +61,7 @@ class _Metrics(Collector):
         build.add_metric([], {"version": self.snapshot.version, "python": platform.python_version()})
         yield build
         yield _gauge("uptime_seconds", "How long the service has been running.", self.snapshot.uptime)
+        yield _gauge("ready", "Whether packets are taken (1) or not (0).", not self.snapshot.obstacle)
         yield from self.packets()
         yield from self.queue()
         yield from self.analyzers()
@@ -135,6 +136,8 @@ class _Metrics(Collector):
     def workers(self) -> Iterator[Metric]:
         """Yield what each worker costs."""
         workers = {str(it.id): it for it in self.snapshot.workers}
+        running = {label: it.running for label, it in workers.items()}
+        yield _gauges("worker_up", "Whether the worker is running (1) or not (0).", "worker", running)
         restarts = {label: it.restarts for label, it in workers.items()}
         yield _counters("worker_restarts", "How often the worker was replaced.", "worker", restarts)
         seconds = {label: it.cpu_ns / 1e9 for label, it in workers.items()}

@@ -63,6 +63,9 @@ class QueueFolder:
                     who = f"workers of a fastdist that is gone (pid {holder or 'unknown'}); they do not end"
                     raise StartError(f"the queue in {self.path} is in use by {who}")
                 time.sleep(0.02)
+        except FileExistsError as error:
+            what = "a link to nothing" if Path(error.filename).is_symlink() else "not a folder"
+            raise StartError(f"cannot use {self.path} for the queue: {error.filename} is {what}") from error
         except OSError as error:
             raise StartError(f"cannot use {self.path} for the queue: {error.strerror}") from error
         with contextlib.suppress(OSError):  # on a full disk: it is only for people
@@ -133,6 +136,11 @@ class QueueFolder:
         for fd, path in rings:
             _allocate(fd, os.fstat(fd).st_size, path)  # there may be holes where it was cut, or copied
         return rings
+
+
+def is_nameless(fd: int) -> bool:
+    """Whether an open file is in no folder (a memfd, or deleted), and ends with whoever has it open."""
+    return os.fstat(fd).st_nlink == 0
 
 
 def _is_alive(pid: str) -> bool:

@@ -349,10 +349,10 @@ class Replay:
         self._halt.set()
 
 
-def purge(files: list[Found], selection: Selection, note: Callable[[str], None]) -> tuple[int, int]:
-    """Remove what is selected; return how many lines are gone and how many files were skipped. Raises OSError."""
+def purge(files: list[Found], selection: Selection, note: Callable[[str], None]) -> tuple[Census, int]:
+    """Remove what is selected; return what is gone and how many files were skipped. Raises OSError."""
     tidy(files)
-    removed = skipped = 0
+    removed, skipped = Census(), 0
     for found in files:
         try:
             held = HeldFile.hold(found.path, LOCK_PATIENCE)
@@ -363,7 +363,10 @@ def purge(files: list[Found], selection: Selection, note: Callable[[str], None])
         if held is None:
             continue
         with held:
-            gone = {line.offset for line in held.lines(found.size) if line in selection}
+            gone = set()
+            for line in held.lines(found.size):
+                if line in selection:
+                    gone.add(line.offset)
+                    removed.add(line)
             held.rewrite(gone)
-        removed += len(gone)
     return removed, skipped

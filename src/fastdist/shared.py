@@ -10,9 +10,11 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 | analyzers | n x 64             | see ``AnalyzerWord`` |
 | workers   | w x 16             | see ``WorkerWord`` |
 | rows      | w x row_words(n)   | each worker its own: counters, histograms (``_core.counters``) |
+| baselines | n x 256            | the supervisor: what a slot's earlier analyzers have counted, laid out as in a row |
 
-An analyzer keeps its slot for as long as the block lives. Words have one writer, or are changed atomically by helpers
-of ``AnalyzerStates``; text is written whole and may be read torn, so it is for people only.
+An analyzer keeps its slot until it has left the configuration and another needs it: ``begin_anew`` then. Words have one
+writer, or are changed atomically by helpers of ``AnalyzerStates``; text is written whole and may be read torn, so it is
+for people only.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ import struct
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from fastdist._core.counters import Counters, row_words
+from fastdist._core.counters import (
+    ANALYZER_FIELDS,
+    ANALYZER_WORDS,
+    COUNTER_WORDS,
+    WORDS_PER_HISTOGRAM,
+    Counters,
+    row_words,
+)
 from fastdist._core.limiter import RateLimiter, limiter_words
 from fastdist._core.states import AnalyzerStates
 from fastdist.errors import StartError
@@ -35,6 +44,8 @@ MAGIC = 0x0A6466_74736166  # "fastfd\n"
 CLIENT_SLOTS = 16384
 SAMPLES = 16
 SAMPLE_WORDS = 4
+BASELINE_WORDS = ANALYZER_WORDS + WORDS_PER_HISTOGRAM  # of a slot
+COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries")  # the other fields are gauges
 
 
 class HeadWord(IntEnum):
@@ -84,7 +95,7 @@ class WorkerWord(IntEnum):
     CPU_PERMILLE = 5  # of one core, over the last second; the supervisor
     RSS = 6  # bytes; the supervisor
     STARTED_NS = 7  # wall clock; the supervisor
-    STORAGE_FAULT = 8  # 1: the last write to disk failed; the worker
+    STORAGE_FAULT = 8  # 1: the last write to disk failed, or the ring's file was deleted; the worker
     FULL = 9  # 1: the last push found the queue full; the worker
     WORKER_WORDS = 16
 
@@ -121,6 +132,7 @@ class SharedBlock:
         self._worker_words = [self._take(view, WorkerWord.WORKER_WORDS).cast("q") for _ in range(workers)]
         self._rows = [self._take(view, row_words(slots)) for _ in range(workers)]
         self.rows = [Counters(row, slots) for row in self._rows]
+        self.baselines = self._take(view, slots * BASELINE_WORDS).cast("q")
 
     def _take(self, view: memoryview, words: int) -> memoryview:
         part = view[self._cut : self._cut + 8 * words]
@@ -131,6 +143,7 @@ class SharedBlock:
     def size(workers: int, slots: int) -> int:
         """Return the block's size in bytes."""
         words = HeadWord.HEAD_WORDS + SAMPLES * SAMPLE_WORDS + limiter_words(CLIENT_SLOTS)
+        words += slots * BASELINE_WORDS
         words += slots * AnalyzerWord.ANALYZER_WORDS + workers * (WorkerWord.WORKER_WORDS + row_words(slots))
         return 8 * words
 
@@ -167,6 +180,15 @@ class SharedBlock:
     def row(self, index: int) -> memoryview:
         """Return the counters and histograms of a worker as 8-byte words."""
         return self._rows[index].cast("q")
+
+    def begin_anew(self, slot: int) -> None:
+        """Have an analyzer's figures begin at 0 in a slot that another has had: workers' counters never go back."""
+        rows = [self.row(index)[COUNTER_WORDS + 2 * WORDS_PER_HISTOGRAM :] for index in range(self.workers)]
+        first = slot * ANALYZER_WORDS
+        histogram = self.slots * ANALYZER_WORDS + slot * WORDS_PER_HISTOGRAM
+        counted = (first + ANALYZER_FIELDS[field] for field in COUNTED)
+        for at in (*counted, *range(histogram, histogram + WORDS_PER_HISTOGRAM)):
+            self.baselines[at] = sum(row[at] for row in rows)
 
     def recent_samples(self) -> Iterator[tuple[int, int, int]]:
         """Yield (monotonic ns, packets accepted, packets delivered) of the last seconds, the latest first."""

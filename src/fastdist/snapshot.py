@@ -4,7 +4,8 @@
   long, only when a view asks for them.
 - A worker's deliveries are read before its acceptances: figures taken under load may be some packets behind, but show
   nothing delivered that was not accepted.
-- Slots of analyzers that have left the configuration still count in every total.
+- Slots of analyzers that have left the configuration still count in every total. What is shown of one analyzer begins
+  at its slot's baseline, which is what earlier ones have counted there.
 """
 
 from __future__ import annotations
@@ -140,11 +141,13 @@ class Snapshot:
         self.block, self.config, self.roster, self.version = block, config, roster, version
         self.at = at or Instant.now()
         self._rows = [block.row(index) for index in range(block.workers)]
-        self._delivery = _ANALYZERS + block.slots * ANALYZER_WORDS
+        histograms = _ANALYZERS + block.slots * ANALYZER_WORDS
+        self._histograms = [row[histograms:] for row in self._rows]  # of each worker: those of all its analyzers
+        self._baselines = block.baselines[block.slots * ANALYZER_WORDS :]
         self._by_slot: list[list[int]] = []  # of each worker: the counters of all its analyzers, end to end
         self._counters: list[list[int]] = []
         for row in self._rows:
-            self._by_slot.append(row[_ANALYZERS : self._delivery].tolist())
+            self._by_slot.append(row[_ANALYZERS:histograms].tolist())
             self._counters.append(row[:COUNTER_WORDS].tolist())
 
     # ---- totals
@@ -163,7 +166,8 @@ class Snapshot:
 
     @cached_property
     def _analyzer_totals(self) -> list[int]:
-        return [sum(words) for words in zip(*self._by_slot, strict=True)]
+        baselines = self.block.baselines  # it may have risen since the counters were read
+        return [max(sum(words) - baselines[at], 0) for at, words in enumerate(zip(*self._by_slot, strict=True))]
 
     @property
     def accepted(self) -> int:
@@ -239,11 +243,11 @@ class Snapshot:
 
     def delivery(self, slots: Iterable[int] | None = None) -> Histogram:
         """From a sending to its reply, for the analyzers in ``slots`` (None: for all that there ever were)."""
-        starts = [
-            self._delivery + slot * WORDS_PER_HISTOGRAM
-            for slot in (range(self.block.slots) if slots is None else slots)
-        ]
-        return merge(row[start : start + WORDS_PER_HISTOGRAM] for row in self._rows for start in starts)
+        starts = [slot * WORDS_PER_HISTOGRAM for slot in (range(self.block.slots) if slots is None else slots)]
+        all_time = merge(row[start:][:WORDS_PER_HISTOGRAM] for row in self._histograms for start in starts)
+        if slots is None:
+            return all_time
+        return all_time.since(merge(self._baselines[start:][:WORDS_PER_HISTOGRAM] for start in starts))
 
     # ---- workers and analyzers
 
@@ -314,7 +318,7 @@ class Snapshot:
         if self.block.head[HeadWord.DRAINING]:
             return "the service is draining: it is about to end"
         if any(worker.cannot_store for worker in self.workers):
-            return "packets cannot be stored: the last write to disk failed"
+            return "packets cannot be stored: writing to disk fails, or the queue's file was deleted"
         if any(worker.full for worker in self.workers):
             return "the queue is full"
         return ""

@@ -22,15 +22,16 @@ import uvloop
 from fastdist import __version__, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
-from fastdist.config import warnings
+from fastdist.config import LEAST_PART, usable_cores, warnings
 from fastdist.control import Message, Settings, shorten, write_settings
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.health import HealthChecker
-from fastdist.keeper import Keeper, Place
-from fastdist.queuefiles import QueueFolder
+from fastdist.keeper import LATE, Keeper, Place
+from fastdist.queuefiles import QueueFolder, is_nameless
 from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
 from fastdist.snapshot import Snapshot
+from fastdist.systemd import ServiceManager
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -52,12 +53,13 @@ class Supervisor:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
-        self.workers = loaded.config.server.workers or min(256, len(os.sched_getaffinity(0)))
+        self.workers = loaded.config.server.workers or usable_cores()
         self.block = SharedBlock.create(self.workers, max(64, 2 * len(loaded.config.analyzers)))
         self.settings = os.memfd_create("fastdist-settings")
         self.folder = QueueFolder(loaded.config.queue.path)
         self.changes = Changes(loaded.config, self.block, self.folder.path)
         self.keeper = Keeper(self.block, self.settings, self._heard, self._hopeless)
+        self.manager = ServiceManager()
         self.exit_status = 0
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, int] = {}
@@ -96,7 +98,7 @@ class Supervisor:
 
     def _open_rings(self) -> list[int]:
         queue = self.config.queue
-        capacity = queue.capacity // self.workers
+        capacity = queue.capacity // self.workers // LEAST_PART * LEAST_PART  # together never more than was allowed
         if queue.durability == "memory":
             if self.folder.has_rings():
                 self.folder.lock()
@@ -145,7 +147,8 @@ class Supervisor:
             for listener in listeners:
                 listener.listen(BACKLOG)
         except OSError as error:
-            raise StartError(f"cannot listen on {server.host} port {server.port}: {error.strerror or error}") from error
+            where = f'"{server.host}" port {server.port}'
+            raise StartError(f"cannot listen on {where}: {error.strerror or error}") from error
         return listeners
 
     # ---- running
@@ -183,6 +186,8 @@ class Supervisor:
             analyzers=len(self.config.analyzers),
             durability=self.config.queue.durability,
         )
+        self.manager.status(_in_a_line(self._snapshot()))
+        self.manager.ready()
         if sys.stderr.isatty():
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
             print(  # noqa: T201  (for the person at the terminal, not for the log)
@@ -205,16 +210,22 @@ class Supervisor:
             else:
                 seconds = self.config.server.drain_timeout
                 log.info("draining", signal=number.name, for_at_most=seconds)
+                self.manager.stopping(seconds + 2 * LATE)
+                self.manager.status(f"Draining for at most {seconds:g} s")
                 self.block.head[HeadWord.DRAINING] = 1
                 self.keeper.stop(time.monotonic() + seconds)
 
     def _bury_the_rest(self) -> None:
-        """Write what workers that were down or killed have left in memory to the dead letters."""
-        if self.config.queue.durability != "memory":
-            return
+        """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters."""
+        nameless = [place for place in self.keeper.places if is_nameless(place.ring)]
+        queued = sum(row.get("undone") for row in self.block.rows) if not nameless else 0
+        if queued:
+            log.warning(
+                "packets stay queued, for the next start to deliver", packets=queued, path=str(self.folder.path)
+            )
         letters = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
         count = 0
-        for place in self.keeper.places:
+        for place in nameless:
             ring = PacketRing(place.ring, volatile=True)
             try:
                 while handle := ring.claim():
@@ -266,7 +277,7 @@ class Supervisor:
 
     async def _reload(self) -> tuple[int, object]:
         """Read the configuration again; return a status and what to tell whoever asked."""
-        async with self._changing:
+        async with self._changing, self.manager.reloading():
             try:
                 loaded = self.loaded.reload()
                 tls.server_context(loaded.config.security)
@@ -300,6 +311,8 @@ class Supervisor:
             await asyncio.sleep(WATCH)
             self.keeper.replace_hanging()
             self._tell_of_analyzers()
+            if self.keeper.serving():
+                self.manager.alive()
 
     def _tell_of_analyzers(self) -> None:
         states = self.block.analyzers
@@ -317,13 +330,30 @@ class Supervisor:
                     log.info("analyzer online; it gets its share again", analyzer=analyzer.id)
             self._known_states[slot] = state
 
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.block, self.config, self.changes.roster, __version__)
+
     async def _sample(self) -> None:
         """Once a second keep the totals for the rates, and each worker's use of processor and memory."""
         while True:
-            snapshot = Snapshot(self.block, self.config, self.changes.roster, __version__)
+            snapshot = self._snapshot()
             self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
             self.keeper.measure()
+            if not self.keeper.stopping:
+                self.manager.status(_in_a_line(snapshot))
             await asyncio.sleep(1.0)
+
+
+def _in_a_line(snapshot: Snapshot) -> str:
+    """Return what the service manager shows of the service."""
+    states = [figures.state for figures in snapshot.analyzers]
+    running = sum(worker.running for worker in snapshot.workers)
+    draining = f", {states.count('draining')} draining" if "draining" in states else ""
+    obstacle = f"; takes no packets: {snapshot.obstacle}" if snapshot.obstacle else ""
+    return (
+        f"{running} of {len(snapshot.workers)} workers running, "
+        f"{states.count('online')} of {len(states)} analyzers online{draining}{obstacle}"
+    )
 
 
 def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int:

@@ -111,6 +111,18 @@ class Syncer:
         self._on_failed(error)
         self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self.want)
 
+    def run(self, work: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
+        """Do other work with the disk in the thread, before the next sync; ``done`` hears of it in the event loop."""
+
+        def finish(future: asyncio.Future[None]) -> None:
+            error = None if future.cancelled() else future.exception()
+            if error is not None and not isinstance(error, OSError):
+                raise error
+            done(error)
+
+        if not self._closed:
+            asyncio.get_running_loop().run_in_executor(self._thread, work).add_done_callback(finish)
+
     def close(self) -> None:
         """Sync once more, here and now, and end the thread."""
         self._closed = True

@@ -95,7 +95,10 @@ def _amount(value: object, units: Mapping[str, Decimal], expected: str, written:
 
 def _quote(value: object) -> str:
     """Return what an error shows of ``value``: enough to recognise it, never pages of it."""
-    return f"{value!r:.60}" if isinstance(value, str | float) else type(value).__name__
+    if isinstance(value, bool):
+        return f"boolean {str(value).lower()}"
+    kinds: dict[type, str] = {list: "a list", dict: "a table", type(None): "nothing"}
+    return f"{value!r:.60}" if isinstance(value, str | float) else kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _text(amount: Decimal, units: Mapping[str, Decimal], base: str) -> str:

@@ -31,19 +31,20 @@ from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
 from fastdist.ingest import Emitters, IngestProtocol
-from fastdist.queuefiles import Adoption, OldRing
+from fastdist.queuefiles import Adoption, OldRing, is_nameless
 from fastdist.shared import SharedBlock, WorkerWord
 from fastdist.snapshot import Snapshot
 from fastdist.sync import Syncer, make_safe
 from fastdist.takeover import begin_adopting, end_adopting, take_over
+from fastdist.undertaker import Letter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
-ADOPTION_RETRY_NS = 1_000_000_000
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
+LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
 log = logs.get()
@@ -81,7 +82,7 @@ class Worker:
             self.syncer = Syncer(self.ring, assignment.ring, self._synced, self._sync_failed)
             self.syncer.failing = not safe
         self.dead_letters = DeadLetters(
-            self.config.queue.path, f"w{assignment.index}-{os.getpid()}", sync=self.durability == "fsync"
+            self.config.queue.path, f"w{assignment.index}-{os.getpid()}", sync=self.durability != "memory"
         )
         self.limiter = self.block.limiter()
         self.emitters = Emitters(Api(self.snapshot))
@@ -95,6 +96,8 @@ class Worker:
             dead_letters=self.dead_letters,
             settled=self.emitters.settled,
         )
+        if self.durability == "fsync":
+            self.dispatcher.undertaker.sync = self._sync_letters
         self.intake = Intake(
             self.ring,
             self.counters,
@@ -108,8 +111,9 @@ class Worker:
         self.emitters.intake = self.intake
         self.tls = tls.server_context(self.config.security)
         self._put_in_force()
-        self._next_sweep = self._next_sync = self._next_adoption = 0
-        self._cannot_bury = False  # packets of old rings that have to be dead letters
+        self._next_sweep = self._next_sync = 0
+        self._letters_unsafe = False  # dead letters could not be synced (disk)
+        self._deleted = False  # the ring's file
         self._stopped = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
@@ -228,14 +232,13 @@ class Worker:
         if self._server is not None:
             self._server.close()
         while time.monotonic() < deadline:
-            for connection in tuple(self.intake.connections):
-                if connection.idle() and connection.transport is not None:
-                    connection.transport.close()
+            self._close_what_is_over()
             if self.undone == 0 and not self.intake.connections:
                 break
             await asyncio.sleep(TICK)
         self._stop_delivering()
         self._bury_the_rest()
+        await self._finish_letters()
         self.emitters.end_waiting()
         if self.syncer is not None:
             self.syncer.close()
@@ -249,15 +252,33 @@ class Worker:
             adoption.settle(self.ring)
         self._stopped.set()
 
+    def _close_what_is_over(self) -> None:
+        for connection in tuple(self.intake.connections):
+            if connection.transport is None:
+                continue
+            if connection.idle():
+                connection.transport.close()
+            elif self.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
+                connection.transport.abort()
+
     def _stop_delivering(self) -> None:
         """Send nothing from here on; what is in flight is back in the ring."""
         self.dispatcher.set_roster({})
         for pool in self.dispatcher.retired:
             pool.close()
 
+    async def _finish_letters(self) -> None:
+        """Have those that were written synced; what cannot be stays queued (fsync) or is told (disk)."""
+        while self.dispatcher.undertaker.unsynced or self.dead_letters.syncing:  # noqa: ASYNC110  (as _drain does)
+            await asyncio.sleep(TICK)
+        try:
+            self.dead_letters.sync()
+        except OSError as error:
+            self._letters_synced(error)
+
     def _bury_the_rest(self) -> None:
         """Queued in memory only, packets would end with this process: write them to the dead letters."""
-        if self.durability != "memory" or self.ring.undone == 0:
+        if not is_nameless(self.assignment.ring) or self.ring.undone == 0:
             return
         try:
             count = self.dispatcher.bury_all()
@@ -280,10 +301,12 @@ class Worker:
         self.words[WorkerWord.HEARTBEAT_NS] = now
         self.dispatcher.tick(now)
         self.dead_letters.tick(now)
-        if self.adoptions and now >= self._next_adoption:
+        if self.adoptions:
             self._adopt()
         if self.syncer is not None and now >= self._next_sync:
             self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
+            if self.durability == "disk" and self.dead_letters.unsynced and not self.dead_letters.syncing:
+                self._sync_letters(self._letters_synced)  # before the ring that their packets have left
             self.syncer.want_if_changed()
         self.publish()
         if now >= self._next_sweep:
@@ -296,6 +319,19 @@ class Worker:
         self._next_sweep = now_ns + int(min(1.0, max(TICK, shortest / 8)) * 1e9)
         for connection in tuple(self.intake.connections):
             connection.check(now_ns)
+        self._look_for_file()
+
+    def _look_for_file(self) -> None:
+        """Accept nothing once the ring's file was deleted: what is in it now ends with this service."""
+        if self._deleted or self.durability == "memory" or not is_nameless(self.assignment.ring):
+            return
+        self._deleted = self.intake.broken_storage = True
+        self.dead_letters.close()  # whose file most likely went with it: what comes is written to a new one
+        log.error(
+            "the queue's file was deleted; nothing can be accepted until fastdist is restarted",
+            folder=self.config.queue.path,
+            packets=self.ring.undone,
+        )
 
     def _adopt(self) -> None:
         """Move packets of old rings into this worker's own: at a time, as many as may be in flight."""
@@ -307,7 +343,9 @@ class Worker:
             moved, oversized = adoption.step(self.ring, most)
             end_adopting(self.ring, self.counters)
             if oversized:
-                self._bury_oversized(adoption, oversized)
+                reason = "larger than the queue takes now"
+                letters = [Letter(adoption.ring, each, "oversized", None, None, reason) for each in oversized]
+                self.dispatcher.undertaker.bury(*letters)
             if moved:
                 if self.syncer is not None:
                     self.syncer.want()
@@ -316,24 +354,6 @@ class Worker:
                 log.info("an old ring was taken over whole and is deleted", ring=adoption.old.path)
                 adoption.delete()
                 self.adoptions.remove(adoption)
-
-    def _bury_oversized(self, adoption: Adoption, handles: list[int]) -> None:
-        """Write packets to the dead letters that are too large for the queue as it is now."""
-        reason = "larger than the queue takes now"
-        for at, handle in enumerate(handles):
-            try:
-                self.dead_letters.write(adoption.ring.packet(handle), "oversized", None, None, reason)
-            except OSError as error:
-                if not self._cannot_bury:
-                    log.error("cannot write dead letters; the packets stay queued", error=str(error))
-                self._cannot_bury = True
-                self._next_adoption = time.monotonic_ns() + ADOPTION_RETRY_NS
-                for other in handles[at:]:
-                    adoption.ring.release(other)
-                return
-            adoption.ring.done(handle)
-            self.counters.add("oversized")
-        self._cannot_bury = False
 
     def publish(self) -> None:
         """Put this worker's gauges into its row."""
@@ -346,17 +366,32 @@ class Worker:
             self.intake.full = False
         self.words[WorkerWord.FULL] = int(self.intake.full)
         self.words[WorkerWord.STORAGE_FAULT] = int(
-            self.dispatcher.storage_failed or self.intake.broken_storage or self._cannot_bury
+            self.dispatcher.storage_failed or self.intake.broken_storage or self._letters_unsafe
         )
 
     # ---- what the syncer tells
 
     def _synced(self, position: int) -> None:
-        self.intake.broken_storage = False
+        self.intake.broken_storage = self._deleted
         self.intake.synced(position)
         self.dispatcher.schedule()
-        if self.adoptions and time.monotonic_ns() >= self._next_adoption:
+        if self.adoptions:
             self._adopt()
+
+    def _sync_letters(self, done: Callable[[OSError | None], None]) -> None:
+        """Have the dead letters that were written synced in the syncer's thread; ``done`` hears of it."""
+
+        def finish(error: OSError | None) -> None:
+            self.dead_letters.end_sync(error)
+            done(error)
+
+        assert self.syncer is not None  # noqa: S101  (not with durability memory)
+        self.syncer.run(self.dead_letters.begin_sync(), finish)
+
+    def _letters_synced(self, error: OSError | None) -> None:
+        if error is not None and not self._letters_unsafe:
+            log.error("dead letters cannot be synced; tried again", error=str(error))
+        self._letters_unsafe = error is not None
 
     def _sync_failed(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, take back what nobody was told is safe."""

@@ -40,6 +40,33 @@ int fsync(int fd) {
 """
 
 
+WATCH = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+int fdatasync(int fd) {
+    static int (*next)(int);
+    char link[64], name[4096];
+    int notes = open(getenv("SYNCED_FILES"), O_WRONLY | O_APPEND);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, name, sizeof name - 1);
+    if (n > 0 && notes >= 0) {
+        name[n] = '\n';
+        if (write(notes, name, n + 1) < 0) abort();
+    }
+    if (notes >= 0) close(notes);
+    usleep(50000);
+    if (next == NULL) next = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
+    return next(fd);
+}
+"""
+
+
 @pytest.fixture
 def failing_sync(tmp_path):
     """Return the environment of a process whose syncs fail, and the file during whose existence they do."""
@@ -104,6 +131,40 @@ def test_workers_are_killed_while_syncs_fail(experiment, failing_sync, durabilit
         wait_until(lambda: storage(fastdist) == "ok", "it heals by itself")
     emitter.wait_for(200)
     experiment.judge(f"sync fails, and workers are killed ({durability})", bound=kills * in_flight(DELIVERY, 1))
+
+
+# ---- dead letters
+
+
+@pytest.fixture
+def watched_sync(tmp_path):
+    """Return the environment of a process whose fdatasync takes 50 ms, and what reads which files were synced."""
+    source, library, notes = tmp_path / "watch.c", tmp_path / "watch.so", tmp_path / "synced"
+    source.write_text(WATCH)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    notes.touch()
+
+    def synced() -> list[str]:
+        return [line.rpartition("/")[2] for line in notes.read_text().splitlines()]
+
+    return {"LD_PRELOAD": str(library), "SYNCED_FILES": str(notes)}, synced
+
+
+@pytest.mark.parametrize("durability", ["disk", "fsync"])
+def test_dead_letters_are_synced_many_at_a_time_and_before_the_ring(experiment, watched_sync, durability):
+    environment, synced = watched_sync
+    experiment.analyzers().set("A2", status=422)
+    fastdist = experiment.serve({"queue": {"durability": durability}, "server": {"workers": 1}}, **environment)
+    experiment.emitter(connections=16).start().wait_for(400)
+    wait_until(lambda: len(fastdist.dead_letters()) > 100, "packets are refused")
+    experiment.judge(f"slow syncs, packets refused ({durability})")
+    letters = len(fastdist.dead_letters())
+    assert 1 <= sum(name.endswith(".ndjson") for name in synced()) < letters / 2
+    before = len(synced())
+    wait_until(lambda: fastdist.post()[0] == 202 and len(fastdist.dead_letters()) > letters, "one more is refused")
+    wait_until(lambda: any(name.endswith(".ndjson") for name in synced()[before:]), "its letter is synced, too")
+    if durability == "disk":
+        wait_until(lambda: synced()[-1].endswith(".fdq"), "and then the ring")
 
 
 # ---- a disk that is full

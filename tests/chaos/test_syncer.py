@@ -175,6 +175,30 @@ def test_everything_is_written_anew_after_a_failure(disk):
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("disk")
+@pytest.mark.parametrize("error", [None, OSError(errno.EIO, "Input/output error")])
+def test_other_work_is_done_before_the_sync_that_is_wanted_next(error):
+    async def run() -> None:
+        bench = Bench()
+
+        def work() -> None:
+            assert threading.current_thread() is not threading.main_thread()
+            if error is not None:
+                raise error
+
+        bench.syncer.run(work, lambda problem: bench.told.append(("work", problem)))
+        end = bench.push()
+        await bench.until(2)
+        assert bench.told == [("work", error), end]
+        assert not bench.syncer.failing, "that is about the ring"
+        bench.syncer.close()
+        bench.syncer.run(work, bench.told.append)
+        await asyncio.sleep(0.05)
+        assert len(bench.told) == 2
+
+    asyncio.run(run())
+
+
 def test_a_real_descriptor_that_cannot_be_synced():
     """A pipe: the kernel itself refuses."""
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 import uvloop
 
-from fastdist import dispatch
+from fastdist import dispatch, undertaker
 from fastdist._core.ring import PacketRing, file_size
 from fastdist.config import Analyzer, Config
 from fastdist.deadletters import DeadLetters
@@ -341,7 +341,9 @@ class Bench(Site):
         sections["delivery"] = {"spill_after": math.inf} | sections.get("delivery", {})
         self.clock = Clock()
         self.replaced = [(dispatch, "time", dispatch.time), (dispatch, "AnalyzerPool", dispatch.AnalyzerPool)]
-        dispatch.time, dispatch.AnalyzerPool = self.clock.module(), BenchPool
+        self.replaced.append((undertaker, "time", undertaker.time))
+        dispatch.time = undertaker.time = self.clock.module()
+        dispatch.AnalyzerPool = BenchPool
         super().__init__(folder, Loop(), settings(**sections), capacity)
         self.dispatcher._load.measure = lambda _now: 0.0
         self.count, self.count_of = self.counters.get, self.counters.get_of
@@ -453,7 +455,7 @@ class Bench(Site):
     def check(self):
         """Every packet is once in one of: done, waiting, in flight, backing off, to be written, in the ring."""
         held = sum(pool.waiting + pool.packets_in_flight for pool in self.pools)
-        held += len(self.dispatcher.backing_off) + len(self.dispatcher.unwritten)
+        held += len(self.dispatcher.backing_off) + len(self.dispatcher.undertaker.unwritten)
         assert self.ring.claimed == held
         assert self.ring.undone == self.pushed - self.delivered - self.buried
         for pool in self.pools:
@@ -467,7 +469,7 @@ class Bench(Site):
         for pool in self.pools:
             pool.release_waiting()
         self.dispatcher._end_back_off()
-        for letter in self.dispatcher.unwritten:
+        for letter in self.dispatcher.undertaker.unwritten:
             self.ring.release(letter.handle)
         left = []
         while handle := self.ring.claim():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import pytest
 from forward_harness import OK, Desk, reply
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 NOT_HTTP = "a reply that is not HTTP"
 FIN = None
@@ -440,3 +442,17 @@ def test_any_bytes_mean_the_same_however_they_are_split(pieces, cuts, end):
     assert trials.run(parts, end) == whole
     if len(data) < 300:
         assert trials.run([data[at : at + 1] for at in range(len(data))], end) == whole
+
+
+def test_what_nobody_asked_for_is_told_once_a_minute(monkeypatch):
+    desk = Desk()
+    with capture_logs() as logged:
+        for data in (b"HTTP/1.1 408 Request Timeout\r\n", OK, b"!\xff", OK):
+            desk.connect().data_received(data)
+        (line,) = logged
+        assert (line["analyzer"], line["log_level"]) == ("A1", "warning")
+        assert line["beginning"].startswith("HTTP/1.1 200 OK")
+        later = time.monotonic() + 61
+        monkeypatch.setattr("time.monotonic", lambda: later)
+        desk.connect().data_received(b"!\xff")
+    assert [line["beginning"] for line in logged][1:] == ["!\xff"]

@@ -129,9 +129,30 @@ def test_the_port_of_another_fastdist_exits_3(run, config):
 
 def test_a_queue_that_cannot_be_allocated_exits_3(run, config, tmp_path):
     (tmp_path / "data").write_text("a file where the folder should be")
-    process = run(*COMMAND, "serve", "--config", config, FASTDIST_QUEUE__DURABILITY="disk")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, what in (("data", "not a folder"), ("link", "a link to nothing"), ("link/data", "a link to nothing")):
+        path = tmp_path / name
+        environment = {"FASTDIST_QUEUE__DURABILITY": "disk", "FASTDIST_QUEUE__PATH": str(path)}
+        process = run(*COMMAND, "serve", "--config", config, **environment)
+        assert process.wait() == 3
+        at_fault = tmp_path / name.split("/")[0]
+        assert f"cannot use {path} for the queue: {at_fault} is {what}" in process.output
+        assert "Traceback" not in process.output
+
+
+def test_an_address_that_is_none_exits_3(run, config):
+    process = run(*COMMAND, "serve", "--config", config, "--host", "not a host")
     assert process.wait() == 3
-    assert "Traceback" not in process.output
+    assert f'cannot listen on "not a host" port {port_in(config)}: ' in process.output
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_certificate_that_cannot_be_used_is_told_by_check_and_serve_alike(run, config, tmp_path, command):
+    text = config.read_text()
+    config.write_text(f'{text}[security]\ntls_cert = "{tmp_path}/cert.pem"\ntls_key = "{tmp_path}/key.pem"\n')
+    process = run(*COMMAND, command, *([] if command == "check" else ["--config"]), config)
+    assert process.wait() == 2
+    assert process.lines == [f"security.tls_cert: {tmp_path}/cert.pem cannot be read: No such file or directory"]
 
 
 def test_the_file_is_used(run, config):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import psutil
 import pytest
-from support import WEIGHTS, Emitter, check_identity, compare, own_body, wait_until
+from support import WEIGHTS, Emitter, check_identity, compare, get_json, own_body, request, wait_until
 
 DISK = {"queue": {"durability": "disk", "capacity": "32MiB"}}
 FSYNC = {"queue": {"durability": "fsync", "capacity": "32MiB"}}
@@ -99,6 +100,8 @@ def test_a_normal_end_leaves_the_rest_on_disk(mocks, serve):
     emitter = Emitter(fastdist.port).send(500)
     assert fastdist.stop() == 0
     assert fastdist.dead_letters() == []
+    told = json.loads(fastdist.line_with("packets stay queued"))
+    assert (told["packets"], told["path"]) == (500, str(fastdist.folder / "data"))
     mocks.set_all(refuse=False)
     fastdist = serve(mocks, DISK)
     stats = fastdist.wait_at_rest()
@@ -155,3 +158,25 @@ def test_awaited_packets_of_a_service_that_is_killed_are_not_answered_as_deliver
     assert len(mocks.delivered()) == 8
     status, _, body = fastdist.post(Prefer="wait=20")
     assert (status, json.loads(body)["status"]) == (200, "delivered")
+
+
+@pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
+def test_a_queue_that_is_deleted_takes_nothing_more_and_loses_nothing(mocks, serve, settings):
+    """What is in a deleted file would be gone at the end: what cannot be delivered until then goes to a new file."""
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(fastdist.port).send(200)
+    shutil.rmtree(fastdist.folder / "data")
+    wait_until(lambda: fastdist.output.count("the queue's file was deleted") == 2, "both workers have noticed")
+    wait_until(lambda: get_json(fastdist.port, "/health")["storage"] == "failing", "/health tells")
+    emitter.send(50)
+    assert emitter.count(202) == 200
+    assert emitter.count(503) == 50
+    wait_until(lambda: request(fastdist.port, "GET", "/ready")[0] == 503, "/ready tells")
+    assert fastdist.stop() == 0
+    assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
+    mocks.set_all(refuse=False)
+    fastdist = serve(mocks, settings)
+    assert fastdist.post()[0] == 202
+    assert get_json(fastdist.port, "/health")["storage"] == "ok"

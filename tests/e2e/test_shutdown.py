@@ -176,3 +176,14 @@ def test_an_idle_service_ends_promptly_with_idle_connections_open(mocks, serve):
     with pytest.raises(OSError, match="refused"):
         request(fastdist.port, "GET", "/health")
     assert set(WEIGHTS) == set(mocks.ids)
+
+
+def test_an_emitter_that_keeps_its_end_open_after_its_last_answer_is_not_waited_for(mocks, serve):
+    fastdist = serve(mocks, {"server": {"workers": 1}})
+    with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
+        connection.sendall(b"no HTTP\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+        assert connection.recv(1) == b""  # all is said; our end stays open
+        started = time.monotonic()
+        assert fastdist.stop() == 0
+        assert time.monotonic() - started < 4, "an emitter may take 5 s to read its answer, but not to end the service"

@@ -7,12 +7,14 @@ import subprocess
 
 import pytest
 
+from fastdist import stats
 from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.changes import Changes
 from fastdist.config import Analyzer, Config, Security
 from fastdist.control import Action
 from fastdist.errors import ConfigError, StartError
 from fastdist.shared import AnalyzerWord, SharedBlock
+from fastdist.snapshot import Snapshot
 
 
 def analyzers(*weights: float, port: int = 4000) -> tuple[Analyzer, ...]:
@@ -108,7 +110,6 @@ def test_changes_that_can_be_asked_for(body, action):
     [
         (b"", 400, []),
         (b"{", 400, []),
-        (b'{"state": "\xff"}', 400, []),
         (b"[]", 422, []),
         (b"{}", 422, []),
         (b'{"weight": -1}', 422, ["/weight"]),
@@ -117,7 +118,12 @@ def test_changes_that_can_be_asked_for(body, action):
         (b'{"weight": true}', 422, ["/weight"]),
         (b'{"weight": 1e101}', 422, ["/weight"]),
         (b'{"weight": 1%s}' % (b"0" * 400), 422, ["/weight"]),
-        (b'{"weight": 1e999}', 400, []),
+        (b'{"weight": 1e999}', 422, ["/weight"]),
+        (b'{"weight": -1e999}', 422, ["/weight"]),
+        (b'{"weight": NaN}', 400, []),
+        (b'{"weight": Infinity}', 400, []),
+        (b"[" * 100_000, 400, []),
+        (b'{"state": "\xff"}', 400, []),
         (b'{"state": "offline"}', 422, ["/state"]),
         (b'{"state": null}', 422, ["/state"]),
         (b'{"state": ["online"]}', 422, ["/state"]),
@@ -261,3 +267,63 @@ def test_a_certificate_that_is_gone_but_in_force_refuses_the_reload(block, tmp_p
     with pytest.raises(StartError, match=r"one\.pem"):
         it.take_over(Config(analyzers=analyzers(2)))
     assert block.analyzers.weight(0) == 1.0
+
+
+def named(*names: str) -> Config:
+    return Config(analyzers=tuple(Analyzer(id=name, endpoint="http://127.0.0.1:4000/", weight=1) for name in names))
+
+
+def test_a_new_analyzer_begins_at_nothing_in_a_slot_another_has_had(block, tmp_path):
+    it = Changes(named("old", *"bcdefgh"), block, tmp_path)  # all the slots there are
+    it.begin()
+    for row in block.rows:
+        for field in ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries"):
+            row.add_to(0, field, 40)
+        row.observe_delivery(0, 8_000_000)
+    it.take_over(named(*"bcdefgh"))
+    it.take_over(named("new", *"bcdefgh"))
+    assert it.slots_in_use()["new"] == 0
+    block.rows[1].add_to(0, "delivered", 3)
+    block.rows[1].observe_delivery(0, 1_000_000)
+    it.block.rows[0].add_to(1, "delivered", 1)
+    snapshot = Snapshot(block, it.config, it.roster, "1")
+    new = next(view for view in stats.analyzers(snapshot)["analyzers"] if view["id"] == "new")
+    assert (new["delivered"], new["failed"], new["retried"], new["actualShare"]) == (3, 0, 0, 0.75)
+    assert new["latencyMs"]["max"] < 2.0
+    assert snapshot.delivery([0]).cumulative()[-1] == 1
+    assert snapshot.delivered == 84
+    assert snapshot.total_of_analyzers("failed") == 80
+    assert snapshot.delivery().cumulative()[-1] == 3
+
+
+def test_an_analyzer_that_comes_back_to_its_slot_keeps_its_figures(block, tmp_path):
+    it = Changes(named("a", "b"), block, tmp_path)
+    it.begin()
+    block.rows[0].add_to(0, "delivered", 40)
+    it.take_over(named("b"))
+    it.take_over(named("b", "a"))
+    figures = {each.analyzer.id: each for each in Snapshot(block, it.config, it.roster, "1").analyzers}
+    assert figures["a"].delivered == 40
+
+
+def test_a_slot_that_still_awaits_replies_is_the_last_to_be_given_away(block, tmp_path):
+    it = Changes(named(*"abcdefgh"), block, tmp_path)
+    it.begin()
+    it.take_over(named(*"defgh"))
+    block.rows[1].add_to(0, "packets_in_flight", 1)
+    it.take_over(named(*"efgh", "x"))  # d is removed in the same step: workers have yet to hear of it
+    assert it.slots_in_use()["x"] == 1
+
+
+def test_being_told_to_be_online_ends_a_pause(block, tmp_path):
+    it = changes(block, tmp_path, 1, 1)
+    later = 2**62
+    for slot in (0, 1):
+        block.analyzers.pause(slot, later)
+    assert it.apply(Action("override", "A1", 2.0, None))[0] == 200  # another weight is no reason to disturb it
+    assert block.analyzers.get(0, AnalyzerWord.PAUSED_UNTIL_NS) == later
+    epoch = block.analyzers.epoch
+    assert it.apply(Action("override", "A1", None, False))[0] == 200
+    assert block.analyzers.get(0, AnalyzerWord.PAUSED_UNTIL_NS) == 0
+    assert block.analyzers.epoch > epoch
+    assert block.analyzers.get(1, AnalyzerWord.PAUSED_UNTIL_NS) == later

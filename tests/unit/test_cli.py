@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 import fastdist
 from fastdist import __version__, cli, console, replay
 from fastdist._core.ring import Packet
-from fastdist.deadletters import DeadLetters
+from fastdist.deadletters import UNREADABLE, DeadLetters
 from fastdist.errors import StartError
+from fastdist.snapshot import DEAD_LETTERS
 
 
 class FakeSupervisor(ModuleType):
@@ -196,7 +197,7 @@ def test_check_looks_at_the_certificate_as_serve_does(run, file):
     result = run("check", str(file))
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("security.tls_cert /nowhere.pem and tls_key /nowhere.pem cannot be used: ")
+    assert result.stderr == "security.tls_cert: /nowhere.pem cannot be read: No such file or directory\n"
 
 
 # ---- dead letters (what becomes of them: test_replay.py)
@@ -252,7 +253,7 @@ def test_list_as_json(run, letters):
 def test_list_of_a_part(run, letters):
     assert "1 dead letter, 1 B" in run("dead-letters", "list", str(letters), "--reason", "shutdown").stdout
     assert "2 dead letters" in run("dead-letters", "list", str(letters), "--since", "1h").stdout
-    assert run("dead-letters", "list", str(letters), "--reason", "x", "--json").stdout == ""
+    assert run("dead-letters", "list", str(letters), "--reason", "exhausted", "--json").stdout == ""
     assert "2 dead letters" in run("dead-letters", "list", str(letters), "--since", "99999999d").stdout
 
 
@@ -363,8 +364,32 @@ def test_purge_without_a_terminal_needs_to_be_told(run, letters):
     result = run("dead-letters", "purge", str(letters), "--yes", "--reason", "shutdown")
     assert (result.exit_code, result.stdout) == (0, "removed 1 dead letter\n")
     result = run("dead-letters", "purge", str(letters), "-y")
-    assert (result.exit_code, result.stdout) == (0, "removed 2 dead letters\n")
+    assert (result.exit_code, result.stdout) == (0, "removed 1 dead letter and 1 unreadable line\n")
     assert list(letters.glob("dead-letters/*")) == []
+
+
+def test_lines_that_are_no_letters_are_called_so(run, tmp_path):
+    (tmp_path / "a.ndjson").write_text("{torn\n\n{torn too\n")
+    assert "\n2 unreadable lines, 16 B, the oldest of" in run("dead-letters", "list", str(tmp_path)).stdout
+    result = run("dead-letters", "purge", str(tmp_path), "--yes", "--reason", "unreadable")
+    assert (result.exit_code, result.stdout) == (0, "removed 2 unreadable lines\n")
+
+
+def test_the_reasons_are_those_that_there_are():
+    assert tuple(cli.Reason) == DEAD_LETTERS
+    assert tuple(cli.LineReason) == (*DEAD_LETTERS, UNREADABLE)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"), [("list", "bogus"), ("purge", "bogus"), ("replay", "bogus"), ("replay", "unreadable")]
+)
+def test_a_reason_that_nothing_has_is_refused_with_those_there_are(run, letters, command, reason):
+    result = run("dead-letters", command, str(letters), "--reason", reason)
+    assert result.exit_code == 2
+    assert "--reason" in result.stderr
+    for known in cli.LineReason if command != "replay" else cli.Reason:
+        assert f"'{known}'" in result.stderr
+        assert known in run("dead-letters", command, "--help").output
 
 
 @pytest.mark.parametrize(("answer", "status", "left"), [("n", 1, 1), ("\n", 1, 1), ("y", 0, 0)])

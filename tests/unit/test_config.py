@@ -14,7 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastdist.config import Analyzer, Config, Delivery, from_wire, load, reloadable, to_wire, warnings
+from fastdist._core.ring import round_capacity
+from fastdist.config import LEAST_PART, Analyzer, Config, Delivery, from_wire, load, reloadable, to_wire, warnings
 from fastdist.errors import ConfigError
 
 # The documented configuration, word for word: every value in it is the default.
@@ -125,6 +126,14 @@ def write(tmp_path):
     return write
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cores():
+    """Have a machine of the same size everywhere: the least capacity depends on that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda _: range(4))
+        yield
+
+
 @pytest.fixture
 def config_of(write):
     """Return the configuration that a file makes."""
@@ -212,6 +221,22 @@ def test_values_at_their_bounds(config_of, setting, value, expected):
     assert getattr(getattr(config, section), key) == expected
 
 
+def test_the_queue_has_room_for_a_ring_of_every_worker(config_of, problems_of, monkeypatch):
+    assert round_capacity(1) == LEAST_PART
+    text = "[server]\nworkers = {}\n[queue]\ncapacity = '1MiB'\n"
+    assert config_of(text.format(16)).queue.capacity == 2**20
+    assert problems_of(text.format(17)) == [
+        "queue.capacity: must be >= 1088KiB: 64KiB for each of 17 workers (server.workers)"
+    ]
+    assert problems_of("[queue]\ncapacity = '1MiB'\n", {"WORKER_COUNT": "64"}) == [
+        "queue.capacity: must be >= 4MiB: 64KiB for each of 64 workers (server.workers)"
+    ]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(32))
+    assert problems_of(text.format(0)) == [
+        "queue.capacity: must be >= 2MiB: 64KiB for each of 32 workers (one per core here)"
+    ]
+
+
 def test_a_byte_order_mark_is_no_problem(config_of):
     assert config_of(b"\xef\xbb\xbf[server]\nport = 1\n").server.port == 1
 
@@ -246,7 +271,7 @@ def test_a_configuration_is_frozen():
         ("[limits]\nrate = true", "limits.rate: expected a number, got boolean true"),
         ("[limits]\nrate = '1'", 'limits.rate: expected a number, got string "1"'),
         ("[limits]\nburst = 1.5", "limits.burst: expected an integer, got number 1.5"),
-        ("[retry]\nbase = true", "retry.base: expected a duration such as 500ms, 2s or 1.5m, got bool"),
+        ("[retry]\nbase = true", "retry.base: expected a duration such as 500ms, 2s or 1.5m, got boolean true"),
         ("[server]\nmax_body = '5'", "server.max_body: expected a size such as 512B, 16KiB or 10MiB, got '5'"),
         (
             "[delivery]\nspill_after = 'soon'",

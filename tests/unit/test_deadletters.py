@@ -246,25 +246,147 @@ def test_after_close_comes_another_file(letters, tmp_path):
 # ---- durability
 
 
-@pytest.mark.parametrize("sync", [True, False])
-def test_with_sync_a_letter_is_on_the_disk_before_write_returns(tmp_path, monkeypatch, sync):
+@pytest.fixture
+def calls(monkeypatch):
+    """Return what is synced: ("data", size of the file) or ("folder", its name)."""
     calls = []
     monkeypatch.setattr(deadletters.os, "fdatasync", lambda fd: calls.append(("data", os.fstat(fd).st_size)))
-    monkeypatch.setattr(
-        deadletters.os, "fsync", lambda fd: calls.append(("folder", stat.S_ISDIR(os.fstat(fd).st_mode)))
-    )
-    letters = DeadLetters(tmp_path, "w0", sync=sync)
-    write(letters)
-    write(letters)
-    sizes = [len(line) for line in files_in(tmp_path)[0].read_bytes().splitlines(keepends=True)]
-    assert calls == ([("folder", True), ("data", sizes[0]), ("data", sum(sizes))] if sync else [])
-    letters.close()
+    monkeypatch.setattr(deadletters, "sync_folder", lambda folder: calls.append(("folder", folder.name)))
+    return calls
 
 
-@pytest.mark.parametrize("call", ["write", "fdatasync", "open", "mkdir", "folder"])
+@pytest.fixture
+def synced(tmp_path):
+    made = DeadLetters(tmp_path / "data", "w0", sync=True)
+    yield made
+    made.close()
+
+
+def sizes_in(folder):
+    return [path.stat().st_size for path in files_in(folder)]
+
+
+def test_one_sync_covers_all_letters_and_at_first_the_names_of_file_and_folder(synced, tmp_path, calls):
+    assert not synced.unsynced
+    synced.sync()
+    assert calls == []
+    for _ in range(3):
+        write(synced)
+    assert synced.unsynced
+    synced.sync()
+    (size,) = sizes_in(tmp_path / "data")
+    assert calls == [("data", size), ("folder", FOLDER), ("folder", "data")]
+    assert not synced.unsynced
+    write(synced)
+    synced.sync()
+    synced.sync()
+    assert calls[3:] == [("data", *sizes_in(tmp_path / "data"))]
+
+
+def test_without_sync_nothing_is_kept_for_one(letters, calls):
+    write(letters)
+    assert not letters.unsynced
+    letters.sync()
+    assert calls == []
+
+
+def test_a_file_that_is_full_is_synced_all_the_same(synced, tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(deadletters, "LARGEST_FILE", 1000)
+    for _ in range(3):
+        write(synced, b"x" * 600)
+    synced.sync()
+    assert [call for call in calls if call[0] == "data"] == [("data", size) for size in sizes_in(tmp_path / "data")]
+    assert len(calls) == 3 + 2
+
+
+def test_a_file_is_not_closed_before_it_is_synced(synced, tmp_path):
+    write(synced)
+    (file,) = files_in(tmp_path / "data")
+
+    def is_locked():
+        with file.open("rb") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    for now in range(1, 5):
+        synced.tick(now * IDLE_NS)
+        assert is_locked()
+    work = synced.begin_sync()
+    synced.close()
+    assert is_locked()
+    work()
+    assert is_locked()
+    synced.end_sync(None)
+    assert not is_locked()
+
+
+def test_what_is_written_while_a_sync_runs_needs_another(synced):
+    write(synced)
+    work = synced.begin_sync()
+    assert synced.syncing
+    write(synced)
+    work()
+    synced.end_sync(None)
+    assert not synced.syncing
+    assert synced.unsynced
+    synced.sync()
+    assert not synced.unsynced
+
+
+def broken(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_after_a_sync_that_failed_letters_are_written_over(synced, tmp_path, monkeypatch):
+    """The kernel may have taken their pages for written, which the next sync would not notice."""
+    write(synced)
+    synced.sync()
+    (before,) = sizes_in(tmp_path / "data")
+    write(synced, b"y" * 5000)
+    with monkeypatch.context() as disk:
+        disk.setattr(deadletters.os, "fdatasync", broken)
+        with pytest.raises(OSError, match="Input/output"):
+            synced.sync()
+    content = files_in(tmp_path / "data")[0].read_bytes()
+    write(synced, name="after")
+    written, real = [], os.pwrite
+    monkeypatch.setattr(deadletters.os, "pwrite", lambda fd, data, at: written.append((at, data)) or real(fd, data, at))
+    synced.sync()
+    whole = files_in(tmp_path / "data")[0].read_bytes()
+    assert whole.startswith(content)
+    assert written == [(before, whole[before:])]
+    write(synced)
+    synced.sync()
+    assert len(written) == 1, "once is enough"
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_what_could_not_be_synced_can_be_taken_back(synced, tmp_path, monkeypatch, files):
+    write(synced)
+    synced.sync()
+    if files > 1:
+        monkeypatch.setattr(deadletters, "LARGEST_FILE", 1000)
+    for number in range(3):
+        write(synced, b"x" * 600, name=f"lost{number}")
+    assert len(files_in(tmp_path / "data")) == (1 if files == 1 else 4)
+    with monkeypatch.context() as disk:
+        disk.setattr(deadletters.os, "fdatasync", broken)
+        with pytest.raises(OSError, match="Input/output"):
+            synced.sync()
+    synced.take_back()
+    assert not synced.unsynced
+    write(synced, name="later")
+    synced.sync()
+    assert [letter["id"] for letter in letters_in(tmp_path / "data")] == ["p1", "later"]
+
+
+@pytest.mark.parametrize("call", ["write", "open", "mkdir"])
 def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkeypatch, call):
     letters = DeadLetters(tmp_path, "w0", sync=True)
-    if call in ("write", "fdatasync"):
+    if call == "write":
         write(letters)  # the first goes well
 
     def fail(*_args, **_more):
@@ -273,7 +395,7 @@ def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkey
     if call == "mkdir":
         (tmp_path / FOLDER).write_bytes(b"in its place")
     else:
-        monkeypatch.setattr(deadletters.os, {"folder": "fsync"}.get(call, call), fail)
+        monkeypatch.setattr(deadletters.os, call, fail)
     for _ in range(5):
         with pytest.raises(OSError, match=r"No space|exists"):
             write(letters, name="lost")
@@ -281,9 +403,7 @@ def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkey
     if call == "mkdir":
         (tmp_path / FOLDER).unlink()
     write(letters, name="later")
-    assert [letter["id"] for letter in letters_in(tmp_path)] == (
-        ["p1", "later"] if call in ("write", "fdatasync") else ["later"]
-    )
+    assert [letter["id"] for letter in letters_in(tmp_path)] == (["p1", "later"] if call == "write" else ["later"])
     assert len(files_in(tmp_path)) == 1
     letters.close()
 

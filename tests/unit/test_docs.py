@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -220,8 +221,8 @@ def test_every_package_that_is_needed_has_its_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = [entry for group in project["dependency-groups"].values() for entry in group if isinstance(entry, str)]
     needed = [*project["project"]["dependencies"], *groups, *project["build-system"]["requires"]]
-    tables = rows(ARCHITECTURE, "at run time") + rows(ARCHITECTURE, "to build and test")
-    explained = {name for row in tables for name in re.findall(r"`([\w-]+)`", row[0])}
+    tables = [rows(ARCHITECTURE, heading) for heading in ("at run time", "to build and test", "to measure")]
+    explained = {name for row in chain(*tables) for name in re.findall(r"`([\w-]+)`", row[0])}
     assert {re.split(r"[<>=~ \[]", entry)[0] for entry in needed} == explained
 
 

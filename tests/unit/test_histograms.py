@@ -72,3 +72,11 @@ def test_nothing_has_no_percentiles():
 
 def test_milliseconds_are_rounded_to_a_microsecond():
     assert merge([words_of([123_456_789])]).milliseconds()["max"] == 123.457
+
+
+@given(st.lists(DURATIONS, min_size=1, max_size=30), st.lists(DURATIONS, max_size=30))
+def test_what_was_added_since_is_what_was_counted_since(before, after):
+    earlier, now = merge([words_of(before)]), merge([words_of(before + after)])
+    added, alone = now.since(earlier), merge([words_of(after)])
+    assert (added.buckets, added.sum_ns) == (alone.buckets, alone.sum_ns)
+    assert alone.max_ns <= added.max_ns <= max([alone.max_ns * 1.15 + 256, *(ns for ns in before if ns >= BOUNDS[-2])])

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fastdist import metrics
 from fastdist.config import Analyzer, Config
 from fastdist.histograms import BOUNDS
-from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerWord
+from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.snapshot import DEAD_LETTERS, REJECTIONS, Instant, Snapshot
 
 SECOND = 10**9
@@ -78,6 +78,8 @@ GAUGES = (
     "analyzer_effective_share",
     "analyzer_actual_share",
     "worker_resident_memory_bytes",
+    "worker_up",
+    "ready",
     "uptime_seconds",
     "build_info",
 )
@@ -149,6 +151,15 @@ def test_workers_and_build(block):
     assert "1.2.3" in build
     assert value == 1
     assert "fastdist_build_info" in kinds
+
+
+def test_what_keeps_packets_from_being_taken_shows(block):
+    block.worker(0)[WorkerWord.STATE] = WorkerState.RUNNING
+    _, it = scrape(block)
+    assert (it["fastdist_worker_up", "0"], it["fastdist_worker_up", "1"], it["fastdist_ready",]) == (1, 0, 1)
+    block.worker(0)[WorkerWord.STORAGE_FAULT] = 1
+    _, it = scrape(block)
+    assert it["fastdist_ready",] == 0
 
 
 def test_histograms_are_exact_at_every_bound(block):

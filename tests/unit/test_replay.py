@@ -203,18 +203,22 @@ def broken(*_):
     raise OSError(5, "Input/output error")
 
 
-def test_nothing_is_appended_to_half_a_line_that_cannot_be_taken_back(tmp_path, monkeypatch):
+def test_nothing_is_appended_to_letters_that_can_neither_be_synced_nor_taken_back(tmp_path, monkeypatch):
     letters = DeadLetters(tmp_path, "w0-1", sync=True)
     letters.write(packet("a"), "refused", "A1", 400, None)
+    letters.sync()
+    letters.write(packet("b"), "refused", "A1", 400, None)
     with monkeypatch.context() as disk:
         disk.setattr(deadletters.os, "fdatasync", broken)
         disk.setattr(deadletters.os, "ftruncate", broken)
         with pytest.raises(OSError, match="Input/output"):
-            letters.write(packet("b"), "refused", "A1", 400, None)
-    letters.write(packet("c"), "refused", "A1", 400, None)
+            letters.sync()
+        letters.take_back()
+    letters.write(packet("b"), "refused", "A1", 400, None)
+    letters.sync()
     first, second = find_files(tmp_path)
-    assert ids(first.path)[0] == "a"
-    assert ids(second.path) == ["c"]
+    assert ids(first.path) == ["a", "b"]
+    assert ids(second.path) == ["b"], "better twice than never"
 
 
 def test_files_that_cannot_be_made_durable_do_not_pile_up(tmp_path, monkeypatch):
@@ -222,10 +226,14 @@ def test_files_that_cannot_be_made_durable_do_not_pile_up(tmp_path, monkeypatch)
     with monkeypatch.context() as disk:
         disk.setattr(deadletters.os, "fsync", broken)
         for _ in range(3):
+            letters.write(packet("a"), "refused", "A1", 400, None)
             with pytest.raises(OSError, match="Input/output"):
-                letters.write(packet("a"), "refused", "A1", 400, None)
-    assert names_in(tmp_path / "dead-letters") == []
+                letters.sync()
+            letters.take_back()
+    assert len(names_in(tmp_path / "dead-letters")) == 1
+    assert ids(tmp_path) == []
     letters.write(packet("a"), "refused", "A1", 400, None)
+    letters.sync()
     assert ids(tmp_path) == ["a"]
 
 
@@ -720,16 +728,22 @@ def test_ctrl_c_ends_it_in_good_order(tmp_path, distributor, run):
 # ---- purging
 
 
+def purged(files, selection, note):
+    """Purge; return how many lines are gone, and how many files were skipped."""
+    removed, skipped = replay.purge(files, selection, note)
+    return removed.lines, skipped
+
+
 def test_purge_removes_what_is_selected_and_keeps_the_rest(tmp_path):
     fill(tmp_path, "ab", reason="refused")
     path = fill(tmp_path, "cd", reason="shutdown")
     with path.open("ab") as file:
         file.write(b"{torn")
-    assert replay.purge(find_files(tmp_path), Selection(reason="shutdown"), print) == (2, 0)
+    assert purged(find_files(tmp_path), Selection(reason="shutdown"), print) == (2, 0)
     assert ids(tmp_path) == ["a", "b", None]
-    assert replay.purge(find_files(tmp_path), Selection(reason="unreadable"), print) == (1, 0)
+    assert purged(find_files(tmp_path), Selection(reason="unreadable"), print) == (1, 0)
     assert ids(tmp_path) == ["a", "b"]
-    assert replay.purge(find_files(tmp_path), Selection(), print) == (2, 0)
+    assert purged(find_files(tmp_path), Selection(), print) == (2, 0)
     assert names_in(tmp_path / "dead-letters") == []
 
 
@@ -739,10 +753,10 @@ def test_purge_by_age(tmp_path):
     new = old.replace(b"old", b"new").replace(b"2026-01-02", datetime.now(UTC).strftime("%Y-%m-%d").encode())
     path.write_bytes(b"unreadable\n" + old + b"\n" + new.replace(b"03:04:05Z", b"23:59:59Z") + b"\n")
     until = datetime(2026, 1, 3, tzinfo=UTC)
-    assert replay.purge(find_files(path), Selection(until=until), print) == (1, 0)
+    assert purged(find_files(path), Selection(until=until), print) == (1, 0)
     assert ids(path) == [None, "new"]
     os.utime(path, (0, 0))
-    assert replay.purge(find_files(path), Selection(until=until), print) == (1, 0)
+    assert purged(find_files(path), Selection(until=until), print) == (1, 0)
     assert ids(path) == ["new"]
 
 
@@ -752,18 +766,18 @@ def test_purge_skips_what_a_worker_writes_to_and_what_came_later(tmp_path, monke
     letters.write(packet("a"), "refused", "A1", 400, None)
     files = find_files(tmp_path)
     notes = []
-    assert replay.purge(files, Selection(), notes.append) == (0, 1)
+    assert purged(files, Selection(), notes.append) == (0, 1)
     assert "skipped" in notes[0]
     letters.write(packet("b"), "refused", "A1", 400, None)
     letters.close()
-    assert replay.purge(files, Selection(), notes.append) == (1, 0)
+    assert purged(files, Selection(), notes.append) == (1, 0)
     assert ids(tmp_path) == ["b"]
 
 
 def test_purge_does_not_count_what_was_replayed(tmp_path):
     path = fill(tmp_path, "ab")
     journal_of(path).write_text("0 a\n")
-    assert replay.purge(find_files(tmp_path), Selection(), print) == (1, 0)
+    assert purged(find_files(tmp_path), Selection(), print) == (1, 0)
     assert names_in(path.parent) == []
 
 

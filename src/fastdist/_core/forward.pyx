@@ -470,7 +470,8 @@ cdef class ReplyBase:
         cdef Group group
         cdef Py_ssize_t length
         if self.group_count == 0:
-            self.close_after("", False)  # it speaks unasked: nothing of ours is at stake
+            self.pool.unasked(p[:min(end - p, 100)])
+            self.close_after("", False)  # nothing of ours is at stake
             return end
         length = find_head_end(p, end - p, &self.scanned, False)
         if length == HEAD_INCOMPLETE:

@@ -230,6 +230,8 @@ cdef class IngestBase:
             self.flush()
         if self.intake.ring.next_sequence != before:
             self.intake.on_accepted()
+            if self.intake.answers_after_sync:
+                self.intake.on_sync_wanted()
 
     cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
         cdef const uchar *end = p + n
@@ -288,7 +290,8 @@ cdef class IngestBase:
         cdef bint bodiless = head.expects_continue or head.content_length > self.intake.max_body
         self.head_only = head.method == HEAD
         if head.status:
-            self.fault(head.status, "malformed", f"the request is not HTTP: {head.fault.decode()}")
+            self.fault(head.status, "malformed",  # 501 and 505 are about what is HTTP, but not spoken here
+                       f"{'the request is not HTTP: ' if head.status == 400 else ''}{head.fault.decode()}")
             return 0
         self.keep_alive = keep_alive and not bodiless
         self.old_client = head.minor == 0
@@ -525,7 +528,6 @@ cdef class IngestBase:
             if intake.answers_after_sync:
                 answer.position = intake.ring.tail
                 self.await_sync()
-                intake.on_sync_wanted()
             self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
                                 messages if intake.validation else None)
             return 0
@@ -541,7 +543,6 @@ cdef class IngestBase:
                 self.answers = []
             self.answers.append(answer)
             self.await_sync()
-            intake.on_sync_wanted()
         return 0
 
     # ---- answers
@@ -655,14 +656,16 @@ cdef class IngestBase:
                 break
             ready.append(answer.data)
         if ready:
-            del self.answers[:len(ready)]
+            if len(ready) == len(self.answers):
+                self.answers = None
+            else:
+                del self.answers[:len(ready)]
             if self.transport is not None:
-                self.transport.write(b"".join(ready))
-        if not self.answers:
-            self.answers = None
-            if self.state == OVER and self.transport is not None:
-                self.finish()
-        self.balance_input()
+                self.transport.write(ready[0] if len(ready) == 1 else b"".join(ready))
+        if self.answers is None and self.state == OVER and self.transport is not None:
+            self.finish()
+        if self.input_paused or self.output_paused or self.answers is not None:
+            self.balance_input()
 
     def balance_input(self):
         """Read no further while the emitter does not read its answers, or too many of them wait."""
@@ -688,6 +691,11 @@ cdef class IngestBase:
     def idle(self):
         """Whether nothing is under way: no part of a request, no answer."""
         return self.state == START and self.head_ns == 0 and self.answers is None
+
+    def lingered(self, int64_t now):
+        """Return for how many ns all has been written here and only the emitter's end is awaited; 0 if that is not so."""
+        done = self.state == OVER and self.answers is None and self.transport.get_write_buffer_size() == 0
+        return now - self.moved_ns if done else 0
 
     def expired(self, int64_t now):
         """Return what has taken too long: "" nothing, "idle", "head", "body", "answers" or "end"."""

@@ -1,0 +1,55 @@
+"""What the tests of deployment files look at: the files, and a distributor that has had some traffic."""
+
+from __future__ import annotations
+
+import shutil
+
+import images
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from support import Distributor, Emitter, Mocks, request, running
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory):
+    """Return a distributor that has accepted, rejected and delivered packets."""
+    mocks = Mocks()
+    with running(mocks):
+        distributor = Distributor(tmp_path_factory.mktemp("live"), mocks)
+        with running(distributor):
+            Emitter(distributor.port).send(200)
+            assert distributor.post(b"[]")[0] == 400
+            distributor.wait_at_rest()
+            yield distributor
+
+
+@pytest.fixture(scope="session")
+def exposition(live) -> str:
+    """Return the text of GET /metrics."""
+    status, _, body = request(live.port, "GET", "/metrics")
+    assert status == 200
+    return body.decode()
+
+
+@pytest.fixture(scope="session")
+def families(exposition):
+    """Return what GET /metrics tells, as prometheus_client reads it."""
+    return list(text_string_to_metric_families(exposition))
+
+
+@pytest.fixture
+def promtool() -> str:
+    """Return where promtool is; skip where it is not."""
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("promtool is not installed; scripts/peers.sh installs it")
+    return found
+
+
+@pytest.fixture(scope="session")
+def builder(tmp_path_factory) -> images.Builder:
+    """Return what makes the Dockerfile's images, each once; skip where none can be made."""
+    folder = tmp_path_factory.mktemp("images")
+    if obstacle := images.obstacle(folder):
+        pytest.skip(obstacle)
+    return images.Builder(folder)

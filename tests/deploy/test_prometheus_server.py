@@ -1,0 +1,110 @@
+"""A real Prometheus reads a real distributor: every panel shows something, and alerts fire when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+from urllib.parse import quote
+
+import pytest
+import yaml
+from dockerfile import ROOT
+from support import Distributor, Emitter, Mocks, Process, get_json, running, wait_until
+from test_grafana import PANELS, plain
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed; scripts/peers.sh does"),
+]
+RULES = ROOT / "deploy" / "prometheus" / "fastdist.rules.yml"
+
+
+class Prometheus(Process):
+    """Prometheus with our rules, so impatient that tests need not wait for minutes."""
+
+    def __init__(self, folder, target: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        configuration = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())
+        configuration["global"] = {"scrape_interval": "250ms", "evaluation_interval": "250ms"}
+        configuration["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{target}"]}]
+        configuration["rule_files"] = ["rules.yml"]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+        (folder / "rules.yml").write_text(re.sub(r"for: \d+m", "for: 1s", RULES.read_text()))
+        super().__init__(
+            [
+                "prometheus",
+                f"--config.file={folder}/prometheus.yml",
+                f"--storage.tsdb.path={folder}/tsdb",
+                f"--web.listen-address=127.0.0.1:{self.port}",
+            ]
+        )
+
+    def ask(self, expression: str) -> list:
+        return get_json(self.port, f"/api/v1/query?query={quote(expression)}")["data"]["result"]
+
+    def firing(self) -> set[str]:
+        """Return the alerts that fire now."""
+        return {row["metric"]["alertname"] for row in self.ask('ALERTS{alertstate="firing"}')}
+
+    def wait_until_ready(self) -> None:
+        def ready() -> bool:
+            try:
+                return bool(self.ask('up{job="fastdist"} == 1'))
+            except (OSError, AssertionError, json.JSONDecodeError):
+                return False
+
+        wait_until(ready, "Prometheus reads the distributor")
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Return Prometheus, a distributor with a bit of everything going on, and its mock analyzers."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    mocks = Mocks()
+    mocks.set("A1", failureRate=0.3)
+    mocks.set("A3", failureRate=0.3, failureStatus=422)
+    distributor = Distributor(folder, mocks, {"health": {"fall": 1000}})
+    prometheus = Prometheus(folder, distributor.port)
+    with running(mocks, distributor, prometheus):
+        prometheus.wait_until_ready()
+        emitter = Emitter(distributor.port, 4, pause=0.02).start()
+        emitter.wait_for(50)
+        yield prometheus, distributor, mocks
+        emitter.stop()
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_a_panel_shows_something(panel, everything):
+    prometheus, distributor, _ = everything
+
+    def shown() -> bool:
+        assert distributor.post(b"[]")[0] == 400
+        return all(prometheus.ask(plain(target["expr"])) for target in panel["targets"])
+
+    wait_until(shown, f"figures of {panel['title']}")
+
+
+def test_alerts_are_evaluated_without_errors(everything):
+    prometheus, _, _ = everything
+
+    def rules() -> list:
+        groups = get_json(prometheus.port, "/api/v1/rules")["data"]["groups"]
+        found = [rule for group in groups for rule in group["rules"]]
+        return found if all(rule["health"] != "unknown" for rule in found) else []
+
+    found = wait_until(rules, "all rules are evaluated")
+    assert len(found) == len(re.findall("alert:", RULES.read_text()))
+    assert [rule for rule in found if rule["health"] != "ok"] == []
+
+
+def test_alerts_fire_on_a_live_service_that_is_in_trouble(everything):
+    prometheus, distributor, _ = everything
+    for expected in ("FastdistAnalyzerFailing", "FastdistDeadLetters"):
+        wait_until(lambda name=expected: name in prometheus.firing(), expected, 60)
+    assert not {"FastdistDown", "FastdistNotReady", "FastdistNoAnalyzer"} & prometheus.firing()
+    distributor.kill_all()
+    wait_until(lambda: "FastdistDown" in prometheus.firing(), "FastdistDown", 60)

@@ -1,0 +1,176 @@
+"""What the service manager is told, read from a real datagram socket as systemd would."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from itertools import count
+
+import pytest
+from structlog.testing import capture_logs
+
+from fastdist import systemd
+from fastdist.systemd import ServiceManager
+
+NUMBERS = count()
+
+
+class Socket:
+    """The manager's end, at a path or (with @) in the abstract namespace."""
+
+    def __init__(self, name):
+        self.name = name
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0" + name[1:] if name.startswith("@") else name)
+        self.socket.setblocking(False)
+
+    def messages(self):
+        """Return what has come since the last look."""
+        found = []
+        while True:
+            try:
+                found.append(self.socket.recv(4096).decode())
+            except BlockingIOError:
+                return found
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request, tmp_path):
+    name = str(tmp_path / "notify") if request.param == "path" else f"@fastdist-test-{os.getpid()}-{next(NUMBERS)}"
+    manager = Socket(name)
+    yield manager
+    manager.socket.close()
+
+
+def service(manager, **environment):
+    return ServiceManager({"NOTIFY_SOCKET": manager.name} | environment)
+
+
+def test_readiness_is_told_once(manager):
+    it = service(manager)
+    assert manager.messages() == []
+    it.ready()
+    it.ready()
+    assert manager.messages() == ["READY=1"]
+
+
+def reload(it, meanwhile=lambda: None):
+    """Reload, with something happening in the middle."""
+
+    async def reload():
+        async with it.reloading():
+            meanwhile()
+
+    asyncio.run(reload())
+
+
+def test_a_reload_begins_with_its_time_and_ends_ready_again(manager):
+    it = service(manager)
+    it.ready()
+    before = time.monotonic_ns() // 1000
+    reload(it, lambda: it.status("in the middle"))
+    _, message, *after = manager.messages()
+    assert message.startswith("RELOADING=1\nMONOTONIC_USEC=")
+    assert before <= int(message.rpartition("=")[2]) <= time.monotonic_ns() // 1000
+    assert after == ["STATUS=in the middle", "READY=1"]
+
+
+def test_a_reload_that_goes_wrong_ends_ready_as_well(manager):
+    it = service(manager)
+    it.ready()
+
+    def fail():
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        reload(it, fail)
+    assert manager.messages()[-1] == "READY=1"
+
+
+def test_nothing_is_ready_by_a_reload_that_was_not_before(manager):
+    reload(service(manager))
+    assert manager.messages() == []
+
+
+def test_nothing_is_ready_again_after_the_end_has_begun(manager):
+    it = service(manager)
+    it.ready()
+    reload(it, lambda: it.stopping(1.5))
+    reload(it, it.ready)
+    assert manager.messages()[2:] == ["STOPPING=1\nEXTEND_TIMEOUT_USEC=1500000"]
+
+
+def test_a_status_is_one_line_and_sent_when_it_is_new(manager):
+    it = service(manager)
+    for text in ("all is well", "all is well", "one\nis missing", "all is well"):
+        it.status(text)
+    assert manager.messages() == ["STATUS=all is well", "STATUS=one is missing", "STATUS=all is well"]
+
+
+def test_the_watchdog_gets_three_signs_in_the_time_it_allows(manager, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(systemd.time, "monotonic", lambda: now)
+    it = service(manager, WATCHDOG_USEC="30000000", WATCHDOG_PID=str(os.getpid()))
+    assert it.interval == 10
+    for _ in range(241):
+        it.alive()
+        now += 0.125
+    assert manager.messages() == ["WATCHDOG=1"] * 4  # at once, and after 10, 20 and 30 s
+
+
+@pytest.mark.parametrize("environment", [{}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}])
+def test_a_watchdog_that_expects_no_sign_of_us_gets_none(manager, environment):
+    it = service(manager, **environment)
+    it.alive()
+    assert manager.messages() == []
+
+
+def test_the_variables_do_not_reach_the_workers(manager):
+    environment = {"NOTIFY_SOCKET": manager.name, "WATCHDOG_USEC": "1000", "WATCHDOG_PID": str(os.getpid()), "A": "1"}
+    ServiceManager(environment)
+    assert environment == {"A": "1"}
+
+
+def test_without_a_manager_nothing_is_sent_or_complained_of(monkeypatch):
+    monkeypatch.setattr(systemd.socket, "socket", None)
+    for environment in ({}, {"NOTIFY_SOCKET": ""}):
+        with capture_logs() as lines:
+            it = ServiceManager(environment)
+            it.ready()
+            it.status("all is well")
+            it.alive()
+            it.stopping(1)
+        assert lines == []
+
+
+def test_an_address_that_is_none_is_told_and_not_used():
+    with capture_logs() as lines:
+        it = ServiceManager({"NOTIFY_SOCKET": "vsock:2:1234"})
+        it.ready()
+    assert [line["value"] for line in lines] == ["vsock:2:1234"]
+
+
+def test_a_manager_that_is_gone_is_told_of_once_and_may_come_back(tmp_path):
+    name = str(tmp_path / "notify")
+    with capture_logs() as lines:
+        it = ServiceManager({"NOTIFY_SOCKET": name})
+        it.ready()
+        it.status("nobody reads this")
+        assert len(lines) == 1
+        back = Socket(name)
+        it.status("somebody reads this")
+        back.socket.close()
+        it.stopping(1)
+        assert len(lines) == 2
+
+
+def test_a_manager_that_reads_nothing_does_not_hold_the_service_up(manager, monkeypatch):
+    monkeypatch.setattr(systemd, "PATIENCE", 0.001)
+    it = service(manager)
+    with capture_logs() as lines:
+        for number in range(600):  # more than the kernel keeps for a reader (net.unix.max_dgram_qlen)
+            it.status(f"status {number}")
+    assert len(lines) == 1
+    assert 0 < len(manager.messages()) < 600
