@@ -229,8 +229,9 @@ def _queue(queue: Queue) -> Text:
     drained = queue.estimated_drain_seconds
     text = Text.assemble(
         f"waiting {queue.packets:,}  in flight {queue.in_flight:,}  oldest {age_text(queue.oldest_age_seconds)}  ",
+        "▕",
         share_bar(queue.bytes, 0, queue.capacity_bytes, QUEUE_BAR),
-        f" {size_text(queue.bytes)} of {size_text(queue.capacity_bytes)}  {queue.durability}  ",
+        f"▏ {size_text(queue.bytes)} of {size_text(queue.capacity_bytes)}  {queue.durability}  ",
     )
     if queue.packets:
         text.append("nothing is delivered" if drained is None else f"drained in {age_text(drained)}")
