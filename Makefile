@@ -5,7 +5,7 @@ BIN := .venv/bin
 CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdist/_core/*.h)
 BUILT := .venv/.built
 
-.PHONY: help build run test unit component e2e deploy chaos bench bench-quick micro profile lint types debug sanitize wheel clean
+.PHONY: help build run test unit component e2e browser deploy screenshots chaos bench bench-quick micro profile lint types debug sanitize wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,8 +34,11 @@ run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-
 test: build  ## every test
 	$(BIN)/python -m pytest
 
-unit component e2e deploy: build  ## one kind of tests
+unit component e2e browser deploy: build  ## one kind of tests
 	$(BIN)/python -m pytest tests/$@
+
+screenshots: build  ## take the dashboard's pictures for the docs anew
+	$(BIN)/python scripts/screenshots.py
 
 chaos: build  ## the long form of the chaos suite (some twenty minutes), with its table for docs/reliability.md
 	FASTDIST_CHAOS=long $(BIN)/python -m pytest tests/chaos

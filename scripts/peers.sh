@@ -1,17 +1,18 @@
 #!/bin/sh
 # Install the programs that only some tests and benchmarks need: other load generators, the servers fastdist is
-# compared with, and Prometheus' promtool. They are Debian packages; elsewhere, or without the right to install, those
-# tests are skipped.
+# compared with, Prometheus' promtool, and a browser. They are Debian packages; elsewhere, or without the right to
+# install, those tests are skipped.
 set -u
 
 missing=
-for pair in wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus; do
+for pair in wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus \
+	chromium:chromium chromedriver:chromium-driver; do
 	program=${pair%%:*}
 	# Servers are in sbin, which is not on everybody's path.
 	PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing="$missing ${pair#*:}"
 done
 if [ -z "$missing" ]; then
-	echo "peers: wrk, ab, nginx, haproxy and promtool are there; nothing to do"
+	echo "peers: wrk, ab, nginx, haproxy, promtool and chromium are there; nothing to do"
 	exit 0
 fi
 

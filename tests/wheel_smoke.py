@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,22 @@ class Analyzer(BaseHTTPRequestHandler):
         pass
 
 
+def look_at_dashboard(url):
+    """See that the page is there, and everything it names or a script of it imports."""
+    to_see, seen = [""], set()
+    while to_see:
+        path = to_see.pop()
+        seen.add(path)
+        with urllib.request.urlopen(f"{url}/{path}", timeout=20) as response:
+            assert response.headers["Content-Security-Policy"].startswith("default-src 'none'; "), path
+            text = response.read().decode()
+        named = re.findall(r'"(dashboard/[\w.]+)"', text) + [
+            f"dashboard/{name}" for name in re.findall(r'from "./([\w.]+)"', text)
+        ]
+        to_see.extend(set(named) - seen - set(to_see))
+    assert seen >= {"dashboard/app.js", "dashboard/style.css", "dashboard/icon.svg", "dashboard/dom.js"}, seen
+
+
 def main(command):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Analyzer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -70,9 +87,9 @@ def main(command):
         else:
             sys.exit("the service did not start")
         threading.Thread(target=lambda: sys.stderr.writelines(service.stderr), daemon=True).start()
-        request = urllib.request.Request(
-            json.loads(line)["url"] + "/logs", PACKET, {"Content-Type": "application/json"}
-        )
+        url = json.loads(line)["url"]
+        look_at_dashboard(url)
+        request = urllib.request.Request(url + "/logs", PACKET, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=20) as response:
             assert response.status == 202, response.status
         assert Analyzer.taken.get(timeout=20) == PACKET

@@ -22,6 +22,7 @@ from msgspec import Struct
 from fastdist import metrics, stats
 from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.control import Action
+from fastdist.pages import FOLDER, pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -106,9 +107,9 @@ def cors_headers(origin: str, allowed: Sequence[str]) -> bytes:
 class Api:
     """Answers requests from what ``snapshot()`` returns, called anew for each.
 
-    ``routes`` maps paths (with ``{id}`` for an analyzer's) to methods to handlers. GET brings HEAD with it, every path
-    has OPTIONS, and a path whose handlers are elsewhere says in ``ELSEWHERE`` what it takes. A handler that asks for a
-    change returns the ``Action``, for whoever can have it carried out.
+    ``routes`` maps paths (with ``{id}`` for an analyzer's, ``{file}`` for the dashboard's) to methods to handlers. GET
+    brings HEAD with it, every path has OPTIONS, and a path whose handlers are elsewhere says in ``ELSEWHERE`` what it
+    takes. A handler that asks for a change returns the ``Action``, for whoever can have it carried out.
     """
 
     ELSEWHERE: Mapping[str, Sequence[str]] = {"/logs": ("POST",)}
@@ -116,6 +117,8 @@ class Api:
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self.snapshot = snapshot
         self.routes: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self._page},
+            "/dashboard/{file}": {"GET": self._page},
             "/health": {"GET": self._view(stats.health)},
             "/ready": {"GET": self._ready},
             "/stats": {"GET": self._view(stats.stats)},
@@ -159,6 +162,12 @@ class Api:
 
     def _view(self, view: Callable[[Snapshot], dict[str, Any]]) -> Handler:
         return lambda _: Response(200, orjson.dumps(view(self.snapshot())), JSON)
+
+    def _page(self, request: Request) -> Response:
+        page = pages()[request.path]
+        if page.is_held(request.headers().get("if-none-match", "")):
+            return Response(304, b"", page.headers)
+        return Response(200, page.body, page.headers)
 
     def _ready(self, _: Request) -> Response:
         state = stats.ready(self.snapshot())
@@ -223,7 +232,9 @@ class Api:
 
 
 def template(path: str) -> str:
-    """Return the route that a path belongs to."""
+    """Return the route that a path belongs to; one that leads nowhere if there is none."""
+    if path.startswith(FOLDER):
+        return "/dashboard/{file}" if path in pages() else ""
     parts = path.split("/")
     if path.startswith("/analyzers/") and len(parts) in (3, 4) and parts[2]:
         parts[2] = "{id}"

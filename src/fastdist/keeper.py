@@ -21,7 +21,7 @@ import psutil
 
 from fastdist import control, logs
 from fastdist.control import Message
-from fastdist.shared import SharedBlock, WorkerState, WorkerWord
+from fastdist.shared import HUNG, SharedBlock, WorkerState, WorkerWord
 from fastdist.worker import Assignment
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Place:
         self.time_to_start = START + rings / READ_RATE
         self.delay = 0.0
         self.false_starts = 0
+        self.hung = False  # the process was killed because it gave no sign of life
         self.cpu_before = 0  # ns, of the processes that filled this place before
 
     @property
@@ -165,7 +166,7 @@ class Keeper:
         words = self.block.worker(place.index)
         words[WorkerWord.HEARTBEAT_NS] = 0
         words[WorkerWord.STATE] = WorkerState.STARTING
-        place.ready, place.started = False, time.monotonic()
+        place.ready, place.hung, place.started = False, False, time.monotonic()
         # -P: nothing that happens to lie in the working directory is imported in place of what is installed.
         place.process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "fastdist.worker", msgspec.json.encode(assignment).decode(), pass_fds=passed
@@ -191,7 +192,10 @@ class Keeper:
             return
         steady = time.monotonic() - place.started > STEADY
         place.delay = FIRST_DELAY if steady else min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
-        self.block.worker(place.index)[WorkerWord.RESTARTS] += 1
+        words = self.block.worker(place.index)
+        words[WorkerWord.RESTARTS] += 1
+        words[WorkerWord.END_STATUS] = HUNG if place.hung else status
+        words[WorkerWord.END_NS] = time.time_ns()
         log.warning("a worker ended and is replaced", worker=place.name, ended_by=how, delay=place.delay)
 
     def _is_hopeless(self, place: Place, why: str) -> bool:
@@ -243,6 +247,7 @@ class Keeper:
             if place.alive and now - beat > (HANG if place.ready else place.time_to_start):
                 log.error("a worker hangs and is killed", worker=place.name, silent_for=round(now - beat, 1))
                 place.started = now  # once
+                place.hung = True
                 place.kill()
 
     def measure(self) -> None:

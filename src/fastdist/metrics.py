@@ -115,7 +115,8 @@ class _Metrics(Collector):
     def durations(self) -> Iterator[Metric]:
         """Yield the histograms."""
         ingest = HistogramMetricFamily(
-            "fastdist_ingest_duration_seconds", "Time from a request's head to its answer, for accepted packets."
+            "fastdist_ingest_duration_seconds",
+            "Time from a request's head until its packet is queued; with fsync, without the sync.",
         )
         _add(ingest, [], self.snapshot.ingest)
         yield ingest

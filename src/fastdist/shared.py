@@ -46,6 +46,7 @@ SAMPLES = 16
 SAMPLE_WORDS = 4
 BASELINE_WORDS = ANALYZER_WORDS + WORDS_PER_HISTOGRAM  # of a slot
 COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries")  # the other fields are gauges
+HUNG = 1000  # the end of a worker that was killed because it gave no sign of life
 
 
 class HeadWord(IntEnum):
@@ -97,6 +98,8 @@ class WorkerWord(IntEnum):
     STARTED_NS = 7  # wall clock; the supervisor
     STORAGE_FAULT = 8  # 1: the last write to disk failed, or the ring's file was deleted; the worker
     FULL = 9  # 1: the last push found the queue full; the worker
+    END_STATUS = 10  # of the last process that ended here unasked: as in Popen.returncode, or HUNG; the supervisor
+    END_NS = 11  # wall clock: when that was, 0 if it never was; the supervisor
     WORKER_WORDS = 16
 
 

@@ -75,7 +75,10 @@ class Rates(NamedTuple):
 
 
 class WorkerFigures(Struct, frozen=True):
-    """What is shown of a worker; ``oldest_ns`` is wall clock, 0 when its part of the queue is empty."""
+    """What is shown of a worker; ``oldest_ns`` and ``end_ns`` are wall clock, 0 for none.
+
+    ``end_status`` and ``end_ns`` tell of the process before this one, if there was one: see ``WorkerWord``.
+    """
 
     id: int
     pid: int
@@ -92,6 +95,8 @@ class WorkerFigures(Struct, frozen=True):
     oldest_ns: int
     cannot_store: bool
     full: bool
+    end_status: int
+    end_ns: int
 
     @property
     def running(self) -> bool:
@@ -277,6 +282,8 @@ class Snapshot:
             # Only the next push clears the word, and who has turned away from a full queue pushes nothing. But a packet
             # that is allowed takes half of a worker's part at most: there is room for it while the other half is free.
             full=bool(words[WorkerWord.FULL]) and used > capacity // 2,
+            end_status=words[WorkerWord.END_STATUS],
+            end_ns=words[WorkerWord.END_NS],
         )
 
     @cached_property

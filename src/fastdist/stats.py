@@ -6,10 +6,11 @@ and for percentiles of nothing; a count, an age or a rate of nothing is 0.
 
 from __future__ import annotations
 
+import signal
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from fastdist.shared import AnalyzerWord, HeadWord
+from fastdist.shared import HUNG, AnalyzerWord, HeadWord
 from fastdist.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -128,7 +129,19 @@ def _worker(worker: WorkerFigures) -> dict[str, Any]:
         "rssBytes": worker.rss_bytes,
         "accepted": worker.accepted,
         "delivered": worker.delivered,
+        "lastError": _end(worker.end_status) if worker.end_ns else None,
+        "lastErrorAt": _iso(worker.end_ns),
     }
+
+
+def _end(status: int) -> str:
+    """Return how the process before a worker's present one ended."""
+    if status == HUNG:
+        return "it hung and was killed"
+    if status < 0:
+        names = {int(each): each.name for each in signal.Signals}
+        return f"ended by signal {names.get(-status, -status)}"
+    return f"ended with exit status {status}"
 
 
 def _analyzer_in_short(figures: AnalyzerFigures) -> dict[str, Any]:

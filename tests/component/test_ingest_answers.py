@@ -206,3 +206,21 @@ def test_a_preflight(sharing):
     assert answer.headers["access-control-allow-methods"] == "POST, OPTIONS"
     assert answer.headers["access-control-max-age"] == "600"
     assert {"Authorization", "Idempotency-Key"} <= {*answer.headers["access-control-allow-headers"].split(", ")}
+
+
+# ---- the dashboard's files
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/", "text/html"), ("/dashboard/app.js", "text/javascript")])
+def test_files_are_kept_by_browsers_and_asked_for_again(service, path, kind):
+    connection = service.ask(head(f"GET {path}"), head(f"HEAD {path}"))
+    full, empty = connection.answers("GET", "HEAD")
+    assert full.headers["content-type"].startswith(kind)
+    assert full.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'; ")
+    assert (empty.status, empty.body) == (200, b"")
+    assert empty.headers["content-length"] == str(len(full.body))
+    held = f"If-None-Match: {full.headers['etag']}"
+    not_modified, after = service.ask(head(f"GET {path}", held), post()).answers("GET", "POST")
+    assert (not_modified.status, not_modified.body) == (304, b"")  # and no length, which would be that of nothing
+    assert not_modified.headers["etag"] == full.headers["etag"]
+    assert after.status == 202

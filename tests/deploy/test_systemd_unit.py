@@ -222,8 +222,11 @@ def test_it_works_within_its_sandbox_as_a_user_of_its_own(service):
         assert re.search(r"^CapEff:\s0+$", status, re.MULTILINE)
         assert re.search(r"^NoNewPrivs:\s1$", status, re.MULTILINE)
         assert re.search(r"^Seccomp:\s2$", status, re.MULTILINE)
-    stats = get_json(service.port, "/stats")
-    assert all(row["rssBytes"] > 0 for row in stats["workers"])  # what it measures it can still see
+
+    def measured():
+        return all(row["rssBytes"] > 0 for row in get_json(service.port, "/stats")["workers"])
+
+    wait_until(measured, "what it measures once a second, it can still see")
     state = service.machine.run("stat", "-c", "%U %a", "/var/lib/fastdist", "/var/lib/fastdist/ring-0.fdq")
     assert state == "fastdist 700\nfastdist 600"
 

@@ -149,6 +149,7 @@ def test_a_worker_that_hangs_is_replaced(mocks, serve):
     assert len(emitter.unknown) <= 16
     stats = fastdist.wait_at_rest()
     assert sorted(row["restarts"] for row in stats["workers"]) == [0, 1]
+    assert [row["lastError"] for row in stats["workers"] if row["restarts"]] == ["it hung and was killed"]
     compare(emitter, mocks, most_duplicates=4 * 32)
 
 

@@ -36,6 +36,7 @@ ORDER = [
     "metrics",
     "control",
     "admin",
+    "pages",
     "api",
     "ingest",
     "worker",

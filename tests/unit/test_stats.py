@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from fastdist import stats
 from fastdist.config import Config, Distribution, Queue
-from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
+from fastdist.shared import HUNG, AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.snapshot import DEAD_LETTERS, REJECTIONS, Instant, Snapshot
 
 SECOND = 10**9
@@ -209,8 +209,27 @@ def test_workers(block):
         "rssBytes": 12345678,
         "accepted": 11,
         "delivered": 9,
+        "lastError": None,
+        "lastErrorAt": None,
     }
     assert (first["pid"], first["state"]) == (None, "starting")
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (-9, "ended by signal SIGKILL"),
+        (-35, "ended by signal 35"),  # one of those for real time, which has no name
+        (3, "ended with exit status 3"),
+        (0, "ended with exit status 0"),
+        (HUNG, "it hung and was killed"),
+    ],
+)
+def test_a_worker_tells_how_the_process_before_it_ended(block, status, error):
+    block.worker(1)[WorkerWord.END_STATUS], block.worker(1)[WorkerWord.END_NS] = status, AT.wall_ns - SECOND
+    first, second = stats.stats(snapshot_of(block))["workers"]
+    assert (first["lastError"], first["lastErrorAt"]) == (None, None)
+    assert (second["lastError"], second["lastErrorAt"]) == (error, "2023-11-14T22:13:19.000Z")
 
 
 @pytest.mark.parametrize(

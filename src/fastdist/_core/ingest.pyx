@@ -116,17 +116,21 @@ cdef class Intake:
 
     def compose(self, int status, str reason, bytes headers, bytes body, *, bint close, bint head_only=False,
                 bint old_client=False):
-        """Return a whole answer. ``headers``: lines each ended by CR LF, Content-Type among them."""
+        """Return a whole answer. ``headers``: lines each ended by CR LF, Content-Type among them.
+
+        204 and 304 have no body, and no length of one.
+        """
         parts = [b"HTTP/1.1 %d %s\r\n" % (status, reason.encode()), headers, NOSNIFF,
                  NO_STORE if b"Cache-Control:" not in headers else b"", b"Date: ", self.http_date(), b"\r\n"]
-        if status != 204 and status >= 200:
+        cdef bint bodiless = status == 204 or status == 304 or status < 200
+        if not bodiless:
             parts.append(b"Content-Length: %d\r\n" % len(body))
         if close:
             parts.append(b"Connection: close\r\n")
         elif old_client:
             parts.append(b"Connection: keep-alive\r\n")
         parts.append(b"\r\n")
-        if not head_only and status != 204:
+        if not head_only and not bodiless:
             parts.append(body)
         return b"".join(parts)
 

@@ -1,0 +1,255 @@
+"""The dashboard's scripts by themselves: how figures are written, what lines are drawn, what the banner says when."""
+
+from __future__ import annotations
+
+import pytest
+
+GOOD = {
+    "health": {
+        "status": "ok",
+        "version": "1",
+        "workers": {"running": 2, "configured": 2},
+        "analyzers": {"online": 2, "total": 2},
+        "storage": "ok",
+    },
+    "ready": {"status": "ready"},
+    "stats": {
+        "uptimeSeconds": 100.0,
+        "packets": {"accepted": 0, "delivered": 0, "queued": 0, "deadLettered": 0, "corrupt": 0},
+        "rejected": {"queueFull": 0, "tooLarge": 0},
+        "analyzers": [{"id": "A1", "delivered": 0}, {"id": "A2", "delivered": 0}],
+        "workers": [{"id": 0, "state": "running"}, {"id": 1, "state": "running"}],
+    },
+    "queue": {"oldestAgeSeconds": 0, "workers": [{"bytes": 0, "capacityBytes": 100}]},
+    "analyzers": [{"id": "A1", "state": "online"}, {"id": "A2", "state": "online"}],
+}
+CONDITIONS = """
+    const history = new window.History_();
+    for (const each of a) history.add(each);
+    return m.conditions(a.at(-1), history).map(({level, title, text}) => [level, `${title} ${text}`.trim()]);
+"""
+
+
+@pytest.fixture
+def scripts(page, lasting_fastdist):
+    return page.open(lasting_fastdist.port)
+
+
+def changed(document=None, **members):
+    """Return GOOD with these members ("stats__packets__corrupt") set to other values."""
+    document = _copy(GOOD if document is None else document)
+    for path, value in members.items():
+        *outer, last = path.split("__")
+        place = document
+        for key in outer:
+            place = place[key]
+        place[last] = value
+    return document
+
+
+def _copy(value):
+    if isinstance(value, dict):
+        return {key: _copy(each) for key, each in value.items()}
+    return [_copy(each) for each in value] if isinstance(value, list) else value
+
+
+def conditions(scripts, *documents):
+    scripts.run_module("history", "window.History_ = m.History")
+    return [tuple(each) for each in scripts.run_module("conditions", CONDITIONS, *documents)]
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [
+        ("count", {0: "0", 999: "999", 1234567: "1,234,567"}),
+        ("rate", {0: "0", 0.04: "0.04", 0.999: "1.0", 12.34: "12.3", 99.96: "100", 12345.6: "12,346"}),
+        (
+            "bytes",
+            {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1048575: "1.0 MiB", 268435456: "256 MiB", 2**50: "1,024 TiB"},
+        ),
+        (
+            "milliseconds",
+            {
+                0.0004: "0 µs",
+                0.012: "12 µs",
+                0.9996: "1.00 ms",
+                9.614: "9.61 ms",
+                47.25: "47.3 ms",
+                127: "127 ms",
+                65432: "1 min 5 s",
+            },
+        ),
+        (
+            "duration",
+            {
+                0: "0 s",
+                0.0123: "12 ms",
+                0.9996: "1.0 s",
+                9.94: "9.9 s",
+                59.4: "59 s",
+                59.6: "1 min",
+                200: "3 min 20 s",
+                3600: "1 h",
+                90061: "1 d 1 h",
+            },
+        ),
+        ("percent", {0: "0 %", 0.0004: "0.04 %", 0.4: "40.0 %", 1: "100.0 %"}),
+        ("points", {0: "±0.0", 0.0004: "±0.0", 0.012: "+1.2", -0.0666: "−6.7"}),
+        ("weight", {0: "0", 0.1: "0.1", 0.30000000000000004: "0.3", 1e100: "1e+100"}),
+        ("brief", {0: "0", 0.25: "0.3", 2500: "2.5K", 1000000: "1M"}),
+        ("words", {"queueFull": "queue full", "malformed": "malformed"}),
+    ],
+)
+def test_figures_are_written_as_people_read_them(scripts, name, cases):
+    shown = scripts.run_module("format", f"return a[0].map(m.{name})", list(cases))
+    assert dict(zip(cases, shown, strict=True)) == cases
+
+
+@pytest.mark.parametrize(
+    "name", ["count", "rate", "bytes", "milliseconds", "duration", "percent", "weight", "clock", "text"]
+)
+def test_what_is_not_known_is_a_dash(scripts, name):
+    assert scripts.run_module("format", f"return [m.{name}(null), m.{name}(undefined)]") == ["–", "–"]
+
+
+def test_a_time_of_another_day_has_its_date(scripts):
+    today, before = scripts.run_module("format", "return [m.clock(new Date()), m.clock(new Date(2020, 0, 2, 3, 4, 5))]")
+    assert len(today) == len("03:04:05")
+    assert before == "2020-01-02 03:04:05"
+
+
+# ---- lines
+
+
+@pytest.mark.parametrize("most", [0, 0.4, 1, 3, 4, 7, 99, 100, 101, 12345, 10**9])
+def test_an_axis_has_few_round_figures(scripts, most):
+    step = scripts.run_module("chart", "return m.gridStep(a[0])", most)
+    lines = -(-max(most, 1) // step)
+    assert 2 <= lines <= 4
+    assert float(f"{step:.0e}"[0] + "e0") in (1, 2, 3, 5), "1, 2, 2.5 or 5"
+
+
+def sample(at, accepted=0, delivered=0, queued=0, each=(0, 0)):
+    rows = [{"id": name, "delivered": number} for name, number in zip(("A1", "A2"), each, strict=True)]
+    packets = {"accepted": accepted, "delivered": delivered, "queued": queued}
+    document = changed(stats__uptimeSeconds=at, stats__analyzers=rows)
+    document["stats"]["packets"] |= packets
+    return document
+
+
+def history(scripts, body, *documents):
+    return scripts.run_module(
+        "history", f"const h = new m.History(); for (const each of a) h.add(each); {body}", *documents
+    )
+
+
+def test_rates_are_differences_on_the_clock_of_the_service(scripts):
+    samples = (sample(10), sample(11, 100, 80), sample(13, 300, 90, queued=7), sample(13, 300, 90))
+    points = history(scripts, "return [h.throughput(), h.depth().at(-1)]", *samples)
+    assert points[0] == [{"ago": 2, "values": [100, 80]}, {"ago": 0, "values": [100, 5]}]
+    assert points[1] == {"ago": 0, "values": [7, 0]}
+
+
+def test_no_line_is_drawn_over_what_was_not_seen(scripts):
+    samples = (sample(10), sample(11, 5), sample(60, 500), sample(61, 505))
+    points, depth = history(scripts, "return [h.throughput(), h.depth()]", *samples)
+    assert [point["values"] for point in points] == [[5, 0], None, [5, 0]]
+    assert [point["values"] is None for point in depth] == [False, False, True, False, False]
+
+
+def test_a_service_that_was_restarted_begins_anew(scripts):
+    assert history(scripts, "return h.throughput()", sample(500, 1000, 1000), sample(2, 3), sample(3, 4)) == [
+        {"ago": 0, "values": [1, 0]}
+    ]
+
+
+def test_five_minutes_are_kept(scripts):
+    kept = history(scripts, "return h.samples.map((each) => each.at)", *(sample(at) for at in range(0, 1000, 4)))
+    assert kept == list(range(696, 1000, 4))
+
+
+def test_the_rate_of_an_analyzer_is_that_of_the_last_seconds(scripts):
+    samples = [sample(at, each=(0 if at < 20 else 10 * (at - 20), 3)) for at in range(41)]
+    body = "return [h.rateOf('A1'), h.rateOf('A2'), h.rateOf('new')]"
+    assert history(scripts, body, *samples) == [10, 0, None]
+    assert history(scripts, body, sample(1)) == [None, None, None]
+
+
+# ---- the banner
+
+
+def test_all_well(scripts):
+    assert conditions(scripts, GOOD) == [
+        ("ok", "All well. 2 of 2 analyzers online, 2 of 2 workers running, packets are taken.")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("members", "level", "words"),
+    [
+        (
+            {"ready": {"status": 503, "detail": "the queue is full"}},
+            "error",
+            "No packets are taken. The queue is full.",
+        ),
+        (
+            {"ready": {"status": 503, "detail": "the service is draining: it is about to end"}},
+            "error",
+            "is draining: it",
+        ),
+        ({"health__storage": "failing", "health__status": "degraded"}, "error", "The queue’s storage fails."),
+        ({"health__status": "degraded"}, "warning", "The service is degraded."),
+        ({"queue__workers": [{"bytes": 81, "capacityBytes": 100}]}, "warning", "The queue is nearly full."),
+        ({"stats__packets__corrupt": 1}, "ok", "Damaged records of the queue were skipped."),
+        (
+            {
+                "health__workers__running": 1,
+                "stats__workers": [
+                    {"id": 0, "state": "running"},
+                    {"id": 1, "state": "starting", "lastError": "ended by signal SIGKILL"},
+                ],
+            },
+            "warning",
+            "1 of 2 workers is running. Worker 1 is starting: ended by signal SIGKILL.",
+        ),
+        (
+            {"analyzers": [{"id": "A1", "state": "offline"}, {"id": "A2", "state": "draining"}]},
+            "error",
+            "No analyzer is online. Packets are accepted and queued until one comes back.",
+        ),
+        (
+            {"analyzers": [{"id": "A1", "state": "online"}, *({"id": f"B{n}", "state": "offline"} for n in range(5))]},
+            "warning",
+            "B0, B1, B2 and 2 others are offline. Their share goes to the others.",
+        ),
+        (
+            {"analyzers": [{"id": "A1", "state": "online", "pausedForSeconds": 3}, {"id": "A2", "state": "online"}]},
+            "ok",
+            "A1 is paused, as asked for by Retry-After.",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(scripts, members, level, words):
+    found = conditions(scripts, changed(**members))
+    assert found[0][0] == level
+    assert any(words in text for _, text in found), found
+
+
+def test_what_has_grown_lately_is_said_for_a_minute(scripts):
+    worse = changed(stats__uptimeSeconds=101.0, stats__packets__deadLettered=2, stats__rejected__tooLarge=1)
+    found = conditions(scripts, GOOD, worse)
+    assert found[0][1].startswith("Packets became dead letters within the last minute.")
+    assert ("info", "Requests were rejected within the last minute: too large.") in found
+    later = [changed(worse, stats__uptimeSeconds=101.0 + second) for second in range(1, 63)]
+    assert [level for level, _ in conditions(scripts, GOOD, worse, *later)] == ["ok"]
+
+
+def test_the_worst_comes_first(scripts):
+    members = {"stats__packets__corrupt": 1, "health__storage": "failing"}
+    found = conditions(
+        scripts, changed(analyzers=[{"id": "A1", "state": "offline"}, {"id": "A2", "state": "online"}], **members)
+    )
+    assert [level for level, _ in found] == ["error", "warning", "info"]
