@@ -286,6 +286,7 @@ def _workers(workers: list[Worker], rows: int | None) -> RenderableType:
     table.add_column("state", no_wrap=True)
     for name in ("pid", "restarts", "CPU", "memory", "accepted", "delivered"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("last error", no_wrap=True, overflow="ellipsis")
     shown = workers if rows is None or len(workers) <= rows else workers[: max(1, rows - 1)]
     for worker in shown:
         table.add_row(
@@ -297,6 +298,7 @@ def _workers(workers: list[Worker], rows: int | None) -> RenderableType:
             size_text(worker.rss_bytes or 0),
             f"{worker.accepted:,}",
             f"{worker.delivered:,}",
+            Text(worker.last_error or "-", style="dim" if worker.state == "running" else "red"),
         )
     hidden = len(workers) - len(shown)
     return Group(table, Text(f"… and {hidden} more", style="dim")) if hidden else table

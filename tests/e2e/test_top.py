@@ -65,7 +65,7 @@ def test_a_frame_has_the_figures_of_stats(mocks, serve, run):
     for worker in stats["workers"]:
         line = line_of(top, str(worker["id"]))
         assert line.startswith(f"{worker['id']} running {worker['pid']} 0 ")
-        assert line.endswith(f" {count(worker['accepted'])} {count(worker['delivered'])}")
+        assert line.endswith(f" {count(worker['accepted'])} {count(worker['delivered'])} -")
     latencies = stats["latencyMs"]
     for name, key in (("ingest", "ingest"), ("delivery", "delivery")):
         figures = [float(figure.replace(",", "")) for figure in line_of(top, name).split()[1:]]
