@@ -1,7 +1,8 @@
 """Builds the compiled core; everything else about the package stands in pyproject.toml.
 
 FASTDIST_BUILD chooses how: unset or ``release`` (-O3), ``debug`` (bounds checks, line tracing, no optimisation),
-``sanitize`` (AddressSanitizer and UndefinedBehaviorSanitizer; run with libasan preloaded, see ``make sanitize``).
+``sanitize`` (AddressSanitizer and UndefinedBehaviorSanitizer; run with libasan preloaded, see ``make sanitize``),
+``fuzz`` (the release's C code with sanitizers and coverage by clang, and libFuzzer's place in Python: see fuzz/run.py).
 """
 
 import os
@@ -11,6 +12,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 BUILD = os.environ.get("FASTDIST_BUILD", "release")
+# function: Python calls what takes an object's own type by way of PyObject *.
+CLANG_SANITIZERS = ["-fsanitize=address,undefined,fuzzer-no-link", "-fno-sanitize=function"]
 FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "release": (["-O3", "-fno-plt"], []),
     "debug": (["-O0", "-g", "-DCYTHON_TRACE=1", "-DCYTHON_TRACE_NOGIL=1"], []),
@@ -18,23 +21,30 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
         ["-fsanitize=address,undefined"],
     ),
+    "fuzz": (
+        ["-O1", "-g", "-w", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *CLANG_SANITIZERS],
+        [*CLANG_SANITIZERS, "-shared-libasan"],
+    ),
 }
 if BUILD not in FLAGS:
     raise SystemExit(f"FASTDIST_BUILD={BUILD}: expected one of {', '.join(FLAGS)}")
 
 compile_args, link_args = FLAGS[BUILD]
 core = Path("src/fastdist/_core")
-checked = BUILD != "release"
+checked = BUILD in ("debug", "sanitize")
+sources = {f"fastdist._core.{source.stem}": source for source in sorted(core.glob("*.pyx"))}
+if BUILD == "fuzz":
+    sources["engine"] = Path("fuzz/engine.pyx")
 extensions = [
     Extension(
-        f"fastdist._core.{source.stem}",
+        name,
         [str(source)],
         include_dirs=[str(core)],
         depends=[str(header) for header in sorted(core.glob("*.h"))],
         extra_compile_args=["-std=gnu11", "-Wall", "-Wno-unused-function", *compile_args],
         extra_link_args=link_args,
     )
-    for source in sorted(core.glob("*.pyx"))
+    for name, source in sources.items()
 ]
 
 setup(

@@ -12,7 +12,9 @@ No sockets and no waiting here, so that tests need neither. What the module sees
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from http import HTTPStatus
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -125,6 +127,7 @@ class Api:
             "/queue": {"GET": self._view(stats.queue)},
             "/analyzers": {"GET": self._view(stats.analyzers)},
             "/metrics": {"GET": self._metrics},
+            "/openapi.json": {"GET": lambda _: Response(200, description(), JSON)},
             "/admin/reload": {"POST": self._guarded(lambda _: Action("reload"))},
             "/analyzers/{id}": {"PATCH": self._guarded(self._override)},
             "/analyzers/{id}/override": {"DELETE": self._guarded(self._clear)},
@@ -137,7 +140,8 @@ class Api:
         if not methods:
             return problem(404, "there is nothing at this path; packets go to POST /logs")
         if method == "OPTIONS":
-            return self._options(request, methods)
+            unknown = self._unknown(analyzer_of(request.path)) if "{id}" in template(request.path) else None
+            return unknown or self._options(request, methods)
         handler = self.routes.get(template(request.path), {}).get("GET" if method == "HEAD" else method)
         if handler is None:
             return problem(405, f"{', '.join(methods)} are what this path takes", headers=_allow(methods))
@@ -220,6 +224,8 @@ class Api:
 
     def _override(self, request: Request) -> Response | Action:
         name = analyzer_of(request.path)
+        if request.headers().get("content-encoding", "").lower() not in ("", "identity"):
+            return problem(415, "compressed bodies are not understood", headers=b"Accept-Encoding: identity\r\n")
         return self._unknown(name) or parse_override(name, request.body)
 
     def _clear(self, request: Request) -> Response | Action:
@@ -229,6 +235,12 @@ class Api:
     def _unknown(self, name: str) -> Response | None:
         names = [figures.analyzer.id for figures in self.snapshot().analyzers]
         return None if name in names else problem(404, f"there is no analyzer {name!r}; there are {', '.join(names)}")
+
+
+@cache
+def description() -> bytes:
+    """Return what describes this API: OpenAPI 3.1."""
+    return files("fastdist").joinpath("openapi.json").read_bytes()
 
 
 def template(path: str) -> str:

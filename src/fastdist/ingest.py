@@ -60,6 +60,10 @@ class Emitters:
         self.intake.open_to_all = not tokens
         self.intake.shares_origins = bool(cors_origins)
 
+    def has_room_besides(self, coming: int) -> bool:
+        """Whether one more connection may come with so many that are on their way: to be taken in, or to be told no."""
+        return len(self.intake.connections) + coming < self.intake.max_connections + MOST_TURNED_AWAY
+
     def settled(self, sequence: int, analyzer: str | None) -> None:
         """Tell whoever waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
         waiting = self._take(sequence)
@@ -183,11 +187,11 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self.emitters.carry_out(response, lambda response: answer.complete(_bytes(answer, response)))
         return None
 
-    def refuse(self, status: int, counter: str, detail: str, close: bool) -> bytes:  # noqa: FBT001
+    def refuse(self, status: int, counter: str, detail: str, close: bool, headers: bytes = b"") -> bytes:  # noqa: FBT001
         """Count and describe a fault."""
         if counter and (self.is_log or counter in UNREADABLE):
             self.intake.counters.add(counter)
-        return self._compose(problem(status, detail), close=close)
+        return self._compose(problem(status, detail, headers=headers), close=close)
 
     def limited(self, seconds: float) -> bytes:
         """Answer that the rate is exceeded."""

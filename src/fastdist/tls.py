@@ -1,15 +1,35 @@
-"""TLS contexts: for emitters' connections (``security.tls_cert``, ``tls_key``) and for analyzers behind https."""
+"""TLS on emitters' connections (``security.tls_cert``, ``tls_key``): 1.2 or newer, with ciphers that are modern.
+
+One context serves all connections for as long as a worker lives. A new certificate is put into it, so that connections
+from then on have the new one and those that are open keep theirs. A pair of files that cannot be used changes nothing.
+
+Handshakes under way are connections that nobody else counts yet: ``TlsServer`` bounds their number and their time.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdist import logs
 from fastdist.errors import StartError
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
     from fastdist.config import Security
+
+ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
+PAUSE = 0.1  # seconds to accept nothing when there is no descriptor to be had
+GOODBYE = 5.0  # seconds a client has to agree to the end of a connection
+
+log = logs.get()
+
+# Of TLS 1.2; those of 1.3 are all like these: a new key for each connection, and authenticated encryption.
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 def server_context(security: Security) -> ssl.SSLContext | None:
@@ -21,13 +41,24 @@ def server_context(security: Security) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.set_ciphers(CIPHERS)
     context.set_alpn_protocols(["http/1.1"])
-    load_certificate(context, security)
+    _load(context, security)
     return context
 
 
 def load_certificate(context: ssl.SSLContext, security: Security) -> None:
-    """Have connections from now on use the certificate and key that the files hold now. Raises StartError."""
+    """Have connections from now on use the certificate and key that the files hold now.
+
+    Raises StartError; ``context`` is then as it was.
+    """
+    # A key that does not fit is found when the certificate is already in place.
+    _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), security)
+    _load(context, security)
+
+
+def _load(context: ssl.SSLContext, security: Security) -> None:
     try:
         context.load_cert_chain(security.tls_cert, security.tls_key, password=_no_password)
     except (OSError, ValueError) as error:  # ssl.SSLError is the former
@@ -53,3 +84,66 @@ def _fault(security: Security, error: Exception) -> str:
     if getattr(error, "reason", None) in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
         return f"security.tls_key: {security.tls_key} is not the key of the certificate in {security.tls_cert}"
     return f"security.tls_key: {security.tls_key} holds no private key in PEM form that is not encrypted"
+
+
+class TlsServer:
+    """Accepts connections and sees them through their handshakes; then they are ``protocol()``'s.
+
+    ``has_room(handshakes)`` says whether one more connection may be accepted with that many on their way: one too many
+    is closed at once, as nothing can be said to it. A handshake has ``patience`` seconds.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        context: ssl.SSLContext,
+        protocol: Callable[[], asyncio.Protocol],
+        has_room: Callable[[int], bool],
+        patience: float,
+    ) -> None:
+        self.listener, self.context, self.protocol = listener, context, protocol
+        self.has_room, self.patience = has_room, patience
+        self.loop = asyncio.get_running_loop()
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._closed = False
+        listener.setblocking(False)  # noqa: FBT003
+        self._listen()
+
+    def close(self) -> None:
+        """Accept no more connections."""
+        self._closed = True
+        self.loop.remove_reader(self.listener)
+
+    def _listen(self) -> None:
+        if not self._closed:
+            self.loop.add_reader(self.listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, _ = self.listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.error("cannot accept connections; trying again", error=error.strerror)
+                self.loop.remove_reader(self.listener)
+                self.loop.call_later(PAUSE, self._listen)
+                return
+            if not self.has_room(len(self._handshakes)):
+                connection.close()
+                continue
+            task = self.loop.create_task(self._shake_hands(connection))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+
+    async def _shake_hands(self, connection: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(
+                self.protocol,
+                connection,
+                ssl=self.context,
+                ssl_handshake_timeout=self.patience,
+                ssl_shutdown_timeout=GOODBYE,
+            )
+        except OSError:  # of ssl and of time-outs too: whoever it was has gone, or speaks something else
+            connection.close()

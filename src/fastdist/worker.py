@@ -30,6 +30,7 @@ from fastdist.api import Api, Response, problem, reason
 from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
+from fastdist.errors import StartError
 from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.queuefiles import Adoption, OldRing, is_nameless
 from fastdist.shared import SharedBlock, WorkerWord
@@ -115,7 +116,7 @@ class Worker:
         self._letters_unsafe = False  # dead letters could not be synced (disk)
         self._deleted = False  # the ring's file
         self._stopped = asyncio.Event()
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | tls.TlsServer | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
         self._numbers = itertools.count(1)
 
@@ -146,7 +147,10 @@ class Worker:
         self.dispatcher.config = self.config
         self.dispatcher.set_roster(self.roster)
         if self.tls is not None and self.config.security.tls_cert:
-            tls.load_certificate(self.tls, self.config.security)
+            try:
+                tls.load_certificate(self.tls, self.config.security)
+            except StartError as error:  # the supervisor could use the files a moment ago
+                log.error("the new certificate cannot be used; the old one stays", error=str(error))
         control.send(self._control, Message("reloaded"))
 
     def _ask_for(self, action: Action, done: Callable[[Response], None]) -> None:
@@ -192,9 +196,7 @@ class Worker:
         listener = socket.socket(fileno=self.assignment.listener)
         commands = socket.socket(fileno=self.assignment.control)
         reader, self._control = await control.connect(commands)
-        self._server = await self.loop.create_server(
-            lambda: IngestProtocol(self.intake, self.emitters), sock=listener, backlog=4096, ssl=self.tls
-        )
+        self._server = await self._listen(listener)
         if self.syncer is not None:
             self.syncer.want()  # what was found is not known to be synced
         self.tick()
@@ -208,6 +210,17 @@ class Worker:
         if obeying.done():
             obeying.result()  # whatever went wrong there ends this worker: another takes over
         obeying.cancel()
+
+    async def _listen(self, listener: socket.socket) -> asyncio.Server | tls.TlsServer:
+        def protocol() -> IngestProtocol:
+            return IngestProtocol(self.intake, self.emitters)
+
+        if self.tls is None:
+            return await self.loop.create_server(protocol, sock=listener, backlog=4096)
+        # Until its handshake is over a connection is like one whose head is not whole.
+        return tls.TlsServer(
+            listener, self.tls, protocol, self.emitters.has_room_besides, self.config.server.header_timeout
+        )
 
     async def _obey(self, reader: asyncio.StreamReader) -> None:
         """Carry out the supervisor's commands; end when it is gone."""

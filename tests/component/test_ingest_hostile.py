@@ -26,6 +26,7 @@ HARMLESS = {
     "Invalid HTTP version": "a higher minor version is read as the highest known (RFC 9110, 2.5)",
     "Invalid char in url": "bytes beyond ASCII in a target: no path here has any",
     "Invalid characters in url": "the same",
+    "Unexpected start char in url": "what is no target, of a method unknown here: answered 405 whatever it says",
     "Invalid character in chunk extensions": "extensions are read over up to CR LF, whatever they are",
     "Data after `Connection: close`": "Proxy-Connection means nothing",
 }

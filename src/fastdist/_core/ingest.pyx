@@ -45,6 +45,7 @@ VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
 
 cdef bytes NOSNIFF = b"X-Content-Type-Options: nosniff\r\n"
 cdef bytes NO_STORE = b"Cache-Control: no-store\r\n"
+cdef bytes NO_PAGE = b"Content-Security-Policy: default-src 'none'; frame-ancestors 'none'\r\n"
 cdef bytes SAFETY = NOSNIFF + NO_STORE
 cdef bytes ACCEPTED_HEAD = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\n" + SAFETY + b"Date: "
 cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
@@ -121,7 +122,8 @@ cdef class Intake:
         204 and 304 have no body, and no length of one.
         """
         parts = [b"HTTP/1.1 %d %s\r\n" % (status, reason.encode()), headers, NOSNIFF,
-                 NO_STORE if b"Cache-Control:" not in headers else b"", b"Date: ", self.http_date(), b"\r\n"]
+                 NO_STORE if b"Cache-Control:" not in headers else b"",
+                 NO_PAGE if b"Content-Security-Policy:" not in headers else b"", b"Date: ", self.http_date(), b"\r\n"]
         cdef bint bodiless = status == 204 or status == 304 or status < 200
         if not bodiless:
             parts.append(b"Content-Length: %d\r\n" % len(body))
@@ -195,8 +197,8 @@ cdef class IngestBase:
     """One emitter's connection, mixed into an ``asyncio.Protocol`` that has:
 
     ``handle(method, target, head, body)``: any request but POST /logs; returns the answer's bytes, or None when it will
-    complete an ``Answer`` made by ``promise`` later. ``refuse(status, counter, detail, close)``: what was wrong with a
-    request, as bytes. ``limited(seconds)``, ``unauthorized(header)``, ``invalid(error)``, ``not_stored(full)``: answers
+    complete an ``Answer`` made by ``promise`` later. ``refuse(status, counter, detail, close, headers=b"")``: what was
+    wrong with a request, as bytes. ``limited(seconds)``, ``unauthorized(header)``, ``invalid(error)``, ``not_stored(full)``: answers
     for what their names say (``unauthorized`` returns None where the token is good). ``await_delivery(answer, sequence,
     seconds, id, messages)``. ``shut(lingering)``: close when all is written.
     """
@@ -344,9 +346,11 @@ cdef class IngestBase:
         if unlikely(intake.draining or intake.broken_storage):
             return self.reject(self.not_stored(False))
         if head.encoded:
-            return self.reject(self.refuse(415, "unsupported_media_type", "compressed bodies are not understood", not self.keep_alive))
+            return self.reject(self.refuse(415, "unsupported_media_type", "compressed bodies are not understood", not self.keep_alive,
+                                           b"Accept-Encoding: identity\r\n"))
         if head.content_type.n and not is_json(head.content_type):
-            return self.reject(self.refuse(415, "unsupported_media_type", "Content-Type must be application/json", not self.keep_alive))
+            return self.reject(self.refuse(415, "unsupported_media_type", "Content-Type must be application/json", not self.keep_alive,
+                                           b"Accept: application/json\r\n"))
         if head.keys and (head.keys > 1 or not self.take_key(head.key)):
             return self.reject(self.refuse(400, "invalid", "Idempotency-Key must be one value of 1 to 64 visible ASCII characters "
                                            "other than \" , ; \\, bare or in double quotes", not self.keep_alive))

@@ -1,0 +1,321 @@
+"""TLS: who is spoken to and how, certificates that change under open connections, and those who never finish."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import select
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+
+import pytest
+import trustme
+from support import BODY, Distributor, wait_until
+
+AUTHORITY = trustme.CA()
+NEXT = trustme.CA()  # of the certificate that replaces the first
+
+
+def write_pair(folder, authority=AUTHORITY):
+    """Put a certificate for 127.0.0.1 and its key in place, each in one step."""
+    pair = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.RSA)  # that ciphers of old work with
+    for name, blobs in (("cert.pem", pair.cert_chain_pems), ("key.pem", [pair.private_key_pem])):
+        (folder / f"{name}.new").write_bytes(b"".join(blob.bytes() for blob in blobs))
+        (folder / f"{name}.new").rename(folder / name)
+
+
+def client_context(authority=AUTHORITY):
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+class Secure(Distributor):
+    """A distributor with a certificate; ``authority`` is who has signed it."""
+
+    def __init__(self, folder, mocks, settings=None, **options):
+        self.authority = AUTHORITY
+        write_pair(folder)
+        files = {"tls_cert": str(folder / "cert.pem"), "tls_key": str(folder / "key.pem")}
+        super().__init__(folder, mocks, {"security": files, **(settings or {})}, **options)
+
+    def connect(self, context=None) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection(
+            "127.0.0.1", self.port, timeout=20, context=context or client_context(self.authority)
+        )
+
+    def ask(self, connection, method="GET", path="/health", body=None):
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+    def once(self, method, path, body=None):
+        connection = self.connect()
+        try:
+            return self.ask(connection, method, path, body)
+        finally:
+            connection.close()
+
+    def stats(self):
+        return json.loads(self.once("GET", "/stats")[1])
+
+
+@pytest.fixture
+def secure(start, tmp_path, mocks):
+    """Return ``secure(settings)``: start a distributor with TLS."""
+
+    def secure(settings=None, **options):
+        return start(Secure, tmp_path, mocks, settings, **options)
+
+    return secure
+
+
+def handshake(port, context):
+    """Return a TLS socket, or what the handshake failed with."""
+    raw = socket.create_connection(("127.0.0.1", port), timeout=20)
+    try:
+        return context.wrap_socket(raw, server_hostname="127.0.0.1")
+    except (ssl.SSLError, ConnectionError) as error:
+        raw.close()
+        return error
+
+
+# ---- what is spoken
+
+
+def test_packets_come_in_over_tls_and_go_their_way(secure, mocks):
+    fastdist = secure()
+    assert json.loads(fastdist.line_with("fastdist is ready"))["url"].startswith("https://")
+    connection = fastdist.connect()
+    for _ in range(50):
+        assert fastdist.ask(connection, "POST", "/logs", BODY)[0] == 202
+    large = BODY[:-1] + b',"padding":"' + b"x" * 2_000_000 + b'"}'
+    assert fastdist.ask(connection, "POST", "/logs", large)[0] == 202
+    connection.close()
+    fastdist.wait_at_rest()
+    assert len(mocks.delivered()) == 51
+
+
+def test_alpn_agrees_on_http_1_1(secure):
+    fastdist = secure()
+    for offered, agreed in ((["http/1.1"], "http/1.1"), (["h2", "http/1.1"], "http/1.1"), (["h2"], None), ([], None)):
+        context = client_context()
+        if offered:
+            context.set_alpn_protocols(offered)
+        with handshake(fastdist.port, context) as connection:
+            assert connection.selected_alpn_protocol() == agreed
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_modern_versions_are_spoken_with_ciphers_that_keep_the_past_secret(secure, version):
+    fastdist = secure()
+    context = client_context()
+    context.minimum_version = context.maximum_version = version
+    with handshake(fastdist.port, context) as connection:
+        name, protocol, bits = connection.cipher()
+        assert protocol == {"TLSv1_2": "TLSv1.2", "TLSv1_3": "TLSv1.3"}[version.name]
+        assert bits >= 128
+        assert "GCM" in name or "CHACHA20" in name
+        assert name.startswith(("ECDHE-", "TLS_"))
+        assert connection.compression() is None
+
+
+def weak_context(context, version, ciphers):
+    context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = version
+    return context
+
+
+def handshake_with_a_lax_server(folder, version, ciphers):
+    """What the handshake comes to where everything is allowed."""
+    context = weak_context(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), version, "ALL:COMPLEMENTOFALL")
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with (
+                contextlib.suppress(OSError),
+                context.wrap_socket(listener.accept()[0], server_side=True) as connection,
+            ):
+                connection.recv(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        result = handshake(listener.getsockname()[1], weak_context(client_context(), version, ciphers))
+        if isinstance(result, ssl.SSLSocket):
+            result.close()
+        thread.join()
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+@pytest.mark.parametrize(
+    ("version", "ciphers"),
+    [
+        (ssl.TLSVersion.TLSv1, "ALL"),
+        (ssl.TLSVersion.TLSv1_1, "ALL"),
+        (ssl.TLSVersion.TLSv1_2, "ECDHE+AES:!AESGCM:!AESCCM"),  # text and its check apart
+        (ssl.TLSVersion.TLSv1_2, "kRSA+AESGCM"),  # whoever gets the key later reads it all
+    ],
+)
+def test_old_versions_and_weak_ciphers_are_refused(secure, tmp_path, version, ciphers):
+    fastdist = secure()
+    assert isinstance(handshake_with_a_lax_server(tmp_path, version, ciphers), ssl.SSLSocket), "this tests nothing"
+    failure = handshake(fastdist.port, weak_context(client_context(), version, ciphers))
+    assert isinstance(failure, ssl.SSLError | ConnectionError), failure
+    assert fastdist.once("GET", "/health")[0] == 200
+
+
+def test_plain_http_and_garbage_on_the_port_hurt_nobody(secure):
+    fastdist = secure()
+    for data in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(3000), bytes(range(256))):
+        with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
+            connection.sendall(data)
+            received = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
+        assert b"HTTP/" not in received
+        assert fastdist.once("GET", "/health")[0] == 200
+    assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0, 0]
+    assert "Traceback" not in fastdist.output
+
+
+# ---- certificates that change
+
+
+def reload(fastdist, connection):
+    return fastdist.ask(connection, "POST", "/admin/reload")
+
+
+def test_a_new_certificate_is_used_from_then_on_and_open_connections_go_on(secure, tmp_path):
+    fastdist = secure()
+    before = [fastdist.connect() for _ in range(16)]  # over both workers
+    for connection in before:
+        assert fastdist.ask(connection)[0] == 200
+    half = before[0]
+    half.putrequest("POST", "/logs")
+    half.putheader("Content-Length", str(len(BODY)))
+    half.endheaders(BODY[:20])
+    write_pair(tmp_path, NEXT)
+    assert reload(fastdist, before[1])[0] == 200
+    fastdist.authority = NEXT
+    half.send(BODY[20:])
+    response = half.getresponse()
+    assert response.status == 202, "a request under way was dropped"
+    response.read()
+    for connection in before:
+        assert fastdist.ask(connection, "POST", "/logs", BODY)[0] == 202, "an open connection was dropped"
+        connection.close()
+    for _ in range(16):
+        assert fastdist.once("POST", "/logs", BODY)[0] == 202
+        assert isinstance(handshake(fastdist.port, client_context(AUTHORITY)), ssl.SSLCertVerificationError)
+    assert fastdist.wait_at_rest()["packets"]["delivered"] == 33
+
+
+@pytest.mark.parametrize("fault", ["no file", "garbage", "another key"])
+def test_a_certificate_that_cannot_be_used_leaves_the_old_one(secure, tmp_path, fault):
+    fastdist = secure()
+    if fault == "no file":
+        (tmp_path / "cert.pem").unlink()
+    elif fault == "garbage":
+        (tmp_path / "cert.pem").write_text("-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+    else:
+        (tmp_path / "cert.pem").write_bytes(NEXT.issue_cert("127.0.0.1").cert_chain_pems[0].bytes())
+    connection = fastdist.connect()
+    status, body = reload(fastdist, connection)
+    assert status == 422
+    assert str(tmp_path / "cert.pem") in json.loads(body)["errors"][0]["detail"]
+    for _ in range(10):
+        assert fastdist.once("GET", "/health")[0] == 200
+    write_pair(tmp_path, NEXT)
+    assert reload(fastdist, connection)[0] == 200
+    fastdist.authority = NEXT
+    for _ in range(10):
+        assert fastdist.once("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("fault", ["another key", "no key", "an encrypted key"])
+def test_a_start_without_a_usable_certificate_tells_why_and_asks_nobody(run, tmp_path, fault):
+    write_pair(tmp_path)
+    key = tmp_path / "key.pem"
+    if fault == "another key":
+        key.write_bytes(AUTHORITY.issue_cert("127.0.0.1").private_key_pem.bytes())
+    elif fault == "no key":
+        key.unlink()
+    else:
+        command = ["openssl", "pkey", "-in", key, "-out", tmp_path / "locked.pem", "-aes256", "-passout", "pass:word"]
+        subprocess.run(command, check=True, capture_output=True)
+        (tmp_path / "locked.pem").rename(key)
+    config = tmp_path / "fastdist.toml"
+    config.write_text(
+        f'[server]\nport = 0\n[queue]\ndurability = "memory"\npath = "{tmp_path}/data"\n'
+        f'[security]\ntls_cert = "{tmp_path}/cert.pem"\ntls_key = "{key}"\n'
+    )
+    process = run(sys.executable, "-m", "fastdist", "serve", "--config", config)
+    assert process.wait() == 3
+    assert str(key) in process.output
+    if fault == "an encrypted key":
+        assert "encrypted" in process.output
+
+
+# ---- those who never finish
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["silent", "half a hello"])
+def test_a_handshake_that_does_not_come_ends_like_a_head_that_does_not(secure, sent):
+    fastdist = secure({"server": {"workers": 1, "header_timeout": "500ms"}})
+    with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
+        connection.sendall(sent)
+        while connection.recv(65536):
+            pass
+    assert fastdist.once("GET", "/health")[0] == 200
+
+
+def test_time_outs_are_those_of_plain_connections(secure):
+    timeouts = {"header_timeout": "500ms", "body_timeout": "500ms", "keepalive_timeout": "500ms", "workers": 1}
+    fastdist = secure({"server": timeouts})
+    head = b"POST /logs HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    for sent, status in ((b"", b""), (head[:30], b"HTTP/1.1 408 "), (head, b"HTTP/1.1 408 ")):
+        with handshake(fastdist.port, client_context()) as connection:
+            connection.settimeout(20)
+            connection.sendall(sent)
+            received = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
+            assert received[:13] == status
+
+
+def test_connections_beyond_the_limit_are_answered_over_tls_too(secure):
+    fastdist = secure({"server": {"workers": 1, "max_connections": 5}})
+    inside = [handshake(fastdist.port, client_context()) for _ in range(5)]
+    for connection in inside:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    with handshake(fastdist.port, client_context()) as connection:
+        assert b"".join(iter(lambda: connection.recv(65536), b"")).startswith(b"HTTP/1.1 503 ")
+    for connection in inside:
+        connection.close()
+
+
+def test_handshakes_that_never_end_leave_descriptors_for_others(secure):
+    """Beyond the limit, and some that could be told so, connections are closed before they cost anything."""
+    fastdist = secure({"server": {"workers": 1, "max_connections": 20, "header_timeout": "3s"}})
+    silent = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(500)]
+    try:
+        wait_until(lambda: len(ended(silent)) >= 500 - 20 - 256, "those beyond the limit are closed")
+        assert len(ended(silent)) < 400, "those within the limit have their time"
+        wait_until(lambda: len(ended(silent)) == 500, "their time is over")
+    finally:
+        for connection in silent:
+            connection.close()
+    assert fastdist.once("POST", "/logs", BODY)[0] == 202
+    fastdist.wait_at_rest()
+    assert [row["state"] for row in json.loads(fastdist.once("GET", "/analyzers")[1])["analyzers"]] == ["online"] * 4
+
+
+def ended(connections):
+    """Return those that the other side has closed."""
+    readable = select.poll()
+    for connection in connections:
+        readable.register(connection, select.POLLIN)
+    return readable.poll(0)

@@ -1,0 +1,206 @@
+"""The API's description: valid, complete against the code, and every example what its schema says."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import openapi_spec_validator
+import orjson
+import pytest
+from openapi_description import ANSWERED_OUTSIDE, DOCUMENT, EVERYWHERE, METHODS, concrete, errors_of, resolved
+
+import fastdist
+from fastdist import __version__
+from fastdist.api import Api, description, problem
+from fastdist.packet import LEVELS, MAX_EMITTER_ID, check
+from fastdist.snapshot import REJECTIONS
+
+SOURCES = Path(fastdist.__file__).parent
+OPERATIONS = [
+    (path, method, operation)
+    for path, item in DOCUMENT["paths"].items()
+    for method, operation in item.items()
+    if method in METHODS
+]
+NAMES = [f"{method} {path}" for path, method, _ in OPERATIONS]
+
+
+def test_it_is_valid_openapi_3_1():
+    assert DOCUMENT["openapi"].startswith("3.1.")
+    openapi_spec_validator.validate(DOCUMENT)
+
+
+def test_it_is_what_is_served():
+    response = Api(lambda: pytest.fail("no figure is needed")).respond("GET", "/openapi.json", b"", b"")
+    assert response.status == 200
+    assert response.headers == b"Content-Type: application/json\r\n"
+    assert response.body == description() == (SOURCES / "openapi.json").read_bytes()
+    assert orjson.loads(response.body) == DOCUMENT
+
+
+def test_it_is_of_this_version():
+    assert DOCUMENT["info"]["version"] == __version__
+
+
+# ---- complete
+
+
+def test_every_route_is_described_with_every_method_it_takes_and_no_other():
+    api = Api(lambda: pytest.fail("no figure is needed"))
+    taken = {path: set(api._methods(concrete(path))) for path in (*api.routes, *api.ELSEWHERE)}
+    described = {
+        path: {method.upper() for method in item if method in METHODS} for path, item in DOCUMENT["paths"].items()
+    }
+    assert described == taken
+
+
+def statuses_in_python(source: str):
+    """Yield what a module answers: first arguments, ``status=``, and what a function returns first."""
+    for node in ast.walk(ast.parse(source)):
+        numbers = []
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("problem", "Response", "BadChangeError", "refuse", "fault"):
+                numbers = [*node.args[:1], *(each.value for each in node.keywords if each.arg == "status")]
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            numbers = node.value.elts[:1]
+        for number in numbers:
+            if isinstance(number, ast.Constant) and isinstance(number.value, int) and 200 <= number.value <= 599:
+                yield number.value
+
+
+def statuses_in_the_code():
+    found = {}
+    for module in ("api", "admin", "ingest", "worker", "supervisor", "changes"):
+        for status in statuses_in_python((SOURCES / f"{module}.py").read_text()):
+            found.setdefault(status, module)
+    for module in ("ingest", "http"):
+        text = (SOURCES / "_core" / f"{module}.pyx").read_text()
+        for number in re.findall(r"(?:\.refuse\(|\.fault\(|refuse\(head, )(\d{3})\b", text):
+            found.setdefault(int(number), module)
+        for number in re.findall(r"refuse\(head, (\d{3}) if .*? else (\d{3}),", text):
+            found.update(dict.fromkeys(map(int, number), module))
+    return found
+
+
+def test_every_status_in_the_code_is_described():
+    found = statuses_in_the_code()
+    assert {202, 400, 408, 413, 429, 431, 501, 505} <= found.keys(), "the search does not find what is there"
+    described = {int(status) for _, _, operation in OPERATIONS for status in operation["responses"]}
+    missing = {status: where for status, where in found.items() if status not in described | ANSWERED_OUTSIDE}
+    assert missing == {}
+    assert described - found.keys() == set(), "described, but nowhere answered"
+
+
+@pytest.mark.parametrize(("method", "operation"), [each[1:] for each in OPERATIONS], ids=NAMES)
+def test_what_can_happen_to_any_request_is_described_for_each(method, operation):
+    assert operation["responses"].keys() >= EVERYWHERE
+    for status, answer in ((status, resolved(each)) for status, each in operation["responses"].items()):
+        assert answer["description"]
+        assert {"Date", "X-Content-Type-Options", "Cache-Control"} <= answer["headers"].keys()
+        content = answer.get("content", {})
+        if method == "head" or status in ("204", "304"):
+            continue
+        assert content, f"{status} has no body"
+        if int(status) >= 400:
+            assert content.keys() == {"application/problem+json"}
+
+
+@pytest.mark.parametrize(("path", "operation"), [each[::2] for each in OPERATIONS], ids=NAMES)
+def test_operations_can_be_told_apart(path, operation):
+    assert operation["summary"]
+    assert operation["description"]
+    assert operation["tags"]
+    same = [other for _, _, other in OPERATIONS if other["operationId"] == operation["operationId"]]
+    assert len(same) == 1
+    declared = {resolved(each)["name"] for each in operation.get("parameters", []) if resolved(each)["in"] == "path"}
+    assert declared == set(re.findall(r"\{(\w+)\}", path))
+
+
+def test_nothing_is_described_that_is_not_used():
+    text = json.dumps(DOCUMENT)
+    for kind, names in DOCUMENT["components"].items():
+        for name in names:
+            if kind != "securitySchemes":
+                assert f'"#/components/{kind}/{name}"' in text, (kind, name)
+
+
+# ---- examples
+
+
+def examples():
+    """Yield name, schema and value of every example there is."""
+
+    def walk(node, where):
+        if isinstance(node, list):
+            for number, each in enumerate(node):
+                yield from walk(each, f"{where}/{number}")
+        if not isinstance(node, dict):
+            return
+        schema = node.get("schema")
+        if isinstance(schema, dict):
+            yield from ((f"{where}/{name}", schema, each["value"]) for name, each in node.get("examples", {}).items())
+            if "example" in node:
+                yield where, schema, node["example"]
+        elif isinstance(node.get("examples"), list):
+            yield from ((where, node, value) for value in node["examples"])
+        for name, each in node.items():
+            if name not in ("example", "examples"):
+                yield from walk(each, f"{where}/{name}")
+
+    return list(walk(DOCUMENT, ""))
+
+
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize(("schema", "value"), [each[1:] for each in EXAMPLES], ids=[each[0] for each in EXAMPLES])
+def test_examples_are_what_their_schemas_say(schema, value):
+    assert errors_of(schema, value) == []
+
+
+def test_every_body_parameter_and_header_has_an_example():
+    contents = [
+        (name, status, media)
+        for name, (_, _, operation) in zip(NAMES, OPERATIONS, strict=True)
+        for status, answer in operation["responses"].items()
+        for media in resolved(answer).get("content", {}).values()
+    ]
+    assert [(name, status) for name, status, media in contents if not media.get("examples")] == []
+    for kind in ("parameters", "headers"):
+        for name, each in DOCUMENT["components"][kind].items():
+            assert each.get("examples") or "example" in each, name
+    for name, (_, _, operation) in zip(NAMES, OPERATIONS, strict=True):
+        for media in operation.get("requestBody", {}).get("content", {}).values():
+            assert media["examples"], name
+
+
+def test_examples_of_problems_are_as_the_service_writes_them():
+    for name, (_, _, operation) in zip(NAMES, OPERATIONS, strict=True):
+        for status, answer in operation["responses"].items():
+            for media in resolved(answer).get("content", {}).values():
+                for each in media["examples"].values() if int(status) >= 400 else ():
+                    value = each["value"]
+                    made = problem(int(status), value["detail"], errors=value.get("errors"))
+                    assert orjson.loads(made.body) == value, (name, status)
+
+
+# ---- the packet
+
+
+def test_the_packets_schema_says_what_is_checked():
+    schema = DOCUMENT["components"]["schemas"]["LogPacket"]
+    assert schema["properties"]["emitterId"]["maxLength"] == MAX_EMITTER_ID
+    for level in LEVELS:
+        assert level in DOCUMENT["components"]["schemas"]["LogMessage"]["properties"]["level"]["description"]
+    media = DOCUMENT["paths"]["/logs"]["post"]["requestBody"]["content"]["application/json"]
+    for each in media["examples"].values():
+        check(orjson.dumps(each["value"]))
+
+
+def test_the_reasons_for_rejections_are_all_there():
+    rejected = DOCUMENT["components"]["schemas"]["Stats"]["properties"]["rejected"]["properties"]
+    assert [re.sub("[A-Z]", lambda big: "_" + big[0].lower(), name) for name in rejected] == list(REJECTIONS)
