@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdist/_core/*.h)
 BUILT := .venv/.built
+FUZZ_SECONDS ?= 120
 
-.PHONY: help build run test unit component e2e browser deploy screenshots chaos bench bench-quick micro profile lint types debug sanitize wheel clean
+.PHONY: help build run test unit component e2e browser deploy screenshots chaos bench bench-quick micro profile lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -74,9 +75,12 @@ sanitize: .venv/.tools  ## run the core's tests under AddressSanitizer and Undef
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest tests/unit tests/component -m 'not processes'
 
+fuzz: .venv/.tools  ## fuzz what reads bytes of others, FUZZ_SECONDS (120) for each target; needs clang
+	$(BIN)/python fuzz/run.py --seconds $(FUZZ_SECONDS) $(FUZZ_OPTIONS)
+
 wheel: build  ## build the wheel, install it into an empty environment and test it there
 	sh tests/wheel.sh
 
 clean:  ## remove everything that was built
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f src/fastdist/_core/*.c src/fastdist/_core/*.so
+	rm -f src/fastdist/_core/*.c src/fastdist/_core/*.so fuzz/*.c

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install the programs that only some tests and benchmarks need: other load generators, the servers fastdist is
-# compared with, Prometheus' promtool, and a browser. They are Debian packages; elsewhere, or without the right to
-# install, those tests are skipped.
+# compared with, Prometheus' promtool, a browser, and clang for fuzzing. They are Debian packages; elsewhere, or without
+# the right to install, those tests are skipped.
 set -u
 
 missing=
@@ -11,8 +11,12 @@ for pair in wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:promet
 	# Servers are in sbin, which is not on everybody's path.
 	PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing="$missing ${pair#*:}"
 done
+# Any version of clang does, but it needs its own libFuzzer.
+if ! ls /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer_no_main-* >/dev/null 2>&1; then
+	missing="$missing clang libclang-rt-dev"
+fi
 if [ -z "$missing" ]; then
-	echo "peers: wrk, ab, nginx, haproxy, promtool and chromium are there; nothing to do"
+	echo "peers: wrk, ab, nginx, haproxy, promtool, chromium and clang are there; nothing to do"
 	exit 0
 fi
 
