@@ -34,7 +34,7 @@ class CannotFuzzError(Exception):
 
 
 def find_clang() -> tuple[str, Path, Path]:
-    """Return clang, its libFuzzer and its AddressSanitizer, of the newest version there is."""
+    """Return clang, its libFuzzer and its AddressSanitizer, of the first version that has all three."""
     names = ["clang", *(f"clang-{version}" for version in range(NEWEST_CLANG, 12, -1))]
     found = [path for name in names if (path := shutil.which(name))]
     machine = platform.machine()

@@ -84,18 +84,28 @@ _OTHER_THAN_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b
 
 
 class _Ambiguous(dict[str, Any]):
-    """A JSON object some of whose keys came more than once; their last values count."""
+    """A JSON object some of whose keys came more than once; their last values count.
 
-    __slots__ = ("repeated",)
+    Which ones is asked of few objects, and told by counting: doing that for each would let a body of many such objects
+    stop a worker for seconds.
+    """
 
-    def __init__(self, members: list[tuple[str, Any]]) -> None:
-        super().__init__(members)
-        self.repeated = {key for key, times in Counter(key for key, _ in members).items() if times > 1}
+    __slots__ = ("members",)
+    members: list[tuple[str, Any]]
+
+    @property
+    def repeated(self) -> set[str]:
+        """The keys that came more than once."""
+        return {key for key, times in Counter(key for key, _ in self.members).items() if times > 1}
 
 
 def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(members)
-    return value if len(value) == len(members) else _Ambiguous(members)
+    if len(value) == len(members):
+        return value
+    ambiguous = _Ambiguous(value)
+    ambiguous.members = members
+    return ambiguous
 
 
 class _ConstantError(ValueError):
@@ -219,9 +229,10 @@ def _faults_of_object(value: Any, pointer: str, members: dict[str, _Member]) -> 
     if not isinstance(value, dict):
         yield _Fault(pointer, f"expected an object, got {_NAMES[type(value)]}")
         return
+    repeated = value.repeated if isinstance(value, _Ambiguous) else ()
     for key, member in members.items():
         at = f"{pointer}/{key}"
-        if isinstance(value, _Ambiguous) and key in value.repeated:
+        if key in repeated:
             yield _Fault(at, "appears twice")
         if key not in value:
             if member.required:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -296,3 +297,18 @@ def test_the_structs_say_the_same_as_check(members, messages):
         assert refusal(body).reason == "invalid"
     else:
         assert check(body) == (len(decoded.messages), hash_text(decoded.emitter_id.encode()))
+
+
+def test_keys_are_counted_where_it_matters_only(monkeypatch):
+    """Counting those of every object of ten megabytes took five seconds, in which a worker did nothing else."""
+    counted = []
+    monkeypatch.setattr("fastdist.packet.Counter", lambda keys: counted.append(1) or Counter(keys))
+    twice = b'{"a":1,"a":2}'
+    check(PACKET_WITH % b",".join([twice] * 1000))
+    assert counted == []
+    with pytest.raises(PacketError, match="/emitterId: appears twice"):
+        check(b'{"emitterId":"e","emitterId":"f","messages":[{"message":"m","message":"n"}]}')
+    assert len(counted) == 2
+
+
+PACKET_WITH = b'{"emitterId":"e","messages":[{"message":"m"}],"x":[%b]}'
