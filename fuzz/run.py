@@ -103,6 +103,7 @@ class Fuzzer:
         corpus, grown = FOLDER / "corpus" / target, BUILD / "corpus" / target
         grown.mkdir(parents=True, exist_ok=True)
         FINDINGS.mkdir(exist_ok=True)
+        corpus.mkdir(parents=True, exist_ok=True)
         print(f"fuzz: {target}, for {seconds} s, from {len(list(corpus.iterdir()))} inputs", flush=True)
         options = [
             f"-max_total_time={seconds}",
