@@ -38,8 +38,9 @@ test: build  ## every test
 unit component e2e browser deploy: build  ## one kind of tests
 	$(BIN)/python -m pytest tests/$@
 
-screenshots: build  ## take the dashboard's pictures for the docs anew
+screenshots: build  ## take the pictures of the dashboard and the commands for the docs anew
 	$(BIN)/python scripts/screenshots.py
+	$(BIN)/python scripts/terminal_pictures.py
 
 chaos: build  ## the long form of the chaos suite (some twenty minutes), with its table for docs/reliability.md
 	FASTDIST_CHAOS=long $(BIN)/python -m pytest tests/chaos

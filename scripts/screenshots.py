@@ -72,7 +72,7 @@ def take_all(page: Page, mocks: Mocks, fastdist: Distributor) -> None:
 def main() -> None:
     """Start everything, take the pictures, end everything."""
     if missing := chromium.missing():
-        sys.exit(f"{missing} is missing; scripts/peers.sh installs it")
+        sys.exit(f"missing: {missing}; scripts/peers.sh installs it")
     mocks = Mocks()
     over = threading.Event()
     with running(mocks), tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ document.addEventListener("securitypolicyviolation", (event) => {
 
 def missing() -> str:
     """Return what is missing, "" if nothing is."""
-    return " and ".join(name for name in ("chromium", "chromedriver") if shutil.which(name) is None)
+    return ", ".join(name for name in ("chromium", "chromedriver") if shutil.which(name) is None)
 
 
 @contextlib.contextmanager

@@ -100,9 +100,9 @@ class Log:
     def _planned(self) -> Iterator[Packet]:
         """Yield the packets that may have been under way when this was sent before."""
         for end in self.position.planned:
-            data = self._read(self._at, end)
-            if len(data) < end - self._at:
+            if end > self.size:
                 return  # a crash of the system has cost the log its end
+            data = self._read(self._at, end)
             cutter = LineCutter(self._recipe.longest, self._at, at_start=self._begins_line(self._at))
             packer = Packer(self._recipe, self.position.identity, all_in_one=True)
             for line in (*cutter.feed(data), *cutter.finish()):
@@ -302,5 +302,13 @@ class Trail:
             and not entry.name.startswith(offsets.name)
             and entry.is_file(follow_symlinks=False)
             and entry.inode() not in mine
-            and entry.stat().st_mtime_ns > since
+            and _written(entry) > since
         )
+
+
+def _written(entry: os.DirEntry[str]) -> int:
+    """Return when a file was written to, in nanoseconds; 0 if it is gone meanwhile."""
+    try:
+        return entry.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -64,7 +64,7 @@ class Latencies(_Answer, frozen=True):
 
 
 class Worker(_Answer, frozen=True):
-    """A worker process."""
+    """A worker process; ``last_error`` is how the one before it ended."""
 
     id: int
     pid: int | None
@@ -74,6 +74,7 @@ class Worker(_Answer, frozen=True):
     rss_bytes: int | None
     accepted: int
     delivered: int
+    last_error: str | None = None
 
 
 class Stats(_Answer, frozen=True):

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from http.client import HTTPException
+from ssl import SSLCertVerificationError
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -131,10 +132,14 @@ class Shipper:
                 if follow and last and isinstance(log, Log) and not self._halt.is_set():
                     logs += filter(None, [sources.following(log, self._is_stopping)])
                 logs.pop(0).close()
+        except KeyboardInterrupt:
+            threads = []  # at once: what is under way is left to itself
+            raise
         finally:
             self._end()
-            for thread in threads:
-                thread.join()
+            while threads:
+                threads[0].join(LOOK_EVERY)
+                threads = [thread for thread in threads if thread.is_alive()]
             for log in logs:
                 log.close()
         if self._fault is not None:
@@ -165,7 +170,9 @@ class Shipper:
             self._hand_out(group, recorder)
         self._wait_for(lambda: not self._window, recorder)
         with self._changed:
-            self._changed.wait_for(lambda: self._under_way <= 0)
+            # By and by: a signal that comes just before a wait without end would be seen after it.
+            while not self._changed.wait_for(lambda: self._under_way <= 0, LOOK_EVERY):
+                pass
             unsent = sum(slot.packet.messages for slot in self._window if not slot.sent)
             self.summary.unsent += 0 if source.resumable else unsent
         self._record(recorder)
@@ -267,6 +274,10 @@ class Shipper:
             reused = sender.is_open
             try:
                 answer = sender.post(packet.id, packet.body)
+            except SSLCertVerificationError as error:
+                with self._changed:
+                    self._end_now(f"{self.target.url} cannot be trusted: {describe(error)}", refused=True)
+                return None
             except (OSError, HTTPException) as error:
                 if not reused:  # else it may only have been idle for too long
                     self._pause(f"cannot be reached: {describe(error)}", None)

@@ -15,7 +15,6 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.text import Text
 
@@ -35,12 +34,12 @@ LINE_EVERY = 10.0  # seconds between the lines that stand for a bar
 RATE_WINDOW = 10.0  # seconds over which rates are taken
 
 
-class _MessageRate(ProgressColumn):
-    """Messages a second since the start."""
+class _Rates(ProgressColumn):
+    """Bytes a second, lately, and messages a second since the start."""
 
     def render(self, task: Task) -> Text:
-        rate = task.fields["messages"] / task.elapsed if task.elapsed else 0
-        return Text(f"{rate:,.0f} messages/s", style="progress.data.speed")
+        messages = task.fields["messages"] / task.elapsed if task.elapsed else 0
+        return Text(f"{size_text(task.speed or 0)}/s {messages:,.0f} messages/s", style="progress.data.speed")
 
 
 class SendView:
@@ -53,8 +52,8 @@ class SendView:
             BarColumn(bar_width=30),
             TaskProgressColumn(),
             DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            _MessageRate(),
+            _Rates(),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[state]}", style="yellow"),
         )

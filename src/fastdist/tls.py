@@ -81,9 +81,12 @@ def _fault(security: Security, error: Exception) -> str:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(security.tls_cert)
     except ssl.SSLError:
         return f"security.tls_cert: {security.tls_cert} holds no certificate in PEM form"
-    if getattr(error, "reason", None) in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+    if "mismatch" in str(error).lower():
         return f"security.tls_key: {security.tls_key} is not the key of the certificate in {security.tls_cert}"
-    return f"security.tls_key: {security.tls_key} holds no private key in PEM form that is not encrypted"
+    return (
+        f"security.tls_key: {security.tls_key} holds no private key in PEM form that is not encrypted, "
+        f"or not that of {security.tls_cert}"
+    )
 
 
 class TlsServer:

@@ -229,8 +229,9 @@ def _queue(queue: Queue) -> Text:
     drained = queue.estimated_drain_seconds
     text = Text.assemble(
         f"waiting {queue.packets:,}  in flight {queue.in_flight:,}  oldest {age_text(queue.oldest_age_seconds)}  ",
+        "▕",
         share_bar(queue.bytes, 0, queue.capacity_bytes, QUEUE_BAR),
-        f" {size_text(queue.bytes)} of {size_text(queue.capacity_bytes)}  {queue.durability}  ",
+        f"▏ {size_text(queue.bytes)} of {size_text(queue.capacity_bytes)}  {queue.durability}  ",
     )
     if queue.packets:
         text.append("nothing is delivered" if drained is None else f"drained in {age_text(drained)}")
@@ -285,6 +286,7 @@ def _workers(workers: list[Worker], rows: int | None) -> RenderableType:
     table.add_column("state", no_wrap=True)
     for name in ("pid", "restarts", "CPU", "memory", "accepted", "delivered"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("last error", no_wrap=True, overflow="ellipsis")
     shown = workers if rows is None or len(workers) <= rows else workers[: max(1, rows - 1)]
     for worker in shown:
         table.add_row(
@@ -296,6 +298,7 @@ def _workers(workers: list[Worker], rows: int | None) -> RenderableType:
             size_text(worker.rss_bytes or 0),
             f"{worker.accepted:,}",
             f"{worker.delivered:,}",
+            Text(worker.last_error or "-", style="dim" if worker.state == "running" else "red"),
         )
     hidden = len(workers) - len(shown)
     return Group(table, Text(f"… and {hidden} more", style="dim")) if hidden else table

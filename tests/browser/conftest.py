@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
     missing = chromium.missing()
     for item in items:
         if missing and Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=f"{missing} is missing; scripts/peers.sh installs it"))
+            item.add_marker(pytest.mark.skip(reason=f"missing: {missing}; scripts/peers.sh installs it"))
 
 
 @pytest.fixture(scope="session")

@@ -155,6 +155,15 @@ def test_it_takes_packets_delivers_them_and_ends_when_it_is_stopped(run, volume)
     assert {path.name for path in volume.glob("*.fdq")} == {"ring-0.fdq", "ring-1.fdq"}
 
 
+def test_it_has_the_dashboards_files(run):
+    container = run()
+    container.line_with("fastdist is ready")
+    status, headers, page = request(container.port, "GET", "/")
+    assert (status, headers["content-type"].split(";")[0]) == (200, "text/html")
+    for name in re.findall(rb'(?:src|href)="(/?[\w./-]+\.(?:js|css|svg))"', page):
+        assert request(container.port, "GET", f"/{name.decode().lstrip('/')}")[0] == 200, name
+
+
 def test_what_was_queued_is_there_in_the_next_container(run):
     nobody = CONFIG.format(free_port()).replace("20s", "100ms")
     first = run(nobody)

@@ -254,7 +254,7 @@ def test_a_start_without_a_usable_certificate_tells_why_and_asks_nobody(run, tmp
         f'[security]\ntls_cert = "{tmp_path}/cert.pem"\ntls_key = "{key}"\n'
     )
     process = run(sys.executable, "-m", "fastdist", "serve", "--config", config)
-    assert process.wait() == 3
+    assert process.wait() == 2
     assert str(key) in process.output
     if fault == "an encrypted key":
         assert "encrypted" in process.output

@@ -712,7 +712,7 @@ def test_ctrl_c_ends_it_in_good_order(tmp_path, distributor, run):
             asked.set()
             os.kill(os.getpid(), signal.SIGINT)
         if asked.is_set():
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     distributor.before_answer = interrupt
     summary = run(tmp_path)

@@ -109,7 +109,7 @@ def test_all_figures_are_there():
     assert row.endswith(" 30.0 % 25.0 % 25.0 % 1,234,567 2 3 4 0.123 12.3 -")
     assert squeezed(line_with(text, "ingest")) == "ingest 0.123 1.5 12.3 123 12,346"
     assert squeezed(line_with(text, "queue wait")) == "queue wait - - - - -"
-    assert squeezed(line_with(text, "1 ")) == "1 running 4001 0 12.3 % 50.0 MiB 11 21"
+    assert squeezed(line_with(text, "1 ")) == "1 running 4001 0 12.3 % 50.0 MiB 11 21 -"
 
 
 def test_nothing_is_wrong_when_nothing_is_wrong():
@@ -143,6 +143,11 @@ def test_a_worker_that_is_missing_is_named():
     health = msgspec.structs.replace(base.answers.health, workers=fewer, status="degraded")
     text = shown(msgspec.structs.replace(base, answers=msgspec.structs.replace(base.answers, health=health)))
     assert text.splitlines()[1].strip() == "DEGRADED: 1 of 2 workers running"
+
+
+def test_the_last_error_of_a_worker_is_shown():
+    text = shown(frame(workers=[worker(0, state="starting", lastError="killed by SIGKILL")]))
+    assert line_with(text, "0 ").endswith(" killed by SIGKILL")
 
 
 def test_the_last_figures_stay_while_the_server_is_away():

@@ -1,0 +1,121 @@
+"""How sending is shown: a bar at a terminal, lines elsewhere, why nothing moves, what was special at the end."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from fastdist import sendview
+from fastdist.packing import TALLIES, Packet
+from fastdist.sending import Summary
+from fastdist.sendview import SendView, summary_lines
+
+
+def log(size=1000, start=0):
+    return SimpleNamespace(size=size, start=start)
+
+
+def packet(offset, end, messages=5):
+    return Packet("id", b"", offset, end, messages, Counter())
+
+
+@pytest.fixture
+def terminal():
+    return Console(file=io.StringIO(), force_terminal=True, width=150, color_system=None)
+
+
+def bar(view):
+    """Return what the bar is now."""
+    console = Console(file=io.StringIO(), width=150, color_system=None)
+    console.print(view.bar.get_renderable())
+    return console.file.getvalue()
+
+
+def test_the_bar_shows_how_much_of_the_log_is_sent(terminal):
+    with SendView(console=terminal) as view:
+        view.begin(log(size=2048, start=512))
+        assert " 25%" in bar(view)
+        view.accepted(packet(512, 1024))
+        assert " 50%" in bar(view)
+        assert "1.0/2.0 KiB" in bar(view)
+        assert "messages/s" in bar(view)
+        assert "ETA" in bar(view)
+
+
+def test_a_log_that_grows_makes_the_bar_longer(terminal):
+    source = log(size=100)
+    with SendView(console=terminal) as view:
+        view.begin(source)
+        source.size = 200
+        view.accepted(packet(0, 100))
+        assert " 50%" in bar(view)
+
+
+@pytest.mark.parametrize(("follow", "size"), [(True, 100), (False, None)])
+def test_nothing_is_said_of_an_end_that_nobody_knows(terminal, follow, size):
+    with SendView(console=terminal, follow=follow) as view:
+        view.begin(log(size=size))
+        view.accepted(packet(0, 50))
+        assert "50%" not in bar(view)
+        assert "50/? bytes" in bar(view)
+
+
+def test_why_nothing_moves_is_shown_until_something_does(terminal):
+    with SendView(console=terminal) as view:
+        view.begin(log())
+        view.waiting("answers 429 (too many)", 1.25)
+        assert "answers 429 (too many); again in 1.2 s" in bar(view)
+        view.accepted(packet(0, 100))
+        assert "429" not in bar(view)
+
+
+def test_without_a_terminal_the_same_reason_is_told_once(capsys):
+    with SendView() as view:
+        view.begin(log())
+        for _ in range(50):
+            view.waiting("answers 503 (full)", 1)
+        view.waiting("cannot be reached: x", 1)
+        view.accepted(packet(0, 10))
+        view.waiting("cannot be reached: x", 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "the distributor answers 503 (full); trying again",
+        "the distributor cannot be reached: x; trying again",
+        "the distributor cannot be reached: x; trying again",
+    ]
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(sendview, "LINE_EVERY", 0.0)
+    with SendView() as view:
+        view.begin(log(size=4096))
+        view.accepted(packet(0, 1024))
+        view.begin(log(size=None))
+        view.accepted(packet(0, 10, 1))
+    assert capsys.readouterr().err.splitlines() == [
+        "5 messages, 1.0 KiB of 4.0 KiB (25%)",
+        "1 message, 10 B",
+    ]
+
+
+def test_quiet_is_quiet_but_for_what_a_person_should_know(capsys, monkeypatch):
+    monkeypatch.setattr(sendview, "LINE_EVERY", 0.0)
+    with SendView(quiet=True) as view:
+        view.begin(log())
+        view.accepted(packet(0, 10))
+        view.note("app.log was rotated")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "app.log was rotated\n")
+
+
+def test_the_summary_says_what_was_special():
+    assert summary_lines(Summary(packets=1, messages=1, bytes=2048), 2.0) == [
+        "sent 1 message in 1 packet, 2.0 KiB in 2.0 s (0 messages/s)"
+    ]
+    lines = summary_lines(Summary(retries=3, tally=Counter(dict.fromkeys(TALLIES, 7)), unsent=2), 0.0)
+    assert lines[1] == "retries: 3"
+    assert lines[2:-1] == [f"{what}: 7" for what in TALLIES.values()]
+    assert lines[-1] == "read but NOT sent: 2 messages at least"
