@@ -34,6 +34,7 @@ assert not suffixes & {".pyx", ".pxd", ".c", ".h"}, suffixes
 compiled = {path.name.split(".")[0] for path in (package / "_core").glob("*.so")}
 assert compiled and compiled == {path.stem for path in (package / "_core").glob("*.pyi")}, compiled
 assert (package / "py.typed").exists()
+assert (package / "openapi.json").exists()
 PYTHON
 "$work/venv/bin/python" -I "$root/tests/wheel_smoke.py" "$work/venv/bin/fastdist"
 echo "wheel: works"

@@ -251,6 +251,12 @@ def test_links_lead_somewhere(document):
         assert not anchor or anchor in anchors(there), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
+def test_the_tests_that_are_named_exist(document):
+    for name in re.findall(r"\btests/[\w/]+\.py\b", document.read_text()):
+        assert (ROOT / name).exists(), name
+
+
 def test_nothing_of_one_machine_is_in_the_docs():
     for document in [*DOCUMENTS, EXAMPLE]:
         assert not re.search(r"(?<![\w.:])/(?:home|root|work|tmp)/", document.read_text()), document
