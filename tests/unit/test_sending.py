@@ -271,7 +271,8 @@ def test_a_packet_is_planned_before_it_is_sent(rig, distributor):
     answer = distributor.answer
 
     def look(path, headers, body):
-        seen[json.loads(body)["metadata"]["offset"]] = {rig.noted["offset"], *rig.noted["planned"]}
+        noted = rig.noted  # read once: the next record may come between two looks
+        seen[json.loads(body)["metadata"]["offset"]] = {noted["offset"], *noted["planned"]}
         return answer(path, headers, body)
 
     distributor.answer = look
