@@ -159,6 +159,7 @@ def test_dead_letters_are_synced_many_at_a_time_and_before_the_ring(experiment, 
     wait_until(lambda: len(fastdist.dead_letters()) > 100, "packets are refused")
     experiment.judge(f"slow syncs, packets refused ({durability})")
     letters = len(fastdist.dead_letters())
+    wait_until(lambda: any(name.endswith(".ndjson") for name in synced()), "letters are synced")
     assert 1 <= sum(name.endswith(".ndjson") for name in synced()) < letters / 2
     before = len(synced())
     wait_until(lambda: fastdist.post()[0] == 202 and len(fastdist.dead_letters()) > letters, "one more is refused")
