@@ -117,6 +117,9 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=5, help="rounds (5)")
     options.add_argument("--seconds", type=int, default=3, help="seconds of load in each run (3)")
     options.add_argument(
+        "--minutes", type=float, default=25, help="begin no round that would not end within so many minutes (25)"
+    )
+    options.add_argument(
         "--quick", action="store_true", help="one round of one second, counts a hundredth: does it work?"
     )
     options.add_argument("--work", action="append", metavar="NAME", help="only works whose name contains this")

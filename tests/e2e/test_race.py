@@ -1,4 +1,4 @@
-"""The race runs: fastdist alone, for a second, and its figures are written down."""
+"""The race runs: fastdist alone, for a second or two, and its figures are written down."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ def test_a_tiny_race_writes_what_it_measured(tmp_path):
     assert latency["answered"] == latency["sent"] == 1000
     assert latency["p50"] <= latency["p99"] <= latency["max"]
     assert "batch, memory" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed (scripts/peers.sh installs it)")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize(("minutes", "rounds"), [("10", 2), ("0", 1)])
+def test_a_race_has_as_many_rounds_as_there_is_time_for(tmp_path, minutes, rounds):
+    command = [sys.executable, str(ROOT / "bench" / "race.py"), "--rounds", "2", "--seconds", "1", "--minutes", minutes]
+    command += ["--contestant", "fastdist", "--work", "18 KB, batch, validation none", "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("*.json")
+    (work,) = json.loads(written.read_text())["works"].values()
+    assert len(work["contestants"]["fastdist"]["rounds"]) == rounds
