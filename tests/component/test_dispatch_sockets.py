@@ -295,6 +295,34 @@ def test_a_batch_lingers_no_longer_than_it_may(tmp_path):
     run(scenario())
 
 
+def test_a_lingering_batch_is_waited_for_and_not_looked_at_again_and_again(tmp_path):
+    """uvloop takes a timer of less than half a millisecond for one of none."""
+
+    async def scenario():
+        server = await ScriptServer(lambda _number, _transport, _data: None).start()
+        delivery = {"mode": "batch", "connections": 2, "linger": 0.0004, "batch_packets": 9, "timeout": 50.0}
+        async with World(tmp_path, {"A1": server}, delivery=delivery) as w:
+            delays = []
+            later = w.dispatcher.loop.call_later
+
+            class Loop:
+                call_soon = staticmethod(w.dispatcher.loop.call_soon)
+
+                @staticmethod
+                def call_later(delay, callback):
+                    delays.append(delay)
+                    return later(delay, callback)
+
+            w.dispatcher.loop = Loop
+            for _ in range(20):
+                w.push(1)
+                await asyncio.sleep(0.0002)
+            assert delays
+            assert all(delay >= 0.001 for delay in delays)
+
+    run(scenario())
+
+
 # ---- shares
 
 

@@ -157,7 +157,9 @@ cdef class DispatchBase:
                 self.lingering.append(pool)
                 linger = min(linger, pool.due_in(now))
         if self.lingering and self.linger_timer is None:
-            self.linger_timer = self.loop.call_later(linger / 1e9, self.linger_over)
+            # In whole milliseconds, upwards: the loop takes less than half of one for none, and would come back at once
+            # until the time is over.
+            self.linger_timer = self.loop.call_later((linger + 999999) // 1000000 / 1e3, self.linger_over)
 
     cdef int route(self, int64_t now) except -1:
         """Claim what is in the ring and let it wait for the analyzer it was picked for."""
