@@ -120,6 +120,7 @@ class Way:
                 counters=self.counters,
                 dead_letters=SimpleNamespace(),
                 settled=shared_emitters.settled,
+                poller=None,
             )
             self.dispatcher.set_roster(self._roster(analyzers))
             self.loop.run()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fastdist._core.counters import Counters
     from fastdist._core.ring import PacketRing
     from fastdist._core.states import AnalyzerStates
+    from fastdist._core.stream import Poller
     from fastdist.config import Analyzer, Config
     from fastdist.deadletters import DeadLetters
 
@@ -83,7 +84,9 @@ class Dispatcher(DispatchBase):
         counters: Counters,
         dead_letters: DeadLetters,
         settled: Callable[[int, str | None], None],
+        poller: Poller,
     ) -> None:
+        self.poller = poller
         self.analyzer_states, self.counters, self.settled = states, counters, settled
         self.roster: dict[int, Analyzer] = {}
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed

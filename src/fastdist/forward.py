@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastdist import logs
 from fastdist._core.forward import PoolBase, ReplyBase
+from fastdist.sockets import connect
 
 if TYPE_CHECKING:
     import ssl
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fastdist._core.counters import Counters
     from fastdist._core.ring import PacketRing
     from fastdist._core.states import AnalyzerStates
+    from fastdist._core.stream import Poller
     from fastdist.config import Analyzer, Delivery
 
 IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
@@ -29,6 +31,8 @@ log = logs.get()
 
 class PoolOwner(Protocol):
     """Who decides what becomes of packets; see ``fastdist.dispatch.Dispatcher`` for what each call means."""
+
+    poller: Poller
 
     def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
@@ -104,18 +108,20 @@ class AnalyzerPool(PoolBase):
         connection = AnalyzerConnection(self)  # made here, for uvloop asks for its protocol before it connects
         try:
             async with asyncio.timeout(self.delivery.connect_timeout):
-                await asyncio.get_running_loop().create_connection(
-                    lambda: connection,
-                    self._address.host,
-                    self._address.port,
-                    ssl=self._tls,
-                    server_hostname=self._address.host if self._tls else None,
-                )
+                await self._connect(connection)
         except Exception as error:  # noqa: BLE001  (OSError, nearly always; whatever it is, packets wait for this)
             self._unreachable(describe(error, self.delivery.connect_timeout))
         finally:
             if connection.transport is None:
                 self.opening -= 1
+
+    async def _connect(self, connection: AnalyzerConnection) -> None:
+        host, port = self._address.host, self._address.port
+        if self._tls is None:
+            await connect(self.owner.poller, connection, host, port)
+        else:
+            loop = asyncio.get_running_loop()
+            await loop.create_connection(lambda: connection, host, port, ssl=self._tls, server_hostname=host)
 
     def _unreachable(self, error: str) -> None:
         """No connection came about: that failed whatever it was to carry."""

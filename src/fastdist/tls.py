@@ -13,8 +13,8 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdist import logs
 from fastdist.errors import StartError
+from fastdist.sockets import Acceptor
 
 if TYPE_CHECKING:
     import socket
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
     from fastdist.config import Security
 
-ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
-PAUSE = 0.1  # seconds to accept nothing when there is no descriptor to be had
 GOODBYE = 5.0  # seconds a client has to agree to the end of a connection
-
-log = logs.get()
 
 # Of TLS 1.2; those of 1.3 are all like these: a new key for each connection, and authenticated encryption.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -104,44 +100,26 @@ class TlsServer:
         has_room: Callable[[int], bool],
         patience: float,
     ) -> None:
-        self.listener, self.context, self.protocol = listener, context, protocol
+        self.context, self.protocol = context, protocol
         self.has_room, self.patience = has_room, patience
-        self.loop = asyncio.get_running_loop()
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._closed = False
-        listener.setblocking(False)  # noqa: FBT003
-        self._listen()
+        self._acceptor = Acceptor(listener, self._taken)
 
     def close(self) -> None:
         """Accept no more connections."""
-        self._closed = True
-        self.loop.remove_reader(self.listener)
+        self._acceptor.close()
 
-    def _listen(self) -> None:
-        if not self._closed:
-            self.loop.add_reader(self.listener, self._accept)
-
-    def _accept(self) -> None:
-        for _ in range(ACCEPTED_AT_ONCE):
-            try:
-                connection, _ = self.listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                log.error("cannot accept connections; trying again", error=error.strerror)
-                self.loop.remove_reader(self.listener)
-                self.loop.call_later(PAUSE, self._listen)
-                return
-            if not self.has_room(len(self._handshakes)):
-                connection.close()
-                continue
-            task = self.loop.create_task(self._shake_hands(connection))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+    def _taken(self, connection: socket.socket, _peer: object) -> None:
+        if not self.has_room(len(self._handshakes)):
+            connection.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._shake_hands(connection))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:
-            await self.loop.connect_accepted_socket(
+            await asyncio.get_running_loop().connect_accepted_socket(
                 self.protocol,
                 connection,
                 ssl=self.context,

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import uvloop
 
-from fastdist import __version__, control, logs, packet, tls
+from fastdist import __version__, control, logs, packet, sockets, tls
 from fastdist._core.ingest import Intake
 from fastdist._core.ring import PacketRing
+from fastdist._core.stream import Poller
 from fastdist.api import Api, Response, problem, reason
 from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
@@ -86,6 +87,7 @@ class Worker:
             self.config.queue.path, f"w{assignment.index}-{os.getpid()}", sync=self.durability != "memory"
         )
         self.limiter = self.block.limiter()
+        self.poller = Poller(loop)
         self.emitters = Emitters(Api(self.snapshot))
         self.emitters.carry_out = self._ask_for
         self.dispatcher = Dispatcher(
@@ -96,6 +98,7 @@ class Worker:
             counters=self.counters,
             dead_letters=self.dead_letters,
             settled=self.emitters.settled,
+            poller=self.poller,
         )
         if self.durability == "fsync":
             self.dispatcher.undertaker.sync = self._sync_letters
@@ -116,7 +119,7 @@ class Worker:
         self._letters_unsafe = False  # dead letters could not be synced (disk)
         self._deleted = False  # the ring's file
         self._stopped = asyncio.Event()
-        self._server: asyncio.Server | tls.TlsServer | None = None
+        self._server: sockets.Acceptor | tls.TlsServer | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
         self._numbers = itertools.count(1)
 
@@ -196,9 +199,7 @@ class Worker:
         listener = socket.socket(fileno=self.assignment.listener)
         commands = socket.socket(fileno=self.assignment.control)
         reader, self._control = await control.connect(commands)
-        self._server = await self._listen(listener)
-        if self.syncer is not None:
-            self.syncer.want()  # what was found is not known to be synced
+        self._server = self._listen(listener)
         self.tick()
         control.send(self._control, Message("ready", body=self.generation))
         gc.collect()
@@ -211,12 +212,12 @@ class Worker:
             obeying.result()  # whatever went wrong there ends this worker: another takes over
         obeying.cancel()
 
-    async def _listen(self, listener: socket.socket) -> asyncio.Server | tls.TlsServer:
+    def _listen(self, listener: socket.socket) -> sockets.Acceptor | tls.TlsServer:
         def protocol() -> IngestProtocol:
             return IngestProtocol(self.intake, self.emitters)
 
         if self.tls is None:
-            return await self.loop.create_server(protocol, sock=listener, backlog=4096)
+            return sockets.serve(listener, self.poller, protocol)
         # Until its handshake is over a connection is like one whose head is not whole.
         return tls.TlsServer(
             listener, self.tls, protocol, self.emitters.has_room_besides, self.config.server.header_timeout

@@ -24,6 +24,7 @@ import uvloop
 
 from fastdist import dispatch, undertaker
 from fastdist._core.ring import PacketRing, file_size
+from fastdist._core.stream import Poller
 from fastdist.config import Analyzer, Config
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
@@ -301,7 +302,7 @@ class BenchPool(AnalyzerPool):
 class Site:
     """A dispatcher with its ring, its shared block and its roster."""
 
-    def __init__(self, folder, loop, config, capacity):
+    def __init__(self, folder, loop, config, capacity, poller=None):
         self.folder, self.loop, self.config = folder, loop, config
         self.ring, self.block = memory_ring(capacity), shared_block()
         self.states, self.counters = self.block.analyzers, self.block.rows[0]
@@ -314,6 +315,7 @@ class Site:
             counters=self.counters,
             dead_letters=DeadLetters(folder, "w0"),
             settled=lambda sequence, analyzer: self.settled.append((sequence, analyzer)),
+            poller=poller,
         )
 
     @property
@@ -569,7 +571,9 @@ class World(Site):
     """A dispatcher on the running loop, ticking, over ``servers``: {id: mock, ScriptServer or endpoint}."""
 
     def __init__(self, folder, servers, weights=None, capacity=1 << 22, **sections):
-        super().__init__(folder, asyncio.get_running_loop(), settings(**sections), capacity)
+        loop = asyncio.get_running_loop()
+        self.poller = Poller(loop)
+        super().__init__(folder, loop, settings(**sections), capacity, self.poller)
         for slot, (name, server) in enumerate(servers.items()):
             self.add(slot, (weights or {}).get(name, 1.0), endpoint_of(server), name)
         self.servers, self.most_open = servers, 0
@@ -587,6 +591,7 @@ class World(Site):
             if not isinstance(server, str):
                 server.stop()
         await asyncio.sleep(0.01)
+        self.poller.close()
 
     async def _tick(self):
         while True:

@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint32_t
 from fastdist._core.counters cimport Counters
 from fastdist._core.http cimport Chunked, ReplyHead, uchar
 from fastdist._core.ring cimport PacketRing
+from fastdist._core.stream cimport Receiver
 
 cdef enum Pumped:
     NOTHING_TO_DO = 0
@@ -56,9 +57,8 @@ cdef class PoolBase:
     cdef void landed(self, Group *group) noexcept nogil
     cdef list handles(self, uint32_t handle)
 
-cdef class ReplyBase:
+cdef class ReplyBase(Receiver):
     cdef readonly PoolBase pool
-    cdef public object transport
     cdef int state
     cdef Group *groups           # a circle of `pipeline` requests in flight
     cdef int first_group, group_count

@@ -2,17 +2,15 @@
 
 ``PoolBase`` and ``ReplyBase`` hold what happens for every packet; ``fastdist.forward`` mixes in connecting, pruning and
 what to do about failures (``delivered(sequences)`` tells it of packets it watches). A packet is a handle of the ring on all of this way: lists are chained through the ring's
-entries, and the only object made is the one ``bytes`` that carries a write.
+entries, and no object is made.
 
 A reply counts as soon as its head is read. Failures are told to the pool as lists of handles (``failed``), and the
 pool's owner decides where they go next; after any failure on a connection it is closed.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.object cimport PyObject
-from cpython.ref cimport Py_XDECREF
 from libc.stdint cimport int64_t, uint32_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from fastdist._core.bits cimport likely, mono_ns, store, unlikely, wall_ns
 from fastdist._core.counters cimport (
@@ -24,11 +22,7 @@ from fastdist._core.http cimport (
 )
 from fastdist._core.ring cimport ID_TEXT, WAITED, Entry, PacketRing, Record, record_body, write_id
 from fastdist._core.states cimport AnalyzerStates
-
-cdef extern from "Python.h":
-    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *text, Py_ssize_t size) except NULL
-    char *text_of "PyBytes_AS_STRING"(PyObject *text)
-    int _PyBytes_Resize(PyObject **text, Py_ssize_t size) except -1
+from fastdist._core.stream cimport Receiver
 
 cdef enum:
     ALONE = 1                    # flag of an entry: send this packet as single, its batch was refused
@@ -333,7 +327,7 @@ cdef class PoolBase:
         return max(0, requests * (self.batch_packets if self.batching else 1) - self.waiting)
 
 
-cdef class ReplyBase:
+cdef class ReplyBase(Receiver):
     """A connection to an analyzer: sends requests, reads replies. ``pool`` is told of everything that goes wrong.
 
     Outcomes reach the pool as ``refused(handles, status, batch)``, ``failed(handles, error, counted, status)``,
@@ -389,8 +383,8 @@ cdef class ReplyBase:
         cdef Group *group
         cdef int made = 0, i
         cdef int64_t room = 0, wall = wall_ns()
+        cdef char *start
         cdef char *out
-        cdef PyObject *buffer
         if self.group_count == 0 and self.state == HEAD:
             self.waiting_since = now
         while pool.waiting and self.has_room() and pool.due(now):
@@ -403,35 +397,37 @@ cdef class ReplyBase:
             made += 1
         if made == 0:
             return 0
-        buffer = new_bytes(NULL, room)
-        out = text_of(buffer)
+        start = out = <char *>malloc(room)
+        if start == NULL:
+            raise MemoryError
         for i in range(self.group_count - made, self.group_count):
             out = pool.write_request(&self.groups[(self.first_group + i) % pool.pipeline], out, wall)
         if not self.has_room():
             self.withdraw()
         self.used_ns = now
-        _PyBytes_Resize(&buffer, out - text_of(buffer))
-        data = <object>buffer
-        Py_XDECREF(buffer)
-        self.transport.write(data)
+        try:
+            self.transmit(start, out - start)
+        finally:
+            free(start)
         return made
 
     # ---- replies
 
-    def data_received(self, bytes data):
+    cdef int receive(self, const uchar *p, Py_ssize_t n) except -1:
         """Take in what the analyzer sent."""
         cdef int64_t now = mono_ns()
+        cdef bytes joined
         if self.closing:
-            return
+            return 0
         self.used_ns = now
         if self.partial_length:
-            self.keep_partial(<const uchar *>PyBytes_AS_STRING(data), len(data))
+            self.keep_partial(p, n)
             joined = PyBytes_FromStringAndSize(<char *>self.partial, self.partial_length)
             self.partial_length = 0
-            data = joined
-        self.read_replies(<const uchar *>PyBytes_AS_STRING(data), len(data), now)
+            p, n = <const uchar *>PyBytes_AS_STRING(joined), len(joined)
+        self.read_replies(p, n, now)
         if self.closing:
-            return
+            return 0
         if self.has_room():
             if self.pool.waiting and not self.pool.paused:
                 self.send_waiting(now)
@@ -440,6 +436,7 @@ cdef class ReplyBase:
             self.offer()
         if self.pool.ring.has_unclaimed():
             self.pool.claim_more()
+        return 0
 
     cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
         cdef const uchar *end = p + n

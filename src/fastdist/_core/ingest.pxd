@@ -4,6 +4,7 @@ from fastdist._core.counters cimport Counters
 from fastdist._core.http cimport Chunked, RequestHead, Span, uchar
 from fastdist._core.limiter cimport RateLimiter
 from fastdist._core.ring cimport PacketRing
+from fastdist._core.stream cimport Receiver
 
 cdef class Intake:
     cdef readonly PacketRing ring
@@ -47,9 +48,8 @@ cdef class Answer:
     cdef int64_t position              # of the ring, that a sync has to reach first; 0: none
     cdef IngestBase connection
 
-cdef class IngestBase:
+cdef class IngestBase(Receiver):
     cdef readonly Intake intake
-    cdef public object transport
     cdef uint64_t client               # hash of the peer's address
     cdef int state
     cdef bint closing                  # no further request is read
@@ -93,6 +93,7 @@ cdef class IngestBase:
     cdef int keep_body(self, const uchar *p, Py_ssize_t n) except -1
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
     cdef int drop_body(self) noexcept
+    cdef int write_out(self) except -1
     cdef int flush(self) except -1
     cdef finish(self)
     cdef drop_partial(self)

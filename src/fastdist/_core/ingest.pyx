@@ -23,6 +23,7 @@ from fastdist._core.limiter cimport RateLimiter
 from fastdist._core.pick cimport GOLDEN
 from fastdist._core.ring cimport ID_TEXT, PUSHED, TOO_BIG, WAITED, PacketRing
 from fastdist._core.schema cimport PacketFacts, scan_packet
+from fastdist._core.stream cimport Receiver
 
 import os
 from email.utils import formatdate
@@ -195,7 +196,7 @@ cdef class Answer:
                                               head_only=self.head_only, old_client=self.old_client)
 
 
-cdef class IngestBase:
+cdef class IngestBase(Receiver):
     """One emitter's connection, mixed into an ``asyncio.Protocol`` that has:
 
     ``handle(method, target, head, body)``: any request but POST /logs; returns the answer's bytes, or None when it will
@@ -222,25 +223,28 @@ cdef class IngestBase:
 
     # ---- reading
 
-    def data_received(self, bytes data):
+    cdef int receive(self, const uchar *p, Py_ssize_t n) except -1:
         """Take in what the emitter sent; write what can be answered at once."""
+        cdef bytes joined
         cdef int64_t now = mono_ns()
         cdef uint64_t before = self.intake.ring.next_sequence
         if self.state == OVER:
-            return
+            return 0
         self.moved_ns = now
         try:
             if self.partial_length:
-                self.keep_partial(<const uchar *>PyBytes_AS_STRING(data), len(data))
-                data = PyBytes_FromStringAndSize(<char *>self.partial, self.partial_length)
+                self.keep_partial(p, n)
+                joined = PyBytes_FromStringAndSize(<char *>self.partial, self.partial_length)
                 self.drop_partial()
-            self.read(<const uchar *>PyBytes_AS_STRING(data), len(data), now)
+                p, n = <const uchar *>PyBytes_AS_STRING(joined), len(joined)
+            self.read(p, n, now)
         finally:
             self.flush()
         if self.intake.ring.next_sequence != before:
             self.intake.on_accepted()
             if self.intake.answers_after_sync:
                 self.intake.on_sync_wanted()
+        return 0
 
     cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
         cdef const uchar *end = p + n
@@ -629,20 +633,24 @@ cdef class IngestBase:
         cdef Answer answer
         if self.intake.out_length == 0:
             return
-        data = self.intake.take_out()
         if self.answers is None:
-            self.transport.write(data)
+            self.write_out()
             return
         answer = Answer.__new__(Answer)
-        answer.connection, answer.data, answer.ready = self, data, True
+        answer.connection, answer.data, answer.ready = self, self.intake.take_out(), True
         self.answers.append(answer)
+
+    cdef int write_out(self) except -1:
+        cdef Py_ssize_t n = self.intake.out_length
+        self.intake.out_length = 0
+        return self.transmit(self.intake.out, n)
 
     cdef int flush(self) except -1:
         """Write the answers of this read; close if the last was among them; stop reading while too many wait."""
         cdef Intake intake = self.intake
         if intake.out_length:
             if self.answers is None:
-                self.transport.write(intake.take_out())
+                self.write_out()
             else:
                 self.flush_to_answers()
         if self.answers is not None:
@@ -677,6 +685,7 @@ cdef class IngestBase:
         """Write the answers that are next in turn and ready."""
         cdef Answer answer
         cdef list ready = []
+        cdef bytes data
         if self.answers is None:
             return
         for answer in self.answers:
@@ -689,7 +698,8 @@ cdef class IngestBase:
             else:
                 del self.answers[:len(ready)]
             if self.transport is not None:
-                self.transport.write(ready[0] if len(ready) == 1 else b"".join(ready))
+                data = ready[0] if len(ready) == 1 else b"".join(ready)
+                self.transmit(PyBytes_AS_STRING(data), len(data))
         if self.answers is None and self.state == OVER and self.transport is not None:
             self.finish()
         if self.input_paused or self.output_paused or self.answers is not None:

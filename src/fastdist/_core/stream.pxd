@@ -1,0 +1,41 @@
+# A TCP connection without TLS, and what reads from it.
+from libc.stdint cimport uint32_t
+from fastdist._core.http cimport uchar
+
+cdef class Receiver:
+    cdef public object transport
+    cdef Stream stream           # the transport, where that is one: spares a call by name
+
+    cdef int receive(self, const uchar *p, Py_ssize_t n) except -1
+    cdef int transmit(self, const char *p, Py_ssize_t n) except -1
+
+cdef class Poller:
+    cdef readonly object loop
+    cdef readonly set streams    # all that are not lost yet
+    cdef int epoll
+    cdef uchar *room             # what one read brings
+
+    cdef int watch(self, Stream stream, uint32_t events) except -1
+
+cdef class Stream:
+    cdef readonly Poller poller
+    cdef readonly Receiver protocol
+    cdef readonly object peer
+    cdef int fd
+    cdef uint32_t watched        # epoll's events
+    cdef bint reading_paused, end_read
+    cdef bint output_paused      # the protocol was told so
+    cdef bint end_wanted         # shut down our side when all is written
+    cdef bint closing, over
+    cdef char *output            # what the kernel did not take yet
+    cdef Py_ssize_t output_start, output_end, output_size
+
+    cdef int happened(self, uint32_t events) except -1
+    cdef int read_some(self) except -1
+    cdef int write_some(self) except -1
+    cdef int send(self, const char *p, Py_ssize_t n) except -1
+    cdef int keep(self, const char *p, Py_ssize_t n) except -1
+    cdef int written(self) except -1
+    cdef int rewatch(self) except -1
+    cdef int fail(self, int code) except -1
+    cdef int end(self, error) except -1

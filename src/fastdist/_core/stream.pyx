@@ -1,0 +1,338 @@
+"""TCP connections without TLS: a transport as asyncio knows it, but from the socket to the protocol in C.
+
+``Poller`` has an epoll set of its own, which is one descriptor in the loop's: a turn of the loop asks it once, however
+many connections have something to read. ``Stream`` is one connection; it behaves as the loop's own transports do (writes
+at once what the kernel takes; ``pause_writing`` above 64 KiB that it does not, ``resume_writing`` at 16; ``connection_lost``
+comes from the loop, never from within a call). ``Receiver`` is what a protocol derives from to be read into without an
+object for each read, and to write without one; under any other transport (TLS) it is fed with bytes.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy
+from posix.unistd cimport close
+from fastdist._core.bits cimport likely, unlikely
+from fastdist._core.http cimport uchar
+
+import os
+import socket
+
+cdef extern from "<sys/epoll.h>" nogil:
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
+    uint32_t EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
+    ctypedef union epoll_data_t:
+        void *ptr
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
+    int epoll_wait(int epoll, epoll_event *events, int most, int timeout)
+
+cdef extern from "<sys/socket.h>" nogil:
+    int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOL_SOCKET, SO_ERROR
+    ctypedef unsigned int socklen_t
+    ssize_t recv(int fd, void *room, size_t n, int flags)
+    ssize_t c_send "send"(int fd, const void *data, size_t n, int flags)
+    int shutdown(int fd, int how)
+    int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
+
+cdef enum:
+    EVENTS = 512             # looked at in one turn of the loop
+    ROOM = 262144            # bytes of one read
+    HIGH_WATER = 65536       # bytes not written, above which the protocol is to pause
+    LOW_WATER = 16384        # at which it may go on
+
+
+cdef class Receiver:
+    """What a protocol derives from whose bytes come from a ``Stream``, or from any other transport.
+
+    It takes them in ``receive`` (in C) or ``data_received`` (in Python); each is there in terms of the other.
+    """
+
+    cdef int receive(self, const uchar *p, Py_ssize_t n) except -1:
+        """Take in what came; the bytes are there for as long as the call lasts."""
+        self.data_received(p[:n])
+        return 0
+
+    cdef int transmit(self, const char *p, Py_ssize_t n) except -1:
+        """Write bytes, which are copied where they cannot leave at once."""
+        if likely(self.stream is not None):
+            return self.stream.send(p, n)
+        self.transport.write(PyBytes_FromStringAndSize(p, n))
+        return 0
+
+    def data_received(self, bytes data):
+        """Take in what came."""
+        self.receive(<const uchar *>PyBytes_AS_STRING(data), len(data))
+
+
+cdef class Poller:
+    """The streams of one event loop (uvloop's, or any with ``add_reader``), until ``close``."""
+
+    def __cinit__(self, loop):
+        self.epoll = -1
+        self.loop, self.streams = loop, set()
+        self.room = <uchar *>malloc(ROOM)
+        if self.room == NULL:
+            raise MemoryError
+        self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        if self.epoll < 0:
+            raise OSError(errno, os.strerror(errno))
+        loop.add_reader(self.epoll, self.turn)
+
+    def __dealloc__(self):
+        if self.epoll >= 0:
+            close(self.epoll)
+        free(self.room)
+
+    def close(self):
+        """End all streams at once, and look at none any more."""
+        for stream in tuple(self.streams):
+            stream.abort()
+        self.loop.remove_reader(self.epoll)
+
+    def turn(self):
+        """Deal with whatever has happened on the streams."""
+        cdef epoll_event[EVENTS] events
+        cdef int count = epoll_wait(self.epoll, events, EVENTS, 0)
+        cdef int i
+        cdef Stream stream
+        for i in range(count):
+            # It is among `streams` at least until this turn of the loop is over: see Stream.end.
+            stream = <Stream>events[i].data.ptr
+            try:
+                stream.happened(events[i].events)
+            except Exception as error:
+                stream.report(error)
+
+    cdef int watch(self, Stream stream, uint32_t events) except -1:
+        cdef epoll_event event
+        cdef int operation = EPOLL_CTL_MOD if stream.watched else EPOLL_CTL_ADD
+        event.events = events
+        event.data.ptr = <void *>stream
+        if epoll_ctl(self.epoll, operation, stream.fd, &event) != 0:
+            raise OSError(errno, os.strerror(errno))
+        stream.watched = events
+        return 0
+
+
+cdef class Stream:
+    """The connected socket ``connection`` (taken over), read for ``protocol`` from now on. ``peer``: its address."""
+
+    def __cinit__(self, Poller poller, connection, peer, Receiver protocol):
+        self.fd = -1
+        self.poller, self.protocol, self.peer = poller, protocol, peer
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.fd = connection.detach()
+        poller.watch(self, EPOLLIN | EPOLLERR)
+        poller.streams.add(self)
+        protocol.stream = self
+        try:
+            protocol.connection_made(self)
+        except Exception as error:
+            self.report(error)
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            close(self.fd)
+        free(self.output)
+
+    # ---- what happens on the socket
+
+    cdef int happened(self, uint32_t events) except -1:
+        if events & EPOLLOUT and not self.over:
+            self.write_some()
+        if self.over:
+            return 0
+        if likely(self.watched & EPOLLIN):
+            self.read_some()
+        elif events & (EPOLLERR | EPOLLHUP):  # told whether asked for or not
+            self.fail(self.pending_error())
+        return 0
+
+    cdef int read_some(self) except -1:
+        cdef ssize_t n = recv(self.fd, self.poller.room, ROOM, MSG_DONTWAIT)
+        if likely(n > 0):
+            self.protocol.receive(self.poller.room, n)
+        elif n == 0:
+            self.end_read = True
+            self.rewatch()
+            if not self.protocol.eof_received():
+                self.close()
+        elif errno != EAGAIN and errno != EINTR:
+            self.fail(errno)
+        return 0
+
+    cdef int write_some(self) except -1:
+        cdef ssize_t n = c_send(self.fd, self.output + self.output_start, self.output_end - self.output_start,
+                                MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n < 0:
+            return 0 if errno == EAGAIN or errno == EINTR else self.fail(errno)
+        self.output_start += n
+        if self.output_start == self.output_end:
+            self.output_start = self.output_end = self.output_size = 0
+            free(self.output)
+            self.output = NULL
+            self.rewatch()
+        if self.output_paused and self.output_end - self.output_start <= LOW_WATER:
+            self.output_paused = False
+            self.protocol.resume_writing()
+        if self.output_end == 0 and not self.over:
+            self.written()
+        return 0
+
+    cdef int written(self) except -1:
+        """All is written: do what was to happen then."""
+        if self.closing:
+            self.end(None)
+        elif self.end_wanted:
+            shutdown(self.fd, SHUT_WR)
+        return 0
+
+    def pending_error(self):
+        """Return the socket's error, 0 if it has none."""
+        cdef int code = 0
+        cdef socklen_t length = sizeof(int)
+        getsockopt(self.fd, SOL_SOCKET, SO_ERROR, &code, &length)
+        return code
+
+    def report(self, error):
+        """An error of the program: tell of it, and let the connection go."""
+        self.poller.loop.call_exception_handler({
+            "message": "a connection is closed for an error in its protocol", "exception": error, "transport": self,
+            "protocol": self.protocol})
+        self.abort()
+
+    cdef int fail(self, int code) except -1:
+        return self.end(OSError(code, os.strerror(code)) if code else None)
+
+    cdef int end(self, error) except -1:
+        """Look at the socket no more; the protocol is told, and the socket closed, when this turn of the loop is over."""
+        cdef epoll_event event
+        if not self.over:
+            self.over = self.closing = True
+            epoll_ctl(self.poller.epoll, EPOLL_CTL_DEL, self.fd, &event)
+            self.output_start = self.output_end = self.output_size = 0
+            free(self.output)
+            self.output = NULL
+            self.poller.loop.call_soon(self.lose, error)
+        return 0
+
+    def lose(self, error):
+        """Tell the protocol that the connection is no more."""
+        protocol, self.protocol = self.protocol, None
+        protocol.stream = None
+        self.poller.streams.discard(self)
+        close(self.fd)
+        self.fd = -1
+        protocol.connection_lost(error)
+
+    # ---- what a protocol asks for
+
+    cdef int rewatch(self) except -1:
+        cdef uint32_t events = EPOLLERR  # which is always told, and says here that it is in the set
+        if self.over:
+            return 0
+        if not (self.reading_paused or self.end_read or self.closing):
+            events |= EPOLLIN
+        if self.output_end:
+            events |= EPOLLOUT
+        if events != self.watched:
+            self.poller.watch(self, events)
+        return 0
+
+    cdef int send(self, const char *p, Py_ssize_t n) except -1:
+        cdef ssize_t taken = 0
+        if unlikely(self.over or self.end_wanted or self.closing):
+            return 0
+        if likely(self.output_end == 0):
+            taken = c_send(self.fd, p, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if likely(taken == n):
+                return 0
+            if taken < 0:
+                if errno != EAGAIN and errno != EINTR:
+                    return self.fail(errno)
+                taken = 0
+        self.keep(p + taken, n - taken)
+        self.rewatch()
+        if not self.output_paused and self.output_end - self.output_start > HIGH_WATER:
+            self.output_paused = True
+            self.protocol.pause_writing()
+        return 0
+
+    cdef int keep(self, const char *p, Py_ssize_t n) except -1:
+        cdef Py_ssize_t kept = self.output_end - self.output_start
+        cdef char *grown
+        if self.output_end + n > self.output_size:
+            grown = <char *>malloc(2 * (kept + n))
+            if grown == NULL:
+                raise MemoryError
+            if kept:
+                memcpy(grown, self.output + self.output_start, kept)
+            free(self.output)
+            self.output, self.output_size = grown, 2 * (kept + n)
+            self.output_start, self.output_end = 0, kept
+        memcpy(self.output + self.output_end, p, n)
+        self.output_end += n
+        return 0
+
+    def write(self, bytes data):
+        """Write; what the kernel does not take at once is kept, and ``pause_writing`` called when that is much."""
+        self.send(PyBytes_AS_STRING(data), len(data))
+
+    def can_write_eof(self):
+        """Whether ``write_eof`` may be called."""
+        return True
+
+    def write_eof(self):
+        """Shut down this side when all is written; the other may go on sending."""
+        if self.end_wanted or self.over:
+            return
+        self.end_wanted = True
+        if self.output_end == 0:
+            self.written()
+
+    def pause_reading(self):
+        """Read nothing until ``resume_reading``."""
+        self.reading_paused = True
+        self.rewatch()
+
+    def resume_reading(self):
+        """Read again."""
+        self.reading_paused = False
+        self.rewatch()
+
+    def is_reading(self):
+        """Whether what comes is read."""
+        return not (self.reading_paused or self.closing)
+
+    def close(self):
+        """Read no more, and close when all is written."""
+        if self.closing:
+            return
+        self.closing = True
+        if self.output_end == 0:
+            self.end(None)
+        else:
+            self.rewatch()
+
+    def abort(self):
+        """Close at once, whatever is not written yet."""
+        self.end(None)
+
+    def is_closing(self):
+        """Whether the connection is closed, or about to be."""
+        return self.closing
+
+    def get_write_buffer_size(self):
+        """Return how many bytes the kernel has not taken yet."""
+        return self.output_end - self.output_start
+
+    def get_extra_info(self, str name, default=None):
+        """Return the peer's address for ``peername``; nothing else is known."""
+        return self.peer if name == "peername" else default

@@ -1,0 +1,90 @@
+"""From sockets to connections: accepting on a listener, and connecting to a host.
+
+What has no TLS becomes a ``Stream`` of the compiled core; TLS is the loop's (``fastdist.tls``, ``fastdist.forward``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist._core.stream import Poller, Receiver, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
+PAUSE = 0.1  # seconds to accept nothing when there is no descriptor to be had
+
+log = logs.get()
+
+
+class Acceptor:
+    """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``, until ``close``."""
+
+    def __init__(self, listener: socket.socket, taken: Callable[[socket.socket, object], None]) -> None:
+        self.listener, self.taken = listener, taken
+        self.loop = asyncio.get_running_loop()
+        self._closed = False
+        listener.setblocking(False)  # noqa: FBT003
+        self._listen()
+
+    def close(self) -> None:
+        """Accept no more connections."""
+        self._closed = True
+        self.loop.remove_reader(self.listener)
+
+    def _listen(self) -> None:
+        if not self._closed:
+            self.loop.add_reader(self.listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, peer = self.listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.error("cannot accept connections; trying again", error=error.strerror)
+                self.loop.remove_reader(self.listener)
+                self.loop.call_later(PAUSE, self._listen)
+                return
+            self.taken(connection, peer)
+
+
+def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiver]) -> Acceptor:
+    """Accept connections; each is read for a ``protocol()`` of its own."""
+
+    def taken(connection: socket.socket, peer: object) -> None:
+        try:
+            Stream(poller, connection, peer, protocol())
+        except OSError as error:  # it was reset meanwhile, or the system's limits are reached
+            log.error("a connection was accepted and cannot be used", error=error.strerror)
+            connection.close()
+
+    return Acceptor(listener, taken)
+
+
+async def connect(poller: Poller, protocol: Receiver, host: str, port: int) -> None:
+    """Connect ``protocol`` to the first of the host's addresses that lets us. Raises OSError, that of the last."""
+    loop = asyncio.get_running_loop()
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:  # a name: to be asked for, which may take a while
+        addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    refusal = OSError(f"{host} has no address")
+    for family, kind, number, _, address in addresses:
+        connection = socket.socket(family, kind, number)
+        try:
+            connection.setblocking(False)  # noqa: FBT003
+            await loop.sock_connect(connection, address)
+            Stream(poller, connection, address, protocol)
+        except OSError as error:
+            refusal = error
+        else:
+            return
+        finally:
+            connection.close()  # which a stream has taken the descriptor of
+    raise refusal
