@@ -39,7 +39,7 @@ IMAGE = re.compile(r"<img\b[^>]*>")
 
 
 def rewrite(text: str, source: Path, page: Path) -> str:
-    """Return the Markdown of ``source``, as far as it is part of ``page``, with links and pictures as the site has them."""
+    """Return Markdown of ``source`` that is part of ``page``, with links and pictures as the site has them."""
     parts, end = [], 0
     for fence in FENCE.finditer(text):
         parts += [_prose(text[end : fence.start()], source, page), fence[0]]

@@ -16,6 +16,7 @@ import socket
 import sys
 import tomllib
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -163,7 +164,7 @@ def test_both_files_have_the_same_weights():
         assert shares({row["id"]: row["weight"] for row in document["analyzers"]}) == pytest.approx(SHARES)
     routes = tomllib.loads((FOLDER / "vector.toml").read_text())["transforms"]["split"]["routes"]
     ends = [0, *(int(re.fullmatch(r"int!\(%draw\) < (\d+)", route["condition"])[1]) for route in routes)]
-    assert [(end - start) / 100 for start, end in zip(ends, ends[1:], strict=False)] == list(SHARES.values())
+    assert [(end - start) / 100 for start, end in pairwise(ends)] == list(SHARES.values())
 
 
 # ------------------------------------------------------------------------------------------------ Vector and Fluent Bit
@@ -194,7 +195,8 @@ def as_vector_posts(events, sink):
     return f"{sink.get('payload_prefix', '')}[{text}]{sink.get('payload_suffix', '')}".encode()
 
 
-def test_what_vector_is_told_to_post_is_a_packet(ours, mocks):
+@pytest.mark.usefixtures("mocks")
+def test_what_vector_is_told_to_post_is_a_packet(ours):
     sink = tomllib.loads((FOLDER / "vector-to-fastdist.toml").read_text())["sinks"]["fastdist"]
     assert sink["encoding"] == {"codec": "json"}  # with no framing: application/json, with commas
     assert "compression" not in sink  # none
@@ -233,8 +235,9 @@ RECORDS = [
 ]
 
 
+@pytest.mark.usefixtures("mocks")
 @pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
-def test_the_filter_for_fluent_bit_makes_packets(ours, mocks, record):
+def test_the_filter_for_fluent_bit_makes_packets(ours, record):
     lua = LuaRuntime()
     lua.execute((FOLDER / "fluent-bit-packet.lua").read_text())
     code, _, made = lua.globals().packet("app", 1767323045.678901, lua.table_from(record))
