@@ -6,7 +6,7 @@ CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdis
 BUILT := .venv/.built
 FUZZ_SECONDS ?= 120
 
-.PHONY: help build run test unit component e2e browser deploy screenshots chaos bench bench-quick micro profile lint types debug sanitize fuzz wheel clean
+.PHONY: help build run test unit component e2e browser deploy screenshots chaos docs bench bench-quick micro profile lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,10 @@ unit component e2e browser deploy: build  ## one kind of tests
 screenshots: build  ## take the pictures of the dashboard and the commands for the docs anew
 	$(BIN)/python scripts/screenshots.py
 	$(BIN)/python scripts/terminal_pictures.py
+
+docs: .venv/.tools  ## build the documentation into build/docs; a warning is an error
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --builder html --fresh-env --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet docs build/docs
 
 chaos: build  ## the long form of the chaos suite (some twenty minutes), with its table for docs/reliability.md
 	FASTDIST_CHAOS=long $(BIN)/python -m pytest tests/chaos
