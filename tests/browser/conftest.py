@@ -38,13 +38,6 @@ def page(driver, serve):  # noqa: ARG001  (what it shows is ended after it)
     assert complaints == []
 
 
-@pytest.fixture(scope="session")
-def lasting_mocks():
-    mocks = Mocks()
-    with running(mocks):
-        yield mocks
-
-
 @pytest.fixture
 def mocks(lasting_mocks) -> Mocks:
     """Four mock analyzers, as if they had just been started."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 from experiment import LONG, Experiment, Verdict, table
+from hypothesis import settings
 
 VERDICTS = pytest.StashKey[list[Verdict]]()
 EXPERIMENT = pytest.StashKey[Experiment]()
@@ -45,6 +47,18 @@ def pytest_terminal_summary(terminalreporter, config):
     target = Path("build/chaos.md")
     target.parent.mkdir(exist_ok=True)
     target.write_text(f"{text}\n")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Let what a test leaves to chance follow from a seed: the same in every gate, shown on failure.
+
+    When things happen still depends on the machine; what happens does not.
+    """
+    gate = settings.get_current_profile_name() == "ci"
+    seed = os.environ.get("CHAOS_SEED") or ("0" if gate else str(random.SystemRandom().randrange(10**9)))
+    random.seed(f"{seed} {request.node.name}")
+    print(f"CHAOS_SEED={seed}")  # noqa: T201  (pytest shows it with what fails)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_reloads_twice_a_second(experiment, delivery):
     experiment.analyzers("--latency", "0.005", "--jitter", "0.02")
     fastdist = experiment.serve({"delivery": delivery})
     emitter = experiment.emitter().start().wait_for(100)
-    rng = random.Random()
+    rng = random.Random(random.random())
     reloads = form(6, 40)
     for _ in range(reloads):
         some = rng.sample(ANALYZERS, rng.randint(1, 4))
@@ -78,7 +78,7 @@ def test_overrides_under_load_are_kept(experiment):
     experiment.analyzers()
     experiment.serve()
     emitter = experiment.emitter().start().wait_for(100)
-    rng = random.Random()
+    rng = random.Random(random.random())
     expected: dict[str, dict[str, object]] = {}
     for _ in range(form(2, 6)):
         for _ in range(form(15, 60)):

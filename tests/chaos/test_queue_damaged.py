@@ -86,7 +86,7 @@ class Damaged:
         self.queue = queue
         self.data = folder / "data"
         shutil.copytree(queue.source.data, self.data)
-        self.chance = random.Random()
+        self.chance = random.Random(random.random())
         self.struck: set[str] = set()  # packets of which a byte was changed
 
     @property

@@ -75,7 +75,7 @@ def test_signals_at_any_moment_of_a_start(experiment):
     emitter.wait_for(form(200, 2000))
     emitter.stop()
     fastdist.kill_all()
-    rng = random.Random()
+    rng = random.Random(random.random())
     turns = form(2, 25)
     for turn in range(turns):
         starting = experiment.begin_to_serve(workers=rng.randint(1, 4))

@@ -53,8 +53,8 @@ def test_405_says_what_is_allowed(service, first, allow):
     service.packets()
 
 
-@pytest.mark.parametrize("first", ["CONNECT logs.example:443", "FOO bar"])
-def test_targets_of_unknown_methods_are_the_server_as_a_whole(service, first):
+@pytest.mark.parametrize("first", ["CONNECT logs.example:443", "CONNECT [::1]:443"])
+def test_a_connect_asks_the_server_as_a_whole(service, first):
     answer = service.ask(head(first)).answer()
     assert answer.status == 405
     assert {*answer.headers["allow"].split(", ")} >= {"GET", "HEAD", "POST", "OPTIONS"}

@@ -10,8 +10,60 @@ NOT_A_NAME = "a header name is not a token followed by a colon"
 NOT_A_LENGTH = "Content-Length is not a number"
 NOT_LAST = "chunked is not the last transfer coding"
 BAD_VERSION = "the request line does not end with an HTTP version"
-BAD_TARGET = "the target is neither a path, a URL nor *"
+BAD_TARGET = "the target is neither a path, a URL with a host nor *"
+FRAGMENT = "the target has a fragment (#)"
 NO_TARGET = "the request line has no target"
+HOST_NAMES_NONE = "a Host header that names no host"
+NO_HOSTS = [  # neither in a Host header nor in a target
+    ":",
+    ":80",
+    "a,b",
+    "a@b",
+    "a:80@b",
+    "user:word@a",
+    "a\\b",
+    '"a"',
+    "<a>",
+    "a\xe9",
+    "\x80",
+    "{a}",
+    "a|b",
+    "a^b",
+    "a:b",
+    "a:80:80",
+    "a:65536",
+    "a:4294967376",
+    "a:99999999999999999999",
+    "a:-1",
+    "a:+80",
+    "a:0x50",
+    "a%",
+    "a%2",
+    "a%2g",
+    "%:80",
+    "[]",
+    "[",
+    "]",
+    "[::1",
+    "::1",
+    "[::1]80",
+    "[::1]:x",
+    "[::1]]",
+    "[[::1]]",
+    "a[::1]",
+    "[::1]a",
+    "[a]",
+    "[192.0.2.1]",
+    "[1::2::3]",
+    "[1:2:3:4:5:6:7]",
+    "[1:2:3:4:5:6:7:8:9]",
+    "[fe80::1%eth0]",
+    "[fe80::1%25eth0]",
+    "[v1.a]",
+    f"[{'0' * 100}::1]",
+    f"[::{'1' * 5000}]",
+]
+NO_HEADERS = ["a b", "a/b", "a?b", "a#b", "a\tb", "http://a", "a, a"]  # not in a Host header
 NO_METHOD = "the request line does not start with a method and a space"
 BAD_CODING = "the only transfer coding understood is chunked"
 BAD_CHUNKS = "its chunks are broken"
@@ -250,10 +302,29 @@ def test_every_token_character_may_be_in_a_header_name(service):
         ('POST http://logs"example/logs HTTP/1.1', 400, BAD_TARGET),
         ("POST http://user@logs.example/logs HTTP/1.1", 400, BAD_TARGET),
         ("POST ftp://logs.example/logs HTTP/1.1", 400, BAD_TARGET),
+        ("POST /logs# HTTP/1.1", 400, FRAGMENT),
+        ("POST /logs?a#b HTTP/1.1", 400, FRAGMENT),
+        ("POST # HTTP/1.1", 400, FRAGMENT),
+        ("POST http://logs.ex#mple:3000/logs?a=b HTTP/1.1", 400, FRAGMENT),
+        ("POST http://logs.example#/logs HTTP/1.1", 400, FRAGMENT),
+        ("POST http://logs.example/logs#x HTTP/1.1", 400, FRAGMENT),
+        ("OPTIONS *# HTTP/1.1", 400, FRAGMENT),
+        ("CONNECT logs.example:80#x HTTP/1.1", 400, FRAGMENT),
+        *[(f"POST http://{host}/logs HTTP/1.1", 400, BAD_TARGET) for host in NO_HOSTS],
+        *[(f"CONNECT {host} HTTP/1.1", 400, BAD_TARGET) for host in NO_HOSTS],
+        ("CONNECT /logs HTTP/1.1", 400, BAD_TARGET),
+        ("CONNECT http://logs.example/ HTTP/1.1", 400, BAD_TARGET),
+        ("DELETE logs.example:80 HTTP/1.1", 400, BAD_TARGET),
+        ("BREW coffee HTTP/1.1", 400, BAD_TARGET),
+        ("BREW * HTTP/1.1", 400, BAD_TARGET),
+        ("PUT x/logs HTTP/1.1", 400, BAD_TARGET),
+        ("PATCH http://a@b/analyzers/A1 HTTP/1.1", 400, BAD_TARGET),
+        ("OPTIONS http://a:b HTTP/1.1", 400, BAD_TARGET),
+        ("OPTIONS https://a:b?c HTTP/1.1", 400, BAD_TARGET),
     ],
 )
 def test_request_lines_that_are_refused(service, line, status, detail):
-    data = f"{line}\r\nHost: x\r\n\r\n".encode()
+    data = f"{line}\r\nHost: x\r\n\r\n".encode("latin-1")
     assert_refused(service, data, detail, status)
 
 
@@ -294,26 +365,7 @@ def test_empty_lines_without_end_are_no_request(service, pieces):
         (["Host: a", "Host: a"], "more than one Host header"),
         (["Host: a", "hOST: b"], "more than one Host header"),
         (["Host:", "Host:"], "more than one Host header"),
-        *[
-            ([f"Host: {host}"], "a Host header that names no host")
-            for host in (
-                "a b",
-                "a,b",
-                "a/b",
-                "a@b",
-                "a?b",
-                "a#b",
-                "a\\b",
-                '"a"',
-                "<a>",
-                "a\xe9",
-                "\x80",
-                "a\tb",
-                "{a}",
-                "a|b",
-                "a^b",
-            )
-        ],
+        *[([f"Host: {host}"], HOST_NAMES_NONE) for host in (*NO_HOSTS, *NO_HEADERS)],
     ],
 )
 def test_hosts_that_are_refused(service, lines, detail):
@@ -321,10 +373,30 @@ def test_hosts_that_are_refused(service, lines, detail):
 
 
 @pytest.mark.parametrize(
-    "host", ["", "x", "logs.example:3000", "[2001:db8::1]:80", "a%20b", "under_score", "192.0.2.1"]
+    "host",
+    [
+        "x",
+        "x:",
+        "x:0",
+        "logs.example:3000",
+        "logs.example.:0065535",
+        "[2001:db8::1]:80",
+        "[::]",
+        "[::ffff:192.0.2.1]:",
+        "a%20b",
+        "%C3%a4",
+        "under_score",
+        "192.0.2.1",
+        "!$&'()*+;=-._~",
+    ],
 )
 def test_hosts_that_are_read(service, host):
     assert_read(service, post(host=host))
+    assert_read(service, post(first=f"POST http://{host}/logs"))
+
+
+def test_an_empty_host_is_that_of_a_target_without_one(service):
+    assert_read(service, post(host=""))
 
 
 def test_http_1_0_needs_no_host_but_may_not_have_two(service):

@@ -10,7 +10,7 @@ import re
 
 import httptools
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ingest_harness import BODY, CONTINUE, Service, corpus, head, post, read_answers
 
@@ -26,7 +26,6 @@ HARMLESS = {
     "Invalid HTTP version": "a higher minor version is read as the highest known (RFC 9110, 2.5)",
     "Invalid char in url": "bytes beyond ASCII in a target: no path here has any",
     "Invalid characters in url": "the same",
-    "Unexpected start char in url": "what is no target, of a method unknown here: answered 405 whatever it says",
     "Invalid character in chunk extensions": "extensions are read over up to CR LF, whatever they are",
     "Data after `Connection: close`": "Proxy-Connection means nothing",
 }
@@ -169,6 +168,12 @@ PIECES = st.sampled_from(
         b"?",
         b"#",
         b"*",
+        b"@",
+        b"[",
+        b"]",
+        b"%",
+        b"%4",
+        b"//",
         b"HTTP/1.1",
         b"HTTP/1.0",
         b"http://",
@@ -242,6 +247,14 @@ def recording():
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+@example([post(first="POST http://logs.ex#mple:3000/logs?a=b")], [])
+@example([post(first="POST http://logs.example:b/logs")], [])
+@example([post(first="POST http://user@logs.example/logs")], [])
+@example([post(first="POST http://[::1/logs")], [])
+@example([post(first="POST /logs#")], [])
+@example([head("CONNECT logs.example:80#")], [])
+@example([head("CONNECT `.b:80")], [])
+@example([head("DELETE z/stats")], [])
 @given(st.lists(st.sampled_from(STREAMS), min_size=1, max_size=3), st.lists(MUTATIONS, max_size=4))
 def test_whatever_we_read_llhttp_reads_as_well_and_the_same(recording, streams, mutations):
     data = mutated(b"".join(streams), mutations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import Distributor, Fleet, Mocks, Process, running
+from support import Distributor, Fleet, Mocks, Process
 
 PROCESSES = pytest.StashKey[list]()
 PASSED = pytest.StashKey[bool]()
@@ -35,14 +35,6 @@ def start(request):
     yield start
     for process in reversed(processes):
         process.kill_all()
-
-
-@pytest.fixture(scope="session")
-def lasting_mocks():
-    """Four mock analyzers in one process, for all tests: starting them for each would take a minute."""
-    mocks = Mocks()
-    with running(mocks):
-        yield mocks
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""The command line as tests run it."""
+"""The command line as tests run it, and what stands in for a distributor."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+from fakes import Distributor
 from typer.testing import CliRunner
 
 from fastdist import cli
@@ -24,3 +25,12 @@ def file(tmp_path):
     path = tmp_path / "fastdist.toml"
     path.write_text("[server]\nport = 2000\nworkers = 2\n")
     return path
+
+
+@pytest.fixture
+def distributor():
+    """What answers packets as the test says."""
+    server = Distributor()
+    yield server
+    server.shutdown()
+    server.server_close()

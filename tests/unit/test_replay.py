@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from fakes import ACCEPTED, Distributor, problem
+from fakes import ACCEPTED, problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,14 +29,6 @@ SECOND = 1_000_000_000
 
 def packet(name="p-1", body=b'{"n":1}'):
     return Packet(1, name, body, 3, time.time_ns(), 2, 0, 0)
-
-
-@pytest.fixture
-def distributor():
-    server = Distributor()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 class Listener:

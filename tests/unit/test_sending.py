@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from fakes import ACCEPTED, Distributor, problem
+from fakes import ACCEPTED, problem
 from support import wait_until
 
 from fastdist import sending
@@ -18,14 +18,6 @@ from fastdist.posting import Target
 from fastdist.sending import Pauses, Shipper
 
 BUSY = problem(503, "the queue is full", Retry_After="0")
-
-
-@pytest.fixture
-def distributor():
-    server = Distributor()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 class Listener:

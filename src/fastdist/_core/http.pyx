@@ -10,14 +10,21 @@ are read as RFC 9112 lets a recipient: a bare LF ends a line.
 """
 
 from libc.stdint cimport int64_t
-from libc.string cimport memchr, memcmp, memset
+from libc.string cimport memchr, memcmp, memcpy, memset
 from fastdist._core.bits cimport likely, unlikely
+
+cdef extern from "arpa/inet.h" nogil:
+    int AF_INET6
+    cdef struct in6_addr:
+        pass
+    int inet_pton(int family, const char *text, void *address)
 
 cdef enum:
     TOKEN = 1                # tchar of RFC 9110
     VALUE = 2                # field content: HTAB, SP, visible ASCII, obs-text
-    TARGET = 4               # request-target: visible ASCII, and bytes above it as clients send them
-    HOST = 8                 # what a host and port are made of
+    TARGET = 4               # request-target: visible ASCII but #, and bytes above it as clients send them
+    NAME = 8                 # a host's name as it stands: unreserved and sub-delims of RFC 3986, but no comma: two Hosts in one
+    LONGEST_ADDRESS = 45     # of an IPv6 address
 
 cdef unsigned char[256] KINDS
 
@@ -30,12 +37,12 @@ cdef void prepare() noexcept:
         KINDS[c] = 0
         if c == 9 or (c >= 32 and c != 127):
             KINDS[c] |= VALUE
-        if c > 32 and c != 127:
+        if c > 32 and c != 127 and c != c'#':
             KINDS[c] |= TARGET
     for c in b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
         KINDS[c] |= TOKEN
-    for c in b"-._~!$&'()*+;=:[]%0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
-        KINDS[c] |= HOST
+    for c in b"-._~!$&'()*+;=0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        KINDS[c] |= NAME
 
 prepare()
 
@@ -183,7 +190,7 @@ cdef bint request_line(const uchar *p, const uchar *end, RequestHead *head) noex
         at += 1
     head.target.p, head.target.n = p, at - p
     if at == p or at[0] != c' ':
-        refuse(head, 400, "the request line has no target")
+        refuse(head, 400, "the target has a fragment (#)" if at[0] == c'#' else "the request line has no target")
         return False
     at += 1
     if end - at != 8 or memcmp(at, b"HTTP/", 5) != 0 or at[6] != c'.' or not (c'0' <= at[5] <= c'9' and c'0' <= at[7] <= c'9'):
@@ -194,7 +201,7 @@ cdef bint request_line(const uchar *p, const uchar *end, RequestHead *head) noex
         return False
     head.minor = at[7] - c'0'
     if not origin_form(head):
-        refuse(head, 400, "the target is neither a path, a URL nor *")
+        refuse(head, 400, "the target is neither a path, a URL with a host nor *")
         return False
     query = <const uchar *>memchr(head.target.p, c'?', head.target.n)
     head.path = head.target
@@ -204,11 +211,13 @@ cdef bint request_line(const uchar *p, const uchar *end, RequestHead *head) noex
 
 
 cdef bint origin_form(RequestHead *head) noexcept nogil:
-    """Cut an absolute-form target (RFC 9112, 3.2.2) down to its path; accept a path, and ``*`` for OPTIONS."""
+    """Cut an absolute-form target (RFC 9112, 3.2.2) down to its path; accept a path, ``*`` for OPTIONS, host:port for CONNECT."""
     cdef Span target = head.target
-    cdef Span scheme
+    cdef Span scheme, authority
     cdef const uchar *path
     cdef const uchar *end = target.p + target.n
+    if head.method_text.n == 7 and memcmp(head.method_text.p, b"CONNECT", 7) == 0:  # answered 405, as any method unknown here
+        return names_host(target)
     if target.p[0] == c'/':
         return True
     if target.n == 1 and target.p[0] == c'*':
@@ -219,18 +228,53 @@ cdef bint origin_form(RequestHead *head) noexcept nogil:
     else:
         scheme.n = 8
         if target.n <= 8 or not same(scheme, b"https://", 8):
-            return head.method == OTHER  # CONNECT host:port: answered 405, as any method unknown here
+            return False
         target.p += 8
     path = target.p
-    while path < end and KINDS[path[0]] & HOST:
+    while path < end and path[0] != c'/' and path[0] != c'?':
         path += 1
-    if path == target.p or (path < end and path[0] != c'/' and path[0] != c'?' and path[0] != c'#'):
+    authority.p, authority.n = target.p, path - target.p
+    if not names_host(authority):  # nor is there a user in it (RFC 9110, 4.2.4)
         return False
     if path < end and path[0] == c'/':
         head.target.p, head.target.n = path, end - path
     else:  # no path: the root, or for OPTIONS the server as a whole (its query is nobody's)
         head.target.p, head.target.n = b"*" if head.method == OPTIONS else b"/", 1
     return True
+
+
+cdef bint names_host(Span authority) noexcept nogil:
+    """Whether it is ``host [":" port]`` (RFC 9110, 7.2): a name, which is not empty, an IPv4 or a bracketed IPv6 address."""
+    cdef const uchar *p = authority.p
+    cdef const uchar *end = authority.p + authority.n
+    cdef int port = 0
+    if p < end and p[0] == c'[':
+        p = <const uchar *>memchr(p, c']', end - p)
+        if p == NULL or not is_ipv6(authority.p + 1, p - authority.p - 1):
+            return False
+        p += 1
+    else:
+        while p < end and (KINDS[p[0]] & NAME or (p[0] == c'%' and end - p > 2 and hex_value(p[1]) >= 0 and hex_value(p[2]) >= 0)):
+            p += 3 if p[0] == c'%' else 1
+        if p == authority.p:
+            return False
+    if p < end and p[0] == c':':
+        p += 1
+        while p < end and c'0' <= p[0] <= c'9' and port <= 65535:
+            port = port * 10 + p[0] - c'0'
+            p += 1
+    return p == end and port <= 65535
+
+
+cdef bint is_ipv6(const uchar *p, Py_ssize_t n) noexcept nogil:
+    """Whether it is an address as inet_pton(3) knows it: without a zone, which is nobody's but the client's."""
+    cdef char[LONGEST_ADDRESS + 1] text
+    cdef in6_addr address
+    if n > LONGEST_ADDRESS:
+        return False
+    memcpy(text, p, n)
+    text[n] = 0
+    return inet_pton(AF_INET6, text, &address) == 1  # there is no NUL in a head that would end it early
 
 
 cdef Method method_of(const uchar *p, Py_ssize_t n) noexcept nogil:
@@ -261,9 +305,8 @@ cdef void request_field(RequestHead *head, const uchar *name_at, Py_ssize_t name
     # Length and first letter rule out nearly all names before a comparison.
     if name_length == 4 and lower(name_at[0]) == c'h' and same(name, b"host", 4):
         hosts[0] += 1
-        for i in range(value.n):
-            if not KINDS[value.p[i]] & HOST:
-                refuse(head, 400, "a Host header that names no host")
+        if value.n and not names_host(value):  # an empty one is for targets without a host
+            refuse(head, 400, "a Host header that names no host")
     elif name_length == 6:
         if same(name, b"expect", 6):
             if same(value, b"100-continue", 12):
