@@ -116,7 +116,7 @@ class _Metrics(Collector):
         """Yield the histograms."""
         ingest = HistogramMetricFamily(
             "fastdist_ingest_duration_seconds",
-            "Time from a request's head until its packet is queued; with fsync, without the sync.",
+            "Time from the end of a request's reading until its packet is safe and its answer written.",
         )
         _add(ingest, [], self.snapshot.ingest)
         yield ingest

@@ -238,7 +238,7 @@ class Snapshot:
 
     @property
     def ingest(self) -> Histogram:
-        """From a request's last header to its answer."""
+        """From the end of a request's reading until its packet is safe (with fsync: synced) and its answer written."""
         return merge(row[_INGEST:_QUEUE_WAIT] for row in self._rows)
 
     @property

@@ -27,6 +27,7 @@ from fastdist._core.ingest import Intake
 from fastdist._core.ring import PacketRing, file_size
 from fastdist.api import Api
 from fastdist.config import Config, Limits, Security, Server
+from fastdist.histograms import Histogram
 from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.shared import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.snapshot import REJECTIONS, Snapshot
@@ -455,6 +456,11 @@ class Service:
     @property
     def accepted(self) -> int:
         return self.counters.get("accepted")
+
+    @property
+    def ingest(self) -> Histogram:
+        """How long answers took."""
+        return self.emitters.api.snapshot().ingest
 
     @contextlib.contextmanager
     def timers(self):
