@@ -16,7 +16,7 @@ import time
 from collections import deque
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import orjson
@@ -27,10 +27,12 @@ from fastdist._core.ingest import Intake
 from fastdist._core.ring import PacketRing, file_size
 from fastdist.api import Api
 from fastdist.config import Config, Limits, Security, Server
-from fastdist.histograms import Histogram
 from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.shared import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.snapshot import REJECTIONS, Snapshot
+
+if TYPE_CHECKING:
+    from fastdist.histograms import Histogram
 
 BODY = b'{"emitterId":"web-1","messages":[{"message":"one"},{"message":"two"}]}'
 ADDRESS = "192.0.2.1"
