@@ -6,22 +6,19 @@ A histogram in shared memory is 248 words: the buckets, then their count, the su
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from fastdist._core.counters import HISTOGRAM_BUCKETS, bucket_bounds
+from fastdist._core.counters import add_histograms, bucket_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 BOUNDS: list[int] = bucket_bounds()  # exclusive upper ones, nanoseconds
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
-
-_COUNT, _SUM, _MAX = HISTOGRAM_BUCKETS, HISTOGRAM_BUCKETS + 1, HISTOGRAM_BUCKETS + 2
 
 
 class Histogram(Struct, frozen=True):
@@ -71,9 +68,4 @@ class Histogram(Struct, frozen=True):
 
 def merge(histograms: Iterable[memoryview]) -> Histogram:
     """Return the sum of histograms given as their words in shared memory."""
-    used = [words for words in histograms if words[_COUNT]]
-    # All their words are added at once, as lanes of one long integer; none is negative, so none carries into the next.
-    # That is three times as fast as adding lists, and a thousand analyzers on eight workers are two million words.
-    lanes = sum(int.from_bytes(words[:_MAX], sys.byteorder) for words in used)
-    total = memoryview(lanes.to_bytes(8 * _MAX, sys.byteorder)).cast("q").tolist()
-    return Histogram(total[:HISTOGRAM_BUCKETS], total[_SUM], max((words[_MAX] for words in used), default=0))
+    return Histogram(*add_histograms(histograms))

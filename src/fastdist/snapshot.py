@@ -238,7 +238,7 @@ class Snapshot:
 
     @property
     def ingest(self) -> Histogram:
-        """From a request's last header to its answer."""
+        """From the end of a request's reading until its packet is safe (with fsync: synced) and its answer written."""
         return merge(row[_INGEST:_QUEUE_WAIT] for row in self._rows)
 
     @property
@@ -249,10 +249,10 @@ class Snapshot:
     def delivery(self, slots: Iterable[int] | None = None) -> Histogram:
         """From a sending to its reply, for the analyzers in ``slots`` (None: for all that there ever were)."""
         starts = [slot * WORDS_PER_HISTOGRAM for slot in (range(self.block.slots) if slots is None else slots)]
-        all_time = merge(row[start:][:WORDS_PER_HISTOGRAM] for row in self._histograms for start in starts)
+        all_time = merge(row[start : start + WORDS_PER_HISTOGRAM] for row in self._histograms for start in starts)
         if slots is None:
             return all_time
-        return all_time.since(merge(self._baselines[start:][:WORDS_PER_HISTOGRAM] for start in starts))
+        return all_time.since(merge(self._baselines[start : start + WORDS_PER_HISTOGRAM] for start in starts))
 
     # ---- workers and analyzers
 

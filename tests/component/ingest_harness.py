@@ -16,7 +16,7 @@ import time
 from collections import deque
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import orjson
@@ -30,6 +30,9 @@ from fastdist.config import Config, Limits, Security, Server
 from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.shared import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.snapshot import REJECTIONS, Snapshot
+
+if TYPE_CHECKING:
+    from fastdist.histograms import Histogram
 
 BODY = b'{"emitterId":"web-1","messages":[{"message":"one"},{"message":"two"}]}'
 ADDRESS = "192.0.2.1"
@@ -455,6 +458,11 @@ class Service:
     @property
     def accepted(self) -> int:
         return self.counters.get("accepted")
+
+    @property
+    def ingest(self) -> Histogram:
+        """How long answers took."""
+        return self.emitters.api.snapshot().ingest
 
     @contextlib.contextmanager
     def timers(self):

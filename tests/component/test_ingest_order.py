@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from ingest_harness import BODY, CONTINUE, Service, chunk, head, keyed, post
 
@@ -270,6 +272,49 @@ def test_other_answers_do_not_wait_for_a_sync():
     connection = service.ask(head("GET /health") + post(b"{") + post(BODY, "Content-Type: a/b"))
     assert connection.statuses == [200, 400, 415]
     assert not service.syncs_wanted
+
+
+def test_the_time_an_answer_takes_includes_the_wait_for_its_sync():
+    service = Service(fsync=True)
+    with service.timers():
+        service.ask(keyed("a") + keyed("b", BODY, "Prefer: wait=60"))
+        asked = time.monotonic_ns()
+        time.sleep(0.02)
+        assert service.ingest.cumulative()[-1] == 0
+        syncing = time.monotonic_ns()
+        service.sync()
+        assert service.ingest.cumulative()[-1] == 2
+        assert service.ingest.sum_ns >= 2 * (syncing - asked)
+        service.deliver()
+        service.sync()
+    assert service.ingest.cumulative()[-1] == 2
+
+
+def test_no_time_is_told_of_an_answer_whose_sync_fails():
+    service = Service(fsync=True)
+    with service.timers():
+        connection = service.ask(keyed("a", BODY, "Prefer: wait=60"))
+        service.sync()
+        connection.send(keyed("b"))
+        service.ring.withdraw_unsynced()
+        service.intake.sync_failed(*STORAGE_FAULT)
+        connection.send(keyed("c"))
+        service.sync()
+        assert (service.accepted, service.ingest.cumulative()[-1]) == (2, 2)
+        service.deliver()
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_the_time_an_answer_takes_does_not_include_how_slowly_its_request_came(fsync):
+    service, request = Service(fsync=fsync), keyed("a")
+    connection = service.ask(request[:-10])
+    time.sleep(0.02)
+    resumed = time.monotonic_ns()
+    connection.send(request[-10:])
+    if fsync:
+        service.sync()
+    assert service.ingest.sum_ns <= time.monotonic_ns() - resumed
+    assert service.ingest.cumulative()[-1] == 1
 
 
 def test_when_the_sync_fails_nobody_is_told_202():

@@ -183,6 +183,16 @@ def test_histograms_are_exact_at_every_bound(block):
     assert it["fastdist_queue_wait_duration_seconds_count",] == 0
 
 
+def test_any_text_may_stand_in_a_label(block):
+    odd = 'a"b\\c\nd,e="f"}'
+    roster = {3: Analyzer(id=odd, endpoint="http://127.0.0.1:1/", weight=1.0)}
+    for write, read in ((metrics.text, text_string_to_metric_families), (metrics.openmetrics, parse_openmetrics)):
+        text = write(Snapshot(block, Config(), roster, odd, AT)).decode()
+        labels = {value for family in read(text) for sample in family.samples for value in sample.labels.values()}
+        assert odd in labels
+        assert {label for label in labels if label.startswith("a")} == {odd}
+
+
 def test_the_same_figures_as_openmetrics(block):
     block.rows[0].add("accepted", 7)
     block.rows[0].observe_ingest(10**6)

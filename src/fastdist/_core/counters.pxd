@@ -63,7 +63,7 @@ cdef void observe(int64_t *histogram, int64_t ns, int64_t times) noexcept nogil
 cdef class Counters:
     cdef object buffer
     cdef int64_t *words             # of the worker
-    cdef int64_t *ingest            # histogram: head complete to answer ready
+    cdef int64_t *ingest            # histogram: request read to answer ready
     cdef int64_t *queue_wait        # histogram: accepted to first sending
     cdef int64_t *analyzers         # ANALYZER_COUNTERS words a slot
     cdef int64_t *delivery          # a histogram a slot

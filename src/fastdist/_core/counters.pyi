@@ -1,8 +1,9 @@
 """Counters and histograms of one worker, in shared memory."""
 
+from collections.abc import Iterable
 from typing import Final, Self
 
-from _typeshed import WriteableBuffer
+from _typeshed import ReadableBuffer, WriteableBuffer
 from typing_extensions import disjoint_base
 
 FIELDS: Final[dict[str, int]]
@@ -13,6 +14,7 @@ HISTOGRAM_BUCKETS: Final[int]
 WORDS_PER_HISTOGRAM: Final[int]
 
 def bucket_bounds() -> list[int]: ...
+def add_histograms(histograms: Iterable[ReadableBuffer]) -> tuple[list[int], int, int]: ...
 def row_words(slots: int) -> int: ...
 
 @disjoint_base

@@ -4,6 +4,7 @@ Any process may read them at any time; a reader sees each word whole, and sums o
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyObject_GetBuffer, PyBuffer_Release
+from libc.string cimport memset
 from fastdist._core.bits cimport likely
 
 FIELDS = {
@@ -91,6 +92,33 @@ def bucket_bounds():
         else:
             bounds.append((<int64_t>8 + bucket % 8 + 1) << (bucket // 8 - 1 + 8))
     return bounds
+
+
+def add_histograms(histograms):
+    """Return the sum of histograms, each given as its words: the buckets, the sum and the longest.
+
+    Compiled, for a thousand analyzers on eight workers are two million words.
+    """
+    cdef int64_t[BUCKETS] total
+    cdef int64_t sum_ns = 0, longest = 0
+    cdef const int64_t *words
+    cdef Py_buffer view
+    cdef int bucket
+    memset(total, 0, sizeof(total))
+    for histogram in histograms:
+        PyObject_GetBuffer(histogram, &view, PyBUF_SIMPLE)
+        try:
+            if view.len < 8 * HISTOGRAM_WORDS or <size_t>view.buf % 8:
+                raise ValueError(f"a histogram takes {8 * HISTOGRAM_WORDS} aligned bytes, got {view.len}")
+            words = <const int64_t *>view.buf
+            if words[HISTOGRAM_COUNT]:
+                for bucket in range(BUCKETS):
+                    total[bucket] += words[bucket]
+                sum_ns += words[HISTOGRAM_SUM]
+                longest = max(longest, words[HISTOGRAM_MAX])
+        finally:
+            PyBuffer_Release(&view)
+    return [total[bucket] for bucket in range(BUCKETS)], sum_ns, longest
 
 
 def row_words(Py_ssize_t slots):

@@ -46,6 +46,7 @@ cdef class Answer:
     cdef bint close, head_only, old_client  # what the request asks of its answer; see Intake.compose
     cdef bytes extra
     cdef int64_t position              # of the ring, that a sync has to reach first; 0: none
+    cdef int64_t read_ns               # when its request was read, monotonic; 0: it is not, or no longer, to be counted
     cdef IngestBase connection
 
 cdef class IngestBase(Receiver):
@@ -58,7 +59,7 @@ cdef class IngestBase(Receiver):
     cdef bint answered, head_only, old_client
     cdef readonly bint is_log
     cdef readonly bint keep_alive
-    cdef int64_t body_left, started_ns
+    cdef int64_t body_left
     cdef Chunked chunks
     cdef int64_t wait_seconds          # Prefer: wait; -1: none
     cdef char[64] key

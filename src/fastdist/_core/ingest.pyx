@@ -169,6 +169,7 @@ cdef class Intake:
             for waiting in connection.answers or ():
                 if waiting.position > self.ring.synced and not waiting.ready:
                     waiting.data, waiting.ready = waiting.compose(status, reason, headers, body), True
+                    waiting.read_ns = 0
             connection.release_ready()
 
 
@@ -288,7 +289,6 @@ cdef class IngestBase(Receiver):
         parse_request_head(p, length, &head)
         self.head_ns = 0
         self.blank_lines = 0
-        self.started_ns = now
         self.begin(&head, p, length)
         if self.state == START:  # no body
             self.body_whole(NULL, 0)
@@ -343,7 +343,7 @@ cdef class IngestBase(Receiver):
         self.key_length = 0
         self.wait_seconds = min(head.wait, LONGEST_WAIT)
         if unlikely(intake.limiter.active):
-            wait = intake.limiter.admit(self.client, self.started_ns)
+            wait = intake.limiter.admit(self.client, self.moved_ns)
             if wait:
                 return self.reject(self.limited(wait / 1e9))
         if unlikely(not intake.open_to_all):
@@ -518,7 +518,8 @@ cdef class IngestBase(Receiver):
             counters[MESSAGES_ACCEPTED] += messages
             counters[BYTES_ACCEPTED] += n
         self.answer_accepted(packet_id, messages)
-        observe(intake.counters.ingest, mono_ns() - self.started_ns, 1)
+        if not intake.answers_after_sync:  # else its answer is written, and its time is up, when it is synced
+            observe(intake.counters.ingest, mono_ns() - self.moved_ns, 1)
         return 0
 
     cdef bint understand(self, const uchar *p, Py_ssize_t n, uint32_t *messages, uint64_t *emitter) except -1:
@@ -553,7 +554,7 @@ cdef class IngestBase(Receiver):
         if unlikely(self.wait_seconds >= 0):
             answer = self.promise()
             if intake.answers_after_sync:
-                answer.position = intake.ring.tail
+                answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
                 self.await_sync()
             self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
                                 messages if intake.validation else None)
@@ -563,7 +564,8 @@ cdef class IngestBase(Receiver):
         write_accepted(intake, text, length, messages, self.extra, self.keep_alive, self.old_client)
         if intake.answers_after_sync:
             answer = Answer.__new__(Answer)
-            answer.connection, answer.extra, answer.position = self, self.extra, intake.ring.tail
+            answer.connection, answer.extra = self, self.extra
+            answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
             answer.close, answer.old_client = not self.keep_alive, self.old_client
             answer.data = intake.take_out()
             if self.answers is None:
@@ -672,11 +674,16 @@ cdef class IngestBase(Receiver):
     def release(self, int64_t position):
         """Let go of the answers whose packets are synced up to ``position``; say whether those were all."""
         cdef Answer answer
+        cdef int64_t now = mono_ns()
         cdef bint all_of_them = True
         for answer in self.answers or ():
             if answer.position > position:
                 all_of_them = all_of_them and answer.ready
-            elif answer.position and answer.data is not None:
+                continue
+            if answer.read_ns:
+                observe(self.intake.counters.ingest, now - answer.read_ns, 1)
+                answer.read_ns = 0
+            if answer.position and answer.data is not None:
                 answer.ready = True
         self.release_ready()
         return all_of_them
