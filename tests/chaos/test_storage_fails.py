@@ -97,7 +97,7 @@ int fdatasync(int fd) {
 
 @pytest.fixture
 def slowly_failing_letters(tmp_path):
-    """Return the environment of a process whose syncs of letters take 1.5 s and fail, and the file that tells of one."""
+    """Return the environment of a process whose syncs of letters take 1.5 s and fail, and what file tells of one."""
     source, library, begun = tmp_path / "slow.c", tmp_path / "slow.so", tmp_path / "sync-begun"
     source.write_text(SLOW_FAILURE)
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)

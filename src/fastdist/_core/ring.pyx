@@ -229,6 +229,7 @@ cdef class PacketRing:
     cdef int _adopt(self, Record *record, int64_t position, dict moved) except -1:
         if record.sequence >= self.next_sequence:
             self.next_sequence = record.sequence + 1
+        self.largest = max(self.largest, record_size(record))
         if record.state != DONE and not self.body_sound(record):
             self._report(position, f"checksum of packet {record_id(record)}")
             record.state = DONE
@@ -324,6 +325,7 @@ cdef class PacketRing:
         record.moved = 1 if flags & A_COPY else 0
         self.seal(record)
         self.next_sequence += 1
+        self.largest = max(self.largest, size)
         self.undone += 1
         self.undone_bytes += size
         self.tail += size
@@ -351,9 +353,11 @@ cdef class PacketRing:
     cdef bint make_room(self, int64_t size) noexcept nogil:
         """Move claimed records from the head to the tail, some at a time, lest they pin the ring; say whether ``size`` fits.
 
-        With a file, their old places are free once the copies are synced.
+        With a file, their old places are free once the copies are synced. Room for one copy is left
+        once they are, lest a packet that nobody takes pins for good a ring that was filled while nothing was claimed. (One
+        of more than an eighth of the ring still may: to keep room for any would be to do with half of the ring.)
         """
-        cdef int64_t spare, moving, position = max(self.head, self.settled)
+        cdef int64_t spare, moving, reserve, position = max(self.head, self.settled)
         cdef Record *record
         cdef int moves = 0
         while position < self.cursor and self.undone_bytes <= self.capacity // 4 * 3 and moves < MOVES_A_PUSH:
@@ -370,7 +374,9 @@ cdef class PacketRing:
                 moves += 1
             position = max(position + moving, self.head)
         self.settled = position
-        return self.capacity - (self.tail - self.head) >= size
+        spare = self.capacity - (self.tail - self.head)
+        reserve = min(max(self.largest, size), self.capacity // 8)
+        return spare >= size and spare + position - self.head >= size + reserve
 
     cdef void move(self, Record *old, int64_t size) noexcept nogil:
         cdef Record *copy = self.at(self.tail)
@@ -467,6 +473,8 @@ cdef class PacketRing:
             self.cursor = head
         if head != self.head:
             self.head = head
+            if head == self.tail:
+                self.largest = 0
             self.publish()
 
     cdef int64_t oldest(self) noexcept nogil:
