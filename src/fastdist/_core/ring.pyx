@@ -161,11 +161,13 @@ cdef class PacketRing:
         cdef Header *header = NULL
         cdef Header *copy
         cdef bint known = False
-        cdef int i
+        cdef int i, stray = self._stray_copy(fd)
         newer, torn = 0, []
         for i in range(2):
             copy = <Header *>(self.headers + i * SECOND_COPY)
-            if copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy):
+            if i == stray:
+                self.damage.append((i * SECOND_COPY, "header copy of another ring"))
+            elif copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy):
                 self.damage.append((i * SECOND_COPY, "header copy"))
             elif copy.version > FORMAT:
                 newer = copy.version
@@ -179,9 +181,9 @@ cdef class PacketRing:
                     known = True
                     self.head, self.tail, self.next_sequence = copy.head, copy.tail, copy.next_sequence
                 header = copy
+        if newer:  # though it be one copy: a newer version may have been killed while it changed them
+            raise RingError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
         if header == NULL:
-            if newer:
-                raise RingError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
             raise RingError("no intact ring header")
         if header.capacity != round_capacity(header.capacity):
             raise RingError(f"a capacity of {header.capacity} bytes, which no ring has")
@@ -195,6 +197,40 @@ cdef class PacketRing:
         else:
             self.damage += torn
             self._find_ends()
+
+    def _stray_copy(self, int fd):
+        """Return which header copy is another ring's (-1: none): the one whose salt fewer of the records have."""
+        cdef Header *copy
+        cdef int i
+        ids, found = [], []
+        for i in range(2):
+            copy = <Header *>(self.headers + i * SECOND_COPY)
+            if copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy) or copy.version > FORMAT:
+                return -1
+            ids.append((copy.salt, copy.ring_id[:16]))
+        if ids[0] == ids[1]:
+            return -1
+        for i in range(2):
+            copy = <Header *>(self.headers + i * SECOND_COPY)
+            found.append(self._count_records(fd, copy.capacity, crc32c(0, &copy.salt, 8)))
+        return 0 if found[0] < found[1] else 1
+
+    def _count_records(self, int fd, int64_t capacity, uint32_t seed):
+        """Return how many sound records there would be if the ring had this capacity and seed."""
+        cdef int64_t offset
+        cdef Record *record
+        if capacity != round_capacity(capacity) or os.fstat(fd).st_size < HEADER_BYTES + capacity:
+            return 0
+        self._map_data(fd, capacity)
+        self.seed = seed
+        count = 0
+        for offset in range(0, capacity, 8):
+            record = <Record *>(self.data + offset)
+            if record.magic == RECORD_MAGIC and record.position % capacity == offset:
+                count += self.sound(record, record.position, record.position + capacity)
+        munmap(self.data, 2 * capacity)
+        self.data = NULL
+        return count
 
     # ---- recovery
 
