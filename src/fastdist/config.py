@@ -336,10 +336,16 @@ def settings(loaded: Loaded) -> Iterator[Setting]:
 def warnings(config: Config) -> list[str]:
     """Return what is allowed but may not be what was meant, each on one line that begins with its path."""
     delivery = config.delivery
-    if delivery.mode != "batch" or delivery.batch_packets <= SAFE_BATCH:
+    if delivery.mode != "batch":
         return []
-    problem = f"with more than {SAFE_BATCH} the head of a batch may be over 8 KiB, which many servers refuse (431)"
-    return [f"delivery.batch_packets: {problem}; all packets of such a batch are sent again one by one"]
+    found = []
+    if delivery.batch_packets > SAFE_BATCH:
+        problem = f"with more than {SAFE_BATCH} the head of a batch may be over 8 KiB, which many servers refuse (431)"
+        found.append(f"delivery.batch_packets: {problem}; all packets of such a batch are sent again one by one")
+    if config.retry.max_attempts == 1:
+        problem = "with 1 nothing of a refused batch is sent again one by one: all of its packets become dead letters"
+        found.append(f"retry.max_attempts: {problem}")
+    return found
 
 
 def usable_cores() -> int:

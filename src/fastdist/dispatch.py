@@ -198,15 +198,20 @@ class Dispatcher(DispatchBase):
         self.failed(pool, handles, f"HTTP {status}", counted=not seconds, status=status)
 
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None:
-        """Put a packet that was refused to the dead letters; of a refused batch, find out first which packet it was."""
+        """Put a packet that was refused to the dead letters; of a refused batch, find out first which packet it was.
+
+        Those that may not be sent again (``max_attempts``) are dead letters as well: nobody knows whose fault it was.
+        """
+        error = f"HTTP {status}"
         self.analyzer_states.delivery_succeeded(pool.slot)
-        self.analyzer_states.set_error(pool.slot, f"HTTP {status}")
+        self.analyzer_states.set_error(pool.slot, error)
         self.counters.add_to(pool.slot, "failed", len(handles))
         if batch:
-            self._send_again(pool, handles, alone=True)
+            left = [handle for handle in handles if not self._exhausted(pool, handle, status, error)]
+            self._send_again(pool, left, alone=True)
         else:
             for handle in handles:
-                self._bury(pool, handle, "refused", status, f"HTTP {status}")
+                self._bury(pool, handle, "refused", status, error)
         self.wake(pool)
 
     def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None:

@@ -100,6 +100,13 @@ class QueueFolder:
     def rings(self, workers: int, capacity: int) -> list[int]:
         """Return the workers' rings as open files: those that are there and fit, new ones otherwise."""
         capacity = round_capacity(capacity)
+        try:
+            return self._rings(workers, capacity)
+        except OSError as error:
+            where = error.filename or self.path
+            raise StartError(f"cannot make the queue in {self.path}: {where}: {error.strerror}") from error
+
+    def _rings(self, workers: int, capacity: int) -> list[int]:
         self._sort_out([f"ring-{index}.fdq" for index in range(workers)], capacity)
         rings = []
         for index in range(workers):
@@ -157,6 +164,8 @@ def _look_at(path: Path) -> int | str:
     A file that was cut short is given its length again: what is left of it can then be recovered.
     """
     try:
+        if not path.is_file() and not path.is_dir() and path.exists():  # a pipe would keep us waiting for ever
+            raise StartError(f"cannot open the queue file {path}: not a regular file")
         with path.open("rb") as file:
             try:
                 return PacketRing(file.fileno(), private=True).capacity

@@ -129,6 +129,9 @@ def _borrowed_lock(folder: Path) -> Iterator[None]:
 
 def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
     report = RingReport(file=file.name)
+    if file.exists() and not file.is_file() and not file.is_dir():  # a pipe would keep us waiting for ever
+        report.error = "not a regular file"
+        return report, []
     with file.open("rb") as opened:
         try:
             ring = PacketRing(opened.fileno(), private=True)

@@ -251,6 +251,7 @@ class Worker:
                 break
             await asyncio.sleep(TICK)
         self._stop_delivering()
+        await self._letters_settled()  # what is written from here on is not to be taken back with them
         self._bury_the_rest()
         await self._finish_letters()
         self.emitters.end_waiting()
@@ -281,10 +282,14 @@ class Worker:
         for pool in self.dispatcher.retired:
             pool.close()
 
-    async def _finish_letters(self) -> None:
-        """Have those that were written synced; what cannot be stays queued (fsync) or is told (disk)."""
+    async def _letters_settled(self) -> None:
+        """Wait until no sync of letters runs: it takes back what was written since the last one, should it fail."""
         while self.dispatcher.undertaker.unsynced or self.dead_letters.syncing:  # noqa: ASYNC110  (as _drain does)
             await asyncio.sleep(TICK)
+
+    async def _finish_letters(self) -> None:
+        """Have those that were written synced; what cannot be stays queued (fsync) or is told (disk)."""
+        await self._letters_settled()
         try:
             self.dead_letters.sync()
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from contextlib import contextmanager
@@ -66,6 +67,42 @@ int fdatasync(int fd) {
 }
 """
 
+SLOW_FAILURE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+int fdatasync(int fd) {
+    static int (*next)(int);
+    char link[64], name[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, name, sizeof name - 1);
+    name[n > 0 ? n : 0] = 0;
+    if (strstr(name, ".ndjson") != NULL) {
+        close(open(getenv("LETTERS_ARE_SYNCED"), O_WRONLY | O_CREAT, 0600));
+        usleep(1500000);
+        errno = EIO;
+        return -1;
+    }
+    if (next == NULL) next = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
+    return next(fd);
+}
+"""
+
+
+@pytest.fixture
+def slowly_failing_letters(tmp_path):
+    """Return the environment of a process whose syncs of letters take 1.5 s and fail, and what file tells of one."""
+    source, library, begun = tmp_path / "slow.c", tmp_path / "slow.so", tmp_path / "sync-begun"
+    source.write_text(SLOW_FAILURE)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library), "LETTERS_ARE_SYNCED": str(begun)}, begun
+
 
 @pytest.fixture
 def failing_sync(tmp_path):
@@ -104,6 +141,7 @@ def test_syncs_fail_and_work_again(experiment, failing_sync, durability):
         assert emitter.count(202) - before <= (0 if durability == "fsync" else 2 * emitter.connections)
         flag.unlink()
         wait_until(lambda: storage(fastdist) == "ok", "it heals by itself")
+        wait_until(lambda: request(fastdist.port, "GET", "/ready")[0] == 200, "/ready tells, too")
     emitter.wait_for(200)
     experiment.judge(f"sync fails with EIO ({durability})")
     assert emitter.count(503) > 0
@@ -166,6 +204,25 @@ def test_dead_letters_are_synced_many_at_a_time_and_before_the_ring(experiment, 
     wait_until(lambda: any(name.endswith(".ndjson") for name in synced()[before:]), "its letter is synced, too")
     if durability == "disk":
         wait_until(lambda: synced()[-1].endswith(".fdq"), "and then the ring")
+
+
+def test_a_sync_of_letters_that_fails_at_the_end_costs_no_letter_written_meanwhile(experiment, slowly_failing_letters):
+    """The queue's file was deleted, so all that is left has to become dead letters, while some are being synced."""
+    environment, begun = slowly_failing_letters
+    mocks = experiment.analyzers()
+    server = {"workers": 1, "drain_timeout": "300ms"}
+    fastdist = experiment.serve({"queue": {"durability": "fsync"}, "server": server}, **environment)
+    mocks.set_all(refuse=True)
+    fastdist.wait_for_states("offline")
+    emitter = experiment.emitter().start().wait_for(300).stop()
+    shutil.rmtree(experiment.data)
+    wait_until(lambda: "the queue's file was deleted" in fastdist.output, "that is noticed")
+    mocks.set("A1", refuse=False, status=422, latency=0.2)
+    wait_until(begun.exists, "the first letters are being synced")
+    assert fastdist.stop() == 0
+    letters = [row["id"] for row in fastdist.dead_letters()]
+    assert len(letters) >= len(emitter.accepted)
+    experiment.judge("letters cannot be synced, and the queue's file is gone", at_rest=False)
 
 
 # ---- a disk that is full
@@ -238,6 +295,7 @@ def test_dead_letters_that_cannot_be_written_stay_queued(experiment, tmp_path):
         stats = fastdist.wait_at_rest()
         assert stats["packets"]["deadLettered"] >= queued
         assert storage(fastdist) == "ok"
+        assert request(fastdist.port, "GET", "/ready")[0] == 200
         letters = fastdist.dead_letters()
         assert len(letters) == len({row["id"] for row in letters}) == stats["packets"]["deadLettered"]
         experiment.judge("no room for dead letters, restart with a full disk", bound=in_flight(DELIVERY))

@@ -136,6 +136,21 @@ def test_after_max_attempts_a_packet_is_a_dead_letter(tmp_path, most, how):
         assert bench.ring.undone == 0
 
 
+@pytest.mark.parametrize(("most", "reason"), [(1, "exhausted"), (2, "refused"), (3, "refused")])
+def test_what_was_sent_in_a_refused_batch_counts(tmp_path, most, reason):
+    """A packet is sent on its own afterwards only if it may be sent once more."""
+    with Bench(tmp_path, (1,), delivery={"mode": "batch"}, retry={"max_attempts": most}) as bench:
+        bench.push(b"1", b"2", b"3")
+        while bench.answer_all(reply(422)):
+            pass
+        assert max(int(request.headers["X-Attempt"]) for request in bench.sent(0)) == min(most, 2)
+        letters = [(row["id"], row["reason"], row["attempts"], row["status"]) for row in bench.letters()]
+        assert sorted(letters) == [(f"p{number}", reason, min(most, 2), 422) for number in (1, 2, 3)]
+        assert bench.count(reason) == 3
+        assert bench.count("retried") == (0 if most == 1 else 3)
+        assert bench.ring.undone == bench.ring.claimed == 0
+
+
 def test_attempts_of_an_earlier_life_count(tmp_path):
     with Bench(tmp_path, (1, 1), retry={"max_attempts": 5}) as bench:
         bench.push(b"x", attempts=4)

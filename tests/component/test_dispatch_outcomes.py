@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
 from collections import Counter
 
 import pytest
@@ -197,6 +198,25 @@ def test_a_stale_connection_is_no_failure(tmp_path):
         assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0
         assert bench.count_of(0, "failed") == 0
         assert bench.count("retried") == len(ids)
+        bench.answer_all()
+        assert bench.delivered == 48
+
+
+@pytest.mark.parametrize("error", [None, ConnectionResetError(104, "reset")])
+def test_a_kept_connection_that_breaks_a_second_after_the_request_is_a_failure(tmp_path, error):
+    """Whoever closes an idle connection is not that late: the analyzer had begun to work on the request."""
+    with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
+        bench.push(*[b"x"] * 40)
+        bench.answer_all()
+        bench.push(*[b"y"] * 8)
+        late = bench.busy(0)[0]
+        assert late.replies, "it has been of use before"
+        name = late.transport.requests[-1].ids[0]
+        time.sleep(1.05)
+        bench.lose(late, error)
+        assert where(bench, name) == [0, 1], "another gets it"
+        assert bench.count_of(0, "failed") == 1
+        assert not bench.states.is_online(0)
         bench.answer_all()
         assert bench.delivered == 48
 

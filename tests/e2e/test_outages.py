@@ -76,6 +76,29 @@ def test_a_full_queue_refuses_until_there_is_room_and_drops_nothing(mocks, serve
     assert fastdist.post()[0] == 202
 
 
+def test_a_queue_that_was_full_is_ready_again_although_nobody_sends_and_its_first_packet_stays(mocks, serve):
+    """What nobody takes keeps the room behind it until the next packet comes: that one is to be sent here."""
+    settings = {"queue": {"capacity": "1MiB"}, "server": {"workers": 1}}
+    fastdist = serve(mocks, settings | {"delivery": {"connections": 1, "timeout": "100s"}})
+    mocks.set_all(refuse=True)
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(fastdist.port, connections=8)
+    wait_until(lambda: emitter.send(100).count(503) > 0, "the queue is full")
+    assert request(fastdist.port, "GET", "/ready")[0] == 503
+    mocks.set("A1", refuse=False, hang=True)
+    wait_until(lambda: fastdist.stats()["packets"]["inFlight"] == 1, "A1 has the first packet, and keeps it")
+    assert request(fastdist.port, "PATCH", "/analyzers/A1", b'{"state":"draining"}')[0] == 200
+    for name in ("A2", "A3", "A4"):
+        mocks.set(name, refuse=False)
+    wait_until(lambda: held(fastdist.stats()["packets"]) == 1, "the others take the rest")
+    queue = get_json(fastdist.port, "/queue")
+    assert queue["bytes"] > queue["capacityBytes"] / 2, "the room is not free yet"
+    wait_until(lambda: request(fastdist.port, "GET", "/ready")[0] == 200, "ready again")
+    assert fastdist.post(Prefer="wait=20")[0] == 200
+    mocks.set("A1", refuse=True)  # which breaks the connection: another gets the packet, under its id
+    wait_until(lambda: held(fastdist.stats()["packets"]) == 0, "nothing is left")
+
+
 def test_a_packet_over_half_of_a_workers_part_is_too_large(mocks, serve):
     fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}})
     large = b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 300_000)

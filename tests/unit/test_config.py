@@ -15,7 +15,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdist._core.ring import round_capacity
-from fastdist.config import LEAST_PART, Analyzer, Config, Delivery, from_wire, load, reloadable, to_wire, warnings
+from fastdist.config import (
+    LEAST_PART,
+    Analyzer,
+    Config,
+    Delivery,
+    Retry,
+    from_wire,
+    load,
+    reloadable,
+    to_wire,
+    warnings,
+)
 from fastdist.errors import ConfigError
 
 # The documented configuration, word for word: every value in it is the default.
@@ -710,6 +721,12 @@ def test_batches_whose_head_may_be_too_long_are_warned_of(mode, packets, warned)
     assert [text.split(":")[0] for text in warnings(Config(delivery=Delivery(mode=mode, batch_packets=packets)))] == [
         "delivery.batch_packets"
     ] * warned
+
+
+@pytest.mark.parametrize(("mode", "most", "warned"), [("batch", 1, True), ("batch", 2, False), ("single", 1, False)])
+def test_batches_of_which_nothing_may_be_sent_again_are_warned_of(mode, most, warned):
+    config = Config(delivery=Delivery(mode=mode), retry=Retry(max_attempts=most))
+    assert [text.split(":")[0] for text in warnings(config)] == ["retry.max_attempts"] * warned
 
 
 # ---- reloading

@@ -8,7 +8,9 @@ import pytest
 
 from fastdist import queuefiles
 from fastdist._core.ring import PacketRing, file_size
+from fastdist.errors import StartError
 from fastdist.queuefiles import QueueFolder
+from fastdist.queueview import look
 
 CAPACITY = 3 << 20
 
@@ -33,3 +35,19 @@ def test_rings_in_memory_are_cleared_before_they_are_used_but_not_without_end(tm
         assert ring.capacity == CAPACITY
         assert ring.push(b"x")
         os.close(fd)
+
+
+def test_what_cannot_be_made_ends_the_start_with_the_reason(tmp_path):
+    folder = QueueFolder(tmp_path)
+    (tmp_path / "ring-0.new").mkdir()  # as where the disk has no room for one more name, or is read-only
+    with pytest.raises(StartError, match=r"cannot make the queue in .*ring-0\.new: Is a directory"):
+        folder.rings(1, CAPACITY)
+
+
+@pytest.mark.parametrize("name", ["ring-0.fdq", "adopt-00.fdq"])
+def test_a_pipe_in_place_of_a_queue_file_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(StartError, match=f"{name}: not a regular file"):
+        QueueFolder(tmp_path).rings(1, CAPACITY)
+    (report,) = look(tmp_path).files
+    assert (report.error, report.sound) == ("not a regular file", False)

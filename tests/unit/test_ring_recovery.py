@@ -395,6 +395,36 @@ def test_a_newer_format_is_named_and_left_alone(disk):
     assert left[HEADER_SIZE:] == disk.image[HEADER_SIZE:]
 
 
+@pytest.mark.parametrize("copy", [0, 1])
+def test_one_header_copy_of_a_newer_format_is_enough_to_leave_it_alone(disk, copy):
+    """A newer version may have been killed between the two."""
+    disk.fill()
+    patch = reheaded(disk.image, version=FORMAT_VERSION + 1)[copy]
+    with pytest.raises(RingError, match="newer version"):
+        disk.open(patch)
+    offset, data = patch
+    assert os.pread(disk.fd, file_size(CAPACITY), 0) == disk.image[:offset] + data + disk.image[offset + len(data) :]
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("capacity", [CAPACITY, 2 * CAPACITY])
+def test_a_header_copy_of_another_ring_costs_nothing(disk, copy, capacity):
+    """Sound in itself, and with more packets behind it: a disk has written it to the wrong place."""
+    disk.fill()
+    fd = os.memfd_create("other")
+    os.ftruncate(fd, file_size(capacity))
+    other = PacketRing(fd, capacity)
+    for _ in range(100):
+        assert other.push(bytes(300))
+    foreign = os.pread(fd, 4096, 0)
+    os.close(fd)
+    ring = disk.open((copy, foreign))
+    assert ring.damage == [(copy, "header copy of another ring")]
+    assert (ring.capacity, ring.corrupt) == (CAPACITY, 0)
+    assert_in_order(ring, disk.packets())
+    assert PacketRing(disk.fd).damage == [], "it is mended"
+
+
 @pytest.mark.parametrize("capacity", [0, -65536, 1, 65535, 65544])
 def test_capacities_no_ring_has_are_refused(disk, capacity):
     disk.fill()

@@ -76,6 +76,7 @@ cdef class PacketRing:
     cdef readonly int64_t undone       # packets pushed and not done
     cdef readonly int64_t undone_bytes # of records, headers included
     cdef readonly int64_t corrupt
+    cdef int64_t largest               # bytes of the largest record since the ring was empty, at least
     cdef int64_t synced, settled       # positions: on stable storage up to; nothing but done and moved records up to
     cdef int64_t answered              # position: packets before it are not withdrawn any more
     cdef int64_t trusted               # as the header has it

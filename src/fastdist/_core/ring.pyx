@@ -161,11 +161,13 @@ cdef class PacketRing:
         cdef Header *header = NULL
         cdef Header *copy
         cdef bint known = False
-        cdef int i
+        cdef int i, stray = self._stray_copy(fd)
         newer, torn = 0, []
         for i in range(2):
             copy = <Header *>(self.headers + i * SECOND_COPY)
-            if copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy):
+            if i == stray:
+                self.damage.append((i * SECOND_COPY, "header copy of another ring"))
+            elif copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy):
                 self.damage.append((i * SECOND_COPY, "header copy"))
             elif copy.version > FORMAT:
                 newer = copy.version
@@ -179,9 +181,9 @@ cdef class PacketRing:
                     known = True
                     self.head, self.tail, self.next_sequence = copy.head, copy.tail, copy.next_sequence
                 header = copy
+        if newer:  # though it be one copy: a newer version may have been killed while it changed them
+            raise RingError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
         if header == NULL:
-            if newer:
-                raise RingError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
             raise RingError("no intact ring header")
         if header.capacity != round_capacity(header.capacity):
             raise RingError(f"a capacity of {header.capacity} bytes, which no ring has")
@@ -195,6 +197,40 @@ cdef class PacketRing:
         else:
             self.damage += torn
             self._find_ends()
+
+    def _stray_copy(self, int fd):
+        """Return which header copy is another ring's (-1: none): the one whose salt fewer of the records have."""
+        cdef Header *copy
+        cdef int i
+        ids, found = [], []
+        for i in range(2):
+            copy = <Header *>(self.headers + i * SECOND_COPY)
+            if copy.magic[:8] != HEADER_MAGIC[:8] or copy.header_crc != header_crc(copy) or copy.version > FORMAT:
+                return -1
+            ids.append((copy.salt, copy.ring_id[:16]))
+        if ids[0] == ids[1]:
+            return -1
+        for i in range(2):
+            copy = <Header *>(self.headers + i * SECOND_COPY)
+            found.append(self._count_records(fd, copy.capacity, crc32c(0, &copy.salt, 8)))
+        return 0 if found[0] < found[1] else 1
+
+    def _count_records(self, int fd, int64_t capacity, uint32_t seed):
+        """Return how many sound records there would be if the ring had this capacity and seed."""
+        cdef int64_t offset
+        cdef Record *record
+        if capacity != round_capacity(capacity) or os.fstat(fd).st_size < HEADER_BYTES + capacity:
+            return 0
+        self._map_data(fd, capacity)
+        self.seed = seed
+        count = 0
+        for offset in range(0, capacity, 8):
+            record = <Record *>(self.data + offset)
+            if record.magic == RECORD_MAGIC and record.position % capacity == offset:
+                count += self.sound(record, record.position, record.position + capacity)
+        munmap(self.data, 2 * capacity)
+        self.data = NULL
+        return count
 
     # ---- recovery
 
@@ -229,6 +265,7 @@ cdef class PacketRing:
     cdef int _adopt(self, Record *record, int64_t position, dict moved) except -1:
         if record.sequence >= self.next_sequence:
             self.next_sequence = record.sequence + 1
+        self.largest = max(self.largest, record_size(record))
         if record.state != DONE and not self.body_sound(record):
             self._report(position, f"checksum of packet {record_id(record)}")
             record.state = DONE
@@ -324,6 +361,7 @@ cdef class PacketRing:
         record.moved = 1 if flags & A_COPY else 0
         self.seal(record)
         self.next_sequence += 1
+        self.largest = max(self.largest, size)
         self.undone += 1
         self.undone_bytes += size
         self.tail += size
@@ -351,9 +389,11 @@ cdef class PacketRing:
     cdef bint make_room(self, int64_t size) noexcept nogil:
         """Move claimed records from the head to the tail, some at a time, lest they pin the ring; say whether ``size`` fits.
 
-        With a file, their old places are free once the copies are synced.
+        With a file, their old places are free once the copies are synced. Room for one copy is left
+        once they are, lest a packet that nobody takes pins for good a ring that was filled while nothing was claimed. (One
+        of more than an eighth of the ring still may: to keep room for any would be to do with half of the ring.)
         """
-        cdef int64_t spare, moving, position = max(self.head, self.settled)
+        cdef int64_t spare, moving, reserve, position = max(self.head, self.settled)
         cdef Record *record
         cdef int moves = 0
         while position < self.cursor and self.undone_bytes <= self.capacity // 4 * 3 and moves < MOVES_A_PUSH:
@@ -370,7 +410,9 @@ cdef class PacketRing:
                 moves += 1
             position = max(position + moving, self.head)
         self.settled = position
-        return self.capacity - (self.tail - self.head) >= size
+        spare = self.capacity - (self.tail - self.head)
+        reserve = min(max(self.largest, size), self.capacity // 8)
+        return spare >= size and spare + position - self.head >= size + reserve
 
     cdef void move(self, Record *old, int64_t size) noexcept nogil:
         cdef Record *copy = self.at(self.tail)
@@ -467,6 +509,8 @@ cdef class PacketRing:
             self.cursor = head
         if head != self.head:
             self.head = head
+            if head == self.tail:
+                self.largest = 0
             self.publish()
 
     cdef int64_t oldest(self) noexcept nogil:
