@@ -13,7 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdist._core.ring import FLAG_WAITED, FORMAT_VERSION, HEADER_SIZE, Packet, PacketRing, RingError, file_size
+from fastdist._core.ring import (
+    FLAG_WAITED,
+    FORMAT_VERSION,
+    HEADER_SIZE,
+    STATES,
+    Packet,
+    PacketRing,
+    RingError,
+    file_size,
+)
 
 CAPACITY = 65536
 COPIES = (0, 32768)  # where the header's copies are in the file
@@ -555,6 +564,32 @@ def test_a_moved_packet_comes_once_and_either_place_is_enough(disk):
             assert found == [packet]
         hurt = relative < SEALED or RECORD <= relative < RECORD + place.payload
         assert ring.corrupt == hurt
+
+
+def test_a_copy_that_was_damaged_never_stands_for_its_original(disk):
+    """The power fails once more before it reaches the disk that the original counts again."""
+    packet, original, copy = moved(disk)
+    assert drain(disk.open(disk.flip(copy.byte(RECORD)))) == [packet]
+    state = original.byte(STATE)
+    assert drain(disk.reopen((state, disk.image[state : state + 4]))) == [packet]
+
+
+def test_a_copy_that_was_done_does_not_stand_for_a_later_one(disk):
+    """Of a packet that counts again after a power cut, and is moved again."""
+    packet, original, copy = moved(disk)
+    words = {name: struct.pack("<I", word) for word, name in STATES.items()}
+    disk.ring = disk.open((copy.byte(STATE), words["done"]), (original.byte(STATE), words["queued"]))
+    handle = disk.ring.claim()
+    assert disk.ring.packet(handle) == packet
+    tail = disk.ring.tail_position
+    while (end := disk.ring.push(bytes(1000)) and disk.ring.tail_position) == tail + RECORD + 1000:
+        disk.ring.done(disk.ring.claim())
+        tail = end
+    later = original._replace(offset=HEADER_SIZE + tail % CAPACITY)
+    disk.save()
+    assert record_at(disk, later)[RECORD:] == record_at(disk, original)[RECORD:], "it has moved"
+    ring = disk.open(disk.flip(later.byte(RECORD)))
+    assert packet in drain(ring)
 
 
 # ---- one ring's packets in another

@@ -109,6 +109,7 @@ cdef class PacketRing:
     cdef void seal(self, Record *record) noexcept nogil
     cdef bint sound(self, Record *record, int64_t position, int64_t end) noexcept nogil
     cdef bint body_sound(self, Record *record) noexcept nogil
+    cdef bint _supersedes(self, Record *record, int64_t position, int64_t old) noexcept nogil
     cdef int _adopt(self, Record *record, int64_t position, dict moved) except -1
     cdef uint32_t new_entry(self) except? 0
 

@@ -268,15 +268,24 @@ cdef class PacketRing:
         self.largest = max(self.largest, record_size(record))
         if record.state != DONE and not self.body_sound(record):
             self._report(position, f"checksum of packet {record_id(record)}")
-            record.state = DONE
+            # No done record: what it may be a copy of still counts, and would not once this was taken for a good copy.
+            make_gap(record, record_size(record))
             return 0
-        if record.sequence in moved:  # this is the copy of one seen before, which counts until this one is synced
+        if record.sequence in moved and self._supersedes(record, position, moved[record.sequence]):
             self._link(moved.pop(record.sequence), position + record_size(record))
         if record.state == MOVED:
             moved[record.sequence] = position
         elif record.state != DONE:  # or a damaged word: rather twice than never
             count_undone(self, record)
         return 0
+
+    cdef bint _supersedes(self, Record *record, int64_t position, int64_t old) noexcept nogil:
+        """Whether this copy stands for the moved record there, which counts until the copy is synced.
+
+        One that is done does if it is the one the record speaks of. It may be an earlier one: after a power cut a record
+        may be as it was before it was moved, and be moved once more.
+        """
+        return record.state != DONE or old + 8 * <int64_t>self.at(old).handle == position + record_size(record)
 
     def _link(self, int64_t position, int64_t end):
         """See to it that the moved record there says where its copy ends."""
