@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import platform
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist.histograms import BOUNDS
@@ -191,4 +192,9 @@ def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    return ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
+    return ",".join([f'{name}="{_escaped(value)}"' for name, value in labels.items()])
+
+
+@lru_cache(4096)
+def _escaped(value: str) -> str:
+    return value.translate(_ESCAPES)
