@@ -62,7 +62,7 @@ def warnings(config: Config) -> Iterator[str]:
 def _summary(loaded: Loaded) -> str:
     set_by_hand = sum(origin != "default" for origin in loaded.sources.values())
     read = f"{loaded.path} and" if loaded.path else "no file, only"
-    return f"{read} the environment; {set_by_hand} of {len(loaded.sources)} settings are not left at their defaults"
+    return f"{read} the environment; {set_by_hand} of {len(loaded.sources)} settings set there or by options"
 
 
 def _analyzers(setting: Setting) -> Iterator[str]:

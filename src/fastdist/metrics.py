@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import platform
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist.histograms import BOUNDS
@@ -111,6 +112,7 @@ class _Metrics:
         for name, attribute, help_text in (
             ("inflight_packets", "in_flight", "Packets sent to the analyzer and not answered yet."),
             ("analyzer_up", "online", "Whether the analyzer is online (1) or offline (0)."),
+            ("analyzer_draining", "draining", "Whether the analyzer is told to drain (1): it gets no new packets."),
             ("analyzer_connections", "connections", "Open connections to the analyzer."),
             ("analyzer_target_share", "target_share", "The share (0 to 1) that its weight gives the analyzer."),
             ("analyzer_effective_share", "effective_share", "The share (0 to 1) of new packets it gets right now."),
@@ -190,4 +192,9 @@ def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    return ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
+    return ",".join([f'{name}="{_escaped(value)}"' for name, value in labels.items()])
+
+
+@lru_cache(4096)
+def _escaped(value: str) -> str:
+    return value.translate(_ESCAPES)

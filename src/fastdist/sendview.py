@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from fastdist.console import plural, size_text
@@ -31,15 +32,40 @@ if TYPE_CHECKING:
     from fastdist.sending import Summary
 
 LINE_EVERY = 10.0  # seconds between the lines that stand for a bar
+ROOM_FOR_MESSAGES, ROOM_FOR_BYTES, ROOM_FOR_BAR, ROOM_FOR_LONG_BAR = 60, 70, 80, 110  # cells of a terminal
 RATE_WINDOW = 10.0  # seconds over which rates are taken
 
 
 class _Rates(ProgressColumn):
     """Bytes a second, lately, and messages a second since the start."""
 
+    with_messages = True
+
     def render(self, task: Task) -> Text:
-        messages = task.fields["messages"] / task.elapsed if task.elapsed else 0
-        return Text(f"{size_text(task.speed or 0)}/s {messages:,.0f} messages/s", style="progress.data.speed")
+        rates = f"{size_text(task.speed or 0)}/s"
+        if self.with_messages:
+            messages = task.fields["messages"] / task.elapsed if task.elapsed else 0
+            rates += f" {messages:,.0f} messages/s"
+        return Text(rates, style="progress.data.speed")
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """Return what fits into one line of a terminal."""
+    rates = _Rates(table_column=Column(no_wrap=True))
+    rates.with_messages = width >= ROOM_FOR_MESSAGES
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        TaskProgressColumn(table_column=Column(no_wrap=True)),
+        rates,
+        TextColumn("ETA", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[state]}", style="yellow", table_column=Column(no_wrap=True, ratio=1)),
+    ]
+    if width >= ROOM_FOR_BYTES:
+        columns.insert(2, DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)))
+    if width >= ROOM_FOR_BAR:
+        columns.insert(1, BarColumn(bar_width=30 if width >= ROOM_FOR_LONG_BAR else 12))
+    return columns
 
 
 class SendView:
@@ -47,21 +73,12 @@ class SendView:
 
     def __init__(self, *, quiet: bool = False, follow: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            DownloadColumn(binary_units=True),
-            _Rates(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}", style="yellow"),
-        )
         self.bar = Progress(
-            *columns,
+            *_columns(self.console.width),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
             transient=True,
+            expand=True,
             speed_estimate_period=RATE_WINDOW,
         )
         self._task = self.bar.add_task("sending", total=None, messages=0, state="")

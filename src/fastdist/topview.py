@@ -30,6 +30,9 @@ BAR, SHORTEST_BAR, QUEUE_BAR = 26, 14, 12  # cells
 FLOW_INDENT = 10  # columns before figures
 FIXED_LINES = 21  # of a frame: all but warnings, analyzers, workers and what is rejected
 MARK, GAP = "┃", "░"
+BETWEEN = 2  # cells between columns
+LONGEST_STATE = len("draining")
+ROOM_FOR_ERRORS, LEAST_OF_ERROR = 100, 14  # cells: a terminal's that shows last errors, and theirs
 ALMOST_FULL = 0.8  # of the queue's capacity
 STATES = {"online": "green", "running": "green", "draining": "yellow", "offline": "bold red"}
 COUNTERS = (
@@ -167,10 +170,10 @@ class _Column(NamedTuple):
 
 COLUMNS = (
     _Column("actual", lambda row: f"{row.actual_share * 100:.1f} %"),
-    _Column("target", lambda row: f"{row.target_share * 100:.1f} %"),
+    _Column("target", lambda row: f"{row.target_share * 100:.1f} %", 50),
     _Column("effective", lambda row: f"{row.effective_share * 100:.1f} %", 140),
-    _Column("delivered", lambda row: f"{row.delivered:,}"),
-    _Column("failed", lambda row: f"{row.failed:,}"),
+    _Column("delivered", lambda row: f"{row.delivered:,}", 60),
+    _Column("failed", lambda row: f"{row.failed:,}", 72),
     _Column("retried", lambda row: f"{row.retried:,}", 130),
     _Column("in flight", lambda row: f"{row.in_flight:,}", 110),
     _Column("p50 ms", lambda row: _milliseconds(row.latency_ms.p50), 120),
@@ -179,24 +182,41 @@ COLUMNS = (
 
 
 def _analyzers(rows: list[Analyzer], width: int) -> Table:
-    columns = [column for column in COLUMNS if column.width <= width]
+    cells = max(SHORTEST_BAR, min(BAR, width // 6))
+    longest_id = max(min(max(map(len, (row.id for row in rows)), default=0), width // 4), len("analyzer"))
+    room = width - longest_id - LONGEST_STATE - cells - 4 * BETWEEN
+    with_errors = width >= ROOM_FOR_ERRORS  # else the lines on top say what is wrong
+    columns = _that_fit(rows, width, room - with_errors * LEAST_OF_ERROR)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False, expand=True)
-    for name in ("analyzer", "state", f"share {MARK} target"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("analyzer", no_wrap=True, overflow="ellipsis", max_width=longest_id)
+    table.add_column("state", no_wrap=True)
+    table.add_column(f"share {MARK} target", no_wrap=True)
     for column in columns:
         table.add_column(column.name, justify="right", no_wrap=True)
-    table.add_column("last error", ratio=1, no_wrap=True, overflow="ellipsis")
+    if with_errors:
+        table.add_column("last error", ratio=1, no_wrap=True, overflow="ellipsis")
     scale = max([share for row in rows for share in (row.actual_share, row.target_share)], default=0) or 1.0
-    cells = max(SHORTEST_BAR, min(BAR, width // 6))
     for row in rows:
+        error = Text(row.last_error or "-", style="dim" if row.state == "online" else "red")
         table.add_row(
             row.id,
             _state(row.shown_state),
             share_bar(row.actual_share, row.target_share, scale, cells),
             *(column.cell(row) for column in columns),
-            Text(row.last_error or "-", style="dim" if row.state == "online" else "red"),
+            *([error] if with_errors else []),
         )
     return table
+
+
+def _that_fit(rows: list[Analyzer], width: int, room: int) -> list[_Column]:
+    """Return the columns that fit into ``room``, those that matter least left out."""
+    columns = [column for column in COLUMNS if column.width <= width]
+    needed = {
+        column: max(len(column.name), *(len(column.cell(row)) for row in rows), 0) + BETWEEN for column in columns
+    }
+    while columns and sum(needed[column] for column in columns) > room:
+        columns.remove(max(columns, key=lambda column: column.width))
+    return columns
 
 
 def _state(state: str) -> Text:

@@ -99,7 +99,7 @@ def conditions(scripts, *documents):
         ("percent", {0: "0 %", 0.0004: "0.04 %", 0.4: "40.0 %", 1: "100.0 %"}),
         ("points", {0: "±0.0", 0.0004: "±0.0", 0.012: "+1.2", -0.0666: "−6.7"}),
         ("weight", {0: "0", 0.1: "0.1", 0.30000000000000004: "0.3", 1e100: "1e+100"}),
-        ("brief", {0: "0", 0.25: "0.3", 2500: "2.5K", 1000000: "1M"}),
+        ("brief", {0: "0", 0.25: "0.25", 0.5: "0.5", 2.5: "2.5", 2500: "2.5K", 1000000: "1M"}),
         ("words", {"queueFull": "queue full", "malformed": "malformed"}),
     ],
 )
@@ -221,6 +221,11 @@ def test_all_well(scripts):
             "No analyzer is online. Packets are accepted and queued until one comes back.",
         ),
         (
+            {"analyzers": [{"id": "A1", "state": "offline"}, {"id": "A2", "state": "offline"}]},
+            "error",
+            "A1 and A2 are offline.$",
+        ),
+        (
             {"analyzers": [{"id": "A1", "state": "online"}, *({"id": f"B{n}", "state": "offline"} for n in range(5))]},
             "warning",
             "B0, B1, B2 and 2 others are offline. Their share goes to the others.",
@@ -235,7 +240,7 @@ def test_all_well(scripts):
 def test_what_is_wrong_is_said(scripts, members, level, words):
     found = conditions(scripts, changed(**members))
     assert found[0][0] == level
-    assert any(words in text for _, text in found), found
+    assert any(words in f"{text}$" for _, text in found), found  # $: the end
 
 
 def test_what_has_grown_lately_is_said_for_a_minute(scripts):

@@ -73,6 +73,7 @@ GAUGES = (
     "queue_oldest_age_seconds",
     "inflight_packets",
     "analyzer_up",
+    "analyzer_draining",
     "analyzer_connections",
     "analyzer_target_share",
     "analyzer_effective_share",
@@ -116,6 +117,7 @@ def test_figures_are_sums_over_all_workers(block):
         row.set("queue_capacity", 1024)
         row.set("oldest_ns", AT.wall_ns - index * SECOND)
     block.analyzers.set(3, AnalyzerWord.STATE, AnalyzerState.OFFLINE)
+    block.analyzers.set(3, AnalyzerWord.DRAINING, 1)
     _, it = scrape(block)
     rejected = {reason: 20 * number for number, reason in enumerate(REJECTIONS, 1)}
     assert {key[1]: value for key, value in it.items() if key[0] == "fastdist_packets_rejected_total"} == rejected
@@ -133,6 +135,7 @@ def test_figures_are_sums_over_all_workers(block):
     assert (it["fastdist_queue_capacity_bytes",], it["fastdist_queue_oldest_age_seconds",]) == (2048, 2)
     assert (it["fastdist_inflight_packets", "A1"], it["fastdist_inflight_packets", "a-2_x.y"]) == (0, 3)
     assert (it["fastdist_analyzer_up", "A1"], it["fastdist_analyzer_up", "a-2_x.y"]) == (0, 1)
+    assert (it["fastdist_analyzer_draining", "A1"], it["fastdist_analyzer_draining", "a-2_x.y"]) == (1, 0)
     assert it["fastdist_analyzer_connections", "A1"] == 300
     for name, shares in (("target", (0.25, 0.75)), ("effective", (0, 1)), ("actual", (0.25, 0.75))):
         assert tuple(it[f"fastdist_analyzer_{name}_share", label] for label in ("A1", "a-2_x.y")) == shares

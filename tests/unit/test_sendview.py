@@ -28,9 +28,9 @@ def terminal():
     return Console(file=io.StringIO(), force_terminal=True, width=150, color_system=None)
 
 
-def bar(view):
+def bar(view, width=150):
     """Return what the bar is now."""
-    console = Console(file=io.StringIO(), width=150, color_system=None)
+    console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(view.bar.get_renderable())
     return console.file.getvalue()
 
@@ -44,6 +44,23 @@ def test_the_bar_shows_how_much_of_the_log_is_sent(terminal):
         assert "1.0/2.0 KiB" in bar(view)
         assert "messages/s" in bar(view)
         assert "ETA" in bar(view)
+
+
+@pytest.mark.parametrize("width", [40, 59, 60, 70, 80, 81, 100, 110, 150])
+def test_the_bar_is_one_line_in_any_terminal(width):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    with SendView(console=terminal) as view:
+        view.begin(log(size=5_000_000_000))
+        view.accepted(packet(0, 1_250_000_000, messages=1_500_000))
+        view.bar.tasks[0].start_time -= 10
+        line = bar(view, width).rstrip("\n")
+        assert "\n" not in line
+        assert len(line) <= width
+        assert "sending" in line
+        assert " 25%" in line
+        assert "/s ETA" in line
+        assert "…" not in line
+        assert (" messages/s" in line) == (width >= 60)
 
 
 def test_a_log_that_grows_makes_the_bar_longer(terminal):

@@ -183,6 +183,23 @@ def test_it_fits_in_and_what_matters_most_is_there(width):
         assert word in text
 
 
+@pytest.mark.parametrize("width", [46, 50, 60, 70, 72, 79, 80, 99])
+def test_in_a_narrow_terminal_columns_are_left_out_and_none_is_cut(width):
+    rows = [analyzer("A1", 0.25, 0.25), analyzer("A2", 0.75, 0.75, state="draining", lastError="x" * 500)]
+    table = shown(frame(analyzers=rows), width).split("rates")[0]
+    assert max(map(len, table.splitlines())) <= width
+    assert "25.0 %" in table
+    assert "draining" in table
+    assert "…" not in table
+
+
+@pytest.mark.parametrize("width", [100, 120, 160])
+def test_in_a_wide_terminal_there_is_room_for_the_last_error(width):
+    text = shown(frame(analyzers=[analyzer("A" * 64, 1, 1, state="offline", lastError="connection refused")]), width)
+    (row,) = [line for line in text.splitlines() if line.startswith(" AAA")]
+    assert "connection" in row
+
+
 @pytest.mark.parametrize("lines", [10, 30, 40, 60])
 def test_workers_that_do_not_fit_in_are_counted(lines):
     text = shown(frame(workers=[worker(number) for number in range(40)]), 160, lines)

@@ -24,8 +24,10 @@ function ofAnalyzers(analyzers) {
   const offline = analyzers.filter((row) => row.state === "offline");
   const draining = analyzers.filter((row) => row.state === "draining");
   const paused = analyzers.filter((row) => row.pausedForSeconds && row.state === "online");
+  const someOnline = analyzers.some((row) => row.state === "online");
+  const others = someOnline ? "Their share goes to the others." : "";
   const found = [];
-  if (!analyzers.some((row) => row.state === "online")) {
+  if (!someOnline) {
     found.push({
       level: "error",
       title: "No analyzer is online.",
@@ -37,7 +39,7 @@ function ofAnalyzers(analyzers) {
     const why = row.lastError ? ` Last error: ${sentence(row.lastError)}` : "";
     found.push({ level: "warning", title: `${row.id} is offline`, text: `since ${clock(row.since)}.${why}` });
   } else if (offline.length) {
-    found.push({ level: "warning", title: `${names(offline)} are offline.`, text: "Their share goes to the others." });
+    found.push({ level: "warning", title: `${names(offline)} are offline.`, text: others });
   }
   if (draining.length) {
     const text = draining.length === 1 ? "It gets no new packets." : "They get no new packets.";

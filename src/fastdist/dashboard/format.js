@@ -5,6 +5,7 @@ const MINUS = "−";
 const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 const tenths = new Intl.NumberFormat("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const short = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 1 });
+const small = new Intl.NumberFormat("en-US", { maximumFractionDigits: 2 });
 const UNITS = ["KiB", "MiB", "GiB", "TiB"];
 
 export const text = (value) => (value == null ? NONE : String(value));
@@ -12,7 +13,7 @@ export const text = (value) => (value == null ? NONE : String(value));
 export const count = (value) => (value == null ? NONE : whole.format(value));
 
 /** A figure of an axis. */
-export const brief = (value) => short.format(value);
+export const brief = (value) => (value < 1 ? small : short).format(value);
 
 export function rate(value) {
   if (value == null) return NONE;
