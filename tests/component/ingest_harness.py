@@ -16,7 +16,7 @@ import time
 from collections import deque
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import orjson
@@ -30,6 +30,9 @@ from fastdist.config import Config, Limits, Security, Server
 from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.shared import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.snapshot import REJECTIONS, Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BODY = b'{"emitterId":"web-1","messages":[{"message":"one"},{"message":"two"}]}'
 ADDRESS = "192.0.2.1"
@@ -312,6 +315,8 @@ class Connection:
         self.protocol = service.protocol(service.intake, service.emitters)
         self.transport = Transport(address)
         self._unread: deque[bytes] = deque()
+        self._turns: deque[Callable[[], None]] = deque()
+        self.protocol.later = self._turns.append
         self.protocol.connection_made(self.transport)
 
     def send(self, *reads: bytes) -> Connection:
@@ -321,10 +326,15 @@ class Connection:
         return self
 
     def pump(self) -> None:
-        while self._unread and self.transport.reading and not self.transport.closed:
-            data = self._unread.popleft()
-            if data:
-                self.protocol.data_received(data)
+        while not self.transport.closed:
+            if self._turns:
+                self._turns.popleft()()
+            elif self._unread and self.transport.reading:
+                data = self._unread.popleft()
+                if data:
+                    self.protocol.data_received(data)
+            else:
+                return
 
     def end(self) -> None:
         """Send the end of the stream."""
