@@ -57,7 +57,7 @@ def profile(options: argparse.Namespace, folder: Path) -> Profile:
     with Sink(folder, ports) as sink:
         try:
             contestant.start()
-            Wrk(folder, contestant.port, body, 2, options.connections)  # warm-up
+            Wrk(folder, contestant.port, body, contestant.warm_up, options.connections)
             workers = contestant.pids()[1:]
             command = ["perf", "record", "-q", "-g", "-F", str(FREQUENCY), "-o", str(record)]
             perf = subprocess.Popen([*command, "-p", ",".join(map(str, workers))], stderr=subprocess.PIPE, text=True)

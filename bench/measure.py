@@ -111,7 +111,7 @@ def throughput(scene: Scene, run: Run) -> Figures:
 
 def _warm_up(scene: Scene, run: Run, contestant: Contestant, sink: Sink, body: bytes) -> None:
     """Load it for a little. Where there are many analyzers let it first find all of them well, and connect after."""
-    seconds = contestant.warm_up
+    seconds = 1 if scene.short else contestant.warm_up
     if run.load.analyzers > len(WEIGHTS):
         _wait_until_online(contestant, run.load.analyzers)
         time.sleep(1 if scene.short else FIRST_CHECKS)

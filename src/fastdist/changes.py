@@ -91,7 +91,7 @@ class Changes:
             security = msgspec.structs.replace(
                 security, tls_cert=self.config.security.tls_cert, tls_key=self.config.security.tls_key
             )
-        tls.server_context(security)
+            tls.server_context(security)  # the pair that stays, which nobody has looked at in this reload
         if not _leaves_somebody(new.analyzers, self.overrides):
             raise ConfigError(["analyzers: with the overrides in force nothing would be left to deliver to"])
         config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=security)

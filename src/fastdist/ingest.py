@@ -161,6 +161,10 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         else:
             self.transport.close()
 
+    def later(self, callback: Callable[[], None]) -> None:
+        """Call it when others had their turn."""
+        asyncio.get_running_loop().call_soon(callback)
+
     def check(self, now_ns: int) -> None:
         """Act on whatever has taken too long."""
         late = self.expired(now_ns)

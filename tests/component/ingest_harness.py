@@ -32,6 +32,8 @@ from fastdist.shared import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.snapshot import REJECTIONS, Snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastdist.histograms import Histogram
 
 BODY = b'{"emitterId":"web-1","messages":[{"message":"one"},{"message":"two"}]}'
@@ -315,6 +317,8 @@ class Connection:
         self.protocol = service.protocol(service.intake, service.emitters)
         self.transport = Transport(address)
         self._unread: deque[bytes] = deque()
+        self._turns: deque[Callable[[], None]] = deque()
+        self.protocol.later = self._turns.append
         self.protocol.connection_made(self.transport)
 
     def send(self, *reads: bytes) -> Connection:
@@ -324,10 +328,15 @@ class Connection:
         return self
 
     def pump(self) -> None:
-        while self._unread and self.transport.reading and not self.transport.closed:
-            data = self._unread.popleft()
-            if data:
-                self.protocol.data_received(data)
+        while not self.transport.closed:
+            if self._turns:
+                self._turns.popleft()()
+            elif self._unread and self.transport.reading:
+                data = self._unread.popleft()
+                if data:
+                    self.protocol.data_received(data)
+            else:
+                return
 
     def end(self) -> None:
         """Send the end of the stream."""

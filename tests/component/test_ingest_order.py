@@ -434,10 +434,85 @@ def test_many_answers_of_one_read_wait_together():
     service = Service(fsync=True, capacity=2**22)
     connection = service.ask(b"".join(keyed(f"k{number}") for number in range(1000)))
     assert not connection.transport.reading
+    assert service.ring.undone == 513
     service.sync()
+    connection.pump()
     assert connection.transport.reading
+    service.sync()
     assert [answer.id for answer in connection.answers()] == [f"k{number}" for number in range(1000)]
-    assert len(connection.transport.writes) == 1
+    assert len(connection.transport.writes) == 2
+
+
+def test_a_long_answer_is_made_when_the_one_before_is_read():
+    """A read holds thousands of requests for it: all at once they were a gigabyte."""
+    service = Service()
+    connection = service.connect()
+    write = connection.transport.write
+
+    def clog(data):
+        write(data)
+        connection.protocol.pause_writing()
+
+    connection.transport.write = clog
+    connection.send(head("GET /openapi.json") * 100 + keyed("last"), keyed("behind"))
+    for made in range(1, 102):
+        assert not connection.transport.reading
+        assert len(connection.transport.writes) == made
+        assert len(connection.transport.writes[-1]) < 2**18
+        connection.protocol.resume_writing()
+        connection.pump()
+    connection.protocol.resume_writing()
+    connection.pump()
+    assert connection.statuses == [200] * 100 + [202, 202]
+    assert connection.transport.reading
+    assert [packet.id for packet in service.packets()] == ["last", "behind"]
+
+
+def test_long_answers_behind_one_that_waits_are_not_made_yet():
+    service = Service()
+    with service.timers():
+        connection = waiting(service).send(head("GET /openapi.json") * 100 + keyed("last"))
+        assert len(connection.protocol.answers) < 10
+        assert not connection.transport.reading
+        assert service.ring.undone == 1
+        service.deliver()
+        connection.pump()
+    assert connection.statuses == [200] * 101 + [202]
+    assert connection.transport.reading
+
+
+def test_others_have_their_turn_between_many_requests_for_views():
+    service = Service()
+    connection = service.connect()
+    connection.protocol.data_received(head("HEAD /metrics") * 100 + keyed("last"))
+    answered = connection.written.count(b"HTTP/1.1 200")
+    assert 1 <= answered <= 20
+    assert not connection.transport.reading
+    assert not connection.protocol.idle()
+    assert service.ask(post()).answer().status == 202
+    assert connection.written.count(b"HTTP/1.1 200") == answered
+    connection.pump()
+    assert connection.written.count(b"HTTP/1.1 200") == 100
+    assert connection.transport.reading
+    assert connection.protocol.idle()
+    assert [packet.id for packet in service.packets()][1:] == ["last"]
+
+
+@pytest.mark.parametrize("how", ["lost", "ended", "timed out"])
+def test_what_is_held_back_goes_with_its_connection(how):
+    service = Service()
+    connection = service.connect()
+    connection.protocol.data_received(head("HEAD /metrics") * 100 + keyed("never"))
+    if how == "lost":
+        connection.lose()
+    elif how == "ended":
+        connection.end()
+    else:
+        connection.protocol.time_out("too slow")
+    connection.pump()
+    while connection._turns:
+        connection._turns.popleft()()
+    assert service.ring.undone == 0
 
 
 def test_an_emitter_that_does_not_read_is_not_read():
@@ -460,4 +535,5 @@ def test_reading_goes_on_when_both_reasons_to_pause_are_gone():
     service.sync()
     assert not connection.transport.reading
     connection.protocol.resume_writing()
+    connection.pump()
     assert connection.transport.reading

@@ -9,15 +9,18 @@ import contextlib
 import gzip
 import json
 import re
+import select
 import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from support import BODY, Emitter, Process, compare, request, wait_until
 
 GET_STATS = b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n"
+GET_DESCRIPTION = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
 PATIENCE = 20  # seconds: only a broken test waits so long
 
 
@@ -46,6 +49,12 @@ def assert_unharmed(fastdist):
     assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0] * len(fastdist.stats()["workers"])
     assert not [line for line in fastdist.lines if "Traceback" in line or json.loads(line)["level"] == "error"]
     assert fastdist.post()[0] == 202
+
+
+def most_memory(pid):
+    """Return how many bytes of memory a process had at its largest."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 # ---- slow on purpose
@@ -115,10 +124,12 @@ def test_bodies_that_stop_coming_are_cut_off_and_hold_up_nobody(mocks, serve):
     compare(emitter, mocks)
 
 
-def test_answers_that_nobody_reads_stop_the_reading_and_end_the_connection(mocks, serve):
+@pytest.mark.parametrize("asked", [GET_STATS, GET_DESCRIPTION], ids=["short", "long"])
+def test_answers_that_nobody_reads_stop_the_reading_and_end_the_connection(mocks, serve, asked):
     """It asks for more and more, and reads nothing: what waits for it must not grow, and it is given up in the end."""
     fastdist = serve(mocks, {"server": {"workers": 1, "body_timeout": "2s"}})
-    before = fastdist.stats()["workers"][0]["rssBytes"]
+    worker = fastdist.stats()["workers"][0]
+    before = worker["rssBytes"]
     connection = connect(fastdist.port)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.setblocking(False)
@@ -127,13 +138,30 @@ def test_answers_that_nobody_reads_stop_the_reading_and_end_the_connection(mocks
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             try:
-                sent += connection.send(GET_STATS * 1000)
+                sent += connection.send(asked * 1000)
             except BlockingIOError:
                 time.sleep(0.01)
         pytest.fail("it was never given up")
     connection.close()
     assert sent < 50_000_000, "it was read without end"
+    assert most_memory(worker["pid"]) < before + 64 * 2**20
     wait_until(lambda: fastdist.stats()["workers"][0]["rssBytes"] < before + 64 * 2**20, "its memory is free")
+    assert_unharmed(fastdist)
+
+
+def test_many_costly_requests_of_one_read_leave_others_their_turn(mocks, serve):
+    """A worker that does nothing else for ten seconds is taken for hung: such a read was enough for that."""
+    fastdist = serve(mocks, {"server": {"workers": 1}})
+    answers = b""
+    with connect(fastdist.port) as connection:
+        connection.sendall(b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        for _ in range(5):
+            assert fastdist.post()[0] == 202
+        while select.select([connection], [], [], 0)[0]:
+            answers += connection.recv(65536)
+        assert answers.count(b"HTTP/1.1 200") < 1000, "others had to wait for the last of them"
+        while answers.count(b"HTTP/1.1 200") < 1000 or not answers.endswith(b"\r\n\r\n"):
+            answers += connection.recv(65536)
     assert_unharmed(fastdist)
 
 

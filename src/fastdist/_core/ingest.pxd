@@ -49,12 +49,17 @@ cdef class Answer:
     cdef int64_t read_ns               # when its request was read, monotonic; 0: it is not, or no longer, to be counted
     cdef IngestBase connection
 
+    cdef take(self, bytes data)
+
 cdef class IngestBase(Receiver):
     cdef readonly Intake intake
     cdef uint64_t client               # hash of the peer's address
     cdef int state
     cdef bint closing                  # no further request is read
     cdef bint input_paused, output_paused
+    cdef bint held                     # `partial` has requests that are not begun yet
+    cdef bint turn_awaited             # `read_on` will be called
+    cdef int views                     # how many requests other than POST /logs this turn has had
     # the request being read
     cdef bint answered, head_only, old_client
     cdef readonly bint is_log
@@ -67,7 +72,7 @@ cdef class IngestBase(Receiver):
     cdef bytes extra                   # header lines its answer gets besides the usual
     cdef tuple request                 # (method, target, head) of one that is not POST /logs
     # buffers
-    cdef uchar *partial                # of a head
+    cdef uchar *partial                # of a head, or what is held back
     cdef Py_ssize_t partial_length, partial_size, scanned
     cdef int blank_lines               # passed over since the last head
     cdef uchar *body
@@ -78,8 +83,11 @@ cdef class IngestBase(Receiver):
     cdef int64_t paused_ns             # since when the emitter does not read its answers; 0: it does
     cdef bint awaits_sync              # in intake.unsynced
     cdef readonly list answers         # in the order of their requests, while any of them has to wait
+    cdef int64_t answers_size          # bytes of them, as far as they are known
 
     cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1
+    cdef bint has_enough(self) except -1
+    cdef bint too_many_wait(self) except -1
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL
     cdef const uchar *read_body(self, const uchar *p, const uchar *end) except NULL
     cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL

@@ -4,6 +4,10 @@
 answer; ``POST /logs`` is dealt with here, all else, and everything that is wrong, in ``fastdist.ingest`` (``handle``,
 ``refuse``). The answers of one read leave in one write. Where an answer has to wait (for a sync, a delivery, another
 process), it and all behind it become ``Answer`` objects in a list, and leave in order as they get ready.
+
+A short request may have a long answer, or a costly one, and one read holds thousands. So what was read is held back, and
+no more is read, while answers are not taken off the connection, and after some requests for views until others had
+their turn.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -33,6 +37,9 @@ cdef enum:
     MOST_BLANK_LINES = 100   # before a request
     LEAST_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
     MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
+    MOST_WAITING = 256 << 10  # bytes of them
+    MOST_OUT = 64 << 10      # bytes of answers that are put together before they are written
+    MOST_VIEWS = 16          # requests other than POST /logs, before it is another connection's turn
     LONGEST_WAIT = 86400     # seconds of Prefer: wait
 
 cdef enum State:
@@ -168,7 +175,8 @@ cdef class Intake:
             connection.awaits_sync = False
             for waiting in connection.answers or ():
                 if waiting.position > self.ring.synced and not waiting.ready:
-                    waiting.data, waiting.ready = waiting.compose(status, reason, headers, body), True
+                    waiting.take(waiting.compose(status, reason, headers, body))
+                    waiting.ready = True
                     waiting.read_ns = 0
             connection.release_ready()
 
@@ -179,7 +187,8 @@ cdef class Answer:
     def complete(self, bytes data):
         """The answer is known now."""
         if not self.ready:
-            self.data, self.ready = data, True
+            self.take(data)
+            self.ready = True
             self.connection.release_ready()
 
     def complete_after_sync(self, bytes data):
@@ -187,7 +196,11 @@ cdef class Answer:
         if self.position <= self.connection.intake.ring.synced:
             self.complete(data)
         elif not self.ready:
-            self.data = data
+            self.take(data)
+
+    cdef take(self, bytes data):
+        self.connection.answers_size += len(data) - (len(self.data) if self.data is not None else 0)
+        self.data = data
 
     def compose(self, int status, str reason, bytes headers, bytes body):
         """Return the answer's bytes; see ``Intake.compose``."""
@@ -204,8 +217,8 @@ cdef class IngestBase(Receiver):
     complete an ``Answer`` made by ``promise`` later. ``refuse(status, counter, detail, close, headers=b"")``: what was
     wrong with a request, as bytes. ``limited(seconds)``, ``unauthorized(header)``, ``invalid(error)``, ``not_stored(full)``: answers
     for what their names say (``unauthorized`` returns None where the token is good). ``await_delivery(answer, sequence,
-    seconds, id, messages)``. ``crowded_out()``: the answer where there is no memory for a body. ``shut(lingering)``: close
-    when all is written.
+    seconds, id, messages)``. ``crowded_out()``: the answer where there is no memory for a body. ``later(callback)``: call
+    it when others had their turn. ``shut(lingering)``: close when all is written.
     """
 
     def __cinit__(self, Intake intake, *args, **kwargs):
@@ -232,6 +245,8 @@ cdef class IngestBase(Receiver):
         if self.state == OVER:
             return 0
         self.moved_ns = now
+        self.views = 0
+        self.held = False
         try:
             if self.partial_length:
                 self.keep_partial(p, n)
@@ -241,6 +256,8 @@ cdef class IngestBase(Receiver):
             self.read(p, n, now)
         finally:
             self.flush()
+        if unlikely(self.held):
+            self.balance_input()
         if self.intake.ring.next_sequence != before:
             self.intake.on_accepted()
             if self.intake.answers_after_sync:
@@ -251,12 +268,35 @@ cdef class IngestBase(Receiver):
         cdef const uchar *end = p + n
         while p < end and self.state != OVER:
             if self.state == START:
+                if self.head_ns == 0 and unlikely(self.has_enough()):
+                    self.keep_partial(p, end - p)
+                    self.held = True
+                    break
                 p = self.read_head(p, end, now)
             elif self.state == BODY:
                 p = self.read_body(p, end)
             else:
                 p = self.read_chunks(p, end)
         return 0
+
+    cdef bint has_enough(self) except -1:
+        """Whether no further request should be begun for now."""
+        if unlikely(self.intake.out_length > MOST_OUT):
+            self.flush_to_answers()
+        return self.output_paused or self.views >= MOST_VIEWS or (self.answers is not None and self.too_many_wait())
+
+    cdef bint too_many_wait(self) except -1:
+        return self.answers is not None and (len(self.answers) > MOST_ANSWERS or self.answers_size > MOST_WAITING)
+
+    def read_on(self):
+        """Read what was held back, unless the reason for it is back."""
+        self.turn_awaited = False
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self.held and not (self.output_paused or self.too_many_wait()):
+            self.data_received(b"")
+            if not self.held:
+                self.balance_input()
 
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL:
         """Read the head at ``p``; return where it ends, or ``end`` when it is kept until there is more of it."""
@@ -477,6 +517,7 @@ cdef class IngestBase(Receiver):
             else:
                 method, target, head = self.request
                 self.request = None
+                self.views += 1
                 answer = self.handle(method, target, head, p[:n] if n else b"")
                 if answer is not None:
                     self.emit(answer)
@@ -568,6 +609,7 @@ cdef class IngestBase(Receiver):
             answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
             answer.close, answer.old_client = not self.keep_alive, self.old_client
             answer.data = intake.take_out()
+            self.answers_size += len(answer.data)
             if self.answers is None:
                 self.answers = []
             self.answers.append(answer)
@@ -600,6 +642,9 @@ cdef class IngestBase(Receiver):
     def end(self):
         """Read no further requests on this connection; close it when all answers are written."""
         self.state = OVER
+        if self.held:
+            self.held = False
+            self.drop_partial()
         self.closing = True
         self.drop_body()
 
@@ -617,6 +662,7 @@ cdef class IngestBase(Receiver):
         self.flush_to_answers()
         answer = Answer.__new__(Answer)
         answer.connection, answer.data, answer.ready = self, data, True
+        self.answers_size += len(data)
         self.answers.append(answer)
 
     def promise(self):
@@ -640,6 +686,7 @@ cdef class IngestBase(Receiver):
             return
         answer = Answer.__new__(Answer)
         answer.connection, answer.data, answer.ready = self, self.intake.take_out(), True
+        self.answers_size += len(answer.data)
         self.answers.append(answer)
 
     cdef int write_out(self) except -1:
@@ -699,6 +746,7 @@ cdef class IngestBase(Receiver):
             if not answer.ready:
                 break
             ready.append(answer.data)
+            self.answers_size -= len(answer.data)
         if ready:
             if len(ready) == len(self.answers):
                 self.answers = None
@@ -709,13 +757,19 @@ cdef class IngestBase(Receiver):
                 self.transmit(PyBytes_AS_STRING(data), len(data))
         if self.answers is None and self.state == OVER and self.transport is not None:
             self.finish()
-        if self.input_paused or self.output_paused or self.answers is not None:
+        if self.input_paused or self.output_paused or self.answers is not None or self.held:
             self.balance_input()
 
     def balance_input(self):
-        """Read no further while the emitter does not read its answers, or too many of them wait."""
-        pause = self.output_paused or (self.answers is not None and len(self.answers) > MOST_ANSWERS)
-        if pause != self.input_paused and self.transport is not None and not self.transport.is_closing():
+        """Read no further while something is held back, the emitter does not read its answers, or too many of them wait."""
+        cdef bint full = self.output_paused or self.too_many_wait()
+        cdef bint pause = full or self.held
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self.held and not full and not self.turn_awaited:
+            self.turn_awaited = True
+            self.later(self.read_on)
+        if pause != self.input_paused:
             self.input_paused = pause
             if pause:
                 self.transport.pause_reading()
@@ -735,7 +789,7 @@ cdef class IngestBase(Receiver):
 
     def idle(self):
         """Whether nothing is under way: no part of a request, no answer."""
-        return self.state == START and self.head_ns == 0 and self.answers is None
+        return self.state == START and self.head_ns == 0 and self.answers is None and not self.held
 
     def lingered(self, int64_t now):
         """Return for how many ns all has been written here and only the emitter's end is awaited; 0 if that is not so."""
