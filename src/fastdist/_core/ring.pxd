@@ -94,6 +94,7 @@ cdef class PacketRing:
     cdef void finish(self, uint32_t handle) noexcept nogil
     cdef void give_back(self, uint32_t handle) noexcept nogil
     cdef bint has_unclaimed(self) noexcept nogil
+    cdef int64_t past_gaps(self, int64_t position, int64_t end) noexcept nogil
     cdef int64_t oldest(self) noexcept nogil
     cdef inline Record *record_of(self, uint32_t handle) noexcept nogil:
         return self.at(self.entries[handle].position)

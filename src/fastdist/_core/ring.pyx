@@ -522,24 +522,28 @@ cdef class PacketRing:
                 self.largest = 0
             self.publish()
 
+    cdef int64_t past_gaps(self, int64_t position, int64_t end) noexcept nogil:
+        """Return where the next record is, from ``position`` on, where one or a gap begins; ``end`` if there is none before."""
+        while position < end and self.at(position).magic == GAP_MAGIC:
+            position += gap_bytes(self.at(position))
+        return position
+
     cdef int64_t oldest(self) noexcept nogil:
         """Return when the oldest packet not done was accepted (wall clock, ns), 0 if there is none."""
         cdef int64_t position = max(self.head, self.settled), first = 0, moved = FOREVER
         cdef Record *record
         if self.undone == 0:
             return 0
+        position = self.past_gaps(position, self.tail)
         while position < self.tail:
             record = self.at(position)
-            if record.magic == GAP_MAGIC:
-                position += gap_bytes(record)
-                continue
             if record.state == QUEUED:
                 first = first or record.accepted_ns
                 if self.moved_alive == 0 or self.moved_oldest_ns:
                     break
                 if record.moved:
                     moved = min(moved, record.accepted_ns)
-            position += record_size(record)
+            position = self.past_gaps(position + record_size(record), self.tail)
         if self.moved_alive == 0:
             return first
         self.moved_oldest_ns = self.moved_oldest_ns or moved
@@ -638,14 +642,11 @@ cdef class PacketRing:
 
     def waiting(self):
         """Yield each packet that is to be claimed, in the ring's order; nothing is claimed by that, or written."""
-        cdef int64_t position = self.head
+        cdef int64_t position = self.past_gaps(self.head, self.tail)
         cdef Record *record
         while position < self.tail:
             record = self.at(position)
-            if record.magic == GAP_MAGIC:
-                position += gap_bytes(record)
-                continue
-            position += record_size(record)
+            position = self.past_gaps(position + record_size(record), self.tail)
             if record.state == QUEUED and not self.is_claimed(record):
                 yield packet_of(record)
 
@@ -655,13 +656,10 @@ cdef class PacketRing:
         cdef Record *record
         for turn in range(2):  # first count all there are
             skip = max(0, skip - count)
-            position = self.head
+            position = self.past_gaps(self.head, self.tail)
             while position < self.tail:
                 record = self.at(position)
-                if record.magic == GAP_MAGIC:
-                    position += gap_bytes(record)
-                    continue
-                position += record_size(record)
+                position = self.past_gaps(position + record_size(record), self.tail)
                 if record.moved:
                     continue
                 if turn == 0:
@@ -678,18 +676,15 @@ cdef class PacketRing:
 
         Copies do not count: what they are copies of was counted long ago.
         """
-        cdef int64_t at = max(start, self.head), packets = 0, messages = 0, body_bytes = 0
+        cdef int64_t at = self.past_gaps(max(start, self.head), end), packets = 0, messages = 0, body_bytes = 0
         cdef Record *record
         while at < end:
             record = self.at(at)
-            if record.magic == GAP_MAGIC:
-                at += gap_bytes(record)
-                continue
             if record.state == QUEUED and not record.moved:
                 packets += 1
                 messages += record.messages
                 body_bytes += record.body_length
-            at += record_size(record)
+            at = self.past_gaps(at + record_size(record), end)
         return packets, messages, body_bytes
 
     def withdraw_unsynced(self):
@@ -698,13 +693,11 @@ cdef class PacketRing:
         Only for a ring whose claims wait for a sync: nobody has these packets yet. Copies stay: what they are copies of
         was answered for long ago.
         """
-        cdef int64_t position = max(self.answered, self.head), packets = 0, messages = 0, body_bytes = 0
+        cdef int64_t position = self.past_gaps(max(self.answered, self.head), self.tail)
+        cdef int64_t packets = 0, messages = 0, body_bytes = 0
         cdef Record *record
         while position < self.tail:
             record = self.at(position)
-            if record.magic == GAP_MAGIC:
-                position += gap_bytes(record)
-                continue
             if record.state == QUEUED and not self.is_claimed(record) and not record.moved:
                 record.state = DONE
                 packets += 1
@@ -712,7 +705,7 @@ cdef class PacketRing:
                 body_bytes += record.body_length
                 self.undone -= 1
                 self.undone_bytes -= record_size(record)
-            position += record_size(record)
+            position = self.past_gaps(position + record_size(record), self.tail)
         self.advance()
         return packets, messages, body_bytes
 
