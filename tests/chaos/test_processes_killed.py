@@ -125,3 +125,23 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
     )
     assert verdict.accepted > len(numbers) * 300
     assert not list(experiment.data.glob("adopt-*"))
+
+
+@pytest.mark.parametrize("durability", form(["fsync"], ["disk", "fsync"]))
+def test_everything_is_killed_while_packets_become_dead_letters(experiment, durability):
+    """A letter is there before its packet is gone: at worst a packet is both, or a letter twice."""
+    experiment.analyzers("--latency", "0.002").set("A2", status=422)
+    settings = {"queue": {"durability": durability}}
+    fastdist = experiment.serve(settings)
+    emitter = experiment.emitter().start()
+    kills = form(2, 8)
+    for _ in range(kills):
+        emitter.wait_for(300)
+        time.sleep(random.uniform(0, 0.3))
+        fastdist.kill_all()
+        fastdist = experiment.serve(settings)
+    emitter.wait_for(100)
+    experiment.judge(f"everything kill -9, a share refused ({durability})", bound=kills * in_flight(DELIVERY))
+    letters = [row["id"] for row in fastdist.dead_letters()]
+    assert len({*letters}) > 100 * kills
+    assert len(letters) - len({*letters}) <= kills * in_flight(DELIVERY)
