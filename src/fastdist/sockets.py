@@ -6,6 +6,8 @@ What has no TLS becomes a ``Stream`` of the compiled core; TLS is the loop's (``
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 from typing import TYPE_CHECKING
 
@@ -16,25 +18,36 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
-PAUSE = 0.1  # seconds to accept nothing when there is no descriptor to be had
+PAUSE = 0.1  # seconds to accept nothing when nothing helps
+COMPLAINT_SECONDS = 10.0  # between errors of one kind
 
 log = logs.get()
 
 
 class Acceptor:
-    """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``, until ``close``."""
+    """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``, until ``close``.
+
+    When there are no descriptors left, who comes is turned away at once, for which one is kept in reserve: nobody is to
+    wait for an answer, and what has gone meanwhile is not to fill the backlog.
+    """
 
     def __init__(self, listener: socket.socket, taken: Callable[[socket.socket, object], None]) -> None:
         self.listener, self.taken = listener, taken
         self.loop = asyncio.get_running_loop()
         self._closed = False
+        self._reserve = _reserve()
+        self._complain_at = 0.0
         listener.setblocking(False)  # noqa: FBT003
         self._listen()
 
     def close(self) -> None:
-        """Accept no more connections."""
+        """Accept no more connections, beyond those that are there already."""
+        self._accept()
         self._closed = True
         self.loop.remove_reader(self.listener)
+        self.listener.close()
+        if self._reserve is not None:
+            os.close(self._reserve)
 
     def _listen(self) -> None:
         if not self._closed:
@@ -47,11 +60,37 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                log.error("cannot accept connections; trying again", error=error.strerror)
-                self.loop.remove_reader(self.listener)
-                self.loop.call_later(PAUSE, self._listen)
-                return
-            self.taken(connection, peer)
+                self._complain(error)
+                if not self._turn_away():
+                    self.loop.remove_reader(self.listener)
+                    self.loop.call_later(PAUSE, self._listen)
+                    return
+            else:
+                self.taken(connection, peer)
+
+    def _turn_away(self) -> bool:
+        """Close a connection that there is no descriptor for; say whether the next may be looked at."""
+        if self._reserve is None:
+            self._reserve = _reserve()
+            return self._reserve is not None
+        os.close(self._reserve)
+        with contextlib.suppress(OSError):
+            self.listener.accept()[0].close()
+        self._reserve = _reserve()
+        return True
+
+    def _complain(self, error: OSError) -> None:
+        now = self.loop.time()
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAINT_SECONDS
+            log.error("connections cannot be accepted; they are closed", error=error.strerror)
+
+
+def _reserve() -> int | None:
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiver]) -> Acceptor:

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import gc
+import os
 import random
+import resource
 import socket
 import struct
 import weakref
@@ -14,6 +16,7 @@ import uvloop
 from forward_harness import until
 
 from fastdist._core.stream import Poller, Receiver, Stream
+from fastdist.sockets import serve
 
 
 class Noted(Receiver):
@@ -390,6 +393,65 @@ def test_streams_exchange_bytes_as_a_pipe_would_whatever_is_done_in_between():
             await until(lambda: protocol.told[-1] == "lost", "closed")  # noqa: B023
             told = [word for word in protocol.told if word in ("pause", "resume")]
             assert told == ["pause", "resume"] * (len(told) // 2)
+            other.close()
+
+    run(scenario)
+
+
+# ---- listening
+
+
+def test_a_listener_that_is_closed_takes_those_who_are_there_and_nobody_else():
+    async def scenario(poller):
+        protocols = []
+
+        def protocol():
+            protocols.append(Noted())
+            return protocols[-1]
+
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        acceptor = serve(listener, poller, protocol)
+        early = socket.create_connection(address)
+        acceptor.close()
+        assert [protocol.told for protocol in protocols] == [["made"]]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        early.close()
+        await until(lambda: protocols[0].told[-1] == "lost", "closed")
+
+    run(scenario)
+
+
+def test_without_descriptors_who_comes_is_turned_away_at_once_and_later_ones_are_taken():
+    async def scenario(poller):
+        protocols = []
+
+        def protocol():
+            protocols.append(Noted())
+            return protocols[-1]
+
+        listener = socket.create_server(("127.0.0.1", 0))
+        acceptor = serve(listener, poller, protocol)
+        others = [socket.create_connection(listener.getsockname()) for _ in range(4)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.open(os.devnull, os.O_RDONLY)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            for other in others:
+                other.setblocking(False)
+                assert await all_of(other) == b""
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not protocols
+        with socket.create_connection(listener.getsockname()) as late:
+            await until(lambda: protocols, "taken")
+            late.sendall(b"x")
+            await until(lambda: protocols[0].received == b"x", "read")
+        await until(lambda: protocols[0].told[-1] == "lost", "closed")
+        acceptor.close()
+        for other in others:
             other.close()
 
     run(scenario)
