@@ -72,5 +72,5 @@ def test_msgspec_with_metadata_left_raw(benchmark, body):
 
 
 def test_the_slow_check(benchmark, body):
-    """What decides when the scanner is not certain."""
+    """What tells why a body is no packet."""
     assert benchmark(packets.check, body)

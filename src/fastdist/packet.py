@@ -1,8 +1,11 @@
 """What a log packet is.
 
 ``LogPacket`` and ``LogMessage`` are the schema as a person reads it; ``check`` decides whether a body conforms to it,
-and says what is wrong if it does not. The scanner in ``_core/schema.pyx`` answers for nearly all bodies that conform
-before ``check`` is asked, so this module is written to be right and clear, and the scanner is tested against it.
+and says what is wrong if it does not. The scanner in ``_core/schema.pyx`` answers for all bodies that conform before
+``check`` is asked, so this module is written to be right and clear, and the scanner is tested against it.
+
+To decode a body takes a hundred times as long as to scan it, and ten times its memory, so of a large one (over
+MAX_EXPLAINED) only the place is decoded where the scanner stopped: its first fault is told, not all of them.
 
 A body that is accepted travels on unchanged to analyzers in any language. So ``check`` also refuses what parsers are
 known to disagree about, lest an analyzer sees another packet than the one checked here: a member of the schema that
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, NoReturn
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from fastdist._core.schema import hash_text
+from fastdist._core.schema import hash_text, locate, scan
 from fastdist.errors import PacketError
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 MAX_EMITTER_ID: Final = 256  # characters
 MAX_DEPTH: Final = 128  # containers within each other, the packet itself included
 MAX_ERRORS: Final = 20  # reported for one packet
+MAX_EXPLAINED: Final = 128 * 1024  # bytes that are decoded to tell what is wrong with them: some 30 ms
 LEVELS: Final = ("trace", "debug", "info", "warn", "warning", "error", "fatal", "critical")
 
 
@@ -61,13 +65,22 @@ class Facts(NamedTuple):
 
 def check(body: bytes, *, strict: bool = False) -> Facts:
     """Return the facts about a log packet; raise PacketError, ``malformed`` or ``invalid``, if the body is none."""
+    if len(body) > MAX_EXPLAINED:
+        facts = scan(body, strict)
+        if facts is None:
+            raise _located(body, strict=strict)
+        return Facts(*facts)
     packet = _decode(body)
-    faults = list(islice(_faults(packet, strict=strict), MAX_ERRORS))
+    _refuse_if_any(_faults(packet, strict=strict))
+    return Facts(len(packet["messages"]), hash_text(packet["emitterId"].encode()))
+
+
+def _refuse_if_any(all_faults: Iterator[_Fault]) -> None:
+    faults = list(islice(all_faults, MAX_ERRORS))
     if faults:
         first = f"{faults[0].pointer or 'the body'}: {faults[0].detail}"
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise PacketError("invalid", first + more, [fault._asdict() for fault in faults])
-    return Facts(len(packet["messages"]), hash_text(packet["emitterId"].encode()))
 
 
 # ------------------------------------------------------------------------------------------------------------ the JSON
@@ -79,6 +92,9 @@ _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _UP_TO_LONE_SURROGATE: Final = re.compile(
     r"[^\\]*+(?:\\(?:[^u]|u(?![dD][89a-fA-F])|u[dD][89abAB]..\\u[dD][c-fC-F]..)[^\\]*+)*+", re.DOTALL
 )
+_COLON: Final = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
+_SPACE: Final = b" \t\r\n"
+_CUT: Final = 16  # characters from the end of a piece, where its being cut off may be what is wrong
 _STEPS: Final = bytes(1 if byte in b"[{" else 0xFF for byte in range(256))  # as signed numbers 1 and -1
 _OTHER_THAN_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
@@ -133,8 +149,7 @@ def _decode(body: bytes) -> Any:
     try:
         packet = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        what = error.msg[:1].lower() + error.msg[1:].removesuffix(" at").rstrip(": ")
-        raise _malformed(text, error.pos, what) from None
+        raise _malformed(text, error.pos, _what(error)) from None
     except _ConstantError as error:
         first = next(match for match in _CONSTANTS.finditer(text) if match[1])
         raise _malformed(text, first.start(), f"{error} is no JSON value") from None
@@ -142,12 +157,12 @@ def _decode(body: bytes) -> Any:
     return packet
 
 
-def _check_depth(text: str) -> None:
-    """Before decoding, since the decoder calls itself for each level."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
+def _check_depth(text: str, outside: int = 0) -> None:
+    """Before decoding, since the decoder calls itself for each level; there are so many around the text."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH - outside:
         return
     brackets = _STRINGS.sub("", text).encode().translate(_STEPS, _OTHER_THAN_BRACKETS)
-    if max(accumulate(memoryview(brackets).cast("b")), default=0) > MAX_DEPTH:
+    if max(accumulate(memoryview(brackets).cast("b")), default=0) > MAX_DEPTH - outside:
         raise PacketError("malformed", f"nested more than {MAX_DEPTH} levels deep")
 
 
@@ -157,11 +172,109 @@ def _check_surrogates(text: str) -> None:
         raise _malformed(text, match.end(), "half a surrogate pair, which is no character")
 
 
+def _what(error: json.JSONDecodeError) -> str:
+    return error.msg[:1].lower() + error.msg[1:].removesuffix(" at").rstrip(": ")
+
+
 def _malformed(text: str, position: int, what: str) -> PacketError:
     line = text.count("\n", 0, position) + 1
     column = position - text.rfind("\n", 0, position)
     byte = len(text[:position].encode())
     return PacketError("malformed", f"not JSON: {what} at line {line}, column {column} (byte {byte})")
+
+
+# -------------------------------------------------------------------------------------------------------- large bodies
+
+
+class _Piece(NamedTuple):
+    """The text of a large body from one of its bytes on, as much of it as is looked at."""
+
+    at: int
+    text: str
+    cut: bool  # there is more
+
+    @classmethod
+    def of(cls, body: bytes, at: int) -> _Piece:
+        data = body[at : at + MAX_EXPLAINED]
+        cut = at + len(data) < len(body)
+        try:
+            return cls(at, data.decode(), cut)
+        except UnicodeDecodeError as error:
+            if not cut or error.start < len(data) - 3:  # else it is a character that was cut through
+                raise PacketError("malformed", f"not UTF-8: {error.reason} at byte {at + error.start}") from None
+            return cls(at, data[: error.start].decode(), cut)
+
+    def fault(self, what: str, position: int) -> PacketError:
+        return PacketError("malformed", f"not JSON: {what} at byte {self.at + len(self.text[:position].encode())}")
+
+    def beyond(self, position: int) -> _Piece:
+        return _Piece(self.at + len(self.text[:position].encode()), self.text[position:], self.cut)
+
+    def value(self, outside: int) -> tuple[Any, int]:
+        """Return the value that it begins with, and where that ends; so many containers are around it."""
+        what, place = "", 0
+        try:
+            _check_depth(self.text, outside)
+            value, end = _DECODER.raw_decode(self.text)
+        except json.JSONDecodeError as error:
+            what, place = _what(error), error.pos
+        except _ConstantError as error:
+            what = f"{error} is no JSON value"
+            place = next(match for match in _CONSTANTS.finditer(self.text) if match[1]).start(1)
+        else:
+            match = _UP_TO_LONE_SURROGATE.match(self.text, 0, end)
+            if match is None or match.end() == end:
+                return value, end
+            what, place = "half a surrogate pair, which is no character", match.end()
+        if self.cut and (what.startswith("unterminated") or place > len(self.text) - _CUT):
+            what, place = f"what is wrong is over {MAX_EXPLAINED} bytes behind the beginning of the value", 0
+        raise self.fault(what, place)
+
+
+def _located(body: bytes, *, strict: bool) -> PacketError:
+    """Return what is wrong with a large body, as far as can be seen from where its scan stopped."""
+    at, message, *seen = locate(body, strict)
+    before = body[max(at - MAX_EXPLAINED, 0) : at].rstrip(_SPACE)[-1:]
+    try:
+        piece = _Piece.of(body, at)
+        if message is not None:
+            _explain_message(piece, message, before, strict=strict)
+        elif before not in (b"{", b",") and piece.text.rstrip() == "}":
+            there = dict(zip(("emitterId", "messages"), seen, strict=True))
+            _refuse_if_any(_Fault(f"/{name}", "is required") for name in there if not there[name])
+        elif before == b"," or piece.text.startswith('"'):
+            _explain_member(piece, dict(zip(("emitterId", "messages"), seen, strict=True)))
+        elif at > 0 and body.rstrip(_SPACE).endswith(b"}"):
+            raise piece.fault("expecting ',' delimiter", 0)
+    except PacketError as error:
+        return error
+    return PacketError("malformed", f"not JSON, or no object, from somewhere behind byte {at} on")
+
+
+def _explain_message(piece: _Piece, index: int, before: bytes, *, strict: bool) -> None:
+    if index == 0 and piece.text.startswith("]"):
+        _refuse_if_any(iter([_Fault("/messages", "expected at least one message")]))
+    if before not in (b"[", b","):
+        raise piece.fault("expecting ',' delimiter", 0)
+    value, _ = piece.value(2)
+    _refuse_if_any(_faults_of_message(value, f"/messages/{index}", strict=strict))
+
+
+def _explain_member(piece: _Piece, seen: dict[str, bool]) -> None:
+    if not piece.text.startswith('"'):
+        raise piece.fault("expecting property name enclosed in double quotes", 0)
+    key, end = piece.value(1)
+    colon = _COLON.match(piece.text, end)
+    if colon is None:
+        raise piece.fault("expecting ':' delimiter", end)
+    value, end = piece.beyond(colon.end()).value(1)
+    if key not in _PACKET:
+        return
+    if seen.get(key, False):
+        _refuse_if_any(iter([_Fault(f"/{key}", "appears twice")]))
+    _refuse_if_any(_faults_of_object({key: value}, "", {key: _PACKET[key]}))
+    if key == "emitterId":
+        _refuse_if_any(_faults_of_emitter(value))
 
 
 # ---------------------------------------------------------------------------------------------------------- the schema
@@ -210,19 +323,25 @@ def _faults(packet: Any, *, strict: bool) -> Iterator[_Fault]:
     yield from _faults_of_object(packet, "", _PACKET)
     if not isinstance(packet, dict):
         return
-    emitter = packet.get("emitterId")
-    if isinstance(emitter, str) and not 1 <= len(emitter) <= MAX_EMITTER_ID:
-        yield _Fault("/emitterId", f"expected 1 to {MAX_EMITTER_ID} characters, got {len(emitter)}")
+    yield from _faults_of_emitter(packet.get("emitterId"))
     messages = packet.get("messages")
     if not isinstance(messages, list):
         return
     if not messages:
         yield _Fault("/messages", "expected at least one message")
     for index, message in enumerate(messages):
-        pointer = f"/messages/{index}"
-        yield from _faults_of_object(message, pointer, _STRICT_MESSAGE if strict else _MESSAGE)
-        if strict and isinstance(message, dict):
-            yield from _strict_faults(message, pointer)
+        yield from _faults_of_message(message, f"/messages/{index}", strict=strict)
+
+
+def _faults_of_emitter(emitter: Any) -> Iterator[_Fault]:
+    if isinstance(emitter, str) and not 1 <= len(emitter) <= MAX_EMITTER_ID:
+        yield _Fault("/emitterId", f"expected 1 to {MAX_EMITTER_ID} characters, got {len(emitter)}")
+
+
+def _faults_of_message(message: Any, pointer: str, *, strict: bool) -> Iterator[_Fault]:
+    yield from _faults_of_object(message, pointer, _STRICT_MESSAGE if strict else _MESSAGE)
+    if strict and isinstance(message, dict):
+        yield from _strict_faults(message, pointer)
 
 
 def _faults_of_object(value: Any, pointer: str, members: dict[str, _Member]) -> Iterator[_Fault]:

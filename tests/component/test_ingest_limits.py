@@ -211,6 +211,17 @@ def test_tokens_that_are_not(value):
     assert service.rejected == {"unauthorized": 1}
 
 
+def test_two_tokens_are_none():
+    """Whoever is in front may have looked at the other."""
+    service = Service(security={"tokens": ("secret",)})
+    connection = service.ask(post(BODY, "Authorization: Bearer wrong", "authorization: Bearer secret"))
+    answer = connection.answer()
+    assert answer.status == 400
+    assert answer.json["detail"] == "the request is not HTTP: more than one Authorization header"
+    assert not connection.open
+    assert service.bodies() == []
+
+
 def test_a_token_is_asked_for():
     service = Service(security={"tokens": ("secret",)})
     answer = service.ask(post()).answer()

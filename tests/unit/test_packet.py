@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 
 from fastdist._core.schema import hash_text
 from fastdist.errors import PacketError
-from fastdist.packet import MAX_DEPTH, MAX_ERRORS, Facts, LogPacket, check
+from fastdist.packet import MAX_DEPTH, MAX_ERRORS, MAX_EXPLAINED, Facts, LogPacket, check
 
 MESSAGE = {"timestamp": "2026-01-31T12:34:56.789Z", "level": "info", "message": "started", "source": "api"}
 PACKET = {"emitterId": "web-1", "messages": [MESSAGE, MESSAGE | {"metadata": {"pid": 7}}], "metadata": {"zone": "a"}}
@@ -312,3 +315,180 @@ def test_keys_are_counted_where_it_matters_only(monkeypatch):
 
 
 PACKET_WITH = b'{"emitterId":"e","messages":[{"message":"m"}],"x":[%b]}'
+
+
+# ---- large bodies
+
+
+GOOD = b'{"message":"m"},'
+ROOM = MAX_EXPLAINED // len(GOOD)
+
+
+def large(messages: bytes = GOOD[:-1], *, before: bytes = b"", behind: bytes = b"", emitter: bytes = b'"e"') -> bytes:
+    """Return a body that is too large to be decoded whole, whose messages end with these."""
+    return b'{%b"emitterId":%b,"messages":[%b%b]%b}' % (before, emitter, GOOD * 3 * ROOM, messages, behind)
+
+
+def whole(body: bytes, monkeypatch: pytest.MonkeyPatch, *, strict: bool = False) -> PacketError:
+    """Return what is said of it if it is decoded whole."""
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdist.packet.MAX_EXPLAINED", 1 << 60)
+        return refusal(body, strict=strict)
+
+
+def test_large_packets_are_accepted_as_small_ones_are():
+    for body in (large(), large(emitter=b'"\\u0065"'), large(behind=b',"x":' + b"[" * 127 + b"]" * 127 + b"\n")):
+        assert check(body) == Facts(3 * ROOM + 1, hash_text(b"e"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        large(b"{}"),
+        large(b'{"message":1}'),
+        large(b'{"message":"m","message":"m"}'),
+        large(b'{"message":"m","level":1,"metadata":[]}'),
+        large(b"7"),
+        large(b'"x"'),
+        large(b"null"),
+        large(emitter=b"1"),
+        large(emitter=b'""'),
+        large(emitter=b'"' + b"x" * 257 + b'"'),
+        large(emitter=b'"' + b"\\ud83d\\ude00" * 257 + b'"'),
+        large(behind=b',"emitterId":"e"'),
+        large(behind=b',"messages":1'),
+        large(behind=b',"metadata":[]'),
+        large(behind=b',"met\\u0061data":1'),
+        large().replace(b'"emitterId"', b'"emitter"'),
+        large().replace(b'"messages"', b'"message"'),
+        b'{"emitterId":"e","messages":[],"x":"%b"}' % (b"x" * 3 * MAX_EXPLAINED),
+    ],
+    ids=map(str, itertools.count()),
+)
+def test_the_first_fault_of_a_large_body_is_pointed_at(body, monkeypatch):
+    error, expected = refusal(body), whole(body, monkeypatch)
+    assert error.reason == expected.reason == "invalid"
+    assert error.errors[0] == expected.errors[0]
+
+
+@pytest.mark.parametrize("level", ["nonsense", "\\u0000"])
+def test_the_first_strict_fault_of_a_large_body_is_pointed_at(level, monkeypatch):
+    good = b'{"message":"m","timestamp":"2026-01-31T12:34:56Z","level":"%b"}'
+    messages = b",".join([*[good % b"info"] * ROOM, good % level.encode()])
+    body = b'{"emitterId":"e","messages":[%b]}' % messages
+    error = refusal(body, strict=True)
+    assert error.errors == whole(body, monkeypatch, strict=True).errors
+    assert [fault["pointer"] for fault in error.errors] == [f"/messages/{ROOM}/level"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        large(b""),
+        large(b"{"),
+        large(b'{"message"}'),
+        large(b'{"message":}'),
+        large(b'{"message":"m",}'),
+        large(b'{"message":NaN}'),
+        large(b'{"message":"\\x"}'),
+        large(b'{"message":"\\ud83d"}'),
+        large(b'{"message":"\n"}'),
+        large(b'{"message":"m"} {"message":"m"}'),
+        large(b'{"message":"m"};'),
+        large(behind=b","),
+        large(behind=b',"x"'),
+        large(behind=b',"x";1'),
+        large(behind=b',"x":'),
+        large(behind=b',"x":01'),
+        large(behind=b',"x":Infinity'),
+        large(behind=b',"x":"\\udc00"'),
+        large(before=b'"x":tru,'),
+    ],
+    ids=map(str, itertools.count()),
+)
+def test_what_is_malformed_in_a_large_body_is_told_with_its_place(body, monkeypatch):
+    error, expected = refusal(body), whole(body, monkeypatch)
+    assert error.reason == expected.reason == "malformed"
+    what, place = re.fullmatch(r"(not JSON: .*) at line 1, column \d+ \(byte (\d+)\)", expected.detail).groups()
+    assert error.detail == f"{what} at byte {place}"
+
+
+@pytest.mark.parametrize("tail", [b"\xff", b"\xc3", b"\xf0\x9f\x98"])
+@pytest.mark.parametrize("distance", [0, 10, 1000])
+def test_what_is_not_utf_8_in_a_large_body_is_told_with_its_place(tail, distance, monkeypatch):
+    body = large(b'{"message":"%b%b"}' % (b"x" * distance, tail))
+    assert refusal(body).detail == whole(body, monkeypatch).detail
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 10**6,
+        b"{" * 10**6,
+        b'{"x":' * 10**6,
+        b'"' * 10**6,
+        b"[" + b"0," * 10**6 + b"0]",
+        b"\xff" * 10**6,
+        b"{" + b" " * 10**6,
+        b" " * 10**6,
+        large() + b"x",
+        large() + large(),
+        large()[:-1],
+        large()[1:],
+        large(behind=b',"x":' + b"[" * 128 + b"]" * 128),
+        large(b'{"message":"m","x":' + b"[" * 126 + b"]" * 126 + b"}"),
+        large(b'{"message":"%b\\x"}' % (b"x" * 2 * MAX_EXPLAINED)),
+        large(b'{"message":"%b' % ("é".encode() * MAX_EXPLAINED)),
+        large(behind=b',"x":"%b"' % (b"\\ud83d\\ude00" * MAX_EXPLAINED + b"\\ud83d")),
+        large(behind=b',"%b"' % (b"k" * 2 * MAX_EXPLAINED)),
+        large(behind=b',"x":[%b' % (b"[],{}," * MAX_EXPLAINED)),
+    ],
+    ids=map(str, itertools.count()),
+)
+def test_to_be_told_what_is_wrong_takes_no_more_of_a_large_body_than_a_piece(body):
+    """To decode ten megabytes took two seconds and 400 MB, while the worker did nothing else."""
+    tracemalloc.start()
+    try:
+        error = refusal(body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert error.reason == "malformed"
+    assert len(error.detail) < 200
+    assert peak < 60 * MAX_EXPLAINED
+
+
+PIECES = [
+    GOOD * 5,
+    b"{}",
+    b"]",
+    b"[",
+    b"{",
+    b"}",
+    b",",
+    b'"',
+    b"\\",
+    b"\xff",
+    b" ",
+    b'"emitterId":"e"',
+    b'"messages":[',
+    b"0",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 30))
+def test_any_large_body_is_judged_as_if_it_were_decoded_whole(pieces, where, gone):
+    body = large(b'{"message":"m","metadata":{"a":[1,{}]}}', behind=b',"x":[{"y":"z"}]')
+    at = int(where * len(body))
+    body = body[:at] + b"".join(pieces) + body[at + gone :]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdist.packet.MAX_EXPLAINED", 1 << 60)
+        expected = outcome(body)
+    assert outcome(body) == expected
+
+
+def outcome(body: bytes) -> Facts | None:
+    try:
+        return check(body)
+    except PacketError:
+        return None

@@ -324,6 +324,8 @@ cdef void request_field(RequestHead *head, const uchar *name_at, Py_ssize_t name
     elif name_length == 12 and lower(name_at[0]) == c'c' and same(name, b"content-type", 12):
         head.content_type = value
     elif name_length == 13 and lower(name_at[0]) == c'a' and same(name, b"authorization", 13):
+        if head.authorization.p != NULL:
+            refuse(head, 400, "more than one Authorization header")
         head.authorization = value
     elif name_length == 14 and lower(name_at[0]) == c'c' and same(name, b"content-length", 14):
         read_length(head, value)

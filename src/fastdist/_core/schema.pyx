@@ -2,17 +2,17 @@
 
 Theory of operation. ``packet.check`` says what a log packet is: it decodes the body and looks at what came out. Nearly
 every body is a good one, though, and of a good one the service needs two figures only, so the scanner reads the bytes
-where they lie and builds nothing. It answers "yes, with these facts" or "not certain"; whoever asked hands the latter
-to ``packet.check``, which knows for sure and can tell what is wrong. Hence the rules:
+where they lie and builds nothing. It answers "yes, with these facts" or "no", and then where it stopped; what is wrong
+there ``packet.check`` tells, which decodes small bodies whole, and of large ones only that place. Hence the rules:
 
 1. Sound: a yes implies that ``packet.check`` accepts the same bytes with the same facts. Therefore the whole body is
    checked against RFC 8259, the parts nobody looks at as well: the escapes, the numbers, the UTF-8.
-2. Not certain is always allowed, but costs a hundred times as much. So it is for what hardly occurs in good packets:
-   an escape in a key that the schema could know (it may spell a known one) or in the emitterId, and deep nesting.
+2. Complete: a no implies that ``packet.check`` refuses, for of a large body nobody else is asked. What hardly occurs in
+   good packets (escapes in keys, in the emitterId, in what strict looks at) may be slow, but not by more than its length.
 3. No byte outside the body is read (it may end where a mapping ends), nothing is allocated, nothing calls itself.
 
 The functions hand a cursor along: each takes the place where its piece begins and returns the place behind it, or NULL
-for "not certain". ``end`` is the place of the packet's own closing brace, which is looked up first. That byte may be
+for "no". ``end`` is the place of the packet's own closing brace, which is looked up first. That byte may be
 read but not passed. It goes on no space, number, escape or character beyond ASCII, so what reads these byte by byte
 stops there by itself; only what passes a closing brace, and what reads several bytes at once, must compare with it.
 
@@ -39,8 +39,15 @@ cdef extern from "json.h" nogil:
 
 cdef enum:
     SHORTEST = 45  # bytes: {"emitterId":"a","messages":[{"message":""}]}
-    MAX_DEPTH = 64  # as many as a word has bits; packet.check accepts twice that, which no emitter in its senses needs
+    WORD = 64  # bits
+    MAX_DEPTH = 128  # containers within each other, the packet itself included: not more than two words have bits
+    IN_PACKET = MAX_DEPTH - 1  # as many are left for a member of the packet
+    IN_MESSAGE = MAX_DEPTH - 3  # and of a message, which is in an array
     MAX_EMITTER = 256  # characters, that is code points
+    LONGEST_NAME = 12  # bytes, of what the schema or strict knows by name, and a few more
+    LONGEST_RUN = 8  # digits in a row that are kept of a date-time with escapes: no part of one but its fraction has more
+    LONGEST_DATE_TIME = 64
+    UTF8 = 4  # bytes, of a character at most
 
 # The members that the schema knows, as bits of the set of those seen. Any other is 0: it may come as often as it likes.
 cdef enum:
@@ -183,9 +190,10 @@ cdef inline cursor scan_name(cursor p, cursor end) noexcept nogil:
     return scan_colon(p) if p != NULL else NULL
 
 
-cdef cursor scan_value(cursor p, cursor end) noexcept nogil:
-    """A value of any kind; p is at its first byte."""
+cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
+    """A value of any kind with at most so many containers within each other; p is at its first byte."""
     cdef uint64_t objects = 0  # one bit for each open container, the innermost lowest: whether it is an object
+    cdef uint64_t outer = 0  # those of the first 64, while there are more
     cdef unsigned char c
     cdef int depth = 0
     while True:
@@ -193,10 +201,12 @@ cdef cursor scan_value(cursor p, cursor end) noexcept nogil:
         if c == c'"':
             p = scan_string(p + 1, end)
         elif c == c'{' or c == c'[':
+            if depth == room:
+                return NULL
             p = skip_space(p + 1)
             if p[0] != c + 2:  # ASCII has the closing bracket two places behind the opening one
-                if depth == MAX_DEPTH:
-                    return NULL
+                if unlikely(depth == WORD):
+                    outer = objects
                 depth += 1
                 objects = objects << 1 | (c == c'{')
                 if c == c'{':
@@ -227,6 +237,8 @@ cdef cursor scan_value(cursor p, cursor end) noexcept nogil:
             p += 1
             depth -= 1
             objects >>= 1
+            if unlikely(depth == WORD):
+                objects = outer
         p = skip_space(p + 1)
         if objects & 1:
             p = scan_name(p, end)
@@ -294,11 +306,130 @@ cdef bint is_level(cursor p, cursor end) noexcept nogil:
     return False
 
 
+# ------------------------------------------------------------------------------------------------- what escapes say
+
+cdef inline uint32_t four_hex(cursor p) noexcept nogil:
+    cdef uint32_t value = 0
+    cdef int i
+    for i in range(4):
+        value = value << 4 | (p[i] - c'0' if p[i] <= c'9' else (p[i] | 0x20) - c'a' + 10)
+    return value
+
+
+cdef unsigned char plain_escape(unsigned char c) noexcept nogil:
+    if c == c'b':
+        return c'\b'
+    if c == c'f':
+        return c'\f'
+    if c == c'n':
+        return c'\n'
+    if c == c'r':
+        return c'\r'
+    return c'\t' if c == c't' else c
+
+
+cdef Py_ssize_t unescape(cursor p, cursor end, unsigned char *out, Py_ssize_t room) noexcept nogil:
+    """Write what a string says that was found to be well-formed, and a quote; return its length, -1 if it is over ``room``.
+
+    ``out`` has place for a character and the quote more than ``room``. Of many digits in a row some are left out.
+    """
+    cdef uint32_t c
+    cdef Py_ssize_t n = 0
+    cdef int run = 0
+    while p < end:
+        if n > room:
+            return -1
+        c = p[0]
+        if c != c'\\':
+            p += 1
+        elif p[1] != c'u':
+            c = plain_escape(p[1])
+            p += 2
+        else:
+            c = four_hex(p + 2)
+            p += 6
+            if 0xD800 <= c <= 0xDBFF:
+                c = 0x10000 + ((c - 0xD800) << 10) + four_hex(p + 2) - 0xDC00
+                p += 6
+            if c >= 0x10000:
+                out[n] = 0xF0 | c >> 18
+                out[n + 1] = 0x80 | (c >> 12 & 0x3F)
+                n += 2
+            elif c >= 0x800:
+                out[n] = 0xE0 | c >> 12
+                n += 1
+            if c >= 0x800:
+                out[n] = 0x80 | (c >> 6 & 0x3F)
+                n += 1
+            elif c >= 0x80:
+                out[n] = 0xC0 | c >> 6
+                n += 1
+            if c >= 0x80:
+                c = 0x80 | (c & 0x3F)
+        run = run + 1 if c'0' <= c <= c'9' else 0
+        if run <= LONGEST_RUN or room != LONGEST_DATE_TIME:
+            out[n] = <unsigned char>c
+            n += 1
+    out[n] = c'"'
+    return n if n <= room else -1
+
+
+cdef bint says_date_time(cursor p, cursor end) noexcept nogil:
+    """Whether it is one that is written with escapes."""
+    cdef unsigned char[LONGEST_DATE_TIME + UTF8 + 1] plain
+    cdef Py_ssize_t length
+    if memchr(p, c'\\', end - p) == NULL:
+        return False
+    length = unescape(p, end, plain, LONGEST_DATE_TIME)
+    return length >= 0 and is_date_time(plain, plain + length)
+
+
+cdef bint says_level(cursor p, cursor end) noexcept nogil:
+    """Whether it is one that is written with escapes."""
+    cdef unsigned char[LONGEST_NAME + UTF8 + 1] plain
+    cdef Py_ssize_t length
+    if memchr(p, c'\\', end - p) == NULL:
+        return False
+    length = unescape(p, end, plain, LONGEST_NAME)
+    return length >= 0 and memchr(plain, 0, length) == NULL and is_level(plain, plain + length)  # no text has a NUL as it is
+
+
 # -------------------------------------------------------------------------------------------------------- the schema
 
-cdef cursor scan_unknown(cursor p, cursor end) noexcept nogil:
-    """As scan_name, for a key that does not read as a known one: it must not be one in disguise either."""
-    return scan_name(p, end) if p[0] == c'"' and plain_end(p + 1, end)[0] != c'\\' else NULL
+cdef cursor scan_unknown(cursor p, cursor end, bint of_message, unsigned int *member) noexcept nogil:
+    """As scan_name, for a key that does not read as a known one, but may be one in disguise."""
+    cdef unsigned char[LONGEST_NAME + UTF8 + 2] plain
+    cdef cursor text = p + 1
+    cdef Py_ssize_t length
+    member[0] = UNKNOWN
+    if p[0] != c'"' or likely(plain_end(text, end)[0] != c'\\'):
+        return scan_name(p, end)
+    p = scan_string(text, end)
+    if p == NULL:
+        return NULL
+    plain[0] = c'"'
+    length = unescape(text, p - 1, plain + 1, LONGEST_NAME)
+    if length >= 0:
+        member[0] = known_member(plain, plain + length + 2, of_message)
+    return scan_colon(p)
+
+
+cdef unsigned int known_member(cursor p, cursor end, bint of_message) noexcept nogil:
+    """The member that a key without escapes names, quotes included."""
+    cdef Py_ssize_t length = end - p
+    if length == 10 and memcmp(p, b'"metadata"', 10) == 0:
+        return METADATA
+    if not of_message:
+        if length == 11 and memcmp(p, b'"emitterId"', 11) == 0:
+            return EMITTER_ID
+        return MESSAGES if length == 10 and memcmp(p, b'"messages"', 10) == 0 else UNKNOWN
+    if length == 9 and memcmp(p, b'"message"', 9) == 0:
+        return MESSAGE
+    if length == 11 and memcmp(p, b'"timestamp"', 11) == 0:
+        return TIMESTAMP
+    if length == 7 and memcmp(p, b'"level"', 7) == 0:
+        return LEVEL
+    return SOURCE if length == 8 and memcmp(p, b'"source"', 8) == 0 else UNKNOWN
 
 
 # Comparing with each known key, instead of measuring the key at hand first, lets the processor run ahead: it predicts
@@ -321,8 +452,7 @@ cdef inline cursor message_member(cursor p, cursor end, unsigned int *member) no
     if is_word(p, end, b'"metadata"', 10):
         member[0] = METADATA
         return scan_colon(p + 10)
-    member[0] = UNKNOWN
-    return scan_unknown(p, end)
+    return scan_unknown(p, end, True, member)
 
 
 cdef cursor scan_message(cursor p, cursor end, bint strict) noexcept nogil:
@@ -338,16 +468,16 @@ cdef cursor scan_message(cursor p, cursor end, bint strict) noexcept nogil:
             return NULL
         seen |= member
         if member == UNKNOWN or (member == METADATA and p[0] == c'{'):
-            p = scan_value(p, end)
+            p = scan_value(p, end, IN_MESSAGE)
         elif member == METADATA or p[0] != c'"':
             return NULL
         else:
             text = p + 1
             p = scan_string(text, end)
             if strict and p != NULL:
-                if member == TIMESTAMP and not is_date_time(text, p - 1):
+                if member == TIMESTAMP and not (is_date_time(text, p - 1) or says_date_time(text, p - 1)):
                     return NULL
-                if member == LEVEL and not is_level(text, p - 1):
+                if member == LEVEL and not (is_level(text, p - 1) or says_level(text, p - 1)):
                     return NULL
         if p == NULL:
             return NULL
@@ -356,23 +486,28 @@ cdef cursor scan_message(cursor p, cursor end, bint strict) noexcept nogil:
             return p + 1 if p[0] == c'}' and p != end and seen & required == required else NULL
 
 
-cdef cursor scan_messages(cursor p, cursor end, bint strict, uint32_t *count) noexcept nogil:
+cdef cursor scan_messages(cursor p, cursor end, bint strict, PacketFacts *facts) noexcept nogil:
     """The array of log messages; p is at its first byte."""
-    count[0] = 0
+    facts.messages = 0
     if p[0] != c'[':
         return NULL
+    facts.in_messages = True
     while True:
-        p = scan_message(skip_space(p + 1), end, strict)  # behind the bracket or a comma
+        p = skip_space(p + 1)  # behind the bracket or a comma
+        facts.reached = p
+        p = scan_message(p, end, strict)
         if p == NULL:
             return NULL
-        count[0] += 1
+        facts.messages += 1
         p = skip_space(p)
         if p[0] != c',':
+            facts.reached = p
             return p + 1 if p[0] == c']' else NULL
 
 
 cdef cursor scan_emitter(cursor p, cursor end, uint64_t *hash) noexcept nogil:
     """The emitterId; p is at its first byte."""
+    cdef unsigned char[UTF8 * MAX_EMITTER + UTF8 + 1] plain
     cdef cursor text = p + 1
     cdef Py_ssize_t i, length, characters = 0
     if p[0] != c'"':
@@ -381,7 +516,10 @@ cdef cursor scan_emitter(cursor p, cursor end, uint64_t *hash) noexcept nogil:
     if p == NULL:
         return NULL
     length = p - 1 - text
-    if not 1 <= length <= 4 * MAX_EMITTER or memchr(text, c'\\', length) != NULL:
+    if unlikely(memchr(text, c'\\', length) != NULL):
+        length = unescape(text, p - 1, plain, UTF8 * MAX_EMITTER)
+        text = plain
+    if not 1 <= length <= UTF8 * MAX_EMITTER:
         return NULL
     if length > MAX_EMITTER:
         for i in range(length):
@@ -403,51 +541,68 @@ cdef inline cursor packet_member(cursor p, cursor end, unsigned int *member) noe
     if is_word(p, end, b'"metadata"', 10):
         member[0] = METADATA
         return scan_colon(p + 10)
-    member[0] = UNKNOWN
-    return scan_unknown(p, end)
+    return scan_unknown(p, end, False, member)
 
 
 cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts *facts) noexcept nogil:
     cdef cursor end = p + n
     cdef unsigned int member, seen = 0
+    facts.reached, facts.in_messages, facts.messages, facts.seen = p, False, 0, 0
     if n < SHORTEST:
         return False
     end -= 1
     while is_space(end[0]) and end - p >= SHORTEST:
         end -= 1
     if end[0] != c'}':
+        facts.reached = end
         return False
     p = skip_space(p)
     if p[0] != c'{':
         return False
     while True:
-        p = packet_member(skip_space(p + 1), end, &member)  # behind the brace or a comma
+        p = skip_space(p + 1)  # behind the brace or a comma
+        facts.reached, facts.in_messages, facts.seen = p, False, seen
+        p = packet_member(p, end, &member)
         if p == NULL or seen & member:
             return False
         seen |= member
         if member == MESSAGES:
-            p = scan_messages(p, end, strict, &facts.messages)
+            p = scan_messages(p, end, strict, facts)
         elif member == EMITTER_ID:
             p = scan_emitter(p, end, &facts.emitter_hash)
         elif member == METADATA and p[0] != c'{':
             return False
         else:
-            p = scan_value(p, end)
+            p = scan_value(p, end, IN_PACKET)
         if p == NULL:
             return False
         p = skip_space(p)
         if p[0] != c',':
+            facts.reached, facts.in_messages, facts.seen = p, False, seen
             return p == end and seen & EMITTER_ID != 0 and seen & MESSAGES != 0
 
 
 # ------------------------------------------------------------------------------------------------------- for Python
 
 def scan(bytes body not None, bint strict=False):
-    """``(messages, emitter_hash)`` of what certainly is a log packet; None sends the caller to ``packet.check``."""
+    """``(messages, emitter_hash)`` of a log packet; None if it is none."""
     cdef PacketFacts facts
     if not scan_packet(<const unsigned char *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), strict, &facts):
         return None
     return facts.messages, facts.emitter_hash
+
+
+def locate(bytes body not None, bint strict=False):
+    """Of what is no log packet: ``(byte, message, emitter_seen, messages_seen)``.
+
+    What begins at ``byte`` is at fault: a message (its number; else None), a member of the packet, or what stands where
+    the packet should go on or end. The others say which of the members that are required came before it.
+    """
+    cdef PacketFacts facts
+    cdef const unsigned char *start = <const unsigned char *>PyBytes_AS_STRING(body)
+    scan_packet(start, PyBytes_GET_SIZE(body), strict, &facts)
+    return (facts.reached - start, facts.messages if facts.in_messages else None,
+            facts.seen & EMITTER_ID != 0, facts.seen & MESSAGES != 0)
 
 
 def hash_text(bytes utf8 not None):
