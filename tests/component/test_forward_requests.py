@@ -321,10 +321,10 @@ def busy_desk(**delivery):
 
 
 def test_an_idle_analyzer_gets_a_batch_of_one_at_once():
-    desk, busy, _ = busy_desk(linger=0.05)
+    desk, busy, _ = busy_desk(linger=0.5)
     assert busy.transport.sent == batch(["p1"], [b"first"])
     busy.data_received(OK)
-    time.sleep(0.06)
+    time.sleep(0.55)
     desk.push(b"second")
     desk.pool.pump()
     assert busy.transport.sent.endswith(batch(["p2"], [b"second"]))
@@ -366,11 +366,11 @@ def test_a_batch_leaves_when_it_has_its_bytes():
 
 
 def test_a_batch_leaves_when_its_first_packet_has_lingered():
-    desk, _, spare = busy_desk(linger=0.05)
+    desk, _, spare = busy_desk(linger=0.5)
     desk.push(b"2")
     desk.pool.pump()
     assert not spare.transport.writes
-    time.sleep(0.06)
+    time.sleep(0.55)
     desk.push(b"3")  # has not, but goes with it
     desk.pool.pump()
     assert spare.transport.writes == [batch(["p2", "p3"], [b"2", b"3"])]
@@ -384,11 +384,11 @@ def test_a_linger_of_nothing_waits_for_nothing():
 
 
 def test_a_reply_sends_what_has_waited_long_enough():
-    desk, busy, spare = busy_desk(linger=0.05)
+    desk, busy, spare = busy_desk(linger=0.5)
     desk.push(b"2")
     desk.pool.pump()
     assert not spare.transport.writes
-    time.sleep(0.06)
+    time.sleep(0.55)
     busy.data_received(OK)
     assert busy.transport.writes[1] == batch(["p2"], [b"2"])
 

@@ -75,13 +75,19 @@ def test_bodies_arrive_byte_for_byte(mocks, serve, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_weights_hold_while_a_backlog_waits(mocks, serve, mode):
     """Analyzers slower than the emitters, one much more so than the others: with "never" it still gets its share."""
-    mocks.set_all(latency=0.01)
-    mocks.set("A2", latency=0.04)
-    narrow = {"connections": 32 if mode == "single" else 4, "batch_packets": 8, "spill_after": "never"}
+    mocks.set_all(latency=3)  # at first, so that there is a backlog however slowly the emitters come by the processor
+    narrow = {
+        "connections": 32 if mode == "single" else 4,
+        "batch_packets": 8,
+        "spill_after": "never",
+        "timeout": "60s",
+    }
     fastdist = serve(mocks, {"delivery": MODES[mode] | narrow})
     emitter = Emitter(fastdist.port, connections=64).send(20_000)
     waiting = fastdist.stats()["packets"]
     assert waiting["queued"] > 1000, "no backlog"
+    mocks.set_all(latency=0.01)
+    mocks.set("A2", latency=0.04)
     stats = fastdist.wait_at_rest()
     assert emitter.count(202) == 20_000
     assert stats["packets"]["spilled"] == 0

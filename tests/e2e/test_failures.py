@@ -208,7 +208,7 @@ def test_an_awaited_packet_is_answered_with_who_took_it(mocks, serve):
     mocks.set_all(status=400)
     status, headers, body = fastdist.post(Prefer="wait=10")
     assert (status, headers["content-type"]) == (502, "application/problem+json")
-    mocks.set_all(status=None, latency=1.5)
+    mocks.set_all(status=None, latency=4)
     status, _, body = fastdist.post(Prefer="wait=1")
     assert status == 202
     assert b'"status":"accepted"' in body
