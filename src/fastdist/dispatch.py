@@ -96,7 +96,7 @@ class Dispatcher(DispatchBase):
         self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
         self.undertaker = Undertaker(dead_letters, counters, self._buried)
         self._tls: ssl.SSLContext | None = None
-        self._next_check = self._next_pruning = self._next_ramp = 0
+        self._next_check = self._next_pruning = self._next_ramp = self._ramp_looked = 0
         self._load = LoadMeter()
         self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
         self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
@@ -340,12 +340,9 @@ class Dispatcher(DispatchBase):
             self._check(now_ns)
         if self.config.health.slow_start and now_ns >= self._next_ramp:
             self._next_ramp = now_ns + RAMP_STEP_NS
-            if any(
-                0
-                < now_ns - self.analyzer_states.get(slot, AnalyzerWord.ONLINE_SINCE_NS)
-                < self.config.health.slow_start * 1e9 + RAMP_STEP_NS
-                for slot in self.roster
-            ):
+            looked, self._ramp_looked = self._ramp_looked, now_ns  # however late this look is, the last one counts
+            online_since = [self.analyzer_states.get(slot, AnalyzerWord.ONLINE_SINCE_NS) for slot in self.roster]
+            if any(since and looked - since < self.config.health.slow_start * 1e9 for since in online_since):
                 self.seen_epoch = -1
                 self.schedule()
 

@@ -358,6 +358,23 @@ def test_an_analyzer_that_has_recovered_starts_with_a_tenth_and_has_all_in_the_e
         assert max(before - after for before, after in pairwise(shares)) < 0.02
 
 
+@pytest.mark.parametrize("late", [0.1, 1, 1000])
+def test_a_ramp_ends_at_the_whole_weight_however_late_that_is_seen(tmp_path, late):
+    """A loop that was held up at its last step left the analyzer with what it had, for good."""
+    with Bench(tmp_path, (1, 1), health={"slow_start": 100.0}) as bench:
+        bench.go_offline(0)
+        bench.push(b"x")
+        bench.answer_all()
+        bench.go_online(0)
+        bench.pass_time(50)
+        assert bench.dispatcher.weights[0] == pytest.approx(0.55, abs=0.02)
+        bench.pass_time(50 + late)
+        assert bench.dispatcher.weights == {0: 1.0, 1: 1.0}
+        epoch = bench.dispatcher.seen_epoch
+        bench.pass_time(1)
+        assert bench.dispatcher.seen_epoch == epoch
+
+
 def test_the_ramp_does_not_move_the_weights_of_those_that_never_left(tmp_path):
     with Bench(tmp_path, (1, 3), health={"slow_start": 100.0}) as bench:
         assert bench.dispatcher.weights == {0: 1.0, 1: 3.0}
