@@ -27,12 +27,19 @@ log = logs.get()
 class Acceptor:
     """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``, until ``close``.
 
+    ``first`` is called before: who has left is to make room before who comes is told that there is none.
+
     When there are no descriptors left, who comes is turned away at once, for which one is kept in reserve: nobody is to
     wait for an answer, and what has gone meanwhile is not to fill the backlog.
     """
 
-    def __init__(self, listener: socket.socket, taken: Callable[[socket.socket, object], None]) -> None:
-        self.listener, self.taken = listener, taken
+    def __init__(
+        self,
+        listener: socket.socket,
+        taken: Callable[[socket.socket, object], None],
+        first: Callable[[], object] | None = None,
+    ) -> None:
+        self.listener, self.taken, self.first = listener, taken, first
         self.loop = asyncio.get_running_loop()
         self._closed = False
         self._reserve = _reserve()
@@ -51,9 +58,16 @@ class Acceptor:
 
     def _listen(self) -> None:
         if not self._closed:
-            self.loop.add_reader(self.listener, self._accept)
+            self.loop.add_reader(self.listener, self._ready)
+
+    def _ready(self) -> None:
+        if self.first is not None:
+            self.first()
+        self.loop.call_soon(self._accept)  # behind the loss of connections, which is told by way of the loop
 
     def _accept(self) -> None:
+        if self._closed:
+            return
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 connection, peer = self.listener.accept()
@@ -103,7 +117,7 @@ def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiv
             log.error("a connection was accepted and cannot be used", error=error.strerror)
             connection.close()
 
-    return Acceptor(listener, taken)
+    return Acceptor(listener, taken, poller.turn)
 
 
 async def connect(poller: Poller, protocol: Receiver, host: str, port: int) -> None:

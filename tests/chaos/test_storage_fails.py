@@ -131,6 +131,8 @@ def test_syncs_fail_and_work_again(experiment, failing_sync, durability):
         flag.touch()
         wait_until(lambda: storage(fastdist) == "failing", "the failure shows in /health")
         assert request(fastdist.port, "GET", "/ready")[0] == 503
+        # Each worker finds out by itself, with disk up to half a second apart. (What they are asked with is no packet.)
+        wait_until(lambda: {fastdist.post(b"[]")[0] for _ in range(12)} == {503}, "no worker accepts anything")
         before = emitter.count(202)
         time.sleep(form(0.6, 1.5))
         if durability == "fsync":

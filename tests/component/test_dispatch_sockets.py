@@ -300,7 +300,7 @@ def test_a_lingering_batch_is_waited_for_and_not_looked_at_again_and_again(tmp_p
 
     async def scenario():
         server = await ScriptServer(lambda _number, _transport, _data: None).start()
-        delivery = {"mode": "batch", "connections": 2, "linger": 0.0004, "batch_packets": 9, "timeout": 50.0}
+        delivery = {"mode": "batch", "connections": 20, "linger": 0.0004, "batch_packets": 9, "timeout": 50.0}
         async with World(tmp_path, {"A1": server}, delivery=delivery) as w:
             delays = []
             later = w.dispatcher.loop.call_later
@@ -313,11 +313,15 @@ def test_a_lingering_batch_is_waited_for_and_not_looked_at_again_and_again(tmp_p
                     delays.append(delay)
                     return later(delay, callback)
 
+            w.push(1)
+            await until(lambda: server.received, "one request is under way, which nobody answers")
             w.dispatcher.loop = Loop
-            for _ in range(20):
+
+            def looked_at_again():
                 w.push(1)
-                await asyncio.sleep(0.0002)
-            assert delays
+                return len(delays) > 3
+
+            await until(looked_at_again, "batches linger")
             assert all(delay >= 0.001 for delay in delays)
 
     run(scenario())

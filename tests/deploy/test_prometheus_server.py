@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 from dockerfile import ROOT
-from support import Distributor, Emitter, Mocks, Process, get_json, running, wait_until
+from support import Distributor, Emitter, Mocks, Process, get_json, request, running, wait_until
 from test_grafana import PANELS, plain
 
 pytestmark = [
@@ -73,6 +73,7 @@ def everything(tmp_path_factory):
         prometheus.wait_until_ready()
         emitter = Emitter(distributor.port, 4, pause=0.02).start()
         emitter.wait_for(50)
+        assert request(distributor.port, "PATCH", "/analyzers/A4", b'{"state": "draining"}')[0] == 200
         yield prometheus, distributor, mocks
         emitter.stop()
 
