@@ -172,7 +172,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             self.time_out("the request's head did not arrive in time")
         elif late == "body":
             self.time_out("no more of the request's body arrived")
-        elif late == "idle":
+        elif late == "idle" and not self.transport.is_closing():  # or its last answers are not taken off
             self.transport.close()
         elif late:
             self.transport.abort()

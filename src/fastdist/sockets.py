@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
 PAUSE = 0.1  # seconds to accept nothing when nothing helps
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # else it is about one connection only
 COMPLAINT_SECONDS = 10.0  # between errors of one kind
 
 log = logs.get()
@@ -75,7 +77,7 @@ class Acceptor:
                 return
             except OSError as error:
                 self._complain(error)
-                if not self._turn_away():
+                if error.errno in SHORTAGES and not self._turn_away():
                     self.loop.remove_reader(self.listener)
                     self.loop.call_later(PAUSE, self._listen)
                     return
@@ -97,7 +99,7 @@ class Acceptor:
         now = self.loop.time()
         if now >= self._complain_at:
             self._complain_at = now + COMPLAINT_SECONDS
-            log.error("connections cannot be accepted; they are closed", error=error.strerror)
+            log.error("connections cannot be accepted and are closed", error=error.strerror)
 
 
 def _reserve() -> int | None:
@@ -129,7 +131,11 @@ async def connect(poller: Poller, protocol: Receiver, host: str, port: int) -> N
         addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     refusal = OSError(f"{host} has no address")
     for family, kind, number, _, address in addresses:
-        connection = socket.socket(family, kind, number)
+        try:
+            connection = socket.socket(family, kind, number)
+        except OSError as error:  # of a family that is switched off
+            refusal = error
+            continue
         try:
             connection.setblocking(False)  # noqa: FBT003
             await loop.sock_connect(connection, address)

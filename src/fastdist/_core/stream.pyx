@@ -145,14 +145,15 @@ cdef class Stream:
     # ---- what happens on the socket
 
     cdef int happened(self, uint32_t events) except -1:
-        if events & EPOLLOUT and not self.over:
-            self.write_some()
         if self.over:
             return 0
+        # Reading first: a reply that came before a reset is still there, and to write would only tell of the reset.
         if likely(self.watched & EPOLLIN):
             self.read_some()
         elif events & (EPOLLERR | EPOLLHUP):  # told whether asked for or not
             self.fail(self.pending_error())
+        if events & EPOLLOUT and self.output_end and not self.over:
+            self.write_some()
         return 0
 
     cdef int read_some(self) except -1:
