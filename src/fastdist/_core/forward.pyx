@@ -347,8 +347,7 @@ cdef class ReplyBase(Receiver):
         free(self.partial)
 
     cdef bint has_room(self) noexcept:
-        return (not self.closing and (self.stream is None or not self.stream.closing)
-                and (self.state == HEAD or self.keep_alive)
+        return (not self.closing and (self.state == HEAD or self.keep_alive)
                 and self.group_count + (self.state != HEAD) < self.pool.pipeline)
 
     def in_flight(self):
