@@ -9,6 +9,7 @@ import resource
 import socket
 import struct
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -401,17 +402,16 @@ def test_streams_exchange_bytes_as_a_pipe_would_whatever_is_done_in_between():
 # ---- listening
 
 
+def noted_in(protocols):
+    protocols.append(Noted())
+    return protocols[-1]
+
+
 def test_a_listener_that_is_closed_takes_those_who_are_there_and_nobody_else():
     async def scenario(poller):
-        protocols = []
-
-        def protocol():
-            protocols.append(Noted())
-            return protocols[-1]
-
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener, protocols = socket.create_server(("127.0.0.1", 0)), []
         address = listener.getsockname()
-        acceptor = serve(listener, poller, protocol)
+        acceptor = serve(listener, poller, partial(noted_in, protocols))
         early = socket.create_connection(address)
         acceptor.close()
         assert [protocol.told for protocol in protocols] == [["made"]]
@@ -425,14 +425,8 @@ def test_a_listener_that_is_closed_takes_those_who_are_there_and_nobody_else():
 
 def test_without_descriptors_who_comes_is_turned_away_at_once_and_later_ones_are_taken():
     async def scenario(poller):
-        protocols = []
-
-        def protocol():
-            protocols.append(Noted())
-            return protocols[-1]
-
-        listener = socket.create_server(("127.0.0.1", 0))
-        acceptor = serve(listener, poller, protocol)
+        listener, protocols = socket.create_server(("127.0.0.1", 0)), []
+        acceptor = serve(listener, poller, partial(noted_in, protocols))
         others = [socket.create_connection(listener.getsockname()) for _ in range(4)]
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = os.open(os.devnull, os.O_RDONLY)

@@ -11,6 +11,7 @@ from typing import Literal, get_args, get_origin
 import msgspec
 import pytest
 import typer
+from test_docs import commands
 
 import fastdist
 from fastdist import cli, config
@@ -188,15 +189,6 @@ def test_head_and_options_are_as_the_page_says():
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
-
-
-def commands():
-    """Return {"queue verify": command} of the command line."""
-    found = {}
-    for name, command in typer.main.get_command(cli.app).commands.items():
-        within = getattr(command, "commands", None)
-        found |= {f"{name} {sub}": each for sub, each in within.items()} if within else {name: command}
-    return found
 
 
 COMMANDS = commands()
