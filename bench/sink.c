@@ -1,6 +1,8 @@
 /* The analyzers of the race, and its limit: answers every request as cheaply as it can and counts packets.
  *
- *   sink [-r RATE] PORT...   analyzers: answers 200 and counts packets for each port; at most RATE packets a second
+ *   sink [-r RATE] [-d INDEX:MS] PORT...
+ *                            analyzers: answers 200 and counts packets for each port; at most RATE packets a second;
+ *                            the one with this index (from 0) answers packets after MS milliseconds (-1: never)
  *   sink -l PROCESSES PORT   the limit: as many processes on one port that answer 202 as a distributor does, no more
  *
  * One thread a process, epoll. GET /count answers "<packets> <requests>" of the port, GET /total the same of all ports,
@@ -34,6 +36,8 @@ static const char ACCEPTED[] =
 struct listener { int fd; long packets, requests; };
 struct connection {
     int fd;
+    int pending;            /* answers that are still to be given, or a connection that is gone would be */
+    int gone;
     struct listener *on;
     size_t body_left;
     size_t kept;            /* bytes of a head that is not whole */
@@ -45,6 +49,10 @@ static int ports;
 static const char *yes = OK;
 static size_t yes_length = sizeof OK - 1;
 static double seconds_a_packet, free_at;   /* when the packets read so far would be worked off */
+static int slow = -1;                      /* the index of the analyzer that answers late */
+static double delay;                       /* seconds; below 0: for ever */
+static struct answer { double due; struct connection *to; } *late;   /* a circle, the oldest first */
+static size_t late_first, late_count, late_room;
 static char input[HEAD_ROOM + READ], output[REPLIES];
 
 static double now(void) {
@@ -80,6 +88,38 @@ static size_t figures(struct connection *c, const char *path, char *out) {
     return (size_t)sprintf(out, "HTTP/1.1 200 OK\r\nContent-Length: %zu\r\n\r\n%s", length, text);
 }
 
+static void answer_late(struct connection *c) {
+    if (delay < 0) return;
+    if (late_count == late_room) {
+        size_t room = late_room ? 2 * late_room : 1024;
+        struct answer *grown = malloc(room * sizeof *grown);
+        for (size_t i = 0; i < late_count; i++) grown[i] = late[(late_first + i) % late_room];
+        free(late);
+        late = grown;
+        late_first = 0;
+        late_room = room;
+    }
+    late[(late_first + late_count++) % late_room] = (struct answer){now() + delay, c};
+    c->pending++;
+}
+
+/* Gives the late answers that are due; returns for how many milliseconds there is none, -1 for ever. */
+static int give_late_answers(void) {
+    while (late_count) {
+        struct answer first = late[late_first];
+        double wait = first.due - now();
+        if (wait > 0) return (int)(wait * 1e3) + 1;
+        late_first = (late_first + 1) % late_room;
+        late_count--;
+        first.to->pending--;
+        if (!first.to->gone) {
+            if (write(first.to->fd, yes, yes_length) < 0) shutdown(first.to->fd, SHUT_RDWR);
+        } else if (first.to->pending == 0)
+            free(first.to);
+    }
+    return -1;
+}
+
 static size_t answer(struct connection *c, const char *head, size_t n, char *out) {
     if (memcmp(head, "GET ", 4) == 0) return figures(c, head + 4, out);
     long length = field(head, n, "Content-Length", -1);
@@ -92,6 +132,10 @@ static size_t answer(struct connection *c, const char *head, size_t n, char *out
     c->on->requests++;
     c->body_left = (size_t)length;
     free_at += (double)packets * seconds_a_packet;
+    if (c->on == listeners + slow) {
+        answer_late(c);
+        return 0;
+    }
     memcpy(out, yes, yes_length);
     return yes_length;
 }
@@ -161,9 +205,13 @@ static void take(int poll, struct listener *on) {
 
 int main(int argc, char **argv) {
     int option, processes = 1;
-    while ((option = getopt(argc, argv, "r:l:")) != -1) {
+    while ((option = getopt(argc, argv, "r:d:l:")) != -1) {
         if (option == 'r') seconds_a_packet = 1 / atof(optarg);
-        else if (option == 'l') processes = atoi(optarg), yes = ACCEPTED, yes_length = sizeof ACCEPTED - 1;
+        else if (option == 'd') {
+            char *rest;
+            slow = (int)strtol(optarg, &rest, 10);
+            delay = *rest == ':' ? atof(rest + 1) / 1e3 : -1;
+        } else if (option == 'l') processes = atoi(optarg), yes = ACCEPTED, yes_length = sizeof ACCEPTED - 1;
         else return 2;
     }
     struct rlimit files;
@@ -188,7 +236,7 @@ int main(int argc, char **argv) {
     fflush(stdout);
     for (;;) {
         struct epoll_event events[512];
-        int n = epoll_wait(poll, events, 512, -1);
+        int n = epoll_wait(poll, events, 512, give_late_answers());
         for (int k = 0; k < n; k++) {
             if (events[k].data.u64 < (uint64_t)ports) {
                 take(poll, &listeners[events[k].data.u64]);
@@ -198,7 +246,9 @@ int main(int argc, char **argv) {
             if (serve(c) < 0) {
                 close(c->fd);
                 free(c->head);
-                free(c);
+                c->head = NULL;
+                c->gone = 1;
+                if (c->pending == 0) free(c);
             }
         }
     }

@@ -129,11 +129,15 @@ def memory_available() -> int:
 
 
 class Sink:
-    """The analyzers: one process that listens on many ports and counts. ``rate``: packets a second it can take."""
+    """The analyzers: one process that listens on many ports and counts. ``rate``: packets a second it can take.
 
-    def __init__(self, folder: Path, ports: tuple[int, ...], rate: float = 0) -> None:
+    ``late``: which of them (from 0) answers after how many milliseconds, as in "1:100"; -1: never.
+    """
+
+    def __init__(self, folder: Path, ports: tuple[int, ...], rate: float = 0, late: str = "") -> None:
         self.ports = ports
-        command = [str(folder / "sink"), *(["-r", str(rate)] if rate else []), *map(str, ports)]
+        options = [*(["-r", str(rate)] if rate else []), *(["-d", late] if late else [])]
+        command = [str(folder / "sink"), *options, *map(str, ports)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.process.stdout
         if self.process.stdout.readline() != b"ready\n":

@@ -5,27 +5,22 @@ The hot path (claim, pick, wait, send) is compiled (``DispatchBase``). Here are 
 - a failed packet goes at once to another analyzer that can be picked and that it has not failed on in this round; when
   there is none, it backs off (exponential, full jitter) and starts a new round;
 - while no analyzer can be picked packets stay in the ring, and what was picked for one that is gone is picked anew;
-- a packet that has waited ``spill_after`` for an analyzer slower than the others goes to one that has room (where all
-  are equally slow, after a multiple of that: then it is mostly the machine that is busy, and moving packets about bends
-  the shares for nothing);
+- a packet that has waited ``spill_after`` for its analyzer goes to another that has room (compiled, too);
 - what an analyzer refuses, or what has been sent ``max_attempts`` times, goes to the dead letters.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 import random
 import ssl
 import time
-from bisect import bisect_left
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist._core.dispatch import UNLIMITED, DispatchBase
+from fastdist._core.dispatch import DispatchBase
 from fastdist._core.pick import AliasTable, Rendezvous
 from fastdist.forward import AnalyzerPool
 from fastdist.shared import AnalyzerWord
@@ -34,7 +29,7 @@ from fastdist.undertaker import Letter, Undertaker
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from fastdist._core.counters import Counters
     from fastdist._core.ring import PacketRing
@@ -47,12 +42,7 @@ LONGEST_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mist
 RAMP_STEP_NS = 250_000_000  # how often weights are looked at while an analyzer starts slowly
 CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
 PRUNING_NS = 1_000_000_000  # how often idle connections are
-OVERLOAD = 0.85  # of the time busy: this process is the bottleneck
-CLAIMS_AHEAD = 4  # times what can be in flight: how much is claimed then
-LONGEST_GRACE = 1.0  # seconds
-SLOW = 3.0  # times the others' latency
-SLOW_FOR_NS = 400_000_000  # at a stretch: a hiccup does not make an analyzer slow
-EQUALS = 4  # times spill_after: how long packets wait for an analyzer that is as fast as the others
+RELAXATION = 0.01  # a second: how much slower an analyzer may become before that counts as its usual speed
 
 log = logs.get()
 
@@ -97,9 +87,6 @@ class Dispatcher(DispatchBase):
         self.undertaker = Undertaker(dead_letters, counters, self._buried)
         self._tls: ssl.SSLContext | None = None
         self._next_check = self._next_pruning = self._next_ramp = self._ramp_looked = 0
-        self._load = LoadMeter()
-        self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
-        self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
         self._resume_at = 0
         self.config = config
 
@@ -338,6 +325,7 @@ class Dispatcher(DispatchBase):
         if now_ns >= self._next_check:
             self._next_check = now_ns + CHECK_NS
             self._check(now_ns)
+        self.spill_at(now_ns)
         if self.config.health.slow_start and now_ns >= self._next_ramp:
             self._next_ramp = now_ns + RAMP_STEP_NS
             looked, self._ramp_looked = self._ramp_looked, now_ns  # however late this look is, the last one counts
@@ -353,105 +341,18 @@ class Dispatcher(DispatchBase):
         idle_too = now_ns >= self._next_pruning
         if idle_too:
             self._next_pruning = now_ns + PRUNING_NS
-        waiting = []
         for slot in self.roster:
             pool = self.pools[slot]
             if pool.requests_in_flight or (idle_too and pool.open_connections):
                 pool.check(now_ns)
-            if pool.waiting:
-                waiting.append(pool)
-        slow = self._slow_among(waiting, now_ns)
-        self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
-        slow = {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
-        steady = self._limit_claims(now_ns, lift=bool(slow))
-        if self.config.distribution.strategy == "sticky":
-            return
-        for pool in waiting:
-            patience = self.config.delivery.spill_after * (1 if pool.slot in slow else EQUALS if steady else math.inf)
-            if pool.waiting_since() < now_ns - patience * 1e9:
-                self._spill(pool, int(now_ns - patience * 1e9))
-
-    def _limit_claims(self, now_ns: int, *, lift: bool) -> bool:
-        """While this process is the bottleneck, and shortly after, leave the backlog in the ring; say if it is not.
-
-        Lists would grow by weight although no analyzer is slow, and packets age in them: spilling those would bend the
-        shares and bring nothing, for it is our time that is short. ``lift``: an analyzer is slow, and is not to hold
-        up the claiming for the others.
-        """
-        if self._load.measure(now_ns) > OVERLOAD:
-            self._overloaded_at = now_ns
-        grace = min(self.config.delivery.spill_after, LONGEST_GRACE)
-        steady = now_ns - self._overloaded_at > grace * 1e9
-        delivery = self.config.delivery
-        room = delivery.connections * delivery.pipeline * (delivery.batch_packets if delivery.mode == "batch" else 1)
-        self.claim_limit = UNLIMITED if steady or lift else CLAIMS_AHEAD * room * max(1, len(self.weights))
-        if self.ring.has_more:
-            self.schedule()
-        return steady
-
-    def _slow_among(self, waiting: list[AnalyzerPool], now_ns: int) -> set[int]:
-        """Return the slots of those that take much longer to reply than the others do."""
-        if not waiting:
-            return set()
-        everybody = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
-        slow = set()
-        for pool in waiting:
-            mine = pool.latency(now_ns)
-            if mine > SLOW * median_of_others(everybody, mine if pool.slot in self.weights else None):
-                slow.add(pool.slot)
-        return slow
-
-    def _spill(self, pool: AnalyzerPool, since_ns: int) -> None:
-        """Move packets that have waited since before ``since_ns`` to analyzers that have room."""
-        roomy = {
-            slot: weight
-            for slot, weight in self.weights.items()
-            if slot != pool.slot and not self.pools[slot].waiting and self.pools[slot].room() > 0
-        }
-        while roomy and 0 < pool.waiting_since() < since_ns:
-            slot = random.choices(list(roomy), list(roomy.values()))[0]  # noqa: S311
-            other = self.pools[slot]
-            moved = pool.spill(other, since_ns, max(1, other.room() // 4))
-            self.counters.add("spilled", moved)
-            self.wake(other)
-            if other.room() <= 0:
-                del roomy[slot]
+            if idle_too:
+                pool.relax(1 + RELAXATION)
 
     def close(self) -> None:
         """Close all connections to analyzers and open no more."""
         for pool in (*self.pools, *self.retired):
             if pool is not None:
                 pool.close()
-
-
-def median_of_others(ordered: Sequence[float], one: float | None) -> float:
-    """Return the median of ``ordered`` without ``one`` of its values (None: of all); infinity if that leaves nothing.
-
-    In constant time but for the search: it is asked for each of perhaps a thousand analyzers.
-    """
-    left_out = len(ordered) if one is None else bisect_left(ordered, one)
-    count = len(ordered) - (one is not None)
-    if count == 0:
-        return math.inf
-    low, high = ((at + (at >= left_out)) for at in ((count - 1) // 2, count // 2))
-    return (ordered[low] + ordered[high]) / 2
-
-
-class LoadMeter:
-    """How busy the event loop's thread is: the part of the time it ran or waited for a processor (Linux: schedstat)."""
-
-    def __init__(self) -> None:
-        self._last = (0, 0)
-
-    def measure(self, now_ns: int) -> float:
-        """Return the load (0..1) since the last call."""
-        try:
-            ran, waited, _ = Path("/proc/thread-self/schedstat").read_bytes().split()
-            busy = int(ran) + int(waited)
-        except (OSError, ValueError):  # a kernel without it
-            busy = time.thread_time_ns()
-        (then_ns, then_busy), self._last = self._last, (now_ns, busy)
-        return (busy - then_busy) / max(1, now_ns - then_ns) if then_ns else 0.0
 
 
 def retry_after(value: str) -> float:

@@ -142,10 +142,6 @@ class AnalyzerPool(PoolBase):
 
     # ---- upkeep
 
-    def latency(self, now_ns: int) -> float:
-        """Return how long a reply takes, in ns: as usual, or for as long as one is awaited now if that is longer."""
-        return max(self.usual_latency, max((each.awaited_for(now_ns) for each in self.connections), default=0))
-
     def check(self, now_ns: int) -> None:
         """Close connections whose reply is overdue, and those nothing was sent on for long."""
         timeout = int(self.delivery.timeout * 1e9)

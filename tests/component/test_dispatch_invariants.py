@@ -145,10 +145,6 @@ class Happenings(RuleBasedStateMachine):
         self.bench.dispatcher.set_roster(self.bench.roster)
         self.bench.loop.run()
 
-    @rule(load=st.sampled_from([0.0, 1.0]))
-    def load(self, load):
-        self.bench.dispatcher._load.measure = lambda _now: load
-
 
 def test_every_packet_is_in_one_place_and_is_delivered_in_the_end(tmp_path):
     machine = type("HappeningsHere", (Happenings,), {"folder": tmp_path})

@@ -4,10 +4,11 @@
 (``refresh``), and what becomes of packets that could not be delivered.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from fastdist._core.bits cimport load, mix, mono_ns, unlikely
+from fastdist._core.counters cimport SPILLED
 from fastdist._core.forward cimport LINGERING, PoolBase
 from fastdist._core.pick cimport GOLDEN, AliasTable, Rendezvous
 from fastdist._core.ring cimport PacketRing, Record
@@ -18,6 +19,7 @@ import os
 cdef enum:
     CLAIMS_A_FLUSH = 8192    # a long backlog is claimed in parts, so that answers are not held up
     DRAWS = 8                # candidates looked at for one that is not ahead of its share
+    NEVER = 1 << 30          # seconds
 
 cdef enum:
     EVEN = 0
@@ -28,8 +30,6 @@ cdef enum:
     PACKETS = 0
     MESSAGES
     BYTES
-
-UNLIMITED = 1 << 62
 
 STRATEGIES = {"even": EVEN, "random": RANDOM, "sticky": STICKY}
 UNITS = {"packets": PACKETS, "messages": MESSAGES, "bytes": BYTES}
@@ -55,13 +55,20 @@ cdef class DispatchBase:
     cdef Py_ssize_t slots
     cdef const int64_t *epoch
     cdef AnalyzerStates states       # keeps `epoch` alive
+    cdef bint unplaced               # packets have waited that long and nobody has room
     cdef public int64_t seen_epoch
     cdef list touched                # pools that got packets since the last flush
     cdef list lingering
     cdef bint scheduled
     cdef object linger_timer
-    cdef public int64_t claim_limit  # how many packets may be claimed and not done; more stay in the ring
     cdef int64_t linger_ns
+    cdef int64_t spill_ns            # how long a packet waits for its analyzer before it may go to another; -1: for ever
+    cdef list backlog                # pools that something waits for
+    cdef int64_t next_aged           # monotonic: nothing in them has waited that long before
+    cdef double *finish              # of the last packet spilled to each slot, in units / share (start-time fair queueing)
+    cdef double spill_clock          # when the last one started
+    cdef int32_t *roomy              # slots that have room, while packets spill
+    cdef Py_ssize_t roomy_count
 
     def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, config, *args, **kwargs):
         self.loop, self.ring = loop, ring
@@ -75,14 +82,19 @@ cdef class DispatchBase:
         self.pools = [None] * self.slots
         self.given = <double *>calloc(self.slots, sizeof(double))
         self.share = <double *>calloc(self.slots, sizeof(double))
-        if self.given == NULL or self.share == NULL:
+        self.finish = <double *>calloc(self.slots, sizeof(double))
+        self.roomy = <int32_t *>calloc(self.slots, sizeof(int32_t))
+        if self.given == NULL or self.share == NULL or self.finish == NULL or self.roomy == NULL:
             raise MemoryError
-        self.touched, self.lingering = [], []
-        self.claim_limit = UNLIMITED
+        self.touched, self.lingering, self.backlog = [], [], []
+        spills = config.delivery.spill_after < NEVER and self.strategy != STICKY
+        self.spill_ns = <int64_t>(config.delivery.spill_after * 1e9) if spills else -1
 
     def __dealloc__(self):
         free(self.given)
         free(self.share)
+        free(self.finish)
+        free(self.roomy)
 
     def set_table(self, AliasTable table, Rendezvous rendezvous):
         """Pick from these from now on; with None for the one the strategy uses, hold everything in the ring."""
@@ -91,6 +103,8 @@ cdef class DispatchBase:
         self.total = 0
         memset(self.given, 0, self.slots * sizeof(double))
         memset(self.share, 0, self.slots * sizeof(double))
+        memset(self.finish, 0, self.slots * sizeof(double))
+        self.spill_clock = 0
         if table is not None:
             for slot, share in table.shares().items():
                 at = slot
@@ -107,7 +121,7 @@ cdef class DispatchBase:
         # Of the next few the table names, take the first that has had no more than its share of the units so far; if
         # each is ahead, the one of all that is furthest behind. Sizes may then come in any order: nobody ever has more
         # than one packet too much.
-        units = record.messages if self.unit == MESSAGES else record.body_length
+        units = self.units(record)
         for i in range(DRAWS):
             slot = self.table.at(self.advance())
             if self.lead(slot) <= 0:
@@ -117,6 +131,9 @@ cdef class DispatchBase:
         self.given[slot] += units
         self.total += units
         return slot
+
+    cdef inline double units(self, Record *record) noexcept nogil:
+        return 1 if self.unit == PACKETS else record.messages if self.unit == MESSAGES else record.body_length
 
     cdef int32_t furthest_behind(self) noexcept nogil:
         cdef int32_t slot, best = -1
@@ -142,24 +159,36 @@ cdef class DispatchBase:
         """Give what was accepted to the analyzers, and send what may be sent."""
         cdef int64_t now = mono_ns()
         cdef int64_t linger = self.linger_ns
-        cdef PoolBase pool
-        cdef list pools
         self.scheduled = False
         if unlikely(load(self.epoch) != self.seen_epoch):
             self.seen_epoch = load(self.epoch)
             self.refresh()
         if self.table is not None or self.rendezvous is not None:
             self.route(now)
+        linger = self.pump_touched(now, linger)
+        if self.spill_ns >= 0 and now >= self.next_aged and self.backlog:
+            self.spill(now)
+            linger = self.pump_touched(now, linger)
+        if self.lingering and self.linger_timer is None:
+            # In whole milliseconds, upwards: the loop takes less than half of one for none, and would come back at once
+            # until the time is over.
+            self.linger_timer = self.loop.call_later((linger + 999999) // 1000000 / 1e3, self.linger_over)
+
+    cdef int64_t pump_touched(self, int64_t now, int64_t linger) except -1:
+        """Have the pools that got packets send them; return for how many ns (``linger`` at most) some would wait for more."""
+        cdef PoolBase pool
+        cdef list pools
         pools, self.touched = self.touched, []
         for pool in pools:
             pool.touched = False
             if pool.pump_at(now) == LINGERING:
                 self.lingering.append(pool)
                 linger = min(linger, pool.due_in(now))
-        if self.lingering and self.linger_timer is None:
-            # In whole milliseconds, upwards: the loop takes less than half of one for none, and would come back at once
-            # until the time is over.
-            self.linger_timer = self.loop.call_later((linger + 999999) // 1000000 / 1e3, self.linger_over)
+            if pool.waiting and not pool.backlogged:
+                pool.backlogged = True
+                self.backlog.append(pool)
+                self.next_aged = min(self.next_aged, pool.first_since() + self.spill_ns)
+        return linger
 
     cdef int route(self, int64_t now) except -1:
         """Claim what is in the ring and let it wait for the analyzer it was picked for."""
@@ -167,8 +196,6 @@ cdef class DispatchBase:
         cdef PoolBase pool
         cdef int claims
         for claims in range(CLAIMS_A_FLUSH):
-            if self.ring.claimed >= self.claim_limit:
-                return 0
             handle = self.ring.claim_next()
             if handle == 0:
                 return 0
@@ -179,6 +206,81 @@ cdef class DispatchBase:
                 self.touched.append(pool)
         self.schedule()
         return 0
+
+    # ---- spilling
+
+    cdef int spill(self, int64_t now) except -1:
+        """Have packets that waited ``spill_after`` for their analyzer go to others that have room, by weight.
+
+        What finds no room now goes as soon as a reply makes some: those that could take it are told (``wanted``).
+        """
+        cdef PoolBase pool, target
+        cdef list backlog = []
+        cdef bint unplaced = False
+        self.find_room()
+        self.next_aged = INT64_MAX
+        for pool in self.backlog:
+            while pool.waiting and pool.first_since() + self.spill_ns <= now:
+                target = self.relief(pool, now)
+                if target is None:
+                    unplaced = True
+                    break
+                target.join(pool.leave(), now)
+                pool.counters.words[SPILLED] += 1
+                self.touch(target)
+            if pool.waiting:
+                backlog.append(pool)
+                self.next_aged = min(self.next_aged, pool.first_since() + self.spill_ns)
+            else:
+                pool.backlogged = False
+        self.backlog = backlog
+        if unplaced or self.unplaced:
+            for pool in self.pools:
+                if pool is not None:
+                    pool.wanted = unplaced
+            self.unplaced = unplaced
+        return 0
+
+    cdef int find_room(self) except -1:
+        cdef PoolBase pool
+        cdef int32_t slot
+        self.roomy_count = 0
+        for slot in range(<int32_t>self.slots):
+            if self.share[slot] > 0:
+                pool = <PoolBase>self.pools[slot]
+                if not pool.paused and pool.spare() > 0:
+                    self.roomy[self.roomy_count] = slot
+                    self.roomy_count += 1
+        return 0
+
+    cdef PoolBase relief(self, PoolBase waiting, int64_t now):
+        """Return who is to take the first packet that waits there, None if nobody has room: in turn, by weight."""
+        cdef PoolBase pool, best = None
+        cdef double start, begun = 0
+        cdef Py_ssize_t at = 0
+        cdef int32_t slot
+        while at < self.roomy_count:
+            slot = self.roomy[at]
+            pool = <PoolBase>self.pools[slot]
+            if pool.spare() <= 0:
+                self.roomy_count -= 1
+                self.roomy[at] = self.roomy[self.roomy_count]
+                continue
+            at += 1
+            start = max(self.finish[slot], self.spill_clock)
+            if (best is None or start < begun) and pool is not waiting and pool.relieves(waiting, now):
+                best, begun = pool, start
+        if best is not None:
+            self.spill_clock = begun
+            self.finish[best.slot] = begun + self.units(waiting.ring.record_of(waiting.first)) / self.share[best.slot]
+        return best
+
+    def spill_at(self, int64_t now):
+        """Spill what has waited long enough at ``now`` (monotonic ns), though nothing else happens."""
+        if self.spill_ns >= 0 and now >= self.next_aged and self.backlog:
+            self.spill(now)
+            if self.touched:
+                self.schedule()
 
     def linger_over(self):
         """Send what has waited long enough for its batch to fill."""

@@ -23,7 +23,7 @@ cdef class PoolBase:
     cdef readonly Counters counters
     cdef readonly int slot
     cdef int64_t *mine
-    cdef int64_t *latency
+    cdef int64_t *histogram      # of the time to a reply
     cdef int64_t *failures
     cdef bytes head              # of a request, up to the headers that differ
     cdef bint batching
@@ -36,10 +36,14 @@ cdef class PoolBase:
     cdef public int opening
     cdef public bint paused
     cdef bint touched
+    cdef bint backlogged         # in the dispatcher's list of those that something waits for
+    cdef public bint wanted      # packets that waited for others go here as soon as there is room
     cdef uint32_t first, last
     cdef readonly int64_t waiting, waiting_bytes
     cdef readonly int64_t requests_in_flight, packets_in_flight
     cdef readonly double usual_latency   # ns, of requests: a moving average
+    cdef readonly double best_latency    # ns: the least of late
+    cdef int64_t heard_ns                # monotonic: of the last reply, or when the first of those in flight was sent
 
     cdef void join(self, uint32_t handle, int64_t now) noexcept nogil
     cdef void join_front(self, uint32_t handle, int64_t now) noexcept nogil
@@ -48,10 +52,16 @@ cdef class PoolBase:
     cdef int64_t due_in(self, int64_t now) noexcept nogil
     cdef Pumped pump_at(self, int64_t now) except *
     cdef Group form(self, int64_t now) noexcept nogil
+    cdef inline int64_t first_since(self) noexcept nogil:
+        return self.ring.entries[self.first].since_ns
+    cdef int64_t spare(self) noexcept nogil
+    cdef void time_reply(self, int64_t ns) noexcept nogil
+    cdef double pace(self, int64_t now) noexcept nogil
+    cdef bint relieves(self, PoolBase other, int64_t now) noexcept nogil
     cdef int64_t room_for(self, Group *group) noexcept
     cdef char *write_request(self, Group *group, char *out, int64_t wall) noexcept
     cdef char *write_bodies(self, Group *group, char *out) noexcept nogil
-    cdef void leaves(self, Group *group) noexcept nogil
+    cdef void leaves(self, Group *group, int64_t now) noexcept nogil
     cdef int settle(self, Group *group, int64_t now) except -1
     cdef list dissolve(self, Group *group)
     cdef void landed(self, Group *group) noexcept nogil

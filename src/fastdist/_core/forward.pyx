@@ -9,6 +9,7 @@ pool's owner decides where they go next; after any failure on a connection it is
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
@@ -29,6 +30,8 @@ cdef enum:
     WATCHED = 2                  # flag of an entry: the pool's owner wants to hear of its delivery
 
 cdef int64_t STALE_NS = 1000000000
+cdef double CLEARLY = 3.0        # times another's latency: not by chance
+cdef double UNDELAYED = 5.0      # times the best latency: more is due to load
 
 cdef enum:
     LARGEST_REPLY_HEAD = 65536
@@ -74,7 +77,7 @@ cdef class PoolBase:
     def __cinit__(self, PacketRing ring, Counters counters, AnalyzerStates states, int slot, *args, **kwargs):
         self.ring, self.counters, self.slot = ring, counters, slot
         self.mine = counters.of(counters.checked(slot))
-        self.latency = counters.delivery_of(slot)
+        self.histogram = counters.delivery_of(slot)
         self.failures = states.failures_of(slot)
         self.idle = []
 
@@ -145,18 +148,6 @@ cdef class PoolBase:
             return []
         cdef Group group = self.form(mono_ns())
         return self.handles(group.first)
-
-    def spill(self, PoolBase other, int64_t since_ns, int64_t most):
-        """Move up to ``most`` packets that have waited since before ``since_ns`` (monotonic) to another; return how many."""
-        cdef int64_t moved = 0, now = mono_ns()
-        while moved < most and self.waiting and self.ring.entries[self.first].since_ns < since_ns:
-            other.join(self.leave(), now)
-            moved += 1
-        return moved
-
-    def waiting_since(self):
-        """Return since when (monotonic ns) the first has waited here, 0 if none does."""
-        return self.ring.entries[self.first].since_ns if self.waiting else 0
 
     cdef list handles(self, uint32_t handle):
         handles = []
@@ -269,7 +260,9 @@ cdef class PoolBase:
             out += 1
         return out
 
-    cdef void leaves(self, Group *group) noexcept nogil:
+    cdef void leaves(self, Group *group, int64_t now) noexcept nogil:
+        if self.requests_in_flight == 0:
+            self.heard_ns = now
         self.requests_in_flight += 1
         self.packets_in_flight += group.packets
         self.mine[REQUESTS_IN_FLIGHT] += 1
@@ -296,8 +289,9 @@ cdef class PoolBase:
         self.mine[DELIVERED] += group.packets
         self.mine[MESSAGES_DELIVERED] += messages
         self.mine[BYTES_DELIVERED] += group.bytes
-        observe(self.latency, now - group.sent_ns, group.packets)
-        self.usual_latency += (now - group.sent_ns - self.usual_latency) / 16
+        observe(self.histogram, now - group.sent_ns, group.packets)
+        self.time_reply(now - group.sent_ns)
+        self.heard_ns = now
         if unlikely(self.failures[0] != 0):
             store(self.failures, 0)
         self.landed(group)
@@ -321,10 +315,42 @@ cdef class PoolBase:
         self.open_connections += change
         self.mine[CONNECTIONS] += change
 
-    def room(self):
-        """Return how many packets could be sent at once without one waiting behind another."""
+    # ---- taking over what waits for others
+
+    cdef int64_t spare(self) noexcept nogil:
         cdef int64_t requests = <int64_t>self.connection_limit * self.pipeline - self.requests_in_flight
         return max(0, requests * (self.batch_packets if self.batching else 1) - self.waiting)
+
+    cdef void time_reply(self, int64_t ns) noexcept nogil:
+        if self.usual_latency == 0:
+            self.usual_latency = self.best_latency = ns
+        self.usual_latency += (ns - self.usual_latency) / 64
+        self.best_latency = min(self.best_latency, ns)
+
+    cdef double pace(self, int64_t now) noexcept nogil:
+        return max(self.usual_latency, now - self.heard_ns) if self.requests_in_flight else self.usual_latency
+
+    cdef bint relieves(self, PoolBase other, int64_t now) noexcept nogil:
+        """Whether packets that wait for ``other`` gain by coming here: replies come clearly sooner, or undelayed.
+
+        Where both are as slow as each other, and slower than they can be, what they wait for is something they share:
+        moving packets would bend the shares and bring nothing.
+        """
+        cdef double mine = self.pace(now)
+        return (mine <= UNDELAYED * self.best_latency or CLEARLY * mine <= other.pace(now)
+                or other.requests_in_flight < <int64_t>other.connection_limit * other.pipeline)  # it cannot be reached
+
+    def room(self):
+        """Return how many packets could be sent at once without one waiting behind another."""
+        return self.spare()
+
+    def latency(self, int64_t now):
+        """Return how long a reply takes, in ns: as usual, or for as long as none has come if that is longer."""
+        return self.pace(now)
+
+    def relax(self, double factor):
+        """Let what counts as undelayed grow, so that an analyzer may become slower for good."""
+        self.best_latency *= factor
 
 
 cdef class ReplyBase(Receiver):
@@ -390,7 +416,7 @@ cdef class ReplyBase(Receiver):
         while pool.waiting and self.has_room() and pool.due(now):
             group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
             group[0] = pool.form(now)
-            pool.leaves(group)
+            pool.leaves(group, now)
             pool.sent_ns = now
             room += pool.room_for(group)
             self.group_count += 1
@@ -434,7 +460,7 @@ cdef class ReplyBase(Receiver):
                 if self.pool.waiting and self.has_room():
                     self.pool.lingering()  # nobody else may look before its time is over
             self.offer()
-        if self.pool.ring.has_unclaimed():
+        if self.pool.ring.has_unclaimed() or self.pool.wanted:
             self.pool.claim_more()
         return 0
 
