@@ -36,6 +36,7 @@ FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
 STEADY = 10.0  # seconds a worker has to live for the back-off to begin anew
 FALSE_STARTS = 3
 PAUSED = 2.0  # seconds between two looks that tell of a pause of the whole
+SPAN = 0.5  # seconds at least over which the use of the processor is measured: it is told in hundredths
 LATE = 10.0  # seconds that workers have to end after the time they had to drain
 
 log = logs.get()
@@ -81,6 +82,24 @@ class Place:
         return True
 
 
+class _Probe:
+    """What a process uses. Its first figures are over its life so far, the others over ``SPAN`` or longer."""
+
+    def __init__(self, process: psutil.Process, started: float) -> None:
+        self.process = process
+        self._since, self._used = started, 0  # monotonic; ns
+
+    def processor(self, now: float) -> tuple[int, int]:
+        """Return ns of processor time so far, and how many thousandths of a core it uses."""
+        times = self.process.cpu_times()
+        used = int((times.user + times.system) * 1e9)
+        span = max(now - self._since, 0.01)
+        permille = int((used - self._used) / span / 1e6)
+        if span >= SPAN:
+            self._since, self._used = now, used
+        return used, permille
+
+
 class Keeper:
     """Fills the places. ``heard(place, message)`` gets what workers say; ``hopeless()``: none of them can start."""
 
@@ -99,7 +118,7 @@ class Keeper:
         self._judge_from = 0.0
         self.all_ready = asyncio.Event()
         self._listeners: set[asyncio.Task[None]] = set()
-        self._probes: dict[int, psutil.Process] = {}
+        self._probes: dict[int, _Probe] = {}
 
     # ---- one place
 
@@ -174,12 +193,14 @@ class Keeper:
         if self.stopping:  # since the last look: nobody else will end it
             place.kill()
         words[WorkerWord.PID], words[WorkerWord.STARTED_NS] = place.process.pid, time.time_ns()
+        self._measure(place)
 
     async def _listen(self, place: Place, reader: asyncio.StreamReader) -> None:
         async for message in control.receive(reader):
             if message.verb == "ready":
                 place.ready = place.ever_ready = True
                 place.false_starts = 0
+                self._measure(place)  # what is shown of it from now on is not the nothing it began with
                 self.block.worker(place.index)[WorkerWord.STATE] = WorkerState.RUNNING
                 if all(other.ready for other in self.places):
                     self.all_ready.set()
@@ -253,17 +274,20 @@ class Keeper:
     def measure(self) -> None:
         """Write each worker's use of processor and memory into its row."""
         for place in self.places:
-            if not place.alive or place.process is None:
-                continue
-            words = self.block.worker(place.index)
-            with contextlib.suppress(psutil.Error):
-                probe = self._probes.get(place.index)
-                if probe is None or probe.pid != place.process.pid:
-                    probe = self._probes[place.index] = psutil.Process(place.process.pid)
-                times = probe.cpu_times()
-                words[WorkerWord.CPU_NS] = place.cpu_before + int((times.user + times.system) * 1e9)
-                words[WorkerWord.CPU_PERMILLE] = int(probe.cpu_percent() * 10)
-                words[WorkerWord.RSS] = probe.memory_info().rss
+            self._measure(place)
+
+    def _measure(self, place: Place) -> None:
+        if not place.alive or place.process is None:
+            return
+        words = self.block.worker(place.index)
+        with contextlib.suppress(psutil.Error):
+            probe = self._probes.get(place.index)
+            if probe is None or probe.process.pid != place.process.pid:
+                probe = self._probes[place.index] = _Probe(psutil.Process(place.process.pid), place.started)
+            used, permille = probe.processor(time.monotonic())
+            words[WorkerWord.CPU_NS] = place.cpu_before + used
+            words[WorkerWord.CPU_PERMILLE] = permille
+            words[WorkerWord.RSS] = probe.process.memory_info().rss
 
     def _account_cpu(self, place: Place) -> None:
         words = self.block.worker(place.index)

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,7 @@ LARGE = int(START) * READ_RATE  # bytes of a ring that takes as long to read as 
 class Worker:
     """A process as the keeper sees it, that lives until it is killed."""
 
-    pid = 4711
+    pid = os.getpid()  # of one that can be measured
 
     def __init__(self):
         self.returncode = None
@@ -126,6 +127,42 @@ def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under)
         assert len(bench.alive_before) == 2 * FALSE_STARTS + 1
 
     under(scenario)
+
+
+def test_a_worker_is_measured_from_its_start(under):
+    async def scenario(bench):
+        words = bench.keeper.block.worker(0)
+        keeping = asyncio.ensure_future(bench.keeper.keep(bench.place))
+        async with asyncio.timeout(SECONDS):
+            while not words[WorkerWord.RSS]:  # noqa: ASYNC110  (nobody calls ``measure``)
+                await asyncio.sleep(0.001)
+        bench.keeper.stop(0.0)
+        await asyncio.wait_for(keeping, SECONDS)
+
+    under(scenario)
+
+
+def test_the_first_figures_are_over_a_workers_life():
+    class Process:
+        used = 0.0
+
+        def cpu_times(self):
+            return SimpleNamespace(user=self.used / 2, system=self.used / 2)
+
+    process = Process()
+    probe = keeper._Probe(process, 100.0)
+    for at, used, permille in [
+        (100.2, 0.1, 500),
+        (100.4, 0.2, 500),  # too soon to forget what was before
+        (101.4, 0.7, 500),
+        (101.5, 0.8, 1000),
+        (102.4, 0.8, 100),
+        (103.4, 0.8, 0),
+    ]:
+        process.used = used
+        ns, shown = probe.processor(at)
+        assert ns == pytest.approx(used * 1e9, abs=2)
+        assert shown == pytest.approx(permille, abs=1)
 
 
 @pytest.mark.parametrize(

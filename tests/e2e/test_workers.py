@@ -56,6 +56,15 @@ def wait_for_successor(fastdist, pid, workers=2):
     wait_until(replaced, f"a successor of {pid} runs")
 
 
+def test_a_worker_that_is_ready_has_its_figures(mocks, serve):
+    fastdist = serve(mocks)
+    assert all(row["rssBytes"] > 2**20 for row in fastdist.stats()["workers"])
+    (pid, _) = fastdist.worker_pids()
+    os.kill(pid, signal.SIGKILL)
+    wait_for_successor(fastdist, pid)
+    assert all(row["rssBytes"] > 2**20 for row in running_workers(fastdist))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("delivery", [{}, {"mode": "batch"}, {"pipeline": 8}], ids=["single", "batch", "pipelined"])
 def test_killed_workers_lose_nothing(mocks, serve, delivery):
