@@ -36,6 +36,7 @@ class Health(_Answer, frozen=True):
     workers: Running
     analyzers: Online
     storage: str = "ok"
+    failing: list[str] = []
 
 
 class Rates(_Answer, frozen=True):

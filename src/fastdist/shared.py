@@ -22,7 +22,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from enum import IntEnum
+from enum import IntEnum, IntFlag, auto
 from typing import TYPE_CHECKING
 
 from fastdist._core.counters import (
@@ -61,6 +61,7 @@ class HeadWord(IntEnum):
     DRAINING = 6  # 1 from SIGTERM on
     SAMPLED = 7  # samples taken so far; the latest is at (SAMPLED - 1) % SAMPLES
     STORAGE_FAULT = 8  # workers whose last write to disk failed
+    FAILING = 9  # Steps of the supervisor that fail at present
     HEAD_WORDS = 64
 
 
@@ -96,11 +97,35 @@ class WorkerWord(IntEnum):
     CPU_PERMILLE = 5  # of one core, over the last second; the supervisor
     RSS = 6  # bytes; the supervisor
     STARTED_NS = 7  # wall clock; the supervisor
-    STORAGE_FAULT = 8  # 1: the last write to disk failed, or the ring's file was deleted; the worker
+    STORAGE_FAULT = 8  # 1: the last write to disk failed, or a ring's file is not under its name; the worker
     FULL = 9  # 1: the last push found the queue full; the worker
     END_STATUS = 10  # of the last process that ended here unasked: as in Popen.returncode, or HUNG; the supervisor
     END_NS = 11  # wall clock: when that was, 0 if it never was; the supervisor
+    FAILING = 12  # Steps that fail at present; the worker
     WORKER_WORDS = 16
+
+
+class Step(IntFlag):
+    """What workers and the supervisor do again and again beside their work."""
+
+    DELIVERIES = auto()  # time-outs of deliveries, retries, spilling
+    DEAD_LETTERS = auto()  # files that are closed when idle
+    OLD_RINGS = auto()  # their packets are moved, then they are deleted
+    SYNC = auto()
+    GAUGES = auto()
+    TIMEOUTS = auto()  # of emitters' connections
+    QUEUE_FILES = auto()  # whether rings, and the lock, are under their names
+    WORKERS = auto()  # those that hang are replaced
+    ANALYZERS = auto()  # it is told when they come and go
+    FIGURES = auto()  # rates; what workers use
+    OVERRIDES = auto()  # whether their file is there
+    SERVICE_MANAGER = auto()
+
+    @property
+    def word(self) -> str:
+        """What it is called in JSON and in the log: ``oldRings``."""
+        first, *others = str(self.name).lower().split("_")
+        return first + "".join(map(str.capitalize, others))
 
 
 class AnalyzerState(IntEnum):

@@ -24,7 +24,7 @@ from fastdist._core.counters import (
     WORDS_PER_HISTOGRAM,
 )
 from fastdist.histograms import Histogram, merge
-from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, WorkerState, WorkerWord
+from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
 from fastdist.shares import effective_weights, normalised
 
 if TYPE_CHECKING:
@@ -320,12 +320,20 @@ class Snapshot:
         return self._analyzer_totals[at]
 
     @property
+    def failing(self) -> list[str]:
+        """What of the upkeep fails at present, in some process."""
+        steps = self.block.head[HeadWord.FAILING]
+        for index in range(self.block.workers):
+            steps |= self.block.worker(index)[WorkerWord.FAILING]
+        return [step.word for step in Step if step & steps]
+
+    @property
     def obstacle(self) -> str:
         """Why the service should get no packets now; empty when it is ready."""
         if self.block.head[HeadWord.DRAINING]:
             return "the service is draining: it is about to end"
         if any(worker.cannot_store for worker in self.workers):
-            return "packets cannot be stored: writing to disk fails, or the queue's file was deleted"
+            return "packets cannot be stored: writing to disk fails, or the queue's file was deleted or renamed"
         if any(worker.full for worker in self.workers):
             return "the queue is full"
         return ""

@@ -24,15 +24,16 @@ def health(snapshot: Snapshot) -> dict[str, Any]:
     workers, analyzers = snapshot.workers, snapshot.analyzers
     running = sum(worker.running for worker in workers)
     online = sum(figures.state == "online" for figures in analyzers)
-    storing = not any(worker.cannot_store for worker in workers)
+    storing, failing = not any(worker.cannot_store for worker in workers), snapshot.failing
     complete = running == len(workers) and not any(figures.state == "offline" for figures in analyzers)
     return {
-        "status": "unavailable" if online == 0 else "ok" if complete and storing else "degraded",
+        "status": "unavailable" if online == 0 else "ok" if complete and storing and not failing else "degraded",
         "version": snapshot.version,
         "uptimeSeconds": round(snapshot.uptime, 3),
         "workers": {"running": running, "configured": len(workers)},
         "analyzers": {"online": online, "total": len(analyzers)},
         "storage": "ok" if storing else "failing",
+        "failing": failing,
     }
 
 

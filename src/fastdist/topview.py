@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from fastdist.observed import Analyzer, Answers, Latencies, Queue, Worker
+    from fastdist.observed import Analyzer, Answers, Health, Latencies, Queue, Worker
 
 BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -127,8 +127,7 @@ def _warnings(frame: Frame) -> Iterable[str]:
     health, queue = answers.health, answers.queue
     if health.status == "unavailable":
         yield "UNAVAILABLE: no analyzer is online; packets are queued"
-    if health.storage != "ok":
-        yield "DEGRADED: packets cannot be stored, and are answered 503"
+    yield from _failures(health)
     for row in answers.analyzers:
         if row.state == "offline":
             yield f"DEGRADED: {row.id} is offline" + (f": {row.last_error}" if row.last_error else "")
@@ -139,6 +138,13 @@ def _warnings(frame: Frame) -> Iterable[str]:
         yield f"DEGRADED: {workers.running} of {plural(workers.configured, 'worker')} running"
     if queue.capacity_bytes and queue.bytes >= ALMOST_FULL * queue.capacity_bytes:
         yield f"QUEUE {queue.bytes / queue.capacity_bytes:.0%} FULL: what does not fit in is answered 503"
+
+
+def _failures(health: Health) -> Iterable[str]:
+    if health.storage != "ok":
+        yield "DEGRADED: packets cannot be stored, and are answered 503"
+    if health.failing:
+        yield f"DEGRADED: {', '.join(health.failing)} cannot be done, again and again; the log says why"
 
 
 # ---- analyzers

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from fastdist import stats
 from fastdist.config import Config, Distribution, Queue
-from fastdist.shared import HUNG, AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
+from fastdist.shared import HUNG, AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, Step, WorkerState, WorkerWord
 from fastdist.snapshot import DEAD_LETTERS, REJECTIONS, Instant, Snapshot
 
 SECOND = 10**9
@@ -287,7 +287,17 @@ def test_health(block, offline, draining, workers, expected):
         "workers": {"running": sum(letter in "RD" for letter in workers), "configured": 2},
         "analyzers": {"online": online, "total": 4},
         "storage": "ok",
+        "failing": [],
     }
+
+
+def test_health_shows_what_of_the_upkeep_fails(block):
+    for index in range(2):
+        block.worker(index)[WorkerWord.STATE] = WorkerState.RUNNING
+        block.worker(index)[WorkerWord.FAILING] = int(Step.OLD_RINGS)
+    block.head[HeadWord.FAILING] = int(Step.QUEUE_FILES)
+    health = stats.health(snapshot_of(block))
+    assert (health["status"], health["failing"]) == ("degraded", ["oldRings", "queueFiles"])
 
 
 def test_health_shows_that_the_disk_fails(block):

@@ -48,6 +48,7 @@ def answers(*, analyzers=None, workers=None, **changes):
         "workers": {"running": len(workers), "configured": len(workers)},
         "analyzers": {"online": 2, "total": 2},
         "storage": "ok",
+        "failing": [],
     }
     stats = {
         "packets": {name: 1000 * number for number, (name, _) in enumerate(COUNTERS, 1)}
@@ -128,6 +129,10 @@ def test_nothing_is_wrong_when_nothing_is_wrong():
         ({"analyzers": [analyzer("A1", 1, 0, pausedForSeconds=2.6)]}, "PAUSED: A1 for 3 s, as it asks"),
         ({"status": "unavailable"}, "UNAVAILABLE: no analyzer is online; packets are queued"),
         ({"storage": "failing"}, "DEGRADED: packets cannot be stored, and are answered 503"),
+        (
+            {"failing": ["oldRings", "sync"]},
+            "DEGRADED: oldRings, sync cannot be done, again and again; the log says why",
+        ),
         ({"workers": [worker(0)] * 2}, None),
         ({"bytes": 210 << 20}, "QUEUE 82% FULL: what does not fit in is answered 503"),
     ],

@@ -94,6 +94,10 @@ export function conditions({ health, ready, stats, queue, analyzers }, history) 
   } else if (health.storage !== "ok") {
     found.push({ level: "error", title: "The queue’s storage fails.", text: "Packets are refused until it works again." });
   }
+  if (health.failing?.length) {
+    const text = `${capital(health.failing.map(words).join(", "))}: fastdist’s log says why.`;
+    found.push({ level: "warning", title: "A part of the upkeep fails again and again.", text });
+  }
   if (health.status !== "ok" && !found.some((each) => each.level === "error" || each.level === "warning")) {
     found.push({ level: "warning", title: `The service is ${health.status}.`, text: "" });
   }
