@@ -16,6 +16,7 @@ import msgspec
 from fastdist import logs, tls
 from fastdist.config import reloadable
 from fastdist.errors import ConfigError
+from fastdist.filelocks import has_name
 from fastdist.shared import AnalyzerWord
 
 if TYPE_CHECKING:
@@ -48,11 +49,14 @@ class Changes:
         self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot nobody has needed
         self.roster: dict[int, Analyzer] = {}
         self.overrides: dict[str, Override] = {}
+        self._file = -1  # what was read or written last, open, so that another file is known for another
 
     def begin(self) -> None:
         """Put the analyzers into the shared block, with the overrides of earlier runs."""
         try:
-            self.overrides = msgspec.json.decode((self._folder / FILE).read_bytes(), type=dict[str, Override])
+            self._file = os.open(self._folder / FILE, os.O_RDONLY | os.O_CLOEXEC)
+            with os.fdopen(os.dup(self._file), "rb") as file:
+                self.overrides = msgspec.json.decode(file.read(), type=dict[str, Override])
         except FileNotFoundError:
             pass
         except (OSError, msgspec.DecodeError) as error:
@@ -177,7 +181,8 @@ class Changes:
 
     def _save(self, overrides: dict[str, Override]) -> None:
         """Write the file beside the old one, then put it in its place."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.config.queue.durability == "memory":  # else it is there; if not, one that was moved may yet come back
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / FILE
         beside = path.with_suffix(".new")
         text = json.dumps(msgspec.to_builtins(overrides), indent=2) + "\n"
@@ -186,12 +191,28 @@ class Changes:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+            beside.replace(path)
+            if self._file >= 0:
+                os.close(self._file)
+            self._file = os.dup(file.fileno())
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def look_after_file(self) -> None:
+        """Write the overrides again where their file was deleted or exchanged: a restart must find it. Raises OSError.
+
+        A folder that is not there is waited for. One that is not locked (durability memory) may be another's as well,
+        whose file stays.
+        """
+        path = self._folder / FILE
+        if self._file < 0 or not self._folder.is_dir() or has_name(self._file, path):
+            return
+        if self.config.queue.durability != "memory" or not path.exists():
+            self._save(self.overrides)
+            log.warning("the file of the overrides was deleted or exchanged, and is written again", file=str(path))
 
 
 def _leaves_somebody(analyzers: Iterable[Analyzer], overrides: Mapping[str, Override]) -> bool:

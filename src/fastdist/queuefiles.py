@@ -3,27 +3,37 @@
 ``ring-<n>.fdq`` belongs to worker n. A ring that does not fit the configuration any more (another capacity, a worker
 that is not there) is renamed ``adopt-<id>.fdq``; a worker moves its packets into its own ring, then deletes it. A file
 without an intact header cannot be read, for its salt is gone; it is set aside for a person to look at, never deleted.
+
+Two services must never have one ring. So not only the folder's ``lock`` is locked, which somebody may delete, but every
+ring as well, from before it has its name until the last process that has it open has ended.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import fcntl
+import errno
 import os
 import re
 import secrets
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
-
-from fastdist import logs
+from fastdist import filelocks, logs
 from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
+from fastdist.filelocks import has_name, present_path, try_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
+RETRY_SECONDS = 1.0  # until it is tried again to delete an old ring
+AGAIN = 0.02  # seconds between two tries to lock
+TOLD_AFTER = 1.0  # seconds that somebody may read the queue before it is said who is waited for
+LOCK = "lock"
 
 _CUT_SHORT = re.compile(r"shorter than the (\d+) bytes")  # what the ring says of a file whose header is sound
 
@@ -37,46 +47,120 @@ class OldRing(NamedTuple):
     path: str
 
 
+class InTheWay(NamedTuple):
+    """A file that somebody else has locked, and who that is, as far as it can be told."""
+
+    path: Path
+    read: bool  # only that, as ``queue verify`` does
+    pid: int | None
+
+
 class QueueFolder:
     """The folder of a queue that is used by this process and its workers alone, once ``lock`` has succeeded."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = -1
+        self._identity = (0, 0)  # of the folder that was locked
+        self._rings: dict[Path, int] = {}  # open and locked
 
-    def lock(self) -> None:
-        """Make the folder ours, creating it if need be. Raises StartError when another fastdist has it.
+    async def lock(self, told_to_end: Callable[[], bool] = lambda: False) -> bool:
+        """Make the folder ours, creating it if need be; False if ``told_to_end`` while that had to wait.
 
-        The lock is shared with the workers (``held``), and so held until the last of them has ended: two processes
-        must never write one ring. Those of a supervisor that was killed are waited for.
+        Raises StartError when another fastdist has it. The locks are shared with the workers (``held``, and the rings
+        they get), and so held until the last of them has ended. Those of a supervisor that was killed are waited for;
+        who only reads is waited for however long it takes.
         """
+        begun = time.monotonic()
+        told = False
+        while (in_the_way := self._try_lock_all()) is not None:
+            waited = time.monotonic() - begun
+            if not in_the_way.read:
+                self._judge(in_the_way, waited)
+            elif waited > TOLD_AFTER and not told:
+                told = True
+                reader = filelocks.describe(in_the_way.pid)
+                log.warning("the queue is being read; the start waits", file=str(in_the_way.path), by=reader)
+            await asyncio.sleep(AGAIN)
+            if told_to_end():
+                return False
+        return True
+
+    def _judge(self, in_the_way: InTheWay, waited: float) -> None:
+        """Raise StartError if there is no sense in waiting (any longer)."""
+        pid = in_the_way.pid
+        if pid is not None and filelocks.is_alive(pid):
+            who = f"a running fastdist (pid {pid}); give each its own queue.path"
+        elif waited < ENDING:
+            return
+        elif pid is not None:
+            who = f"workers of a fastdist that is gone (pid {pid}); they do not end"
+        else:
+            who = "a process that cannot be seen from here: a fastdist in another container, or what is left of one"
+        raise StartError(f"the queue in {self.path} is in use by {who}")
+
+    def _try_lock_all(self) -> InTheWay | None:
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            end = time.monotonic() + ENDING
-            while not self._try_lock():
-                holder = os.pread(self._lock, 32, 0).decode("latin-1").strip()
-                if _is_alive(holder):
-                    who = f"a running fastdist (pid {holder}); give each its own queue.path"
-                    raise StartError(f"the queue in {self.path} is in use by {who}")
-                if time.monotonic() > end:
-                    who = f"workers of a fastdist that is gone (pid {holder or 'unknown'}); they do not end"
-                    raise StartError(f"the queue in {self.path} is in use by {who}")
-                time.sleep(0.02)
+            if self._lock < 0 or not has_name(self._lock, self.path / LOCK):
+                self._open_lock()
+            if not try_lock(self._lock):
+                return _in_the_way(self._lock, self.path / LOCK)
         except FileExistsError as error:
             what = "a link to nothing" if Path(error.filename).is_symlink() else "not a folder"
             raise StartError(f"cannot use {self.path} for the queue: {error.filename} is {what}") from error
         except OSError as error:
             raise StartError(f"cannot use {self.path} for the queue: {error.strerror}") from error
+        self._sign()
+        return self._try_lock_rings()
+
+    def _open_lock(self) -> None:
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = fd
+        self._identity = _identity(self.path)
+
+    def _sign(self) -> None:
         with contextlib.suppress(OSError):  # on a full disk: it is only for people
             os.pwrite(self._lock, f"{os.getpid():<16}".encode(), 0)
 
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    def _try_lock_rings(self) -> InTheWay | None:
+        """Open and lock the rings that are there and are not ours yet."""
+        for path in sorted(self.path.glob("*.fdq")):
+            if path in self._rings and has_name(self._rings[path], path):
+                continue
+            fd = _open(path)
+            self._refuse_second_name(fd, path)
+            if not try_lock(fd):
+                in_the_way = _in_the_way(fd, path)
+                os.close(fd)
+                return in_the_way
+            self._rings[path] = fd
+        return None
+
+    def _refuse_second_name(self, fd: int, path: Path) -> None:
+        """Raise StartError for a link to a ring that is ours already: it would be delivered twice."""
+        for other in self._rings:
+            if other != path and has_name(fd, other):
+                raise StartError(f"the queue files {other} and {path} are one file under two names; delete one of them")
+
+    def renew_lock(self) -> None:
+        """Put a lock where ours was deleted or replaced: others would look there first. Raises OSError.
+
+        A folder that is another one by now is not ours to lock.
+        """
+        path = self.path / LOCK
+        if self._lock < 0 or has_name(self._lock, path) or _identity(self.path) != self._identity:
+            return
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not try_lock(fd):
+            os.close(fd)
+            raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
+        os.close(self._lock)
+        self._lock = fd
+        self._sign()
+        log.warning("the queue's lock was deleted, and is there again; what deletes files here?", file=str(path))
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -101,81 +185,89 @@ class QueueFolder:
         """Return the workers' rings as open files: those that are there and fit, new ones otherwise."""
         capacity = round_capacity(capacity)
         try:
-            return self._rings(workers, capacity)
+            return self._worker_rings(workers, capacity)
         except OSError as error:
             where = error.filename or self.path
             raise StartError(f"cannot make the queue in {self.path}: {where}: {error.strerror}") from error
 
-    def _rings(self, workers: int, capacity: int) -> list[int]:
-        self._sort_out([f"ring-{index}.fdq" for index in range(workers)], capacity)
-        rings = []
-        for index in range(workers):
-            path = self.path / f"ring-{index}.fdq"
-            if not path.exists():
-                _make_file(path, capacity)
-            fd = _open(path)
-            _allocate(fd, file_size(capacity), str(path))
-            rings.append(fd)
+    def _worker_rings(self, workers: int, capacity: int) -> list[int]:
+        paths = [ring_path(self.path, index) for index in range(workers)]
+        self._sort_out(paths, capacity)
+        for path in paths:
+            if path not in self._rings:
+                self._rings[path] = _make_file(path, capacity)
+            _allocate(self._rings[path], file_size(capacity), str(path))
         _sync_folder(self.path)
-        return rings
+        return [self._rings[path] for path in paths]
 
     def retire_all(self) -> None:
         """Have every ring adopted (none of the workers' rings is a file now)."""
         self._sort_out([], 0)
 
-    def _sort_out(self, wanted: list[str], capacity: int) -> None:
+    def _sort_out(self, wanted: list[Path], capacity: int) -> None:
         """Leave rings where they are if name and capacity fit; have others adopted, set aside what cannot be read.
 
         Nothing is touched while there is one that only a newer version can read.
         """
-        found = {path: _look_at(path) for path in sorted(self.path.glob("*.fdq"))}
+        if (in_the_way := self._try_lock_rings()) is not None:  # a file that is here since the folder was locked
+            raise StartError(f"the queue file {in_the_way.path} is in use by {filelocks.describe(in_the_way.pid)}")
+        found = {path: _look_at(path, fd) for path, fd in self._rings.items()}
         for path, ring in found.items():
             if isinstance(ring, str):
                 aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
                 path.rename(aside)
+                os.close(self._rings.pop(path))
                 log.error("a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), why=ring)
-            elif not path.name.startswith("adopt-") and not (path.name in wanted and ring == capacity):
-                path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}.fdq"))
+            elif not path.name.startswith("adopt-") and not (path in wanted and ring == capacity):
+                renamed = path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}.fdq"))
+                self._rings[renamed] = self._rings.pop(path)
 
     def old_rings(self) -> list[OldRing]:
         """Return what is to be adopted."""
-        rings = [OldRing(_open(path), str(path)) for path in sorted(self.path.glob("adopt-*.fdq"))]
+        rings = [OldRing(fd, str(path)) for path, fd in sorted(self._rings.items()) if path.name.startswith("adopt-")]
         for fd, path in rings:
             _allocate(fd, os.fstat(fd).st_size, path)  # there may be holes where it was cut, or copied
         return rings
 
 
-def is_nameless(fd: int) -> bool:
-    """Whether an open file is in no folder (a memfd, or deleted), and ends with whoever has it open."""
-    return os.fstat(fd).st_nlink == 0
+def ring_path(folder: str | Path, index: int) -> Path:
+    """Return where a worker's ring is."""
+    return Path(folder) / f"ring-{index}.fdq"
 
 
-def _is_alive(pid: str) -> bool:
-    """Whether there is such a process."""
+def _in_the_way(fd: int, path: Path) -> InTheWay:
+    read = filelocks.is_only_read(fd)
+    pid = filelocks.holder(fd)
+    if pid is None and not read and path.name == LOCK:
+        written = os.pread(fd, 32, 0).decode("latin-1").strip()
+        pid = int(written) if written.isdecimal() and int(written) != os.getpid() else None
+    return InTheWay(path, read, pid)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what tells a folder from another under its name; (0, 0) if there is none."""
     try:
-        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
-    except (ValueError, psutil.Error):
-        return False
+        state = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (state.st_dev, state.st_ino)
 
 
-def _look_at(path: Path) -> int | str:
+def _look_at(path: Path, fd: int) -> int | str:
     """Return a ring's capacity, or what is wrong with the file. Raises StartError where that is not ours to fix.
 
     A file that was cut short is given its length again: what is left of it can then be recovered.
     """
     try:
-        if not path.is_file() and not path.is_dir() and path.exists():  # a pipe would keep us waiting for ever
-            raise StartError(f"cannot open the queue file {path}: not a regular file")
-        with path.open("rb") as file:
-            try:
-                return PacketRing(file.fileno(), private=True).capacity
-            except RingError as error:
-                cut = _CUT_SHORT.search(str(error))
-                if cut is None:
-                    raise
-                log.warning("a queue file was cut short", file=str(path), bytes=os.fstat(file.fileno()).st_size)
-                os.truncate(path, file_size(int(cut[1])))
-                return PacketRing(file.fileno(), private=True).capacity
+        try:
+            return PacketRing(fd, private=True).capacity
+        except RingError as error:
+            cut = _CUT_SHORT.search(str(error))
+            if cut is None:
+                raise
+            log.warning("a queue file was cut short", file=str(path), bytes=os.fstat(fd).st_size)
+            os.truncate(fd, file_size(int(cut[1])))
+            return PacketRing(fd, private=True).capacity
     except RingError as error:
         if "newer version" in str(error):
             raise StartError(f"{path}: {error}; it is left as it is") from error
@@ -184,22 +276,26 @@ def _look_at(path: Path) -> int | str:
         raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
 
 
-def _make_file(path: Path, capacity: int) -> None:
-    """Make a ring beside its place, then put it there: whatever has its name is whole."""
+def _make_file(path: Path, capacity: int) -> int:
+    """Make a ring beside its place, then put it there: whatever has its name is whole, and locked. Return it open."""
     beside = path.with_suffix(".new")
-    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
+    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        if not try_lock(fd):
+            raise StartError(f"the queue file {path} is being made by another fastdist; give each its own queue.path")
+        undo.callback(beside.unlink, missing_ok=True)  # what was allocated is needed by others
+        os.truncate(fd, 0)  # only now: it may have been another's
         _make(fd, capacity, str(path))
         beside.rename(path)
-    except StartError:
-        beside.unlink()  # what was allocated is needed by others
-        raise
-    finally:
-        os.close(fd)
+        undo.pop_all()
+    return fd
 
 
 def _open(path: Path) -> int:
     try:
+        if not path.is_file() and not path.is_dir() and path.exists():  # a pipe would keep us waiting for ever
+            raise StartError(f"cannot open the queue file {path}: not a regular file")
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
@@ -253,6 +349,7 @@ class Adoption:
     def __init__(self, old: OldRing) -> None:
         self.old = old
         self.ring = PacketRing(old.fd)
+        self.next_deletion = 0.0  # time.monotonic()
         self._copied: list[int] = []  # handles in the old ring whose copies are not synced yet
         self._position = 0  # the sync that covers the copies
 
@@ -296,5 +393,47 @@ class Adoption:
         return self.ring.undone == 0
 
     def delete(self) -> None:
-        """Delete the old ring's file."""
-        Path(self.old.path).unlink(missing_ok=True)
+        """Delete the old ring's file, unless its name is another file's by now. Raises OSError."""
+        self.next_deletion = time.monotonic() + RETRY_SECONDS
+        if has_name(self.old.fd, self.old.path):
+            Path(self.old.path).unlink(missing_ok=True)
+
+
+class RingNames:
+    """Whether a worker's ring, and those it adopts, are under their names, where the next start will look for them."""
+
+    def __init__(self, ring: PacketRing, fd: int) -> None:
+        self.path: Path | None = None  # of the worker's own ring, if it is a file
+        self.misplaced = False  # the worker's own ring
+        self._ring, self._fd = ring, fd
+        self._old = set[str]()
+
+    @property
+    def misplaced_old(self) -> bool:
+        """Whether an old ring that holds packets is not under its name."""
+        return bool(self._old)
+
+    def look(self, adoptions: list[Adoption]) -> bool:
+        """Look, and log what has changed; return whether the own ring is gone since the last time. Raises OSError."""
+        gone = False
+        if self.path is not None and self.misplaced == has_name(self._fd, self.path):
+            self.misplaced = gone = not self.misplaced
+            self._tell(self.path)
+        unfinished = (adoption.old for adoption in adoptions if not adoption.finished)
+        found = [old for old in unfinished if not has_name(old.fd, old.path)]
+        for old in found:
+            if old.path not in self._old:
+                what = "an old ring was deleted or renamed; nothing is accepted until its packets are in another ring"
+                log.error(what, file=old.path, now=present_path(old.fd))
+        self._old = {old.path for old in found}
+        return gone
+
+    def _tell(self, path: Path) -> None:
+        if not self.misplaced:
+            log.info("the queue's file has its name again; packets are accepted", file=str(path))
+        elif (now := present_path(self._fd)) is None:
+            what = "the queue's file was deleted; nothing can be accepted until fastdist is restarted"
+            log.error(what, file=str(path), packets=self._ring.undone)
+        else:
+            what = "the queue's file was renamed; nothing is accepted until it has its name again"
+            log.error(what, file=str(path), now=now, packets=self._ring.undone)

@@ -1,14 +1,13 @@
 """Looking at a queue that no fastdist is using: is it sound, and what waits in it.
 
-Nothing is ever changed: the lock is only borrowed, files are opened for reading, and a ring is recovered on a private
-copy of its pages. What is damage and what can be delivered in spite of it is thus judged by the same code that will
-take the queue over.
+Nothing is ever changed: locks are only borrowed (the folder's, and each ring's while it is read), files are opened for
+reading, and a ring is recovered on a private copy of its pages. What is damage and what can be delivered in spite of it
+is thus judged by the same code that will take the queue over. A start waits until the reading is over.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import heapq
 import os
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from fastdist import filelocks
 from fastdist._core.ring import PacketRing, RingError
 from fastdist.errors import FastdistError
 
@@ -116,15 +116,17 @@ def _borrowed_lock(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode("latin-1").strip() or "unknown"
-            text = f"the queue in {folder} is in use by a running fastdist (pid {holder})"
-            raise InUseError(f"{text}; see its GET /queue") from None
+        if not filelocks.try_lock(fd, shared=True):
+            written = os.pread(fd, 32, 0).decode("latin-1").strip()
+            raise _in_use(folder, written or filelocks.holder(fd))
         yield
     finally:
         os.close(fd)
+
+
+def _in_use(folder: Path, pid: str | int | None) -> InUseError:
+    text = f"the queue in {folder} is in use by a running fastdist (pid {pid or 'unknown'})"
+    return InUseError(f"{text}; see its GET /queue")
 
 
 def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
@@ -133,6 +135,8 @@ def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPac
         report.error = "not a regular file"
         return report, []
     with file.open("rb") as opened:
+        if not filelocks.try_lock(opened.fileno(), shared=True):  # though the folder's lock was free, or deleted
+            raise _in_use(file.parent, filelocks.holder(opened.fileno()))
         try:
             ring = PacketRing(opened.fileno(), private=True)
         except RingError as error:

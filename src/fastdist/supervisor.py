@@ -26,12 +26,14 @@ from fastdist.config import LEAST_PART, usable_cores, warnings
 from fastdist.control import Message, Settings, shorten, write_settings
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
+from fastdist.filelocks import has_name, is_nameless, present_path
 from fastdist.health import HealthChecker
 from fastdist.keeper import LATE, Keeper, Place
-from fastdist.queuefiles import QueueFolder, is_nameless
-from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
+from fastdist.queuefiles import QueueFolder, ring_path
+from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, Step
 from fastdist.snapshot import Snapshot
 from fastdist.systemd import ServiceManager
+from fastdist.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -60,6 +62,7 @@ class Supervisor:
         self.changes = Changes(loaded.config, self.block, self.folder.path)
         self.keeper = Keeper(self.block, self.settings, self._heard, self._hopeless)
         self.manager = ServiceManager()
+        self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self.exit_status = 0
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, int] = {}
@@ -75,8 +78,8 @@ class Supervisor:
 
     # ---- what must be there before a worker starts
 
-    def prepare(self) -> None:
-        """Open listeners and rings and fill the shared block. Raises StartError."""
+    async def prepare(self) -> bool:
+        """Open listeners and rings and fill the shared block; False: told to end meanwhile. Raises StartError."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._signals.put_nowait, number)
         tls.server_context(self.config.security)
@@ -85,6 +88,8 @@ class Supervisor:
         self._fit_descriptor_limit()
         head = self.block.head
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.time_ns(), os.getpid()
+        if not await self._lock():
+            return False
         rings = self._open_rings()
         old_rings = self.folder.old_rings() if self.folder.has_rings() else []
         self.keeper.held = self.folder.held
@@ -95,16 +100,28 @@ class Supervisor:
             self.keeper.places.append(Place(index, listener, rings[index], mine))
         if old_rings:
             log.info("packets of an earlier run are taken over", rings=len(old_rings))
+        return True
+
+    async def _lock(self) -> bool:
+        """Make the queue's folder ours if anything in it is needed; False: told to end meanwhile. Raises StartError."""
+        if self.config.queue.durability == "memory" and not self.folder.has_rings():
+            return True
+        return await self.folder.lock(self._told_to_end)
+
+    def _told_to_end(self) -> bool:
+        """Whether a signal to end waits to be acted on."""
+        waiting = [self._signals.get_nowait() for _ in range(self._signals.qsize())]
+        for number in waiting:
+            self._signals.put_nowait(number)
+        return any(number != signal.SIGHUP for number in waiting)
 
     def _open_rings(self) -> list[int]:
         queue = self.config.queue
         capacity = queue.capacity // self.workers // LEAST_PART * LEAST_PART  # together never more than was allowed
         if queue.durability == "memory":
             if self.folder.has_rings():
-                self.folder.lock()
                 self.folder.retire_all()
             return self.folder.memory_rings(self.workers, capacity)
-        self.folder.lock()
         return self.folder.rings(self.workers, capacity)
 
     def _write_settings(self) -> None:
@@ -217,16 +234,20 @@ class Supervisor:
 
     def _bury_the_rest(self) -> None:
         """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters."""
-        nameless = [place for place in self.keeper.places if is_nameless(place.ring)]
-        queued = sum(row.get("undone") for row in self.block.rows) if not nameless else 0
-        if queued:
+        rings = [fd for place in self.keeper.places for fd in (place.ring, *(old.fd for old in place.old_rings))]
+        nameless = [fd for fd in rings if is_nameless(fd)]
+        lasting = not any(place.ring in nameless for place in self.keeper.places)
+        queued = sum(row.get("undone") for row in self.block.rows) if lasting else 0
+        if queued and (renamed := self._renamed_rings()):
+            log.error("packets stay in queue files that were renamed; the next start has to find them", files=renamed)
+        elif queued:
             log.warning(
                 "packets stay queued, for the next start to deliver", packets=queued, path=str(self.folder.path)
             )
         letters = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
         count = 0
-        for place in nameless:
-            ring = PacketRing(place.ring, volatile=True)
+        for fd in nameless:
+            ring = PacketRing(fd, volatile=True)
             try:
                 while handle := ring.claim():
                     letters.write(ring.packet(handle), "shutdown", None, None, None)
@@ -237,6 +258,11 @@ class Supervisor:
         letters.close()
         if count:
             log.warning("packets of workers that were killed are now dead letters", packets=count)
+
+    def _renamed_rings(self) -> dict[str, str | None]:
+        """Return the workers' rings that are elsewhere by now: {where it was: where it is}."""
+        rings = [(str(ring_path(self.folder.path, place.index)), place.ring) for place in self.keeper.places]
+        return {path: present_path(fd) for path, fd in rings if not has_name(fd, path)}
 
     def _hopeless(self) -> None:
         self.exit_status = 3
@@ -309,10 +335,14 @@ class Supervisor:
         """Replace workers that hang, and tell of analyzers that come and go."""
         while True:
             await asyncio.sleep(WATCH)
-            self.keeper.replace_hanging()
-            self._tell_of_analyzers()
-            if self.keeper.serving():
-                self.manager.alive()
+            run = self.upkeep.run
+            run(Step.WORKERS, self.keeper.replace_hanging)
+            run(Step.ANALYZERS, self._tell_of_analyzers)
+            run(Step.SERVICE_MANAGER, self._give_sign)
+
+    def _give_sign(self) -> None:
+        if self.keeper.serving():
+            self.manager.alive()
 
     def _tell_of_analyzers(self) -> None:
         states = self.block.analyzers
@@ -334,14 +364,24 @@ class Supervisor:
         return Snapshot(self.block, self.config, self.changes.roster, __version__)
 
     async def _sample(self) -> None:
-        """Once a second keep the totals for the rates, and each worker's use of processor and memory."""
+        """Once a second keep the totals for the rates, each worker's use of processor and memory, and our files."""
         while True:
-            snapshot = self._snapshot()
-            self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
-            self.keeper.measure()
-            if not self.keeper.stopping:
-                self.manager.status(_in_a_line(snapshot))
+            run = self.upkeep.run
+            run(Step.FIGURES, self._keep_figures)
+            run(Step.QUEUE_FILES, self._keep_lock)
+            run(Step.OVERRIDES, self.changes.look_after_file)
             await asyncio.sleep(1.0)
+
+    def _keep_figures(self) -> None:
+        snapshot = self._snapshot()
+        self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
+        self.keeper.measure()
+        if not self.keeper.stopping:
+            self.manager.status(_in_a_line(snapshot))
+
+    def _keep_lock(self) -> None:
+        self.folder.renew_lock()
+        self.keeper.held = self.folder.held
 
 
 def _in_a_line(snapshot: Snapshot) -> str:
@@ -381,7 +421,6 @@ def serve(loaded: Loaded) -> int:
 
     async def run() -> int:
         supervisor = Supervisor(loaded)
-        supervisor.prepare()
-        return await supervisor.run()
+        return await supervisor.run() if await supervisor.prepare() else 0
 
     return uvloop.run(run())

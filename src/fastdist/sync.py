@@ -9,14 +9,17 @@ remembers the failure, for whoever opens it next.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fastdist import logs
+from fastdist.filelocks import has_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from fastdist._core.ring import PacketRing
 
@@ -44,13 +47,17 @@ def make_safe(ring: PacketRing, fd: int) -> bool:
 
 
 class Syncer:
-    """Syncs ``ring``, mapped from ``fd``; ``on_synced(position)`` or ``on_failed(error)`` tells, in the event loop."""
+    """Syncs ``ring``, mapped from ``fd``; ``on_synced(position)`` or ``on_failed(error)`` tells, in the event loop.
+
+    With a ``path`` a sync counts only if the file is found there after it: FileNotFoundError then.
+    """
 
     def __init__(
         self, ring: PacketRing, fd: int, on_synced: Callable[[int], None], on_failed: Callable[[OSError], None]
     ) -> None:
         self.ring, self.fd = ring, fd
         self.failing = False
+        self.path: Path | None = None
         self._on_synced, self._on_failed = on_synced, on_failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._wanted = self._running = self._scheduled = self._closed = False
@@ -83,10 +90,10 @@ class Syncer:
             self.ring.write_again()
         self._seen = self._state()
         position = self.ring.tail_position
-        future = asyncio.get_running_loop().run_in_executor(self._thread, os.fdatasync, self.fd)
+        future = asyncio.get_running_loop().run_in_executor(self._thread, _sync, self.fd, self.path)
         future.add_done_callback(lambda done: self._finish(position, done))
 
-    def _finish(self, position: int, done: asyncio.Future[None]) -> None:
+    def _finish(self, position: int, done: asyncio.Future[bool]) -> None:
         self._running = False
         if done.cancelled():
             return
@@ -95,8 +102,11 @@ class Syncer:
             if self.failing:
                 self.failing = False
                 log.info("the queue can be written to disk again")
+            if not done.result():  # it is on the disk, and yet the next start will not find it
+                self._on_failed(FileNotFoundError(errno.ENOENT, "the queue's file was deleted or renamed"))
             self.ring.mark_synced(position)
-            self._on_synced(position)
+            if done.result():
+                self._on_synced(position)
             if self._wanted:
                 self._start()
             return
@@ -137,3 +147,12 @@ class Syncer:
             self.ring.forget_synced()
         else:
             self.ring.mark_synced(position)
+
+
+def _sync(fd: int, path: Path | None) -> bool:
+    """Sync a file; return whether it is what is found under ``path`` (as far as can be seen). Raises OSError."""
+    os.fdatasync(fd)
+    try:
+        return path is None or has_name(fd, path)
+    except OSError:
+        return True

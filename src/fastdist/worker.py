@@ -32,18 +32,21 @@ from fastdist.control import Action, Message
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
 from fastdist.errors import StartError
+from fastdist.filelocks import is_nameless
 from fastdist.ingest import Emitters, IngestProtocol
-from fastdist.queuefiles import Adoption, OldRing, is_nameless
-from fastdist.shared import SharedBlock, WorkerWord
+from fastdist.queuefiles import Adoption, OldRing, RingNames, ring_path
+from fastdist.shared import SharedBlock, Step, WorkerWord
 from fastdist.snapshot import Snapshot
 from fastdist.sync import Syncer, make_safe
 from fastdist.takeover import begin_adopting, end_adopting, take_over
 from fastdist.undertaker import Letter
+from fastdist.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
+LOOK_NS = 100_000_000  # between two looks at the names of the rings' files
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
 LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
@@ -71,6 +74,7 @@ class Worker:
         self.assignment, self.loop = assignment, loop
         self.block = SharedBlock.attach(assignment.shared)
         self.words = self.block.worker(assignment.index)
+        self.upkeep = Upkeep(self.words, WorkerWord.FAILING)
         self.counters = self.block.rows[assignment.index]
         self._read_settings()
         self.durability = self.config.queue.durability
@@ -79,10 +83,14 @@ class Worker:
         )
         self.adoptions = [Adoption(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
         safe = self._make_safe()
+        self.names = RingNames(self.ring, assignment.ring)
         self.syncer = None
         if self.durability != "memory":
+            self.names.path = ring_path(self.config.queue.path, assignment.index)
             self.syncer = Syncer(self.ring, assignment.ring, self._synced, self._sync_failed)
             self.syncer.failing = not safe
+            if self.durability == "fsync":
+                self.syncer.path = self.names.path
         self.dead_letters = DeadLetters(
             self.config.queue.path, f"w{assignment.index}-{os.getpid()}", sync=self.durability != "memory"
         )
@@ -111,13 +119,12 @@ class Worker:
             self.dispatcher.schedule,
             self.syncer.want if self.syncer is not None and self.durability == "fsync" else None,
         )
-        self.intake.broken_storage = not safe
+        self.intake.broken_storage = self._sync_fails = not safe
         self.emitters.intake = self.intake
         self.tls = tls.server_context(self.config.security)
         self._put_in_force()
-        self._next_sweep = self._next_sync = 0
+        self._next_sweep = self._next_sync = self._next_look = 0
         self._letters_unsafe = False  # dead letters could not be synced (disk)
-        self._deleted = False  # the ring's file
         self._stopped = asyncio.Event()
         self._server: sockets.Acceptor | tls.TlsServer | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
@@ -263,7 +270,7 @@ class Worker:
                 connection.transport.close()
         self.dead_letters.close()
         self.publish()
-        for adoption in self.adoptions:
+        for adoption in () if self.names.misplaced else self.adoptions:
             adoption.settle(self.ring)
         self._stopped.set()
 
@@ -318,18 +325,26 @@ class Worker:
         self.loop.call_later(TICK, self.tick)
         now = time.monotonic_ns()
         self.words[WorkerWord.HEARTBEAT_NS] = now
-        self.dispatcher.tick(now)
-        self.dead_letters.tick(now)
-        if self.adoptions:
-            self._adopt()
-        if self.syncer is not None and now >= self._next_sync:
+        run = self.upkeep.run
+        if now >= self._next_look:
+            self._next_look = now + LOOK_NS
+            run(Step.QUEUE_FILES, self._look_for_files)
+        run(Step.DELIVERIES, self.dispatcher.tick, now)
+        run(Step.DEAD_LETTERS, self.dead_letters.tick, now)
+        run(Step.OLD_RINGS, self._adopt)
+        if now >= self._next_sync:
             self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
-            if self.durability == "disk" and self.dead_letters.unsynced and not self.dead_letters.syncing:
-                self._sync_letters(self._letters_synced)  # before the ring that their packets have left
-            self.syncer.want_if_changed()
-        self.publish()
+            run(Step.SYNC, self._sync)
+        run(Step.GAUGES, self.publish)
         if now >= self._next_sweep:
-            self._sweep(now)
+            run(Step.TIMEOUTS, self._sweep, now)
+
+    def _sync(self) -> None:
+        if self.syncer is None:
+            return
+        if self.durability == "disk" and self.dead_letters.unsynced and not self.dead_letters.syncing:
+            self._sync_letters(self._letters_synced)  # before the ring that their packets have left
+        self.syncer.want_if_changed()
 
     def _sweep(self, now_ns: int) -> None:
         """Look at the emitters' time-outs, often enough for the shortest."""
@@ -338,41 +353,49 @@ class Worker:
         self._next_sweep = now_ns + int(min(1.0, max(TICK, shortest / 8)) * 1e9)
         for connection in tuple(self.intake.connections):
             connection.check(now_ns)
-        self._look_for_file()
 
-    def _look_for_file(self) -> None:
-        """Accept nothing once the ring's file was deleted: what is in it now ends with this service."""
-        if self._deleted or self.durability == "memory" or not is_nameless(self.assignment.ring):
-            return
-        self._deleted = self.intake.broken_storage = True
-        self.dead_letters.close()  # whose file most likely went with it: what comes is written to a new one
-        log.error(
-            "the queue's file was deleted; nothing can be accepted until fastdist is restarted",
-            folder=self.config.queue.path,
-            packets=self.ring.undone,
-        )
+    def _look_for_files(self) -> None:
+        """Accept nothing while a ring's file is not under its name: the next start would not find what is in it."""
+        if self.names.look(self.adoptions):
+            self.dead_letters.close()  # whose file most likely went with it: what comes is written to a new one
+        self._judge_storage()
+
+    def _judge_storage(self) -> None:
+        self.intake.broken_storage = self._sync_fails or self.names.misplaced or self.names.misplaced_old
 
     def _adopt(self) -> None:
-        """Move packets of old rings into this worker's own: at a time, as many as may be in flight."""
+        """Move packets of old rings into this worker's own, of each whatever becomes of the others."""
+        failure = None
+        for adoption in () if self._sync_fails or self.names.misplaced else tuple(self.adoptions):
+            try:
+                self._adopt_from(adoption)
+            except Exception as error:  # noqa: BLE001
+                failure = error
+        if failure is not None:
+            raise failure
+
+    def _adopt_from(self, adoption: Adoption) -> None:
+        """Move some packets of an old ring: at a time, as many as may be in flight. Delete it when it is empty."""
         delivery = self.config.delivery
         requests = delivery.connections * delivery.pipeline * len(self.roster)
         most = max(LEAST_ADOPTED, requests * (delivery.batch_packets if delivery.mode == "batch" else 1))
-        for adoption in () if self.intake.broken_storage else tuple(self.adoptions):
-            begin_adopting(self.ring, self.counters)
+        begin_adopting(self.ring, self.counters)
+        try:
             moved, oversized = adoption.step(self.ring, most)
+        finally:
             end_adopting(self.ring, self.counters)
-            if oversized:
-                reason = "larger than the queue takes now"
-                letters = [Letter(adoption.ring, each, "oversized", None, None, reason) for each in oversized]
-                self.dispatcher.undertaker.bury(*letters)
-            if moved:
-                if self.syncer is not None:
-                    self.syncer.want()
-                self.dispatcher.schedule()
-            if adoption.finished:
-                log.info("an old ring was taken over whole and is deleted", ring=adoption.old.path)
-                adoption.delete()
-                self.adoptions.remove(adoption)
+        if oversized:
+            reason = "larger than the queue takes now"
+            letters = [Letter(adoption.ring, each, "oversized", None, None, reason) for each in oversized]
+            self.dispatcher.undertaker.bury(*letters)
+        if moved:
+            if self.syncer is not None:
+                self.syncer.want()
+            self.dispatcher.schedule()
+        if adoption.finished and time.monotonic() >= adoption.next_deletion:
+            adoption.delete()
+            self.adoptions.remove(adoption)
+            log.info("an old ring was taken over whole and is deleted", ring=adoption.old.path)
 
     def publish(self) -> None:
         """Put this worker's gauges into its row."""
@@ -391,11 +414,11 @@ class Worker:
     # ---- what the syncer tells
 
     def _synced(self, position: int) -> None:
-        self.intake.broken_storage = self._deleted
+        self._sync_fails = False
+        self._judge_storage()
         self.intake.synced(position)
         self.dispatcher.schedule()
-        if self.adoptions:
-            self._adopt()
+        self.upkeep.run(Step.OLD_RINGS, self._adopt)
 
     def _sync_letters(self, done: Callable[[OSError | None], None]) -> None:
         """Have the dead letters that were written synced in the syncer's thread; ``done`` hears of it."""
@@ -414,7 +437,9 @@ class Worker:
 
     def _sync_failed(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, take back what nobody was told is safe."""
-        self.intake.broken_storage = True
+        self._sync_fails = not isinstance(error, FileNotFoundError)
+        self._next_look = 0
+        self.intake.broken_storage = True  # the next look at the file, or the next sync, judges anew
         if self.durability != "fsync":
             return
         packets, _, _ = self.ring.withdraw_unsynced()

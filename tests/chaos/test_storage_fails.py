@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from contextlib import contextmanager
@@ -67,6 +68,36 @@ int fdatasync(int fd) {
 }
 """
 
+OLD_RINGS_STAY = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+int unlink(const char *path) {
+    static int (*next)(const char *);
+    if (strstr(path, "/adopt-") != NULL && access(getenv("OLD_RINGS_STAY_WHILE_THERE_IS"), F_OK) == 0) {
+        errno = EROFS;
+        return -1;
+    }
+    if (next == NULL) next = (int (*)(const char *))dlsym(RTLD_NEXT, "unlink");
+    return next(path);
+}
+int fdatasync(int fd) {
+    static int (*next)(int);
+    int notes = open(getenv("SYNCS"), O_WRONLY | O_APPEND | O_CREAT, 0600);
+    if (notes >= 0) {
+        if (write(notes, ".", 1) < 0) abort();
+        close(notes);
+    }
+    if (next == NULL) next = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
+    return next(fd);
+}
+"""
+
 SLOW_FAILURE = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -118,6 +149,38 @@ def storage(fastdist) -> str:
         return get_json(fastdist.port, "/health")["storage"]
     except OSError:  # asked a worker that was killed
         return "unknown"
+
+
+def test_an_old_ring_that_stays_stops_nothing_else(experiment, tmp_path):
+    """It cannot be deleted (an immutable folder, a read-only file system): the rest of the upkeep goes on."""
+    source, library, flag, syncs = (tmp_path / name for name in ("stay.c", "stay.so", "stay", "syncs"))
+    source.write_text(OLD_RINGS_STAY)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    shim = {"LD_PRELOAD": str(library), "OLD_RINGS_STAY_WHILE_THERE_IS": str(flag), "SYNCS": str(syncs)}
+    mocks = experiment.analyzers()
+    mocks.set_all(refuse=True)
+    server = {"workers": 1, "keepalive_timeout": "1s", "header_timeout": "1s"}
+    fastdist = experiment.serve({"server": server, "queue": {"capacity": "2MiB"}})
+    emitter = experiment.emitter().start().wait_for(100)
+    fastdist.kill_all()
+    mocks.set_all(refuse=False)
+    flag.touch()
+    fastdist = experiment.serve({"server": server, "queue": {"capacity": "3MiB"}}, **shim)
+    health = wait_until(lambda: (got := get_json(fastdist.port, "/health"))["failing"] and got, "/health tells")
+    assert (health["failing"], health["status"], health["storage"]) == (["oldRings"], "degraded", "ok")
+    emitter.wait_for(50)
+    before = syncs.stat().st_size
+    wait_until(lambda: syncs.stat().st_size > before + 2, "what is accepted is synced")
+    with socket.create_connection(("127.0.0.1", fastdist.port)) as idle:
+        idle.settimeout(30)
+        idle.recv(1000)  # 408, or the end
+    assert request(fastdist.port, "GET", "/ready")[0] == 200
+    flag.unlink()
+    wait_until(lambda: get_json(fastdist.port, "/health")["failing"] == [], "it heals by itself")
+    assert not list(experiment.data.glob("adopt-*"))
+    experiment.judge("an old ring cannot be deleted", bound=in_flight(DELIVERY, 1))
+    assert fastdist.output.count("a part of the upkeep fails") == 1, "told once"
+    assert fastdist.output.count("a part of the upkeep works again") == 1
 
 
 @pytest.mark.parametrize("durability", ["disk", "fsync"])

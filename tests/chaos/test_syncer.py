@@ -271,6 +271,33 @@ def test_closing_syncs_once_more_and_then_never_again(disk, broken):
     asyncio.run(run())
 
 
+def test_a_sync_of_a_file_without_its_name_does_not_count(disk, tmp_path):
+    """What waits for it is to be taken back; nothing is wrong with the disk, so nothing is tried again."""
+
+    async def run() -> None:
+        bench = Bench()
+        path = tmp_path / "ring"
+        bench.syncer.fd, bench.syncer.path = os.open(path, os.O_RDWR | os.O_CREAT), path
+        bench.syncer._on_failed = lambda error: bench.told.append((error.errno, bench.ring.withdraw_unsynced()[0]))
+        stays = bench.push()
+        await bench.until(1)
+        path.rename(tmp_path / "elsewhere")
+        bench.push()
+        await bench.until(2)
+        (tmp_path / "elsewhere").rename(path)
+        counts = bench.push()
+        await bench.until(3)
+        path.unlink()
+        goes = bench.push()
+        await bench.until(4)
+        assert bench.told == [stays, (errno.ENOENT, 1), counts, (errno.ENOENT, 1)]
+        assert (bench.syncer.failing, bench.ring.synced_position) == (False, goes)
+        assert bench.ring.undone == 2
+        assert disk.syncs == 4
+
+    asyncio.run(run())
+
+
 def test_closing_while_a_sync_runs_waits_for_it(disk):
     async def run() -> None:
         bench = Bench()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -132,6 +133,41 @@ def test_two_services_cannot_share_a_queue(mocks, serve, run, tmp_path):
     assert fastdist.post()[0] == 202
 
 
+def test_a_deleted_lock_lets_no_second_service_in(mocks, serve, run, tmp_path):
+    fastdist = serve(mocks, DISK)
+    emitter = Emitter(fastdist.port).send(100)
+    lock, who = tmp_path / "data" / "lock", f"in use by a running fastdist (pid {fastdist.process.pid})"
+    lock.unlink()
+    second = run(os.sys.executable, "-m", "fastdist", "serve", "--config", tmp_path / "fastdist.toml", "--port", "0")
+    assert second.wait() == 3
+    assert who in second.output
+    wait_until(lambda: "the queue's lock was deleted, and is there again" in fastdist.output, "it is there again")
+    verify = run(os.sys.executable, "-m", "fastdist", "queue", "verify", tmp_path / "data")
+    assert verify.wait() == 3
+    assert who in verify.output
+    os.kill(fastdist.worker_pids()[0], signal.SIGKILL)  # its successor gets the new lock
+    wait_until(lambda: "a worker ended" in fastdist.output and len(set(fastdist.worker_pids())) == 2, "a successor")
+    fastdist.wait_at_rest()
+    assert fastdist.stop() == 0
+    compare(emitter, mocks)
+    assert run(os.sys.executable, "-m", "fastdist", "queue", "verify", tmp_path / "data").wait() == 0
+
+
+def test_a_start_that_waits_for_a_reader_can_be_ended(mocks, serve, run, tmp_path):
+    fastdist = serve(mocks, DISK)
+    assert fastdist.stop() == 0
+    with (tmp_path / "data" / "ring-0.fdq").open() as ring:
+        fcntl.flock(ring, fcntl.LOCK_SH)
+        waits = run(os.sys.executable, "-m", "fastdist", "serve", "--config", tmp_path / "fastdist.toml")
+        line = json.loads(waits.line_with("the queue is being read; the start waits"))
+        assert f"(pid {os.getpid()})" in line["by"]
+        waits.signal(signal.SIGTERM)
+        assert waits.wait() == 0
+        waits = run(os.sys.executable, "-m", "fastdist", "serve", "--config", tmp_path / "fastdist.toml")
+        waits.line_with("the queue is being read; the start waits")
+    waits.line_with("fastdist is ready")
+
+
 def test_files_are_for_their_owner_only(mocks, serve):
     fastdist = serve(mocks, DISK)
     fastdist.post()
@@ -180,3 +216,96 @@ def test_a_queue_that_is_deleted_takes_nothing_more_and_loses_nothing(mocks, ser
     fastdist = serve(mocks, settings)
     assert fastdist.post()[0] == 202
     assert get_json(fastdist.port, "/health")["storage"] == "ok"
+
+
+@pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
+@pytest.mark.parametrize("what", ["folder", "files"])
+def test_a_renamed_queue_takes_nothing_until_it_is_back(mocks, serve, settings, what):
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(fastdist.port).send(200)
+    data = fastdist.folder / "data"
+    names = [(data, data.with_name("moved"))]
+    if what == "files":
+        names = [(data / f"ring-{n}.fdq", data / f"moved-{n}") for n in range(2)]
+    for _ in range(2):
+        for name, moved in names:
+            name.rename(moved)
+        if settings is FSYNC:
+            assert {fastdist.post()[0] for _ in range(20)} == {503}, "a sync of what has no name is none"
+        wait_until(lambda: get_json(fastdist.port, "/health")["storage"] == "failing", "/health tells")
+        wait_until(lambda: {fastdist.post(b"[]")[0] for _ in range(12)} == {503}, "both workers have noticed")
+        before = emitter.count(503)
+        emitter.send(50)
+        assert emitter.count(503) == before + 50
+        for name, moved in names:
+            moved.rename(name)
+        wait_until(lambda: get_json(fastdist.port, "/health")["storage"] == "ok", "it has its name again")
+        wait_until(lambda: 503 not in {fastdist.post(b"[]")[0] for _ in range(12)}, "both workers have noticed")
+        before = emitter.count(202)
+        emitter.send(50)
+        assert emitter.count(202) == before + 50
+    for name, moved in names:
+        name.rename(moved)
+    wait_until(lambda: fastdist.output.count("the queue's file was renamed") == 6, "both workers have noticed")
+    assert fastdist.stop() == 0
+    assert (
+        str(names[0][1])
+        in json.loads(fastdist.line_with("packets stay in queue files that were renamed"))["files"][
+            str(data / "ring-0.fdq")
+        ]
+    )
+    assert fastdist.dead_letters() == []
+    for name, moved in names:
+        moved.rename(name)
+    mocks.set_all(refuse=False)
+    serve(mocks, settings).wait_at_rest()
+    compare(emitter, mocks)
+
+
+@pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
+def test_a_deleted_ring_with_another_link_loses_nothing(mocks, serve, settings):
+    """Nobody knows where that link is: what is left goes to the dead letters."""
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(fastdist.port).send(200)
+    for ring in (fastdist.folder / "data").glob("*.fdq"):
+        (fastdist.folder / f"link-{ring.name}").hardlink_to(ring)
+        ring.unlink()
+    wait_until(lambda: fastdist.output.count("the queue's file was deleted") == 2, "both workers have noticed")
+    emitter.send(50)
+    assert (emitter.count(202), emitter.count(503)) == (200, 50)
+    assert fastdist.stop() == 0
+    assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
+
+
+def test_an_old_ring_that_is_deleted_loses_nothing(mocks, serve):
+    """While its packets are taken over: nothing more is accepted then, and what is left goes to the dead letters."""
+    mocks.set_all(refuse=True)
+    one = {"server": {"workers": 1, "drain_timeout": "500ms"}}
+    fastdist = serve(mocks, one | {"queue": {"durability": "disk", "capacity": "8MiB"}})
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(
+        fastdist.port, body=json.dumps({"emitterId": "e", "messages": [{"message": "x" * 20_000}]}).encode()
+    )
+    emitter.send(200)
+    assert emitter.count(202) == 200
+    assert fastdist.stop() == 0
+    smaller = one | {"queue": {"durability": "disk", "capacity": "2MiB"}}
+    fastdist = serve(mocks, smaller)
+    fastdist.wait_for_states("offline")
+    (old,) = (fastdist.folder / "data").glob("adopt-*.fdq")
+    old.unlink()
+    fastdist.line_with("an old ring was deleted or renamed")
+    wait_until(lambda: fastdist.post()[0] == 503, "nothing more is accepted")
+    assert get_json(fastdist.port, "/health")["storage"] == "failing"
+    assert fastdist.stop() == 0
+    letters = {row["id"] for row in fastdist.dead_letters()}
+    assert 50 < len(letters) < 200
+    mocks.set_all(refuse=False)
+    fastdist = serve(mocks, smaller)
+    fastdist.wait_at_rest()
+    assert letters | mocks.delivered().keys() == emitter.accepted
+    assert len(letters & mocks.delivered().keys()) <= 4 * 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 
+import msgspec
 import pytest
 
 from fastdist import stats
@@ -139,6 +140,7 @@ def test_changes_that_make_no_sense(body, status, pointers):
 
 
 def test_an_override_is_in_force_kept_and_taken_back(block, tmp_path):
+    (tmp_path / "queue").mkdir()
     it = changes(block, tmp_path / "queue", 1, 1)
     epoch = block.analyzers.epoch
     assert it.apply(Action("override", "A1", 5.0, None)) == (200, None)
@@ -176,6 +178,56 @@ def test_an_override_that_cannot_be_stored_is_not_in_force(block, tmp_path):
     assert status == 503
     assert "cannot be stored" in str(why)
     assert block.analyzers.weight(0) == 1.0
+
+
+@pytest.mark.parametrize("how", ["deleted", "exchanged", "the folder is another one"])
+def test_overrides_outlive_the_file_they_were_in(block, tmp_path, how):
+    folder = tmp_path / "queue"
+    folder.mkdir()
+    changes(block, folder, 1, 1).apply(Action("override", "A1", 4.0, None))
+    it = changes(block, folder, 1, 1)  # has read them, and not written
+    written = (folder / "overrides.json").read_text()
+    for _ in range(2):
+        if how == "deleted":
+            (folder / "overrides.json").unlink()
+        elif how == "exchanged":
+            (folder / "other").write_text("{}")
+            (folder / "other").rename(folder / "overrides.json")
+        else:
+            folder.rename(tmp_path / f"moved-{len(list(tmp_path.iterdir()))}")
+            it.look_after_file()
+            assert not folder.exists(), "it may yet come back"
+            folder.mkdir()
+        it.look_after_file()
+        assert (folder / "overrides.json").read_text() == written
+    (folder / "overrides.json").write_text("{}\n")
+    it.look_after_file()
+    assert (folder / "overrides.json").read_text() == "{}\n", "what somebody writes into our file is theirs to know"
+
+
+def test_no_override_is_put_where_the_queue_is_not(block, tmp_path):
+    """A folder made anew would be in the way of the one that was renamed."""
+    folder = tmp_path / "queue"
+    it = changes(block, folder, 1, 1)
+    assert it.apply(Action("override", "A1", 4.0, None))[0] == 503
+    assert not folder.exists()
+    it.config = msgspec.structs.replace(it.config, queue=msgspec.structs.replace(it.config.queue, durability="memory"))
+    assert it.apply(Action("override", "A1", 4.0, None))[0] == 200
+
+
+def test_services_do_not_fight_over_overrides(block, tmp_path):
+    """With durability memory nobody has the folder locked: the file there may be another's."""
+    it = changes(block, tmp_path, 1, 1)
+    it.config = msgspec.structs.replace(it.config, queue=msgspec.structs.replace(it.config.queue, durability="memory"))
+    assert it.apply(Action("override", "A1", 4.0, None))[0] == 200
+    path = tmp_path / "overrides.json"
+    (tmp_path / "other").write_text("{}")
+    (tmp_path / "other").rename(path)
+    it.look_after_file()
+    assert path.read_text() == "{}"
+    path.unlink()
+    it.look_after_file()
+    assert json.loads(path.read_text()) == {"A1": {"weight": 4.0}}
 
 
 def test_a_damaged_file_of_overrides_is_passed_over(block, tmp_path):

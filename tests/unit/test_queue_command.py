@@ -185,10 +185,24 @@ def test_a_queue_in_use(run, queue, command):
     assert run(command, queue, folder=queue).exit_code == 0
 
 
+@pytest.mark.parametrize("lock", ["is free", "was deleted"])
+def test_a_ring_in_use_tells_of_a_queue_in_use(run, queue, lock):
+    if lock == "was deleted":
+        (queue / "lock").unlink()
+    with (queue / "ring-1.fdq").open("r+") as ring:
+        fcntl.flock(ring, fcntl.LOCK_EX)
+        result = run("verify", queue, folder=queue)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert f"the queue in {queue} is in use by a running fastdist (pid " in result.stderr
+    assert run("verify", queue, folder=queue).exit_code == 0
+
+
 def test_two_may_look_at_once(run, queue):
     with (queue / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        assert run("verify", queue, folder=queue).exit_code == 0
+        with (queue / "ring-0.fdq").open() as ring:
+            fcntl.flock(ring, fcntl.LOCK_SH)
+            assert run("verify", queue, folder=queue).exit_code == 0
 
 
 def test_a_queue_that_never_was_locked(run, queue):

@@ -1,18 +1,60 @@
-"""The queue's folder and its rings: what is there before a worker starts."""
+"""The queue's folder and its rings: whose they are, what is made at a start, whether they keep their names."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
+from structlog.testing import capture_logs
 
-from fastdist import queuefiles
+from fastdist import filelocks, queuefiles
 from fastdist._core.ring import PacketRing, file_size
 from fastdist.errors import StartError
-from fastdist.queuefiles import QueueFolder
-from fastdist.queueview import look
+from fastdist.queuefiles import Adoption, OldRing, QueueFolder, RingNames, ring_path
+from fastdist.queueview import InUseError, look
 
 CAPACITY = 3 << 20
+LOCKS_AND_SLEEPS = """
+import fcntl, sys, time
+file = open(sys.argv[1], "rb")
+fcntl.flock(file, fcntl.LOCK_SH if sys.argv[2] == "reads" else fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def opened(path, workers=1, capacity=CAPACITY):
+    """Return a queue's folder that is ours, and its rings."""
+    folder = QueueFolder(path)
+    assert asyncio.run(folder.lock())
+    return folder, folder.rings(workers, capacity)
+
+
+@pytest.fixture
+def another():
+    """Return ``another(path, how)``: a process that has the file locked, and "reads" or "writes" it."""
+    processes = []
+
+    def another(path, how):
+        command = [sys.executable, "-c", LOCKS_AND_SLEEPS, str(path), how]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        assert processes[-1].stdout.readline() == b"locked\n"
+        return processes[-1]
+
+    yield another
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def no_patience(monkeypatch):
+    monkeypatch.setattr(queuefiles, "ENDING", 0.0)
+    monkeypatch.setattr(queuefiles, "TOLD_AFTER", 0.0)
 
 
 @pytest.mark.parametrize("most", [1 << 30, 1 << 21, 1 << 16])
@@ -51,3 +93,221 @@ def test_a_pipe_in_place_of_a_queue_file_is_not_waited_for(tmp_path, name):
         QueueFolder(tmp_path).rings(1, CAPACITY)
     (report,) = look(tmp_path).files
     assert (report.error, report.sound) == ("not a regular file", False)
+
+
+# ---- whose it is
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize("ring", ["its own", "renamed by somebody", "to be adopted", "being made"])
+def test_no_ring_ever_has_two_services(tmp_path, ring):
+    first, rings = opened(tmp_path)
+    path = ring_path(tmp_path, 0)
+    if ring == "renamed by somebody":
+        path.rename(tmp_path / "ring-7.fdq")
+    elif ring == "to be adopted":
+        first.retire_all()
+        assert [old.fd for old in first.old_rings()] == rings
+    elif ring == "being made":
+        path.rename(path.with_suffix(".new"))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.name != "lock"}
+    (tmp_path / "lock").unlink()
+    with pytest.raises(StartError, match=r"in use by|being made by another"):
+        opened(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.name != "lock"} == before
+    if ring != "being made":
+        (tmp_path / "lock").unlink()
+        with pytest.raises(InUseError, match="in use by a running fastdist"):
+            look(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["lock", "ring-0.fdq"])
+def test_who_has_the_queue_is_named(tmp_path, another, file):
+    folder, rings = opened(tmp_path)
+    for fd in (*folder.held, *rings):
+        os.close(fd)
+    pid = another(tmp_path / file, "writes").pid
+    with pytest.raises(StartError, match=rf"in use by a running fastdist \(pid {pid}\)"):
+        opened(tmp_path)
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize("file", ["lock", "ring-0.fdq"])
+def test_a_start_waits_for_readers_and_names_them(tmp_path, another, file):
+    folder, rings = opened(tmp_path)
+    for fd in (*folder.held, *rings):
+        os.close(fd)
+    reader = another(tmp_path / file, "reads")
+
+    async def run():
+        locking = asyncio.ensure_future(QueueFolder(tmp_path).lock())
+        async with asyncio.timeout(30):
+            while not logs:  # noqa: ASYNC110  (what it waits for knows nothing of the test)
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert not locking.done()
+        reader.kill()
+        assert await asyncio.wait_for(locking, 30)
+
+    with capture_logs() as logs:
+        asyncio.run(run())
+    assert [(line["event"], line["file"]) for line in logs] == [
+        ("the queue is being read; the start waits", str(tmp_path / file))
+    ]
+    assert f"(pid {reader.pid})" in logs[0]["by"]
+
+
+def test_waiting_for_a_reader_can_be_ended(tmp_path, another):
+    folder, _ = opened(tmp_path)
+    os.close(folder.held[0])
+    another(tmp_path / "lock", "reads")
+    answers = iter([False, False, True])
+    assert asyncio.run(QueueFolder(tmp_path).lock(lambda: next(answers))) is False
+
+
+def test_a_holder_is_found_by_its_files_inode(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("")
+    with path.open() as file:
+        inode = path.stat().st_ino
+        monkeypatch.setattr(filelocks, "LOCKS", tmp_path / "locks")
+        assert filelocks.holder(file.fileno()) is None
+        (tmp_path / "locks").write_text(
+            f"1: POSIX  ADVISORY  READ 11 00:2d:{inode} 0 EOF\n"
+            f"2: FLOCK  ADVISORY  WRITE 12 00:2d:{inode}1 0 EOF\n"
+            f"3: FLOCK  ADVISORY  WRITE 13 00:2d:{inode} 0 EOF\n"
+            f"3: -> FLOCK  ADVISORY  WRITE 14 00:2d:{inode} 0 EOF\n"
+        )
+        assert filelocks.holder(file.fileno()) == 13
+
+
+def test_a_lock_that_was_deleted_is_there_again(tmp_path):
+    folder, _ = opened(tmp_path / "queue")
+    path = tmp_path / "queue" / "lock"
+    folder.renew_lock()
+    before = folder.held
+    path.unlink()
+    with capture_logs() as logs:
+        folder.renew_lock()
+        folder.renew_lock()
+    assert len(logs) == 1
+    assert folder.held != before or not os.path.samestat(os.fstat(before[0]), path.stat())
+    with path.open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert path.read_text().split() == [str(os.getpid())]
+    (tmp_path / "queue").rename(tmp_path / "elsewhere")
+    folder.renew_lock()
+    (tmp_path / "queue").mkdir()
+    folder.renew_lock()
+    assert not path.exists(), "another folder is not ours to lock"
+
+
+def test_one_ring_under_two_names_is_no_two_rings(tmp_path):
+    folder, rings = opened(tmp_path)
+    for fd in (*folder.held, *rings):
+        os.close(fd)
+    (tmp_path / "another.fdq").hardlink_to(ring_path(tmp_path, 0))
+    with pytest.raises(StartError, match="one file under two names; delete one of them"):
+        opened(tmp_path)
+
+
+# ---- whether they keep their names
+
+
+@pytest.mark.parametrize("how", ["renamed", "in a renamed folder", "replaced", "deleted", "deleted, with another link"])
+def test_a_ring_that_loses_its_name_is_told_of(tmp_path, how):
+    folder = tmp_path / "queue"
+    _, (fd,) = opened(folder)
+    path = ring_path(folder, 0)
+    names = RingNames(PacketRing(fd), fd)
+    names.path = path
+    assert (names.look([]), names.misplaced) == (False, False)
+    if how == "renamed":
+        path.rename(folder / "x.fdq")
+    elif how == "in a renamed folder":
+        folder.rename(tmp_path / "elsewhere")
+    elif how == "replaced":
+        (folder / "x").write_bytes(path.read_bytes())
+        (folder / "x").rename(path)
+    else:
+        if "link" in how:
+            (tmp_path / "link").hardlink_to(path)
+        path.unlink()
+    with capture_logs() as logs:
+        assert (names.look([]), names.misplaced) == (True, True)
+        assert (names.look([]), names.misplaced) == (False, True)
+    (line,) = logs
+    assert filelocks.is_nameless(fd) is ("renamed" not in how)
+    assert ("was renamed" in line["event"]) is ("renamed" in how)
+    if how == "renamed":
+        assert line["now"] == str(folder / "x.fdq")
+        (folder / "x.fdq").rename(path)
+    elif how == "in a renamed folder":
+        assert line["now"] == str(tmp_path / "elsewhere" / "ring-0.fdq")
+        (tmp_path / "elsewhere").rename(folder)
+    else:
+        return
+    with capture_logs() as logs:
+        assert (names.look([]), names.misplaced) == (False, False)
+    assert "has its name again" in logs[0]["event"]
+
+
+def test_what_ends_with_its_holders_is_nameless(tmp_path):
+    assert filelocks.is_nameless(os.memfd_create("ring"))
+    with (tmp_path / ".nfs0000000000000001").open("w") as deleted, (tmp_path / "ring").open("w") as file:
+        assert filelocks.is_nameless(deleted.fileno())
+        assert not filelocks.is_nameless(file.fileno())
+
+
+# ---- old rings
+
+
+def adoption(tmp_path, packets=3):
+    """Return an old ring's adoption, and the ring that is to take its packets."""
+    _, (fd,) = opened(tmp_path / "old")
+    made = PacketRing(fd)
+    for _ in range(packets):
+        assert made.push(b"x")
+    _, (own,) = opened(tmp_path / "own")
+    return Adoption(OldRing(fd, str(ring_path(tmp_path / "old", 0)))), PacketRing(own)
+
+
+def test_old_rings_stay_until_copies_are_synced(tmp_path):
+    it, own = adoption(tmp_path)
+    assert it.step(own, 2) == (2, [])
+    for _ in range(3):
+        assert it.step(own, 2) == (0, [])
+        assert (it.ring.undone, it.finished) == (3, False)
+    own.mark_synced(own.tail_position)
+    assert it.step(own, 2) == (1, [])
+    assert (it.ring.undone, it.finished) == (1, False)
+    own.mark_synced(own.tail_position)
+    assert it.step(own, 2) == (0, [])
+    assert it.finished
+    it.delete()
+    assert not ring_path(tmp_path / "old", 0).exists()
+
+
+def test_only_an_old_ring_itself_is_deleted(tmp_path):
+    it, _ = adoption(tmp_path, 0)
+    path = ring_path(tmp_path / "old", 0)
+    path.rename(tmp_path / "kept")
+    path.write_text("another's")
+    it.delete()
+    assert path.read_text() == "another's"
+    assert (tmp_path / "kept").exists()
+
+
+def test_an_old_ring_that_lost_its_name_is_told(tmp_path):
+    it, own = adoption(tmp_path)
+    names = RingNames(own, it.old.fd)
+    ring_path(tmp_path / "old", 0).unlink()
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert (names.look([it]), names.misplaced, names.misplaced_old) == (False, False, True)
+    assert len(logs) == 1
+    it.step(own, 3)
+    own.mark_synced(own.tail_position)
+    it.step(own, 3)
+    names.look([it])
+    assert not names.misplaced_old

@@ -1,0 +1,107 @@
+"""Locks of whole files (flock), and what can be told of an open file: who has it locked, what its name is now.
+
+A lock belongs to the open file, not to the process: whoever inherits the descriptor holds it as well, and it stays
+through renaming. It ends with the last descriptor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LOCKS = Path("/proc/locks")
+_KEPT_UNTIL_CLOSED = (".nfs", ".fuse_hidden")  # names that file systems give to deleted files that somebody has open
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Lock an open file, for ourselves or with others who only read; return whether that was possible at once."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_only_read(fd: int) -> bool:
+    """Whether those who keep us from locking the file for ourselves have locked it for reading."""
+    if not try_lock(fd, shared=True):
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
+
+
+def holder(fd: int) -> int | None:
+    """Return the pid of a process that has locked the file; None where the system does not tell.
+
+    It is the process that asked for the lock. That one may have ended, and others may have inherited the descriptor.
+    """
+    state = os.fstat(fd)
+    inode = str(state.st_ino)
+    exact = f"{os.major(state.st_dev):02x}:{os.minor(state.st_dev):02x}:{inode}"
+    found = [(pid, place) for pid, place in _locks() if place.rpartition(":")[2] == inode and pid != os.getpid()]
+    # Some file systems (overlayfs, btrfs) have numbers of their own there: then the inode has to do.
+    return next((pid for pid, place in found if place == exact), found[0][0] if found else None)
+
+
+def _locks() -> Iterator[tuple[int, str]]:
+    """Yield pid and device:inode of every flock that is held."""
+    try:
+        lines = LOCKS.read_text("latin-1").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        words = line.split()  # 1: FLOCK ADVISORY WRITE 4711 fe:00:131074 0 EOF; one that is waited for has "->" second
+        if len(words) > 5 and words[1] == "FLOCK" and words[4].isdecimal():  # noqa: PLR2004
+            yield int(words[4]), words[5]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (ValueError, psutil.Error):
+        return False
+
+
+def describe(pid: int | None) -> str:
+    """Return what a person is told of a process."""
+    if pid is None:
+        return "an unknown process"
+    try:
+        return f"{psutil.Process(pid).name()} (pid {pid})"
+    except psutil.Error:
+        return f"pid {pid}"
+
+
+def has_name(fd: int, path: str | Path) -> bool:
+    """Whether the open file is the one that is found under this path. Raises OSError when that cannot be seen."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))  # noqa: PTH116  (a str as often as not)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def present_path(fd: int) -> str | None:
+    """Return where the open file is now; None if it is nowhere: deleted, or never in a folder (a memfd).
+
+    A deleted file that has another link is nowhere as well: nobody knows where that link is.
+    """
+    path = str(Path(f"/proc/self/fd/{fd}").readlink())
+    if path.rpartition("/")[2].startswith(_KEPT_UNTIL_CLOSED):
+        return None
+    return path if has_name(fd, path) else None
+
+
+def is_nameless(fd: int) -> bool:
+    """Whether nobody will find the open file again when all who have it open have ended."""
+    try:
+        return present_path(fd) is None
+    except OSError:
+        return os.fstat(fd).st_nlink == 0
