@@ -115,6 +115,10 @@ class Process:
 
         return str(wait_until(look, f"a line with {text!r}; so far:\n{self.output}", seconds))
 
+    def wait_for_lines(self, text: str, count: int) -> None:
+        """Wait until that many lines have ``text`` in them."""
+        wait_until(lambda: sum(text in line for line in list(self.lines)) == count, f"{count} lines with {text!r}")
+
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)

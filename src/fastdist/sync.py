@@ -90,10 +90,10 @@ class Syncer:
             self.ring.write_again()
         self._seen = self._state()
         position = self.ring.tail_position
-        future = asyncio.get_running_loop().run_in_executor(self._thread, _sync, self.fd, self.path)
+        future = asyncio.get_running_loop().run_in_executor(self._thread, os.fdatasync, self.fd)
         future.add_done_callback(lambda done: self._finish(position, done))
 
-    def _finish(self, position: int, done: asyncio.Future[bool]) -> None:
+    def _finish(self, position: int, done: asyncio.Future[None]) -> None:
         self._running = False
         if done.cancelled():
             return
@@ -102,10 +102,11 @@ class Syncer:
             if self.failing:
                 self.failing = False
                 log.info("the queue can be written to disk again")
-            if not done.result():  # it is on the disk, and yet the next start will not find it
+            found = self._is_found()
+            if not found:  # it is on the disk, and yet the next start will know nothing of it
                 self._on_failed(FileNotFoundError(errno.ENOENT, "the queue's file was deleted or renamed"))
             self.ring.mark_synced(position)
-            if done.result():
+            if found:
                 self._on_synced(position)
             if self._wanted:
                 self._start()
@@ -120,6 +121,16 @@ class Syncer:
         self.ring.forget_synced()
         self._on_failed(error)
         self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self.want)
+
+    def _is_found(self) -> bool:
+        """Whether the file is what is found under ``path``, as far as can be seen.
+
+        Not in the thread: each system call there has to get hold of the interpreter again, which a busy loop has.
+        """
+        try:
+            return self.path is None or has_name(self.fd, self.path)
+        except OSError:
+            return True
 
     def run(self, work: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
         """Do other work with the disk in the thread, before the next sync; ``done`` hears of it in the event loop."""
@@ -147,12 +158,3 @@ class Syncer:
             self.ring.forget_synced()
         else:
             self.ring.mark_synced(position)
-
-
-def _sync(fd: int, path: Path | None) -> bool:
-    """Sync a file; return whether it is what is found under ``path`` (as far as can be seen). Raises OSError."""
-    os.fdatasync(fd)
-    try:
-        return path is None or has_name(fd, path)
-    except OSError:
-        return True

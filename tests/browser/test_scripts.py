@@ -11,6 +11,7 @@ GOOD = {
         "workers": {"running": 2, "configured": 2},
         "analyzers": {"online": 2, "total": 2},
         "storage": "ok",
+        "failing": [],
     },
     "ready": {"status": "ready"},
     "stats": {
@@ -202,6 +203,11 @@ def test_all_well(scripts):
         ),
         ({"health__storage": "failing", "health__status": "degraded"}, "error", "The queue’s storage fails."),
         ({"health__status": "degraded"}, "warning", "The service is degraded."),
+        (
+            {"health__failing": ["oldRings", "sync"], "health__status": "degraded"},
+            "warning",
+            "A part of the upkeep fails again and again. Old rings, sync: fastdist’s log says why.",
+        ),
         ({"queue__workers": [{"bytes": 81, "capacityBytes": 100}]}, "warning", "The queue is nearly full."),
         ({"stats__packets__corrupt": 1}, "ok", "Damaged records of the queue were skipped."),
         (
