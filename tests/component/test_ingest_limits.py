@@ -54,15 +54,31 @@ def test_a_body_just_short_enough_is_read(service):
     assert service.bodies() == [bytes(MAX_BODY), bytes(MAX_BODY), b"x" * MAX_BODY]
 
 
-@pytest.mark.parametrize("size", [1, 7, 499, 1001])
-def test_a_chunked_body_is_refused_as_soon_as_it_is_over(service, size):
-    connection = service.ask(head("POST /logs", "Transfer-Encoding: chunked"))
-    whole = MAX_BODY // size
-    connection.send(*[chunk(bytes(size))] * whole)
+SIZES = [MAX_BODY + 1, 2**31, 2**32 + 5, 2**60 - 1, 2**60, 2**63 - 1, 2**63, 2**64 + 5, 2**80]
+
+
+@pytest.mark.parametrize("size", [*SIZES, *(16**n - 1 for n in range(3, 20))], ids=hex)
+@pytest.mark.parametrize("zeros", [0, 1, 8])
+def test_the_size_of_a_chunk_that_is_over_is_enough(service, size, zeros):
+    """It is refused at the first digit that says so, in however many reads the digits come."""
+    digits = b"0" * zeros + b"%x" % size
+    whole = service.ask(head("POST /logs", "Transfer-Encoding: chunked") + digits)
+    split = service.ask(head("POST /logs", "Transfer-Encoding: chunked"))
+    for end in range(1, len(digits) + 1):
+        split.send(digits[end - 1 : end])
+        assert bool(split.written) == (int(digits[:end], 16) > MAX_BODY)
+    for connection in (whole, split):
+        assert_refused(connection, 413, f"the body is larger than the {MAX_BODY} bytes allowed")
+    assert service.rejected == {"too_large": 2}
+
+
+@pytest.mark.parametrize("size", [1, 7, 499, 500])
+def test_the_sizes_of_all_chunks_count_together(service, size):
+    fitting = [chunk(bytes(size))] * (MAX_BODY // size)
+    rest = b"%x\r\n" % (MAX_BODY % size + 1)
+    connection = service.ask(head("POST /logs", "Transfer-Encoding: chunked"), *fitting)
     assert connection.written == b""
-    connection.send(b"%x\r\n" % size + bytes(MAX_BODY - whole * size))
-    assert connection.written == b""
-    connection.send(b"x")
+    connection.send(*(rest[at : at + 1] for at in range(len(rest))))
     assert_refused(connection, 413, f"the body is larger than the {MAX_BODY} bytes allowed")
     assert service.rejected == {"too_large": 1}
     assert not service.ring.undone

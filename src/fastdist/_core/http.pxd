@@ -55,10 +55,12 @@ cdef enum:
     CHUNK_END                # the body and its trailers are over
     CHUNK_BROKEN
     CHUNK_TRAILERS_TOO_LONG
+    CHUNK_TOO_LARGE          # the size lines say so, whether or not the data is there
 
 cdef struct Chunked:
     int state
     int64_t left             # bytes of the present chunk
+    int64_t room             # bytes that further chunks may have
     int digits
     int64_t line             # length so far of an extension, or of all trailers
 

@@ -9,7 +9,7 @@ a colon, two lengths, a length and a coding) is broken, for a front end before u
 are read as RFC 9112 lets a recipient: a bare LF ends a line.
 """
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport INT64_MAX, int64_t
 from libc.string cimport memchr, memcmp, memcpy, memset
 from fastdist._core.bits cimport likely, unlikely
 
@@ -499,6 +499,7 @@ cdef enum:
 
 cdef void chunked_start(Chunked *c) noexcept nogil:
     c.state, c.left, c.digits, c.line = SIZE, 0, 0, 0
+    c.room = INT64_MAX  # which a size of 15 digits is far below
 
 
 cdef inline int hex_value(uchar c) noexcept nogil:
@@ -548,8 +549,10 @@ cdef int chunked_byte(Chunked *c, uchar byte, int64_t line_limit, bint strict) n
         value = hex_value(byte) if c.state == SIZE else -1
         if value >= 0:
             c.digits += 1
+            if c.digits > 15:
+                return CHUNK_BROKEN
             c.left = c.left * 16 + value
-            return CHUNK_BROKEN if c.digits > 15 else CHUNK_MORE
+            return CHUNK_TOO_LARGE if c.left > c.room else CHUNK_MORE
         if byte == c'\r' and c.digits:
             c.state = SIZE_FEED
         elif byte == c';' and c.digits:
@@ -567,6 +570,7 @@ cdef int chunked_byte(Chunked *c, uchar byte, int64_t line_limit, bint strict) n
         if byte != c'\n':
             return CHUNK_BROKEN
         c.state = DATA if c.left else TRAILER
+        c.room -= c.left
         c.digits = c.line = 0
     elif c.state == DATA_RETURN:
         if byte != c'\r':

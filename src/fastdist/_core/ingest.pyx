@@ -20,7 +20,7 @@ from fastdist._core.counters cimport (
     ACCEPTED, BYTES_ACCEPTED, INVALID, MALFORMED, MESSAGES_ACCEPTED, Counters, observe,
 )
 from fastdist._core.http cimport (
-    BAD_LINE, CHUNK_BROKEN, CHUNK_DATA, CHUNK_END, CHUNK_MORE, CHUNK_TRAILERS_TOO_LONG, GET, HEAD, HEAD_BROKEN, HEAD_INCOMPLETE, POST,
+    BAD_LINE, CHUNK_BROKEN, CHUNK_DATA, CHUNK_END, CHUNK_MORE, CHUNK_TOO_LARGE, CHUNK_TRAILERS_TOO_LONG, GET, HEAD, HEAD_BROKEN, HEAD_INCOMPLETE, POST,
     Chunked, RequestHead, Span, chunked_next_strict, chunked_start, find_head_end, parse_request_head, same, uchar,
 )
 from fastdist._core.limiter cimport RateLimiter
@@ -371,6 +371,7 @@ cdef class IngestBase(Receiver):
         if head.chunked:
             self.state = CHUNKS
             chunked_start(&self.chunks)
+            self.chunks.room = self.intake.max_body if self.is_log else API_BODY
         elif head.content_length > 0:
             self.state = BODY
             self.body_left = head.content_length
@@ -443,17 +444,15 @@ cdef class IngestBase(Receiver):
     cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL:
         cdef Span piece
         cdef int event
-        cdef int64_t limit = self.intake.max_body if self.is_log else API_BODY
         event = chunked_next_strict(&self.chunks, &p, end, &piece, self.intake.max_header)
         if event == CHUNK_DATA:
-            if self.body_length + piece.n > limit:
-                self.fault(413, "too_large" if self.is_log else "", f"the body is larger than the {limit} bytes allowed")
-            elif self.answered:
-                self.body_length += piece.n  # only counted
-            elif self.has_room_for(piece.n):
+            if not self.answered and self.has_room_for(piece.n):
                 self.keep_body(piece.p, piece.n)
         elif event == CHUNK_END:
             self.body_whole(self.body, self.body_length)
+        elif event == CHUNK_TOO_LARGE:
+            self.fault(413, "too_large" if self.is_log else "",
+                       f"the body is larger than the {self.intake.max_body if self.is_log else API_BODY} bytes allowed")
         elif event == CHUNK_BROKEN:
             self.fault(400, "malformed", "the request is not HTTP: its chunks are broken")
         elif event == CHUNK_TRAILERS_TOO_LONG:
