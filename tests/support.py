@@ -376,6 +376,7 @@ class Emitter:
         self.port, self.connections, self.prefix, self.body = port, connections, prefix, body
         self.headers, self.source, self.pause = headers, source, pause
         self.answers: dict[str, int | None] = {}
+        self.broken_when_kept = 0  # connections that carried an answer and then broke under a request
         self.without_retry_after = 0  # answers 429 or 503 that do not say when to try again
         self.enough = threading.Event()
         self._limit = 0
@@ -435,10 +436,12 @@ class Emitter:
             except OSError:  # nothing was sent
                 await asyncio.sleep(0.02)
                 continue
-            with contextlib.suppress(OSError, EOFError, TimeoutError):
-                while self._count < self._limit and not self.enough.is_set():
-                    if not await self._exchange(reader, writer):
-                        break
+            kept = False
+            try:
+                while self._count < self._limit and not self.enough.is_set() and await self._exchange(reader, writer):
+                    kept = True
+            except (OSError, EOFError, TimeoutError):
+                self.broken_when_kept += kept
             writer.close()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:

@@ -230,7 +230,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if full:
             self.intake.full = True
             counter, detail = "queue_full", "the queue is full; try again shortly"
-        elif self.intake.draining:
+        elif self.intake.closed:
             counter, detail = "draining", "the service is shutting down"
         else:
             counter, detail = "storage", "the queue's storage fails; nothing can be stored safely now"

@@ -49,6 +49,7 @@ TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LOOK_NS = 100_000_000  # between two looks at the names of the rings' files
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
+LAST_REQUEST = 1.0  # seconds that the next request of a kept connection has to come once we drain
 LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
@@ -248,15 +249,20 @@ class Worker:
     # ---- draining
 
     async def _drain(self, deadline: float) -> None:
-        """Accept nothing new, finish what is under way, deliver what is queued; all until ``deadline``."""
+        """Take no new connections, finish what is under way, deliver what is queued; all until ``deadline``.
+
+        What comes on a kept connection meanwhile is accepted, and is the last there: the emitter could not know yet.
+        """
         self.intake.draining = True
         if self._server is not None:
             self._server.close()
-        while time.monotonic() < deadline:
-            self._close_what_is_over()
+        patient_until = time.monotonic() + LAST_REQUEST
+        while (now := time.monotonic()) < deadline:
+            self._close_what_is_over(idle=now >= patient_until)
             if self.undone == 0 and not self.intake.connections:
                 break
             await asyncio.sleep(TICK)
+        self.intake.closed = True
         self._stop_delivering()
         await self._letters_settled()  # what is written from here on is not to be taken back with them
         self._bury_the_rest()
@@ -274,11 +280,13 @@ class Worker:
             adoption.settle(self.ring)
         self._stopped.set()
 
-    def _close_what_is_over(self) -> None:
+    def _close_what_is_over(self, *, idle: bool) -> None:
+        """Let go of emitters that have read their last answer, or had the time to; with ``idle`` of those without one."""
+        self.poller.turn()  # a request that is there already is no longer to come
         for connection in tuple(self.intake.connections):
             if connection.transport is None:
                 continue
-            if connection.idle():
+            if idle and connection.idle():
                 connection.transport.close()
             elif self.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
                 connection.transport.abort()

@@ -313,22 +313,35 @@ def test_a_full_queue():
     assert connection.send(post()).answers()[-1].status == 202
 
 
-def test_a_service_that_ends():
+@pytest.mark.parametrize("fsync", [False, True])
+def test_the_next_request_is_the_last_while_it_drains(fsync):
+    service = Service(fsync=fsync)
+    kept, midway, viewer = service.connect(), service.connect().send(post()[:-1]), service.connect()
+    for connection in (kept, viewer):
+        connection.send(head("GET /health"))
+    service.intake.draining = True
+    kept.send(post(), keyed("never read"))
+    midway.send(post()[-1:])
+    viewer.send(head("GET /health"), head("GET /stats"))
+    service.sync()
+    assert [(answer.status, answer.closes) for answer in kept.answers()] == [(200, False), (202, True)]
+    assert [(answer.status, answer.closes) for answer in midway.answers()] == [(202, True)]
+    assert [(answer.status, answer.closes) for answer in viewer.answers()] == [(200, False), (200, True)]
+    for connection in (kept, midway, viewer):
+        assert connection.transport.half_closed  # and read on, lest a reset destroys the answer
+    assert service.accepted == service.ring.undone == 2
+
+
+def test_nothing_is_accepted_once_the_time_to_drain_is_over():
     service = Service()
     midway = service.connect().send(post()[:-1])
-    idle = service.connect()
-    service.intake.draining = True
-    answer = service.ask(post(), keyed("never read")).answer()
-    assert (answer.status, answer.closes) == (503, True)
-    assert answer.headers["retry-after"] == "1"
-    assert answer.json["detail"] == "the service is shutting down"
-    answer = midway.send(post()[-1:]).answer()  # it was under way
-    assert (answer.status, answer.closes) == (202, True)
-    health = idle.send(head("GET /health")).answer()
-    assert (health.status, health.closes) == (200, True)
-    assert idle.transport.half_closed  # and read on, lest a reset destroys the answer
-    assert service.rejected == {"draining": 1}
-    assert service.ring.undone == 1
+    service.intake.draining = service.intake.closed = True
+    for answer in (service.ask(post(), keyed("never read")).answer(), midway.send(post()[-1:]).answer()):
+        assert (answer.status, answer.closes) == (503, True)
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json["detail"] == "the service is shutting down"
+    assert service.rejected == {"draining": 2}
+    assert service.ring.undone == 0
 
 
 def test_storage_that_fails():

@@ -55,16 +55,33 @@ def test_requests_under_way_finish_and_new_ones_are_refused_while_it_drains(mock
         return False
 
     wait_until(refused, "the listeners are closed")
-    # Requests that began before are read to their end and answered, if only with 503.
+    # Requests that began before are read to their end and answered.
     under_way.sendall(BODY[50:])
     other.sendall((REQUEST % (b"other", len(BODY)))[30:] + BODY)
     for connection, name in ((under_way, "under-way"), (other, "other")):
         answer = connection.recv(65536)
-        assert answer.startswith((b"HTTP/1.1 202 ", b"HTTP/1.1 503 "))
+        assert answer.startswith(b"HTTP/1.1 202 ")
         assert b"Connection: close" in answer
         emitter.answers[name] = int(answer[9:12])
     assert fastdist.wait() == 0
     compare(emitter, mocks)
+
+
+@pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
+def test_no_kept_connection_breaks_under_a_request(mocks, serve, durability):
+    """As in a rolling update: what emitters see is a last answer, then a refused connection."""
+    settings = {"queue": {"durability": durability}}
+    fastdist = serve(mocks, settings)
+    emitter = Emitter(fastdist.port, connections=40, pause=0.004).start().wait_for(2000)
+    fastdist.signal(signal.SIGTERM)
+    assert fastdist.wait() == 0
+    emitter.stop()
+    assert emitter.broken_when_kept == 0
+    assert {*emitter.answers.values()} <= {202, None}  # None: it was connected in the instant the listeners closed
+    if durability != "memory":
+        serve(mocks, settings | {"server": {"port": fastdist.port}}).wait_at_rest()
+    compare(emitter, mocks)
+    assert fastdist.dead_letters() == []
 
 
 def test_ready_says_503_while_it_drains(mocks, serve):

@@ -11,7 +11,8 @@ cdef class Intake:
     cdef readonly Counters counters
     cdef readonly RateLimiter limiter
     cdef readonly set connections
-    cdef public bint draining
+    cdef public bint draining          # every answer is the last on its connection
+    cdef public bint closed            # nothing is accepted any more
     cdef public bint full              # the last push found no room
     cdef public bint broken_storage
     cdef public bint open_to_all       # no token is asked for

@@ -16,6 +16,7 @@ SAFETY_HEADERS: Final[bytes]
 @disjoint_base
 class Intake:
     draining: bool
+    closed: bool
     full: bool
     broken_storage: bool
     open_to_all: bool

@@ -391,7 +391,7 @@ cdef class IngestBase(Receiver):
             answer = self.unauthorized(head.authorization.p[:head.authorization.n] if head.authorization.n else None)
             if answer is not None:
                 return self.reject(answer)
-        if unlikely(intake.draining or intake.broken_storage):
+        if unlikely(intake.closed or intake.broken_storage):
             return self.reject(self.not_stored(False))
         if head.encoded:
             return self.reject(self.refuse(415, "unsupported_media_type", "compressed bodies are not understood", not self.keep_alive,
@@ -536,11 +536,11 @@ cdef class IngestBase(Receiver):
         cdef unsigned char[16] packet_id
         cdef int64_t wall
         cdef int pushed
-        if unlikely(intake.broken_storage):
-            return self.reject(self.not_stored(False))
         if unlikely(intake.draining) and self.keep_alive:  # it was under way when the draining began: the last here
             self.keep_alive = False
             self.closing = True
+        if unlikely(intake.closed or intake.broken_storage):
+            return self.reject(self.not_stored(False))
         if not self.understand(p, n, &messages, &emitter):
             return 0
         wall = wall_ns()
