@@ -355,12 +355,21 @@ class Worker:
         self.syncer.want_if_changed()
 
     def _sweep(self, now_ns: int) -> None:
-        """Look at the emitters' time-outs, often enough for the shortest."""
+        """Look at the emitters' time-outs, often enough for the shortest.
+
+        A sweep that comes far too late tells of us (the machine was stopped), not of them: it ends no connection.
+        """
         server = self.config.server
         shortest = min(server.header_timeout, server.body_timeout, server.keepalive_timeout)
-        self._next_sweep = now_ns + int(min(1.0, max(TICK, shortest / 8)) * 1e9)
+        interval = int(min(1.0, max(TICK, shortest / 8)) * 1e9)
+        late = now_ns - self._next_sweep
+        self._next_sweep = now_ns + interval
+        self.poller.turn()  # what is there has come in time
         for connection in tuple(self.intake.connections):
-            connection.check(now_ns)
+            if late > interval:
+                connection.excuse(now_ns, late)
+            else:
+                connection.check(now_ns)
 
     def _look_for_files(self) -> None:
         """Accept nothing while a ring's file is not under its name: the next start would not find what is in it."""

@@ -441,6 +441,17 @@ def test_an_idle_connection_is_closed_without_a_word(service, sent):
     assert service.rejected == {}
 
 
+@pytest.mark.parametrize("sent", [b"", post()[:9], post()[:-1], post()])
+def test_time_when_nobody_could_read_does_not_count(service, sent):
+    connection = service.connect().send(sent)
+    connection.protocol.excuse(time.monotonic_ns() + 100 * SECOND, 100 * SECOND)
+    written = connection.written
+    connection.wait(109)
+    assert (connection.open, connection.written) == (True, written)
+    connection.wait(176)
+    assert not connection.open
+
+
 def test_an_answer_under_way_is_no_idleness():
     service = Service(fsync=True)
     connection = service.ask(post())

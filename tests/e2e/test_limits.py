@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import time
 
@@ -142,3 +144,26 @@ def test_slow_and_silent_clients_are_shown_out(mocks, serve):
                 assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
             assert b"".join(iter(lambda connection=connection: connection.recv(65536), b""))[:13] == status
     assert fastdist.stats()["rejected"]["timeout"] == 2
+
+
+def test_a_pause_of_the_machine_is_no_time_emitters_had(mocks, serve):
+    """What came before the pause and during it makes whole requests; all time-outs were over when it ended."""
+    timeouts = {"header_timeout": "3s", "body_timeout": "3s", "keepalive_timeout": "3s", "workers": 1}
+    fastdist = serve(mocks, {"server": timeouts})
+    whole = b"POST /logs HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
+    cuts = [0, 20, len(whole) - len(BODY), len(whole) - 1]
+    connections = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in cuts]
+    for connection, cut in zip(connections, cuts, strict=True):
+        connection.sendall(GET_HEALTH + whole[:cut])
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    processes = [fastdist.process.pid, *fastdist.worker_pids()]
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    for connection, cut in zip(connections, cuts, strict=True):
+        connection.sendall(whole[cut:])
+    time.sleep(5)  # of what passes here nothing is to count
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
+    for connection in connections:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 202 ")
+        connection.close()

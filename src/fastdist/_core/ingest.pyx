@@ -812,6 +812,14 @@ cdef class IngestBase(Receiver):
             return "body" if now - self.moved_ns > intake.body_timeout else ""
         return "idle" if now - self.moved_ns > intake.keepalive_timeout else ""
 
+    def excuse(self, int64_t now, int64_t late):
+        """For ``late`` ns until ``now`` nobody here could read: that is no time the emitter had."""
+        self.moved_ns = min(now, self.moved_ns + late)
+        if self.head_ns:
+            self.head_ns = min(now, self.head_ns + late)
+        if self.paused_ns:
+            self.paused_ns = min(now, self.paused_ns + late)
+
     def time_out(self, str detail):
         """Answer 408 and close."""
         self.fault(408, "timeout", detail)
