@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import json
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from fastdist import packet
 from fastdist.control import Action
+from fastdist.errors import PacketError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,9 +62,9 @@ def is_own_page(origin: str, host: str) -> bool:
 def parse_override(analyzer: str, body: bytes) -> Action:
     """Return the change that the body of PATCH /analyzers/{id} asks for. Raises BadChangeError."""
     try:  # not by msgspec, for which a number without end (1e400) is no JSON
-        document: Any = json.loads(body.decode(), parse_int=float, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadChangeError(400, f"the body is not JSON: {error}") from None
+        document = packet.decode(body)
+    except PacketError as error:
+        raise BadChangeError(400, error.detail) from None
     if not isinstance(document, dict) or not document:
         raise BadChangeError(422, 'the body must be an object such as {"weight": 0.2} or {"state": "draining"}')
     errors = [
@@ -79,10 +80,6 @@ def parse_override(analyzer: str, body: bytes) -> Action:
     if errors:
         raise BadChangeError(422, "the analyzer cannot be changed like that", errors)
     return Action("override", analyzer, None if weight is None else float(weight), STATES.get(str(state)))
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _is_weight(value: object) -> bool:

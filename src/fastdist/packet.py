@@ -2,7 +2,8 @@
 
 ``LogPacket`` and ``LogMessage`` are the schema as a person reads it; ``check`` decides whether a body conforms to it,
 and says what is wrong if it does not. The scanner in ``_core/schema.pyx`` answers for all bodies that conform before
-``check`` is asked, so this module is written to be right and clear, and the scanner is tested against it.
+``check`` is asked, so this module is written to be right and clear, and the scanner is tested against it. Whether a
+body is JSON at all, and where it is not, the scanner says: Python's decoder has other words for that in every version.
 
 To decode a body takes a hundred times as long as to scan it, and ten times its memory, so of a large one (over
 MAX_EXPLAINED) only the place is decoded where the scanner stopped: its first fault is told, not all of them.
@@ -14,27 +15,28 @@ appears twice, half a surrogate pair, deep nesting, NaN. Members unknown to the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
 from datetime import date
-from itertools import accumulate, islice
+from itertools import islice
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from fastdist._core.schema import hash_text, locate, scan
+from fastdist._core.schema import hash_text, locate, malformed, scan
 from fastdist.errors import PacketError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 MAX_EMITTER_ID: Final = 256  # characters
-MAX_DEPTH: Final = 128  # containers within each other, the packet itself included
 MAX_ERRORS: Final = 20  # reported for one packet
 MAX_EXPLAINED: Final = 128 * 1024  # bytes that are decoded to tell what is wrong with them: some 30 ms
+_SPACE: Final = b" \t\r\n"
 LEVELS: Final = ("trace", "debug", "info", "warn", "warning", "error", "fatal", "critical")
 
 
@@ -65,17 +67,34 @@ class Facts(NamedTuple):
 
 def check(body: bytes, *, strict: bool = False) -> Facts:
     """Return the facts about a log packet; raise PacketError, ``malformed`` or ``invalid``, if the body is none."""
+    _refuse_malformed(body)
+    body = body.strip(_SPACE)
     if len(body) > MAX_EXPLAINED:
         facts = scan(body, strict)
         if facts is None:
-            raise _located(body, strict=strict)
+            _refuse_large(body, strict=strict)
         return Facts(*facts)
-    packet = _decode(body)
+    packet = _DECODER.decode(body.decode())
     _refuse_if_any(_faults(packet, strict=strict))
     return Facts(len(packet["messages"]), hash_text(packet["emitterId"].encode()))
 
 
-def _refuse_if_any(all_faults: Iterator[_Fault]) -> None:
+def decode(body: bytes) -> Any:
+    """Return what a body says, numbers as floats; raise PacketError, ``malformed``, if it is not JSON."""
+    _refuse_malformed(body)
+    return _DECODER.decode(body.decode())
+
+
+def _refuse_malformed(body: bytes) -> None:
+    if not body:
+        raise PacketError("malformed", "the body is empty")
+    fault = malformed(body)
+    if fault is not None:
+        what, line, column, byte = fault
+        raise PacketError("malformed", f"{what} at line {line}, column {column} (byte {byte})")
+
+
+def _refuse_if_any(all_faults: Iterable[_Fault]) -> None:
     faults = list(islice(all_faults, MAX_ERRORS))
     if faults:
         first = f"{faults[0].pointer or 'the body'}: {faults[0].detail}"
@@ -83,20 +102,7 @@ def _refuse_if_any(all_faults: Iterator[_Fault]) -> None:
         raise PacketError("invalid", first + more, [fault._asdict() for fault in faults])
 
 
-# ------------------------------------------------------------------------------------------------------------ the JSON
-
-_STRING: Final = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
-_STRINGS: Final = re.compile(_STRING, re.DOTALL)
-_CONSTANTS: Final = re.compile(rf"{_STRING}|(NaN|-?Infinity)", re.DOTALL)
-_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
-_UP_TO_LONE_SURROGATE: Final = re.compile(
-    r"[^\\]*+(?:\\(?:[^u]|u(?![dD][89a-fA-F])|u[dD][89abAB]..\\u[dD][c-fC-F]..)[^\\]*+)*+", re.DOTALL
-)
-_COLON: Final = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
-_SPACE: Final = b" \t\r\n"
-_CUT: Final = 16  # characters from the end of a piece, where its being cut off may be what is wrong
-_STEPS: Final = bytes(1 if byte in b"[{" else 0xFF for byte in range(256))  # as signed numbers 1 and -1
-_OTHER_THAN_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
+# --------------------------------------------------------------------------------------------------------- decoding it
 
 
 class _Ambiguous(dict[str, Any]):
@@ -124,157 +130,59 @@ def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return ambiguous
 
 
-class _ConstantError(ValueError):
-    """NaN or an infinity, which Python's decoder would let pass."""
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _ConstantError(name)
-
-
 # The values of numbers do not matter, and an integer of 5,000 digits is as valid as any but too long for int().
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_int=float, parse_constant=_refuse_constant)
-
-
-def _decode(body: bytes) -> Any:
-    if not body:
-        raise PacketError("malformed", "the body is empty")
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise PacketError("malformed", f"not UTF-8: {error.reason} at byte {error.start}") from None
-    if text.startswith("\ufeff"):
-        raise _malformed(text, 0, "a byte order mark")
-    _check_depth(text)
-    try:
-        packet = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise _malformed(text, error.pos, _what(error)) from None
-    except _ConstantError as error:
-        first = next(match for match in _CONSTANTS.finditer(text) if match[1])
-        raise _malformed(text, first.start(), f"{error} is no JSON value") from None
-    _check_surrogates(text)
-    return packet
-
-
-def _check_depth(text: str, outside: int = 0) -> None:
-    """Before decoding, since the decoder calls itself for each level; there are so many around the text."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH - outside:
-        return
-    brackets = _STRINGS.sub("", text).encode().translate(_STEPS, _OTHER_THAN_BRACKETS)
-    if max(accumulate(memoryview(brackets).cast("b")), default=0) > MAX_DEPTH - outside:
-        raise PacketError("malformed", f"nested more than {MAX_DEPTH} levels deep")
-
-
-def _check_surrogates(text: str) -> None:
-    """After decoding: backslashes then occur in strings only, and each starts a valid escape."""
-    if _SURROGATE.search(text) and (match := _UP_TO_LONE_SURROGATE.match(text)) and match.end() != len(text):
-        raise _malformed(text, match.end(), "half a surrogate pair, which is no character")
-
-
-def _what(error: json.JSONDecodeError) -> str:
-    return error.msg[:1].lower() + error.msg[1:].removesuffix(" at").rstrip(": ")
-
-
-def _malformed(text: str, position: int, what: str) -> PacketError:
-    line = text.count("\n", 0, position) + 1
-    column = position - text.rfind("\n", 0, position)
-    byte = len(text[:position].encode())
-    return PacketError("malformed", f"not JSON: {what} at line {line}, column {column} (byte {byte})")
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)
 
 
 # -------------------------------------------------------------------------------------------------------- large bodies
 
+_TYPES: Final[dict[str, type]] = {"{": dict, "[": list, '"': str, "t": bool, "f": bool, "n": NoneType}
 
-class _Piece(NamedTuple):
-    """The text of a large body from one of its bytes on, as much of it as is looked at."""
 
-    at: int
-    text: str
-    cut: bool  # there is more
+_COLON: Final = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 
-    @classmethod
-    def of(cls, body: bytes, at: int) -> _Piece:
-        data = body[at : at + MAX_EXPLAINED]
-        cut = at + len(data) < len(body)
-        try:
-            return cls(at, data.decode(), cut)
-        except UnicodeDecodeError as error:
-            if not cut or error.start < len(data) - 3:  # else it is a character that was cut through
-                raise PacketError("malformed", f"not UTF-8: {error.reason} at byte {at + error.start}") from None
-            return cls(at, data[: error.start].decode(), cut)
 
-    def fault(self, what: str, position: int) -> PacketError:
-        return PacketError("malformed", f"not JSON: {what} at byte {self.at + len(self.text[:position].encode())}")
+def _text(body: bytes, at: int) -> str:
+    """Return as much of the text from a byte on as is looked at; its last character may be cut through."""
+    return body[at : at + MAX_EXPLAINED].decode(errors="ignore")
 
-    def beyond(self, position: int) -> _Piece:
-        return _Piece(self.at + len(self.text[:position].encode()), self.text[position:], self.cut)
 
-    def value(self, outside: int) -> tuple[Any, int]:
-        """Return the value that it begins with, and where that ends; so many containers are around it."""
-        what, place = "", 0
-        try:
-            _check_depth(self.text, outside)
-            value, end = _DECODER.raw_decode(self.text)
-        except json.JSONDecodeError as error:
-            what, place = _what(error), error.pos
-        except _ConstantError as error:
-            what = f"{error} is no JSON value"
-            place = next(match for match in _CONSTANTS.finditer(self.text) if match[1]).start(1)
+def _like(first: str) -> Any:
+    """Return a value of the type of one that begins with this character: enough to say whether it is the right type."""
+    return _TYPES.get(first, float)()
+
+
+def _refuse_large(body: bytes, *, strict: bool) -> NoReturn:
+    """Say what is wrong with a large body of JSON, as far as can be seen from where its scan stopped."""
+    if not body.startswith(b"{"):
+        _refuse_if_any(_faults_of_object(_like(chr(body[0])), "", {}))
+    at, message, seen = locate(body, strict)
+    piece = _text(body, at)
+    pointer = "/messages" if message is None else f"/messages/{message}"
+    with contextlib.suppress(json.JSONDecodeError):  # the piece ends before what it begins with
+        if piece.startswith("]"):
+            _refuse_if_any([_NO_MESSAGE])
+        elif message is not None:
+            value, _ = _DECODER.raw_decode(piece)
+            _refuse_if_any(_faults_of_message(value, pointer, strict=strict))
+        elif piece.startswith("}"):
+            _refuse_if_any(_Fault(f"/{name}", "is required") for name in ("emitterId", "messages") if name not in seen)
         else:
-            match = _UP_TO_LONE_SURROGATE.match(self.text, 0, end)
-            if match is None or match.end() == end:
-                return value, end
-            what, place = "half a surrogate pair, which is no character", match.end()
-        if self.cut and (what.startswith("unterminated") or place > len(self.text) - _CUT):
-            what, place = f"what is wrong is over {MAX_EXPLAINED} bytes behind the beginning of the value", 0
-        raise self.fault(what, place)
+            key, end = _DECODER.raw_decode(piece)
+            pointer = f"/{key}"
+            value_at = _COLON.match(body, at + end).end()  # type: ignore[union-attr]
+            _refuse_if_any(_faults_of_member(key, _text(body, value_at), seen))
+    far = _Fault(pointer, f"what is wrong is over {MAX_EXPLAINED} bytes behind its beginning")
+    raise PacketError("invalid", f"{far.pointer}: {far.detail}", [far._asdict()])
 
 
-def _located(body: bytes, *, strict: bool) -> PacketError:
-    """Return what is wrong with a large body, as far as can be seen from where its scan stopped."""
-    at, message, *seen = locate(body, strict)
-    before = body[max(at - MAX_EXPLAINED, 0) : at].rstrip(_SPACE)[-1:]
-    try:
-        piece = _Piece.of(body, at)
-        if message is not None:
-            _explain_message(piece, message, before, strict=strict)
-        elif before not in (b"{", b",") and piece.text.rstrip() == "}":
-            there = dict(zip(("emitterId", "messages"), seen, strict=True))
-            _refuse_if_any(_Fault(f"/{name}", "is required") for name in there if not there[name])
-        elif before == b"," or piece.text.startswith('"'):
-            _explain_member(piece, dict(zip(("emitterId", "messages"), seen, strict=True)))
-        elif at > 0 and body.rstrip(_SPACE).endswith(b"}"):
-            raise piece.fault("expecting ',' delimiter", 0)
-    except PacketError as error:
-        return error
-    return PacketError("malformed", f"not JSON, or no object, from somewhere behind byte {at} on")
-
-
-def _explain_message(piece: _Piece, index: int, before: bytes, *, strict: bool) -> None:
-    if index == 0 and piece.text.startswith("]"):
-        _refuse_if_any(iter([_Fault("/messages", "expected at least one message")]))
-    if before not in (b"[", b","):
-        raise piece.fault("expecting ',' delimiter", 0)
-    value, _ = piece.value(2)
-    _refuse_if_any(_faults_of_message(value, f"/messages/{index}", strict=strict))
-
-
-def _explain_member(piece: _Piece, seen: dict[str, bool]) -> None:
-    if not piece.text.startswith('"'):
-        raise piece.fault("expecting property name enclosed in double quotes", 0)
-    key, end = piece.value(1)
-    colon = _COLON.match(piece.text, end)
-    if colon is None:
-        raise piece.fault("expecting ':' delimiter", end)
-    value, end = piece.beyond(colon.end()).value(1)
-    if key not in _PACKET:
-        return
-    if seen.get(key, False):
-        _refuse_if_any(iter([_Fault(f"/{key}", "appears twice")]))
-    _refuse_if_any(_faults_of_object({key: value}, "", {key: _PACKET[key]}))
+def _faults_of_member(key: str, text: str, seen: list[str]) -> Iterator[_Fault]:
+    """Yield what is wrong with a member of the packet that these came before; ``text`` begins with its value."""
+    if key in seen:
+        yield _Fault(f"/{key}", "appears twice")
+    yield from _faults_of_object({key: _like(text[0])}, "", {key: _PACKET[key]})
     if key == "emitterId":
-        _refuse_if_any(_faults_of_emitter(value))
+        yield from _faults_of_emitter(_DECODER.raw_decode(text)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- the schema
@@ -290,6 +198,7 @@ class _Member(NamedTuple):
     required: bool
 
 
+_NO_MESSAGE: Final = _Fault("/messages", "expected at least one message")
 _PACKET: Final = {
     "emitterId": _Member(str, required=True),
     "messages": _Member(list, required=True),
@@ -328,7 +237,7 @@ def _faults(packet: Any, *, strict: bool) -> Iterator[_Fault]:
     if not isinstance(messages, list):
         return
     if not messages:
-        yield _Fault("/messages", "expected at least one message")
+        yield _NO_MESSAGE
     for index, message in enumerate(messages):
         yield from _faults_of_message(message, f"/messages/{index}", strict=strict)
 

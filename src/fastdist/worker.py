@@ -281,7 +281,7 @@ class Worker:
         self._stopped.set()
 
     def _close_what_is_over(self, *, idle: bool) -> None:
-        """Let go of emitters that have read their last answer, or had the time to; with ``idle`` of those without one."""
+        """Close connections whose last answer is read, or had time to be; with ``idle`` also those without one."""
         self.poller.turn()  # a request that is there already is no longer to come
         for connection in tuple(self.intake.connections):
             if connection.transport is None:

@@ -240,11 +240,11 @@ EXPECTED_STAMP = "expected an RFC 3339 date-time such as 2026-01-31T12:34:56.789
         (
             b"{",
             "malformed",
-            "not JSON: expecting property name enclosed in double quotes at line 1, column 2 (byte 1)",
+            "not JSON: expected a name in double quotes at line 1, column 2 (byte 1)",
             None,
         ),
-        (b'{"a":\xff}', "malformed", "not UTF-8: invalid start byte at byte 5", None),
-        (b" ", "malformed", "not JSON: expecting value at line 1, column 2 (byte 1)", None),
+        (b'{"a":\xff}', "malformed", "not UTF-8 at line 1, column 6 (byte 5)", None),
+        (b" ", "malformed", "not JSON: expected a value at line 1, column 2 (byte 1)", None),
         (b"{}", "invalid", "/emitterId: is required (and 1 more)", MISSING),
         (
             b"[]",

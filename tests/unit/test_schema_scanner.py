@@ -1,4 +1,4 @@
-"""The scanner against its model, packet.check: the same for all bytes, and within its buffer."""
+"""The scanner against its models, json and packet.check: the same for all bytes, and within its buffer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fastdist import packet
 from fastdist._core import schema
-from fastdist._core.schema import hash_text, scan
+from fastdist._core.schema import hash_text, malformed, scan
 from fastdist.errors import PacketError
 from fastdist.packet import check
 
@@ -36,7 +36,25 @@ def verdict(body: bytes, *, strict: bool) -> tuple[int, int] | None:
         return None
 
 
+def is_json(body: bytes) -> bool:
+    """Whether Python's decoder takes it for JSON, without what is refused here on purpose."""
+    try:
+        value = json.loads(body.decode(), object_pairs_hook=tuple, parse_int=float, parse_constant=int)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair
+        return depth(value) <= 128
+    except (ValueError, RecursionError):
+        return False
+
+
+def depth(value: Any) -> int:
+    """How many containers there are within each other. Objects are tuples of pairs."""
+    if isinstance(value, tuple):
+        value = [member for _, member in value]
+    return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0
+
+
 def assert_right(body: bytes) -> None:
+    assert (malformed(body) is None) == is_json(body)
     for strict in (False, True):
         assert scan(body, strict) == verdict(body, strict=strict)
 

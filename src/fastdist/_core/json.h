@@ -1,4 +1,5 @@
-/* The one step of the JSON scanner (schema.pyx) that is worth vector instructions: passing over plain text. */
+/* What the JSON scanner (schema.pyx) cannot say in Cython: vector instructions where they are worth it, for passing over
+ * plain text, and that some code is hardly ever run. */
 #ifndef FASTDIST_JSON_H
 #define FASTDIST_JSON_H
 
@@ -52,6 +53,19 @@ static inline const unsigned char *fd_plain_end(const unsigned char *p, const un
     if (p == end) return end;
     stops = fd_stops(end - FD_BLOCK) >> (FD_STRIDE * (FD_BLOCK - (end - p)));
     return stops ? p + fd_first(stops) : end;
+}
+
+/* Where and why something was last not JSON. Whoever scans holds the GIL. */
+typedef struct {
+    const unsigned char *at;
+    const char *why;
+} fd_stop;
+static fd_stop fd_stopped;
+
+__attribute__((cold, noinline)) static const unsigned char *fd_no(const unsigned char *at, const char *why) {
+    fd_stopped.at = at;
+    fd_stopped.why = why;
+    return NULL;
 }
 
 #endif

@@ -2,8 +2,10 @@
 
 Theory of operation. ``packet.check`` says what a log packet is: it decodes the body and looks at what came out. Nearly
 every body is a good one, though, and of a good one the service needs two figures only, so the scanner reads the bytes
-where they lie and builds nothing. It answers "yes, with these facts" or "no", and then where it stopped; what is wrong
-there ``packet.check`` tells, which decodes small bodies whole, and of large ones only that place. Hence the rules:
+where they lie and builds nothing. It answers "yes, with these facts" or "no". What keeps a body from being JSON at all
+the same functions say, in words of our own and with the place (``malformed``). What keeps JSON from being a packet
+``packet.check`` says, which decodes small bodies whole, and of large ones only the place where the scanner stopped.
+Hence the rules:
 
 1. Sound: a yes implies that ``packet.check`` accepts the same bytes with the same facts. Therefore the whole body is
    checked against RFC 8259, the parts nobody looks at as well: the escapes, the numbers, the UTF-8.
@@ -12,8 +14,8 @@ there ``packet.check`` tells, which decodes small bodies whole, and of large one
 3. No byte outside the body is read (it may end where a mapping ends), nothing is allocated, nothing calls itself.
 
 The functions hand a cursor along: each takes the place where its piece begins and returns the place behind it, or NULL
-for "no". ``end`` is the place of the packet's own closing brace, which is looked up first. That byte may be
-read but not passed. It goes on no space, number, escape or character beyond ASCII, so what reads these byte by byte
+for "no". ``end`` is the place of the packet's own closing brace, which is looked up first, or (``malformed``) of the NUL
+behind the bytes of every bytes object. That byte may be read but not passed. It goes on no space, number, escape or character beyond ASCII, so what reads these byte by byte
 stops there by itself; only what passes a closing brace, and what reads several bytes at once, must compare with it.
 
 ``scan_packet`` and ``scan_message`` know the schema and read the members of their objects one by one, in any order; a
@@ -36,6 +38,12 @@ cdef extern from "<ctype.h>" nogil:
 
 cdef extern from "json.h" nogil:
     cursor plain_end "fd_plain_end"(cursor p, cursor end)
+    const int BLOCK "FD_BLOCK"
+    struct Stop "fd_stop":
+        cursor at
+        const char *why
+    Stop stopped "fd_stopped"  # by the last `no`
+    cursor no "fd_no"(cursor at, const char *why)
 
 cdef enum:
     SHORTEST = 45  # bytes: {"emitterId":"a","messages":[{"message":""}]}
@@ -60,6 +68,23 @@ cdef enum:
     LEVEL = 32
     SOURCE = 64
 
+# What is said of a body that is not JSON, or not as it is accepted here.
+cdef const char *NO_UTF8 = b"not UTF-8"
+cdef const char *TOO_DEEP = b"nested more than 128 levels deep"
+cdef const char *BYTE_ORDER_MARK = b"not JSON: a byte order mark"
+cdef const char *NO_VALUE = b"not JSON: expected a value"
+cdef const char *NOT_FINITE = b"not JSON, which knows no NaN and no Infinity,"
+cdef const char *NO_NAME = b"not JSON: expected a name in double quotes"
+cdef const char *NO_COLON = b"not JSON: expected a colon"
+cdef const char *NO_DIGIT = b"not JSON: expected a digit"
+cdef const char *NO_END_OF_OBJECT = b"not JSON: expected a comma or a closing brace"
+cdef const char *NO_END_OF_ARRAY = b"not JSON: expected a comma or a closing bracket"
+cdef const char *NO_END_OF_STRING = b"not JSON: unterminated string, which begins"
+cdef const char *NO_END_OF_BODY = b"not JSON: expected the end of the body"
+cdef const char *NO_ESCAPE = b"not JSON: invalid escape sequence"
+cdef const char *HALF_A_PAIR = b"not JSON: half a surrogate pair, which is no character,"
+cdef const char *CONTROL_CHARACTER = b"not JSON: unescaped control character in a string"
+
 cdef const char *LEVELS = b"info    warn    error   debug   trace   fatal   warning critical"
 
 
@@ -78,7 +103,7 @@ cdef inline cursor skip_space(cursor p) noexcept nogil:
 cdef inline cursor scan_digits(cursor p) noexcept nogil:
     """One digit at least."""
     if not c'0' <= p[0] <= c'9':
-        return NULL
+        return no(p, NOT_FINITE if p[0] == c'I' else NO_DIGIT)
     while c'0' <= p[0] <= c'9':
         p += 1
     return p
@@ -94,15 +119,15 @@ cdef cursor scan_escapes(cursor p) noexcept nogil:
         if p[1] in (c'"', c'\\', c'/', c'b', c'f', c'n', c'r', c't'):
             p += 2
         elif p[1] != c'u' or not is_hex(p + 2):
-            return NULL
+            return no(p, NO_ESCAPE)
         elif p[2] | 0x20 != c'd' or p[3] < c'8':
             p += 6
         # Half of a surrogate pair, \uD800 to \uDFFF. The grammar lets one stand alone, but it is no character and many
         # parsers refuse it: here the second half must follow the first.
         elif p[3] | 0x20 >= c'c' or p[6] != c'\\' or p[7] != c'u' or not is_hex(p + 8):
-            return NULL
+            return no(p, HALF_A_PAIR)
         elif p[8] | 0x20 != c'd' or p[9] | 0x20 < c'c':
-            return NULL
+            return no(p, HALF_A_PAIR)
         else:
             p += 12
     return p
@@ -118,22 +143,22 @@ cdef cursor scan_utf8(cursor p) noexcept nogil:
     while lead >= 0x80:
         if 0xC2 <= lead <= 0xDF:
             if not is_tail(p[1]):
-                return NULL
+                return no(p, NO_UTF8)
             p += 2
         elif 0xE0 <= lead <= 0xEF:
             if not is_tail(p[1]) or not is_tail(p[2]):
-                return NULL
+                return no(p, NO_UTF8)
             if (lead == 0xE0 and p[1] < 0xA0) or (lead == 0xED and p[1] > 0x9F):  # too long a form; a surrogate
-                return NULL
+                return no(p, NO_UTF8)
             p += 3
         elif 0xF0 <= lead <= 0xF4:
             if not is_tail(p[1]) or not is_tail(p[2]) or not is_tail(p[3]):
-                return NULL
+                return no(p, NO_UTF8)
             if (lead == 0xF0 and p[1] < 0x90) or (lead == 0xF4 and p[1] > 0x8F):  # too long a form; above U+10FFFF
-                return NULL
+                return no(p, NO_UTF8)
             p += 4
         else:
-            return NULL
+            return no(p, NO_UTF8)
         lead = p[0]
     return p
 
@@ -148,11 +173,11 @@ cdef cursor scan_rest(cursor p, cursor end) noexcept nogil:
         elif p[0] >= 0x80:
             p = scan_utf8(p)
         else:
-            return NULL
+            return no(p, CONTROL_CHARACTER)
         if p == NULL:
             return NULL
         p = plain_end(p, end)
-    return NULL
+    return no(p, NO_END_OF_STRING)
 
 
 cdef inline cursor scan_string(cursor p, cursor end) noexcept nogil:
@@ -164,6 +189,8 @@ cdef inline cursor scan_string(cursor p, cursor end) noexcept nogil:
 cdef cursor scan_number(cursor p) noexcept nogil:
     if p[0] == c'-':
         p += 1
+    elif not c'0' <= p[0] <= c'9':
+        return no(p, NOT_FINITE if p[0] == c'N' or p[0] == c'I' else NO_VALUE)
     p = p + 1 if p[0] == c'0' else scan_digits(p)
     if p != NULL and p[0] == c'.':
         p = scan_digits(p + 1)
@@ -179,13 +206,13 @@ cdef inline bint is_word(cursor p, cursor end, const char *word, Py_ssize_t leng
 cdef inline cursor scan_colon(cursor p) noexcept nogil:
     """From behind a key to the first byte of its value."""
     p = skip_space(p)
-    return skip_space(p + 1) if p[0] == c':' else NULL
+    return skip_space(p + 1) if p[0] == c':' else no(p, NO_COLON)
 
 
 cdef inline cursor scan_name(cursor p, cursor end) noexcept nogil:
     """From the first byte of a key to the first byte of its value."""
     if p[0] != c'"':
-        return NULL
+        return no(p, NO_NAME)
     p = scan_string(p + 1, end)
     return scan_colon(p) if p != NULL else NULL
 
@@ -202,7 +229,7 @@ cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
             p = scan_string(p + 1, end)
         elif c == c'{' or c == c'[':
             if depth == room:
-                return NULL
+                return no(p, TOO_DEEP)
             p = skip_space(p + 1)
             if p[0] != c + 2:  # ASCII has the closing bracket two places behind the opening one
                 if unlikely(depth == WORD):
@@ -216,11 +243,11 @@ cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
                 continue
             p = p + 1 if p != end else NULL
         elif c == c't':
-            p = p + 4 if is_word(p, end, b"true", 4) else NULL
+            p = p + 4 if is_word(p, end, b"true", 4) else no(p, NO_VALUE)
         elif c == c'f':
-            p = p + 5 if is_word(p, end, b"false", 5) else NULL
+            p = p + 5 if is_word(p, end, b"false", 5) else no(p, NO_VALUE)
         elif c == c'n':
-            p = p + 4 if is_word(p, end, b"null", 4) else NULL
+            p = p + 4 if is_word(p, end, b"null", 4) else no(p, NO_VALUE)
         else:
             p = scan_number(p)
         if p == NULL:
@@ -233,7 +260,7 @@ cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
             if p[0] == c',':
                 break
             if p[0] != (c'}' if objects & 1 else c']') or p == end:
-                return NULL
+                return no(p, NO_END_OF_OBJECT if objects & 1 else NO_END_OF_ARRAY)
             p += 1
             depth -= 1
             objects >>= 1
@@ -592,17 +619,55 @@ def scan(bytes body not None, bint strict=False):
     return facts.messages, facts.emitter_hash
 
 
-def locate(bytes body not None, bint strict=False):
-    """Of what is no log packet: ``(byte, message, emitter_seen, messages_seen)``.
+def malformed(bytes body not None):
+    """What keeps a body from being JSON as it is accepted here: ``(what, line, column, byte)``; None if nothing does.
 
-    What begins at ``byte`` is at fault: a message (its number; else None), a member of the packet, or what stands where
-    the packet should go on or end. The others say which of the members that are required came before it.
+    Lines and columns (of characters) count from 1, bytes from 0. Everything before that place is in order.
+    """
+    cdef bytes padded = body.ljust(BLOCK)  # which plain_end asks for; spaces behind it change nothing
+    cdef cursor start = <cursor>PyBytes_AS_STRING(padded)
+    cdef cursor end = start + len(padded)
+    cdef cursor p
+    cdef cursor opening = NULL
+    cdef Py_ssize_t i, byte, line = 1, column = 1
+    if body.startswith(b"\xef\xbb\xbf"):
+        p = no(start, BYTE_ORDER_MARK)
+    else:
+        p = scan_value(skip_space(start), end, MAX_DEPTH)
+    if p != NULL:
+        p = skip_space(p)
+        if p == end:
+            return None
+        no(p, NO_END_OF_BODY)
+    if stopped.why == NO_END_OF_STRING:  # where it begins is of use: up to there a quote that is in no string begins one
+        p = start
+        while p != NULL:
+            opening = <cursor>memchr(p, c'"', end - p)
+            p = scan_string(opening + 1, end)
+        stopped.at = opening
+    elif stopped.at[0] >= 0x80 and stopped.why != BYTE_ORDER_MARK:
+        scan_utf8(stopped.at)  # which says so, if that is the reason
+    byte = min(stopped.at - start, len(body))
+    for i in range(byte):
+        if start[i] == c'\n':
+            line, column = line + 1, 1
+        elif not is_tail(start[i]):
+            column += 1
+    return stopped.why.decode("ascii"), line, column, byte
+
+
+def locate(bytes body not None, bint strict=False):
+    """Of JSON that is no log packet: ``(byte, message, seen)``.
+
+    What begins at ``byte`` is at fault: a message (its number; else None), a member of the packet, or the packet's end
+    where a member is missing. ``seen``: the known members that came before it.
     """
     cdef PacketFacts facts
     cdef const unsigned char *start = <const unsigned char *>PyBytes_AS_STRING(body)
     scan_packet(start, PyBytes_GET_SIZE(body), strict, &facts)
-    return (facts.reached - start, facts.messages if facts.in_messages else None,
-            facts.seen & EMITTER_ID != 0, facts.seen & MESSAGES != 0)
+    seen = [name for bit, name in ((EMITTER_ID, "emitterId"), (MESSAGES, "messages"), (METADATA, "metadata"))
+            if facts.seen & bit]
+    return facts.reached - start, facts.messages if facts.in_messages else None, seen
 
 
 def hash_text(bytes utf8 not None):
