@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from ingest_harness import Service, corpus
 from test_forward_replies import CASES, FIN, OPEN, RST, Trials
 from test_ingest_hostile import TRAILERS, Recorder, SecondOpinion, requests_read
-from test_schema_scanner import ACCEPTED, REFUSED, bodies_with
+from test_schema_scanner import ACCEPTED, REFUSED, bodies_with, is_json
 
+from fastdist._core.schema import malformed
 from fastdist.errors import PacketError
 from fastdist.packet import check
 
@@ -39,8 +40,10 @@ def _verdict(body: bytes, *, strict: bool) -> tuple[int, int] | None:
 
 
 def packet(given: Input) -> None:
-    """Check that the scanner says of every body what ``packet.check`` says."""
+    """Check that the scanner says of every body what ``packet.check`` says, and Python's decoder of its being JSON."""
     body = given.data
+    if (malformed(body) is None) != is_json(body):
+        raise AssertionError(("Python's decoder says otherwise of this JSON", malformed(body), body))
     for strict in (False, True):
         facts, verdict = given.scan(strict), _verdict(body, strict=strict)
         if facts != verdict:
