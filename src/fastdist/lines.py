@@ -43,6 +43,11 @@ class LineCutter:
         self._offset = offset  # of the rest
         self._at_start = at_start  # the rest begins a line
 
+    @property
+    def pending(self) -> int:
+        """Bytes that have come of a line or part that is not certain yet."""
+        return len(self._rest)
+
     def feed(self, data: bytes) -> list[Line]:
         """Return the lines and parts that are certain now."""
         *ended, self._rest = (self._rest + data).split(b"\n")

@@ -88,7 +88,8 @@ class Recipe(msgspec.Struct, frozen=True):
 class Packet(NamedTuple):
     """A packet, made of the bytes from ``offset`` to ``end``; one without messages (empty lines only) is not sent.
 
-    ``tally`` counts what was special about its lines, by the names in TALLIES.
+    ``tally`` counts what was special about its lines, by the names in TALLIES. ``cut`` is the recipe's ``most_bytes``,
+    on which it depends where a line too long for a packet is cut. ``tail``: a digest of the log's bytes before ``end``.
     """
 
     id: str
@@ -97,6 +98,8 @@ class Packet(NamedTuple):
     end: int
     messages: int
     tally: Counter[str]
+    cut: int
+    tail: str = ""
 
 
 class Encoder:
@@ -196,6 +199,7 @@ class Packer:
 
     def __init__(self, recipe: Recipe, identity: str, *, all_in_one: bool = False) -> None:
         self._encoder, self._identity = Encoder(recipe.style), identity
+        self._cut = recipe.most_bytes
         self._most_messages = sys.maxsize if all_in_one else recipe.most_messages
         self._most_bytes = sys.maxsize if all_in_one else recipe.most_bytes
         self._emitter = orjson.dumps(recipe.style.emitter)
@@ -235,9 +239,8 @@ class Packer:
     def flush(self) -> Iterator[Packet]:
         """Yield what has gathered as a packet, if anything has."""
         if self._offset >= 0:
-            packet = Packet(
-                self._id(), self._body(self._offset), self._offset, self._end, len(self._messages), self._tally
-            )
+            body = self._body(self._offset)
+            packet = Packet(self._id(), body, self._offset, self._end, len(self._messages), self._tally, self._cut)
             self._clear()
             yield packet
 

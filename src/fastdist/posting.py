@@ -1,13 +1,22 @@
-"""A distributor as a client sees it, for the command line: one keep-alive connection, and what is answered on it."""
+"""A distributor as a client sees it, for the command line: one keep-alive connection, and what is answered on it.
+
+Of a name's addresses each is tried, the next one 250 ms after the one before or as soon as that fails; the first that
+takes the connection has it (RFC 8305, Happy Eyeballs).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
+import selectors
+import socket
 import ssl
+import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPSConnection, RemoteDisconnected, responses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -15,6 +24,7 @@ from fastdist import __version__
 from fastdist.units import Endpoint, parse_endpoint
 
 TIMEOUT = 30.0  # seconds without a sign of life
+ATTEMPT_DELAY = 0.25  # seconds before the next address is tried beside the one before
 LARGEST_ANSWER = 1 << 16  # bytes of an answer that are read
 
 
@@ -82,15 +92,16 @@ class Connection:
     """One keep-alive connection to a distributor, opened when it is needed. Not for two threads at once."""
 
     def __init__(self, target: Target, timeout: float | None = None) -> None:
-        endpoint, timeout = target.endpoint, timeout or TIMEOUT
+        endpoint, self._timeout = target.endpoint, timeout or TIMEOUT
+        self._context = target.context
         self._path = endpoint.path_and_query.rstrip("/")
         self._headers = {"User-Agent": f"fastdist/{__version__}"}
         if target.token:
             self._headers["Authorization"] = f"Bearer {target.token}"
         self._connection = (
-            HTTPSConnection(endpoint.host, endpoint.port, timeout=timeout, context=target.context)
+            HTTPSConnection(endpoint.host, endpoint.port, context=target.context)
             if endpoint.scheme == "https"
-            else HTTPConnection(endpoint.host, endpoint.port, timeout=timeout)
+            else HTTPConnection(endpoint.host, endpoint.port)
         )
 
     @property
@@ -103,7 +114,7 @@ class Connection:
         connection = self._connection
         try:
             if connection.sock is None:
-                connection.connect()
+                connection.sock = self._opened()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
                 connection.request(method, self._path + path, body, self._headers | headers)
             response = connection.getresponse()
@@ -114,6 +125,17 @@ class Connection:
             connection.close()
             raise
         return Reply(response.status, content, response.getheader("Retry-After"))
+
+    def _opened(self) -> socket.socket:
+        """Return a new connection, with TLS where that is wanted."""
+        connection = self._connection
+        sock = connect(connection.host, connection.port, self._timeout)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self._context.wrap_socket(sock, server_hostname=connection.host) if self._context else sock
+        except BaseException:
+            sock.close()
+            raise
 
     def close(self) -> None:
         """Close it."""
@@ -129,6 +151,50 @@ class Sender(Connection):
         reply = self.request("POST", "/logs", body, headers, LARGEST_ANSWER)
         detail = _detail(reply.content) or responses.get(reply.status, "")
         return Answer(reply.status, detail, _seconds(reply.retry_after))
+
+
+def connect(host: str, port: int, timeout: float) -> socket.socket:
+    """Return a connection to the first of a name's addresses that takes it, with this time-out (seconds).
+
+    Raises OSError: that of the last address which failed, TimeoutError when none has in time.
+    """
+    waiting = _interleaved(host, port)
+    end = time.monotonic() + timeout
+    error: OSError = TimeoutError("timed out")
+    with selectors.DefaultSelector() as race, contextlib.ExitStack() as losers:
+        while waiting or race.get_map():
+            if waiting:
+                family, address = waiting.pop(0)
+                try:
+                    sock = losers.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                    sock.settimeout(0)
+                    sock.connect(address)
+                except BlockingIOError:
+                    pass
+                except OSError as failure:  # there is no way to it
+                    error = failure
+                    continue
+                race.register(sock, selectors.EVENT_WRITE, sock)
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            for key, _ in race.select(min(ATTEMPT_DELAY, left) if waiting else left):
+                race.unregister(key.fileobj)
+                code = key.data.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    winner: socket.socket = key.data.dup()
+                    winner.settimeout(timeout)
+                    return winner
+                error = OSError(code, os.strerror(code))
+    raise error
+
+
+def _interleaved(host: str, port: int) -> list[tuple[int, Any]]:
+    """Return family and address of all addresses of a name, the families in turn. Raises OSError."""
+    families: dict[int, list[tuple[int, Any]]] = {}
+    for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        families.setdefault(family, []).append((family, address))
+    return [found for row in itertools.zip_longest(*families.values()) for found in row if found is not None]
 
 
 def describe(error: Exception, timeout: float | None = None) -> str:

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from fastdist.logfile import Log
+from fastdist.offsets import InUseError
 from fastdist.posting import Answer, Sender, Target, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastdist.logfile import Stream
-    from fastdist.offsets import OffsetFile
+    from fastdist.offsets import OffsetFile, Position
     from fastdist.packing import Packet
 
 WINDOW = 4  # packets a connection
@@ -67,11 +68,11 @@ class Events(Protocol):
 class Sources(Protocol):
     """What is to be sent."""
 
-    def begin(self, offsets: OffsetFile | None) -> list[Log | Stream]:
+    def begin(self, offsets: OffsetFile | None) -> Log | Stream:
         """Return what is to be sent first, open."""
 
     def following(self, log: Log, stopping: Callable[[], bool]) -> Log | None:
-        """Return what comes after a log that was followed to its end; None if nothing does."""
+        """Return what comes after a log that has ended; None if nothing does."""
 
 
 class Summary(msgspec.Struct):
@@ -91,11 +92,19 @@ class Summary(msgspec.Struct):
 class _Slot:
     """A packet on its way."""
 
-    __slots__ = ("packet", "sent")
+    __slots__ = ("packet", "posted", "refused", "sent")
 
-    def __init__(self, packet: Packet) -> None:
+    def __init__(self, packet: Packet, *, posted: bool) -> None:
+        """Take a packet, which may have been ``posted`` by whoever sent this log before."""
         self.packet = packet
+        self.posted = posted
+        self.refused = False  # for good
         self.sent = not packet.messages  # empty lines only: there is nothing to send
+
+    @property
+    def plan(self) -> tuple[int, int]:
+        """Its end and how it was cut, as an offset file has it: a refused one is to be cut anew."""
+        return self.packet.end, 0 if self.refused else self.packet.cut
 
 
 class Shipper:
@@ -114,24 +123,25 @@ class Shipper:
         self._window: deque[_Slot] = deque()  # from the first packet that is not sent on, in the log's order
         self._todo: deque[_Slot] = deque()  # what no connection has taken yet
         self._under_way = 0
-        self._offset = 0  # up to which everything is sent
+        self._last: Packet | None = None  # up to which everything is sent
         self._rest_matters = False  # also when it is to end: what was read is sent
         self._pauses = Pauses(patience)
         self._fault: BaseException | None = None
 
     def run(self, sources: Sources, offsets: OffsetFile | None, *, follow: bool) -> Summary:
         """Send all there is; return how it went. Raises OSError and ValueError for logs that cannot be read."""
-        logs = sources.begin(offsets)
+        log: Log | Stream | None = sources.begin(offsets)
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.connections)]
         for thread in threads:
             thread.start()
         try:
-            while logs and not self._halt.is_set():
-                log, last = logs[0], len(logs) == 1
-                self._ship(log, Recorder(log, offsets), follow=follow and last)
-                if follow and last and isinstance(log, Log) and not self._halt.is_set():
-                    logs += filter(None, [sources.following(log, self._is_stopping)])
-                logs.pop(0).close()
+            while log is not None and not self._halt.is_set():
+                self._ship(log, Recorder(log, offsets), follow=follow)
+                following = None
+                if isinstance(log, Log) and not self._halt.is_set():
+                    following = sources.following(log, self._is_stopping)
+                log.close()
+                log = following
         except KeyboardInterrupt:
             threads = []  # at once: what is under way is left to itself
             raise
@@ -140,7 +150,7 @@ class Shipper:
             while threads:
                 threads[0].join(LOOK_EVERY)
                 threads = [thread for thread in threads if thread.is_alive()]
-            for log in logs:
+            if log is not None:
                 log.close()
         if self._fault is not None:
             raise self._fault
@@ -151,15 +161,16 @@ class Shipper:
 
     def _ship(self, source: Log | Stream, recorder: Recorder, *, follow: bool) -> None:
         """Send a log until it ends or the run does."""
-        self._offset = source.start
+        self._last = None
         self._rest_matters = follow or not source.resumable
         with self._changed:
             self.events.begin(source)
         most = max(1, self.connections * WINDOW // 2) if recorder.active else 1
+        in_doubt = source.in_doubt if isinstance(source, Log) else set()
         group: list[_Slot] = []
         for packet in source.packets(self._is_stopping, follow=follow):
             if packet is not None:
-                group.append(_Slot(packet))
+                group.append(_Slot(packet, posted=packet.end in in_doubt))
             if group and (packet is None or len(group) >= most):
                 self._hand_out(group, recorder)
                 group = []
@@ -175,8 +186,10 @@ class Shipper:
                 pass
             unsent = sum(slot.packet.messages for slot in self._window if not slot.sent)
             self.summary.unsent += 0 if source.resumable else unsent
+            while self._window and not self._window[-1].posted:
+                self._window.pop()  # nobody has seen it: it may be cut in another way the next time
         self._record(recorder)
-        self.summary.offset = self._offset
+        self.summary.offset = self._last.end if self._last else source.start
 
     def _hand_out(self, group: list[_Slot], recorder: Recorder) -> None:
         """Have packets sent once there is room for them and their ends are recorded."""
@@ -213,11 +226,13 @@ class Shipper:
 
     def _record(self, recorder: Recorder) -> None:
         with self._changed:
-            offset, planned = self._offset, [slot.packet.end for slot in self._window]
+            last, plan = self._last, [slot.plan for slot in self._window]
         try:
-            recorder.record(offset, planned)
+            recorder.record(last, plan)
         except OSError as error:
             self._end(f"cannot write {recorder.path}: {error.strerror}")
+        except InUseError as error:
+            self._end(str(error))
 
     def _end(self, why: str | None = None) -> None:
         with self._changed:
@@ -234,7 +249,7 @@ class Shipper:
         """Move the offset over all that is sent; the lock is held."""
         while self._window and self._window[0].sent:
             slot = self._window.popleft()
-            self._offset = slot.packet.end
+            self._last = slot.packet
             if not slot.packet.messages:
                 self.summary.bytes += slot.packet.end - slot.packet.offset
                 self.summary.tally += slot.packet.tally
@@ -266,7 +281,9 @@ class Shipper:
             if self._halt.is_set():
                 return None
             self._under_way += 1
-            return self._todo.popleft()
+            slot = self._todo.popleft()
+            slot.posted = True
+            return slot
 
     def _post(self, sender: Sender, packet: Packet) -> Answer | None:
         """Post a packet until there is a final answer; None when the run ends before that."""
@@ -313,6 +330,7 @@ class Shipper:
         elif answer.status in WRONG_DOOR or answer.status < 400:  # noqa: PLR2004  (redirections are not followed)
             self._end_now(f"{self.target.url} answers {answer.text}; {answer.advice}", refused=True)
         else:
+            slot.refused = True
             advice = "; try a smaller --batch-bytes" if answer.status == TOO_LARGE else ""
             place = f"the {packet.messages} messages of bytes {packet.offset} to {packet.end}"
             self._end_now(f"{self.target.url} refuses {place}: {answer.text}{advice}", refused=True)
@@ -357,7 +375,7 @@ class Recorder:
 
     def __init__(self, source: Log | Stream, offsets: OffsetFile | None) -> None:
         self._source, self._offsets = source, offsets
-        self._last: tuple[int, list[int]] | None = None
+        self._saved: Position | None = None
         self._next = 0.0
         self.active = offsets is not None and isinstance(source, Log)
         self.path = offsets.path if offsets else None
@@ -367,11 +385,13 @@ class Recorder:
         """Whether it is time to record how far things are."""
         return self.active and time.monotonic() >= self._next
 
-    def record(self, offset: int, planned: list[int]) -> None:
-        """Record what is new. Raises OSError."""
+    def record(self, last: Packet | None, plan: list[tuple[int, int]]) -> None:
+        """Record what is new, also if somebody has taken the file away. Raises InUseError and OSError."""
         if self._offsets is None or not isinstance(self._source, Log):
             return
         self._next = time.monotonic() + RECORD_EVERY
-        if self._last != (offset, planned):
-            self._offsets.save(self._source.reached(offset, planned))
-            self._last = offset, planned
+        position = self._source.reached(last, plan)
+        written = self._saved.written if self._saved else 0  # that alone is not worth a sync
+        if msgspec.structs.replace(position, written=written) != self._saved or not self._offsets.has_its_name:
+            self._offsets.save(position)
+            self._saved = position

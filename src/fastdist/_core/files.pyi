@@ -1,0 +1,3 @@
+"""What Python does not tell of files: when one was made."""
+
+def birth_ns(fd: int) -> int: ...
