@@ -139,7 +139,7 @@ def _send(shipper: Shipper, logs: Sources, offset_file: Path | None, view: SendV
     for line in sendview.summary_lines(summary, time.monotonic() - started):
         typer.echo(line)
     if offset_file:
-        typer.echo(f"all is accepted up to byte {summary.offset}, as {offset_file} says")
+        typer.echo(f"all is accepted up to byte {summary.offset}, as {typer.format_filename(offset_file)} says")
     if summary.stopped:
         typer.echo(f"stopped: {summary.stopped}", err=True)
         return REFUSED if summary.refused else INCOMPLETE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -266,6 +267,37 @@ def test_a_log_is_followed_over_rotations_until_it_is_told_to_stop(keeping, serv
 
 
 @pytest.mark.slow
+def test_a_log_rotated_twice_between_two_looks_is_not_passed_by(keeping, serve, run, log, offset_file):
+    fastdist = serve(keeping)
+    fill(log, 100)
+    send = run(*arguments(fastdist, log, "--follow", "--offset-file", offset_file))
+    wait_until(lambda: len(arrived(keeping)[0]) == 100, "what is there")
+    for number in (1, 2):
+        if number == 2:
+            log.with_name("app.log.1").rename(log.with_name("app.log.2"))
+        log.rename(log.with_name("app.log.1"))
+        fill(log, 200, 200 * number - 100)
+    wait_until(lambda: len(arrived(keeping)[0]) == 500, "what is in all three")
+    send.signal(signal.SIGTERM)
+    assert send.wait() == 0, send.output
+    assert "was rotated; going on with app.log.1, which came next" in send.output
+    fastdist.wait_at_rest()
+    assert arrived(keeping) == (expected(500), {})
+
+
+def test_names_that_are_no_utf_8_are_no_trouble(keeping, serve, run, tmp_path):
+    fastdist = serve(keeping)
+    log, offset_file = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9.log", b"caf\xe9.offset"))
+    fill(log, 100)
+    for _ in range(2):
+        send = run(*arguments(fastdist, log, "--offset-file", offset_file))
+        assert send.wait() == 0, send.output
+    assert offset_in(offset_file) == log.stat().st_size
+    fastdist.wait_at_rest()
+    assert arrived(keeping) == (expected(100), {})
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_it_in_good_order(keeping, serve, run, log, offset_file):
     fastdist = serve(keeping)
     fill(log, 30_000)
@@ -339,14 +371,15 @@ def test_what_the_distributor_refuses_is_told_and_ends_it(keeping, serve, run, l
     assert sum(arrived(keeping)[0].values()) == 10
 
 
-def test_packets_that_are_too_large_for_the_distributor(keeping, serve, run, log):
+def test_packets_that_are_too_large_for_the_distributor(keeping, serve, run, log, offset_file):
     fastdist = serve(keeping, {"server": {"max_body": "80KiB"}})
     fill(log, 5000)
-    send = run(*arguments(fastdist, log, "--batch", "5000"))
+    send = run(*arguments(fastdist, log, "--batch", "5000", "--offset-file", offset_file))
     assert send.wait() == 4
     assert ": 413 (" in send.output
     assert "try a smaller --batch-bytes" in send.output
-    send = run(*arguments(fastdist, log, "--batch", "5000", "--batch-bytes", "64KiB"))
+    assert offset_in(offset_file) == 0
+    send = run(*arguments(fastdist, log, "--batch", "5000", "--batch-bytes", "64KiB", "--offset-file", offset_file))
     assert send.wait() == 0, send.output
     fastdist.wait_at_rest()
     assert arrived(keeping)[0] == expected(5000)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
+from pathlib import Path
 
+import msgspec
 import pytest
 
-from fastdist import logfile
+from fastdist import logfile, rotation
+from fastdist import offsets as offsets_module
 from fastdist.logfile import Log, StandardInput, Stream, Trail
 from fastdist.offsets import OffsetFile
 from fastdist.packing import SMALLEST_PACKET, Recipe, Style
@@ -152,6 +156,29 @@ def test_other_limits_do_not_change_what_was_planned(path, trail, offsets, notes
     with path.open("ab") as more:
         more.write(lines(10, 12))
     assert [packet.messages for packet in all_of(other.begin(offsets()))] == [3, 3, 1, 1, 1]
+
+
+def test_planned_parts_of_a_line_are_cut_as_they_were(path, trail, offsets, notes):
+    """Where a line comes in parts depends on the most bytes of a packet: those it was planned with."""
+    path.write_bytes(b"x" * (RECIPE.longest * 5 + 7) + b"\n" + lines(0, 3))
+    file = offsets()
+    log = trail.begin(file)
+    packets = all_of(log)
+    accept(file, log, packets, 1)
+    other = Trail(path, Recipe(RECIPE.style, 3, 2 * SMALLEST_PACKET), notes.append)
+    assert all_of(other.begin(offsets())) == packets[1:]
+
+
+def test_what_was_refused_is_cut_anew_and_the_rest_as_planned(path, offsets, notes):
+    path.write_bytes(lines(0, 12))
+    file = offsets()
+    log = Trail(path, RECIPE, notes.append).begin(file)
+    packets = all_of(log)
+    plan = [(packet.end, 0 if number == 1 else packet.cut) for number, packet in enumerate(packets)]
+    file.save(log.reached(None, plan))
+    again = all_of(Trail(path, Recipe(RECIPE.style, 2, SMALLEST_PACKET), notes.append).begin(offsets()))
+    assert [packet.messages for packet in again] == [3, 2, 1, 3, 3]
+    assert [packet.id for packet in again if packet.messages == 3] == [packets[n].id for n in (0, 2, 3)]
 
 
 def test_a_part_of_an_over_long_line_is_made_again(path, trail, offsets):
@@ -374,6 +401,90 @@ def test_a_truncated_log_begins_anew(path, trail, notes):
     assert text_of(again) == 2
     assert again[0].id != first[0].id
     assert only(notes).startswith(f"{path} was truncated; beginning anew")
+
+
+@pytest.mark.parametrize("more", [0, 1, 500], ids=["as long", "longer", "more than a block"])
+def test_a_truncated_log_that_has_regrown_begins_anew(path, trail, notes, more):
+    """Its length does not tell: the bytes before do."""
+    path.write_bytes(lines(100, 200))
+    follower = Follower(trail)
+    follower.step()
+    os.truncate(path, 0)
+    append(path, lines(200, 300 + more))
+    follower.until_it_ends()
+    assert follower.log.outcome == "truncated"
+    assert text_of(follower.next().step()) == 100 + more
+    assert "was truncated" in only(notes)
+
+
+def test_a_log_regrown_during_an_outage_is_noted_by_what_was_read(path, trail, offsets, notes):
+    """What is recorded then is of the bytes that were read, not of those that are in their place by now."""
+    path.write_bytes(lines(100, 110))
+    file = offsets()
+    follower = Follower(trail, file)
+    packets = follower.step()
+    os.truncate(path, 0)
+    append(path, lines(200, 300))
+    accept(file, follower.log, packets)
+    assert text_of(all_of(trail.begin(offsets()))) == 100
+    assert "was truncated" in only(notes)
+
+
+def test_a_log_truncated_and_then_renamed_is_sent_from_its_beginning(path, trail, offsets, half_sent):
+    os.truncate(path, 0)
+    append(path, lines(200, 230))
+    path.rename(path.with_name("app.log.1"))
+    path.write_bytes(lines(300, 301))
+    log = trail.begin(offsets())
+    assert text_of(all_of(log)) == 30
+    assert text_of(all_of(following(trail, log))) == 1
+    assert half_sent
+
+
+def test_a_log_deleted_and_made_again_is_another_one(path, trail, offsets, half_sent, monkeypatch):
+    """It may have the inode of the old one, and lines without a time look alike."""
+    file = offsets()
+    file.save(msgspec.structs.replace(file.position, birth=1))
+    for module in (logfile, offsets_module, rotation):
+        monkeypatch.setattr(module, "birth_ns", lambda _: 2)
+    append(path, lines(9, 12))
+    again = all_of(trail.begin(offsets()))
+    assert text_of(again) == 12
+    assert not {each.id for each in again} & {each.id for each in half_sent}
+
+
+def test_a_successor_that_cannot_be_read_yet_is_waited_for(path, trail, notes, monkeypatch):
+    path.write_bytes(lines(0, 2))
+    follower = Follower(trail)
+    follower.step()
+    path.rename(path.with_name("app.log.1"))
+    path.write_bytes(lines(5, 8))
+    follower.until_it_ends()
+    opened, refusals = os.open, iter(range(3))
+
+    def refuse(name, *arguments, **options):
+        if name == path and not arguments[0] & os.O_PATH and next(refusals, None) is not None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return opened(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert text_of(follower.next().step()) == 3
+    assert notes == [
+        f"{path}: Permission denied; waiting until it can be read",
+        f"{path} was rotated; going on with the new one",
+    ]
+
+
+def test_a_log_whose_name_is_no_utf_8_has_offsets(tmp_path, offsets, notes):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.log"))
+    path.write_bytes(lines(0, 4))
+    trail = Trail(path, RECIPE, notes.append)
+    file = offsets()
+    log = trail.begin(file)
+    packets = all_of(log)
+    accept(file, log, packets, 1)
+    assert all_of(trail.begin(offsets())) == packets[1:]
+    assert offsets().position.file.endswith("/caf\\xe9.log")
 
 
 def test_the_next_log_may_be_long_in_coming(path, trail):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from fastdist._core.files import birth_ns
 from fastdist.offsets import TAIL, InUseError, OffsetFile, Position, tail_digest
 
 
@@ -96,6 +100,7 @@ def test_a_torn_temporary_file_does_not_matter(path):
         '{"file":"x","device":1,"inode":2,"identity":"y","offset":-1}',
         '{"file":"x","device":1,"inode":2,"identity":"y","offset":5,"planned":[5]}',
         '{"file":"x","device":1,"inode":2,"identity":"y","offset":5,"planned":[9,8]}',
+        '{"file":"x","device":1,"inode":2,"identity":"y","planned":[8,9],"cuts":[1]}',
         '{"file":"x","device":1,"inode":2,"identity":"y","unknown":1}',
         "\udcff",
     ],
@@ -129,13 +134,16 @@ def test_a_position_fits_the_log_it_was_noted_for(tmp_path, offset):
     log.write_bytes(bytes(i % 251 for i in range(3 * TAIL)))
     with log.open("r+b") as file:
         fd = file.fileno()
-        noted = position(inode=os.fstat(fd).st_ino, offset=offset, tail=tail_digest(fd, offset))
+        known = {"inode": os.fstat(fd).st_ino, "birth": birth_ns(fd)}
+        noted = position(**known, offset=offset, tail=tail_digest(log.read_bytes()[:offset]))
         assert noted.fits(fd)
         file.seek(0, os.SEEK_END)
         file.write(b"more")
         file.flush()
         assert noted.fits(fd), "it may grow"
-        assert not position(inode=noted.inode + 1, offset=offset, tail=noted.tail).fits(fd)
+        assert not msgspec.structs.replace(noted, inode=noted.inode + 1).fits(fd)
+        assert not noted.birth or not msgspec.structs.replace(noted, birth=noted.birth + 1).fits(fd)
+        assert msgspec.structs.replace(noted, birth=0).fits(fd), "an offset file, or a file system, without it"
         if offset:
             file.seek(offset - 1)
             file.write(b"\xff")
@@ -143,3 +151,134 @@ def test_a_position_fits_the_log_it_was_noted_for(tmp_path, offset):
             assert not noted.fits(fd), "other bytes"
             file.truncate(offset - 1)
             assert not noted.fits(fd), "too short"
+
+
+# ----------------------------------------------------------------------------------- a name that is no longer the file
+
+
+def read(path):
+    with OffsetFile(path) as offsets:
+        return offsets.position
+
+
+@pytest.mark.parametrize("what", ["deleted", "renamed", "exchanged", "folder exchanged"])
+def test_a_file_taken_away_is_not_written_on_unseen(tmp_path, what):
+    path = tmp_path / "state" / "log.offset"
+    path.parent.mkdir()
+    with OffsetFile(path) as offsets:
+        offsets.save(position(offset=1))
+        assert offsets.has_its_name
+        if what == "deleted":
+            path.unlink()
+        elif what == "folder exchanged":
+            path.parent.rename(tmp_path / "old")
+            path.parent.mkdir()
+        else:
+            path.rename(tmp_path / "old")
+        if what == "exchanged":
+            path.write_text("something else")
+        assert not offsets.has_its_name
+        offsets.save(position(offset=2))
+        assert offsets.has_its_name
+        with pytest.raises(InUseError):
+            OffsetFile(path)
+    assert read(path).offset == 2
+
+
+def test_a_file_that_became_anothers_is_left_to_it(path):
+    with OffsetFile(path) as first:
+        first.save(position(offset=1))
+        path.unlink()
+        with OffsetFile(path) as second:
+            second.save(position(offset=5))
+            with pytest.raises(InUseError, match="in use by another"):
+                first.save(position(offset=2))
+    assert read(path).offset == 5
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(path, tmp_path):
+    (tmp_path / "state").mkdir()
+    path.symlink_to("state/offset")
+    for offset in (1, 2):
+        with OffsetFile(path) as offsets:
+            offsets.save(position(offset=offset))
+            offsets.save(position(offset=offset + 10))
+            assert offsets.has_its_name
+        assert path.is_symlink()
+        assert list((tmp_path / "state").iterdir()) == [tmp_path / "state" / "offset"]
+        assert read(tmp_path / "state" / "offset").offset == offset + 10
+
+
+# ------------------------------------------------------------------------------------------------------------- in place
+
+
+@pytest.fixture
+def mounted(monkeypatch):
+    """A file that is a mount point has to stay where it is."""
+
+    def refuse(self, _):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+@pytest.mark.usefixtures("mounted")
+@pytest.mark.parametrize("before", [b"", b"as it was replaced"])
+def test_a_file_that_cannot_be_replaced_is_written_in_place(path, before):
+    path.write_bytes(before and msgspec.json.format(msgspec.json.encode(position(offset=1))) + b"\n")
+    inode = path.stat().st_ino
+    for offset in range(2, 400):
+        with OffsetFile(path) as offsets:
+            offsets.save(position(offset=offset))
+            offsets.save(position(offset=offset + 1, planned=[10_000]))
+        assert read(path) == position(offset=offset + 1, planned=[10_000])
+    assert path.stat().st_ino == inode
+    assert path.stat().st_size < 1 << 17
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("mounted")
+def test_a_torn_line_leaves_the_one_before_it(path, monkeypatch):
+    with OffsetFile(path) as offsets:
+        for offset in range(1, 4):
+            offsets.save(position(offset=offset))
+    whole = path.read_bytes()
+    two = whole.rindex(b"\n#")
+    for end in range(two, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        assert read(path).offset == 2
+        if end % 16 == 0:
+            with OffsetFile(path) as offsets:
+                offsets.save(position(offset=4))
+            assert read(path).offset == 4
+    # From the beginning again: at every moment one of the two is whole.
+    monkeypatch.setattr("fastdist.offsets.LARGEST_IN_PLACE", 100)
+    path.write_bytes(b"")
+    with OffsetFile(path) as offsets:
+        offsets.save(position(offset=1))
+        offsets.save(position(offset=2))
+        before = path.read_bytes()
+        offsets.save(position(offset=3))
+    line = path.read_bytes()
+    assert len(line) < len(before)
+    for end in range(len(line) + 1):
+        path.write_bytes(line[:end] + before[end:])
+        assert read(path).offset in (2, 3)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+def test_a_file_that_alone_is_mounted_keeps_its_offsets(tmp_path):
+    (tmp_path / "state").touch()
+    (tmp_path / "offset").touch()
+    code = (
+        "from pathlib import Path; from fastdist.offsets import OffsetFile, Position\n"
+        f"with OffsetFile(Path({str(tmp_path / 'offset')!r})) as o: o.save(Position('x', 1, 2, 'y', offset=7))"
+    )
+    mount = f'mount --bind {tmp_path}/state {tmp_path}/offset && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", code], check=False, capture_output=True
+    )
+    if b"unshare" in done.stderr or b"mount:" in done.stderr:
+        pytest.skip("no mounts here")
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "state").offset == 7

@@ -12,7 +12,7 @@ from support import wait_until
 
 from fastdist import sending
 from fastdist.logfile import Trail
-from fastdist.offsets import OffsetFile
+from fastdist.offsets import OffsetFile, Position
 from fastdist.packing import SMALLEST_PACKET, Recipe, Style
 from fastdist.posting import Target
 from fastdist.sending import Pauses, Shipper
@@ -59,9 +59,9 @@ class Rig:
         self.shipper = Shipper(Target.parse(url or self.distributor.url, token), connections, patience, self.events)
         return self.shipper
 
-    def send(self, *, offsets=False, follow=False, **options):
+    def send(self, *, offsets=False, follow=False, recipe=None, **options):
         shipper = self.make(**options)
-        trail = Trail(self.path, Recipe(Style("e", "log"), 2, SMALLEST_PACKET), self.events.note)
+        trail = Trail(self.path, recipe or Recipe(Style("e", "log"), 2, SMALLEST_PACKET), self.events.note)
         if not offsets:
             return shipper.run(trail, None, follow=follow)
         with OffsetFile(self.offset_path) as held:
@@ -256,6 +256,72 @@ def test_a_wrong_door_is_not_knocked_at_twice(rig, distributor, answer, advice):
 
 
 # -------------------------------------------------------------------------------------------------------------- offsets
+
+
+def test_what_was_too_large_is_cut_anew_by_the_next_run(rig, distributor):
+    """A packet that was refused is no longer planned, nor is what was planned and never posted."""
+    answer, largest = distributor.answer, 400
+
+    def only_small_ones(path, headers, body):
+        return problem(413, "too large") if len(body) > largest else answer(path, headers, body)
+
+    distributor.answer = only_small_ones
+    rig.fill(400)
+    large, small = (Recipe(Style("e", "log"), most, SMALLEST_PACKET) for most in (50, 5))
+    summary = rig.send(offsets=True, connections=3, recipe=large)
+    assert "--batch-bytes" in summary.stopped
+    assert len(rig.noted["planned"]) <= 3
+    assert set(rig.noted["cuts"]) == {0}
+    assert rig.send(offsets=True, connections=3, recipe=small).stopped is None
+    assert rig.is_whole()
+    assert set(distributor.accepted.values()) == {1}
+
+
+def test_what_was_accepted_beyond_a_refusal_keeps_its_id(rig, distributor):
+    """The packets behind the refused one are in doubt only for the log: analyzers have them under their ids."""
+    answer = distributor.answer
+    others = threading.Event()
+
+    def first_is_refused(path, headers, body):
+        if b'"line 0"' in body:
+            others.wait(30)
+            return problem(413, "too large")
+        return answer(path, headers, body)
+
+    distributor.answer = first_is_refused
+    thread = rig.fill(12).in_background(offsets=True, connections=2)
+    wait_until(lambda: sum(distributor.accepted.values()) == 5, "all others are accepted")
+    others.set()
+    thread.join(30)
+    beyond = set(distributor.accepted)
+    distributor.answer = answer
+    rig.send(offsets=True, recipe=Recipe(Style("e", "log"), 1, SMALLEST_PACKET))
+    assert {name for name, times in distributor.accepted.items() if times == 2} == beyond
+    assert len(distributor.accepted) == 7, "the first in two, the others as they were"
+
+
+def test_an_offset_file_taken_away_is_written_again(rig, monkeypatch):
+    """Also when there is nothing new to record."""
+    monkeypatch.setattr(sending, "RECORD_EVERY", 0.05)
+    thread = rig.fill(5).in_background(offsets=True, follow=True)
+    size = rig.path.stat().st_size
+    wait_until(lambda: rig.offset_path.exists() and rig.noted["offset"] == size, "it is recorded")
+    rig.offset_path.unlink()
+    wait_until(lambda: rig.offset_path.exists() and rig.noted["offset"] == size, "it is there again")
+    rig.shipper.stopping = True
+    thread.join(30)
+
+
+def test_an_offset_file_that_became_anothers_ends_it(rig, monkeypatch):
+    monkeypatch.setattr(sending, "RECORD_EVERY", 0.05)
+    thread = rig.fill(5).in_background(offsets=True, follow=True)
+    wait_until(lambda: rig.offset_path.exists() and rig.noted["offset"], "it is recorded")
+    with OffsetFile(rig.path.with_suffix(".another")) as other:
+        other.save(Position("another", 1, 2, "x"))
+        other.path.rename(rig.offset_path)
+        thread.join(30)
+        assert "in use by another fastdist send" in rig.summary.stopped
+        assert rig.noted["file"] == "another"
 
 
 def test_a_packet_is_planned_before_it_is_sent(rig, distributor):

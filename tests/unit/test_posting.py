@@ -1,0 +1,120 @@
+"""Which of a name's addresses takes a connection."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+
+import pytest
+import trustme
+
+from fastdist import posting
+from fastdist.posting import Sender, Target, connect
+
+TIMEOUT = 30.0
+
+
+@pytest.fixture
+def resolve(monkeypatch):
+    """Have a name lead to addresses, in their order."""
+
+    def resolve(*addresses):
+        def found(host, port, **_):
+            assert host == "logs.test"
+            return [
+                (
+                    family,
+                    socket.SOCK_STREAM,
+                    6,
+                    "",
+                    (address, port) if family == socket.AF_INET else (address, port, 0, 0),
+                )
+                for address in addresses
+                for family in [socket.AF_INET6 if ":" in address else socket.AF_INET]
+            ]
+
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+
+    return resolve
+
+
+@pytest.fixture
+def hanging():
+    """Return what makes connections to an address hang: a listener that takes no more of them."""
+    with contextlib.ExitStack() as stack:
+
+        def hanging(address, port):
+            listener = stack.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, port))
+            listener.listen(0)
+            for _ in range(4):
+                filler = stack.enter_context(socket.socket())
+                filler.settimeout(0)
+                with contextlib.suppress(BlockingIOError):
+                    filler.connect((address, port))
+
+        yield hanging
+
+
+def target(distributor, **options):
+    return Target.parse(f"http://logs.test:{distributor.server_port}", None, **options)
+
+
+def test_an_address_that_refuses_gives_way_to_the_next(distributor, resolve, monkeypatch):
+    """At once: nobody waits for the delay."""
+    monkeypatch.setattr(posting, "ATTEMPT_DELAY", 3600)
+    resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
+    assert Sender(target(distributor)).post("x", b"{}").accepted
+
+
+def test_an_address_that_hangs_gives_way_to_the_next(distributor, resolve, hanging):
+    hanging("127.0.0.66", distributor.server_port)
+    resolve("127.0.0.66", "127.0.0.1")
+    assert Sender(target(distributor)).post("x", b"{}").accepted
+
+
+def test_an_address_that_cannot_be_reached_gives_way(distributor, resolve):
+    """Such as one of a family that is off."""
+    resolve("2001:db8::1", "255.255.255.255", "127.0.0.1")
+    assert Sender(target(distributor)).post("x", b"{}").accepted
+
+
+def test_when_no_address_takes_it_the_reason_is_told(resolve):
+    resolve("127.0.0.66", "127.0.0.67")
+    with pytest.raises(ConnectionRefusedError, match="Connection refused"):
+        connect("logs.test", 1, TIMEOUT)
+
+
+def test_when_all_addresses_hang_time_is_up(resolve, hanging):
+    with socket.create_server(("127.0.0.65", 0)) as free:
+        port = free.getsockname()[1]
+    hanging("127.0.0.66", port)
+    hanging("127.0.0.67", port)
+    resolve("127.0.0.66", "127.0.0.67")
+    with pytest.raises(TimeoutError):
+        connect("logs.test", port, 0.5)
+
+
+def test_the_families_of_a_name_come_in_turn(resolve):
+    resolve("::1", "::2", "::3", "127.0.0.1", "127.0.0.2")
+    assert [address[0] for _, address in posting._interleaved("logs.test", 1)] == [
+        "::1",
+        "127.0.0.1",
+        "::2",
+        "127.0.0.2",
+        "::3",
+    ]
+
+
+def test_the_next_address_is_tried_with_tls_too(distributor, resolve, hanging, tmp_path):
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("logs.test").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    distributor.socket = context.wrap_socket(distributor.socket, server_side=True)
+    hanging("127.0.0.66", distributor.server_port)
+    resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
+    there = Target.parse(f"https://logs.test:{distributor.server_port}", None, str(tmp_path / "ca.pem"))
+    assert Sender(there).post("x", b"{}").accepted
