@@ -82,7 +82,7 @@ def send(  # noqa: PLR0913  (a parameter is an option)
     \b
     Exit status:
       0    all is accepted (--follow: all that was there when it was stopped)
-      1    given up: unreachable or busy for too long, or the offset file cannot be written
+      1    given up: unreachable or busy for too long, or the offset file cannot be written or has become another's
       2    a file or an option cannot be used
       3    the offset file is in use by another fastdist send
       4    refused: what the distributor answers will not get better by trying again

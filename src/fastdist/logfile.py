@@ -61,6 +61,7 @@ class Log:
         self._read = os.pread(fd, min(self._at, TAIL), max(0, self._at - TAIL))
         self._siblings = set(position.siblings)
         self._looked_at = -math.inf
+        self._stamp: tuple[int, ...] = ()  # of the folder, when the siblings were those
         self._moved_at: float | None = None
 
     @property
@@ -182,9 +183,12 @@ class Log:
         if time.monotonic() < self._looked_at + LOOK_AROUND:
             return
         self._looked_at = time.monotonic()
+        stamp = self._rotation.stamp()
+        if stamp == self._stamp:
+            return
         siblings = {file.key for file in self._rotation.rotated()}
         if self._has_name():
-            self._siblings = siblings
+            self._siblings, self._stamp = siblings, stamp
 
     def _has_name(self) -> bool | None:
         """Return whether it has the name that is watched; None if nothing has that can be looked at."""

@@ -88,6 +88,11 @@ class Rotation:
             except (FileNotFoundError, PermissionError):
                 continue
 
+    def stamp(self) -> tuple[int, ...]:
+        """Return what is another value once anything was renamed, made or deleted in the folders (a tick apart)."""
+        folders = sorted({self.path.absolute().parent, self.path.resolve().parent})
+        return tuple(folder.stat().st_mtime_ns for folder in folders if folder.exists())
+
     def rotated(self) -> list[File]:
         """Return the rotated logs.
 

@@ -53,6 +53,7 @@ ORDER = [
     "lines",
     "packing",
     "offsets",
+    "rotation",
     "logfile",
     "sending",
     "sendview",
