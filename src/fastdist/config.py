@@ -18,7 +18,6 @@ import math
 import os
 import re
 import sys
-import tomllib
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get
 import msgspec
 from msgspec import Meta, Struct
 
-from fastdist import units
+from fastdist import tomlfile, units
 from fastdist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -269,6 +268,11 @@ _SETTINGS: dict[str, Any] = {"analyzers": _SECTIONS["analyzers"]} | {
 _LIVE = ("analyzers", "limits.", "security.")
 SAFE_BATCH = 120  # with as many ids of 64 characters the head of a request is below 8 KiB
 _SECRET = ("security.tokens", "security.admin_tokens")
+# What a reload does not take for left to its default, and what to do.
+_KEPT = {"analyzers": "write them into the file again (to have the default ones, restart)"} | {
+    path: f"write them into the file again, or {path.partition('.')[2]} = [] to have none" for path in _SECRET
+}
+QUIET = 0.05  # seconds that a file must stay as it was read, for a reload
 _VARIABLES = {"PORT": "server.port", "WORKER_COUNT": "server.workers"} | {
     f"FASTDIST_{path.replace('.', '__').upper()}": path for path in _SETTINGS if "." in path
 }
@@ -290,18 +294,30 @@ class Loaded:
     flags: Mapping[str, Any]
 
     def reload(self) -> Loaded:
-        """Read the same file again under the same environment and flags; raises ConfigError as ``load`` does."""
-        return load(self.path, self.environ, self.flags)
+        """Read the same file again under the same environment and flags; raises ConfigError as ``load`` does.
+
+        It raises one also where analyzers or tokens are left out that are given now: their defaults would be other
+        analyzers, and open to all. The file may just be being written, so this waits for who does; it takes a moment.
+        """
+        loaded = load(self.path, self.environ, self.flags, quiet=QUIET)
+        given = [path for path in _KEPT if self.sources[path] != "default" and attrgetter(path)(self.config)]
+        missing = [path for path in given if loaded.sources[path] == "default"]
+        if missing:
+            raise ConfigError([f"{path}: left out, and in force; {_KEPT[path]}" for path in missing])
+        return loaded
 
 
-def load(path: str | Path | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> Loaded:
+def load(
+    path: str | Path | None, environ: Mapping[str, str], flags: Mapping[str, Any], *, quiet: float = 0.0
+) -> Loaded:
     """Return the configuration out of file, environment and flags (``host``, ``port``, ``workers``; None: not given).
 
-    Without a ``path`` the file is the one FASTDIST_CONFIG names; without that there is none. Raises ConfigError.
+    Without a ``path`` the file is the one FASTDIST_CONFIG names; without that there is none. The file must not have
+    changed for ``quiet`` seconds after it was read. Raises ConfigError.
     """
     named = environ.get("FASTDIST_CONFIG") if path is None else None
     file = Path(path or named or "") if path is not None or named else None
-    document = _read_file(file, " (environment FASTDIST_CONFIG)" if named else "") if file else {}
+    document = tomlfile.read(file, " (environment FASTDIST_CONFIG)" if named else "", quiet) if file else {}
     written = {f"{name}.{key}" for name, table in document.items() if isinstance(table, dict) for key in table}
     sources = {name: f"file {file}" if name in written or name in document else "default" for name in _SETTINGS}
     problems: list[_Problem] = []
@@ -370,22 +386,6 @@ def to_wire(config: Config) -> bytes:
 def from_wire(data: bytes) -> Config:
     """Return what ``to_wire`` was given; raises ConfigError as ``load`` does."""
     return _build(msgspec.json.decode(data), {}, [])
-
-
-def _read_file(file: Path, origin: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}{origin}"
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start + 1}: not UTF-8"
-    except RecursionError:
-        problem = "nested too deeply"
-    except ValueError as error:  # TOMLDecodeError, and what int() and datetime() raise inside tomllib
-        text = str(error)
-        where = re.fullmatch(r"(.*) \(at (line \d+, column \d+|end of document)\)", text, re.DOTALL)
-        problem = f"{where[2]}: {where[1]}" if where else text
-    raise ConfigError([f"{file}: {problem}"])
 
 
 class _Problem(NamedTuple):

@@ -12,9 +12,11 @@ import fastdist
 
 PACKAGE = Path(fastdist.__file__).parent
 ORDER = [
+    "early",
     "errors",
     "logs",
     "units",
+    "tomlfile",
     "config",
     "_core",
     "sockets",

@@ -1,0 +1,55 @@
+"""Reading a TOML file that somebody may be writing at this moment: half of it may be valid as well."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+from fastdist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+READINGS, PAUSE = 20, 0.01  # of a file that changes while it is read, and seconds between two
+
+
+def read(file: Path, origin: str, quiet: float) -> dict[str, Any]:
+    """Return what a file says, once it has stayed the same for ``quiet`` seconds after it was read.
+
+    Raises ConfigError; ``origin`` says there who has named the file.
+    """
+    try:
+        return tomllib.loads(_read_whole(file, quiet).decode("utf-8-sig"))
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}{origin}"
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start + 1}: not UTF-8"
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:  # TOMLDecodeError, and what int() and datetime() raise inside tomllib
+        text = str(error)
+        where = re.fullmatch(r"(.*) \(at (line \d+, column \d+|end of document)\)", text, re.DOTALL)
+        problem = f"{where[2]}: {where[1]}" if where else text
+    raise ConfigError([f"{file}: {problem}"])
+
+
+def _read_whole(file: Path, quiet: float) -> bytes:
+    for _ in range(READINGS):
+        with file.open("rb") as stream:
+            before, data = _identity(os.fstat(stream.fileno())), stream.read()
+        time.sleep(quiet)
+        if before == _identity(file.stat()):
+            return data
+        time.sleep(PAUSE)
+    raise ValueError("changes while it is read; try again when it is written")
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what tells one state of a regular file from another; nothing of a pipe, which can be read but once."""
+    if not stat.S_ISREG(status.st_mode):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
