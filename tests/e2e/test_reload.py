@@ -16,14 +16,16 @@ def status_of_post(fastdist, **headers):
     return fastdist.post(b'{"emitterId":"e","messages":[{"message":"m"}]}', **headers)[0]
 
 
-@pytest.mark.parametrize("ending", [None, "[[analyzers]]", "[security]"], ids=["empty", "first part", "no last section"])
+@pytest.mark.parametrize(
+    "ending", [None, "[[analyzers]]", "[security]"], ids=["empty", "first part", "no last section"]
+)
 def test_a_reload_of_half_a_file_changes_nothing(mocks, serve, ending):
     fastdist = serve(mocks, SECURITY)
     sections = fastdist.config.read_text().split("[security]")
     tokens, analyzers = sections[1].split("[[analyzers]]", 1)
     whole = f"{sections[0]}[[analyzers]]{analyzers}[security]{tokens}"  # tokens last, as people have it
     before = fastdist.analyzers()
-    fastdist.config.write_text(whole.split(ending)[0] if ending else "")
+    fastdist.config.write_text(whole.partition(ending)[0] if ending else "")
     status, _, body = request(fastdist.port, "POST", "/admin/reload")
     assert status == 422
     assert all("left out" in error["detail"] for error in json.loads(body)["errors"])
