@@ -1,5 +1,17 @@
 """fastdist: an HTTP endpoint that splits a stream of log packets over analyzers by weight, and loses none of them."""
 
-from importlib.metadata import version
+from __future__ import annotations
 
-__version__ = version("fastdist")
+TYPE_CHECKING = False  # as typing has it, which takes a while to import
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """Look the version up when it is asked for: that takes longer than what must come first at a start."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version  # noqa: PLC0415
+
+        globals()[name] = found = version("fastdist")
+        return found

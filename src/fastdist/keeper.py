@@ -114,6 +114,7 @@ class Keeper:
         self.places: list[Place] = []
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
         self.stopping = False
+        self._spawning = 0  # processes that are being made: nobody knows their numbers yet
         self._looked = time.monotonic()
         self._judge_from = 0.0
         self.all_ready = asyncio.Event()
@@ -187,9 +188,13 @@ class Keeper:
         words[WorkerWord.STATE] = WorkerState.STARTING
         place.ready, place.hung, place.started = False, False, time.monotonic()
         # -P: nothing that happens to lie in the working directory is imported in place of what is installed.
-        place.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "fastdist.worker", msgspec.json.encode(assignment).decode(), pass_fds=passed
-        )
+        self._spawning += 1
+        try:
+            place.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "fastdist.worker", msgspec.json.encode(assignment).decode(), pass_fds=passed
+            )
+        finally:
+            self._spawning -= 1
         if self.stopping:  # since the last look: nobody else will end it
             place.kill()
         words[WorkerWord.PID], words[WorkerWord.STARTED_NS] = place.process.pid, time.time_ns()
@@ -270,6 +275,16 @@ class Keeper:
                 place.started = now  # once
                 place.hung = True
                 place.kill()
+
+    def reap_orphans(self) -> None:
+        """Let go of children that have ended and are no workers: processes whose parent left them to process 1."""
+        workers = {place.process.pid for place in self.places if place.process is not None and place.alive}
+        with contextlib.suppress(ChildProcessError):
+            while not self._spawning:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None or ended.si_pid in workers:  # that one the event loop waits for
+                    return
+                os.waitpid(ended.si_pid, os.WNOHANG)
 
     def measure(self) -> None:
         """Write each worker's use of processor and memory into its row."""

@@ -10,7 +10,6 @@ ring as well, from before it has its name until the last process that has it ope
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -18,15 +17,12 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fastdist import filelocks, logs
 from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
 from fastdist.filelocks import has_name, present_path, try_lock
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
@@ -64,10 +60,10 @@ class QueueFolder:
         self._identity = (0, 0)  # of the folder that was locked
         self._rings: dict[Path, int] = {}  # open and locked
 
-    async def lock(self, told_to_end: Callable[[], bool] = lambda: False) -> bool:
-        """Make the folder ours, creating it if need be; False if ``told_to_end`` while that had to wait.
+    def lock(self) -> None:
+        """Make the folder ours, creating it if need be. Raises StartError when another fastdist has it.
 
-        Raises StartError when another fastdist has it. The locks are shared with the workers (``held``, and the rings
+        The locks are shared with the workers (``held``, and the rings
         they get), and so held until the last of them has ended. Those of a supervisor that was killed are waited for;
         who only reads is waited for however long it takes.
         """
@@ -81,10 +77,7 @@ class QueueFolder:
                 told = True
                 reader = filelocks.describe(in_the_way.pid)
                 log.warning("the queue is being read; the start waits", file=str(in_the_way.path), by=reader)
-            await asyncio.sleep(AGAIN)
-            if told_to_end():
-                return False
-        return True
+            time.sleep(AGAIN)
 
     def _judge(self, in_the_way: InTheWay, waited: float) -> None:
         """Raise StartError if there is no sense in waiting (any longer)."""

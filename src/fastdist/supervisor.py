@@ -2,7 +2,7 @@
 
 It owns one listener per worker (SO_REUSEPORT, kept open, so that what is queued on a dead worker's socket waits for its
 successor), the rings' descriptors and the shared block. It carries no packet. Signal handlers only note what was asked;
-one task acts on it.
+one task acts on it. Until that runs, ``early`` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from fastdist import __version__, logs, tls
+from fastdist import __version__, early, logs, tls
 from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
 from fastdist.config import LEAST_PART, usable_cores, warnings
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 BACKLOG = 4096
 WATCH = 0.1  # seconds between looks at workers and analyzers
 DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connections and those to analyzers
+REAP = 1.0  # seconds between looks at processes that were left to us
 PORT_PATIENCE = 1.0  # seconds that whoever has our port gets to let go of it
 APPLIED = 5.0  # seconds workers have to say that they have taken over new settings
 
@@ -78,18 +79,15 @@ class Supervisor:
 
     # ---- what must be there before a worker starts
 
-    async def prepare(self) -> bool:
-        """Open listeners and rings and fill the shared block; False: told to end meanwhile. Raises StartError."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._signals.put_nowait, number)
+    def prepare(self) -> None:
+        """Open listeners and rings and fill the shared block. Raises StartError."""
         tls.server_context(self.config.security)
         for warning in warnings(self.config):
             log.warning(warning)
         self._fit_descriptor_limit()
         head = self.block.head
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.time_ns(), os.getpid()
-        if not await self._lock():
-            return False
+        self._lock()
         rings = self._open_rings()
         old_rings = self.folder.old_rings() if self.folder.has_rings() else []
         self.keeper.held = self.folder.held
@@ -100,20 +98,11 @@ class Supervisor:
             self.keeper.places.append(Place(index, listener, rings[index], mine))
         if old_rings:
             log.info("packets of an earlier run are taken over", rings=len(old_rings))
-        return True
 
-    async def _lock(self) -> bool:
-        """Make the queue's folder ours if anything in it is needed; False: told to end meanwhile. Raises StartError."""
-        if self.config.queue.durability == "memory" and not self.folder.has_rings():
-            return True
-        return await self.folder.lock(self._told_to_end)
-
-    def _told_to_end(self) -> bool:
-        """Whether a signal to end waits to be acted on."""
-        waiting = [self._signals.get_nowait() for _ in range(self._signals.qsize())]
-        for number in waiting:
-            self._signals.put_nowait(number)
-        return any(number != signal.SIGHUP for number in waiting)
+    def _lock(self) -> None:
+        """Make the queue's folder ours if anything in it is needed. Raises StartError."""
+        if self.config.queue.durability != "memory" or self.folder.has_rings():
+            self.folder.lock()
 
     def _open_rings(self) -> list[int]:
         queue = self.config.queue
@@ -155,9 +144,8 @@ class Supervisor:
             family, _, _, _, address = info
             port = _free_port(family, address)
             for _ in range(self.workers):
-                listener = socket.socket(family, socket.SOCK_STREAM)
+                listener = _socket(family)
                 listeners.append(listener)
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 listener.settimeout(0)
                 listener.bind((address[0], port, *address[2:]))
@@ -173,6 +161,10 @@ class Supervisor:
     async def run(self) -> int:
         """Run until stopped; return the exit status."""
         loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        if early.asked_to_reload():
+            self._signals.put_nowait(signal.SIGHUP)
         self.health = HealthChecker(self.block.analyzers, self.config.health)
         self.health.set_roster(self.changes.roster)
         places = self.keeper.places
@@ -181,6 +173,8 @@ class Supervisor:
             loop.create_task(each)
             for each in (self._announce(host, port), self._watch(), self._sample(), self._act_on_signals())
         ]
+        if os.getpid() == 1:
+            helpers.append(loop.create_task(self._reap()))
         await asyncio.gather(*(self.keeper.keep(place) for place in places))
         for task in helpers:
             task.cancel()
@@ -305,7 +299,7 @@ class Supervisor:
         """Read the configuration again; return a status and what to tell whoever asked."""
         async with self._changing, self.manager.reloading():
             try:
-                loaded = self.loaded.reload()
+                loaded = await asyncio.to_thread(self.loaded.reload)  # which may wait for who writes the file
                 tls.server_context(loaded.config.security)
                 need_restart = self.changes.take_over(loaded.config)
             except (ConfigError, StartError) as error:
@@ -343,6 +337,12 @@ class Supervisor:
     def _give_sign(self) -> None:
         if self.keeper.serving():
             self.manager.alive()
+
+    async def _reap(self) -> None:
+        """As process 1: let go of processes that have lost their parent, and have ended."""
+        while True:
+            await asyncio.sleep(REAP)
+            self.keeper.reap_orphans()
 
     def _tell_of_analyzers(self) -> None:
         states = self.block.analyzers
@@ -403,8 +403,7 @@ def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int
     """
     end = time.monotonic() + PORT_PATIENCE
     while True:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with _socket(family) as probe:
             try:
                 probe.bind(address)
             except OSError as error:
@@ -415,12 +414,22 @@ def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int
         time.sleep(0.05)
 
 
+def _socket(family: socket.AddressFamily) -> socket.socket:
+    """Return a socket to listen with; one of ``::`` takes IPv4 as well, whatever the system's ``bindv6only``."""
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    return made
+
+
 def serve(loaded: Loaded) -> int:
     """Run the service; return the exit status. Raises StartError when it cannot start."""
     logs.configure()
 
     async def run() -> int:
         supervisor = Supervisor(loaded)
-        return await supervisor.run() if await supervisor.prepare() else 0
+        supervisor.prepare()
+        return await supervisor.run()
 
     return uvloop.run(run())

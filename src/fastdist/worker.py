@@ -7,12 +7,17 @@ gone.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # before the other imports, which take a while
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C and a hangup reach the whole group; the supervisor decides
+
 import asyncio
 import contextlib
 import gc
 import itertools
 import os
-import signal
 import socket
 import sys
 import threading
@@ -494,8 +499,6 @@ def _signs_of_life(words: memoryview) -> Iterator[None]:
 def main() -> int:
     """Run a worker; the supervisor calls ``python -m fastdist.worker ASSIGNMENT``."""
     assignment = msgspec.json.decode(sys.argv[1], type=Assignment)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     logs.configure(worker=f"w{assignment.index}")
 
     async def run() -> None:

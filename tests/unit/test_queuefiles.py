@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from structlog.testing import capture_logs
+from support import wait_until
 
 from fastdist import filelocks, queuefiles
 from fastdist._core.ring import PacketRing, file_size
@@ -30,7 +31,7 @@ time.sleep(600)
 def opened(path, workers=1, capacity=CAPACITY):
     """Return a queue's folder that is ours, and its rings."""
     folder = QueueFolder(path)
-    assert asyncio.run(folder.lock())
+    folder.lock()
     return folder, folder.rings(workers, capacity)
 
 
@@ -139,30 +140,16 @@ def test_a_start_waits_for_readers_and_names_them(tmp_path, another, file):
         os.close(fd)
     reader = another(tmp_path / file, "reads")
 
-    async def run():
-        locking = asyncio.ensure_future(QueueFolder(tmp_path).lock())
-        async with asyncio.timeout(30):
-            while not logs:  # noqa: ASYNC110  (what it waits for knows nothing of the test)
-                await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
+    with capture_logs() as logs, ThreadPoolExecutor(1) as thread:
+        locking = thread.submit(QueueFolder(tmp_path).lock)
+        wait_until(lambda: logs, "the start says that it waits")
         assert not locking.done()
         reader.kill()
-        assert await asyncio.wait_for(locking, 30)
-
-    with capture_logs() as logs:
-        asyncio.run(run())
+        locking.result(30)
     assert [(line["event"], line["file"]) for line in logs] == [
         ("the queue is being read; the start waits", str(tmp_path / file))
     ]
     assert f"(pid {reader.pid})" in logs[0]["by"]
-
-
-def test_waiting_for_a_reader_can_be_ended(tmp_path, another):
-    folder, _ = opened(tmp_path)
-    os.close(folder.held[0])
-    another(tmp_path / "lock", "reads")
-    answers = iter([False, False, True])
-    assert asyncio.run(QueueFolder(tmp_path).lock(lambda: next(answers))) is False
 
 
 def test_a_holder_is_found_by_its_files_inode(tmp_path, monkeypatch):
