@@ -56,12 +56,13 @@ class HeadWord(IntEnum):
     WORKERS = 1
     SLOTS = 2
     EPOCH = 3  # grows with every change to an analyzer's state or weight; workers compare it when they flush
-    STARTED_NS = 4  # wall clock
+    STARTED_NS = 4  # monotonic
     SUPERVISOR = 5  # pid
     DRAINING = 6  # 1 from SIGTERM on
     SAMPLED = 7  # samples taken so far; the latest is at (SAMPLED - 1) % SAMPLES
     STORAGE_FAULT = 8  # workers whose last write to disk failed
     FAILING = 9  # Steps of the supervisor that fail at present
+    CLOCK_OFFSET_NS = 10  # from the monotonic clock to the one packets are stamped with; see PacketRing
     HEAD_WORDS = 64
 
 

@@ -55,18 +55,6 @@ _QUEUE_WAIT = _INGEST + WORDS_PER_HISTOGRAM
 _ANALYZERS = _QUEUE_WAIT + WORDS_PER_HISTOGRAM
 
 
-class Instant(NamedTuple):
-    """A point in time on both clocks, in nanoseconds."""
-
-    monotonic_ns: int
-    wall_ns: int
-
-    @classmethod
-    def now(cls) -> Instant:
-        """Return the present one."""
-        return cls(time.monotonic_ns(), time.time_ns())
-
-
 class Rates(NamedTuple):
     """Packets a second."""
 
@@ -75,7 +63,7 @@ class Rates(NamedTuple):
 
 
 class WorkerFigures(Struct, frozen=True):
-    """What is shown of a worker; ``oldest_ns`` and ``end_ns`` are wall clock, 0 for none.
+    """What is shown of a worker; ``oldest_ns`` is as ``age`` takes it, ``end_ns`` wall clock; 0 for none.
 
     ``end_status`` and ``end_ns`` tell of the process before this one, if there was one: see ``WorkerWord``.
     """
@@ -132,7 +120,7 @@ class Snapshot:
     """The shared block at one moment, over all workers.
 
     ``roster`` maps slots to the configured analyzers, in the order they are shown in; ``at`` is the moment times are
-    counted from (now, unless a test says otherwise).
+    counted from (monotonic, ns; now, unless a test says otherwise).
     """
 
     def __init__(
@@ -141,10 +129,10 @@ class Snapshot:
         config: Config,
         roster: Mapping[int, Analyzer],
         version: str,
-        at: Instant | None = None,
+        at: int | None = None,
     ) -> None:
         self.block, self.config, self.roster, self.version = block, config, roster, version
-        self.at = at or Instant.now()
+        self.at = time.monotonic_ns() if at is None else at
         self._rows = [block.row(index) for index in range(block.workers)]
         histograms = _ANALYZERS + block.slots * ANALYZER_WORDS
         self._histograms = [row[histograms:] for row in self._rows]  # of each worker: those of all its analyzers
@@ -217,21 +205,25 @@ class Snapshot:
     @property
     def uptime(self) -> float:
         """Seconds since the service started."""
-        return self.age(self.block.head[HeadWord.STARTED_NS])
+        return (self.at - self.block.head[HeadWord.STARTED_NS]) / 1e9
 
-    def age(self, wall_ns: int) -> float:
-        """Return the seconds since a wall-clock time, 0 for none; never negative, although clocks are set back."""
-        return max(self.at.wall_ns - wall_ns, 0) / 1e9 if wall_ns else 0.0
+    def age(self, accepted_ns: int) -> float:
+        """Return the seconds since a packet was accepted, by its stamp; 0 for none.
+
+        Never negative, although the clock may have been set back since an earlier run that has accepted it.
+        """
+        now = self.at + self.block.head[HeadWord.CLOCK_OFFSET_NS]
+        return max(now - accepted_ns, 0) / 1e9 if accepted_ns else 0.0
 
     @cached_property
     def rates(self) -> Rates:
         """What was accepted and delivered a second, over the last 10 seconds or as far back as there are samples."""
         samples = list(self.block.recent_samples())
-        recent = [sample for sample in samples if self.at.monotonic_ns - sample[0] <= RATE_WINDOW_NS]
+        recent = [sample for sample in samples if self.at - sample[0] <= RATE_WINDOW_NS]
         if not samples:
             return Rates(0.0, 0.0)
         since_ns, accepted, delivered = recent[-1] if recent else samples[0]
-        seconds = max(self.at.monotonic_ns - since_ns, SHORTEST_WINDOW_NS) / 1e9
+        seconds = max(self.at - since_ns, SHORTEST_WINDOW_NS) / 1e9
         return Rates(max(self.accepted - accepted, 0) / seconds, max(self.delivered - delivered, 0) / seconds)
 
     # ---- histograms
@@ -292,7 +284,7 @@ class Snapshot:
         states = self.block.analyzers
         weights = {slot: float(states.weight(slot)) for slot in self.roster}
         target = normalised(weights)
-        effective = normalised(effective_weights(states, self.roster, self.config.health, self.at.monotonic_ns))
+        effective = normalised(effective_weights(states, self.roster, self.config.health, self.at))
         unit = {"packets": "delivered", "messages": "messages_delivered", "bytes": "bytes_delivered"}
         actual = normalised({slot: self._of(slot, unit[self.config.distribution.by]) for slot in self.roster})
         return [

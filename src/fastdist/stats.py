@@ -162,7 +162,7 @@ def _analyzer(snapshot: Snapshot, figures: AnalyzerFigures) -> dict[str, Any]:
     def word(name: AnalyzerWord) -> int:
         return int(snapshot.block.analyzers.get(figures.slot, name))
 
-    pause_ns = word(AnalyzerWord.PAUSED_UNTIL_NS) - snapshot.at.monotonic_ns
+    pause_ns = word(AnalyzerWord.PAUSED_UNTIL_NS) - snapshot.at
     return _analyzer_in_short(figures) | {
         "endpoint": figures.analyzer.endpoint,
         "weight": figures.weight,

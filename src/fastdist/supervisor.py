@@ -86,7 +86,8 @@ class Supervisor:
             log.warning(warning)
         self._fit_descriptor_limit()
         head = self.block.head
-        head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.time_ns(), os.getpid()
+        head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.monotonic_ns(), os.getpid()
+        head[HeadWord.CLOCK_OFFSET_NS] = time.time_ns() - time.monotonic_ns()
         self._lock()
         rings = self._open_rings()
         old_rings = self.folder.old_rings() if self.folder.has_rings() else []

@@ -40,7 +40,7 @@ from fastdist.errors import StartError
 from fastdist.filelocks import is_nameless
 from fastdist.ingest import Emitters, IngestProtocol
 from fastdist.queuefiles import Adoption, OldRing, RingNames, ring_path
-from fastdist.shared import SharedBlock, Step, WorkerWord
+from fastdist.shared import HeadWord, SharedBlock, Step, WorkerWord
 from fastdist.snapshot import Snapshot
 from fastdist.sync import Syncer, make_safe
 from fastdist.takeover import begin_adopting, end_adopting, take_over
@@ -87,6 +87,7 @@ class Worker:
         self.ring = PacketRing(
             assignment.ring, volatile=self.durability == "memory", claims_wait_for_sync=self.durability == "fsync"
         )
+        self.ring.clock_offset = self.block.head[HeadWord.CLOCK_OFFSET_NS]
         self.adoptions = [Adoption(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
         safe = self._make_safe()
         self.names = RingNames(self.ring, assignment.ring)

@@ -12,10 +12,10 @@ from fastdist import metrics
 from fastdist.config import Analyzer, Config
 from fastdist.histograms import BOUNDS
 from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
-from fastdist.snapshot import DEAD_LETTERS, REJECTIONS, Instant, Snapshot
+from fastdist.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 
 SECOND = 10**9
-AT = Instant(monotonic_ns=500 * SECOND, wall_ns=1_700_000_000 * SECOND)
+AT, WALL = 500 * SECOND, 1_700_000_000 * SECOND  # one moment, on the monotonic clock and on the wall clock
 ROSTER = {
     3: Analyzer(id="A1", endpoint="http://127.0.0.1:1/", weight=1.0),
     0: Analyzer(id="a-2_x.y", endpoint="http://127.0.0.1:2/", weight=3.0),
@@ -26,7 +26,8 @@ ROSTER = {
 def block():
     block = SharedBlock.create(2, 64)
     os.close(block.fd)  # the mapping stays
-    block.head[HeadWord.STARTED_NS] = AT.wall_ns - 90 * SECOND
+    block.head[HeadWord.STARTED_NS] = AT - 90 * SECOND
+    block.head[HeadWord.CLOCK_OFFSET_NS] = WALL - AT
     for slot, analyzer in ROSTER.items():
         block.analyzers.clear(slot)
         block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
@@ -115,7 +116,7 @@ def test_figures_are_sums_over_all_workers(block):
         row.set("undone", 5 * index)
         row.set("queue_bytes", 64 * index)
         row.set("queue_capacity", 1024)
-        row.set("oldest_ns", AT.wall_ns - index * SECOND)
+        row.set("oldest_ns", WALL - index * SECOND)
     block.analyzers.set(3, AnalyzerWord.STATE, AnalyzerState.OFFLINE)
     block.analyzers.set(3, AnalyzerWord.DRAINING, 1)
     _, it = scrape(block)

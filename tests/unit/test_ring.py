@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 import uuid
 from collections import deque
 
@@ -16,6 +17,7 @@ from fastdist._core.ring import FLAG_WAITED, HEADER_SIZE, Packet, PacketRing, fi
 
 CAPACITY = 65536  # the smallest there is
 RECORD = 88  # bytes of a record besides key and body
+DAY_NS = 86_400 * 10**9
 
 
 def memfd(capacity=CAPACITY):
@@ -318,6 +320,17 @@ def test_what_is_not_given_gets_the_time_and_a_message(fd):
     packet = ring.packet(ring.claim())
     assert packet._replace(accepted_ns=0) == (1, str(uuid.UUID(int=0)), b"body", 0, 0, 1, 0, 0)
     assert packet.accepted_ns == ring.oldest_ns > 1_700_000_000 * 10**9
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_packet_tells_its_time_by_the_clock_as_it_is_now(fd, days):
+    """Its stamp stays on the clock of the run, which ``clock_offset`` makes of the monotonic one."""
+    ring = PacketRing(fd, CAPACITY)
+    ring.clock_offset += days * DAY_NS  # the clock was set by as much since the run has begun, the other way
+    before = time.time_ns()
+    ring.push(b"body")
+    assert abs(ring.packet(ring.claim()).accepted_ns - before) < DAY_NS // 24
+    assert abs(ring.oldest_ns - before - days * DAY_NS) < DAY_NS // 24
 
 
 @pytest.mark.parametrize("handle", [0, 1, 1023, 1024, 2**32 - 1])

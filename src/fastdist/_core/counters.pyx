@@ -66,7 +66,7 @@ cdef void observe(int64_t *histogram, int64_t ns, int64_t times) noexcept nogil:
     cdef uint64_t units
     cdef int octave, bucket
     if ns < 0:
-        ns = 0  # the wall clock was set back
+        ns = 0  # of a packet of an earlier run, since which the clock was set back
     units = <uint64_t>ns >> 8
     if units < 8:
         bucket = <int>units

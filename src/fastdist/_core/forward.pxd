@@ -59,7 +59,7 @@ cdef class PoolBase:
     cdef double pace(self, int64_t now) noexcept nogil
     cdef bint relieves(self, PoolBase other, int64_t now) noexcept nogil
     cdef int64_t room_for(self, Group *group) noexcept
-    cdef char *write_request(self, Group *group, char *out, int64_t wall) noexcept
+    cdef char *write_request(self, Group *group, char *out, int64_t now) noexcept
     cdef char *write_bodies(self, Group *group, char *out) noexcept nogil
     cdef void leaves(self, Group *group, int64_t now) noexcept nogil
     cdef int settle(self, Group *group, int64_t now) except -1

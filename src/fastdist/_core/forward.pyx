@@ -13,7 +13,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
-from fastdist._core.bits cimport likely, mono_ns, store, unlikely, wall_ns
+from fastdist._core.bits cimport likely, mono_ns, store, unlikely
 from fastdist._core.counters cimport (
     BYTES_DELIVERED, CONNECTIONS, DELIVERED, MESSAGES_DELIVERED, PACKETS_IN_FLIGHT, REQUESTS_IN_FLIGHT, SETTLING, Counters, observe,
 )
@@ -213,7 +213,7 @@ cdef class PoolBase:
         """Return an upper bound of the request's size."""
         return len(self.head) + FIELD_ROOM + group.bytes + group.packets * (ID_TEXT + 2)
 
-    cdef char *write_request(self, Group *group, char *out, int64_t wall) noexcept:
+    cdef char *write_request(self, Group *group, char *out, int64_t now) noexcept:
         """Write the request, note the sending in its records, and return where it ends."""
         cdef uint32_t handle = group.first
         cdef uint32_t attempts = 0
@@ -228,7 +228,7 @@ cdef class PoolBase:
         while handle:
             record = self.ring.record_of(handle)
             if record.attempts == 0:
-                observe(self.counters.queue_wait, wall - record.accepted_ns, 1)
+                observe(self.counters.queue_wait, now + self.ring.clock_offset - record.accepted_ns, 1)
             record.attempts += 1
             attempts = max(attempts, record.attempts)
             out += write_id(record, out)
@@ -408,7 +408,7 @@ cdef class ReplyBase(Receiver):
         cdef PoolBase pool = self.pool
         cdef Group *group
         cdef int made = 0, i
-        cdef int64_t room = 0, wall = wall_ns()
+        cdef int64_t room = 0
         cdef char *start
         cdef char *out
         if self.group_count == 0 and self.state == HEAD:
@@ -427,7 +427,7 @@ cdef class ReplyBase(Receiver):
         if start == NULL:
             raise MemoryError
         for i in range(self.group_count - made, self.group_count):
-            out = pool.write_request(&self.groups[(self.first_group + i) % pool.pipeline], out, wall)
+            out = pool.write_request(&self.groups[(self.first_group + i) % pool.pipeline], out, now)
         if not self.has_room():
             self.withdraw()
         self.used_ns = now

@@ -33,9 +33,11 @@ cdef class Intake:
     cdef char *out                     # the answers of one read
     cdef Py_ssize_t out_length, out_size
     cdef int64_t dated_second
+    cdef int64_t wall                  # ns: when the packet at hand was accepted
     cdef bytes date
 
     cdef int put(self, const char *text, Py_ssize_t n) except -1
+    cdef bytes date_of(self, int64_t wall)
     cdef void make_id(self, int64_t wall, unsigned char *packet_id) noexcept nogil
     cdef bytes take_out(self)
     cdef count_until(self, int64_t position)

@@ -117,13 +117,17 @@ cdef class Intake:
         self.noise += GOLDEN
         make_uuid7(wall, mix(self.noise), packet_id)
 
-    def http_date(self):
-        """Return the present second as HTTP writes it."""
-        cdef int64_t second = wall_ns() // 1000000000
+    cdef bytes date_of(self, int64_t wall):
+        """Return a second as HTTP writes it."""
+        cdef int64_t second = wall // 1000000000
         if second != self.dated_second:
             self.dated_second = second
             self.date = formatdate(second, usegmt=True).encode()
         return self.date
+
+    def http_date(self):
+        """Return the present second as HTTP writes it."""
+        return self.date_of(wall_ns())
 
     def compose(self, int status, str reason, bytes headers, bytes body, *, bint close, bint head_only=False,
                 bint old_client=False):
@@ -534,7 +538,6 @@ cdef class IngestBase(Receiver):
         cdef uint32_t messages = 0
         cdef uint64_t emitter = 0
         cdef unsigned char[16] packet_id
-        cdef int64_t wall
         cdef int pushed
         if unlikely(intake.draining) and self.keep_alive:  # it was under way when the draining began: the last here
             self.keep_alive = False
@@ -543,10 +546,10 @@ cdef class IngestBase(Receiver):
             return self.reject(self.not_stored(False))
         if not self.understand(p, n, &messages, &emitter):
             return 0
-        wall = wall_ns()
-        intake.make_id(wall, packet_id)
-        pushed = intake.ring.push_packet(p, n, <const uchar *>self.key, self.key_length, packet_id, messages, emitter, wall,
-                                         WAITED if self.wait_seconds >= 0 else 0)
+        intake.wall = wall_ns()
+        intake.make_id(intake.wall, packet_id)
+        pushed = intake.ring.push_packet(p, n, <const uchar *>self.key, self.key_length, packet_id, messages, emitter,
+                                         mono_ns() + intake.ring.clock_offset, WAITED if self.wait_seconds >= 0 else 0)
         if unlikely(pushed != PUSHED):
             if pushed == TOO_BIG:
                 return self.reject(self.refuse(413, "too_large", f"a packet of {n} bytes is over half of what a worker's part of "
@@ -851,7 +854,7 @@ cdef int write_accepted(Intake intake, const char *packet_id, int id_length, uin
     """Put ``202 {"status":"accepted",...}`` into the common buffer."""
     cdef char[32] count
     cdef int count_length = 0, length = 0
-    cdef bytes date = intake.http_date()
+    cdef bytes date = intake.date_of(intake.wall)
     cdef char *out
     cdef char *start
     intake.reserve(512 + (len(extra) if extra is not None else 0))

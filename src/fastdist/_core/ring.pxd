@@ -25,7 +25,7 @@ cdef struct Record:
     int64_t position         # where the record starts, in bytes since the ring was made: tells laps apart
     uint64_t sequence        # of the push, from 1; a moved record keeps it
     uint8_t id[16]           # UUIDv7, unless there is a key
-    int64_t accepted_ns      # wall clock
+    int64_t accepted_ns      # wall clock of the run (clock_offset)
     uint64_t emitter         # hash of the emitterId
     uint32_t body_length     # bytes
     uint32_t messages
@@ -73,6 +73,7 @@ cdef class PacketRing:
     cdef uint32_t entry_count, free_entry
     cdef uint32_t released_first, released_last
     cdef readonly uint32_t claimed
+    cdef public int64_t clock_offset   # ns from the monotonic clock to the one packets are stamped with
     cdef readonly int64_t undone       # packets pushed and not done
     cdef readonly int64_t undone_bytes # of records, headers included
     cdef readonly int64_t corrupt

@@ -27,6 +27,7 @@ def round_capacity(capacity: int) -> int: ...
 
 @disjoint_base
 class PacketRing:
+    clock_offset: int
     @property
     def capacity(self) -> int: ...
     @property

@@ -16,6 +16,8 @@ Facts it rests on:
    withdrawn, and everything is written anew (``write_again``). The header keeps that position, or that a sync has failed
    (``forget_synced``), for whoever opens the ring next: a process that was killed cannot tell.
 7. Opening a ring writes only what has to change: a backlog is not to be copied, or written back, for being looked at.
+8. Packets are stamped with the monotonic clock plus ``clock_offset``: the wall clock, but that it does not jump when that
+   is set. So spans are right within a run, whose processes all have one offset, and as good as the clocks over restarts.
 """
 
 from libc.errno cimport errno
@@ -23,7 +25,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, mmap, munmap
-from fastdist._core.bits cimport crc32c, likely, release_fence, touch, unlikely, wall_ns, write_uuid
+from fastdist._core.bits cimport crc32c, likely, mono_ns, release_fence, touch, unlikely, wall_ns, write_uuid
 
 import os
 from collections import namedtuple
@@ -36,6 +38,7 @@ cdef enum:
     GAP_MAGIC = 0xFD5E0FF5   # followed by the gap's length in 8-byte words
     MOVES_A_PUSH = 16
     A_COPY = 0x100           # beside the flags of a push: of a packet another ring holds
+    A_STEP = 1000000000      # ns by which the wall clock has to differ from what it was to have been set
 
 cdef int64_t FOREVER = 0x7FFFFFFFFFFFFFFF
 cdef char *HEADER_MAGIC = b"fdring\r\n"
@@ -46,7 +49,7 @@ FLAG_WAITED = WAITED
 STATES = {QUEUED: "queued", MOVED: "moved", DONE: "done"}
 
 Packet = namedtuple("Packet", "sequence id body attempts accepted_ns messages emitter flags")
-Packet.__doc__ = "A record as Python sees it: ``body`` is a copy, ``accepted_ns`` wall-clock nanoseconds."
+Packet.__doc__ = "A record as Python sees it: ``body`` is a copy, ``accepted_ns`` nanoseconds of the wall clock, as it is set now."
 
 cdef int64_t record_size(Record *record) noexcept nogil:
     return (<int64_t>sizeof(Record) + record.key_length + record.body_length + 7) & ~<int64_t>7
@@ -98,6 +101,7 @@ cdef class PacketRing:
             self._open(fd)
         else:
             self._create(fd, round_capacity(capacity))
+        self.clock_offset = wall_ns() - mono_ns()
         self.new_entry()  # handle 0 stands for none
         self.claimed = 0
         if capacity is None:
@@ -529,7 +533,7 @@ cdef class PacketRing:
         return position
 
     cdef int64_t oldest(self) noexcept nogil:
-        """Return when the oldest packet not done was accepted (wall clock, ns), 0 if there is none."""
+        """Return when the oldest packet not done was accepted (see ``clock_offset``), 0 if there is none."""
         cdef int64_t position = max(self.head, self.settled), first = 0, moved = FOREVER
         cdef Record *record
         if self.undone == 0:
@@ -577,7 +581,8 @@ cdef class PacketRing:
         if len(name) > ID_TEXT or len(packet_id) != 16:
             raise ValueError("a key has at most 64 characters, an id 16 bytes")
         cdef int result = self.push_packet(<const unsigned char *>body, len(body), <const unsigned char *>name, len(name),
-                                           <const uint8_t *>packet_id, messages, emitter, accepted_ns or wall_ns(), flags)
+                                           <const uint8_t *>packet_id, messages, emitter,
+                                           accepted_ns or mono_ns() + self.clock_offset, flags)
         if result == TOO_BIG:
             raise ValueError(f"a packet of {len(body)} bytes is over half of a ring of {self.capacity}")
         if result == RING_FULL:
@@ -620,7 +625,7 @@ cdef class PacketRing:
 
     def packet(self, uint32_t handle):
         """Return the claimed packet as a ``Packet``."""
-        return packet_of(self.record_of(self._checked(handle)))
+        return packet_of(self, self.record_of(self._checked(handle)))
 
     def sequence(self, uint32_t handle):
         """Return the sequence of the claimed packet, which unlike its handle is never used again."""
@@ -648,7 +653,7 @@ cdef class PacketRing:
             record = self.at(position)
             position = self.past_gaps(position + record_size(record), self.tail)
             if record.state == QUEUED and not self.is_claimed(record):
-                yield packet_of(record)
+                yield packet_of(self, record)
 
     def totals_of_latest(self, int64_t count):
         """Return (messages, bytes of bodies) of the latest ``count`` packets that were pushed; copies are none."""
@@ -761,7 +766,7 @@ cdef class PacketRing:
 
     @property
     def oldest_ns(self):
-        """When the oldest packet not done was accepted (wall clock, ns), 0 if there is none."""
+        """When the oldest packet not done was accepted (monotonic ns + ``clock_offset``), 0 if there is none."""
         return self.oldest()
 
     def _checked(self, uint32_t handle):
@@ -774,9 +779,10 @@ cdef int64_t record_size_of(size_t key_length, size_t body_length) noexcept nogi
     return (<int64_t>sizeof(Record) + key_length + body_length + 7) & ~<int64_t>7
 
 
-cdef object packet_of(Record *record):
+cdef object packet_of(PacketRing ring, Record *record):
+    cdef int64_t step = wall_ns() - mono_ns() - ring.clock_offset  # what the wall clock was set by meanwhile
     return Packet(record.sequence, record_id(record), record_body(record)[:record.body_length], record.attempts,
-                  record.accepted_ns, record.messages, record.emitter, record.flags)
+                  record.accepted_ns + (step if abs(step) > A_STEP else 0), record.messages, record.emitter, record.flags)
 
 
 cdef str record_id(Record *record):

@@ -1,0 +1,57 @@
+"""The sockets that the supervisor listens on."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from fastdist import supervisor
+from fastdist.config import load
+
+
+class Ipv6Only(socket.socket):
+    """A socket as the system makes it with ``net.ipv6.bindv6only=1``."""
+
+    def __init__(self, family=socket.AF_INET, *arguments, **options):
+        super().__init__(family, *arguments, **options)
+        if family == socket.AF_INET6 and self.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_INET6:
+            self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+
+
+@pytest.fixture
+def listeners(monkeypatch, tmp_path):
+    """Return ``listeners(host)``: those of a service with that address."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    opened = []
+
+    def listen(host):
+        environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": "memory"}
+        service = supervisor.Supervisor(load(None, environment, {"host": host, "port": 0, "workers": 2}))
+        os.close(service.block.fd)
+        os.close(service.settings)
+        monkeypatch.setattr(supervisor.socket, "socket", Ipv6Only)
+        opened.extend(service._listen())
+        monkeypatch.undo()
+        return opened
+
+    yield listen
+    for listener in opened:
+        listener.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_all_of_ipv6_is_ipv4_too_whatever_the_system_says(listeners, address):
+    sockets = listeners("::")
+    ports = {listener.getsockname()[1] for listener in sockets}
+    assert len(ports) == 1
+    with socket.create_connection((address, ports.pop()), timeout=20):
+        assert [listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) for listener in sockets] == [0, 0]
+
+
+def test_an_ipv6_address_is_listened_on_alone(listeners):
+    port = listeners("::1")[0].getsockname()[1]
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=20)
