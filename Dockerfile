@@ -47,6 +47,7 @@ ENV FASTDIST_CONFIG=/etc/fastdist/fastdist.toml \
 WORKDIR /var/lib/fastdist
 VOLUME ["/var/lib/fastdist"]
 EXPOSE 3000
+# Process 1 without an init: it acts on signals from its first moments on, and reaps what others leave behind.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-P", "/opt/fastdist/lib/healthcheck.py"]
