@@ -15,7 +15,10 @@ def problem(status, detail, **headers):
 
 
 class Distributor(ThreadingHTTPServer):
-    """Answers as ``script`` says (packet id -> answers, the last of them for good); notes what it accepts."""
+    """Answers as ``script`` says (packet id -> answers, the last of them for good); notes what it accepts.
+
+    ``says``: what it answers to GET, by path. Only what is posted is noted.
+    """
 
     daemon_threads = True
 
@@ -23,6 +26,7 @@ class Distributor(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script = {}
         self.otherwise = ACCEPTED
+        self.says = {"/queue": {"durability": "fsync", "syncIntervalSeconds": 0.5}, "/health": {"storage": "ok"}}
         self.requests = []  # (path, headers, body)
         self.accepted = Counter()
         self.connections = 0
@@ -51,20 +55,23 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def setup(self):
-        self.server.connections += 1
-        super().setup()
+    counted = False
 
     def do_GET(self):
-        self.do_POST()
+        said = self.server.says.get(self.path)
+        self._send(200 if said else 404, {}, json.dumps(said).encode() if said else b"no such thing")
 
     def do_POST(self):
+        self.server.connections += not self.counted
+        self.counted = True
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         answer = self.server.answer(self.path, self.headers, body)
         if answer is None:  # hang up
             self.close_connection = True
             return
-        status, headers, content = answer
+        self._send(*answer)
+
+    def _send(self, status, headers, content):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)

@@ -1,24 +1,32 @@
 """Dead letters: packets no analyzer will ever take, kept as NDJSON files for a person to look at and to send again.
 
-A packet is written here (and, with durability fsync, synced) before it leaves the queue; what cannot be written stays
-queued. With durability disk it is synced within ``sync_interval``. The rules that writer and readers keep:
+A packet leaves the queue only when its letter is safe here: in a file that still has its name, and (but with durability
+memory) synced. ``DeadLetterWriter`` sees to that. The rules that writer and readers keep:
 
 1. Every worker writes files of its own, locked (flock) while they are open. A file that has had no letter for a second
-   is closed, so that others can have it; it is taken up again if nobody has it, else a new one is begun.
+   is closed, so that others can have it; it is taken up again if nobody has it, else a new one is begun. Letters that
+   come without a pause go to a new one every minute, and at once when somebody asks for the file, by a lock on its
+   first byte. A file that cannot be written to is closed as well: it may have to be purged to make room.
 2. Others change a file only while they hold its lock, and only by renaming another over it or by deleting it. So
    whoever gets the lock looks whether the file is still the one of that name.
-3. What was replayed is noted in a journal next to the file (``FILE.replayed``: offset and id) until the file is
-   rewritten without it; readers pass over what is noted there.
-4. A line that is no letter (torn by a crash, damaged) is shown as unreadable and otherwise left alone.
+3. Who knows nothing of this may delete, rename or cut short a file or its folder at any time. So after writing the
+   writer looks whether the name still is that of its file; if not, all since the last such look is written again.
+4. What was replayed is noted in a journal next to the file (``FILE.replayed``: offset and digest of the line) until the
+   file is rewritten without it; readers pass over what is noted there. An entry hides that very letter and no other, so
+   one that is left of an earlier file does no harm.
+5. A line that is no letter (torn by a crash, damaged) is shown as unreadable and otherwise left alone.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import fcntl
+import hashlib
 import os
 import stat
+import struct
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,8 +35,10 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
 import msgspec
 import orjson
 
+from fastdist import logs
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from fastdist._core.ring import Packet
 
@@ -37,7 +47,11 @@ SUFFIX = ".ndjson"
 JOURNAL_SUFFIX = ".replayed"  # after the name of a file: what of it was replayed
 LARGEST_FILE = 64 << 20  # bytes
 IDLE_NS = 1_000_000_000  # without a letter, after which a file is closed
+LONGEST_OPEN_NS = 60_000_000_000  # however many letters come
 UNREADABLE = "unreadable"  # the reason that a line which is no letter is listed under
+RECORD_LOCK = "hhqqi"  # struct flock: type, whence, start, length, pid
+
+log = logs.get()
 
 
 def iso_time(ns: int) -> str:
@@ -46,35 +60,52 @@ def iso_time(ns: int) -> str:
 
 
 class _File:
-    """A file of ours, open and locked: its size, and up to where it is known to be on stable storage."""
+    """A file of ours, open and locked: its size, and up to where what it holds is settled."""
 
-    __slots__ = ("fd", "name_synced", "path", "size", "suspect", "synced")
+    __slots__ = ("fd", "identity", "name_synced", "opened_ns", "path", "settled", "size")
 
-    def __init__(self, fd: int, path: Path, size: int, *, new: bool) -> None:
-        self.fd, self.path, self.size = fd, path, size
-        self.synced = size
-        self.name_synced = not new
-        self.suspect = False  # a sync has failed: the kernel may take for written what is not
+    def __init__(self, fd: int, path: Path) -> None:
+        state = os.fstat(fd)
+        self.fd, self.path = fd, path
+        self.identity = state.st_dev, state.st_ino
+        self.size = self.settled = state.st_size
+        self.name_synced = False  # not since it was opened
+        self.opened_ns = 0  # the first tick after that
 
     @property
-    def unsynced(self) -> bool:
-        return self.synced < self.size
+    def is_ours(self) -> bool:
+        """Whether whoever opens the path gets this file, and all that was written to it."""
+        try:
+            state = self.path.stat()
+        except OSError:
+            return False
+        return (state.st_dev, state.st_ino, state.st_size) == (*self.identity, self.size)
+
+    def close(self) -> None:
+        """Close it; the descriptor is gone then, also where that is an error (a network, a quota)."""
+        try:
+            os.close(self.fd)
+        except OSError as error:
+            log.error(
+                "an error when a file of dead letters was closed: its last letters may be missing",
+                file=str(self.path),
+                error=str(error),
+            )
 
 
 class DeadLetters:
     """The files that the process ``owner`` (a word fit for a file name) writes below ``queue_path``.
 
-    ``sync``: somebody will sync what is written (``sync``; ``begin_sync`` and ``end_sync`` when a thread is to do it).
+    What was written is to be settled: after a sync (``begin_sync``), if there is to be one, ``settle`` says whether it
+    is safe. Until then its files stay open.
     """
 
-    def __init__(self, queue_path: str | Path, owner: str, *, sync: bool = False) -> None:
+    def __init__(self, queue_path: str | Path, owner: str) -> None:
         self._folder = Path(queue_path) / FOLDER
-        self._owner, self._syncs = owner, sync
+        self._owner = owner
         self._path: Path | None = None  # of the file that is open, or was until it had been idle
         self._file: _File | None = None
-        self._held: list[_File] = []  # nothing more is written to them, but they are not synced
-        self._batch: list[tuple[_File, int]] = []  # being synced, up to there
-        self.syncing = False
+        self._held: list[_File] = []  # nothing more is to be written to them, but they are not settled
         self._written = False  # since the last tick
         self._idle_since = 0  # ns
 
@@ -98,74 +129,79 @@ class DeadLetters:
         self._append(orjson.dumps(letter, option=orjson.OPT_APPEND_NEWLINE))
 
     def tick(self, now_ns: int) -> None:
-        """Close the file when it has been idle; to be called every now and then (``now_ns``: time.monotonic_ns())."""
-        if self._file is None:
+        """Close the file when others are to have it; to be called every now and then (``now_ns``: time.monotonic_ns()).
+
+        What is not settled stays open until it is.
+        """
+        file = self._file
+        if file is None:
             return
-        if self._written or self.unsynced or self.syncing:
+        file.opened_ns = file.opened_ns or now_ns
+        if now_ns - file.opened_ns >= LONGEST_OPEN_NS or _is_asked_for(file.fd):
+            self._begin_anew()
+        elif self._written:
             self._written, self._idle_since = False, now_ns
         elif now_ns - self._idle_since >= IDLE_NS:
             self._release()
 
     def close(self) -> None:
-        """Close the present file, if one is open; what comes after goes to another."""
-        self._release()
-        self._path = None
+        """Close all files, settled or not; what comes after goes to another."""
+        for file in self._open_files:
+            file.close()
+        self._file = self._path = None
+        self._held = []
 
-    # ---- syncing
+    # ---- what becomes of what was written
 
     @property
-    def unsynced(self) -> bool:
-        """Whether there is anything to be synced."""
-        return self._syncs and any(file.unsynced for file in self._open_files)
+    def unsettled(self) -> int:
+        """Bytes that were written since the last time all was settled."""
+        return sum(file.size - file.settled for file in self._open_files)
 
     @property
     def _open_files(self) -> list[_File]:
         return [*self._held, self._file] if self._file is not None else self._held
 
     def begin_sync(self) -> Callable[[], None]:
-        """Return what will put all that was written so far on stable storage; ``end_sync`` is to follow.
+        """Return what will put all that was written so far on stable storage; ``settle`` is to follow.
 
-        It may be called in a thread, while more is written. It raises OSError.
+        It may be called in a thread, while nothing is written. It raises OSError.
         """
-        self.syncing = True
-        self._batch = [(file, file.size) for file in self._open_files if file.unsynced]
-        again = [(file.path, file.synced, size) for file, size in self._batch if file.suspect]
-        folders = [self._folder, self._folder.parent] if any(not file.name_synced for file, _ in self._batch) else []
-        return partial(_sync, [file.fd for file, _ in self._batch], again, folders)
+        files = [file for file in self._open_files if file.settled < file.size]
+        folders = [] if all(file.name_synced for file in files) else [self._folder, self._folder.parent]
+        return partial(_sync, [file.fd for file in files], folders)
 
-    def end_sync(self, error: OSError | None) -> None:
-        """Take note of what became of the sync that was begun."""
-        for file, size in self._batch:
-            file.suspect = error is not None
-            if error is None:
-                file.synced, file.name_synced = size, True
-        self.syncing, self._batch = False, []
+    def settle(self, error: OSError | None = None) -> bool:
+        """Say whether all that was written since the last time is safe; if not, all of it is to be written again.
+
+        ``error``: what came of the sync, if there was one.
+        """
+        files = [file for file in self._open_files if file.settled < file.size]
+        gone = [file for file in files if not file.is_ours]
+        safe = error is None and not gone
+        for file in gone:
+            log.warning(
+                "somebody moved, deleted or changed a file of dead letters; its last ones go to another",
+                file=str(file.path),
+            )
+            self._forget(file)
+        for file in files:
+            if safe:
+                file.settled, file.name_synced = file.size, True
+            elif file not in gone:
+                self._take_back(file)
         self._close_held()
+        return safe
 
-    def sync(self) -> None:
-        """Sync all that was written, here and now. Raises OSError."""
-        if not self.unsynced:
-            return
-        work = self.begin_sync()
+    def _take_back(self, file: _File) -> None:
+        """Remove what is not settled: the packets are still queued, and will be written again."""
         try:
-            work()
-        except OSError as error:
-            self.end_sync(error)
-            raise
-        self.end_sync(None)
-
-    def take_back(self) -> None:
-        """Remove what is not synced: the packets are still queued, and will be written again."""
-        for file in self._open_files:
-            if file.unsynced:
-                try:
-                    os.ftruncate(file.fd, file.synced)
-                except OSError:  # better twice than never
-                    file.synced = file.size
-                    self.close()
-                else:
-                    file.size, file.suspect = file.synced, False
-        self._close_held()
+            os.ftruncate(file.fd, file.settled)
+        except OSError:  # better twice than never
+            file.settled = file.size
+            self._begin_anew(file)
+        else:
+            file.size = file.settled
 
     # ---- files
 
@@ -174,13 +210,22 @@ class DeadLetters:
         if file is None or (file.size and file.size + len(line) > LARGEST_FILE):
             file = self._create()
         self._written = True
+        while True:
+            try:
+                self._write_to(file, line)
+            except OSError as error:
+                self._undo(file)
+                if error.errno != errno.EFBIG or not file.size:
+                    self._release()
+                    raise
+                file = self._create()  # that one is as large as this process may make one
+            else:
+                return
+
+    def _write_to(self, file: _File, line: bytes) -> None:
         written = 0
-        try:
-            while written < len(line):
-                written += os.write(file.fd, line[written:])
-        except OSError:
-            self._undo(file)
-            raise
+        while written < len(line):
+            written += os.write(file.fd, line[written:])
         file.size += len(line)
 
     def _undo(self, file: _File) -> None:
@@ -188,10 +233,10 @@ class DeadLetters:
         try:
             os.ftruncate(file.fd, file.size)
         except OSError:
-            self.close()  # at least nothing will be appended to that half
+            self._begin_anew(file)  # at least nothing will be appended to that half
 
     def _create(self) -> _File:
-        self.close()
+        self._begin_anew()
         self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         path = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{self._owner}{SUFFIX}"
@@ -206,59 +251,70 @@ class DeadLetters:
                 with contextlib.suppress(OSError):
                     name.unlink(missing_ok=True)
             raise
-        self._file, self._path = _File(fd, path, 0, new=True), path
+        self._file, self._path = _File(fd, path), path
         return self._file
 
     def _reopen(self) -> _File | None:
         """Go on with the file that was closed, lest rare letters make a file each; unless somebody has or had it."""
         if self._path is None:
             return None
+        for file in self._held:  # it was to be closed
+            if file.path == self._path:
+                self._held.remove(file)
+                self._file = file
+                return file
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError:
             return None
+        file = _File(fd, self._path)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            state = os.fstat(fd)
-            ours = os.path.samestat(state, self._path.stat())
+            ours = file.is_ours
         except OSError:
             ours = False
         if not ours:
             os.close(fd)
             return None
-        self._file = _File(fd, self._path, state.st_size, new=False)
-        return self._file
+        self._file = file
+        return file
 
     def _release(self) -> None:
+        """Let others have the present file, as soon as it is settled; we go on with it if nobody does."""
         if self._file is not None:
             self._held.append(self._file)
             self._file = None
             self._close_held()
 
+    def _begin_anew(self, file: _File | None = None) -> None:
+        """Write nothing more to the present file (if it is this one)."""
+        if file is None or file is self._file:
+            self._release()
+        if file is None or file.path == self._path:
+            self._path = None
+
+    def _forget(self, file: _File) -> None:
+        """Let go of a file that is not ours any more."""
+        self._begin_anew(file)
+        if file in self._held:
+            self._held.remove(file)
+            file.close()
+
     def _close_held(self) -> None:
         """Close what nobody needs open any more."""
-        keep = {file for file, _ in self._batch} | {file for file in self._held if self._syncs and file.unsynced}
-        for file in self._held:
-            if file not in keep:
-                os.close(file.fd)
-        self._held = [file for file in self._held if file in keep]
+        settled = [file for file in self._held if file.settled == file.size]
+        self._held = [file for file in self._held if file.settled < file.size]
+        for file in settled:
+            file.close()
 
 
-def _sync(files: list[int], again: list[tuple[Path, int, int]], folders: list[Path]) -> None:
-    """Put files on stable storage, after writing parts of them (from, to) once more, and then their names."""
-    for path, start, end in again:
-        _write_again(path, start, end)
+def _sync(files: list[int], folders: list[Path]) -> None:
+    """Put files on stable storage, and then their names."""
     for fd in files:
         os.fdatasync(fd)
     for folder in folders:
-        sync_folder(folder)
-
-
-def _write_again(path: Path, start: int, end: int) -> None:
-    """Have the kernel take these bytes of a file for changed, for it may never have written them."""
-    with path.open("r+b", buffering=0) as file:
-        while start < end and (piece := os.pread(file.fileno(), min(1 << 20, end - start), start)):
-            start += os.pwrite(file.fileno(), piece, start)
+        with contextlib.suppress(FileNotFoundError):  # ``settle`` will see that
+            sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
@@ -268,6 +324,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+# A worker holds a file by flock. Whoever waits for it says so by a lock of another kind, on the first byte: that ends
+# with the process that waits, whatever becomes of it, and needs no room on a disk that is full.
+
+
+def ask_for(fd: int) -> None:
+    """Have the worker that writes to this open file close it soon. Without effect on file systems that cannot do it."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(RECORD_LOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0))
+
+
+def _is_asked_for(fd: int) -> bool:
+    try:
+        lock = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(RECORD_LOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+    except OSError:
+        return False
+    return bool(struct.unpack(RECORD_LOCK, lock)[0] != fcntl.F_UNLCK)
 
 
 class Letter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="camel"):
@@ -362,17 +436,25 @@ def journal_of(path: Path) -> Path:
     return path.with_name(path.name + JOURNAL_SUFFIX)
 
 
-def read_journal(path: Path) -> set[tuple[int, str]]:
-    """Return offset and id of the letters of this file that were replayed but are still in it."""
+def digest_of(raw: bytes) -> str:
+    """Return what a journal calls a line."""
+    return hashlib.blake2b(raw, digest_size=8).hexdigest()
+
+
+def read_journal(path: Path) -> dict[int, str]:
+    """Return offset and digest of the lines of this file that were replayed but are still in it.
+
+    What is left of the journal of an earlier file of that name may be among it.
+    """
     try:
         text = journal_of(path).read_text("latin-1")
     except FileNotFoundError:
-        return set()
-    entries = (line.split(" ", 1) for line in text.split("\n"))
-    return {(int(entry[0]), entry[1]) for entry in entries if len(entry) == 2 and entry[0].isdecimal()}  # noqa: PLR2004
+        return {}
+    entries = (line.split(" ") for line in text.split("\n"))
+    return {int(entry[0]): entry[1] for entry in entries if len(entry) == 2 and entry[0].isdecimal()}  # noqa: PLR2004
 
 
-def read_lines(file: BinaryIO, end: int, replayed: Container[tuple[int, str]]) -> Iterator[Line]:
+def read_lines(file: BinaryIO, end: int, replayed: Mapping[int, str]) -> Iterator[Line]:
     """Yield the lines that start before ``end`` bytes of a file, but for those that are blank or were replayed."""
     decoder = msgspec.json.Decoder(Letter)
     changed = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
@@ -386,7 +468,7 @@ def read_lines(file: BinaryIO, end: int, replayed: Container[tuple[int, str]]) -
             if raw.strip():
                 yield Line(offset, raw, None, changed)
         else:
-            if (offset, letter.id) not in replayed:
+            if offset not in replayed or replayed[offset] != digest_of(raw):
                 yield Line(offset, raw, letter, letter.dead_lettered_at)
         offset += len(raw)
 

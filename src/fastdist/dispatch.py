@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 from fastdist import logs
 from fastdist._core.dispatch import DispatchBase
 from fastdist._core.pick import AliasTable, Rendezvous
+from fastdist.deadletter_writer import DeadLetterWriter, Letter, what_is_left
 from fastdist.forward import AnalyzerPool
 from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights
-from fastdist.undertaker import Letter, Undertaker
 
 if TYPE_CHECKING:
     import asyncio
@@ -84,7 +84,7 @@ class Dispatcher(DispatchBase):
         self.online: set[int] = set()
         self.retrying: dict[int, Retrying] = {}  # by sequence
         self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
-        self.undertaker = Undertaker(dead_letters, counters, self._buried)
+        self.letters = DeadLetterWriter(dead_letters, counters, self._buried)
         self._tls: ssl.SSLContext | None = None
         self._next_check = self._next_pruning = self._next_ramp = self._ramp_looked = 0
         self._resume_at = 0
@@ -288,11 +288,11 @@ class Dispatcher(DispatchBase):
 
     @property
     def storage_failed(self) -> bool:
-        """Whether there are dead letters that could not be written."""
-        return self.undertaker.failed
+        """Whether there are dead letters that could not be written or synced."""
+        return self.letters.failed
 
     def _bury(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
-        self.undertaker.bury(Letter(self.ring, handle, reason, pool.analyzer.id, status, error))
+        self.letters.add(Letter(self.ring, handle, reason, pool.analyzer.id, status, error))
 
     def _buried(self, ring: PacketRing, sequence: int) -> None:
         if ring is self.ring:  # not an old one
@@ -306,10 +306,9 @@ class Dispatcher(DispatchBase):
             if pool is not None:
                 pool.release_waiting()
         self._end_back_off()
-        letters = []
-        while handle := self.ring.claim():
-            letters.append(Letter(self.ring, handle, "shutdown", None, None, None))
-        return self.undertaker.bury_now(letters)
+        undone = self.ring.undone
+        self.letters.write_all(what_is_left(self.ring))
+        return undone
 
     # ---- upkeep
 
@@ -317,7 +316,7 @@ class Dispatcher(DispatchBase):
         """Do what time asks for: back-offs, time-outs, spills, pauses and slow starts that end."""
         if self.backing_off:
             self._end_back_off(now_ns)
-        self.undertaker.tick(now_ns)
+        self.letters.tick(now_ns)
         if self.analyzer_states.epoch != self.seen_epoch or (self._resume_at and now_ns >= self._resume_at):
             self._resume_at = 0
             self.seen_epoch = -1  # the flush refreshes

@@ -6,8 +6,9 @@ The rules:
 2. It is posted under its own id, so that an analyzer can tell a repetition: at worst a letter is replayed twice.
 3. What is accepted is noted at once in the file's journal; the file itself is rewritten once, when all of it has been
    gone through. (Rewriting it every so often instead would write a file of 64 MiB many times over.) So a replay that is
-   killed repeats no more than the letters that were under way.
-4. A file is changed only under its lock; that of a worker which is writing to it is waited for, then passed over.
+   killed repeats no more than the letters that were under way. It is not rewritten before the distributor has had the
+   time to sync what it accepted (``disk``): until then the letters are safer in the file, noted as replayed.
+4. A file is changed only under its lock; a worker that is writing to it is asked for it, and gives it up in a moment.
 5. Letters that die while a replay runs are none of its business: a packet that is refused again is not sent in circles.
 """
 
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import sys
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Protocol, Self
@@ -32,13 +35,15 @@ from fastdist.deadletters import (
     Letter,
     Line,
     Selection,
+    ask_for,
+    digest_of,
     journal_of,
     read_file,
     read_journal,
     read_lines,
     sync_folder,
 )
-from fastdist.posting import Answer, Sender, Target, describe
+from fastdist.posting import LARGEST_ANSWER, Answer, Connection, Sender, Target, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator
@@ -46,7 +51,10 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-LOCK_PATIENCE = 3.0  # seconds to wait for a file that a worker has open
+LOCK_PATIENCE = 5.0  # seconds to wait for a file that a worker has open
+UNKNOWN_INTERVAL = 0.5  # seconds between syncs of a distributor that does not say how often it does that
+LONGEST_INTERVAL = 30.0  # seconds between syncs that are waited for
+MOST_HELD = 100  # files that wait to be rewritten
 PATIENCE = 60.0  # seconds without a letter accepted, after which a busy distributor is left alone
 SHORTEST_PAUSE = 0.1  # seconds
 TRIES = 3  # to reach the distributor
@@ -101,14 +109,9 @@ class HeldFile:
             except FileNotFoundError:
                 return None
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(fd, end)
                 if os.path.samestat(os.fstat(fd), path.stat()):
                     return cls(path, fd)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    os.close(fd)
-                    raise
-                time.sleep(0.05)
             except FileNotFoundError:
                 pass
             except BaseException:
@@ -124,17 +127,22 @@ class HeldFile:
             os.close(self._journal)
         self._file.close()
 
+    @property
+    def has_replayed(self) -> bool:
+        """Whether there are letters in it that are safe elsewhere."""
+        return bool(self._replayed)
+
     def lines(self, end: int = sys.maxsize) -> Iterator[Line]:
         """Yield the lines that start before ``end`` bytes and have not been replayed."""
         return read_lines(self._file, end, self._replayed)
 
-    def note_replayed(self, line: Line, letter: Letter) -> None:
+    def note_replayed(self, line: Line) -> None:
         """Note that a letter is safe elsewhere: from now on it is no longer in this file. Raises OSError."""
-        self._replayed.add((line.offset, letter.id))
+        digest = self._replayed[line.offset] = digest_of(line.raw)
         if self._journal < 0:
             self._journal = self._create(journal_of(self.path), os.O_APPEND)
             os.write(self._journal, b"\n")  # the last entry may have been torn
-        os.write(self._journal, f"{line.offset} {letter.id}\n".encode())
+        os.write(self._journal, f"{line.offset} {digest}\n".encode())
 
     def rewrite(self, gone: Container[int] = ()) -> None:
         """Have a file without the lines at these offsets, and without what was replayed; none if nothing is left.
@@ -143,7 +151,19 @@ class HeldFile:
         """
         if not gone and not self._replayed and os.fstat(self._file.fileno()).st_size:
             return
-        temporary = self.path.with_name(self.path.name + TEMPORARY_SUFFIX)
+        if any(line.offset not in gone for line in self.lines()):
+            self._replace(gone)
+        else:  # without a new file: the disk may be full
+            self.path.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)  # of one that was killed
+        journal_of(self.path).unlink(missing_ok=True)
+
+    @property
+    def _temporary(self) -> Path:
+        return self.path.with_name(self.path.name + TEMPORARY_SUFFIX)
+
+    def _replace(self, gone: Container[int]) -> None:
+        temporary = self._temporary
         try:
             with os.fdopen(self._create(temporary, os.O_TRUNC), "wb") as out:
                 for line in self.lines():
@@ -151,18 +171,12 @@ class HeldFile:
                         out.write(line.raw if line.raw.endswith(b"\n") else line.raw + b"\n")
                 out.flush()
                 os.fsync(out.fileno())
-                left = out.tell()
-            if left:
-                temporary.rename(self.path)
-                sync_folder(self.path.parent)
-            else:
-                self.path.unlink(missing_ok=True)
-                temporary.unlink(missing_ok=True)
+            temporary.rename(self.path)
+            sync_folder(self.path.parent)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        journal_of(self.path).unlink(missing_ok=True)
 
     def _create(self, path: Path, flag: int) -> int:
         """Open a file next to this one, which has the same owner also where root does this."""
@@ -171,6 +185,20 @@ class HeldFile:
         with contextlib.suppress(PermissionError):
             os.fchown(fd, owner.st_uid, owner.st_gid)
         return fd
+
+
+def _lock(fd: int, end: float) -> None:
+    """Lock an open file, asking its worker for it until ``end`` (time.monotonic()). Raises BlockingIOError."""
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            ask_for(fd)
+            time.sleep(0.05)
+        else:
+            return
 
 
 def tidy(files: list[Found]) -> None:
@@ -207,6 +235,14 @@ class Summary(msgspec.Struct):
     stopped: str | None = None
 
 
+class Said(msgspec.Struct, rename="camel"):
+    """What a distributor says of itself (GET /queue, GET /health), as far as it matters here."""
+
+    durability: str = "disk"
+    sync_interval_seconds: float = UNKNOWN_INTERVAL
+    storage: str = "ok"
+
+
 class Replay:
     """One run: what is selected of the dead letters in ``files``, to ``target``."""
 
@@ -217,7 +253,9 @@ class Replay:
         self._lock = threading.Lock()  # for all that follows, the summary and the events
         self._halt = threading.Event()
         self._resume_at = self._last_success = 0.0  # time.monotonic()
-        self._told_to_wait = False
+        self._told_to_wait = self._told_to_keep = False
+        self._noted: deque[tuple[float, HeldFile]] = deque()  # to be rewritten after that moment (time.monotonic())
+        self._patience: float | None = None  # see ``_time_to_sync``
 
     def run(self, connections: int, limit: int | None = None) -> Summary:
         """Replay over this many connections, ``limit`` letters at most. Raises OSError for unreadable files."""
@@ -233,11 +271,13 @@ class Replay:
                 for found in self.files:
                     if self._room > 0 and not self._halt.is_set():
                         self._replay_file(found, pool, senders)
+                        self._rewrite_files()
         except KeyboardInterrupt:
             self._stop("interrupted")
         finally:
             for sender in senders:
                 sender.close()
+            self._rewrite_files(all_of_them=True)
         return self.summary
 
     def _replay_file(self, found: Found, pool: ThreadPoolExecutor, senders: list[Sender]) -> None:
@@ -248,25 +288,74 @@ class Replay:
             return
         if held is None:
             return
-        with held:
-            lines = (line for line in held.lines(found.size) if line in self.selection)
-            works: list[Future[None]] = []
-            try:
-                works += (pool.submit(self._work, sender, held, lines) for sender in senders)
-                for work in works:
-                    work.result()
-            except BaseException:  # Ctrl-C, or a fault in a thread: the others are to end as well
-                self._halt.set()
-                raise
-            finally:
-                wait(works)
-                self._rewrite(held)
+        lines = (line for line in held.lines(found.size) if line in self.selection)
+        works: list[Future[None]] = []
+        try:
+            works += (pool.submit(self._work, sender, held, lines) for sender in senders)
+            for work in works:
+                work.result()
+        except BaseException:  # Ctrl-C, or a fault in a thread: the others are to end as well
+            self._halt.set()
+            raise
+        finally:
+            wait(works)
+            self._noted.append((time.monotonic() + (self._time_to_sync() if held.has_replayed else 0.0), held))
+
+    # ---- files whose letters were accepted
+
+    def _rewrite_files(self, *, all_of_them: bool = False) -> None:
+        """Rewrite the files whose letters the distributor has synced by now; or all of them, when it has."""
+        while self._noted and (all_of_them or len(self._noted) > MOST_HELD or self._noted[0][0] <= time.monotonic()):
+            moment, held = self._noted.popleft()
+            with held:
+                if not held.has_replayed or self._are_synced(moment):
+                    self._rewrite(held)
 
     def _rewrite(self, held: HeldFile) -> None:
         try:
             held.rewrite()
         except OSError as error:
             self._stop(f"cannot rewrite {held.path}: {error.strerror}; what was replayed is noted next to it")
+
+    def _time_to_sync(self) -> float:
+        """Return the seconds after which the distributor has synced what it has accepted.
+
+        That is one interval until the sync begins, and one that it may take. 0: it syncs before it accepts, or never;
+        infinite: that is too long to wait for.
+        """
+        if self._patience is None:
+            said = self._ask("/queue")
+            self._patience = 2 * said.sync_interval_seconds if said.durability == "disk" else 0.0
+            if self._patience > 2 * LONGEST_INTERVAL:
+                self._patience = math.inf
+        return self._patience
+
+    def _are_synced(self, moment: float) -> bool:
+        """Wait until then; say whether the distributor has synced what it has accepted, as far as that can be told."""
+        why = f"the distributor syncs its queue less often than every {LONGEST_INTERVAL:g} s"
+        if moment < math.inf:
+            if self._time_to_sync() == 0.0:
+                return True
+            time.sleep(max(0.0, moment - time.monotonic()))
+            if self._ask("/health").storage == "ok":
+                return True
+            why = "the distributor does not say that it can write to its disk"
+        if not self._told_to_keep:
+            self._told_to_keep = True
+            self.events.note(f"{why}: what it has accepted stays in the files, hidden, until the next replay")
+        return False
+
+    def _ask(self, path: str) -> Said:
+        """Return what the distributor says of itself there; the defaults, where it does not."""
+        connection = Connection(self.target)
+        try:
+            return msgspec.json.decode(connection.request("GET", path, None, {}, LARGEST_ANSWER).content, type=Said)
+        except (OSError, HTTPException):
+            return Said(storage="unknown")
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return Said()
+        finally:
+            connection.close()
 
     # ---- in a thread for each connection
 
@@ -329,7 +418,7 @@ class Replay:
             self.summary.replayed += 1
             self.summary.left -= 1
             try:
-                held.note_replayed(line, letter)
+                held.note_replayed(line)
             except OSError as error:
                 self._stop_now(f"cannot note what was replayed of {held.path}: {error.strerror}")
             self.events.replayed()

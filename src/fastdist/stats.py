@@ -88,6 +88,7 @@ def queue(snapshot: Snapshot) -> dict[str, Any]:
         "inFlight": snapshot.in_flight,
         "oldestAgeSeconds": round(snapshot.oldest_age, 3),
         "durability": snapshot.config.queue.durability,
+        "syncIntervalSeconds": snapshot.config.queue.sync_interval,
         "drainRatePerSecond": round(rate, 3),
         "estimatedDrainSeconds": drained_in if packets else 0.0,
         "workers": [

@@ -24,6 +24,7 @@ from fastdist._core.ring import PacketRing
 from fastdist.changes import Changes
 from fastdist.config import LEAST_PART, usable_cores, warnings
 from fastdist.control import Message, Settings, shorten, write_settings
+from fastdist.deadletter_writer import DeadLetterWriter, what_is_left
 from fastdist.deadletters import DeadLetters
 from fastdist.errors import ConfigError, StartError
 from fastdist.filelocks import has_name, is_nameless, present_path
@@ -47,6 +48,7 @@ DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connectio
 REAP = 1.0  # seconds between looks at processes that were left to us
 PORT_PATIENCE = 1.0  # seconds that whoever has our port gets to let go of it
 APPLIED = 5.0  # seconds workers have to say that they have taken over new settings
+LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
 
 log = logs.get()
 
@@ -229,8 +231,12 @@ class Supervisor:
 
     def _bury_the_rest(self) -> None:
         """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters."""
-        rings = [fd for place in self.keeper.places for fd in (place.ring, *(old.fd for old in place.old_rings))]
-        nameless = [fd for fd in rings if is_nameless(fd)]
+        rows = {
+            fd: self.block.rows[place.index]
+            for place in self.keeper.places
+            for fd in (place.ring, *(old.fd for old in place.old_rings))
+        }
+        nameless = {fd: row for fd, row in rows.items() if is_nameless(fd)}
         lasting = not any(place.ring in nameless for place in self.keeper.places)
         queued = sum(row.get("undone") for row in self.block.rows) if lasting else 0
         if queued and (renamed := self._renamed_rings()):
@@ -239,20 +245,21 @@ class Supervisor:
             log.warning(
                 "packets stay queued, for the next start to deliver", packets=queued, path=str(self.folder.path)
             )
-        letters = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
+        files = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
         count = 0
-        for fd in nameless:
+        for fd, row in nameless.items():
             ring = PacketRing(fd, volatile=True)
+            ring.clock_offset = self.block.head[HeadWord.CLOCK_OFFSET_NS]
+            queued = ring.undone
             try:
-                while handle := ring.claim():
-                    letters.write(ring.packet(handle), "shutdown", None, None, None)
-                    ring.done(handle)
-                    count += 1
+                DeadLetterWriter(files, row, lambda *_: None).write_all(what_is_left(ring))
             except OSError as error:
                 log.error("cannot write dead letters; packets are lost", error=str(error), packets=ring.undone)
-        letters.close()
+                self.exit_status = self.exit_status or LOST
+            count += queued - ring.undone
+        files.close()
         if count:
-            log.warning("packets of workers that were killed are now dead letters", packets=count)
+            log.warning("packets that workers have left are now dead letters", packets=count)
 
     def _renamed_rings(self) -> dict[str, str | None]:
         """Return the workers' rings that are elsewhere by now: {where it was: where it is}."""

@@ -34,6 +34,7 @@ from fastdist._core.ring import PacketRing
 from fastdist._core.stream import Poller
 from fastdist.api import Api, Response, problem, reason
 from fastdist.control import Action, Message
+from fastdist.deadletter_writer import Letter
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
 from fastdist.errors import StartError
@@ -44,7 +45,6 @@ from fastdist.shared import HeadWord, SharedBlock, Step, WorkerWord
 from fastdist.snapshot import Snapshot
 from fastdist.sync import Syncer, make_safe
 from fastdist.takeover import begin_adopting, end_adopting, take_over
-from fastdist.undertaker import Letter
 from fastdist.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ class Worker:
             self.syncer.failing = not safe
             if self.durability == "fsync":
                 self.syncer.path = self.names.path
-        self.dead_letters = DeadLetters(
-            self.config.queue.path, f"w{assignment.index}-{os.getpid()}", sync=self.durability != "memory"
-        )
+        self.dead_letters = DeadLetters(self.config.queue.path, f"w{assignment.index}-{os.getpid()}")
         self.limiter = self.block.limiter()
         self.poller = Poller(loop)
         self.emitters = Emitters(Api(self.snapshot))
@@ -115,8 +113,11 @@ class Worker:
             settled=self.emitters.settled,
             poller=self.poller,
         )
-        if self.durability == "fsync":
-            self.dispatcher.undertaker.sync = self._sync_letters
+        self.letters = self.dispatcher.letters
+        if self.syncer is not None:
+            self.letters.sync_with(
+                self.syncer.run, 0.0 if self.durability == "fsync" else self.config.queue.sync_interval
+            )
         self.intake = Intake(
             self.ring,
             self.counters,
@@ -131,7 +132,6 @@ class Worker:
         self.tls = tls.server_context(self.config.security)
         self._put_in_force()
         self._next_sweep = self._next_sync = self._next_look = 0
-        self._letters_unsafe = False  # dead letters could not be synced (disk)
         self._stopped = asyncio.Event()
         self._server: sockets.Acceptor | tls.TlsServer | None = None
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
@@ -270,9 +270,12 @@ class Worker:
             await asyncio.sleep(TICK)
         self.intake.closed = True
         self._stop_delivering()
-        await self._letters_settled()  # what is written from here on is not to be taken back with them
-        self._bury_the_rest()
-        await self._finish_letters()
+        while self.letters.syncing:  # noqa: ASYNC110  (as above)
+            await asyncio.sleep(TICK)
+        if is_nameless(self.assignment.ring):
+            self._bury_the_rest()
+        else:
+            self.letters.finish()
         self.emitters.end_waiting()
         if self.syncer is not None:
             self.syncer.close()
@@ -303,27 +306,21 @@ class Worker:
         for pool in self.dispatcher.retired:
             pool.close()
 
-    async def _letters_settled(self) -> None:
-        """Wait until no sync of letters runs: it takes back what was written since the last one, should it fail."""
-        while self.dispatcher.undertaker.unsynced or self.dead_letters.syncing:  # noqa: ASYNC110  (as _drain does)
-            await asyncio.sleep(TICK)
-
-    async def _finish_letters(self) -> None:
-        """Have those that were written synced; what cannot be stays queued (fsync) or is told (disk)."""
-        await self._letters_settled()
-        try:
-            self.dead_letters.sync()
-        except OSError as error:
-            self._letters_synced(error)
-
     def _bury_the_rest(self) -> None:
-        """Queued in memory only, packets would end with this process: write them to the dead letters."""
-        if not is_nameless(self.assignment.ring) or self.ring.undone == 0:
+        """Queued in memory only, packets would end with this service: write them to the dead letters.
+
+        What cannot be written stays in the ring, for the supervisor to try once more.
+        """
+        if self.ring.undone == 0:
             return
         try:
             count = self.dispatcher.bury_all()
         except OSError as error:
-            log.error("cannot write dead letters; packets are lost", error=str(error), packets=self.ring.undone)
+            log.error(
+                "cannot write dead letters; what is left is lost unless the supervisor can",
+                error=str(error),
+                packets=self.ring.undone,
+            )
         else:
             log.warning("packets were not delivered in time and are now dead letters", packets=count)
 
@@ -349,16 +346,15 @@ class Worker:
         if now >= self._next_sync:
             self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
             run(Step.SYNC, self._sync)
+        if self.intake.draining:
+            self.letters.sync_soon()  # nobody is to wait for more of them
         run(Step.GAUGES, self.publish)
         if now >= self._next_sweep:
             run(Step.TIMEOUTS, self._sweep, now)
 
     def _sync(self) -> None:
-        if self.syncer is None:
-            return
-        if self.durability == "disk" and self.dead_letters.unsynced and not self.dead_letters.syncing:
-            self._sync_letters(self._letters_synced)  # before the ring that their packets have left
-        self.syncer.want_if_changed()
+        if self.syncer is not None:
+            self.syncer.want_if_changed()
 
     def _sweep(self, now_ns: int) -> None:
         """Look at the emitters' time-outs, often enough for the shortest.
@@ -379,8 +375,7 @@ class Worker:
 
     def _look_for_files(self) -> None:
         """Accept nothing while a ring's file is not under its name: the next start would not find what is in it."""
-        if self.names.look(self.adoptions):
-            self.dead_letters.close()  # whose file most likely went with it: what comes is written to a new one
+        self.names.look(self.adoptions)
         self._judge_storage()
 
     def _judge_storage(self) -> None:
@@ -410,7 +405,7 @@ class Worker:
         if oversized:
             reason = "larger than the queue takes now"
             letters = [Letter(adoption.ring, each, "oversized", None, None, reason) for each in oversized]
-            self.dispatcher.undertaker.bury(*letters)
+            self.letters.add(*letters)
         if moved:
             if self.syncer is not None:
                 self.syncer.want()
@@ -430,9 +425,7 @@ class Worker:
         if self.intake.full and ring.undone_bytes < ring.capacity // 2:
             self.intake.full = False
         self.words[WorkerWord.FULL] = int(self.intake.full)
-        self.words[WorkerWord.STORAGE_FAULT] = int(
-            self.dispatcher.storage_failed or self.intake.broken_storage or self._letters_unsafe
-        )
+        self.words[WorkerWord.STORAGE_FAULT] = int(self.dispatcher.storage_failed or self.intake.broken_storage)
 
     # ---- what the syncer tells
 
@@ -442,21 +435,6 @@ class Worker:
         self.intake.synced(position)
         self.dispatcher.schedule()
         self.upkeep.run(Step.OLD_RINGS, self._adopt)
-
-    def _sync_letters(self, done: Callable[[OSError | None], None]) -> None:
-        """Have the dead letters that were written synced in the syncer's thread; ``done`` hears of it."""
-
-        def finish(error: OSError | None) -> None:
-            self.dead_letters.end_sync(error)
-            done(error)
-
-        assert self.syncer is not None  # noqa: S101  (not with durability memory)
-        self.syncer.run(self.dead_letters.begin_sync(), finish)
-
-    def _letters_synced(self, error: OSError | None) -> None:
-        if error is not None and not self._letters_unsafe:
-            log.error("dead letters cannot be synced; tried again", error=str(error))
-        self._letters_unsafe = error is not None
 
     def _sync_failed(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, take back what nobody was told is safe."""

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 import uvloop
 
-from fastdist import dispatch, undertaker
+from fastdist import deadletter_writer, dispatch
 from fastdist._core.ring import PacketRing, file_size
 from fastdist._core.stream import Poller
 from fastdist.config import Analyzer, Config
@@ -343,8 +343,8 @@ class Bench(Site):
         sections["delivery"] = {"spill_after": math.inf} | sections.get("delivery", {})
         self.clock = Clock()
         self.replaced = [(dispatch, "time", dispatch.time), (dispatch, "AnalyzerPool", dispatch.AnalyzerPool)]
-        self.replaced.append((undertaker, "time", undertaker.time))
-        dispatch.time = undertaker.time = self.clock.module()
+        self.replaced.append((deadletter_writer, "time", deadletter_writer.time))
+        dispatch.time = deadletter_writer.time = self.clock.module()
         dispatch.AnalyzerPool = BenchPool
         super().__init__(folder, Loop(), settings(**sections), capacity)
         self.count, self.count_of = self.counters.get, self.counters.get_of
@@ -456,7 +456,7 @@ class Bench(Site):
     def check(self):
         """Every packet is once in one of: done, waiting, in flight, backing off, to be written, in the ring."""
         held = sum(pool.waiting + pool.packets_in_flight for pool in self.pools)
-        held += len(self.dispatcher.backing_off) + len(self.dispatcher.undertaker.unwritten)
+        held += len(self.dispatcher.backing_off) + len(self.dispatcher.letters.unwritten)
         assert self.ring.claimed == held
         assert self.ring.undone == self.pushed - self.delivered - self.buried
         for pool in self.pools:
@@ -470,7 +470,7 @@ class Bench(Site):
         for pool in self.pools:
             pool.release_waiting()
         self.dispatcher._end_back_off()
-        for letter in self.dispatcher.undertaker.unwritten:
+        for letter in self.dispatcher.letters.unwritten:
             self.ring.release(letter.handle)
         left = []
         while handle := self.ring.claim():

@@ -8,6 +8,8 @@ import fcntl
 import json
 import os
 import stat
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from fastdist import deadletters
 from fastdist._core.ring import Packet
-from fastdist.deadletters import FOLDER, IDLE_NS, DeadLetters, find_files, iso_time, read_file
+from fastdist.deadletters import FOLDER, IDLE_NS, LONGEST_OPEN_NS, DeadLetters, ask_for, find_files, iso_time, read_file
 
 MOMENT = 1_700_000_000_123_456_000  # 2023-11-14, 22:13:20.123456 UTC
 
@@ -195,10 +197,12 @@ def test_a_file_is_open_only_while_letters_come(letters, tmp_path):
         return [link for link in links if link.resolve().is_relative_to(tmp_path)]
 
     write(letters)
+    letters.settle()
     letters.tick(10 * IDLE_NS)
     letters.tick(10 * IDLE_NS + IDLE_NS // 2)
     assert len(open_files()) == 1
     write(letters, name="p2")
+    letters.settle()
     letters.tick(11 * IDLE_NS)  # it was written to since
     letters.tick(11 * IDLE_NS + IDLE_NS // 2)
     assert len(open_files()) == 1
@@ -212,6 +216,7 @@ def test_a_file_is_open_only_while_letters_come(letters, tmp_path):
 @pytest.mark.parametrize("what", ["locked", "deleted", "replaced"])
 def test_a_file_somebody_has_or_had_is_left_alone(letters, tmp_path, what):
     write(letters)
+    letters.settle()
     letters.tick(1)
     letters.tick(1 + IDLE_NS)
     (file,) = files_in(tmp_path)
@@ -243,7 +248,120 @@ def test_after_close_comes_another_file(letters, tmp_path):
     assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
 
 
-# ---- durability
+def is_locked(file):
+    with file.open("rb") as other:
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_file_is_given_up_when_it_is_asked_for(letters, tmp_path):
+    """However steadily letters come; what comes then goes to another."""
+    write(letters)
+    letters.settle()
+    letters.tick(1)
+    (file,) = files_in(tmp_path)
+    with file.open("rb") as other:
+        write(letters, name="p2")
+        letters.tick(2)
+        assert is_locked(file)
+        ask_for(other.fileno())
+        letters.tick(3)
+        assert is_locked(file), "not before it is settled"
+        letters.settle()
+        assert not is_locked(file)
+        write(letters, name="p3")
+        letters.settle()
+        letters.tick(4)
+    assert [len(each.read_bytes().splitlines()) for each in files_in(tmp_path)] == [2, 1]
+
+
+def test_who_asked_for_a_file_and_died_asks_no_more(letters, tmp_path):
+    write(letters)
+    letters.settle()
+    (file,) = files_in(tmp_path)
+    with file.open("rb") as other:
+        ask_for(other.fileno())
+    letters.tick(1)
+    assert is_locked(file)
+
+
+def test_a_file_is_written_to_for_a_minute_at_most(letters, tmp_path):
+    for now in range(1, LONGEST_OPEN_NS + 2, IDLE_NS // 2):
+        write(letters, name=f"p{now}")
+        letters.settle()
+        letters.tick(now)
+    (file,) = files_in(tmp_path)
+    assert not is_locked(file)
+    write(letters, name="last")
+    assert len(files_in(tmp_path)) == 2
+
+
+def test_a_file_that_cannot_be_written_to_is_given_up(letters, tmp_path, monkeypatch):
+    """Purging it may be what makes room."""
+    write(letters)
+    letters.settle()
+    (file,) = files_in(tmp_path)
+    with monkeypatch.context() as disk:
+        disk.setattr(deadletters.os, "write", broken)
+        for _ in range(3):
+            with pytest.raises(OSError, match="Input/output"):
+                write(letters, name="lost")
+            assert not is_locked(file)
+    write(letters, name="p2")
+    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+    assert files_in(tmp_path) == [file]
+
+
+def test_at_the_limit_of_file_sizes_a_new_one_is_begun(tmp_path):
+    """Of the process (RLIMIT_FSIZE), which the kernel tells by a signal, too."""
+    script = """
+import resource, sys
+from fastdist._core.ring import Packet
+from fastdist.deadletters import DeadLetters
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+letters = DeadLetters(sys.argv[1], "w0")
+for number in range(20):
+    letters.write(Packet(1, f"p{number}", b"x" * 300, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+    assert letters.settle()
+for _ in range(3):
+    try:
+        letters.write(Packet(1, "large", b"x" * 3000, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+    except OSError as error:
+        print(error.strerror)
+letters.write(Packet(1, "small", b"x", 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["File too large"] * 3 + [""]
+    assert [letter["id"] for letter in letters_in(tmp_path)] == [*(f"p{number}" for number in range(20)), "small"]
+    assert len(files_in(tmp_path)) == 5 + 1, "four to each; one for the large one, and then for the small one"
+
+
+def test_an_error_when_a_file_is_closed_closes_no_other(letters, tmp_path, monkeypatch):
+    """The number is free and may be somebody else's when it is closed once more."""
+    real, closed = os.close, []
+
+    def close(fd):
+        closed.append(fd)
+        real(fd)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    write(letters)
+    letters.settle()
+    letters.tick(1)
+    monkeypatch.setattr(deadletters.os, "close", close)
+    letters.tick(1 + 2 * IDLE_NS)
+    letters.tick(1 + 4 * IDLE_NS)
+    letters.settle()
+    monkeypatch.undo()
+    assert len(closed) == 1
+    write(letters, name="p2")
+    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+
+
+# ---- what becomes of what was written
 
 
 @pytest.fixture
@@ -255,137 +373,122 @@ def calls(monkeypatch):
     return calls
 
 
-@pytest.fixture
-def synced(tmp_path):
-    made = DeadLetters(tmp_path / "data", "w0", sync=True)
-    yield made
-    made.close()
-
-
 def sizes_in(folder):
     return [path.stat().st_size for path in files_in(folder)]
 
 
-def test_one_sync_covers_all_letters_and_at_first_the_names_of_file_and_folder(synced, tmp_path, calls):
-    assert not synced.unsynced
-    synced.sync()
-    assert calls == []
-    for _ in range(3):
-        write(synced)
-    assert synced.unsynced
-    synced.sync()
-    (size,) = sizes_in(tmp_path / "data")
-    assert calls == [("data", size), ("folder", FOLDER), ("folder", "data")]
-    assert not synced.unsynced
-    write(synced)
-    synced.sync()
-    synced.sync()
-    assert calls[3:] == [("data", *sizes_in(tmp_path / "data"))]
-
-
-def test_without_sync_nothing_is_kept_for_one(letters, calls):
-    write(letters)
-    assert not letters.unsynced
-    letters.sync()
-    assert calls == []
-
-
-def test_a_file_that_is_full_is_synced_all_the_same(synced, tmp_path, calls, monkeypatch):
-    monkeypatch.setattr(deadletters, "LARGEST_FILE", 1000)
-    for _ in range(3):
-        write(synced, b"x" * 600)
-    synced.sync()
-    assert [call for call in calls if call[0] == "data"] == [("data", size) for size in sizes_in(tmp_path / "data")]
-    assert len(calls) == 3 + 2
-
-
-def test_a_file_is_not_closed_before_it_is_synced(synced, tmp_path):
-    write(synced)
-    (file,) = files_in(tmp_path / "data")
-
-    def is_locked():
-        with file.open("rb") as other:
-            try:
-                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
-
-    for now in range(1, 5):
-        synced.tick(now * IDLE_NS)
-        assert is_locked()
-    work = synced.begin_sync()
-    synced.close()
-    assert is_locked()
-    work()
-    assert is_locked()
-    synced.end_sync(None)
-    assert not is_locked()
-
-
-def test_what_is_written_while_a_sync_runs_needs_another(synced):
-    write(synced)
-    work = synced.begin_sync()
-    assert synced.syncing
-    write(synced)
-    work()
-    synced.end_sync(None)
-    assert not synced.syncing
-    assert synced.unsynced
-    synced.sync()
-    assert not synced.unsynced
+def sync(letters):
+    """Sync what was written, as a worker does; say whether it is safe."""
+    try:
+        letters.begin_sync()()
+    except OSError as error:
+        return letters.settle(error)
+    return letters.settle()
 
 
 def broken(*_):
     raise OSError(errno.EIO, "Input/output error")
 
 
-def test_after_a_sync_that_failed_letters_are_written_over(synced, tmp_path, monkeypatch):
-    """The kernel may have taken their pages for written, which the next sync would not notice."""
-    write(synced)
-    synced.sync()
-    (before,) = sizes_in(tmp_path / "data")
-    write(synced, b"y" * 5000)
+def test_one_sync_covers_all_letters_and_at_first_the_names_of_file_and_folder(letters, tmp_path, calls):
+    assert sync(letters)
+    assert calls == []
+    for _ in range(3):
+        write(letters)
+    (size,) = sizes_in(tmp_path)
+    assert letters.unsettled == size
+    assert sync(letters)
+    assert calls == [("data", size), ("folder", FOLDER), ("folder", tmp_path.name)]
+    assert letters.unsettled == 0
+    write(letters)
+    assert sync(letters)
+    assert sync(letters)
+    assert calls[3:] == [("data", *sizes_in(tmp_path))]
+
+
+def test_the_name_of_a_file_is_synced_even_if_it_was_closed_before(letters, tmp_path, calls, monkeypatch):
     with monkeypatch.context() as disk:
-        disk.setattr(deadletters.os, "fdatasync", broken)
+        disk.setattr(deadletters.os, "write", broken)
         with pytest.raises(OSError, match="Input/output"):
-            synced.sync()
-    content = files_in(tmp_path / "data")[0].read_bytes()
-    write(synced, name="after")
-    written, real = [], os.pwrite
-    monkeypatch.setattr(deadletters.os, "pwrite", lambda fd, data, at: written.append((at, data)) or real(fd, data, at))
-    synced.sync()
-    whole = files_in(tmp_path / "data")[0].read_bytes()
-    assert whole.startswith(content)
-    assert written == [(before, whole[before:])]
-    write(synced)
-    synced.sync()
-    assert len(written) == 1, "once is enough"
+            write(letters)
+    write(letters)
+    assert sync(letters)
+    assert calls == [("data", *sizes_in(tmp_path)), ("folder", FOLDER), ("folder", tmp_path.name)]
+
+
+def test_a_file_that_is_full_is_synced_all_the_same(letters, tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(deadletters, "LARGEST_FILE", 1000)
+    for _ in range(3):
+        write(letters, b"x" * 600)
+    assert sync(letters)
+    assert [call for call in calls if call[0] == "data"] == [("data", size) for size in sizes_in(tmp_path)]
+    assert len(calls) == 3 + 2
+
+
+def test_a_file_is_not_closed_before_it_is_settled(letters, tmp_path):
+    write(letters)
+    (file,) = files_in(tmp_path)
+    for now in range(1, 5):
+        letters.tick(now * IDLE_NS)
+        assert is_locked(file)
+    write(letters, name="p2")
+    for now in range(5, 9):
+        letters.tick(now * IDLE_NS)
+        assert is_locked(file)
+    work = letters.begin_sync()
+    work()
+    assert is_locked(file)
+    letters.settle()
+    assert not is_locked(file)
+    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+    assert files_in(tmp_path) == [file]
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_what_could_not_be_synced_can_be_taken_back(synced, tmp_path, monkeypatch, files):
-    write(synced)
-    synced.sync()
+def test_what_could_not_be_synced_is_taken_back(letters, tmp_path, monkeypatch, files):
+    write(letters)
+    assert sync(letters)
     if files > 1:
         monkeypatch.setattr(deadletters, "LARGEST_FILE", 1000)
     for number in range(3):
-        write(synced, b"x" * 600, name=f"lost{number}")
-    assert len(files_in(tmp_path / "data")) == (1 if files == 1 else 4)
+        write(letters, b"x" * 600, name=f"lost{number}")
+    assert len(files_in(tmp_path)) == (1 if files == 1 else 4)
     with monkeypatch.context() as disk:
         disk.setattr(deadletters.os, "fdatasync", broken)
-        with pytest.raises(OSError, match="Input/output"):
-            synced.sync()
-    synced.take_back()
-    assert not synced.unsynced
-    write(synced, name="later")
-    synced.sync()
-    assert [letter["id"] for letter in letters_in(tmp_path / "data")] == ["p1", "later"]
+        assert not sync(letters)
+    assert letters.unsettled == 0
+    write(letters, name="later")
+    assert sync(letters)
+    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "later"]
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed", "replaced", "cut short", "with its folder"])
+def test_what_was_written_to_a_file_taken_away_is_not_safe(letters, tmp_path, how):
+    write(letters)
+    assert letters.settle()
+    (file,) = files_in(tmp_path)
+    write(letters, name="p2")
+    whole = file.read_bytes()
+    if how == "renamed":
+        file.rename(file.with_suffix(".1"))
+    elif how == "cut short":
+        os.truncate(file, 0)
+    elif how == "with its folder":
+        file.parent.rename(tmp_path / "elsewhere")
+    else:
+        file.unlink()
+        if how == "replaced":
+            file.write_bytes(whole)
+    assert not letters.settle()
+    write(letters, name="p2")
+    assert sync(letters)
+    assert letters_in(tmp_path)[-1]["id"] == "p2"
+    assert all(each.stat().st_size < len(whole) or each.read_bytes() == whole for each in files_in(tmp_path))
 
 
 @pytest.mark.parametrize("call", ["write", "open", "mkdir"])
 def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkeypatch, call):
-    letters = DeadLetters(tmp_path, "w0", sync=True)
+    letters = DeadLetters(tmp_path, "w0")
     if call == "write":
         write(letters)  # the first goes well
 

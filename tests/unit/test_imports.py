@@ -32,7 +32,7 @@ ORDER = [
     "queueview",
     "sync",
     "takeover",
-    "undertaker",
+    "deadletter_writer",
     "upkeep",
     "forward",
     "dispatch",

@@ -1,0 +1,285 @@
+"""Letters on their way: when packets leave their ring, how much is written at once, what a disk that fails does."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from fastdist import deadletter_writer
+from fastdist._core.ring import PacketRing, file_size
+from fastdist.deadletter_writer import MANY, DeadLetterWriter, Letter, what_is_left
+from fastdist.deadletters import FOLDER, DeadLetters
+from fastdist.shared import SharedBlock
+
+EIO = OSError(errno.EIO, "Input/output error")
+SECOND = 10**9
+
+
+class Site:
+    """A writer with a ring; with ``syncs`` the test says when a sync ends, and how."""
+
+    def __init__(self, folder, *, syncs, delay=0.0):
+        self.folder = folder
+        fd = os.memfd_create("ring")
+        os.ftruncate(fd, file_size(1 << 20))
+        self.ring = PacketRing(fd, 1 << 20, volatile=True)
+        os.close(fd)
+        block = SharedBlock.create(1, 4)
+        os.close(block.fd)
+        self.counters = block.rows[0]
+        self.files = DeadLetters(folder, "w0")
+        self.gone = []
+        self.writer = DeadLetterWriter(self.files, self.counters, lambda _ring, sequence: self.gone.append(sequence))
+        self.syncs = []
+        if syncs:
+            self.writer.sync_with(self._run, delay)
+        self.pushed = 0
+
+    def _run(self, work, done):
+        assert not self.syncs, "one at a time"
+        self.syncs.append((work, done))
+
+    def end_sync(self, error=None):
+        work, done = self.syncs.pop()
+        if error is None:
+            work()
+        done(error)
+
+    def letter(self, size=10):
+        self.pushed += 1
+        assert self.ring.push(bytes(size), f"p{self.pushed}")
+        return Letter(self.ring, self.ring.claim(), "refused", "A1", 400, "HTTP 400")
+
+    def add(self, count=1, size=10):
+        for _ in range(count):
+            self.writer.add(self.letter(size))
+
+    def later(self):
+        self.writer.tick(1 << 62)
+
+    def written(self):
+        return [
+            json.loads(line)["id"]
+            for path in sorted((self.folder / FOLDER).glob("*.ndjson"))
+            for line in path.read_bytes().splitlines()
+        ]
+
+    def remove(self, how="delete"):
+        """Do to the files what a person may do."""
+        for path in (self.folder / FOLDER).glob("*.ndjson"):
+            if how == "delete":
+                path.unlink()
+            elif how == "rename":
+                path.rename(path.with_suffix(".1"))
+            elif how == "cut short":
+                os.truncate(path, 0)
+        if how == "exchange the folder":
+            (self.folder / FOLDER).rename(self.folder / "kept")
+            (self.folder / FOLDER).mkdir()
+
+    def check(self):
+        assert self.ring.undone == self.ring.claimed == self.pushed - len(self.gone)
+        assert self.counters.get("refused") == len(self.gone)
+
+
+@pytest.fixture
+def site(tmp_path):
+    made = Site(tmp_path, syncs=True)
+    yield made
+    made.check()
+    made.files.close()
+
+
+def names(first, last):
+    return [f"p{number}" for number in range(first, last + 1)]
+
+
+def test_without_syncs_a_packet_leaves_the_ring_when_its_letter_is_written(tmp_path):
+    site = Site(tmp_path, syncs=False)
+    site.add(3)
+    assert site.gone == [1, 2, 3]
+    assert site.written() == names(1, 3)
+    site.check()
+
+
+# ---- syncs
+
+
+def test_with_syncs_a_packet_stays_in_the_ring_until_its_letter_is_synced(site):
+    site.add()
+    assert site.written() == ["p1"]
+    assert site.gone == []
+    site.check()
+    site.end_sync()
+    assert site.gone == [1]
+
+
+def test_letters_gather_while_a_sync_runs_and_the_next_covers_them_all(site):
+    site.add(100)
+    assert site.written() == ["p1"]
+    site.end_sync()
+    assert site.gone == [1]
+    assert len(site.written()) == 100
+    site.end_sync()
+    assert site.gone == list(range(1, 101))
+    assert site.syncs == []
+
+
+def test_with_a_delay_letters_are_synced_together_and_stay_queued(tmp_path):
+    site = Site(tmp_path, syncs=True, delay=0.5)
+    site.add(10)
+    site.writer.tick(0)
+    assert site.written() == names(1, 10)
+    assert site.syncs == []
+    site.check()
+    site.later()
+    assert site.gone == []
+    site.end_sync()
+    assert site.gone == list(range(1, 11))
+    site.check()
+
+
+@pytest.mark.parametrize(("count", "size"), [(MANY, 10), (1, 200_000)])
+def test_what_takes_much_room_in_the_ring_is_synced_at_once(tmp_path, count, size):
+    site = Site(tmp_path, syncs=True, delay=3600.0)
+    site.add(count, size)
+    assert len(site.syncs) == 1
+
+
+def test_a_part_whose_sync_fails_is_taken_back_and_written_later(site):
+    site.add()
+    site.end_sync()
+    site.add(5)
+    site.end_sync(EIO)
+    assert site.writer.failed
+    assert site.gone == [1]
+    assert site.written() == ["p1"]
+    assert site.syncs == [], "not tried again at once"
+    site.writer.tick(0)
+    assert site.syncs == []
+    site.later()
+    assert site.writer.failed, "until it is known to be well"
+    site.end_sync()
+    assert not site.writer.failed
+    assert site.gone == [1, 2, 3, 4, 5, 6]
+    assert site.written() == names(1, 6)
+
+
+def test_syncs_go_on_after_one_has_failed_and_its_file_was_deleted(site):
+    site.add()
+    site.end_sync(EIO)
+    site.remove()
+    site.later()
+    site.end_sync()
+    site.later()
+    site.end_sync()
+    assert site.gone == [1]
+    assert site.written() == ["p1"]
+    assert not site.writer.failed
+
+
+def test_what_was_written_before_the_disk_was_full_is_synced_and_leaves(site, monkeypatch):
+    site.add()
+    real = DeadLetters.write
+
+    def write(letters, packet, *why):
+        if packet.id == "p4":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(letters, packet, *why)
+
+    monkeypatch.setattr(DeadLetters, "write", write)
+    site.add(4)
+    site.end_sync()
+    site.end_sync()
+    assert site.writer.failed
+    assert site.gone == [1, 2, 3]
+    monkeypatch.undo()
+    site.later()
+    site.end_sync()
+    assert site.gone == [1, 2, 3, 4, 5]
+    assert not site.writer.failed
+
+
+def test_at_the_end_what_waits_for_its_sync_is_synced(tmp_path, monkeypatch):
+    site = Site(tmp_path, syncs=True, delay=3600.0)
+    site.add(3)
+    with monkeypatch.context() as disk:
+        disk.setattr("fastdist.deadletters.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
+        site.writer.finish()
+    assert site.gone == []
+    site.later()
+    site.writer.finish()
+    assert site.gone == [1, 2, 3]
+    assert site.written() == names(1, 3)
+    site.check()
+
+
+@pytest.mark.parametrize("syncs", [True, False])
+def test_what_is_left_in_memory_is_written_synced_or_not(tmp_path, monkeypatch, syncs):
+    site = Site(tmp_path, syncs=syncs, delay=3600.0)
+    site.add(2)
+    for number in (3, 4):
+        site.ring.push(b"x", f"p{number}")
+    monkeypatch.setattr("fastdist.deadletters.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
+    site.writer.write_all(what_is_left(site.ring))
+    assert site.gone == [1, 2, 3, 4]
+    assert site.written() == names(1, 4)
+
+
+# ---- files that somebody takes away
+
+
+@pytest.mark.parametrize("how", ["delete", "rename", "cut short", "exchange the folder"])
+@pytest.mark.parametrize("syncs", [True, False])
+def test_a_file_that_was_taken_away_is_not_written_on(tmp_path, syncs, how):
+    """What was written since its packets could leave the ring is in a file of its name when they do."""
+    site = Site(tmp_path, syncs=syncs)
+    site.add()
+    site.end_sync() if syncs else None
+    assert site.gone == [1]
+    site.remove(how)
+    site.add(3)
+    while len(site.gone) < 4:
+        assert site.gone == [1] or set(names(2, 1 + len(site.gone[1:]))) <= set(site.written())
+        site.end_sync() if site.syncs else site.later()
+    assert sorted(set(site.written())) == names(2, 4)
+    assert not site.writer.failed
+    site.check()
+
+
+def test_a_file_deleted_during_its_sync_is_written_again(site):
+    site.add(1)
+    site.remove()
+    site.end_sync()
+    assert site.gone == []
+    assert site.written() == ["p1"]
+    site.end_sync()
+    assert site.gone == [1]
+
+
+# ---- how much at once
+
+
+@pytest.mark.parametrize("syncs", [True, False])
+def test_no_turn_writes_for_long(tmp_path, monkeypatch, syncs):
+    site = Site(tmp_path, syncs=syncs)
+    now = [SECOND]
+
+    def monotonic_ns():
+        now[0] += 10_000_000  # a letter takes 10 ms
+        return now[0]
+
+    monkeypatch.setattr(deadletter_writer, "time", SimpleNamespace(monotonic_ns=monotonic_ns))
+    site.writer.add(*[site.letter() for _ in range(33)])
+    turns = 1
+    while len(site.gone) < 33:
+        assert len(site.written()) <= 6 * turns
+        site.end_sync() if syncs else site.writer.tick(now[0])
+        turns += 1
+    assert turns >= 33 // 6
+    assert site.written() == names(1, 33)
+    site.check()
