@@ -269,7 +269,9 @@ class Replay:
         try:
             with ThreadPoolExecutor(connections) as pool:
                 for found in self.files:
-                    if self._room > 0 and not self._halt.is_set():
+                    if self._halt.is_set():
+                        break
+                    if self._room > 0 or journal_of(found.path).exists():  # that of one that could not finish
                         self._replay_file(found, pool, senders)
                         self._rewrite_files()
         except KeyboardInterrupt:

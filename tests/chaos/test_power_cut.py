@@ -3,14 +3,19 @@
 What the disk holds of each block after the cut is any state that block was in since the last sync which returned began:
 the kernel may write a page back at any time, or never. ``Disk`` keeps all those states. From any choice among them the
 ring must give every packet that a finished sync covered and that was not done, and no packet that was never pushed.
+A packet that becomes a dead letter is done in the ring as the real ``DeadLetterWriter`` says, and must be in one of the
+two after the cut: ``Letters`` is the worst disk for their files, which writes nothing that no sync asks it to.
 
 Blocks are pages of 4 KiB, or sectors of 512 bytes for a disk that tears pages.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 from experiment import form
@@ -18,7 +23,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from fastdist import deadletter_writer
 from fastdist._core.ring import FORMAT_VERSION, PacketRing, file_size
+from fastdist.deadletter_writer import DeadLetterWriter, Letter
+from fastdist.shared import SharedBlock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastdist._core.ring import Packet
 
 CAPACITY = 65536
 SIZE = file_size(CAPACITY)
@@ -68,8 +81,38 @@ class Disk:
         os.close(self.fd)
 
 
+class Letters:
+    """The files of dead letters as a writer sees them: ids that were written, and those that no cut can take."""
+
+    def __init__(self) -> None:
+        self.cached: set[str] = set()
+        self.synced: set[str] = set()
+        self._syncing: set[str] = set()
+
+    @property
+    def unsettled(self) -> int:
+        return len(self.cached - self.synced)
+
+    def write(self, packet: Packet, *_: object) -> None:
+        self.cached.add(packet.id)
+
+    def begin_sync(self) -> Callable[[], None]:
+        covered = set(self.cached)
+        return lambda: self.synced.update(covered)
+
+    def settle(self, error: OSError | None = None) -> bool:
+        if error is not None:
+            self.cached &= self.synced
+        return error is None
+
+
 def body_of(number: int, size: int) -> bytes:
     return random.Random(number).randbytes(size)
+
+
+@pytest.fixture(autouse=True)
+def _no_time_passes(monkeypatch):
+    monkeypatch.setattr(deadletter_writer, "time", SimpleNamespace(monotonic_ns=lambda: 0))
 
 
 sizes = st.one_of(st.integers(0, 300), st.integers(300, 5000), st.just(CAPACITY // 2 - RECORD - 16))
@@ -87,6 +130,11 @@ class PowerCuts(RuleBasedStateMachine):
         self.claimed: dict[int, str] = {}
         self.syncing: int | None = None  # the position the sync under way will cover
         self.number = 0
+        self.letters = Letters()  # outlive processes
+        self.only_letters: set[str] = set()  # were safe in the ring until it let go of them for their letters
+        block = SharedBlock.create(1, 1)
+        os.close(block.fd)
+        self.counters = block.rows[0]
 
     @initialize(block=st.sampled_from([4096, 4096, 512]), waits=st.booleans())
     def create(self, block: int, waits: bool) -> None:  # noqa: FBT001  (hypothesis passes by name)
@@ -101,6 +149,14 @@ class PowerCuts(RuleBasedStateMachine):
         self.disk = Disk(image, self.block)
         self.ring = PacketRing(self.disk.fd, claims_wait_for_sync=self.waits)
         self.disk.note()
+        self.begin_writing()
+
+    def begin_writing(self) -> None:
+        """Begin as a new process does."""
+        self.writer = DeadLetterWriter(self.letters, self.counters, lambda _ring, _sequence: None)  # type: ignore[arg-type]
+        self.writer.sync_with(lambda work, done: self.letter_syncs.append((work, done)), 0.0 if self.waits else 3600.0)
+        self.letter_syncs: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
+        self.refused: dict[int, str] = {}  # handles that were given to the writer
 
     def teardown(self) -> None:
         if hasattr(self, "disk"):
@@ -148,6 +204,43 @@ class PowerCuts(RuleBasedStateMachine):
         del self.claimed[handle]
         self.ring.release(handle)
         self.disk.note()
+
+    # ---- dead letters
+
+    @precondition(lambda self: self.claimed)
+    @rule(n=st.integers(0, 1000), most=st.integers(1, 10))
+    def refuse(self, n: int, most: int) -> None:
+        """Have packets become dead letters; with durability disk their sync comes later."""
+        for handle in sorted(self.claimed)[n % len(self.claimed) :][:most]:
+            self.refused[handle] = self.claimed.pop(handle)
+            self.writer.add(Letter(self.ring, handle, "refused", "A1", 422, None))
+        self.note_letters()
+
+    @rule()
+    def begin_sync_of_letters(self) -> None:
+        self.writer.tick(1 << 62)
+        self.note_letters()
+
+    @precondition(lambda self: self.letter_syncs)
+    @rule(fails=st.sampled_from([False, False, True]))
+    def end_sync_of_letters(self, fails: bool) -> None:  # noqa: FBT001
+        work, done = self.letter_syncs.pop(0)
+        if not fails:
+            work()
+        done(OSError(errno.EIO, "Input/output error") if fails else None)
+        self.note_letters()
+
+    def note_letters(self) -> None:
+        """See which packets the ring has let go of, because their letters are safe as the writer thinks."""
+        self.disk.note()
+        left = {letter.handle for letter in [*self.writer.unwritten, *self.writer.written]}
+        for handle in self.refused.keys() - left:
+            name = self.refused.pop(handle)
+            self.times[name] -= 1
+            if self.times[name] == 0:
+                del self.undone[name], self.times[name]
+                if name in self.safe:
+                    self.only_letters.add(name)
 
     @rule(packets=st.integers(1, 30), size=st.sampled_from([0, 500, 3000, 9000]), sync_every=st.integers(1, 12))
     def let_others_pass(self, packets: int, size: int, sync_every: int) -> None:
@@ -207,6 +300,7 @@ class PowerCuts(RuleBasedStateMachine):
         self.syncing = None
         self.ring = PacketRing(self.disk.fd, claims_wait_for_sync=self.waits)
         self.disk.note()
+        self.begin_writing()
         self.take_over(self.look())
         assert self.times == before
         self.safe &= self.times.keys()
@@ -214,7 +308,8 @@ class PowerCuts(RuleBasedStateMachine):
             self.sync()
 
     def start_again(self, image: bytes) -> None:
-        expected = self.safe & self.undone.keys()
+        self.letters.cached = set(self.letters.synced)
+        expected = (self.safe & self.undone.keys() | self.only_letters) - self.letters.synced
         self.disk.close()
         self.syncing = None
         self.open(image)
@@ -275,3 +370,23 @@ def test_the_model_loses_what_is_not_synced():
     os.close(fd)
     disk.close()
     assert FORMAT_VERSION == 1, "is the model still that of the format?"
+
+
+def test_the_model_loses_letters_that_are_not_synced_before_the_ring():
+    """Here the writer lets packets go when their letters are written."""
+    fd = os.memfd_create("ring")
+    os.ftruncate(fd, SIZE)
+    PacketRing(fd, CAPACITY)
+    model = PowerCuts()
+    model.block, model.waits = 4096, False
+    model.open(os.pread(fd, SIZE, 0))
+    os.close(fd)
+    model.writer._run = None
+    model.push(100)
+    model.sync()
+    model.claim(1)
+    model.refuse(0, 1)
+    model.sync()
+    with pytest.raises(AssertionError, match="lost"):
+        model.cut_the_power(seed=0, newness=0.0)
+    model.disk.close()

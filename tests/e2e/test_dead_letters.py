@@ -209,6 +209,23 @@ def test_where_nobody_listens(mocks, serve, command):
     ]
 
 
+def test_they_are_purged_and_replayed_while_more_keep_coming(mocks, serve, command, tmp_path):
+    """A worker that is writing to a file gives it up when it is asked for it."""
+    fastdist = serve(mocks, {"server": {"workers": 1}})
+    mocks.set("A1", **REFUSING)
+    emitter = Emitter(fastdist.port, connections=4, pause=0.05).start()
+    wait_until(lambda: len(fastdist.dead_letters()) >= 5, "dead letters")
+    for verb in (("purge", tmp_path / "data", "--yes"), replay_to(fastdist)[1:]):
+        before = {letter["id"] for letter in fastdist.dead_letters()}
+        status, output = command("dead-letters", *verb)
+        assert "skipped" not in output
+        assert status == 0 or verb[0] == "replay", output  # some are refused again
+        wait_until(lambda: len(fastdist.dead_letters()) >= 5, "more")
+        if verb[0] == "purge":
+            assert before.isdisjoint(letter["id"] for letter in fastdist.dead_letters())
+    emitter.stop()
+
+
 # ---- the queue
 
 

@@ -122,6 +122,18 @@ def test_what_cannot_be_delivered_in_time_becomes_dead_letters(mocks, serve):
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
 
 
+def test_packets_that_cannot_become_dead_letters_are_told_by_the_exit_status(mocks, serve):
+    """Durability memory: they are lost."""
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks, {"server": {"drain_timeout": "0s"}})
+    fastdist.wait_for_states("offline")
+    Emitter(fastdist.port).send(20)
+    (fastdist.folder / "data").mkdir(exist_ok=True)
+    (fastdist.folder / "data" / "dead-letters").write_text("in the place of the folder")
+    assert fastdist.stop() == 1
+    assert "packets are lost" in fastdist.output
+
+
 def test_packets_in_flight_when_time_is_up_become_dead_letters_too(mocks, serve):
     mocks.set_all(hang=True)
     fastdist = serve(mocks, {"server": {"drain_timeout": "500ms"}, "delivery": {"timeout": "60s"}})

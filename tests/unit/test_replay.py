@@ -635,6 +635,24 @@ def test_a_journal_whose_last_entry_is_torn_is_gone_on_with(tmp_path, distributo
     assert names_in(path.parent) == []
 
 
+def test_a_journal_left_behind_hides_no_other_letter_of_the_same_key(tmp_path, run, distributor):
+    """The replay was killed between the rename of the new file and the deletion of the journal."""
+    letters = DeadLetters(tmp_path, "w0-1")
+    for body in (b'{"first":1}', b'{"second":2}'):
+        letters.write(packet("key", body), "refused", "A1", 404, "no")
+    letters.close()
+    (found,) = find_files(tmp_path)
+    with HeldFile.hold(found.path, 0) as held:
+        held.note_replayed(next(iter(held.lines())))
+        stale = journal_of(found.path).read_bytes()
+        held.rewrite()
+    journal_of(found.path).write_bytes(stale)
+    assert [line.letter.body for line in read_file(found)] == ['{"second":2}']
+    assert run(tmp_path).replayed == 1
+    assert [body for _, _, body in distributor.requests] == [b'{"second":2}']
+    assert names_in(found.path.parent) == []
+
+
 def test_a_journal_that_belongs_to_the_file_before_hides_nothing(tmp_path):
     path = fill(tmp_path, "abc")
     journal_of(path).write_text("0 z\n17 b\n")
@@ -726,7 +744,100 @@ def test_ctrl_c_ends_it_in_good_order(tmp_path, distributor, run):
     assert distributor.accepted == dict.fromkeys(names, 1)
 
 
+# ---- what the distributor has accepted, but not synced
+
+
+class Says(dict):
+    """What a distributor says of itself; ``asked`` hears of each question."""
+
+    def __init__(self, asked, **says):
+        super().__init__({f"/{name}": said for name, said in says.items()})
+        self.asked = asked
+
+    def get(self, path):
+        self.asked(path)
+        return super().get(path)
+
+
+DISK = {"durability": "disk", "syncIntervalSeconds": 0.01}
+
+
+def test_letters_are_removed_only_when_the_distributor_has_synced_them(tmp_path, distributor, run):
+    paths = [fill(tmp_path, "ab"), fill(tmp_path, "c", owner="w1-1")]
+    seen = []
+    distributor.says = Says(
+        lambda path: seen.append((path, [each.exists() for each in paths])), queue=DISK, health={"storage": "ok"}
+    )
+    assert run(tmp_path, connections=1).left == 0
+    assert seen[0] == ("/queue", [True, True])
+    assert seen[1] == ("/health", [True, True])
+    assert names_in(tmp_path / "dead-letters") == []
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"queue": DISK, "health": {"storage": "failing"}},
+        {"queue": DISK | {"syncIntervalSeconds": 3600}, "health": {"storage": "ok"}},
+    ],
+)
+def test_letters_that_may_not_be_synced_stay_noted(tmp_path, distributor, run, events, says):
+    path = fill(tmp_path, "ab")
+    fill(tmp_path, "c", owner="w1-1")
+    distributor.says = Says(lambda _: None, **says)
+    assert run(tmp_path).left == 0
+    assert len(events.notes) == 1
+    assert "until the next replay" in events.notes[0]
+    assert ids(tmp_path) == []
+    assert journal_of(path).exists()
+    distributor.says = Says(lambda _: None, queue=DISK, health={"storage": "ok"})
+    run(tmp_path)
+    assert distributor.accepted == {"a": 1, "b": 1, "c": 1}
+    assert names_in(path.parent) == []
+
+
+@pytest.mark.parametrize("durability", ["memory", "fsync", None])
+def test_where_no_sync_is_to_come_none_is_waited_for(tmp_path, distributor, run, durability):
+    """Nothing is asked of who syncs before it answers; who says nothing of itself is not distrusted for ever."""
+    fill(tmp_path, "ab")
+    asked = []
+    distributor.says = Says(asked.append, **({"queue": DISK | {"durability": durability}} if durability else {}))
+    run(tmp_path)
+    assert asked == (["/queue"] if durability else ["/queue", "/health"])
+    assert names_in(tmp_path / "dead-letters") == []
+
+
 # ---- purging
+
+
+def test_purging_a_whole_file_needs_no_room(tmp_path, monkeypatch):
+    path = fill(tmp_path, "ab")
+    monkeypatch.setattr(HeldFile, "_create", broken)
+    assert purged(find_files(tmp_path), Selection(), print) == (2, 0)
+    assert names_in(path.parent) == []
+
+
+def test_a_file_under_a_steady_trickle_is_purged(tmp_path):
+    """Its worker is asked for it."""
+    letters, ended = DeadLetters(tmp_path, "w0-1"), threading.Event()
+    letters.write(packet("first"), "refused", "A1", 400, None)
+    files = find_files(tmp_path)
+
+    def work():
+        while not ended.wait(0.005):
+            letters.write(packet("later"), "refused", "A1", 400, None)
+            letters.settle()
+            letters.tick(time.monotonic_ns())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert purged(files, Selection(), print) == (1, 0)
+    finally:
+        ended.set()
+        thread.join()
+    letters.close()
+    assert set(ids(tmp_path)) <= {"later"}
 
 
 def purged(files, selection, note):

@@ -340,6 +340,7 @@ def test_queue(block):
         "inFlight": 5,
         "oldestAgeSeconds": 2.5,
         "durability": "fsync",
+        "syncIntervalSeconds": 0.5,
         "drainRatePerSecond": 5.0,
         "estimatedDrainSeconds": 5.0,
         "workers": [
