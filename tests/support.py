@@ -299,9 +299,9 @@ class Distributor(Process):
         wait_until(lambda: {row["state"] for row in self.analyzers().values()} == {state}, f"all {state}", seconds)
 
     def dead_letters(self) -> list[dict[str, Any]]:
-        """Return all dead letters, of any worker."""
+        """Return all dead letters, of any worker; a line that is just being written is none yet."""
         files = sorted((self.folder / "data" / "dead-letters").glob("*.ndjson"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
 
     def worker_pids(self) -> list[int]:
         return [int(row["pid"]) for row in self.stats()["workers"]]

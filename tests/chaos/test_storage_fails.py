@@ -6,12 +6,13 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 from experiment import DELIVERY, form, in_flight, wait_for_restarts
-from support import get_json, request, wait_until
+from support import check_identity, get_json, request, wait_until
 from test_processes_killed import kill_a_worker
 
 SHIM = r"""
@@ -290,6 +291,36 @@ def test_a_sync_of_letters_that_fails_at_the_end_costs_no_letter_written_meanwhi
     experiment.judge("letters cannot be synced, and the queue's file is gone", at_rest=False)
 
 
+def whole_lines(path) -> bytes:
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+@pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
+def test_files_of_dead_letters_are_deleted_again_and_again(experiment, durability):
+    """By somebody who knows nothing of their writers. What had been in them is read at that moment; nothing else is."""
+    experiment.analyzers().set("A2", status=422)
+    fastdist = experiment.serve({"queue": {"durability": durability}})
+    emitter = experiment.emitter().start()
+    folder, kept = experiment.data / "dead-letters", b""
+    for turn in range(form(4, 20)):
+        emitter.wait_for(50)
+        wait_until(fastdist.dead_letters, "packets are refused")
+        if turn % 2:
+            folder.rename(away := experiment.folder / f"away-{turn}")
+            kept += b"".join(map(whole_lines, away.iterdir()))
+            shutil.rmtree(away)
+        else:
+            for path in folder.iterdir():
+                path.rename(away := experiment.folder / path.name)
+                kept += whole_lines(away)
+                away.unlink()
+    emitter.wait_for(50)
+    wait_until(fastdist.dead_letters, "packets are refused")
+    (folder / "kept.ndjson").write_bytes(kept)
+    experiment.judge(f"files of dead letters are deleted ({durability})")
+
+
 # ---- a disk that is full
 
 
@@ -353,14 +384,37 @@ def test_dead_letters_that_cannot_be_written_stay_queued(experiment, tmp_path):
         wait_until(lambda: storage(fastdist) == "failing", "that they cannot be written shows in /health")
         emitter.wait_for(100)
         emitter.stop()
-        queued = fastdist.stats()["packets"]["queued"]
-        assert queued > 50
+        wait_until(lambda: fastdist.stats()["packets"]["queued"] > 50, "they stay queued")
         assert fastdist.dead_letters() == []
         (disk / "filler").unlink()
         stats = fastdist.wait_at_rest()
-        assert stats["packets"]["deadLettered"] >= queued
+        assert stats["packets"]["deadLettered"] > 50
         assert storage(fastdist) == "ok"
         assert request(fastdist.port, "GET", "/ready")[0] == 200
         letters = fastdist.dead_letters()
         assert len(letters) == len({row["id"] for row in letters}) == stats["packets"]["deadLettered"]
         experiment.judge("no room for dead letters, restart with a full disk", bound=in_flight(DELIVERY))
+
+
+def test_purging_makes_room_on_a_full_disk(experiment, tmp_path):
+    """Also while the service runs, which has a file of dead letters open and wants to write more to it."""
+    with small_disk(tmp_path / "data", "6M") as disk:
+        mocks = experiment.analyzers()
+        fastdist = experiment.serve({"queue": {"capacity": "2MiB"}, "server": {"workers": 1}})
+        mocks.set("A2", status=422)
+        emitter = experiment.emitter(connections=8).start().wait_for(100)
+        wait_until(fastdist.dead_letters, "packets are refused")
+        fill(disk)
+        wait_until(lambda: storage(fastdist) == "failing", "that they cannot be written shows in /health")
+        command = [sys.executable, "-m", "fastdist", "dead-letters", "purge", str(disk), "--yes"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        purged = int(done.stdout.split()[1])
+        assert purged > 0
+        wait_until(fastdist.dead_letters, "there is room for some")
+        (disk / "filler").unlink()
+        emitter.stop()
+        wait_until(lambda: storage(fastdist) == "ok", "it heals by itself")
+        stats = fastdist.wait_at_rest()
+        check_identity(stats)
+        assert stats["packets"]["deadLettered"] == purged + len(fastdist.dead_letters())
