@@ -216,6 +216,15 @@ class PowerCuts(RuleBasedStateMachine):
             self.writer.add(Letter(self.ring, handle, "refused", "A1", 422, None))
         self.note_letters()
 
+    @rule(size=st.integers(0, 3000))
+    def refuse_what_is_synced(self, size: int) -> None:
+        self.push(size)
+        self.sync()
+        self.claim(10)
+        if self.claimed:
+            self.refuse(0, 10)
+        self.sync()
+
     @rule()
     def begin_sync_of_letters(self) -> None:
         self.writer.tick(1 << 62)
