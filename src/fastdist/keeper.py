@@ -116,7 +116,7 @@ class Keeper:
         self.stopping = False
         self._spawning = 0  # processes that are being made: nobody knows their numbers yet
         self._looked = time.monotonic()
-        self._judge_from = 0.0
+        self._resumed = 0.0
         self.all_ready = asyncio.Event()
         self._listeners: set[asyncio.Task[None]] = set()
         self._probes: dict[int, _Probe] = {}
@@ -264,12 +264,11 @@ class Keeper:
         """Kill workers whose event loop has not given a sign for too long; their places are filled anew."""
         now = time.monotonic()
         slept, self._looked = now - self._looked, now
-        if slept > PAUSED:  # all of us were stopped, it seems: workers get a moment to give their sign
-            self._judge_from = now + PAUSED
-        if now < self._judge_from:
-            return
+        if slept > PAUSED:  # all of us were stopped, it seems: workers get their whole time anew
+            self._resumed = now
         for place in self.places:
-            beat = max(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9, place.started)
+            heard = self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9
+            beat = max(heard, place.started, self._resumed)
             if place.alive and now - beat > (HANG if place.ready else place.time_to_start):
                 log.error("a worker hangs and is killed", worker=place.name, silent_for=round(now - beat, 1))
                 place.started = now  # once

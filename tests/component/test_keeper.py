@@ -185,3 +185,30 @@ def test_how_long_a_worker_may_give_no_sign(under, ready, ring, limit, signs):
             assert place.alive is alive
 
     under(scenario)
+
+
+def test_a_pause_of_the_whole_makes_no_worker_hang(under, monkeypatch):
+    """A machine that was paused, or a container that was frozen: workers have their time anew, however long it was."""
+
+    async def scenario(bench):
+        clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+        monkeypatch.setattr(keeper, "time", clock)
+        place = bench.place
+        place.process, place.ready = Worker(), True
+
+        def look(seconds):
+            """Let time pass in which the supervisor looks as often as it does."""
+            for _ in range(int(seconds)):
+                clock.now += 1.0
+                bench.keeper.replace_hanging()
+
+        bench.keeper._looked = clock.now
+        bench.keeper.block.worker(0)[WorkerWord.HEARTBEAT_NS] = int(clock.now * 1e9)
+        look(0.5 * HANG)
+        clock.now += 3600.0
+        look(0.8 * HANG)
+        assert place.alive
+        look(0.4 * HANG)
+        assert not place.alive
+
+    under(scenario)
