@@ -19,6 +19,8 @@ ORDER = [
     "tomlfile",
     "config",
     "_core",
+    "timeouts",
+    "names",
     "sockets",
     "tls",
     "packet",
