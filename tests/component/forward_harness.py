@@ -11,6 +11,7 @@ import asyncio
 import json
 import math
 import os
+import socket
 import ssl
 import subprocess
 import time
@@ -29,6 +30,7 @@ from fastdist.config import Analyzer, Config
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher
 from fastdist.forward import AnalyzerConnection, AnalyzerPool
+from fastdist.names import Names
 from fastdist.shared import AnalyzerWord, SharedBlock
 from mock_analyzers.analyzer import Analyzer as Mock
 from mock_analyzers.connection import Connection as MockConnection
@@ -113,6 +115,9 @@ class Transport:
     def get_write_buffer_size(self):
         return self.unflushed
 
+    def get_extra_info(self, _name, default=None):
+        return default
+
     def close(self):
         self.abort("close")
 
@@ -143,6 +148,7 @@ class Owner:
         self.events = []
         self.handles = []
         self.wakes = 0
+        self.names = Names()
 
     def _note(self, name, pool, handles, *more):
         self.handles += handles
@@ -489,10 +495,10 @@ def run(coroutine):
 
 
 def self_signed(folder):
-    """Make a certificate for 127.0.0.1; return its path and a server's context with it."""
+    """Make a certificate for 127.0.0.1 and analyzer.test; return its path and a server's context with it."""
     cert, key = folder / "cert.pem", folder / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=analyzer"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1,DNS:analyzer.test", "-keyout", str(key), "-out", str(cert)]
     subprocess.run([*command.split(), *names], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
@@ -540,10 +546,13 @@ class ScriptServer:
         self.on_data, self.on_connect = on_data, on_connect
         self.transports, self.received = [], []
 
-    async def start(self, tls=None):
-        loop = asyncio.get_running_loop()
-        self.server = await loop.create_server(lambda: Script(self), "127.0.0.1", 0, ssl=tls)
-        self.port = self.server.sockets[0].getsockname()[1]
+    async def start(self, tls=None, host="127.0.0.1", port=0, room=None):
+        """Listen; ``room``: bytes that the system keeps of what is not read yet."""
+        listener = socket.create_server((host, port))
+        if room is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        self.server = await asyncio.get_running_loop().create_server(lambda: Script(self), sock=listener, ssl=tls)
+        self.port = listener.getsockname()[1]
         return self
 
     @property

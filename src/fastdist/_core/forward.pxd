@@ -77,12 +77,15 @@ cdef class ReplyBase(Receiver):
     cdef bint keep_alive         # as the last reply says
     cdef bint interim            # a 1xx has come, but not yet the reply
     cdef bint listed             # in pool.idle
+    cdef bint leaving            # takes no more requests, and closes behind the last reply
     cdef bint closing
     cdef uchar *partial          # of a head
     cdef Py_ssize_t partial_length, partial_size, scanned
     cdef readonly int64_t replies
     cdef readonly int64_t used_ns        # monotonic: last sending or reply
     cdef int64_t waiting_since
+    cdef int64_t moved, moved_ns         # bytes both ways, and when they were last seen to have become more
+    cdef int64_t looked_ns
 
     cdef int send_waiting(self, int64_t now) except -1
     cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1
@@ -90,4 +93,5 @@ cdef class ReplyBase(Receiver):
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
     cdef int unsuccessful(self, Group *group, ReplyHead *head) except -1
     cdef int reply_over(self, int64_t now) except -1
+    cdef int64_t bytes_moved(self) except -1
     cdef bint has_room(self) noexcept

@@ -23,7 +23,7 @@ from fastdist._core.http cimport (
 )
 from fastdist._core.ring cimport ID_TEXT, WAITED, Entry, PacketRing, Record, record_body, write_id
 from fastdist._core.states cimport AnalyzerStates
-from fastdist._core.stream cimport Receiver
+from fastdist._core.stream cimport Receiver, bytes_moved
 
 cdef enum:
     ALONE = 1                    # flag of an entry: send this packet as single, its batch was refused
@@ -36,6 +36,7 @@ cdef double UNDELAYED = 5.0      # times the best latency: more is due to load
 cdef enum:
     LARGEST_REPLY_HEAD = 65536
     FIELD_ROOM = 160             # the headers of a request that differ, without its ids
+    LOOKS = 16                   # at a connection's progress, in the time it may make none
 
 cdef enum:
     HEAD = 0
@@ -373,7 +374,7 @@ cdef class ReplyBase(Receiver):
         free(self.partial)
 
     cdef bint has_room(self) noexcept:
-        return (not self.closing and (self.state == HEAD or self.keep_alive)
+        return (not self.leaving and (self.state == HEAD or self.keep_alive)
                 and self.group_count + (self.state != HEAD) < self.pool.pipeline)
 
     def in_flight(self):
@@ -400,8 +401,39 @@ cdef class ReplyBase(Receiver):
         return now - self.waiting_since if self.group_count else 0
 
     def overdue(self, int64_t now, int64_t timeout):
-        """Whether a reply (or the rest of one) has been awaited for longer than ``timeout`` ns."""
-        return (self.group_count > 0 or self.state != HEAD) and now - self.waiting_since > timeout
+        """Whether a reply (or the rest of one) is awaited, and nothing was taken or sent for longer than ``timeout`` ns.
+
+        What the analyzer's system has acknowledged counts, since a large request may take long; and what it has sent and
+        nobody has read yet, since it may be us who are late.
+        """
+        cdef int64_t moved, silent = now - max(self.waiting_since, self.moved_ns)
+        if self.group_count == 0 and self.state == HEAD:
+            return False
+        if silent <= timeout and now - max(self.waiting_since, self.looked_ns) < timeout // LOOKS:
+            return False
+        self.looked_ns = now
+        moved = self.bytes_moved()
+        if moved == self.moved:
+            return silent > timeout
+        self.moved, self.moved_ns = moved, now
+        return False
+
+    cdef int64_t bytes_moved(self) except -1:
+        if self.stream is not None:
+            return bytes_moved(self.stream.fd)
+        socket = self.transport.get_extra_info("socket")
+        return 0 if socket is None else bytes_moved(socket.fileno())
+
+    def excuse(self, int64_t now, int64_t late):
+        """Count ``late`` ns before ``now`` not as time that the analyzer had: nobody looked."""
+        self.moved_ns = min(now, max(self.waiting_since, self.moved_ns) + late)
+
+    def retire(self):
+        """Send no more requests, and close the connection when no reply is awaited: no request is cut off."""
+        self.leaving = True
+        self.withdraw()
+        if self.group_count == 0 and self.state == HEAD:
+            self.close_after("", False)
 
     cdef int send_waiting(self, int64_t now) except -1:
         """Send as many requests as there is room for and are due, in one write."""
@@ -552,7 +584,7 @@ cdef class ReplyBase(Receiver):
         """A reply was read to its end: the connection is free for the next, unless the analyzer closes it."""
         self.state = HEAD
         self.waiting_since = now
-        if not self.keep_alive:
+        if not self.keep_alive or (self.leaving and self.group_count == 0):
             self.close_after("", False)
         return 0
 
@@ -571,7 +603,7 @@ cdef class ReplyBase(Receiver):
         """Close the connection. With an ``error`` the first request in flight failed; those behind it were not looked at."""
         if self.closing:
             return
-        self.closing = True
+        self.leaving = self.closing = True
         self.withdraw()
         first = True
         groups = []

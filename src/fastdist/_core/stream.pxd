@@ -1,6 +1,8 @@
 # A TCP connection without TLS, and what reads from it.
-from libc.stdint cimport uint32_t
+from libc.stdint cimport int64_t, uint32_t
 from fastdist._core.http cimport uchar
+
+cdef int64_t bytes_moved(int fd) noexcept nogil
 
 cdef class Receiver:
     cdef public object transport
