@@ -164,7 +164,9 @@ class Delivery(Struct, frozen=True, kw_only=True):
     - ``connections``: keep-alive connections per analyzer and worker
     - ``pipeline``: requests in flight per connection
     - ``spill_after``: seconds a packet waits for its busy analyzer before another takes it; ``"never"`` is infinity
-    - ``timeout``, ``connect_timeout``: seconds for an answer, and for a connection
+    - ``timeout``: seconds an analyzer may neither take nor send anything while a reply is awaited
+    - ``connect_timeout``: seconds for a connection, to each address of a name
+    - ``max_age``: seconds until a kept connection is replaced, at most
     """
 
     mode: Literal["single", "batch"] = "single"
@@ -176,6 +178,7 @@ class Delivery(Struct, frozen=True, kw_only=True):
     spill_after: Annotated[float, Meta(ge=0, le=_YEAR, extra=_DURATION | {"parse": _spill_after})] = 1.0
     timeout: Interval = 5.0
     connect_timeout: Interval = 1.0
+    max_age: Interval = 60.0
 
 
 class Retry(Struct, frozen=True, kw_only=True):

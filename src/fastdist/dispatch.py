@@ -24,6 +24,7 @@ from fastdist._core.dispatch import DispatchBase
 from fastdist._core.pick import AliasTable, Rendezvous
 from fastdist.deadletter_writer import DeadLetterWriter, Letter, what_is_left
 from fastdist.forward import AnalyzerPool
+from fastdist.names import Names
 from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights
 
@@ -76,7 +77,7 @@ class Dispatcher(DispatchBase):
         settled: Callable[[int, str | None], None],
         poller: Poller,
     ) -> None:
-        self.poller = poller
+        self.poller, self.names = poller, Names()
         self.analyzer_states, self.counters, self.settled = states, counters, settled
         self.roster: dict[int, Analyzer] = {}
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed

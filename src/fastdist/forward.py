@@ -7,6 +7,7 @@ packets: whatever goes wrong is told to its owner, the dispatcher.
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
     from fastdist._core.states import AnalyzerStates
     from fastdist._core.stream import Poller
     from fastdist.config import Analyzer, Delivery
+    from fastdist.names import Names
 
 IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
 COMPLAINT_SECONDS = 60.0  # between warnings of one kind about an analyzer
+USUAL_GAP_NS = 1_000_000_000  # between two checks of a pool, at most
+PAUSED_NS = 1_500_000_000  # a longer one: nobody looked, and what is beyond the usual is not held against the analyzer
+YOUNGEST = 0.5  # of max_age: when the first connections of many that began together are replaced
 
 log = logs.get()
 
@@ -33,6 +38,7 @@ class PoolOwner(Protocol):
     """Who decides what becomes of packets; see ``fastdist.dispatch.Dispatcher`` for what each call means."""
 
     poller: Poller
+    names: Names
 
     def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
@@ -49,6 +55,10 @@ class AnalyzerConnection(ReplyBase, asyncio.Protocol):
     """One connection to an analyzer."""
 
     pool: AnalyzerPool
+    address = ""  # that it was opened to
+
+    def __init__(self, pool: AnalyzerPool) -> None:
+        self.replace_at = time.monotonic_ns() + int(random.uniform(YOUNGEST, 1.0) * pool.delivery.max_age * 1e9)  # noqa: S311
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Join the pool."""
@@ -72,6 +82,7 @@ class AnalyzerPool(PoolBase):
         self._tasks: set[asyncio.Task[None]] = set()
         self.retired = False
         self._complain_at = 0.0  # time.monotonic()
+        self._checked_ns = 0  # monotonic
 
     def set_up(self, analyzer: Analyzer, delivery: Delivery, tls: ssl.SSLContext | None) -> None:
         """Aim the pool at ``analyzer``."""
@@ -107,21 +118,19 @@ class AnalyzerPool(PoolBase):
     async def _open(self) -> None:
         connection = AnalyzerConnection(self)  # made here, for uvloop asks for its protocol before it connects
         try:
-            async with asyncio.timeout(self.delivery.connect_timeout):
-                await self._connect(connection)
+            connection.address = await connect(
+                connection,
+                self.owner.names,
+                self._address,
+                self.delivery.connect_timeout,
+                poller=self.owner.poller,
+                tls=self._tls,
+            )
         except Exception as error:  # noqa: BLE001  (OSError, nearly always; whatever it is, packets wait for this)
             self._unreachable(describe(error, self.delivery.connect_timeout))
         finally:
             if connection.transport is None:
                 self.opening -= 1
-
-    async def _connect(self, connection: AnalyzerConnection) -> None:
-        host, port = self._address.host, self._address.port
-        if self._tls is None:
-            await connect(self.owner.poller, connection, host, port)
-        else:
-            loop = asyncio.get_running_loop()
-            await loop.create_connection(lambda: connection, host, port, ssl=self._tls, server_hostname=host)
 
     def _unreachable(self, error: str) -> None:
         """No connection came about: that failed whatever it was to carry."""
@@ -143,13 +152,23 @@ class AnalyzerPool(PoolBase):
     # ---- upkeep
 
     def check(self, now_ns: int) -> None:
-        """Close connections whose reply is overdue, and those nothing was sent on for long."""
+        """Close connections without progress and those not used for long; retire those that are to be replaced."""
         timeout = int(self.delivery.timeout * 1e9)
+        gap, self._checked_ns = now_ns - (self._checked_ns or now_ns), now_ns
+        addresses = self.owner.names.current(self._address.host)
         for connection in tuple(self.connections):
+            if gap > PAUSED_NS:
+                connection.excuse(now_ns, gap - USUAL_GAP_NS)
             if connection.overdue(now_ns, timeout):
                 connection.close_after(f"no reply within {self.delivery.timeout:g} s", True)  # noqa: FBT003
-            elif connection.in_flight() == 0 and (self.retired or now_ns - connection.used_ns > IDLE_SECONDS * 1e9):
+            elif self.retired or now_ns > connection.replace_at or self._has_moved(connection, addresses):
+                connection.retire()
+            elif connection.in_flight() == 0 and now_ns - connection.used_ns > IDLE_SECONDS * 1e9:
                 connection.close_after("", False)  # noqa: FBT003
+
+    def _has_moved(self, connection: AnalyzerConnection, addresses: frozenset[str]) -> bool:
+        """Whether the analyzer's name leads elsewhere by now."""
+        return bool(addresses and connection.address) and connection.address not in addresses
 
     def close(self) -> None:
         """Close every connection and open no more; what was in flight goes back to the owner."""

@@ -12,10 +12,13 @@ import asyncio
 import random
 import ssl
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from fastdist import timeouts
 from fastdist.forward import describe
+from fastdist.names import Names
 from fastdist.shared import AnalyzerState, AnalyzerWord
+from fastdist.sockets import connect
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +42,8 @@ class Probe(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask."""
-        transport.write(self.request)  # type: ignore[attr-defined]
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
         """Take in a part of the reply."""
@@ -70,6 +74,7 @@ class HealthChecker:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._roster: dict[int, Analyzer] = {}
         self._tls = ssl.create_default_context()
+        self._names = Names()
 
     def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
         """Check these from now on."""
@@ -97,8 +102,10 @@ class HealthChecker:
 
     async def _probe(self, analyzer: Analyzer) -> tuple[int, str]:
         """Ask once; return the status (0: no reply) and what was wrong ("": nothing)."""
+        address, timeout = analyzer.health_address, self.settings.timeout
         try:
-            async with asyncio.timeout(self.settings.timeout):
+            await self._names.infos(address.host, address.port, timeout)  # which is not the analyzer's time
+            async with timeouts.running(timeout):
                 status = await self._ask(analyzer)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
             return 0, f"health check: {describe(error, self.settings.timeout)}"
@@ -113,11 +120,11 @@ class HealthChecker:
             "Accept: */*\r\nUser-Agent: fastdist-health\r\nConnection: close\r\n\r\n".encode("latin-1"),
             loop.create_future(),
         )
-        transport, _ = await loop.create_connection(lambda: probe, address.host, address.port, ssl=tls)
+        await connect(probe, self._names, address, self.settings.timeout, tls=tls)
         try:
             line = await probe.status_line
         finally:
-            transport.close()
+            probe.transport.close()
         if not line:
             raise ConnectionError("connection closed before the reply")
         version, _, rest = line.partition(b" ")

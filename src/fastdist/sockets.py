@@ -1,6 +1,6 @@
 """From sockets to connections: accepting on a listener, and connecting to a host.
 
-What has no TLS becomes a ``Stream`` of the compiled core; TLS is the loop's (``fastdist.tls``, ``fastdist.forward``).
+What has no TLS becomes a ``Stream`` of the compiled core; TLS is the loop's (``fastdist.tls``).
 """
 
 from __future__ import annotations
@@ -8,20 +8,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
-import socket
 from typing import TYPE_CHECKING
 
-from fastdist import logs
+import aiohappyeyeballs
+
+from fastdist import logs, timeouts
 from fastdist._core.stream import Poller, Receiver, Stream
 
 if TYPE_CHECKING:
+    import socket
+    import ssl
     from collections.abc import Callable
+
+    from fastdist.names import Names
+    from fastdist.units import Endpoint
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
 PAUSE = 0.1  # seconds to accept nothing when nothing helps
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # else it is about one connection only
 COMPLAINT_SECONDS = 10.0  # between errors of one kind
+NEXT_ADDRESS = 0.25  # seconds that the addresses of a name have before the next is tried beside them
 
 log = logs.get()
 
@@ -122,28 +130,38 @@ def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiv
     return Acceptor(listener, taken, poller.turn)
 
 
-async def connect(poller: Poller, protocol: Receiver, host: str, port: int) -> None:
-    """Connect ``protocol`` to the first of the host's addresses that lets us. Raises OSError, that of the last."""
-    loop = asyncio.get_running_loop()
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:  # a name: to be asked for, which may take a while
-        addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    refusal = OSError(f"{host} has no address")
-    for family, kind, number, _, address in addresses:
+async def connect(  # noqa: PLR0913  (who, where to, and what by)
+    protocol: asyncio.Protocol,
+    names: Names,
+    endpoint: Endpoint,
+    patience: float,
+    *,
+    poller: Poller | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> str:
+    """Connect ``protocol`` to the first address of the endpoint's host that lets us; return that address.
+
+    ``patience``: seconds for each address, and for the handshake. After ``NEXT_ADDRESS`` the next address is tried
+    beside those before it, at once when one fails (RFC 8305). With a ``poller`` and without ``tls`` the protocol, a
+    ``Receiver``, gets a ``Stream``, else a transport of the loop. Raises OSError, ssl.SSLError among them.
+    """
+    infos = await names.infos(endpoint.host, endpoint.port, patience)
+    async with timeouts.running(patience + NEXT_ADDRESS * (len(infos) - 1)):
+        connection = await aiohappyeyeballs.start_connection(infos, happy_eyeballs_delay=NEXT_ADDRESS)
+    with connection:  # whose descriptor a stream takes, and which the loop holds by itself
+        peer = connection.getpeername()
+        for info in itertools.takewhile(lambda info: info[4][0] != peer[0], infos):
+            names.put_behind(endpoint.host, info[4][0])
+        if poller is not None and tls is None:
+            assert isinstance(protocol, Receiver)  # noqa: S101
+            Stream(poller, connection, peer, protocol)
+            return str(peer[0])
         try:
-            connection = socket.socket(family, kind, number)
-        except OSError as error:  # of a family that is switched off
-            refusal = error
-            continue
-        try:
-            connection.setblocking(False)  # noqa: FBT003
-            await loop.sock_connect(connection, address)
-            Stream(poller, connection, address, protocol)
-        except OSError as error:
-            refusal = error
-        else:
-            return
-        finally:
-            connection.close()  # which a stream has taken the descriptor of
-    raise refusal
+            async with timeouts.running(patience):
+                await asyncio.get_running_loop().create_connection(
+                    lambda: protocol, sock=connection, ssl=tls, server_hostname=endpoint.host if tls else None
+                )
+        except Exception:
+            names.put_behind(endpoint.host, peer[0])  # it takes connections, but nobody speaks there
+            raise
+    return str(peer[0])

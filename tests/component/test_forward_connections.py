@@ -122,7 +122,7 @@ def test_room_is_what_could_be_sent_at_once(delivery, in_flight, waiting, room):
 
 
 def test_idle_connections_are_closed_after_a_minute_and_busy_ones_are_not():
-    desk = Desk(timeout=1000.0)
+    desk = Desk(timeout=1000.0, max_age=1000.0)
     idle, busy = desk.connect(), desk.connect()
     desk.push(b"1")
     desk.pool.pump()

@@ -85,6 +85,7 @@ pipeline = 1
 spill_after = "1s"
 timeout = "5s"
 connect_timeout = "1s"
+max_age = "60s"
 
 [retry]
 base = "100ms"
