@@ -58,7 +58,8 @@ class AnalyzerConnection(ReplyBase, asyncio.Protocol):
     address = ""  # that it was opened to
 
     def __init__(self, pool: AnalyzerPool) -> None:
-        self.replace_at = time.monotonic_ns() + int(random.uniform(YOUNGEST, 1.0) * pool.delivery.max_age * 1e9)  # noqa: S311
+        age = pool.delivery.max_age * (1 - (1 - YOUNGEST) * random.random())  # noqa: S311
+        self.replace_at = time.monotonic_ns() + int(age * 1e9)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Join the pool."""
