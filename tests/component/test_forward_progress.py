@@ -132,10 +132,14 @@ def late_server(tls=None):
     server.server_close()
 
 
-def stop_for(seconds, server):
-    """Run nothing in this thread, as a process that is stopped; the server answers meanwhile."""
+async def stop_for(seconds, server):
+    """Run nothing in this thread, as a process that is stopped; the server answers meanwhile.
+
+    It is stopped where timers come next, not what has arrived.
+    """
     threading.Timer(0.1, server.answer.set).start()
-    time.sleep(seconds)
+    asyncio.get_running_loop().call_later(0.01, time.sleep, seconds)
+    await asyncio.sleep(0.02)
 
 
 def test_replies_that_lie_there_are_read_first(tmp_path, tls):
@@ -144,7 +148,7 @@ def test_replies_that_lie_there_are_read_first(tmp_path, tls):
             async with World(tmp_path, {"A1": endpoint(server.server_port, tls)}, delivery={"timeout": 1.0}) as w:
                 w.push(4)
                 await until(lambda: len(server.ids) == 4)
-                stop_for(1.3, server)
+                await stop_for(1.3, server)
                 await w.until_empty()
                 assert w.counters.get_of(0, "failed") == w.counters.get("retried") == 0
                 assert len(server.ids) == len(set(server.ids)) == 4
@@ -176,7 +180,7 @@ def test_a_check_that_was_answered_meanwhile_is_good():
             checker = HealthChecker(states, Health(interval=0.02, timeout=1.0, fall=1))
             checker.set_roster({0: Analyzer(id="A1", endpoint=endpoint(server.server_port, None), weight=1)})
             await until(lambda: server.ids)
-            stop_for(1.8, server)
+            await stop_for(1.8, server)
             await until(lambda: states.get(0, AnalyzerWord.LAST_CHECK_NS))
             assert states.error(0) == ""
             assert states.is_online(0)
