@@ -1,7 +1,8 @@
 """Health: which analyzers are there. Checked once, by the supervisor; what it finds stands in the shared block.
 
 An analyzer goes offline after ``fall`` failures in a row, of checks or of deliveries (workers count those in the block
-and may take it offline themselves), and comes online after ``rise`` checks in a row that succeed. The two rows are kept
+and take it offline themselves), and comes online after ``rise`` checks in a row that succeed; one that deliveries took
+offline is then on probation, and comes online when it takes a packet (``fastdist.probation``). The two rows are kept
 apart: one that answers its check but fails every delivery goes offline, and so does one that says it is unwell while it
 still takes packets.
 """
@@ -150,4 +151,7 @@ class HealthChecker:
         states.set(slot, word.CHECK_SUCCESSES, successes)
         states.set(slot, word.CHECK_FAILURES, 0)
         if states.get(slot, word.STATE) == AnalyzerState.OFFLINE and successes >= self.settings.rise:
-            states.go_online(slot)
+            if not states.needs_trial(slot):
+                states.go_online(slot)
+            elif successes == self.settings.rise and not states.has_failed_trials(slot):
+                states.set(slot, word.SINCE_NS, time.time_ns())  # shown as online, on probation

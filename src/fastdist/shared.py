@@ -69,21 +69,25 @@ class HeadWord(IntEnum):
 class AnalyzerWord(IntEnum):
     """Words of an analyzer. The supervisor writes all, but where workers are named."""
 
-    STATE = 0  # AnalyzerState; workers may turn ONLINE into OFFLINE
+    STATE = 0  # AnalyzerState; workers may turn ONLINE into OFFLINE, and back after a trial
     SINCE_NS = 1  # wall clock: when STATE last changed
     ONLINE_SINCE_NS = 2  # monotonic: when it last recovered, 0 if it never was offline (slow start)
     PAUSED_UNTIL_NS = 3  # monotonic; workers: Retry-After
     DELIVERY_FAILURES = 4  # in a row; workers
-    CHECK_FAILURES = 5  # in a row
-    CHECK_SUCCESSES = 6  # in a row
-    LAST_CHECK_NS = 7  # wall clock
-    LAST_STATUS = 8  # of the last check; 0: no reply
-    WEIGHT = 9  # a double
-    IN_USE = 10  # 1: the slot belongs to a configured analyzer
-    DRAINING = 11  # 1: told to drain
-    ERROR_NS = 12  # wall clock; workers
-    WEIGHT_OVERRIDDEN = 13  # 1: WEIGHT is not the configuration's
-    ERROR = 16  # text, up to 48 words
+    REFUSALS = 5  # packets refused in a row without a 2xx; workers
+    CHECK_FAILURES = 6  # in a row
+    CHECK_SUCCESSES = 7  # in a row
+    LAST_CHECK_NS = 8  # wall clock
+    LAST_STATUS = 9  # of the last check; 0: no reply
+    WEIGHT = 10  # a double
+    IN_USE = 11  # 1: the slot belongs to a configured analyzer
+    DRAINING = 12  # 1: told to drain
+    ERROR_NS = 13  # wall clock; workers
+    WEIGHT_OVERRIDDEN = 14  # 1: WEIGHT is not the configuration's
+    PROBATION_WAIT_NS = 15  # after the next trial that fails; 0: deliveries did not take it offline; workers
+    NEXT_TRIAL_NS = 16  # monotonic: no trial before; workers
+    TRIAL_UNTIL_NS = 17  # monotonic: until then a worker is trying it with a packet, 0: none is; workers
+    ERROR = 24  # text, up to 40 words
     ANALYZER_WORDS = 64
 
 

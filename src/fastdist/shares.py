@@ -6,6 +6,8 @@ happens. The rules:
 - An analyzer gets packets while it is configured, online, not draining and not paused.
 - Weight 0 is for need: such an analyzer gets packets only while no other is online, all such ones equally. A paused one
   is online: it comes back by itself, and soon.
+- One that deliveries took offline is on probation once its checks are good: it gets one packet at a time until it has
+  taken one, which is no share. For all others it is offline.
 - With slow start, one that has recovered begins with a tenth of its weight and has all of it after ``slow_start``.
 """
 
@@ -25,13 +27,14 @@ RAMP_START = 0.1  # of its weight, for an analyzer that has just recovered
 
 
 def effective_weights(
-    states: AnalyzerStates, roster: Mapping[int, Analyzer], health: Health, now_ns: int
+    states: AnalyzerStates, roster: Mapping[int, Analyzer], health: Health, now_ns: int, also: int | None = None
 ) -> dict[int, float]:
     """Return {slot: weight > 0} of the analyzers of ``roster`` that get packets at ``now_ns`` (monotonic).
 
-    The weights have any scale. The result is empty when nobody can take a packet.
+    The weights have any scale. The result is empty when nobody can take a packet. ``also``: a slot that counts as
+    online whether it is or not.
     """
-    weights = {slot: states.weight(slot) for slot in roster if states.is_pickable(slot)}
+    weights = {slot: states.weight(slot) for slot in roster if states.is_pickable(slot) or slot == also}
     if any(weight > 0 for weight in weights.values()):
         weights = {slot: weight for slot, weight in weights.items() if weight > 0}
     else:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import msgspec
 import uvloop
 
-from fastdist import deadletter_writer, dispatch
+from fastdist import deadletter_writer, dispatch, outcomes
 from fastdist._core.ring import PacketRing, file_size
 from fastdist._core.stream import Poller
 from fastdist.config import Analyzer, Config
@@ -349,8 +349,8 @@ class Bench(Site):
         sections["delivery"] = {"spill_after": math.inf} | sections.get("delivery", {})
         self.clock = Clock()
         self.replaced = [(dispatch, "time", dispatch.time), (dispatch, "AnalyzerPool", dispatch.AnalyzerPool)]
-        self.replaced.append((deadletter_writer, "time", deadletter_writer.time))
-        dispatch.time = deadletter_writer.time = self.clock.module()
+        self.replaced += [(outcomes, "time", outcomes.time), (deadletter_writer, "time", deadletter_writer.time)]
+        dispatch.time = outcomes.time = deadletter_writer.time = self.clock.module()
         dispatch.AnalyzerPool = BenchPool
         super().__init__(folder, Loop(), settings(**sections), capacity)
         self.count, self.count_of = self.counters.get, self.counters.get_of

@@ -23,6 +23,7 @@ REPLIES = [
     b"HTTP/1.1 103 Early Hints\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Le",
     reply(404),
+    reply(302, "Location: /"),
     reply(422),
     reply(500),
     reply(500, "Connection: close"),

@@ -17,7 +17,7 @@ def send_all(bench):
         pass
 
 
-@pytest.mark.parametrize("status", [300, 301, 302, 304, 307, 308, 400, 401, 404, 405, 413, 415, 422, 451, 499])
+@pytest.mark.parametrize("status", [400, 402, 406, 409, 411, 413, 415, 418, 422, 431, 499])
 def test_what_an_analyzer_refuses_is_a_dead_letter(tmp_path, status):
     with Bench(tmp_path, (1, 1)) as bench:
         bench.push(b'{"a":"\xc3\xa9"}', messages=7)
@@ -210,7 +210,7 @@ def test_a_dead_letter_that_cannot_be_written_stays_queued_and_is_written_later(
     with Bench(tmp_path, (1, 1), retry={"max_attempts": 1 if reason == "exhausted" else 0}) as bench:
         obstacle = Obstacle(kind, bench, monkeypatch)
         bench.push(b"1", b"2", b"3")
-        bench.answer_all(reply(404 if reason == "refused" else 500))
+        bench.answer_all(reply(422 if reason == "refused" else 500))
         assert bench.dispatcher.storage_failed
         assert bench.ring.undone == 3
         assert bench.buried == 0
@@ -248,11 +248,11 @@ def test_half_a_letter_is_taken_back(tmp_path, monkeypatch):
 
     with Bench(tmp_path, (1,)) as bench:
         bench.push(b"1")
-        bench.answer_all(reply(404))
+        bench.answer_all(reply(422))
         assert len(bench.letters()) == 1
         bench.push(b"2" * 500)
         monkeypatch.setattr("fastdist.deadletters.os.write", fill_up)
-        bench.answer_all(reply(404))
+        bench.answer_all(reply(422))
         assert [letter["id"] for letter in bench.letters()] == ["p1"]
         bench.pass_time(1.1)
         assert [letter["id"] for letter in bench.letters()] == ["p1"]

@@ -181,6 +181,7 @@ def test_an_analyzer_that_flaps_loses_nothing(tmp_path):
                 await until(lambda: not w.states.is_online(0))
                 w.push(50)
                 mocks["A1"].configure({"refuse": False})
+                await until(lambda: not w.dispatcher.pools[0].opening)  # or a late refusal takes it offline again
                 w.states.go_online(0)
                 w.push(100)
                 await w.until_empty()

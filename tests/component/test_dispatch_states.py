@@ -77,7 +77,7 @@ def test_a_refusal_ends_the_row_too(tmp_path):
         bench.push(b"1", b"2", b"3")
         one, two, three = bench.busy(0)
         bench.answer(one, reply(500))
-        bench.answer(two, reply(404))
+        bench.answer(two, reply(422))
         bench.answer(three, reply(500))
         assert bench.states.is_online(0)
 

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from fastdist.shared import AnalyzerWord
+
 NOT_HTTP = "a reply that is not HTTP"
 FIN = None
 RST = ConnectionResetError(104, "Connection reset by peer")
@@ -121,14 +123,33 @@ CASES = {
         Outcome(0, [failed("p1", "HTTP 408", 408), failed("p2", "HTTP 425", 425), failed("p3", "HTTP 429", 429)]),
     ),
     "refused": (
-        reply(400) + reply(404, body=b"no") + reply(499),
+        reply(400) + reply(422, body=b"no") + reply(499),
         OPEN,
-        Outcome(0, [refused("p1", 400), refused("p2", 404), refused("p3", 499)]),
+        Outcome(0, [refused("p1", 400), refused("p2", 422), refused("p3", 499)]),
     ),
     "redirected": (
-        reply(301, "Location: /") + b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n" + reply(308),
+        reply(301, "Location: /\xe9?token=x") + b"HTTP/1.1 304 Not\r\nContent-Length: 5\r\n\r\n" + reply(399),
         OPEN,
-        Outcome(0, [refused("p1", 301), refused("p2", 304), refused("p3", 308)]),
+        Outcome(
+            0,
+            [
+                failed("p1", "HTTP 301 Moved Permanently, Location: /\xc3\xa9", 301),
+                failed("p2", "HTTP 304 Not Modified", 304),
+                failed("p3", "HTTP 399", 399),
+            ],
+        ),
+    ),
+    "about the endpoint": (
+        reply(401) + reply(404, "Retry-After: 1", "Location: /x", body=b"no") + reply(451),
+        OPEN,
+        Outcome(
+            0,
+            [
+                failed("p1", "HTTP 401 Unauthorized", 401),
+                failed("p2", "HTTP 404 Not Found", 404),
+                failed("p3", "HTTP 451 Unavailable For Legal Reasons", 451),
+            ],
+        ),
     ),
     "paused": (
         reply(429, "Retry-After: 7")
@@ -145,9 +166,9 @@ CASES = {
         ),
     ),
     "unpaused": (
-        reply(503) + reply(429, "Retry-Aft: 1") + reply(404, "Retry-After: 1"),
+        reply(503) + reply(429, "Retry-Aft: 1") + reply(422, "Retry-After: 1"),
         OPEN,
-        Outcome(0, [failed("p1", "HTTP 503", 503), failed("p2", "HTTP 429", 429), refused("p3", 404)]),
+        Outcome(0, [failed("p1", "HTTP 503", 503), failed("p2", "HTTP 429", 429), refused("p3", 422)]),
     ),
     "a failure that closes": (
         reply(503, "Connection: close"),
@@ -354,9 +375,19 @@ def test_a_success_ends_a_row_of_failures():
     desk.push(b"1", b"2")
     desk.pool.pump()
     connection.data_received(reply(500))
-    assert desk.block.analyzers.get(1, 4) == 1  # the owner counts, not the connection
+    assert desk.block.analyzers.get(1, AnalyzerWord.DELIVERY_FAILURES) == 1  # the owner counts, not the connection
     connection.data_received(OK)
-    assert desk.block.analyzers.get(1, 4) == 0
+    assert desk.block.analyzers.get(1, AnalyzerWord.DELIVERY_FAILURES) == 0
+
+
+def test_a_success_ends_a_row_of_refusals():
+    desk = Desk()
+    connection = desk.connect()
+    assert [desk.block.analyzers.delivery_refused(1), desk.block.analyzers.delivery_refused(1)] == [1, 2]
+    desk.push(b"1")
+    desk.pool.pump()
+    connection.data_received(OK)
+    assert desk.block.analyzers.refusals(1) == 0
 
 
 # ---- any bytes
@@ -373,6 +404,8 @@ PIECES = st.one_of(
             INTERIM,
             reply(500),
             reply(404),
+            reply(422),
+            reply(302, "Location: https://elsewhere.test/"),
             reply(503, "Retry-After: 1"),
             b"HTTP/1.1 ",
             b"200 OK\r\n",

@@ -155,12 +155,34 @@ def test_checks_and_deliveries_are_counted_apart():
 def test_one_that_answers_checks_but_fails_deliveries_goes_and_comes():
     ward = Ward(rise=2)
     feed(ward, "+++++")
-    ward.states.go_offline(0)  # a worker has seen enough
+    ward.states.go_offline(0, by_deliveries=True)  # a worker has seen enough
     feed(ward, "+")
-    assert not ward.online()  # successes from before do not count
+    assert not ward.states.is_on_probation(0, 2)  # successes from before do not count
     feed(ward, "+")
+    assert ward.states.is_on_probation(0, 2)
+    feed(ward, "+++++")
+    assert not ward.online()  # until it takes a packet
+    ward.states.pass_trial(0, 2)
     assert ward.online()
     assert ward.get("DELIVERY_FAILURES") == 0
+
+
+def test_since_tells_when_probation_began():
+    ward = Ward(rise=2)
+    ward.states.go_offline(0, by_deliveries=True)
+    offline_since = ward.get("SINCE_NS")
+    feed(ward, "+")
+    assert ward.get("SINCE_NS") == offline_since
+    feed(ward, "+")
+    begun = ward.get("SINCE_NS")
+    assert begun > offline_since
+    feed(ward, "+++")
+    assert ward.get("SINCE_NS") == begun
+    ward.states.fail_trial(0, 1)
+    failed = ward.get("SINCE_NS")
+    assert failed > begun
+    feed(ward, "-++")
+    assert ward.get("SINCE_NS") == failed, "it stays offline until it takes a packet"
 
 
 # ---- what counts as an answer

@@ -37,6 +37,8 @@ ORDER = [
     "deadletter_writer",
     "upkeep",
     "forward",
+    "probation",
+    "outcomes",
     "dispatch",
     "health",
     "stats",

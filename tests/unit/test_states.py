@@ -82,6 +82,8 @@ def test_going_online_forgets_failures_and_pause_and_says_since_when(block):
         AnalyzerWord.CHECK_FAILURES,
         AnalyzerWord.CHECK_SUCCESSES,
         AnalyzerWord.PAUSED_UNTIL_NS,
+        AnalyzerWord.PROBATION_WAIT_NS,
+        AnalyzerWord.REFUSALS,
         AnalyzerWord.LAST_STATUS,
     ):
         block.put(1, word, 7)
@@ -91,6 +93,7 @@ def test_going_online_forgets_failures_and_pause_and_says_since_when(block):
     expected = [0] * ROW
     expected[AnalyzerWord.STATE] = AnalyzerState.ONLINE
     expected[AnalyzerWord.CHECK_SUCCESSES] = expected[AnalyzerWord.LAST_STATUS] = 7
+    expected[AnalyzerWord.REFUSALS] = 7  # only a 2xx ends those
     expected[AnalyzerWord.SINCE_NS] = block.word(1, AnalyzerWord.SINCE_NS)
     expected[AnalyzerWord.ONLINE_SINCE_NS] = block.word(1, AnalyzerWord.ONLINE_SINCE_NS)
     assert block.row(1) == expected
@@ -121,6 +124,12 @@ def test_failed_deliveries_and_errors_have_their_words(block):
     assert block.word(0, AnalyzerWord.DELIVERY_FAILURES) == 0
     assert block.states.error(0) == "room again"
     assert block.states.error(1) == ""
+
+
+def test_refusals_are_counted_in_their_word(block):
+    assert [block.states.delivery_refused(2) for _ in range(3)] == [1, 2, 3]
+    assert block.word(2, AnalyzerWord.REFUSALS) == block.states.refusals(2) == 3
+    assert block.row(2) == [3 if word == AnalyzerWord.REFUSALS else 0 for word in range(ROW)]
 
 
 def test_pause_and_epoch_have_their_words(block):
@@ -180,6 +189,93 @@ def test_going_online_means_nothing_for_one_that_is(block):
     assert block.states.epoch == 1  # of the pause
 
 
+# ---- probation
+
+RISE, NOW = 2, 10**15
+
+
+def on_probation(checks=RISE):
+    """Return states whose first analyzer was taken offline by deliveries and has passed so many checks."""
+    block = Fixture()
+    block.put(0, AnalyzerWord.IN_USE, 1)
+    assert block.states.go_offline(0, by_deliveries=True)
+    block.put(0, AnalyzerWord.CHECK_SUCCESSES, checks)
+    return block
+
+
+def test_what_deliveries_took_offline_needs_a_trial():
+    block = on_probation(checks=0)
+    assert block.states.needs_trial(0)
+    assert not block.states.is_on_probation(0, RISE)
+    block.put(0, AnalyzerWord.CHECK_SUCCESSES, RISE)
+    assert block.states.is_on_probation(0, RISE)
+    block.states.go_online(0)
+    assert not block.states.needs_trial(0)
+    block.states.go_offline(0)
+    assert not block.states.needs_trial(0), "checks did it this time"
+    assert not block.states.go_offline(0, by_deliveries=True)
+    assert not block.states.needs_trial(0), "it was offline already"
+
+
+def test_only_one_begins_a_trial_until_it_is_over():
+    states = on_probation().states
+    assert [states.begin_trial(0, RISE, NOW, NOW + 5), states.begin_trial(0, RISE, NOW, NOW + 5)] == [True, False]
+    assert not states.begin_trial(0, RISE, NOW + 4, NOW + 9)
+    assert states.begin_trial(0, RISE, NOW + 5, NOW + 9), "who began it gives no sign any more"
+    states.hold_trial(0, NOW + 100)
+    assert not states.may_try(0, RISE, NOW + 99)
+    states.end_trial(0)
+    assert states.may_try(0, RISE, NOW)
+
+
+@pytest.mark.parametrize("word", [AnalyzerWord.IN_USE, AnalyzerWord.DRAINING, AnalyzerWord.CHECK_SUCCESSES])
+def test_who_may_not_get_packets_is_not_tried(word):
+    block = on_probation()
+    block.put(0, word, int(word == AnalyzerWord.DRAINING))
+    assert not block.states.may_try(0, RISE, NOW)
+    assert not block.states.begin_trial(0, RISE, NOW, NOW + 5)
+
+
+def test_failed_trials_double_the_wait_up_to_a_half_minute():
+    states, now, waits = on_probation().states, NOW, []
+    for _ in range(7):
+        states.fail_trial(0, now)
+        waits.append((states.get(0, AnalyzerWord.NEXT_TRIAL_NS) - now) / 1e9)
+        assert not states.may_try(0, RISE, now)
+        now = states.get(0, AnalyzerWord.NEXT_TRIAL_NS)
+        assert states.may_try(0, RISE, now)
+        assert states.has_failed_trials(0)
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_a_trial_put_off_has_not_failed():
+    states = on_probation().states
+    states.postpone_trial(0, NOW)
+    assert not states.has_failed_trials(0)
+    assert not states.may_try(0, RISE, NOW + 10**9 - 1)
+    assert states.may_try(0, RISE, NOW + 10**9)
+
+
+@pytest.mark.parametrize("checks", [0, RISE])
+def test_a_trial_that_is_passed_leaves_the_rest_to_the_checks(checks):
+    states = on_probation(checks).states
+    epoch = states.epoch
+    states.pass_trial(0, RISE)
+    assert not states.needs_trial(0)
+    assert states.is_online(0) is (checks == RISE)
+    assert states.epoch == epoch + (checks == RISE)
+
+
+def test_going_offline_again_forgets_earlier_trials():
+    states = on_probation().states
+    states.fail_trial(0, NOW)
+    states.go_online(0)
+    states.go_offline(0, by_deliveries=True)
+    assert not states.has_failed_trials(0)
+    states.set(0, AnalyzerWord.CHECK_SUCCESSES, RISE)
+    assert states.may_try(0, RISE, 0)
+
+
 @given(st.lists(st.integers(0, 2**62), max_size=20))
 def test_a_pause_is_never_shortened(ends):
     block, longest, changes = Fixture(), 0, 0
@@ -235,6 +331,18 @@ def test_slots_there_are_not(block, slot):
         lambda: states.go_online(slot),
         lambda: states.delivery_failed(slot, ""),
         lambda: states.delivery_succeeded(slot),
+        lambda: states.delivery_refused(slot),
+        lambda: states.refusals(slot),
+        lambda: states.needs_trial(slot),
+        lambda: states.is_on_probation(slot, 1),
+        lambda: states.has_failed_trials(slot),
+        lambda: states.may_try(slot, 1, 1),
+        lambda: states.begin_trial(slot, 1, 1, 1),
+        lambda: states.hold_trial(slot, 1),
+        lambda: states.end_trial(slot),
+        lambda: states.postpone_trial(slot, 1),
+        lambda: states.fail_trial(slot, 1),
+        lambda: states.pass_trial(slot, 1),
         lambda: states.pause(slot, 1),
         lambda: states.error(slot),
         lambda: states.set_error(slot, ""),

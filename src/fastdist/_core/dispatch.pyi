@@ -18,6 +18,7 @@ class DispatchBase:
     loop: asyncio.AbstractEventLoop
     phase: int
     seen_epoch: int
+    trials_due: bool
     @property
     def ring(self) -> PacketRing: ...
     @property

@@ -69,6 +69,7 @@ cdef class DispatchBase:
     cdef double spill_clock          # when the last one started
     cdef int32_t *roomy              # slots that have room, while packets spill
     cdef Py_ssize_t roomy_count
+    cdef public bint trials_due      # the next packet may be for an analyzer on probation
 
     def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, config, *args, **kwargs):
         self.loop, self.ring = loop, ring
@@ -163,6 +164,8 @@ cdef class DispatchBase:
         if unlikely(load(self.epoch) != self.seen_epoch):
             self.seen_epoch = load(self.epoch)
             self.refresh()
+        if unlikely(self.trials_due):
+            self.begin_trials()
         if self.table is not None or self.rendezvous is not None:
             self.route(now)
         linger = self.pump_touched(now, linger)

@@ -24,7 +24,7 @@ cdef class PoolBase:
     cdef readonly int slot
     cdef int64_t *mine
     cdef int64_t *histogram      # of the time to a reply
-    cdef int64_t *failures
+    cdef int64_t *failures       # in a row; the next word: refusals
     cdef bytes head              # of a request, up to the headers that differ
     cdef bint batching
     cdef uint32_t batch_packets
@@ -91,7 +91,7 @@ cdef class ReplyBase(Receiver):
     cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except? NULL
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
-    cdef int unsuccessful(self, Group *group, ReplyHead *head) except -1
+    cdef int unsuccessful(self, Group *group, ReplyHead *head, bytes text) except -1
     cdef int reply_over(self, int64_t now) except -1
     cdef int64_t bytes_moved(self) except -1
     cdef bint has_room(self) noexcept

@@ -1,7 +1,8 @@
 """Forwarding: the waiting list of an analyzer, and connections that send from it and read replies."""
 
 import asyncio
-from typing import Self
+import re
+from typing import Final, Self
 
 from typing_extensions import disjoint_base
 
@@ -9,6 +10,11 @@ from fastdist._core.counters import Counters
 from fastdist._core.ring import PacketRing
 from fastdist._core.states import AnalyzerStates
 from fastdist._core.stream import Receiver
+
+LATER: Final[frozenset[int]]
+OF_THE_ENDPOINT: Final[frozenset[int]]
+PHRASES: Final[dict[int, str]]
+LOCATION: Final[re.Pattern[bytes]]
 
 @disjoint_base
 class PoolBase:

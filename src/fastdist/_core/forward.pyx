@@ -25,6 +25,16 @@ from fastdist._core.ring cimport ID_TEXT, WAITED, Entry, PacketRing, Record, rec
 from fastdist._core.states cimport AnalyzerStates
 from fastdist._core.stream cimport Receiver, bytes_moved
 
+import re
+from http import HTTPStatus
+
+# Statuses besides 3xx and 5xx that say nothing of the packet: of the time ...
+LATER = frozenset({408, 425, 429})
+# ... or of the endpoint: a wrong path, an expired credential. Another analyzer may well take the packet.
+OF_THE_ENDPOINT = frozenset({401, 403, 404, 405, 407, 410, 421, 426, 451})
+PHRASES = {int(status): status.phrase for status in HTTPStatus}
+LOCATION = re.compile(rb"(?im)^location:[ \t]*([^?#\r\n]{0,200})")  # a query may hold what is secret
+
 cdef enum:
     ALONE = 1                    # flag of an entry: send this packet as single, its batch was refused
     WATCHED = 2                  # flag of an entry: the pool's owner wants to hear of its delivery
@@ -293,8 +303,9 @@ cdef class PoolBase:
         observe(self.histogram, now - group.sent_ns, group.packets)
         self.time_reply(now - group.sent_ns)
         self.heard_ns = now
-        if unlikely(self.failures[0] != 0):
+        if unlikely((self.failures[0] | self.failures[1]) != 0):
             store(self.failures, 0)
+            store(self.failures + 1, 0)  # refusals
         self.landed(group)
         if unlikely(watched is not None):
             self.delivered(watched)
@@ -564,20 +575,24 @@ cdef class ReplyBase(Receiver):
         if likely(head.status < 300):
             self.pool.settle(&group, now)
         else:
-            self.unsuccessful(&group, &head)
+            self.unsuccessful(&group, &head, p[:length])
         if self.state == LENGTH and self.body_left == 0:
             self.reply_over(now)
         return p + length
 
-    cdef int unsuccessful(self, Group *group, ReplyHead *head) except -1:
+    cdef int unsuccessful(self, Group *group, ReplyHead *head, bytes text) except -1:
+        """Tell of a reply with the head ``text`` that is no 2xx: whether it speaks of the packet or of the analyzer."""
         cdef list handles = self.pool.dissolve(group)
-        if (head.status == 429 or head.status == 503) and (head.retry_after >= 0 or head.dated):
+        status = head.status
+        if (status == 429 or status == 503) and (head.retry_after >= 0 or head.dated):
             value = head.retry_date.p[:head.retry_date.n].decode("latin-1")
-            self.pool.paused_for(handles, head.status, value)
-        elif head.status >= 500 or head.status == 408 or head.status == 425 or head.status == 429:
-            self.pool.failed(handles, f"HTTP {head.status}", True, head.status)
+            self.pool.paused_for(handles, status, value)
+        elif status >= 500 or status in LATER:
+            self.pool.failed(handles, f"HTTP {status}", True, status)
+        elif status < 400 or status in OF_THE_ENDPOINT:
+            self.pool.failed(handles, in_words(status, text), True, status)
         else:
-            self.pool.refused(handles, head.status, bool(group.batch))
+            self.pool.refused(handles, status, bool(group.batch))
         return 0
 
     cdef int reply_over(self, int64_t now) except -1:
@@ -638,6 +653,18 @@ cdef class ReplyBase(Receiver):
                 self.close_after("connection closed before the reply" if error is None else f"connection lost: {error}", True)
         self.pool.connection_count(-1)
         self.pool.lost(self)
+
+
+cdef str in_words(int status, bytes head):
+    """Return what a status about the endpoint says, to who has to mend the configuration."""
+    cdef str words = f"HTTP {status}"
+    if status in PHRASES:
+        words += f" {PHRASES[status]}"
+    location = LOCATION.search(head) if status < 400 else None
+    if location is not None:
+        target = location[1].decode("latin-1").strip()
+        words += f", Location: {''.join(char if char.isprintable() else '?' for char in target)}"
+    return words
 
 
 cdef bint looks_like_http(const uchar *p, Py_ssize_t n) noexcept nogil:

@@ -6,5 +6,5 @@ cdef class AnalyzerStates:
     cdef int64_t *head
     cdef readonly Py_ssize_t slots
     cdef int64_t *row(self, Py_ssize_t slot) except NULL
-    cdef int64_t *failures_of(self, Py_ssize_t slot) except NULL  # deliveries failed in a row
+    cdef int64_t *failures_of(self, Py_ssize_t slot) except NULL  # in a row: deliveries failed; then, refused
     cdef int64_t *epoch_word(self) noexcept

@@ -16,20 +16,28 @@ cdef enum:
     ONLINE_SINCE = 2
     PAUSED_UNTIL = 3
     DELIVERY_FAILURES = 4
-    CHECK_FAILURES = 5
-    CHECK_SUCCESSES = 6
-    LAST_CHECK = 7
-    LAST_STATUS = 8
-    WEIGHT = 9
-    IN_USE = 10
-    DRAINING = 11
-    ERROR_AT = 12
-    ERROR = 16
+    REFUSALS = 5             # behind it: what a delivery ends lies side by side
+    CHECK_FAILURES = 6
+    CHECK_SUCCESSES = 7
+    LAST_CHECK = 8
+    LAST_STATUS = 9
+    WEIGHT = 10
+    IN_USE = 11
+    DRAINING = 12
+    ERROR_AT = 13
+    WEIGHT_OVERRIDDEN = 14
+    PROBATION_WAIT = 15
+    NEXT_TRIAL = 16
+    TRIAL_UNTIL = 17
+    ERROR = 24
     WORDS = 64
     ERROR_BYTES = (WORDS - ERROR) * 8
 
     ONLINE = 0
     OFFLINE = 1
+
+cdef int64_t FIRST_WAIT = 1000000000       # after the first trial that fails; it doubles with each
+cdef int64_t LONGEST_WAIT = 30000000000
 
 
 cdef class AnalyzerStates:
@@ -88,9 +96,15 @@ cdef class AnalyzerStates:
         cdef int64_t *row = self.row(slot)
         return load(row + IN_USE) == 1 and load(row + STATE) == ONLINE and load(row + DRAINING) == 0
 
-    def go_offline(self, Py_ssize_t slot):
-        """Turn online into offline; True for the one caller that did."""
+    def go_offline(self, Py_ssize_t slot, bint by_deliveries=False):
+        """Turn online into offline; True for the one caller that did. ``by_deliveries``: it comes back on probation."""
         cdef int64_t *row = self.row(slot)
+        if load(row + STATE) != ONLINE:
+            return False
+        if by_deliveries:
+            store(row + TRIAL_UNTIL, 0)
+            store(row + NEXT_TRIAL, 0)
+            store(row + PROBATION_WAIT, FIRST_WAIT)  # first: no check may bring it back in between
         if not compare_and_swap(row + STATE, ONLINE, OFFLINE):
             return False
         store(row + SINCE, wall_ns())
@@ -106,6 +120,7 @@ cdef class AnalyzerStates:
         store(row + DELIVERY_FAILURES, 0)
         store(row + CHECK_FAILURES, 0)
         store(row + PAUSED_UNTIL, 0)
+        store(row + PROBATION_WAIT, 0)
         store(row + ONLINE_SINCE, mono_ns())
         if not compare_and_swap(row + STATE, OFFLINE, ONLINE):
             return False
@@ -121,6 +136,76 @@ cdef class AnalyzerStates:
     def delivery_succeeded(self, Py_ssize_t slot):
         """End a row of failed deliveries."""
         store(self.row(slot) + DELIVERY_FAILURES, 0)
+
+    def delivery_refused(self, Py_ssize_t slot):
+        """Count a packet that was refused; return how many have been in a row without a 2xx, over all workers."""
+        return fetch_add(self.row(slot) + REFUSALS, 1) + 1
+
+    def refusals(self, Py_ssize_t slot):
+        """Return how many packets it has refused in a row without a 2xx, over all workers."""
+        return load(self.row(slot) + REFUSALS)
+
+    # ---- probation: one that deliveries took offline is tried with one packet at a time, over all workers
+
+    def needs_trial(self, Py_ssize_t slot):
+        """Whether it is offline until it takes a packet: good checks alone do not bring it back."""
+        cdef int64_t *row = self.row(slot)
+        return load(row + STATE) == OFFLINE and load(row + PROBATION_WAIT) > 0
+
+    def is_on_probation(self, Py_ssize_t slot, int64_t rise):
+        """Whether it has passed ``rise`` checks in a row since deliveries took it offline, and has to take a packet."""
+        return self.needs_trial(slot) and load(self.row(slot) + CHECK_SUCCESSES) >= rise
+
+    def has_failed_trials(self, Py_ssize_t slot):
+        """Whether a trial has failed since deliveries took it offline."""
+        return load(self.row(slot) + PROBATION_WAIT) > FIRST_WAIT
+
+    def may_try(self, Py_ssize_t slot, int64_t rise, int64_t now_ns):
+        """Whether a trial is due and nobody has begun it."""
+        cdef int64_t *row = self.row(slot)
+        return (self.is_on_probation(slot, rise) and load(row + IN_USE) == 1 and load(row + DRAINING) == 0
+                and load(row + NEXT_TRIAL) <= now_ns and load(row + TRIAL_UNTIL) <= now_ns)
+
+    def begin_trial(self, Py_ssize_t slot, int64_t rise, int64_t now_ns, int64_t until_ns):
+        """Take the one trial there may be, until ``until_ns`` (monotonic) unless it is held on; True for who got it.
+
+        It has an end so that the trial of a worker that was killed, or hangs, is not waited for.
+        """
+        cdef int64_t *until = self.row(slot) + TRIAL_UNTIL
+        cdef int64_t seen = load(until)
+        return self.may_try(slot, rise, now_ns) and seen <= now_ns and compare_and_swap(until, seen, until_ns)
+
+    def hold_trial(self, Py_ssize_t slot, int64_t until_ns):
+        """Go on with a trial."""
+        store(self.row(slot) + TRIAL_UNTIL, until_ns)
+
+    def end_trial(self, Py_ssize_t slot):
+        """End a trial that has shown nothing: another may begin."""
+        store(self.row(slot) + TRIAL_UNTIL, 0)
+
+    def postpone_trial(self, Py_ssize_t slot, int64_t now_ns):
+        """End a trial; the next one has to wait as if it had failed."""
+        cdef int64_t *row = self.row(slot)
+        store(row + NEXT_TRIAL, now_ns + load(row + PROBATION_WAIT))
+        store(row + TRIAL_UNTIL, 0)
+
+    def fail_trial(self, Py_ssize_t slot, int64_t now_ns):
+        """End a trial that has failed; the wait for the next one doubles each time."""
+        cdef int64_t *row = self.row(slot)
+        cdef int64_t wait = load(row + PROBATION_WAIT)
+        self.postpone_trial(slot, now_ns)
+        if wait == FIRST_WAIT:
+            store(row + SINCE, wall_ns())  # until now it may have been all right again
+        if wait:
+            store(row + PROBATION_WAIT, min(2 * wait, LONGEST_WAIT))
+
+    def pass_trial(self, Py_ssize_t slot, int64_t rise):
+        """End its probation: it took the packet. Online, unless its checks have failed meanwhile: then they decide."""
+        cdef int64_t *row = self.row(slot)
+        store(row + TRIAL_UNTIL, 0)
+        store(row + PROBATION_WAIT, 0)
+        if load(row + CHECK_SUCCESSES) >= rise:
+            self.go_online(slot)
 
     def pause(self, Py_ssize_t slot, int64_t until_ns):
         """Send nothing there until ``until_ns`` (monotonic); never shortens a pause."""

@@ -1,0 +1,252 @@
+"""Analyzers that refuse packet after packet: what they refuse is tried elsewhere before it is a dead letter."""
+
+from __future__ import annotations
+
+import pytest
+from forward_harness import SECOND, Bench, reply
+from structlog.testing import capture_logs
+
+from fastdist import dispatch
+from fastdist.shared import AnalyzerWord
+
+REFUSED = reply(422)
+
+
+def send_all_to(bench, slot):
+    """Have the table name one analyzer only, until it is built anew."""
+    bench.dispatcher.set_table(dispatch.AliasTable([slot], [1.0]), None)
+
+
+def refuse(bench, slot, count=1):
+    """Have an analyzer refuse this many packets, one after another."""
+    for _ in range(count):
+        send_all_to(bench, slot)
+        bench.push(b"x")
+        bench.answer(bench.busy(slot)[0], REFUSED)
+
+
+def test_what_one_in_doubt_refuses_is_tried_elsewhere(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
+        refuse(bench, 0, 3)
+        assert len(bench.letters()) == 3
+        refuse(bench, 0)
+        assert bench.sent_ids(1) == ["p4"]
+        assert len(bench.letters()) == 3
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0, "nobody knows yet whose fault it was"
+        bench.answer_all()
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 1
+        assert bench.states.error(0) == "HTTP 422, but A2 took the packet"
+        assert bench.settled[-1] == (4, "A2")
+        assert (bench.count("refused"), bench.count("retried"), bench.delivered) == (3, 1, 1)
+
+
+def test_one_that_refuses_what_others_take_goes_offline(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
+        refuse(bench, 0, 3)
+        for _ in range(3):
+            assert bench.states.is_online(0)
+            refuse(bench, 0)
+            bench.answer_all(slots=[1])
+        assert not bench.states.is_online(0)
+        assert bench.states.needs_trial(0)
+        assert bench.states.error(0) == "HTTP 422, but A2 took the packet"
+        assert bench.count("refused") == 3
+
+
+def test_a_backlog_at_one_that_refuses_all_is_saved(tmp_path):
+    """Of what waits for it and what is under way there, only the first few are dead letters."""
+    with Bench(tmp_path, (1, 1, 1), health={"fall": 3}, delivery={"connections": 4}) as bench:
+        bench.push(*[b"x"] * 300)
+        for _ in range(300):
+            bench.answer_all(REFUSED, [0])
+            bench.answer_all(slots=[1, 2])
+        assert not bench.states.is_online(0)
+        assert len(bench.letters()) == 3
+        assert bench.delivered == 297
+        assert bench.dispatcher.retrying == {}
+
+
+def test_what_another_refuses_too_is_a_dead_letter(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
+        refuse(bench, 0)
+        for number in range(2, 8):
+            refuse(bench, 0)
+            assert bench.sent_ids(1)[-1] == f"p{number}"
+            bench.answer_all(reply(400), [1])
+            assert bench.states.is_online(0), "it was right"
+            bench.states.set(1, AnalyzerWord.REFUSALS, 0)  # it takes others
+        letters = [(row["id"], row["reason"], row["analyzer"], row["status"]) for row in bench.letters()]
+        assert letters == [("p1", "refused", "A1", 422), *((f"p{n}", "refused", "A2", 400) for n in range(2, 8))]
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0
+        assert bench.dispatcher.retrying == {}
+
+
+def test_a_2xx_ends_the_doubt(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 2}) as bench:
+        for _ in range(3):
+            refuse(bench, 0, 2)
+            send_all_to(bench, 0)
+            bench.push(b"good")
+            bench.answer_all()
+        assert bench.sent(1) == []
+        assert len(bench.letters()) == 6
+
+
+def test_refusals_in_other_workers_count_too(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
+        for _ in range(3):
+            bench.states.delivery_refused(0)
+        refuse(bench, 0)
+        assert bench.sent_ids(1) == ["p1"]
+        bench.answer_all()
+
+
+def test_failures_of_one_in_doubt_stay_in_a_row(tmp_path):
+    """Its refusals end no row of failures once nobody believes them."""
+    with Bench(tmp_path, (1, 1), health={"fall": 2}) as bench:
+        refuse(bench, 0, 2)
+        refuse(bench, 0)
+        bench.answer_all(slots=[1])
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 1
+        refuse(bench, 0)
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 1
+        bench.answer_all(slots=[1])
+        assert not bench.states.is_online(0)
+
+
+def test_with_nobody_else_online_a_refusal_holds(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
+        bench.go_offline(1)
+        for _ in range(5):
+            bench.push(b"x")
+            bench.answer(bench.busy(0)[0], REFUSED)
+        assert len(bench.letters()) == 5
+        assert bench.states.is_online(0)
+
+
+def test_what_was_sent_often_enough_is_not_tried_elsewhere(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 1}, retry={"max_attempts": 1}) as bench:
+        refuse(bench, 0, 3)
+        assert [letter["reason"] for letter in bench.letters()] == ["refused"] * 3
+        assert bench.sent(1) == []
+
+
+def test_the_one_with_weight_0_is_asked_where_there_is_no_other(tmp_path):
+    with Bench(tmp_path, (1, 0), health={"fall": 2}) as bench:
+        for _ in range(2):
+            bench.push(b"x")
+            bench.answer_all(REFUSED)
+        for number in (3, 4):
+            bench.push(b"x")
+            bench.answer(bench.busy(0)[0], REFUSED)
+            assert bench.sent_ids(1)[-1] == f"p{number}"
+            bench.answer_all(slots=[1])
+        assert not bench.states.is_online(0)
+        assert len(bench.letters()) == 2
+
+
+def test_who_is_not_in_doubt_is_asked_first(tmp_path):
+    with Bench(tmp_path, (1, 50, 1), health={"fall": 1}) as bench:
+        refuse(bench, 1)
+        bench.states.delivery_refused(1)  # and one more: in doubt itself
+        refuse(bench, 0)
+        for _ in range(20):
+            bench.states.delivery_succeeded(0)
+            refuse(bench, 0)
+            assert bench.sent_ids(2)[-1] == f"p{bench.pushed}"
+            bench.answer_all(reply(422), [2])
+            bench.states.set(2, AnalyzerWord.REFUSALS, 0)
+
+
+def test_what_waits_for_one_that_pauses_is_tried_there_later(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 1}, retry={"base": 0.01, "cap": 0.01}) as bench:
+        refuse(bench, 0)
+        bench.states.pause(1, bench.clock.monotonic_ns() + 5 * SECOND)
+        bench.tick()
+        refuse(bench, 0)
+        assert len(bench.letters()) == 1
+        assert len(bench.dispatcher.backing_off) == 1
+        bench.pass_time(6)
+        while bench.busy(0):
+            bench.answer(bench.busy(0)[0], REFUSED)
+        assert bench.sent_ids(1) == ["p2"]
+        bench.answer_all()
+        assert bench.settled[-1] == (2, "A2")
+
+
+def test_a_failure_elsewhere_leaves_the_question_open(tmp_path):
+    with Bench(tmp_path, (1, 1, 1), health={"fall": 2}) as bench:
+        refuse(bench, 0, 3)
+        (asked,) = (slot for slot in (1, 2) if bench.busy(slot))
+        bench.answer_all(reply(500), [asked])
+        bench.answer_all(slots=[3 - asked])
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 1
+        assert bench.states.error(0) == f"HTTP 422, but A{4 - asked} took the packet"
+
+
+def test_of_a_batch_one_in_doubt_refuses_each_is_tried_elsewhere(tmp_path):
+    delivery = {"mode": "batch", "connections": 1, "linger": 0}
+    with Bench(tmp_path, (1, 1), delivery=delivery, health={"fall": 2}) as bench:
+        send_all_to(bench, 0)
+        bench.push(b"1", b"2", b"3", b"4")
+        for _ in range(5):  # the batch, then each on its own
+            bench.answer(bench.busy(0)[0], REFUSED)
+        assert [letter["id"] for letter in bench.letters()] == ["p1", "p2"]
+        while bench.answer_all(slots=[1]):
+            pass
+        assert sorted(bench.sent_ids(1)) == ["p3", "p4"]
+        assert all("X-Packet-Id" in request.headers for request in bench.sent(1))
+        assert not bench.states.is_online(0)
+
+
+def test_sticky_packets_are_tried_with_the_next_in_order(tmp_path):
+    with Bench(tmp_path, (1, 1, 1), distribution={"strategy": "sticky"}, health={"fall": 10}) as bench:
+        asked = set()
+        for _ in range(19):
+            bench.push(b"x", emitter=7)
+            (first,) = (slot for slot in range(3) if bench.busy(slot))
+            bench.answer_all(REFUSED)
+            asked |= {(first, slot) for slot in range(3) if bench.busy(slot)}
+            bench.answer_all()
+        assert len(asked) == 1
+
+
+def test_a_doubtful_analyzer_is_named_in_the_log_once(tmp_path):
+    with Bench(tmp_path, (1,), health={"fall": 2}) as bench, capture_logs() as lines:
+        refuse(bench, 0, 2)
+        assert lines == []
+        refuse(bench, 0, 10)
+        bench.push(b"good")
+        bench.answer_all()
+        refuse(bench, 0, 10)
+    (line,) = lines
+    assert "refuses packet after packet" in line["event"]
+    assert line["analyzer"] == "A1"
+
+
+def test_a_former_endpoint_is_not_held_responsible(tmp_path):
+    with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
+        refuse(bench, 0, 2)
+        bench.add(0, 1.0, endpoint="http://elsewhere.test/")
+        bench.dispatcher.set_roster(bench.roster)
+        bench.loop.run()
+        bench.answer_all()
+        assert bench.states.is_online(0)
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0
+        assert bench.states.error(0) == ""
+
+
+@pytest.mark.parametrize("state", ["draining", "offline"])
+def test_a_late_refusal_of_one_that_left_is_judged_as_ever(tmp_path, state):
+    with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
+        send_all_to(bench, 0)
+        bench.push(b"1", b"2")
+        if state == "draining":
+            bench.drain(0)
+        else:
+            bench.states.go_offline(0, by_deliveries=True)
+            bench.tick()
+        bench.answer_all(REFUSED, [0])
+        bench.answer_all(slots=[1])
+        assert len(bench.letters()) == (1 if state == "draining" else 0), "deliveries took it offline: not believed"
+        assert bench.delivered == 2 - len(bench.letters())
