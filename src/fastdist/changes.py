@@ -173,8 +173,11 @@ class Changes:
             return 503, f"the change cannot be stored in {self._folder}: {error.strerror}"
         self.overrides = wanted
         self._put_in_force(slot, self.roster[slot])
-        if action.draining is False:  # told to be online: that ends a pause it has asked for (Retry-After)
+        if (
+            action.draining is False
+        ):  # told to be online: no longer wait, neither for a pause (Retry-After) nor for a trial
             self.block.analyzers.set(slot, AnalyzerWord.PAUSED_UNTIL_NS, 0)
+            self.block.analyzers.set(slot, AnalyzerWord.NEXT_TRIAL_NS, 0)
         self.block.analyzers.touch()
         log.info("an analyzer was changed", analyzer=action.analyzer, weight=after.weight, draining=after.draining)
         return 200, None

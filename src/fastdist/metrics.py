@@ -112,6 +112,11 @@ class _Metrics:
         for name, attribute, help_text in (
             ("inflight_packets", "in_flight", "Packets sent to the analyzer and not answered yet."),
             ("analyzer_up", "online", "Whether the analyzer is online (1) or offline (0)."),
+            (
+                "analyzer_probation",
+                "on_probation",
+                "Whether the analyzer gets one packet at a time (1) until it takes one.",
+            ),
             ("analyzer_draining", "draining", "Whether the analyzer is told to drain (1): it gets no new packets."),
             ("analyzer_connections", "connections", "Open connections to the analyzer."),
             ("analyzer_target_share", "target_share", "The share (0 to 1) that its weight gives the analyzer."),

@@ -100,6 +100,12 @@ class Queue(_Answer, frozen=True):
     estimated_drain_seconds: float | None
 
 
+class Probation(_Answer, frozen=True):
+    """Of an analyzer whose deliveries have failed: it gets one packet at a time, the next one not before."""
+
+    next_packet_in_seconds: float
+
+
 class Analyzer(_Answer, frozen=True):
     """One of GET /analyzers."""
 
@@ -115,10 +121,13 @@ class Analyzer(_Answer, frozen=True):
     last_error: str | None
     latency_ms: Percentiles
     paused_for_seconds: float | None = None
+    probation: Probation | None = None
 
     @property
     def shown_state(self) -> str:
-        """The state, or that it is online but asks for a pause."""
+        """The state, or that it is online but on probation, or asks for a pause."""
+        if self.state == "online" and self.probation:
+            return "on trial"
         return "paused" if self.state == "online" and self.paused_for_seconds else self.state
 
 

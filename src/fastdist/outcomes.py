@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from fastdist import logs
 from fastdist._core.dispatch import DispatchBase
 from fastdist._core.pick import Rendezvous
+from fastdist.deadletter_writer import DeadLetterWriter, Letter
 from fastdist.forward import COMPLAINT_SECONDS
 from fastdist.probation import Probation
 from fastdist.shares import effective_weights
-from fastdist.deadletter_writer import DeadLetterWriter, Letter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -54,6 +54,16 @@ def ramp(online_since_ns: int, slow_start: float, now_ns: int) -> float:
     return RAMP_START + (1.0 - RAMP_START) * min(max(way, 0.0), 1.0)
 
 
+def seems_online(states: AnalyzerStates, slot: int, rise: int) -> bool:
+    """Whether an analyzer is shown as online: so is one on probation until it has failed to take a packet.
+
+    There may be none for long: one that has recovered at night is not to be missed until the morning.
+    """
+    if states.is_on_probation(slot, rise):
+        return not states.has_failed_trials(slot)
+    return states.is_online(slot)
+
+
 def normalised(weights: Mapping[int, float]) -> dict[int, float]:
     """Return the same slots with weights that add up to 1 (or are all 0)."""
     total = sum(weights.values())

@@ -24,8 +24,8 @@ from fastdist._core.counters import (
     WORDS_PER_HISTOGRAM,
 )
 from fastdist.histograms import Histogram, merge
-from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
-from fastdist.shares import effective_weights, normalised
+from fastdist.shared import AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
+from fastdist.shares import effective_weights, normalised, seems_online
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -100,6 +100,7 @@ class AnalyzerFigures(Struct, frozen=True):
     weight: float
     weight_overridden: bool
     online: bool
+    on_probation: bool
     draining: bool
     target_share: float
     effective_share: float
@@ -292,7 +293,8 @@ class Snapshot:
                 slot=slot,
                 analyzer=analyzer,
                 weight=weights[slot],
-                online=bool(states.get(slot, AnalyzerWord.STATE) == AnalyzerState.ONLINE),
+                online=seems_online(states, slot, self.config.health.rise),
+                on_probation=states.is_on_probation(slot, self.config.health.rise),
                 draining=bool(states.get(slot, AnalyzerWord.DRAINING)),
                 weight_overridden=bool(states.get(slot, AnalyzerWord.WEIGHT_OVERRIDDEN)),
                 target_share=target[slot],

@@ -164,6 +164,7 @@ def _analyzer(snapshot: Snapshot, figures: AnalyzerFigures) -> dict[str, Any]:
         return int(snapshot.block.analyzers.get(figures.slot, name))
 
     pause_ns = word(AnalyzerWord.PAUSED_UNTIL_NS) - snapshot.at
+    trial_ns = word(AnalyzerWord.NEXT_TRIAL_NS) - snapshot.at
     return _analyzer_in_short(figures) | {
         "endpoint": figures.analyzer.endpoint,
         "weight": figures.weight,
@@ -171,6 +172,7 @@ def _analyzer(snapshot: Snapshot, figures: AnalyzerFigures) -> dict[str, Any]:
         "effectiveShare": round(figures.effective_share, 6),
         "since": _iso(word(AnalyzerWord.SINCE_NS)),
         "pausedForSeconds": round(pause_ns / 1e9, 3) if pause_ns > 0 else None,
+        "probation": {"nextPacketInSeconds": round(max(trial_ns, 0) / 1e9, 3)} if figures.on_probation else None,
         "health": {
             "lastCheck": _iso(word(AnalyzerWord.LAST_CHECK_NS)),
             "lastStatus": word(AnalyzerWord.LAST_STATUS) or None,

@@ -31,7 +31,8 @@ from fastdist.filelocks import has_name, is_nameless, present_path
 from fastdist.health import HealthChecker
 from fastdist.keeper import LATE, Keeper, Place
 from fastdist.queuefiles import QueueFolder, ring_path
-from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, Step
+from fastdist.shared import HeadWord, SharedBlock, Step
+from fastdist.shares import seems_online
 from fastdist.snapshot import Snapshot
 from fastdist.systemd import ServiceManager
 from fastdist.upkeep import Upkeep
@@ -68,7 +69,7 @@ class Supervisor:
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self.exit_status = 0
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self._known_states: dict[int, int] = {}
+        self._known_states: dict[int, str] = {}
         self._behind: set[Place] = set()  # workers that have yet to take over the latest settings
         self._applied = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
@@ -353,16 +354,21 @@ class Supervisor:
             self.keeper.reap_orphans()
 
     def _tell_of_analyzers(self) -> None:
-        states = self.block.analyzers
+        states, rise = self.block.analyzers, self.config.health.rise
         for slot, analyzer in self.changes.roster.items():
-            state = states.get(slot, AnalyzerWord.STATE)
-            if state != self._known_states.get(slot, AnalyzerState.ONLINE):
-                if state == AnalyzerState.OFFLINE:
+            online = states.is_online(slot)
+            state = "online" if online else "probation" if seems_online(states, slot, rise) else "offline"
+            if state != self._known_states.get(slot, "online"):
+                if state == "offline":
                     log.warning(
                         "analyzer offline; its share goes to the others",
                         analyzer=analyzer.id,
                         endpoint=analyzer.endpoint,
                         reason=states.error(slot),
+                    )
+                elif state == "probation":
+                    log.info(
+                        "analyzer on probation; it gets one packet at a time until it takes one", analyzer=analyzer.id
                     )
                 else:
                     log.info("analyzer online; it gets its share again", analyzer=analyzer.id)

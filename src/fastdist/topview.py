@@ -129,10 +129,7 @@ def _warnings(frame: Frame) -> Iterable[str]:
         yield "UNAVAILABLE: no analyzer is online; packets are queued"
     yield from _failures(health)
     for row in answers.analyzers:
-        if row.state == "offline":
-            yield f"DEGRADED: {row.id} is offline" + (f": {row.last_error}" if row.last_error else "")
-        elif row.shown_state == "paused":
-            yield f"PAUSED: {row.id} for {row.paused_for_seconds:.0f} s, as it asks"
+        yield from _of_analyzer(row)
     workers = health.workers
     if workers.running < workers.configured:
         yield f"DEGRADED: {workers.running} of {plural(workers.configured, 'worker')} running"
@@ -145,6 +142,16 @@ def _failures(health: Health) -> Iterable[str]:
         yield "DEGRADED: packets cannot be stored, and are answered 503"
     if health.failing:
         yield f"DEGRADED: {', '.join(health.failing)} cannot be done, again and again; the log says why"
+
+
+def _of_analyzer(row: Analyzer) -> Iterable[str]:
+    if row.state == "offline":
+        trial = "; on probation: one packet at a time" if row.probation else ""
+        yield f"DEGRADED: {row.id} is offline{trial}" + (f": {row.last_error}" if row.last_error else "")
+    elif row.shown_state == "on trial":
+        yield f"PROBATION: {row.id} answers its checks, and has its share again when it takes a packet"
+    elif row.shown_state == "paused":
+        yield f"PAUSED: {row.id} for {row.paused_for_seconds:.0f} s, as it asks"
 
 
 # ---- analyzers

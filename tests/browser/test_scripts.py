@@ -241,6 +241,11 @@ def test_all_well(scripts):
             "ok",
             "A1 is paused, as asked for by Retry-After.",
         ),
+        (
+            {"analyzers": [{"id": "A1", "state": "online", "probation": {"nextPacketInSeconds": 0}}]},
+            "ok",
+            "A1 is on probation: one packet at a time until one is taken.",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(scripts, members, level, words):

@@ -74,6 +74,7 @@ GAUGES = (
     "queue_oldest_age_seconds",
     "inflight_packets",
     "analyzer_up",
+    "analyzer_probation",
     "analyzer_draining",
     "analyzer_connections",
     "analyzer_target_share",

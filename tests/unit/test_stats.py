@@ -377,6 +377,7 @@ def test_an_analyzer_that_nothing_has_happened_to(block):
         "state": "online",
         "since": None,
         "pausedForSeconds": None,
+        "probation": None,
         "health": {"lastCheck": None, "lastStatus": None, "consecutiveFailures": 0, "consecutiveSuccesses": 0},
         "inFlight": 0,
         "connections": 0,
@@ -425,6 +426,21 @@ def test_an_analyzer_in_trouble(block):
     assert (view["targetShare"], view["effectiveShare"]) == (0.2, 0.0)
     assert [view[name] for name in ("delivered", "failed", "retried", "inFlight", "connections")] == [30, 6, 3, 12, 3]
     assert analyzer(block, A2)["effectiveShare"] == 0.5  # of what is left, 0.4 of 0.8
+
+
+def test_probation_is_shown_and_online_until_a_trial_fails(block):
+    states = block.analyzers
+    assert states.go_offline(A2, by_deliveries=True)
+    assert (analyzer(block, A2)["state"], analyzer(block, A2)["probation"]) == ("offline", None)
+    states.set(A2, AnalyzerWord.CHECK_SUCCESSES, 2)
+    view = analyzer(block, A2)
+    assert (view["state"], view["effectiveShare"]) == ("online", 0.0)
+    assert view["probation"] == {"nextPacketInSeconds": 0.0}
+    assert stats.health(snapshot_of(block))["status"] == "ok"
+    states.fail_trial(A2, AT.monotonic_ns)
+    view = analyzer(block, A2)
+    assert (view["state"], view["probation"]) == ("offline", {"nextPacketInSeconds": 1.0})
+    assert stats.health(snapshot_of(block))["status"] == "degraded"
 
 
 def test_what_was_changed_while_running_shows_as_an_override(block):

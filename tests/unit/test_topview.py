@@ -127,6 +127,18 @@ def test_nothing_is_wrong_when_nothing_is_wrong():
             "DEGRADED: A1 is offline: connection refused",
         ),
         ({"analyzers": [analyzer("A1", 1, 0, pausedForSeconds=2.6)]}, "PAUSED: A1 for 3 s, as it asks"),
+        (
+            {"analyzers": [analyzer("A1", 1, 0, probation={"nextPacketInSeconds": 0})]},
+            "PROBATION: A1 answers its checks, and has its share again when it takes a packet",
+        ),
+        (
+            {
+                "analyzers": [
+                    analyzer("A1", 1, 0, state="offline", probation={"nextPacketInSeconds": 4}, lastError="HTTP 404")
+                ]
+            },
+            "DEGRADED: A1 is offline; on probation: one packet at a time: HTTP 404",
+        ),
         ({"status": "unavailable"}, "UNAVAILABLE: no analyzer is online; packets are queued"),
         ({"storage": "failing"}, "DEGRADED: packets cannot be stored, and are answered 503"),
         (

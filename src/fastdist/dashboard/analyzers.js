@@ -166,6 +166,7 @@ class Row {
 }
 
 function sinceOf(row) {
+  if (row.probation && row.state !== "draining") return "on probation: gets one packet at a time";
   if (row.pausedForSeconds && row.state === "online") return `paused for ${Math.ceil(row.pausedForSeconds)} s`;
   const failures = row.health.consecutiveFailures;
   if (row.state === "online" && failures) return `failed ${count(failures)} × in a row`;

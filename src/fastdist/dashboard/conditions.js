@@ -24,6 +24,7 @@ function ofAnalyzers(analyzers) {
   const offline = analyzers.filter((row) => row.state === "offline");
   const draining = analyzers.filter((row) => row.state === "draining");
   const paused = analyzers.filter((row) => row.pausedForSeconds && row.state === "online");
+  const tried = analyzers.filter((row) => row.probation && row.state === "online");
   const someOnline = analyzers.some((row) => row.state === "online");
   const others = someOnline ? "Their share goes to the others." : "";
   const found = [];
@@ -48,6 +49,10 @@ function ofAnalyzers(analyzers) {
   if (paused.length) {
     const title = `${names(paused)} ${are(paused)} paused,`;
     found.push({ level: "info", title, text: "as asked for by Retry-After." });
+  }
+  if (tried.length) {
+    const title = `${names(tried)} ${are(tried)} on probation:`;
+    found.push({ level: "info", title, text: "one packet at a time until one is taken." });
   }
   return found;
 }
