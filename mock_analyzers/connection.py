@@ -275,7 +275,7 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, analyzer: Analyzer, request: Request) -> None:
         options = analyzer.options
-        status = draw_status(options, analyzer.random)
+        status = draw_status(options, analyzer.random, request.body)
         self._answered += 1
         silent = options.silent_close and self._answered % options.silent_close == 0
         announced = options.close_every and self._answered % options.close_every == 0
@@ -300,7 +300,7 @@ class Connection(asyncio.Protocol):
 
     def _answer_in_part(self, analyzer: Analyzer, request: Request, fault: Fault) -> None:
         options = analyzer.options
-        status = draw_status(options, analyzer.random)
+        status = draw_status(options, analyzer.random, request.body)
         short = fault is Fault.WRONG_LENGTH
         head, body = verdict(status, options.retry_after, chunked=options.chunked, short=short)
         self._flush()

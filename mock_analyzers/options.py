@@ -7,6 +7,7 @@ wrong length; a request that escapes them all is answered, with the status that 
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     failure_status: Status = 500
     status: Status | None = None
     """Every request gets this status; wins over ``failureRate``."""
+    rejects: str = ""
+    """Requests whose body this regular expression is found in get 422, whatever ``status`` says; empty = none."""
     retry_after: Seconds | None = None
     """429 and 503 carry this ``Retry-After``, rounded up to whole seconds as HTTP wants it."""
     hang: bool = False
@@ -95,9 +98,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         if unknown:
             raise OptionsError(f"unknown: {', '.join(unknown)}; known: {', '.join(NAMES)}", unknown)
         try:
-            return msgspec.convert(self.as_json() | patch, Options)
-        except msgspec.ValidationError as error:
+            options = msgspec.convert(self.as_json() | patch, Options)
+            re.compile(options.rejects.encode())
+        except (msgspec.ValidationError, re.error) as error:
             raise OptionsError(str(error)) from None
+        return options
 
     def as_json(self) -> dict[str, Any]:
         """Return the options by their JSON names."""
@@ -133,8 +138,10 @@ def draw_fault(options: Options, random: Random) -> Fault | None:
     return None
 
 
-def draw_status(options: Options, random: Random) -> int:
-    """Decide the status of the next answer."""
+def draw_status(options: Options, random: Random, body: bytes = b"") -> int:
+    """Decide the status of the answer to a request with this body."""
+    if options.rejects and re.search(options.rejects.encode(), body):
+        return 422
     if options.status is not None:
         return options.status
     if options.failure_rate and random.random() < options.failure_rate:

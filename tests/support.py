@@ -470,10 +470,20 @@ class Emitter:
         return b"\r\nconnection: close" not in lower
 
 
-def compare(emitter: Emitter, mocks: Mocks | Fleet, *, most_duplicates: int = 0) -> None:
-    """Compare the ledgers of emitters and analyzers: nothing lost, nothing invented, few sent twice."""
+def compare(
+    emitter: Emitter,
+    mocks: Mocks | Fleet,
+    *,
+    most_duplicates: int = 0,
+    refused: set[str] | frozenset[str] = frozenset(),
+) -> None:
+    """Compare the ledgers of emitters and analyzers: nothing lost, nothing invented, few sent twice.
+
+    ``refused``: what became dead letters, which nobody is to have taken.
+    """
     delivered = mocks.delivered()
-    lost = emitter.accepted - delivered.keys()
+    assert not refused & delivered.keys(), "a dead letter that was delivered"
+    lost = emitter.accepted - delivered.keys() - refused
     phantoms = delivered.keys() - emitter.accepted - emitter.unknown
     duplicates = sum(times - 1 for times in delivered.values())
     assert not lost, f"{len(lost)} of {len(emitter.accepted)} lost, such as {sorted(lost)[:5]}"

@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from experiment import BATCHES, DELIVERY, form, in_flight, wait_for_restarts
+from experiment import BATCHES, DELIVERY, SOME, form, in_flight, wait_for_restarts
 from support import wait_until
 
 EVERY_WAY = list(itertools.product(["memory", "disk", "fsync"], ["single", "batch"]))
@@ -130,7 +130,7 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
 @pytest.mark.parametrize("durability", form(["fsync"], ["disk", "fsync"]))
 def test_everything_is_killed_while_packets_become_dead_letters(experiment, durability):
     """A letter is there before its packet is gone: at worst a packet is both, or a letter twice."""
-    experiment.analyzers("--latency", "0.002").set("A2", status=422)
+    experiment.analyzers("--latency", "0.002").set_all(rejects=SOME)
     settings = {"queue": {"durability": durability}}
     fastdist = experiment.serve(settings)
     emitter = experiment.emitter().start()

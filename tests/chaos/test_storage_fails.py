@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from experiment import DELIVERY, form, in_flight, wait_for_restarts
+from experiment import DELIVERY, SOME, body_of, form, in_flight, wait_for_restarts
 from support import check_identity, get_json, request, wait_until
 from test_processes_killed import kill_a_worker
 
@@ -257,7 +257,7 @@ def watched_sync(tmp_path):
 @pytest.mark.parametrize("durability", ["disk", "fsync"])
 def test_dead_letters_are_synced_many_at_a_time_and_before_the_ring(experiment, watched_sync, durability):
     environment, synced = watched_sync
-    experiment.analyzers().set("A2", status=422)
+    experiment.analyzers().set_all(rejects=SOME)
     fastdist = experiment.serve({"queue": {"durability": durability}, "server": {"workers": 1}}, **environment)
     experiment.emitter(connections=16).start().wait_for(400)
     wait_until(lambda: len(fastdist.dead_letters()) > 100, "packets are refused")
@@ -266,7 +266,10 @@ def test_dead_letters_are_synced_many_at_a_time_and_before_the_ring(experiment, 
     wait_until(lambda: any(name.endswith(".ndjson") for name in synced()), "letters are synced")
     assert 1 <= sum(name.endswith(".ndjson") for name in synced()) < letters / 2
     before = len(synced())
-    wait_until(lambda: fastdist.post()[0] == 202 and len(fastdist.dead_letters()) > letters, "one more is refused")
+    wait_until(
+        lambda: fastdist.post(body_of("p-1"))[0] == 202 and len(fastdist.dead_letters()) > letters,
+        "one more is refused",
+    )
     wait_until(lambda: any(name.endswith(".ndjson") for name in synced()[before:]), "its letter is synced, too")
     if durability == "disk":
         wait_until(lambda: synced()[-1].endswith(".fdq"), "and then the ring")
@@ -376,7 +379,7 @@ def test_dead_letters_that_cannot_be_written_stay_queued(experiment, tmp_path):
         fastdist = experiment.serve(settings)
         emitter = experiment.emitter(connections=8).start().wait_for(100)
         fill(disk)
-        mocks.set("A2", status=422)
+        mocks.set_all(rejects=SOME)
         wait_until(lambda: storage(fastdist) == "failing", "that they cannot be written shows in /health")
         emitter.wait_for(200)
         fastdist.kill_all()

@@ -180,6 +180,7 @@ def test_flags_become_options_of_all_analyzers(start):
         "failureRate": 0.1,
         "failureStatus": 502,
         "status": 429,
+        "rejects": "bad [0-9]",
         "retryAfter": 3.0,
         "resetRate": 0.2,
         "truncateRate": 0.3,

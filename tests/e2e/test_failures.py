@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
 import pytest
-from support import WEIGHTS, Emitter, compare, wait_until
+from support import WEIGHTS, Emitter, compare, own_body, wait_until
 
 VICTIM = "A2"
 OTHERS = {name: weight / (1 - WEIGHTS[VICTIM]) for name, weight in WEIGHTS.items() if name != VICTIM}
@@ -36,8 +37,9 @@ def wait_until_its_share_is_gone(fastdist):
 
 
 def wait_until_it_has_its_share_again(fastdist, name=VICTIM):
-    fastdist.wait_for_state(name, "online")
+    wait_until(lambda: fastdist.analyzers()[name]["effectiveShare"] > 0, f"{name} has a share", 20)
     row = fastdist.analyzers()[name]
+    assert (row["state"], row["probation"]) == ("online", None)
     assert row["effectiveShare"] == pytest.approx(WEIGHTS[name])
     before = row["delivered"]
     wait_until(lambda: fastdist.analyzers()[name]["delivered"] > before + 20, f"{name} gets packets again")
@@ -175,17 +177,91 @@ def test_analyzers_that_all_fail_now_and_then_still_get_everything(mocks, serve,
 
 
 def test_refused_packets_become_dead_letters_and_hurt_no_other(mocks, serve):
-    mocks.set(VICTIM, status=422)
+    mocks.set_all(rejects="bad")
     fastdist = serve(mocks, {"delivery": {"mode": "batch", "connections": 2}})
-    emitter = Emitter(fastdist.port).send(1000)
+    emitter = Emitter(fastdist.port, body=lambda name: own_body(name + "bad" * name.endswith("7"))).send(1000)
     stats = fastdist.wait_at_rest()
     letters = fastdist.dead_letters()
-    assert {(row["reason"], row["analyzer"], row["status"]) for row in letters} == {("refused", VICTIM, 422)}
+    assert {(row["reason"], row["status"]) for row in letters} == {("refused", 422)}
     refused = {row["id"] for row in letters}
-    assert len(refused) == len(letters) == stats["packets"]["deadLettered"] > 0
-    assert emitter.accepted == refused | mocks.delivered().keys()
-    assert not refused & mocks.delivered().keys()
-    assert fastdist.analyzers()[VICTIM]["state"] == "online"
+    assert refused == {name for name in emitter.accepted if name.endswith("7")}
+    assert len(letters) == stats["packets"]["deadLettered"] == 100
+    compare(emitter, mocks, refused=refused)
+    assert {row["state"] for row in fastdist.analyzers().values()} == {"online"}
+
+
+# An analyzer that takes nothing, with a good health check -> (how it answers, how many dead letters, what is named)
+SWALLOWS = {
+    "a wrong path": ({"status": 404}, 0, "HTTP 404 Not Found"),
+    "an expired credential": ({"status": 401}, 0, "HTTP 401 Unauthorized"),
+    "a redirection": ({"status": 302}, 0, "HTTP 302 Found, Location: /elsewhere"),
+    "one that refuses everything": ({"status": 422}, 3, "HTTP 422, but A"),  # `fall` of them before it is in doubt
+}
+
+
+@pytest.mark.parametrize("mode", ["single", "batch"])
+@pytest.mark.parametrize("how", SWALLOWS)
+def test_an_analyzer_that_takes_nothing_swallows_nothing(mocks, serve, how, mode):
+    options, most, reason = SWALLOWS[how]
+    mocks.set(VICTIM, **options)
+    fastdist = serve(mocks, {"delivery": {"mode": mode}})
+    emitter = Emitter(fastdist.port).start().wait_for(300)
+    fastdist.wait_for_state(VICTIM, "offline")
+    check_share_is_with_the_others(fastdist)
+    wait_until(lambda: fastdist.analyzers()[VICTIM]["probation"], "its checks are good")
+    failed = fastdist.analyzers()[VICTIM]["failed"]
+    emitter.wait_for(2000)
+    row = fastdist.analyzers()[VICTIM]
+    assert row["delivered"] == 0
+    assert row["failed"] - failed < 20, "one packet at a time, less and less often"
+    assert reason in row["lastError"]
+    wait_until(lambda: reason in fastdist.line_with("analyzer offline"), "the log names the reason")
+    mocks.set(VICTIM, status=None)
+    wait_until_it_has_its_share_again(fastdist)
+    emitter.stop()
+    stats = fastdist.wait_at_rest()
+    letters = {row["id"] for row in fastdist.dead_letters()}
+    assert len(letters) == stats["packets"]["deadLettered"] <= most
+    compare(emitter, mocks, refused=letters)
+
+
+def test_a_packet_that_all_refuse_is_a_dead_letter_of_a_doubtful_analyzer_too(mocks, serve):
+    mocks.set_all(rejects="bad")
+    fastdist = serve(mocks)
+    emitter = Emitter(fastdist.port, connections=4, body=lambda name: own_body(f"bad {name}")).send(50)
+    stats = fastdist.wait_at_rest()
+    assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
+    assert stats["packets"]["deadLettered"] == 50
+    assert {row["state"] for row in fastdist.analyzers().values()} == {"online"}
+    assert "refuses packet after packet" in fastdist.output
+
+
+def test_an_analyzer_comes_back_though_a_trying_worker_was_killed(mocks, serve):
+    mocks.set(VICTIM, status=404)
+    fastdist = serve(mocks, {"server": {"workers": 1}, "delivery": {"timeout": "60s"}})
+    emitter = Emitter(fastdist.port).start().wait_for(100)
+    fastdist.wait_for_state(VICTIM, "offline")
+    mocks.set(VICTIM, status=None, hang=True)
+    wait_until(lambda: fastdist.analyzers()[VICTIM]["inFlight"] == 1, "a packet is on its way there")
+    (worker,) = fastdist.worker_pids()
+    os.kill(worker, signal.SIGKILL)
+    mocks.set(VICTIM, hang=False)
+    wait_until_it_has_its_share_again(fastdist)
+    emitter.stop()
+    fastdist.wait_at_rest()
+    compare(emitter, mocks, most_duplicates=200)
+
+
+def test_with_all_analyzers_at_fault_packets_wait_and_nothing_is_lost(mocks, serve):
+    mocks.set_all(status=404)
+    fastdist = serve(mocks)
+    emitter = Emitter(fastdist.port).send(500)
+    wait_until(lambda: all(row["probation"] for row in fastdist.analyzers().values()), "all are on probation")
+    assert fastdist.stats()["packets"]["deadLettered"] == 0
+    mocks.set_all(status=None)
+    stats = fastdist.wait_at_rest()
+    assert stats["packets"]["delivered"] == 500
+    compare(emitter, mocks)
 
 
 def test_a_packet_that_nobody_takes_is_a_dead_letter_after_max_attempts(mocks, serve):

@@ -14,7 +14,7 @@ import sys
 import termios
 
 import pytest
-from support import Emitter, get_json, wait_until
+from support import Emitter, get_json, own_body, wait_until
 
 FASTDIST = [sys.executable, "-m", "fastdist"]
 COUNTERS = {
@@ -46,8 +46,8 @@ def count(number):
 
 def test_a_frame_has_the_figures_of_stats(mocks, serve, run):
     fastdist = serve(mocks)
-    mocks.set("A3", status=422)
-    Emitter(fastdist.port).send(3000)
+    mocks.set_all(rejects="bad")
+    Emitter(fastdist.port, body=lambda name: own_body(name + "bad" * name.endswith("7"))).send(3000)
     for _ in range(3):
         assert fastdist.post(b"{")[0] == 400
     stats = fastdist.wait_at_rest()
