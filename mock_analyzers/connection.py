@@ -51,6 +51,7 @@ class Request(NamedTuple):
     keep_alive: bool
     ids: Sequence[bytes] = ()
     attempt: bytes = b""
+    rejected: bool = False
 
 
 class Connection(asyncio.Protocol):
@@ -163,7 +164,8 @@ class Connection(asyncio.Protocol):
             return
         ids = analyzer.ledger.arrive(headers, body, analyzer.options)
         # The body has been counted and looked at; a queue of requests must not hold on to it.
-        request = Request(method, path, b"", keep_alive, ids, headers.get(b"x-attempt", b""))
+        rejected = analyzer.options.reject(body)
+        request = Request(method, path, b"", keep_alive, ids, headers.get(b"x-attempt", b""), rejected)
         if analyzer.plain and keep_alive and not self._queue and not self._doomed:
             self._out.append(_OK)  # the short way, and the usual one
             self._unconfirmed.append(request)
@@ -275,7 +277,7 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, analyzer: Analyzer, request: Request) -> None:
         options = analyzer.options
-        status = draw_status(options, analyzer.random, request.body)
+        status = 422 if request.rejected else draw_status(options, analyzer.random)
         self._answered += 1
         silent = options.silent_close and self._answered % options.silent_close == 0
         announced = options.close_every and self._answered % options.close_every == 0
@@ -300,7 +302,7 @@ class Connection(asyncio.Protocol):
 
     def _answer_in_part(self, analyzer: Analyzer, request: Request, fault: Fault) -> None:
         options = analyzer.options
-        status = draw_status(options, analyzer.random, request.body)
+        status = 422 if request.rejected else draw_status(options, analyzer.random)
         short = fault is Fault.WRONG_LENGTH
         head, body = verdict(status, options.retry_after, chunked=options.chunked, short=short)
         self._flush()

@@ -90,6 +90,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         )
         return self == unfelt
 
+    def reject(self, body: bytes) -> bool:
+        """Return whether a request with this body gets 422."""
+        return bool(self.rejects) and re.search(self.rejects.encode(), body) is not None
+
     def changed(self, patch: object) -> Options:
         """Return these options with those of a decoded JSON object applied; raises ``OptionsError``."""
         if not isinstance(patch, dict):
@@ -138,10 +142,8 @@ def draw_fault(options: Options, random: Random) -> Fault | None:
     return None
 
 
-def draw_status(options: Options, random: Random, body: bytes = b"") -> int:
-    """Decide the status of the answer to a request with this body."""
-    if options.rejects and re.search(options.rejects.encode(), body):
-        return 422
+def draw_status(options: Options, random: Random) -> int:
+    """Decide the status of the next answer."""
     if options.status is not None:
         return options.status
     if options.failure_rate and random.random() < options.failure_rate:
