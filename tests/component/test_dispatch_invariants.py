@@ -116,6 +116,12 @@ class Happenings(RuleBasedStateMachine):
     def go_online(self, slot):
         self.bench.go_online(slot)
 
+    @rule(slot=st.sampled_from(SLOTS))
+    def check_well(self, slot):
+        """Its health checks succeed: one that deliveries took offline is on probation."""
+        self.bench.states.set(slot, AnalyzerWord.CHECK_SUCCESSES, self.bench.config.health.rise)
+        self.bench.tick()
+
     @rule(slot=st.sampled_from(SLOTS), draining=st.integers(0, 1))
     def drain(self, slot, draining):
         self.bench.drain(slot, draining)
@@ -159,6 +165,7 @@ STEPS = {  # how often each comes
     "lose": 5,
     "go offline": 3,
     "go online": 6,
+    "check well": 10,
     "drain": 3,
     "pause": 2,
     "network": 3,

@@ -87,7 +87,7 @@ def test_it_gets_one_packet_until_that_is_taken(tmp_path):
         assert bench.states.is_online(0)
         bench.tick()
         bench.push(*[b"x"] * 40)
-        assert bench.at() == 20
+        assert 15 < bench.at() < 25
         bench.answer_all()
 
 
@@ -372,14 +372,14 @@ def test_a_stale_connection_is_no_failed_trial(tmp_path):
 def test_a_connection_that_cannot_be_opened_is_a_failed_trial(tmp_path):
     with Ward(tmp_path) as bench:
         bench.pool(0).reachable = False
-        bench.push(b"1", b"2")
+        bench.push(*[b"x"] * 9)
         bench.answer_all()
         assert bench.states.needs_trial(0)
         bench.check_well()
         bench.push(b"x")
         assert bench.states.has_failed_trials(0)
         bench.answer_all()
-        assert bench.delivered == 3
+        assert bench.delivered == 10
 
 
 def test_a_change_does_not_end_a_trial_on_its_way(tmp_path):
