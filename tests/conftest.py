@@ -9,19 +9,22 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support import Mocks, running
 
-# Examples that hypothesis makes up are others in every run, unless the run is a gate: there the same tree must pass or
-# fail twice. No profile has a deadline, for no test asserts a time. `--hypothesis-profile` outdoes the environment.
-settings.register_profile("default", settings.get_profile("default"), deadline=None)
+# What hypothesis makes up is the same in every run: a tree passes or fails twice. `make explore` looks for what nobody
+# has thought of: other examples each time, ten times as many; those that failed stay in .hypothesis/. No profile has a
+# deadline or looks at how long examples take to make, for no test asserts a time.
 settings.register_profile(
-    "ci",
+    "fixed",
     derandomize=True,
-    deadline=None,
     database=None,
+    deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-if "HYPOTHESIS_PROFILE" in os.environ:  # else hypothesis takes "ci" by itself where a CI service says that it is one
-    settings.load_profile(os.environ["HYPOTHESIS_PROFILE"])
+settings.register_profile(
+    "explore", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+# `--hypothesis-profile` outdoes the environment.
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_configure():

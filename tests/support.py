@@ -7,7 +7,9 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -43,16 +45,45 @@ def own_body(name: str) -> bytes:
     return b'{ "emitterId": "%s",\t"messages":[{"message":"caf\xc3\xa9 %s", "\\u00fc":1e2}] }' % ((name.encode(),) * 2)
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
-    """Return what ``condition`` returns once it is true; fail, saying ``what`` was awaited, after ``seconds``."""
-    end = time.monotonic() + seconds
+def wait_until(
+    condition: Callable[[], Any], what: str, seconds: float = 30.0, progress: Callable[[], Any] = lambda: None
+) -> Any:
+    """Return what ``condition`` returns once it is true; fail, saying ``what`` was awaited, after ``seconds``.
+
+    The time begins anew whenever ``progress`` has become another: how long much work takes is the machine's affair.
+    """
+    end, last = time.monotonic() + seconds, progress()
     while True:
         result = condition()
         if result:
             return result
+        if (now := progress()) != last:
+            end, last = time.monotonic() + seconds, now
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds:g} s: {what}")
         time.sleep(0.02)
+
+
+GIVEN: set[int] = set()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, and that no connection is given as its own while nobody does.
+
+    One from the ephemeral range may be taken by whoever tries to connect, even to itself. Nothing keeps others from
+    taking it before we do.
+    """
+    while True:
+        port = random.SystemRandom().randrange(12_000, 30_000)
+        if port in GIVEN:
+            continue
+        GIVEN.add(port)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def request(
@@ -108,8 +139,11 @@ class Process:
         """Return the first line that has ``text`` in it, once there is one."""
 
         def look() -> str | None:
+            ended = self.process.poll() is not None
+            if ended:
+                self._reader.join(5)  # its last words are in the pipe yet
             found = next((line for line in list(self.lines) if text in line), None)
-            if found is None and self.process.poll() is not None:
+            if found is None and ended:
                 raise AssertionError(f"ended ({self.process.returncode}) without saying {text!r}:\n{self.output}")
             return found
 
@@ -317,8 +351,12 @@ class Distributor(Process):
             quiet = stats["packets"]["queued"] == 0 and stats["packets"]["inFlight"] == 0
             return stats if quiet and stats["packets"] == before else None
 
+        def handled() -> int:
+            packets = self.stats()["packets"]
+            return int(packets["delivered"] + packets["deadLettered"])
+
         try:
-            stats = wait_until(at_rest, "nothing queued or in flight", seconds)
+            stats = wait_until(at_rest, "nothing queued or in flight", seconds, handled)
         except AssertionError as error:
             raise AssertionError(f"{error}; {json.dumps(self.stats()['packets'])}") from None
         check_identity(stats)
@@ -408,7 +446,7 @@ class Emitter:
     def wait_for(self, packets: int) -> Emitter:
         """Wait until so many more have been accepted."""
         enough = self.count(202) + packets
-        wait_until(lambda: self.count(202) >= enough, f"{enough} packets accepted")
+        wait_until(lambda: self.count(202) >= enough, f"{enough} packets accepted", progress=lambda: self.count(202))
         return self
 
     def count(self, status: int) -> int:

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 from experiment import LONG, Experiment, Verdict, table
-from hypothesis import settings
 
 VERDICTS = pytest.StashKey[list[Verdict]]()
 EXPERIMENT = pytest.StashKey[Experiment]()
+SEED = pytest.StashKey[str]()
 SHOWN = 8000  # characters of a process's output
 
 
 def pytest_configure(config):
     config.stash[VERDICTS] = []
+    seed = os.environ.get("CHAOS_SEED") or "0"
+    config.stash[SEED] = str(random.SystemRandom().randrange(10**9)) if seed == "random" else seed
+
+
+def pytest_report_collectionfinish(config):
+    return f"CHAOS_SEED={config.stash[SEED]}"
 
 
 def pytest_collection_modifyitems(items):
@@ -51,12 +57,11 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Let what a test leaves to chance follow from a seed: the same in every gate, shown on failure.
+    """Let what a test leaves to chance follow from a seed: always the same, unless CHAOS_SEED is another or "random".
 
     When things happen still depends on the machine; what happens does not.
     """
-    gate = settings.get_current_profile_name() == "ci"
-    seed = os.environ.get("CHAOS_SEED") or ("0" if gate else str(random.SystemRandom().randrange(10**9)))
+    seed = request.config.stash[SEED]
     random.seed(f"{seed} {request.node.name}")
     print(f"CHAOS_SEED={seed}")  # noqa: T201  (pytest shows it with what fails)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from collections import Counter
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from support import ROOT, Distributor, Emitter, Fleet, Mocks, Process, check_identity, wait_until
+from support import ROOT, Distributor, Emitter, Fleet, Mocks, Process, check_identity, free_port, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,28 +63,6 @@ def body_of(name: str) -> bytes:
 def digest_of(body: bytes) -> str:
     """Return what the mock analyzers keep of a body."""
     return blake2b(body, digest_size=8).hexdigest()
-
-
-GIVEN: set[int] = set()
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on, and that no connection is given as its own while nobody does.
-
-    One from the ephemeral range may be taken by an emitter that tries to connect, even to itself. Nothing keeps
-    others from taking it before we do; ``on_free_ports`` tries again then.
-    """
-    while True:
-        port = random.SystemRandom().randrange(12_000, 30_000)
-        if port in GIVEN:
-            continue
-        GIVEN.add(port)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def on_free_ports(start: Callable[[], Started]) -> Started:

@@ -108,9 +108,13 @@ class Damaged:
                 if place.file == name and touches and offset >= HEADER_SIZE:
                     self.struck.add(place.name)
 
+    def somebody(self, file) -> Place:
+        """Return a packet that waits in this file."""
+        return self.chance.choice([place for place in self.queue.places if place.file == file.name])
+
     def somewhere(self, file) -> int:
         """Return the offset of a byte in the record of a packet that waits."""
-        place = self.chance.choice([place for place in self.queue.places if place.file == file.name])
+        place = self.somebody(file)
         return HEADER_SIZE + (place.offset - HEADER_SIZE + self.chance.randrange(place.size)) % self.queue.capacity
 
 
@@ -144,9 +148,10 @@ def overwrite_pages_with_other_pages(damaged: Damaged) -> None:
 
 
 def cut_the_files(damaged: Damaged) -> None:
+    """Cut where a packet that waits begins: behind the last of them there is nothing to be lost."""
     for file in damaged.files:
         size = file.stat().st_size
-        offset = damaged.chance.randrange(HEADER_SIZE + PAGE, size)
+        offset = damaged.somebody(file).offset
         with file.open("r+b") as opened:
             opened.truncate(offset)
         damaged.note(file.name, offset, size - offset)

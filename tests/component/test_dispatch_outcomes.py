@@ -396,6 +396,6 @@ def test_retry_after_is_seconds_or_a_date(monkeypatch, value, seconds, zone):
 @given(
     st.one_of(st.text(st.characters(max_codepoint=255), max_size=60), st.text("0123456789:,- GMTMonJan+", max_size=40))
 )
-@settings(max_examples=500)
+@settings(max_examples=5 * settings().max_examples)
 def test_no_retry_after_is_too_odd(value):
     assert 0 <= retry_after(value) <= LONGEST_PAUSE

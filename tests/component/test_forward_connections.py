@@ -387,21 +387,15 @@ def test_a_connection_that_cannot_be_opened_in_time_is_a_failure(tmp_path):
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.1", port))
             fillers.append(filler)
-        await asyncio.sleep(0.05)
-        mock = start_mock("A2")
         try:
-            async with World(
-                tmp_path,
-                {"A1": f"http://127.0.0.1:{port}/", "A2": mock},
-                delivery={"connect_timeout": 0.2},
-                health={"fall": 2},
-            ) as w:
+            # Alone: on a busy machine another, which does answer, could be late as well.
+            endpoint = f"http://127.0.0.1:{port}/"
+            async with World(tmp_path, {"A1": endpoint}, delivery={"connect_timeout": 0.2}, health={"fall": 2}) as w:
                 w.push(40)
-                await w.until_empty()
-                assert not w.states.is_online(0)
+                await until(lambda: not w.states.is_online(0), "it is offline")
                 assert w.states.error(0) == "cannot connect: no answer within 0.2 s"
-                assert w.delivered(1) == 40
-                await until(lambda: w.dispatcher.pools[0].opening == 0)  # those that were begun with the first
+                await until(lambda: w.dispatcher.pools[0].opening == 0, "every try has ended")
+                assert (w.ring.undone, w.delivered(0)) == (40, 0)
         finally:
             for each in (*fillers, blackhole):
                 each.close()

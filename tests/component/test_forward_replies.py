@@ -435,7 +435,9 @@ ENDS = st.sampled_from([OPEN, FIN, RST, TimeoutError(), OSError("odd"), Exceptio
     st.integers(0, 9),
     ENDS,
 )
-@settings(max_examples=300, suppress_health_check=[HealthCheck.data_too_large])
+@settings(
+    max_examples=3 * settings().max_examples, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 def test_no_bytes_crash_it_or_lose_a_packet(pieces, data, way, packets, end):
     pipeline, mode = way
     desk = Desk(mode=mode, pipeline=pipeline, batch_packets=3, linger=0, capacity=1 << 16)
@@ -465,7 +467,7 @@ def test_no_bytes_crash_it_or_lose_a_packet(pieces, data, way, packets, end):
 
 
 @given(st.lists(PIECES, max_size=8), st.lists(st.integers(0, 400), max_size=8), ENDS)
-@settings(max_examples=200)
+@settings(max_examples=2 * settings().max_examples)
 def test_any_bytes_mean_the_same_however_they_are_split(pieces, cuts, end):
     data = b"".join(pieces)
     cuts = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})

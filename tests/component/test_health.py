@@ -96,7 +96,7 @@ def test_rise_and_fall(rise, fall, checks, online):
 
 
 @given(st.text("+-", max_size=40), st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=settings().max_examples // 2, deadline=None)
 def test_the_state_is_what_a_model_says(checks, rise, fall):
     ward = Ward(rise=rise, fall=fall)
     online, row = True, 0

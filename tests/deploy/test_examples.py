@@ -9,8 +9,7 @@ import sys
 
 import pytest
 from dockerfile import ROOT
-from support import Distributor, Emitter, Mocks, Process, request, running, wait_until
-from test_images import free_port
+from support import Distributor, Emitter, Mocks, Process, free_port, request, running, wait_until
 
 API = (ROOT / "docs" / "api.md").read_text()
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text()

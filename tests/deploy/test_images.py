@@ -7,13 +7,12 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 
 import dockerfile
 import images
 import pytest
-from support import Emitter, Process, get_json, request, running, wait_until
+from support import Emitter, Process, free_port, get_json, request, running, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 BUILD = dockerfile.setting("build", "WORKDIR").text
@@ -27,12 +26,6 @@ id = "A1"
 endpoint = "http://127.0.0.1:{}/analyze"
 weight = 1
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Container(Process):

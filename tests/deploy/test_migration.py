@@ -22,8 +22,7 @@ import pytest
 import yaml
 from dockerfile import ROOT
 from lupa.luajit21 import LuaRuntime
-from support import Distributor, Emitter, Mocks, Process, get_json, request, running, wait_until
-from test_images import free_port
+from support import Distributor, Emitter, Mocks, Process, free_port, get_json, request, running, wait_until
 
 FOLDER = ROOT / "docs" / "migration"
 IDS = ("A1", "A2", "A3", "A4", "A5")  # A5 is the reserve

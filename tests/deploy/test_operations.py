@@ -11,8 +11,7 @@ import tomllib
 import pytest
 import yaml
 from dockerfile import ROOT, setting
-from support import BODY, Process, request, running, wait_until
-from test_images import free_port
+from support import BODY, Process, free_port, request, running, wait_until
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
 README = (ROOT / "README.md").read_text()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from urllib.parse import quote
 
 import pytest
 import yaml
 from dockerfile import ROOT
-from support import Distributor, Emitter, Mocks, Process, get_json, request, running, wait_until
+from support import Distributor, Emitter, Mocks, Process, free_port, get_json, request, running, wait_until
 from test_grafana import PANELS, plain
 
 pytestmark = [
@@ -25,9 +24,7 @@ class Prometheus(Process):
     """Prometheus with our rules, so impatient that tests need not wait for minutes."""
 
     def __init__(self, folder, target: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         configuration = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())
         configuration["global"] = {"scrape_interval": "250ms", "evaluation_interval": "250ms"}
         configuration["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{target}"]}]

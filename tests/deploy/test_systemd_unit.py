@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from dockerfile import ROOT
 from images import Image
 from machine import Machine
-from support import Emitter, Mocks, get_json, request, running, wait_until
+from support import Emitter, Mocks, free_port, get_json, request, running, wait_until
 
 from fastdist.config import Config
 
@@ -126,12 +125,6 @@ def test_user_and_paths_are_those_of_the_image():
 
 
 # -------------------------------------------------------------------------------------------------------------- started
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Service:

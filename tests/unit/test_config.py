@@ -871,7 +871,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(document=st.dictionaries(st.sampled_from(NAMES) | st.text(), VALUES, max_size=5))
 @example(document={"analyzers": [{"id": "a", "endpoint": "http://a", "weight": 10**400}]})
 @example(document={"server": {"host": "a" * 10**6, "port": 10**400, "x" * 10**5: 1, "header_timeout": [10**400]}})

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist import deadletters
@@ -107,7 +107,6 @@ def test_the_body_is_its_exact_text_or_base64(letters, tmp_path, body):
 
 
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)))
-@settings(max_examples=100)
 def test_any_packet_can_be_had_back(tmp_path_factory, body):
     folder = tmp_path_factory.mktemp("any")
     letters = DeadLetters(folder, "w0")

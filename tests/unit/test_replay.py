@@ -267,7 +267,11 @@ def test_a_letter_is_read_as_it_was_written(tmp_path):
     assert line.size == len(letter.packet)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    max_examples=settings().max_examples // 2,
+    deadline=None,
+)
 @given(body=st.binary(max_size=200))
 def test_every_body_comes_back_byte_for_byte(tmp_path, body):
     path = fill(tmp_path, "a", body=body)
@@ -376,7 +380,11 @@ def test_unreadable_lines_stay_and_count_as_left(tmp_path, run, events):
     assert path.read_bytes() == b'garbage\n{"torn\n'
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    max_examples=3 * settings().max_examples // 10,
+    deadline=None,
+)
 @given(
     fates=st.lists(st.lists(st.sampled_from(["accepted", "refused", "unreadable", "blank"]), max_size=6), max_size=4),
     limit=st.none() | st.integers(1, 12),

@@ -251,7 +251,9 @@ class RingAgainstModel(RuleBasedStateMachine):
             self.check(min(self.claimed, key=lambda handle: self.claimed[handle]))
 
 
-RingAgainstModel.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+RingAgainstModel.TestCase.settings = settings(
+    max_examples=2 * settings().max_examples, stateful_step_count=50, deadline=None
+)
 test_any_life_of_a_ring_is_that_of_the_model = RingAgainstModel.TestCase
 
 

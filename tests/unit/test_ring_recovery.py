@@ -323,7 +323,7 @@ def spoil(patches, seed=0):
 
 
 @given(damages, st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings().max_examples, deadline=None)
 def test_whatever_is_damaged_nothing_is_altered_and_nothing_else_is_lost(patches, seed):
     disk = Disk(os.memfd_create("ring")).fill(packets=120, sizes=(0, 40, 300, 1000), start=CAPACITY - 20_000)
     spoilt = list(spoil(patches, seed))
@@ -451,7 +451,7 @@ def test_a_file_that_was_cut_short_is_refused(disk, size):
 
 
 @given(st.integers(0, 3 * HEADER_SIZE), st.integers(0, 2**32), damages, st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings().max_examples, deadline=None)
 def test_garbage_is_refused_or_yields_nothing(size, seed, patches, real_header):
     disk = Disk(os.memfd_create("ring"))
     spoilt = list(spoil(patches, seed))

@@ -315,7 +315,7 @@ EDGES = words("00 01 02 03 04 06 09 11 12 13 19 23 24 28 29 30 31 32 58 59 60 61
 @example("2016", ["12", "31", "23", "59", "60"], "T", "", "Z")
 @example("2016", ["12", "31", "00", "00", "60"], "T", ".5", "+00:01")
 @example("2016", ["12", "31", "23", "58", "60"], "T", "", "-23:59")
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=5 * settings().max_examples, deadline=None)
 def test_strict_timestamps(year, pairs, separator, fraction, offset):
     month, day, hour, minute, second = pairs
     body = (STRICT % (f"{year}-{month}-{day}{separator}{hour}:{minute}:{second}{fraction}{offset}", "info")).encode()
@@ -511,7 +511,7 @@ bodies = st.builds(lambda packet, seed: write(packet, random.Random(seed)).encod
 
 
 @given(bodies)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=5 * settings().max_examples // 2, deadline=None)
 def test_right_for_almost_packets(body):
     assert_right(body)
     if scan(body) is not None:
@@ -532,7 +532,7 @@ def mutations(draw: st.DrawFn) -> bytes:
 
 
 @given(mutations())
-@settings(max_examples=350, deadline=None)
+@settings(max_examples=7 * settings().max_examples // 2, deadline=None)
 def test_right_for_mutated_packets(body):
     assert_right(body)
 
@@ -570,7 +570,7 @@ ordinary = st.fixed_dictionaries(
 
 
 @given(ordinary, st.booleans(), st.sampled_from([None, 0, 2, "\t"]), st.sampled_from([(",", ":"), (", ", ": ")]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings().max_examples, deadline=None)
 def test_complete_for_ordinary_packets(packet, ascii_only, indent, separators):
     body = json.dumps(packet, ensure_ascii=ascii_only, indent=indent, separators=separators).encode()
     assert scan(body) == check(body)
@@ -655,6 +655,6 @@ def test_nothing_outside_the_body_is_read(between_walls, body):
 
 
 @given(mutations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings().max_examples // 2, deadline=None)
 def test_nothing_outside_a_mutated_body_is_read(between_walls, body):
     assert between_walls(body[:16000]) == scan(body[:16000])

@@ -106,7 +106,9 @@ def model(analyzers):
     return {slot: 1.0 for slot, _, state in online if state != "paused"}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # roster_of writes every slot anew
+@settings(
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)  # roster_of writes every slot anew
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 3.0]), st.sampled_from(sorted(WORDS))), max_size=20))
 def test_agrees_with_the_rules_read_out(block, analyzers):
     assert effective_weights(block.analyzers, roster_of(block, analyzers), Health(), NOW) == model(analyzers)
