@@ -6,7 +6,7 @@ CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdis
 BUILT := .venv/.built
 FUZZ_SECONDS ?= 120
 
-.PHONY: help build run test unit component e2e browser deploy screenshots chaos docs bench bench-quick micro profile lint types debug sanitize fuzz wheel clean
+.PHONY: help build run test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick micro profile lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,11 +32,18 @@ run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-
 	trap 'kill $$mocks 2>/dev/null; wait $$mocks' EXIT; trap : INT TERM; \
 	$(BIN)/fastdist serve
 
-test: build  ## every test
-	$(BIN)/python -m pytest
+test: build  ## every test, and which took longest
+	$(BIN)/python -m pytest --durations=25
 
 unit component e2e browser deploy: build  ## one kind of tests
 	$(BIN)/python -m pytest tests/$@
+
+explore: build  ## look for what no test has thought of: other, and ten times as many examples, another CHAOS_SEED; ARGS="-k ring"
+	HYPOTHESIS_PROFILE=explore CHAOS_SEED=$${CHAOS_SEED:-random} \
+		$(BIN)/python -m pytest --timeout=0 tests/unit tests/component tests/chaos $(ARGS)
+
+bare: .venv/.made  ## make run and make test on a bare Debian 12 and 13 (needs root and debootstrap); ARGS="bookworm", ARGS="--unit"
+	$(BIN)/python scripts/bare.py $(ARGS)
 
 screenshots: build  ## take the pictures of the dashboard and the commands for the docs anew
 	$(BIN)/python scripts/screenshots.py
@@ -47,7 +54,7 @@ docs: .venv/.tools  ## build the documentation into build/docs; a warning is an 
 	$(BIN)/python -m sphinx --builder html --fresh-env --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet docs build/docs
 
 chaos: build  ## the long form of the chaos suite (some twenty minutes), with its table for docs/reliability.md
-	FASTDIST_CHAOS=long $(BIN)/python -m pytest tests/chaos
+	FASTDIST_CHAOS=long CHAOS_SEED=$${CHAOS_SEED:-random} $(BIN)/python -m pytest tests/chaos
 
 bench: build  ## the race against nginx, HAProxy, Envoy, Express (scripts/bench-peers.sh installs them); ARGS="--help"
 	$(BIN)/python bench/race.py $(ARGS)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
-import io
+import fcntl
 import json
 import os
 import re
@@ -20,11 +20,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
+import tempfile
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "bare"
@@ -35,14 +39,15 @@ URL = "http://127.0.0.1:3000"
 PACKET = b'{"emitterId":"web-42","messages":[{"level":"info","message":"hello"}]}'
 PATIENCE = 120  # seconds until what `make run` starts has to be there or gone
 CLONE_NEWNET = 0x40000000
+BEGUN = time.monotonic()
 
 
 class CannotError(Exception):
-    """Why there can be no bare system here."""
+    """Why something cannot be tried here."""
 
 
 class FailedError(Exception):
-    """What did not work in one."""
+    """What was tried and did not work."""
 
 
 def main() -> int:
@@ -50,7 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="suite", help=f"{' or '.join(SUITES)} (default: both)")
     parser.add_argument("--unit", action="store_true", help="only build, and run the unit tests")
-    parser.add_argument("--tests", default="", help="words for pytest: run these tests only")
+    parser.add_argument("--tests", default="", help="only build, and run these tests (words for pytest)")
     parser.add_argument("--or-skip", action="store_true", help="where it is impossible, say why and return 0")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     wanted = parser.parse_args()
@@ -59,74 +64,112 @@ def main() -> int:
     try:
         if not wanted.inside:
             enter_namespaces()
-        return try_all(wanted.suites or list(SUITES), "tests/unit" if wanted.unit else wanted.tests)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        PLACE.mkdir(parents=True, exist_ok=True)
+        lock = (PLACE / "lock").open("w")  # a second run waits for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        failures, obstacles = try_all(wanted.suites or list(SUITES), "tests/unit" if wanted.unit else wanted.tests)
     except CannotError as reason:
-        print(f"bare: no bare Debian can be tried here: {reason}", flush=True)
-        return 0 if wanted.or_skip else 1
+        failures, obstacles = [], [str(reason)]
+    for failure in failures:
+        print(f"bare: {failure}")
+    for obstacle in obstacles:
+        print(f"bare: this cannot be tried here: {obstacle}")
+    return 1 if failures or (obstacles and not wanted.or_skip) else 0
 
 
 def enter_namespaces() -> None:
     """Become this script again, with mounts and processes of its own; sh is there to reap orphans."""
     if os.geteuid() != 0:
-        raise CannotError("that needs root")
-    for program in ("debootstrap", "git", "unshare", "chroot"):
+        raise CannotError("it needs root")
+    for program in ("debootstrap", "git", "unshare", "chroot", "ip"):
         if shutil.which(program) is None:
             raise CannotError(f"{program} is not installed (scripts/peers.sh installs debootstrap)")
     enter = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
     if subprocess.run([*enter, "true"], capture_output=True, check=False).returncode != 0:
-        raise CannotError("mounts and processes of its own are not allowed (unshare)")
-    os.execvp(
-        "unshare", [*enter, "sh", "-c", '"$@"; exit $?', "sh", sys.executable, __file__, "--inside", *sys.argv[1:]]
-    )
+        raise CannotError("mounts and processes of one's own are not allowed (unshare)")
+    again = [sys.executable, __file__, "--inside", *sys.argv[1:]]
+    os.execvp("unshare", [*enter, "sh", "-c", '"$@"; exit $?', "sh", *again])
 
 
-def try_all(suites: list[str], tests: str) -> int:
-    """Build in every suite while there is a network, then run everything; return 1 if anything failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    systems = {suite: System(suite) for suite in suites}
-    failures = []
+def try_all(suites: list[str], tests: str) -> tuple[list[str], list[str]]:
+    """Build while there is a network, then run everything, or these tests; return failures and obstacles.
 
-    def in_each(act: Any) -> None:
-        for suite in list(systems):
-            try:
-                act(systems[suite])
-            except FailedError as failure:
-                failures.append(f"{SUITES[suite]}: {failure}")
-                del systems[suite]
+    Systems build and test at the same time, unless all tests are wanted: some measure, and `make run` has its ports.
+    """
+    systems = [System(suite, aside=len(suites) > 1) for suite in suites]
+    failures: list[str] = []
+    obstacles: list[str] = []
 
-    in_each(System.build)
+    def attempt(system: System, act: Callable[[System], None]) -> None:
+        try:
+            act(system)
+        except FailedError as error:
+            failures.append(f"{system.name}: {error}")
+            systems.remove(system)
+        except CannotError as error:
+            obstacles.append(f"{system.name}: {error}")
+            systems.remove(system)
+        finally:
+            system.show()
+
+    def at_once(act: Callable[[System], None]) -> None:
+        with ThreadPoolExecutor(len(suites)) as pool:
+            list(pool.map(attempt, list(systems), [act] * len(systems)))
+
+    at_once(System.build)
     leave_network()
-    if not tests:
-        in_each(System.run_and_deliver)
-    in_each(lambda system: system.test(tests))
-    for failure in failures:
-        print(f"bare: {failure}", flush=True)
-    return 1 if failures else 0
+    if tests:
+        at_once(lambda system: system.run(".venv/bin/python", "-m", "pytest", *tests.split()))
+        return failures, obstacles
+    for system in list(systems):
+        system.aside = False
+        attempt(system, System.run_and_test)
+    return failures, obstacles
 
 
 class System:
-    """A bare Debian with a checkout in it."""
+    """A bare Debian with a checkout in it. ``aside``: what is said there is kept until ``show``."""
 
-    def __init__(self, suite: str) -> None:
-        self.suite, self.name = suite, f"{SUITES[suite]} ({suite})"
+    def __init__(self, suite: str, *, aside: bool) -> None:
+        self.suite, self.name, self.aside = suite, f"{SUITES[suite]} ({suite})", aside
         self.root = PLACE / suite
-        self.home = self.root / "home" / USER
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the system)
         self.environment = {
             "PATH": "/usr/local/bin:/usr/bin:/bin",
             "HOME": f"/home/{USER}",
             "USER": USER,
             "TERM": "dumb",
         }
+
+    def show(self) -> None:
+        """Print what was kept."""
+        self.said.seek(0)
+        sys.stdout.write(self.said.read().decode(errors="replace"))
+        sys.stdout.flush()
+        self.said.seek(0)
+        self.said.truncate()
+
+    def section(self, title: str) -> None:
+        """Say what comes."""
+        text = f"\n---- {self.name}: {title} (after {time.monotonic() - BEGUN:.0f} s)\n\n"
+        os.write(self.said.fileno() if self.aside else 1, text.encode())
+
+    # ---- making it
+
+    def build(self) -> None:
+        """Make the system and the checkout, and run ``make build``."""
         if not self.root.exists():
-            section(f"{self.name}: debootstrap")
-            bootstrap(suite, self.root)
-        section(f"{self.name}: checkout")
+            self.section("debootstrap")
+            bootstrap(self.suite, self.root)
+        self.section("checkout")
         self._mount()
-        self._check_out()
+        self._take_over_network()
         self._take_over_pip()
+        self._check_out()
+        self.run("make", "build")
 
     def _mount(self) -> None:
-        (self.root / "dev/shm").mkdir(exist_ok=True)
         for folder in ("tmp", "var/tmp"):
             shutil.rmtree(self.root / folder)
             (self.root / folder).mkdir()
@@ -136,96 +179,90 @@ class System:
             mount("--rbind", folder, f"{self.root}{folder}")
         mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", f"{self.root}/dev/shm")
 
-    def _check_out(self) -> None:
-        """Put what is committed into the home folder; what was downloaded in an earlier run stays beside it."""
-        git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
-        archive = subprocess.run([*git, "archive", "HEAD"], capture_output=True, check=False)
-        if archive.returncode != 0:
-            raise CannotError(f"there is no committed tree: {archive.stderr.decode().strip()}")
-        if subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0:
-            print("bare: changes that are not committed are left out")
-        checkout = self.home / "fastdist"
-        shutil.rmtree(checkout, ignore_errors=True)
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-            files.extractall(checkout, filter="data")
-        command = ["chown", "--recursive", f"{USER}:{USER}", f"/home/{USER}/fastdist"]
-        subprocess.run(["chroot", self.root, *command], check=True)
-
-    def _take_over_pip(self) -> None:
-        """Let pip reach what it reaches outside: its settings as variables, the folders and files they name, names."""
+    def _take_over_network(self) -> None:
+        """Let names and certificates be those of outside, and the proxies."""
         for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt"):
             if Path(path).exists():
                 (self.root / path[1:]).unlink(missing_ok=True)  # it may be a link
                 shutil.copyfile(path, self.root / path[1:])
-        proxies = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
+        proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
         self.environment |= {name: value for name, value in os.environ.items() if name.lower() in proxies}
+
+    def _take_over_pip(self) -> None:
+        """Give pip the settings it has outside, as variables, and show it the folders and files that they name."""
         for name, value in pip_settings().items():
             self.environment[f"PIP_{name.upper().replace('-', '_')}"] = value
             for path in paths_in(value):
-                self._show(path)
+                target = self.root / str(path)[1:]
+                (target if path.is_dir() else target.parent).mkdir(parents=True, exist_ok=True)
+                if path.is_file():
+                    target.touch()
+                mount("--bind", str(path), str(target))
+                mount("-o", "remount,bind,ro", str(target))
 
-    def _show(self, path: Path) -> None:
-        """Mount a folder or file of outside at the same place, read-only."""
-        target = self.root / str(path)[1:]
-        if path.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.touch()
-        mount("--bind", str(path), str(target))
-        mount("-o", "remount,bind,ro", str(target))
+    def _check_out(self) -> None:
+        """Put what is committed into the home folder; what pip has downloaded in an earlier run is beside it."""
+        git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
+        tree = subprocess.run([*git, "archive", "HEAD"], capture_output=True, check=False)
+        if tree.returncode != 0:
+            raise CannotError(f"there is no committed tree: {tree.stderr.decode().strip()}")
+        unpack = "rm -rf fastdist && mkdir fastdist && tar -x -C fastdist"
+        subprocess.run([*self.chroot("~"), "sh", "-c", unpack], input=tree.stdout, check=True)
 
-    def command(self, *words: str) -> list[str]:
-        """Return what runs a command in the checkout, as somebody."""
-        enter = ["chroot", f"--userspec={USER}:{USER}", str(self.root), "env", "-i", "-C", f"/home/{USER}/fastdist"]
-        return [*enter, *(f"{name}={value}" for name, value in self.environment.items()), *words]
+    # ---- using it
+
+    def chroot(self, folder: str) -> list[str]:
+        """Return what has a command run there, as somebody."""
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        folder = folder.replace("~", f"/home/{USER}")
+        return ["chroot", f"--userspec={USER}:{USER}", str(self.root), "env", "-i", "-C", folder, *variables]
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen[bytes]:
+        """Start a command in the checkout."""
+        self.section(" ".join(words))
+        output = self.said if self.aside else None
+        command = [*self.chroot("~/fastdist"), *words]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
 
     def run(self, *words: str) -> None:
         """Run a command that must work."""
-        section(f"{self.name}: {' '.join(words)}")
-        if subprocess.run(self.command(*words), stdin=subprocess.DEVNULL, check=False).returncode != 0:
+        if self.start(*words).wait() != 0:
             raise FailedError(f"{' '.join(words)} failed")
 
-    def build(self) -> None:
-        """Run ``make build``."""
-        self.run("make", "build")
-
-    def test(self, tests: str) -> None:
-        """Run ``make test``, or some tests."""
-        if tests:
-            self.run(".venv/bin/python", "-m", "pytest", *tests.split())
-        else:
-            self.run("make", "test")
-
-    def run_and_deliver(self) -> None:
-        """Run ``make run`` until a packet is delivered, then press Ctrl-C: all must end."""
-        section(f"{self.name}: make run")
-        process = subprocess.Popen(self.command("make", "run"), stdin=subprocess.DEVNULL, start_new_session=True)
+    def run_and_test(self) -> None:
+        """Run ``make run`` until a packet is delivered, then press Ctrl-C: all must end. Then run ``make test``."""
+        process = self.start("make", "run", start_new_session=True)
         try:
-            until(lambda: ask("/health") is not None or process.poll() is not None, "make run does not answer")
-            if ask("/logs", PACKET) is None:
+            until(lambda: ask("/health") or process.poll() is not None, "make run does not answer")
+            if not ask("/logs", PACKET):
                 raise FailedError("make run took no packet")
-            until(lambda: (ask("/stats") or {})["packets"]["delivered"] == 1, "the packet was not delivered")
+            until(lambda: ask("/stats")["packets"]["delivered"] == 1, "the packet was not delivered")
             print("bare: a packet was taken and delivered", flush=True)
             os.killpg(process.pid, signal.SIGINT)
             until(lambda: process.poll() is not None, "Ctrl-C does not end make run")
-            until(lambda: ask("/health") is None, "something of make run is left after Ctrl-C")
+            until(lambda: not ask("/health"), "something of make run is left after Ctrl-C")
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        self.run("make", "test")
+
+
+# ---- what the machine outside has
 
 
 def bootstrap(suite: str, root: Path) -> None:
-    """Make the system, from the mirror that apt uses here, or else the one that debootstrap knows."""
+    """Make the system, from the mirror and by the proxy of apt here, or else from the mirror that debootstrap knows."""
     fresh = root.with_name(f"{suite}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
+    proxy = output_of("apt-config", "shell", "x", "Acquire::http::Proxy").removeprefix("x=").strip("'\n")
+    environment = ({"http_proxy": proxy} if proxy else {}) | os.environ
     command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite, str(fresh), *mirror()]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
-        last = "\n".join(done.stdout.splitlines()[-5:])
-        raise CannotError(f"debootstrap could not make {suite}:\n{last}")
+        last = "; ".join((done.stdout + done.stderr).splitlines()[-3:])
+        raise CannotError(f"debootstrap failed: {last}")
     subprocess.run(["chroot", fresh, "useradd", "--create-home", USER], check=True)
     fresh.rename(root)
 
@@ -233,26 +270,23 @@ def bootstrap(suite: str, root: Path) -> None:
 def mirror() -> list[str]:
     """Return the address of the Debian archive in apt's settings, in a list; empty where this is no Debian."""
     release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
-    if release["ID"].strip('"') != "debian" or shutil.which("apt-get") is None:
+    if release.get("ID", "").strip('"') != "debian":
         return []
-    command = ["apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows = (line.split() for line in done.stdout.splitlines())
     codename = release.get("VERSION_CODENAME", "").strip('"')
-    return [uri for suite, component, uri in rows if suite == codename and component == "main"][:1]
+    targets = output_of("apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)")
+    rows = [line.split() for line in targets.splitlines()]
+    return [address for suite, component, address in rows if (suite, component) == (codename, "main")][:1]
 
 
 def pip_settings() -> dict[str, str]:
     """Return pip's global settings, from its files and from the environment, which goes before them."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    files, environment = {}, {}
-    for line in done.stdout.splitlines():
+    found: dict[str, dict[str, str]] = {"global": {}, ":env:": {}}
+    for line in output_of(sys.executable, "-m", "pip", "config", "list").splitlines():
         name, _, value = line.partition("=")
-        section_, _, name = name.rpartition(".")
-        if section_ in ("global", ":env:"):
-            (files if section_ == "global" else environment)[name] = ast.literal_eval(value)
-    return files | environment
+        section, _, name = name.rpartition(".")
+        if section in found:
+            found[section][name] = ast.literal_eval(value)
+    return found["global"] | found[":env:"]
 
 
 def paths_in(value: str) -> list[Path]:
@@ -267,8 +301,7 @@ def paths_in(value: str) -> list[Path]:
 
 def leave_network() -> None:
     """Give this process, and what it starts from now on, a network with nothing but a loopback device."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET) != 0:
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
         raise CannotError(f"a network of its own is not allowed: {os.strerror(ctypes.get_errno())}")
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
@@ -278,6 +311,16 @@ def mount(*words: str) -> None:
     done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CannotError(done.stderr.strip())
+
+
+def output_of(*words: str) -> str:
+    """Return what a command prints; nothing where it is not installed or fails."""
+    if shutil.which(words[0]) is None:
+        return ""
+    return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
+
+
+# ---- what runs inside
 
 
 def ask(path: str, body: bytes | None = None) -> Any:
@@ -290,7 +333,7 @@ def ask(path: str, body: bytes | None = None) -> Any:
         return None
 
 
-def until(condition: Any, otherwise: str) -> None:
+def until(condition: Callable[[], Any], otherwise: str) -> None:
     """Wait for it."""
     end = time.monotonic() + PATIENCE
     while not condition():
@@ -298,13 +341,6 @@ def until(condition: Any, otherwise: str) -> None:
             raise FailedError(otherwise)
         time.sleep(0.1)
 
-
-def section(title: str) -> None:
-    """Say what comes."""
-    print(f"\n---- {title} (after {time.monotonic() - BEGUN:.0f} s)\n", flush=True)
-
-
-BEGUN = time.monotonic()
 
 if __name__ == "__main__":
     sys.exit(main())

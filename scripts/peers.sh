@@ -1,12 +1,12 @@
 #!/bin/sh
 # Install the programs that only some tests and benchmarks need: other load generators, the servers fastdist is
-# compared with, Prometheus' promtool, a browser, and clang for fuzzing. They are Debian packages; elsewhere, or without
-# the right to install, those tests are skipped.
+# compared with, Prometheus' promtool, a browser, debootstrap for bare systems, and clang for fuzzing. They are Debian
+# packages; elsewhere, or without the right to install, those tests are skipped.
 set -u
 
 missing=
 for pair in wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus \
-	chromium:chromium chromedriver:chromium-driver; do
+	chromium:chromium chromedriver:chromium-driver debootstrap:debootstrap; do
 	program=${pair%%:*}
 	# Servers are in sbin, which is not on everybody's path.
 	PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing="$missing ${pair#*:}"
@@ -16,7 +16,7 @@ if ! ls /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer_no_main-* >/dev
 	missing="$missing clang libclang-rt-dev"
 fi
 if [ -z "$missing" ]; then
-	echo "peers: wrk, ab, nginx, haproxy, promtool, chromium and clang are there; nothing to do"
+	echo "peers: wrk, ab, nginx, haproxy, promtool, chromium, debootstrap and clang are there; nothing to do"
 	exit 0
 fi
 

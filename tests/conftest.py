@@ -28,7 +28,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_configure():
-    """Hear Ctrl-C, and let children hear it, also where the run was begun in the background: it is ignored there."""
+    """Make the process what it would be in a terminal of one's own.
+
+    A run that was begun in the background ignores Ctrl-C, and its children do. A dumb terminal is shown other things.
+    """
+    os.environ["TERM"] = "xterm"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
