@@ -1,11 +1,11 @@
 #!/bin/sh
-# Install the programs that only some tests and benchmarks need: other load generators, the servers fastdist is
+# Install the programs that only some tests and benchmarks need: curl, other load generators, the servers fastdist is
 # compared with, Prometheus' promtool, a browser, debootstrap for bare systems, and clang for fuzzing. They are Debian
 # packages; elsewhere, or without the right to install, those tests are skipped.
 set -u
 
 missing=
-for pair in wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus \
+for pair in curl:curl wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus \
 	chromium:chromium chromedriver:chromium-driver debootstrap:debootstrap; do
 	program=${pair%%:*}
 	# Servers are in sbin, which is not on everybody's path.
@@ -16,7 +16,7 @@ if ! ls /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer_no_main-* >/dev
 	missing="$missing clang libclang-rt-dev"
 fi
 if [ -z "$missing" ]; then
-	echo "peers: wrk, ab, nginx, haproxy, promtool, chromium, debootstrap and clang are there; nothing to do"
+	echo "peers: curl, wrk, ab, nginx, haproxy, promtool, chromium, debootstrap and clang are there; nothing to do"
 	exit 0
 fi
 

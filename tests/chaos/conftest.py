@@ -25,13 +25,6 @@ def pytest_report_collectionfinish(config):
     return f"CHAOS_SEED={config.stash[SEED]}"
 
 
-def pytest_collection_modifyitems(items):
-    """Give the long form the time it takes."""
-    for item in items:
-        if LONG and Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.timeout(400))
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     report = yield

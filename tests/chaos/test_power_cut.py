@@ -17,7 +17,6 @@ import random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import pytest
 from experiment import form
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -352,7 +351,7 @@ PowerCuts.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestPowerCuts = pytest.mark.timeout(600)(PowerCuts.TestCase)
+TestPowerCuts = PowerCuts.TestCase
 
 
 def test_the_model_loses_what_is_not_synced():

@@ -132,9 +132,9 @@ def test_all_that_is_copied_is_let_in_and_all_that_is_let_in_is_copied():
 
 def test_all_of_the_source_is_let_in_and_nothing_that_was_built():
     files = context()
-    tracked = subprocess.run(
-        ["git", "ls-files", "src", "mock_analyzers"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
-    if tracked:
+    if shutil.which("git"):
+        tracked = subprocess.run(  # nothing, where this is no clone
+            ["git", "ls-files", "src", "mock_analyzers"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.split()
         assert set(tracked) <= set(files)
     assert not [name for name in files if re.search(r"\.(so|c|pyc)$|__pycache__|egg-info|\.git|\.venv", name)]

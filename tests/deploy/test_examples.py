@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text()
 README = (ROOT / "README.md").read_text()
 JSON = {"Content-Type": "application/json"}
+with_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed (scripts/peers.sh installs it)")
 
 
 def examples():
@@ -64,6 +66,7 @@ def assert_answer_is_as_shown(answer, shown):
         assert answer.split() == body.split()
 
 
+@with_curl
 @pytest.mark.parametrize(("command", "shown"), list(examples()), ids=lambda text: text[:60])
 def test_a_request_of_the_api_page_is_answered_as_shown(service, command, shown):
     local = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
@@ -103,6 +106,7 @@ def test_the_analyzers_of_the_quick_start_do_what_it_says(tmp_path):
             assert (tmp_path / "fastdist-data").is_dir()
 
 
+@with_curl
 def test_the_requests_of_the_quick_start_are_taken(service):
     """Those to the distributor, as they stand there."""
     commands = re.findall(r"^curl (?:[^\n]*\\\n)*[^\n]*", QUICKSTART, re.MULTILINE)

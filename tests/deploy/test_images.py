@@ -14,7 +14,7 @@ import images
 import pytest
 from support import Emitter, Process, free_port, get_json, request, running, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 BUILD = dockerfile.setting("build", "WORKDIR").text
 CONFIG = """
 [server]

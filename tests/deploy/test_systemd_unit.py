@@ -22,7 +22,7 @@ from support import Emitter, Mocks, free_port, get_json, request, running, wait_
 
 from fastdist.config import Config
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.processes
 FOLDER = ROOT / "deploy" / "systemd"
 UNIT = FOLDER / "fastdist.service"
 EXPOSURE = 1.5  # of 10: what systemd-analyze makes of the sandbox

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 PROGRAM = shutil.which("schemathesis", path=Path(sys.executable).parent) or "schemathesis"
 TOKEN = "for-packets-and-for-changes"
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 def schemathesis(run, folder, document, port, *options):
