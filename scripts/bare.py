@@ -64,7 +64,8 @@ def main() -> int:
     try:
         if not wanted.inside:
             enter_namespaces()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        for number in (signal.SIGINT, signal.SIGTERM):  # the namespaces end all that is in them, however busy it is
+            signal.signal(number, lambda number, _frame: os._exit(128 + number))
         PLACE.mkdir(parents=True, exist_ok=True)
         lock = (PLACE / "lock").open("w")  # a second run waits for the first
         fcntl.flock(lock, fcntl.LOCK_EX)
