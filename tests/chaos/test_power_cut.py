@@ -17,6 +17,7 @@ import random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import pytest
 from experiment import form
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
