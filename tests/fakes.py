@@ -59,7 +59,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         said = self.server.says.get(self.path)
-        self._send(200 if said else 404, {}, json.dumps(said).encode() if said else b"no such thing")
+        if said is None:
+            self.do_POST()
+        else:
+            self._send(200, {}, json.dumps(said).encode())
 
     def do_POST(self):
         self.server.connections += not self.counted

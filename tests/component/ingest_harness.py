@@ -409,7 +409,7 @@ class Service:
         limiter = self.block.limiter()
         limiter.configure(*(float(value) for value in (getattr(self.config.limits, name) for name in LIMITS)))
         self.accepts = self.syncs_wanted = 0
-        self.emitters = Emitters(Api(lambda: Snapshot(self.block, self.config, self.roster, "1.2.3")))
+        self.emitters = Emitters(Api(lambda: Snapshot(self.block, self.config, self.roster, "1.2.3", at=0)))
         self.intake = Intake(
             self.ring,
             self.counters,

@@ -212,6 +212,7 @@ def test_top_of_what_is_no_distributor(run, answer, problem):
             return answer
 
     server = Other()
+    server.says = {}
     try:
         result = run("top", "--once", "--url", server.url)
     finally:

@@ -20,7 +20,7 @@ def log(size=1000, start=0):
 
 
 def packet(offset, end, messages=5):
-    return Packet("id", b"", offset, end, messages, Counter())
+    return Packet("id", b"", offset, end, messages, Counter(), 1000)
 
 
 @pytest.fixture

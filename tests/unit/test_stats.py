@@ -437,7 +437,7 @@ def test_probation_is_shown_and_online_until_a_trial_fails(block):
     assert (view["state"], view["effectiveShare"]) == ("online", 0.0)
     assert view["probation"] == {"nextPacketInSeconds": 0.0}
     assert stats.health(snapshot_of(block))["status"] == "ok"
-    states.fail_trial(A2, AT.monotonic_ns)
+    states.fail_trial(A2, AT)
     view = analyzer(block, A2)
     assert (view["state"], view["probation"]) == ("offline", {"nextPacketInSeconds": 1.0})
     assert stats.health(snapshot_of(block))["status"] == "degraded"
