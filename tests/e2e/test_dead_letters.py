@@ -8,7 +8,7 @@ import socket
 import sys
 
 import pytest
-from support import BODY, Emitter, own_body, wait_until
+from support import BODY, WEIGHTS, Emitter, own_body, wait_until
 
 FASTDIST = [sys.executable, "-m", "fastdist"]
 REFUSING = {"status": 422}
@@ -212,7 +212,8 @@ def test_where_nobody_listens(mocks, serve, command):
 def test_they_are_purged_and_replayed_while_more_keep_coming(mocks, serve, command, tmp_path):
     """A worker that is writing to a file gives it up when it is asked for it."""
     fastdist = serve(mocks, {"server": {"workers": 1}})
-    mocks.set("A1", **REFUSING)
+    for name in WEIGHTS:
+        mocks.set(name, **REFUSING)
     emitter = Emitter(fastdist.port, connections=4, pause=0.05).start()
     wait_until(lambda: len(fastdist.dead_letters()) >= 5, "dead letters")
     for verb in (("purge", tmp_path / "data", "--yes"), replay_to(fastdist)[1:]):

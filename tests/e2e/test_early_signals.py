@@ -90,7 +90,7 @@ def test_a_hangup_during_a_start_is_a_reload_after_it(run, config, at_import, mo
 def test_a_signal_ends_a_start_that_waits_for_its_queue(run, config, tmp_path):
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # somebody reads the queue, which is waited for
         fastdist = run(*SERVE, config)
 
         def waits():
