@@ -16,7 +16,7 @@ import msgspec
 from fastdist import logs, tls
 from fastdist.config import reloadable
 from fastdist.errors import ConfigError
-from fastdist.filelocks import has_name
+from fastdist.filelocks import has_name, identity
 from fastdist.shared import AnalyzerWord
 
 if TYPE_CHECKING:
@@ -50,9 +50,11 @@ class Changes:
         self.roster: dict[int, Analyzer] = {}
         self.overrides: dict[str, Override] = {}
         self._file = -1  # what was read or written last, open, so that another file is known for another
+        self._home = (0, 0)  # the folder that was there when the service began
 
     def begin(self) -> None:
         """Put the analyzers into the shared block, with the overrides of earlier runs."""
+        self._home = identity(self._folder)
         try:
             self._file = os.open(self._folder / FILE, os.O_RDONLY | os.O_CLOEXEC)
             with os.fdopen(os.dup(self._file), "rb") as file:
@@ -207,13 +209,14 @@ class Changes:
     def look_after_file(self) -> None:
         """Write the overrides again where their file was deleted or exchanged: a restart must find it. Raises OSError.
 
-        A folder that is not there is waited for. One that is not locked (durability memory) may be another's as well,
-        whose file stays.
+        A folder that is not there is waited for. One that is not locked (durability memory), or not the one that was,
+        may be another service's, whose file stays.
         """
         path = self._folder / FILE
         if self._file < 0 or not self._folder.is_dir() or has_name(self._file, path):
             return
-        if self.config.queue.durability != "memory" or not path.exists():
+        ours_alone = self.config.queue.durability != "memory" and identity(self._folder) == self._home
+        if ours_alone or not path.exists():
             self._save(self.overrides)
             log.warning("the file of the overrides was deleted or exchanged, and is written again", file=str(path))
 

@@ -88,6 +88,15 @@ def has_name(fd: int, path: str | Path) -> bool:
         return False
 
 
+def identity(path: Path) -> tuple[int, int]:
+    """Return what tells a folder from another under its name; (0, 0) if there is none."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (state.st_dev, state.st_ino)
+
+
 def present_path(fd: int) -> str | None:
     """Return where the open file is now; None if it is nowhere: deleted, or never in a folder (a memfd).
 

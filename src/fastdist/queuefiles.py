@@ -22,7 +22,7 @@ from typing import NamedTuple
 from fastdist import filelocks, logs
 from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
-from fastdist.filelocks import has_name, present_path, try_lock
+from fastdist.filelocks import has_name, identity, present_path, try_lock
 
 CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
@@ -112,7 +112,7 @@ class QueueFolder:
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = fd
-        self._identity = _identity(self.path)
+        self._identity = identity(self.path)
 
     def _sign(self) -> None:
         with contextlib.suppress(OSError):  # on a full disk: it is only for people
@@ -144,7 +144,7 @@ class QueueFolder:
         A folder that is another one by now is not ours to lock.
         """
         path = self.path / LOCK
-        if self._lock < 0 or has_name(self._lock, path) or _identity(self.path) != self._identity:
+        if self._lock < 0 or has_name(self._lock, path) or identity(self.path) != self._identity:
             return
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if not try_lock(fd):
@@ -235,15 +235,6 @@ def _in_the_way(fd: int, path: Path) -> InTheWay:
         written = os.pread(fd, 32, 0).decode("latin-1").strip()
         pid = int(written) if written.isdecimal() and int(written) != os.getpid() else None
     return InTheWay(path, read, pid)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    """Return what tells a folder from another under its name; (0, 0) if there is none."""
-    try:
-        state = path.stat()
-    except FileNotFoundError:
-        return (0, 0)
-    return (state.st_dev, state.st_ino)
 
 
 def _look_at(path: Path, fd: int) -> int | str:

@@ -215,6 +215,20 @@ def test_no_override_is_put_where_the_queue_is_not(block, tmp_path):
     assert it.apply(Action("override", "A1", 4.0, None))[0] == 200
 
 
+def test_overrides_in_the_folder_of_another_service_stay(block, tmp_path):
+    """Ours was renamed, and a second service began in a new one of the same name, which it has locked."""
+    folder = tmp_path / "queue"
+    folder.mkdir()
+    first = changes(block, folder, 1, 1)
+    assert first.apply(Action("override", "A1", 4.0, None))[0] == 200
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
+    second = changes(block, folder, 1, 1)
+    assert second.apply(Action("override", "A1", 9.0, None))[0] == 200
+    first.look_after_file()
+    assert json.loads((folder / "overrides.json").read_text()) == {"A1": {"weight": 9.0}}
+
+
 def test_services_do_not_fight_over_overrides(block, tmp_path):
     """With durability memory nobody has the folder locked: the file there may be another's."""
     it = changes(block, tmp_path, 1, 1)
