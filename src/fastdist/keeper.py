@@ -46,7 +46,7 @@ class Place:
     """One worker's place, and the process that fills it at present."""
 
     def __init__(self, index: int, listener: socket.socket, ring: int, old_rings: Sequence[OldRing]) -> None:
-        self.index, self.listener, self.ring, self.old_rings = index, listener, ring, old_rings
+        self.index, self.listener, self.ring, self.old_rings = index, listener, ring, list(old_rings)
         self.process: asyncio.subprocess.Process | None = None
         self.control: asyncio.StreamWriter | None = None
         self.ready = self.ever_ready = False
@@ -73,6 +73,12 @@ class Place:
         if self.process is not None and self.alive:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
+
+    def adopted(self, path: str) -> None:
+        """Close an old ring that was deleted: its room on the disk is free once nobody has it open."""
+        for old in [old for old in self.old_rings if old.path == path]:
+            self.old_rings.remove(old)
+            os.close(old.fd)
 
     def send(self, message: Message) -> bool:
         """Send a message to the worker; False if there is none that listens."""

@@ -280,6 +280,8 @@ class Supervisor:
             self._behind.discard(place)
             if not self._behind:
                 self._applied.set()
+        elif message.verb == "adopted":
+            place.adopted(message.body)
         elif message.verb == "request" and message.action is not None:
             self._begin(self._carry_out(place, message))
 

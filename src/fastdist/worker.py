@@ -413,6 +413,8 @@ class Worker:
         if adoption.finished and time.monotonic() >= adoption.next_deletion:
             adoption.delete()
             self.adoptions.remove(adoption)
+            os.close(adoption.old.fd)
+            control.send(self._control, Message("adopted", body=adoption.old.path))
             log.info("an old ring was taken over whole and is deleted", ring=adoption.old.path)
 
     def publish(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,6 +24,15 @@ def kill_everything(fastdist):
     os.killpg(fastdist.process.pid, signal.SIGKILL)
     fastdist.wait()
     psutil.wait_procs(workers, timeout=10)
+
+
+def descriptors(pid):
+    """Return where a process's descriptors lead."""
+    links = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(os.readlink(descriptor))
+    return links
 
 
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
@@ -40,6 +51,22 @@ def test_what_is_queued_is_delivered_after_a_restart(mocks, serve, settings):
     compare(emitter, mocks)
     assert all(mocks.totals(name)["broken"] == 0 for name in WEIGHTS)
     assert len(mocks.digests()) == 2000
+
+
+def test_a_deleted_old_ring_takes_up_no_disk(mocks, serve):
+    """No process has it open any more, nor does one that starts later get it."""
+    fastdist = serve(mocks, DISK)
+    assert fastdist.stop() == 0
+    fastdist = serve(mocks, DISK | {"server": {"workers": 1}})
+
+    def deleted_rings():
+        links = [link for pid in (fastdist.process.pid, *fastdist.worker_pids()) for link in descriptors(pid)]
+        return [link for link in links if link.endswith(".fdq (deleted)")]
+
+    wait_until(lambda: "taken over whole" in fastdist.output and not deleted_rings(), "old rings are closed")
+    os.kill(fastdist.worker_pids()[0], signal.SIGKILL)
+    wait_until(lambda: fastdist.stats()["workers"][0]["restarts"] == 1, "a new worker")
+    assert deleted_rings() == []
 
 
 @pytest.mark.slow
