@@ -397,11 +397,10 @@ class RingNames:
         """Whether an old ring that holds packets is not under its name."""
         return bool(self._old)
 
-    def look(self, adoptions: list[Adoption]) -> bool:
-        """Look, and log what has changed; return whether the own ring is gone since the last time. Raises OSError."""
-        gone = False
+    def look(self, adoptions: list[Adoption]) -> None:
+        """Look, and log what has changed. Raises OSError."""
         if self.path is not None and self.misplaced == has_name(self._fd, self.path):
-            self.misplaced = gone = not self.misplaced
+            self.misplaced = not self.misplaced
             self._tell(self.path)
         unfinished = (adoption.old for adoption in adoptions if not adoption.finished)
         found = [old for old in unfinished if not has_name(old.fd, old.path)]
@@ -410,7 +409,6 @@ class RingNames:
                 what = "an old ring was deleted or renamed; nothing is accepted until its packets are in another ring"
                 log.error(what, file=old.path, now=present_path(old.fd))
         self._old = {old.path for old in found}
-        return gone
 
     def _tell(self, path: Path) -> None:
         if not self.misplaced:
