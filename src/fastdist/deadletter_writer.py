@@ -159,11 +159,10 @@ class DeadLetterWriter:
             self._write()
 
     def _sync_now(self) -> OSError | None:
-        if self._run is not None:
-            try:
-                self.files.begin_sync()()
-            except OSError as error:
-                return error
+        try:
+            self.files.begin_sync()()
+        except OSError as error:
+            return error
         return None
 
     # ---- what becomes of it

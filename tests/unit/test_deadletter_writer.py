@@ -230,6 +230,18 @@ def test_what_is_left_in_memory_is_written_synced_or_not(tmp_path, monkeypatch, 
     assert site.written() == names(1, 4)
 
 
+@pytest.mark.parametrize("syncs", [True, False])
+def test_what_is_left_leaves_the_ring_when_it_is_synced(tmp_path, monkeypatch, syncs):
+    """Also where nobody has set up syncs: it may be the supervisor, and a ring that was deleted from the disk."""
+    site = Site(tmp_path, syncs=syncs)
+    site.ring.push(b"x", "p1")
+    gone_before = []
+    monkeypatch.setattr("fastdist.deadletters.os.fdatasync", lambda _fd: gone_before.append(list(site.gone)))
+    site.writer.write_all(what_is_left(site.ring))
+    assert gone_before == [[]]
+    assert site.gone == [1]
+
+
 # ---- files that somebody takes away
 
 
