@@ -238,9 +238,9 @@ class Supervisor:
             for fd in (place.ring, *(old.fd for old in place.old_rings))
         }
         nameless = {fd: row for fd, row in rows.items() if is_nameless(fd)}
-        lasting = not any(place.ring in nameless for place in self.keeper.places)
-        queued = sum(row.get("undone") for row in self.block.rows) if lasting else 0
-        if queued and (renamed := self._renamed_rings()):
+        lasting = [place for place in self.keeper.places if place.ring not in nameless]
+        queued = sum(rows[place.ring].get("undone") for place in lasting)
+        if queued and (renamed := self._renamed_rings(lasting)):
             log.error("packets stay in queue files that were renamed; the next start has to find them", files=renamed)
         elif queued:
             log.warning(
@@ -262,9 +262,9 @@ class Supervisor:
         if count:
             log.warning("packets that workers have left are now dead letters", packets=count)
 
-    def _renamed_rings(self) -> dict[str, str | None]:
+    def _renamed_rings(self, places: list[Place]) -> dict[str, str | None]:
         """Return the workers' rings that are elsewhere by now: {where it was: where it is}."""
-        rings = [(str(ring_path(self.folder.path, place.index)), place.ring) for place in self.keeper.places]
+        rings = [(str(ring_path(self.folder.path, place.index)), place.ring) for place in places]
         return {path: present_path(fd) for path, fd in rings if not has_name(fd, path)}
 
     def _hopeless(self) -> None:

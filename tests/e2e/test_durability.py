@@ -137,6 +137,18 @@ def test_a_normal_end_leaves_the_rest_on_disk(mocks, serve):
     compare(emitter, mocks)
 
 
+def test_what_stays_queued_is_told_beside_a_deleted_ring(mocks, serve):
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks, DISK | {"server": {"drain_timeout": "500ms"}})
+    fastdist.wait_for_states("offline")
+    Emitter(fastdist.port, connections=32).send(500)
+    (fastdist.folder / "data" / "ring-0.fdq").unlink()
+    assert fastdist.stop() == 0
+    told = json.loads(fastdist.line_with("packets stay queued"))
+    assert told["packets"] == 500 - len(fastdist.dead_letters())
+    assert 0 < told["packets"] < 500
+
+
 def test_a_killed_worker_is_no_restart_of_the_whole(mocks, serve):
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK)
