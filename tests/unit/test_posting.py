@@ -1,10 +1,12 @@
-"""Which of a name's addresses takes a connection."""
+"""Which of a name's addresses takes a connection; what is made of a URL, a token, and an answer."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import ssl
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 import trustme
@@ -118,3 +120,36 @@ def test_the_next_address_is_tried_with_tls_too(distributor, resolve, hanging, t
     resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
     there = Target.parse(f"https://logs.test:{distributor.server_port}", None, str(tmp_path / "ca.pem"))
     assert Sender(there).post("x", b"{}").accepted
+
+
+# ---- what a distributor says
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [(None, None), ("0", 0.0), ("17", 17.0), ("9" * 400, 1e9), ("soon", None), ("-1", None)]
+)
+def test_retry_after(text, seconds):
+    assert posting._seconds(text) == seconds
+
+
+def test_retry_after_as_a_date():
+    when = datetime.now(UTC) + timedelta(seconds=100)
+    assert 50 < posting._seconds(format_datetime(when, usegmt=True)) < 101
+    assert posting._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:3000", "ftp://a", "http://user:secret@a", "http://a:99999"])
+def test_a_url_that_is_none(url):
+    with pytest.raises(ValueError, match="must"):
+        Target.parse(url, None)
+
+
+def test_a_token_that_would_break_the_head():
+    with pytest.raises(ValueError, match="visible ASCII") as caught:
+        Target.parse("http://a", "secret\r\nX: y")
+    assert "secret" not in str(caught.value)
+
+
+def test_https_is_spoken_where_the_url_says_so():
+    sender = posting.Sender(Target.parse("https://a", None))
+    assert type(sender._connection).__name__ == "HTTPSConnection"

@@ -1,0 +1,77 @@
+"""Files of dead letters for tests, and what is done with them."""
+
+from __future__ import annotations
+
+import time
+
+from fastdist._core.ring import Packet
+from fastdist.deadletters import DeadLetters, Selection, find_files, read_file
+from fastdist.posting import Target
+from fastdist.replay import Replay
+
+SECOND = 1_000_000_000
+WHOLE = (
+    b'{"id":"x","reason":"r","acceptedAt":"2026-01-02T03:04:05Z","deadLetteredAt":"2026-01-02T03:04:05Z","body":"b"}'
+)
+
+
+def packet(name="p-1", body=b'{"n":1}'):
+    return Packet(1, name, body, 3, time.time_ns(), 2, 0, 0)
+
+
+class Listener:
+    """Remembers the events of a replay."""
+
+    def __init__(self):
+        self.total, self.count, self.refusals, self.notes = None, 0, {}, []
+
+    def begin(self, letters):
+        self.total = letters
+
+    def replayed(self):
+        self.count += 1
+
+    def refused(self, letter, answer):
+        self.refusals[letter.id] = answer.text
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def replayed(  # noqa: PLR0913  (tests name what they change)
+    distributor, events, path, *, connections=2, limit=None, reason=None, target=None
+):
+    """Replay a folder to the distributor; return the summary."""
+    target = target or Target.parse(distributor.url, None)
+    return Replay(find_files(path), Selection(reason=reason), target, events).run(connections, limit)
+
+
+def fill(folder, names, reason="refused", owner="w0-1", body=b'{"n":1}'):
+    """Write a file of dead letters; return its path."""
+    before = set(folder.glob("dead-letters/*.ndjson"))
+    letters = DeadLetters(folder, owner)
+    for name in names:
+        letters.write(packet(name, body), reason, "A1", 422, "no")
+    letters.close()
+    (new,) = set(folder.glob("dead-letters/*.ndjson")) - before
+    return new
+
+
+def ids(path):
+    """Return the ids in a file or folder, None for what is unreadable."""
+    return [line.letter and line.letter.id for found in find_files(path) for line in read_file(found)]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def broken(*_):
+    raise OSError(5, "Input/output error")
+
+
+def idle(letters):
+    """Have a writer close its file."""
+    letters.settle()
+    letters.tick(SECOND)
+    letters.tick(3 * SECOND)

@@ -1,0 +1,267 @@
+"""What writer and readers of a file of dead letters keep to when they meet; and what is read there."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+import pytest
+from fakes import problem
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from letters import SECOND, WHOLE, Listener, broken, fill, idle, ids, names_in, packet, replayed
+
+from fastdist import deadletters
+from fastdist.deadletters import DeadLetters, Letter, find_files, read_file
+from fastdist.replay import HeldFile
+
+
+@pytest.fixture
+def run(distributor):
+    """Replay a folder to the distributor."""
+    return partial(replayed, distributor, Listener())
+
+
+# ---- a file and those who want it
+
+
+def test_a_file_is_its_workers_until_it_has_been_idle(tmp_path):
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet(), "refused", "A1", 400, None)
+    (found,) = find_files(tmp_path)
+    assert letters.settle()
+    letters.tick(5 * SECOND)
+    letters.tick(int(5.9 * SECOND))
+    with pytest.raises(BlockingIOError):
+        HeldFile.hold(found.path, 0.05)
+    letters.tick(6 * SECOND)
+    held = HeldFile.hold(found.path, 0)
+    assert [line.letter.id for line in held.lines()] == ["p-1"]
+
+
+def test_a_letter_starts_the_idle_time_anew(tmp_path):
+    letters = DeadLetters(tmp_path, "w0-1")
+    for second in (5, 6, 7):
+        letters.write(packet(), "refused", "A1", 400, None)
+        letters.settle()
+        letters.tick(second * SECOND)
+    (found,) = find_files(tmp_path)
+    with pytest.raises(BlockingIOError):
+        HeldFile.hold(found.path, 0)
+    letters.tick(8 * SECOND)
+    HeldFile.hold(found.path, 0)
+
+
+def test_rare_letters_share_a_file(tmp_path):
+    letters = DeadLetters(tmp_path, "w0-1")
+    for name in "abc":
+        letters.write(packet(name), "refused", "A1", 400, None)
+        idle(letters)
+    assert len(find_files(tmp_path)) == 1
+    assert ids(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_worker_takes_a_file_up_again_only_if_nobody_has_or_had_it(tmp_path):
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    idle(letters)
+    (first,) = find_files(tmp_path)
+    with HeldFile.hold(first.path, 0):
+        letters.write(packet("b"), "refused", "A1", 400, None)
+    idle(letters)
+    second = find_files(tmp_path)[1]
+    assert ids(first.path) == ["a"]
+    second.path.unlink()
+    letters.write(packet("c"), "refused", "A1", 400, None)
+    assert ids(tmp_path) == ["a", "c"]
+
+
+def test_a_worker_goes_on_in_a_file_that_was_rewritten(tmp_path, distributor, run):
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    letters.write(packet("b"), "refused", "A1", 400, None)
+    idle(letters)
+    distributor.script["b"] = [problem(400, "no")]
+    run(tmp_path)
+    letters.write(packet("c"), "refused", "A1", 400, None)
+    assert ids(tmp_path) == ["b", "c"]
+    assert len(find_files(tmp_path)) == 1
+
+
+def test_whoever_waited_for_a_lock_looks_whether_the_file_is_still_the_same(tmp_path):
+    path = fill(tmp_path, "ab")
+    with HeldFile.hold(path, 0) as held:
+        taken = []
+        thread = threading.Thread(target=lambda: taken.append(HeldFile.hold(path, 10)))
+        thread.start()
+        time.sleep(0.1)
+        held.rewrite({next(held.lines()).offset})
+    thread.join()
+    assert [line.letter.id for line in taken[0].lines()] == ["b"]
+
+
+def test_whoever_waited_for_the_lock_of_a_file_that_is_deleted_gets_none(tmp_path):
+    path = fill(tmp_path, "a")
+    with HeldFile.hold(path, 0) as held:
+        taken = []
+        thread = threading.Thread(target=lambda: taken.append(HeldFile.hold(path, 10)))
+        thread.start()
+        held.rewrite({0})
+    thread.join()
+    assert taken == [None]
+
+
+def test_nobody_finds_a_new_file_before_its_worker_has_locked_it(tmp_path, monkeypatch):
+    seen = []
+    flock = fcntl.flock
+
+    def look(fd, how):
+        seen.append(find_files(tmp_path))
+        flock(fd, how)
+
+    monkeypatch.setattr(deadletters.fcntl, "flock", look)
+    DeadLetters(tmp_path, "w0-1").write(packet(), "refused", "A1", 400, None)
+    assert seen == [[]]
+
+
+def sync(letters):
+    """Sync what was written, as a worker does; say whether it is safe."""
+    try:
+        letters.begin_sync()()
+    except OSError as error:
+        return letters.settle(error)
+    return letters.settle()
+
+
+def test_nothing_is_appended_to_letters_that_can_neither_be_synced_nor_taken_back(tmp_path, monkeypatch):
+    letters = DeadLetters(tmp_path, "w0-1")
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    assert sync(letters)
+    letters.write(packet("b"), "refused", "A1", 400, None)
+    with monkeypatch.context() as disk:
+        disk.setattr(deadletters.os, "fdatasync", broken)
+        disk.setattr(deadletters.os, "ftruncate", broken)
+        assert not sync(letters)
+    letters.write(packet("b"), "refused", "A1", 400, None)
+    assert sync(letters)
+    first, second = find_files(tmp_path)
+    assert ids(first.path) == ["a", "b"]
+    assert ids(second.path) == ["b"], "better twice than never"
+
+
+def test_files_that_cannot_be_made_durable_do_not_pile_up(tmp_path, monkeypatch):
+    letters = DeadLetters(tmp_path, "w0-1")
+    with monkeypatch.context() as disk:
+        disk.setattr(deadletters.os, "fsync", broken)
+        for _ in range(3):
+            letters.write(packet("a"), "refused", "A1", 400, None)
+            assert not sync(letters)
+    assert len(names_in(tmp_path / "dead-letters")) == 1
+    assert ids(tmp_path) == []
+    letters.write(packet("a"), "refused", "A1", 400, None)
+    assert sync(letters)
+    assert ids(tmp_path) == ["a"]
+
+
+def test_files_and_folders_are_their_owners_alone(tmp_path, distributor, run):
+    path = fill(tmp_path / "queue", "ab")
+    distributor.script["b"] = [problem(400, "no")]
+    run(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert path.parent.parent.stat().st_mode & 0o777 == 0o700
+
+
+# ---- reading
+
+
+def test_a_letter_is_read_as_it_was_written(tmp_path):
+    fill(tmp_path, ["key~1"], body='{"ü":"\\u0000\u2028"} \n'.encode())
+    (line,) = (line for found in find_files(tmp_path) for line in read_file(found))
+    letter = line.letter
+    assert (letter.id, letter.reason, letter.analyzer, letter.status, letter.error) == (
+        "key~1",
+        "refused",
+        "A1",
+        422,
+        "no",
+    )
+    assert (letter.attempts, letter.messages) == (3, 2)
+    assert abs(letter.accepted_at - datetime.now(UTC)) < timedelta(minutes=1)
+    assert abs(letter.dead_lettered_at - datetime.now(UTC)) < timedelta(minutes=1)
+    assert letter.packet == '{"ü":"\\u0000\u2028"} \n'.encode()
+    assert line.size == len(letter.packet)
+
+
+@settings(
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    max_examples=settings().max_examples // 2,
+    deadline=None,
+)
+@given(body=st.binary(max_size=200))
+def test_every_body_comes_back_byte_for_byte(tmp_path, body):
+    path = fill(tmp_path, "a", body=body)
+    (line,) = read_file(find_files(path)[0])
+    assert line.letter.packet == body
+    path.unlink()
+
+
+def test_paths_of_a_queue_its_dead_letters_and_a_file(tmp_path):
+    path = fill(tmp_path, "a")
+    for name in (tmp_path, path.parent, path):
+        assert [found.path for found in find_files(name)] == [path]
+    (tmp_path / "empty").mkdir()
+    assert find_files(tmp_path / "empty") == []
+    with pytest.raises(FileNotFoundError):
+        find_files(tmp_path / "nowhere")
+    (tmp_path / "other.toml").touch()
+    with pytest.raises(ValueError, match="neither a folder nor a file"):
+        find_files(tmp_path / "other.toml")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        WHOLE[:-7],
+        b"\xff\x00\n",
+        b"[]\n",
+        b"{}\n",
+        WHOLE.replace(b'"x"', b'"a b"') + b"\n",
+        WHOLE.replace(b'"x"', b'"a\\n"') + b"\n",
+        WHOLE.replace(b'"x"', b'""') + b"\n",
+        WHOLE.replace(b'"x"', b'"' + b"x" * 65 + b'"') + b"\n",
+        WHOLE.replace(b'"b"', b"null") + b"\n",
+        WHOLE.replace(b'"body":"b"', b'"bodyBase64":"?"') + b"\n",
+        WHOLE.replace(b"05Z", b"05") + b"\n",
+    ],
+)
+def test_what_is_no_letter_is_unreadable_but_fatal_to_nobody(tmp_path, line):
+    path = fill(tmp_path, "a")
+    with path.open("ab") as file:
+        file.write(line)
+    assert ids(path) == ["a", None]
+    assert [line.reason for line in read_file(find_files(path)[0])] == ["refused", "unreadable"]
+
+
+def test_a_letter_whose_line_feed_is_missing_is_a_letter_still(tmp_path):
+    path = tmp_path / "a.ndjson"
+    path.write_bytes(b"\n  \n" + WHOLE)
+    assert ids(path) == ["x"]
+
+
+def test_ids_may_be_all_that_a_key_may_be(tmp_path):
+    key = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '",;\\')
+    names = [key[:64], key[64:]]
+    fill(tmp_path, names)
+    assert ids(tmp_path) == names
+
+
+def test_a_letter_needs_exactly_one_body():
+    now = datetime.now(UTC)
+    with pytest.raises(ValueError, match="one body"):
+        Letter(id="a", reason="r", accepted_at=now, dead_lettered_at=now)
+    with pytest.raises(ValueError, match="one body"):
+        Letter(id="a", reason="r", accepted_at=now, dead_lettered_at=now, body="", body_base64=b"")
