@@ -31,7 +31,7 @@ def descriptors(pid):
     links = []
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            links.append(os.readlink(descriptor))
+            links.append(str(descriptor.readlink()))
     return links
 
 
