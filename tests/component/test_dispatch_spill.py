@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from forward_harness import Bench
+from forward_harness import SECOND, Bench, reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -234,3 +234,20 @@ def test_those_without_room_are_asked_again_until_nothing_old_waits(tmp_path):
             bench.answer_all(slots=[1, 2])
             bench.pass_time(1.1)
         assert not bench.pool(1).wanted
+
+
+def test_retries_in_front_do_not_hide_what_is_old(tmp_path):
+    with stuck(tmp_path, weights=(1, 1), spill_after=3.0) as bench:
+        old, then = bench.pool(0).waiting, time.monotonic_ns()
+        while bench.pool(0).waiting == old or not bench.busy(1):
+            bench.push(b"x")
+        bench.answer_all(reply(500), slots=[1])  # goes to the other analyzer, before all that wait there
+        while bench.answer_all(slots=[1]):
+            pass
+        bench.dispatcher.spill_at(then + 3 * SECOND)
+        bench.rest()
+        while bench.answer_all(slots=[1]):
+            bench.dispatcher.spill_at(then + 3 * SECOND)
+            bench.rest()
+        assert bench.count("spilled") == old
+        assert "p1" in bench.sent_ids(0) + bench.sent_ids(1)

@@ -190,7 +190,7 @@ cdef class DispatchBase:
             if pool.waiting and not pool.backlogged:
                 pool.backlogged = True
                 self.backlog.append(pool)
-                self.next_aged = min(self.next_aged, pool.first_since() + self.spill_ns)
+                self.next_aged = min(self.next_aged, self.comes_of_age(pool))
         return linger
 
     cdef int route(self, int64_t now) except -1:
@@ -220,20 +220,25 @@ cdef class DispatchBase:
         cdef PoolBase pool, target
         cdef list backlog = []
         cdef bint unplaced = False
+        cdef uint32_t prior, handle
         self.find_room()
         self.next_aged = INT64_MAX
         for pool in self.backlog:
-            while pool.waiting and pool.first_since() + self.spill_ns <= now:
-                target = self.relief(pool, now)
+            prior = pool.before_oldest()
+            while True:
+                handle = pool.behind(prior)
+                if handle == 0 or pool.since(handle) + self.spill_ns > now:
+                    break
+                target = self.relief(pool, handle, now)
                 if target is None:
                     unplaced = True
                     break
-                target.join(pool.leave(), now)
+                target.join(pool.leave_behind(prior), now)
                 pool.counters.words[SPILLED] += 1
                 self.touch(target)
             if pool.waiting:
                 backlog.append(pool)
-                self.next_aged = min(self.next_aged, pool.first_since() + self.spill_ns)
+                self.next_aged = min(self.next_aged, self.comes_of_age(pool))
             else:
                 pool.backlogged = False
         self.backlog = backlog
@@ -243,6 +248,10 @@ cdef class DispatchBase:
                     pool.wanted = unplaced
             self.unplaced = unplaced
         return 0
+
+    cdef int64_t comes_of_age(self, PoolBase pool) noexcept:
+        """Return when the oldest packet that waits there (one must) has waited ``spill_after``."""
+        return pool.since(pool.behind(pool.before_oldest())) + self.spill_ns
 
     cdef int find_room(self) except -1:
         cdef PoolBase pool
@@ -256,8 +265,8 @@ cdef class DispatchBase:
                     self.roomy_count += 1
         return 0
 
-    cdef PoolBase relief(self, PoolBase waiting, int64_t now):
-        """Return who is to take the first packet that waits there, None if nobody has room: in turn, by weight."""
+    cdef PoolBase relief(self, PoolBase waiting, uint32_t handle, int64_t now):
+        """Return who is to take a packet that waits there, None if nobody has room: in turn, by weight."""
         cdef PoolBase pool, best = None
         cdef double start, begun = 0
         cdef Py_ssize_t at = 0
@@ -275,7 +284,7 @@ cdef class DispatchBase:
                 best, begun = pool, start
         if best is not None:
             self.spill_clock = begun
-            self.finish[best.slot] = begun + self.units(waiting.ring.record_of(waiting.first)) / self.share[best.slot]
+            self.finish[best.slot] = begun + self.units(waiting.ring.record_of(handle)) / self.share[best.slot]
         return best
 
     def spill_at(self, int64_t now):

@@ -52,8 +52,12 @@ cdef class PoolBase:
     cdef int64_t due_in(self, int64_t now) noexcept nogil
     cdef Pumped pump_at(self, int64_t now) except *
     cdef Group form(self, int64_t now) noexcept nogil
-    cdef inline int64_t first_since(self) noexcept nogil:
-        return self.ring.entries[self.first].since_ns
+    cdef uint32_t leave_behind(self, uint32_t prior) noexcept nogil
+    cdef uint32_t before_oldest(self) noexcept nogil
+    cdef inline uint32_t behind(self, uint32_t prior) noexcept nogil:
+        return self.ring.entries[prior].next if prior else self.first
+    cdef inline int64_t since(self, uint32_t handle) noexcept nogil:
+        return self.ring.entries[handle].since_ns
     cdef int64_t spare(self) noexcept nogil
     cdef void time_reply(self, int64_t ns) noexcept nogil
     cdef double pace(self, int64_t now) noexcept nogil

@@ -132,6 +132,32 @@ cdef class PoolBase:
         self.waiting_bytes -= self.ring.record_of(handle).body_length
         return handle
 
+    cdef uint32_t leave_behind(self, uint32_t prior) noexcept nogil:
+        """Take out the packet behind ``prior`` in the list, with 0 the first; there must be one."""
+        cdef uint32_t handle
+        if prior == 0:
+            return self.leave()
+        handle = self.ring.entries[prior].next
+        self.ring.entries[prior].next = self.ring.entries[handle].next
+        if self.last == handle:
+            self.last = prior
+        self.waiting -= 1
+        self.waiting_bytes -= self.ring.record_of(handle).body_length
+        return handle
+
+    cdef uint32_t before_oldest(self) noexcept nogil:
+        """Return what stands before the packet that waits longest, 0 if that is the first.
+
+        What was sent before stands in front, the newest first; behind it all are in the order in which they came.
+        """
+        cdef uint32_t prior = 0, at = self.first, following
+        while at:
+            following = self.ring.entries[at].next
+            if following == 0 or self.since(following) >= self.since(at):
+                break
+            prior, at = at, following
+        return prior
+
     def append(self, uint32_t handle):
         """Let a claimed packet wait here, behind the others."""
         self.join(handle, mono_ns())
