@@ -63,6 +63,24 @@ def test_one_that_checks_took_offline_comes_back_at_once(tmp_path):
         assert bench.dispatcher.weights == {0: 1.0, 1: 1.0}
 
 
+def test_the_packet_of_a_trial_does_not_spill(tmp_path):
+    """Another that takes it says nothing of the analyzer, which would be tried again at once, for ever."""
+    with Ward(tmp_path, delivery={"spill_after": 0.5}) as bench:
+        bench.fail()
+        for connection in bench.connections(0):
+            bench.lose(connection)
+        bench.pool(0).open_more = lambda: None  # it goes on trying to connect
+        bench.check_well()
+        bench.push(b"x")
+        assert bench.pool(0).waiting == 1
+        bench.pass_time(0.9)
+        assert bench.count("spilled") == 0
+        bench.pool(0)._unreachable("no answer within 1 s")
+        bench.rest()
+        assert bench.states.has_failed_trials(0)
+        bench.answer_all()
+
+
 def test_before_its_checks_are_good_it_gets_nothing(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()

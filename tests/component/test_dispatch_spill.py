@@ -251,3 +251,15 @@ def test_retries_in_front_do_not_hide_what_is_old(tmp_path):
             bench.rest()
         assert bench.count("spilled") == old
         assert "p1" in bench.sent_ids(0) + bench.sent_ids(1)
+
+
+def test_what_lingers_for_its_batch_does_not_spill(tmp_path):
+    batches = {"mode": "batch", "linger": 10.0, "spill_after": 0.0, "connections": 4}
+    with Bench(tmp_path, (1, 1), delivery=batches) as bench:
+        while not all(bench.busy(slot) for slot in (0, 1)):
+            bench.push(b"x")
+        before = bench.count("spilled")  # while connections were opened
+        for _ in range(20):
+            bench.push(b"x")
+        assert bench.pool(0).waiting > 5 < bench.pool(1).waiting
+        assert bench.count("spilled") == before

@@ -225,10 +225,9 @@ cdef class DispatchBase:
         self.next_aged = INT64_MAX
         for pool in self.backlog:
             prior = pool.before_oldest()
-            while True:
-                handle = pool.behind(prior)
-                if handle == 0 or pool.since(handle) + self.spill_ns > now:
-                    break
+            # Not the one packet that an analyzer outside the table is tried with: that is to show how it fares there.
+            handle = pool.behind(prior) if self.share[pool.slot] > 0 and pool.is_held_up(now) else 0
+            while handle and pool.since(handle) + self.spill_ns <= now:
                 target = self.relief(pool, handle, now)
                 if target is None:
                     unplaced = True
@@ -236,6 +235,7 @@ cdef class DispatchBase:
                 target.join(pool.leave_behind(prior), now)
                 pool.counters.words[SPILLED] += 1
                 self.touch(target)
+                handle = pool.behind(prior)
             if pool.waiting:
                 backlog.append(pool)
                 self.next_aged = min(self.next_aged, self.comes_of_age(pool))

@@ -58,6 +58,7 @@ cdef class PoolBase:
         return self.ring.entries[prior].next if prior else self.first
     cdef inline int64_t since(self, uint32_t handle) noexcept nogil:
         return self.ring.entries[handle].since_ns
+    cdef bint is_held_up(self, int64_t now) noexcept
     cdef int64_t spare(self) noexcept nogil
     cdef void time_reply(self, int64_t ns) noexcept nogil
     cdef double pace(self, int64_t now) noexcept nogil

@@ -359,6 +359,10 @@ cdef class PoolBase:
 
     # ---- taking over what waits for others
 
+    cdef bint is_held_up(self, int64_t now) noexcept:
+        """Whether what waits here cannot be sent, rather than waits for its batch to fill."""
+        return len(self.idle) == 0 and self.due(now)
+
     cdef int64_t spare(self) noexcept nogil:
         cdef int64_t requests = <int64_t>self.connection_limit * self.pipeline - self.requests_in_flight
         return max(0, requests * (self.batch_packets if self.batching else 1) - self.waiting)
