@@ -263,3 +263,14 @@ def test_what_lingers_for_its_batch_does_not_spill(tmp_path):
             bench.push(b"x")
         assert bench.pool(0).waiting > 5 < bench.pool(1).waiting
         assert bench.count("spilled") == before
+
+
+def test_room_is_counted_in_bytes_as_well(tmp_path):
+    batches = {"mode": "batch", "linger": 0.0, "batch_bytes": 1000}
+    with stuck(tmp_path, weights=(1, 1), **batches) as bench:
+        bench.push(*[b"x" * 900] * 60)
+        while bench.answer_all(slots=[1]):
+            pass
+        bench.pass_time(2)
+        assert bench.count("spilled") == 2
+        assert bench.pool(1).waiting <= 1

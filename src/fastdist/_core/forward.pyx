@@ -365,6 +365,8 @@ cdef class PoolBase:
 
     cdef int64_t spare(self) noexcept nogil:
         cdef int64_t requests = <int64_t>self.connection_limit * self.pipeline - self.requests_in_flight
+        if self.batching and self.waiting_bytes >= requests * self.batch_bytes:
+            return 0
         return max(0, requests * (self.batch_packets if self.batching else 1) - self.waiting)
 
     cdef void time_reply(self, int64_t ns) noexcept nogil:
