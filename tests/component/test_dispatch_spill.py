@@ -274,3 +274,19 @@ def test_room_is_counted_in_bytes_as_well(tmp_path):
         bench.pass_time(2)
         assert bench.count("spilled") == 2
         assert bench.pool(1).waiting <= 1
+
+
+def test_an_error_with_one_pool_leaves_the_others_be(tmp_path):
+    def no_memory():
+        raise MemoryError
+
+    with Bench(tmp_path, (1, 1)) as bench:
+        bench.pool(0).open_more = bench.pool(1).open_more = no_memory
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                bench.push(b"x", b"x", b"x")
+        del bench.pool(0).open_more, bench.pool(1).open_more
+        bench.push(b"x", b"x", b"x")
+        while bench.answer_all():
+            pass
+        assert bench.delivered == 9

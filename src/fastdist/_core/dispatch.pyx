@@ -183,7 +183,8 @@ cdef class DispatchBase:
         cdef list pools
         pools, self.touched = self.touched, []
         for pool in pools:
-            pool.touched = False
+            pool.touched = False  # of all first: whatever goes wrong with one, the others can be touched again
+        for pool in pools:
             if pool.pump_at(now) == LINGERING:
                 self.lingering.append(pool)
                 linger = min(linger, pool.due_in(now))
