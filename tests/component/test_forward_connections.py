@@ -190,7 +190,7 @@ def test_the_clock_of_a_pipelined_request_starts_with_the_reply_before_it():
     connection.data_received(OK)
     desk.pool.check(sent + 60 * SECOND + SECOND // 20)  # not yet so long after the reply
     assert connection.transport.ended is None
-    assert connection.awaited_for(replied + SECOND) <= SECOND
+    assert desk.pool.latency(replied + SECOND) <= SECOND
     desk.pool.check(time.monotonic_ns() + 61 * SECOND)
     assert desk.owner.events == [("failed", ["p2"], "no reply within 60 s", True, None)]
 
@@ -209,7 +209,7 @@ def test_a_body_that_does_not_end_costs_the_connection_and_nothing_else(start):
     desk.push(b"1")
     desk.pool.pump()
     connection.data_received(start)
-    assert connection.awaited_for(time.monotonic_ns()) == 0
+    assert desk.pool.latency(time.monotonic_ns() + SECOND) == desk.pool.usual_latency  # no reply is awaited
     desk.pool.check(time.monotonic_ns() + 6 * SECOND)
     assert connection.transport.ended == "abort"
     assert desk.owner.events == []

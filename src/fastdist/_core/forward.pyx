@@ -443,10 +443,6 @@ cdef class ReplyBase(Receiver):
             else:
                 self.pool.idle.remove(self)
 
-    def awaited_for(self, int64_t now):
-        """Return for how many ns a reply has been awaited here, 0 if none is."""
-        return now - self.waiting_since if self.group_count else 0
-
     def overdue(self, int64_t now, int64_t timeout):
         """Whether a reply (or the rest of one) is awaited, and nothing was taken or sent for longer than ``timeout`` ns.
 
