@@ -302,7 +302,7 @@ def whole_lines(path) -> bytes:
 @pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
 def test_files_of_dead_letters_are_deleted_again_and_again(experiment, durability):
     """By somebody who knows nothing of their writers. What had been in them is read at that moment; nothing else is."""
-    experiment.analyzers().set("A2", status=422)
+    experiment.analyzers().set_all(rejects=SOME)
     fastdist = experiment.serve({"queue": {"durability": durability}})
     emitter = experiment.emitter().start()
     folder, kept = experiment.data / "dead-letters", b""
@@ -404,7 +404,7 @@ def test_purging_makes_room_on_a_full_disk(experiment, tmp_path):
     with small_disk(tmp_path / "data", "6M") as disk:
         mocks = experiment.analyzers()
         fastdist = experiment.serve({"queue": {"capacity": "2MiB"}, "server": {"workers": 1}})
-        mocks.set("A2", status=422)
+        mocks.set_all(rejects=SOME)
         emitter = experiment.emitter(connections=8).start().wait_for(100)
         wait_until(fastdist.dead_letters, "packets are refused")
         fill(disk)
