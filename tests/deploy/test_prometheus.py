@@ -17,7 +17,19 @@ CASES = ROOT / "tests" / "deploy" / "alerts.test.yml"
 OPERATIONS = ROOT / "docs" / "operations.md"
 ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 NAMES = [alert["alert"] for alert in ALERTS]
-BASE_UNITS = {"seconds", "bytes", "packets", "share", "info", "up", "draining", "ready", "connections", "total"}
+BASE_UNITS = {
+    "seconds",
+    "bytes",
+    "packets",
+    "share",
+    "info",
+    "up",
+    "draining",
+    "probation",
+    "ready",
+    "connections",
+    "total",
+}
 OTHER_UNITS = re.compile(r"_(ms|milliseconds|us|ns|minutes|hours|kb|mb|kib|mib|percent|kilobytes|megabytes)(_|$)")
 
 
