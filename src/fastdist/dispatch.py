@@ -10,10 +10,14 @@ said in ``Outcomes``. Here is the rest:
 
 from __future__ import annotations
 
+import math
 import ssl
 import time
+from bisect import bisect_left
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdist._core.dispatch import UNLIMITED
 from fastdist._core.pick import AliasTable, Rendezvous
 from fastdist.deadletter_writer import what_is_left
 from fastdist.forward import AnalyzerPool
@@ -25,7 +29,7 @@ from fastdist.shares import effective_weights
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from fastdist._core.counters import Counters
     from fastdist._core.ring import PacketRing
@@ -37,7 +41,11 @@ if TYPE_CHECKING:
 RAMP_STEP_NS = 250_000_000  # how often weights are looked at while an analyzer starts slowly
 CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
 PRUNING_NS = 1_000_000_000  # how often idle connections are
-RELAXATION = 0.01  # a second: how much slower an analyzer may become before that counts as its usual speed
+OVERLOAD = 0.85  # of the time busy: this process is the bottleneck
+CLAIMS_AHEAD = 4  # times what can be in flight: how much is claimed then
+MAX_GRACE = 1.0  # seconds that it counts as the bottleneck after it was
+SLOW = 3.0  # times the others' latency
+SLOW_FOR_NS = 400_000_000  # at a stretch: a hiccup does not make an analyzer slow
 
 
 class Dispatcher(Outcomes):
@@ -66,6 +74,10 @@ class Dispatcher(Outcomes):
         self._tls: ssl.SSLContext | None = None
         self._next_check = self._next_pruning = self._next_ramp = self._ramp_looked = 0
         self._resume_at = 0
+        self._load = LoadMeter()
+        self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
+        self._judged: tuple[set[int], bool] = (set(), True)
+        self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
 
     def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
         """Deliver to these analyzers (by slot) from now on."""
@@ -206,11 +218,82 @@ class Dispatcher(Outcomes):
             pool = self.pools[slot]
             if pool.requests_in_flight or (idle_too and pool.open_connections):
                 pool.check(now_ns)
-            if idle_too:
-                pool.relax(1 + RELAXATION)
+        self._judge(now_ns)
+
+    def _judge(self, now_ns: int) -> None:
+        """See who is slow, and whether this process is the bottleneck: both decide what spills."""
+        slow = self._slow_among([self.pools[slot] for slot in self.roster if self.pools[slot].waiting], now_ns)
+        self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
+        slow = {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
+        steady = self._limit_claims(now_ns, lift=bool(slow))
+        if (slow, steady) != self._judged:
+            self._judged = (slow, steady)
+            for slot in self.roster:
+                self.pools[slot].slow = slot in slow
+            self.judge(steady)
+
+    def _limit_claims(self, now_ns: int, *, lift: bool) -> bool:
+        """While this process is the bottleneck, and shortly after, leave the backlog in the ring; say if it is not.
+
+        Lists would grow by weight although no analyzer is slow, and packets age in them. ``lift``: an analyzer is slow,
+        and is not to hold up the claiming for the others.
+        """
+        if self._load.measure(now_ns) > OVERLOAD:
+            self._overloaded_at = now_ns
+        grace = min(self.config.delivery.spill_after, MAX_GRACE)
+        steady = now_ns - self._overloaded_at > grace * 1e9
+        delivery = self.config.delivery
+        room = delivery.connections * delivery.pipeline * (delivery.batch_packets if delivery.mode == "batch" else 1)
+        self.claim_limit = UNLIMITED if steady or lift else CLAIMS_AHEAD * room * max(1, len(self.weights))
+        if self.ring.has_more:
+            self.schedule()
+        return steady
+
+    def _slow_among(self, waiting: list[AnalyzerPool], now_ns: int) -> set[int]:
+        """Return the slots of those that cannot be reached, or take much longer to reply than the others do."""
+        if not waiting:
+            return set()
+        everybody = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
+        slow = set()
+        for pool in waiting:
+            mine = pool.latency(now_ns) if pool.requests_in_flight else math.inf
+            known = pool.requests_in_flight and pool.slot in self.weights
+            if mine > SLOW * median_of_others(everybody, mine if known else None):
+                slow.add(pool.slot)
+        return slow
 
     def close(self) -> None:
         """Close all connections to analyzers and open no more."""
         for pool in (*self.pools, *self.retired):
             if pool is not None:
                 pool.close()
+
+
+def median_of_others(ordered: Sequence[float], one: float | None) -> float:
+    """Return the median of ``ordered`` without ``one`` of its values (None: of all); infinity if that leaves nothing.
+
+    In constant time but for the search: it is asked for each of perhaps a thousand analyzers.
+    """
+    left_out = len(ordered) if one is None else bisect_left(ordered, one)
+    count = len(ordered) - (one is not None)
+    if count == 0:
+        return math.inf
+    low, high = ((at + (at >= left_out)) for at in ((count - 1) // 2, count // 2))
+    return (ordered[low] + ordered[high]) / 2
+
+
+class LoadMeter:
+    """How busy the event loop's thread is: the part of the time it ran or waited for a processor (Linux: schedstat)."""
+
+    def __init__(self) -> None:
+        self._last = (0, 0)
+
+    def measure(self, now_ns: int) -> float:
+        """Return the load (0..1) since the last call."""
+        try:
+            ran, waited, _ = Path("/proc/thread-self/schedstat").read_bytes().split()
+            busy = int(ran) + int(waited)
+        except (OSError, ValueError):  # a kernel without it
+            busy = time.thread_time_ns()
+        (then_ns, then_busy), self._last = self._last, (now_ns, busy)
+        return (busy - then_busy) / max(1, now_ns - then_ns) if then_ns else 0.0

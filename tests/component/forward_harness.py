@@ -353,6 +353,7 @@ class Bench(Site):
         dispatch.time = outcomes.time = deadletter_writer.time = self.clock.module()
         dispatch.AnalyzerPool = BenchPool
         super().__init__(folder, Loop(), settings(**sections), capacity)
+        self.dispatcher._load.measure = lambda _now: 0.0
         self.count, self.count_of = self.counters.get, self.counters.get_of
         for slot, weight in enumerate(weights):
             self.add(slot, weight)

@@ -146,6 +146,10 @@ class Happenings(RuleBasedStateMachine):
         self.bench.states.touch()
         self.bench.tick()
 
+    @rule(load=st.sampled_from([0.0, 1.0]))
+    def load(self, load):
+        self.bench.dispatcher._load.measure = lambda _now: load
+
     @rule(slot=st.sampled_from(SLOTS), number=st.integers(1, 3))
     def move_endpoint(self, slot, number):
         self.bench.add(slot, WEIGHTS[slot], endpoint=f"http://host{number}.test/")

@@ -116,6 +116,16 @@ def test_a_long_backlog_is_claimed_in_parts():
     assert router.ring.claimed == 20_000
 
 
+def test_a_claim_limit_leaves_the_rest_in_the_ring():
+    router = Router()
+    router.dispatcher.claim_limit = 30
+    for _ in range(100):
+        router.ring.push(b"x", "k")
+    router.dispatcher.flush()
+    router.loop.run()
+    assert (router.ring.claimed, router.ring.has_more) == (30, True)
+
+
 def test_without_a_table_nothing_is_claimed():
     router = Router()
     router.dispatcher.set_table(None, None)

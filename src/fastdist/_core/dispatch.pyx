@@ -20,6 +20,7 @@ cdef enum:
     CLAIMS_A_FLUSH = 8192    # a long backlog is claimed in parts, so that answers are not held up
     DRAWS = 8                # candidates looked at for one that is not ahead of its share
     NEVER = 1 << 30          # seconds
+    EQUALS = 4               # times spill_after: how long packets wait for an analyzer that is as quick as the others
 
 cdef enum:
     EVEN = 0
@@ -30,6 +31,8 @@ cdef enum:
     PACKETS = 0
     MESSAGES
     BYTES
+
+UNLIMITED = 1 << 62
 
 STRATEGIES = {"even": EVEN, "random": RANDOM, "sticky": STICKY}
 UNITS = {"packets": PACKETS, "messages": MESSAGES, "bytes": BYTES}
@@ -63,6 +66,8 @@ cdef class DispatchBase:
     cdef object linger_timer
     cdef int64_t linger_ns
     cdef int64_t spill_ns            # how long a packet waits for its analyzer before it may go to another; -1: for ever
+    cdef bint steady                 # this process has time to spare
+    cdef public int64_t claim_limit  # how many packets may be claimed and not done; more stay in the ring
     cdef list backlog                # pools that something waits for
     cdef int64_t next_aged           # monotonic: nothing in them has waited that long before
     cdef double *finish              # of the last packet spilled to each slot, in units / share (start-time fair queueing)
@@ -88,6 +93,7 @@ cdef class DispatchBase:
         if self.given == NULL or self.share == NULL or self.finish == NULL or self.roomy == NULL:
             raise MemoryError
         self.touched, self.lingering, self.backlog = [], [], []
+        self.claim_limit, self.steady = UNLIMITED, True
         spills = config.delivery.spill_after < NEVER and self.strategy != STICKY
         self.spill_ns = <int64_t>(config.delivery.spill_after * 1e9) if spills else -1
 
@@ -200,6 +206,8 @@ cdef class DispatchBase:
         cdef PoolBase pool
         cdef int claims
         for claims in range(CLAIMS_A_FLUSH):
+            if self.ring.claimed >= self.claim_limit:
+                return 0
             handle = self.ring.claim_next()
             if handle == 0:
                 return 0
@@ -228,8 +236,8 @@ cdef class DispatchBase:
             prior = pool.before_oldest()
             # Not the one packet that an analyzer outside the table is tried with: that is to show how it fares there.
             handle = pool.behind(prior) if self.share[pool.slot] > 0 and pool.is_held_up(now) else 0
-            while handle and pool.since(handle) + self.spill_ns <= now:
-                target = self.relief(pool, handle, now)
+            while handle and pool.since(handle) <= now - self.patience(pool):
+                target = self.relief(pool, handle)
                 if target is None:
                     unplaced = True
                     break
@@ -250,9 +258,17 @@ cdef class DispatchBase:
             self.unplaced = unplaced
         return 0
 
+    cdef int64_t patience(self, PoolBase pool) noexcept:
+        """Return for how many ns packets wait there before they go elsewhere.
+
+        Where none is slower than the others, longer: it may be but a burst. And while this process is the bottleneck,
+        for good: it is our time that is short, and moving packets about bends the shares and brings nothing.
+        """
+        return self.spill_ns if pool.slow else EQUALS * self.spill_ns if self.steady else INT64_MAX // 2
+
     cdef int64_t comes_of_age(self, PoolBase pool) noexcept:
-        """Return when the oldest packet that waits there (one must) has waited ``spill_after``."""
-        return pool.since(pool.behind(pool.before_oldest())) + self.spill_ns
+        """Return when the oldest packet that waits there (one must) has waited long enough."""
+        return pool.since(pool.behind(pool.before_oldest())) + self.patience(pool)
 
     cdef int find_room(self) except -1:
         cdef PoolBase pool
@@ -266,7 +282,7 @@ cdef class DispatchBase:
                     self.roomy_count += 1
         return 0
 
-    cdef PoolBase relief(self, PoolBase waiting, uint32_t handle, int64_t now):
+    cdef PoolBase relief(self, PoolBase waiting, uint32_t handle):
         """Return who is to take a packet that waits there, None if nobody has room: in turn, by weight."""
         cdef PoolBase pool, best = None
         cdef double start, begun = 0
@@ -281,12 +297,17 @@ cdef class DispatchBase:
                 continue
             at += 1
             start = max(self.finish[slot], self.spill_clock)
-            if (best is None or start < begun) and pool is not waiting and pool.relieves(waiting, now):
+            if (best is None or start < begun) and pool is not waiting:
                 best, begun = pool, start
         if best is not None:
             self.spill_clock = begun
             self.finish[best.slot] = begun + self.units(waiting.ring.record_of(handle)) / self.share[best.slot]
         return best
+
+    def judge(self, bint steady):
+        """Note whether this process has time to spare; to be called as well when analyzers became ``slow`` or are no more."""
+        self.steady = steady
+        self.next_aged = 0
 
     def spill_at(self, int64_t now):
         """Spill what has waited long enough at ``now`` (monotonic ns), though nothing else happens."""

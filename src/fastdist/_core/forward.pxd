@@ -37,12 +37,12 @@ cdef class PoolBase:
     cdef public bint paused
     cdef bint touched
     cdef bint backlogged         # in the dispatcher's list of those that something waits for
+    cdef public bint slow        # clearly slower than the others: what waits here goes elsewhere sooner
     cdef public bint wanted      # packets that waited for others go here as soon as there is room
     cdef uint32_t first, last
     cdef readonly int64_t waiting, waiting_bytes
     cdef readonly int64_t requests_in_flight, packets_in_flight
     cdef readonly double usual_latency   # ns, of requests: a moving average
-    cdef readonly double best_latency    # ns: the least of late
     cdef int64_t heard_ns                # monotonic: of the last reply, or when the first of those in flight was sent
 
     cdef void join(self, uint32_t handle, int64_t now) noexcept nogil
@@ -60,9 +60,6 @@ cdef class PoolBase:
         return self.ring.entries[handle].since_ns
     cdef bint is_held_up(self, int64_t now) noexcept
     cdef int64_t spare(self) noexcept nogil
-    cdef void time_reply(self, int64_t ns) noexcept nogil
-    cdef double pace(self, int64_t now) noexcept nogil
-    cdef bint relieves(self, PoolBase other, int64_t now) noexcept nogil
     cdef int64_t room_for(self, Group *group) noexcept
     cdef char *write_request(self, Group *group, char *out, int64_t now) noexcept
     cdef char *write_bodies(self, Group *group, char *out) noexcept nogil

@@ -9,7 +9,6 @@ pool's owner decides where they go next; after any failure on a connection it is
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
@@ -40,8 +39,6 @@ cdef enum:
     WATCHED = 2                  # flag of an entry: the pool's owner wants to hear of its delivery
 
 cdef int64_t STALE_NS = 1000000000
-cdef double CLEARLY = 3.0        # times another's latency: not by chance
-cdef double UNDELAYED = 5.0      # times the best latency: more is due to load
 
 cdef enum:
     LARGEST_REPLY_HEAD = 65536
@@ -331,7 +328,7 @@ cdef class PoolBase:
         self.mine[MESSAGES_DELIVERED] += messages
         self.mine[BYTES_DELIVERED] += group.bytes
         observe(self.histogram, now - group.sent_ns, group.packets)
-        self.time_reply(now - group.sent_ns)
+        self.usual_latency += (now - group.sent_ns - self.usual_latency) / (64 if self.usual_latency else 1)
         self.heard_ns = now
         if unlikely((self.failures[0] | self.failures[1]) != 0):
             store(self.failures, 0)
@@ -369,36 +366,13 @@ cdef class PoolBase:
             return 0
         return max(0, requests * (self.batch_packets if self.batching else 1) - self.waiting)
 
-    cdef void time_reply(self, int64_t ns) noexcept nogil:
-        if self.usual_latency == 0:
-            self.usual_latency = self.best_latency = ns
-        self.usual_latency += (ns - self.usual_latency) / 64
-        self.best_latency = min(self.best_latency, ns)
-
-    cdef double pace(self, int64_t now) noexcept nogil:
-        return max(self.usual_latency, now - self.heard_ns) if self.requests_in_flight else self.usual_latency
-
-    cdef bint relieves(self, PoolBase other, int64_t now) noexcept nogil:
-        """Whether packets that wait for ``other`` gain by coming here: replies come clearly sooner, or undelayed.
-
-        Where both are as slow as each other, and slower than they can be, what they wait for is something they share:
-        moving packets would bend the shares and bring nothing.
-        """
-        cdef double mine = self.pace(now)
-        return (mine <= UNDELAYED * self.best_latency or CLEARLY * mine <= other.pace(now)
-                or other.requests_in_flight < <int64_t>other.connection_limit * other.pipeline)  # it cannot be reached
-
     def room(self):
         """Return how many packets could be sent at once without one waiting behind another."""
         return self.spare()
 
     def latency(self, int64_t now):
         """Return how long a reply takes, in ns: as usual, or for as long as none has come if that is longer."""
-        return self.pace(now)
-
-    def relax(self, double factor):
-        """Let what counts as undelayed grow, so that an analyzer may become slower for good."""
-        self.best_latency *= factor
+        return max(self.usual_latency, now - self.heard_ns) if self.requests_in_flight else self.usual_latency
 
 
 cdef class ReplyBase(Receiver):
