@@ -24,6 +24,7 @@ from fastdist._core.pick import Rendezvous
 from fastdist.deadletter_writer import DeadLetterWriter, Letter
 from fastdist.forward import COMPLAINT_SECONDS
 from fastdist.probation import Probation
+from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights
 
 if TYPE_CHECKING:
@@ -121,8 +122,7 @@ class Outcomes(DispatchBase):
         error = f"HTTP {status}"
         self.counters.add_to(pool.slot, "failed", len(handles))
         if batch:
-            if not pool.retired:
-                self.analyzer_states.set_error(pool.slot, error)
+            self._note_refusal(pool, error)
             left = [handle for handle in handles if not self._exhausted(pool, handle, status, error)]
             self._send_again(pool, left, alone=True)
         else:
@@ -146,9 +146,14 @@ class Outcomes(DispatchBase):
         second = known is not None and known.refused_by not in {None, pool}
         if in_doubt and not second and self._ask_another(pool, handle, status):
             return
-        if not pool.retired:
-            self.analyzer_states.set_error(pool.slot, error)
+        self._note_refusal(pool, error)
         self._bury(pool, handle, "refused", status, error)
+
+    def _note_refusal(self, pool: AnalyzerPool, error: str) -> None:
+        """Keep an error for the operator, unless deliveries fail too: what takes the analyzer offline is the reason."""
+        states, slot = self.analyzer_states, pool.slot
+        if not pool.retired and not states.get(slot, AnalyzerWord.DELIVERY_FAILURES):
+            states.set_error(slot, error)
 
     def _count_refusal(self, pool: AnalyzerPool) -> bool:
         """Count a packet that was refused; return whether the analyzer is in doubt: it takes nothing, as it seems."""

@@ -81,6 +81,19 @@ def test_what_another_refuses_too_is_a_dead_letter(tmp_path):
         assert bench.dispatcher.retrying == {}
 
 
+@pytest.mark.parametrize("mode", ["batch", "single"])
+def test_a_refusal_does_not_hide_why_deliveries_fail(tmp_path, mode):
+    with Bench(tmp_path, (1,), health={"fall": 3}, delivery={"mode": mode, "connections": 1}) as bench:
+        for _ in range(4):
+            bench.states.delivery_refused(0)  # it is in doubt
+        bench.states.delivery_failed(0, "HTTP 422, but A2 took the packet")
+        bench.push(b"x", b"x", b"x")
+        while bench.busy(0):
+            bench.answer_all(REFUSED)
+        assert len(bench.letters()) == 3, "there is nobody else to ask"
+        assert bench.states.error(0) == "HTTP 422, but A2 took the packet"
+
+
 def test_a_2xx_ends_the_doubt(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 2}) as bench:
         for _ in range(3):
