@@ -36,6 +36,7 @@ import msgspec
 import orjson
 
 from fastdist import logs
+from fastdist.filelocks import is_nameless
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -96,13 +97,16 @@ class _File:
 class DeadLetters:
     """The files that the process ``owner`` (a word fit for a file name) writes below ``queue_path``.
 
+    ``beside`` is a file of the queue's, open: as long as it has a name, the queue's folder is not made anew where it is
+    missing. Somebody has renamed it then, and another would be in the way of giving it its name back.
+
     What was written is to be settled: after a sync (``begin_sync``), if there is to be one, ``settle`` says whether it
     is safe. Until then its files stay open.
     """
 
-    def __init__(self, queue_path: str | Path, owner: str) -> None:
+    def __init__(self, queue_path: str | Path, owner: str, beside: int | None = None) -> None:
         self._folder = Path(queue_path) / FOLDER
-        self._owner = owner
+        self._owner, self._beside = owner, beside
         self._path: Path | None = None  # of the file that is open, or was until it had been idle
         self._file: _File | None = None
         self._held: list[_File] = []  # nothing more is to be written to them, but they are not settled
@@ -237,7 +241,8 @@ class DeadLetters:
 
     def _create(self) -> _File:
         self._begin_anew()
-        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._beside is None or is_nameless(self._beside):
+            self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         path = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{self._owner}{SUFFIX}"
         hidden = path.with_suffix(".new")  # until it is locked: nobody is to find it without its owner and delete it

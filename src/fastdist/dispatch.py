@@ -187,7 +187,6 @@ class Dispatcher(Outcomes):
         """Do what time asks for: back-offs, time-outs, spills, pauses and slow starts that end."""
         if self.backing_off:
             self._end_back_off(now_ns)
-        self.letters.tick(now_ns)
         self.trials_due = self.probation.tick(now_ns)
         if self.trials_due and self.ring.has_more:
             self.schedule()

@@ -114,7 +114,7 @@ class Step(IntFlag):
     """What workers and the supervisor do again and again beside their work."""
 
     DELIVERIES = auto()  # time-outs of deliveries, retries, spilling
-    DEAD_LETTERS = auto()  # files that are closed when idle
+    DEAD_LETTERS = auto()  # what waits is written and synced; files are closed when idle
     OLD_RINGS = auto()  # their packets are moved, then they are deleted
     SYNC = auto()
     GAUGES = auto()

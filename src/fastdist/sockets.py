@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import itertools
 import os
+import socket
+import struct
 from typing import TYPE_CHECKING
 
 import aiohappyeyeballs
@@ -18,7 +21,6 @@ from fastdist import logs, timeouts
 from fastdist._core.stream import Poller, Receiver, Stream
 
 if TYPE_CHECKING:
-    import socket
     import ssl
     from collections.abc import Callable
 
@@ -26,16 +28,26 @@ if TYPE_CHECKING:
     from fastdist.units import Endpoint
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
+LAST_ROUNDS = 128  # of accepting when it is closed: twice what a backlog holds
 PAUSE = 0.1  # seconds to accept nothing when nothing helps
+HANDSHAKE = 0.1  # seconds that clients whose connection was begun before we finish have to complete it
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # else it is about one connection only
 COMPLAINT_SECONDS = 10.0  # between errors of one kind
 NEXT_ADDRESS = 0.25  # seconds that the addresses of a name have before the next is tried beside them
+
+# A filter for a listener (classic BPF: code, jump if true, if false, operand): what has SYN set in its TCP flags is
+# dropped, all else is passed on whole.
+SO_ATTACH_FILTER = 26
+NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 
 log = logs.get()
 
 
 class Acceptor:
-    """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``, until ``close``.
+    """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``.
+
+    The system completes connections by itself, and would reset those that nobody has accepted when the listener is
+    closed. So ``finish`` first has it begin no more of them, accepts what is there, and only then closes.
 
     ``first`` is called before: who has left is to make room before who comes is told that there is none.
 
@@ -51,23 +63,38 @@ class Acceptor:
     ) -> None:
         self.listener, self.taken, self.first = listener, taken, first
         self.loop = asyncio.get_running_loop()
-        self._closed = False
+        self.busy = True  # connections may yet come
         self._reserve = _reserve()
         self._complain_at = 0.0
         listener.setblocking(False)  # noqa: FBT003
         self._listen()
 
+    def finish(self) -> None:
+        """Have no more connections begun; accept those that were, then close."""
+        _begin_no_more(self.listener)
+        self.loop.call_later(HANDSHAKE, self._accept_the_last)
+
     def close(self) -> None:
-        """Accept no more connections, beyond those that are there already."""
-        self._accept()
-        self._closed = True
+        """Accept all connections that are there, now, and no more."""
+        if not self.busy:
+            return
+        for _ in range(LAST_ROUNDS):
+            if not self._accept():
+                break
+        self.busy = False
         self.loop.remove_reader(self.listener)
         self.listener.close()
         if self._reserve is not None:
             os.close(self._reserve)
 
+    def _accept_the_last(self) -> None:
+        if self._accept():
+            self.loop.call_soon(self._accept_the_last)
+        else:
+            self.close()
+
     def _listen(self) -> None:
-        if not self._closed:
+        if self.busy:
             self.loop.add_reader(self.listener, self._ready)
 
     def _ready(self) -> None:
@@ -75,22 +102,26 @@ class Acceptor:
             self.first()
         self.loop.call_soon(self._accept)  # behind the loss of connections, which is told by way of the loop
 
-    def _accept(self) -> None:
-        if self._closed:
-            return
+    def _accept(self) -> bool:
+        """Accept some connections; return whether there may be more of them now."""
+        if not self.busy:
+            return False
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 connection, peer = self.listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+            except BlockingIOError:
+                return False
+            except (InterruptedError, ConnectionAbortedError):
+                continue
             except OSError as error:
                 self._complain(error)
                 if error.errno in SHORTAGES and not self._turn_away():
                     self.loop.remove_reader(self.listener)
                     self.loop.call_later(PAUSE, self._listen)
-                    return
+                    return False
             else:
                 self.taken(connection, peer)
+        return True
 
     def _turn_away(self) -> bool:
         """Close a connection that there is no descriptor for; say whether the next may be looked at."""
@@ -108,6 +139,18 @@ class Acceptor:
         if now >= self._complain_at:
             self._complain_at = now + COMPLAINT_SECONDS
             log.error("connections cannot be accepted and are closed", error=error.strerror)
+
+
+def _begin_no_more(listener: socket.socket) -> None:
+    """Have the system drop what would begin a connection: who sent it tries again, until the listener is closed.
+
+    What completes a connection still passes. A system that cannot do this goes on as before.
+    """
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in NO_SYN))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(NO_SYN), ctypes.addressof(program))
+        )
 
 
 def _reserve() -> int | None:

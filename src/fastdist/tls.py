@@ -105,9 +105,20 @@ class TlsServer:
         self._handshakes: set[asyncio.Task[None]] = set()
         self._acceptor = Acceptor(listener, self._taken)
 
+    @property
+    def busy(self) -> bool:
+        """Whether connections may yet come: they are accepted, or in a handshake."""
+        return self._acceptor.busy or bool(self._handshakes)
+
+    def finish(self) -> None:
+        """Have no more connections begun; accept those that were."""
+        self._acceptor.finish()
+
     def close(self) -> None:
-        """Accept no more connections."""
+        """Accept no more connections, and end the handshakes that are under way."""
         self._acceptor.close()
+        for task in self._handshakes:
+            task.cancel()
 
     def _taken(self, connection: socket.socket, _peer: object) -> None:
         if not self.has_room(len(self._handshakes)):

@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LOOK_NS = 100_000_000  # between two looks at the names of the rings' files
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
-LAST_REQUEST = 1.0  # seconds that the next request of a kept connection has to come once we drain
+LAST_LOOKS = 50  # TICK apart: what a last request has to come once we drain; time that we could not read in is none
 LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
@@ -98,7 +99,7 @@ class Worker:
             self.syncer.failing = not safe
             if self.durability == "fsync":
                 self.syncer.path = self.names.path
-        self.dead_letters = DeadLetters(self.config.queue.path, f"w{assignment.index}-{os.getpid()}")
+        self.dead_letters = DeadLetters(self.config.queue.path, f"w{assignment.index}-{os.getpid()}", assignment.ring)
         self.limiter = self.block.limiter()
         self.poller = Poller(loop)
         self.emitters = Emitters(Api(self.snapshot))
@@ -133,7 +134,7 @@ class Worker:
         self._put_in_force()
         self._next_sweep = self._next_sync = self._next_look = 0
         self._stopped = asyncio.Event()
-        self._server: sockets.Acceptor | tls.TlsServer | None = None
+        self._server: sockets.Acceptor | tls.TlsServer  # set by ``serve``
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
         self._numbers = itertools.count(1)
 
@@ -257,22 +258,27 @@ class Worker:
     async def _drain(self, deadline: float) -> None:
         """Take no new connections, finish what is under way, deliver what is queued; all until ``deadline``.
 
-        What comes on a kept connection meanwhile is accepted, and is the last there: the emitter could not know yet.
+        Connections that the system has made already are served. What comes on a connection meanwhile is accepted, and
+        is the last there: the emitter could not know yet.
         """
         self.intake.draining = True
-        if self._server is not None:
-            self._server.close()
-        patient_until = time.monotonic() + LAST_REQUEST
-        while (now := time.monotonic()) < deadline:
-            self._close_what_is_over(idle=now >= patient_until)
-            if self.undone == 0 and not self.intake.connections:
+        self._server.finish()
+        idle = Counter[IngestProtocol]()  # looks at a connection that has nothing under way
+        for look in itertools.count():
+            self._close_what_is_over(idle)
+            done = not (self.undone or self.intake.connections or self._server.busy)
+            if done or time.monotonic() >= deadline:
                 break
+            if look == LAST_LOOKS:
+                self._server.close()  # handshakes, too, have had their time
             await asyncio.sleep(TICK)
+        self._server.close()
         self.intake.closed = True
+        self.poller.turn()  # what is there by now is told so
         self._stop_delivering()
-        while self.letters.syncing:  # noqa: ASYNC110  (as above)
+        while self.letters.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
             await asyncio.sleep(TICK)
-        if is_nameless(self.assignment.ring):
+        if self.ring.undone and is_nameless(self.assignment.ring):
             self._bury_the_rest()
         else:
             self.letters.finish()
@@ -289,14 +295,16 @@ class Worker:
             adoption.settle(self.ring)
         self._stopped.set()
 
-    def _close_what_is_over(self, *, idle: bool) -> None:
-        """Close connections whose last answer is read, or had time to be; with ``idle`` also those without one."""
+    def _close_what_is_over(self, idle: Counter[IngestProtocol]) -> None:
+        """Close connections whose last answer is read, or had time to be, and those ``idle`` at enough looks."""
         self.poller.turn()  # a request that is there already is no longer to come
         for connection in tuple(self.intake.connections):
             if connection.transport is None:
                 continue
-            if idle and connection.idle():
-                connection.transport.close()
+            if connection.idle():
+                idle[connection] += 1
+                if idle[connection] > LAST_LOOKS:
+                    connection.transport.close()
             elif self.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
                 connection.transport.abort()
 
@@ -307,12 +315,7 @@ class Worker:
             pool.close()
 
     def _bury_the_rest(self) -> None:
-        """Queued in memory only, packets would end with this service: write them to the dead letters.
-
-        What cannot be written stays in the ring, for the supervisor to try once more.
-        """
-        if self.ring.undone == 0:
-            return
+        """Write what would end with this service to the dead letters; the supervisor tries what cannot be written."""
         try:
             count = self.dispatcher.bury_all()
         except OSError as error:
@@ -341,6 +344,7 @@ class Worker:
             self._next_look = now + LOOK_NS
             run(Step.QUEUE_FILES, self._look_for_files)
         run(Step.DELIVERIES, self.dispatcher.tick, now)
+        run(Step.DEAD_LETTERS, self.letters.tick, now)
         run(Step.DEAD_LETTERS, self.dead_letters.tick, now)
         run(Step.OLD_RINGS, self._adopt)
         if now >= self._next_sync:

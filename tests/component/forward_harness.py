@@ -391,7 +391,9 @@ class Bench(Site):
         self.tick()
 
     def tick(self):
-        self.dispatcher.tick(self.clock.monotonic_ns())
+        now = self.clock.monotonic_ns()
+        self.dispatcher.tick(now)
+        self.dispatcher.letters.tick(now)
         self.rest()
 
     def answer(self, connection, data=OK):
@@ -605,6 +607,7 @@ class World(Site):
     async def _tick(self):
         while True:
             self.dispatcher.tick(time.monotonic_ns())
+            self.dispatcher.letters.tick(time.monotonic_ns())
             for pool in self.pools:
                 self.most_open = max(self.most_open, pool.open_connections + pool.opening)
             await asyncio.sleep(0.01)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import select
+import signal
 import socket
 import ssl
 import subprocess
@@ -311,6 +313,39 @@ def test_handshakes_that_never_end_leave_descriptors_for_others(secure):
     assert fastdist.once("POST", "/logs", BODY)[0] == 202
     fastdist.wait_at_rest()
     assert [row["state"] for row in json.loads(fastdist.once("GET", "/analyzers")[1])["analyzers"]] == ["online"] * 4
+
+
+def test_handshakes_that_wait_in_the_system_are_finished_at_the_end(secure):
+    """The workers do not run while clients connect and SIGTERM comes."""
+    fastdist = secure({"server": {"workers": 1}})
+    (worker,) = fastdist.worker_pids()
+    context, answers = client_context(), []
+    os.kill(worker, signal.SIGSTOP)
+    raw = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=60) for _ in range(100)]
+
+    def post(connection):
+        with context.wrap_socket(connection, server_hostname="127.0.0.1") as secured:
+            secured.sendall(b"POST /logs HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY)
+            answers.append(secured.recv(65536)[:12])
+
+    threads = [threading.Thread(target=post, args=[connection]) for connection in raw]
+    for thread in threads:
+        thread.start()
+    fastdist.signal(signal.SIGTERM)
+    fastdist.line_with("draining")
+    os.kill(worker, signal.SIGCONT)
+    for thread in threads:
+        thread.join()
+    assert answers == [b"HTTP/1.1 202"] * len(raw)
+    assert fastdist.wait() == 0
+
+
+def test_a_handshake_that_never_ends_does_not_hold_up_the_end(secure):
+    fastdist = secure({"server": {"workers": 1, "header_timeout": "10m", "drain_timeout": "10m"}})
+    with socket.create_connection(("127.0.0.1", fastdist.port), timeout=60) as silent:
+        fastdist.once("GET", "/health")
+        assert fastdist.stop() == 0
+        assert silent.recv(1) == b""
 
 
 def ended(connections):

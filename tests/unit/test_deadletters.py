@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -483,6 +484,27 @@ def test_what_was_written_to_a_file_taken_away_is_not_safe(letters, tmp_path, ho
     assert sync(letters)
     assert letters_in(tmp_path)[-1]["id"] == "p2"
     assert all(each.stat().st_size < len(whole) or each.read_bytes() == whole for each in files_in(tmp_path))
+
+
+def test_a_renamed_queue_folder_is_not_made_anew(tmp_path):
+    """It would be in the way of giving the folder its name back. One that was deleted is made, to lose no packet."""
+    (queue := tmp_path / "data").mkdir()
+    ring = os.open(queue / "ring-0.fdq", os.O_RDWR | os.O_CREAT)
+    letters = DeadLetters(queue, "w0", ring)
+    queue.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        write(letters)
+    assert not queue.exists()
+    (tmp_path / "moved").rename(queue)
+    write(letters)
+    assert letters.settle()
+    letters.close()
+    shutil.rmtree(queue)
+    write(letters, name="p2")
+    assert letters.settle()
+    assert [letter["id"] for letter in letters_in(queue)] == ["p2"]
+    letters.close()
+    os.close(ring)
 
 
 @pytest.mark.parametrize("call", ["write", "open", "mkdir"])

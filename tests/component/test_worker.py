@@ -1,0 +1,117 @@
+"""A worker's parts as it wires them, without the process: its upkeep, and what it does last."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+from structlog.testing import capture_logs
+
+from fastdist import control
+from fastdist._core.ring import PacketRing, file_size
+from fastdist.config import load
+from fastdist.control import Settings
+from fastdist.deadletter_writer import Letter
+from fastdist.queuefiles import QueueFolder, ring_path
+from fastdist.shared import SharedBlock, Step, WorkerWord
+from fastdist.worker import Assignment, Worker
+
+CAPACITY = 1 << 20
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Return ``build()``: make a worker whose queue is in ``tmp_path``; there is a loop."""
+    opened = []
+
+    def build():
+        environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": "disk"}
+        block, settings = SharedBlock.create(1, 8), os.memfd_create("settings")
+        config = load(None, environment, {"workers": 1}).config
+        control.write_settings(
+            settings, Settings(1, {each.id: slot for slot, each in enumerate(config.analyzers)}, config)
+        )
+        folder = QueueFolder(tmp_path)
+        folder.lock()
+        (ring,) = folder.rings(1, CAPACITY)
+        opened.extend([block.fd, settings, ring, *folder.held])
+        assignment = Assignment(
+            index=0, shared=block.fd, listener=-1, ring=ring, control=-1, settings=settings, old_rings={}
+        )
+        worker = Worker(assignment, asyncio.get_running_loop())
+        worker._server = SimpleNamespace(finish=lambda: None, close=lambda: None, busy=False)
+        return worker
+
+    yield build
+    for fd in opened:
+        os.close(fd)
+
+
+def letter_of_an_old_ring():
+    fd = os.memfd_create("old")
+    os.ftruncate(fd, file_size(CAPACITY))
+    ring = PacketRing(fd, CAPACITY)
+    os.close(fd)
+    assert ring.push(b"{}", "p1")
+    return Letter(ring, ring.claim(), "oversized", None, None, "larger than the queue takes now")
+
+
+def test_letters_are_written_though_deliveries_fail(build, monkeypatch):
+    async def check():
+        worker = build()
+        letter = letter_of_an_old_ring()
+
+        def fail(*_):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(worker.dispatcher.probation, "tick", fail)
+        worker.letters.add(letter)
+        worker.letters.sync_soon()
+        with capture_logs() as logs:
+            while letter.ring.undone:
+                worker.tick()
+                await asyncio.sleep(0.01)
+        assert worker.words[WorkerWord.FAILING] == Step.DELIVERIES
+        assert [each["step"] for each in logs] == ["deliveries"]
+        await worker._drain(0.0)
+
+    asyncio.run(check())
+
+
+def test_letters_that_fail_keep_no_delivery_waiting(build, monkeypatch):
+    async def check():
+        worker = build()
+        looked = []
+
+        def fail(*_):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(worker.letters, "tick", fail)
+        monkeypatch.setattr(worker.dispatcher.probation, "tick", looked.append)
+        with capture_logs():
+            worker.tick()
+        assert looked
+        assert worker.words[WorkerWord.FAILING] == Step.DEAD_LETTERS
+        await worker._drain(0.0)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("deleted", [False, True], ids=["a ring with a name", "a deleted ring"])
+def test_written_letters_are_finished_at_the_end(build, tmp_path, deleted):
+    """Also where the worker's own ring has nothing to be saved: the letters may be of others."""
+
+    async def check():
+        worker = build()
+        if deleted:
+            ring_path(tmp_path, 0).unlink()
+        letter = letter_of_an_old_ring()
+        worker.letters.add(letter)
+        assert letter.ring.undone == 1, "it is not synced yet"
+        await worker._drain(time.monotonic())
+        assert letter.ring.undone == 0
+
+    asyncio.run(check())
