@@ -303,6 +303,23 @@ def test_a_renamed_queue_takes_nothing_until_it_is_back(mocks, serve, settings, 
     compare(emitter, mocks)
 
 
+def test_letters_wait_until_a_renamed_folder_is_back(mocks, serve):
+    """In a new folder they would be in its way."""
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks, DISK)
+    fastdist.wait_for_states("offline")
+    emitter = Emitter(fastdist.port).send(100)
+    data = fastdist.folder / "data"
+    data.rename(moved := data.with_name("moved"))
+    fastdist.wait_for_lines("the queue's file was renamed", 2)
+    mocks.set_all(refuse=False, status=422)
+    fastdist.wait_for_lines("cannot write dead letters", 2)
+    assert not data.exists()
+    moved.rename(data)
+    wait_until(lambda: len(fastdist.dead_letters()) == 100, "all are dead letters")
+    assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
+
+
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
 def test_a_deleted_ring_with_another_link_loses_nothing(mocks, serve, settings):
     """Nobody knows where that link is: what is left goes to the dead letters."""
