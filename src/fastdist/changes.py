@@ -15,7 +15,7 @@ import msgspec
 
 from fastdist import logs, tls
 from fastdist.config import reloadable
-from fastdist.errors import ConfigError
+from fastdist.errors import ConfigError, StartError
 from fastdist.filelocks import has_name, identity
 from fastdist.shared import AnalyzerWord
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastdist.config import Analyzer, Config
     from fastdist.control import Action
     from fastdist.shared import SharedBlock
+    from fastdist.tls import Pair
 
 FILE = "overrides.json"
 
@@ -40,10 +41,10 @@ class Override(msgspec.Struct, omit_defaults=True):
 
 
 class Changes:
-    """The configuration in force, the slots of its analyzers, and what is overridden."""
+    """The configuration in force, certificate and key, the slots of the analyzers, and what is overridden."""
 
-    def __init__(self, config: Config, block: SharedBlock, folder: Path) -> None:
-        self.config, self.block, self._folder = config, block, folder
+    def __init__(self, config: Config, block: SharedBlock, folder: Path, pair: Pair | None = None) -> None:
+        self.config, self.block, self._folder, self.pair = config, block, folder, pair
         self._wanted_connections = config.server.max_connections  # more than the system may allow
         self.generation = 0  # of the settings; grows with every reload
         self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot nobody has needed
@@ -80,11 +81,11 @@ class Changes:
 
     # ---- reload
 
-    def take_over(self, new: Config) -> list[str]:
+    def take_over(self, new: Config, pair: Pair | None = None) -> list[str]:
         """Put what can change while running in force; return the paths that differ and need a restart.
 
-        Raises ConfigError when there are more analyzers than there is room for, StartError when the certificate that
-        would be in force cannot be used.
+        Raises ConfigError when there are more analyzers than there is room for, StartError when the certificate has
+        expired or is not valid yet; one that is in force anyway stays, so that all else can still be changed.
         """
         need_restart = [path for path in reloadable(self.config, new) if path != "server.max_connections"]
         if new.server.max_connections != self._wanted_connections:
@@ -97,14 +98,22 @@ class Changes:
             security = msgspec.structs.replace(
                 security, tls_cert=self.config.security.tls_cert, tls_key=self.config.security.tls_key
             )
-            tls.server_context(security)  # the pair that stays, which nobody has looked at in this reload
+            pair = self.pair
+        if fault := tls.out_of_date(pair, security):
+            if pair != self.pair:
+                raise StartError(fault)
+            log.warning(fault)
         if not _leaves_somebody(new.analyzers, self.overrides):
             raise ConfigError(["analyzers: with the overrides in force nothing would be left to deliver to"])
         config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=security)
-        self._set_roster(config)
-        self.config = config
-        self.generation += 1
+        self.put_in_force(config, pair)
         return need_restart
+
+    def put_in_force(self, config: Config, pair: Pair | None) -> None:
+        """Have the settings that workers are to read be these. Raises ConfigError as above."""
+        self._set_roster(config)
+        self.config, self.pair = config, pair
+        self.generation += 1
 
     def _set_roster(self, config: Config) -> None:
         slots = dict(self.slots)

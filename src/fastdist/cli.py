@@ -37,6 +37,7 @@ from fastdist.errors import StartError
 if TYPE_CHECKING:
     from fastdist.config import Config
     from fastdist.queueview import QueueView
+    from fastdist.tls import Pair
 
 app = typer.Typer(
     name="fastdist",
@@ -139,9 +140,9 @@ def serve(
     loaded = load_or_exit(config, {"host": host, "port": port, "workers": workers})
     from fastdist import supervisor  # noqa: PLC0415  (check and --help need neither event loop nor extension)
 
-    _check_certificate(loaded.config)
+    pair = _read_certificate(loaded.config)
     try:
-        status = supervisor.serve(loaded)
+        status = supervisor.serve(loaded, pair)
     except StartError as error:
         typer.echo(f"fastdist: {error}", err=True)
         status = CANNOT_START
@@ -159,12 +160,13 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
     Example:
       fastdist check fastdist.toml
     """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist import effective  # noqa: PLC0415  (serve does not need it)
+    from fastdist import effective, tls  # noqa: PLC0415  (serve does not need the one, --help neither)
 
     config = load_or_exit(file, {}).config
-    _check_certificate(config)
-    for warning in effective.warnings(config):
-        typer.echo(f"{file}: warning: {warning}", err=True)
+    pair = _read_certificate(config)
+    for warning in (*effective.warnings(config), tls.out_of_date(pair, config.security)):
+        if warning:
+            typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
 
 
@@ -379,12 +381,12 @@ def _look_or_exit(path: Path, limit: int) -> QueueView:
         fail(str(error), IN_USE)
 
 
-def _check_certificate(config: Config) -> None:
-    """Exit if there is a certificate or a key that cannot be used: files that are named are part of a configuration."""
+def _read_certificate(config: Config) -> Pair | None:
+    """Return certificate and key; exit if they cannot be used: files that are named are part of a configuration."""
     from fastdist import tls  # noqa: PLC0415  (--help does not need it)
 
     try:
-        tls.server_context(config.security)
+        return tls.read_pair(config.security)
     except StartError as error:
         typer.echo(error, err=True)
         raise typer.Exit(BAD_CONFIG) from None

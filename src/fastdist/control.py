@@ -1,8 +1,10 @@
 """What the supervisor and its workers say to each other: JSON lines over a socket pair, and settings in a memfd.
 
 To a worker: ``drain`` (until ``deadline``), ``reload`` (the settings were written anew), ``reply`` (to the request of
-that ``id``). From a worker: ``ready`` (with the generation of its settings), ``reloaded``, ``request`` (an ``action``
-that an administrator asked for). The socket's end of file is how either learns that the other is gone.
+that ``id``). From a worker: ``ready`` (with the generation of its settings), ``reloaded`` (that of those it has read,
+in ``id``, and what keeps it from using them, if anything does), ``request`` (an ``action`` that an administrator asked
+for). The socket's end of file is how either learns that the other is gone; for a worker the supervisor makes it a
+message, ``gone``.
 
 What grows with the configuration travels in the memfd, never in a line or on a command line. It is written in place
 while workers may be reading it; a checksum tells them to look again. Of many problems a line has the first.
@@ -21,6 +23,7 @@ import msgspec
 
 from fastdist.config import Config, from_wire, to_wire
 from fastdist.errors import StartError
+from fastdist.tls import Pair  # noqa: TC001  (msgspec reads the annotations)
 
 if TYPE_CHECKING:
     import socket
@@ -33,22 +36,24 @@ PATIENCE = 1.0  # seconds for settings that are being written to be whole
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """All that a worker goes by: the configuration, and the slots of its analyzers by id."""
+    """All that a worker goes by: the configuration, the slots of its analyzers by id, and certificate and key."""
 
     generation: int  # grows with every reload
     roster: dict[str, int]
     config: Config
+    pair: Pair | None = None
 
 
 class _Wire(msgspec.Struct, frozen=True):
     generation: int
     roster: dict[str, int]
     config: msgspec.Raw
+    pair: Pair | None
 
 
 def write_settings(fd: int, settings: Settings) -> None:
     """Write settings over those that are in the memfd ``fd``."""
-    wire = _Wire(settings.generation, settings.roster, msgspec.Raw(to_wire(settings.config)))
+    wire = _Wire(settings.generation, settings.roster, msgspec.Raw(to_wire(settings.config)), settings.pair)
     body = msgspec.json.encode(wire)
     os.pwrite(fd, HEADER.pack(len(body), _checksum(body)) + body, 0)
 
@@ -63,7 +68,7 @@ def read_settings(fd: int, patience: float = PATIENCE) -> Settings:
             body = data[HEADER.size : HEADER.size + length]
             if len(body) == length and _checksum(body) == checksum:
                 wire = msgspec.json.decode(body, type=_Wire)
-                return Settings(wire.generation, wire.roster, from_wire(bytes(wire.config)))
+                return Settings(wire.generation, wire.roster, from_wire(bytes(wire.config)), wire.pair)
         if time.monotonic() > end:
             raise StartError("the settings handed to this worker are not whole")
         time.sleep(0.001)

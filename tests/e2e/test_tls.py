@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -13,6 +15,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 
 import pytest
 import trustme
@@ -22,9 +25,9 @@ AUTHORITY = trustme.CA()
 NEXT = trustme.CA()  # of the certificate that replaces the first
 
 
-def write_pair(folder, authority=AUTHORITY):
+def write_pair(folder, authority=AUTHORITY, **dates):
     """Put a certificate for 127.0.0.1 and its key in place, each in one step."""
-    pair = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.RSA)  # that ciphers of old work with
+    pair = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.RSA, **dates)  # that ciphers of old work with
     for name, blobs in (("cert.pem", pair.cert_chain_pems), ("key.pem", [pair.private_key_pem])):
         (folder / f"{name}.new").write_bytes(b"".join(blob.bytes() for blob in blobs))
         (folder / f"{name}.new").rename(folder / name)
@@ -39,9 +42,9 @@ def client_context(authority=AUTHORITY):
 class Secure(Distributor):
     """A distributor with a certificate; ``authority`` is who has signed it."""
 
-    def __init__(self, folder, mocks, settings=None, **options):
+    def __init__(self, folder, mocks, settings=None, *, dates=None, **options):
         self.authority = AUTHORITY
-        write_pair(folder)
+        write_pair(folder, **(dates or {}))
         files = {"tls_cert": str(folder / "cert.pem"), "tls_key": str(folder / "key.pem")}
         super().__init__(folder, mocks, {"security": files, **(settings or {})}, **options)
 
@@ -260,6 +263,105 @@ def test_a_start_without_a_usable_certificate_tells_why_and_asks_nobody(run, tmp
     assert str(key) in process.output
     if fault == "an encrypted key":
         assert "encrypted" in process.output
+
+
+def expired_pair():
+    begin, end = datetime(2019, 1, 1, tzinfo=UTC), datetime(2020, 2, 3, 4, 5, 6, tzinfo=UTC)
+    return {"not_before": begin, "not_after": end}
+
+
+def test_an_expired_certificate_is_refused_at_a_reload(secure, tmp_path):
+    fastdist = secure()
+    write_pair(tmp_path, NEXT, **expired_pair())
+    status, body = reload(fastdist, fastdist.connect())
+    assert status == 422
+    (error,) = json.loads(body)["errors"]
+    assert f"{tmp_path / 'cert.pem'} has expired on 2020-02-03 04:05:06 UTC" in error["detail"]
+    for _ in range(8):
+        assert fastdist.once("GET", "/health")[0] == 200
+
+
+def test_an_expired_certificate_is_warned_of_at_a_start(start, run, tmp_path, mocks):
+    fastdist = start(Secure, tmp_path, mocks, dates=expired_pair())
+    assert "2020-02-03 04:05:06" in fastdist.line_with("has expired on")
+    context = client_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with handshake(fastdist.port, context):
+        pass
+    checked = run(sys.executable, "-m", "fastdist", "check", fastdist.config)
+    assert checked.wait() == 0
+    assert "warning: security.tls_cert: " in checked.line_with("has expired on 2020-02-03 04:05:06 UTC")
+    fastdist.kill_all()
+
+
+def test_a_replaced_worker_has_the_pair_in_force(secure, tmp_path):
+    """What the files hold by then does not matter."""
+    fastdist = secure({"server": {"workers": 1}})
+    write_pair(tmp_path, NEXT)
+    assert reload(fastdist, fastdist.connect())[0] == 200
+    fastdist.authority = NEXT
+    (tmp_path / "cert.pem").write_text("half a certif")
+    (tmp_path / "key.pem").unlink()
+    (before,) = fastdist.stats()["workers"]
+    os.kill(before["pid"], signal.SIGKILL)
+    (after,) = fastdist.stats()["workers"]
+    assert after["pid"] != before["pid"]
+    assert reload(fastdist, fastdist.connect())[0] == 422
+    assert fastdist.once("POST", "/logs", BODY)[0] == 202
+
+
+def test_what_one_worker_cannot_take_over_none_keeps(secure, tmp_path):
+    """One has no descriptor left for a moment, which loading a certificate takes."""
+    fastdist = secure()
+    connections = [fastdist.connect() for _ in range(16)]  # over both workers
+    for connection in connections:
+        assert fastdist.ask(connection)[0] == 200
+    write_pair(tmp_path, NEXT)
+    fastdist.config.write_text(fastdist.config.read_text().replace("weight = 0.1", "weight = 0.7"))
+    pid = fastdist.stats()["workers"][0]["pid"]
+    limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limit[1]))
+    status, body = reload(fastdist, connections[0])
+    assert status == 422
+    assert "Too many open files" in json.loads(body)["errors"][0]["detail"]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+    for connection in connections:
+        rows = json.loads(fastdist.ask(connection, path="/analyzers")[1])["analyzers"]
+        assert rows[0]["weight"] == 0.1
+    for _ in range(16):
+        assert fastdist.once("POST", "/logs", BODY)[0] == 202
+    assert reload(fastdist, connections[0])[0] == 200
+    fastdist.authority = NEXT
+    for _ in range(16):
+        assert fastdist.once("POST", "/logs", BODY)[0] == 202
+    assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0, 0]
+
+
+def test_files_that_change_during_a_reload_harm_no_worker(secure, tmp_path):
+    fastdist = secure({"server": {"workers": 1}})
+    over = threading.Event()
+
+    def rotate():
+        for authority in itertools.cycle((NEXT, AUTHORITY)):
+            write_pair(tmp_path, authority)
+            if over.is_set() and authority is AUTHORITY:
+                return
+
+    both = client_context()
+    NEXT.configure_trust(both)
+    rotating = threading.Thread(target=rotate)
+    rotating.start()
+    try:
+        for _ in range(20):
+            connection = fastdist.connect(both)
+            assert reload(fastdist, connection)[0] in {200, 422}
+            connection.close()
+            with handshake(fastdist.port, both) as connection:
+                assert connection.version()
+    finally:
+        over.set()
+        rotating.join()
+    assert reload(fastdist, fastdist.connect(both))[0] == 200
 
 
 # ---- those who never finish

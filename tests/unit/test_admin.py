@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
+import trustme
 
 from fastdist import stats
 from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
@@ -16,6 +17,10 @@ from fastdist.control import Action
 from fastdist.errors import ConfigError, StartError
 from fastdist.shared import AnalyzerWord, SharedBlock
 from fastdist.snapshot import Snapshot
+from fastdist.tls import read_pair
+
+AUTHORITY = trustme.CA()
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
 def analyzers(*weights: float, port: int = 4000) -> tuple[Analyzer, ...]:
@@ -290,13 +295,12 @@ def test_more_analyzers_than_slots(block, tmp_path):
     assert len(it.slots_in_use()) == 8
 
 
-def certificate(folder, name: str) -> Security:
+def certificate(folder, name: str, ends: datetime | None = None) -> Security:
     """Return the settings for a certificate made just now."""
-    paths = {"tls_cert": str(folder / f"{name}.pem"), "tls_key": str(folder / f"{name}.key")}
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj"
-    files = ["/CN=emitters", "-out", paths["tls_cert"], "-keyout", paths["tls_key"]]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True)
-    return Security(**paths)
+    pair = AUTHORITY.issue_cert("emitters.example", not_before=ends and ends - timedelta(days=9), not_after=ends)
+    pair.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
+    pair.private_key_pem.write_to_path(folder / f"{name}.key")
+    return Security(tls_cert=str(folder / f"{name}.pem"), tls_key=str(folder / f"{name}.key"))
 
 
 @pytest.mark.parametrize("turned", ["on", "off"])
@@ -319,20 +323,39 @@ def test_tls_is_turned_on_and_off_by_a_restart_only(block, tmp_path, turned):
 
 def test_a_certificate_is_exchanged_without_a_restart(block, tmp_path):
     one, two = certificate(tmp_path, "one"), certificate(tmp_path, "two")
-    it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path)
+    it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, read_pair(one))
     it.begin()
-    assert it.take_over(Config(analyzers=analyzers(1), security=two)) == []
-    assert it.config.security == two
+    assert it.take_over(Config(analyzers=analyzers(1), security=two), read_pair(two)) == []
+    assert (it.config.security, it.pair) == (two, read_pair(two))
 
 
-def test_a_certificate_that_is_gone_but_in_force_refuses_the_reload(block, tmp_path):
-    """TLS is still on: every worker loads the certificate again, and its successors too."""
-    it = Changes(Config(analyzers=analyzers(1), security=certificate(tmp_path, "one")), block, tmp_path)
+def test_the_pair_in_force_stays_whatever_its_files_hold(block, tmp_path):
+    """TLS is still on, until a restart: workers that are replaced meanwhile get what the others have."""
+    one = certificate(tmp_path, "one")
+    pair = read_pair(one)
+    it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, pair)
     it.begin()
     (tmp_path / "one.pem").unlink()
-    with pytest.raises(StartError, match=r"one\.pem"):
-        it.take_over(Config(analyzers=analyzers(2)))
-    assert block.analyzers.weight(0) == 1.0
+    it.take_over(Config(analyzers=analyzers(2)), None)
+    assert (it.pair, it.config.security.tls_cert) == (pair, one.tls_cert)
+    assert block.analyzers.weight(0) == 2.0
+
+
+def test_an_expired_certificate_is_not_taken_over(block, tmp_path):
+    one, two = certificate(tmp_path, "one"), certificate(tmp_path, "two", LONG_AGO)
+    it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, read_pair(one))
+    it.begin()
+    with pytest.raises(StartError, match=r"two\.pem has expired on 2020-01-01 00:00:00 UTC"):
+        it.take_over(Config(analyzers=analyzers(2), security=two), read_pair(two))
+    assert (it.pair, it.config.security, block.analyzers.weight(0)) == (read_pair(one), one, 1.0)
+
+
+def test_a_certificate_that_expires_in_force_bars_no_change(block, tmp_path):
+    old = certificate(tmp_path, "old", LONG_AGO)
+    it = Changes(Config(analyzers=analyzers(1), security=old), block, tmp_path, read_pair(old))
+    it.begin()
+    assert it.take_over(Config(analyzers=analyzers(2), security=old), read_pair(old)) == []
+    assert block.analyzers.weight(0) == 2.0
 
 
 def named(*names: str) -> Config:

@@ -29,8 +29,8 @@ class FakeSupervisor(ModuleType):
         self.loaded = None
         self.outcome = 0
 
-    def serve(self, loaded):
-        self.loaded = loaded
+    def serve(self, loaded, pair):
+        self.loaded, self.pair = loaded, pair
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome

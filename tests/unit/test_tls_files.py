@@ -29,8 +29,10 @@ def files(tmp_path_factory):
 
 
 def test_a_certificate_and_its_key_are_taken(files):
-    assert tls.server_context(Security(tls_cert=str(files / "own.crt"), tls_key=str(files / "own.key"))) is not None
-    assert tls.server_context(Security()) is None
+    pair = tls.read_pair(Security(tls_cert=str(files / "own.crt"), tls_key=str(files / "own.key")))
+    assert pair == tls.Pair((files / "own.crt").read_bytes(), (files / "own.key").read_bytes())
+    assert "KEY" not in repr(pair)
+    assert tls.read_pair(Security()) is None
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_a_certificate_and_its_key_are_taken(files):
 )
 def test_the_file_at_fault_is_named(files, cert, key, fault, why):
     with pytest.raises(StartError) as caught:
-        tls.server_context(Security(tls_cert=str(files / cert), tls_key=str(files / key)))
+        tls.read_pair(Security(tls_cert=str(files / cert), tls_key=str(files / key)))
     at_fault = files / (cert if fault == "tls_cert" else key)
     assert str(caught.value).startswith(f"security.{fault}: {at_fault} {why}")
     assert "Errno" not in str(caught.value)
