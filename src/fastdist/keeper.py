@@ -82,7 +82,7 @@ class Place:
 
     def send(self, message: Message) -> bool:
         """Send a message to the worker; False if there is none that listens."""
-        if not (self.alive and self.ready and self.control is not None):
+        if not (self.alive and self.ready) or self.control is None or self.control.is_closing():
             return False
         control.send(self.control, message)
         return True
@@ -165,7 +165,7 @@ class Keeper:
             await self._spawn(place, theirs)
             undo.pop_all()
         place.control = writer
-        task = asyncio.get_running_loop().create_task(self._listen(place, reader))
+        task = asyncio.get_running_loop().create_task(self._listen(place, reader, writer))
         self._listeners.add(task)
         task.add_done_callback(self._listeners.discard)
 
@@ -206,7 +206,7 @@ class Keeper:
         words[WorkerWord.PID], words[WorkerWord.STARTED_NS] = place.process.pid, time.time_ns()
         self._measure(place)
 
-    async def _listen(self, place: Place, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, place: Place, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for message in control.receive(reader):
             if message.verb == "ready":
                 place.ready = place.ever_ready = True
@@ -216,6 +216,8 @@ class Keeper:
                 if all(other.ready for other in self.places):
                     self.all_ready.set()
             self.heard(place, message)
+        writer.close()  # before its end is known as that of a process: it is sent nothing any more
+        self.heard(place, Message("gone"))
 
     def _after_death(self, place: Place, status: int) -> None:
         """Decide how a dead worker is replaced."""

@@ -34,6 +34,7 @@ from fastdist.queuefiles import QueueFolder, ring_path
 from fastdist.shared import HeadWord, SharedBlock, Step
 from fastdist.shares import seems_online
 from fastdist.snapshot import Snapshot
+from fastdist.sockets import DESCRIPTORS_BESIDES
 from fastdist.systemd import ServiceManager
 from fastdist.upkeep import Upkeep
 
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 BACKLOG = 4096
 WATCH = 0.1  # seconds between looks at workers and analyzers
-DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connections and those to analyzers
 REAP = 1.0  # seconds between looks at processes that were left to us
 PORT_PATIENCE = 1.0  # seconds that whoever has our port gets to let go of it
 APPLIED = 5.0  # seconds workers have to say that they have taken over new settings
@@ -55,15 +55,15 @@ log = logs.get()
 
 
 class Supervisor:
-    """Runs the service of a configuration that was checked."""
+    """Runs the service of a configuration that was checked, with the certificate and key it names."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, pair: tls.Pair | None = None) -> None:
         self.loaded = loaded
         self.workers = loaded.config.server.workers or usable_cores()
         self.block = SharedBlock.create(self.workers, max(64, 2 * len(loaded.config.analyzers)))
         self.settings = os.memfd_create("fastdist-settings")
         self.folder = QueueFolder(loaded.config.queue.path)
-        self.changes = Changes(loaded.config, self.block, self.folder.path)
+        self.changes = Changes(loaded.config, self.block, self.folder.path, pair)
         self.keeper = Keeper(self.block, self.settings, self._heard, self._hopeless)
         self.manager = ServiceManager()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
@@ -71,6 +71,7 @@ class Supervisor:
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, str] = {}
         self._behind: set[Place] = set()  # workers that have yet to take over the latest settings
+        self._faults: list[str] = []  # why some of them cannot
         self._applied = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
@@ -84,9 +85,9 @@ class Supervisor:
 
     def prepare(self) -> None:
         """Open listeners and rings and fill the shared block. Raises StartError."""
-        tls.server_context(self.config.security)
-        for warning in warnings(self.config):
-            log.warning(warning)
+        for warning in (*warnings(self.config), tls.out_of_date(self.changes.pair, self.config.security)):
+            if warning:
+                log.warning(warning)
         self._fit_descriptor_limit()
         head = self.block.head
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.monotonic_ns(), os.getpid()
@@ -119,7 +120,8 @@ class Supervisor:
 
     def _write_settings(self) -> None:
         changes = self.changes
-        write_settings(self.settings, Settings(changes.generation, changes.slots_in_use(), changes.config))
+        settings = Settings(changes.generation, changes.slots_in_use(), changes.config, changes.pair)
+        write_settings(self.settings, settings)
 
     def _fit_descriptor_limit(self) -> None:
         """Make room for ``max_connections``, or lower that to what there is room for."""
@@ -169,7 +171,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._signals.put_nowait, number)
         if early.asked_to_reload():
             self._signals.put_nowait(signal.SIGHUP)
-        self.health = HealthChecker(self.block.analyzers, self.config.health)
+        self.health = HealthChecker(self.block.analyzers, self.config.health, self.config.delivery.max_age)
         self.health.set_roster(self.changes.roster)
         places = self.keeper.places
         host, port = places[0].listener.getsockname()[:2]
@@ -276,14 +278,21 @@ class Supervisor:
     def _heard(self, place: Place, message: Message) -> None:
         if message.verb == "ready" and message.body != self.changes.generation:
             place.send(self._news())  # settings were changed while it started
-        elif message.verb == "reloaded":
-            self._behind.discard(place)
-            if not self._behind:
-                self._applied.set()
+        elif message.verb == "reloaded" and message.id == self.changes.generation:
+            if message.body:
+                self._faults.append(f"worker {place.name}: {message.body}")
+            self._wait_no_longer_for(place)
+        elif message.verb == "gone":  # its successor begins with what is in force then
+            self._wait_no_longer_for(place)
         elif message.verb == "adopted":
             place.adopted(message.body)
         elif message.verb == "request" and message.action is not None:
             self._begin(self._carry_out(place, message))
+
+    def _wait_no_longer_for(self, place: Place) -> None:
+        self._behind.discard(place)
+        if not self._behind:
+            self._applied.set()
 
     def _begin(self, work: Coroutine[Any, Any, object]) -> None:
         """Have something done beside all else; what goes wrong with it is told."""
@@ -300,36 +309,53 @@ class Supervisor:
     async def _carry_out(self, place: Place, message: Message) -> None:
         action = message.action
         assert action is not None  # noqa: S101  (_heard has looked)
-        if action.name == "reload":
-            status, body = await self._reload()
-        else:
-            status, body = self.changes.apply(action)
+        try:
+            status, body = await self._reload() if action.name == "reload" else self.changes.apply(action)
+        except Exception:
+            place.send(
+                Message("reply", id=message.id, status=500, body="a fault in fastdist; its log has the traceback")
+            )
+            raise  # which is logged
         place.send(Message("reply", id=message.id, status=status, body=body))
 
     async def _reload(self) -> tuple[int, object]:
         """Read the configuration again; return a status and what to tell whoever asked."""
         async with self._changing, self.manager.reloading():
+            before = self.changes.config, self.changes.pair
             try:
-                loaded = await asyncio.to_thread(self.loaded.reload)  # which may wait for who writes the file
-                tls.server_context(loaded.config.security)
-                need_restart = self.changes.take_over(loaded.config)
+                loaded, pair = await asyncio.to_thread(self._read_again)  # which may wait for who writes the file
+                need_restart = self.changes.take_over(loaded.config, pair)
+                problems = await self._have_workers_follow()
+                if problems:
+                    self.changes.put_in_force(*before)
+                    await self._have_workers_follow()
             except (ConfigError, StartError) as error:
-                problems = shorten(getattr(error, "problems", [str(error)]))
-                log.error("the new configuration cannot be used; the old one stays", problems=problems)
-                return 422, problems
+                problems = getattr(error, "problems", [str(error)])
+            if problems:
+                log.error("the new configuration cannot be used; the old one stays", problems=shorten(problems))
+                return 422, shorten(problems)
             self.loaded = loaded
-            self._write_settings()
-            self.health.set_roster(self.changes.roster)
-            self._applied.clear()
-            self._behind = {place for place in self.keeper.places if place.send(self._news())}
-            if self._behind:
-                try:
-                    await asyncio.wait_for(self._applied.wait(), APPLIED)
-                except TimeoutError:
-                    late = sorted(place.name for place in self._behind if place.alive)
-                    log.warning("not all workers have taken over the new settings yet", workers=late)
             log.info("the configuration was read again", needs_restart=need_restart or None)
             return 200, {"status": "reloaded", "needsRestart": need_restart}
+
+    def _read_again(self) -> tuple[Loaded, tls.Pair | None]:
+        loaded = self.loaded.reload()
+        return loaded, tls.read_pair(loaded.config.security)
+
+    async def _have_workers_follow(self) -> list[str]:
+        """Have workers and checks go by what is in force; return why workers cannot. One may be late, but not long."""
+        self._write_settings()
+        self.health.set_roster(self.changes.roster)
+        self._applied.clear()
+        self._faults = []
+        self._behind = {place for place in self.keeper.places if place.send(self._news())}
+        if self._behind:
+            try:
+                await asyncio.wait_for(self._applied.wait(), APPLIED)
+            except TimeoutError:
+                late = sorted(place.name for place in self._behind)
+                log.warning("not all workers have taken over the new settings yet", workers=late)
+        return self._faults
 
     def _news(self) -> Message:
         return Message("reload")
@@ -343,6 +369,7 @@ class Supervisor:
             run = self.upkeep.run
             run(Step.WORKERS, self.keeper.replace_hanging)
             run(Step.ANALYZERS, self._tell_of_analyzers)
+            run(Step.CONNECTIONS, self.health.raise_shortage)
             run(Step.SERVICE_MANAGER, self._give_sign)
 
     def _give_sign(self) -> None:
@@ -439,12 +466,15 @@ def _socket(family: socket.AddressFamily) -> socket.socket:
     return made
 
 
-def serve(loaded: Loaded) -> int:
-    """Run the service; return the exit status. Raises StartError when it cannot start."""
+def serve(loaded: Loaded, pair: tls.Pair | None = None) -> int:
+    """Run the service, with certificate and key if it has some; return the exit status.
+
+    Raises StartError when it cannot start.
+    """
     logs.configure()
 
     async def run() -> int:
-        supervisor = Supervisor(loaded)
+        supervisor = Supervisor(loaded, pair)
         supervisor.prepare()
         return await supervisor.run()
 

@@ -83,7 +83,7 @@ class Worker:
         self.words = self.block.worker(assignment.index)
         self.upkeep = Upkeep(self.words, WorkerWord.FAILING)
         self.counters = self.block.rows[assignment.index]
-        self._read_settings()
+        self._go_by(control.read_settings(assignment.settings))
         self.durability = self.config.queue.durability
         self.ring = PacketRing(
             assignment.ring, volatile=self.durability == "memory", claims_wait_for_sync=self.durability == "fsync"
@@ -130,7 +130,7 @@ class Worker:
         )
         self.intake.broken_storage = self._sync_fails = not safe
         self.emitters.intake = self.intake
-        self.tls = tls.server_context(self.config.security)
+        self.tls = tls.server_context(self.pair, self.config.security)
         self._put_in_force()
         self._next_sweep = self._next_sync = self._next_look = 0
         self._stopped = asyncio.Event()
@@ -148,9 +148,8 @@ class Worker:
 
     # ---- settings
 
-    def _read_settings(self) -> None:
-        settings = control.read_settings(self.assignment.settings)
-        self.generation, self.config = settings.generation, settings.config
+    def _go_by(self, settings: control.Settings) -> None:
+        self.generation, self.config, self.pair = settings.generation, settings.config, settings.pair
         self.roster = {settings.roster[analyzer.id]: analyzer for analyzer in self.config.analyzers}
 
     def _put_in_force(self) -> None:
@@ -160,16 +159,26 @@ class Worker:
         self.emitters.configure(security.tokens, security.cors_origins)
 
     def _reload(self) -> None:
-        self._read_settings()
+        """Go by the settings as they are now: by all of them or, told to the supervisor, by none."""
+        settings = control.read_settings(self.assignment.settings)
+        try:
+            if settings.pair != self.pair:
+                self._use_certificate(settings)
+        except StartError as error:  # what the supervisor could use: this process lacks something
+            log.error("the new settings cannot be used; the old ones stay", error=str(error))
+            control.send(self._control, Message("reloaded", id=settings.generation, body=str(error)))
+            return
+        self._go_by(settings)
         self._put_in_force()
         self.dispatcher.config = self.config
         self.dispatcher.set_roster(self.roster)
-        if self.tls is not None and self.config.security.tls_cert:
-            try:
-                tls.load_certificate(self.tls, self.config.security)
-            except StartError as error:  # the supervisor could use the files a moment ago
-                log.error("the new certificate cannot be used; the old one stays", error=str(error))
-        control.send(self._control, Message("reloaded"))
+        control.send(self._control, Message("reloaded", id=self.generation))
+
+    def _use_certificate(self, settings: control.Settings) -> None:
+        """Have connections from now on use another certificate. Raises StartError, and changes nothing then."""
+        self.tls = tls.server_context(settings.pair, settings.config.security)
+        if isinstance(self._server, tls.TlsServer) and self.tls is not None:
+            self._server.context = self.tls
 
     def _ask_for(self, action: Action, done: Callable[[Response], None]) -> None:
         """Have the supervisor carry out a change; ``done`` gets the answer for whoever asked."""
@@ -178,7 +187,11 @@ class Worker:
 
         def answer(reply: Message) -> None:
             timer.cancel()
-            done(self._describe(action, reply))
+            try:
+                response = self._describe(action, reply)
+            except Exception as error:  # noqa: BLE001  (whoever asked gets an answer)
+                response = self.emitters.api.faults.answer(error)
+            done(response)
 
         self._changes[number] = answer
         control.send(self._control, Message("request", id=number, action=action))
@@ -345,6 +358,7 @@ class Worker:
             run(Step.QUEUE_FILES, self._look_for_files)
         run(Step.DELIVERIES, self.dispatcher.tick, now)
         run(Step.DEAD_LETTERS, self.letters.tick, now)
+        run(Step.CONNECTIONS, self.dispatcher.raise_shortage)
         run(Step.DEAD_LETTERS, self.dead_letters.tick, now)
         run(Step.OLD_RINGS, self._adopt)
         if now >= self._next_sync:

@@ -1,0 +1,170 @@
+"""A reload as the supervisor carries it out: whom it waits for, and what becomes of it when a worker cannot follow."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from structlog.testing import capture_logs
+
+from fastdist import supervisor
+from fastdist.config import load
+from fastdist.control import Action, Message, read_settings
+
+CONFIG = """
+[server]
+workers = 3
+[queue]
+path = "{folder}"
+durability = "memory"
+[[analyzers]]
+id = "A1"
+endpoint = "http://127.0.0.1:4001/"
+weight = {weight}
+"""
+
+
+class Place:
+    """A worker that hears and says nothing; the test speaks for it."""
+
+    def __init__(self, name):
+        self.name, self.alive, self.heard = name, True, []
+
+    def send(self, message):
+        self.heard.append(message.verb)
+        return True
+
+
+class Checker:
+    """No checks."""
+
+    def set_roster(self, roster):
+        self.roster = roster
+
+
+class Service:
+    """A supervisor with three workers that the test plays; ``weight``: of the analyzer, as workers would read it."""
+
+    def __init__(self, folder):
+        self.file, self.folder = folder / "fastdist.toml", folder
+        self.write(1)
+        self.supervisor = supervisor.Supervisor(load(self.file, {}, {}))
+        self.supervisor.changes.begin()
+        self.supervisor._write_settings()
+        self.supervisor.health = Checker()
+        self.places = self.supervisor.keeper.places = [Place(f"w{number}") for number in range(3)]
+
+    def write(self, weight):
+        self.file.write_text(CONFIG.format(folder=self.folder, weight=weight))
+
+    @property
+    def weight(self):
+        return read_settings(self.supervisor.settings).config.analyzers[0].weight
+
+    async def begin(self, weight):
+        """Begin a reload with that weight; return its task when the workers were told."""
+        self.write(weight)
+        task = asyncio.create_task(self.supervisor._reload())
+        await self.told(1)
+        return task
+
+    async def told(self, times):
+        """Wait until each was told to reload so many times."""
+        while any(place.heard.count("reload") < times for place in self.places):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    def says(self, number, verb, body=None):
+        generation = read_settings(self.supervisor.settings).generation
+        self.supervisor._heard(self.places[number], Message(verb, id=generation, body=body))
+
+
+@pytest.fixture
+def service(tmp_path):
+    service = Service(tmp_path)
+    yield service
+    os.close(service.supervisor.settings)
+    os.close(service.supervisor.block.fd)
+
+
+def test_a_reload_waits_for_no_worker_that_is_gone(service):
+    async def scenario():
+        task = await service.begin(2)
+        service.says(0, "reloaded")
+        service.says(1, "gone")
+        await asyncio.sleep(0.01)
+        assert not task.done(), "one has yet to answer"
+        service.says(2, "gone")
+        return await task
+
+    with capture_logs() as lines:
+        assert asyncio.run(scenario()) == (200, {"status": "reloaded", "needsRestart": []})
+    assert not any("not all workers" in line["event"] for line in lines)
+    assert service.weight == 2
+
+
+def test_what_a_worker_cannot_take_over_is_taken_back(service):
+    async def scenario():
+        task = await service.begin(2)
+        assert service.weight == 2
+        service.says(0, "reloaded")
+        service.says(1, "reloaded", "security.tls_cert: x.pem cannot be loaded: Too many open files")
+        service.says(2, "reloaded")
+        await service.told(2)
+        assert service.weight == 1
+        for number in range(3):
+            service.says(number, "reloaded")
+        return await task
+
+    status, problems = asyncio.run(scenario())
+    assert status == 422
+    assert problems == ["worker w1: security.tls_cert: x.pem cannot be loaded: Too many open files"]
+    assert service.supervisor.health.roster[0].weight == 1
+
+    async def again():
+        for place in service.places:
+            place.heard.clear()
+        task = await service.begin(3)
+        for number in range(3):
+            service.says(number, "reloaded")
+        return (await task)[0]
+
+    assert asyncio.run(again()) == 200
+    assert service.weight == 3
+
+
+def test_an_answer_to_an_earlier_reload_counts_for_nothing(service):
+    async def scenario():
+        task = await service.begin(2)
+        late = Message("reloaded", id=service.supervisor.changes.generation - 1, body="could not")
+        for place in service.places:
+            service.supervisor._heard(place, late)
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        for number in range(3):
+            service.says(number, "reloaded")
+        return (await task)[0]
+
+    assert asyncio.run(scenario()) == 200
+
+
+def test_a_change_that_fails_is_answered_all_the_same(service, monkeypatch):
+    def fails(_action):
+        raise ZeroDivisionError("of a test")
+
+    said = []
+    monkeypatch.setattr(service.supervisor.changes, "apply", fails)
+    monkeypatch.setattr(
+        service.places[0], "send", lambda message: said.append((message.id, message.status)), raising=False
+    )
+
+    async def scenario():
+        action = Action("clear", "A1")
+        service.supervisor._heard(service.places[0], Message("request", id=7, action=action))
+        while service.supervisor._tasks:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    with capture_logs() as lines:
+        asyncio.run(scenario())
+    assert said == [(7, 500)]
+    assert isinstance(lines[-1]["exc_info"], ZeroDivisionError)
