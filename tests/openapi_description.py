@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 DOCUMENT: dict[str, Any] = orjson.loads(description())
 METHODS = ("get", "head", "options", "post", "put", "patch", "delete", "trace")
 EVERYWHERE = {"400", "408", "413", "417", "431", "501", "503", "505"}  # whatever the path
-# 404 and 405 also where no operation is described; 504 is what the supervisor's silence is called between processes.
-ANSWERED_OUTSIDE = {405, 504}
+# 404 and 405 also where no operation is described; 500 is a fault of the program; 504 is what the supervisor's silence
+# is called between processes.
+ANSWERED_OUTSIDE = {405, 500, 504}
 UNNAMED_HEADERS = {"content-type", "content-length"}  # OpenAPI has other words for them
 
 _URI = "urn:description"

@@ -2,8 +2,9 @@
 
 No sockets and no waiting here, so that tests need neither. What the module sees to:
 
-- Every error is a problem document (RFC 9457). Only what a path exists for is allowed on it: anything else is answered
-  405 with Allow (RFC 9110), an unknown path 404. The query is no part of the path; a slash at its end is.
+- Every error is a problem document (RFC 9457), and so is an exception that nobody expected: 500. Only what a path
+  exists for is allowed on it: anything else is answered 405 with Allow (RFC 9110), an unknown path 404. The query is no
+  part of the path; a slash at its end is.
 - HEAD is answered as GET, body included: who writes the answer leaves the body out, and so has its length right.
 - Headers that concern every answer are not made here: Date, Content-Length and those for safety come with the writing,
   and ``cors_headers`` is for the connection to add to all its answers, preflights among them.
@@ -11,6 +12,7 @@ No sockets and no waiting here, so that tests need neither. What the module sees
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cache
 from http import HTTPStatus
@@ -21,9 +23,10 @@ from urllib.parse import unquote
 import orjson
 from msgspec import Struct
 
-from fastdist import metrics, stats
+from fastdist import logs, metrics, stats
 from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.control import Action
+from fastdist.errors import printable
 from fastdist.pages import FOLDER, pages
 
 if TYPE_CHECKING:
@@ -36,6 +39,10 @@ PROBLEM = b"Content-Type: application/problem+json\r\n"
 RETRY_SOON = b"Retry-After: 1\r\n"
 PREFLIGHT_SECONDS = 600  # how long a browser may go by an answer to its preflight
 REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
+
+COMPLAINT_SECONDS = 60.0  # between tracebacks of one kind
+
+log = logs.get()
 
 # As RFC 9110 has them; Python called them otherwise before 3.13.
 _REASONS = {413: "Content Too Large", 422: "Unprocessable Content"}
@@ -85,11 +92,39 @@ def reason(status: int) -> str:
 def problem(
     status: int, detail: str, *, errors: Sequence[Mapping[str, str]] | None = None, headers: bytes = b""
 ) -> Response:
-    """Return an RFC 9457 document; ``errors`` are ``{"pointer", "detail"}`` of the fields at fault, if any."""
+    """Return an RFC 9457 document; ``errors`` are ``{"pointer", "detail"}`` of the fields at fault, if any.
+
+    Any text can be told, also what is no Unicode: see ``printable``.
+    """
     document: dict[str, Any] = {"type": "about:blank", "title": reason(status), "status": status, "detail": detail}
     if errors:
         document["errors"] = errors
-    return Response(status, orjson.dumps(document), PROBLEM + headers)
+    try:
+        body = orjson.dumps(document)
+    except orjson.JSONEncodeError:
+        document["detail"] = printable(detail)
+        document["errors"] = [{name: printable(text) for name, text in error.items()} for error in errors or ()]
+        body = orjson.dumps(document)
+    return Response(status, body, PROBLEM + headers)
+
+
+class Faults:
+    """Answers requests that have met a fault of this program, whose traceback is logged once a minute."""
+
+    def __init__(self) -> None:
+        self._complain_at: dict[tuple[type, str, int], float] = {}  # kind of fault, and where -> time.monotonic()
+
+    def answer(self, error: Exception) -> Response:
+        """Return what to answer; ``error`` is logged unless one like it just was."""
+        trace, now = error.__traceback__, time.monotonic()
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("", 0)
+        kind = (type(error), *where)
+        if now >= self._complain_at.get(kind, 0.0):
+            self._complain_at[kind] = now + COMPLAINT_SECONDS
+            log.error("a request could not be answered", error=str(error), exc_info=error)
+        return problem(500, "a fault in fastdist; its log has the traceback")
 
 
 def cors_headers(origin: str, allowed: Sequence[str]) -> bytes:
@@ -118,6 +153,7 @@ class Api:
 
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self.snapshot = snapshot
+        self.faults = Faults()
         self.routes: dict[str, dict[str, Handler]] = {
             "/": {"GET": self._page},
             "/dashboard/{file}": {"GET": self._page},
@@ -135,7 +171,13 @@ class Api:
 
     def respond(self, method: str, target: str, head: bytes, body: bytes, client: str = "") -> Response | Action:
         """Answer a request that is not POST /logs; ``target`` is a path, ``*`` (OPTIONS) or what CONNECT names."""
-        request = Request(method, target, head, body, client)
+        try:
+            return self._respond(Request(method, target, head, body, client))
+        except Exception as error:  # noqa: BLE001  (whoever asks gets an answer, whatever it is)
+            return self.faults.answer(error)
+
+    def _respond(self, request: Request) -> Response | Action:
+        method = request.method
         methods = self._methods(request.path)
         if not methods:
             return problem(404, "there is nothing at this path; packets go to POST /logs")

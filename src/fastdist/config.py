@@ -65,8 +65,12 @@ BatchCount = Annotated[int, Meta(ge=1, le=1000, extra={"why": _IDS})]
 Rate = Annotated[float, Meta(ge=0, le=10**9)]
 Burst = Annotated[int, Meta(ge=0, le=10**9)]
 Text = Annotated[str, Meta(pattern=".", description="must not be empty")]
-Id = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z", description="must be 1..64 characters of A-Z a-z 0-9 . _ -")
+Id = Annotated[  # a segment of a path, which "." and ".." are not: clients take those out of it
+    str,
+    Meta(
+        pattern=r"^(?!\.\.?\Z)[A-Za-z0-9._-]{1,64}\Z",
+        description='must be 1..64 characters of A-Z a-z 0-9 . _ -, and neither "." nor ".."',
+    ),
 ]
 Url = Annotated[str, Meta(extra={"parse": _url})]
 Token = Annotated[str, Meta(pattern=r"^[!-~]+\Z", description="must be visible ASCII without spaces, and not empty")]

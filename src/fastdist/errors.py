@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Return text that any encoder takes: half a surrogate pair, which is no character, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class FastdistError(Exception):
     """The base of all errors below; its text is fit to be shown as it is."""
 
@@ -11,12 +16,15 @@ class ConfigError(FastdistError):
     """A configuration that cannot be used. ``problems`` has one line for each fault, starting with its path."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = [printable(problem) for problem in problems]  # file names may be any bytes
+        super().__init__("\n".join(self.problems))
 
 
 class StartError(FastdistError):
     """Something other than the configuration keeps the service from starting (exit status 3)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class PacketError(FastdistError):

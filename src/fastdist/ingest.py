@@ -221,7 +221,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     def invalid(self, error: Exception) -> bytes:
         """Answer that the body is no packet."""
         if not isinstance(error, PacketError):
-            raise error
+            return self._compose(self.emitters.api.faults.answer(error))
         self.intake.counters.add(error.reason)
         return self._compose(problem(400, error.detail, errors=error.errors))
 

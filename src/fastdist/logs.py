@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
 from typing import TYPE_CHECKING, cast
@@ -30,6 +31,13 @@ class _Patient:
             self._stream.flush()
 
 
+def _as_json(line: dict[str, object], **_: object) -> str:
+    try:
+        return orjson.dumps(line, default=str).decode()
+    except orjson.JSONEncodeError:  # something in it is no Unicode, such as a file's name: all is escaped then
+        return json.dumps(line, default=str)
+
+
 def configure(**context: object) -> None:
     """Set logging up for this process; ``context`` (such as ``worker="w0"``) is part of every line."""
     shared: list[structlog.typing.Processor] = [
@@ -42,9 +50,7 @@ def configure(**context: object) -> None:
         renderer: structlog.typing.Processor = structlog.dev.ConsoleRenderer(pad_event_to=0)
     else:
         shared.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
-        renderer = structlog.processors.JSONRenderer(
-            serializer=lambda line, **_: orjson.dumps(line, default=str).decode()
-        )
+        renderer = structlog.processors.JSONRenderer(serializer=_as_json)
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

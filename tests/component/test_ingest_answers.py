@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 from ingest_harness import BODY, Service, chunk, head, keyed, post
+from structlog.testing import capture_logs
+
+from fastdist import packet
 
 SITE = "https://ops.example"
 
@@ -224,3 +227,32 @@ def test_files_are_kept_by_browsers_and_asked_for_again(service, path, kind):
     assert (not_modified.status, not_modified.body) == (304, b"")  # and no length, which would be that of nothing
     assert not_modified.headers["etag"] == full.headers["etag"]
     assert after.status == 202
+
+
+# ---- faults of our own
+
+
+@pytest.mark.parametrize("part", ["a view", "the check"])
+def test_whoever_meets_a_fault_gets_an_answer(monkeypatch, part):
+    """And others on the same connection theirs."""
+
+    def fail(*_arguments, **_options):
+        raise ZeroDivisionError("of a test")
+
+    monkeypatch.setattr(packet, "check", fail)
+    service = Service()
+    monkeypatch.setattr(service.emitters.api, "snapshot", fail)
+    faulty = head("GET /stats") if part == "a view" else post(b"{}")
+    with capture_logs() as lines:
+        first, second, after = service.ask(faulty, faulty, post()).answers()
+    assert (first.status, second.status, after.status) == (500, 500, 202)
+    assert first.headers["content-type"] == "application/problem+json"
+    assert [line["error"] for line in lines] == ["of a test"]
+
+
+@pytest.mark.parametrize("body", [rb'{"\ud800":1}', rb'{"weight":1,"a\udfffb":{"\ud800":"\ud800"}}'])
+def test_half_a_surrogate_in_a_key_is_told(service, body):
+    request = head("PATCH /analyzers/A1", f"Content-Length: {len(body)}") + body
+    answer = service.connect("127.0.0.1").send(request).answer("PATCH")
+    assert answer.status == 400
+    assert "half a surrogate pair" in answer.json["detail"]

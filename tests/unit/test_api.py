@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
-from fastdist.api import Api, Request, Response, accepts, cors_headers, problem, reason
+from fastdist.api import COMPLAINT_SECONDS, Api, Request, Response, accepts, cors_headers, problem, reason
 from fastdist.config import Config, Security
 from fastdist.control import Action
 from fastdist.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
@@ -287,3 +292,48 @@ def test_headers_of_a_request():
         "empty": "",
         "name": "caf\xe9",
     }
+
+
+# ---- faults
+
+ANY_TEXT = st.text(st.characters())  # halves of surrogate pairs too
+
+
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+def test_a_problem_can_be_told_of_any_text(detail, pointer, fault):
+    document = orjson.loads(problem(422, detail, errors=[{"pointer": pointer, "detail": fault}]).body)
+    for told, text in (
+        (document["detail"], detail),
+        *zip(document["errors"][0].values(), (pointer, fault), strict=True),
+    ):
+        assert told == re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def broken_snapshot():
+    raise ZeroDivisionError("of a test")
+
+
+@pytest.mark.parametrize(("method", "target"), [("GET", "/stats"), ("GET", "/metrics"), ("PATCH", "/analyzers/A1")])
+def test_an_exception_is_answered_500_and_told(method, target):
+    with capture_logs() as lines:
+        response = ask(Api(broken_snapshot), method, target)
+    assert_problem(response, 500)
+    assert [(line["error"], line["log_level"]) for line in lines] == [("of a test", "error")]
+    assert isinstance(lines[0]["exc_info"], ZeroDivisionError)
+
+
+def test_exceptions_of_a_kind_are_told_once_in_a_while(monkeypatch):
+    def other():
+        raise ZeroDivisionError("of another place")
+
+    api = Api(broken_snapshot)
+    with capture_logs() as lines:
+        for snapshot in (broken_snapshot, other, broken_snapshot, other):
+            api.snapshot = snapshot
+            assert_problem(ask(api, "GET", "/stats"), 500)
+    assert [line["error"] for line in lines] == ["of a test", "of another place"]
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + COMPLAINT_SECONDS)
+    with capture_logs() as lines:
+        ask(api, "GET", "/stats")
+    assert [line["error"] for line in lines] == ["of another place"]

@@ -113,6 +113,7 @@ tls_cert = ""
 tls_key = ""
 """
 
+ID_RULE = 'must be 1..64 characters of A-Z a-z 0-9 . _ -, and neither "." nor ".."'
 ANALYZERS = """
 [[analyzers]]
 id = "one"
@@ -467,8 +468,8 @@ def test_origins_that_are_refused(problems_of, origin):
         ),
         (ANALYZERS + "wieght = 1", ["analyzers[1].wieght: unknown key; did you mean 'weight'?"]),
         *(
-            (ANALYZERS.replace('"one"', f'"{bad}"'), ["analyzers[0].id: must be 1..64 characters of A-Z a-z 0-9 . _ -"])
-            for bad in ("", "a b", "a/b", "é", "x" * 65)
+            (ANALYZERS.replace('"one"', f'"{bad}"'), [f"analyzers[0].id: {ID_RULE}"])
+            for bad in ("", "a b", "a/b", "é", "x" * 65, ".", "..")
         ),
     ],
 )
@@ -743,6 +744,12 @@ def test_reload_reads_the_same_file_under_the_same_flags_and_environment(write):
     server = again.config.server
     assert (server.host, server.port, server.workers) == ("flag", 5, 2)
     assert again.path == path
+
+
+@pytest.mark.parametrize("name", [".x", "..x", "...", "x.", "x..", "-", "_", "a.b"])
+def test_ids_that_are_path_segments_are_taken(write, name):
+    path = write(ANALYZERS.replace('"one"', f'"{name}"'))
+    assert load(path, {}, {}).config.analyzers[0].id == name
 
 
 def test_reload_of_what_has_become_invalid_raises_and_leaves_the_old_one(write):

@@ -29,3 +29,11 @@ def test_processes_that_share_a_stream_do_not_mix_their_lines(tmp_path):
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     for n in range(4):
         assert [line["number"] for line in lines if line["worker"] == f"w{n}"] == list(range(400))
+
+
+def test_a_line_with_what_is_no_unicode_is_written(capfd):
+    """A file's name may be any bytes."""
+    program = "from fastdist import logs; logs.configure(); logs.get().info('é', file='a\\udcff', number=1 << 70)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    line = json.loads(capfd.readouterr().err)
+    assert (line["event"], line["file"], line["number"]) == ("é", "a\udcff", 1 << 70)
