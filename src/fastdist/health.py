@@ -5,21 +5,25 @@ and take it offline themselves), and comes online after ``rise`` checks in a row
 offline is then on probation, and comes online when it takes a packet (``fastdist.probation``). The two rows are kept
 apart: one that answers its check but fails every delivery goes offline, and so does one that says it is unwell while it
 still takes packets.
+
+A connection to an https URL is kept for the next check, for a handshake costs more than all the rest of it. What fails
+on a kept one says nothing yet: a new one tells who is there now. What this machine lacks is no outcome at all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import re
 import ssl
 import time
 from typing import TYPE_CHECKING, cast
 
 from fastdist import timeouts
-from fastdist.forward import describe
+from fastdist.forward import YOUNGEST, describe
 from fastdist.names import Names
 from fastdist.shared import AnalyzerState, AnalyzerWord
-from fastdist.sockets import connect
+from fastdist.sockets import connect, descriptors, shortage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,59 +33,112 @@ if TYPE_CHECKING:
 
 OK = range(200, 300)
 LONGEST_LINE = 8192  # bytes of a status line
+LONGEST_REPLY = 65536  # bytes; a connection with a longer one is not kept
+SHORT_PAUSE = 1.0  # seconds at most until a check is tried again that this machine had no descriptor for
+INTERIM = re.compile(rb"HTTP/1\.\d 1(?!01)\d\d[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n")  # a head that another follows
+INTERIM_BEGUN = re.compile(rb"HTTP/1\.\d 1(?!01)\d\d")
 
 
 class Probe(asyncio.Protocol):
-    """One check: sends ``request``, and gives the first line that comes back to ``status_line``.
+    """A connection for checks: ``ask`` sends a request, and has the first line that comes back to it.
 
     A protocol rather than streams, which cost several times as much: with a thousand analyzers that would show.
     """
 
-    def __init__(self, request: bytes, status_line: asyncio.Future[bytes]) -> None:
-        self.request, self.status_line = request, status_line
+    address = ""  # it was opened to
+
+    def __init__(self, max_age: float) -> None:
+        self._replace_at = time.monotonic() + max_age * random.uniform(YOUNGEST, 1.0)  # noqa: S311
         self._received = b""
+        self._status_line: asyncio.Future[bytes] | None = None
+        self._ended: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask."""
+        """Take the connection in."""
         self.transport = cast("asyncio.Transport", transport)
-        self.transport.write(self.request)
+
+    async def ask(self, request: bytes) -> bytes:
+        """Return the status line of the reply. Raises OSError."""
+        if self._ended is not None:
+            raise self._ended
+        self._received = b""
+        self._status_line = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return await self._status_line
 
     def data_received(self, data: bytes) -> None:
         """Take in a part of the reply."""
         self._received += data
-        if b"\n" in self._received:
-            self._settle()
-        elif len(self._received) > LONGEST_LINE:  # it goes on and on
-            self._received = b"?"
-            self._settle()
+        while interim := INTERIM.match(self._received):
+            self._received = self._received[interim.end() :]
+        line, end, _ = self._received.partition(b"\n")
+        waiting = self._status_line is not None and not self._status_line.done()
+        if waiting and end and not INTERIM_BEGUN.match(line):
+            self._settle(line)
+        elif waiting and len(self._received) > LONGEST_LINE:  # it goes on and on
+            self._settle(b"?")
+        elif len(self._received) > LONGEST_REPLY:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Make do with what has come."""
-        if exc is not None and not self.status_line.done():
-            self.status_line.set_exception(exc)
-        self._settle()
+        self._ended = exc or ConnectionError("connection closed before the reply")
+        if self._status_line is not None and not self._status_line.done():
+            if exc is None and self._received:
+                self._settle(self._received)
+            else:
+                self._status_line.set_exception(self._ended)
 
-    def _settle(self) -> None:
-        if not self.status_line.done():
-            self.status_line.set_result(self._received.partition(b"\n")[0])
-        self._received = b""
+    def _settle(self, line: bytes) -> None:
+        assert self._status_line is not None  # noqa: S101  (the callers have looked)
+        self._status_line.set_result(line)
+
+    def can_be_asked_again(self, addresses: frozenset[str]) -> bool:
+        """Whether the last reply is whole, and the connection young and one to where the name leads (if it is one)."""
+        if self._ended is not None or self.transport.is_closing() or time.monotonic() > self._replace_at:
+            return False
+        return not (addresses and self.address not in addresses) and _is_whole(self._received)
+
+
+def _is_whole(reply: bytes) -> bool:
+    """Whether a reply has come to its end, and its connection goes on; False for what need not be known that exactly.
+
+    Where that errs, because the data of a chunk looks like the last one, the next reply makes no sense and is not
+    believed, as nothing is that fails on a kept connection.
+    """
+    head, end, body = reply.partition(b"\r\n\r\n")
+    if not end or not reply.startswith(b"HTTP/1.1 ") or re.search(rb"(?im)^connection:.*\bclose\b", head):
+        return False
+    if re.search(rb"(?im)^transfer-encoding:\s*chunked\s*$", head):
+        return (b"\r\n" + body).endswith(b"\r\n0\r\n\r\n")
+    length = re.search(rb"(?im)^content-length:[ \t]*(\d{1,9})\s*$", head)
+    return len(body) == (int(length[1]) if length else 0) and (length is not None or reply[9:12] in {b"204", b"304"})
 
 
 class HealthChecker:
-    """Checks the analyzers of ``roster`` (by slot), each in a task of its own."""
+    """Checks the analyzers of ``roster`` (by slot), each in a task of its own.
 
-    def __init__(self, states: AnalyzerStates, settings: Health) -> None:
-        self.states, self.settings = states, settings
+    New connections at a time, and those that are kept, are a quarter each of the descriptors this process may have:
+    whatever the number of analyzers, there are some for all else. ``max_age``: seconds that a connection is kept.
+    """
+
+    def __init__(self, states: AnalyzerStates, settings: Health, max_age: float) -> None:
+        self.states, self.settings, self._max_age = states, settings, max_age
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._roster: dict[int, Analyzer] = {}
         self._tls = ssl.create_default_context()
         self._names = Names()
+        self._most = max(1, descriptors() // 4)
+        self._places = asyncio.Semaphore(self._most)
+        self._kept: dict[str, Probe] = {}  # by health_url, while no check uses it
+        self._lacking: OSError | None = None
 
     def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
         """Check these from now on."""
         for slot, analyzer in list(self._roster.items()):
             if roster.get(slot) is None or roster[slot].health_url != analyzer.health_url:
                 self._tasks.pop(slot).cancel()
+                self._let_go(analyzer.health_url)
         self._roster = dict(roster)
         for slot, analyzer in roster.items():
             if slot not in self._tasks:
@@ -91,48 +148,86 @@ class HealthChecker:
         """Stop checking."""
         for task in self._tasks.values():
             task.cancel()
+        for url in list(self._kept):
+            self._let_go(url)
+
+    def _let_go(self, url: str) -> None:
+        if probe := self._kept.pop(url, None):
+            probe.transport.close()
+
+    def raise_shortage(self) -> None:
+        """Raise the OSError that says what kept checks from being made since the last call, if anything did."""
+        lacking, self._lacking = self._lacking, None
+        if lacking is not None:
+            raise lacking
 
     async def _watch(self, slot: int, analyzer: Analyzer) -> None:
         """Check at once, then every ``interval`` (a little less, so that the checks of many spread out)."""
         while True:
             started = time.monotonic()
-            status, error = await self._probe(analyzer)
-            self.record(slot, status, error)
             pause = self.settings.interval * random.uniform(0.9, 1.0)  # noqa: S311
+            outcome = await self._probe(analyzer)
+            if outcome is None:
+                pause = min(pause, SHORT_PAUSE)
+            else:
+                self.record(slot, *outcome)
             await asyncio.sleep(max(0.01, pause - (time.monotonic() - started)))
 
-    async def _probe(self, analyzer: Analyzer) -> tuple[int, str]:
-        """Ask once; return the status (0: no reply) and what was wrong ("": nothing)."""
+    async def _probe(self, analyzer: Analyzer) -> tuple[int, str] | None:
+        """Ask once; return the status (0: no reply) and what was wrong ("": nothing), or None: we could not ask."""
         address, timeout = analyzer.health_address, self.settings.timeout
         try:
-            await self._names.infos(address.host, address.port, timeout)  # which is not the analyzer's time
-            async with timeouts.running(timeout):
-                status = await self._ask(analyzer)
+            status = await self._ask_again(analyzer)
+            if not status:
+                async with self._places:
+                    await self._names.infos(address.host, address.port, timeout)  # which is not the analyzer's time
+                    async with timeouts.running(timeout):
+                        status = await self._ask(analyzer)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
+            self._lacking = shortage(error) or self._lacking
+            if shortage(error):
+                return None
             return 0, f"health check: {describe(error, self.settings.timeout)}"
         return status, "" if status in OK else f"health check: HTTP {status}"
 
-    async def _ask(self, analyzer: Analyzer) -> int:
-        address = analyzer.health_address
-        tls = self._tls if address.scheme == "https" else None
-        loop = asyncio.get_running_loop()
-        probe = Probe(
-            f"GET {address.path_and_query} HTTP/1.1\r\nHost: {address.host_header}\r\n"
-            "Accept: */*\r\nUser-Agent: fastdist-health\r\nConnection: close\r\n\r\n".encode("latin-1"),
-            loop.create_future(),
-        )
-        await connect(probe, self._names, address, self.settings.timeout, tls=tls)
-        try:
-            line = await probe.status_line
-        finally:
+    async def _ask_again(self, analyzer: Analyzer) -> int:
+        """Ask on the connection of the last check; return the status, 0 where a new connection is needed to tell."""
+        probe = self._kept.pop(analyzer.health_url, None)
+        if probe is None:
+            return 0
+        if not probe.can_be_asked_again(self._names.current(analyzer.health_address.host)):
             probe.transport.close()
-        if not line:
-            raise ConnectionError("connection closed before the reply")
-        version, _, rest = line.partition(b" ")
-        status = rest[:3]
-        if not version.startswith(b"HTTP/1.") or not status.isdigit():
-            raise ValueError("a reply that is not HTTP")
-        return int(status)
+            return 0
+        try:
+            async with timeouts.running(self.settings.timeout):
+                return await self._ask_on(probe, analyzer)
+        except Exception:  # noqa: BLE001  (as above)
+            return 0
+
+    async def _ask(self, analyzer: Analyzer) -> int:
+        address, probe = analyzer.health_address, Probe(self._max_age)
+        tls = self._tls if address.scheme == "https" else None
+        probe.address = await connect(probe, self._names, address, self.settings.timeout, tls=tls)
+        return await self._ask_on(probe, analyzer)
+
+    async def _ask_on(self, probe: Probe, analyzer: Analyzer) -> int:
+        """Return the status; the connection is kept if it may be of use, else closed."""
+        address = analyzer.health_address
+        keep = address.scheme == "https"
+        request = (
+            f"GET {address.path_and_query} HTTP/1.1\r\nHost: {address.host_header}\r\n"
+            f"Accept: */*\r\nUser-Agent: fastdist-health\r\nConnection: {'keep-alive' if keep else 'close'}\r\n\r\n"
+        )
+        try:
+            status = _status(await probe.ask(request.encode("latin-1")))
+        except BaseException:
+            probe.transport.abort()  # nobody waits for the end of TLS with who does not answer
+            raise
+        if keep and analyzer.health_url not in self._kept and len(self._kept) < self._most:
+            self._kept[analyzer.health_url] = probe
+        else:
+            probe.transport.close()
+        return status
 
     def record(self, slot: int, status: int, error: str) -> None:
         """Take in a check's outcome: the state machine."""
@@ -155,3 +250,11 @@ class HealthChecker:
                 states.go_online(slot)
             elif successes == self.settings.rise and not states.has_failed_trials(slot):
                 states.set(slot, word.SINCE_NS, time.time_ns())  # shown as online, on probation
+
+
+def _status(line: bytes) -> int:
+    """Return the status that a status line tells. Raises ValueError."""
+    version, _, rest = line.partition(b" ")
+    if not version.startswith(b"HTTP/1.") or not rest[:3].isdigit():
+        raise ValueError("a reply that is not HTTP")
+    return int(rest[:3])

@@ -20,7 +20,7 @@ class Ward(Bench):
     def __init__(self, folder, weights=(1, 1), **sections):
         sections["health"] = {"fall": 1, "rise": 2} | sections.get("health", {})
         super().__init__(folder, weights, **sections)
-        self.checker = HealthChecker(self.states, self.config.health)
+        self.checker = HealthChecker(self.states, self.config.health, 60.0)
 
     def check_well(self, slot=0, times=2):
         """Have checks go well."""

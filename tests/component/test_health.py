@@ -32,7 +32,7 @@ class Ward:
             self.states.clear(slot)
             self.states.set(slot, AnalyzerWord.IN_USE, 1)
         self.settings = Health(**{"interval": 0.02, "timeout": 1.0, "rise": 2, "fall": 3} | settings)
-        self.checker = HealthChecker(self.states, self.settings)
+        self.checker = HealthChecker(self.states, self.settings, 60.0)
 
     def get(self, word, slot=0):
         return self.states.get(slot, AnalyzerWord[word])
