@@ -26,6 +26,7 @@ from fastdist.outcomes import Outcomes
 from fastdist.probation import choose
 from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights
+from fastdist.sockets import most_to_analyzers
 
 if TYPE_CHECKING:
     import asyncio
@@ -69,6 +70,10 @@ class Dispatcher(Outcomes):
     ) -> None:
         super().__init__(states, config, counters, dead_letters, settled)
         self.poller, self.names = poller, Names()
+        self._most = most_to_analyzers(config.server.max_connections)
+        self.room = self._most  # for connections that may still be opened, till the next check
+        self._lacking: OSError | None = None  # what kept connections from being opened since the last look
+        self._short = False  # since the last check
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
         self.online: set[int] = set()
         self._tls: ssl.SSLContext | None = None
@@ -172,6 +177,27 @@ class Dispatcher(Outcomes):
 
     # ---- upkeep
 
+    def short_of(self, lacking: OSError) -> None:
+        """Hear from a pool that this process lacks something for a connection, which is tried again in a moment."""
+        self._lacking, self._short = lacking, True
+
+    def raise_shortage(self) -> None:
+        """Raise the OSError that says what this process lacked for connections since the last call, if anything."""
+        lacking, self._lacking = self._lacking, None
+        if lacking is not None:
+            raise lacking
+
+    def _share_descriptors(self) -> None:
+        """Leave some to emitters; while there are too few for analyzers, close those that are not in use."""
+        pools = [pool for pool in (*self.pools, *self.retired) if pool is not None]
+        if self._short:
+            self._short = False
+            for pool in pools:
+                pool.close_idle()
+        self.room = self._most
+        if len(pools) * self.config.delivery.connections > self._most:
+            self.room -= sum(pool.open_connections + pool.opening for pool in pools)
+
     def bury_all(self) -> int:
         """Write all that is left to the dead letters (reason ``shutdown``); return how many packets. Raises OSError."""
         self.close()
@@ -217,6 +243,7 @@ class Dispatcher(Outcomes):
             pool = self.pools[slot]
             if pool.requests_in_flight or (idle_too and pool.open_connections):
                 pool.check(now_ns)
+        self._share_descriptors()
         self._judge(now_ns)
 
     def _judge(self, now_ns: int) -> None:

@@ -7,13 +7,14 @@ packets: whatever goes wrong is told to its owner, the dispatcher.
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import time
 from typing import TYPE_CHECKING, Protocol
 
 from fastdist import logs
 from fastdist._core.forward import PoolBase, ReplyBase
-from fastdist.sockets import connect
+from fastdist.sockets import connect, shortage
 
 if TYPE_CHECKING:
     import ssl
@@ -29,6 +30,7 @@ IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is clos
 COMPLAINT_SECONDS = 60.0  # between warnings of one kind about an analyzer
 USUAL_GAP_NS = 1_000_000_000  # between two checks of a pool, at most
 PAUSED_NS = 1_500_000_000  # a longer one: nobody looked, and what is beyond the usual is not held against the analyzer
+SHORT_PAUSE = 0.5  # seconds until a connection is tried again that this process had no descriptor for
 YOUNGEST = 0.5  # of max_age: when the first connections of many that began together are replaced
 
 log = logs.get()
@@ -39,6 +41,7 @@ class PoolOwner(Protocol):
 
     poller: Poller
     names: Names
+    room: int  # for connections, of all pools
 
     def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
@@ -47,6 +50,7 @@ class PoolOwner(Protocol):
     ) -> None: ...
     def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None: ...  # noqa: D102
     def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None: ...  # noqa: D102
+    def short_of(self, lacking: OSError) -> None: ...  # noqa: D102
     def schedule(self) -> None: ...  # noqa: D102
     def wake(self, pool: AnalyzerPool) -> None: ...  # noqa: D102
 
@@ -84,6 +88,7 @@ class AnalyzerPool(PoolBase):
         self.retired = False
         self._complain_at = 0.0  # time.monotonic()
         self._checked_ns = 0  # monotonic
+        self._short: asyncio.TimerHandle | None = None  # while this process has no descriptor for a connection
 
     def set_up(self, analyzer: Analyzer, delivery: Delivery, tls: ssl.SSLContext | None) -> None:
         """Aim the pool at ``analyzer``."""
@@ -108,9 +113,15 @@ class AnalyzerPool(PoolBase):
 
     def open_more(self) -> None:
         """Begin to open as many connections as there are requests waiting, within the limit."""
+        if self._short is not None:
+            return
         per_connection = (self.delivery.batch_packets if self.delivery.mode == "batch" else 1) * self.pipeline
         wanted = -(-self.waiting // per_connection) - self.opening
-        for _ in range(min(wanted, self.connection_limit - self.open_connections - self.opening)):
+        wanted = min(wanted, self.connection_limit - self.open_connections - self.opening)
+        if wanted > 0 and self.owner.room <= 0:
+            self._wait_out(OSError(errno.EMFILE, "the descriptors left are for emitters' connections"))
+        for _ in range(min(wanted, self.owner.room)):
+            self.owner.room -= 1
             self.opening += 1
             task = asyncio.get_running_loop().create_task(self._open())
             self._tasks.add(task)
@@ -128,7 +139,10 @@ class AnalyzerPool(PoolBase):
                 tls=self._tls,
             )
         except Exception as error:  # noqa: BLE001  (OSError, nearly always; whatever it is, packets wait for this)
-            self._unreachable(describe(error, self.delivery.connect_timeout))
+            if lacking := shortage(error):
+                self._wait_out(lacking)
+            else:
+                self._unreachable(describe(error, self.delivery.connect_timeout))
         finally:
             if connection.transport is None:
                 self.opening -= 1
@@ -136,6 +150,16 @@ class AnalyzerPool(PoolBase):
     def _unreachable(self, error: str) -> None:
         """No connection came about: that failed whatever it was to carry."""
         self.owner.failed(self, self.take_request(), f"cannot connect: {error}", counted=True)
+
+    def _wait_out(self, lacking: OSError) -> None:
+        """Try no connection for a moment: this process lacks something, which is no failure of the analyzer's."""
+        self.owner.short_of(lacking)
+        if self._short is None and not self.retired:
+            self._short = asyncio.get_running_loop().call_later(SHORT_PAUSE, self._try_again)
+
+    def _try_again(self) -> None:
+        self._short = None
+        self.owner.wake(self)
 
     def connected(self, connection: AnalyzerConnection) -> None:
         """Take a new connection into use."""
@@ -167,6 +191,12 @@ class AnalyzerPool(PoolBase):
             elif connection.in_flight() == 0 and now_ns - connection.used_ns > IDLE_SECONDS * 1e9:
                 connection.close_after("", False)  # noqa: FBT003
 
+    def close_idle(self) -> None:
+        """Close the connections that nothing is sent on, nor about to be."""
+        for connection in () if self.waiting else tuple(self.connections):
+            if connection.in_flight() == 0:
+                connection.close_after("", False)  # noqa: FBT003
+
     def _has_moved(self, connection: AnalyzerConnection, addresses: frozenset[str]) -> bool:
         """Whether the analyzer's name leads elsewhere by now."""
         return bool(addresses and connection.address) and connection.address not in addresses
@@ -174,6 +204,8 @@ class AnalyzerPool(PoolBase):
     def close(self) -> None:
         """Close every connection and open no more; what was in flight goes back to the owner."""
         self.paused = True
+        if self._short is not None:
+            self._short.cancel()
         for task in self._tasks:
             task.cancel()
         for connection in tuple(self.connections):

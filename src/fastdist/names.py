@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -41,6 +42,7 @@ class Name:
         self.infos: Sequence[AddressInfo] = []
         self.addresses: frozenset[str] = frozenset()
         self.error = ""  # of the last look-up
+        self.errno: int | None = None  # of its error, if that is of this system: a thread or a descriptor it lacked
         self.looked = float("-inf")  # time.monotonic() of its end
         self.look_up: asyncio.Task[None] | None = None  # that is under way
         self.behind: dict[str, float] = {}  # address -> until when (time.monotonic()) it is tried after the others
@@ -53,11 +55,13 @@ class Name:
     def answered(self, infos: Sequence[AddressInfo]) -> None:
         """Take in what a look-up has brought."""
         self.infos, self.addresses, self.error = infos, frozenset(info[4][0] for info in infos), ""
+        self.errno = None
         self.behind = {address: until for address, until in self.behind.items() if address in self.addresses}
 
     def failed(self, error: Exception) -> None:
         """Take in that a look-up has failed."""
         self.error = str(getattr(error, "strerror", None) or error)
+        self.errno = errno.ENOMEM if isinstance(error, RuntimeError) else None  # it is a thread that was not to be had
         if isinstance(error, socket.gaierror) and error.errno in GONE:
             self.infos, self.addresses = [], frozenset()
 
@@ -85,7 +89,8 @@ class Names:
         elif name.look_up and now - name.looked > OLD:
             await asyncio.wait({name.look_up}, timeout=min(patience, MOMENT))
         if not name.infos:
-            raise OSError(f"the name {host} cannot be looked up: {name.error}")
+            text = f"the name {host} cannot be looked up: {name.error}"
+            raise OSError(name.errno, text) if name.errno else OSError(text)
         ordered = sorted(name.infos, key=lambda info: name.behind.get(info[4][0], 0.0) > now)
         return [(*info[:4], (info[4][0], port, *info[4][2:])) for info in ordered]
 

@@ -125,6 +125,7 @@ class Step(IntFlag):
     FIGURES = auto()  # rates; what workers use
     OVERRIDES = auto()  # whether their file is there
     SERVICE_MANAGER = auto()
+    CONNECTIONS = auto()  # to analyzers: whether this process has what it takes to open them
 
     @property
     def word(self) -> str:

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import itertools
 import os
+import resource
 import socket
 import struct
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
 
-    from fastdist.names import Names
+    from fastdist.names import AddressInfo, Names
     from fastdist.units import Endpoint
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
@@ -33,6 +34,8 @@ PAUSE = 0.1  # seconds to accept nothing when nothing helps
 HANDSHAKE = 0.1  # seconds that clients whose connection was begun before we finish have to complete it
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # else it is about one connection only
 COMPLAINT_SECONDS = 10.0  # between errors of one kind
+DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connections and those to analyzers
+NO_PORT = "no local port is left for another connection"
 NEXT_ADDRESS = 0.25  # seconds that the addresses of a name have before the next is tried beside them
 
 # A filter for a listener (classic BPF: code, jump if true, if false, operand): what has SYN set in its TCP flags is
@@ -190,7 +193,12 @@ async def connect(  # noqa: PLR0913  (who, where to, and what by)
     """
     infos = await names.infos(endpoint.host, endpoint.port, patience)
     async with timeouts.running(patience + NEXT_ADDRESS * (len(infos) - 1)):
-        connection = await aiohappyeyeballs.start_connection(infos, happy_eyeballs_delay=NEXT_ADDRESS)
+        try:
+            connection = await aiohappyeyeballs.start_connection(infos, happy_eyeballs_delay=NEXT_ADDRESS)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and any(_leads_there(info) for info in infos):
+                raise OSError(errno.ENOBUFS, NO_PORT) from error
+            raise
     with connection:  # whose descriptor a stream takes, and which the loop holds by itself
         peer = connection.getpeername()
         for info in itertools.takewhile(lambda info: info[4][0] != peer[0], infos):
@@ -208,3 +216,40 @@ async def connect(  # noqa: PLR0913  (who, where to, and what by)
             names.put_behind(endpoint.host, peer[0])  # it takes connections, but nobody speaks there
             raise
     return str(peer[0])
+
+
+def _leads_there(info: AddressInfo) -> bool:
+    """Whether this machine has an address to reach that one from: if so, EADDRNOTAVAIL was about TCP's ports."""
+    try:
+        with socket.socket(info[0], socket.SOCK_DGRAM) as probe:
+            probe.connect(info[4])  # sends nothing
+    except OSError:
+        return False
+    return True
+
+
+def descriptors() -> int:
+    """Return how many descriptors this process may have."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit if limit != resource.RLIM_INFINITY else 2**20
+
+
+def most_to_analyzers(emitters: int) -> int:
+    """Return how many connections to analyzers leave descriptors for so many emitters, if they have half of them."""
+    return max(descriptors() // 2, descriptors() - emitters - DESCRIPTORS_BESIDES)
+
+
+def shortage(error: BaseException) -> OSError | None:
+    """Return what this process or machine lacks, if ``error`` comes of that: it says nothing of the other side.
+
+    An error without a number is one of several addresses, or of a look-up, which does not tell when it is out of
+    descriptors: then it is tried whether there is one.
+    """
+    if not isinstance(error, OSError) or isinstance(error, TimeoutError):
+        return None
+    if error.errno is None:
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as lacking:
+            error = lacking
+    return error if error.errno in SHORTAGES else None

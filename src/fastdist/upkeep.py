@@ -22,6 +22,7 @@ QUIET = 2.0  # seconds: what a step does may be due at every run or at some of t
 ADVICE = {
     Step.OLD_RINGS: "let fastdist write to the queue's folder and to the old rings in it (adopt-*.fdq)",
     Step.QUEUE_FILES: "let fastdist read and write the queue's folder",
+    Step.CONNECTIONS: "raise the limit on open files (ulimit -n, LimitNOFILE) or lower delivery.connections",
     Step.OVERRIDES: "let fastdist write to the queue's folder",
 }
 

@@ -128,6 +128,29 @@ def test_a_low_limit_of_open_files_is_told_and_kept_to(mocks, serve):
 
 
 @pytest.mark.slow
+def test_more_analyzers_than_descriptors_end_nothing(mocks, serve):
+    """Neither the supervisor's checks nor a worker's connections take what others need, and nobody goes offline."""
+    endpoints = list(mocks.endpoints.values())
+    analyzers = {f"B{number}": endpoints[number % 4] for number in range(400)}
+    settings = {
+        "server": {"workers": 1},
+        "delivery": {"connections": 1, "spill_after": "100ms"},
+        "health": {"interval": "200ms", "timeout": "10s", "fall": 1},
+    }
+    limit = ("prlimit", "--nofile=200:200")
+    fastdist = serve(analyzers, settings, weights=dict.fromkeys(analyzers, 1.0), prefix=limit)
+    mocks.set_all(latency=0.2)
+    emitter = Emitter(fastdist.port, connections=4, pause=0).start().wait_for(2000)
+    fastdist.line_with("for emitters' connections")
+    mocks.set_all(latency=0)
+    emitter.stop()
+    stats = fastdist.wait_at_rest()
+    assert [row["restarts"] for row in stats["workers"]] == [0]
+    assert {row["state"] for row in fastdist.analyzers().values()} == {"online"}
+    assert sum(row["failed"] for row in fastdist.analyzers().values()) == 0
+    compare(emitter, mocks)
+
+
 def test_slow_and_silent_clients_are_shown_out(mocks, serve):
     settings = {"header_timeout": "500ms", "body_timeout": "500ms", "keepalive_timeout": "500ms", "workers": 1}
     fastdist = serve(mocks, {"server": settings})
