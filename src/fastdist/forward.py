@@ -185,7 +185,8 @@ class AnalyzerPool(PoolBase):
             if gap > PAUSED_NS:
                 connection.excuse(now_ns, gap - USUAL_GAP_NS)
             if connection.overdue(now_ns, timeout):
-                connection.close_after(f"no reply within {self.delivery.timeout:g} s", True)  # noqa: FBT003
+                what = "no whole request taken" if connection.is_early() else "no reply"
+                connection.close_after(f"{what} within {self.delivery.timeout:g} s", True)  # noqa: FBT003
             elif self.retired or now_ns > connection.replace_at or self._has_moved(connection, addresses):
                 connection.retire()
             elif connection.in_flight() == 0 and now_ns - connection.used_ns > IDLE_SECONDS * 1e9:

@@ -32,15 +32,17 @@ if TYPE_CHECKING:
     from fastdist.config import Analyzer, Health
 
 OK = range(200, 300)
-LONGEST_LINE = 8192  # bytes of a status line
+LONGEST_BEGINNING = 16384  # bytes up to the end of the status line, interim responses before it included
 LONGEST_REPLY = 65536  # bytes; a connection with a longer one is not kept
 SHORT_PAUSE = 1.0  # seconds at most until a check is tried again that this machine had no descriptor for
-INTERIM = re.compile(rb"HTTP/1\.\d 1(?!01)\d\d[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n")  # a head that another follows
-INTERIM_BEGUN = re.compile(rb"HTTP/1\.\d 1(?!01)\d\d")
+# The head of an interim response, with its empty line if that is there; 101 is none: what follows would not be HTTP.
+INTERIM = re.compile(rb"HTTP/1\.\d 1(?!01)\d\d(?!\d)[^\n]*\n(?:(?!\r?\n)[^\n]*\n)*(\r?\n)?")
 
 
 class Probe(asyncio.Protocol):
-    """A connection for checks: ``ask`` sends a request, and has the first line that comes back to it.
+    """A connection for checks: ``ask`` sends a request, and has the status line of its reply.
+
+    Interim responses (1xx) before that are skipped.
 
     A protocol rather than streams, which cost several times as much: with a thousand analyzers that would show.
     """
@@ -50,6 +52,7 @@ class Probe(asyncio.Protocol):
     def __init__(self, max_age: float) -> None:
         self._replace_at = time.monotonic() + max_age * random.uniform(YOUNGEST, 1.0)  # noqa: S311
         self._received = b""
+        self._skipped = 0  # bytes of interim responses
         self._status_line: asyncio.Future[bytes] | None = None
         self._ended: Exception | None = None
 
@@ -61,7 +64,7 @@ class Probe(asyncio.Protocol):
         """Return the status line of the reply. Raises OSError."""
         if self._ended is not None:
             raise self._ended
-        self._received = b""
+        self._received, self._skipped = b"", 0
         self._status_line = asyncio.get_running_loop().create_future()
         self.transport.write(request)
         return await self._status_line
@@ -69,29 +72,30 @@ class Probe(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take in a part of the reply."""
         self._received += data
-        while interim := INTERIM.match(self._received):
-            self._received = self._received[interim.end() :]
-        line, end, _ = self._received.partition(b"\n")
-        waiting = self._status_line is not None and not self._status_line.done()
-        if waiting and end and not INTERIM_BEGUN.match(line):
-            self._settle(line)
-        elif waiting and len(self._received) > LONGEST_LINE:  # it goes on and on
-            self._settle(b"?")
-        elif len(self._received) > LONGEST_REPLY:
+        if self._status_line is not None and not self._status_line.done():
+            self._look_for_status_line(self._status_line)
+        if len(self._received) > LONGEST_REPLY:
             self.transport.close()
+
+    def _look_for_status_line(self, found: asyncio.Future[bytes]) -> None:
+        over = 0
+        while (interim := INTERIM.match(self._received, over)) and interim[1]:
+            over = interim.end()
+        self._skipped, self._received = self._skipped + over, self._received[over:]
+        line, end, _ = self._received.partition(b"\n")
+        if end and not interim:
+            found.set_result(line)
+        elif self._skipped + len(self._received) > LONGEST_BEGINNING:  # it goes on and on
+            found.set_result(b"?")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Make do with what has come."""
         self._ended = exc or ConnectionError("connection closed before the reply")
         if self._status_line is not None and not self._status_line.done():
-            if exc is None and self._received:
-                self._settle(self._received)
+            if exc is None and self._received and not INTERIM.match(self._received):
+                self._status_line.set_result(self._received)
             else:
                 self._status_line.set_exception(self._ended)
-
-    def _settle(self, line: bytes) -> None:
-        assert self._status_line is not None  # noqa: S101  (the callers have looked)
-        self._status_line.set_result(line)
 
     def can_be_asked_again(self, addresses: frozenset[str]) -> bool:
         """Whether the last reply is whole, and the connection young and one to where the name leads (if it is one)."""

@@ -28,7 +28,7 @@ from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from fastdist._core.counters import Counters
     from fastdist._core.ring import PacketRing
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastdist.deadletters import DeadLetters
     from fastdist.forward import AnalyzerPool
 
+SHORTEST_PAUSE = 1.0  # seconds, for a Retry-After that is 0 or just past: it speaks of full seconds
 LONGEST_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
 
 log = logs.get()
@@ -108,11 +109,11 @@ class Outcomes(DispatchBase):
     def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None:
         """Send nothing to the analyzer for a while, as it asks for (429 or 503 with Retry-After)."""
         seconds = retry_after(value)
-        if not pool.retired and seconds:
+        if not pool.retired and seconds is not None:
             self.analyzer_states.set_error(pool.slot, f"HTTP {status}, Retry-After: {value[:40]}")
             self.analyzer_states.pause(pool.slot, time.monotonic_ns() + int(seconds * 1e9))
             pool.paused = True
-        self.failed(pool, handles, f"HTTP {status}", counted=not seconds, status=status)
+        self.failed(pool, handles, f"HTTP {status}", counted=seconds is None, status=status)
 
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None:
         """Put a packet that was refused to the dead letters; of a refused batch, find out first which packet it was.
@@ -245,6 +246,11 @@ class Outcomes(DispatchBase):
         pool.watch(handle)
         return retrying
 
+    def failed_on(self, handle: int) -> Collection[int]:
+        """Return the slots of the analyzers that a packet has failed on in this round."""
+        retrying = self.retrying.get(self.ring.sequence(handle))
+        return () if retrying is None else retrying.tried
+
     def _pass_on(self, handle: int, retrying: Retrying, others: Mapping[int, float]) -> None:
         """Have one of ``others`` get a packet, by weight (sticky: the next in the packet's own order), if any."""
         if others:
@@ -294,14 +300,16 @@ class Outcomes(DispatchBase):
             self.settled(sequence, None)
 
 
-def retry_after(value: str) -> float:
-    """Return the seconds a Retry-After (seconds or an HTTP date) asks for; 0 for what is neither."""
+def retry_after(value: str) -> float | None:
+    """Return for how many seconds to pause, as a Retry-After (seconds or an HTTP date) asks; None for what is neither."""
     if value.isdecimal():
-        return min(float(value), LONGEST_PAUSE)
-    try:
-        date = parsedate_to_datetime(value)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return 0.0
-    if date.tzinfo is None:  # the oldest of the three forms names no zone; it is GMT
-        date = date.replace(tzinfo=UTC)
-    return min(max(date.timestamp() - time.time(), 0.0), LONGEST_PAUSE)
+        seconds = float(value)
+    else:
+        try:
+            date = parsedate_to_datetime(value)
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+        if date.tzinfo is None:  # the oldest of the three forms names no zone; it is GMT
+            date = date.replace(tzinfo=UTC)
+        seconds = date.timestamp() - time.time()
+    return min(max(seconds, SHORTEST_PAUSE), LONGEST_PAUSE)

@@ -14,7 +14,7 @@ import os
 import resource
 import socket
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import aiohappyeyeballs
 
@@ -36,6 +36,7 @@ SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # else it
 COMPLAINT_SECONDS = 10.0  # between errors of one kind
 DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connections and those to analyzers
 NO_PORT = "no local port is left for another connection"
+GOODBYE = 1.0  # seconds to write what there is when a connection with TLS ends
 NEXT_ADDRESS = 0.25  # seconds that the addresses of a name have before the next is tried beside them
 
 # A filter for a listener (classic BPF: code, jump if true, if false, operand): what has SYN set in its TCP flags is
@@ -176,6 +177,31 @@ def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiv
     return Acceptor(listener, taken, poller.turn)
 
 
+class TlsTransport:
+    """``tls``, a transport of the loop, that knows what ``carrier`` below it has yet to write, and ends at once.
+
+    The loop's own says that all is written when it is encrypted, and waits up to half a minute for the other side to
+    agree to the end. A side that has said it is to close need not wait (RFC 8446, 6.1).
+    """
+
+    def __init__(self, tls: asyncio.Transport, carrier: asyncio.Transport) -> None:
+        self._tls, self._carrier = tls, carrier
+        self.write, self.abort, self.get_extra_info = tls.write, tls.abort, tls.get_extra_info
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes the kernel has not taken yet; of those that are encrypted, in that form."""
+        return self._tls.get_write_buffer_size() + self._carrier.get_write_buffer_size()
+
+    def is_closing(self) -> bool:
+        """Whether the connection is closed, or about to be."""
+        return self._tls.is_closing() or self._carrier.is_closing()
+
+    def close(self) -> None:
+        """Say that this is the end, and close; what the kernel does not take at once has ``GOODBYE`` seconds."""
+        self._tls.close()
+        asyncio.get_running_loop().call_later(GOODBYE if self.get_write_buffer_size() else 0, self.abort)
+
+
 async def connect(  # noqa: PLR0913  (who, where to, and what by)
     protocol: asyncio.Protocol,
     names: Names,
@@ -209,9 +235,7 @@ async def connect(  # noqa: PLR0913  (who, where to, and what by)
             return str(peer[0])
         try:
             async with timeouts.running(patience):
-                await asyncio.get_running_loop().create_connection(
-                    lambda: protocol, sock=connection, ssl=tls, server_hostname=endpoint.host if tls else None
-                )
+                await _connect_by_loop(protocol, connection, tls, endpoint.host)
         except Exception:
             names.put_behind(endpoint.host, peer[0])  # it takes connections, but nobody speaks there
             raise
@@ -253,3 +277,20 @@ def shortage(error: BaseException) -> OSError | None:
         except OSError as lacking:
             error = lacking
     return error if error.errno in SHORTAGES else None
+
+
+async def _connect_by_loop(
+    protocol: asyncio.Protocol, connection: socket.socket, tls: ssl.SSLContext | None, host: str
+) -> None:
+    """Connect ``protocol`` to a transport of the loop; with TLS, after the handshake."""
+    loop = asyncio.get_running_loop()
+    if tls is None:
+        await loop.create_connection(lambda: protocol, sock=connection)
+        return
+    carrier, nobody = await loop.create_connection(asyncio.Protocol, sock=connection)
+    transport = await loop.start_tls(carrier, nobody, tls, server_hostname=host)
+    if transport is None or carrier.is_closing():  # nobody would tell the protocol
+        carrier.abort()
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    transport.set_protocol(protocol)  # no data come before who waits for the handshake has had its turn
+    protocol.connection_made(cast("asyncio.Transport", TlsTransport(transport, carrier)))

@@ -112,6 +112,9 @@ class Transport:
         assert type(data) is bytes
         self.writes.append(data)
 
+    def is_closing(self):
+        return self.ended is not None
+
     def get_write_buffer_size(self):
         return self.unflushed
 
@@ -541,12 +544,15 @@ class Script(asyncio.Protocol):
         self.server.received.append((self.number, data))
         self.server.on_data(self.number, self.transport, data)
 
+    def eof_received(self):
+        self.server.on_eof(self.number)
+
 
 class ScriptServer:
-    """A server that does what the test says: see ``Script``."""
+    """A server that does what the test says: see ``Script``. ``on_eof(connection number)``: the other side has ended."""
 
     def __init__(self, on_data=lambda *_: None, on_connect=lambda *_: None):
-        self.on_data, self.on_connect = on_data, on_connect
+        self.on_data, self.on_connect, self.on_eof = on_data, on_connect, lambda _number: None
         self.transports, self.received = [], []
 
     async def start(self, tls=None, host="127.0.0.1", port=0, room=None):
@@ -560,7 +566,7 @@ class ScriptServer:
 
     @property
     def endpoint(self):
-        return f"http://127.0.0.1:{self.port}/analyze"
+        return endpoint(self.port)
 
     @property
     def open(self):
@@ -570,6 +576,10 @@ class ScriptServer:
         self.server.close()
         for transport in self.transports:
             transport.abort()
+
+
+def endpoint(port, tls=None, host="127.0.0.1"):
+    return f"{'https' if tls else 'http'}://{host}:{port}/analyze"
 
 
 def endpoint_of(server):

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import itertools
 import socket
-import ssl
 import threading
 
 import pytest
-from forward_harness import OK, ScriptServer, World, requests_in, run, self_signed, shared_block, until
+from forward_harness import OK, ScriptServer, World, endpoint, requests_in, run, shared_block, until
 
-from fastdist import dispatch, health, names
+from fastdist import names
 from fastdist.config import Analyzer, Health
 from fastdist.health import HealthChecker
 from fastdist.shared import AnalyzerWord
@@ -44,23 +43,6 @@ def resolver(monkeypatch):
     resolver.over.set()
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    return self_signed(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture(params=["plain", "tls"])
-def tls(request, monkeypatch, certificate):
-    """The server's context, or None."""
-    if request.param == "plain":
-        return None
-    path, context = certificate
-    trusting = ssl.create_default_context(cafile=path)
-    for module in (dispatch, health):
-        monkeypatch.setattr(module.ssl, "create_default_context", lambda: trusting)
-    return context
-
-
 @contextlib.contextmanager
 def dead(how, port):
     """Have FIRST's port refuse connections, leave them unanswered, or take them and say nothing."""
@@ -72,10 +54,6 @@ def dead(how, port):
                 filler.setblocking(False)
                 filler.connect_ex(listener.getsockname())
         yield
-
-
-def endpoint(port, tls, host=NAME):
-    return f"{'https' if tls else 'http'}://{host}:{port}/analyze"
 
 
 def ids(server):
@@ -96,7 +74,7 @@ def test_packets_reach_the_next_address_of_a_name(tmp_path, resolver, tls, how):
     async def scenario():
         server = await answering(tls)
         with dead(how, server.port):
-            async with World(tmp_path, {"A1": endpoint(server.port, tls)}, health={"fall": 1}) as w:
+            async with World(tmp_path, {"A1": endpoint(server.port, tls, NAME)}, health={"fall": 1}) as w:
                 w.push(20)
                 await w.until_empty()
                 assert w.delivered(0) == 20
@@ -118,7 +96,7 @@ def test_checks_reach_the_next_address_of_a_name(resolver, tls, how):
         states.set(0, AnalyzerWord.IN_USE, 1)
         checker = HealthChecker(states, Health(interval=0.02, timeout=5.0, fall=1), 60.0)
         with dead(how, server.port):
-            checker.set_roster({0: Analyzer(id="A1", endpoint=endpoint(server.port, tls), weight=1)})
+            checker.set_roster({0: Analyzer(id="A1", endpoint=endpoint(server.port, tls, NAME), weight=1)})
             await until(lambda: states.get(0, AnalyzerWord.CHECK_SUCCESSES) >= 3)
             assert states.is_online(0)
             assert states.error(0) == ""
@@ -137,7 +115,7 @@ def test_an_address_where_nobody_speaks_is_tried_last(tmp_path, resolver, tls):
         server = await answering(tls)
         with dead("says nothing", server.port):
             delivery = {"connect_timeout": 1.0, "connections": 1}
-            async with World(tmp_path, {"A1": endpoint(server.port, tls)}, delivery=delivery) as w:
+            async with World(tmp_path, {"A1": endpoint(server.port, tls, NAME)}, delivery=delivery) as w:
                 w.push(20)
                 await w.until_empty()
                 assert w.delivered(0) == 20
@@ -154,7 +132,7 @@ def test_a_name_that_hangs_keeps_no_other_waiting(tmp_path):
     async def scenario():
         server = await answering()
         hanging = {f"B{number}": endpoint(9, None, f"slow{number}.test") for number in range(7)}
-        async with World(tmp_path, {"A1": endpoint(server.port, None), **hanging}, health={"fall": 1}) as w:
+        async with World(tmp_path, {"A1": endpoint(server.port, None, NAME), **hanging}, health={"fall": 1}) as w:
             checker = HealthChecker(w.states, Health(interval=0.02, timeout=5.0, fall=1), 60.0)
             checker.set_roster(w.roster)
             w.push(400)
@@ -176,7 +154,7 @@ def test_kept_connections_follow_a_name_that_moves(tmp_path, resolver, monkeypat
     async def scenario():
         old = await answering(tls)
         new = await answering(tls, FIRST, old.port)
-        async with World(tmp_path, {"A1": endpoint(old.port, tls)}, delivery={"connections": 4}) as w:
+        async with World(tmp_path, {"A1": endpoint(old.port, tls, NAME)}, delivery={"connections": 4}) as w:
             for _ in range(10):
                 w.push(20)
                 await w.until_empty()

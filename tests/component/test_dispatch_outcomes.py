@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastdist import dispatch, outcomes
 from fastdist._core.pick import Rendezvous
-from fastdist.outcomes import LONGEST_PAUSE, retry_after
+from fastdist.outcomes import LONGEST_PAUSE, SHORTEST_PAUSE, retry_after
 from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights
 
@@ -331,16 +331,38 @@ def test_sticky_packets_wait_for_an_analyzer_that_pauses(tmp_path):
         bench.answer_all()
 
 
-@pytest.mark.parametrize("value", ["0", "", "soon", "\xb2", "-3", "1.5", "Thu, 01 Jan 1970 00:00:00 GMT"])
-def test_a_retry_after_that_asks_for_no_pause_is_a_plain_failure(tmp_path, value):
+def answer_503(bench, value):
+    """Let a packet be answered 503 with this Retry-After; return the analyzer's slot."""
+    bench.push(b"x")
+    ((slot,),) = [where(bench, "p1")]
+    (connection,) = bench.busy(slot)
+    bench.answer(connection, b"HTTP/1.1 503 No\r\nRetry-After: %b\r\n\r\n" % value.encode("latin-1"))
+    assert where(bench, "p1") == [slot, 1 - slot]
+    return slot
+
+
+@pytest.mark.parametrize("value", ["0", "00", "Thu, 01 Jan 1970 00:00:00 GMT", "a second ago"])
+def test_a_retry_after_of_now_is_a_pause_of_a_second(tmp_path, value):
+    if value == "a second ago":
+        value = (dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
+        slot = answer_503(bench, value)
+        assert bench.states.is_online(slot)
+        assert bench.states.get(slot, AnalyzerWord.DELIVERY_FAILURES) == 0
+        assert bench.states.error(slot) == f"HTTP 503, Retry-After: {value}"
+        assert share_of(bench, slot) == 0
+        bench.pass_time(1.1)
+        assert share_of(bench, slot) == 1
+        bench.answer_all()
+
+
+@pytest.mark.parametrize("value", ["", "soon", "\xb2", "-3", "1.5"])
+def test_a_retry_after_that_says_nothing_is_a_failure(tmp_path, value):
     with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
-        bench.push(b"x")
-        ((slot,),) = [where(bench, "p1")]
-        (connection,) = bench.busy(slot)
-        bench.answer(connection, b"HTTP/1.1 503 No\r\nRetry-After: %b\r\n\r\n" % value.encode("latin-1"))
+        slot = answer_503(bench, value)
         assert bench.states.get(slot, AnalyzerWord.DELIVERY_FAILURES) == 1
         assert bench.states.error(slot) == "HTTP 503"
-        assert where(bench, "p1") == [slot, 1 - slot]
+        assert share_of(bench, slot) == 1
 
 
 NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
@@ -349,7 +371,7 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
-        ("0", 0),
+        ("0", 1),
         ("1", 1),
         ("0120", 120),
         ("3600", 3600),
@@ -358,27 +380,27 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
         ("Tue, 14 Nov 2023 22:13:50 GMT", 30),
         ("Tuesday, 14-Nov-23 22:13:50 GMT", 30),
         ("Tue Nov 14 22:13:50 2023", 30),
-        ("Tue, 14 Nov 2023 22:13:20 GMT", 0),
-        ("Tue, 14 Nov 2023 22:13:19 GMT", 0),
+        ("Tue, 14 Nov 2023 22:13:20 GMT", 1),
+        ("Tue, 14 Nov 2023 22:13:19 GMT", 1),
         ("Tue, 14 Nov 2023 23:14:20 +0100", 60),
         ("Wed, 15 Nov 2023 22:13:20 GMT", LONGEST_PAUSE),
         ("Fri, 31 Dec 9999 23:59:59 GMT", LONGEST_PAUSE),
-        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
-        ("", 0),
-        (" ", 0),
-        ("soon", 0),
-        ("-1", 0),
-        ("+1", 0),
-        ("1.5", 0),
-        ("1 2", 0),
-        ("1e3", 0),
-        ("\xb2", 0),
-        ("\xb9\xb2", 0),
-        ("Tue, 99 Nov 2023 22:13:50 GMT", 0),
-        ("Tue, 14 Nov 99999999999999999999 22:13:50 GMT", 0),
-        ("Tue, 14 Nov 2023 22:13:50 +99999999", 0),
-        (",,,", 0),
-        (":", 0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 1),
+        ("", None),
+        (" ", None),
+        ("soon", None),
+        ("-1", None),
+        ("+1", None),
+        ("1.5", None),
+        ("1 2", None),
+        ("1e3", None),
+        ("\xb2", None),
+        ("\xb9\xb2", None),
+        ("Tue, 99 Nov 2023 22:13:50 GMT", None),
+        ("Tue, 14 Nov 99999999999999999999 22:13:50 GMT", None),
+        ("Tue, 14 Nov 2023 22:13:50 +99999999", None),
+        (",,,", None),
+        (":", None),
     ],
 )
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
@@ -387,7 +409,7 @@ def test_retry_after_is_seconds_or_a_date(monkeypatch, value, seconds, zone):
     outcomes.time.tzset()
     monkeypatch.setattr(outcomes.time, "time", lambda: NOW)
     try:
-        assert retry_after(value) == pytest.approx(seconds)
+        assert retry_after(value) == (None if seconds is None else pytest.approx(seconds))
     finally:
         monkeypatch.undo()
         outcomes.time.tzset()
@@ -398,4 +420,5 @@ def test_retry_after_is_seconds_or_a_date(monkeypatch, value, seconds, zone):
 )
 @settings(max_examples=5 * settings().max_examples)
 def test_no_retry_after_is_too_odd(value):
-    assert 0 <= retry_after(value) <= LONGEST_PAUSE
+    seconds = retry_after(value)
+    assert seconds is None or SHORTEST_PAUSE <= seconds <= LONGEST_PAUSE

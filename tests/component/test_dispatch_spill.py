@@ -276,6 +276,35 @@ def test_retries_in_front_do_not_hide_what_is_old(tmp_path):
         assert "p1" in bench.sent_ids(0) + bench.sent_ids(1)
 
 
+def test_a_retry_spills_to_one_it_has_not_failed_on(tmp_path):
+    with Bench(
+        tmp_path, (1, 1, 1), delivery={"connections": 1, "spill_after": 0.5, "timeout": 1000.0}, health={"fall": 9}
+    ) as bench:
+        bench.push(*[b"x"] * 3)
+        (failed,) = bench.sent_ids(0)
+        bench.answer_all(reply(500), [0])
+        (holder,) = [slot for slot in (1, 2) if bench.pool(slot).waiting]
+        bench.answer_all(slots=[3 - holder])
+        assert [bench.pool(slot).room() for slot in (0, 3 - holder)] == [1, 1]
+        pass_time(bench, 5)
+        assert bench.count("spilled") == 1
+        assert bench.sent_ids(0) == [failed]
+        assert failed in bench.sent_ids(3 - holder)
+        bench.answer_all()
+
+
+def test_a_retry_spills_to_who_has_room_if_nobody_else_has(tmp_path):
+    with Bench(
+        tmp_path, (1, 1), delivery={"connections": 1, "spill_after": 0.5, "timeout": 1000.0}, health={"fall": 9}
+    ) as bench:
+        bench.push(*[b"x"] * 2)
+        (failed,) = bench.sent_ids(0)
+        bench.answer_all(reply(500), [0])
+        pass_time(bench, 5)
+        assert bench.sent_ids(0) == [failed, failed]
+        bench.answer_all()
+
+
 def test_what_lingers_for_its_batch_does_not_spill(tmp_path):
     batches = {"mode": "batch", "linger": 10.0, "spill_after": 0.0, "connections": 4}
     with Bench(tmp_path, (1, 1), delivery=batches) as bench:

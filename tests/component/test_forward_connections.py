@@ -16,16 +16,17 @@ from forward_harness import (
     DeskPool,
     ScriptServer,
     World,
+    endpoint,
     reply,
     requests_in,
     run,
-    self_signed,
     start_mock,
     until,
 )
 
-from fastdist import dispatch
 from fastdist.forward import describe
+
+CLOSE = reply(200, "Connection: close")
 
 # ---- which connection is used
 
@@ -389,8 +390,8 @@ def test_a_connection_that_cannot_be_opened_in_time_is_a_failure(tmp_path):
             fillers.append(filler)
         try:
             # Alone: on a busy machine another, which does answer, could be late as well.
-            endpoint = f"http://127.0.0.1:{port}/"
-            async with World(tmp_path, {"A1": endpoint}, delivery={"connect_timeout": 0.2}, health={"fall": 2}) as w:
+            delivery = {"connect_timeout": 0.2}
+            async with World(tmp_path, {"A1": endpoint(port)}, delivery=delivery, health={"fall": 2}) as w:
                 w.push(40)
                 await until(lambda: not w.states.is_online(0), "it is offline")
                 assert w.states.error(0) == "cannot connect: no answer within 0.2 s"
@@ -459,6 +460,62 @@ def test_a_keep_alive_connection_that_went_stale_is_no_failure(tmp_path):
     run(scenario())
 
 
+def test_what_is_behind_a_reply_without_end_goes_again(tmp_path):
+    """The analyzer gives no length, and leaves the end of the connection to us: no more is looked at there."""
+
+    async def scenario():
+        server = await ScriptServer(lambda _n, transport, _data: transport.write(b"HTTP/1.1 200 OK\r\n\r\nok")).start()
+        delivery = {"pipeline": 4, "connections": 32, "timeout": 60.0}
+        async with World(tmp_path, {"A1": server}, delivery=delivery, health={"fall": 1}) as w:
+            w.push(32)
+            await w.until_empty()
+            assert w.delivered(0) == 32
+            assert w.counters.get_of(0, "failed") == 0
+            assert w.states.is_online(0)
+
+    run(scenario())
+
+
+def test_a_connection_that_is_to_close_frees_its_slot(tmp_path, tls):
+    """The analyzer says that it closes, leaves that to us, and does not listen any more."""
+
+    async def scenario():
+        def answer(_number, transport, _data):
+            transport.write(reply(200, "Connection: close"))
+            transport.pause_reading()
+
+        server = await ScriptServer(answer).start(tls)
+        async with World(tmp_path, {"A1": endpoint(server.port, tls)}, delivery={"connections": 1}) as w:
+            w.push(20)
+            await w.until_empty()
+            assert w.delivered(0) == len(server.transports) == 20
+            assert w.counters.get_of(0, "failed") == w.counters.get("retried") == 0
+            assert w.most_open == 1
+            await until(lambda: w.dispatcher.pools[0].open_connections == 0)
+        server.stop()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["closed by us", "left to us"])
+def test_the_end_of_a_tls_connection_is_told(tmp_path, trusted, how):
+    """Whoever reads hears that it was no cut (close_notify)."""
+
+    async def scenario():
+        ends = []
+        server = ScriptServer(lambda _n, transport, _data: transport.write(OK if how == "closed by us" else CLOSE))
+        server.on_eof = ends.append
+        await server.start(trusted)
+        async with World(tmp_path, {"A1": endpoint(server.port, trusted)}) as w:
+            w.push(1)
+            await w.until_empty()
+            w.dispatcher.close()
+            await until(lambda: ends == [0])
+        server.stop()
+
+    run(scenario())
+
+
 def test_an_early_refusal_does_not_hold_the_connection(tmp_path):
     """The analyzer refuses a body it does not read, and says that it closes, but does not."""
 
@@ -479,17 +536,11 @@ def test_an_early_refusal_does_not_hold_the_connection(tmp_path):
     run(scenario())
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    return self_signed(tmp_path_factory.mktemp("tls"))
-
-
 def test_a_certificate_nobody_vouches_for_is_a_failure(tmp_path, certificate):
     async def scenario():
         server = await ScriptServer().start(tls=certificate[1])
         mock = start_mock("A2")
-        endpoint = f"https://127.0.0.1:{server.port}/analyze"
-        async with World(tmp_path, {"A1": endpoint, "A2": mock}) as w:
+        async with World(tmp_path, {"A1": endpoint(server.port, "tls"), "A2": mock}) as w:
             w.push(20)
             await w.until_empty()
             assert w.delivered(1) == 20
@@ -503,19 +554,16 @@ def test_a_certificate_nobody_vouches_for_is_a_failure(tmp_path, certificate):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_packets_travel_over_tls(tmp_path, certificate, monkeypatch, host):
+def test_packets_travel_over_tls(tmp_path, trusted, host):
     """A certificate is for the host that is in the endpoint, and for no other."""
-    path, context = certificate
-    trusting = ssl.create_default_context(cafile=path)
-    monkeypatch.setattr(dispatch.ssl, "create_default_context", lambda: trusting)
 
     async def scenario():
         server = await ScriptServer(lambda _n, transport, data: transport.write(OK * data.count(b"POST"))).start(
-            context
+            trusted
         )
-        server_endpoint = f"https://{host}:{server.port}/analyze"
         mock = start_mock("A2")
-        async with World(tmp_path, {"A1": server_endpoint, "A2": mock}, delivery={"pipeline": 4}) as w:
+        servers = {"A1": endpoint(server.port, trusted, host), "A2": mock}
+        async with World(tmp_path, servers, delivery={"pipeline": 4}) as w:
             w.push(40)
             await w.until_empty()
             if host == "127.0.0.1":
@@ -534,8 +582,7 @@ def test_a_server_that_speaks_no_tls_is_a_failure(tmp_path):
     async def scenario():
         plain = start_mock("A1")
         mock = start_mock("A2")
-        endpoint = plain.listener.origin.replace("http", "https")
-        async with World(tmp_path, {"A1": f"{endpoint}/analyze", "A2": mock}) as w:
+        async with World(tmp_path, {"A1": endpoint(plain.listener.port, "tls"), "A2": mock}) as w:
             w.push(20)
             await w.until_empty()
             assert w.delivered(1) == 20

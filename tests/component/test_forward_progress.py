@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
-from forward_harness import SECOND, Desk, ScriptServer, World, reply, run, self_signed, shared_block, start_mock, until
+from forward_harness import (
+    SECOND,
+    Desk,
+    ScriptServer,
+    World,
+    endpoint,
+    reply,
+    run,
+    shared_block,
+    start_mock,
+    until,
+)
 
-from fastdist import dispatch
 from fastdist.config import Analyzer, Health
 from fastdist.health import HealthChecker
 from fastdist.shared import AnalyzerWord
 
 LARGE = b"x" * (8 << 20)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    return self_signed(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture(params=["plain", "tls"])
-def tls(request, monkeypatch, certificate):
-    """The server's context, or None."""
-    if request.param == "plain":
-        return None
-    path, context = certificate
-    trusting = ssl.create_default_context(cafile=path)
-    monkeypatch.setattr(dispatch.ssl, "create_default_context", lambda: trusting)
-    return context
-
-
-def endpoint(port, tls):
-    return f"{'https' if tls else 'http'}://127.0.0.1:{port}/analyze"
 
 
 # ---- a large request, and a reader that is slow or stands still

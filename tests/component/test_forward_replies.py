@@ -66,6 +66,7 @@ DELIVERED = {
     "coded and chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
     "interim": b"HTTP/1.1 100 Continue\r\n\r\n" + OK,
     "interims": INTERIM * 3 + b"HTTP/1.1 100 Continue\n\n" + reply(200, body=b"12"),
+    "as many interims as may be": b"HTTP/1.1 102\r\n\r\n" * 32 + OK,
     "bare LF": b"HTTP/1.1 200 OK\nContent-Length: 2\n\nhi",
     "bare LF, mixed": b"HTTP/1.1 200 OK\r\nContent-Length: 2\n\r\nhi",
     "bare LF, chunked": b"HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n1\r\n\n\r\n0\r\n\r\n",
@@ -108,7 +109,17 @@ CASES = {
         FIN,
         Outcome(1, [not_sent("p3"), not_sent("p2")], "close"),
     ),
-    "delimited by an end that does not come": (BARE + b"body", OPEN, Outcome(1, [])),
+    "delimited by an end that does not come": (BARE + b"body", OPEN, Outcome(1, [not_sent("p3"), not_sent("p2")])),
+    "interims for ever": (
+        OK + b"HTTP/1.1 102\r\n\r\n" * 33,
+        OPEN,
+        Outcome(1, [not_sent("p3"), failed("p2", "too many interim replies (1xx)")], "abort"),
+    ),
+    "a last reply whose body is still to come": (
+        reply(200, "Connection: close", body=b"body")[:-3],
+        OPEN,
+        Outcome(1, [not_sent("p3"), not_sent("p2")]),
+    ),
     "HTTP/1.0, delimited": (b"HTTP/1.0 200\n\nbody", FIN, Outcome(1, [not_sent("p3"), not_sent("p2")], "close")),
     "a body to come": (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + OK, OPEN, Outcome(1, [])),
     "a failure among others": (OK + reply(500) + OK, OPEN, Outcome(2, [failed("p2", "HTTP 500", 500)])),
@@ -448,6 +459,7 @@ def test_no_bytes_crash_it_or_lose_a_packet(pieces, data, way, packets, end):
     stream = b"".join(pieces)
     while stream:
         size = data.draw(st.integers(1, len(stream)))
+        connection.transport.unflushed = data.draw(st.sampled_from([0, 0, 30, 10_000]))
         connection.data_received(stream[:size])
         stream = stream[size:]
         desk.check()

@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from forward_harness import ScriptServer, reply, run, self_signed, shared_block, start_mock, until
+from forward_harness import ScriptServer, reply, run, shared_block, start_mock, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdist.config import Analyzer, Health
-from fastdist.health import HealthChecker
+from fastdist.health import HealthChecker, Probe
 from fastdist.shared import AnalyzerState, AnalyzerWord
 
 OK = reply(200)
@@ -223,6 +224,15 @@ ANSWERS = {
     "half a status": (b"HTTP/1.1 20\r\n\r\n", 0, NOT_HTTP),
     "a line without end": (b"HTTP/1.1 200 " + b"x" * 300_000, 0, NOT_HTTP),
     "an empty line": (b"\r\n", 0, NOT_HTTP),
+    "100 before": (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, 200, ""),
+    "103 before": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n" + OK, 200, ""),
+    "several before": (b"HTTP/1.1 102\n\n" * 20 + b"HTTP/1.1 103 x\r\nA: b\nC: d\r\n\r\n" + OK, 200, ""),
+    "100 before 503": (b"HTTP/1.1 100 Continue\r\n\r\n" + reply(503), 503, "health check: HTTP 503"),
+    "101": (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 101, "health check: HTTP 101"),
+    "100 before garbage": (b"HTTP/1.1 100 Continue\r\n\r\nhello\r\n", 0, NOT_HTTP),
+    "1000": (b"HTTP/1.1 1000 x\r\n\r\n", 100, "health check: HTTP 100"),
+    "interims for ever": (b"HTTP/1.1 102 Processing\r\n\r\n" * 1000, 0, NOT_HTTP),
+    "an interim without end": (b"HTTP/1.1 103 Early Hints\r\n" + b"Link: </x>\r\n" * 2000, 0, NOT_HTTP),
 }
 
 
@@ -245,6 +255,32 @@ def test_what_an_answer_means(name):
     run(scenario())
 
 
+async def line_of(*pieces):
+    """Return what a check takes for the status line of what comes in these pieces."""
+    probe = Probe(60.0)
+    probe.connection_made(Mock(spec=asyncio.Transport))
+    asking = asyncio.ensure_future(probe.ask(b""))
+    await asyncio.sleep(0)
+    for piece in pieces:
+        probe.data_received(piece)
+    probe.connection_lost(None)
+    return await asking
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_means_the_same_however_it_is_split(name):
+    data, status, _ = ANSWERS[name]
+
+    async def scenario():
+        whole = await line_of(data)
+        assert not status or whole.split()[1].startswith(b"%d" % status)
+        for at in range(1, min(len(data), 700)):
+            assert await line_of(data[:at], data[at:]) == whole
+        assert await line_of(*(data[at : at + 1] for at in range(min(len(data), 700))), data[700:]) == whole
+
+    run(scenario())
+
+
 def drip(transport, text=b"HTTP/1.1 200 OK and so on for a long while"):
     """Write a byte now and then."""
     if text and not transport.is_closing():
@@ -257,6 +293,8 @@ MUTE = {
     "half a line": lambda transport: transport.write(b"HTTP/1.1 200"),
     "dripping": drip,
     "closed": lambda transport: transport.close(),
+    "closed in an interim": lambda transport: (transport.write(b"HTTP/1.1 100 Continue\r\n"), transport.close()),
+    "closed after an interim": lambda transport: (transport.write(b"HTTP/1.1 100 Continue\r\n\r\n"), transport.close()),
     "reset": lambda transport: transport.abort(),
 }
 
@@ -419,11 +457,6 @@ def test_checks_leave_no_connections_behind():
 
 
 # ---- TLS
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 def test_a_certificate_nobody_vouches_for_is_a_failed_check(certificate):

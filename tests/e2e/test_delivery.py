@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import socket
+import struct
 import subprocess
+import threading
 
 import pytest
-from support import BODY, WEIGHTS, Emitter, compare, own_body
+from support import BODY, WEIGHTS, Emitter, compare, own_body, wait_until
 
 MODES = {
     "single": {},
@@ -159,3 +163,54 @@ def test_200_000_packets_of_a_foreign_load_generator(mocks, serve, tmp_path):
     assert stats["packets"]["retried"] == 0
     assert len(mocks.delivered()) == accepted, "an id was given twice"
     check_shares(stats)
+
+
+class EarlyAnalyzer:
+    """Answers 200 when it has a request's head; resets the first ``cuts`` connections then, and reads on in the others.
+
+    ``bodies``: all that were read whole.
+    """
+
+    def __init__(self, answer: bytes, cuts: int) -> None:
+        self.answer, self.cuts, self.bodies = answer, cuts, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self.listener.getsockname()[1]}/analyze"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, connection.makefile("rb") as lines, contextlib.suppress(OSError):
+            head = b"".join(iter(lines.readline, b"\r\n"))
+            connection.sendall(self.answer)
+            if not head.startswith(b"POST"):
+                return
+            self.cuts -= 1
+            if self.cuts >= 0:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
+            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            body = lines.read(length)
+            if len(body) == length:
+                self.bodies.append(body)
+            lines.read()  # until the other side closes
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_a_packet_answered_early_is_delivered_whole(serve, connection):
+    """What the analyzer cut off after its 200 was no delivery, and goes again."""
+    answer = f"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: {connection}\r\n\r\nok".encode()
+    analyzer = EarlyAnalyzer(answer, cuts=2)
+    body = b'{"emitterId":"e1","messages":[{"message":"%s"}]}' % (b"x" * (8 << 20))
+    with analyzer.listener:
+        fastdist = serve({"A1": analyzer.endpoint}, weights={"A1": 1.0})
+        assert fastdist.post(body)[0] == 202
+        packets = fastdist.wait_at_rest()["packets"]
+        assert (packets["delivered"], packets["deadLettered"]) == (1, 0)
+        assert packets["retried"] == 2
+        wait_until(lambda: analyzer.bodies, "the body is read")
+        assert analyzer.bodies == [body]

@@ -9,7 +9,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from fastdist._core.bits cimport load, mix, mono_ns, unlikely
 from fastdist._core.counters cimport SPILLED
-from fastdist._core.forward cimport LINGERING, PoolBase
+from fastdist._core.forward cimport LINGERING, WATCHED, PoolBase
 from fastdist._core.pick cimport GOLDEN, AliasTable, Rendezvous
 from fastdist._core.ring cimport PacketRing, Record
 from fastdist._core.states cimport AnalyzerStates
@@ -283,9 +283,14 @@ cdef class DispatchBase:
         return 0
 
     cdef PoolBase relief(self, PoolBase waiting, uint32_t handle):
-        """Return who is to take a packet that waits there, None if nobody has room: in turn, by weight."""
+        """Return who is to take a packet that waits there, None if nobody has room: in turn, by weight.
+
+        One that it has failed on only when nobody else has room.
+        """
         cdef PoolBase pool, best = None
         cdef double start, begun = 0
+        cdef object failed_on = self.failed_on(handle) if self.ring.entries[handle].flags & WATCHED else None
+        cdef bint again, best_again = False
         cdef Py_ssize_t at = 0
         cdef int32_t slot
         while at < self.roomy_count:
@@ -296,9 +301,12 @@ cdef class DispatchBase:
                 self.roomy[at] = self.roomy[self.roomy_count]
                 continue
             at += 1
+            if pool is waiting:
+                continue
             start = max(self.finish[slot], self.spill_clock)
-            if (best is None or start < begun) and pool is not waiting:
-                best, begun = pool, start
+            again = failed_on is not None and slot in failed_on
+            if best is None or again < best_again or (again == best_again and start < begun):
+                best, begun, best_again = pool, start, again
         if best is not None:
             self.spill_clock = begun
             self.finish[best.slot] = begun + self.units(waiting.ring.record_of(handle)) / self.share[best.slot]

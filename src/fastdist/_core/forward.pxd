@@ -5,6 +5,11 @@ from fastdist._core.http cimport Chunked, ReplyHead, uchar
 from fastdist._core.ring cimport PacketRing
 from fastdist._core.stream cimport Receiver
 
+cdef enum:
+    # Flags of an entry.
+    ALONE = 1                # send this packet as single, its batch was refused
+    WATCHED = 2              # the pool's owner wants to hear of its delivery
+
 cdef enum Pumped:
     NOTHING_TO_DO = 0
     LINGERING                # what waits is not yet worth a request
@@ -16,6 +21,7 @@ cdef struct Group:
     uint32_t packets
     int64_t bytes            # of bodies
     int64_t sent_ns
+    int64_t end              # how many bytes the connection had been given with it
     bint batch
 
 cdef class PoolBase:
@@ -74,10 +80,12 @@ cdef class ReplyBase(Receiver):
     cdef int state
     cdef Group *groups           # a circle of `pipeline` requests in flight
     cdef int first_group, group_count
+    cdef Group early             # answered with a 2xx before it was written whole; no packets: there is none
+    cdef int64_t given           # bytes to be written since the connection was opened
     cdef int64_t body_left
     cdef Chunked chunked
     cdef bint keep_alive         # as the last reply says
-    cdef bint interim            # a 1xx has come, but not yet the reply
+    cdef int interim             # how many 1xx have come before the reply that is awaited
     cdef bint listed             # in pool.idle
     cdef bint leaving            # takes no more requests, and closes behind the last reply
     cdef bint closing
@@ -95,5 +103,11 @@ cdef class ReplyBase(Receiver):
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
     cdef int unsuccessful(self, Group *group, ReplyHead *head, bytes text) except -1
     cdef int reply_over(self, int64_t now) except -1
+    cdef int last_reply(self) except -1
+    cdef list take_unanswered(self)
+    cdef bint is_written(self, Group *group) except -1
+    cdef int settle_early(self, int64_t now) except -1
+    cdef int go_on(self, int64_t now) except -1
+    cdef int ended(self, error) except -1
     cdef int64_t bytes_moved(self) except -1
     cdef bint has_room(self) noexcept

@@ -4,8 +4,9 @@
 what to do about failures (``delivered(sequences)`` tells it of packets it watches). A packet is a handle of the ring on all of this way: lists are chained through the ring's
 entries, and no object is made.
 
-A reply counts as soon as its head is read. Failures are told to the pool as lists of handles (``failed``), and the
-pool's owner decides where they go next; after any failure on a connection it is closed.
+A reply counts as soon as its head is read; a 2xx, once its request is written whole as well. Failures are told to the
+pool as lists of handles (``failed``), and the pool's owner decides where they go next; after any failure on a connection
+it is closed.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -22,7 +23,7 @@ from fastdist._core.http cimport (
 )
 from fastdist._core.ring cimport ID_TEXT, WAITED, Entry, PacketRing, Record, record_body, write_id
 from fastdist._core.states cimport AnalyzerStates
-from fastdist._core.stream cimport Receiver, bytes_moved
+from fastdist._core.stream cimport Receiver, Stream, bytes_moved
 
 import re
 from http import HTTPStatus
@@ -34,22 +35,20 @@ OF_THE_ENDPOINT = frozenset({401, 403, 404, 405, 407, 410, 421, 426, 451})
 PHRASES = {int(status): status.phrase for status in HTTPStatus}
 LOCATION = re.compile(rb"(?im)^location:[ \t]*([^?#\r\n]{0,200})")  # a query may hold what is secret
 
-cdef enum:
-    ALONE = 1                    # flag of an entry: send this packet as single, its batch was refused
-    WATCHED = 2                  # flag of an entry: the pool's owner wants to hear of its delivery
-
 cdef int64_t STALE_NS = 1000000000
 
 cdef enum:
     LARGEST_REPLY_HEAD = 65536
     FIELD_ROOM = 160             # the headers of a request that differ, without its ids
     LOOKS = 16                   # at a connection's progress, in the time it may make none
+    MOST_INTERIM = 32            # 1xx before a reply: each is progress, so that they could go on for ever
 
 cdef enum:
     HEAD = 0
     LENGTH
     CHUNKS
     UNTIL_CLOSE
+    OVER                         # the last reply was read; what follows is nobody's
 
 
 cdef inline char *put(char *out, const char *text, Py_ssize_t n) noexcept nogil:
@@ -395,12 +394,16 @@ cdef class ReplyBase(Receiver):
         free(self.partial)
 
     cdef bint has_room(self) noexcept:
-        return (not self.leaving and (self.state == HEAD or self.keep_alive)
+        return (not self.leaving and self.early.packets == 0 and (self.state == HEAD or self.keep_alive)
                 and self.group_count + (self.state != HEAD) < self.pool.pipeline)
 
     def in_flight(self):
-        """Return how many requests wait for their reply here."""
-        return self.group_count
+        """Return how many requests wait here for their reply, or for being written whole."""
+        return self.group_count + (self.early.packets > 0)
+
+    def is_early(self):
+        """Whether a request was answered with a 2xx and is not written whole yet."""
+        return self.early.packets > 0
 
     def offer(self):
         """Put the connection at the disposal of its pool (if it has room and is not already)."""
@@ -418,13 +421,16 @@ cdef class ReplyBase(Receiver):
                 self.pool.idle.remove(self)
 
     def overdue(self, int64_t now, int64_t timeout):
-        """Whether a reply (or the rest of one) is awaited, and nothing was taken or sent for longer than ``timeout`` ns.
+        """Whether a reply, the rest of one or the end of a request is awaited, and nothing was taken or sent for longer
+        than ``timeout`` ns.
 
         What the analyzer's system has acknowledged counts, since a large request may take long; and what it has sent and
         nobody has read yet, since it may be us who are late.
         """
         cdef int64_t moved, silent = now - max(self.waiting_since, self.moved_ns)
-        if self.group_count == 0 and self.state == HEAD:
+        if self.early.packets and self.stream is None:
+            self.settle_early(now)  # nobody else tells how far it is written
+        if self.closing or (self.in_flight() == 0 and self.state == HEAD):
             return False
         if silent <= timeout and now - max(self.waiting_since, self.looked_ns) < timeout // LOOKS:
             return False
@@ -449,7 +455,7 @@ cdef class ReplyBase(Receiver):
         """Send no more requests, and close the connection when no reply is awaited: no request is cut off."""
         self.leaving = True
         self.withdraw()
-        if self.group_count == 0 and self.state == HEAD:
+        if self.in_flight() == 0 and self.state == HEAD:
             self.close_after("", False)
 
     cdef int send_waiting(self, int64_t now) except -1:
@@ -476,7 +482,10 @@ cdef class ReplyBase(Receiver):
         if start == NULL:
             raise MemoryError
         for i in range(self.group_count - made, self.group_count):
-            out = pool.write_request(&self.groups[(self.first_group + i) % pool.pipeline], out, now)
+            group = &self.groups[(self.first_group + i) % pool.pipeline]
+            out = pool.write_request(group, out, now)
+            group.end = self.given + (out - start)
+        self.given += out - start
         if not self.has_room():
             self.withdraw()
         self.used_ns = now
@@ -501,6 +510,10 @@ cdef class ReplyBase(Receiver):
             self.partial_length = 0
             p, n = <const uchar *>PyBytes_AS_STRING(joined), len(joined)
         self.read_replies(p, n, now)
+        return self.go_on(now)
+
+    cdef int go_on(self, int64_t now) except -1:
+        """Send and claim more, if there is room for it now."""
         if self.closing:
             return 0
         if self.has_room():
@@ -541,9 +554,13 @@ cdef class ReplyBase(Receiver):
         cdef ReplyHead head
         cdef Group group
         cdef Py_ssize_t length
-        if self.group_count == 0:
+        if unlikely(self.early.packets):
+            self.settle_early(now)
+            if self.closing:
+                return end
+        if self.group_count == 0 or self.early.packets:  # nothing is sent yet of what is behind a request not written whole
             self.pool.unasked(p[:min(end - p, 100)])
-            self.close_after("", False)  # nothing of ours is at stake
+            self.close_after("a second reply before its request was written" if self.early.packets else "", True)
             return end
         length = find_head_end(p, end - p, &self.scanned, False)
         if length == HEAD_INCOMPLETE:
@@ -556,9 +573,12 @@ cdef class ReplyBase(Receiver):
         if length > LARGEST_REPLY_HEAD or not parse_reply_head(p, length, &head) or head.status == 101:
             self.close_after("a reply that is not HTTP", True)
             return end
-        self.interim = head.status < 200
-        if self.interim:
+        if head.status < 200:
+            self.interim += 1
+            if self.interim > MOST_INTERIM:
+                self.close_after("too many interim replies (1xx)", True)
             return p + length
+        self.interim = 0
         group = self.groups[self.first_group]
         self.first_group = (self.first_group + 1) % self.pool.pipeline
         self.group_count -= 1
@@ -578,10 +598,14 @@ cdef class ReplyBase(Receiver):
             self.keep_alive = False
         if not self.keep_alive:
             self.withdraw()
-        if likely(head.status < 300):
+        if unlikely(head.status >= 300):
+            self.unsuccessful(&group, &head, p[:length])
+        elif likely(self.is_written(&group)):
             self.pool.settle(&group, now)
         else:
-            self.unsuccessful(&group, &head, p[:length])
+            self.early = group
+        if not self.keep_alive:
+            self.last_reply()
         if self.state == LENGTH and self.body_left == 0:
             self.reply_over(now)
         return p + length
@@ -603,11 +627,50 @@ cdef class ReplyBase(Receiver):
 
     cdef int reply_over(self, int64_t now) except -1:
         """A reply was read to its end: the connection is free for the next, unless the analyzer closes it."""
-        self.state = HEAD
+        self.state = HEAD if self.keep_alive else OVER
         self.waiting_since = now
-        if not self.keep_alive or (self.leaving and self.group_count == 0):
+        if self.early.packets == 0 and (not self.keep_alive or (self.leaving and self.group_count == 0)):
             self.close_after("", False)
         return 0
+
+    cdef int last_reply(self) except -1:
+        """No reply follows the one that has come: the requests behind it will not be looked at."""
+        self.keep_alive = False
+        for handles in reversed(self.take_unanswered()):
+            self.pool.not_sent(handles)
+        return 0
+
+    cdef list take_unanswered(self):
+        """Take out the requests that wait for their reply; return the handles of each."""
+        cdef list requests = []
+        while self.group_count:
+            requests.append(self.pool.dissolve(&self.groups[self.first_group]))
+            self.first_group = (self.first_group + 1) % self.pool.pipeline
+            self.group_count -= 1
+        return requests
+
+    # ---- replies that came before their request was written whole
+
+    cdef bint is_written(self, Group *group) except -1:
+        if likely(self.stream is not None):
+            return not self.stream.over and self.given - self.stream.unwritten() >= group.end
+        # One that is about to be closed may have thrown away what it had.
+        return not self.transport.is_closing() and self.given - self.transport.get_write_buffer_size() >= group.end
+
+    cdef int flushed(self) except -1:
+        """Hear that more is written."""
+        return self.settle_early(mono_ns()) if self.early.packets else 0
+
+    cdef int settle_early(self, int64_t now) except -1:
+        """Settle the request that was answered early, if it is written whole by now, and go on."""
+        cdef Group group = self.early
+        if not self.is_written(&group):
+            return 0
+        self.early.packets = 0
+        self.pool.settle(&group, now)
+        if self.state == HEAD or self.state == OVER:
+            self.reply_over(now)
+        return self.go_on(now)
 
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1:
         cdef uchar *grown
@@ -622,43 +685,61 @@ cdef class ReplyBase(Receiver):
 
     def close_after(self, str error, bint counted):
         """Close the connection. With an ``error`` the first request in flight failed; those behind it were not looked at."""
+        cdef list requests
         if self.closing:
             return
         self.leaving = self.closing = True
         self.withdraw()
-        first = True
-        groups = []
-        while self.group_count:
-            groups.append((self.pool.dissolve(&self.groups[self.first_group]), first and bool(error)))
-            self.first_group = (self.first_group + 1) % self.pool.pipeline
-            self.group_count -= 1
-            first = False
+        requests = self.take_unanswered()
+        if self.early.packets:
+            requests.insert(0, self.pool.dissolve(&self.early))
+            self.early.packets = 0
         if error or self.transport.get_write_buffer_size():  # what is still to be written will be sent elsewhere
             self.transport.abort()
         else:
             self.transport.close()
-        for handles, failed in reversed(groups):  # the first goes last, to the front
-            if failed:
-                self.pool.failed(handles, error, counted, None)
-            else:
-                self.pool.not_sent(handles)
+        failed = requests.pop(0) if error and requests else None
+        for handles in reversed(requests):
+            self.pool.not_sent(handles)
+        if failed is not None:  # it goes last, to the front
+            self.pool.failed(failed, error, counted, None)
 
     def eof_received(self):
-        """The analyzer closes its side: so do we."""
+        """The analyzer closes its side: so do we, but not before a request that it has answered is written whole."""
+        if self.early.packets:
+            self.state = OVER
+            self.last_reply()
+        else:
+            self.ended(None)
         return False
 
     def connection_lost(self, error):
         """End the connection's life: what was in flight goes elsewhere, or again if it was never looked at."""
-        if not self.closing:
-            # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
-            # stale connection, not a failed analyzer. That shows at once; later it had begun to work on the request.
-            silent = self.partial_length == 0 and not self.interim and mono_ns() - self.waiting_since < STALE_NS
-            if self.group_count == 0 or self.state != HEAD or (self.replies > 0 and silent):
-                self.close_after("", False)
-            else:
-                self.close_after("connection closed before the reply" if error is None else f"connection lost: {error}", True)
+        self.ended(error)
         self.pool.connection_count(-1)
         self.pool.lost(self)
+
+    cdef int ended(self, error) except -1:
+        """No reply comes any more: say what that means for the requests in flight."""
+        cdef Group group = self.early
+        if self.closing:
+            return 0
+        # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
+        # stale connection, not a failed analyzer. That shows at once; later it had begun to work on the request.
+        silent = self.partial_length == 0 and not self.interim and mono_ns() - self.waiting_since < STALE_NS
+        if group.packets and error is None and not isinstance(self.transport, Stream):
+            # A transport of the loop ends so when all is written; a stream would have told of that.
+            self.early.packets = 0
+            self.pool.settle(&group, mono_ns())
+            self.close_after("", False)
+        elif group.packets:
+            self.close_after("connection closed before the request was written" if error is None
+                             else f"connection lost: {error}", True)
+        elif self.group_count == 0 or self.state != HEAD or (self.replies > 0 and silent):
+            self.close_after("", False)
+        else:
+            self.close_after("connection closed before the reply" if error is None else f"connection lost: {error}", True)
+        return 0
 
 
 cdef str in_words(int status, bytes head):

@@ -10,6 +10,7 @@ cdef class Receiver:
 
     cdef int receive(self, const uchar *p, Py_ssize_t n) except -1
     cdef int transmit(self, const char *p, Py_ssize_t n) except -1
+    cdef int flushed(self) except -1
 
 cdef class Poller:
     cdef readonly object loop
@@ -32,6 +33,8 @@ cdef class Stream:
     cdef char *output            # what the kernel did not take yet
     cdef Py_ssize_t output_start, output_end, output_size
 
+    cdef inline Py_ssize_t unwritten(self) noexcept nogil:
+        return self.output_end - self.output_start
     cdef int happened(self, uint32_t events) except -1
     cdef int read_some(self) except -1
     cdef int write_some(self) except -1

@@ -79,6 +79,10 @@ cdef class Receiver:
         self.transport.write(PyBytes_FromStringAndSize(p, n))
         return 0
 
+    cdef int flushed(self) except -1:
+        """Hear that the kernel has taken more of what a ``Stream`` could not write at once."""
+        return 0
+
     def data_received(self, bytes data):
         """Take in what came."""
         self.receive(<const uchar *>PyBytes_AS_STRING(data), len(data))
@@ -197,6 +201,7 @@ cdef class Stream:
         if self.output_paused and self.output_end - self.output_start <= LOW_WATER:
             self.output_paused = False
             self.protocol.resume_writing()
+        self.protocol.flushed()
         if self.output_end == 0 and not self.over:
             self.written()
         return 0
@@ -346,7 +351,7 @@ cdef class Stream:
 
     def get_write_buffer_size(self):
         """Return how many bytes the kernel has not taken yet."""
-        return self.output_end - self.output_start
+        return self.unwritten()
 
     def get_extra_info(self, str name, default=None):
         """Return the peer's address for ``peername``; nothing else is known."""
