@@ -301,7 +301,7 @@ class Outcomes(DispatchBase):
 
 
 def retry_after(value: str) -> float | None:
-    """Return for how many seconds to pause, as a Retry-After (seconds or an HTTP date) asks; None for what is neither."""
+    """Return how many seconds to pause, as Retry-After (seconds or an HTTP date) says; None for what is neither."""
     if value.isdecimal():
         seconds = float(value)
     else:

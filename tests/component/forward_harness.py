@@ -549,7 +549,7 @@ class Script(asyncio.Protocol):
 
 
 class ScriptServer:
-    """A server that does what the test says: see ``Script``. ``on_eof(connection number)``: the other side has ended."""
+    """A server that does what the test says: see ``Script``. ``on_eof(connection number)``: the other side ended."""
 
     def __init__(self, on_data=lambda *_: None, on_connect=lambda *_: None):
         self.on_data, self.on_connect, self.on_eof = on_data, on_connect, lambda _number: None
