@@ -276,13 +276,20 @@ def test_retries_in_front_do_not_hide_what_is_old(tmp_path):
         assert "p1" in bench.sent_ids(0) + bench.sent_ids(1)
 
 
+def failed_by_the_first(tmp_path, weights):
+    """Return a bench where each analyzer was sent a packet, and the first has failed its own; return that as well."""
+    delivery = {"connections": 1, "spill_after": 0.5, "timeout": 1000.0}
+    bench = Bench(tmp_path, weights, delivery=delivery, health={"fall": 9})
+    bench.dispatcher.phase = 0  # so that each gets one
+    bench.push(*[b"x"] * len(weights))
+    (failed,) = bench.sent_ids(0)
+    bench.answer_all(reply(500), [0])
+    return bench, failed
+
+
 def test_a_retry_spills_to_one_it_has_not_failed_on(tmp_path):
-    with Bench(
-        tmp_path, (1, 1, 1), delivery={"connections": 1, "spill_after": 0.5, "timeout": 1000.0}, health={"fall": 9}
-    ) as bench:
-        bench.push(*[b"x"] * 3)
-        (failed,) = bench.sent_ids(0)
-        bench.answer_all(reply(500), [0])
+    bench, failed = failed_by_the_first(tmp_path, (1, 1, 1))
+    with bench:
         (holder,) = [slot for slot in (1, 2) if bench.pool(slot).waiting]
         bench.answer_all(slots=[3 - holder])
         assert [bench.pool(slot).room() for slot in (0, 3 - holder)] == [1, 1]
@@ -294,12 +301,8 @@ def test_a_retry_spills_to_one_it_has_not_failed_on(tmp_path):
 
 
 def test_a_retry_spills_to_who_has_room_if_nobody_else_has(tmp_path):
-    with Bench(
-        tmp_path, (1, 1), delivery={"connections": 1, "spill_after": 0.5, "timeout": 1000.0}, health={"fall": 9}
-    ) as bench:
-        bench.push(*[b"x"] * 2)
-        (failed,) = bench.sent_ids(0)
-        bench.answer_all(reply(500), [0])
+    bench, failed = failed_by_the_first(tmp_path, (1, 1))
+    with bench:
         pass_time(bench, 5)
         assert bench.sent_ids(0) == [failed, failed]
         bench.answer_all()
