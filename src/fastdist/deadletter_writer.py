@@ -7,7 +7,8 @@
    written: at once with durability fsync. They are synced sooner where they are many, for their packets take up room
    in the ring. While a sync runs nothing is written; the next one covers what has gathered meanwhile.
 3. What cannot be written or synced stays queued, and is tried again every ``RETRY_SECONDS``.
-4. No turn of the event loop writes letters for much longer than ``PART_NS``; the rest follows in later turns.
+4. No turn of the event loop writes letters for much longer than ``PART_NS``; the rest follows in later turns. So who
+   adds a letter writes it at once only if there are but a few that wait.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 RETRY_SECONDS = 1.0  # until a letter that could not be written is tried again
 LONGEST_DELAY = 1.0  # seconds that a letter waits for its sync, with whatever sync_interval
-PART_NS = 50_000_000
+PART_NS = 8_000_000
+LAST_PART_NS = 1_000_000_000  # at the end, when nobody is held up: what is synced together
+FEW = 16  # letters that wait to be written
 MANY = 256  # letters that do not wait for others to be synced with
 SHARE = 8  # nor do those of more than this part of a ring
 
@@ -67,7 +70,7 @@ class DeadLetterWriter:
         self._run: Runner | None = None
         self._sync_delay = 0  # ns
         self._sync_at = self._retry_at = 0  # monotonic ns
-        self._problem: OSError | None = None  # with what was written last
+        self._problem: Exception | None = None  # with what was written last
 
     def sync_with(self, run: Runner, sync_delay: float) -> None:
         """Have letters synced so many seconds after they were written (``LONGEST_DELAY`` at most).
@@ -80,7 +83,11 @@ class DeadLetterWriter:
     def add(self, *letters: Letter) -> None:
         """Have claimed packets become dead letters."""
         self.unwritten += letters
-        self._write()
+        if len(self.unwritten) <= max(FEW, len(letters)):
+            try:
+                self._write()
+            except Exception as error:  # noqa: BLE001  (whatever it is, the letters are taken note of)
+                self._judge(error)
 
     def tick(self, now_ns: int) -> None:
         """Write what is left or could not be written, and have synced what has waited for it."""
@@ -105,7 +112,7 @@ class DeadLetterWriter:
         """
         self.unwritten += letters
         while self.unwritten or self.written:
-            self._write_part()
+            self._write_part(LAST_PART_NS)
             error = self._sync_now()
             if error is not None:
                 log.error("dead letters cannot be synced", error=str(error))
@@ -120,7 +127,7 @@ class DeadLetterWriter:
             return
         if not self.written:
             self._sync_at = time.monotonic_ns() + self._sync_delay
-        self._write_part()
+        self._write_part(PART_NS)
         if self._problem is not None:
             self._judge(self._problem)
         if self._run is None:
@@ -128,16 +135,16 @@ class DeadLetterWriter:
         elif self.written and (self._are_many() or time.monotonic_ns() >= self._sync_at):
             self._sync()
 
-    def _write_part(self) -> None:
+    def _write_part(self, part_ns: int) -> None:
         """Write for a while."""
         self._problem = None
-        end, first = time.monotonic_ns() + PART_NS, True
+        end, first = time.monotonic_ns() + part_ns, True
         while self.unwritten and (first or time.monotonic_ns() < end):
             first = False
             ring, handle, reason, analyzer, status, error = self.unwritten[0]
             try:
                 self.files.write(ring.packet(handle), reason, analyzer, status, error)
-            except OSError as problem:
+            except Exception as problem:  # noqa: BLE001  (OSError, nearly always; whatever it is, the letter waits)
                 self._problem = problem
                 return
             self.written.append(self.unwritten.popleft())
@@ -167,10 +174,14 @@ class DeadLetterWriter:
 
     # ---- what becomes of it
 
-    def _settle(self, error: OSError | None) -> None:
+    def _settle(self, error: Exception | None) -> None:
         """Let packets go whose letters are safe; have the others written again."""
         letters, self.written = self.written, []
-        if self.files.settle(error):
+        try:
+            safe = self.files.settle(error)
+        except Exception as problem:  # noqa: BLE001  (nobody knows what is safe)
+            safe, error = False, problem
+        if safe:
             for letter in letters:
                 sequence = letter.ring.sequence(letter.handle)
                 letter.ring.done(letter.handle)
@@ -180,7 +191,7 @@ class DeadLetterWriter:
             self.unwritten.extendleft(reversed(letters))
         self._judge(error or self._problem)
 
-    def _judge(self, problem: OSError | None) -> None:
+    def _judge(self, problem: Exception | None) -> None:
         if problem is not None:
             if not self.failed:
                 log.error("cannot write dead letters; the packets stay queued", error=str(problem))

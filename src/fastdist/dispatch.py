@@ -11,9 +11,11 @@ said in ``Outcomes``. Here is the rest:
 from __future__ import annotations
 
 import math
+import random
 import ssl
 import time
 from bisect import bisect_left
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from fastdist._core.stream import Poller
     from fastdist.config import Analyzer, Config
     from fastdist.deadletters import DeadLetters
+    from fastdist.forward import AnalyzerConnection
 
 RAMP_STEP_NS = 250_000_000  # how often weights are looked at while an analyzer starts slowly
 CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
@@ -76,6 +79,8 @@ class Dispatcher(Outcomes):
         self._short = False  # since the last check
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
         self.online: set[int] = set()
+        self._to_check: deque[AnalyzerConnection] = deque()
+        self.parts.append(self.check_next)
         self._tls: ssl.SSLContext | None = None
         self._next_check = self._next_pruning = self._next_ramp = self._ramp_looked = 0
         self._resume_at = 0
@@ -134,8 +139,10 @@ class Dispatcher(Outcomes):
             if slot not in pickable and pool.waiting and not self.probation.is_trying(slot):
                 pool.release_waiting()
         self._build(pickable, sticky=sticky)
+        self.somebody = any(states.is_pickable(slot) for slot in self.roster)
+        self._second_opinions.clear()
         if online - self.online:
-            self._end_back_off()
+            self.end_back_offs()
         self.online = online
         for slot in pickable:
             self.touch(self.pools[slot])
@@ -157,7 +164,10 @@ class Dispatcher(Outcomes):
             return
         self.trials_due = False  # tick looks again
         now = time.monotonic_ns()
-        for slot in self.probation.due(now):
+        due = self.probation.due(now)
+        for slot in random.sample(due, len(due)):  # so that none is always the last, for whom there is no time
+            if time.monotonic_ns() - now > self.part_ns:
+                break
             weights = effective_weights(self.analyzer_states, self.roster, self.config.health, now, also=slot)
             if slot in weights:  # not paused, nor of weight 0 where others are online
                 self._try(self.pools[slot], weights, now)
@@ -204,15 +214,15 @@ class Dispatcher(Outcomes):
         for pool in self.pools:
             if pool is not None:
                 pool.release_waiting()
-        self._end_back_off()
+        self.give_back()
         undone = self.ring.undone
         self.letters.write_all(what_is_left(self.ring))
         return undone
 
     def tick(self, now_ns: int) -> None:
         """Do what time asks for: back-offs, time-outs, spills, pauses and slow starts that end."""
-        if self.backing_off:
-            self._end_back_off(now_ns)
+        if self.returned or self.backed_off or (self.backing_off and self.backing_off[0][0] <= now_ns):
+            self.go_on()
         self.trials_due = self.probation.tick(now_ns)
         if self.trials_due and self.ring.has_more:
             self.schedule()
@@ -233,18 +243,31 @@ class Dispatcher(Outcomes):
                 self.schedule()
 
     def _check(self, now_ns: int) -> None:
-        for pool in self.retired:
-            pool.check(now_ns)
-        self.retired = [pool for pool in self.retired if pool.open_connections or pool.opening]
-        idle_too = now_ns >= self._next_pruning
-        if idle_too:
-            self._next_pruning = now_ns + PRUNING_NS
-        for slot in self.roster:
-            pool = self.pools[slot]
-            if pool.requests_in_flight or (idle_too and pool.open_connections):
-                pool.check(now_ns)
+        self._second_opinions.clear()
+        if not self._to_check:  # else the last look goes on
+            pools = list(self.retired)
+            self.retired = [pool for pool in pools if pool.open_connections or pool.opening]
+            idle_too = now_ns >= self._next_pruning
+            if idle_too:
+                self._next_pruning = now_ns + PRUNING_NS
+            of_roster = [self.pools[slot] for slot in self.roster]
+            pools += [pool for pool in of_roster if pool.requests_in_flight or (idle_too and pool.open_connections)]
+            self._to_check.extend(each for pool in pools for each in pool.look(now_ns))
+        if self._to_check:
+            self.go_on()
         self._share_descriptors()
         self._judge(now_ns)
+
+    def check_next(self) -> bool:
+        """Look at the next connection of those to be looked at; False if there is none."""
+        if not self._to_check:
+            return False
+        connection = self._to_check.popleft()
+        try:
+            connection.check()
+        except Exception as error:  # noqa: BLE001  (whatever it is, the others are to be looked at)
+            self.went_wrong(error)
+        return True
 
     def _judge(self, now_ns: int) -> None:
         """See who is slow, and whether this process is the bottleneck: both decide what spills."""

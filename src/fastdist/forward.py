@@ -42,6 +42,7 @@ class PoolOwner(Protocol):
     poller: Poller
     names: Names
     room: int  # for connections, of all pools
+    openings: int  # connections that may be begun to open now
 
     def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
@@ -53,6 +54,7 @@ class PoolOwner(Protocol):
     def short_of(self, lacking: OSError) -> None: ...  # noqa: D102
     def schedule(self) -> None: ...  # noqa: D102
     def wake(self, pool: AnalyzerPool) -> None: ...  # noqa: D102
+    def went_wrong(self, error: Exception) -> None: ...  # noqa: D102
 
 
 class AnalyzerConnection(ReplyBase, asyncio.Protocol):
@@ -69,6 +71,19 @@ class AnalyzerConnection(ReplyBase, asyncio.Protocol):
         """Join the pool."""
         self.transport = transport
         self.pool.connected(self)
+
+    def check(self) -> None:
+        """Close the connection if it makes no progress or was not used for long; retire one that is to be replaced."""
+        pool, now_ns = self.pool, self.pool.looked_ns
+        if pool.late_ns:
+            self.excuse(now_ns, pool.late_ns)
+        if self.overdue(now_ns, int(pool.delivery.timeout * 1e9)):
+            what = "no whole request taken" if self.is_early() else "no reply"
+            self.close_after(f"{what} within {pool.delivery.timeout:g} s", True)  # noqa: FBT003
+        elif pool.retired or now_ns > self.replace_at or pool.has_moved(self):
+            self.retire()
+        elif self.in_flight() == 0 and now_ns - self.used_ns > IDLE_SECONDS * 1e9:
+            self.close_after("", False)  # noqa: FBT003
 
 
 class AnalyzerPool(PoolBase):
@@ -87,7 +102,9 @@ class AnalyzerPool(PoolBase):
         self._tasks: set[asyncio.Task[None]] = set()
         self.retired = False
         self._complain_at = 0.0  # time.monotonic()
-        self._checked_ns = 0  # monotonic
+        self.looked_ns = 0  # monotonic: as of when the connections are looked at
+        self.late_ns = 0  # by how much that is too late
+        self._addresses: frozenset[str] = frozenset()  # of the analyzer's name, then
         self._short: asyncio.TimerHandle | None = None  # while this process has no descriptor for a connection
 
     def set_up(self, analyzer: Analyzer, delivery: Delivery, tls: ssl.SSLContext | None) -> None:
@@ -120,8 +137,13 @@ class AnalyzerPool(PoolBase):
         wanted = min(wanted, self.connection_limit - self.open_connections - self.opening)
         if wanted > 0 and self.owner.room <= 0:
             self._wait_out(OSError(errno.EMFILE, "the descriptors left are for emitters' connections"))
-        for _ in range(min(wanted, self.owner.room)):
+        wanted = min(wanted, self.owner.room)
+        if wanted > self.owner.openings:  # the rest later: many analyzers may want many at once
+            wanted = self.owner.openings
+            self.owner.wake(self)
+        for _ in range(wanted):
             self.owner.room -= 1
+            self.owner.openings -= 1
             self.opening += 1
             task = asyncio.get_running_loop().create_task(self._open())
             self._tasks.add(task)
@@ -149,7 +171,7 @@ class AnalyzerPool(PoolBase):
 
     def _unreachable(self, error: str) -> None:
         """No connection came about: that failed whatever it was to carry."""
-        self.owner.failed(self, self.take_request(), f"cannot connect: {error}", counted=True)
+        self.hand_over(self.failed, self.take_request(), f"cannot connect: {error}", True, None)  # noqa: FBT003
 
     def _wait_out(self, lacking: OSError) -> None:
         """Try no connection for a moment: this process lacks something, which is no failure of the analyzer's."""
@@ -176,21 +198,12 @@ class AnalyzerPool(PoolBase):
 
     # ---- upkeep
 
-    def check(self, now_ns: int) -> None:
-        """Close connections without progress and those not used for long; retire those that are to be replaced."""
-        timeout = int(self.delivery.timeout * 1e9)
-        gap, self._checked_ns = now_ns - (self._checked_ns or now_ns), now_ns
-        addresses = self.owner.names.current(self._address.host)
-        for connection in tuple(self.connections):
-            if gap > PAUSED_NS:
-                connection.excuse(now_ns, gap - USUAL_GAP_NS)
-            if connection.overdue(now_ns, timeout):
-                what = "no whole request taken" if connection.is_early() else "no reply"
-                connection.close_after(f"{what} within {self.delivery.timeout:g} s", True)  # noqa: FBT003
-            elif self.retired or now_ns > connection.replace_at or self._has_moved(connection, addresses):
-                connection.retire()
-            elif connection.in_flight() == 0 and now_ns - connection.used_ns > IDLE_SECONDS * 1e9:
-                connection.close_after("", False)  # noqa: FBT003
+    def look(self, now_ns: int) -> tuple[AnalyzerConnection, ...]:
+        """Begin a look at the connections, as they are at ``now_ns``: return those to ``check`` soon."""
+        gap, self.looked_ns = now_ns - (self.looked_ns or now_ns), now_ns
+        self.late_ns = gap - USUAL_GAP_NS if gap > PAUSED_NS else 0
+        self._addresses = self.owner.names.current(self._address.host)
+        return tuple(self.connections)
 
     def close_idle(self) -> None:
         """Close the connections that nothing is sent on, nor about to be."""
@@ -198,9 +211,9 @@ class AnalyzerPool(PoolBase):
             if connection.in_flight() == 0:
                 connection.close_after("", False)  # noqa: FBT003
 
-    def _has_moved(self, connection: AnalyzerConnection, addresses: frozenset[str]) -> bool:
+    def has_moved(self, connection: AnalyzerConnection) -> bool:
         """Whether the analyzer's name leads elsewhere by now."""
-        return bool(addresses and connection.address) and connection.address not in addresses
+        return bool(self._addresses and connection.address) and connection.address not in self._addresses
 
     def close(self) -> None:
         """Close every connection and open no more; what was in flight goes back to the owner."""
@@ -254,6 +267,10 @@ class AnalyzerPool(PoolBase):
     def not_sent(self, handles: list[int]) -> None:
         """Tell of packets that the analyzer did not look at."""
         self.owner.not_sent(self, handles)
+
+    def went_wrong(self, error: Exception) -> None:
+        """Tell of an error of the program."""
+        self.owner.went_wrong(error)
 
 
 def describe(error: BaseException, timeout: float) -> str:

@@ -7,6 +7,9 @@
    without a 2xx is *in doubt*, and so is one that deliveries took offline: what it refuses then is tried elsewhere.
    Taken there, that was a failure of the first; refused there too, or nobody else online, a dead letter.
 3. What has been sent ``max_attempts`` times is a dead letter.
+4. What a failure says of the analyzer counts at once. Its packets may be very many, of many analyzers that fail
+   together: they are taken note of, and find their places in the next flushes, a part in each.
+5. Whatever goes wrong here, an error of the program: the packet is picked anew.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from __future__ import annotations
 import heapq
 import random
 import time
+import traceback
+from collections import deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
-from fastdist._core.dispatch import DispatchBase
+from fastdist._core.dispatch import DispatchBase, Retrying
 from fastdist._core.pick import Rendezvous
 from fastdist.deadletter_writer import DeadLetterWriter, Letter
 from fastdist.forward import COMPLAINT_SECONDS
@@ -28,7 +33,7 @@ from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Mapping
 
     from fastdist._core.counters import Counters
     from fastdist._core.ring import PacketRing
@@ -43,16 +48,14 @@ LONGEST_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mist
 log = logs.get()
 
 
-class Retrying:
-    """What is remembered of a packet that has failed."""
+class Returned(NamedTuple):
+    """Packets of a request that was not taken, until each has found a place."""
 
-    __slots__ = ("refused_by", "refused_with", "round", "tried")
-
-    def __init__(self) -> None:
-        self.refused_by: AnalyzerPool | None = None  # which was not believed
-        self.refused_with = 0  # status
-        self.tried: set[int] = set()  # slots it failed on in this round
-        self.round = 0  # rounds it has backed off
+    pool: AnalyzerPool
+    handles: list[int]
+    error: str
+    status: int | None
+    failed: bool  # else the analyzer has not looked at it
 
 
 class Outcomes(DispatchBase):
@@ -70,21 +73,51 @@ class Outcomes(DispatchBase):
         self.roster: dict[int, Analyzer] = {}
         self.weights: dict[int, float] = {}  # of those the table names, by slot
         self.retrying: dict[int, Retrying] = {}  # by sequence
+        self.refused_by: dict[int, tuple[AnalyzerPool, int]] = {}  # sequence -> who was not believed, and the status
+        self.returned: deque[Returned] = deque()
         self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
+        self.backed_off: deque[list[tuple[int, int]]] = deque()  # the same, of those that need not wait any longer
+        self.somebody = False  # is online, if only paused
         self.probation = Probation(states, config.health.rise)
         self.letters = DeadLetterWriter(dead_letters, counters, self._buried)
         self._warned_ns: dict[int, int] = {}  # slot -> monotonic ns: when to warn again that it refuses everything
+        self._complain_ns: dict[object, int] = {}  # place of an error -> monotonic ns: when to tell again
+        self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked
+        self.parts: deque[Callable[[], bool]] = deque((self.place_next, self.end_next_back_off))
+
+    # ---- work that is done in parts
+
+    def work_off(self) -> None:
+        """Do a part of what concerns very many packets or connections: each of ``parts`` does one, False if there is none."""
+        end = time.monotonic_ns() + self.part_ns
+        for part in tuple(self.parts):
+            while part():
+                if time.monotonic_ns() >= end:
+                    self.parts.rotate(-1)  # another is first next time
+                    self.go_on()
+                    return
+
+    def went_wrong(self, error: Exception) -> None:
+        """Tell of an error of the program, of those from one place once a minute; what it was about goes on."""
+        place = traceback.extract_tb(error.__traceback__)[-1:]
+        kind, now = (type(error), *((frame.filename, frame.lineno) for frame in place)), time.monotonic_ns()
+        if now >= self._complain_ns.get(kind, 0):
+            self._complain_ns[kind] = now + int(COMPLAINT_SECONDS * 1e9)
+            log.error("an error in fastdist while it deals with deliveries; no packet is lost", exc_info=error)
 
     # ---- outcomes, told by the pools
 
     def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None:
         """Hear that packets which had failed before, or which an emitter waits for, were delivered."""
         for sequence in sequences:
-            self.probation.passed(pool, sequence)
-            retrying = self.retrying.pop(sequence, None)
-            if retrying is not None and retrying.refused_by not in {None, pool}:
-                self._wrongly_refused(retrying, sequence, pool)
-            self.settled(sequence, pool.analyzer.id)
+            try:
+                self.probation.passed(pool, sequence)
+                self.retrying.pop(sequence, None)
+                if sequence in self.refused_by:
+                    self._refused_before(sequence, pool)
+                self.settled(sequence, pool.analyzer.id)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the others are to be told)
+                self.went_wrong(error)
 
     def failed(
         self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
@@ -93,10 +126,17 @@ class Outcomes(DispatchBase):
         self.counters.add_to(pool.slot, "failed", len(handles))
         if counted:
             self._count_failure(pool, error)
-        for handle in reversed(handles):  # each goes to the front of its new list: the first is to be first again
-            self.probation.failed(pool, self.ring.sequence(handle), time.monotonic_ns(), counted=counted)
-            self._retry(pool, handle, status, error)
-        self.wake(pool)
+        if self.probation.is_trying(pool.slot):
+            for handle in handles:
+                self.probation.failed(pool, self.ring.sequence(handle), time.monotonic_ns(), counted=counted)
+        self._return(Returned(pool, handles.copy(), error, status, failed=True), handles)
+
+    def _return(self, returned: Returned, handles: list[int]) -> None:
+        """Have packets find their places in the next flushes; from here on they are not the teller's any more."""
+        self.returned.append(returned)
+        handles.clear()
+        self.go_on()
+        self.wake(returned.pool)
 
     def _count_failure(self, pool: AnalyzerPool, error: str) -> None:
         slot, states = pool.slot, self.analyzer_states
@@ -124,18 +164,16 @@ class Outcomes(DispatchBase):
         self.counters.add_to(pool.slot, "failed", len(handles))
         if batch:
             self._note_refusal(pool, error)
-            left = [handle for handle in handles if not self._exhausted(pool, handle, status, error)]
-            self._send_again(pool, left, alone=True)
-        else:
-            for handle in handles:
-                self._refused_alone(pool, handle, status, error)
+            self._send_again(pool, handles, status, error, alone=True)
+        while handles:
+            self._refused_alone(pool, handles[-1], status, error)
+            handles.pop()
         self.wake(pool)
 
     def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None:
         """Send packets again that the analyzer has not looked at."""
         error = "connection closed before the reply"
-        self._send_again(pool, [handle for handle in handles if not self._exhausted(pool, handle, None, error)])
-        self.wake(pool)
+        self._return(Returned(pool, handles.copy(), error, None, failed=False), handles)
 
     # ---- refusals
 
@@ -143,9 +181,8 @@ class Outcomes(DispatchBase):
         packet = self.ring.sequence(handle)
         in_doubt = self._count_refusal(pool)
         self.probation.refused(pool, packet, time.monotonic_ns())
-        known = self.retrying.get(packet)
-        second = known is not None and known.refused_by not in {None, pool}
-        if in_doubt and not second and self._ask_another(pool, handle, status):
+        first, _ = self.refused_by.get(packet, (pool, 0))
+        if in_doubt and first is pool and self._ask_another(pool, handle, status):
             return
         self._note_refusal(pool, error)
         self._bury(pool, handle, "refused", status, error)
@@ -186,18 +223,30 @@ class Outcomes(DispatchBase):
         if not any(states.is_pickable(slot) for slot in self.roster if slot != pool.slot):
             return False
         retrying = self._remember(pool, handle)
-        retrying.refused_by, retrying.refused_with = pool, status
-        others = {slot: analyzer for slot, analyzer in self.roster.items() if slot not in retrying.tried}
-        weights = effective_weights(states, others, self.config.health, time.monotonic_ns())
-        believed = {s: weight for s, weight in weights.items() if states.refusals(s) <= self.config.health.fall}
-        self._pass_on(handle, retrying, believed or weights)
+        self.refused_by[self.ring.sequence(handle)] = pool, status
+        candidates = self._second_opinion(retrying.tried())
+        self._pass_on(handle, retrying, self.pick_from(candidates, handle, retrying) if candidates else -1)
         return True
 
-    def _wrongly_refused(self, retrying: Retrying, sequence: int, taker: AnalyzerPool) -> None:
+    def _second_opinion(self, asked: tuple[int, ...]) -> Rendezvous | None:
+        """Return who may be asked besides those, for a moment the same; those first that are not in doubt themselves."""
+        if asked not in self._second_opinions:
+            states, others = self.analyzer_states, {slot: self.roster[slot] for slot in self.roster if slot not in asked}
+            weights = effective_weights(states, others, self.config.health, time.monotonic_ns())
+            believed = {s: weight for s, weight in weights.items() if states.refusals(s) <= self.config.health.fall}
+            self._second_opinions[asked] = self._rendezvous(believed or weights)
+        return self._second_opinions[asked]
+
+    def _rendezvous(self, weights: Mapping[int, float]) -> Rendezvous | None:
+        names = [self.roster[slot].id for slot in weights]
+        return Rendezvous(names, list(weights), list(weights.values())) if weights else None
+
+    def _refused_before(self, sequence: int, taker: AnalyzerPool) -> None:
         """Hold it against an analyzer that it has refused what another has taken."""
-        pool = retrying.refused_by
-        assert pool is not None  # noqa: S101  (the caller has looked)
-        self._count_failure(pool, f"HTTP {retrying.refused_with}, but {taker.analyzer.id} took the packet")
+        pool, status = self.refused_by.pop(sequence)
+        if pool is taker:
+            return
+        self._count_failure(pool, f"HTTP {status}, but {taker.analyzer.id} took the packet")
         self.probation.failed(pool, sequence, time.monotonic_ns())
         self.wake(pool)
 
@@ -212,11 +261,36 @@ class Outcomes(DispatchBase):
         self.counters.add("retried", packets)
         self.counters.add_to(pool.slot, "retries", packets)
 
-    def _send_again(self, pool: AnalyzerPool, handles: list[int], *, alone: bool = False) -> None:
+    def place_next(self) -> bool:
+        """Find places for the next packets that were not taken: for one that failed, for all of a request that was not
+        looked at. False: there are none.
+        """
+        if not self.returned:
+            return False
+        pool, handles, reason, status, failed = self.returned[0]
+        try:
+            if not failed:
+                self._send_again(pool, handles, status, reason)
+            elif handles:  # each goes to the front of its new list: the first is to be first again
+                self._retry(pool, handles[-1], status, reason)
+                handles.pop()
+        except Exception as error:  # noqa: BLE001  (whatever it is, the packet is to go again)
+            self.went_wrong(error)
+            if handles:
+                self.ring.release(handles.pop())
+        if not handles:
+            self.returned.popleft()
+        return True
+
+    def _send_again(
+        self, pool: AnalyzerPool, handles: list[int], status: int | None, error: str, *, alone: bool = False
+    ) -> None:
         """Have the same analyzer get packets before all others, or whoever is picked if it gets none now."""
-        self._count_retries(pool, len(handles))
-        for handle in reversed(handles):
-            pool.prepend(handle, alone)
+        while handles:
+            if not self._exhausted(pool, handles[-1], status, error):
+                self._count_retries(pool, 1)
+                pool.prepend(handles[-1], alone)
+            handles.pop()
         if pool.retired or pool.slot not in self.weights:
             pool.release_waiting()
 
@@ -232,57 +306,75 @@ class Outcomes(DispatchBase):
         if self._exhausted(pool, handle, status, error):
             return
         retrying = self._remember(pool, handle)
-        states, tried = self.analyzer_states, retrying.tried
-        others = {
-            slot: weight for slot, weight in self.weights.items() if slot not in tried and states.is_pickable(slot)
-        }
-        self._pass_on(handle, retrying, others)
+        self._pass_on(handle, retrying, self.another(handle, retrying))
 
     def _remember(self, pool: AnalyzerPool, handle: int) -> Retrying:
         """Note that an analyzer has not taken a packet, which is sent once more."""
         self._count_retries(pool, 1)
-        retrying = self.retrying.setdefault(self.ring.sequence(handle), Retrying())
-        retrying.tried.add(pool.slot)
+        sequence = self.ring.sequence(handle)
+        retrying = self.retrying.get(sequence)
+        if retrying is None:
+            retrying = self.retrying[sequence] = Retrying()
+        retrying.add(pool.slot)
         pool.watch(handle)
         return retrying
 
-    def failed_on(self, handle: int) -> Collection[int]:
-        """Return the slots of the analyzers that a packet has failed on in this round."""
-        retrying = self.retrying.get(self.ring.sequence(handle))
-        return () if retrying is None else retrying.tried
+    def failed_on(self, handle: int) -> Retrying | None:
+        """Return where a packet has failed in this round."""
+        return self.retrying.get(self.ring.sequence(handle))
 
-    def _pass_on(self, handle: int, retrying: Retrying, others: Mapping[int, float]) -> None:
-        """Have one of ``others`` get a packet, by weight (sticky: the next in the packet's own order), if any."""
-        if others:
-            if self.config.distribution.strategy == "sticky":
-                names = [self.roster[slot].id for slot in others]
-                slot = Rendezvous(names, list(others), list(others.values())).pick(self.ring.packet(handle).emitter)
-            else:
-                slot = random.choices(list(others), list(others.values()))[0]  # noqa: S311
+    def make_takers(self) -> Rendezvous | None:
+        """Return those that get packets now."""
+        return self._rendezvous(self.weights)
+
+    def _pass_on(self, handle: int, retrying: Retrying, slot: int) -> None:
+        """Have the analyzer in ``slot`` get a packet; -1: there is none."""
+        if slot >= 0:
             target = self.pools[slot]
-            target.prepend(handle)
             self.touch(target)
-        elif not any(self.analyzer_states.is_pickable(slot) for slot in self.roster):
-            retrying.tried.clear()
+            target.prepend(handle)
+        elif not self.somebody:
+            retrying.clear()
             self.ring.release(handle)  # nobody is there: it waits in the ring for whoever comes first
         else:
             retry = self.config.retry
-            retrying.round += 1
-            delay = random.uniform(0, min(retry.cap, retry.base * 2 ** min(retrying.round - 1, 60)))  # noqa: S311
-            self._back_off(handle, delay)
+            retrying.rounds += 1
+            delay = random.uniform(0, min(retry.cap, retry.base * 2 ** min(retrying.rounds - 1, 60)))  # noqa: S311
+            heapq.heappush(self.backing_off, (time.monotonic_ns() + int(delay * 1e9), handle))
 
-    def _back_off(self, handle: int, seconds: float) -> None:
-        heapq.heappush(self.backing_off, (time.monotonic_ns() + int(seconds * 1e9), handle))
+    def end_back_offs(self) -> None:
+        """Have all packets that back off picked again."""
+        if self.backing_off:
+            self.backed_off.append(self.backing_off)
+            self.backing_off = []
+            self.go_on()
 
-    def _end_back_off(self, now_ns: int | None = None) -> None:
-        """Have packets picked again whose time has come (all of them without ``now_ns``)."""
-        while self.backing_off and (now_ns is None or self.backing_off[0][0] <= now_ns):
-            handle = heapq.heappop(self.backing_off)[1]
-            retrying = self.retrying.get(self.ring.sequence(handle))
-            if retrying is not None:
-                retrying.tried.clear()
-            self.ring.release(handle)
-            self.schedule()
+    def end_next_back_off(self) -> bool:
+        """Have a packet picked again whose back-off is over; False if there is none."""
+        if self.backed_off:
+            heap = self.backed_off[0]
+        elif self.backing_off and self.backing_off[0][0] <= time.monotonic_ns():
+            heap = self.backing_off
+        else:
+            return False
+        handle = heapq.heappop(heap)[1]
+        if self.backed_off and not self.backed_off[0]:
+            self.backed_off.popleft()
+        retrying = self.retrying.get(self.ring.sequence(handle))
+        if retrying is not None:
+            retrying.clear()
+        self.ring.release(handle)
+        return True
+
+    def give_back(self) -> None:
+        """Give all packets that wait here back to the ring."""
+        for returned in self.returned:
+            for handle in returned.handles:
+                self.ring.release(handle)
+        self.returned.clear()
+        self.end_back_offs()
+        while self.end_next_back_off():
+            pass
 
     # ---- dead letters
 
@@ -297,7 +389,11 @@ class Outcomes(DispatchBase):
     def _buried(self, ring: PacketRing, sequence: int) -> None:
         if ring is self.ring:  # not an old one
             self.retrying.pop(sequence, None)
-            self.settled(sequence, None)
+            self.refused_by.pop(sequence, None)
+            try:
+                self.settled(sequence, None)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other letters are to leave the ring)
+                self.went_wrong(error)
 
 
 def retry_after(value: str) -> float | None:

@@ -175,6 +175,9 @@ class Owner:
     def schedule(self):
         pass
 
+    def went_wrong(self, error):
+        raise error
+
     def wake(self, _pool):
         self.wakes += 1
 
@@ -186,6 +189,11 @@ class DeskPool(AnalyzerPool):
 
     def open_more(self):
         self.asked += 1
+
+    def check(self, now_ns):
+        """Look at all connections, as they are at that time."""
+        for connection in self.look(now_ns):
+            connection.check()
 
 
 class Desk:
@@ -239,6 +247,7 @@ class Loop:
     def __init__(self):
         self.ready = []
         self.timers = []
+        self.held_up = None  # turns after which ``run`` leaves the rest for later
 
     def call_soon(self, callback, *args):
         self.ready.append(partial(callback, *args))
@@ -247,15 +256,24 @@ class Loop:
         self.timers.append((delay, partial(callback, *args)))
         return object()
 
-    def run(self, turns=1000):
+    def turn(self):
+        """Run what is ready."""
+        ready, self.ready = self.ready, []
+        while ready:
+            callback = ready.pop(0)
+            try:
+                callback()
+            except Exception:  # which ends this callback and no other
+                self.ready = ready + self.ready
+                raise
+
+    def run(self, turns=10_000):
         """Run what is ready, and what that makes ready."""
-        for _ in range(turns):
+        for _ in range(turns if self.held_up is None else self.held_up):
             if not self.ready:
                 return
-            ready, self.ready = self.ready, []
-            for callback in ready:
-                callback()
-        raise AssertionError("never comes to rest")
+            self.turn()
+        assert self.held_up is not None, "never comes to rest"
 
     def fire(self):
         """Let all timers be over."""
@@ -468,7 +486,9 @@ class Bench(Site):
     def check(self):
         """Every packet is once in one of: done, waiting, in flight, backing off, to be written, in the ring."""
         held = sum(pool.waiting + pool.packets_in_flight for pool in self.pools)
-        held += len(self.dispatcher.backing_off) + len(self.dispatcher.letters.unwritten)
+        held += sum(len(returned.handles) for returned in self.dispatcher.returned)
+        held += sum(map(len, [self.dispatcher.backing_off, *self.dispatcher.backed_off]))
+        held += len(self.dispatcher.letters.unwritten)
         assert self.ring.claimed == held
         assert self.ring.undone == self.pushed - self.delivered - self.buried
         for pool in self.pools:
@@ -481,7 +501,7 @@ class Bench(Site):
         self.dispatcher.close()
         for pool in self.pools:
             pool.release_waiting()
-        self.dispatcher._end_back_off()
+        self.dispatcher.give_back()
         for letter in self.dispatcher.letters.unwritten:
             self.ring.release(letter.handle)
         left = []

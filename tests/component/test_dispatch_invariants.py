@@ -33,6 +33,7 @@ REPLIES = [
     OK + reply(500) + OK,
     b"\0",
 ]
+FALLIBLE = ["failed", "refused", "not_sent", "paused_for", "settled", "_retry", "_exhausted", "another", "_bury"]
 SLOTS = range(4)
 WEIGHTS = (3, 2, 1, 0)
 MODES = [
@@ -52,14 +53,17 @@ class Happenings(RuleBasedStateMachine):
 
     folder = None
 
-    @initialize(mode=st.sampled_from(MODES))
-    def open(self, mode):
+    @initialize(mode=st.sampled_from(MODES), part_ns=st.sampled_from([0, SECOND]))
+    def open(self, mode, part_ns):
         sections = {"health": {"fall": 3}, "retry": {"base": 0.1, "cap": 1.0}} | mode
         self.bench = Bench(self.folder, WEIGHTS, **sections)
+        self.bench.dispatcher.part_ns = part_ns  # 0: whatever is done in parts takes as many turns as it can
         self.letters_before = len(self.bench.letters())
 
     def teardown(self):
         bench = self.bench
+        self.hold_up(None)
+        bench.rest()
         for slot in SLOTS:  # what stands half read is over
             for connection in bench.connections(slot):
                 bench.lose(connection)
@@ -150,6 +154,23 @@ class Happenings(RuleBasedStateMachine):
     def load(self, load):
         self.bench.dispatcher._load.measure = lambda _now: load
 
+    @rule(turns=st.sampled_from([0, 1, 2, 5, None]))
+    def hold_up(self, turns):
+        """What is done in parts is not over when the next thing happens."""
+        self.bench.loop.held_up = turns
+
+    @rule(method=st.sampled_from(FALLIBLE))
+    def go_wrong(self, method):
+        """The next call of this method throws something."""
+        dispatcher = self.bench.dispatcher
+        real = getattr(dispatcher, method)
+
+        def throw(*_args, **_kwargs):
+            setattr(dispatcher, method, real)
+            raise RuntimeError(f"thrown by {method}")
+
+        setattr(dispatcher, method, throw)
+
     @rule(slot=st.sampled_from(SLOTS), number=st.integers(1, 3))
     def move_endpoint(self, slot, number):
         self.bench.add(slot, WEIGHTS[slot], endpoint=f"http://host{number}.test/")
@@ -176,6 +197,8 @@ STEPS = {  # how often each comes
     "pause": 2,
     "network": 3,
     "wait": 6,
+    "hold up": 6,
+    "go wrong": 1,
     "move endpoint": 1,
 }
 
@@ -199,6 +222,10 @@ def do(machine, step, source):
             machine.network(slot, number > 1)
         case "wait":
             machine.wait(source.choice([0.001, 0.15, 0.6, 1.5]))
+        case "hold up":
+            machine.hold_up(source.choice([0, 1, 2, 5, None, None]))
+        case "go wrong":
+            machine.go_wrong(source.choice(FALLIBLE))
         case "move endpoint":
             machine.move_endpoint(slot, number)
         case _:
@@ -210,7 +237,7 @@ def test_a_long_day(tmp_path, seed):
     """The same, longer and without shrinking."""
     source = random.Random(seed)
     machine = type("HappeningsHere", (Happenings,), {"folder": tmp_path})()
-    machine.open(MODES[seed % len(MODES)])
+    machine.open(MODES[seed % len(MODES)], seed % 3 % 2 * SECOND)
     for step in source.choices(list(STEPS), list(STEPS.values()), k=1000):
         do(machine, step, source)
         machine.bench.check()

@@ -2,14 +2,17 @@
 
 ``DispatchBase`` holds what happens for every packet. ``fastdist.dispatch`` decides, seldom, what the table looks like
 (``refresh``), and what becomes of packets that could not be delivered.
+
+No turn of the loop is to be long, however many packets or connections something concerns: all that is done for each of
+very many has an end after a while (``part_ns``), and the flush of the next turn goes on with it.
 """
 
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 from fastdist._core.bits cimport load, mix, mono_ns, unlikely
 from fastdist._core.counters cimport SPILLED
-from fastdist._core.forward cimport LINGERING, WATCHED, PoolBase
+from fastdist._core.forward cimport LINGERING, WATCHED, PoolBase, Pumped
 from fastdist._core.pick cimport GOLDEN, AliasTable, Rendezvous
 from fastdist._core.ring cimport PacketRing, Record
 from fastdist._core.states cimport AnalyzerStates
@@ -21,6 +24,10 @@ cdef enum:
     DRAWS = 8                # candidates looked at for one that is not ahead of its share
     NEVER = 1 << 30          # seconds
     EQUALS = 4               # times spill_after: how long packets wait for an analyzer that is as quick as the others
+    LOOKS = 8                # pools that are looked at, or packets that spill, between two looks at the clock
+    OPENINGS = 16            # connections that one flush begins to open, which is slow
+
+cdef int64_t PART_NS = 4000000  # of each thing that a flush does in parts
 
 cdef enum:
     EVEN = 0
@@ -36,6 +43,61 @@ UNLIMITED = 1 << 62
 
 STRATEGIES = {"even": EVEN, "random": RANDOM, "sticky": STICKY}
 UNITS = {"packets": PACKETS, "messages": MESSAGES, "bytes": BYTES}
+
+
+cdef class Retrying:
+    """What is remembered of a packet that has failed: where in this round, and how many ``rounds`` it has backed off.
+
+    No Python object is in it, so that garbage collection passes it by: there may be very many.
+    """
+
+    cdef int32_t *slots
+    cdef int32_t count, room
+    cdef public int32_t rounds
+
+    def __dealloc__(self):
+        free(self.slots)
+
+    def add(self, int32_t slot):
+        """Note that it has failed there."""
+        cdef int32_t *grown
+        if self.has(slot):
+            return
+        if self.count == self.room:
+            grown = <int32_t *>realloc(self.slots, 2 * (self.room + 1) * sizeof(int32_t))
+            if grown == NULL:
+                raise MemoryError
+            self.slots, self.room = grown, 2 * (self.room + 1)
+        self.slots[self.count] = slot
+        self.count += 1
+
+    def clear(self):
+        """Begin a new round."""
+        self.count = 0
+
+    def tried(self):
+        """Return the slots it has failed on in this round."""
+        return tuple([self.slots[i] for i in range(self.count)])
+
+    cdef bint has(self, int32_t slot) noexcept nogil:
+        cdef int32_t i
+        for i in range(self.count):
+            if self.slots[i] == slot:
+                return True
+        return False
+
+    cdef uint64_t mark(self, uint64_t *marks, bint on) noexcept nogil:
+        """Set or take away the bits of its slots, and return a hash of them."""
+        cdef int32_t i, slot
+        cdef uint64_t digest = 0
+        for i in range(self.count):
+            slot = self.slots[i]
+            digest ^= mix(slot + 1)
+            if on:
+                marks[slot >> 6] |= <uint64_t>1 << (slot & 63)
+            else:
+                marks[slot >> 6] &= ~(<uint64_t>1 << (slot & 63))
+        return digest
 
 
 cdef class DispatchBase:
@@ -75,6 +137,12 @@ cdef class DispatchBase:
     cdef int32_t *roomy              # slots that have room, while packets spill
     cdef Py_ssize_t roomy_count
     cdef public bint trials_due      # the next packet may be for an analyzer on probation
+    cdef public bint work_left       # something that is done in parts
+    cdef public int64_t part_ns      # how long a part may take
+    cdef public int openings         # connections that this flush may still begin to open
+    cdef Rendezvous takers           # those that take packets now; None: not made yet
+    cdef uint64_t *marks             # a bit for each slot: those not to be picked, all 0 in between
+    cdef uint64_t chance             # where a sequence of random words is
 
     def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, config, *args, **kwargs):
         self.loop, self.ring = loop, ring
@@ -90,8 +158,11 @@ cdef class DispatchBase:
         self.share = <double *>calloc(self.slots, sizeof(double))
         self.finish = <double *>calloc(self.slots, sizeof(double))
         self.roomy = <int32_t *>calloc(self.slots, sizeof(int32_t))
-        if self.given == NULL or self.share == NULL or self.finish == NULL or self.roomy == NULL:
+        self.marks = <uint64_t *>calloc(self.slots // 64 + 1, sizeof(uint64_t))
+        if not (self.given and self.share and self.finish and self.roomy and self.marks):
             raise MemoryError
+        self.part_ns = PART_NS
+        self.chance = int.from_bytes(os.urandom(8), "little")
         self.touched, self.lingering, self.backlog = [], [], []
         self.claim_limit, self.steady = UNLIMITED, True
         spills = config.delivery.spill_after < NEVER and self.strategy != STICKY
@@ -102,11 +173,12 @@ cdef class DispatchBase:
         free(self.share)
         free(self.finish)
         free(self.roomy)
+        free(self.marks)
 
     def set_table(self, AliasTable table, Rendezvous rendezvous):
         """Pick from these from now on; with None for the one the strategy uses, hold everything in the ring."""
         cdef Py_ssize_t at
-        self.table, self.rendezvous = table, rendezvous
+        self.table, self.rendezvous, self.takers = table, rendezvous, None
         self.total = 0
         memset(self.given, 0, self.slots * sizeof(double))
         memset(self.share, 0, self.slots * sizeof(double))
@@ -170,8 +242,12 @@ cdef class DispatchBase:
         if unlikely(load(self.epoch) != self.seen_epoch):
             self.seen_epoch = load(self.epoch)
             self.refresh()
+        self.openings = OPENINGS
         if unlikely(self.trials_due):
             self.begin_trials()
+        if unlikely(self.work_left):
+            self.work_left = False
+            self.work_off()
         if self.table is not None or self.rendezvous is not None:
             self.route(now)
         linger = self.pump_touched(now, linger)
@@ -187,11 +263,23 @@ cdef class DispatchBase:
         """Have the pools that got packets send them; return for how many ns (``linger`` at most) some would wait for more."""
         cdef PoolBase pool
         cdef list pools
+        cdef Py_ssize_t at
+        cdef Pumped pumped
+        cdef int64_t end = mono_ns() + self.part_ns
         pools, self.touched = self.touched, []
-        for pool in pools:
-            pool.touched = False  # of all first: whatever goes wrong with one, the others can be touched again
-        for pool in pools:
-            if pool.pump_at(now) == LINGERING:
+        for at in range(len(pools)):
+            if unlikely(at % LOOKS == LOOKS - 1) and mono_ns() > end:
+                self.touched = pools[at:] + self.touched
+                self.schedule()
+                break
+            pool = <PoolBase>pools[at]
+            pool.touched = False
+            try:
+                pumped = pool.pump_at(now)
+            except Exception as error:
+                self.went_wrong(error)
+                continue
+            if pumped == LINGERING:
                 self.lingering.append(pool)
                 linger = min(linger, pool.due_in(now))
             if pool.waiting and not pool.backlogged:
@@ -228,8 +316,10 @@ cdef class DispatchBase:
         """
         cdef PoolBase pool, target
         cdef list backlog = []
-        cdef bint unplaced = False
+        cdef bint unplaced = False, over = False
         cdef uint32_t prior, handle
+        cdef int64_t end = mono_ns() + self.part_ns
+        cdef int spilled = 0
         self.find_room()
         self.next_aged = INT64_MAX
         for pool in self.backlog:
@@ -237,6 +327,10 @@ cdef class DispatchBase:
             # Not the one packet that an analyzer outside the table is tried with: that is to show how it fares there.
             handle = pool.behind(prior) if self.share[pool.slot] > 0 and pool.is_held_up(now) else 0
             while handle and pool.since(handle) <= now - self.patience(pool):
+                spilled += 1
+                over = over or (spilled % LOOKS == 0 and mono_ns() > end)
+                if over:
+                    break
                 target = self.relief(pool, handle)
                 if target is None:
                     unplaced = True
@@ -251,6 +345,8 @@ cdef class DispatchBase:
             else:
                 pool.backlogged = False
         self.backlog = backlog
+        if over:
+            self.schedule()
         if unplaced or self.unplaced:
             for pool in self.pools:
                 if pool is not None:
@@ -289,7 +385,7 @@ cdef class DispatchBase:
         """
         cdef PoolBase pool, best = None
         cdef double start, begun = 0
-        cdef object failed_on = self.failed_on(handle) if self.ring.entries[handle].flags & WATCHED else None
+        cdef Retrying retrying = self.failed_on(handle) if self.ring.entries[handle].flags & WATCHED else None
         cdef bint again, best_again = False
         cdef Py_ssize_t at = 0
         cdef int32_t slot
@@ -304,7 +400,7 @@ cdef class DispatchBase:
             if pool is waiting:
                 continue
             start = max(self.finish[slot], self.spill_clock)
-            again = failed_on is not None and slot in failed_on
+            again = retrying is not None and retrying.has(slot)
             if best is None or again < best_again or (again == best_again and start < begun):
                 best, begun, best_again = pool, start, again
         if best is not None:
@@ -338,6 +434,43 @@ cdef class DispatchBase:
         if not pool.touched:
             pool.touched = True
             self.touched.append(pool)
+
+    def go_on(self):
+        """Have the next flush go on with what is done in parts."""
+        self.work_left = True
+        self.schedule()
+
+    def another(self, uint32_t handle, Retrying retrying):
+        """Return the slot of one that a packet has not failed on in this round, by weight; -1 if there is none.
+
+        With the strategy ``sticky`` it is the next in the packet's own order.
+        """
+        cdef int32_t slot
+        cdef int i
+        if self.strategy != STICKY and self.table is not None:
+            for i in range(DRAWS):  # nearly always one of them will do
+                self.chance += GOLDEN
+                slot = self.table.at(mix(self.chance))
+                if not retrying.has(slot):
+                    return slot
+        if self.takers is None:
+            self.takers = self.make_takers()
+            if self.takers is None:
+                return -1
+        return self.pick_from(self.takers, handle, retrying)
+
+    def pick_from(self, Rendezvous candidates, uint32_t handle, Retrying retrying):
+        """Return the slot of one of the candidates as ``another`` does."""
+        cdef Record *record = self.ring.record_of(handle)
+        cdef uint64_t digest = retrying.mark(self.marks, True)
+        cdef int32_t slot
+        if self.strategy == STICKY:
+            slot = candidates.best_besides(record.emitter, self.marks, digest)
+        else:
+            self.chance += GOLDEN
+            slot = candidates.race(mix(self.chance), self.marks)
+        retrying.mark(self.marks, False)
+        return slot
 
     def choose(self, uint32_t handle):
         """Return the slot the table gives a claimed packet, which moves the sequence on."""

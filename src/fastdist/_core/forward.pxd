@@ -98,6 +98,7 @@ cdef class ReplyBase(Receiver):
     cdef int64_t looked_ns
 
     cdef int send_waiting(self, int64_t now) except -1
+    cdef int take_in(self, const uchar *p, Py_ssize_t n) except -1
     cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except? NULL
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1

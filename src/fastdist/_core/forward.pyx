@@ -171,8 +171,10 @@ cdef class PoolBase:
     def release_waiting(self):
         """Give all that waits here back to the ring, in order; return how many."""
         cdef int64_t count = self.waiting
-        while self.waiting:
-            self.ring.give_back(self.leave())
+        if count:
+            self.ring.give_all_back(self.first, self.last, count)
+            self.first = 0
+            self.waiting = self.waiting_bytes = 0
         return count
 
     def take_request(self):
@@ -337,6 +339,21 @@ cdef class PoolBase:
             self.delivered(watched)
         return 0
 
+    def hand_over(self, tell, list handles, *args):
+        """Have ``tell(handles, *args)`` decide where packets go next; return False if it threw something.
+
+        It takes a packet out of the list when it has a place for it. Whatever it throws, the rest is picked anew.
+        """
+        cdef uint32_t handle
+        try:
+            tell(handles, *args)
+        except Exception as error:
+            for handle in handles:
+                self.ring.give_back(handle)
+            self.went_wrong(error)
+            return False
+        return True
+
     cdef list dissolve(self, Group *group):
         """The request failed: return its handles."""
         self.landed(group)
@@ -379,7 +396,8 @@ cdef class ReplyBase(Receiver):
 
     Outcomes reach the pool as ``refused(handles, status, batch)``, ``failed(handles, error, counted, status)``,
     ``paused_for(handles, status, value)`` and ``not_sent(handles)`` (certain not to have been looked at, or a
-    connection that was closed while idle: go again at once).
+    connection that was closed while idle: go again at once). Whatever goes wrong there or here, an error of the program
+    (``went_wrong(error)``), the packets go again.
     """
 
     def __cinit__(self, PoolBase pool, *args, **kwargs):
@@ -499,6 +517,14 @@ cdef class ReplyBase(Receiver):
 
     cdef int receive(self, const uchar *p, Py_ssize_t n) except -1:
         """Take in what the analyzer sent."""
+        try:
+            self.take_in(p, n)
+        except Exception as error:
+            self.pool.went_wrong(error)
+            self.close_after("an error in fastdist, when it dealt with a reply", False)
+        return 0
+
+    cdef int take_in(self, const uchar *p, Py_ssize_t n) except -1:
         cdef int64_t now = mono_ns()
         cdef bytes joined
         if self.closing:
@@ -616,13 +642,15 @@ cdef class ReplyBase(Receiver):
         status = head.status
         if (status == 429 or status == 503) and (head.retry_after >= 0 or head.dated):
             value = head.retry_date.p[:head.retry_date.n].decode("latin-1")
-            self.pool.paused_for(handles, status, value)
+            told = self.pool.hand_over(self.pool.paused_for, handles, status, value)
         elif status >= 500 or status in LATER:
-            self.pool.failed(handles, f"HTTP {status}", True, status)
+            told = self.pool.hand_over(self.pool.failed, handles, f"HTTP {status}", True, status)
         elif status < 400 or status in OF_THE_ENDPOINT:
-            self.pool.failed(handles, in_words(status, text), True, status)
+            told = self.pool.hand_over(self.pool.failed, handles, in_words(status, text), True, status)
         else:
-            self.pool.refused(handles, status, bool(group.batch))
+            told = self.pool.hand_over(self.pool.refused, handles, status, bool(group.batch))
+        if not told:
+            self.close_after("", False)
         return 0
 
     cdef int reply_over(self, int64_t now) except -1:
@@ -637,7 +665,7 @@ cdef class ReplyBase(Receiver):
         """No reply follows the one that has come: the requests behind it will not be looked at."""
         self.keep_alive = False
         for handles in reversed(self.take_unanswered()):
-            self.pool.not_sent(handles)
+            self.pool.hand_over(self.pool.not_sent, handles)
         return 0
 
     cdef list take_unanswered(self):
@@ -694,15 +722,17 @@ cdef class ReplyBase(Receiver):
         if self.early.packets:
             requests.insert(0, self.pool.dissolve(&self.early))
             self.early.packets = 0
-        if error or self.transport.get_write_buffer_size():  # what is still to be written will be sent elsewhere
-            self.transport.abort()
-        else:
-            self.transport.close()
         failed = requests.pop(0) if error and requests else None
-        for handles in reversed(requests):
-            self.pool.not_sent(handles)
-        if failed is not None:  # it goes last, to the front
-            self.pool.failed(failed, error, counted, None)
+        try:
+            if error or self.transport.get_write_buffer_size():  # what is still to be written will be sent elsewhere
+                self.transport.abort()
+            else:
+                self.transport.close()
+        finally:
+            for handles in reversed(requests):
+                self.pool.hand_over(self.pool.not_sent, handles)
+            if failed is not None:  # it goes last, to the front
+                self.pool.hand_over(self.pool.failed, failed, error, counted, None)
 
     def eof_received(self):
         """The analyzer closes its side: so do we, but not before a request that it has answered is written whole."""

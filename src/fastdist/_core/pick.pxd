@@ -18,3 +18,5 @@ cdef class Rendezvous:
     cdef uint64_t *cached_key
     cdef int32_t *cached_slot
     cdef int32_t best(self, uint64_t key) noexcept nogil
+    cdef int32_t best_besides(self, uint64_t key, const uint64_t *marks, uint64_t digest) noexcept nogil
+    cdef int32_t race(self, uint64_t key, const uint64_t *marks) noexcept nogil

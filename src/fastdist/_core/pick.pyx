@@ -96,6 +96,10 @@ cdef class AliasTable:
         return shares
 
 
+cdef inline bint marked(const uint64_t *marks, int32_t slot) noexcept nogil:
+    return marks != NULL and marks[slot >> 6] >> (slot & 63) & 1
+
+
 cdef class Rendezvous:
     """Slots by key: ``names`` (the analyzers' ids, which decide who wins what), their ``slots`` and ``weights`` (> 0)."""
 
@@ -130,19 +134,35 @@ cdef class Rendezvous:
         free(self.cached_slot)
 
     cdef int32_t best(self, uint64_t key) noexcept nogil:
-        cdef Py_ssize_t i, winner = 0, line = <Py_ssize_t>(mix(key) & (CACHE - 1))
+        return self.best_besides(key, NULL, 0)
+
+    cdef int32_t best_besides(self, uint64_t key, const uint64_t *marks, uint64_t digest) noexcept nogil:
+        """Return the slot ``key`` belongs to when those marked (a bit each) are not there, -1 if none is left.
+
+        ``digest``: a hash of the marks, 0 for none.
+        """
+        cdef Py_ssize_t line = <Py_ssize_t>(mix(key ^ digest) & (CACHE - 1))
+        cdef int32_t slot = self.cached_slot[line]
+        if slot >= 0 and self.cached_key[line] == key ^ digest and not marked(marks, slot):
+            return slot
+        slot = self.race(key, marks)
+        self.cached_key[line] = key ^ digest
+        self.cached_slot[line] = slot
+        return slot
+
+    cdef int32_t race(self, uint64_t key, const uint64_t *marks) noexcept nogil:
+        cdef Py_ssize_t i
+        cdef int32_t winner = -1
         cdef double score, lowest = 0
-        if self.cached_slot[line] >= 0 and self.cached_key[line] == key:
-            return self.cached_slot[line]
         for i in range(self.size):
+            if marked(marks, self.slots[i]):
+                continue
             # 53 bits of hash, moved off 0 and 1, make the uniform number.
             score = -log((<double>(mix(fold(key ^ self.keys[i], GOLDEN)) >> 11) + 0.5) / 9007199254740992.0)
             score /= self.weights[i]
-            if i == 0 or score < lowest:
-                winner, lowest = i, score
-        self.cached_key[line] = key
-        self.cached_slot[line] = self.slots[winner]
-        return self.slots[winner]
+            if winner < 0 or score < lowest:
+                winner, lowest = self.slots[i], score
+        return winner
 
     def pick(self, uint64_t key):
         """Return the slot that ``key`` (an emitter's hash) belongs to."""

@@ -94,6 +94,7 @@ cdef class PacketRing:
     cdef uint32_t claim_next(self) except? 0
     cdef void finish(self, uint32_t handle) noexcept nogil
     cdef void give_back(self, uint32_t handle) noexcept nogil
+    cdef void give_all_back(self, uint32_t first, uint32_t last, int64_t count) noexcept nogil
     cdef bint has_unclaimed(self) noexcept nogil
     cdef int64_t past_gaps(self, int64_t position, int64_t end) noexcept nogil
     cdef int64_t oldest(self) noexcept nogil

@@ -481,12 +481,16 @@ cdef class PacketRing:
     cdef void give_back(self, uint32_t handle) noexcept nogil:
         """Undo a claim: the record is the next but those given back before to be claimed again."""
         self.entries[handle].next = 0
+        self.give_all_back(handle, handle, 1)
+
+    cdef void give_all_back(self, uint32_t first, uint32_t last, int64_t count) noexcept nogil:
+        """Undo ``count`` claims, of a list from ``first`` to ``last``: however many, that is one link."""
         if self.released_last:
-            self.entries[self.released_last].next = handle
+            self.entries[self.released_last].next = first
         else:
-            self.released_first = handle
-        self.released_last = handle
-        self.claimed -= 1
+            self.released_first = first
+        self.released_last = last
+        self.claimed -= <uint32_t>count
 
     cdef void finish(self, uint32_t handle) noexcept nogil:
         """The claimed packet was delivered, or is safe elsewhere: its record is done and the handle free."""

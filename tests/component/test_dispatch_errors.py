@@ -1,0 +1,186 @@
+"""Errors of the program itself, thrown wherever outcomes are dealt with: the packets go again, and it is told once."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from forward_harness import OK, Bench, Desk, Owner, reply
+from structlog.testing import capture_logs
+
+from fastdist.deadletters import DeadLetters
+from fastdist.dispatch import Dispatcher
+from fastdist.forward import AnalyzerPool
+from fastdist.outcomes import Outcomes
+from fastdist.probation import Probation
+
+
+class Thrower:
+    """Stands in a method's place and throws, until it is taken away."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self.monkeypatch, self.thrown = monkeypatch, 0
+        monkeypatch.setattr(owner, name, self.throw)
+
+    def throw(self, *_args, **_kwargs):
+        self.thrown += 1
+        raise RuntimeError("thrown on purpose")
+
+    def remove(self):
+        self.monkeypatch.undo()
+
+
+def settle_all(bench):
+    """Have all that is left delivered."""
+    for _ in range(40):
+        bench.pass_time(1.1)
+        while bench.answer_all():
+            pass
+        if bench.ring.undone == 0:
+            break
+    assert bench.ring.undone == bench.ring.claimed == 0
+    assert bench.delivered + bench.buried == bench.pushed
+
+
+WAYS = [
+    (AnalyzerPool, "failed", reply(500)),
+    (AnalyzerPool, "failed", b"\0"),
+    (AnalyzerPool, "failed", reply(404)),
+    (AnalyzerPool, "paused_for", reply(503, "Retry-After: 1")),
+    (AnalyzerPool, "refused", reply(422)),
+    (AnalyzerPool, "delivered", OK),
+    (Outcomes, "failed", reply(500)),
+    (Outcomes, "paused_for", reply(429, "Retry-After: 1")),
+    (Outcomes, "refused", reply(400)),
+    (Outcomes, "delivered", OK),
+    (Outcomes, "_count_failure", reply(500)),
+    (Outcomes, "_retry", reply(500)),
+    (Outcomes, "_remember", reply(500)),
+    (Outcomes, "_pass_on", reply(500)),
+    (Outcomes, "_exhausted", reply(500)),
+    (Outcomes, "_refused_alone", reply(422)),
+    (Outcomes, "_count_refusal", reply(422)),
+    (Outcomes, "_bury", reply(422)),
+    (Outcomes, "wake", reply(500)),
+    (Outcomes, "wake", reply(422)),
+    (Probation, "is_trying", reply(500)),
+    (Probation, "refused", reply(422)),
+    (Probation, "passed", OK),
+    (DeadLetters, "write", reply(422)),
+    (DeadLetters, "settle", reply(422)),
+    (AnalyzerPool, "claim_more", OK),
+    (AnalyzerPool, "lingering", OK),
+    (AnalyzerPool, "unasked", OK + OK + OK),
+]
+
+
+@pytest.mark.parametrize("mode", ["single", "batch"])
+@pytest.mark.parametrize(("owner", "name", "data"), WAYS)
+def test_whatever_is_thrown_packets_go_again(tmp_path, monkeypatch, owner, name, data, mode):
+    delivery = {"mode": mode, "connections": 2, "pipeline": 2, "batch_packets": 3}
+    with Bench(tmp_path, (1, 1, 1), delivery=delivery, health={"fall": 10_000}) as bench, capture_logs() as lines:
+        bench.push(*[b"x"] * 60)
+        for slot in bench.roster:  # so that deliveries are told of, too
+            bench.answer(bench.busy(slot)[0], reply(500))
+        thrower = Thrower(monkeypatch, owner, name)
+        for _ in range(3):
+            for slot in bench.roster:
+                for connection in bench.busy(slot):
+                    connection.data_received(data)
+                    bench.check()
+            while bench.loop.ready:
+                with contextlib.suppress(RuntimeError):  # as a loop does
+                    bench.loop.run()
+            bench.check()
+        thrower.remove()
+        settle_all(bench)
+        told = [line for line in lines if line["log_level"] == "error" and "fastdist" in line["event"]]
+        assert len(told) <= 3, "once for each place, not for each packet"
+
+
+def test_what_has_waited_is_told_though_a_callback_throws(tmp_path, monkeypatch):
+    with Bench(tmp_path, (1,), retry={"base": 0.001, "cap": 0.001}) as bench:
+        bench.push(b"1", b"2", b"3")
+        bench.answer_all(reply(500), [0])
+        bench.pass_time(0.1)
+        heard = []
+
+        def settled(sequence, analyzer):
+            heard.append((sequence, analyzer))
+            raise RuntimeError("thrown on purpose")
+
+        bench.dispatcher.settled = settled
+        with capture_logs() as lines:
+            settle_all(bench)
+        assert sorted(heard) == [(1, "A1"), (2, "A1"), (3, "A1")]
+        assert bench.dispatcher.retrying == {}
+        assert sum(line["log_level"] == "error" for line in lines) == 1
+
+
+class Throwing(Owner):
+    """An owner that throws whatever it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.errors = []
+
+    def went_wrong(self, error):
+        self.errors.append(error)
+
+    def _note(self, *_):
+        raise RuntimeError("thrown on purpose")
+
+
+@pytest.mark.parametrize("data", [reply(500), reply(422), reply(503, "Retry-After: 1"), b"\0"])
+def test_a_connection_whose_outcome_throws_is_closed(data):
+    desk = Desk(pipeline=3)
+    desk.pool.owner = owner = Throwing()
+    connection = desk.connect()
+    desk.push(b"1", b"2", b"3")
+    desk.pool.pump()
+    connection.data_received(data)
+    assert connection.transport.ended
+    assert connection.in_flight() == desk.pool.requests_in_flight == 0
+    assert {desk.ring.packet_id(desk.ring.claim()) for _ in range(3)} == {"p1", "p2", "p3"}
+    assert owner.errors
+    connection.connection_lost(None)
+    assert desk.pool.open_connections == 0
+
+
+def test_a_request_that_cannot_connect_goes_again_though_its_outcome_throws(tmp_path, monkeypatch):
+    with Bench(tmp_path, (1, 1), health={"fall": 10_000}) as bench:
+        for slot in range(2):
+            bench.pool(slot).reachable = False
+        thrower = Thrower(monkeypatch, Dispatcher, "failed")
+        bench.dispatcher.loop.held_up = 20
+        bench.push(*[b"x"] * 20)
+        assert thrower.thrown
+        thrower.remove()
+        for slot in range(2):
+            bench.pool(slot).reachable = True
+        bench.dispatcher.loop.held_up = None
+        settle_all(bench)
+
+
+def test_one_pool_that_throws_keeps_no_other_from_sending(tmp_path):
+    with Bench(tmp_path, (1, 1, 1)) as bench:
+        def throw():
+            raise RuntimeError("thrown on purpose")
+
+        bench.pool(1).open_more = throw
+        bench.push(*[b"x"] * 30)
+        assert bench.busy(0)
+        assert bench.busy(2)
+        del bench.pool(1).open_more
+        settle_all(bench)
+
+
+def test_a_time_out_that_throws_keeps_no_other_from_being_seen(tmp_path, monkeypatch):
+    with Bench(tmp_path, (1, 1, 1), delivery={"timeout": 5.0}) as bench:
+        bench.push(*[b"x"] * 9)
+        broken = bench.busy(0)[0]
+        broken.check = None  # not callable
+        bench.pass_time(5.2)
+        assert bench.pool(1).connections.isdisjoint(bench.busy(1)) or bench.count("retried") >= 6
+        del broken.check
+        settle_all(bench)
