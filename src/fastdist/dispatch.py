@@ -271,7 +271,11 @@ class Dispatcher(Outcomes):
 
     def _judge(self, now_ns: int) -> None:
         """See who is slow, and whether this process is the bottleneck: both decide what spills."""
-        slow = self._slow_among([self.pools[slot] for slot in self.roster if self.pools[slot].waiting], now_ns)
+        waiting = [self.pools[slot] for slot in self.roster if self.pools[slot].waiting]
+        for pool in waiting:
+            if not (pool.requests_in_flight or pool.opening):
+                self.wake(pool)  # as it should be already: whatever has gone wrong, they do not wait for ever
+        slow = self._slow_among(waiting, now_ns)
         self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
         slow = {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
         steady = self._limit_claims(now_ns, lift=bool(slow))

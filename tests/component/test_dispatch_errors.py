@@ -99,7 +99,7 @@ def test_whatever_is_thrown_packets_go_again(tmp_path, monkeypatch, owner, name,
 
 
 def test_what_has_waited_is_told_though_a_callback_throws(tmp_path, monkeypatch):
-    with Bench(tmp_path, (1,), retry={"base": 0.001, "cap": 0.001}) as bench:
+    with Bench(tmp_path, (1,), retry={"base": 0.001, "cap": 0.001}, health={"fall": 9}) as bench:
         bench.push(b"1", b"2", b"3")
         bench.answer_all(reply(500), [0])
         bench.pass_time(0.1)
@@ -176,7 +176,7 @@ def test_one_pool_that_throws_keeps_no_other_from_sending(tmp_path):
 
 
 def test_a_time_out_that_throws_keeps_no_other_from_being_seen(tmp_path, monkeypatch):
-    with Bench(tmp_path, (1, 1, 1), delivery={"timeout": 5.0}) as bench:
+    with Bench(tmp_path, (1, 1, 1), delivery={"timeout": 5.0}, health={"fall": 10_000}) as bench:
         bench.push(*[b"x"] * 9)
         broken = bench.busy(0)[0]
         broken.check = None  # not callable
