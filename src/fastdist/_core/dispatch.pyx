@@ -427,7 +427,7 @@ cdef class DispatchBase:
         for pool in self.lingering:
             self.touch(pool)
         self.lingering = []
-        self.flush()
+        self.schedule()  # and no second flush in a turn that has one already
 
     def touch(self, PoolBase pool):
         """Have the pool looked at in the next flush."""
