@@ -174,13 +174,14 @@ class DeadLetterWriter:
 
     # ---- what becomes of it
 
-    def _settle(self, error: Exception | None) -> None:
+    def _settle(self, error: OSError | None) -> None:
         """Let packets go whose letters are safe; have the others written again."""
         letters, self.written = self.written, []
+        failure: Exception | None = error
         try:
             safe = self.files.settle(error)
         except Exception as problem:  # noqa: BLE001  (nobody knows what is safe)
-            safe, error = False, problem
+            safe, failure = False, problem
         if safe:
             for letter in letters:
                 sequence = letter.ring.sequence(letter.handle)
@@ -189,7 +190,7 @@ class DeadLetterWriter:
                 self.gone(letter.ring, sequence)
         else:
             self.unwritten.extendleft(reversed(letters))
-        self._judge(error or self._problem)
+        self._judge(failure or self._problem)
 
     def _judge(self, problem: Exception | None) -> None:
         if problem is not None:

@@ -88,7 +88,7 @@ class Outcomes(DispatchBase):
     # ---- work that is done in parts
 
     def work_off(self) -> None:
-        """Do a part of what concerns very many packets or connections: each of ``parts`` does one, False if there is none."""
+        """Do some of what concerns very many packets or connections; each of ``parts`` says if there was anything."""
         end = time.monotonic_ns() + self.part_ns
         for part in tuple(self.parts):
             while part():
@@ -229,9 +229,10 @@ class Outcomes(DispatchBase):
         return True
 
     def _second_opinion(self, asked: tuple[int, ...]) -> Rendezvous | None:
-        """Return who may be asked besides those, for a moment the same; those first that are not in doubt themselves."""
+        """Return who may be asked besides those, for a moment the same; first those not in doubt themselves."""
         if asked not in self._second_opinions:
-            states, others = self.analyzer_states, {slot: self.roster[slot] for slot in self.roster if slot not in asked}
+            states = self.analyzer_states
+            others = {slot: analyzer for slot, analyzer in self.roster.items() if slot not in asked}
             weights = effective_weights(states, others, self.config.health, time.monotonic_ns())
             believed = {s: weight for s, weight in weights.items() if states.refusals(s) <= self.config.health.fall}
             self._second_opinions[asked] = self._rendezvous(believed or weights)
@@ -262,9 +263,7 @@ class Outcomes(DispatchBase):
         self.counters.add_to(pool.slot, "retries", packets)
 
     def place_next(self) -> bool:
-        """Find places for the next packets that were not taken: for one that failed, for all of a request that was not
-        looked at. False: there are none.
-        """
+        """Find a place for a packet that failed, or for those of a request nobody looked at; say if there was any."""
         if not self.returned:
             return False
         pool, handles, reason, status, failed = self.returned[0]

@@ -232,7 +232,7 @@ class Worker:
         control.send(self._control, Message("ready", body=self.generation))
         gc.collect()
         gc.freeze()
-        gc.set_threshold(50_000, 20, 100)
+        gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection holds nobody up
         obeying = self.loop.create_task(self._obey(reader))
         obeying.add_done_callback(lambda _: self._stopped.set())
         await self._stopped.wait()
