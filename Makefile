@@ -62,7 +62,7 @@ bench: build  ## the race against nginx, HAProxy, Envoy, Express (scripts/bench-
 bench-quick: build  ## does the race work? a second of everything
 	$(BIN)/python bench/race.py --quick $(ARGS)
 
-micro: build  ## micro-benchmarks of the core (scripts/bench-peers.sh installs what they need)
+micro: build  ## micro-benchmarks of the core, by pytest-benchmark; ARGS="-k ring"
 	$(BIN)/python -m pytest bench/micro $(ARGS)
 
 profile: build  ## where the workers spend their time under load (needs perf); ARGS="DELIVERY__MODE=single"

