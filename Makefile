@@ -6,7 +6,7 @@ CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdis
 BUILT := .venv/.built
 FUZZ_SECONDS ?= 120
 
-.PHONY: help build run test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick micro profile lint types debug sanitize fuzz wheel clean
+.PHONY: help build run test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick load micro profile lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ bench: build  ## the race against nginx, HAProxy, Envoy, Express (scripts/bench-
 
 bench-quick: build  ## does the race work? a second of everything
 	$(BIN)/python bench/race.py --quick $(ARGS)
+
+load: build  ## load it with wrk or ab: its own distributor, or URL=http://host:port; ARGS="--tool ab --help"
+	$(BIN)/python bench/load.py $(if $(URL),--url "$(URL)") $(ARGS)
 
 micro: build  ## micro-benchmarks of the core, by pytest-benchmark; ARGS="-k ring"
 	$(BIN)/python -m pytest bench/micro $(ARGS)

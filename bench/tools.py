@@ -14,6 +14,8 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from closed_loop import Order, wrk
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -173,20 +175,11 @@ class Wrk:
     """
 
     def __init__(self, folder: Path, port: int, body: bytes, seconds: float, connections: int) -> None:
-        script = folder / "post.lua"
-        quoted = body.decode().replace("\\", "\\\\").replace("'", "\\'")
-        method = "wrk.method = 'POST'\nwrk.headers['Content-Type'] = 'application/json'\n"
-        script.write_text(f"{method}wrk.body = '{quoted}'\n")
         url = f"http://127.0.0.1:{port}/logs"
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}", "--timeout", "20", "-s", str(script), url]
-        before, began = os.times(), time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        after, self.seconds = os.times(), time.monotonic() - began
-        used = after.children_user + after.children_system - before.children_user - before.children_system
-        self.busy = used / self.seconds
-        if done.returncode or "Non-2xx" in done.stdout or "Socket errors" in done.stdout:
-            raise RuntimeError(f"{shlex.join(command)}: {(done.stdout + done.stderr).strip()}")
-        self.answered = int(done.stdout.split(" requests in ")[0].split()[-1])
+        answers = wrk(folder, Order(url, body, seconds, connections, timeout=20))
+        if answers.refused or answers.errors:
+            raise RuntimeError(f"wrk at {url}: {answers.refused} answers were errors, {answers.errors or 'no'} others")
+        self.answered, self.seconds, self.busy = answers.taken, answers.seconds, answers.busy
 
 
 class Load:

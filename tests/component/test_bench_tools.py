@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import request
+from support import ROOT, request
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
@@ -90,6 +91,14 @@ def test_load_says_why_it_cannot_go_on(compiled):
         pytest.raises(RuntimeError, match="refused"),
     ):
         load.line()
+
+
+def test_micro_benchmarks_run_as_built():
+    """With what `make build` has installed; each once, without measuring."""
+    command = [sys.executable, "-m", "pytest", "bench/micro", "-q", "--benchmark-disable"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------- report

@@ -1,0 +1,151 @@
+"""wrk and ab: load in a closed loop over keep-alive connections, each with one request under way.
+
+Both are run as anybody would by hand, and what they print is read. Mind that wrk counts as a time-out what was answered
+late, not what never was, and that ab counts a request whose connection broke among the complete ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+TYPE = "application/json"
+AB_AT_MOST = 200_000  # requests a second: ab ends after so many, and keeps a record of each
+UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 60e3, "h": 3600e3}
+
+
+class Answers(NamedTuple):
+    """What a load generator saw.
+
+    ``taken``: requests that were answered 2xx; ``refused``: answered otherwise; ``errors``: {kind: how many} of the
+    rest; ``p50``, ``p99``: milliseconds until the answer, 0 if there was none. ``seconds``: how long it ran; ``busy``:
+    the share of the processors it could use (one for each of its threads) that it did use.
+    """
+
+    taken: int
+    refused: int
+    errors: dict[str, int]
+    p50: float
+    p99: float
+    seconds: float = 0.0
+    busy: float = 0.0
+
+
+class Order(NamedTuple):
+    """What a load generator is to do. ``timeout``: seconds from which an answer is late (``wrk``)."""
+
+    url: str
+    body: bytes
+    seconds: float
+    connections: int
+    threads: int = 1
+    headers: Mapping[str, str] = {}
+    timeout: float = 2.0
+
+
+# ----------------------------------------------------------------------------------------------------------------- wrk
+
+
+def wrk(folder: Path, order: Order) -> Answers:
+    """Run wrk, with its files in ``folder``. Raises RuntimeError with what it says if it cannot."""
+    script = _post_script(folder, order)
+    options = ["--latency", f"-t{order.threads}", f"-c{order.connections}", f"-d{order.seconds:g}"]
+    command = ["wrk", *options, "--timeout", f"{order.timeout:g}", "-s", str(script), order.url]
+    said, seconds, used = _run(command)
+    return read_wrk(said)._replace(seconds=seconds, busy=used / order.threads)
+
+
+def _post_script(folder: Path, order: Order) -> Path:
+    """Write the script that has wrk post. Headers stand in it: other users of the machine see command lines."""
+    body, script = folder / "body", folder / "post.lua"
+    body.write_bytes(order.body)
+    headers = {"Content-Type": TYPE, **order.headers}
+    script.touch(mode=0o600)
+    script.write_text(
+        f'wrk.method = "POST"\nwrk.body = assert(io.open({json.dumps(str(body))}, "rb")):read("*a")\n'
+        + "".join(f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}\n" for name, value in headers.items())
+    )
+    return script
+
+
+def read_wrk(said: str) -> Answers:
+    """Return what ``wrk --latency`` has printed."""
+    answered = _count(r"(\d+) requests in ", said)
+    refused = _count(r"Non-2xx or 3xx responses: (\d+)", said, 0)
+    found = re.search(r"Socket errors: (.*)", said)
+    counted = re.findall(r"(\w+) (\d+)", found[1]) if found else []
+    names = {"connect": "connections refused", "read": "read errors", "write": "write errors", "timeout": "time-outs"}
+    errors = {names[kind]: int(count) for kind, count in counted if int(count)}
+    latency = {percent: float(value) * UNITS[unit] for percent, value, unit in LATENCY.findall(said)}
+    return Answers(answered - refused, refused, errors, latency.get("50", 0.0), latency.get("99", 0.0))
+
+
+LATENCY = re.compile(r"^\s+(\d+)%\s+([\d.]+)(us|ms|s|m|h)$", re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------------------------------ ab
+
+
+def ab(folder: Path, order: Order) -> Answers:
+    """Run ab, with its files in ``folder``. Raises RuntimeError with what it says if it cannot."""
+    body, percentiles = folder / "body", folder / "percentiles.csv"
+    body.write_bytes(order.body)
+    percentiles.unlink(missing_ok=True)
+    most = max(order.connections, int(order.seconds * AB_AT_MOST))
+    options = ["-k", "-l", "-r", "-q", "-c", str(order.connections), "-t", f"{order.seconds:g}", "-n", str(most)]
+    headers = [word for name, value in order.headers.items() for word in ("-H", f"{name}: {value}")]
+    command = ["ab", *options, *headers, "-e", str(percentiles), "-p", str(body), "-T", TYPE, order.url]
+    said, seconds, used = _run(command)
+    return read_ab(said, percentiles.read_text() if percentiles.exists() else "")._replace(seconds=seconds, busy=used)
+
+
+def read_ab(said: str, percentiles: str) -> Answers:
+    """Return what ``ab -l`` has printed, and written by ``-e``: milliseconds with more digits than it prints."""
+    complete = _count(r"Complete requests:\s+(\d+)", said)
+    refused = _count(r"Non-2xx responses:\s+(\d+)", said, 0)
+    found = re.search(r"\(Connect: (\d+), Receive: (\d+), Length: \d+, Exceptions: (\d+)\)", said)
+    counts = [*map(int, found.groups())] if found else [0, 0, 0]
+    counts.append(_count(r"Write errors:\s+(\d+)", said, 0))
+    names = ("connections refused", "read errors", "broken connections", "write errors")
+    errors = {name: count for name, count in zip(names, counts, strict=True) if count}
+    latency = {row[0]: float(row[1]) for row in csv.reader(percentiles.splitlines()) if row[0].isdecimal()}
+    broken = errors.get("read errors", 0) + errors.get("connections refused", 0)
+    taken = max(0, complete - refused - broken)
+    return Answers(taken, refused, errors, latency.get("50", 0.0), latency.get("99", 0.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------- both
+
+
+PROGRAMS: dict[str, Callable[[Path, Order], Answers]] = {"wrk": wrk, "ab": ab}
+
+
+def _run(command: list[str]) -> tuple[str, float, float]:
+    """Return what it printed, the seconds it took, and the share of one processor it used."""
+    before, began = os.times(), time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    after, seconds = os.times(), time.monotonic() - began
+    if done.returncode:
+        # Not the command: a token may stand in it.
+        raise RuntimeError(f"{command[0]} could not go on: {(done.stderr + done.stdout).strip()[-500:]}")
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return done.stdout, seconds, used / seconds
+
+
+def _count(pattern: str, said: str, otherwise: int | None = None) -> int:
+    """Return the number that the pattern finds. Raises RuntimeError where it has to be there and is not."""
+    found = re.search(pattern, said)
+    if found:
+        return int(found[1])
+    if otherwise is None:
+        raise RuntimeError(f"what was printed is not understood:\n{said.strip()[-500:]}")
+    return otherwise
