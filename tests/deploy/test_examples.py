@@ -15,6 +15,7 @@ from support import Distributor, Emitter, Mocks, Process, free_port, request, ru
 API = (ROOT / "docs" / "api.md").read_text()
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text()
 README = (ROOT / "README.md").read_text()
+LOAD_TESTING = (ROOT / "docs" / "load-testing.md").read_text()
 JSON = {"Content-Type": "application/json"}
 with_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed (scripts/peers.sh installs it)")
 
@@ -116,3 +117,21 @@ def test_the_requests_of_the_quick_start_are_taken(service):
         local = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}").replace("curl ", "curl -s ", 1)
         done = subprocess.run(["sh", "-c", local], capture_output=True, text=True, check=False, timeout=30)
         assert json.loads(done.stdout.splitlines()[-1])["status"] in {"accepted", "delivered"}, done
+
+
+@pytest.mark.parametrize("tool", ["wrk", "ab"])
+def test_a_load_by_hand_is_taken_as_the_page_says(service, tool, tmp_path):
+    """The packet, the script and the commands as they stand there, for a shorter time."""
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is not installed (scripts/peers.sh installs it)")
+    for language, name in (("json", "packet.json"), ("lua", "post.lua")):
+        (text,) = re.findall(rf"```{language}\n(.*?)```", LOAD_TESTING, re.DOTALL)
+        (tmp_path / name).write_text(text)
+    (command,) = re.findall(rf"^{tool} -.*3000/logs$", LOAD_TESTING, re.MULTILINE)
+    for shown, here in {"127.0.0.1:3000": f"127.0.0.1:{service.port}", "-d30s": "-d1s", "100000": "1000"}.items():
+        command = command.replace(shown, here)
+    accepted = service.stats()["packets"]["accepted"]
+    done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done
+    assert "Non-2xx" not in done.stdout
+    assert service.wait_at_rest()["packets"]["accepted"] > accepted
