@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, free_port, get_json
+from support import ROOT, Emitter, free_port, get_json
 
 pytestmark = pytest.mark.processes
 
@@ -96,6 +96,16 @@ def test_what_stays_queued_is_said_to_be(tool, mocks, serve):
         r"^0 of [\d,]+ accepted packets have been delivered; [\d,]+ are still queued", done.stdout, re.MULTILINE
     )
     assert figures(done)["A1"][0] == "offline"
+
+
+def test_others_that_send_too_do_not_keep_it_waiting(tool, mocks, serve):
+    fastdist = serve(mocks, {"queue": {"capacity": "256MiB"}})
+    others = Emitter(fastdist.port, connections=8).start()
+    others.wait_for(100)
+    done = load("--tool", tool, "--url", f"http://127.0.0.1:{fastdist.port}", "--patience", "3")
+    others.stop()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "others go on sending" in done.stdout or all_delivered(done)
 
 
 # -------------------------------------------------------------------------------------------------- when it cannot load
