@@ -162,23 +162,21 @@ class Worker:
         """Go by the settings as they are now: by all of them or, told to the supervisor, by none."""
         settings = control.read_settings(self.assignment.settings)
         try:
+            context = self.tls
             if settings.pair != self.pair:
-                self._use_certificate(settings)
+                context = tls.server_context(settings.pair, settings.config.security)
         except StartError as error:  # what the supervisor could use: this process lacks something
             log.error("the new settings cannot be used; the old ones stay", error=str(error))
             control.send(self._control, Message("reloaded", id=settings.generation, body=str(error)))
             return
+        self.tls = context
+        if isinstance(self._server, tls.TlsServer) and context is not None:
+            self._server.context = context  # of connections from now on
         self._go_by(settings)
         self._put_in_force()
         self.dispatcher.config = self.config
         self.dispatcher.set_roster(self.roster)
         control.send(self._control, Message("reloaded", id=self.generation))
-
-    def _use_certificate(self, settings: control.Settings) -> None:
-        """Have connections from now on use another certificate. Raises StartError, and changes nothing then."""
-        self.tls = tls.server_context(settings.pair, settings.config.security)
-        if isinstance(self._server, tls.TlsServer) and self.tls is not None:
-            self._server.context = self.tls
 
     def _ask_for(self, action: Action, done: Callable[[Response], None]) -> None:
         """Have the supervisor carry out a change; ``done`` gets the answer for whoever asked."""
