@@ -25,7 +25,7 @@ cdef enum:
     NEVER = 1 << 30          # seconds
     EQUALS = 4               # times spill_after: how long packets wait for an analyzer that is as quick as the others
     LOOKS = 8                # pools that are looked at, or packets that spill, between two looks at the clock
-    OPENINGS = 32            # connections that one flush begins to open, which is slow
+    OPENINGS = 16            # connections that one flush begins to open, which is slow
 
 cdef int64_t PART_NS = 4000000  # of each thing that a flush does in parts
 
