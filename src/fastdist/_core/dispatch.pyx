@@ -139,6 +139,7 @@ cdef class DispatchBase:
     cdef public bint trials_due      # the next packet may be for an analyzer on probation
     cdef public bint work_left       # something that is done in parts
     cdef public int64_t part_ns      # how long a part may take
+    cdef int64_t part_end            # monotonic: of the part that sends and spills
     cdef public int openings         # connections that this flush may still begin to open
     cdef Rendezvous takers           # those that take packets now; None: not made yet
     cdef uint64_t *marks             # a bit for each slot: those not to be picked, all 0 in between
@@ -250,6 +251,7 @@ cdef class DispatchBase:
             self.work_off()
         if self.table is not None or self.rendezvous is not None:
             self.route(now)
+        self.part_end = mono_ns() + self.part_ns
         linger = self.pump_touched(now, linger)
         if self.spill_ns >= 0 and now >= self.next_aged and self.backlog:
             self.spill(now)
@@ -265,10 +267,9 @@ cdef class DispatchBase:
         cdef list pools
         cdef Py_ssize_t at
         cdef Pumped pumped
-        cdef int64_t end = mono_ns() + self.part_ns
         pools, self.touched = self.touched, []
         for at in range(len(pools)):
-            if unlikely(at % LOOKS == LOOKS - 1) and mono_ns() > end:
+            if unlikely(at % LOOKS == LOOKS - 1) and mono_ns() > self.part_end:
                 self.touched = pools[at:] + self.touched
                 self.schedule()
                 break
@@ -318,7 +319,6 @@ cdef class DispatchBase:
         cdef list backlog = []
         cdef bint unplaced = False, over = False
         cdef uint32_t prior, handle
-        cdef int64_t end = mono_ns() + self.part_ns
         cdef int spilled = 0
         self.find_room()
         self.next_aged = INT64_MAX
@@ -328,7 +328,7 @@ cdef class DispatchBase:
             handle = pool.behind(prior) if self.share[pool.slot] > 0 and pool.is_held_up(now) else 0
             while handle and pool.since(handle) <= now - self.patience(pool):
                 spilled += 1
-                over = over or (spilled % LOOKS == 0 and mono_ns() > end)
+                over = over or (spilled % LOOKS == 0 and mono_ns() > self.part_end)
                 if over:
                     break
                 target = self.relief(pool, handle)
@@ -416,6 +416,7 @@ cdef class DispatchBase:
     def spill_at(self, int64_t now):
         """Spill what has waited long enough at ``now`` (monotonic ns), though nothing else happens."""
         if self.spill_ns >= 0 and now >= self.next_aged and self.backlog:
+            self.part_end = mono_ns() + self.part_ns
             self.spill(now)
             if self.touched:
                 self.schedule()
