@@ -344,6 +344,7 @@ def test_an_error_with_one_pool_leaves_the_others_be(tmp_path):
         assert len(lines) == 1, "told once"
         del bench.pool(0).open_more, bench.pool(1).open_more
         bench.push(b"x", b"x", b"x")
+        bench.pass_time(0.2)
         while bench.answer_all():
             pass
         assert bench.delivered == 9
