@@ -145,6 +145,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Let answers under way still leave; a request cut short gets none."""
+        self.read_rest()
         if self.answers is None:
             return False
         self.may_linger = False  # there is nobody who still sends
@@ -161,13 +162,11 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         else:
             self.transport.close()
 
-    def later(self, callback: Callable[[], None]) -> None:
-        """Call it when others had their turn."""
-        asyncio.get_running_loop().call_soon(callback)
-
     def check(self, now_ns: int) -> None:
         """Act on whatever has taken too long."""
         late = self.expired(now_ns)
+        if late in ("head", "body", "idle") and self.has_unread():  # it came in time: nobody here has come to read it
+            return
         if late == "head":
             self.time_out("the request's head did not arrive in time")
         elif late == "body":
@@ -207,10 +206,12 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             problem(429, f"more requests than the limit allows; try again in {wait} s", headers=headers)
         )
 
-    def unauthorized(self, authorization: bytes | None) -> bytes | None:
-        """Answer that a token is missing or wrong; None if it is neither."""
-        if authorization is not None and has_token(authorization.decode("latin-1"), self.emitters.tokens):
-            return None
+    def is_authorized(self, authorization: bytes) -> bool:
+        """Whether an Authorization header holds one of the tokens."""
+        return has_token(authorization.decode("latin-1"), self.emitters.tokens)
+
+    def unauthorized(self, authorization: bytes | None) -> bytes:
+        """Answer that a token is missing or wrong."""
         self.intake.counters.add("unauthorized")
         headers = b'WWW-Authenticate: Bearer realm="fastdist"\r\n'
         if authorization is not None:

@@ -155,6 +155,11 @@ class _Metrics:
         yield _counters("worker_cpu_seconds", "Processor time used, its predecessors' included.", "worker", seconds)
         resident = {label: it.rss_bytes for label, it in workers.items()}
         yield _gauges("worker_resident_memory_bytes", "Resident memory of the worker.", "worker", resident)
+        yield _histograms(
+            "worker_loop_lag_seconds",
+            "Longest time in each 20 ms for which the worker's event loop let nothing else have its turn.",
+            (({"worker": label}, self.snapshot.loop_lag(it.id)) for label, it in workers.items()),
+        )
 
 
 def _counter(name: str, help_text: str, value: float) -> Family:

@@ -29,6 +29,7 @@ from fastdist._core.counters import (
     ANALYZER_FIELDS,
     ANALYZER_WORDS,
     COUNTER_WORDS,
+    HISTOGRAMS_PER_ROW,
     WORDS_PER_HISTOGRAM,
     Counters,
     row_words,
@@ -217,7 +218,8 @@ class SharedBlock:
 
     def begin_anew(self, slot: int) -> None:
         """Have an analyzer's figures begin at 0 in a slot that another has had: workers' counters never go back."""
-        rows = [self.row(index)[COUNTER_WORDS + 2 * WORDS_PER_HISTOGRAM :] for index in range(self.workers)]
+        analyzers = COUNTER_WORDS + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
+        rows = [self.row(index)[analyzers:] for index in range(self.workers)]
         first = slot * ANALYZER_WORDS
         histogram = self.slots * ANALYZER_WORDS + slot * WORDS_PER_HISTOGRAM
         counted = (first + ANALYZER_FIELDS[field] for field in COUNTED)

@@ -21,6 +21,7 @@ from fastdist._core.counters import (
     ANALYZER_WORDS,
     COUNTER_WORDS,
     FIELDS,
+    HISTOGRAMS_PER_ROW,
     WORDS_PER_HISTOGRAM,
 )
 from fastdist.histograms import Histogram, merge
@@ -52,7 +53,8 @@ SHORTEST_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is
 
 _INGEST = COUNTER_WORDS  # where the histograms of a row begin
 _QUEUE_WAIT = _INGEST + WORDS_PER_HISTOGRAM
-_ANALYZERS = _QUEUE_WAIT + WORDS_PER_HISTOGRAM
+_LOOP_LAG = _QUEUE_WAIT + WORDS_PER_HISTOGRAM
+_ANALYZERS = _INGEST + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
 
 
 class Rates(NamedTuple):
@@ -237,7 +239,11 @@ class Snapshot:
     @property
     def queue_wait(self) -> Histogram:
         """From acceptance to the first sending."""
-        return merge(row[_QUEUE_WAIT:_ANALYZERS] for row in self._rows)
+        return merge(row[_QUEUE_WAIT:_LOOP_LAG] for row in self._rows)
+
+    def loop_lag(self, worker: int) -> Histogram:
+        """How long a worker's event loop kept others waiting: the longest in each tick, see ``Worker.tick``."""
+        return merge([self._rows[worker][_LOOP_LAG:_ANALYZERS]])
 
     def delivery(self, slots: Iterable[int] | None = None) -> Histogram:
         """From a sending to its reply, for the analyzers in ``slots`` (None: for all that there ever were)."""

@@ -1,13 +1,13 @@
 """What a process does again and again beside its work: each step is run whatever becomes of the others.
 
-A step that fails is told once, and once more when it has worked again for ``QUIET`` seconds. Meanwhile its bit is set
+``LoopLag`` and ``Sweep`` are such steps of a worker. A step that fails is told once, and once more when it has worked again for ``QUIET`` seconds. Meanwhile its bit is set
 in a word of the shared block, where /health sees it.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastdist import logs
 from fastdist.shared import Step
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import ParamSpec
 
+    from fastdist._core.counters import Counters
+    from fastdist._core.ingest import Intake
+    from fastdist._core.stream import Poller
+    from fastdist.config import Server
+
     P = ParamSpec("P")
 
+TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
+TICK_NS = int(TICK * 1e9)
+SWEEP_NS = 3_000_000  # of a tick that may go to emitters' time-outs
 QUIET = 2.0  # seconds: what a step does may be due at every run or at some of them
 ADVICE = {
     Step.OLD_RINGS: "let fastdist write to the queue's folder and to the old rings in it (adopt-*.fdq)",
@@ -62,3 +70,58 @@ class Upkeep:
 
     def _publish(self) -> None:
         self._words[self._word] = sum(self._failed)
+
+
+class LoopLag:
+    """How long the event loop let nothing else have its turn: the longest time in each tick, for the histogram.
+
+    The loop itself does not tell. What is known is by how much a tick is late, and how long the parts took that may take
+    long: reading (of streams; of what was held back), and the tick before.
+    """
+
+    def __init__(self, counters: Counters, poller: Poller, intake: Intake) -> None:
+        self._counters, self._poller, self._intake = counters, poller, intake
+        self._due = time.monotonic_ns()
+        self._took = 0
+
+    def begin(self, now_ns: int) -> None:
+        """A tick begins."""
+        parts = (self._poller.longest_ns, self._intake.longest_ns, self._took)
+        self._counters.observe_loop_lag(max(now_ns - self._due, *parts))
+        self._poller.longest_ns = self._intake.longest_ns = 0
+        self._due = now_ns + TICK_NS
+
+    def end(self, began_ns: int) -> None:
+        """The tick that began then is over."""
+        self._took = time.monotonic_ns() - began_ns
+
+
+class Sweep:
+    """Looks at the emitters' time-outs, often enough for the shortest, and at no more at once than a tick has time for.
+
+    A sweep that comes far too late tells of us (the machine was stopped), not of them: it ends no connection.
+    """
+
+    def __init__(self, intake: Intake, server: Server) -> None:
+        shortest = min(server.header_timeout, server.body_timeout, server.keepalive_timeout)
+        self._intake = intake
+        self._interval = int(min(1.0, max(TICK, shortest / 8)) * 1e9)
+        self._left: list[Any] = []
+        self._due, self._late = time.monotonic_ns(), 0
+
+    def go_on(self, now_ns: int) -> None:
+        """Begin a sweep when it is time, and go on with the one that is under way."""
+        if not self._left:
+            if now_ns < self._due:
+                return
+            self._late = now_ns - self._due
+            self._left = list(self._intake.connections)
+        while self._left and time.monotonic_ns() - now_ns < SWEEP_NS:
+            connection = self._left.pop()
+            if connection.transport is None:
+                continue
+            if self._late > self._interval:
+                connection.excuse(now_ns, self._late)
+            else:
+                connection.check(now_ns)
+        self._due = now_ns + self._interval

@@ -46,12 +46,11 @@ from fastdist.shared import HeadWord, SharedBlock, Step, WorkerWord
 from fastdist.snapshot import Snapshot
 from fastdist.sync import Syncer, make_safe
 from fastdist.takeover import begin_adopting, end_adopting, take_over
-from fastdist.upkeep import Upkeep
+from fastdist.upkeep import TICK, LoopLag, Sweep, Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 LOOK_NS = 100_000_000  # between two looks at the names of the rings' files
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
@@ -128,11 +127,12 @@ class Worker:
             self.dispatcher.schedule,
             self.syncer.want if self.syncer is not None and self.durability == "fsync" else None,
         )
+        self.sweep = Sweep(self.intake, self.config.server)
         self.intake.broken_storage = self._sync_fails = not safe
         self.emitters.intake = self.intake
         self.tls = tls.server_context(self.pair, self.config.security)
         self._put_in_force()
-        self._next_sweep = self._next_sync = self._next_look = 0
+        self._next_sync = self._next_look = 0
         self._stopped = asyncio.Event()
         self._server: sockets.Acceptor | tls.TlsServer  # set by ``serve``
         self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
@@ -226,6 +226,7 @@ class Worker:
         commands = socket.socket(fileno=self.assignment.control)
         reader, self._control = await control.connect(commands)
         self._server = self._listen(listener)
+        self.lag = LoopLag(self.counters, self.poller, self.intake)
         self.tick()
         control.send(self._control, Message("ready", body=self.generation))
         gc.collect()
@@ -308,12 +309,12 @@ class Worker:
 
     def _close_what_is_over(self, idle: Counter[IngestProtocol]) -> None:
         """Close connections whose last answer is read, or had time to be, and those ``idle`` at enough looks."""
-        self.poller.turn()  # a request that is there already is no longer to come
+        whole = self.poller.turn()  # a request that is there already is no longer to come
         for connection in tuple(self.intake.connections):
             if connection.transport is None:
                 continue
             if connection.idle():
-                idle[connection] += 1
+                idle[connection] += whole
                 if idle[connection] > LAST_LOOKS:
                     connection.transport.close()
             elif self.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
@@ -350,6 +351,7 @@ class Worker:
         self.loop.call_later(TICK, self.tick)
         now = time.monotonic_ns()
         self.words[WorkerWord.HEARTBEAT_NS] = now
+        self.lag.begin(now)
         run = self.upkeep.run
         if now >= self._next_look:
             self._next_look = now + LOOK_NS
@@ -365,29 +367,12 @@ class Worker:
         if self.intake.draining:
             self.letters.sync_soon()  # nobody is to wait for more of them
         run(Step.GAUGES, self.publish)
-        if now >= self._next_sweep:
-            run(Step.TIMEOUTS, self._sweep, now)
+        run(Step.TIMEOUTS, self.sweep.go_on, now)
+        self.lag.end(now)
 
     def _sync(self) -> None:
         if self.syncer is not None:
             self.syncer.want_if_changed()
-
-    def _sweep(self, now_ns: int) -> None:
-        """Look at the emitters' time-outs, often enough for the shortest.
-
-        A sweep that comes far too late tells of us (the machine was stopped), not of them: it ends no connection.
-        """
-        server = self.config.server
-        shortest = min(server.header_timeout, server.body_timeout, server.keepalive_timeout)
-        interval = int(min(1.0, max(TICK, shortest / 8)) * 1e9)
-        late = now_ns - self._next_sweep
-        self._next_sweep = now_ns + interval
-        self.poller.turn()  # what is there has come in time
-        for connection in tuple(self.intake.connections):
-            if late > interval:
-                connection.excuse(now_ns, late)
-            else:
-                connection.check(now_ns)
 
     def _look_for_files(self) -> None:
         """Accept nothing while a ring's file is not under its name: the next start would not find what is in it."""

@@ -317,8 +317,7 @@ class Connection:
         self.protocol = service.protocol(service.intake, service.emitters)
         self.transport = Transport(address)
         self._unread: deque[bytes] = deque()
-        self._turns: deque[Callable[[], None]] = deque()
-        self.protocol.later = self._turns.append
+        self._turns = service.turns
         self.protocol.connection_made(self.transport)
 
     def send(self, *reads: bytes) -> Connection:
@@ -420,6 +419,8 @@ class Service:
             self._sync_wanted if fsync else None,
         )
         self.emitters.intake = self.intake
+        self.turns: deque[Callable[[], None]] = deque()  # what the event loop is to call in its next one
+        self.intake.later = self.turns.append
         self.emitters.configure(self.config.security.tokens, self.config.security.cors_origins)
         self.loop = Loop()
 
@@ -431,6 +432,11 @@ class Service:
 
     def connect(self, address: str | None = ADDRESS) -> Connection:
         return Connection(self, address)
+
+    def turn(self) -> None:
+        """Let the event loop have one turn."""
+        for _ in range(len(self.turns)):
+            self.turns.popleft()()
 
     def ask(self, *reads: bytes) -> Connection:
         """Send on a connection of its own."""

@@ -57,6 +57,7 @@ cdef enum:
     HISTOGRAM_SUM
     HISTOGRAM_MAX
     HISTOGRAM_WORDS = 248
+    ROW_HISTOGRAMS = 3       # of a worker as a whole, before those of analyzers
 
 cdef void observe(int64_t *histogram, int64_t ns, int64_t times) noexcept nogil
 
@@ -65,6 +66,7 @@ cdef class Counters:
     cdef int64_t *words             # of the worker
     cdef int64_t *ingest            # histogram: request read to answer ready
     cdef int64_t *queue_wait        # histogram: accepted to first sending
+    cdef int64_t *loop_lag          # histogram: how long the event loop kept others waiting
     cdef int64_t *analyzers         # ANALYZER_COUNTERS words a slot
     cdef int64_t *delivery          # a histogram a slot
     cdef readonly Py_ssize_t slots

@@ -56,6 +56,7 @@ COUNTER_WORDS = COUNTERS
 ANALYZER_WORDS = ANALYZER_COUNTERS
 HISTOGRAM_BUCKETS = BUCKETS
 WORDS_PER_HISTOGRAM = HISTOGRAM_WORDS
+HISTOGRAMS_PER_ROW = ROW_HISTOGRAMS
 
 cdef extern from *:
     int __builtin_clzll(unsigned long long x) nogil
@@ -123,7 +124,7 @@ def add_histograms(histograms):
 
 def row_words(Py_ssize_t slots):
     """Return how many 8-byte words a row for ``slots`` analyzers takes (a whole number of cache lines)."""
-    return COUNTERS + 2 * HISTOGRAM_WORDS + slots * (ANALYZER_COUNTERS + HISTOGRAM_WORDS)
+    return COUNTERS + ROW_HISTOGRAMS * HISTOGRAM_WORDS + slots * (ANALYZER_COUNTERS + HISTOGRAM_WORDS)
 
 
 cdef class Counters:
@@ -142,7 +143,8 @@ cdef class Counters:
         self.slots = slots
         self.ingest = self.words + COUNTERS
         self.queue_wait = self.ingest + HISTOGRAM_WORDS
-        self.analyzers = self.queue_wait + HISTOGRAM_WORDS
+        self.loop_lag = self.queue_wait + HISTOGRAM_WORDS
+        self.analyzers = self.ingest + ROW_HISTOGRAMS * HISTOGRAM_WORDS
         self.delivery = self.analyzers + slots * ANALYZER_COUNTERS
 
     def add(self, str field, int64_t n=1):
@@ -172,6 +174,10 @@ cdef class Counters:
     def observe_ingest(self, int64_t ns):
         """Count an ingest latency."""
         observe(self.ingest, ns, 1)
+
+    def observe_loop_lag(self, int64_t ns):
+        """Count a delay of the event loop."""
+        observe(self.loop_lag, ns, 1)
 
     def observe_delivery(self, Py_ssize_t slot, int64_t ns):
         """Count a delivery latency of the analyzer in ``slot``."""

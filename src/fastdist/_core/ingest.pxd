@@ -35,6 +35,15 @@ cdef class Intake:
     cdef int64_t dated_second
     cdef int64_t wall                  # ns: when the packet at hand was accepted
     cdef bytes date
+    # what is held back, and what a turn of the loop may take of it: see the module's text
+    cdef object waiting                # connections that have had their slice
+    cdef object costly                 # those whose next answer Python makes
+    cdef bint turn_awaited             # `go_on` will be called
+    cdef IngestBase having_turn        # it may have a costly answer made
+    cdef public object later           # call_soon
+    cdef public int64_t slice_ns, packets_ns, costly_ns
+    cdef int64_t packets_left, costly_left  # of this turn
+    cdef public int64_t longest_ns     # of `go_on`, until somebody sets it back
 
     cdef int put(self, const char *text, Py_ssize_t n) except -1
     cdef bytes date_of(self, int64_t wall)
@@ -42,6 +51,8 @@ cdef class Intake:
     cdef bytes take_out(self)
     cdef count_until(self, int64_t position)
     cdef int reserve(self, Py_ssize_t n) except -1
+    cdef int go_round(self, queue, int64_t until, bint costly) except -1
+    cdef int await_turn(self) except -1
 
 cdef class Answer:
     cdef bytes data
@@ -61,10 +72,12 @@ cdef class IngestBase(Receiver):
     cdef bint closing                  # no further request is read
     cdef bint input_paused, output_paused
     cdef bint held                     # `partial` has requests that are not begun yet
-    cdef bint turn_awaited             # `read_on` will be called
-    cdef int views                     # how many requests other than POST /logs this turn has had
+    cdef bint costly                   # for the next answer is costly, and has to wait for its turn
+    cdef bint queued                   # in `intake.waiting` or `intake.costly`
+    cdef int64_t costly_since          # when a costly answer was begun; 0: none is being made
     # the request being read
     cdef bint answered, head_only, old_client
+    cdef bint admitted                 # by the rate limits
     cdef readonly bint is_log
     cdef readonly bint keep_alive
     cdef int64_t body_left
@@ -76,7 +89,7 @@ cdef class IngestBase(Receiver):
     cdef tuple request                 # (method, target, head) of one that is not POST /logs
     # buffers
     cdef uchar *partial                # of a head, or what is held back
-    cdef Py_ssize_t partial_length, partial_size, scanned
+    cdef Py_ssize_t partial_start, partial_length, partial_size, scanned
     cdef int blank_lines               # passed over since the last head
     cdef uchar *body
     cdef Py_ssize_t body_length, body_size
@@ -88,17 +101,22 @@ cdef class IngestBase(Receiver):
     cdef readonly list answers         # in the order of their requests, while any of them has to wait
     cdef int64_t answers_size          # bytes of them, as far as they are known
 
-    cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1
+    cdef int read_kept(self) except -1
+    cdef int read_from(self, const uchar *p, Py_ssize_t n, uchar *kept) except -1
+    cdef const uchar *read(self, const uchar *p, const uchar *end, int64_t now) except? NULL
+    cdef int read_on(self) except -1
+    cdef bint may_answer(self) except -1
     cdef bint has_enough(self) except -1
-    cdef bint too_many_wait(self) except -1
+    cdef bint is_full(self) except -1
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL
     cdef const uchar *read_body(self, const uchar *p, const uchar *end) except NULL
     cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL
     cdef int begin(self, RequestHead *head, const uchar *p, Py_ssize_t n) except -1
-    cdef int begin_log(self, RequestHead *head) except -1
+    cdef int judge(self, RequestHead *head, int64_t *wait) except -1
+    cdef int turn_down(self, int refusal, RequestHead *head, int64_t wait) except -1
     cdef bint take_key(self, Span value) noexcept
     cdef int body_whole(self, const uchar *p, Py_ssize_t n) except -1
-    cdef int accept(self, const uchar *p, Py_ssize_t n) except -1
+    cdef bint accept(self, const uchar *p, Py_ssize_t n) except -1
     cdef bint understand(self, const uchar *p, Py_ssize_t n, uint32_t *messages, uint64_t *emitter) except -1
     cdef int answer_accepted(self, unsigned char *packet_id, uint32_t messages) except -1
     cdef bint has_room_for(self, Py_ssize_t n) except -1

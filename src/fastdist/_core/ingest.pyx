@@ -6,15 +6,22 @@ answer; ``POST /logs`` is dealt with here, all else, and everything that is wron
 process), it and all behind it become ``Answer`` objects in a list, and leave in order as they get ready.
 
 A short request may have a long answer, or a costly one, and one read holds thousands. So what was read is held back, and
-no more is read, while answers are not taken off the connection, and after some requests for views until others had
-their turn.
+no more is read from the connection:
+
+- while its answers are not taken off;
+- when it has had its slice of this turn of the event loop (``slice_ns``), until its next;
+- when its next answer is one that Python makes (anything but a 202) and such answers have had their share of this turn
+  (``costly_ns``): they cost up to a hundred times what a packet does, and packets come first.
+
+``Intake.go_on`` goes round among those that are held back, once in every turn of the loop, packets before costly answers.
+So no turn takes longer the more connections there are, and nobody waits for all that another has sent.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy
 from fastdist._core.bits cimport hash_bytes, likely, make_uuid7, mix, mono_ns, unlikely, wall_ns, write_uuid
 from fastdist._core.counters cimport (
     ACCEPTED, BYTES_ACCEPTED, INVALID, MALFORMED, MESSAGES_ACCEPTED, Counters, observe,
@@ -29,7 +36,9 @@ from fastdist._core.ring cimport ID_TEXT, PUSHED, TOO_BIG, WAITED, PacketRing
 from fastdist._core.schema cimport PacketFacts, scan_packet
 from fastdist._core.stream cimport Receiver
 
+import asyncio
 import os
+from collections import deque
 from email.utils import formatdate
 
 cdef enum:
@@ -39,16 +48,33 @@ cdef enum:
     MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
     MOST_WAITING = 256 << 10  # bytes of them
     MOST_OUT = 64 << 10      # bytes of answers that are put together before they are written
-    MOST_VIEWS = 16          # requests other than POST /logs, before it is another connection's turn
     LONGEST_WAIT = 86400     # seconds of Prefer: wait
 
 cdef enum State:
     START = 0                # between requests, or in a head
     BODY
     CHUNKS
+    WHOLE                    # the body is whole, in `body`; the answer has to wait for its turn
     OVER                     # the last answer is written or waits to be; what still comes is dropped
 
+cdef enum Refusal:           # of a request, by its head
+    FINE = 0
+    BROKEN
+    LIMITED
+    UNAUTHORIZED
+    NOT_STORED
+    ENCODED
+    NO_JSON
+    BAD_KEY
+    TOO_LONG
+    UNEXPECTED
+
 cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, lest that be lost in a reset
+
+# ns of one turn of the event loop. Together, and with what Poller takes, far below the 20 ms that nobody is to wait.
+cdef int64_t SLICE = 250000     # for the packets of one connection
+cdef int64_t PACKETS = 3000000  # for all that are held back, or come by way of the loop (TLS)
+cdef int64_t COSTLY = 500000    # for answers that Python makes
 
 VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
 
@@ -59,6 +85,11 @@ cdef bytes SAFETY = NOSNIFF + NO_STORE
 cdef bytes ACCEPTED_HEAD = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\n" + SAFETY + b"Date: "
 cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
 SAFETY_HEADERS = SAFETY
+
+
+def call_soon(callback):
+    """Call it in the event loop's next turn."""
+    asyncio.get_running_loop().call_soon(callback)
 
 
 cdef class Intake:
@@ -82,6 +113,10 @@ cdef class Intake:
         self.max_connections = server.max_connections
         self.most_bodies = max(LEAST_FOR_BODIES, 2 * self.max_body)
         self.connections, self.unsynced = set(), []
+        self.waiting, self.costly = deque(), deque()
+        self.slice_ns, self.packets_ns, self.costly_ns = SLICE, PACKETS, COSTLY
+        self.packets_left, self.costly_left = PACKETS, COSTLY
+        self.later = call_soon
         self.open_to_all = True
         self.noise = int.from_bytes(os.urandom(8), "little")
         self.out_size = 65536
@@ -149,6 +184,41 @@ cdef class Intake:
         if not head_only and not bodiless:
             parts.append(body)
         return b"".join(parts)
+
+    def go_on(self):
+        """Read on from the connections that are held back, for as long as they may take of this turn of the loop."""
+        cdef int64_t began = mono_ns()
+        self.turn_awaited = False
+        self.packets_left, self.costly_left = self.packets_ns, self.costly_ns
+        try:
+            self.go_round(self.waiting, began + self.packets_ns, False)
+            self.go_round(self.costly, mono_ns() + self.costly_ns, True)
+        finally:
+            self.await_turn()
+            self.longest_ns = max(self.longest_ns, mono_ns() - began)
+
+    cdef int go_round(self, queue, int64_t until, bint costly) except -1:
+        cdef IngestBase connection
+        while queue:
+            connection = queue.popleft()
+            connection.queued = False
+            self.having_turn = connection if costly else None
+            try:
+                connection.read_on()
+            except Exception:
+                connection.transport.abort()
+                raise
+            finally:
+                self.having_turn = None
+            if mono_ns() >= until:
+                break
+        return 0
+
+    cdef int await_turn(self) except -1:
+        if not self.turn_awaited and (self.waiting or self.costly):
+            self.turn_awaited = True
+            self.later(self.go_on)
+        return 0
 
     def synced(self, int64_t position):
         """All packets up to ``position`` of the ring are on stable storage: their answers may leave."""
@@ -220,9 +290,9 @@ cdef class IngestBase(Receiver):
     ``handle(method, target, head, body)``: any request but POST /logs; returns the answer's bytes, or None when it will
     complete an ``Answer`` made by ``promise`` later. ``refuse(status, counter, detail, close, headers=b"")``: what was
     wrong with a request, as bytes. ``limited(seconds)``, ``unauthorized(header)``, ``invalid(error)``, ``not_stored(full)``: answers
-    for what their names say (``unauthorized`` returns None where the token is good). ``await_delivery(answer, sequence,
-    seconds, id, messages)``. ``crowded_out()``: the answer where there is no memory for a body. ``later(callback)``: call
-    it when others had their turn. ``shut(lingering)``: close when all is written.
+    for what their names say. ``is_authorized(header)``: whether it holds a token. ``await_delivery(answer, sequence,
+    seconds, id, messages)``. ``crowded_out()``: the answer where there is no memory for a body. ``shut(lingering)``: close
+    when all is written.
     """
 
     def __cinit__(self, Intake intake, *args, **kwargs):
@@ -243,23 +313,51 @@ cdef class IngestBase(Receiver):
 
     cdef int receive(self, const uchar *p, Py_ssize_t n) except -1:
         """Take in what the emitter sent; write what can be answered at once."""
-        cdef bytes joined
-        cdef int64_t now = mono_ns()
-        cdef uint64_t before = self.intake.ring.next_sequence
         if self.state == OVER:
             return 0
-        self.moved_ns = now
-        self.views = 0
-        self.held = False
+        self.moved_ns = mono_ns()
+        if unlikely(self.stream is None and self.intake.packets_left <= 0):
+            self.held = True  # the loop calls for each connection that has something: nobody else counts the time
+        if likely(self.partial_length == 0 and not self.held):
+            return self.read_from(p, n, NULL)
+        self.keep_partial(p, n)
+        if not self.held:
+            return self.read_kept()
+        self.balance_input()
+        return 0
+
+    cdef int read_kept(self) except -1:
+        """Read from what was kept; the buffer is this call's meanwhile."""
+        cdef uchar *kept = self.partial
+        cdef const uchar *p = b""
+        cdef Py_ssize_t n = self.partial_length
+        if kept != NULL:
+            p = kept + self.partial_start
+        self.partial = NULL
+        self.drop_partial()
+        return self.read_from(p, n, kept)
+
+    cdef int read_from(self, const uchar *p, Py_ssize_t n, uchar *kept) except -1:
+        """Read requests; ``kept``: the buffer they are in if it is ours, which is freed, or kept on with the rest."""
+        cdef const uchar *end = p + n
+        cdef Py_ssize_t size = end - kept if kept != NULL else 0
+        cdef uint64_t before = self.intake.ring.next_sequence
+        self.held = self.costly = False
         try:
-            if self.partial_length:
-                self.keep_partial(p, n)
-                joined = PyBytes_FromStringAndSize(<char *>self.partial, self.partial_length)
-                self.drop_partial()
-                p, n = <const uchar *>PyBytes_AS_STRING(joined), len(joined)
-            self.read(p, n, now)
+            p = self.read(p, end, self.moved_ns)
+            if self.state == OVER or p == end:
+                pass
+            elif kept != NULL and (self.held or p == kept):  # it may be much, and stays where it is
+                self.partial, self.partial_size = kept, size
+                self.partial_start, self.partial_length = p - kept, end - p
+                kept = NULL
+            else:
+                self.keep_partial(p, end - p)
         finally:
+            free(kept)
             self.flush()
+        if self.stream is None:
+            self.intake.packets_left -= mono_ns() - self.moved_ns
         if unlikely(self.held):
             self.balance_input()
         if self.intake.ring.next_sequence != before:
@@ -268,42 +366,74 @@ cdef class IngestBase(Receiver):
                 self.intake.on_sync_wanted()
         return 0
 
-    cdef int read(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
-        cdef const uchar *end = p + n
-        while p < end and self.state != OVER:
+    cdef const uchar *read(self, const uchar *p, const uchar *end, int64_t now) except? NULL:
+        """Read requests until there is no whole one, or the rest has to be held back; return how far that is."""
+        cdef const uchar *start = p
+        cdef const uchar *head
+        while self.state != OVER and (p < end or self.state == WHOLE):
             if self.state == START:
-                if self.head_ns == 0 and unlikely(self.has_enough()):
-                    self.keep_partial(p, end - p)
+                if self.head_ns == 0 and unlikely(self.has_enough() or (p > start and mono_ns() - now > self.intake.slice_ns)):
                     self.held = True
                     break
+                head = p
                 p = self.read_head(p, end, now)
+                if p == head:
+                    break
             elif self.state == BODY:
                 p = self.read_body(p, end)
-            else:
+            elif self.state == CHUNKS:
                 p = self.read_chunks(p, end)
-        return 0
+            else:
+                self.body_whole(self.body, self.body_length)
+            if unlikely(self.costly_since):
+                self.intake.costly_left -= mono_ns() - self.costly_since
+                self.costly_since = 0
+            if unlikely(self.held):
+                break
+        return p
 
     cdef bint has_enough(self) except -1:
         """Whether no further request should be begun for now."""
         if unlikely(self.intake.out_length > MOST_OUT):
             self.flush_to_answers()
-        return self.output_paused or self.views >= MOST_VIEWS or (self.answers is not None and self.too_many_wait())
+        return self.is_full()
 
-    cdef bint too_many_wait(self) except -1:
-        return self.answers is not None and (len(self.answers) > MOST_ANSWERS or self.answers_size > MOST_WAITING)
+    cdef bint is_full(self) except -1:
+        """Whether the emitter does not read its answers, or too many of them wait."""
+        return self.output_paused or (
+            self.answers is not None and (len(self.answers) > MOST_ANSWERS or self.answers_size > MOST_WAITING))
 
-    def read_on(self):
+    cdef bint may_answer(self) except -1:
+        """Whether an answer that Python makes may be made now. If not, the request is held back: nothing may have changed."""
+        cdef Intake intake = self.intake
+        if self.costly_since:  # it is being made
+            return True
+        if intake.having_turn is self:
+            intake.having_turn = None  # for one answer
+        elif intake.costly_left <= 0 or intake.costly:
+            self.held = self.costly = True
+            return False
+        self.costly_since = mono_ns()
+        return True
+
+    cdef int read_on(self) except -1:
         """Read what was held back, unless the reason for it is back."""
-        self.turn_awaited = False
         if self.transport is None or self.transport.is_closing():
-            return
-        if self.held and not (self.output_paused or self.too_many_wait()):
-            self.data_received(b"")
+            return 0
+        if self.held and not self.is_full():
+            self.moved_ns = mono_ns()
+            self.read_kept()
             if not self.held:
                 self.balance_input()
+        return 0
+
+    def read_rest(self):
+        """The emitter sends no more, and may not be written to for long (TLS): take the packets that are held back."""
+        while self.held and not self.costly and self.intake.packets_left > 0 and not self.is_full():
+            self.read_on()
 
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL:
-        """Read the head at ``p``; return where it ends, or ``end`` when it is kept until there is more of it."""
+        """Read the head at ``p``; return where it ends, or ``p`` when it is not whole yet or has to wait for its turn."""
         cdef RequestHead head
         cdef Py_ssize_t length
         if self.head_ns == 0:
@@ -315,25 +445,31 @@ cdef class IngestBase(Receiver):
         if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
             # An empty line before a request is to be passed over (RFC 9112, 2.2); without end they would be no request.
             self.head_ns = 0
-            self.blank_lines += 1
-            if self.blank_lines > MOST_BLANK_LINES:
-                self.fault(400, "malformed", f"more than {MOST_BLANK_LINES} empty lines where a request should begin")
-                return end
-            return p + 2
+            if self.blank_lines < MOST_BLANK_LINES:
+                self.blank_lines += 1
+                return p + 2
+            if not self.may_answer():
+                return p
+            self.fault(400, "malformed", f"more than {MOST_BLANK_LINES} empty lines where a request should begin")
+            return end
         length = find_head_end(p, min(end - p, self.intake.max_header), &self.scanned, True)
-        if length == HEAD_BROKEN:
-            self.fault(400, "malformed", f"the request is not HTTP: {BAD_LINE.decode()}")
-            return end
-        if length == HEAD_INCOMPLETE and end - p > self.intake.max_header:
-            self.fault(431, "head_too_large", f"the request's head is larger than the {self.intake.max_header} bytes allowed")
-            return end
-        if length == HEAD_INCOMPLETE:
-            self.keep_partial(p, end - p)
+        if length == HEAD_INCOMPLETE and end - p <= self.intake.max_header:
+            return p
+        self.head_ns = 0
+        if length <= 0:
+            if not self.may_answer():
+                return p
+            if length == HEAD_BROKEN:
+                self.fault(400, "malformed", f"the request is not HTTP: {BAD_LINE.decode()}")
+            else:
+                self.fault(431, "head_too_large", f"the request's head is larger than the {self.intake.max_header} bytes allowed")
             return end
         parse_request_head(p, length, &head)
-        self.head_ns = 0
-        self.blank_lines = 0
         self.begin(&head, p, length)
+        if unlikely(self.held):
+            return p
+        self.blank_lines = 0
+        self.admitted = False
         if self.state == START:  # no body
             self.body_whole(NULL, 0)
         elif self.state != OVER and head.expects_continue and p + length == end and not self.answered:
@@ -345,29 +481,30 @@ cdef class IngestBase(Receiver):
         cdef bint keep_alive = head.keep_alive and not self.intake.draining
         # If it is answered already now: whether the body still comes is the emitter's choice, or it is too long to pass over.
         cdef bint bodiless = head.expects_continue or head.content_length > self.intake.max_body
+        cdef int64_t wait = 0
+        cdef int refusal
         self.head_only = head.method == HEAD
-        if head.status:
+        self.is_log = head.method == POST and head.path.n == 5 and head.path.p[:5] == b"/logs"
+        refusal = self.judge(head, &wait)
+        if unlikely(refusal != FINE and not self.may_answer()):
+            return 0
+        if unlikely(refusal == BROKEN):
             self.fault(head.status, "malformed",  # 501 and 505 are about what is HTTP, but not spoken here
                        f"{'the request is not HTTP: ' if head.status == 400 else ''}{head.fault.decode()}")
             return 0
         self.keep_alive = keep_alive and not bodiless
         self.old_client = head.minor == 0
-        self.is_log = head.method == POST and head.path.n == 5 and head.path.p[:5] == b"/logs"
         if unlikely(self.intake.shares_origins) and head.origin.n:
             self.extra = self.share_with(head.origin.p[:head.origin.n])
         if unlikely(self.intake.draining) and head.keep_alive:
             self.closing = True  # it may have sent more: linger, lest a reset destroys what it has yet to read
-        if likely(self.is_log):
-            self.begin_log(head)
-        else:
+        if unlikely(not self.is_log):
             self.request = (head.method_text.p[:head.method_text.n].decode("latin-1"),
                             head.target.p[:head.target.n].decode("latin-1"), p[:n])
-            if head.content_length > API_BODY:
-                self.fault(413, "", f"the body is larger than the {API_BODY} bytes allowed here")
+        if unlikely(refusal != FINE):
+            self.turn_down(refusal, head, wait)
         if self.state == OVER:
             return 0
-        if head.expects_other and not self.answered:
-            self.reject(self.refuse(417, "invalid", "the only expectation understood is 100-continue", not self.keep_alive))
         if self.answered and bodiless:
             self.end()
             return 0
@@ -381,33 +518,59 @@ cdef class IngestBase(Receiver):
             self.body_left = head.content_length
         return 0
 
-    cdef int begin_log(self, RequestHead *head) except -1:
-        """Decide from its head alone whether a packet may come: limits, then the token, then the rest."""
+    cdef int judge(self, RequestHead *head, int64_t *wait) except -1:
+        """Decide from its head alone whether a request may go on: limits, then the token, then the rest. ``wait``: of LIMITED."""
         cdef Intake intake = self.intake
-        cdef int64_t wait
+        if head.status:
+            return BROKEN
+        if unlikely(not self.is_log):
+            return TOO_LONG if head.content_length > API_BODY else UNEXPECTED if head.expects_other else FINE
         self.key_length = 0
         self.wait_seconds = min(head.wait, LONGEST_WAIT)
-        if unlikely(intake.limiter.active):
-            wait = intake.limiter.admit(self.client, self.moved_ns)
-            if wait:
-                return self.reject(self.limited(wait / 1e9))
+        if unlikely(intake.limiter.active) and not self.admitted:
+            wait[0] = intake.limiter.admit(self.client, self.moved_ns)
+            if wait[0]:
+                return LIMITED
+            self.admitted = True  # once, also if the answer has to wait
         if unlikely(not intake.open_to_all):
-            answer = self.unauthorized(head.authorization.p[:head.authorization.n] if head.authorization.n else None)
-            if answer is not None:
-                return self.reject(answer)
+            if not (head.authorization.n and self.is_authorized(head.authorization.p[:head.authorization.n])):
+                return UNAUTHORIZED
         if unlikely(intake.closed or intake.broken_storage):
-            return self.reject(self.not_stored(False))
+            return NOT_STORED
         if head.encoded:
-            return self.reject(self.refuse(415, "unsupported_media_type", "compressed bodies are not understood", not self.keep_alive,
-                                           b"Accept-Encoding: identity\r\n"))
+            return ENCODED
         if head.content_type.n and not is_json(head.content_type):
-            return self.reject(self.refuse(415, "unsupported_media_type", "Content-Type must be application/json", not self.keep_alive,
-                                           b"Accept: application/json\r\n"))
+            return NO_JSON
         if head.keys and (head.keys > 1 or not self.take_key(head.key)):
-            return self.reject(self.refuse(400, "invalid", "Idempotency-Key must be one value of 1 to 64 visible ASCII characters "
-                                           "other than \" , ; \\, bare or in double quotes", not self.keep_alive))
+            return BAD_KEY
         if head.content_length > intake.max_body:
-            self.fault(413, "too_large", f"the body is {head.content_length} bytes, more than the {intake.max_body} allowed")
+            return TOO_LONG
+        return UNEXPECTED if head.expects_other else FINE
+
+    cdef int turn_down(self, int refusal, RequestHead *head, int64_t wait) except -1:
+        """Answer what ``judge`` has found wrong."""
+        cdef bint close = not self.keep_alive
+        if refusal == LIMITED:
+            self.reject(self.limited(wait / 1e9))
+        elif refusal == UNAUTHORIZED:
+            self.reject(self.unauthorized(head.authorization.p[:head.authorization.n] if head.authorization.n else None))
+        elif refusal == NOT_STORED:
+            self.reject(self.not_stored(False))
+        elif refusal == ENCODED:
+            self.reject(self.refuse(415, "unsupported_media_type", "compressed bodies are not understood", close,
+                                    b"Accept-Encoding: identity\r\n"))
+        elif refusal == NO_JSON:
+            self.reject(self.refuse(415, "unsupported_media_type", "Content-Type must be application/json", close,
+                                    b"Accept: application/json\r\n"))
+        elif refusal == BAD_KEY:
+            self.reject(self.refuse(400, "invalid", "Idempotency-Key must be one value of 1 to 64 visible ASCII characters "
+                                    "other than \" , ; \\, bare or in double quotes", close))
+        elif refusal == UNEXPECTED:
+            self.reject(self.refuse(417, "invalid", "the only expectation understood is 100-continue", close))
+        elif self.is_log:
+            self.fault(413, "too_large", f"the body is {head.content_length} bytes, more than the {self.intake.max_body} allowed")
+        else:
+            self.fault(413, "", f"the body is larger than the {API_BODY} bytes allowed here")
         return 0
 
     cdef bint take_key(self, Span value) noexcept:
@@ -434,6 +597,9 @@ cdef class IngestBase(Receiver):
                 self.body_whole(NULL, 0)
         elif self.body_left == 0 and self.body_length == 0:
             self.body_whole(p, n)
+            if unlikely(self.held):  # it stays where it is
+                self.state, self.body_left = BODY, n
+                return p
         elif self.has_room_for(n):
             if self.body == NULL:  # touched only as it fills
                 self.body_size = n + self.body_left
@@ -448,12 +614,17 @@ cdef class IngestBase(Receiver):
     cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL:
         cdef Span piece
         cdef int event
+        cdef Chunked before = self.chunks
+        cdef const uchar *start = p
         event = chunked_next_strict(&self.chunks, &p, end, &piece, self.intake.max_header)
         if event == CHUNK_DATA:
             if not self.answered and self.has_room_for(piece.n):
                 self.keep_body(piece.p, piece.n)
         elif event == CHUNK_END:
             self.body_whole(self.body, self.body_length)
+        elif event != CHUNK_MORE and not self.may_answer():
+            self.chunks = before
+            return start
         elif event == CHUNK_TOO_LARGE:
             self.fault(413, "too_large" if self.is_log else "",
                        f"the body is larger than the {self.intake.max_body if self.is_log else API_BODY} bytes allowed")
@@ -489,19 +660,23 @@ cdef class IngestBase(Receiver):
 
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1:
         cdef uchar *grown
-        if self.partial_length + n > self.partial_size:
-            grown = <uchar *>realloc(self.partial, self.partial_length + n)
+        if self.partial_start + self.partial_length + n > self.partial_size:
+            grown = <uchar *>malloc(self.partial_length + n)
             if grown == NULL:
                 raise MemoryError
+            if self.partial_length:
+                memcpy(grown, self.partial + self.partial_start, self.partial_length)
+            free(self.partial)
             self.partial, self.partial_size = grown, self.partial_length + n
-        memcpy(self.partial + self.partial_length, p, n)
+            self.partial_start = 0
+        memcpy(self.partial + self.partial_start + self.partial_length, p, n)
         self.partial_length += n
         return 0
 
     cdef drop_partial(self):
         free(self.partial)
         self.partial = NULL
-        self.partial_length = self.partial_size = 0
+        self.partial_start = self.partial_length = self.partial_size = 0
 
     cdef int drop_body(self) noexcept:
         if self.body != NULL:
@@ -512,18 +687,22 @@ cdef class IngestBase(Receiver):
         return 0
 
     cdef int body_whole(self, const uchar *p, Py_ssize_t n) except -1:
-        """The request is whole: answer it, and be ready for the next."""
+        """The request is whole: answer it, and be ready for the next; if that has to wait for its turn, be WHOLE."""
         self.state = START
         if not self.answered:
             if likely(self.is_log):
-                self.accept(p, n)
-            else:
+                if unlikely(not self.accept(p, n)):
+                    self.state = WHOLE
+                    return 0
+            elif self.may_answer():
                 method, target, head = self.request
                 self.request = None
-                self.views += 1
                 answer = self.handle(method, target, head, p[:n] if n else b"")
                 if answer is not None:
                     self.emit(answer)
+            else:
+                self.state = WHOLE
+                return 0
         self.drop_body()
         if not self.keep_alive:
             self.state = OVER
@@ -531,8 +710,8 @@ cdef class IngestBase(Receiver):
 
     # ---- packets
 
-    cdef int accept(self, const uchar *p, Py_ssize_t n) except -1:
-        """Check a packet, put it into the ring, and answer."""
+    cdef bint accept(self, const uchar *p, Py_ssize_t n) except -1:
+        """Check a packet, put it into the ring, and answer; False, and nothing done, if its answer has to wait for its turn."""
         cdef Intake intake = self.intake
         cdef int64_t *counters = intake.counters.words
         cdef uint32_t messages = 0
@@ -543,18 +722,25 @@ cdef class IngestBase(Receiver):
             self.keep_alive = False
             self.closing = True
         if unlikely(intake.closed or intake.broken_storage):
-            return self.reject(self.not_stored(False))
-        if not self.understand(p, n, &messages, &emitter):
-            return 0
+            if not self.may_answer():
+                return False
+            self.reject(self.not_stored(False))
+            return True
+        if unlikely(not self.understand(p, n, &messages, &emitter)):
+            return not self.held
         intake.wall = wall_ns()
         intake.make_id(intake.wall, packet_id)
         pushed = intake.ring.push_packet(p, n, <const uchar *>self.key, self.key_length, packet_id, messages, emitter,
                                          mono_ns() + intake.ring.clock_offset, WAITED if self.wait_seconds >= 0 else 0)
         if unlikely(pushed != PUSHED):
+            if not self.may_answer():
+                return False
             if pushed == TOO_BIG:
-                return self.reject(self.refuse(413, "too_large", f"a packet of {n} bytes is over half of what a worker's part of "
+                self.reject(self.refuse(413, "too_large", f"a packet of {n} bytes is over half of what a worker's part of "
                                                f"the queue holds ({intake.ring.capacity} bytes)", not self.keep_alive))
-            return self.reject(self.not_stored(True))
+            else:
+                self.reject(self.not_stored(True))
+            return True
         intake.full = False
         if not intake.answers_after_sync:  # what may yet be withdrawn is counted when it is synced
             counters[ACCEPTED] += 1
@@ -563,20 +749,22 @@ cdef class IngestBase(Receiver):
         self.answer_accepted(packet_id, messages)
         if not intake.answers_after_sync:  # else its answer is written, and its time is up, when it is synced
             observe(intake.counters.ingest, mono_ns() - self.moved_ns, 1)
-        return 0
+        return True
 
     cdef bint understand(self, const uchar *p, Py_ssize_t n, uint32_t *messages, uint64_t *emitter) except -1:
-        """Validate the body; if it is no packet answer so, and return False."""
+        """Validate the body; if it is no packet return False, and answer so, unless that has to wait for its turn."""
         cdef Intake intake = self.intake
         cdef PacketFacts facts
+        if n and intake.validation == 0:
+            return True
+        if likely(n and scan_packet(p, n, intake.validation == 2, &facts)):
+            messages[0], emitter[0] = facts.messages, facts.emitter_hash
+            return True
+        if not self.may_answer():
+            return False
         if n == 0:
             self.reject(self.refuse(400, "malformed", "the body is empty", not self.keep_alive))
             return False
-        if intake.validation == 0:
-            return True
-        if likely(scan_packet(p, n, intake.validation == 2, &facts)):
-            messages[0], emitter[0] = facts.messages, facts.emitter_hash
-            return True
         try:
             messages[0], emitter[0] = intake.check(p[:n], strict=intake.validation == 2)
         except Exception as error:
@@ -764,13 +952,14 @@ cdef class IngestBase(Receiver):
 
     def balance_input(self):
         """Read no further while something is held back, the emitter does not read its answers, or too many of them wait."""
-        cdef bint full = self.output_paused or self.too_many_wait()
+        cdef bint full = self.is_full()
         cdef bint pause = full or self.held
         if self.transport is None or self.transport.is_closing():
             return
-        if self.held and not full and not self.turn_awaited:
-            self.turn_awaited = True
-            self.later(self.read_on)
+        if self.held and not full and not self.queued:
+            self.queued = True
+            (self.intake.costly if self.costly else self.intake.waiting).append(self)
+            self.intake.await_turn()
         if pause != self.input_paused:
             self.input_paused = pause
             if pause:
@@ -814,6 +1003,10 @@ cdef class IngestBase(Receiver):
         if self.state != START:
             return "body" if now - self.moved_ns > intake.body_timeout else ""
         return "idle" if now - self.moved_ns > intake.keepalive_timeout else ""
+
+    def has_unread(self):
+        """Whether something has come that is not read yet, as far as that is known (with TLS it is not)."""
+        return self.stream is not None and self.stream.has_unread()
 
     def excuse(self, int64_t now, int64_t late):
         """For ``late`` ns until ``now`` nobody here could read: that is no time the emitter had."""

@@ -17,6 +17,8 @@ cdef class Poller:
     cdef readonly set streams    # all that are not lost yet
     cdef int epoll
     cdef uchar *room             # what one read brings
+    cdef public int64_t turn_ns      # after which a turn ends, whoever is ready
+    cdef public int64_t longest_ns   # of a turn, until somebody sets it back
 
     cdef int watch(self, Stream stream, uint32_t events) except -1
 

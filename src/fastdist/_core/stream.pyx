@@ -1,7 +1,9 @@
 """TCP connections without TLS: a transport as asyncio knows it, but from the socket to the protocol in C.
 
-``Poller`` has an epoll set of its own, which is one descriptor in the loop's: a turn of the loop asks it once, however
-many connections have something to read. ``Stream`` is one connection; it behaves as the loop's own transports do (writes
+``Poller`` has an epoll set of its own, which is one descriptor in the loop's: a turn of the loop asks it for some
+connections at a time, and for no more once ``turn_ns`` are over, so that however many have something to read, timers and
+all else have their turn. What is left is still ready then, and the kernel goes round: who was told of comes last
+(epoll_wait(2)). ``Stream`` is one connection; it behaves as the loop's own transports do (writes
 at once what the kernel takes; ``pause_writing`` above 64 KiB that it does not, ``resume_writing`` at 16; ``connection_lost``
 comes from the loop, never from within a call). ``Receiver`` is what a protocol derives from to be read into without an
 object for each read, and to write without one; under any other transport (TLS) it is fed with bytes.
@@ -14,7 +16,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 from posix.unistd cimport close
-from fastdist._core.bits cimport likely, unlikely
+from fastdist._core.bits cimport likely, mono_ns, unlikely
 from fastdist._core.http cimport uchar
 
 import os
@@ -32,6 +34,10 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
     int epoll_wait(int epoll, epoll_event *events, int most, int timeout)
 
+cdef extern from "<sys/ioctl.h>" nogil:
+    unsigned long FIONREAD
+    int ioctl(int fd, unsigned long request, void *value)
+
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, SOL_SOCKET, SO_ERROR
     ctypedef unsigned int socklen_t
@@ -41,7 +47,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
 
 cdef enum:
-    EVENTS = 512             # looked at in one turn of the loop
+    EVENTS = 8               # asked for at a time, between two looks at the clock
     ROOM = 262144            # bytes of one read
     HIGH_WATER = 65536       # bytes not written, above which the protocol is to pause
     LOW_WATER = 16384        # at which it may go on
@@ -50,6 +56,8 @@ cdef enum:
     BYTES_ACKED = 15         # which word of eight bytes in struct tcp_info
     BYTES_RECEIVED = 16
     WORDS = 17
+
+cdef int64_t TURN = 4000000  # ns
 
 
 cdef int64_t bytes_moved(int fd) noexcept nogil:
@@ -94,6 +102,7 @@ cdef class Poller:
     def __cinit__(self, loop):
         self.epoll = -1
         self.loop, self.streams = loop, set()
+        self.turn_ns = TURN
         self.room = <uchar *>malloc(ROOM)
         if self.room == NULL:
             raise MemoryError
@@ -114,18 +123,23 @@ cdef class Poller:
         self.loop.remove_reader(self.epoll)
 
     def turn(self):
-        """Deal with whatever has happened on the streams."""
+        """Deal with what has happened on the streams, for ``turn_ns``; return whether that was all."""
         cdef epoll_event[EVENTS] events
-        cdef int count = epoll_wait(self.epoll, events, EVENTS, 0)
-        cdef int i
+        cdef int64_t taken = 0, began = mono_ns()
+        cdef int i, count = EVENTS
         cdef Stream stream
-        for i in range(count):
-            # It is among `streams` at least until this turn of the loop is over: see Stream.end.
-            stream = <Stream>events[i].data.ptr
-            try:
-                stream.happened(events[i].events)
-            except Exception as error:
-                stream.report(error)
+        while count == EVENTS and taken < self.turn_ns:
+            count = epoll_wait(self.epoll, events, EVENTS, 0)
+            for i in range(count):
+                # It is among `streams` at least until this turn of the loop is over: see Stream.end.
+                stream = <Stream>events[i].data.ptr
+                try:
+                    stream.happened(events[i].events)
+                except Exception as error:
+                    stream.report(error)
+            taken = mono_ns() - began
+        self.longest_ns = max(self.longest_ns, taken)
+        return count < EVENTS
 
     cdef int watch(self, Stream stream, uint32_t events) except -1:
         cdef epoll_event event
@@ -330,6 +344,11 @@ cdef class Stream:
     def is_reading(self):
         """Whether what comes is read."""
         return not (self.reading_paused or self.closing)
+
+    def has_unread(self):
+        """Whether something has come that is not read yet."""
+        cdef int size = 0
+        return ioctl(self.fd, FIONREAD, &size) == 0 and size > 0
 
     def close(self):
         """Read no more, and close when all is written."""
