@@ -130,6 +130,8 @@ class Way:
         limiter = self.block.limiter()
         limiter.configure(0, 0, 0, 0)
         intake = Intake(self.ring, self.counters, limiter, config.server, packets.check, schedule, None)
+        intake.slice_ns = intake.loop_ns = 10**18  # there is no event loop that would go on in its next turn
+        intake.go_on()
         shared_emitters.intake = intake
         shared_emitters.configure((), ())
         self.emitters = [IngestProtocol(intake, shared_emitters) for _ in range(emitters)]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_EMITTER_ID: Final = 256  # characters
 MAX_ERRORS: Final = 20  # reported for one packet
-MAX_EXPLAINED: Final = 128 * 1024  # bytes that are decoded to tell what is wrong with them: some 30 ms
+MAX_EXPLAINED: Final = 16 * 1024  # bytes that are decoded to tell what is wrong with them: some 4 ms
 _SPACE: Final = b" \t\r\n"
 LEVELS: Final = ("trace", "debug", "info", "warn", "warning", "error", "fatal", "critical")
 

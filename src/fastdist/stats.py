@@ -72,7 +72,7 @@ def stats(snapshot: Snapshot) -> dict[str, Any]:
             "delivery": snapshot.delivery().milliseconds(),
         },
         "analyzers": [_analyzer_in_short(figures) for figures in snapshot.analyzers],
-        "workers": [_worker(worker) for worker in snapshot.workers],
+        "workers": [_worker(snapshot, worker) for worker in snapshot.workers],
         "supervisor": {"pid": snapshot.block.head[HeadWord.SUPERVISOR]},
     }
 
@@ -121,7 +121,7 @@ def _accepted_and_delivered(snapshot: Snapshot, unit: str) -> dict[str, int]:
     }
 
 
-def _worker(worker: WorkerFigures) -> dict[str, Any]:
+def _worker(snapshot: Snapshot, worker: WorkerFigures) -> dict[str, Any]:
     return {
         "id": worker.id,
         "pid": worker.pid or None,
@@ -131,6 +131,7 @@ def _worker(worker: WorkerFigures) -> dict[str, Any]:
         "rssBytes": worker.rss_bytes,
         "accepted": worker.accepted,
         "delivered": worker.delivered,
+        "loopLagMs": snapshot.loop_lag(worker.id).milliseconds(),
         "lastError": _end(worker.end_status) if worker.end_ns else None,
         "lastErrorAt": _iso(worker.end_ns),
     }

@@ -116,7 +116,9 @@ class Sweep:
                 return
             self._late = now_ns - self._due
             self._left = list(self._intake.connections)
-        while self._left and time.monotonic_ns() - now_ns < SWEEP_NS:
+        self._due = now_ns + self._interval
+        began = time.monotonic_ns()
+        while self._left and time.monotonic_ns() - began <= SWEEP_NS:
             connection = self._left.pop()
             if connection.transport is None:
                 continue
@@ -124,4 +126,3 @@ class Sweep:
                 connection.excuse(now_ns, self._late)
             else:
                 connection.check(now_ns)
-        self._due = now_ns + self._interval

@@ -97,6 +97,7 @@ def assert_the_rest(page, stats):
         assert number(cells["Delivered"]) == worker["delivered"]
         assert number(cells["Restarts"]) == worker["restarts"]
         assert cells["State"].lower() == worker["state"]
+        assert milliseconds(cells["Loop lag, max"]) >= 0
     reasons = dict(zip(*([e.text for e in page.all(f"#reasons {tag}")] for tag in ("dt", "dd")), strict=True))
     assert reasons == {"malformed": "2", "unsupported media type": "1"}
 

@@ -419,8 +419,9 @@ class Service:
             self._sync_wanted if fsync else None,
         )
         self.emitters.intake = self.intake
-        self.turns: deque[Callable[[], None]] = deque()  # what the event loop is to call in its next one
+        self.turns: deque[Callable[[], None]] = deque()  # what the event loop is to call in its next turn
         self.intake.later = self.turns.append
+        self.budget(10**18, 10**18)
         self.emitters.configure(self.config.security.tokens, self.config.security.cors_origins)
         self.loop = Loop()
 
@@ -432,6 +433,12 @@ class Service:
 
     def connect(self, address: str | None = ADDRESS) -> Connection:
         return Connection(self, address)
+
+    def budget(self, packets: int, costly: int, *, loop: int = 10**18) -> None:
+        """Give every turn of the loop so many ns, from now on. With 0 and 1 it has time for one packet and one answer."""
+        self.intake.slice_ns = self.intake.packets_ns = packets
+        self.intake.costly_ns, self.intake.loop_ns = costly, loop
+        self.intake.go_on()
 
     def turn(self) -> None:
         """Let the event loop have one turn."""

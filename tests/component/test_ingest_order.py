@@ -481,23 +481,6 @@ def test_long_answers_behind_one_that_waits_are_not_made_yet():
     assert connection.transport.reading
 
 
-def test_others_have_their_turn_between_many_requests_for_views():
-    service = Service()
-    connection = service.connect()
-    connection.protocol.data_received(head("HEAD /metrics") * 100 + keyed("last"))
-    answered = connection.written.count(b"HTTP/1.1 200")
-    assert 1 <= answered <= 20
-    assert not connection.transport.reading
-    assert not connection.protocol.idle()
-    assert service.ask(post()).answer().status == 202
-    assert connection.written.count(b"HTTP/1.1 200") == answered
-    connection.pump()
-    assert connection.written.count(b"HTTP/1.1 200") == 100
-    assert connection.transport.reading
-    assert connection.protocol.idle()
-    assert [packet.id for packet in service.packets()][1:] == ["last"]
-
-
 @pytest.mark.parametrize("how", ["lost", "ended", "timed out"])
 def test_what_is_held_back_goes_with_its_connection(how):
     service = Service()
@@ -509,9 +492,8 @@ def test_what_is_held_back_goes_with_its_connection(how):
         connection.end()
     else:
         connection.protocol.time_out("too slow")
-    connection.pump()
-    while connection._turns:
-        connection._turns.popleft()()
+    while service.turns:
+        service.turn()
     assert service.ring.undone == 0
 
 

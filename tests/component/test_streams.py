@@ -343,6 +343,41 @@ def test_many_streams_are_read_in_turn_whatever_one_of_them_sends():
     run(scenario)
 
 
+def test_a_turn_ends_in_time_and_the_next_goes_round():
+    async def scenario(poller):
+        pairs = [pair(poller) for _ in range(40)]
+        poller.turn_ns = 1
+        for turn in range(15):
+            for _, other in pairs:
+                other.send(b"x")
+            assert not poller.turn()
+            assert sum(protocol.received.count(b".") for protocol, _ in pairs) == 8 * turn
+            for protocol, _ in pairs:  # however much it was, it was read once
+                if protocol.received.endswith(b"x"):
+                    protocol.received[:] = protocol.received.rstrip(b"x") + b"."
+        assert {bytes(protocol.received) for protocol, _ in pairs} == {b"..."}
+        assert poller.longest_ns > 0
+        poller.turn_ns = 10**10
+        assert poller.turn()
+        for _, other in pairs:
+            other.close()
+
+    run(scenario)
+
+
+def test_what_is_not_read_yet_is_known():
+    async def scenario(poller):
+        protocol, other = pair(poller)
+        assert not protocol.transport.has_unread()
+        other.send(b"x")
+        await until(protocol.transport.has_unread, "it has come")
+        poller.turn()
+        assert not protocol.transport.has_unread()
+        other.close()
+
+    run(scenario)
+
+
 def test_a_stream_that_is_lost_is_freed_with_its_protocol():
     async def scenario(poller):
         protocol, other = pair(poller)

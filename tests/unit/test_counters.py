@@ -14,6 +14,7 @@ from fastdist._core.counters import (
     COUNTER_WORDS,
     FIELDS,
     HISTOGRAM_BUCKETS,
+    HISTOGRAMS_PER_ROW,
     WORDS_PER_HISTOGRAM,
     Counters,
     bucket_bounds,
@@ -36,7 +37,7 @@ def row(slots=SLOTS):
 
 
 class Model:
-    """The row as a list of numbers, in the order: worker, ingest, queue wait, analyzers, their deliveries."""
+    """The row as a list of numbers, in the order: worker, ingest, queue wait, loop lag, analyzers, their deliveries."""
 
     def __init__(self):
         self.words = [0] * row_words(SLOTS)
@@ -45,7 +46,7 @@ class Model:
         return FIELDS[field]
 
     def at_of(self, slot, field):
-        return COUNTER_WORDS + 2 * WORDS_PER_HISTOGRAM + slot * ANALYZER_WORDS + ANALYZER_FIELDS[field]
+        return COUNTER_WORDS + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM + slot * ANALYZER_WORDS + ANALYZER_FIELDS[field]
 
     def observe(self, start, ns):
         ns = max(0, ns)
@@ -66,8 +67,10 @@ class Model:
             self.words[self.at_of(*args[:2])] = args[2]
         elif name == "observe_ingest":
             self.observe(COUNTER_WORDS, args[0])
+        elif name == "observe_loop_lag":
+            self.observe(COUNTER_WORDS + 2 * WORDS_PER_HISTOGRAM, args[0])
         else:
-            deliveries = COUNTER_WORDS + 2 * WORDS_PER_HISTOGRAM + SLOTS * ANALYZER_WORDS
+            deliveries = COUNTER_WORDS + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM + SLOTS * ANALYZER_WORDS
             self.observe(deliveries + args[0] * WORDS_PER_HISTOGRAM, args[1])
 
 
@@ -76,7 +79,7 @@ class Model:
         st.one_of(
             st.tuples(st.sampled_from(["add", "set"]), fields, amounts),
             st.tuples(st.sampled_from(["add_to", "set_of"]), slots, analyzer_fields, amounts),
-            st.tuples(st.just("observe_ingest"), durations),
+            st.tuples(st.sampled_from(["observe_ingest", "observe_loop_lag"]), durations),
             st.tuples(st.just("observe_delivery"), slots, durations),
         )
     )
@@ -137,7 +140,7 @@ def test_bounds_grow_by_an_eighth_at_most_and_reach_a_quarter_of_an_hour():
 def test_rows_are_whole_cache_lines_and_grow_by_the_slot():
     words = [row_words(slots) for slots in range(5)]
     assert all(count % 8 == 0 for count in words)
-    assert words[0] == COUNTER_WORDS + 2 * WORDS_PER_HISTOGRAM
+    assert words[0] == COUNTER_WORDS + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
     assert {after - before for before, after in itertools.pairwise(words)} == {ANALYZER_WORDS + WORDS_PER_HISTOGRAM}
 
 

@@ -86,7 +86,12 @@ GAUGES = (
     "uptime_seconds",
     "build_info",
 )
-HISTOGRAMS = ("ingest_duration_seconds", "queue_wait_duration_seconds", "delivery_duration_seconds")
+HISTOGRAMS = (
+    "ingest_duration_seconds",
+    "queue_wait_duration_seconds",
+    "delivery_duration_seconds",
+    "worker_loop_lag_seconds",
+)
 
 
 def test_families_have_the_promised_names_and_types(block):
@@ -146,11 +151,14 @@ def test_figures_are_sums_over_all_workers(block):
 def test_workers_and_build(block):
     words = block.worker(1)
     words[WorkerWord.RESTARTS], words[WorkerWord.CPU_NS], words[WorkerWord.RSS] = 2, 1_500_000_000, 4096
+    block.rows[1].observe_loop_lag(20_000_000)
     kinds, it = scrape(block)
     assert it["fastdist_worker_restarts_total", "0"] == 0
     assert it["fastdist_worker_restarts_total", "1"] == 2
     assert it["fastdist_worker_cpu_seconds_total", "1"] == 1.5
     assert it["fastdist_worker_resident_memory_bytes", "1"] == 4096
+    assert it["fastdist_worker_loop_lag_seconds_sum", "1"] == 0.02
+    assert [it["fastdist_worker_loop_lag_seconds_count", worker] for worker in "01"] == [0, 1]
     assert it["fastdist_uptime_seconds",] == 90
     ((build, value),) = [(key, value) for key, value in it.items() if key[0] == "fastdist_build_info"]
     assert "1.2.3" in build

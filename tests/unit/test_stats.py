@@ -197,6 +197,7 @@ def test_workers(block):
     words[WorkerWord.PID], words[WorkerWord.STATE], words[WorkerWord.RESTARTS] = 77, WorkerState.DRAINING, 3
     words[WorkerWord.CPU_PERMILLE], words[WorkerWord.RSS] = 425, 12345678
     block.rows[1].add("accepted", 11)
+    block.rows[1].observe_loop_lag(7_000_000)
     block.rows[1].add_to(A1, "delivered", 4)
     block.rows[1].add_to(LEFT, "delivered", 5)
     block.worker(0)[WorkerWord.STATE] = WorkerState.STARTING
@@ -210,6 +211,7 @@ def test_workers(block):
         "rssBytes": 12345678,
         "accepted": 11,
         "delivered": 9,
+        "loopLagMs": {"p50": 7.0, "p90": 7.0, "p99": 7.0, "p999": 7.0, "max": 7.0},
         "lastError": None,
         "lastErrorAt": None,
     }

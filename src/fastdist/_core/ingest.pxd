@@ -41,8 +41,8 @@ cdef class Intake:
     cdef bint turn_awaited             # `go_on` will be called
     cdef IngestBase having_turn        # it may have a costly answer made
     cdef public object later           # call_soon
-    cdef public int64_t slice_ns, packets_ns, costly_ns
-    cdef int64_t packets_left, costly_left  # of this turn
+    cdef public int64_t slice_ns, packets_ns, loop_ns, costly_ns
+    cdef int64_t loop_left, costly_left  # of this turn
     cdef public int64_t longest_ns     # of `go_on`, until somebody sets it back
 
     cdef int put(self, const char *text, Py_ssize_t n) except -1

@@ -27,6 +27,7 @@ class Intake:
     later: Callable[[Callable[[], None]], object]
     slice_ns: int
     packets_ns: int
+    loop_ns: int
     costly_ns: int
     longest_ns: int
     @property

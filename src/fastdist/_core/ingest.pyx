@@ -73,7 +73,8 @@ cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer
 
 # ns of one turn of the event loop. Together, and with what Poller takes, far below the 20 ms that nobody is to wait.
 cdef int64_t SLICE = 250000     # for the packets of one connection
-cdef int64_t PACKETS = 3000000  # for all that are held back, or come by way of the loop (TLS)
+cdef int64_t PACKETS = 3000000  # for all that are held back
+cdef int64_t LOOP = 3000000     # for those that the loop reads from, not Poller (TLS)
 cdef int64_t COSTLY = 500000    # for answers that Python makes
 
 VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
@@ -114,8 +115,8 @@ cdef class Intake:
         self.most_bodies = max(LEAST_FOR_BODIES, 2 * self.max_body)
         self.connections, self.unsynced = set(), []
         self.waiting, self.costly = deque(), deque()
-        self.slice_ns, self.packets_ns, self.costly_ns = SLICE, PACKETS, COSTLY
-        self.packets_left, self.costly_left = PACKETS, COSTLY
+        self.slice_ns, self.packets_ns, self.loop_ns, self.costly_ns = SLICE, PACKETS, LOOP, COSTLY
+        self.loop_left, self.costly_left = LOOP, COSTLY
         self.later = call_soon
         self.open_to_all = True
         self.noise = int.from_bytes(os.urandom(8), "little")
@@ -189,7 +190,7 @@ cdef class Intake:
         """Read on from the connections that are held back, for as long as they may take of this turn of the loop."""
         cdef int64_t began = mono_ns()
         self.turn_awaited = False
-        self.packets_left, self.costly_left = self.packets_ns, self.costly_ns
+        self.loop_left, self.costly_left = self.loop_ns, self.costly_ns
         try:
             self.go_round(self.waiting, began + self.packets_ns, False)
             self.go_round(self.costly, mono_ns() + self.costly_ns, True)
@@ -316,7 +317,7 @@ cdef class IngestBase(Receiver):
         if self.state == OVER:
             return 0
         self.moved_ns = mono_ns()
-        if unlikely(self.stream is None and self.intake.packets_left <= 0):
+        if unlikely(self.stream is None and self.intake.loop_left <= 0):
             self.held = True  # the loop calls for each connection that has something: nobody else counts the time
         if likely(self.partial_length == 0 and not self.held):
             return self.read_from(p, n, NULL)
@@ -357,7 +358,7 @@ cdef class IngestBase(Receiver):
             free(kept)
             self.flush()
         if self.stream is None:
-            self.intake.packets_left -= mono_ns() - self.moved_ns
+            self.intake.loop_left -= mono_ns() - self.moved_ns
         if unlikely(self.held):
             self.balance_input()
         if self.intake.ring.next_sequence != before:
@@ -429,7 +430,7 @@ cdef class IngestBase(Receiver):
 
     def read_rest(self):
         """The emitter sends no more, and may not be written to for long (TLS): take the packets that are held back."""
-        while self.held and not self.costly and self.intake.packets_left > 0 and not self.is_full():
+        while self.held and not self.costly and self.intake.loop_left > 0 and not self.is_full():
             self.read_on()
 
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL:

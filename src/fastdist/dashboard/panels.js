@@ -6,7 +6,7 @@ import * as format from "./format.js";
 const PERCENTILES = { p50: "p50 (median)", p90: "p90", p99: "p99", p999: "p99.9", max: "Longest" };
 const LATENCIES = ["ingest", "queueWait", "delivery"]; // as the columns stand in the page
 const LOOKS = { running: "ok", draining: "draining", starting: "starting", stopped: "error" };
-const COLUMNS = ["Restarts", "CPU", "Memory", "Accepted", "Delivered", "Waiting"];
+const COLUMNS = ["Restarts", "CPU", "Memory", "Accepted", "Delivered", "Waiting", "Loop lag, max"];
 
 /** Fill in every element with data-figure="document:path.of.members", written as data-as says (a count unless it does). */
 export function figures(documents) {
@@ -80,6 +80,7 @@ class WorkerRow {
       format.count(worker.accepted),
       format.count(worker.delivered),
       format.count(waiting),
+      format.milliseconds(worker.loopLagMs.max),
     ];
     this.cells.forEach((cell, index) => setText(cell.firstChild, figures[index]));
   }
