@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 import select
+import selectors
 import shutil
 import socket
 import threading
@@ -122,6 +123,67 @@ def test_bodies_that_stop_coming_are_cut_off_and_hold_up_nobody(mocks, serve):
     assert emitter.count(202) == 2000
     assert fastdist.wait_at_rest()["rejected"]["timeout"] == 101
     compare(emitter, mocks)
+
+
+class Flood:
+    """Connections that send ``data`` again and again, as fast as they can, and read what is answered."""
+
+    def __init__(self, port, count, data):
+        self.data, self.answers, self.closed, self.enough = data * 100, 0, 0, threading.Event()
+        self.selector = selectors.DefaultSelector()
+        for _ in range(count):
+            connection = connect(port)
+            connection.setblocking(False)
+            self.selector.register(connection, selectors.EVENT_READ | selectors.EVENT_WRITE, [b""])
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while not self.enough.is_set():
+            for key, events in self.selector.select(0.1):
+                try:
+                    self._exchange(key.fileobj, events, key.data)
+                except BlockingIOError:
+                    pass
+                except ConnectionError:
+                    self.closed += 1
+                    self.selector.unregister(key.fileobj)
+
+    def _exchange(self, connection, events, rest):
+        if events & selectors.EVENT_READ:
+            part = connection.recv(1 << 20)
+            if not part:
+                raise ConnectionResetError
+            self.answers += part.count(b"HTTP/1.1 ")
+        if events & selectors.EVENT_WRITE:
+            rest[0] = rest[0] or self.data
+            rest[0] = rest[0][connection.send(rest[0]) :]
+
+    def end(self):
+        self.enough.set()
+        self._thread.join()
+        for key in tuple(self.selector.get_map().values()):
+            key.fileobj.close()
+
+
+@pytest.mark.parametrize("request_", [post(b'{"emitterId":1}'), GET_STATS, post()], ids=["invalid", "view", "packet"])
+def test_pipelined_requests_of_many_hold_up_nobody(mocks, serve, request_):
+    """200 connections stopped a worker for seconds: analyzers went offline, and it was killed as one that hangs."""
+    fastdist = serve(mocks, {"server": {"workers": 1}, "queue": {"capacity": "256MiB"}})
+    flood = Flood(fastdist.port, 200, request_)
+    wait_until(lambda: flood.answers > 1000, "the flood is answered", progress=lambda: flood.answers)
+    answers = flood.answers
+    emitter = Emitter(fastdist.port, connections=4).send(200)
+    wait_until(lambda: flood.answers > answers + 1000, "the flood goes on", progress=lambda: flood.answers)
+    flood.end()
+    assert flood.closed == 0
+    assert emitter.count(202) == 200
+    assert {row["state"] for row in fastdist.analyzers().values()} == {"online"}
+    assert not [line for line in fastdist.lines if "offline" in line or "hangs" in line]
+    if request_ != post():
+        fastdist.wait_at_rest()
+        compare(emitter, mocks)
+    assert_unharmed(fastdist)
 
 
 @pytest.mark.parametrize("asked", [GET_STATS, GET_DESCRIPTION], ids=["short", "long"])
