@@ -1,9 +1,9 @@
 """Connections that pipeline one kind of request as fast as they can: how long others' packets take beside them.
 
-Kinds: ``invalid`` (a tiny body that is no packet), ``path`` (an unknown one), ``view`` (GET /metrics) and ``valid``. One
-worker; the others' packets are an open loop whose latencies (ms) are taken with no such connection, then beside them.
-``answered``: the flood's requests a second. ``lag``: the longest time (ms) for which the event loop let nothing else have
-its turn, as /stats tells it.
+Kinds: ``invalid`` (a tiny body that is no packet), ``path`` (an unknown one), ``view`` (GET /metrics) and ``valid``.
+One worker; the others' packets are an open loop whose latencies (ms) are taken with no such connection, then beside
+them. ``answered``: the flood's requests a second. ``lag``: the longest time (ms) for which the event loop let nothing
+else have its turn, as /stats tells it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Flood:
         self.selector = selectors.DefaultSelector()
         for _ in range(connections):
             connection = socket.create_connection(("127.0.0.1", port))
-            connection.setblocking(False)
+            connection.setblocking(False)  # noqa: FBT003
             both = selectors.EVENT_READ | selectors.EVENT_WRITE
             self.selector.register(connection, both, [0])
 

@@ -1,6 +1,8 @@
 """What a process does again and again beside its work: each step is run whatever becomes of the others.
 
-``LoopLag`` and ``Sweep`` are such steps of a worker. A step that fails is told once, and once more when it has worked again for ``QUIET`` seconds. Meanwhile its bit is set
+``LoopLag`` and ``Sweep`` are such steps of a worker.
+
+A step that fails is told once, and once more when it has worked again for ``QUIET`` seconds. Meanwhile its bit is set
 in a word of the shared block, where /health sees it.
 """
 
@@ -75,8 +77,8 @@ class Upkeep:
 class LoopLag:
     """How long the event loop let nothing else have its turn: the longest time in each tick, for the histogram.
 
-    The loop itself does not tell. What is known is by how much a tick is late, and how long the parts took that may take
-    long: reading (of streams; of what was held back), and the tick before.
+    The loop itself does not tell. What is known is by how much a tick is late, and how long the parts took that may
+    take long: reading (of streams; of what was held back), and the tick before.
     """
 
     def __init__(self, counters: Counters, poller: Poller, intake: Intake) -> None:
@@ -85,14 +87,14 @@ class LoopLag:
         self._took = 0
 
     def begin(self, now_ns: int) -> None:
-        """A tick begins."""
+        """Observe the lag up to now, when a tick begins."""
         parts = (self._poller.longest_ns, self._intake.longest_ns, self._took)
         self._counters.observe_loop_lag(max(now_ns - self._due, *parts))
         self._poller.longest_ns = self._intake.longest_ns = 0
         self._due = now_ns + TICK_NS
 
     def end(self, began_ns: int) -> None:
-        """The tick that began then is over."""
+        """Note how long the tick took that began then."""
         self._took = time.monotonic_ns() - began_ns
 
 

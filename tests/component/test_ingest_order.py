@@ -484,6 +484,7 @@ def test_long_answers_behind_one_that_waits_are_not_made_yet():
 @pytest.mark.parametrize("how", ["lost", "ended", "timed out"])
 def test_what_is_held_back_goes_with_its_connection(how):
     service = Service()
+    service.budget(0, 1)
     connection = service.connect()
     connection.protocol.data_received(head("HEAD /metrics") * 100 + keyed("never"))
     if how == "lost":
