@@ -115,7 +115,7 @@ def test_the_metrics_that_are_named_exist():
     block = SharedBlock.create(1, 8)
     os.close(block.fd)
     snapshot = Snapshot(block, Config(), dict(enumerate(Config().analyzers)), "1")
-    names = set(re.findall(r"^(fastdist_\w+)", metrics.text(snapshot).decode(), re.MULTILINE))
+    names = set(re.findall(r"^(?:# TYPE )?(fastdist_\w+)", metrics.text(snapshot).decode(), re.MULTILINE))
     for document in DOCUMENTS:
         named = re.findall(r"\bfastdist_[a-z_]+\b", document.read_text())
         assert set(named) <= names, NAMES[document]

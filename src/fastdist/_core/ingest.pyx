@@ -72,9 +72,9 @@ cdef enum Refusal:           # of a request, by its head
 cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, lest that be lost in a reset
 
 # ns of one turn of the event loop. Together, and with what Poller takes, far below the 20 ms that nobody is to wait.
-cdef int64_t SLICE = 250000     # for the packets of one connection
-cdef int64_t PACKETS = 3000000  # for all that are held back
-cdef int64_t LOOP = 3000000     # for those that the loop reads from, not Poller (TLS)
+cdef int64_t SLICE = 150000     # for the packets of one connection
+cdef int64_t PACKETS = 2000000  # for all that are held back
+cdef int64_t LOOP = 2000000     # for those that the loop reads from, not Poller (TLS)
 cdef int64_t COSTLY = 500000    # for answers that Python makes
 
 VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
@@ -418,14 +418,18 @@ cdef class IngestBase(Receiver):
         return True
 
     cdef int read_on(self) except -1:
-        """Read what was held back, unless the reason for it is back."""
-        if self.transport is None or self.transport.is_closing():
+        """Read what was held back, unless the reason for it is back, and what has come meanwhile.
+
+        Whoever always has more stays in the queues like that, and never stands before those who had been silent.
+        """
+        if self.transport is None or self.transport.is_closing() or not self.held or self.is_full():
             return 0
-        if self.held and not self.is_full():
-            self.moved_ns = mono_ns()
-            self.read_kept()
-            if not self.held:
-                self.balance_input()
+        self.moved_ns = mono_ns()
+        self.read_kept()
+        if not self.held and self.stream is not None and not self.is_full():
+            self.stream.read_on()
+        if not self.held:
+            self.balance_input()
         return 0
 
     def read_rest(self):

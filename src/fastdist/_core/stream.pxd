@@ -39,6 +39,7 @@ cdef class Stream:
         return self.output_end - self.output_start
     cdef int happened(self, uint32_t events) except -1
     cdef int read_some(self) except -1
+    cdef int read_on(self) except -1
     cdef int write_some(self) except -1
     cdef int send(self, const char *p, Py_ssize_t n) except -1
     cdef int keep(self, const char *p, Py_ssize_t n) except -1

@@ -48,7 +48,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef enum:
     EVENTS = 8               # asked for at a time, between two looks at the clock
-    ROOM = 262144            # bytes of one read
+    ROOM = 65536             # bytes of one read: also what a connection that is held back may keep
     HIGH_WATER = 65536       # bytes not written, above which the protocol is to pause
     LOW_WATER = 16384        # at which it may go on
     IPPROTO_TCP = 6          # of what follows <linux/tcp.h>, which is not always there, tells no more
@@ -57,7 +57,7 @@ cdef enum:
     BYTES_RECEIVED = 16
     WORDS = 17
 
-cdef int64_t TURN = 4000000  # ns
+cdef int64_t TURN = 3000000  # ns
 
 
 cdef int64_t bytes_moved(int fd) noexcept nogil:
@@ -200,6 +200,10 @@ cdef class Stream:
         elif errno != EAGAIN and errno != EINTR:
             self.fail(errno)
         return 0
+
+    cdef int read_on(self) except -1:
+        """Read although reading is paused, if something is there."""
+        return 0 if self.end_read or self.closing else self.read_some()
 
     cdef int write_some(self) except -1:
         cdef ssize_t n = c_send(self.fd, self.output + self.output_start, self.output_end - self.output_start,
