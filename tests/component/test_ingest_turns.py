@@ -5,9 +5,15 @@ Times are no matter here: with budgets of nothing a turn reads on from one conne
 
 from __future__ import annotations
 
+import asyncio
+import socket
+
 import pytest
+import uvloop
+from forward_harness import until
 from ingest_harness import BODY, Service, corpus, head, keyed, normalised, post, post_chunked
 
+from fastdist._core.stream import Poller, Stream
 from fastdist.ingest import IngestProtocol
 
 CORPUS = corpus()
@@ -231,3 +237,44 @@ def test_a_head_that_is_there_unread_did_not_come_late():
     unread = False
     connection.wait(1000)
     assert connection.statuses == [408]
+
+
+def test_who_always_has_more_never_stands_before_the_silent():
+    """What comes while a connection waits is read in its turn there, not as that of one who had been silent."""
+
+    async def scenario(poller):
+        service = Service()
+        service.budget(0, 1)
+        flood, silent = (emitter(poller, service) for _ in range(2))
+        flood.sendall(b"".join(keyed(f"f{number}") for number in range(3)))
+        await until(lambda: service.turns, "the flood is held back")
+        flood.sendall(b"".join(keyed(f"f{number}") for number in range(3, 6)))
+        service.turn()
+        service.turn()  # takes the last that was held, and reads what has come
+        silent.sendall(keyed("s"))
+        await until(lambda: service.ring.undone == 5, "the silent one is read")
+        while service.turns:
+            service.turn()
+        flood.sendall(keyed("f6"))
+        await until(lambda: service.ring.undone == 8, "the flood is read as anybody else")
+        assert [packet.id for packet in service.packets()] == ["f0", "f1", "f2", "f3", "s", "f4", "f5", "f6"]
+        for peer in (flood, silent):
+            peer.close()
+        await until(lambda: not service.intake.connections, "all closed")
+
+    async def whole():
+        poller = Poller(asyncio.get_running_loop())
+        await scenario(poller)
+        poller.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(whole())
+
+
+def emitter(poller, service):
+    """Return an emitter's end of a connection that a ``Stream`` reads."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        peer = socket.create_connection(server.getsockname())
+        ours, address = server.accept()
+    Stream(poller, ours, address, service.protocol(service.intake, service.emitters))
+    return peer
