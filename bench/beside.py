@@ -75,7 +75,7 @@ class Flood:
 def measure(folder: Path, kind: str, connections: int, rate: int, seconds: int) -> dict[str, object]:
     """Flood it with so many connections; return the figures."""
     ports = free_ports(len(WEIGHTS))
-    settings = {"SERVER__WORKERS": "1", "SERVER__MAX_CONNECTIONS": "2000"}
+    settings = {"SERVER__WORKERS": "1", "SERVER__MAX_CONNECTIONS": "2000", "QUEUE__CAPACITY": "2GiB"}
     with Sink(folder, ports), started(Fastdist(folder, folder / "fastdist", ports, settings)) as fastdist:
         flood = Flood(fastdist.port, KINDS[kind], connections)
         try:
