@@ -83,8 +83,8 @@ class Server(Struct, frozen=True, kw_only=True):
     - ``host``, ``port``: the address to listen on; port 0 is any free one
     - ``workers``: processes; 0 is one per core
     - ``max_body``, ``max_header``: bytes of a body (else 413) and of a request head (else 431)
-    - ``header_timeout``, ``body_timeout``, ``keepalive_timeout``: seconds for a whole request head, without progress
-      on a body, between requests
+    - ``header_timeout``, ``body_timeout``, ``keepalive_timeout``: seconds for a whole request head, that a body or the
+      reading of answers may be behind 1 KiB/s, between requests
     - ``max_connections``: per worker; past it a connection is answered 503 and closed
     - ``drain_timeout``: seconds that SIGTERM leaves the queue to drain
     - ``validation``: ``none`` (any bytes), ``schema`` or ``strict`` (timestamp and level required)

@@ -146,11 +146,17 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     def eof_received(self) -> bool:
         """Let answers under way still leave; a request cut short gets none."""
         self.read_rest()
-        if self.answers is None:
-            return False
         self.may_linger = False  # there is nobody who still sends
-        self.end()
-        return True
+        self.ended()
+        if not self.transport.can_write_eof():  # TLS, which ends both sides: what is to leave has to leave now
+            self.end_waits()
+            return False
+        return self.answers is not None
+
+    def end_waits(self) -> None:
+        """Answer 202 to whoever waits for a delivery here: its packet is stored."""
+        for sequence in tuple(self.awaited):
+            self.emitters.wait_over(sequence)
 
     def shut(self, lingering: bool) -> None:  # noqa: FBT001
         """Close when all is written; ``lingering``: read on for a while, lest a reset destroys the answer."""
@@ -170,7 +176,11 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if late == "head":
             self.time_out("the request's head did not arrive in time")
         elif late == "body":
-            self.time_out("no more of the request's body arrived")
+            self.time_out("the request's body came too slowly")
+        elif late == "wait":
+            self.end_waits()
+            if self.answers is not None:  # what it depends on does not come
+                self.transport.abort()
         elif late == "idle" and not self.transport.is_closing():  # or its last answers are not taken off
             self.transport.close()
         elif late:

@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     from fastdist.config import Config, Loaded
 
 BACKLOG = 4096
+KEEPALIVE = (  # of listeners, and so of what they accept: who is gone without a word is noticed after two minutes
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
 WATCH = 0.1  # seconds between looks at workers and analyzers
 REAP = 1.0  # seconds between looks at processes that were left to us
 PORT_PATIENCE = 1.0  # seconds that whoever has our port gets to let go of it
@@ -153,6 +159,8 @@ class Supervisor:
                 listener = _socket(family)
                 listeners.append(listener)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                for level, option, value in KEEPALIVE:
+                    listener.setsockopt(level, option, value)
                 listener.settimeout(0)
                 listener.bind((address[0], port, *address[2:]))
             for listener in listeners:

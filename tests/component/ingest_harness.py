@@ -272,6 +272,7 @@ class Transport:
         self.peer = (address, 50000) if address is not None else None
         self.writes: list[bytes] = []
         self.reading = True
+        self.unwritten = 0  # bytes that the emitter's system does not take
         self.half_closed = self.closed = self.aborted = False
 
     def get_extra_info(self, name, default=None):
@@ -283,6 +284,9 @@ class Transport:
         assert not self.half_closed
         assert not self.closed
         self.writes.append(data)
+
+    def get_write_buffer_size(self):
+        return self.unwritten
 
     def can_write_eof(self):
         return True
@@ -345,6 +349,10 @@ class Connection:
     def wait(self, seconds: float) -> None:
         """Let that time pass without anything being sent, as far as this connection's time-outs are concerned."""
         self.protocol.check(time.monotonic_ns() + int(seconds * SECOND))
+
+    def age(self, seconds: float) -> None:
+        """Let all that has happened here have happened so much earlier."""
+        self.protocol.excuse(time.monotonic_ns(), -int(seconds * SECOND))
 
     def lose(self) -> None:
         """Let the connection be gone."""

@@ -185,6 +185,39 @@ def test_pipelined_requests_of_many_hold_up_nobody(mocks, serve, asked):
     assert_unharmed(fastdist)
 
 
+def test_bodies_that_drip_keep_nobody_else_out(mocks, serve):
+    """They have announced all the memory there is for bodies, and sent nearly as much."""
+    fastdist = serve(mocks, {"server": {"workers": 1, "body_timeout": "3s"}})
+    size, count, left = 10 * 2**20, 26, 1000
+    most = head(f"Content-Length: {size}") + bytes(size - left)
+    connections = [connect(fastdist.port) for _ in range(count)]
+    for connection in connections:
+        connection.sendall(most)
+    kept = size * count * 9 // 10
+    wait_until(lambda: fastdist.stats()["workers"][0]["rssBytes"] > kept, "their bodies are there")
+    packet = post(BODY[:-1] + b',"padding":"' + b"x" * 3000 + b'"}')
+    alive = dict(enumerate(connections))
+    answers = []
+    end = time.monotonic() + PATIENCE
+    while alive and time.monotonic() < end:
+        with connect(fastdist.port) as emitter:
+            emitter.sendall(packet[:-1500])
+            time.sleep(0.05)
+            emitter.sendall(packet[-1500:])
+            assert emitter.recv(65536).startswith(b"HTTP/1.1 202 ")
+        for number, connection in list(alive.items()):
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"x")
+            if select.select([connection], [], [], 0)[0]:
+                answers.append(read_all(connection))
+                del alive[number]
+    assert {answer[:13] for answer in answers} == {b"HTTP/1.1 408 "}
+    assert len(answers) == count, "a byte now and then is no progress"
+    for connection in connections:
+        connection.close()
+    assert_unharmed(fastdist)
+
+
 @pytest.mark.parametrize("asked", [GET_STATS, GET_DESCRIPTION], ids=["short", "long"])
 def test_answers_that_nobody_reads_stop_the_reading_and_end_the_connection(mocks, serve, asked):
     """It asks for more and more, and reads nothing: what waits for it must not grow, and it is given up in the end."""

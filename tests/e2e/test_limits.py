@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import socket
+import struct
 import time
+from pathlib import Path
 
 import pytest
 from support import BODY, Emitter, compare, get_json, request, wait_until
@@ -103,6 +105,40 @@ def test_connections_beyond_the_limit_are_answered_503_and_closed(mocks, serve):
     wait_until(lambda: fastdist.post()[0] == 202, "there is room for one more")
     for connection in inside:
         connection.close()
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_who_is_gone_takes_nobodys_place(mocks, serve, how):
+    """They would have waited a day for a delivery that never comes."""
+    mocks.set_all(status=503)
+    fastdist = serve(mocks, {"server": {"workers": 1, "max_connections": 10}, "retry": {"cap": "300ms"}})
+    packet = b"POST /logs HTTP/1.1\r\nHost: test\r\nPrefer: wait=86400\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
+    gone = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(10)]
+    for connection in gone:
+        connection.sendall(packet)
+    wait_until(lambda: fastdist.post()[0] == 503, "all places are taken")
+    for connection in gone:
+        if how == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    wait_until(lambda: fastdist.post()[0] == 202, "there is room again")
+    mocks.set_all(status=None)
+    assert fastdist.wait_at_rest()["packets"]["delivered"] == 11
+
+
+def test_who_is_gone_without_a_word_is_asked_for(mocks, serve):
+    """An emitter whose power failed sends no end: the system has to probe each connection that waits."""
+    fastdist = serve(mocks, {"server": {"workers": 1}})
+    with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
+        connection.sendall(GET_HEALTH)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        ours, theirs = (f"0100007F:{port:04X}" for port in (fastdist.port, connection.getsockname()[1]))
+
+        def timer():
+            rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            return [row[5][:2] for row in rows if row[1:3] == [ours, theirs]]
+
+        wait_until(lambda: timer() == ["02"], "the timer of the connection is that of keep-alive probes")
 
 
 def test_a_low_limit_of_open_files_is_told_and_kept_to(mocks, serve):

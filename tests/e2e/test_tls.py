@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -387,6 +388,40 @@ def test_time_outs_are_those_of_plain_connections(secure):
             connection.sendall(sent)
             received = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
             assert received[:13] == status
+
+
+def test_a_long_answer_may_be_read_slowly_over_tls(secure):
+    """What shuts TLS down has a time-out of its own, which would cut the last of it off."""
+    fastdist = secure({"server": {"body_timeout": "2s", "workers": 1}})
+    view = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n"
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    raw.settimeout(20)
+    raw.connect(("127.0.0.1", fastdist.port))
+    answers = b""
+    with client_context(fastdist.authority).wrap_socket(raw, server_hostname="127.0.0.1") as connection:
+        connection.sendall((view + b"\r\n") * 9 + view + b"Connection: close\r\n\r\n")
+        while data := connection.recv(16384):
+            answers += data
+            time.sleep(0.08)  # ten seconds in all
+    length = len(fastdist.once("GET", "/openapi.json")[1])
+    assert answers.count(b"HTTP/1.1 200 OK") == 10
+    assert len(answers) > 10 * length
+
+
+def test_who_ends_tls_is_answered_what_is_true_by_then(secure, mocks):
+    mocks.set_all(status=503)
+    fastdist = secure({"server": {"workers": 1}, "retry": {"cap": "300ms"}})
+    connection = handshake(fastdist.port, client_context())
+    connection.settimeout(20)
+    lines = b"POST /logs HTTP/1.1\r\nHost: x\r\nPrefer: wait=86400\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+    connection.sendall(lines + BODY)
+    wait_until(lambda: fastdist.stats()["packets"]["accepted"] == 1, "it waits")
+    raw = connection.unwrap()
+    raw.close()
+    mocks.set_all(status=None)
+    fastdist.wait_at_rest()
+    assert "has no effect when using ssl" not in fastdist.output
 
 
 def test_connections_beyond_the_limit_are_answered_over_tls_too(secure):

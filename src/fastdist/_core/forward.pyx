@@ -460,10 +460,7 @@ cdef class ReplyBase(Receiver):
         return False
 
     cdef int64_t bytes_moved(self) except -1:
-        if self.stream is not None:
-            return bytes_moved(self.stream.fd)
-        socket = self.transport.get_extra_info("socket")
-        return 0 if socket is None else bytes_moved(socket.fileno())
+        return bytes_moved(self.descriptor())
 
     def excuse(self, int64_t now, int64_t late):
         """Count ``late`` ns before ``now`` not as time that the analyzer had: nobody looked."""

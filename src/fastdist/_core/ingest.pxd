@@ -26,6 +26,7 @@ cdef class Intake:
     cdef readonly Py_ssize_t max_connections
     cdef public int64_t most_bodies    # bytes of bodies on their way, of all connections
     cdef readonly int64_t bodies       # as many as there are
+    cdef int64_t slow_from             # monotonic ns: before it no body is slow enough to be ended for others
     cdef object check                  # packet.check
     cdef object on_accepted
     cdef object on_sync_wanted
@@ -53,6 +54,7 @@ cdef class Intake:
     cdef int reserve(self, Py_ssize_t n) except -1
     cdef int go_round(self, queue, int64_t until, bint costly) except -1
     cdef int await_turn(self) except -1
+    cdef bint make_room(self, IngestBase coming, int64_t room) except -1
 
 cdef class Answer:
     cdef bytes data
@@ -96,7 +98,14 @@ cdef class IngestBase(Receiver):
     # times, monotonic ns
     cdef int64_t moved_ns              # last byte read
     cdef int64_t head_ns               # first byte of the present head; 0: none yet
-    cdef int64_t paused_ns             # since when the emitter does not read its answers; 0: it does
+    cdef int64_t body_due              # when the present body is too slow, unless more comes
+    cdef int64_t body_slow             # when it may be ended for others that need its memory, unless more comes
+    cdef bint invites                  # the body was asked for by a 100 Continue that waits behind other answers
+    cdef int64_t unread_ns             # since when nothing is read (input_paused)
+    cdef int64_t output_due            # when the emitter reads its answers too slowly, unless more leaves; 0: none waits
+    cdef int64_t acked                 # bytes that its system had acknowledged when that was looked at last
+    cdef int64_t answer_due            # until when it said it would wait for an answer
+    cdef int64_t ended_ns              # when it has ended or reset the connection; 0: it has not
     cdef bint awaits_sync              # in intake.unsynced
     cdef readonly list answers         # in the order of their requests, while any of them has to wait
     cdef int64_t answers_size          # bytes of them, as far as they are known
@@ -121,6 +130,7 @@ cdef class IngestBase(Receiver):
     cdef int answer_accepted(self, unsigned char *packet_id, uint32_t messages) except -1
     cdef bint has_room_for(self, Py_ssize_t n) except -1
     cdef int keep_body(self, const uchar *p, Py_ssize_t n) except -1
+    cdef void body_moved(self, Py_ssize_t n) noexcept
     cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1
     cdef int drop_body(self) noexcept
     cdef int write_out(self) except -1
@@ -129,3 +139,7 @@ cdef class IngestBase(Receiver):
     cdef drop_partial(self)
     cdef flush_to_answers(self)
     cdef await_sync(self)
+    cdef bint waited_enough(self, int64_t now) except -1
+    cdef int64_t unwritten(self, int64_t now) except -1
+    cdef bint output_moves(self, int64_t now) except -1
+    cdef void forgive(self, int64_t late) noexcept

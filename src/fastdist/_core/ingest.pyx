@@ -34,7 +34,7 @@ from fastdist._core.limiter cimport RateLimiter
 from fastdist._core.pick cimport GOLDEN
 from fastdist._core.ring cimport ID_TEXT, PUSHED, TOO_BIG, WAITED, PacketRing
 from fastdist._core.schema cimport PacketFacts, scan_packet
-from fastdist._core.stream cimport Receiver
+from fastdist._core.stream cimport Receiver, bytes_acked, bytes_unacked, peer_ended
 
 import asyncio
 import os
@@ -45,6 +45,11 @@ cdef enum:
     API_BODY = 1 << 20       # the most a request other than POST /logs may carry
     MOST_BLANK_LINES = 100   # before a request
     LEAST_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
+    RESERVE = 8              # what fraction of that there is besides, for bodies of which no more has come than
+    SMALL_BODY = 64 << 10    # so many bytes
+    MOST_ENDED = 16          # bodies that are ended to make room for a read
+    NS_A_BYTE = 976562       # the least rate of a body and of what is written: 1 KiB/s
+    NS_A_BYTE_FAST = 15259   # the rate at which a body is ended for nobody: 64 KiB/s
     MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
     MOST_WAITING = 256 << 10  # bytes of them
     MOST_OUT = 64 << 10      # bytes of answers that are put together before they are written
@@ -69,7 +74,10 @@ cdef enum Refusal:           # of a request, by its head
     TOO_LONG
     UNEXPECTED
 
-cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, lest that be lost in a reset
+cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, lest that be lost in a reset; and that
+                                  # answers have to be there once it has sent its end
+cdef int64_t STALL = 1000000000   # ns that a body may send nothing before it is slow
+cdef int64_t OVERDUE = 300000000000  # ns that an answer may be late which waits for the disk or the supervisor
 
 # ns of one turn of the event loop. Together, and with what Poller takes, far below the 20 ms that nobody is to wait.
 cdef int64_t SLICE = 150000     # for the packets of one connection
@@ -254,6 +262,35 @@ cdef class Intake:
                     waiting.ready = True
                     waiting.read_ns = 0
             connection.release_ready()
+
+    cdef bint make_room(self, IngestBase coming, int64_t room) except -1:
+        """End slow bodies until no more than ``room`` bytes are kept; say whether that was possible.
+
+        First goes what has kept most memory for longest without moving: bytes times time. One that moves as it should is
+        ended for nobody, else many that are under way would end each other, and none would arrive.
+        """
+        cdef IngestBase connection, slowest
+        cdef int64_t now = coming.moved_ns, next_slow
+        cdef double waste, most
+        for _ in range(MOST_ENDED):
+            if self.bodies <= room:
+                return True
+            if now < self.slow_from:
+                return False
+            slowest, most, next_slow = None, 0, now + STALL
+            for connection in self.connections:
+                if connection.body_length and connection is not coming:
+                    waste = <double>(now - connection.body_slow) * connection.body_length
+                    if waste > most:
+                        slowest, most = connection, waste
+                    elif waste <= 0:
+                        next_slow = min(next_slow, connection.body_slow)
+            if slowest is None:
+                self.slow_from = next_slow
+                return False
+            coming.flush_to_answers()  # the buffer is common
+            slowest.time_out("the request's body came slowly, and others needed its memory")
+        return self.bodies <= room
 
 
 cdef class Answer:
@@ -479,6 +516,7 @@ cdef class IngestBase(Receiver):
             self.body_whole(NULL, 0)
         elif self.state != OVER and head.expects_continue and p + length == end and not self.answered:
             self.emit(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.invites = self.answers is not None
         return p + length
 
     cdef int begin(self, RequestHead *head, const uchar *p, Py_ssize_t n) except -1:
@@ -514,6 +552,7 @@ cdef class IngestBase(Receiver):
             self.end()
             return 0
         self.keep_alive = keep_alive
+        self.body_due = self.moved_ns + self.intake.body_timeout
         if head.chunked:
             self.state = CHUNKS
             chunked_start(&self.chunks)
@@ -614,6 +653,8 @@ cdef class IngestBase(Receiver):
             self.keep_body(p, n)
             if self.body_left == 0:
                 self.body_whole(self.body, self.body_length)
+        if self.body_left:
+            self.body_moved(n)
         return p + n
 
     cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL:
@@ -637,11 +678,21 @@ cdef class IngestBase(Receiver):
             self.fault(400, "malformed", "the request is not HTTP: its chunks are broken")
         elif event == CHUNK_TRAILERS_TOO_LONG:
             self.fault(431, "head_too_large", "the trailers of the body are too large")
+        self.body_moved(p - start)
         return p
+
+    cdef void body_moved(self, Py_ssize_t n) noexcept:
+        """Give the body time for ``n`` bytes that came: never more than it may fall behind."""
+        self.invites = False
+        self.body_due = min(self.body_due + n * NS_A_BYTE, self.moved_ns + self.intake.body_timeout)
+        self.body_slow = min(self.body_slow + n * NS_A_BYTE_FAST, self.moved_ns + STALL)
 
     cdef bint has_room_for(self, Py_ssize_t n) except -1:
         """Whether so much more of a body may be kept. If not, say so: many that come slowly would take all memory."""
-        if likely(self.intake.bodies + n <= self.intake.most_bodies):
+        cdef int64_t room = self.intake.most_bodies - n
+        if self.body_length + n <= SMALL_BODY:
+            room += self.intake.most_bodies // RESERVE
+        if likely(self.intake.bodies <= room) or self.intake.make_room(self, room):
             return True
         self.keep_alive = False
         self.answered = True
@@ -658,6 +709,8 @@ cdef class IngestBase(Receiver):
             if grown == NULL:
                 raise MemoryError
             self.body, self.body_size = grown, size
+        if self.body_length == 0:
+            self.body_slow = self.moved_ns + STALL
         memcpy(self.body + self.body_length, p, n)
         self.body_length += n
         self.intake.bodies += n
@@ -789,6 +842,7 @@ cdef class IngestBase(Receiver):
             length = 36
         if unlikely(self.wait_seconds >= 0):
             answer = self.promise()
+            self.answer_due = max(self.answer_due, self.moved_ns + self.wait_seconds * 1000000000)
             if intake.answers_after_sync:
                 answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
                 self.await_sync()
@@ -945,6 +999,8 @@ cdef class IngestBase(Receiver):
         if ready:
             if len(ready) == len(self.answers):
                 self.answers = None
+                if self.invites:  # only now is the emitter told to send it
+                    self.invites, self.body_due = False, mono_ns() + self.intake.body_timeout
             else:
                 del self.answers[:len(ready)]
             if self.transport is not None:
@@ -968,20 +1024,29 @@ cdef class IngestBase(Receiver):
         if pause != self.input_paused:
             self.input_paused = pause
             if pause:
+                self.unread_ns = mono_ns()
                 self.transport.pause_reading()
             else:
                 self.moved_ns = mono_ns()
+                self.forgive(self.moved_ns - self.unread_ns)
                 self.transport.resume_reading()
 
     def pause_writing(self):
         """The emitter does not read its answers."""
-        self.output_paused, self.paused_ns = True, mono_ns()
+        self.output_paused = True
+        self.output_moves(mono_ns())
         self.balance_input()
 
     def resume_writing(self):
         """The emitter reads its answers again."""
-        self.output_paused, self.paused_ns, self.moved_ns = False, 0, mono_ns()
+        self.output_paused, self.output_due, self.moved_ns = False, 0, mono_ns()
         self.balance_input()
+
+    def ended(self):
+        """The emitter has sent its end: what it still waits for has to come soon, and nothing more is read."""
+        if not self.ended_ns:
+            self.moved_ns = self.ended_ns = mono_ns()
+        self.end()
 
     def idle(self):
         """Whether nothing is under way: no part of a request, no answer."""
@@ -993,33 +1058,84 @@ cdef class IngestBase(Receiver):
         return now - self.moved_ns if done else 0
 
     def expired(self, int64_t now):
-        """Return what has taken too long: "" nothing, "idle", "head", "body", "answers" or "end"."""
+        """Return what has taken too long: "" nothing, "idle", "head", "body", "answers" (to be read), "wait" or "end".
+
+        No state of a connection is without a bound: where nothing is due here, it is in its turn in the loop, or what is
+        before it in this order is bounded.
+        """
         cdef Intake intake = self.intake
-        if self.paused_ns and now - self.paused_ns > intake.body_timeout:
+        if not self.output_moves(now):
             return "answers"
+        if self.answers is not None and self.waited_enough(now):
+            return "wait"
         if self.state == OVER:
-            return "end" if self.answers is None and not self.output_paused and now - self.moved_ns > LINGER else ""
+            return "end" if self.answers is None and not self.output_due and now - self.moved_ns > LINGER else ""
         if self.input_paused:
             return ""
         if self.head_ns:
             return "head" if now - self.head_ns > intake.header_timeout else ""
-        if self.answers is not None:  # among them perhaps the 100 Continue that the emitter waits for
-            return ""
         if self.state != START:
-            return "body" if now - self.moved_ns > intake.body_timeout else ""
+            return "body" if now > self.body_due and not self.invites else ""
+        if self.answers is not None or self.output_due:
+            return ""
         return "idle" if now - self.moved_ns > intake.keepalive_timeout else ""
 
     def has_unread(self):
         """Whether something has come that is not read yet, as far as that is known (with TLS it is not)."""
         return self.stream is not None and self.stream.has_unread()
 
+    cdef bint waited_enough(self, int64_t now) except -1:
+        """Whether nobody can be waiting for the next answer any more, or what it depends on does not come."""
+        if not self.ended_ns and self.input_paused and peer_ended(self.descriptor()):  # it is not read, so nobody has told
+            self.ended_ns = now
+        if self.ended_ns:
+            return now - self.ended_ns > LINGER
+        return now - max(self.moved_ns, self.answer_due) > OVERDUE
+
+    cdef bint output_moves(self, int64_t now) except -1:
+        """Whether what was written leaves as it should: at the least rate, and never ``body_timeout`` behind that."""
+        cdef int64_t acked
+        if not self.output_paused and self.unwritten(now) == 0:
+            if self.output_due and self.state == OVER:
+                self.moved_ns = now  # from here on it has time to be read
+            self.output_due = 0
+            return True
+        acked = bytes_acked(self.descriptor())
+        if self.output_due:
+            self.output_due += (acked - self.acked) * NS_A_BYTE
+        if not 0 < self.output_due < now + self.intake.body_timeout:
+            self.output_due = now + self.intake.body_timeout
+        self.acked = acked
+        return now <= self.output_due
+
+    cdef int64_t unwritten(self, int64_t now) except -1:
+        """Return how many bytes the kernel did not take yet, or, where the connection might be closed, has not got rid of."""
+        cdef int64_t count
+        if self.stream is not None:
+            count = self.stream.output_end - self.stream.output_start
+        else:
+            count = self.transport.get_write_buffer_size()
+        if count == 0 and self.answers is None and (self.state == OVER or now - self.moved_ns > self.intake.keepalive_timeout):
+            count = bytes_unacked(self.descriptor())
+        return count
+
     def excuse(self, int64_t now, int64_t late):
         """For ``late`` ns until ``now`` nobody here could read: that is no time the emitter had."""
         self.moved_ns = min(now, self.moved_ns + late)
+        self.forgive(late)
+        self.unread_ns += late
+        self.answer_due += late
+        if self.output_due:
+            self.output_due += late
+        if self.ended_ns:
+            self.ended_ns = min(now, self.ended_ns + late)
+
+    cdef void forgive(self, int64_t late) noexcept:
+        """For ``late`` ns nothing was read: that is no time the emitter had for what it sends."""
         if self.head_ns:
-            self.head_ns = min(now, self.head_ns + late)
-        if self.paused_ns:
-            self.paused_ns = min(now, self.paused_ns + late)
+            self.head_ns += late
+        self.body_due += late
+        self.body_slow += late
 
     def time_out(self, str detail):
         """Answer 408 and close."""

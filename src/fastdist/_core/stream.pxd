@@ -3,6 +3,9 @@ from libc.stdint cimport int64_t, uint32_t
 from fastdist._core.http cimport uchar
 
 cdef int64_t bytes_moved(int fd) noexcept nogil
+cdef int64_t bytes_acked(int fd) noexcept nogil
+cdef int bytes_unacked(int fd) noexcept nogil
+cdef bint peer_ended(int fd) noexcept nogil
 
 cdef class Receiver:
     cdef public object transport
@@ -11,6 +14,7 @@ cdef class Receiver:
     cdef int receive(self, const uchar *p, Py_ssize_t n) except -1
     cdef int transmit(self, const char *p, Py_ssize_t n) except -1
     cdef int flushed(self) except -1
+    cdef int descriptor(self) except -2
 
 cdef class Poller:
     cdef readonly object loop

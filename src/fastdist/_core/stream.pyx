@@ -46,6 +46,10 @@ cdef extern from "<sys/socket.h>" nogil:
     int shutdown(int fd, int how)
     int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
 
+cdef extern from "<sys/ioctl.h>" nogil:
+    unsigned long TIOCOUTQ
+    int ioctl(int fd, unsigned long request, int *value)
+
 cdef enum:
     EVENTS = 8               # asked for at a time, between two looks at the clock
     ROOM = 65536             # bytes of one read: also what a connection that is held back may keep
@@ -56,6 +60,15 @@ cdef enum:
     BYTES_ACKED = 15         # which word of eight bytes in struct tcp_info
     BYTES_RECEIVED = 16
     WORDS = 17
+    TCP_CLOSE = 7            # what its first byte may be: no connection any more; after these two the other side sends nothing
+    TCP_CLOSE_WAIT = 8
+    TCP_LAST_ACK = 9
+
+
+cdef bint look_at(int fd, int64_t *info) noexcept nogil:
+    """Get ``WORDS`` of the socket's struct tcp_info; say whether there is one."""
+    cdef socklen_t length = WORDS * sizeof(int64_t)
+    return fd >= 0 and getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &length) == 0 and length == WORDS * sizeof(int64_t)
 
 cdef int64_t TURN = 3000000  # ns
 
@@ -63,10 +76,25 @@ cdef int64_t TURN = 3000000  # ns
 cdef int64_t bytes_moved(int fd) noexcept nogil:
     """Return how many bytes the other side's system has acknowledged and sent so far, read or not; 0 if that is not known."""
     cdef int64_t[WORDS] info
-    cdef socklen_t length = sizeof(info)
-    if fd < 0 or getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &length) != 0 or length < sizeof(info):
-        return 0
-    return info[BYTES_ACKED] + info[BYTES_RECEIVED]
+    return info[BYTES_ACKED] + info[BYTES_RECEIVED] if look_at(fd, info) else 0
+
+
+cdef int64_t bytes_acked(int fd) noexcept nogil:
+    """Return how many bytes the other side's system has acknowledged so far; 0 if that is not known."""
+    cdef int64_t[WORDS] info
+    return info[BYTES_ACKED] if look_at(fd, info) else 0
+
+
+cdef int bytes_unacked(int fd) noexcept nogil:
+    """Return how many bytes that were written the other side's system has not acknowledged; 0 if that is not known."""
+    cdef int count = 0
+    return count if fd >= 0 and ioctl(fd, TIOCOUTQ, &count) == 0 else 0
+
+
+cdef bint peer_ended(int fd) noexcept nogil:
+    """Whether the other side has ended or reset the connection, which is else told only to whoever reads."""
+    cdef int64_t[WORDS] info
+    return look_at(fd, info) and TCP_CLOSE <= (<uchar *>info)[0] <= TCP_LAST_ACK
 
 
 cdef class Receiver:
@@ -94,6 +122,13 @@ cdef class Receiver:
     def data_received(self, bytes data):
         """Take in what came."""
         self.receive(<const uchar *>PyBytes_AS_STRING(data), len(data))
+
+    cdef int descriptor(self) except -2:
+        """Return the socket's descriptor; -1 if it is not known."""
+        if self.stream is not None:
+            return self.stream.fd
+        socket = self.transport.get_extra_info("socket")
+        return -1 if socket is None else socket.fileno()
 
 
 cdef class Poller:

@@ -1,0 +1,293 @@
+"""Nobody waits without end: for a delivery, for the disk, for a change, for an emitter that is gone or reads nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+
+import pytest
+import uvloop
+from forward_harness import until
+from ingest_harness import BODY, CONTINUE, SECOND, Service, head, keyed, post, read_answers
+
+from fastdist._core.stream import Poller, Stream
+
+DAY = 86400
+
+
+# ---- emitters that have sent their end
+
+
+def test_who_is_gone_waits_for_some_seconds_only():
+    service = Service()
+    with service.timers():
+        connection = service.ask(
+            keyed("a", BODY, f"Prefer: wait={DAY}") + keyed("b") + keyed("c", BODY, "Prefer: wait=9")
+        )
+        connection.wait(DAY - 1)
+        connection.end()
+        connection.wait(4.9)
+        assert connection.open
+        assert connection.written == b""
+        connection.wait(5.1)
+    assert [(answer.status, answer.id) for answer in connection.answers()] == [(202, "a"), (202, "b"), (202, "c")]
+    assert connection.transport.closed
+    assert not connection.transport.aborted
+    assert not service.emitters.waiting
+
+
+def test_the_end_counts_behind_a_last_request_as_well():
+    service = Service()
+    with service.timers():
+        connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}", "Connection: close"))
+        connection.wait(DAY - 1)
+        assert connection.open
+        connection.end()
+        connection.wait(5.1)
+    assert connection.answer().id == "a"
+    assert connection.transport.closed
+
+
+def test_a_lost_connection_ends_its_waits_at_once():
+    service = Service()
+    with service.timers():
+        connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}"))
+        assert len(service.emitters.waiting) == 1
+        connection.lose()
+    assert not service.emitters.waiting
+    assert not service.intake.connections
+
+
+@pytest.mark.parametrize("lines", [[], ["Prefer: wait=9"]])
+def test_who_is_gone_waits_for_no_sync_that_hangs(lines):
+    """Nothing can be said: the packet may yet be stored, or not."""
+    service = Service(fsync=True)
+    with service.timers():
+        connection = service.ask(keyed("a", BODY, *lines))
+        connection.end()
+        connection.wait(4.9)
+        assert connection.open
+        connection.wait(5.1)
+    assert connection.transport.aborted
+    assert connection.written == b""
+
+
+def test_who_is_gone_waits_for_no_change_that_hangs():
+    service = Service()
+    service.emitters.carry_out = lambda _action, _done: None
+    connection = service.connect("127.0.0.1").send(head("POST /admin/reload"))
+    connection.end()
+    connection.wait(4.9)
+    assert connection.open
+    connection.wait(5.1)
+    assert connection.transport.aborted
+
+
+# ---- emitters that are there
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+@pytest.mark.parametrize(
+    ("lines", "asked"), [([], 0), (["Prefer: wait=1000"], 1000), ([f"Prefer: wait={2 * DAY}"], DAY)]
+)
+def test_no_answer_is_waited_for_without_end(fsync, lines, asked):
+    """Beyond what an emitter has asked for it is minutes, in which a disk or the supervisor should have spoken."""
+    service = Service(fsync=fsync)
+    service.emitters.carry_out = lambda _action, _done: None
+    with service.timers():
+        connection = service.connect("127.0.0.1").send(post(BODY, *lines), head("POST /admin/reload"))
+        connection.wait(asked + 299)
+        assert connection.open
+        connection.wait(asked + 301)
+    assert connection.transport.aborted
+
+
+def test_a_body_behind_an_answer_that_waits_is_bounded():
+    service = Service()
+    with service.timers():
+        connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}"), post()[:-1])
+        assert service.intake.bodies
+        connection.wait(29.9)
+        assert service.intake.bodies
+        connection.wait(30.1)
+        assert service.intake.bodies == 0
+        service.deliver()
+    assert connection.statuses == [200, 408]
+    assert not connection.open
+
+
+def test_a_body_is_awaited_from_its_invitation_on():
+    service = Service()
+    with service.timers():
+        connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}"))
+        connection.send(head("POST /logs", "Expect: 100-continue", f"Content-Length: {len(BODY)}"))
+        connection.wait(DAY)
+        assert connection.open
+        service.deliver()
+        assert connection.written.endswith(CONTINUE)
+        connection.age(-1000)
+        connection.wait(1029)
+        assert connection.open
+        connection.wait(1031)
+    assert connection.statuses == [200, 408]
+
+
+def test_an_invitation_that_was_not_awaited_is_none():
+    service = Service()
+    with service.timers():
+        connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}"))
+        connection.send(head("POST /logs", "Expect: 100-continue", f"Content-Length: {len(BODY)}"), BODY[:9])
+        connection.wait(30.1)
+        service.deliver()
+    assert [answer.status for answer in connection.answers()] == [200, 408]
+
+
+def test_a_head_is_not_late_while_nothing_is_read():
+    connection = Service().ask(head("POST /logs")[:-2])
+    connection.protocol.pause_writing()
+    connection.age(20)
+    connection.protocol.resume_writing()
+    connection.wait(9)
+    assert connection.open
+    connection.wait(11)
+    assert connection.statuses == [408]
+
+
+# ---- answers that are read slowly, or not at all: over real sockets, for the kernel has most of them
+
+
+def test_a_few_answers_that_nobody_reads_are_too_many():
+    """Less than what has us pause, which nobody has looked at before."""
+    connection = Service().ask(head("GET /health"))
+    connection.transport.unwritten = 1000
+    connection.wait(0)
+    connection.wait(29)
+    connection.send(head("GET /health"))  # to send is not to read
+    assert connection.open
+    connection.wait(31)
+    assert connection.transport.aborted
+
+
+class Emitter:
+    """An emitter with a small buffer on a real connection; seconds pass for it only when told to."""
+
+    def __init__(self, poller, service):
+        self.service, self.passed, self.read = service, 0, bytearray()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            self.socket = socket.socket()
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            self.socket.connect(server.getsockname())
+            ours, peer = server.accept()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        self.socket.setblocking(False)
+        self.protocol = service.protocol(service.intake, service.emitters)
+        Stream(poller, ours, peer, self.protocol)
+
+    @property
+    def open(self):
+        return self.protocol.transport is not None
+
+    async def send(self, data):
+        await asyncio.get_running_loop().sock_sendall(self.socket, data)
+
+    async def take(self, most):
+        """Read so many bytes, unless the end comes first; say whether it does."""
+        left = most
+        while left:
+            data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.socket, left), 60)
+            if not data:
+                return True
+            self.read += data
+            left -= len(data)
+        return False
+
+    async def wait(self, seconds):
+        """Let all that has happened have happened so much earlier, and look at what is due."""
+        await asyncio.sleep(0.01)
+        self.passed += seconds
+        if self.open:
+            now = time.monotonic_ns()
+            self.protocol.excuse(now, -seconds * SECOND)
+            self.protocol.check(now)
+        await asyncio.sleep(0)
+
+
+def with_emitter(scenario):
+    """Run a scenario with an emitter on a connection of its own."""
+
+    async def whole():
+        service, poller = Service(), Poller(asyncio.get_running_loop())
+        with contextlib.closing(poller), contextlib.closing(emitter := Emitter(poller, service)):
+            await scenario(emitter)
+
+    Emitter.close = lambda self: self.socket.close()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(whole())
+
+
+VIEW = head("GET /openapi.json")
+
+
+def test_who_reads_steadily_is_not_cut_off():
+    async def scenario(emitter):
+        await emitter.send(VIEW * 4 + head("GET /openapi.json", "Connection: close"))
+        await until(lambda: emitter.protocol.transport.get_write_buffer_size() > 0, "more than the kernel takes")
+        while not await emitter.take(50_000):
+            await emitter.wait(25)
+        assert emitter.passed > 300
+        assert [answer.status for answer in read_answers(bytes(emitter.read))] == [200] * 5
+
+    with_emitter(scenario)
+
+
+def test_who_reads_a_little_now_and_then_is_cut_off():
+    async def scenario(emitter):
+        await emitter.send(VIEW * 5)
+        await until(lambda: emitter.protocol.transport.get_write_buffer_size() > 0, "more than the kernel takes")
+        while emitter.open and emitter.passed < 10_000:
+            with contextlib.suppress(ConnectionError):
+                await emitter.take(100)
+            await emitter.wait(5)
+        assert not emitter.open
+
+    with_emitter(scenario)
+
+
+def test_who_reads_nothing_more_is_cut_off():
+    async def scenario(emitter):
+        await emitter.send(VIEW * 5)
+        await until(lambda: emitter.protocol.transport.get_write_buffer_size() > 0, "more than the kernel takes")
+        await emitter.take(50_000)
+        for _ in range(4):
+            assert emitter.open
+            await emitter.wait(9)
+        await emitter.wait(9)
+        await until(lambda: not emitter.open, "cut off")
+
+    with_emitter(scenario)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_end_is_noticed_though_nothing_is_read(reads):
+    """So many answers wait that nothing is read, not the end either."""
+
+    async def scenario(emitter):
+        await emitter.send(b"".join(keyed(f"k{number}", BODY, f"Prefer: wait={DAY}") for number in range(600)))
+        await until(lambda: len(emitter.protocol.answers or ()) > 512, "as many as are read")
+        if reads:
+            emitter.socket.shutdown(socket.SHUT_WR)
+        else:
+            emitter.socket.close()
+        for _ in range(10):
+            await emitter.wait(3)
+        if reads:
+            await emitter.take(10**6)
+            answers = read_answers(bytes(emitter.read))
+            assert [(answer.status, answer.id) for answer in answers] == [(202, f"k{number}") for number in range(600)]
+        await until(lambda: not emitter.open, "closed")
+        assert not emitter.service.emitters.waiting
+
+    with_emitter(scenario)
