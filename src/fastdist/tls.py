@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
     from fastdist.config import Security
 
-GOODBYE = (
-    86400.0  # seconds that the loop gives the end of a connection; the protocol, which sees what leaves, gives fewer
-)
+GOODBYE = 86400.0  # seconds that the loop gives the end of a connection: the protocol sees what leaves, and gives fewer
 
 # Of TLS 1.2; those of 1.3 are all like these: a new key for each connection, and authenticated encryption.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"

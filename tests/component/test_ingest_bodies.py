@@ -1,4 +1,4 @@
-"""Bodies on their way: how slowly they may come, how much memory they have together, and who goes when it is used up."""
+"""Bodies on their way: how slowly they may come, how much memory they have, and who goes when it is used up."""
 
 from __future__ import annotations
 
