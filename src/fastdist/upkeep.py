@@ -83,13 +83,13 @@ class LoopLag:
 
     def __init__(self, counters: Counters, poller: Poller, intake: Intake) -> None:
         self._counters, self._poller, self._intake = counters, poller, intake
-        self._due = time.monotonic_ns()
+        self._due = 0  # the first tick is no later than any other
         self._took = 0
 
     def begin(self, now_ns: int) -> None:
         """Observe the lag up to now, when a tick begins."""
         parts = (self._poller.longest_ns, self._intake.longest_ns, self._took)
-        self._counters.observe_loop_lag(max(now_ns - self._due, *parts))
+        self._counters.observe_loop_lag(max(now_ns - self._due if self._due else 0, *parts))
         self._poller.longest_ns = self._intake.longest_ns = 0
         self._due = now_ns + TICK_NS
 

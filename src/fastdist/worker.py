@@ -55,6 +55,7 @@ LOOK_NS = 100_000_000  # between two looks at the names of the rings' files
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
 BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
 LAST_LOOKS = 50  # TICK apart: what a last request has to come once we drain; time that we could not read in is none
+LAST_ANSWERS = 1.0  # seconds at most for telling those who come too late that nothing is accepted any more
 LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
 CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
 
@@ -128,6 +129,7 @@ class Worker:
             self.syncer.want if self.syncer is not None and self.durability == "fsync" else None,
         )
         self.sweep = Sweep(self.intake, self.config.server)
+        self.lag = LoopLag(self.counters, self.poller, self.intake)
         self.intake.broken_storage = self._sync_fails = not safe
         self.emitters.intake = self.intake
         self.tls = tls.server_context(self.pair, self.config.security)
@@ -226,7 +228,6 @@ class Worker:
         commands = socket.socket(fileno=self.assignment.control)
         reader, self._control = await control.connect(commands)
         self._server = self._listen(listener)
-        self.lag = LoopLag(self.counters, self.poller, self.intake)
         self.tick()
         control.send(self._control, Message("ready", body=self.generation))
         gc.collect()
@@ -286,7 +287,9 @@ class Worker:
             await asyncio.sleep(TICK)
         self._server.close()
         self.intake.closed = True
-        self.poller.turn()  # what is there by now is told so
+        end = time.monotonic() + LAST_ANSWERS
+        while self._has_unanswered() and time.monotonic() < end:  # what is there by now is told so
+            self.intake.go_on()
         self._stop_delivering()
         while self.letters.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
             await asyncio.sleep(TICK)
@@ -319,6 +322,10 @@ class Worker:
                     connection.transport.close()
             elif self.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
                 connection.transport.abort()
+
+    def _has_unanswered(self) -> bool:
+        """Read what has come; return whether there may be more, or there is some that is held back."""
+        return not self.poller.turn() or self.intake.holds_back
 
     def _stop_delivering(self) -> None:
         """Send nothing from here on; what is in flight is back in the ring."""

@@ -174,6 +174,7 @@ class Emitter:
 
     def __init__(self, poller, service):
         self.service, self.passed, self.read = service, 0, bytearray()
+        service.intake.later = poller.loop.call_soon
         with socket.create_server(("127.0.0.1", 0)) as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
             self.socket = socket.socket()

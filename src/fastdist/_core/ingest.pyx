@@ -206,6 +206,11 @@ cdef class Intake:
             self.await_turn()
             self.longest_ns = max(self.longest_ns, mono_ns() - began)
 
+    @property
+    def holds_back(self):
+        """Whether there are connections with requests that wait for their turn."""
+        return bool(self.waiting or self.costly)
+
     cdef int go_round(self, queue, int64_t until, bint costly) except -1:
         cdef IngestBase connection
         while queue:
