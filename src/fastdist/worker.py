@@ -287,9 +287,7 @@ class Worker:
             await asyncio.sleep(TICK)
         self._server.close()
         self.intake.closed = True
-        end = time.monotonic() + LAST_ANSWERS
-        while self._has_unanswered() and time.monotonic() < end:  # what is there by now is told so
-            self.intake.go_on()
+        self._turn_away()
         self._stop_delivering()
         while self.letters.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
             await asyncio.sleep(TICK)
@@ -323,9 +321,11 @@ class Worker:
             elif self.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
                 connection.transport.abort()
 
-    def _has_unanswered(self) -> bool:
-        """Read what has come; return whether there may be more, or there is some that is held back."""
-        return not self.poller.turn() or self.intake.holds_back
+    def _turn_away(self) -> None:
+        """Tell those whose requests are there by now that nothing is accepted any more."""
+        end = time.monotonic() + LAST_ANSWERS
+        while (not self.poller.turn() or self.intake.holds_back) and time.monotonic() < end:
+            self.intake.go_on()
 
     def _stop_delivering(self) -> None:
         """Send nothing from here on; what is in flight is back in the ring."""

@@ -192,7 +192,7 @@ def test_tables_stay_tables(page, fastdist, size):
     nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = [node["role"]["value"] for node in nodes if not node["ignored"]]
     assert roles.count("table") == 3
-    assert roles.count("columnheader") == 12 + 4 + 8
+    assert roles.count("columnheader") == 12 + 4 + 9
     assert roles.count("rowheader") == 4 + 5 + 2
     names = {(node["role"]["value"], node.get("name", {}).get("value")) for node in nodes if not node["ignored"]}
     assert {("table", "Analyzers"), ("table", "Latency"), ("table", "Workers")} <= names

@@ -344,6 +344,7 @@ class Site:
             settled=lambda sequence, analyzer: self.settled.append((sequence, analyzer)),
             poller=poller,
         )
+        self.dispatcher.part_ns = 3600 * SECOND  # a test that has to wait for the processor sees no other order
 
     @property
     def pools(self):

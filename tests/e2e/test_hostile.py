@@ -191,10 +191,12 @@ def test_bodies_that_drip_keep_nobody_else_out(mocks, serve):
     size, count, left = 10 * 2**20, 26, 1000
     most = head(f"Content-Length: {size}") + bytes(size - left)
     connections = [connect(fastdist.port) for _ in range(count)]
-    for connection in connections:
+    for connection in connections[:-1]:
         connection.sendall(most)
     kept = size * count * 9 // 10
     wait_until(lambda: fastdist.stats()["workers"][0]["rssBytes"] > kept, "their bodies are there")
+    time.sleep(1.5)  # none of them moves any more: the next is not refused
+    connections[-1].sendall(most)
     packet = post(BODY[:-1] + b',"padding":"' + b"x" * 3000 + b'"}')
     alive = dict(enumerate(connections))
     answers = []
