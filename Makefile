@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CORE := $(wildcard src/fastdist/_core/*.pyx src/fastdist/_core/*.pxd src/fastdist/_core/*.h)
+CORE := src/fastdist/_core.pyx $(wildcard src/fastdist/core/*)
 BUILT := .venv/.built
 FUZZ_SECONDS ?= 120
 
@@ -81,11 +81,11 @@ types: build  ## types, and the stubs of the compiled core against what was comp
 
 debug: .venv/.tools  ## build the core with bounds checks and line tracing
 	FASTDIST_BUILD=debug $(BIN)/python setup.py build_ext --inplace --force
-	rm -f $(BUILT) src/fastdist/_core/*.c
+	rm -f $(BUILT) src/fastdist/_core.c
 
 sanitize: .venv/.tools  ## run the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTDIST_BUILD=sanitize $(BIN)/python setup.py build_ext --inplace --force
-	rm -f $(BUILT) src/fastdist/_core/*.c
+	rm -f $(BUILT) src/fastdist/_core.c
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest tests/unit tests/component -m 'not processes'
 
@@ -97,4 +97,4 @@ wheel: build  ## build the wheel, install it into an empty environment and test 
 
 clean:  ## remove everything that was built
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f src/fastdist/_core/*.c src/fastdist/_core/*.so fuzz/*.c
+	rm -f src/fastdist/_core.c src/fastdist/*.so fuzz/core.c

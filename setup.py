@@ -30,27 +30,20 @@ if BUILD not in FLAGS:
     raise SystemExit(f"FASTDIST_BUILD={BUILD}: expected one of {', '.join(FLAGS)}")
 
 compile_args, link_args = FLAGS[BUILD]
-core = Path("src/fastdist/_core")
 checked = BUILD in ("debug", "sanitize")
-sources = {f"fastdist._core.{source.stem}": source for source in sorted(core.glob("*.pyx"))}
-if BUILD == "fuzz":
-    sources["engine"] = Path("fuzz/engine.pyx")
-extensions = [
-    Extension(
-        name,
-        [str(source)],
-        include_dirs=[str(core)],
-        depends=[str(header) for header in sorted(core.glob("*.h"))],
-        extra_compile_args=["-std=gnu11", "-Wall", "-Wno-unused-function", *compile_args],
-        extra_link_args=link_args,
-    )
-    for name, source in sources.items()
-]
+core = Extension(
+    "fastdist._core",
+    ["fuzz/core.pyx" if BUILD == "fuzz" else "src/fastdist/_core.pyx"],
+    include_dirs=["src/fastdist"],
+    depends=[str(part) for part in sorted(Path("src/fastdist/core").iterdir())],
+    extra_compile_args=["-std=gnu11", "-Wall", "-Wno-unused-function", *compile_args],
+    extra_link_args=link_args,
+)
 
 setup(
     ext_modules=cythonize(
-        extensions,
-        include_path=["src"],
+        [core],
+        include_path=["src/fastdist"],
         compiler_directives={
             "language_level": 3,
             "boundscheck": checked,
@@ -59,7 +52,6 @@ setup(
             "linetrace": BUILD == "debug",
             "embedsignature": False,
         },
-        nthreads=os.cpu_count() or 1,
         force=checked,
     ),
 )

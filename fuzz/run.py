@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of everything that reads bytes of others, under AddressSanitizer: ``make fuzz``.
 
 The core is built anew, by clang and with its sanitizers, into build/fuzz; libFuzzer is loaded into Python with it
-(``engine.pyx``), sees which branches of the C code an input takes, and keeps those that take new ones. A run begins
+(``engine.pxi``), sees which branches of the C code an input takes, and keeps those that take new ones. A run begins
 with the corpus in this folder and the inputs of the tests. It ends with an error at the first input for which a target
 (``targets.py``) does not hold or a sanitizer objects; that input is kept in build/fuzz/findings.
 
@@ -69,7 +69,7 @@ def build(clang: str, fuzzer: Path) -> Path:
     subprocess.run([clang, "-shared", "-o", str(runtime), *whole, "-lstdc++", "-lm", "-lpthread"], check=True)
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(BUILD), "--build-lib", str(LIBRARY)]
     environment = os.environ | {"FASTDIST_BUILD": "fuzz", "CC": clang}
-    subprocess.run([*command, "--parallel", str(os.cpu_count() or 1)], check=True, cwd=ROOT, env=environment)
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
     return runtime
 
 
@@ -164,14 +164,15 @@ def inside(target: str, arguments: list[str]) -> None:
     if target == "seeds":
         write_seeds()
         return
-    import engine  # noqa: PLC0415  (needs what was built)
-    from targets import TARGETS  # noqa: PLC0415
+    from targets import TARGETS  # noqa: PLC0415  (needs what was built)
+
+    from fastdist import _core  # noqa: PLC0415
 
     again = BUILD / f"again-{target}"
     command = [sys.executable, str(Path(__file__).resolve()), "--inside", target]
     again.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     again.chmod(0o755)
-    engine.run(TARGETS[target], str(again), arguments)
+    _core.fuzz(TARGETS[target], str(again), arguments)
 
 
 def main() -> int:

@@ -15,14 +15,14 @@ from test_forward_replies import CASES, FIN, OPEN, RST, Trials
 from test_ingest_hostile import TRAILERS, Recorder, SecondOpinion, requests_read
 from test_schema_scanner import ACCEPTED, REFUSED, bodies_with, is_json
 
-from fastdist._core.schema import malformed
+from fastdist._core import malformed
 from fastdist.errors import PacketError
 from fastdist.packet import check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from engine import Input
+    from fastdist._core import Input  # type: ignore[attr-defined]
     from ingest_harness import Connection
 
 

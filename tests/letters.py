@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fastdist._core.ring import Packet
+from fastdist._core import Packet
 from fastdist.deadletters import DeadLetters, Selection, find_files, read_file
 from fastdist.posting import Target
 from fastdist.replay import Replay

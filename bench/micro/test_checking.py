@@ -10,7 +10,7 @@ import pytest
 from tools import packet
 
 from fastdist import packet as packets
-from fastdist._core.schema import scan
+from fastdist._core import scan
 
 MESSAGES = [2, 100]
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 import pytest
 from tools import weight_of
 
-from fastdist._core.pick import GOLDEN_RATIO_STEP, AliasTable, Rendezvous
+from fastdist._core import GOLDEN_RATIO_STEP, AliasTable, Rendezvous
 
 PICKS = 100
 SIZES = [4, 64, 10_000]

@@ -18,8 +18,8 @@ from tools import packet, weight_of
 
 from fastdist import dispatch
 from fastdist import packet as packets
-from fastdist._core.ingest import Intake
-from fastdist._core.ring import PacketRing, file_size
+from fastdist._core import Intake
+from fastdist._core import PacketRing, file_size
 from fastdist.config import Analyzer, Config
 from fastdist.dispatch import Dispatcher
 from fastdist.forward import AnalyzerConnection, AnalyzerPool

@@ -41,7 +41,7 @@ from fastdist.filelocks import is_nameless
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from fastdist._core.ring import Packet
+    from fastdist._core import Packet
 
 FOLDER = "dead-letters"
 SUFFIX = ".ndjson"

@@ -19,8 +19,8 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdist._core.dispatch import UNLIMITED
-from fastdist._core.pick import AliasTable, Rendezvous
+from fastdist._core import UNLIMITED
+from fastdist._core import AliasTable, Rendezvous
 from fastdist.deadletter_writer import what_is_left
 from fastdist.forward import AnalyzerPool
 from fastdist.names import Names
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Mapping, Sequence
 
-    from fastdist._core.counters import Counters
-    from fastdist._core.ring import PacketRing
-    from fastdist._core.states import AnalyzerStates
-    from fastdist._core.stream import Poller
+    from fastdist._core import Counters
+    from fastdist._core import PacketRing
+    from fastdist._core import AnalyzerStates
+    from fastdist._core import Poller
     from fastdist.config import Analyzer, Config
     from fastdist.deadletters import DeadLetters
     from fastdist.forward import AnalyzerConnection

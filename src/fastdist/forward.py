@@ -13,16 +13,16 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from fastdist import logs
-from fastdist._core.forward import PoolBase, ReplyBase
+from fastdist._core import PoolBase, ReplyBase
 from fastdist.sockets import connect, shortage
 
 if TYPE_CHECKING:
     import ssl
 
-    from fastdist._core.counters import Counters
-    from fastdist._core.ring import PacketRing
-    from fastdist._core.states import AnalyzerStates
-    from fastdist._core.stream import Poller
+    from fastdist._core import Counters
+    from fastdist._core import PacketRing
+    from fastdist._core import AnalyzerStates
+    from fastdist._core import Poller
     from fastdist.config import Analyzer, Delivery
     from fastdist.names import Names
 

@@ -28,7 +28,7 @@ from fastdist.sockets import connect, descriptors, shortage
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastdist._core.states import AnalyzerStates
+    from fastdist._core import AnalyzerStates
     from fastdist.config import Analyzer, Health
 
 OK = range(200, 300)

@@ -1,6 +1,6 @@
 """Histograms of the shared block: durations by bucket, and the percentiles they stand for.
 
-The buckets are those of ``fastdist._core.counters``: eight an octave, so that a percentile is off by an eighth at most.
+The buckets are those of ``fastdist._core``: eight an octave, so that a percentile is off by an eighth at most.
 A histogram in shared memory is 248 words: the buckets, then their count, the sum and the longest, in nanoseconds.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from fastdist._core.counters import add_histograms, bucket_bounds
+from fastdist._core import add_histograms, bucket_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

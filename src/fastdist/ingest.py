@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from fastdist._core.ingest import Answer, IngestBase, Intake
+from fastdist._core import Answer, IngestBase, Intake
 from fastdist.admin import has_token
 from fastdist.api import Response, cors_headers, problem, reason
 from fastdist.errors import PacketError

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fastdist._core.files import birth_ns
+from fastdist._core import birth_ns
 from fastdist.lines import LineCutter
 from fastdist.offsets import TAIL, Position, file_text, tail_digest
 from fastdist.packing import Packer

@@ -28,7 +28,7 @@ from typing import Self
 
 import msgspec
 
-from fastdist._core.files import birth_ns
+from fastdist._core import birth_ns
 from fastdist.deadletters import sync_folder
 from fastdist.errors import FastdistError
 

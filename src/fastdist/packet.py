@@ -1,7 +1,7 @@
 """What a log packet is.
 
 ``LogPacket`` and ``LogMessage`` are the schema as a person reads it; ``check`` decides whether a body conforms to it,
-and says what is wrong if it does not. The scanner in ``_core/schema.pyx`` answers for all bodies that conform before
+and says what is wrong if it does not. The scanner in ``core/schema.pxi`` answers for all bodies that conform before
 ``check`` is asked, so this module is written to be right and clear, and the scanner is tested against it. Whether a
 body is JSON at all, and where it is not, the scanner says: Python's decoder has other words for that in every version.
 
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, NoReturn
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from fastdist._core.schema import hash_text, locate, malformed, scan
+from fastdist._core import hash_text, locate, malformed, scan
 from fastdist.errors import PacketError
 
 if TYPE_CHECKING:

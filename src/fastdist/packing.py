@@ -26,7 +26,7 @@ import msgspec
 import orjson
 
 from fastdist import packet
-from fastdist._core.schema import scan
+from fastdist._core import scan
 from fastdist.errors import PacketError
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastdist._core.pick import Rendezvous
+from fastdist._core import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from fastdist._core.ring import PacketRing
-    from fastdist._core.states import AnalyzerStates
+    from fastdist._core import PacketRing
+    from fastdist._core import AnalyzerStates
     from fastdist.config import Analyzer
     from fastdist.forward import AnalyzerPool
 

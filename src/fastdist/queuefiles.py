@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastdist import filelocks, logs
-from fastdist._core.ring import PacketRing, RingError, file_size, round_capacity
+from fastdist._core import PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
 from fastdist.filelocks import has_name, identity, present_path, try_lock
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fastdist import filelocks
-from fastdist._core.ring import PacketRing, RingError
+from fastdist._core import PacketRing, RingError
 from fastdist.errors import FastdistError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastdist._core.files import birth_ns
+from fastdist._core import birth_ns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

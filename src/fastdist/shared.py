@@ -9,7 +9,7 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 | limiter   | limiter_words      | all, by compare-and-swap |
 | analyzers | n x 64             | see ``AnalyzerWord`` |
 | workers   | w x 16             | see ``WorkerWord`` |
-| rows      | w x row_words(n)   | each worker its own: counters, histograms (``_core.counters``) |
+| rows      | w x row_words(n)   | each worker its own: counters, histograms (``core/counters.pxi``) |
 | baselines | n x 256            | the supervisor: what a slot's earlier analyzers have counted, laid out as in a row |
 
 An analyzer keeps its slot until it has left the configuration and another needs it: ``begin_anew`` then. Words have one
@@ -25,7 +25,7 @@ import struct
 from enum import IntEnum, IntFlag, auto
 from typing import TYPE_CHECKING
 
-from fastdist._core.counters import (
+from fastdist._core import (
     ANALYZER_FIELDS,
     ANALYZER_WORDS,
     COUNTER_WORDS,
@@ -34,8 +34,8 @@ from fastdist._core.counters import (
     Counters,
     row_words,
 )
-from fastdist._core.limiter import RateLimiter, limiter_words
-from fastdist._core.states import AnalyzerStates
+from fastdist._core import RateLimiter, limiter_words
+from fastdist._core import AnalyzerStates
 from fastdist.errors import StartError
 
 if TYPE_CHECKING:

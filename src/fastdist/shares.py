@@ -20,7 +20,7 @@ from fastdist.shared import AnalyzerWord
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastdist._core.states import AnalyzerStates
+    from fastdist._core import AnalyzerStates
     from fastdist.config import Analyzer, Health
 
 RAMP_START = 0.1  # of its weight, for an analyzer that has just recovered

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
 
-from fastdist._core.counters import (
+from fastdist._core import (
     ANALYZER_FIELDS,
     ANALYZER_WORDS,
     COUNTER_WORDS,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 import aiohappyeyeballs
 
 from fastdist import logs, timeouts
-from fastdist._core.stream import Poller, Receiver, Stream
+from fastdist._core import Poller, Receiver, Stream
 
 if TYPE_CHECKING:
     import ssl

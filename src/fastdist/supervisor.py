@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from fastdist import __version__, early, logs, tls
-from fastdist._core.ring import PacketRing
+from fastdist._core import PacketRing
 from fastdist.changes import Changes
 from fastdist.config import LEAST_PART, usable_cores, warnings
 from fastdist.control import Message, Settings, shorten, write_settings

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from fastdist._core.ring import PacketRing
+    from fastdist._core import PacketRing
 
 RETRY_SECONDS = 1.0  # after a sync that failed
 

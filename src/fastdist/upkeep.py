@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import ParamSpec
 
-    from fastdist._core.counters import Counters
-    from fastdist._core.ingest import Intake
-    from fastdist._core.stream import Poller
+    from fastdist._core import Counters
+    from fastdist._core import Intake
+    from fastdist._core import Poller
     from fastdist.config import Server
 
     P = ParamSpec("P")

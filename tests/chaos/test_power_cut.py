@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from fastdist import deadletter_writer
-from fastdist._core.ring import FORMAT_VERSION, PacketRing, file_size
+from fastdist._core import FORMAT_VERSION, PacketRing, file_size
 from fastdist.deadletter_writer import DeadLetterWriter, Letter
 from fastdist.shared import SharedBlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastdist._core.ring import Packet
+    from fastdist._core import Packet
 
 CAPACITY = 65536
 SIZE = file_size(CAPACITY)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 from experiment import DELIVERY, Experiment, form, in_flight
 
-from fastdist._core.ring import HEADER_SIZE
+from fastdist._core import HEADER_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,7 +11,7 @@ import pytest
 from support import copied_pages
 
 from fastdist import sync
-from fastdist._core.ring import PacketRing, file_size
+from fastdist._core import PacketRing, file_size
 from fastdist.sync import Syncer, make_safe
 
 CAPACITY = 65536

@@ -23,8 +23,8 @@ import orjson
 from msgspec.structs import replace
 
 from fastdist import packet
-from fastdist._core.ingest import Intake
-from fastdist._core.ring import PacketRing, file_size
+from fastdist._core import Intake
+from fastdist._core import PacketRing, file_size
 from fastdist.api import Api
 from fastdist.config import Config, Limits, Security, Server
 from fastdist.ingest import Emitters, IngestProtocol

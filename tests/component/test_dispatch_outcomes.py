@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdist import dispatch, outcomes
-from fastdist._core.pick import Rendezvous
+from fastdist._core import Rendezvous
 from fastdist.outcomes import LONGEST_PAUSE, SHORTEST_PAUSE, retry_after
 from fastdist.shared import AnalyzerWord
 from fastdist.shares import effective_weights

@@ -6,7 +6,7 @@ import pytest
 from forward_harness import Bench, reply
 
 from fastdist import dispatch, probation
-from fastdist._core.pick import Rendezvous
+from fastdist._core import Rendezvous
 from fastdist.health import HealthChecker
 from fastdist.shared import AnalyzerWord
 

@@ -12,7 +12,7 @@ from forward_harness import OK, SECOND, Desk, requests_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdist._core.counters import COUNTER_WORDS, HISTOGRAM_BUCKETS, WORDS_PER_HISTOGRAM
+from fastdist._core import COUNTER_WORDS, HISTOGRAM_BUCKETS, WORDS_PER_HISTOGRAM
 from fastdist.config import SAFE_BATCH
 
 NEVER = 1000.0  # seconds: a linger that is over in no test

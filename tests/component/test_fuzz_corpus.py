@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdist._core.schema import scan
+from fastdist._core import scan
 
 FOLDER = Path(__file__).parents[2] / "fuzz"
 UNIT_TESTS = str(Path(__file__).parents[1] / "unit")  # some of whose inputs the targets begin with

@@ -13,7 +13,7 @@ import uvloop
 from forward_harness import until
 from ingest_harness import BODY, Service, corpus, head, keyed, normalised, post, post_chunked
 
-from fastdist._core.stream import Poller, Stream
+from fastdist._core import Poller, Stream
 from fastdist.ingest import IngestProtocol
 
 CORPUS = corpus()

@@ -12,7 +12,7 @@ import uvloop
 from forward_harness import until
 from ingest_harness import BODY, CONTINUE, SECOND, Service, head, keyed, post, read_answers
 
-from fastdist._core.stream import Poller, Stream
+from fastdist._core import Poller, Stream
 
 DAY = 86400
 

@@ -16,7 +16,7 @@ import pytest
 import uvloop
 from forward_harness import until
 
-from fastdist._core.stream import Poller, Receiver, Stream
+from fastdist._core import Poller, Receiver, Stream
 from fastdist.sockets import serve
 
 

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from fastdist import control
-from fastdist._core.ring import PacketRing, file_size
+from fastdist._core import PacketRing, file_size
 from fastdist.config import load
 from fastdist.control import Settings
 from fastdist.deadletter_writer import Letter

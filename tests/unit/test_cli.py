@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import fastdist
 from fastdist import __version__, cli, console, replay
-from fastdist._core.ring import Packet
+from fastdist._core import Packet
 from fastdist.deadletters import UNREADABLE, DeadLetters
 from fastdist.errors import StartError
 from fastdist.snapshot import DEAD_LETTERS

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastdist._core.ring import round_capacity
+from fastdist._core import round_capacity
 from fastdist.config import (
     LEAST_PART,
     Analyzer,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastdist._core.counters import (
+from fastdist._core import (
     ANALYZER_FIELDS,
     ANALYZER_WORDS,
     COUNTER_WORDS,

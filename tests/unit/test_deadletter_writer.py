@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastdist import deadletter_writer
-from fastdist._core.ring import PacketRing, file_size
+from fastdist._core import PacketRing, file_size
 from fastdist.deadletter_writer import MANY, DeadLetterWriter, Letter, what_is_left
 from fastdist.deadletters import FOLDER, DeadLetters
 from fastdist.shared import SharedBlock

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist import deadletters
-from fastdist._core.ring import Packet
+from fastdist._core import Packet
 from fastdist.deadletters import FOLDER, IDLE_NS, LONGEST_OPEN_NS, DeadLetters, ask_for, find_files, iso_time, read_file
 
 MOMENT = 1_700_000_000_123_456_000  # 2023-11-14, 22:13:20.123456 UTC
@@ -319,7 +319,7 @@ def test_at_the_limit_of_file_sizes_a_new_one_is_begun(tmp_path):
     """Of the process (RLIMIT_FSIZE), which the kernel tells by a signal, too."""
     script = """
 import resource, sys
-from fastdist._core.ring import Packet
+from fastdist._core import Packet
 from fastdist.deadletters import DeadLetters
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 letters = DeadLetters(sys.argv[1], "w0")

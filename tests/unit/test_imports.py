@@ -73,7 +73,7 @@ ORDER = [
     "__main__",
 ]
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
-CORE = sorted(path for path in (PACKAGE / "_core").iterdir() if path.suffix in {".py", ".pyi", ".pyx", ".pxd"})
+CORE = [PACKAGE / "_core.pyx", PACKAGE / "_core.pyi", *sorted((PACKAGE / "core").iterdir())]
 
 
 def outside_functions(node):
@@ -115,7 +115,7 @@ def test_the_reader_of_imports_finds_what_it_should():
 import os, fastdist.shared
 from fastdist import config, __version__
 from . import units
-from ._core.ring import PacketRing
+from ._core import PacketRing
 if TYPE_CHECKING:
     from fastdist.worker import Worker
 class Late:
@@ -128,9 +128,9 @@ class Late:
 """
     assert own_modules(imported_by(source)) == {"shared", "config", "units", "_core", "worker", "api"}
     cython = (
-        "from fastdist._core.bits cimport mix\ncimport fastdist.shared as s, os\n    from a.b import c\nfrom . import d"
+        "from fastdist._core cimport mix\ncimport fastdist.shared as s, os\n    from a.b import c\nfrom . import d"
     )
-    assert cimported_by(cython) == {"fastdist._core.bits", "fastdist.shared", "os", "a.b", "."}
+    assert cimported_by(cython) == {"fastdist._core", "fastdist.shared", "os", "a.b", "."}
 
 
 def test_every_module_has_its_place():
@@ -148,12 +148,14 @@ def test_the_package_itself_imports_none_of_its_modules():
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
-def test_the_core_imports_nothing_of_ours_but_itself(path):
-    source = path.read_text()
-    if path.suffix in {".py", ".pyi"}:
-        names = imported_by(source, "fastdist._core")
-    else:
-        names = cimported_by(source)
-        assert not any(name.startswith(".") for name in names), "relative imports escape this test"
-    ours = {name for name in names if name.split(".")[0] == "fastdist"}
-    assert all(name.startswith("fastdist._core.") for name in ours)
+def test_the_core_imports_nothing_of_ours(path):
+    names = cimported_by(path.read_text())
+    assert not {name for name in names if name.startswith(("fastdist", "."))}
+
+
+def test_all_parts_of_the_core_are_included_once_and_there():
+    included = re.findall(r'^include "(.*)"$', (PACKAGE / "_core.pyx").read_text(), re.MULTILINE)
+    parts = {path for path in (PACKAGE / "core").iterdir() if path.suffix == ".pxi"}
+    assert {PACKAGE / name for name in included} == parts
+    assert len(included) == len(parts)
+    assert not any(re.search(r"^include ", path.read_text(), re.MULTILINE) for path in parts)

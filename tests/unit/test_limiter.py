@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from fastdist._core.limiter import RateLimiter, limiter_words
+from fastdist._core import RateLimiter, limiter_words
 
 SECOND = 10**9
 SLOTS = 1024
@@ -199,7 +199,7 @@ def test_any_mixture_of_views_does_what_one_does(limits, requests, rng):
 
 HAMMER = """
 import mmap, sys, time
-from fastdist._core.limiter import RateLimiter
+from fastdist._core import RateLimiter
 
 fd, times, now, step, *limits = map(float, sys.argv[1:])
 limiter = RateLimiter(mmap.mmap(int(fd), 0))

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fastdist._core.files import birth_ns
+from fastdist._core import birth_ns
 from fastdist.offsets import TAIL, InUseError, OffsetFile, Position, tail_digest
 
 

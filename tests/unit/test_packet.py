@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdist._core.schema import hash_text
+from fastdist._core import hash_text
 from fastdist.errors import PacketError
 from fastdist.packet import MAX_ERRORS, MAX_EXPLAINED, Facts, LogPacket, check
 

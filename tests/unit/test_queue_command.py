@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastdist import cli
-from fastdist._core.ring import HEADER_SIZE, PacketRing, file_size
+from fastdist._core import HEADER_SIZE, PacketRing, file_size
 
 CAPACITY = 65536
 SECOND_HEADER = 32768

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from support import wait_until
 
 from fastdist import filelocks, queuefiles
-from fastdist._core.ring import PacketRing, file_size
+from fastdist._core import PacketRing, file_size
 from fastdist.errors import StartError
 from fastdist.queuefiles import Adoption, OldRing, QueueFolder, RingNames, ring_path
 from fastdist.queueview import InUseError, look

@@ -13,7 +13,7 @@ from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastdist._core.ring import FLAG_WAITED, HEADER_SIZE, Packet, PacketRing, file_size, round_capacity
+from fastdist._core import FLAG_WAITED, HEADER_SIZE, Packet, PacketRing, file_size, round_capacity
 
 CAPACITY = 65536  # the smallest there is
 RECORD = 88  # bytes of a record besides key and body

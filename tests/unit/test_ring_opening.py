@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from support import copied_pages
 
-from fastdist._core.ring import PacketRing, file_size
+from fastdist._core import PacketRing, file_size
 
 CAPACITY = 1 << 20
 HEADER_PAGES = 16

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdist._core.ring import (
+from fastdist._core import (
     FLAG_WAITED,
     FORMAT_VERSION,
     HEADER_SIZE,

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdist import logfile, rotation
-from fastdist._core.files import birth_ns
+from fastdist._core import birth_ns
 from fastdist.logfile import Trail
 from fastdist.offsets import OffsetFile
 from fastdist.packing import SMALLEST_PACKET, Recipe, Style

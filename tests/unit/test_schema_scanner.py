@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdist import packet
-from fastdist._core import schema
-from fastdist._core.schema import hash_text, malformed, scan
+from fastdist import _core as schema
+from fastdist._core import hash_text, malformed, scan
 from fastdist.errors import PacketError
 from fastdist.packet import check
 

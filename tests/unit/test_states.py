@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdist._core.states import AnalyzerStates
+from fastdist._core import AnalyzerStates
 from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
 
 SLOTS = 3

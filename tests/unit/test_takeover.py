@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fastdist._core.ring import PacketRing, file_size
+from fastdist._core import PacketRing, file_size
 from fastdist.queuefiles import Adoption, OldRing
 from fastdist.shared import SharedBlock
 from fastdist.takeover import begin_adopting, end_adopting, take_over

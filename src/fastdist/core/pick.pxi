@@ -10,10 +10,6 @@ bunches up), independent random words give independent draws.
 move. With score -ln(uniform) / weight the wins are in proportion to the weights (an exponential race).
 """
 
-from libc.math cimport log
-from libc.stdint cimport int32_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
-from fastdist._core.bits cimport fold, hash_bytes, mix
 
 cdef uint64_t GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / phi, to the nearest odd number
 GOLDEN_RATIO_STEP = GOLDEN
@@ -37,6 +33,11 @@ cdef class AliasTable:
 
     ``slots`` and ``weights`` are sequences of equal length (at least one; weights > 0, any scale). Raises ValueError.
     """
+
+    cdef readonly Py_ssize_t size
+    cdef uint64_t *threshold      # of a column: below it the column's own slot, else its alias
+    cdef int32_t *own
+    cdef int32_t *alias
 
     def __cinit__(self, slots, weights):
         cdef Py_ssize_t i, n = len(slots)
@@ -102,6 +103,13 @@ cdef inline bint marked(const uint64_t *marks, int32_t slot) noexcept nogil:
 
 cdef class Rendezvous:
     """Slots by key: ``names`` (the analyzers' ids, which decide who wins what), their ``slots`` and ``weights`` (> 0)."""
+
+    cdef readonly Py_ssize_t size
+    cdef int32_t *slots
+    cdef uint64_t *keys
+    cdef double *weights
+    cdef uint64_t *cached_key
+    cdef int32_t *cached_slot
 
     def __cinit__(self, names, slots, weights):
         cdef Py_ssize_t i, n = len(slots)

@@ -3,9 +3,63 @@
 Any process may read them at any time; a reader sees each word whole, and sums over workers that may be a packet apart.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyObject_GetBuffer, PyBuffer_Release
-from libc.string cimport memset
-from fastdist._core.bits cimport likely
+cdef enum:
+    # Of a worker: one word each.
+    ACCEPTED = 0
+    MESSAGES_ACCEPTED
+    BYTES_ACCEPTED
+    MALFORMED
+    INVALID
+    TOO_LARGE
+    HEAD_TOO_LARGE
+    UNSUPPORTED
+    UNAUTHORIZED
+    RATE_LIMITED
+    QUEUE_FULL
+    DRAINING
+    STORAGE
+    TIMED_OUT
+    RETRIED
+    SPILLED
+    REFUSED
+    EXHAUSTED
+    OVERSIZED
+    SHUTDOWN
+    RECOVERED
+    CORRUPT
+    UNDONE
+    IN_FLIGHT
+    QUEUE_BYTES
+    QUEUE_CAPACITY
+    OLDEST_NS
+    SEQUENCE_BASE
+    ADOPTED
+    ADOPTING
+    WITHDRAWN
+    SETTLING
+    EMITTERS
+    COUNTERS = 40  # how many words a worker's counters take
+
+cdef enum:
+    # Of an analyzer, as one worker sees it.
+    DELIVERED = 0
+    MESSAGES_DELIVERED
+    BYTES_DELIVERED
+    FAILED
+    RETRIES
+    REQUESTS_IN_FLIGHT
+    PACKETS_IN_FLIGHT
+    CONNECTIONS
+    ANALYZER_COUNTERS = 8
+
+cdef enum:
+    # A histogram: 8 buckets an octave from 256 ns on, then the count, the sum and the largest value (in nanoseconds).
+    BUCKETS = 240
+    HISTOGRAM_COUNT = 240
+    HISTOGRAM_SUM
+    HISTOGRAM_MAX
+    HISTOGRAM_WORDS = 248
+    ROW_HISTOGRAMS = 3       # of a worker as a whole, before those of analyzers
 
 FIELDS = {
     "accepted": ACCEPTED,
@@ -129,6 +183,21 @@ def row_words(Py_ssize_t slots):
 
 cdef class Counters:
     """The counters of one worker: a view of ``buffer`` (writable, ``8 * row_words(slots)`` bytes, 8-byte aligned)."""
+
+    cdef object buffer
+    cdef int64_t *words             # of the worker
+    cdef int64_t *ingest            # histogram: request read to answer ready
+    cdef int64_t *queue_wait        # histogram: accepted to first sending
+    cdef int64_t *loop_lag          # histogram: how long the event loop kept others waiting
+    cdef int64_t *analyzers         # ANALYZER_COUNTERS words a slot
+    cdef int64_t *delivery          # a histogram a slot
+    cdef readonly Py_ssize_t slots
+
+    cdef inline int64_t *of(self, Py_ssize_t slot) noexcept nogil:
+        return self.analyzers + slot * ANALYZER_COUNTERS
+
+    cdef inline int64_t *delivery_of(self, Py_ssize_t slot) noexcept nogil:
+        return self.delivery + slot * HISTOGRAM_WORDS
 
     def __cinit__(self, buffer, Py_ssize_t slots):
         cdef Py_buffer view

@@ -17,29 +17,6 @@ no more is read from the connection:
 So no turn takes longer the more connections there are, and nobody waits for all that another has sent.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.math cimport INFINITY
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy
-from fastdist._core.bits cimport hash_bytes, likely, make_uuid7, mix, mono_ns, unlikely, wall_ns, write_uuid
-from fastdist._core.counters cimport (
-    ACCEPTED, BYTES_ACCEPTED, INVALID, MALFORMED, MESSAGES_ACCEPTED, Counters, observe,
-)
-from fastdist._core.http cimport (
-    BAD_LINE, CHUNK_BROKEN, CHUNK_DATA, CHUNK_END, CHUNK_MORE, CHUNK_TOO_LARGE, CHUNK_TRAILERS_TOO_LONG, GET, HEAD, HEAD_BROKEN, HEAD_INCOMPLETE, POST,
-    Chunked, RequestHead, Span, chunked_next_strict, chunked_start, find_head_end, parse_request_head, same, uchar,
-)
-from fastdist._core.limiter cimport RateLimiter
-from fastdist._core.pick cimport GOLDEN
-from fastdist._core.ring cimport ID_TEXT, PUSHED, TOO_BIG, WAITED, PacketRing
-from fastdist._core.schema cimport PacketFacts, scan_packet
-from fastdist._core.stream cimport Receiver, bytes_acked, bytes_unacked, peer_ended
-
-import asyncio
-import os
-from collections import deque
-from email.utils import formatdate
 
 cdef enum:
     API_BODY = 1 << 20       # the most a request other than POST /logs may carry
@@ -66,7 +43,7 @@ cdef enum Refusal:           # of a request, by its head
     FINE = 0
     BROKEN
     LIMITED
-    UNAUTHORIZED
+    NO_TOKEN
     NOT_STORED
     ENCODED
     NO_JSON
@@ -107,6 +84,45 @@ cdef class Intake:
     ``server``: the section of the configuration. ``check(body, strict=...)`` returns (messages, emitter hash) or raises
     PacketError. ``on_accepted()`` is called when packets were pushed, ``on_sync_wanted()`` when answers wait for a sync.
     """
+
+    cdef readonly PacketRing ring
+    cdef readonly Counters counters
+    cdef readonly RateLimiter limiter
+    cdef readonly set connections
+    cdef public bint draining          # every answer is the last on its connection
+    cdef public bint closed            # nothing is accepted any more
+    cdef public bint full              # the last push found no room
+    cdef public bint broken_storage
+    cdef public bint open_to_all       # no token is asked for
+    cdef public bint shares_origins    # CORS is on
+    cdef bint answers_after_sync
+    cdef int64_t counted               # position of the ring: what was pushed before it is counted as accepted
+    cdef readonly list unsynced        # connections with answers that wait for a sync
+    cdef int validation
+    cdef int64_t max_body, max_header
+    cdef int64_t header_timeout, body_timeout, keepalive_timeout
+    cdef readonly Py_ssize_t max_connections
+    cdef public int64_t most_bodies    # bytes of bodies on their way, of all connections
+    cdef readonly int64_t bodies       # as many as there are
+    cdef int64_t slow_from             # monotonic ns: before it no body is slow enough to be ended for others
+    cdef object check                  # packet.check
+    cdef object on_accepted
+    cdef object on_sync_wanted
+    cdef uint64_t noise
+    cdef char *out                     # the answers of one read
+    cdef Py_ssize_t out_length, out_size
+    cdef int64_t dated_second
+    cdef int64_t wall                  # ns: when the packet at hand was accepted
+    cdef bytes date
+    # what is held back, and what a turn of the loop may take of it: see the module's text
+    cdef object waiting                # connections that have had their slice
+    cdef object costly                 # those whose next answer Python makes
+    cdef bint turn_awaited             # `go_on` will be called
+    cdef IngestBase having_turn        # it may have a costly answer made
+    cdef public object later           # call_soon
+    cdef public int64_t slice_ns, packets_ns, loop_ns, costly_ns
+    cdef int64_t loop_left, costly_left  # of this turn
+    cdef public int64_t longest_ns     # of `go_on`, until somebody sets it back
 
     def __cinit__(self, PacketRing ring, Counters counters, RateLimiter limiter, server, check, on_accepted,
                   on_sync_wanted=None):
@@ -301,6 +317,14 @@ cdef class Intake:
 cdef class Answer:
     """An answer that has its place in the order of its connection, and may have to wait."""
 
+    cdef bytes data
+    cdef bint ready
+    cdef bint close, head_only, old_client  # what the request asks of its answer; see Intake.compose
+    cdef bytes extra
+    cdef int64_t position              # of the ring, that a sync has to reach first; 0: none
+    cdef int64_t read_ns               # when its request was read, monotonic; 0: it is not, or no longer, to be counted
+    cdef IngestBase connection
+
     def complete(self, bytes data):
         """The answer is known now."""
         if not self.ready:
@@ -337,6 +361,48 @@ cdef class IngestBase(Receiver):
     seconds, id, messages)``. ``crowded_out()``: the answer where there is no memory for a body. ``shut(lingering)``: close
     when all is written.
     """
+
+    cdef readonly Intake intake
+    cdef uint64_t client               # hash of the peer's address
+    cdef int state
+    cdef bint closing                  # no further request is read
+    cdef bint input_paused, output_paused
+    cdef bint held                     # `partial` has requests that are not begun yet
+    cdef bint costly                   # for the next answer is costly, and has to wait for its turn
+    cdef bint queued                   # in `intake.waiting` or `intake.costly`
+    cdef int64_t costly_since          # when a costly answer was begun; 0: none is being made
+    # the request being read
+    cdef bint answered, head_only, old_client
+    cdef bint admitted                 # by the rate limits
+    cdef readonly bint is_log
+    cdef readonly bint keep_alive
+    cdef int64_t body_left
+    cdef Chunked chunks
+    cdef int64_t wait_seconds          # Prefer: wait; -1: none
+    cdef char[64] key
+    cdef int key_length
+    cdef bytes extra                   # header lines its answer gets besides the usual
+    cdef tuple request                 # (method, target, head) of one that is not POST /logs
+    # buffers
+    cdef uchar *partial                # of a head, or what is held back
+    cdef Py_ssize_t partial_start, partial_length, partial_size, scanned
+    cdef int blank_lines               # passed over since the last head
+    cdef uchar *body
+    cdef Py_ssize_t body_length, body_size
+    # times, monotonic ns
+    cdef int64_t moved_ns              # last byte read
+    cdef int64_t head_ns               # first byte of the present head; 0: none yet
+    cdef int64_t body_due              # when the present body is too slow, unless more comes
+    cdef int64_t body_slow             # when it may be ended for others that need its memory, unless more comes
+    cdef bint invites                  # the body was asked for by a 100 Continue that waits behind other answers
+    cdef int64_t unread_ns             # since when nothing is read (input_paused)
+    cdef int64_t output_due            # when the emitter reads its answers too slowly, unless more leaves; 0: none waits
+    cdef int64_t acked                 # bytes that its system had acknowledged when that was looked at last
+    cdef int64_t answer_due            # until when it said it would wait for an answer
+    cdef int64_t ended_ns              # when it has ended or reset the connection; 0: it has not
+    cdef bint awaits_sync              # in intake.unsynced
+    cdef readonly list answers         # in the order of their requests, while any of them has to wait
+    cdef int64_t answers_size          # bytes of them, as far as they are known
 
     def __cinit__(self, Intake intake, *args, **kwargs):
         self.intake = intake
@@ -583,7 +649,7 @@ cdef class IngestBase(Receiver):
             self.admitted = True  # once, also if the answer has to wait
         if unlikely(not intake.open_to_all):
             if not (head.authorization.n and self.is_authorized(head.authorization.p[:head.authorization.n])):
-                return UNAUTHORIZED
+                return NO_TOKEN
         if unlikely(intake.closed or intake.broken_storage):
             return NOT_STORED
         if head.encoded:
@@ -601,7 +667,7 @@ cdef class IngestBase(Receiver):
         cdef bint close = not self.keep_alive
         if refusal == LIMITED:
             self.reject(self.limited(wait / 1e9))
-        elif refusal == UNAUTHORIZED:
+        elif refusal == NO_TOKEN:
             self.reject(self.unauthorized(head.authorization.p[:head.authorization.n] if head.authorization.n else None))
         elif refusal == NOT_STORED:
             self.reject(self.not_stored(False))

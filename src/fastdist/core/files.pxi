@@ -3,7 +3,6 @@
 An inode's number may be that of a deleted file soon after; together with the time of its birth it is nobody else's.
 """
 
-from libc.stdint cimport int64_t, uint32_t
 
 cdef extern from "<fcntl.h>" nogil:
     int AT_EMPTY_PATH

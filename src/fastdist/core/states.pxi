@@ -3,10 +3,6 @@
 The words are named in ``fastdist.shared.AnalyzerWord``; those used here are repeated as constants, checked by a test.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int64_t
-from libc.string cimport memcpy, memset
-from fastdist._core.bits cimport compare_and_swap, fetch_add, load, mono_ns, store, wall_ns
 
 cdef enum:
     EPOCH = 3                # in the head of the block
@@ -23,36 +19,41 @@ cdef enum:
     LAST_STATUS = 9
     WEIGHT = 10
     IN_USE = 11
-    DRAINING = 12
+    SLOT_DRAINING = 12
     ERROR_AT = 13
     WEIGHT_OVERRIDDEN = 14
     PROBATION_WAIT = 15
     NEXT_TRIAL = 16
     TRIAL_UNTIL = 17
     ERROR = 24
-    WORDS = 64
-    ERROR_BYTES = (WORDS - ERROR) * 8
+    ROW_WORDS = 64
+    ERROR_BYTES = (ROW_WORDS - ERROR) * 8
 
     ONLINE = 0
     OFFLINE = 1
 
-cdef int64_t FIRST_WAIT = 1000000000       # after the first trial that fails; it doubles with each
-cdef int64_t LONGEST_WAIT = 30000000000
+cdef int64_t FIRST_PROBATION = 1000000000       # after the first trial that fails; it doubles with each
+cdef int64_t LONGEST_PROBATION = 30000000000
 
 
 cdef class AnalyzerStates:
     """The rows in ``buffer``, and the epoch in ``head`` that tells workers to look at them again."""
 
+    cdef object buffer, head_buffer
+    cdef int64_t *rows
+    cdef int64_t *head
+    cdef readonly Py_ssize_t slots
+
     def __cinit__(self, buffer, head):
         self.buffer, self.head_buffer = memoryview(buffer), memoryview(head)
         self.rows = words_of(buffer)
         self.head = words_of(head)
-        self.slots = self.buffer.nbytes // (8 * WORDS)
+        self.slots = self.buffer.nbytes // (8 * ROW_WORDS)
 
     cdef int64_t *row(self, Py_ssize_t slot) except NULL:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} of {self.slots}")
-        return self.rows + slot * WORDS
+        return self.rows + slot * ROW_WORDS
 
     cdef int64_t *failures_of(self, Py_ssize_t slot) except NULL:
         return self.row(slot) + DELIVERY_FAILURES
@@ -94,7 +95,7 @@ cdef class AnalyzerStates:
     def is_pickable(self, Py_ssize_t slot):
         """Whether new packets may go there: configured, online, not draining."""
         cdef int64_t *row = self.row(slot)
-        return load(row + IN_USE) == 1 and load(row + STATE) == ONLINE and load(row + DRAINING) == 0
+        return load(row + IN_USE) == 1 and load(row + STATE) == ONLINE and load(row + SLOT_DRAINING) == 0
 
     def go_offline(self, Py_ssize_t slot, bint by_deliveries=False):
         """Turn online into offline; True for the one caller that did. ``by_deliveries``: it comes back on probation."""
@@ -104,7 +105,7 @@ cdef class AnalyzerStates:
         if by_deliveries:
             store(row + TRIAL_UNTIL, 0)
             store(row + NEXT_TRIAL, 0)
-            store(row + PROBATION_WAIT, FIRST_WAIT)  # first: no check may bring it back in between
+            store(row + PROBATION_WAIT, FIRST_PROBATION)  # first: no check may bring it back in between
         if not compare_and_swap(row + STATE, ONLINE, OFFLINE):
             return False
         store(row + SINCE, wall_ns())
@@ -158,12 +159,12 @@ cdef class AnalyzerStates:
 
     def has_failed_trials(self, Py_ssize_t slot):
         """Whether a trial has failed since deliveries took it offline."""
-        return load(self.row(slot) + PROBATION_WAIT) > FIRST_WAIT
+        return load(self.row(slot) + PROBATION_WAIT) > FIRST_PROBATION
 
     def may_try(self, Py_ssize_t slot, int64_t rise, int64_t now_ns):
         """Whether a trial is due and nobody has begun it."""
         cdef int64_t *row = self.row(slot)
-        return (self.is_on_probation(slot, rise) and load(row + IN_USE) == 1 and load(row + DRAINING) == 0
+        return (self.is_on_probation(slot, rise) and load(row + IN_USE) == 1 and load(row + SLOT_DRAINING) == 0
                 and load(row + NEXT_TRIAL) <= now_ns and load(row + TRIAL_UNTIL) <= now_ns)
 
     def begin_trial(self, Py_ssize_t slot, int64_t rise, int64_t now_ns, int64_t until_ns):
@@ -194,10 +195,10 @@ cdef class AnalyzerStates:
         cdef int64_t *row = self.row(slot)
         cdef int64_t wait = load(row + PROBATION_WAIT)
         self.postpone_trial(slot, now_ns)
-        if wait == FIRST_WAIT:
+        if wait == FIRST_PROBATION:
             store(row + SINCE, wall_ns())  # until now it may have been all right again
         if wait:
-            store(row + PROBATION_WAIT, min(2 * wait, LONGEST_WAIT))
+            store(row + PROBATION_WAIT, min(2 * wait, LONGEST_PROBATION))
 
     def pass_trial(self, Py_ssize_t slot, int64_t rise):
         """End its probation: it took the packet. Online, unless its checks have failed meanwhile: then they decide."""
@@ -232,7 +233,7 @@ cdef class AnalyzerStates:
 
     def clear(self, Py_ssize_t slot):
         """Make the row that of a new analyzer: online until proven otherwise."""
-        memset(self.row(slot), 0, 8 * WORDS)
+        memset(self.row(slot), 0, 8 * ROW_WORDS)
         store(self.row(slot) + SINCE, wall_ns())
 
 

@@ -4,9 +4,6 @@ The word is the theoretical arrival time: when the next request would come if al
 is earlier than that by more than the burst allows is refused, and told how long to wait; any other moves the word on.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int64_t, uint64_t
-from fastdist._core.bits cimport compare_and_swap, fetch_add, hash_bytes, load, mix, mono_ns
 
 cdef enum:
     LEADING_WORDS = 8        # the word of all clients has a cache line of its own
@@ -25,6 +22,13 @@ cdef class RateLimiter:
 
     More clients at once than there is room for share the limit of whoever was least busy: the limit of all still holds.
     """
+
+    cdef object buffer
+    cdef int64_t *everyone       # theoretical arrival time of all requests together
+    cdef int64_t *clients        # pairs: a client's hash, its theoretical arrival time
+    cdef uint64_t client_slots
+    cdef readonly bint active
+    cdef int64_t interval, tolerance, client_interval, client_tolerance
 
     def __cinit__(self, buffer):
         cdef Py_buffer view
@@ -48,9 +52,9 @@ cdef class RateLimiter:
         """Nobody is further ahead than one that just passed: a limit that was tighter until now binds nobody any more."""
         cdef int64_t now = mono_ns()
         cdef int64_t i
-        lower(self.everyone, now + self.tolerance + self.interval)
+        bring_down(self.everyone, now + self.tolerance + self.interval)
         for i in range(self.client_slots):
-            lower(self.clients + 2 * i + 1, now + self.client_tolerance + self.client_interval)
+            bring_down(self.clients + 2 * i + 1, now + self.client_tolerance + self.client_interval)
 
     cdef int64_t admit(self, uint64_t client, int64_t now) noexcept nogil:
         """Return 0 if a request may pass at ``now`` (monotonic ns), else in how many ns one may."""
@@ -102,7 +106,7 @@ cdef class RateLimiter:
         return self.admit(hash_bytes(<const char *>name, len(name)), now) / 1e9
 
 
-cdef void lower(int64_t *word, int64_t most) noexcept nogil:
+cdef void bring_down(int64_t *word, int64_t most) noexcept nogil:
     cdef int64_t seen
     while True:
         seen = load(word)

@@ -9,9 +9,68 @@ a colon, two lengths, a length and a coding) is broken, for a front end before u
 are read as RFC 9112 lets a recipient: a bare LF ends a line.
 """
 
-from libc.stdint cimport INT64_MAX, int64_t
-from libc.string cimport memchr, memcmp, memcpy, memset
-from fastdist._core.bits cimport likely, unlikely
+ctypedef unsigned char uchar
+
+cdef struct Span:
+    const uchar *p
+    Py_ssize_t n
+
+cdef enum Method:
+    OTHER = 0
+    GET
+    HEAD
+    POST
+    OPTIONS
+
+cdef struct RequestHead:
+    int status               # 0: well-formed; else the status to answer with, and `fault` says why
+    const char *fault
+    Method method
+    Span method_text
+    Span target              # origin-form (an absolute-form is cut down to it), or "*"
+    Span path                # the target without its query
+    int minor                # of HTTP/1.x
+    int64_t content_length   # -1: none
+    bint chunked
+    bint keep_alive
+    bint closes              # Connection: close, whatever else it says
+    bint expects_continue
+    bint expects_other
+    Span content_type
+    bint encoded             # a Content-Encoding other than identity
+    Span key                 # Idempotency-Key
+    int64_t wait             # of Prefer, seconds; -1: none
+    Span authorization
+    Span origin
+    int keys                 # how many Idempotency-Key fields there were
+
+cdef struct ReplyHead:
+    int status
+    int64_t content_length   # -1: none
+    bint chunked
+    bint keep_alive
+    int64_t retry_after      # seconds; -1: none
+    bint dated               # Retry-After is a date, in `retry_date`
+    Span retry_date
+
+cdef enum:
+    HEAD_INCOMPLETE = 0
+    HEAD_BROKEN = -1
+
+cdef enum:
+    CHUNK_MORE = 0           # all input was used
+    CHUNK_DATA               # `piece` holds some of the body
+    CHUNK_END                # the body and its trailers are over
+    CHUNK_BROKEN
+    CHUNK_TRAILERS_TOO_LONG
+    CHUNK_TOO_LARGE          # the size lines say so, whether or not the data is there
+
+cdef struct Chunked:
+    int state
+    int64_t left             # bytes of the present chunk
+    int64_t room             # bytes that further chunks may have
+    int digits
+    int64_t line             # length so far of an extension, or of all trailers
 
 cdef extern from "arpa/inet.h" nogil:
     int AF_INET6
@@ -28,7 +87,7 @@ cdef enum:
 
 cdef unsigned char[256] KINDS
 
-BAD_LINE = <const char *>"a line does not end in CR LF, or holds a control character"
+cdef const char *BAD_LINE = b"a line does not end in CR LF, or holds a control character"
 
 
 cdef void prepare() noexcept:
@@ -494,7 +553,7 @@ cdef enum:
     TRAILER_LINE
     TRAILER_FEED
     LAST_FEED                # the LF of the empty line
-    OVER
+    CHUNKS_OVER
 
 
 cdef void chunked_start(Chunked *c) noexcept nogil:
@@ -596,6 +655,6 @@ cdef int chunked_byte(Chunked *c, uchar byte, int64_t line_limit, bint strict) n
     elif c.state == LAST_FEED:
         if byte != c'\n':
             return CHUNK_BROKEN
-        c.state = OVER
+        c.state = CHUNKS_OVER
         return CHUNK_END
     return CHUNK_MORE

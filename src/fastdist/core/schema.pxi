@@ -25,11 +25,15 @@ stack. Most of the bytes are strings: ``plain_end`` (json.h) passes over their p
 at what deserves a look.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memchr, memcmp, memcpy
+cdef struct PacketFacts:
+    uint32_t messages      # how many log messages the packet holds
+    uint64_t emitter_hash  # hash_bytes over the UTF-8 of its emitterId
+    # If it is none:
+    const unsigned char *reached  # the member or message that is at fault
+    bint in_messages       # it is a message, and so many came before: `messages`
+    unsigned int seen      # members of the packet that came before
 
-from fastdist._core.bits cimport hash_bytes, likely, unlikely
+# Whether the body is a log packet. What is wrong if it is none says packet.check.
 
 ctypedef const unsigned char *cursor
 

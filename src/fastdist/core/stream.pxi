@@ -9,18 +9,6 @@ comes from the loop, never from within a call). ``Receiver`` is what a protocol 
 object for each read, and to write without one; under any other transport (TLS) it is fed with bytes.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy
-from posix.unistd cimport close
-from fastdist._core.bits cimport likely, mono_ns, unlikely
-from fastdist._core.http cimport uchar
-
-import os
-import socket
 
 cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
@@ -59,29 +47,29 @@ cdef enum:
     TCP_INFO = 11
     BYTES_ACKED = 15         # which word of eight bytes in struct tcp_info
     BYTES_RECEIVED = 16
-    WORDS = 17
+    INFO_WORDS = 17
     TCP_CLOSE = 7            # what its first byte may be: no connection any more; after these two the other side sends nothing
     TCP_CLOSE_WAIT = 8
     TCP_LAST_ACK = 9
 
 
 cdef bint look_at(int fd, int64_t *info) noexcept nogil:
-    """Get ``WORDS`` of the socket's struct tcp_info; say whether there is one."""
-    cdef socklen_t length = WORDS * sizeof(int64_t)
-    return fd >= 0 and getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &length) == 0 and length == WORDS * sizeof(int64_t)
+    """Get ``INFO_WORDS`` of the socket's struct tcp_info; say whether there is one."""
+    cdef socklen_t length = INFO_WORDS * sizeof(int64_t)
+    return fd >= 0 and getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &length) == 0 and length == INFO_WORDS * sizeof(int64_t)
 
 cdef int64_t TURN = 3000000  # ns
 
 
 cdef int64_t bytes_moved(int fd) noexcept nogil:
     """Return how many bytes the other side's system has acknowledged and sent so far, read or not; 0 if that is not known."""
-    cdef int64_t[WORDS] info
+    cdef int64_t[INFO_WORDS] info
     return info[BYTES_ACKED] + info[BYTES_RECEIVED] if look_at(fd, info) else 0
 
 
 cdef int64_t bytes_acked(int fd) noexcept nogil:
     """Return how many bytes the other side's system has acknowledged so far; 0 if that is not known."""
-    cdef int64_t[WORDS] info
+    cdef int64_t[INFO_WORDS] info
     return info[BYTES_ACKED] if look_at(fd, info) else 0
 
 
@@ -93,7 +81,7 @@ cdef int bytes_unacked(int fd) noexcept nogil:
 
 cdef bint peer_ended(int fd) noexcept nogil:
     """Whether the other side has ended or reset the connection, which is else told only to whoever reads."""
-    cdef int64_t[WORDS] info
+    cdef int64_t[INFO_WORDS] info
     return look_at(fd, info) and TCP_CLOSE <= (<uchar *>info)[0] <= TCP_LAST_ACK
 
 
@@ -102,6 +90,9 @@ cdef class Receiver:
 
     It takes them in ``receive`` (in C) or ``data_received`` (in Python); each is there in terms of the other.
     """
+
+    cdef public object transport
+    cdef Stream stream           # the transport, where that is one: spares a call by name
 
     cdef int receive(self, const uchar *p, Py_ssize_t n) except -1:
         """Take in what came; the bytes are there for as long as the call lasts."""
@@ -133,6 +124,13 @@ cdef class Receiver:
 
 cdef class Poller:
     """The streams of one event loop (uvloop's, or any with ``add_reader``), until ``close``."""
+
+    cdef readonly object loop
+    cdef readonly set streams    # all that are not lost yet
+    cdef int epoll
+    cdef uchar *room             # what one read brings
+    cdef public int64_t turn_ns      # after which a turn ends, whoever is ready
+    cdef public int64_t longest_ns   # of a turn, until somebody sets it back
 
     def __cinit__(self, loop):
         self.epoll = -1
@@ -189,6 +187,21 @@ cdef class Poller:
 
 cdef class Stream:
     """The connected socket ``connection`` (taken over), read for ``protocol`` from now on. ``peer``: its address."""
+
+    cdef readonly Poller poller
+    cdef readonly Receiver protocol
+    cdef readonly object peer
+    cdef int fd
+    cdef uint32_t watched        # epoll's events
+    cdef bint reading_paused, end_read
+    cdef bint output_paused      # the protocol was told so
+    cdef bint end_wanted         # shut down our side when all is written
+    cdef bint closing, over
+    cdef char *output            # what the kernel did not take yet
+    cdef Py_ssize_t output_start, output_end, output_size
+
+    cdef inline Py_ssize_t unwritten(self) noexcept nogil:
+        return self.output_end - self.output_start
 
     def __cinit__(self, Poller poller, connection, peer, Receiver protocol):
         self.fd = -1

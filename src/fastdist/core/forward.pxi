@@ -9,24 +9,24 @@ pool as lists of handles (``failed``), and the pool's owner decides where they g
 it is closed.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int64_t, uint32_t
-from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy
-from fastdist._core.bits cimport likely, mono_ns, store, unlikely
-from fastdist._core.counters cimport (
-    BYTES_DELIVERED, CONNECTIONS, DELIVERED, MESSAGES_DELIVERED, PACKETS_IN_FLIGHT, REQUESTS_IN_FLIGHT, SETTLING, Counters, observe,
-)
-from fastdist._core.http cimport (
-    CHUNK_BROKEN, CHUNK_END, CHUNK_MORE, CHUNK_TRAILERS_TOO_LONG, HEAD_INCOMPLETE, ReplyHead, Span, Chunked, chunked_next,
-    chunked_start, find_head_end, parse_reply_head, uchar,
-)
-from fastdist._core.ring cimport ID_TEXT, WAITED, Entry, PacketRing, Record, record_body, write_id
-from fastdist._core.states cimport AnalyzerStates
-from fastdist._core.stream cimport Receiver, Stream, bytes_moved
+cdef enum:
+    # Flags of an entry.
+    ALONE = 1                # send this packet as single, its batch was refused
+    WATCHED = 2              # the pool's owner wants to hear of its delivery
 
-import re
-from http import HTTPStatus
+cdef enum Pumped:
+    NOTHING_TO_DO = 0
+    LINGERING                # what waits is not yet worth a request
+    AT_LIMIT                 # all connections are busy, or being opened
+
+cdef struct Group:
+    # One request in flight: a chain of handles through Entry.next.
+    uint32_t first
+    uint32_t packets
+    int64_t bytes            # of bodies
+    int64_t sent_ns
+    int64_t end              # how many bytes the connection had been given with it
+    bint batch
 
 # Statuses besides 3xx and 5xx that say nothing of the packet: of the time ...
 LATER = frozenset({408, 425, 429})
@@ -44,11 +44,11 @@ cdef enum:
     MOST_INTERIM = 32            # 1xx before a reply: each is progress, so that they could go on for ever
 
 cdef enum:
-    HEAD = 0
-    LENGTH
-    CHUNKS
-    UNTIL_CLOSE
-    OVER                         # the last reply was read; what follows is nobody's
+    REPLY_HEAD = 0
+    REPLY_LENGTH
+    REPLY_CHUNKS
+    REPLY_TO_CLOSE
+    REPLY_OVER                         # the last reply was read; what follows is nobody's
 
 
 cdef inline char *put(char *out, const char *text, Py_ssize_t n) noexcept nogil:
@@ -80,6 +80,38 @@ cdef class PoolBase:
     packets and ``batch_bytes`` bytes of them (one packet at least), and waits for more for ``linger`` seconds while
     another is in flight.
     """
+
+    cdef readonly PacketRing ring
+    cdef readonly Counters counters
+    cdef readonly int slot
+    cdef int64_t *mine
+    cdef int64_t *histogram      # of the time to a reply
+    cdef int64_t *failures       # in a row; the next word: refusals
+    cdef bytes head              # of a request, up to the headers that differ
+    cdef bint batching
+    cdef uint32_t batch_packets
+    cdef int64_t batch_bytes, linger_ns
+    cdef int64_t sent_ns         # monotonic: the last sending
+    cdef readonly int pipeline, connection_limit
+    cdef readonly list idle      # connections with room for a request, the last used last
+    cdef readonly int open_connections
+    cdef public int opening
+    cdef public bint paused
+    cdef bint touched
+    cdef bint backlogged         # in the dispatcher's list of those that something waits for
+    cdef public bint slow        # clearly slower than the others: what waits here goes elsewhere sooner
+    cdef public bint wanted      # packets that waited for others go here as soon as there is room
+    cdef uint32_t first, last
+    cdef readonly int64_t waiting, waiting_bytes
+    cdef readonly int64_t requests_in_flight, packets_in_flight
+    cdef readonly double usual_latency   # ns, of requests: a moving average
+    cdef int64_t heard_ns                # monotonic: of the last reply, or when the first of those in flight was sent
+
+    cdef inline uint32_t behind(self, uint32_t prior) noexcept nogil:
+        return self.ring.entries[prior].next if prior else self.first
+
+    cdef inline int64_t since(self, uint32_t handle) noexcept nogil:
+        return self.ring.entries[handle].since_ns
 
     def __cinit__(self, PacketRing ring, Counters counters, AnalyzerStates states, int slot, *args, **kwargs):
         self.ring, self.counters, self.slot = ring, counters, slot
@@ -400,6 +432,27 @@ cdef class ReplyBase(Receiver):
     (``went_wrong(error)``), the packets go again.
     """
 
+    cdef readonly PoolBase pool
+    cdef int state
+    cdef Group *groups           # a circle of `pipeline` requests in flight
+    cdef int first_group, group_count
+    cdef Group early             # answered with a 2xx before it was written whole; no packets: there is none
+    cdef int64_t given           # bytes to be written since the connection was opened
+    cdef int64_t body_left
+    cdef Chunked chunked
+    cdef bint keep_alive         # as the last reply says
+    cdef int interim             # how many 1xx have come before the reply that is awaited
+    cdef bint listed             # in pool.idle
+    cdef bint leaving            # takes no more requests, and closes behind the last reply
+    cdef bint closing
+    cdef uchar *partial          # of a head
+    cdef Py_ssize_t partial_length, partial_size, scanned
+    cdef readonly int64_t replies
+    cdef readonly int64_t used_ns        # monotonic: last sending or reply
+    cdef int64_t waiting_since
+    cdef int64_t moved, moved_ns         # bytes both ways, and when they were last seen to have become more
+    cdef int64_t looked_ns
+
     def __cinit__(self, PoolBase pool, *args, **kwargs):
         self.pool = pool
         self.groups = <Group *>calloc(pool.pipeline, sizeof(Group))
@@ -412,8 +465,8 @@ cdef class ReplyBase(Receiver):
         free(self.partial)
 
     cdef bint has_room(self) noexcept:
-        return (not self.leaving and self.early.packets == 0 and (self.state == HEAD or self.keep_alive)
-                and self.group_count + (self.state != HEAD) < self.pool.pipeline)
+        return (not self.leaving and self.early.packets == 0 and (self.state == REPLY_HEAD or self.keep_alive)
+                and self.group_count + (self.state != REPLY_HEAD) < self.pool.pipeline)
 
     def in_flight(self):
         """Return how many requests wait here for their reply, or for being written whole."""
@@ -448,7 +501,7 @@ cdef class ReplyBase(Receiver):
         cdef int64_t moved, silent = now - max(self.waiting_since, self.moved_ns)
         if self.early.packets and self.stream is None:
             self.settle_early(now)  # nobody else tells how far it is written
-        if self.closing or (self.in_flight() == 0 and self.state == HEAD):
+        if self.closing or (self.in_flight() == 0 and self.state == REPLY_HEAD):
             return False
         if silent <= timeout and now - max(self.waiting_since, self.looked_ns) < timeout // LOOKS:
             return False
@@ -470,7 +523,7 @@ cdef class ReplyBase(Receiver):
         """Send no more requests, and close the connection when no reply is awaited: no request is cut off."""
         self.leaving = True
         self.withdraw()
-        if self.in_flight() == 0 and self.state == HEAD:
+        if self.in_flight() == 0 and self.state == REPLY_HEAD:
             self.close_after("", False)
 
     cdef int send_waiting(self, int64_t now) except -1:
@@ -481,7 +534,7 @@ cdef class ReplyBase(Receiver):
         cdef int64_t room = 0
         cdef char *start
         cdef char *out
-        if self.group_count == 0 and self.state == HEAD:
+        if self.group_count == 0 and self.state == REPLY_HEAD:
             self.waiting_since = now
         while pool.waiting and self.has_room() and pool.due(now):
             group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
@@ -554,15 +607,15 @@ cdef class ReplyBase(Receiver):
         cdef Span piece
         cdef int event
         while p < end and not self.closing:
-            if self.state == HEAD:
+            if self.state == REPLY_HEAD:
                 p = self.read_head(p, end, now)
-            elif self.state == LENGTH:
+            elif self.state == REPLY_LENGTH:
                 piece.n = min(self.body_left, end - p)
                 p += piece.n
                 self.body_left -= piece.n
                 if self.body_left == 0:
                     self.reply_over(now)
-            elif self.state == CHUNKS:
+            elif self.state == REPLY_CHUNKS:
                 event = chunked_next(&self.chunked, &p, end, &piece, LARGEST_REPLY_HEAD)
                 if event == CHUNK_END:
                     self.reply_over(now)
@@ -608,16 +661,16 @@ cdef class ReplyBase(Receiver):
         self.replies += 1
         self.keep_alive = head.keep_alive
         if head.status == 204 or head.status == 304 or head.content_length == 0:
-            self.state = LENGTH
+            self.state = REPLY_LENGTH
             self.body_left = 0
         elif head.chunked:
-            self.state = CHUNKS
+            self.state = REPLY_CHUNKS
             chunked_start(&self.chunked)
         elif head.content_length > 0:
-            self.state = LENGTH
+            self.state = REPLY_LENGTH
             self.body_left = head.content_length
         else:
-            self.state = UNTIL_CLOSE
+            self.state = REPLY_TO_CLOSE
             self.keep_alive = False
         if not self.keep_alive:
             self.withdraw()
@@ -629,7 +682,7 @@ cdef class ReplyBase(Receiver):
             self.early = group
         if not self.keep_alive:
             self.last_reply()
-        if self.state == LENGTH and self.body_left == 0:
+        if self.state == REPLY_LENGTH and self.body_left == 0:
             self.reply_over(now)
         return p + length
 
@@ -652,7 +705,7 @@ cdef class ReplyBase(Receiver):
 
     cdef int reply_over(self, int64_t now) except -1:
         """A reply was read to its end: the connection is free for the next, unless the analyzer closes it."""
-        self.state = HEAD if self.keep_alive else OVER
+        self.state = REPLY_HEAD if self.keep_alive else REPLY_OVER
         self.waiting_since = now
         if self.early.packets == 0 and (not self.keep_alive or (self.leaving and self.group_count == 0)):
             self.close_after("", False)
@@ -693,7 +746,7 @@ cdef class ReplyBase(Receiver):
             return 0
         self.early.packets = 0
         self.pool.settle(&group, now)
-        if self.state == HEAD or self.state == OVER:
+        if self.state == REPLY_HEAD or self.state == REPLY_OVER:
             self.reply_over(now)
         return self.go_on(now)
 
@@ -734,7 +787,7 @@ cdef class ReplyBase(Receiver):
     def eof_received(self):
         """The analyzer closes its side: so do we, but not before a request that it has answered is written whole."""
         if self.early.packets:
-            self.state = OVER
+            self.state = REPLY_OVER
             self.last_reply()
         else:
             self.ended(None)
@@ -762,7 +815,7 @@ cdef class ReplyBase(Receiver):
         elif group.packets:
             self.close_after("connection closed before the request was written" if error is None
                              else f"connection lost: {error}", True)
-        elif self.group_count == 0 or self.state != HEAD or (self.replies > 0 and silent):
+        elif self.group_count == 0 or self.state != REPLY_HEAD or (self.replies > 0 and silent):
             self.close_after("", False)
         else:
             self.close_after("connection closed before the reply" if error is None else f"connection lost: {error}", True)
@@ -788,4 +841,3 @@ cdef bint looks_like_http(const uchar *p, Py_ssize_t n) noexcept nogil:
         if p[i] != <uchar>start[i]:
             return False
     return True
-

@@ -1,5 +1,4 @@
 # What bits.h offers to the other modules.
-from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef extern from "bits.h" nogil:
     bint likely "fd_likely"(bint condition)

@@ -11,12 +11,12 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport abort, free, malloc
 from libc.string cimport memcpy
 
-from fastdist._core.http cimport (
+from fastdist._core cimport (
     CHUNK_BROKEN, CHUNK_DATA, CHUNK_END, CHUNK_MORE, CHUNK_TRAILERS_TOO_LONG, HEAD_BROKEN, HEAD_INCOMPLETE, Chunked,
     ReplyHead, RequestHead, Span, chunked_next, chunked_next_strict, chunked_start, find_head_end, parse_reply_head,
     parse_request_head,
 )
-from fastdist._core.schema cimport PacketFacts, scan_packet
+from fastdist._core cimport PacketFacts, scan_packet
 
 import os
 import sys
@@ -35,7 +35,7 @@ cdef int64_t LINE_LIMIT = 300  # of chunk extensions and trailers: low, so that 
 cdef object the_target = None
 
 
-def run(target, program, list arguments):
+def fuzz(target, program, list arguments):
     """Have libFuzzer call ``target(Input)`` until its time is up; ``arguments`` are those of its command line.
 
     ``program`` is what it starts where it wants to run itself again. It ends the process itself where an input is found to be at fault, having kept it in a file.

@@ -7,24 +7,13 @@ No turn of the loop is to be long, however many packets or connections something
 very many has an end after a while (``part_ns``), and the flush of the next turn goes on with it.
 """
 
-from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memset
-from fastdist._core.bits cimport load, mix, mono_ns, unlikely
-from fastdist._core.counters cimport SPILLED
-from fastdist._core.forward cimport LINGERING, WATCHED, PoolBase, Pumped
-from fastdist._core.pick cimport GOLDEN, AliasTable, Rendezvous
-from fastdist._core.ring cimport PacketRing, Record
-from fastdist._core.states cimport AnalyzerStates
-
-import os
 
 cdef enum:
     CLAIMS_A_FLUSH = 8192    # a long backlog is claimed in parts, so that answers are not held up
     DRAWS = 8                # candidates looked at for one that is not ahead of its share
     NEVER = 1 << 30          # seconds
     EQUALS = 4               # times spill_after: how long packets wait for an analyzer that is as quick as the others
-    LOOKS = 8                # pools that are looked at, or packets that spill, between two looks at the clock
+    WAITING_LOOKS = 8                # pools that are looked at, or packets that spill, between two looks at the clock
     OPENINGS = 16            # connections that one flush begins to open, which is slow
 
 cdef int64_t PART_NS = 4000000  # of each thing that a flush does in parts
@@ -35,14 +24,14 @@ cdef enum:
     STICKY
 
 cdef enum:
-    PACKETS = 0
-    MESSAGES
-    BYTES
+    BY_PACKETS = 0
+    BY_MESSAGES
+    BY_BYTES
 
 UNLIMITED = 1 << 62
 
 STRATEGIES = {"even": EVEN, "random": RANDOM, "sticky": STICKY}
-UNITS = {"packets": PACKETS, "messages": MESSAGES, "bytes": BYTES}
+UNITS = {"packets": BY_PACKETS, "messages": BY_MESSAGES, "bytes": BY_BYTES}
 
 
 cdef class Retrying:
@@ -196,7 +185,7 @@ cdef class DispatchBase:
         cdef int i
         if self.strategy == STICKY:
             return self.rendezvous.best(record.emitter)
-        if self.unit == PACKETS:
+        if self.unit == BY_PACKETS:
             return self.table.at(self.advance())
         # Of the next few the table names, take the first that has had no more than its share of the units so far; if
         # each is ahead, the one of all that is furthest behind. Sizes may then come in any order: nobody ever has more
@@ -213,7 +202,7 @@ cdef class DispatchBase:
         return slot
 
     cdef inline double units(self, Record *record) noexcept nogil:
-        return 1 if self.unit == PACKETS else record.messages if self.unit == MESSAGES else record.body_length
+        return 1 if self.unit == BY_PACKETS else record.messages if self.unit == BY_MESSAGES else record.body_length
 
     cdef int32_t furthest_behind(self) noexcept nogil:
         cdef int32_t slot, best = -1
@@ -269,7 +258,7 @@ cdef class DispatchBase:
         cdef Pumped pumped
         pools, self.touched = self.touched, []
         for at in range(len(pools)):
-            if unlikely(at % LOOKS == LOOKS - 1) and mono_ns() > self.part_end:
+            if unlikely(at % WAITING_LOOKS == WAITING_LOOKS - 1) and mono_ns() > self.part_end:
                 self.touched = pools[at:] + self.touched
                 self.schedule()
                 break
@@ -328,7 +317,7 @@ cdef class DispatchBase:
             handle = pool.behind(prior) if self.share[pool.slot] > 0 and pool.is_held_up(now) else 0
             while handle and pool.since(handle) <= now - self.patience(pool):
                 spilled += 1
-                over = over or (spilled % LOOKS == 0 and mono_ns() > self.part_end)
+                over = over or (spilled % WAITING_LOOKS == 0 and mono_ns() > self.part_end)
                 if over:
                     break
                 target = self.relief(pool, handle)

@@ -1,0 +1,57 @@
+"""The compiled core: from the bytes of an emitter to a record in the ring, and from there to an analyzer.
+
+The way of a packet. ``Poller`` (stream.pxi) reads a connection's bytes into a buffer that all share, and hands them to
+the protocol, ``IngestBase`` (ingest.pxi). That finds the request's head (http.pxi), has the body checked by one pass
+over its bytes (schema.pxi), and pushes it to the ``PacketRing`` (ring.pxi): one record, which is queue, store and
+in-flight table at once, and 202 is written into a buffer of answers. Once in a turn of the event loop ``DispatchBase``
+(dispatch.pxi) claims what was pushed, has an analyzer picked for each packet (pick.pxi), and lets it join the waiting
+list of that analyzer's ``PoolBase`` (forward.pxi). ``ReplyBase`` there writes requests with the bodies out of the ring,
+and a 2xx has the record finished.
+
+Memory. A ring's records and entries, counters, states and limits lie in mappings that other processes see too; a packet
+is known by its handle, the number of its entry, and lists are chained through the entries. Shared words have one writer
+each, or are changed by an atomic operation of bits.h. Everything else belongs to one object of one process and is freed
+with it. A ``Span`` points into a buffer of its caller's and is good for that call only.
+
+Python. What happens for every packet makes no Python object and calls nothing of Python; ``nogil`` and ``noexcept``
+functions cannot raise, and return what happened. What is seldom (an answer that is an error, a failure of an analyzer)
+is up to Python classes that derive from those here, and may close the connection that is calling them. Nothing here
+imports from the rest of fastdist.
+
+The parts are included in the order in which they need one another, and include nothing themselves.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.math cimport INFINITY, log
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memchr, memcmp, memcpy, memset
+from posix.mman cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, mmap, munmap,
+)
+from posix.unistd cimport close
+
+import asyncio
+import os
+import re
+import socket
+from collections import deque, namedtuple
+from email.utils import formatdate
+from http import HTTPStatus
+
+include "core/bits.pxi"
+include "core/counters.pxi"
+include "core/limiter.pxi"
+include "core/pick.pxi"
+include "core/ring.pxi"
+include "core/states.pxi"
+include "core/files.pxi"
+include "core/http.pxi"
+include "core/schema.pxi"
+include "core/stream.pxi"
+include "core/ingest.pxi"
+include "core/forward.pxi"
+include "core/dispatch.pxi"

@@ -1,3 +1,0 @@
-"""What Python does not tell of files: when one was made."""
-
-def birth_ns(fd: int) -> int: ...
