@@ -5,20 +5,9 @@ input, and each piece of it, lies in memory of its own size, so that AddressSani
 beyond it. Behind a ``bytes`` object there is always a zero.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t
-from libc.stdlib cimport abort, free, malloc
-from libc.string cimport memcpy
+from libc.stdlib cimport abort
 
-from fastdist._core cimport (
-    CHUNK_BROKEN, CHUNK_DATA, CHUNK_END, CHUNK_MORE, CHUNK_TRAILERS_TOO_LONG, HEAD_BROKEN, HEAD_INCOMPLETE, Chunked,
-    ReplyHead, RequestHead, Span, chunked_next, chunked_next_strict, chunked_start, find_head_end, parse_reply_head,
-    parse_request_head,
-)
-from fastdist._core cimport PacketFacts, scan_packet
-
-import os
 import sys
 import traceback
 
@@ -30,7 +19,8 @@ cdef extern from *:
     """
     int LLVMFuzzerRunDriver(int *argc, char ***argv, int (*one)(const uint8_t *data, size_t size) noexcept) except? -1
 
-cdef int64_t LINE_LIMIT = 300  # of chunk extensions and trailers: low, so that it is reached
+cdef int64_t LINE_LIMIT = 300  # of size lines and trailers: low, so that it is reached
+cdef int64_t ROOM_LIMIT = 4096  # of a body
 
 cdef object the_target = None
 
@@ -95,97 +85,94 @@ cdef class Input:
 
     def check_request(self, int cut):
         """A request's head and chunks, read whole and in pieces; ``cut`` is where the head is in two."""
-        cdef Py_ssize_t length = self.find_head(cut, True)
+        cdef Py_ssize_t length = self.find_head(cut)
         cdef RequestHead head
-        if length <= 0:
+        cdef Filled filled
+        if not length:
             return
-        parse_request_head(self.p, length, &head)
-        if self.head_in_two(cut, True) == HEAD_BROKEN:
-            assert head.status == 400, "broken when half of it was there, but not when it was whole"
+        head = RequestHead(self.data[:length])
+        wrong = self.beginning(cut, length, False)
+        if wrong is not None:
+            assert (head.status, head.fault) == wrong, "other words for what is wrong with half of it than with the whole"
         assert head.status in (0, 400, 501, 505)
-        if head.status:
-            assert head.fault != NULL
-        else:
-            assert head.content_length < 0 or not head.chunked
-            assert head.wait >= -1
-            assert head.method_text.n > 0 and head.target.n > 0 and head.path.n <= head.target.n
-            self.holds(head.method_text, length)
-            self.holds(head.content_type, length)
-            self.holds(head.key, length)
-            self.holds(head.authorization, length)
-            self.holds(head.origin, length)
-        self.check_chunks(length, True)
+        assert (head.status == 0) == (head.fault is None)
+        if head.status == 0:
+            assert head.target and head.wait >= -1
+            assert head.matches(self.p, length, &filled) == length
+            assert filled.content_length < 0 or not head.chunked
+            self.holds(filled.key, length)
+            self.holds(filled.credentials, length)
+        self.check_chunks(length, False)
 
     def check_reply(self, int cut):
         """A reply's head and chunks, read whole and in pieces."""
-        cdef Py_ssize_t length = self.find_head(cut, False)
+        cdef Py_ssize_t length = self.find_head(cut)
         cdef ReplyHead head
-        if length <= 0:
+        cdef Filled filled
+        if not length:
             return
-        if parse_reply_head(self.p, length, &head):
+        head = ReplyHead(self.data[:length])
+        if self.beginning(cut, length, True) is not None:
+            assert head.fault is not None
+        if head.fault is None:
             assert 100 <= head.status <= 999
-            assert head.content_length >= -1 and head.retry_after >= -1
-            if head.chunked:
-                assert head.content_length == -1
-            if head.dated:
-                self.holds(head.retry_date, length)
-        self.check_chunks(length, False)
+            assert head.matches(self.p, length, &filled) == length
+        self.check_chunks(length, True)
 
     cdef holds(self, Span span, Py_ssize_t length):
         """Fail unless the text lies within the head."""
         if span.n:
             assert self.p <= span.p and span.p + span.n <= self.p + length
 
-    cdef Py_ssize_t find_head(self, int cut, bint strict) except -2:
+    cdef Py_ssize_t find_head(self, int cut) except -2:
         """Return where the head ends; fail if that depends on how it arrives."""
-        cdef Py_ssize_t scanned = 0
-        cdef Py_ssize_t whole = find_head_end(self.p, self.n, &scanned, strict)
-        cdef Py_ssize_t in_two = self.head_in_two(cut, strict)
-        assert HEAD_BROKEN <= whole <= self.n
-        assert strict or whole != HEAD_BROKEN
-        if in_two != HEAD_BROKEN or whole <= 0:
-            assert in_two == whole, f"head of {whole}, in two reads of {in_two}"
+        cdef Py_ssize_t scanned = 0, in_two = 0
+        cdef Py_ssize_t whole = find_head_end(self.p, self.n, &scanned)
+        cdef uint8_t *piece = copy_of(self.p, cut)
+        scanned = 0
+        if cut:
+            in_two = find_head_end(piece, cut, &scanned)
+        free(piece)
+        if not in_two:
+            in_two = find_head_end(self.p, self.n, &scanned)
+        assert 0 <= whole <= self.n
+        assert in_two == whole, f"head of {whole}, in two reads of {in_two}"
         return whole
 
-    cdef Py_ssize_t head_in_two(self, int cut, bint strict) except -2:
-        cdef Py_ssize_t scanned = 0, length = HEAD_INCOMPLETE
-        cdef uint8_t *piece = copy_of(self.p, cut)
-        if cut:
-            length = find_head_end(piece, cut, &scanned, strict)
-        free(piece)
-        return find_head_end(self.p, self.n, &scanned, strict) if length == HEAD_INCOMPLETE else length
+    cdef tuple beginning(self, int cut, Py_ssize_t length, bint reply):
+        """Return what is wrong with the head's first ``cut`` bytes, read in two pieces."""
+        cdef UnfinishedHead head = UnfinishedHead(reply)
+        cut = min(cut, <int>length - 1)
+        wrong = head.feed(self.data[:cut // 2])
+        return wrong if wrong is not None else head.feed(self.data[cut // 2:cut])
 
-    cdef check_chunks(self, Py_ssize_t start, bint strict):
+    cdef check_chunks(self, Py_ssize_t start, bint reply):
         """What follows the head, taken for chunks: byte by byte it must say the same as at once."""
-        at_once = self.chunks(start, strict, self.n)
-        assert self.chunks(start, strict, 1) == at_once
-        assert self.chunks(start, strict, 7) == at_once
+        at_once = self.chunks(start, reply, self.n)
+        assert self.chunks(start, reply, 1) == at_once
+        assert self.chunks(start, reply, 7) == at_once
 
-    cdef tuple chunks(self, Py_ssize_t start, bint strict, Py_ssize_t step):
-        """Return how it ended, where, and the body."""
-        cdef Chunked state
+    cdef tuple chunks(self, Py_ssize_t start, bint reply, Py_ssize_t step):
+        """Return how it ended, where (if at its end), and the body."""
+        cdef ChunkedBody state = ChunkedBody(reply, ROOM_LIMIT, LINE_LIMIT)
         cdef Span piece
         cdef uint8_t *copy
         cdef const uint8_t *at
         cdef Py_ssize_t n, position = start
         cdef int event = CHUNK_MORE
         body = []
-        chunked_start(&state)
-        while position < self.n and event in (CHUNK_MORE, CHUNK_DATA):
+        while position < self.n and event <= CHUNK_DATA:
             n = min(step, self.n - position)
             copy = copy_of(self.p + position, n)
             at = copy
             event = CHUNK_MORE
-            while at < copy + n and event in (CHUNK_MORE, CHUNK_DATA):
-                if strict:
-                    event = chunked_next_strict(&state, &at, copy + n, &piece, LINE_LIMIT)
-                else:
-                    event = chunked_next(&state, &at, copy + n, &piece, LINE_LIMIT)
+            while at < copy + n and event <= CHUNK_DATA:
+                event = state.read(&at, copy + n, &piece)
                 assert copy <= at <= copy + n
                 if event == CHUNK_DATA:
                     assert piece.n > 0 and copy <= piece.p and piece.p + piece.n <= copy + n
                     body.append(PyBytes_FromStringAndSize(<const char *>piece.p, piece.n))
             position += at - copy
             free(copy)
-        assert event in (CHUNK_MORE, CHUNK_DATA, CHUNK_END, CHUNK_BROKEN, CHUNK_TRAILERS_TOO_LONG)
-        return (CHUNK_MORE if event == CHUNK_DATA else event), position, b"".join(body)
+        assert CHUNK_MORE <= event <= CHUNK_TOO_LARGE
+        return max(event, CHUNK_DATA), position if event == CHUNK_END else None, b"".join(body)

@@ -5,7 +5,7 @@ import re
 import socket
 from _typeshed import ReadableBuffer, WriteableBuffer
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, Self
+from typing import final, Any, Final, NamedTuple, Self
 from typing_extensions import disjoint_base
 
 # ---- counters
@@ -200,6 +200,62 @@ def birth_ns(fd: int) -> int: ...
 # ---- http
 
 
+
+# ---- http
+
+class Head:
+    """A message's head as httptools has read it, and the template for those that differ from it in their holes only."""
+
+    text: Final[bytes]
+    """Up to and with the empty line."""
+    fault: Final[str | None]
+    keep_alive: Final[bool]
+    chunked: Final[bool]
+    def filled_by(self, data: bytes) -> tuple[int, int, bytes, bytes] | None: ...
+    def on_header(self, name: bytes, value: bytes) -> None: ...
+    def on_headers_complete(self) -> None: ...
+
+@final
+class RequestHead(Head):
+    """A request's head. What httptools lets pass and RFC 9110 or 9112 does not is a fault too."""
+
+    status: Final[int]
+    """What a fault is to be answered with; 0: there is none."""
+    method: Final[str]
+    target: Final[bytes]
+    is_log: Final[bool]
+    old_client: Final[bool]
+    expects_continue: Final[bool]
+    expects_other: Final[bool]
+    json: Final[bool]
+    encoded: Final[bool]
+    wait: Final[int]
+    keys: Final[int]
+    origin: Final[bytes | None]
+    def __init__(self, text: bytes) -> None: ...
+    def on_url(self, url: bytes) -> None: ...
+
+@final
+class ReplyHead(Head):
+    """A reply's head."""
+
+    status: Final[int]
+    retry_after: Final[bytes | None]
+    location: Final[bytes | None]
+    def __init__(self, text: bytes) -> None: ...
+
+@final
+class UnfinishedHead:
+    """What has come of a head whose end is not there."""
+
+    def __new__(cls, reply: bool) -> Self: ...
+
+@final
+class ChunkedBody:
+    """A chunked body, which httptools reads."""
+
+    def __init__(self, reply: bool, room: int, line_limit: int) -> None: ...
+    def on_message_complete(self) -> None: ...
 
 # ---- schema
 

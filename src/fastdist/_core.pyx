@@ -21,8 +21,9 @@ imports from the rest of fastdist.
 The parts are included in the order in which they need one another, and include nothing themselves.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.math cimport INFINITY, log
@@ -42,7 +43,11 @@ from collections import deque, namedtuple
 from email.utils import formatdate
 from http import HTTPStatus
 
+cimport cython
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, HttpResponseParser
+
 include "core/bits.pxi"
+include "core/buffers.pxi"
 include "core/counters.pxi"
 include "core/limiter.pxi"
 include "core/pick.pxi"

@@ -33,7 +33,7 @@ LATER = frozenset({408, 425, 429})
 # ... or of the endpoint: a wrong path, an expired credential. Another analyzer may well take the packet.
 OF_THE_ENDPOINT = frozenset({401, 403, 404, 405, 407, 410, 421, 426, 451})
 PHRASES = {int(status): status.phrase for status in HTTPStatus}
-LOCATION = re.compile(rb"(?im)^location:[ \t]*([^?#\r\n]{0,200})")  # a query may hold what is secret
+LOCATION = re.compile(rb"[^?#]{0,200}")  # what is shown of one: a query may hold what is secret
 
 cdef int64_t STALE_NS = 1000000000
 
@@ -49,27 +49,6 @@ cdef enum:
     REPLY_CHUNKS
     REPLY_TO_CLOSE
     REPLY_OVER                         # the last reply was read; what follows is nobody's
-
-
-cdef inline char *put(char *out, const char *text, Py_ssize_t n) noexcept nogil:
-    memcpy(out, text, n)
-    return out + n
-
-
-cdef char *put_number(char *out, int64_t number) noexcept nogil:
-    cdef char[20] digits
-    cdef int n = 0
-    while True:
-        digits[n] = <char>(c'0' + number % 10)
-        n += 1
-        number //= 10
-        if number == 0:
-            break
-    while n:
-        n -= 1
-        out[0] = digits[n]
-        out += 1
-    return out
 
 
 cdef class PoolBase:
@@ -289,13 +268,13 @@ cdef class PoolBase:
         cdef uint32_t handle = group.first
         cdef uint32_t attempts = 0
         cdef Record *record
-        out = put(out, PyBytes_AS_STRING(self.head), len(self.head))
+        out = append(out, PyBytes_AS_STRING(self.head), len(self.head))
         if group.batch:
-            out = put(out, b"X-Packet-Count: ", 16)
-            out = put_number(out, group.packets)
-            out = put(out, b"\r\nX-Packet-Ids: ", 16)
+            out = append(out, b"X-Packet-Count: ", 16)
+            out = append_number(out, group.packets)
+            out = append(out, b"\r\nX-Packet-Ids: ", 16)
         else:
-            out = put(out, b"X-Packet-Id: ", 13)
+            out = append(out, b"X-Packet-Id: ", 13)
         while handle:
             record = self.ring.record_of(handle)
             if record.attempts == 0:
@@ -307,11 +286,11 @@ cdef class PoolBase:
             if handle:
                 out[0] = c','
                 out += 1
-        out = put(out, b"\r\nX-Attempt: ", 13)
-        out = put_number(out, attempts)
-        out = put(out, b"\r\nContent-Length: ", 18)
-        out = put_number(out, group.bytes + (group.packets + 1 if group.batch else 0))
-        out = put(out, b"\r\n\r\n", 4)
+        out = append(out, b"\r\nX-Attempt: ", 13)
+        out = append_number(out, attempts)
+        out = append(out, b"\r\nContent-Length: ", 18)
+        out = append_number(out, group.bytes + (group.packets + 1 if group.batch else 0))
+        out = append(out, b"\r\n\r\n", 4)
         return self.write_bodies(group, out)
 
     cdef char *write_bodies(self, Group *group, char *out) noexcept nogil:
@@ -324,7 +303,7 @@ cdef class PoolBase:
                 out[0] = separator
                 out += 1
                 separator = c','
-            out = put(out, <const char *>record_body(record), record.body_length)
+            out = append(out, <const char *>record_body(record), record.body_length)
             handle = self.ring.entries[handle].next
         if group.batch:
             out[0] = c']'
@@ -439,14 +418,16 @@ cdef class ReplyBase(Receiver):
     cdef Group early             # answered with a 2xx before it was written whole; no packets: there is none
     cdef int64_t given           # bytes to be written since the connection was opened
     cdef int64_t body_left
-    cdef Chunked chunked
+    cdef ChunkedBody chunks
     cdef bint keep_alive         # as the last reply says
     cdef int interim             # how many 1xx have come before the reply that is awaited
     cdef bint listed             # in pool.idle
     cdef bint leaving            # takes no more requests, and closes behind the last reply
     cdef bint closing
-    cdef uchar *partial          # of a head
-    cdef Py_ssize_t partial_length, partial_size, scanned
+    cdef ReplyHead head          # the last one: a template
+    cdef UnfinishedHead unfinished  # the head that is being read
+    cdef Buffer partial          # of it
+    cdef Py_ssize_t scanned      # of it, by find_head_end
     cdef readonly int64_t replies
     cdef readonly int64_t used_ns        # monotonic: last sending or reply
     cdef int64_t waiting_since
@@ -462,7 +443,7 @@ cdef class ReplyBase(Receiver):
 
     def __dealloc__(self):
         free(self.groups)
-        free(self.partial)
+        release(&self.partial)
 
     cdef bint has_room(self) noexcept:
         return (not self.leaving and self.early.packets == 0 and (self.state == REPLY_HEAD or self.keep_alive)
@@ -576,16 +557,21 @@ cdef class ReplyBase(Receiver):
 
     cdef int take_in(self, const uchar *p, Py_ssize_t n) except -1:
         cdef int64_t now = mono_ns()
-        cdef bytes joined
+        cdef Buffer buffer
         if self.closing:
             return 0
         self.used_ns = now
-        if self.partial_length:
-            self.keep_partial(p, n)
-            joined = PyBytes_FromStringAndSize(<char *>self.partial, self.partial_length)
-            self.partial_length = 0
-            p, n = <const uchar *>PyBytes_AS_STRING(joined), len(joined)
-        self.read_replies(p, n, now)
+        if likely(self.partial.end == 0):
+            self.read_replies(p, n, now)
+            return self.go_on(now)
+        keep(&self.partial, p, n)
+        buffer = self.partial
+        self.partial.data = NULL
+        release(&self.partial)
+        try:
+            self.read_replies(buffer.data, buffer.end, now)
+        finally:
+            release(&buffer)
         return self.go_on(now)
 
     cdef int go_on(self, int64_t now) except -1:
@@ -616,10 +602,10 @@ cdef class ReplyBase(Receiver):
                 if self.body_left == 0:
                     self.reply_over(now)
             elif self.state == REPLY_CHUNKS:
-                event = chunked_next(&self.chunked, &p, end, &piece, LARGEST_REPLY_HEAD)
+                event = self.chunks.read(&p, end, &piece)
                 if event == CHUNK_END:
                     self.reply_over(now)
-                elif event == CHUNK_BROKEN or event == CHUNK_TRAILERS_TOO_LONG:
+                elif event > CHUNK_END:
                     self.close_after("a reply whose chunks are broken", False)
             else:
                 p = end
@@ -627,8 +613,9 @@ cdef class ReplyBase(Receiver):
 
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except? NULL:
         """Read the head at ``p``, act on it, and return where it ends (``end`` when it is not whole yet)."""
-        cdef ReplyHead head
+        cdef ReplyHead head = self.head
         cdef Group group
+        cdef Filled filled
         cdef Py_ssize_t length
         if unlikely(self.early.packets):
             self.settle_early(now)
@@ -638,15 +625,16 @@ cdef class ReplyBase(Receiver):
             self.pool.unasked(p[:min(end - p, 100)])
             self.close_after("a second reply before its request was written" if self.early.packets else "", True)
             return end
-        length = find_head_end(p, end - p, &self.scanned, False)
-        if length == HEAD_INCOMPLETE:
-            if end - p > LARGEST_REPLY_HEAD or not looks_like_http(p, end - p):
-                self.close_after("a reply that is not HTTP", True)
-            else:
-                self.keep_partial(p, end - p)
-            return end
+        length = head.matches(p, end - p, &filled) if head is not None else 0
+        if length == 0:
+            length = find_head_end(p, end - p, &self.scanned, False)
+            if length == HEAD_UNFINISHED:
+                return self.read_unfinished(p, end)
+            head = ReplyHead(p[:length])
+            head.matches(p, length, &filled)
         self.scanned = 0
-        if length > LARGEST_REPLY_HEAD or not parse_reply_head(p, length, &head) or head.status == 101:
+        self.unfinished = None
+        if unlikely(length > LARGEST_REPLY_HEAD or head.fault is not None):
             self.close_after("a reply that is not HTTP", True)
             return end
         if head.status < 200:
@@ -660,43 +648,54 @@ cdef class ReplyBase(Receiver):
         self.group_count -= 1
         self.replies += 1
         self.keep_alive = head.keep_alive
-        if head.status == 204 or head.status == 304 or head.content_length == 0:
+        if head.status == 204 or head.status == 304:
             self.state = REPLY_LENGTH
             self.body_left = 0
         elif head.chunked:
             self.state = REPLY_CHUNKS
-            chunked_start(&self.chunked)
-        elif head.content_length > 0:
+            self.chunks = ChunkedBody(True, INT64_MAX, LARGEST_REPLY_HEAD)
+        elif filled.content_length >= 0:
             self.state = REPLY_LENGTH
-            self.body_left = head.content_length
+            self.body_left = filled.content_length
         else:
             self.state = REPLY_TO_CLOSE
             self.keep_alive = False
         if not self.keep_alive:
             self.withdraw()
         if unlikely(head.status >= 300):
-            self.unsuccessful(&group, &head, p[:length])
+            self.unsuccessful(&group, head)
         elif likely(self.is_written(&group)):
             self.pool.settle(&group, now)
         else:
             self.early = group
+        self.head = head
         if not self.keep_alive:
             self.last_reply()
         if self.state == REPLY_LENGTH and self.body_left == 0:
             self.reply_over(now)
         return p + length
 
-    cdef int unsuccessful(self, Group *group, ReplyHead *head, bytes text) except -1:
-        """Tell of a reply with the head ``text`` that is no 2xx: whether it speaks of the packet or of the analyzer."""
+    cdef const uchar *read_unfinished(self, const uchar *p, const uchar *end) except? NULL:
+        """Keep a head whose end is not there, if it can still become one; return ``end``."""
+        cdef Py_ssize_t n = end - p
+        if self.unfinished is None:
+            self.unfinished = UnfinishedHead(True)
+        if n > LARGEST_REPLY_HEAD or self.unfinished.feed(p[self.unfinished.seen:n]) is not None:
+            self.close_after("a reply that is not HTTP", True)
+        else:
+            keep(&self.partial, p, n)
+        return end
+
+    cdef int unsuccessful(self, Group *group, ReplyHead head) except -1:
+        """Tell of a reply that is no 2xx: whether it speaks of the packet or of the analyzer."""
         cdef list handles = self.pool.dissolve(group)
         status = head.status
-        if (status == 429 or status == 503) and (head.retry_after >= 0 or head.dated):
-            value = head.retry_date.p[:head.retry_date.n].decode("latin-1")
-            told = self.pool.hand_over(self.pool.paused_for, handles, status, value)
+        if (status == 429 or status == 503) and head.retry_after is not None:
+            told = self.pool.hand_over(self.pool.paused_for, handles, status, head.retry_after.decode("latin-1"))
         elif status >= 500 or status in LATER:
             told = self.pool.hand_over(self.pool.failed, handles, f"HTTP {status}", True, status)
         elif status < 400 or status in OF_THE_ENDPOINT:
-            told = self.pool.hand_over(self.pool.failed, handles, in_words(status, text), True, status)
+            told = self.pool.hand_over(self.pool.failed, handles, in_words(status, head.location), True, status)
         else:
             told = self.pool.hand_over(self.pool.refused, handles, status, bool(group.batch))
         if not told:
@@ -750,23 +749,14 @@ cdef class ReplyBase(Receiver):
             self.reply_over(now)
         return self.go_on(now)
 
-    cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1:
-        cdef uchar *grown
-        if self.partial_length + n > self.partial_size:
-            grown = <uchar *>realloc(self.partial, self.partial_length + n)
-            if grown == NULL:
-                raise MemoryError
-            self.partial, self.partial_size = grown, self.partial_length + n
-        memcpy(self.partial + self.partial_length, p, n)
-        self.partial_length += n
-        return 0
-
     def close_after(self, str error, bint counted):
         """Close the connection. With an ``error`` the first request in flight failed; those behind it were not looked at."""
         cdef list requests
         if self.closing:
             return
         self.leaving = self.closing = True
+        if self.chunks is not None:
+            self.chunks.close(CHUNK_END)
         self.withdraw()
         requests = self.take_unanswered()
         if self.early.packets:
@@ -806,7 +796,7 @@ cdef class ReplyBase(Receiver):
             return 0
         # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
         # stale connection, not a failed analyzer. That shows at once; later it had begun to work on the request.
-        silent = self.partial_length == 0 and not self.interim and mono_ns() - self.waiting_since < STALE_NS
+        silent = self.partial.end == 0 and not self.interim and mono_ns() - self.waiting_since < STALE_NS
         if group.packets and error is None and not isinstance(self.transport, Stream):
             # A transport of the loop ends so when all is written; a stream would have told of that.
             self.early.packets = 0
@@ -822,22 +812,12 @@ cdef class ReplyBase(Receiver):
         return 0
 
 
-cdef str in_words(int status, bytes head):
+cdef str in_words(int status, bytes location):
     """Return what a status about the endpoint says, to who has to mend the configuration."""
     cdef str words = f"HTTP {status}"
     if status in PHRASES:
         words += f" {PHRASES[status]}"
-    location = LOCATION.search(head) if status < 400 else None
-    if location is not None:
-        target = location[1].decode("latin-1").strip()
+    if location is not None and status < 400:
+        target = LOCATION.match(location)[0].decode("latin-1")
         words += f", Location: {''.join(char if char.isprintable() else '?' for char in target)}"
     return words
-
-
-cdef bint looks_like_http(const uchar *p, Py_ssize_t n) noexcept nogil:
-    cdef const char *start = b"HTTP/1."
-    cdef Py_ssize_t i
-    for i in range(min(n, 7)):
-        if p[i] != <uchar>start[i]:
-            return False
-    return True

@@ -1,162 +1,89 @@
-"""Reading HTTP/1.1 (RFC 9112): where a head ends, what it says, and how a chunked body comes apart.
+"""HTTP/1.1 (RFC 9112), as both sides read it.
 
-Nothing here allocates, keeps a pointer or touches Python. A head is looked for first (``find_head_end``, which remembers
-how far it got, so a head that drips in is scanned once) and parsed in one pass when it is whole: no state is split over
-reads, so there is nothing to get wrong at a packet boundary.
-
-Requests are read strictly. Whatever two parsers might read differently (bare CR or LF, folded lines, white space before
-a colon, two lengths, a length and a coding) is broken, for a front end before us may have read it the other way. Replies
-are read as RFC 9112 lets a recipient: a bare LF ends a line.
+httptools (llhttp) alone knows the grammar. A head is cut out where its empty line is, and shown to it whole; what it has
+accepted becomes a RequestHead or a ReplyHead. That then serves as a template: heads on a connection differ in few places,
+so the next is nearly always the same but for the values of some fields, its holes, which decide nothing or are handed
+out (``Filled``). To compare is a hundred times cheaper than to parse, and makes no object. A chunked body is shown to
+httptools line by line, so that it is known where the message ends.
 """
-
-ctypedef unsigned char uchar
 
 cdef struct Span:
     const uchar *p
     Py_ssize_t n
 
-cdef enum Method:
-    OTHER = 0
-    GET
-    HEAD
-    POST
-    OPTIONS
+cdef enum:
+    MAX_HOLES = 24           # further fields have to be the same,
+    MAX_HANDED_OUT = 4       # but for these
+    MAX_DIGITS = 18          # of a length that a template takes
 
-cdef struct RequestHead:
-    int status               # 0: well-formed; else the status to answer with, and `fault` says why
-    const char *fault
-    Method method
-    Span method_text
-    Span target              # origin-form (an absolute-form is cut down to it), or "*"
-    Span path                # the target without its query
-    int minor                # of HTTP/1.x
+cdef enum HoleKind:
+    ANYTHING = 0             # decides nothing: trace ids, User-Agent, Date ...
+    LENGTH                   # digits of Content-Length
+    KEY                      # of Idempotency-Key
+    CREDENTIALS              # of Authorization
+
+cdef struct Hole:
+    # Where in the template's text there may be something else.
+    int start
+    int end
+    HoleKind kind
+
+cdef struct Filled:
+    # What stands in the holes of a head that was read.
     int64_t content_length   # -1: none
-    bint chunked
-    bint keep_alive
-    bint closes              # Connection: close, whatever else it says
-    bint expects_continue
-    bint expects_other
-    Span content_type
-    bint encoded             # a Content-Encoding other than identity
-    Span key                 # Idempotency-Key
-    int64_t wait             # of Prefer, seconds; -1: none
-    Span authorization
-    Span origin
-    int keys                 # how many Idempotency-Key fields there were
+    Span key
+    Span credentials
 
-cdef struct ReplyHead:
-    int status
-    int64_t content_length   # -1: none
-    bint chunked
-    bint keep_alive
-    int64_t retry_after      # seconds; -1: none
-    bint dated               # Retry-After is a date, in `retry_date`
-    Span retry_date
+HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[-._~!$&'()*+;=0-9A-Za-z]|%[0-9A-Fa-f]{2})+)(?::(0*[0-9]{0,5}))?")
+ABSOLUTE = re.compile(rb"(?i)https?://([^/?]*)(.*)")
+METHOD = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+)( ?)")
+PREFERENCE = re.compile(rb'(?:[^",]|"(?:[^"\\]|\\.)*"?)+')  # an element of a list; a comma in quotes is part of it
+WAIT = re.compile(rb'(?i)wait[ \t]*=[ \t]*("?)([0-9]+)\1[ \t]*(?:;.*)?')
 
-cdef enum:
-    HEAD_INCOMPLETE = 0
-    HEAD_BROKEN = -1
+NO_METHOD = "it does not begin with a method and a space"
 
-cdef enum:
-    CHUNK_MORE = 0           # all input was used
-    CHUNK_DATA               # `piece` holds some of the body
-    CHUNK_END                # the body and its trailers are over
-    CHUNK_BROKEN
-    CHUNK_TRAILERS_TOO_LONG
-    CHUNK_TOO_LARGE          # the size lines say so, whether or not the data is there
+# Fields that decide about framing or rights, or that are read: what a template has of them stands for them.
+DECISIVE = frozenset((
+    b"connection", b"proxy-connection", b"upgrade", b"transfer-encoding", b"host", b"content-type", b"content-encoding",
+    b"expect", b"prefer", b"origin", b"retry-after", b"location",
+))
+HANDED_OUT = {b"content-length": LENGTH, b"idempotency-key": KEY, b"authorization": CREDENTIALS}
 
-cdef struct Chunked:
-    int state
-    int64_t left             # bytes of the present chunk
-    int64_t room             # bytes that further chunks may have
-    int digits
-    int64_t line             # length so far of an extension, or of all trailers
+cdef unsigned char[256] IN_VALUES  # field content: HTAB, SP, visible ASCII, obs-text
 
-cdef extern from "arpa/inet.h" nogil:
-    int AF_INET6
-    cdef struct in6_addr:
-        pass
-    int inet_pton(int family, const char *text, void *address)
-
-cdef enum:
-    TOKEN = 1                # tchar of RFC 9110
-    VALUE = 2                # field content: HTAB, SP, visible ASCII, obs-text
-    TARGET = 4               # request-target: visible ASCII but #, and bytes above it as clients send them
-    NAME = 8                 # a host's name as it stands: unreserved and sub-delims of RFC 3986, but no comma: two Hosts in one
-    LONGEST_ADDRESS = 45     # of an IPv6 address
-
-cdef unsigned char[256] KINDS
-
-cdef const char *BAD_LINE = b"a line does not end in CR LF, or holds a control character"
-
-
-cdef void prepare() noexcept:
+cdef void prepare_values() noexcept:
     cdef int c
     for c in range(256):
-        KINDS[c] = 0
-        if c == 9 or (c >= 32 and c != 127):
-            KINDS[c] |= VALUE
-        if c > 32 and c != 127 and c != c'#':
-            KINDS[c] |= TARGET
-    for c in b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
-        KINDS[c] |= TOKEN
-    for c in b"-._~!$&'()*+;=0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
-        KINDS[c] |= NAME
+        IN_VALUES[c] = c == 9 or (c >= 32 and c != 127)
 
-prepare()
+prepare_values()
+
+
+cdef enum:
+    HEAD_UNFINISHED = 0
+    HEAD_BROKEN = -1
 
 
 cdef Py_ssize_t find_head_end(const uchar *p, Py_ssize_t n, Py_ssize_t *scanned, bint strict) noexcept nogil:
-    """Return the length of the head that starts at ``p``, HEAD_INCOMPLETE or (strict only) HEAD_BROKEN.
+    """Return how long the head at ``p`` is, HEAD_UNFINISHED while its empty line is not there, or HEAD_BROKEN: a line ends in
+    a bare LF, which only counts where it is not ``strict``.
 
-    ``scanned`` is 0 for a new head and belongs to this function between calls: the start of the line it is in. With
-    ``strict`` a line that does not end in CR LF is broken, and so is an unfinished head that holds a control character:
-    whoever speaks another protocol learns so at once.
+    ``scanned`` is 0 for a new head and belongs to this function between calls: the start of the line it is in.
     """
-    cdef const uchar *start = p + scanned[0]
-    cdef const uchar *line = start
+    cdef const uchar *line = p + scanned[0]
     cdef const uchar *end = p + n
     cdef const uchar *feed
     while line < end:
         feed = <const uchar *>memchr(line, c'\n', end - line)
         if feed == NULL:
             break
-        if feed > line and feed[-1] == c'\r':
-            if feed == line + 1 and line > p:
-                return feed + 1 - p
-        elif strict:
+        if strict and (feed == line or feed[-1] != c'\r'):
             return HEAD_BROKEN
-        elif feed == line and line > p:
+        if line > p and (feed == line or (feed == line + 1 and line[0] == c'\r')):
             return feed + 1 - p
         line = feed + 1
     scanned[0] = line - p
-    return HEAD_BROKEN if strict and holds_control(start, end) else HEAD_INCOMPLETE
-
-
-cdef bint holds_control(const uchar *p, const uchar *end) noexcept nogil:
-    """Whether there is a control character but HTAB and CR LF; a CR at the end may be half of that."""
-    while p < end:
-        if unlikely(not KINDS[p[0]] & VALUE):
-            if p[0] != c'\r' or (p + 1 < end and p[1] != c'\n'):
-                return True
-            p += 1
-        p += 1
-    return False
-
-
-cdef inline uchar lower(uchar c) noexcept nogil:
-    return c | 32 if c'A' <= c <= c'Z' else c
-
-
-cdef bint same(Span span, const char *lower_case, Py_ssize_t n) noexcept nogil:
-    """Whether the text is ``lower_case`` (``n`` bytes), whatever its own case."""
-    cdef Py_ssize_t i
-    if span.n != n:
-        return False
-    for i in range(n):
-        if lower(span.p[i]) != <uchar>lower_case[i]:
-            return False
-    return True
+    return HEAD_UNFINISHED
 
 
 cdef Span trim(const uchar *p, const uchar *end) noexcept nogil:
@@ -170,395 +97,453 @@ cdef Span trim(const uchar *p, const uchar *end) noexcept nogil:
     return span
 
 
-cdef Span element(const uchar **at, const uchar *end, uchar separator) noexcept nogil:
-    """Return the next element of a list and step over its separator; one in a quoted string does not count."""
-    cdef const uchar *start = at[0]
-    cdef const uchar *p = start
-    cdef bint quoted = False
-    while p < end and (quoted or p[0] != separator):
-        if p[0] == c'"':
-            quoted = not quoted
-        elif quoted and p[0] == c'\\' and p + 1 < end:
-            p += 1
-        p += 1
-    at[0] = p + 1 if p < end else end
-    return trim(start, p)
+
+cdef bytes shown(bytes method, bytes rest):
+    """Return a request as httptools is shown it: with a method that it knows. Others are no broken HTTP, but answered 405."""
+    return (b"CONNECT" if method == b"CONNECT" else b"POST") + rest
 
 
-cdef inline void refuse(RequestHead *head, int status, const char *fault) noexcept nogil:
-    if head.status == 0:
-        head.status, head.fault = status, fault
+cdef int status_for(parser):
+    """Return what to answer a request with in which ``parser`` has found a fault."""
+    return 400 if parser.get_http_version() in ("0.0", "0.9", "1.0", "1.1") else 505
 
 
-# ---- requests
-
-cdef void parse_request_head(const uchar *p, Py_ssize_t n, RequestHead *head) noexcept nogil:
-    """Fill ``head`` from the ``n`` bytes of a head that ``find_head_end`` (strict) has found whole."""
-    request_head(p, n, head)
-    if unlikely(head.status != 0) and holds_control(p, p + n):
-        head.status, head.fault = 400, BAD_LINE  # of several faults the one that is found also before the head is whole
-
-
-cdef void request_head(const uchar *p, Py_ssize_t n, RequestHead *head) noexcept nogil:
-    cdef const uchar *end = p + n - 2  # the empty line
-    cdef const uchar *line_end
-    cdef const uchar *colon
-    cdef int hosts = 0, codings = 0
-    memset(head, 0, sizeof(RequestHead))
-    head.content_length = head.wait = -1
-    line_end = <const uchar *>memchr(p, c'\n', n)
-    if not request_line(p, line_end - 1, head):
-        return
-    head.keep_alive = head.minor >= 1
-    p = line_end + 1
-    while p < end:
-        line_end = <const uchar *>memchr(p, c'\n', end - p)
-        colon = p
-        while KINDS[colon[0]] & TOKEN:
-            colon += 1
-        if unlikely(colon == p or colon[0] != c':'):
-            refuse(head, 400, "a folded header line" if p[0] == c' ' or p[0] == c'\t' else "a header name is not a token followed by a colon")
-            return
-        request_field(head, p, colon - p, colon + 1, line_end - 1, &hosts, &codings)
-        if unlikely(head.status != 0):
-            return
-        p = line_end + 1
-    head.keep_alive = head.keep_alive and not head.closes
-    if hosts > 1 or (hosts == 0 and head.minor >= 1):
-        refuse(head, 400, "more than one Host header" if hosts else "no Host header")
-    elif codings and head.content_length >= 0:
-        refuse(head, 400, "both Content-Length and Transfer-Encoding")
-    elif codings and head.minor == 0:
-        refuse(head, 400, "Transfer-Encoding in HTTP/1.0")
-
-
-cdef bint request_line(const uchar *p, const uchar *end, RequestHead *head) noexcept nogil:
-    """Parse ``method SP request-target SP HTTP/1.x``; ``end`` is at the CR."""
-    cdef const uchar *at = p
-    cdef const uchar *query
-    while KINDS[at[0]] & TOKEN:
-        at += 1
-    head.method_text.p, head.method_text.n = p, at - p
-    if at == p or at[0] != c' ':
-        refuse(head, 400, "the request line does not start with a method and a space")
-        return False
-    head.method = method_of(p, at - p)
-    p = at + 1
-    at = p
-    while KINDS[at[0]] & TARGET:
-        at += 1
-    head.target.p, head.target.n = p, at - p
-    if at == p or at[0] != c' ':
-        refuse(head, 400, "the target has a fragment (#)" if at[0] == c'#' else "the request line has no target")
-        return False
-    at += 1
-    if end - at != 8 or memcmp(at, b"HTTP/", 5) != 0 or at[6] != c'.' or not (c'0' <= at[5] <= c'9' and c'0' <= at[7] <= c'9'):
-        refuse(head, 400, "the request line does not end with an HTTP version")
-        return False
-    if at[5] != c'1':
-        refuse(head, 505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
-        return False
-    head.minor = at[7] - c'0'
-    if not origin_form(head):
-        refuse(head, 400, "the target is neither a path, a URL with a host nor *")
-        return False
-    query = <const uchar *>memchr(head.target.p, c'?', head.target.n)
-    head.path = head.target
-    if query != NULL:
-        head.path.n = query - head.path.p
-    return True
-
-
-cdef bint origin_form(RequestHead *head) noexcept nogil:
-    """Cut an absolute-form target (RFC 9112, 3.2.2) down to its path; accept a path, ``*`` for OPTIONS, host:port for CONNECT."""
-    cdef Span target = head.target
-    cdef Span scheme, authority
-    cdef const uchar *path
-    cdef const uchar *end = target.p + target.n
-    if head.method_text.n == 7 and memcmp(head.method_text.p, b"CONNECT", 7) == 0:  # answered 405, as any method unknown here
-        return names_host(target)
-    if target.p[0] == c'/':
-        return True
-    if target.n == 1 and target.p[0] == c'*':
-        return head.method == OPTIONS
-    scheme.p, scheme.n = target.p, 7
-    if target.n > 7 and same(scheme, b"http://", 7):
-        target.p += 7
-    else:
-        scheme.n = 8
-        if target.n <= 8 or not same(scheme, b"https://", 8):
-            return False
-        target.p += 8
-    path = target.p
-    while path < end and path[0] != c'/' and path[0] != c'?':
-        path += 1
-    authority.p, authority.n = target.p, path - target.p
-    if not names_host(authority):  # nor is there a user in it (RFC 9110, 4.2.4)
-        return False
-    if path < end and path[0] == c'/':
-        head.target.p, head.target.n = path, end - path
-    else:  # no path: the root, or for OPTIONS the server as a whole (its query is nobody's)
-        head.target.p, head.target.n = b"*" if head.method == OPTIONS else b"/", 1
-    return True
-
-
-cdef bint names_host(Span authority) noexcept nogil:
+cdef bint names_host(bytes authority):
     """Whether it is ``host [":" port]`` (RFC 9110, 7.2): a name, which is not empty, an IPv4 or a bracketed IPv6 address."""
-    cdef const uchar *p = authority.p
-    cdef const uchar *end = authority.p + authority.n
-    cdef int port = 0
-    if p < end and p[0] == c'[':
-        p = <const uchar *>memchr(p, c']', end - p)
-        if p == NULL or not is_ipv6(authority.p + 1, p - authority.p - 1):
-            return False
-        p += 1
-    else:
-        while p < end and (KINDS[p[0]] & NAME or (p[0] == c'%' and end - p > 2 and hex_value(p[1]) >= 0 and hex_value(p[2]) >= 0)):
-            p += 3 if p[0] == c'%' else 1
-        if p == authority.p:
-            return False
-    if p < end and p[0] == c':':
-        p += 1
-        while p < end and c'0' <= p[0] <= c'9' and port <= 65535:
-            port = port * 10 + p[0] - c'0'
-            p += 1
-    return p == end and port <= 65535
-
-
-cdef bint is_ipv6(const uchar *p, Py_ssize_t n) noexcept nogil:
-    """Whether it is an address as inet_pton(3) knows it: without a zone, which is nobody's but the client's."""
-    cdef char[LONGEST_ADDRESS + 1] text
-    cdef in6_addr address
-    if n > LONGEST_ADDRESS:
+    match = HOST.fullmatch(authority)
+    if match is None or int(match[2] or 0) > 65535:
         return False
-    memcpy(text, p, n)
-    text[n] = 0
-    return inet_pton(AF_INET6, text, &address) == 1  # there is no NUL in a head that would end it early
+    if match[1]:
+        try:
+            socket.inet_pton(socket.AF_INET6, match[1].decode())
+        except OSError:
+            return False
+    return True
 
 
-cdef Method method_of(const uchar *p, Py_ssize_t n) noexcept nogil:
-    if n == 4 and memcmp(p, b"POST", 4) == 0:
-        return POST
-    if n == 3 and memcmp(p, b"GET", 3) == 0:
-        return GET
-    if n == 4 and memcmp(p, b"HEAD", 4) == 0:
-        return HEAD
-    if n == 7 and memcmp(p, b"OPTIONS", 7) == 0:
-        return OPTIONS
-    return OTHER
+cdef class Head:
+    """A head as httptools has read it, and the template for those that differ from it in their holes only."""
 
+    cdef readonly bytes text
+    cdef readonly str fault          # what is wrong with it; None: nothing
+    cdef readonly bint keep_alive, chunked
+    cdef int64_t content_length      # -1: none
+    cdef object parser               # while it reads
+    cdef bint closes                 # Connection: close, whatever else it says
+    cdef bytes codings
+    cdef Py_ssize_t line             # start of the line of the next field
+    cdef Hole[MAX_HOLES] holes
+    cdef int hole_count
 
-cdef void request_field(RequestHead *head, const uchar *name_at, Py_ssize_t name_length, const uchar *p,
-                        const uchar *end, int *hosts, int *codings) noexcept nogil:
-    """Take in one header field whose value stands between ``p`` and ``end``."""
-    cdef const uchar *at = p
-    cdef Span name, value
-    cdef int option
-    while at < end and KINDS[at[0]] & VALUE:
-        at += 1
-    if unlikely(at < end):
-        refuse(head, 400, "a control character in a header")
-        return
-    name.p, name.n = name_at, name_length
-    value = trim(p, end)
-    # Length and first letter rule out nearly all names before a comparison.
-    if name_length == 4 and lower(name_at[0]) == c'h' and same(name, b"host", 4):
-        hosts[0] += 1
-        if value.n and not names_host(value):  # an empty one is for targets without a host
-            refuse(head, 400, "a Host header that names no host")
-    elif name_length == 6:
-        if same(name, b"expect", 6):
-            if same(value, b"100-continue", 12):
-                head.expects_continue = head.minor >= 1
+    cdef str read(self, parser, bytes text):
+        """Have httptools read ``text``; return what it objects to."""
+        cdef str objection = None
+        self.content_length = -1
+        self.line = self.text.index(b"\n") + 1
+        self.parser = parser
+        try:
+            parser.feed_data(text)
+        except HttpParserUpgrade:
+            pass  # to a protocol that is not spoken here: it stays HTTP/1.1
+        except HttpParserError as error:
+            objection = str(error)
+        self.parser = None
+        return objection
+
+    def on_header(self, bytes name, bytes value):
+        """Hear of a field, from httptools."""
+        lower = name.lower()
+        self.find_hole(name, HANDED_OUT.get(lower, ANYTHING), lower in DECISIVE)
+        self.take(lower, value.strip(b" \t"))
+
+    def on_headers_complete(self):
+        """Hear that the head is whole, from httptools, which forgets its flags when the message is over."""
+        self.keep_alive = self.parser.should_keep_alive() and not self.closes
+
+    cdef int find_hole(self, bytes name, HoleKind kind, bint decisive) except -1:
+        """Find the field's line; note where its value stands, unless a template has to have the same."""
+        cdef Hole *hole = &self.holes[self.hole_count]
+        cdef const uchar *text = <const uchar *>PyBytes_AS_STRING(self.text)
+        cdef Py_ssize_t start = self.line + len(name) + 1
+        cdef Py_ssize_t end = self.text.index(b"\n", start)
+        self.line = end + 1
+        if self.text[start - 1 - len(name):start] != name + b":":  # as behind an empty line before a reply
+            self.line, self.hole_count = 0, 0
+            return 0
+        if decisive or self.hole_count == (MAX_HOLES if kind else MAX_HOLES - MAX_HANDED_OUT):
+            return 0
+        if text[end - 1] == c'\r':
+            end -= 1
+        if kind == LENGTH:
+            while not c'0' <= text[start] <= c'9':
+                start += 1
+            while not c'0' <= text[end - 1] <= c'9':
+                end -= 1
+            if end - start > MAX_DIGITS:
+                return 0
+        hole.start, hole.end, hole.kind = <int>start, <int>end, kind
+        self.hole_count += 1
+        return 0
+
+    cdef int take(self, bytes name, bytes value) except -1:
+        """Take in a field; ``name`` is in lower case."""
+        if name == b"content-length":
+            self.content_length = min(int(value), INT64_MAX)
+        elif name == b"connection":
+            self.closes |= b"close" in [option.strip(b" \t") for option in value.lower().split(b",")]
+        elif name == b"transfer-encoding":
+            self.codings = value.lower() if self.codings is None else self.codings + b"," + value.lower()
+        return 0
+
+    cdef Py_ssize_t matches(self, const uchar *p, Py_ssize_t n, Filled *filled) noexcept:
+        """Return the length of the head at ``p`` if it is this one but for what is in the holes, else 0."""
+        cdef const uchar *text = <const uchar *>PyBytes_AS_STRING(self.text)
+        cdef const uchar *at = p
+        cdef const uchar *end = p + n
+        cdef const uchar *start
+        cdef Py_ssize_t literal, size, done = 0
+        cdef Hole *hole
+        cdef int i
+        filled.content_length = self.content_length
+        filled.key.p = filled.credentials.p = NULL
+        filled.key.n = filled.credentials.n = 0
+        for i in range(self.hole_count):
+            hole = &self.holes[i]
+            literal, size = hole.start - done, hole.end - hole.start
+            if end - at <= literal or memcmp(at, text + done, literal) != 0:
+                return 0
+            at += literal
+            start = at
+            if hole.kind == LENGTH:
+                filled.content_length = 0
+                while at < end and c'0' <= at[0] <= c'9':
+                    if at - start == MAX_DIGITS:
+                        return 0
+                    filled.content_length = filled.content_length * 10 + at[0] - c'0'
+                    at += 1
+                if at == start:
+                    return 0
             else:
-                head.expects_other = True
-        elif same(name, b"prefer", 6):
-            read_preferences(value, &head.wait)
-        elif same(name, b"origin", 6):
-            head.origin = value
-    elif name_length == 10 and lower(name_at[0]) == c'c' and same(name, b"connection", 10):
-        option = connection_option(value)
-        head.keep_alive |= option > 0
-        head.closes |= option < 0
-    elif name_length == 12 and lower(name_at[0]) == c'c' and same(name, b"content-type", 12):
-        head.content_type = value
-    elif name_length == 13 and lower(name_at[0]) == c'a' and same(name, b"authorization", 13):
-        if head.authorization.p != NULL:
-            refuse(head, 400, "more than one Authorization header")
-        head.authorization = value
-    elif name_length == 14 and lower(name_at[0]) == c'c' and same(name, b"content-length", 14):
-        read_length(head, value)
-    elif name_length == 15 and lower(name_at[0]) == c'i' and same(name, b"idempotency-key", 15):
-        head.key = value
-        head.keys += 1
-    elif name_length == 16 and lower(name_at[0]) == c'c' and same(name, b"content-encoding", 16):
-        head.encoded |= value.n > 0 and not same(value, b"identity", 8)
-    elif name_length == 17 and lower(name_at[0]) == c't' and same(name, b"transfer-encoding", 17):
-        read_codings(head, value, codings)
+                if end - at > size and memcmp(at, text + hole.start, size) == 0:
+                    at += size  # mostly it is the same
+                while at < end and IN_VALUES[at[0]]:
+                    at += 1
+                if hole.kind == KEY:
+                    filled.key = trim(start, at)
+                elif hole.kind == CREDENTIALS:
+                    filled.credentials = trim(start, at)
+            done = hole.end
+        literal = PyBytes_GET_SIZE(self.text) - done
+        if end - at < literal or memcmp(at, text + done, literal) != 0:
+            return 0
+        return at + literal - p
+
+    def filled_by(self, const uchar[::1] data not None):
+        """Return (length, Content-Length or -1, key, credentials) of the head that ``data`` begins with, if that is this
+        one but for what is in the holes, else None."""
+        cdef Filled filled
+        cdef Py_ssize_t length = self.matches(&data[0], len(data), &filled) if len(data) else 0
+        if not length:
+            return None
+        return length, filled.content_length, filled.key.p[:filled.key.n], filled.credentials.p[:filled.credentials.n]
 
 
-cdef int connection_option(Span value) noexcept nogil:
-    """Return -1 for ``close``, which outdoes the other, 1 for ``keep-alive``, 0 for neither."""
-    cdef const uchar *at = value.p
-    cdef const uchar *end = value.p + value.n
-    cdef Span option
-    cdef int found = 0
-    while at < end:
-        option = element(&at, end, c',')
-        if same(option, b"close", 5):
-            return -1
-        if same(option, b"keep-alive", 10):
-            found = 1
-    return found
+@cython.final
+cdef class RequestHead(Head):
+    """A request's head: ``text`` up to its empty line. What httptools lets pass and RFC 9110 or 9112 does not is a fault too."""
 
+    cdef readonly int status         # 0: well-formed; else what to answer with
+    cdef readonly str method
+    cdef readonly bytes target       # origin-form (an absolute-form is cut down to it), or "*"
+    cdef readonly bint is_log        # POST /logs
+    cdef readonly bint old_client    # HTTP/1.0
+    cdef readonly bint expects_continue, expects_other
+    cdef readonly bint json          # or no type at all
+    cdef readonly bint encoded       # a Content-Encoding other than identity
+    cdef readonly int64_t wait       # of Prefer, seconds; -1: none
+    cdef readonly int keys           # how many Idempotency-Key fields there are
+    cdef readonly bytes origin       # None: none
+    cdef int hosts, credentials      # fields
 
-cdef void read_preferences(Span value, int64_t *wait) noexcept nogil:
-    """Find ``wait=<seconds>`` (RFC 7240). The first one counts, one that is no number does not, nor do parameters."""
-    cdef const uchar *at = value.p
-    cdef const uchar *end = value.p + value.n
-    cdef const uchar *part
-    cdef const uchar *equals
-    cdef Span preference
-    while at < end and wait[0] < 0:
-        preference = element(&at, end, c',')
-        part = preference.p
-        preference = element(&part, preference.p + preference.n, c';')
-        equals = <const uchar *>memchr(preference.p, c'=', preference.n)
-        if equals != NULL and same(trim(preference.p, equals), b"wait", 4):
-            wait[0] = digits(unquoted(trim(equals + 1, preference.p + preference.n)))
-
-
-cdef Span unquoted(Span value) noexcept nogil:
-    """Return what is within double quotes, or the value as it is."""
-    if value.n >= 2 and value.p[0] == c'"' and value.p[value.n - 1] == c'"':
-        value.p += 1
-        value.n -= 2
-    return value
-
-
-cdef int64_t digits(Span value) noexcept nogil:
-    """Return the decimal number, -1 if it is none, the largest there is when it is larger."""
-    cdef int64_t number = 0
-    cdef Py_ssize_t i
-    if value.n == 0:
-        return -1
-    for i in range(value.n):
-        if not c'0' <= value.p[i] <= c'9':
-            return -1
-        number = min(number, <int64_t>1 << 59) * 10 + (value.p[i] - c'0')
-    return number
-
-
-cdef void read_length(RequestHead *head, Span value) noexcept nogil:
-    if head.content_length >= 0:
-        refuse(head, 400, "more than one Content-Length")
-    head.content_length = digits(value)
-    if head.content_length < 0:
-        refuse(head, 400, "Content-Length is not a number")
-
-
-cdef void read_codings(RequestHead *head, Span value, int *codings) noexcept nogil:
-    """Only ``chunked``, once, is understood; an unknown coding is answered 501, a misplaced chunked 400 (RFC 9112, 6.1)."""
-    cdef const uchar *at = value.p
-    cdef const uchar *end = value.p + value.n
-    cdef bint foreign = False
-    if value.n == 0 or value.p[value.n - 1] == c',':
-        refuse(head, 400, "an empty transfer coding")
-    while at < end:
-        codings[0] += 1
-        if head.chunked:
-            refuse(head, 400, "chunked is not the last transfer coding")
-        if same(element(&at, end, c','), b"chunked", 7):
-            head.chunked = True
+    def __init__(self, bytes text not None):
+        self.text, self.target, self.json, self.wait = text, b"", True, -1
+        method = METHOD.match(text)
+        parser = HttpRequestParser(self)
+        if method and method[2]:
+            self.method = method[1].decode("latin-1")
+            objection = self.read(parser, shown(method[1], text[method.end(1):]))
         else:
-            foreign = True
-    if foreign:
-        refuse(head, 501 if head.chunked else 400, "the only transfer coding understood is chunked")
+            self.method, objection = "", NO_METHOD
+        self.judge(parser.get_http_version())
+        if objection is not None:  # which is found also when no more of the head is there
+            self.status, self.fault = status_for(parser), objection
+        if self.status:
+            self.hole_count = 0
+
+    def on_url(self, bytes url):
+        """Hear of the target, from httptools."""
+        self.target += url
+
+    cdef int take(self, bytes name, bytes value) except -1:
+        if name == b"host":
+            self.hosts += 1
+            if value and not names_host(value):  # an empty one is for targets without a host
+                self.refuse(400, "a Host header that names no host")
+        elif name == b"content-type":
+            self.json = not value or value.partition(b";")[0].rstrip().lower() == b"application/json"
+        elif name == b"content-encoding":
+            self.encoded |= value.lower() not in (b"identity", b"")
+        elif name == b"expect":
+            if value.lower() == b"100-continue":
+                self.expects_continue = True
+            else:
+                self.expects_other = True
+        elif name == b"prefer":
+            self.take_preferences(value)
+        elif name == b"origin":
+            self.origin = value
+        elif name == b"idempotency-key":
+            self.keys += 1
+        elif name == b"authorization":
+            self.credentials += 1
+        else:
+            Head.take(self, name, value)
+        return 0
+
+    cdef int take_preferences(self, bytes value) except -1:
+        """Find ``wait=<seconds>`` (RFC 7240). The first one counts, one that is no number does not, nor do parameters."""
+        for preference in PREFERENCE.findall(value):
+            match = WAIT.fullmatch(preference.strip(b" \t"))
+            if match and self.wait < 0:
+                self.wait = int(match[2]) if len(match[2]) <= MAX_DIGITS else INT64_MAX
+        return 0
+
+    cdef int refuse(self, int status, str fault) except -1:
+        if self.status == 0:
+            self.status, self.fault = status, fault
+        return 0
+
+    cdef int judge(self, str version) except -1:
+        """Look for what httptools lets pass."""
+        line = b"%b %b HTTP/%b\r\n" % (self.method.encode("latin-1"), self.target, version.encode())
+        self.old_client = version == "1.0"
+        self.chunked = self.codings is not None
+        if not self.text.startswith(line):
+            self.refuse(400, "the request line is not a method, a target and a version with a space between them")
+        if version not in ("1.0", "1.1"):
+            self.refuse(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        self.judge_target()
+        if self.hosts > 1 or (self.hosts == 0 and not self.old_client):
+            self.refuse(400, "more than one Host header" if self.hosts else "no Host header")
+        if self.credentials > 1:
+            self.refuse(400, "more than one Authorization header")
+        if self.chunked and self.old_client:
+            self.refuse(400, "Transfer-Encoding in HTTP/1.0")
+        if self.chunked and self.codings != b"chunked":
+            self.refuse(501, "the only transfer coding understood is chunked")
+        self.expects_continue = self.expects_continue and not self.old_client
+        self.is_log = self.method == "POST" and self.target.partition(b"?")[0] == b"/logs"
+        return 0
+
+    cdef int judge_target(self) except -1:
+        """Cut an absolute-form target (RFC 9112, 3.2.2) down to its path; let a path, ``*`` for OPTIONS and host:port for
+        CONNECT stand."""
+        cdef bint valid = True
+        options = self.method == "OPTIONS"
+        absolute = ABSOLUTE.fullmatch(self.target)
+        if b"#" in self.target:
+            self.refuse(400, "the target has a fragment (#)")
+        elif self.method == "CONNECT":  # answered 405, as any method unknown here
+            valid = names_host(self.target)
+        elif absolute is not None:
+            valid = names_host(absolute[1])  # nor is there a user in it (RFC 9110, 4.2.4)
+            # No path: the root, or for OPTIONS the server as a whole (its query is nobody's).
+            self.target = absolute[2] if absolute[2].startswith(b"/") else b"*" if options else b"/"
+        else:
+            valid = self.target.startswith(b"/") or (options and self.target == b"*")
+        if not valid:
+            self.refuse(400, "the target is neither a path, a URL with a host nor *")
+        return 0
 
 
-# ---- replies
+@cython.final
+cdef class ReplyHead(Head):
+    """A reply's head: ``text`` up to its empty line."""
 
-cdef bint parse_reply_head(const uchar *p, Py_ssize_t n, ReplyHead *head) noexcept nogil:
-    """Fill ``head`` from a whole head; False if it is not HTTP/1.x."""
-    cdef const uchar *end = p + n
-    cdef const uchar *line_end = <const uchar *>memchr(p, c'\n', n)
-    cdef const uchar *colon
-    cdef const uchar *value_end
-    head.content_length, head.retry_after = -1, -1
-    head.chunked = head.dated = False
-    if line_end - p < 12 or memcmp(p, b"HTTP/1.", 7) != 0 or p[8] != c' ' or not c'0' <= p[7] <= c'9':
-        return False
-    if not (c'1' <= p[9] <= c'9' and c'0' <= p[10] <= c'9' and c'0' <= p[11] <= c'9') or c'0' <= p[12] <= c'9':
-        return False
-    head.status = (p[9] - c'0') * 100 + (p[10] - c'0') * 10 + p[11] - c'0'
-    head.keep_alive = p[7] != c'0'
-    p = line_end + 1
-    while p < end:
-        line_end = <const uchar *>memchr(p, c'\n', end - p)
-        value_end = line_end - 1 if line_end > p and line_end[-1] == c'\r' else line_end
-        if value_end == p:
-            break
-        colon = <const uchar *>memchr(p, c':', value_end - p)
-        if colon == NULL:
-            return False
-        if not reply_field(head, p, colon, value_end):
-            return False
-        p = line_end + 1
-    if head.chunked:
-        head.content_length = -1
-    return True
+    cdef readonly int status
+    cdef readonly bytes retry_after, location  # None: none
+
+    def __init__(self, bytes text not None):
+        self.text = text
+        parser = reply_parser(self)
+        self.fault = self.read(parser, text)
+        self.status = parser.get_status_code()
+        if self.fault is None and (parser.get_http_version() not in ("1.0", "1.1") or self.status < 100 or self.status == 101):
+            self.fault = "not a reply in HTTP/1.0 or HTTP/1.1"
+        # Whatever else was applied, chunked comes last and delimits the body.
+        self.chunked = self.codings is not None and self.codings.rpartition(b",")[2].strip(b" \t") == b"chunked"
+
+    cdef int take(self, bytes name, bytes value) except -1:
+        if name == b"retry-after":
+            self.retry_after = value
+        elif name == b"location":
+            self.location = value
+        else:
+            Head.take(self, name, value)
+        return 0
 
 
-cdef bint reply_field(ReplyHead *head, const uchar *name_at, const uchar *colon, const uchar *end) noexcept nogil:
-    cdef Span name, value
-    cdef int64_t length
-    cdef int option
-    name.p, name.n = name_at, colon - name_at
-    if name.n == 14 and same(name, b"content-length", 14):
-        length = digits(trim(colon + 1, end))
-        if length < 0 or (head.content_length >= 0 and head.content_length != length):
-            return False
-        head.content_length = length
-    elif name.n == 10 and same(name, b"connection", 10):
-        option = connection_option(trim(colon + 1, end))
-        if option:
-            head.keep_alive = option > 0
-    elif name.n == 17 and same(name, b"transfer-encoding", 17):
-        value = trim(colon + 1, end)
-        head.chunked = value.n >= 7
-        if head.chunked:  # whatever else was applied, chunked comes last and delimits the body
-            value.p += value.n - 7
-            value.n = 7
-            head.chunked = same(value, b"chunked", 7)
-    elif name.n == 11 and same(name, b"retry-after", 11):
-        value = trim(colon + 1, end)
-        head.retry_after = digits(value)
-        head.dated = head.retry_after < 0
-        head.retry_date = value
-    return True
+cdef reply_parser(protocol):
+    """Return a parser that reads replies as RFC 9112 lets a recipient: a bare LF ends a line."""
+    parser = HttpResponseParser(protocol)
+    parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True, lenient_chunked_length=True,
+                                    lenient_spaces_after_chunk_size=True)
+    return parser
+
+
+@cython.final
+cdef class UnfinishedHead:
+    """What has come of a head whose end is not there: whoever speaks another protocol learns so at once."""
+
+    cdef object parser               # None: a request's method is not whole
+    cdef bytes method                # how it begins
+    cdef Py_ssize_t seen             # bytes
+    cdef bint judged                 # it will be refused, but has to be whole for that
+
+    def __cinit__(self, bint reply):
+        self.parser = reply_parser(None) if reply else None
+        self.method = b""
+
+    cdef str feed(self, bytes data):
+        """Take in what has come since the last call; return what is wrong with it (400), None if it can become a head."""
+        cdef bint first = self.seen == 0
+        self.seen += len(data)
+        if self.judged or not data:
+            return None
+        if self.parser is None:
+            method = METHOD.match(data)
+            if method is None and first:
+                return None if data == b"\r" else NO_METHOD  # which may be the start of an empty line
+            if method is not None and len(self.method) < 8:
+                self.method += method[1][:8]
+            rest = data[method.end(1) if method else 0:]
+            if not rest:
+                return None
+            if not rest.startswith(b" ") or not self.method:
+                return NO_METHOD
+            self.parser, data = HttpRequestParser(None), shown(self.method, rest)
+        try:
+            self.parser.feed_data(data)
+        except HttpParserError as error:
+            if status_for(self.parser) == 400:
+                return str(error)
+            self.judged = True
+        return None
 
 
 # ---- chunked bodies
 
-cdef enum:
-    SIZE = 0                 # digits of a chunk's size
-    SIZE_SPACE               # between them and an extension
-    EXTENSION                # what may stand behind them
-    SIZE_FEED                # the LF of that line
-    DATA
-    DATA_RETURN              # the CR LF behind the data
-    DATA_FEED
-    TRAILER                  # start of a trailer line
-    TRAILER_NAME
-    TRAILER_LINE
-    TRAILER_FEED
-    LAST_FEED                # the LF of the empty line
-    CHUNKS_OVER
+cdef enum ChunkEvent:
+    CHUNK_MORE = 0           # go on, if there is more input
+    CHUNK_DATA               # `piece` holds some of the body
+    CHUNK_END                # the body and its trailers are over
+    CHUNK_BROKEN
+    CHUNK_TOO_LONG           # an extension, or the trailers
+    CHUNK_TOO_LARGE          # the size lines say so, whether or not the data is there
+
+cdef enum ChunkPart:
+    CHUNK_SIZE_LINE = 0
+    CHUNK_CONTENT
+    CHUNK_CONTENT_END        # the CR LF behind it
+    CHUNK_TRAILERS
 
 
-cdef void chunked_start(Chunked *c) noexcept nogil:
-    c.state, c.left, c.digits, c.line = SIZE, 0, 0, 0
-    c.room = INT64_MAX  # which a size of 15 digits is far below
+@cython.final
+cdef class ChunkedBody:
+    """A chunked body. Extensions and trailers are read and dropped.
+
+    ``room``: bytes that it may have; ``line_limit``: that a size line may have, and all trailers.
+    """
+
+    cdef object parser               # None when it is over, for the two refer to one another
+    cdef ChunkPart part
+    cdef bint over
+    cdef bint sized                  # the digits of the size are over
+    cdef int64_t left                # bytes of the present chunk
+    cdef int64_t room, line_limit
+    cdef int64_t line                # length of the size line so far, or of all trailers
+
+    def __init__(self, bint reply, int64_t room, int64_t line_limit):
+        self.room, self.line_limit = room, line_limit
+        self.parser = reply_parser(self) if reply else HttpRequestParser(self)
+        self.parser.feed_data(b"%b\r\nTransfer-Encoding: chunked\r\n\r\n" % (b"HTTP/1.1 200 OK" if reply else b"POST / HTTP/1.1"))
+
+    def on_message_complete(self):
+        """Hear that the body is over, from httptools."""
+        self.over = True
+
+    cdef int read(self, const uchar **at, const uchar *end, Span *piece) except -1:
+        """Read on at ``at``, which must not be the end, and move that; return at the first event."""
+        cdef const uchar *p = at[0]
+        cdef const uchar *feed = NULL
+        cdef Py_ssize_t n = end - p
+        if self.part == CHUNK_CONTENT:
+            n = min(n, self.left)
+        else:
+            feed = <const uchar *>memchr(p, c'\n', n)
+            if feed != NULL:
+                n = feed + 1 - p
+            if self.part == CHUNK_SIZE_LINE and not self.sized and not self.read_size(p, n):
+                return self.close(CHUNK_TOO_LARGE)
+            if n > self.line_limit - self.line:
+                n, feed = self.line_limit - self.line, NULL
+                if n == 0:
+                    return self.close(CHUNK_TOO_LONG)
+            self.line += n
+        try:
+            self.parser.feed_data(PyMemoryView_FromMemory(<char *>p, n, PyBUF_READ))
+        except HttpParserUpgrade:
+            pass  # in a trailer, which means nothing
+        except HttpParserError:
+            return self.close(CHUNK_BROKEN)
+        at[0] = p + n
+        if self.over:
+            return self.close(CHUNK_END)
+        if self.part == CHUNK_CONTENT:
+            piece.p, piece.n = p, n
+            self.left -= n
+            if self.left == 0:
+                self.part, self.line = CHUNK_CONTENT_END, 0
+            return CHUNK_DATA
+        if feed != NULL:
+            self.end_line()
+        return CHUNK_MORE
+
+    cdef bint read_size(self, const uchar *p, Py_ssize_t n) noexcept:
+        """Read on in the size; say whether there is room for it."""
+        cdef Py_ssize_t i
+        cdef int digit
+        for i in range(n):
+            digit = hex_value(p[i])
+            if digit < 0:
+                self.sized = True
+                break
+            if self.left > self.room >> 4:
+                return False
+            self.left = self.left * 16 + digit
+        return self.left <= self.room
+
+    cdef void end_line(self) noexcept:
+        if self.part == CHUNK_SIZE_LINE:
+            self.part = CHUNK_CONTENT if self.left else CHUNK_TRAILERS
+            self.room -= self.left
+            self.sized, self.line = False, 0
+        elif self.part == CHUNK_CONTENT_END:
+            self.part, self.line = CHUNK_SIZE_LINE, 0
+
+    cdef int close(self, int event) noexcept:
+        self.parser = None
+        return event
 
 
 cdef inline int hex_value(uchar c) noexcept nogil:
@@ -566,95 +551,3 @@ cdef inline int hex_value(uchar c) noexcept nogil:
         return c - c'0'
     c |= 32
     return c - c'a' + 10 if c'a' <= c <= c'f' else -1
-
-
-cdef int chunked_next(Chunked *c, const uchar **at, const uchar *end, Span *piece, int64_t line_limit) noexcept nogil:
-    """Go on at ``at``, moving it; return at the first event (CHUNK_...). Extensions and trailers are read and dropped."""
-    return next_event(c, at, end, piece, line_limit, False)
-
-
-cdef int chunked_next_strict(Chunked *c, const uchar **at, const uchar *end, Span *piece, int64_t line_limit) noexcept nogil:
-    """The same for requests: parsers differ about white space behind a chunk's size, so it is broken."""
-    return next_event(c, at, end, piece, line_limit, True)
-
-
-cdef inline int next_event(Chunked *c, const uchar **at, const uchar *end, Span *piece, int64_t line_limit,
-                           bint strict) noexcept nogil:
-    cdef const uchar *p = at[0]
-    cdef int event = CHUNK_MORE
-    while p < end and event == CHUNK_MORE:
-        if c.state == DATA:
-            piece.p, piece.n = p, min(c.left, end - p)
-            p += piece.n
-            c.left -= piece.n
-            if c.left == 0:
-                c.state = DATA_RETURN
-            event = CHUNK_DATA
-        else:
-            event = chunked_byte(c, p[0], line_limit, strict)
-            p += 1
-    at[0] = p
-    return event
-
-
-cdef int chunked_byte(Chunked *c, uchar byte, int64_t line_limit, bint strict) noexcept nogil:
-    """Step over one byte of the framing."""
-    cdef int value
-    if c.state == SIZE_SPACE or c.state == EXTENSION or c.state >= TRAILER:
-        c.line += 1
-        if c.line > line_limit:
-            return CHUNK_TRAILERS_TOO_LONG
-    if c.state == SIZE or c.state == SIZE_SPACE:
-        value = hex_value(byte) if c.state == SIZE else -1
-        if value >= 0:
-            c.digits += 1
-            if c.digits > 15:
-                return CHUNK_BROKEN
-            c.left = c.left * 16 + value
-            return CHUNK_TOO_LARGE if c.left > c.room else CHUNK_MORE
-        if byte == c'\r' and c.digits:
-            c.state = SIZE_FEED
-        elif byte == c';' and c.digits:
-            c.state = EXTENSION
-        elif (byte == c' ' or byte == c'\t') and c.digits and not strict:
-            c.state = SIZE_SPACE
-        else:
-            return CHUNK_BROKEN
-    elif c.state == EXTENSION or c.state == TRAILER_LINE:
-        if byte == c'\r':
-            c.state = SIZE_FEED if c.state == EXTENSION else TRAILER_FEED
-        elif not KINDS[byte] & VALUE:
-            return CHUNK_BROKEN
-    elif c.state == SIZE_FEED:
-        if byte != c'\n':
-            return CHUNK_BROKEN
-        c.state = DATA if c.left else TRAILER
-        c.room -= c.left
-        c.digits = c.line = 0
-    elif c.state == DATA_RETURN:
-        if byte != c'\r':
-            return CHUNK_BROKEN
-        c.state = DATA_FEED
-    elif c.state == DATA_FEED:
-        if byte != c'\n':
-            return CHUNK_BROKEN
-        c.state = SIZE
-    elif c.state == TRAILER or c.state == TRAILER_NAME:
-        if KINDS[byte] & TOKEN:
-            c.state = TRAILER_NAME
-        elif byte == c'\r' and c.state == TRAILER:
-            c.state = LAST_FEED
-        elif byte == c':' and c.state == TRAILER_NAME:
-            c.state = TRAILER_LINE
-        else:
-            return CHUNK_BROKEN
-    elif c.state == TRAILER_FEED:
-        if byte != c'\n':
-            return CHUNK_BROKEN
-        c.state = TRAILER
-    elif c.state == LAST_FEED:
-        if byte != c'\n':
-            return CHUNK_BROKEN
-        c.state = CHUNKS_OVER
-        return CHUNK_END
-    return CHUNK_MORE

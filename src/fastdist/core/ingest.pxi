@@ -109,8 +109,8 @@ cdef class Intake:
     cdef object on_accepted
     cdef object on_sync_wanted
     cdef uint64_t noise
-    cdef char *out                     # the answers of one read
-    cdef Py_ssize_t out_length, out_size
+    cdef Buffer out                    # the answers of one read
+    cdef RequestHead head              # of the last packet, whoever sent it: a template for new connections
     cdef int64_t dated_second
     cdef int64_t wall                  # ns: when the packet at hand was accepted
     cdef bytes date
@@ -144,33 +144,15 @@ cdef class Intake:
         self.later = call_soon
         self.open_to_all = True
         self.noise = int.from_bytes(os.urandom(8), "little")
-        self.out_size = 65536
-        self.out = <char *>malloc(self.out_size)
-        if self.out == NULL:
-            raise MemoryError
+        make_room(&self.out, MOST_OUT)
         self.date = b""
 
     def __dealloc__(self):
-        free(self.out)
-
-    cdef int reserve(self, Py_ssize_t n) except -1:
-        cdef char *grown
-        if self.out_length + n > self.out_size:
-            grown = <char *>realloc(self.out, 2 * (self.out_length + n))
-            if grown == NULL:
-                raise MemoryError
-            self.out, self.out_size = grown, 2 * (self.out_length + n)
-        return 0
-
-    cdef int put(self, const char *text, Py_ssize_t n) except -1:
-        self.reserve(n)
-        memcpy(self.out + self.out_length, text, n)
-        self.out_length += n
-        return 0
+        release(&self.out)
 
     cdef bytes take_out(self):
-        data = PyBytes_FromStringAndSize(self.out, self.out_length)
-        self.out_length = 0
+        data = PyBytes_FromStringAndSize(<char *>self.out.data, self.out.end)
+        self.out.end = 0
         return data
 
     cdef void make_id(self, int64_t wall, unsigned char *packet_id) noexcept nogil:
@@ -300,8 +282,8 @@ cdef class Intake:
                 return False
             slowest, most, next_slow = None, 0, now + STALL
             for connection in self.connections:
-                if connection.body_length and connection is not coming:
-                    waste = <double>(now - connection.body_slow) * connection.body_length
+                if connection.body.end and connection is not coming:
+                    waste = <double>(now - connection.body_slow) * connection.body.end
                     if waste > most:
                         slowest, most = connection, waste
                     elif waste <= 0:
@@ -377,18 +359,20 @@ cdef class IngestBase(Receiver):
     cdef readonly bint is_log
     cdef readonly bint keep_alive
     cdef int64_t body_left
-    cdef Chunked chunks
+    cdef ChunkedBody chunks
+    cdef int chunk_fault               # an event of it that has to wait for its turn
     cdef int64_t wait_seconds          # Prefer: wait; -1: none
     cdef char[64] key
     cdef int key_length
     cdef bytes extra                   # header lines its answer gets besides the usual
     cdef tuple request                 # (method, target, head) of one that is not POST /logs
     # buffers
-    cdef uchar *partial                # of a head, or what is held back
-    cdef Py_ssize_t partial_start, partial_length, partial_size, scanned
+    cdef RequestHead head              # the last one: a template
+    cdef UnfinishedHead unfinished     # the head that is being read
+    cdef Buffer partial                # of a head, or what is held back
+    cdef Py_ssize_t scanned            # of the head, by find_head_end
     cdef int blank_lines               # passed over since the last head
-    cdef uchar *body
-    cdef Py_ssize_t body_length, body_size
+    cdef Buffer body                   # as far as it has come
     # times, monotonic ns
     cdef int64_t moved_ns              # last byte read
     cdef int64_t head_ns               # first byte of the present head; 0: none yet
@@ -410,8 +394,8 @@ cdef class IngestBase(Receiver):
         self.answers = None
 
     def __dealloc__(self):
-        free(self.partial)
-        free(self.body)
+        release(&self.partial)
+        release(&self.body)
 
     def set_client(self, str address):
         """Tell who is at the other end (for the rate limits)."""
@@ -427,9 +411,9 @@ cdef class IngestBase(Receiver):
         self.moved_ns = mono_ns()
         if unlikely(self.stream is None and self.intake.loop_left <= 0):
             self.held = True  # the loop calls for each connection that has something: nobody else counts the time
-        if likely(self.partial_length == 0 and not self.held):
+        if likely(self.partial.end == 0 and not self.held):
             return self.read_from(p, n, NULL)
-        self.keep_partial(p, n)
+        keep(&self.partial, p, n)
         if not self.held:
             return self.read_kept()
         self.balance_input()
@@ -437,33 +421,30 @@ cdef class IngestBase(Receiver):
 
     cdef int read_kept(self) except -1:
         """Read from what was kept; the buffer is this call's meanwhile."""
-        cdef uchar *kept = self.partial
-        cdef const uchar *p = b""
-        cdef Py_ssize_t n = self.partial_length
-        if kept != NULL:
-            p = kept + self.partial_start
-        self.partial = NULL
-        self.drop_partial()
-        return self.read_from(p, n, kept)
+        cdef Buffer buffer = self.partial
+        self.partial.data = NULL
+        release(&self.partial)
+        return self.read_from(buffer.data + buffer.start, kept_in(&buffer), &buffer)
 
-    cdef int read_from(self, const uchar *p, Py_ssize_t n, uchar *kept) except -1:
-        """Read requests; ``kept``: the buffer they are in if it is ours, which is freed, or kept on with the rest."""
+    cdef int read_from(self, const uchar *p, Py_ssize_t n, Buffer *buffer) except -1:
+        """Read requests; ``buffer``: what they are in if it is ours, which is released, or kept on with the rest."""
+        cdef const uchar *start = p
         cdef const uchar *end = p + n
-        cdef Py_ssize_t size = end - kept if kept != NULL else 0
         cdef uint64_t before = self.intake.ring.next_sequence
         self.held = self.costly = False
         try:
             p = self.read(p, end, self.moved_ns)
             if self.state == OVER or p == end:
                 pass
-            elif kept != NULL and (self.held or p == kept):  # it may be much, and stays where it is
-                self.partial, self.partial_size = kept, size
-                self.partial_start, self.partial_length = p - kept, end - p
-                kept = NULL
+            elif buffer != NULL and (self.held or p == start):  # it may be much, and stays where it is
+                buffer.start += p - start
+                self.partial = buffer[0]
+                buffer = NULL
             else:
-                self.keep_partial(p, end - p)
+                keep(&self.partial, p, end - p)
         finally:
-            free(kept)
+            if buffer != NULL:
+                release(buffer)
             self.flush()
         if self.stream is None:
             self.intake.loop_left -= mono_ns() - self.moved_ns
@@ -493,7 +474,7 @@ cdef class IngestBase(Receiver):
             elif self.state == CHUNKS:
                 p = self.read_chunks(p, end)
             else:
-                self.body_whole(self.body, self.body_length)
+                self.body_whole(self.body.data, self.body.end)
             if unlikely(self.costly_since):
                 self.intake.costly_left -= mono_ns() - self.costly_since
                 self.costly_since = 0
@@ -503,7 +484,7 @@ cdef class IngestBase(Receiver):
 
     cdef bint has_enough(self) except -1:
         """Whether no further request should be begun for now."""
-        if unlikely(self.intake.out_length > MOST_OUT):
+        if unlikely(self.intake.out.end > MOST_OUT):
             self.flush_to_answers()
         return self.is_full()
 
@@ -547,7 +528,8 @@ cdef class IngestBase(Receiver):
 
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL:
         """Read the head at ``p``; return where it ends, or ``p`` when it is not whole yet or has to wait for its turn."""
-        cdef RequestHead head
+        cdef RequestHead head = self.head
+        cdef Filled filled
         cdef Py_ssize_t length
         if self.head_ns == 0:
             self.head_ns = now
@@ -558,6 +540,7 @@ cdef class IngestBase(Receiver):
         if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
             # An empty line before a request is to be passed over (RFC 9112, 2.2); without end they would be no request.
             self.head_ns = 0
+            self.unfinished = None
             if self.blank_lines < MOST_BLANK_LINES:
                 self.blank_lines += 1
                 return p + 2
@@ -565,22 +548,25 @@ cdef class IngestBase(Receiver):
                 return p
             self.fault(400, "malformed", f"more than {MOST_BLANK_LINES} empty lines where a request should begin")
             return end
-        length = find_head_end(p, min(end - p, self.intake.max_header), &self.scanned, True)
-        if length == HEAD_INCOMPLETE and end - p <= self.intake.max_header:
-            return p
+        length = head.matches(p, min(end - p, self.intake.max_header), &filled) if head is not None else 0
+        if length == 0 and self.intake.head is not None and head is not self.intake.head:
+            head = self.intake.head
+            length = head.matches(p, min(end - p, self.intake.max_header), &filled)
+        if length == 0:
+            length = find_head_end(p, min(end - p, self.intake.max_header), &self.scanned, True)
+            if length <= 0:
+                return self.read_unfinished(p, end - p, length == HEAD_BROKEN)
+            head = RequestHead(p[:length])
+            head.matches(p, length, &filled)
         self.head_ns = 0
-        if length <= 0:
-            if not self.may_answer():
-                return p
-            if length == HEAD_BROKEN:
-                self.fault(400, "malformed", f"the request is not HTTP: {BAD_LINE.decode()}")
-            else:
-                self.fault(431, "head_too_large", f"the request's head is larger than the {self.intake.max_header} bytes allowed")
-            return end
-        parse_request_head(p, length, &head)
-        self.begin(&head, p, length)
+        self.unfinished = None
+        self.begin(head, &filled, p, length)
         if unlikely(self.held):
             return p
+        if head is not self.head and head.status == 0:
+            self.head = head
+            if head.is_log:
+                self.intake.head = head
         self.blank_lines = 0
         self.admitted = False
         if self.state == START:  # no body
@@ -590,33 +576,57 @@ cdef class IngestBase(Receiver):
             self.invites = self.answers is not None
         return p + length
 
-    cdef int begin(self, RequestHead *head, const uchar *p, Py_ssize_t n) except -1:
-        """Act on a parsed head: decide what the request is, whether it may go on, and how its body is read."""
+    cdef const uchar *read_unfinished(self, const uchar *p, Py_ssize_t n, bint broken) except NULL:
+        """See to a head whose end is not there: it may be broken or too large already. Return ``p``, or where reading ends."""
+        cdef Py_ssize_t limit = self.intake.max_header
+        if self.unfinished is None:
+            self.unfinished = UnfinishedHead(False)
+        fault = self.unfinished.feed(p[self.unfinished.seen:min(n, limit)])
+        if broken and fault is None:
+            fault = "a line ends in a bare LF"
+        if fault is None and n <= limit:
+            return p
+        if not self.may_answer():
+            self.unfinished = None  # it has to say so again
+            return p
+        self.head_ns = 0
+        self.unfinished = None
+        if fault is not None:
+            self.malformed(400, fault)
+        else:
+            self.fault(431, "head_too_large", f"the request's head is larger than the {limit} bytes allowed")
+        return p + n
+
+    cdef int malformed(self, int status, str fault) except -1:
+        """Answer what is wrong with HTTP; 501 and 505 are about what is HTTP, but not spoken here."""
+        self.fault(status, "malformed", f"{'the request is not HTTP: ' if status == 400 else ''}{fault}")
+        return 0
+
+    cdef int begin(self, RequestHead head, Filled *filled, const uchar *p, Py_ssize_t n) except -1:
+        """Act on a head: decide what the request is, whether it may go on, and how its body is read."""
         cdef bint keep_alive = head.keep_alive and not self.intake.draining
         # If it is answered already now: whether the body still comes is the emitter's choice, or it is too long to pass over.
-        cdef bint bodiless = head.expects_continue or head.content_length > self.intake.max_body
+        cdef bint bodiless = head.expects_continue or filled.content_length > self.intake.max_body
         cdef int64_t wait = 0
         cdef int refusal
-        self.head_only = head.method == HEAD
-        self.is_log = head.method == POST and head.path.n == 5 and head.path.p[:5] == b"/logs"
-        refusal = self.judge(head, &wait)
+        self.is_log = head.is_log
+        self.head_only = not head.is_log and head.method == "HEAD"
+        refusal = self.judge(head, filled, &wait)
         if unlikely(refusal != FINE and not self.may_answer()):
             return 0
         if unlikely(refusal == BROKEN):
-            self.fault(head.status, "malformed",  # 501 and 505 are about what is HTTP, but not spoken here
-                       f"{'the request is not HTTP: ' if head.status == 400 else ''}{head.fault.decode()}")
+            self.malformed(head.status, head.fault)
             return 0
         self.keep_alive = keep_alive and not bodiless
-        self.old_client = head.minor == 0
-        if unlikely(self.intake.shares_origins) and head.origin.n:
-            self.extra = self.share_with(head.origin.p[:head.origin.n])
+        self.old_client = head.old_client
+        if unlikely(self.intake.shares_origins) and head.origin:
+            self.extra = self.share_with(head.origin)
         if unlikely(self.intake.draining) and head.keep_alive:
             self.closing = True  # it may have sent more: linger, lest a reset destroys what it has yet to read
         if unlikely(not self.is_log):
-            self.request = (head.method_text.p[:head.method_text.n].decode("latin-1"),
-                            head.target.p[:head.target.n].decode("latin-1"), p[:n])
+            self.request = (head.method, head.target.decode("latin-1"), p[:n])
         if unlikely(refusal != FINE):
-            self.turn_down(refusal, head, wait)
+            self.turn_down(refusal, filled, wait)
         if self.state == OVER:
             return 0
         if self.answered and bodiless:
@@ -626,20 +636,23 @@ cdef class IngestBase(Receiver):
         self.body_due = self.moved_ns + self.intake.body_timeout
         if head.chunked:
             self.state = CHUNKS
-            chunked_start(&self.chunks)
-            self.chunks.room = self.intake.max_body if self.is_log else API_BODY
-        elif head.content_length > 0:
+            self.chunks = ChunkedBody(False, self.most_of_body(), self.intake.max_header)
+            self.chunk_fault = CHUNK_MORE
+        elif filled.content_length > 0:
             self.state = BODY
-            self.body_left = head.content_length
+            self.body_left = filled.content_length
         return 0
 
-    cdef int judge(self, RequestHead *head, int64_t *wait) except -1:
+    cdef int64_t most_of_body(self) noexcept:
+        return self.intake.max_body if self.is_log else API_BODY
+
+    cdef int judge(self, RequestHead head, Filled *filled, int64_t *wait) except -1:
         """Decide from its head alone whether a request may go on: limits, then the token, then the rest. ``wait``: of LIMITED."""
         cdef Intake intake = self.intake
         if head.status:
             return BROKEN
         if unlikely(not self.is_log):
-            return TOO_LONG if head.content_length > API_BODY else UNEXPECTED if head.expects_other else FINE
+            return TOO_LONG if filled.content_length > API_BODY else UNEXPECTED if head.expects_other else FINE
         self.key_length = 0
         self.wait_seconds = min(head.wait, LONGEST_WAIT)
         if unlikely(intake.limiter.active) and not self.admitted:
@@ -648,27 +661,27 @@ cdef class IngestBase(Receiver):
                 return LIMITED
             self.admitted = True  # once, also if the answer has to wait
         if unlikely(not intake.open_to_all):
-            if not (head.authorization.n and self.is_authorized(head.authorization.p[:head.authorization.n])):
+            if not (filled.credentials.n and self.is_authorized(filled.credentials.p[:filled.credentials.n])):
                 return NO_TOKEN
         if unlikely(intake.closed or intake.broken_storage):
             return NOT_STORED
         if head.encoded:
             return ENCODED
-        if head.content_type.n and not is_json(head.content_type):
+        if not head.json:
             return NO_JSON
-        if head.keys and (head.keys > 1 or not self.take_key(head.key)):
+        if head.keys and (head.keys > 1 or not self.take_key(filled.key)):
             return BAD_KEY
-        if head.content_length > intake.max_body:
+        if filled.content_length > intake.max_body:
             return TOO_LONG
         return UNEXPECTED if head.expects_other else FINE
 
-    cdef int turn_down(self, int refusal, RequestHead *head, int64_t wait) except -1:
+    cdef int turn_down(self, int refusal, Filled *filled, int64_t wait) except -1:
         """Answer what ``judge`` has found wrong."""
         cdef bint close = not self.keep_alive
         if refusal == LIMITED:
             self.reject(self.limited(wait / 1e9))
         elif refusal == NO_TOKEN:
-            self.reject(self.unauthorized(head.authorization.p[:head.authorization.n] if head.authorization.n else None))
+            self.reject(self.unauthorized(filled.credentials.p[:filled.credentials.n] if filled.credentials.n else None))
         elif refusal == NOT_STORED:
             self.reject(self.not_stored(False))
         elif refusal == ENCODED:
@@ -683,7 +696,7 @@ cdef class IngestBase(Receiver):
         elif refusal == UNEXPECTED:
             self.reject(self.refuse(417, "invalid", "the only expectation understood is 100-continue", close))
         elif self.is_log:
-            self.fault(413, "too_large", f"the body is {head.content_length} bytes, more than the {self.intake.max_body} allowed")
+            self.fault(413, "too_large", f"the body is {filled.content_length} bytes, more than the {self.intake.max_body} allowed")
         else:
             self.fault(413, "", f"the body is larger than the {API_BODY} bytes allowed here")
         return 0
@@ -710,44 +723,40 @@ cdef class IngestBase(Receiver):
         if self.answered:
             if self.body_left == 0:
                 self.body_whole(NULL, 0)
-        elif self.body_left == 0 and self.body_length == 0:
+        elif self.body_left == 0 and self.body.end == 0:
             self.body_whole(p, n)
             if unlikely(self.held):  # it stays where it is
                 self.state, self.body_left = BODY, n
                 return p
         elif self.has_room_for(n):
-            if self.body == NULL:  # touched only as it fills
-                self.body_size = n + self.body_left
-                self.body = <uchar *>malloc(self.body_size)
-                if self.body == NULL:
-                    raise MemoryError
+            if self.body.data == NULL:  # touched only as it fills
+                make_room(&self.body, n + self.body_left)
             self.keep_body(p, n)
             if self.body_left == 0:
-                self.body_whole(self.body, self.body_length)
+                self.body_whole(self.body.data, self.body.end)
         if self.body_left:
             self.body_moved(n)
         return p + n
 
     cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL:
         cdef Span piece
-        cdef int event
-        cdef Chunked before = self.chunks
         cdef const uchar *start = p
-        event = chunked_next_strict(&self.chunks, &p, end, &piece, self.intake.max_header)
+        cdef int event = self.chunk_fault
+        if likely(event == CHUNK_MORE):
+            event = self.chunks.read(&p, end, &piece)
         if event == CHUNK_DATA:
             if not self.answered and self.has_room_for(piece.n):
                 self.keep_body(piece.p, piece.n)
         elif event == CHUNK_END:
-            self.body_whole(self.body, self.body_length)
+            self.body_whole(self.body.data, self.body.end)
         elif event != CHUNK_MORE and not self.may_answer():
-            self.chunks = before
+            self.chunk_fault = event
             return start
         elif event == CHUNK_TOO_LARGE:
-            self.fault(413, "too_large" if self.is_log else "",
-                       f"the body is larger than the {self.intake.max_body if self.is_log else API_BODY} bytes allowed")
+            self.fault(413, "too_large" if self.is_log else "", f"the body is larger than the {self.most_of_body()} bytes allowed")
         elif event == CHUNK_BROKEN:
-            self.fault(400, "malformed", "the request is not HTTP: its chunks are broken")
-        elif event == CHUNK_TRAILERS_TOO_LONG:
+            self.malformed(400, "its chunks are broken")
+        elif event == CHUNK_TOO_LONG:
             self.fault(431, "head_too_large", "the trailers of the body are too large")
         self.body_moved(p - start)
         return p
@@ -761,7 +770,7 @@ cdef class IngestBase(Receiver):
     cdef bint has_room_for(self, Py_ssize_t n) except -1:
         """Whether so much more of a body may be kept. If not, say so: many that come slowly would take all memory."""
         cdef int64_t room = self.intake.most_bodies - n
-        if self.body_length + n <= SMALL_BODY:
+        if self.body.end + n <= SMALL_BODY:
             room += self.intake.most_bodies // RESERVE
         if likely(self.intake.bodies <= room) or self.intake.make_room(self, room):
             return True
@@ -772,47 +781,18 @@ cdef class IngestBase(Receiver):
         return False
 
     cdef int keep_body(self, const uchar *p, Py_ssize_t n) except -1:
-        cdef uchar *grown
-        cdef Py_ssize_t size
-        if self.body_length + n > self.body_size:
-            size = max(2 * self.body_size, self.body_length + n, 4096)
-            grown = <uchar *>realloc(self.body, size)
-            if grown == NULL:
-                raise MemoryError
-            self.body, self.body_size = grown, size
-        if self.body_length == 0:
+        if self.body.end == 0:
             self.body_slow = self.moved_ns + STALL
-        memcpy(self.body + self.body_length, p, n)
-        self.body_length += n
+        keep(&self.body, p, n)
         self.intake.bodies += n
         return 0
 
-    cdef int keep_partial(self, const uchar *p, Py_ssize_t n) except -1:
-        cdef uchar *grown
-        if self.partial_start + self.partial_length + n > self.partial_size:
-            grown = <uchar *>malloc(self.partial_length + n)
-            if grown == NULL:
-                raise MemoryError
-            if self.partial_length:
-                memcpy(grown, self.partial + self.partial_start, self.partial_length)
-            free(self.partial)
-            self.partial, self.partial_size = grown, self.partial_length + n
-            self.partial_start = 0
-        memcpy(self.partial + self.partial_start + self.partial_length, p, n)
-        self.partial_length += n
-        return 0
-
-    cdef drop_partial(self):
-        free(self.partial)
-        self.partial = NULL
-        self.partial_start = self.partial_length = self.partial_size = 0
-
     cdef int drop_body(self) noexcept:
-        if self.body != NULL:
-            free(self.body)
-            self.body = NULL
-            self.intake.bodies -= self.body_length
-        self.body_length = self.body_size = 0
+        self.intake.bodies -= self.body.end
+        release(&self.body)
+        if self.chunks is not None:
+            self.chunks.close(CHUNK_END)
+            self.chunks = None
         return 0
 
     cdef int body_whole(self, const uchar *p, Py_ssize_t n) except -1:
@@ -964,20 +944,20 @@ cdef class IngestBase(Receiver):
         self.state = OVER
         if self.held:
             self.held = False
-            self.drop_partial()
+            release(&self.partial)
         self.closing = True
         self.drop_body()
 
     def let_go(self):
         """Free what was kept of a request: the connection is gone."""
         self.drop_body()
-        self.drop_partial()
+        release(&self.partial)
 
     def emit(self, bytes data):
         """Write an answer in its turn."""
         cdef Answer answer
         if self.answers is None:
-            self.intake.put(PyBytes_AS_STRING(data), len(data))
+            keep(&self.intake.out, PyBytes_AS_STRING(data), len(data))
             return
         self.flush_to_answers()
         answer = Answer.__new__(Answer)
@@ -999,7 +979,7 @@ cdef class IngestBase(Receiver):
     cdef flush_to_answers(self):
         """What is in the common buffer came first: write it, or let it wait its turn."""
         cdef Answer answer
-        if self.intake.out_length == 0:
+        if self.intake.out.end == 0:
             return
         if self.answers is None:
             self.write_out()
@@ -1010,14 +990,14 @@ cdef class IngestBase(Receiver):
         self.answers.append(answer)
 
     cdef int write_out(self) except -1:
-        cdef Py_ssize_t n = self.intake.out_length
-        self.intake.out_length = 0
-        return self.transmit(self.intake.out, n)
+        cdef Py_ssize_t n = self.intake.out.end
+        self.intake.out.end = 0
+        return self.transmit(<char *>self.intake.out.data, n)
 
     cdef int flush(self) except -1:
         """Write the answers of this read; close if the last was among them; stop reading while too many wait."""
         cdef Intake intake = self.intake
-        if intake.out_length:
+        if intake.out.end:
             if self.answers is None:
                 self.write_out()
             else:
@@ -1183,7 +1163,7 @@ cdef class IngestBase(Receiver):
         """Return how many bytes the kernel did not take yet, or, where the connection might be closed, has not got rid of."""
         cdef int64_t count
         if self.stream is not None:
-            count = self.stream.output_end - self.stream.output_start
+            count = self.stream.unwritten()
         else:
             count = self.transport.get_write_buffer_size()
         if count == 0 and self.answers is None and (self.state == OVER or now - self.moved_ns > self.intake.keepalive_timeout):
@@ -1220,40 +1200,24 @@ cdef class IngestBase(Receiver):
         self.flush()
 
 
-cdef bint is_json(Span value) noexcept:
-    """Whether the media type is application/json, with or without parameters."""
-    cdef const uchar *p = value.p
-    cdef Span media_type = value
-    cdef Py_ssize_t i
-    for i in range(value.n):
-        if p[i] == c';':
-            media_type.n = i
-            break
-    while media_type.n and (p[media_type.n - 1] == c' ' or p[media_type.n - 1] == c'\t'):
-        media_type.n -= 1
-    return same(media_type, b"application/json", 16)
-
-
 cdef int write_accepted(Intake intake, const char *packet_id, int id_length, uint32_t messages, bytes extra,
                         bint keep_alive, bint old_client) except -1:
     """Put ``202 {"status":"accepted",...}`` into the common buffer."""
     cdef char[32] count
-    cdef int count_length = 0, length = 0
+    cdef Py_ssize_t count_length = 0
     cdef bytes date = intake.date_of(intake.wall)
     cdef char *out
-    cdef char *start
-    intake.reserve(512 + (len(extra) if extra is not None else 0))
-    start = out = intake.out + intake.out_length
+    make_room(&intake.out, 512 + (len(extra) if extra is not None else 0))
+    out = <char *>intake.out.data + intake.out.end
     if intake.validation:
-        count_length = decimal(count, messages)
-    length = 33 + id_length + 1 + (12 + count_length if count_length else 0) + 1
+        count_length = append_number(count, messages) - count
     out = append(out, PyBytes_AS_STRING(ACCEPTED_HEAD), len(ACCEPTED_HEAD))
     out = append(out, PyBytes_AS_STRING(date), len(date))
     if extra is not None:
         out = append(out, b"\r\n", 2)
         out = append(out, PyBytes_AS_STRING(extra), len(extra) - 2)
     out = append(out, b"\r\nContent-Length: ", 18)
-    out += decimal(out, length)
+    out = append_number(out, 33 + id_length + 1 + (12 + count_length if count_length else 0) + 1)
     if not keep_alive:
         out = append(out, b"\r\nConnection: close", 19)
     elif old_client:
@@ -1267,24 +1231,5 @@ cdef int write_accepted(Intake intake, const char *packet_id, int id_length, uin
         out = append(out, b"}", 1)
     else:
         out = append(out, b'"}', 2)
-    intake.out_length += out - start
+    intake.out.end = <uchar *>out - intake.out.data
     return 0
-
-
-cdef inline char *append(char *out, const char *text, Py_ssize_t n) noexcept nogil:
-    memcpy(out, text, n)
-    return out + n
-
-
-cdef int decimal(char *out, int64_t number) noexcept nogil:
-    """Write a number that is not negative; return how many digits it has."""
-    cdef char[20] digits
-    cdef int n = 20
-    while True:
-        n -= 1
-        digits[n] = <char>(c'0' + number % 10)
-        number //= 10
-        if number == 0:
-            break
-    memcpy(out, digits + n, 20 - n)
-    return 20 - n

@@ -23,7 +23,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_wait(int epoll, epoll_event *events, int most, int timeout)
 
 cdef extern from "<sys/ioctl.h>" nogil:
-    unsigned long FIONREAD
+    unsigned long FIONREAD, TIOCOUTQ
     int ioctl(int fd, unsigned long request, void *value)
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -33,10 +33,6 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t c_send "send"(int fd, const void *data, size_t n, int flags)
     int shutdown(int fd, int how)
     int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
-
-cdef extern from "<sys/ioctl.h>" nogil:
-    unsigned long TIOCOUTQ
-    int ioctl(int fd, unsigned long request, int *value)
 
 cdef enum:
     EVENTS = 8               # asked for at a time, between two looks at the clock
@@ -197,11 +193,10 @@ cdef class Stream:
     cdef bint output_paused      # the protocol was told so
     cdef bint end_wanted         # shut down our side when all is written
     cdef bint closing, over
-    cdef char *output            # what the kernel did not take yet
-    cdef Py_ssize_t output_start, output_end, output_size
+    cdef Buffer output           # what the kernel did not take yet
 
     cdef inline Py_ssize_t unwritten(self) noexcept nogil:
-        return self.output_end - self.output_start
+        return kept_in(&self.output)
 
     def __cinit__(self, Poller poller, connection, peer, Receiver protocol):
         self.fd = -1
@@ -220,7 +215,7 @@ cdef class Stream:
     def __dealloc__(self):
         if self.fd >= 0:
             close(self.fd)
-        free(self.output)
+        release(&self.output)
 
     # ---- what happens on the socket
 
@@ -232,7 +227,7 @@ cdef class Stream:
             self.read_some()
         elif events & (EPOLLERR | EPOLLHUP):  # told whether asked for or not
             self.fail(self.pending_error())
-        if events & EPOLLOUT and self.output_end and not self.over:
+        if events & EPOLLOUT and self.output.end and not self.over:
             self.write_some()
         return 0
 
@@ -254,21 +249,18 @@ cdef class Stream:
         return 0 if self.end_read or self.closing else self.read_some()
 
     cdef int write_some(self) except -1:
-        cdef ssize_t n = c_send(self.fd, self.output + self.output_start, self.output_end - self.output_start,
-                                MSG_DONTWAIT | MSG_NOSIGNAL)
+        cdef ssize_t n = c_send(self.fd, self.output.data + self.output.start, self.unwritten(), MSG_DONTWAIT | MSG_NOSIGNAL)
         if n < 0:
             return 0 if errno == EAGAIN or errno == EINTR else self.fail(errno)
-        self.output_start += n
-        if self.output_start == self.output_end:
-            self.output_start = self.output_end = self.output_size = 0
-            free(self.output)
-            self.output = NULL
+        self.output.start += n
+        if self.unwritten() == 0:
+            release(&self.output)
             self.rewatch()
-        if self.output_paused and self.output_end - self.output_start <= LOW_WATER:
+        if self.output_paused and self.unwritten() <= LOW_WATER:
             self.output_paused = False
             self.protocol.resume_writing()
         self.protocol.flushed()
-        if self.output_end == 0 and not self.over:
+        if self.output.end == 0 and not self.over:
             self.written()
         return 0
 
@@ -303,9 +295,7 @@ cdef class Stream:
         if not self.over:
             self.over = self.closing = True
             epoll_ctl(self.poller.epoll, EPOLL_CTL_DEL, self.fd, &event)
-            self.output_start = self.output_end = self.output_size = 0
-            free(self.output)
-            self.output = NULL
+            release(&self.output)
             self.poller.loop.call_soon(self.lose, error)
         return 0
 
@@ -326,7 +316,7 @@ cdef class Stream:
             return 0
         if not (self.reading_paused or self.end_read or self.closing):
             events |= EPOLLIN
-        if self.output_end:
+        if self.output.end:
             events |= EPOLLOUT
         if events != self.watched:
             self.poller.watch(self, events)
@@ -336,7 +326,7 @@ cdef class Stream:
         cdef ssize_t taken = 0
         if unlikely(self.over or self.end_wanted or self.closing):
             return 0
-        if likely(self.output_end == 0):
+        if likely(self.output.end == 0):
             taken = c_send(self.fd, p, n, MSG_DONTWAIT | MSG_NOSIGNAL)
             if likely(taken == n):
                 return 0
@@ -344,27 +334,11 @@ cdef class Stream:
                 if errno != EAGAIN and errno != EINTR:
                     return self.fail(errno)
                 taken = 0
-        self.keep(p + taken, n - taken)
+        keep(&self.output, p + taken, n - taken)
         self.rewatch()
-        if not self.output_paused and self.output_end - self.output_start > HIGH_WATER:
+        if not self.output_paused and self.unwritten() > HIGH_WATER:
             self.output_paused = True
             self.protocol.pause_writing()
-        return 0
-
-    cdef int keep(self, const char *p, Py_ssize_t n) except -1:
-        cdef Py_ssize_t kept = self.output_end - self.output_start
-        cdef char *grown
-        if self.output_end + n > self.output_size:
-            grown = <char *>malloc(2 * (kept + n))
-            if grown == NULL:
-                raise MemoryError
-            if kept:
-                memcpy(grown, self.output + self.output_start, kept)
-            free(self.output)
-            self.output, self.output_size = grown, 2 * (kept + n)
-            self.output_start, self.output_end = 0, kept
-        memcpy(self.output + self.output_end, p, n)
-        self.output_end += n
         return 0
 
     def write(self, bytes data):
@@ -380,7 +354,7 @@ cdef class Stream:
         if self.end_wanted or self.over:
             return
         self.end_wanted = True
-        if self.output_end == 0:
+        if self.output.end == 0:
             self.written()
 
     def pause_reading(self):
@@ -407,7 +381,7 @@ cdef class Stream:
         if self.closing:
             return
         self.closing = True
-        if self.output_end == 0:
+        if self.output.end == 0:
             self.end(None)
         else:
             self.rewatch()
