@@ -22,8 +22,9 @@ from fastdist.packet import check
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from fastdist._core import Input  # type: ignore[attr-defined]
     from ingest_harness import Connection
+
+    from fastdist._core import Input  # type: ignore[attr-defined]
 
 
 def _choice(data: bytes, of: int) -> int:

@@ -18,8 +18,7 @@ from tools import packet, weight_of
 
 from fastdist import dispatch
 from fastdist import packet as packets
-from fastdist._core import Intake
-from fastdist._core import PacketRing, file_size
+from fastdist._core import Intake, PacketRing, file_size
 from fastdist.config import Analyzer, Config
 from fastdist.dispatch import Dispatcher
 from fastdist.forward import AnalyzerConnection, AnalyzerPool

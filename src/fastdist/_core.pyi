@@ -22,7 +22,7 @@ def bucket_bounds() -> list[int]: ...
 def add_histograms(histograms: Iterable[ReadableBuffer]) -> tuple[list[int], int, int]: ...
 def row_words(slots: int) -> int: ...
 
-@disjoint_base
+@final
 class Counters:
     @property
     def slots(self) -> int: ...
@@ -41,7 +41,7 @@ class Counters:
 
 def limiter_words(client_slots: int) -> int: ...
 
-@disjoint_base
+@final
 class RateLimiter:
     @property
     def active(self) -> bool: ...
@@ -53,7 +53,7 @@ class RateLimiter:
 
 GOLDEN_RATIO_STEP: Final[int]
 
-@disjoint_base
+@final
 class AliasTable:
     @property
     def size(self) -> int: ...
@@ -61,7 +61,7 @@ class AliasTable:
     def pick(self, u: int) -> int: ...
     def shares(self) -> dict[int, float]: ...
 
-@disjoint_base
+@final
 class Rendezvous:
     @property
     def size(self) -> int: ...
@@ -90,7 +90,7 @@ class RingError(Exception): ...
 def file_size(capacity: int) -> int: ...
 def round_capacity(capacity: int) -> int: ...
 
-@disjoint_base
+@final
 class PacketRing:
     clock_offset: int
     @property
@@ -158,7 +158,7 @@ class PacketRing:
 
 # ---- states
 
-@disjoint_base
+@final
 class AnalyzerStates:
     @property
     def slots(self) -> int: ...
@@ -259,7 +259,7 @@ class ChunkedBody:
 
 # ---- schema
 
-def scan(body: bytes, strict: bool = False) -> tuple[int, int] | None: ...
+def scan(body: ReadableBuffer, strict: bool = False) -> tuple[int, int] | None: ...
 def malformed(body: bytes) -> tuple[str, int, int, int] | None: ...
 def locate(body: bytes, strict: bool = False) -> tuple[int, int | None, list[str]]: ...
 def hash_text(utf8: bytes) -> int: ...
@@ -275,7 +275,7 @@ class Receiver:
     transport: Any
     def data_received(self, data: bytes) -> None: ...
 
-@disjoint_base
+@final
 class Poller:
     @property
     def loop(self) -> asyncio.AbstractEventLoop: ...
@@ -287,7 +287,7 @@ class Poller:
     def close(self) -> None: ...
     def turn(self) -> bool: ...
 
-@disjoint_base
+@final
 class Stream:
     @property
     def poller(self) -> Poller: ...
@@ -319,7 +319,7 @@ SAFETY_HEADERS: Final[bytes]
 
 def call_soon(callback: Callable[[], None]) -> None: ...
 
-@disjoint_base
+@final
 class Intake:
     draining: bool
     closed: bool
@@ -376,7 +376,7 @@ class Intake:
     def synced(self, position: int) -> None: ...
     def sync_failed(self, status: int, reason: str, headers: bytes, body: bytes) -> None: ...
 
-@disjoint_base
+@final
 class Answer:
     def complete(self, data: bytes) -> None: ...
     def complete_after_sync(self, data: bytes) -> None: ...
@@ -505,7 +505,7 @@ UNLIMITED: Final[int]
 STRATEGIES: Final[dict[str, int]]
 UNITS: Final[dict[str, int]]
 
-@disjoint_base
+@final
 class Retrying:
     rounds: int
     def __new__(cls) -> Self: ...

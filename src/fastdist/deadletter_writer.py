@@ -22,8 +22,7 @@ from fastdist import logs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from fastdist._core import Counters
-    from fastdist._core import PacketRing
+    from fastdist._core import Counters, PacketRing
     from fastdist.deadletters import DeadLetters
 
     Runner = Callable[[Callable[[], None], Callable[[OSError | None], None]], None]

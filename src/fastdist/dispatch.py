@@ -19,8 +19,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdist._core import UNLIMITED
-from fastdist._core import AliasTable, Rendezvous
+from fastdist._core import UNLIMITED, AliasTable, Rendezvous
 from fastdist.deadletter_writer import what_is_left
 from fastdist.forward import AnalyzerPool
 from fastdist.names import Names
@@ -34,10 +33,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Mapping, Sequence
 
-    from fastdist._core import Counters
-    from fastdist._core import PacketRing
-    from fastdist._core import AnalyzerStates
-    from fastdist._core import Poller
+    from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
     from fastdist.config import Analyzer, Config
     from fastdist.deadletters import DeadLetters
     from fastdist.forward import AnalyzerConnection

@@ -19,10 +19,7 @@ from fastdist.sockets import connect, shortage
 if TYPE_CHECKING:
     import ssl
 
-    from fastdist._core import Counters
-    from fastdist._core import PacketRing
-    from fastdist._core import AnalyzerStates
-    from fastdist._core import Poller
+    from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
     from fastdist.config import Analyzer, Delivery
     from fastdist.names import Names
 

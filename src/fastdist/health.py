@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import ssl
 import time
 from typing import TYPE_CHECKING, cast
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from fastdist import timeouts
 from fastdist.forward import YOUNGEST, describe
@@ -32,17 +33,15 @@ if TYPE_CHECKING:
     from fastdist.config import Analyzer, Health
 
 OK = range(200, 300)
-LONGEST_BEGINNING = 16384  # bytes up to the end of the status line, interim responses before it included
+INTERIM = range(100, 200)
+SWITCHING = 101  # is no interim response: what follows is not HTTP
+LONGEST_BEGINNING = 16384  # bytes up to the end of the head, interim responses before it included
 LONGEST_REPLY = 65536  # bytes; a connection with a longer one is not kept
 SHORT_PAUSE = 1.0  # seconds at most until a check is tried again that this machine had no descriptor for
-# The head of an interim response, with its empty line if that is there; 101 is none: what follows would not be HTTP.
-INTERIM = re.compile(rb"HTTP/1\.\d 1(?!01)\d\d(?!\d)[^\n]*\n(?:(?!\r?\n)[^\n]*\n)*(\r?\n)?")
 
 
 class Probe(asyncio.Protocol):
-    """A connection for checks: ``ask`` sends a request, and has the status line of its reply.
-
-    Interim responses (1xx) before that are skipped.
+    """A connection for checks: ``ask`` sends a request, and has the status of its reply. Interim responses are skipped.
 
     A protocol rather than streams, which cost several times as much: with a thousand analyzers that would show.
     """
@@ -51,72 +50,77 @@ class Probe(asyncio.Protocol):
 
     def __init__(self, max_age: float) -> None:
         self._replace_at = time.monotonic() + max_age * random.uniform(YOUNGEST, 1.0)  # noqa: S311
-        self._received = b""
-        self._skipped = 0  # bytes of interim responses
-        self._status_line: asyncio.Future[bytes] | None = None
+        self._status: asyncio.Future[int] | None = None
         self._ended: Exception | None = None
+        self._parser: HttpResponseParser | None = None
+        self._received = 0  # bytes of the reply
+        self._whole = self._kept_alive = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection in."""
         self.transport = cast("asyncio.Transport", transport)
 
-    async def ask(self, request: bytes) -> bytes:
-        """Return the status line of the reply. Raises OSError."""
+    async def ask(self, request: bytes) -> int:
+        """Return the status of the reply. Raises OSError, ValueError."""
         if self._ended is not None:
             raise self._ended
-        self._received, self._skipped = b"", 0
-        self._status_line = asyncio.get_running_loop().create_future()
+        self._parser = HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True)  # as RFC 9112 lets a recipient
+        self._received, self._whole = 0, False
+        self._status = asyncio.get_running_loop().create_future()
         self.transport.write(request)
-        return await self._status_line
+        return await self._status
 
     def data_received(self, data: bytes) -> None:
         """Take in a part of the reply."""
-        self._received += data
-        if self._status_line is not None and not self._status_line.done():
-            self._look_for_status_line(self._status_line)
-        if len(self._received) > LONGEST_REPLY:
+        self._received += len(data)
+        if self._parser is not None:
+            try:
+                self._parser.feed_data(data)
+            except HttpParserUpgrade:
+                self._whole = False
+            except HttpParserError:
+                self._fail(ValueError("a reply that is not HTTP"))
+        if self._received > LONGEST_BEGINNING:  # it goes on and on
+            self._fail(ValueError("a reply that is not HTTP"))
+        if self._received > LONGEST_REPLY:
             self.transport.close()
 
-    def _look_for_status_line(self, found: asyncio.Future[bytes]) -> None:
-        over = 0
-        while (interim := INTERIM.match(self._received, over)) and interim[1]:
-            over = interim.end()
-        self._skipped, self._received = self._skipped + over, self._received[over:]
-        line, end, _ = self._received.partition(b"\n")
-        if end and not interim:
-            found.set_result(line)
-        elif self._skipped + len(self._received) > LONGEST_BEGINNING:  # it goes on and on
-            found.set_result(b"?")
+    def on_message_begin(self) -> None:
+        """Hear that a reply begins, from the parser: behind the one that was asked for there should be none."""
+        self._whole = False
+
+    def on_headers_complete(self) -> None:
+        """Hear that a head is whole."""
+        if self._parser is None or self._status is None:
+            return
+        if not self._parser.get_http_version().startswith("1."):
+            raise ValueError("not HTTP/1")
+        status = self._parser.get_status_code()
+        if (status == SWITCHING or status not in INTERIM) and not self._status.done():
+            self._kept_alive = self._parser.should_keep_alive()
+            self._status.set_result(status)
+
+    def on_message_complete(self) -> None:
+        """Hear that a reply is over."""
+        self._whole = self._status is not None and self._status.done()
+
+    def _fail(self, error: Exception) -> None:
+        self._whole = False
+        if self._status is not None and not self._status.done():
+            self._status.set_exception(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Make do with what has come."""
+        """Give up what has not come."""
+        self._parser = None
         self._ended = exc or ConnectionError("connection closed before the reply")
-        if self._status_line is not None and not self._status_line.done():
-            if exc is None and self._received and not INTERIM.match(self._received):
-                self._status_line.set_result(self._received)
-            else:
-                self._status_line.set_exception(self._ended)
+        self._fail(self._ended)
 
     def can_be_asked_again(self, addresses: frozenset[str]) -> bool:
         """Whether the last reply is whole, and the connection young and one to where the name leads (if it is one)."""
         if self._ended is not None or self.transport.is_closing() or time.monotonic() > self._replace_at:
             return False
-        return not (addresses and self.address not in addresses) and _is_whole(self._received)
-
-
-def _is_whole(reply: bytes) -> bool:
-    """Whether a reply has come to its end, and its connection goes on; False for what need not be known that exactly.
-
-    Where that errs, because the data of a chunk looks like the last one, the next reply makes no sense and is not
-    believed, as nothing is that fails on a kept connection.
-    """
-    head, end, body = reply.partition(b"\r\n\r\n")
-    if not end or not reply.startswith(b"HTTP/1.1 ") or re.search(rb"(?im)^connection:.*\bclose\b", head):
-        return False
-    if re.search(rb"(?im)^transfer-encoding:\s*chunked\s*$", head):
-        return (b"\r\n" + body).endswith(b"\r\n0\r\n\r\n")
-    length = re.search(rb"(?im)^content-length:[ \t]*(\d{1,9})\s*$", head)
-    return len(body) == (int(length[1]) if length else 0) and (length is not None or reply[9:12] in {b"204", b"304"})
+        return self._whole and self._kept_alive and not (addresses and self.address not in addresses)
 
 
 class HealthChecker:
@@ -223,7 +227,7 @@ class HealthChecker:
             f"Accept: */*\r\nUser-Agent: fastdist-health\r\nConnection: {'keep-alive' if keep else 'close'}\r\n\r\n"
         )
         try:
-            status = _status(await probe.ask(request.encode("latin-1")))
+            status = await probe.ask(request.encode("latin-1"))
         except BaseException:
             probe.transport.abort()  # nobody waits for the end of TLS with who does not answer
             raise
@@ -254,11 +258,3 @@ class HealthChecker:
                 states.go_online(slot)
             elif successes == self.settings.rise and not states.has_failed_trials(slot):
                 states.set(slot, word.SINCE_NS, time.time_ns())  # shown as online, on probation
-
-
-def _status(line: bytes) -> int:
-    """Return the status that a status line tells. Raises ValueError."""
-    version, _, rest = line.partition(b" ")
-    if not version.startswith(b"HTTP/1.") or not rest[:3].isdigit():
-        raise ValueError("a reply that is not HTTP")
-    return int(rest[:3])

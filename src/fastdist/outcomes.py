@@ -24,8 +24,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
-from fastdist._core import DispatchBase, Retrying
-from fastdist._core import Rendezvous
+from fastdist._core import DispatchBase, Rendezvous, Retrying
 from fastdist.deadletter_writer import DeadLetterWriter, Letter
 from fastdist.forward import COMPLAINT_SECONDS
 from fastdist.probation import Probation
@@ -35,9 +34,7 @@ from fastdist.shares import effective_weights
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from fastdist._core import Counters
-    from fastdist._core import PacketRing
-    from fastdist._core import AnalyzerStates
+    from fastdist._core import AnalyzerStates, Counters, PacketRing
     from fastdist.config import Analyzer, Config
     from fastdist.deadletters import DeadLetters
     from fastdist.forward import AnalyzerPool

@@ -20,8 +20,7 @@ from fastdist._core import Rendezvous
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from fastdist._core import PacketRing
-    from fastdist._core import AnalyzerStates
+    from fastdist._core import AnalyzerStates, PacketRing
     from fastdist.config import Analyzer
     from fastdist.forward import AnalyzerPool
 

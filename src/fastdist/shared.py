@@ -31,11 +31,12 @@ from fastdist._core import (
     COUNTER_WORDS,
     HISTOGRAMS_PER_ROW,
     WORDS_PER_HISTOGRAM,
+    AnalyzerStates,
     Counters,
+    RateLimiter,
+    limiter_words,
     row_words,
 )
-from fastdist._core import RateLimiter, limiter_words
-from fastdist._core import AnalyzerStates
 from fastdist.errors import StartError
 
 if TYPE_CHECKING:

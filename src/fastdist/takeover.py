@@ -14,8 +14,7 @@ from fastdist.snapshot import DEAD_LETTERS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fastdist._core import Counters
-    from fastdist._core import PacketRing
+    from fastdist._core import Counters, PacketRing
     from fastdist.queuefiles import Adoption
 
 log = logs.get()

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import ParamSpec
 
-    from fastdist._core import Counters
-    from fastdist._core import Intake
-    from fastdist._core import Poller
+    from fastdist._core import Counters, Intake, Poller
     from fastdist.config import Server
 
     P = ParamSpec("P")

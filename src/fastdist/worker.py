@@ -30,9 +30,7 @@ import msgspec
 import uvloop
 
 from fastdist import __version__, control, logs, packet, sockets, tls
-from fastdist._core import Intake
-from fastdist._core import PacketRing
-from fastdist._core import Poller
+from fastdist._core import Intake, PacketRing, Poller
 from fastdist.api import Api, Response, problem, reason
 from fastdist.control import Action, Message
 from fastdist.deadletter_writer import Letter

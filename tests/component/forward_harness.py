@@ -24,8 +24,7 @@ import msgspec
 import uvloop
 
 from fastdist import deadletter_writer, dispatch, outcomes
-from fastdist._core import PacketRing, file_size
-from fastdist._core import Poller
+from fastdist._core import PacketRing, Poller, file_size
 from fastdist.config import Analyzer, Config
 from fastdist.deadletters import DeadLetters
 from fastdist.dispatch import Dispatcher

@@ -23,8 +23,7 @@ import orjson
 from msgspec.structs import replace
 
 from fastdist import packet
-from fastdist._core import Intake
-from fastdist._core import PacketRing, file_size
+from fastdist._core import Intake, PacketRing, file_size
 from fastdist.api import Api
 from fastdist.config import Config, Limits, Security, Server
 from fastdist.ingest import Emitters, IngestProtocol

@@ -9,9 +9,7 @@ from collections import Counter
 import pytest
 from forward_harness import Loop, memory_ring, settings, shared_block
 
-from fastdist._core import DispatchBase
-from fastdist._core import PoolBase
-from fastdist._core import GOLDEN_RATIO_STEP, AliasTable, Rendezvous
+from fastdist._core import GOLDEN_RATIO_STEP, AliasTable, DispatchBase, PoolBase, Rendezvous
 
 WEIGHTS = (0.1, 0.4, 0.2, 0.3)
 NAMES = ("A1", "A2", "A3", "A4")

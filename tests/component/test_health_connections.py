@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from unittest.mock import Mock
 
 import pytest
 from forward_harness import ScriptServer, reply, run, self_signed, shared_block, until
 
 from fastdist.config import Analyzer, Health
-from fastdist.health import HealthChecker, _is_whole
+from fastdist.health import HealthChecker, Probe
 from fastdist.shared import AnalyzerWord
 
 OK = reply(200)
@@ -231,10 +232,19 @@ def test_analyzers_that_are_checked_alike_leave_nothing_open(certificate):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Connection: close\r\n\r\n", True),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", True),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n\r\n", False),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", True),
         (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", False),
         (b"", False),
     ],
 )
 def test_whether_a_reply_is_whole(data, whole):
-    assert _is_whole(data) is whole
+    async def scenario():
+        probe = Probe(60.0)
+        probe.connection_made(Mock(spec=asyncio.Transport, is_closing=lambda: False))
+        asking = asyncio.ensure_future(probe.ask(b""))
+        await asyncio.sleep(0)
+        probe.data_received(data)
+        assert probe.can_be_asked_again(frozenset()) is whole
+        asking.cancel()
+
+    run(scenario())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import httptools
 import pytest
 from hypothesis import given
@@ -35,7 +37,20 @@ NAMES = [
     b"X-Request-Id",
     b"User-Agent",
 ]
-VALUES = [b"", b"0", b"5", b"007", b"close", b"keep-alive", b"chunked", b"gzip", b"100-continue", b"wait=5", b"a", b"a, b"]
+VALUES = [
+    b"",
+    b"0",
+    b"5",
+    b"007",
+    b"close",
+    b"keep-alive",
+    b"chunked",
+    b"gzip",
+    b"100-continue",
+    b"wait=5",
+    b"a",
+    b"a, b",
+]
 SPACES = st.sampled_from([b"", b" ", b"\t", b"  "])
 FIELDS = st.builds(
     lambda name, before, value, after: name + b":" + before + value + after,
@@ -55,7 +70,9 @@ REQUESTS = st.one_of(
     st.just(REQUEST),
     heads([b"POST /logs HTTP/1.1", b"POST /logs HTTP/1.0", b"GET /stats?x HTTP/1.1", b"OPTIONS * HTTP/1.1"]),
 )
-REPLIES = st.one_of(st.just(REPLY), heads([b"HTTP/1.1 200 OK", b"HTTP/1.0 204 No", b"HTTP/1.1 503 x", b"HTTP/1.1 100 C"]))
+REPLIES = st.one_of(
+    st.just(REPLY), heads([b"HTTP/1.1 200 OK", b"HTTP/1.0 204 No", b"HTTP/1.1 503 x", b"HTTP/1.1 100 C"])
+)
 
 
 @st.composite
@@ -66,7 +83,9 @@ def varied(draw, of):
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(other) - 1))
         end = min(len(other), at + draw(st.integers(0, 4)))
-        other[at:end] = draw(st.one_of(st.binary(max_size=4), st.sampled_from([b"7", b"\r\n", b"\n", b": ", b"x", b"\r\nA: b"])))
+        other[at:end] = draw(
+            st.one_of(st.binary(max_size=4), st.sampled_from([b"7", b"\r\n", b"\n", b": ", b"x", b"\r\nA: b"]))
+        )
     return head, bytes(other)
 
 
@@ -76,10 +95,8 @@ class Fields:
     def __init__(self, parser, data):
         self.fields = []
         self.parser = parser(self)
-        try:
+        with contextlib.suppress(httptools.HttpParserUpgrade):
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass
 
     def on_header(self, name, value):
         self.fields.append((name.lower(), value.strip(b" \t")))

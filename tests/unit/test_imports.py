@@ -127,9 +127,7 @@ class Late:
         from fastdist import supervisor
 """
     assert own_modules(imported_by(source)) == {"shared", "config", "units", "_core", "worker", "api"}
-    cython = (
-        "from fastdist._core cimport mix\ncimport fastdist.shared as s, os\n    from a.b import c\nfrom . import d"
-    )
+    cython = "from fastdist._core cimport mix\ncimport fastdist.shared as s, os\n    from a.b import c\nfrom . import d"
     assert cimported_by(cython) == {"fastdist._core", "fastdist.shared", "os", "a.b", "."}
 
 

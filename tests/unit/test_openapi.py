@@ -77,12 +77,10 @@ def statuses_in_the_code():
     for module in ("api", "admin", "ingest", "worker", "supervisor", "changes"):
         for status in statuses_in_python((SOURCES / f"{module}.py").read_text()):
             found.setdefault(status, module)
-    for module in ("ingest", "http"):
-        text = (SOURCES / "_core" / f"{module}.pyx").read_text()
-        for number in re.findall(r"(?:\.refuse\(|\.fault\(|refuse\(head, )(\d{3})\b", text):
-            found.setdefault(int(number), module)
-        for number in re.findall(r"refuse\(head, (\d{3}) if .*? else (\d{3}),", text):
-            found.update(dict.fromkeys(map(int, number), module))
+    for part in ("ingest", "http"):
+        text = (SOURCES / "core" / f"{part}.pxi").read_text()
+        for number in re.findall(r"\.(?:refuse|fault|malformed)\((\d{3})\b", text):
+            found.setdefault(int(number), part)
     return found
 
 

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastdist._core import GOLDEN_RATIO_STEP, AliasTable, Rendezvous
-from fastdist._core import hash_text
+from fastdist._core import GOLDEN_RATIO_STEP, AliasTable, Rendezvous, hash_text
 
 WORD = 2**64
 ANALYZERS = [0.1, 0.4, 0.2, 0.3]

@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdist import packet
-from fastdist import _core as schema
 from fastdist._core import hash_text, malformed, scan
 from fastdist.errors import PacketError
 from fastdist.packet import check
@@ -579,28 +578,6 @@ def test_complete_for_ordinary_packets(packet, ascii_only, indent, separators):
 # ----------------------------------------------------------------------------------------------------------- the memory
 
 
-class PacketFacts(ctypes.Structure):
-    _fields_ = (
-        ("messages", ctypes.c_uint32),
-        ("emitter_hash", ctypes.c_uint64),
-        ("reached", ctypes.c_void_p),
-        ("in_messages", ctypes.c_int),
-        ("seen", ctypes.c_uint),
-    )
-
-
-def c_scan_packet() -> Any:
-    """The C function as the other compiled modules see it, to be called on memory that is not a bytes object."""
-    get_name, get_pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
-    get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    capsule = schema.__pyx_capi__["scan_packet"]
-    prototype = ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.POINTER(PacketFacts)
-    )
-    return prototype(get_pointer(capsule, get_name(capsule)))
-
-
 @pytest.fixture(scope="module")
 def between_walls():
     """Call the scanner on a copy of a body right before, or right behind, a page that cannot be read."""
@@ -612,14 +589,12 @@ def between_walls():
     mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for wall in (start, start + page + room):
         assert mprotect(wall, page, 0) == 0
-    scan_packet, facts = c_scan_packet(), PacketFacts()
 
     def scan_between_walls(body: bytes, *, strict: bool = False) -> tuple[int, int] | None:
         answers = set()
         for address in (start + page, start + page + room - len(body)):
             ctypes.memmove(address, body, len(body))
-            sure = scan_packet(address, len(body), strict, ctypes.byref(facts))
-            answers.add((facts.messages, facts.emitter_hash) if sure else None)
+            answers.add(scan((ctypes.c_ubyte * len(body)).from_address(address), strict))
         (answer,) = answers
         return answer
 

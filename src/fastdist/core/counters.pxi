@@ -181,6 +181,7 @@ def row_words(Py_ssize_t slots):
     return COUNTERS + ROW_HISTOGRAMS * HISTOGRAM_WORDS + slots * (ANALYZER_COUNTERS + HISTOGRAM_WORDS)
 
 
+@cython.final
 cdef class Counters:
     """The counters of one worker: a view of ``buffer`` (writable, ``8 * row_words(slots)`` bytes, 8-byte aligned)."""
 

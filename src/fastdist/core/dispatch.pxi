@@ -34,6 +34,7 @@ STRATEGIES = {"even": EVEN, "random": RANDOM, "sticky": STICKY}
 UNITS = {"packets": BY_PACKETS, "messages": BY_MESSAGES, "bytes": BY_BYTES}
 
 
+@cython.final
 cdef class Retrying:
     """What is remembered of a packet that has failed: where in this round, and how many ``rounds`` it has backed off.
 

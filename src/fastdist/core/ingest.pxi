@@ -78,6 +78,7 @@ def call_soon(callback):
     asyncio.get_running_loop().call_soon(callback)
 
 
+@cython.final
 cdef class Intake:
     """What the emitters' connections of one worker share: the ring they push to, limits, time-outs, the answers' buffer.
 
@@ -296,6 +297,7 @@ cdef class Intake:
         return self.bodies <= room
 
 
+@cython.final
 cdef class Answer:
     """An answer that has its place in the order of its connection, and may have to wait."""
 

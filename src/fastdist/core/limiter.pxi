@@ -17,6 +17,7 @@ def limiter_words(client_slots):
     return LEADING_WORDS + 2 * client_slots
 
 
+@cython.final
 cdef class RateLimiter:
     """Limits in ``buffer`` (writable, zeroed, 8-byte aligned, ``8 * limiter_words(n)`` bytes, n a power of two).
 

@@ -28,6 +28,7 @@ cdef enum:
     CACHE = 4096  # emitters whose choice is remembered; a power of two
 
 
+@cython.final
 cdef class AliasTable:
     """Slots in proportion to weights, in constant time a pick.
 
@@ -101,6 +102,7 @@ cdef inline bint marked(const uint64_t *marks, int32_t slot) noexcept nogil:
     return marks != NULL and marks[slot >> 6] >> (slot & 63) & 1
 
 
+@cython.final
 cdef class Rendezvous:
     """Slots by key: ``names`` (the analyzers' ids, which decide who wins what), their ``slots`` and ``weights`` (> 0)."""
 

@@ -133,6 +133,7 @@ class RingError(Exception):
     """The file is no ring, or one of a format this version cannot read; the text says which."""
 
 
+@cython.final
 cdef class PacketRing:
     """A ring over the open file ``fd`` (of ``file_size(capacity)`` bytes, read-write; not closed here).
 

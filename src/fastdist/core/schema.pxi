@@ -615,10 +615,10 @@ cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts
 
 # ------------------------------------------------------------------------------------------------------- for Python
 
-def scan(bytes body not None, bint strict=False):
+def scan(const unsigned char[::1] body not None, bint strict=False):
     """``(messages, emitter_hash)`` of a log packet; None if it is none."""
     cdef PacketFacts facts
-    if not scan_packet(<const unsigned char *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), strict, &facts):
+    if not len(body) or not scan_packet(&body[0], len(body), strict, &facts):
         return None
     return facts.messages, facts.emitter_hash
 

@@ -36,6 +36,7 @@ cdef int64_t FIRST_PROBATION = 1000000000       # after the first trial that fai
 cdef int64_t LONGEST_PROBATION = 30000000000
 
 
+@cython.final
 cdef class AnalyzerStates:
     """The rows in ``buffer``, and the epoch in ``head`` that tells workers to look at them again."""
 

@@ -118,6 +118,7 @@ cdef class Receiver:
         return -1 if socket is None else socket.fileno()
 
 
+@cython.final
 cdef class Poller:
     """The streams of one event loop (uvloop's, or any with ``add_reader``), until ``close``."""
 
@@ -181,6 +182,7 @@ cdef class Poller:
         return 0
 
 
+@cython.final
 cdef class Stream:
     """The connected socket ``connection`` (taken over), read for ``protocol`` from now on. ``peer``: its address."""
 
