@@ -203,6 +203,7 @@ def birth_ns(fd: int) -> int: ...
 
 # ---- http
 
+@disjoint_base
 class Head:
     """A message's head as httptools has read it, and the template for those that differ from it in their holes only."""
 

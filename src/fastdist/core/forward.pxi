@@ -1,8 +1,8 @@
 """Forwarding: the waiting list of an analyzer, and connections that send from it and read replies.
 
 ``PoolBase`` and ``ReplyBase`` hold what happens for every packet; ``fastdist.forward`` mixes in connecting, pruning and
-what to do about failures (``delivered(sequences)`` tells it of packets it watches). A packet is a handle of the ring on all of this way: lists are chained through the ring's
-entries, and no object is made.
+what to do about failures (``delivered(sequences)`` tells it of packets it watches). A packet is a handle of the ring on
+all of this way: lists are chained through the ring's entries, and no object is made.
 
 A reply counts as soon as its head is read; a 2xx, once its request is written whole as well. Failures are told to the
 pool as lists of handles (``failed``), and the pool's owner decides where they go next; after any failure on a connection

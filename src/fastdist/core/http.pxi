@@ -34,20 +34,20 @@ cdef struct Filled:
     Span key
     Span credentials
 
-HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[-._~!$&'()*+;=0-9A-Za-z]|%[0-9A-Fa-f]{2})+)(?::(0*[0-9]{0,5}))?")
-ABSOLUTE = re.compile(rb"(?i)https?://([^/?]*)(.*)")
-METHOD = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+)( ?)")
-PREFERENCE = re.compile(rb'(?:[^",]|"(?:[^"\\]|\\.)*"?)+')  # an element of a list; a comma in quotes is part of it
-WAIT = re.compile(rb'(?i)wait[ \t]*=[ \t]*("?)([0-9]+)\1[ \t]*(?:;.*)?')
+cdef object HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[-._~!$&'()*+;=0-9A-Za-z]|%[0-9A-Fa-f]{2})+)(?::(0*[0-9]{0,5}))?")
+cdef object ABSOLUTE = re.compile(rb"(?i)https?://([^/?]*)(.*)")
+cdef object METHOD = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+)( ?)")
+cdef object PREFERENCE = re.compile(rb'(?:[^",]|"(?:[^"\\]|\\.)*"?)+')  # an element of a list; a comma in quotes is part of it
+cdef object WAIT = re.compile(rb'(?i)wait[ \t]*=[ \t]*("?)([0-9]+)\1[ \t]*(?:;.*)?')
 
-NO_METHOD = "it does not begin with a method and a space"
+cdef str NO_METHOD = "it does not begin with a method and a space"
 
 # Fields that decide about framing or rights, or that are read: what a template has of them stands for them.
-DECISIVE = frozenset((
+cdef frozenset DECISIVE = frozenset((
     b"connection", b"proxy-connection", b"upgrade", b"transfer-encoding", b"host", b"content-type", b"content-encoding",
     b"expect", b"prefer", b"origin", b"retry-after", b"location",
 ))
-HANDED_OUT = {b"content-length": LENGTH, b"idempotency-key": KEY, b"authorization": CREDENTIALS}
+cdef dict HANDED_OUT = {b"content-length": LENGTH, b"idempotency-key": KEY, b"authorization": CREDENTIALS}
 
 cdef unsigned char[256] IN_VALUES  # field content: HTAB, SP, visible ASCII, obs-text
 

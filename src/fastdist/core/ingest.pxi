@@ -698,7 +698,8 @@ cdef class IngestBase(Receiver):
         elif refusal == UNEXPECTED:
             self.reject(self.refuse(417, "invalid", "the only expectation understood is 100-continue", close))
         elif self.is_log:
-            self.fault(413, "too_large", f"the body is {filled.content_length} bytes, more than the {self.intake.max_body} allowed")
+            self.fault(413, "too_large",
+                       f"the body is {filled.content_length} bytes, more than the {self.intake.max_body} allowed")
         else:
             self.fault(413, "", f"the body is larger than the {API_BODY} bytes allowed here")
         return 0
@@ -755,7 +756,8 @@ cdef class IngestBase(Receiver):
             self.chunk_fault = event
             return start
         elif event == CHUNK_TOO_LARGE:
-            self.fault(413, "too_large" if self.is_log else "", f"the body is larger than the {self.most_of_body()} bytes allowed")
+            self.fault(413, "too_large" if self.is_log else "",
+                       f"the body is larger than the {self.most_of_body()} bytes allowed")
         elif event == CHUNK_BROKEN:
             self.malformed(400, "its chunks are broken")
         elif event == CHUNK_TOO_LONG:
