@@ -154,13 +154,14 @@ cdef class Input:
 
     cdef tuple chunks(self, Py_ssize_t start, bint reply, Py_ssize_t step):
         """Return how it ended, where (if at its end), and the body."""
-        cdef ChunkedBody state = ChunkedBody(reply, ROOM_LIMIT, LINE_LIMIT)
+        cdef ChunkedBody state = ChunkedBody(reply)
         cdef Span piece
         cdef uint8_t *copy
         cdef const uint8_t *at
         cdef Py_ssize_t n, position = start
         cdef int event = CHUNK_MORE
         body = []
+        state.begin(ROOM_LIMIT, LINE_LIMIT)
         while position < self.n and event <= CHUNK_DATA:
             n = min(step, self.n - position)
             copy = copy_of(self.p + position, n)
@@ -175,4 +176,6 @@ cdef class Input:
             position += at - copy
             free(copy)
         assert CHUNK_MORE <= event <= CHUNK_TOO_LARGE
-        return max(event, CHUNK_DATA), position if event == CHUNK_END else None, b"".join(body)
+        if event > CHUNK_END:
+            return event, None, None
+        return max(event, CHUNK_DATA), position, b"".join(body)

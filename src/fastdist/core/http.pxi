@@ -451,6 +451,9 @@ cdef enum ChunkEvent:
     CHUNK_TOO_LONG           # an extension, or the trailers
     CHUNK_TOO_LARGE          # the size lines say so, whether or not the data is there
 
+cdef bytes CHUNKED_REQUEST = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+cdef bytes CHUNKED_REPLY = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
 cdef enum ChunkPart:
     CHUNK_SIZE_LINE = 0
     CHUNK_CONTENT
@@ -460,23 +463,28 @@ cdef enum ChunkPart:
 
 @cython.final
 cdef class ChunkedBody:
-    """A chunked body. Extensions and trailers are read and dropped.
+    """Reads chunked bodies, one after the other; ``reply``: of replies. Extensions and trailers are read and dropped."""
 
-    ``room``: bytes that it may have; ``line_limit``: that a size line may have, and all trailers.
-    """
-
-    cdef object parser               # None when it is over, for the two refer to one another
+    cdef bint reply
+    cdef object parser               # None where there is none to go on with; the two refer to one another
     cdef ChunkPart part
     cdef bint over
     cdef bint sized                  # the digits of the size are over
     cdef int64_t left                # bytes of the present chunk
-    cdef int64_t room, line_limit
-    cdef int64_t line                # length of the size line so far, or of all trailers
+    cdef int64_t room                # bytes that further chunks may have
+    cdef int64_t line, line_limit    # bytes of the size line so far, or of all trailers
 
-    def __init__(self, bint reply, int64_t room, int64_t line_limit):
+    def __cinit__(self, bint reply):
+        self.reply = reply
+
+    cdef int begin(self, int64_t room, int64_t line_limit) except -1:
+        """Be ready for a body of at most ``room`` bytes; size lines, and all trailers together, have at most ``line_limit``."""
         self.room, self.line_limit = room, line_limit
-        self.parser = reply_parser(self) if reply else HttpRequestParser(self)
-        self.parser.feed_data(b"%b\r\nTransfer-Encoding: chunked\r\n\r\n" % (b"HTTP/1.1 200 OK" if reply else b"POST / HTTP/1.1"))
+        self.part, self.over, self.sized, self.left, self.line = CHUNK_SIZE_LINE, False, False, 0, 0
+        if self.parser is None:
+            self.parser = reply_parser(self) if self.reply else HttpRequestParser(self)
+        self.parser.feed_data(CHUNKED_REPLY if self.reply else CHUNKED_REQUEST)
+        return 0
 
     def on_message_complete(self):
         """Hear that the body is over, from httptools."""
@@ -488,31 +496,35 @@ cdef class ChunkedBody:
         cdef const uchar *feed = NULL
         cdef Py_ssize_t n = end - p
         if self.part == CHUNK_CONTENT:
-            n = min(n, self.left)
+            piece.p, piece.n = p, min(n, self.left)
+            n = piece.n + 2 if n >= self.left + 2 else piece.n  # its end is as good as read with it
         else:
             feed = <const uchar *>memchr(p, c'\n', n)
             if feed != NULL:
                 n = feed + 1 - p
             if self.part == CHUNK_SIZE_LINE and not self.sized and not self.read_size(p, n):
-                return self.close(CHUNK_TOO_LARGE)
+                return self.fail(CHUNK_TOO_LARGE)
+            if self.part == CHUNK_SIZE_LINE and self.left == 0 and feed != NULL and end - feed > 2 and feed[1] == c'\r' and feed[2] == c'\n':
+                n += 2  # nor does a last chunk without trailers come in two
             if n > self.line_limit - self.line:
                 n, feed = self.line_limit - self.line, NULL
                 if n == 0:
-                    return self.close(CHUNK_TOO_LONG)
+                    return self.fail(CHUNK_TOO_LONG)
             self.line += n
         try:
             self.parser.feed_data(PyMemoryView_FromMemory(<char *>p, n, PyBUF_READ))
         except HttpParserUpgrade:
             pass  # in a trailer, which means nothing
         except HttpParserError:
-            return self.close(CHUNK_BROKEN)
+            return self.fail(CHUNK_BROKEN)
         at[0] = p + n
         if self.over:
-            return self.close(CHUNK_END)
+            return CHUNK_END
         if self.part == CHUNK_CONTENT:
-            piece.p, piece.n = p, n
-            self.left -= n
-            if self.left == 0:
+            self.left -= piece.n
+            if n > piece.n:
+                self.part, self.line = CHUNK_SIZE_LINE, 0
+            elif self.left == 0:
                 self.part, self.line = CHUNK_CONTENT_END, 0
             return CHUNK_DATA
         if feed != NULL:
@@ -541,9 +553,13 @@ cdef class ChunkedBody:
         elif self.part == CHUNK_CONTENT_END:
             self.part, self.line = CHUNK_SIZE_LINE, 0
 
-    cdef int close(self, int event) noexcept:
-        self.parser = None
+    cdef int fail(self, int event) noexcept:
+        self.close()
         return event
+
+    cdef void close(self) noexcept:
+        """Let go of the parser."""
+        self.parser = None
 
 
 cdef inline int hex_value(uchar c) noexcept nogil:

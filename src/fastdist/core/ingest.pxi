@@ -638,7 +638,9 @@ cdef class IngestBase(Receiver):
         self.body_due = self.moved_ns + self.intake.body_timeout
         if head.chunked:
             self.state = CHUNKS
-            self.chunks = ChunkedBody(False, self.most_of_body(), self.intake.max_header)
+            if self.chunks is None:
+                self.chunks = ChunkedBody(False)
+            self.chunks.begin(self.most_of_body(), self.intake.max_header)
             self.chunk_fault = CHUNK_MORE
         elif filled.content_length > 0:
             self.state = BODY
@@ -794,9 +796,6 @@ cdef class IngestBase(Receiver):
     cdef int drop_body(self) noexcept:
         self.intake.bodies -= self.body.end
         release(&self.body)
-        if self.chunks is not None:
-            self.chunks.close(CHUNK_END)
-            self.chunks = None
         return 0
 
     cdef int body_whole(self, const uchar *p, Py_ssize_t n) except -1:
@@ -955,6 +954,8 @@ cdef class IngestBase(Receiver):
     def let_go(self):
         """Free what was kept of a request: the connection is gone."""
         self.drop_body()
+        if self.chunks is not None:
+            self.chunks.close()
         release(&self.partial)
 
     def emit(self, bytes data):
