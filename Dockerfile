@@ -17,7 +17,7 @@ RUN python -m venv --without-pip /opt/fastdist \
 
 FROM build AS build-mock-analyzers
 # The parser that the mock analyzers are built on; all else they need, fastdist needs as well.
-RUN python -m pip --python /opt/fastdist/bin/python install --no-cache-dir "httptools>=0.7"
+RUN python -m pip --python /opt/fastdist/bin/python install --no-cache-dir "httptools>=0.9"
 
 FROM python:3.13.12-slim-bookworm AS base
 RUN groupadd --gid 10001 fastdist \

@@ -105,9 +105,9 @@ def test_the_queue_is_a_volume():
     assert setting("fastdist", "VOLUME").words == [environment("fastdist")["FASTDIST_QUEUE__PATH"]]
 
 
-def test_the_mock_analyzers_get_the_parser_that_the_tests_use():
+def test_the_mock_analyzers_get_the_parser_that_the_service_uses():
     (run,) = STAGES["build-mock-analyzers"].all("RUN")
-    wanted = next(entry for entry in PROJECT["dependency-groups"]["test"] if str(entry).startswith("httptools"))
+    wanted = next(entry for entry in PROJECT["project"]["dependencies"] if entry.startswith("httptools"))
     assert f'"{wanted}"' in run.text
 
 
