@@ -41,7 +41,10 @@ class Answers(NamedTuple):
 
 
 class Order(NamedTuple):
-    """What a load generator is to do. ``timeout``: seconds from which an answer is late (``wrk``)."""
+    """What a load generator is to do.
+
+    Of ``wrk`` only: ``timeout``, seconds from which an answer is late; ``traced``, another traceparent in each request.
+    """
 
     url: str
     body: bytes
@@ -50,6 +53,7 @@ class Order(NamedTuple):
     threads: int = 1
     headers: Mapping[str, str] = {}
     timeout: float = 2.0
+    traced: bool = False
 
 
 # ----------------------------------------------------------------------------------------------------------------- wrk
@@ -64,6 +68,15 @@ def wrk(folder: Path, order: Order) -> Answers:
     return read_wrk(said)._replace(seconds=seconds, busy=used / order.threads)
 
 
+TRACED = """local count = 0
+function request()
+  count = count + 1
+  wrk.headers["traceparent"] = string.format("00-%032x-%016x-01", count, count)
+  return wrk.format()
+end
+"""
+
+
 def _post_script(folder: Path, order: Order) -> Path:
     """Write the script that has wrk post. Headers stand in it: other users of the machine see command lines."""
     body, script = folder / "body", folder / "post.lua"
@@ -73,6 +86,7 @@ def _post_script(folder: Path, order: Order) -> Path:
     script.write_text(
         f'wrk.method = "POST"\nwrk.body = assert(io.open({json.dumps(str(body))}, "rb")):read("*a")\n'
         + "".join(f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}\n" for name, value in headers.items())
+        + (TRACED if order.traced else "")
     )
     return script
 

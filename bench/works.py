@@ -12,12 +12,16 @@ from contestants import EVERYBODY, PEERS, Contestant, Fastdist, Haproxy, Nginx
 
 
 class Load(NamedTuple):
-    """What is sent, by how many, to how many analyzers, and how many connections are open beside and idle."""
+    """What is sent, by how many, to how many analyzers, and how many connections are open beside and idle.
+
+    ``varied``: every request has another traceparent, every reply another Date and id.
+    """
 
     messages: int = 2
     connections: int = 64
     analyzers: int = 4
     idle: int = 0
+    varied: bool = False
 
 
 class Run(NamedTuple):
@@ -34,6 +38,7 @@ class Run(NamedTuple):
         more = [f"{self.load.analyzers} analyzers"] * (self.load.analyzers != 4) + [f"{self.load.idle} idle"] * (
             self.load.idle > 0
         )
+        more += ["heads vary"] * self.load.varied
         return f"{self.measure}, {', '.join([load, *more])}: {self.contestant.name} {settings}".strip()
 
 
@@ -116,6 +121,10 @@ def _against_peers() -> list[Work]:
             settings("single", DELIVERY__PIPELINE="8"),
             PEERS,
             (Aim("best", at_least=1.4), OVER_EXPRESS),
+        ),
+        *(
+            Work(f"{name}, heads that vary", "throughput", Load(varied=True), chosen, aims=(Aim(name, at_least=0.95),))
+            for name, chosen in {"batch, memory": large, "single": settings("single")}.items()
         ),
         Work("18 KB, batch", "throughput", LARGE, large, PEERS, best_18),
         Work(
