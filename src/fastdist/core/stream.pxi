@@ -1,9 +1,10 @@
 """TCP connections without TLS: a transport as asyncio knows it, but from the socket to the protocol in C.
 
 ``Poller`` has an epoll set of its own, which is one descriptor in the loop's: a turn of the loop asks it for some
-connections at a time, and for no more once ``turn_ns`` are over, so that however many have something to read, timers and
-all else have their turn. What is left is still ready then, and the kernel goes round: who was told of comes last
-(epoll_wait(2)). ``Stream`` is one connection; it behaves as the loop's own transports do (writes
+connections at a time, and deals with no more once ``turn_ns`` are over, so that however many have something to read, and
+whatever that brings with it (a large body that is whole), timers and all else have their turn. What is left is still ready
+then, and the kernel goes round: who was told of comes last (epoll_wait(2)), so those that there was no time for are kept in
+mind. ``Stream`` is one connection; it behaves as the loop's own transports do (writes
 at once what the kernel takes; ``pause_writing`` above 64 KiB that it does not, ``resume_writing`` at 16; ``connection_lost``
 comes from the loop, never from within a call). ``Receiver`` is what a protocol derives from to be read into without an
 object for each read, and to write without one; under any other transport (TLS) it is fed with bytes.
@@ -35,7 +36,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
 
 cdef enum:
-    EVENTS = 8               # asked for at a time, between two looks at the clock
+    EVENTS = 8               # asked for at a time
     ROOM = 65536             # bytes of one read: also what a connection that is held back may keep
     HIGH_WATER = 65536       # bytes not written, above which the protocol is to pause
     LOW_WATER = 16384        # at which it may go on
@@ -125,6 +126,7 @@ cdef class Poller:
     cdef readonly object loop
     cdef readonly set streams    # all that are not lost yet
     cdef int epoll
+    cdef list left               # (stream, events) told of in a turn that had no time for them
     cdef uchar *room             # what one read brings
     cdef public int64_t turn_ns      # after which a turn ends, whoever is ready
     cdef public int64_t longest_ns   # of a turn, until somebody sets it back
@@ -157,19 +159,36 @@ cdef class Poller:
         cdef epoll_event[EVENTS] events
         cdef int64_t taken = 0, began = mono_ns()
         cdef int i, count = EVENTS
-        cdef Stream stream
+        cdef list told
+        if unlikely(self.left is not None):
+            told, self.left = self.left, None
+            for i in range(len(told)):
+                self.deal(<Stream>told[i][0], told[i][1])
+                taken = mono_ns() - began
+                if taken >= self.turn_ns and i + 1 < len(told):
+                    self.left = told[i + 1:]
+                    break
         while count == EVENTS and taken < self.turn_ns:
             count = epoll_wait(self.epoll, events, EVENTS, 0)
             for i in range(count):
                 # It is among `streams` at least until this turn of the loop is over: see Stream.end.
-                stream = <Stream>events[i].data.ptr
-                try:
-                    stream.happened(events[i].events)
-                except Exception as error:
-                    stream.report(error)
-            taken = mono_ns() - began
+                self.deal(<Stream>events[i].data.ptr, events[i].events)
+                taken = mono_ns() - began
+                if unlikely(taken >= self.turn_ns and i + 1 < count):
+                    # Asked again, the kernel would name them behind all others: they might never have their turn.
+                    self.left = []
+                    for i in range(i + 1, count):
+                        self.left.append((<Stream>events[i].data.ptr, events[i].events))
+                    break
         self.longest_ns = max(self.longest_ns, taken)
-        return count < EVENTS
+        return count < EVENTS and self.left is None
+
+    cdef int deal(self, Stream stream, uint32_t events) except -1:
+        try:
+            stream.happened(events)
+        except Exception as error:
+            stream.report(error)
+        return 0
 
     cdef int watch(self, Stream stream, uint32_t events) except -1:
         cdef epoll_event event
