@@ -148,6 +148,40 @@ def test_a_connection_whose_outcome_throws_is_closed(data):
     assert desk.pool.open_connections == 0
 
 
+@pytest.mark.parametrize("pipeline", [1, 3])
+@pytest.mark.parametrize("first", [True, False], ids=["the first write", "a later one"])
+def test_nothing_follows_what_could_not_be_sent(first, pipeline):
+    """Of a write that throws nobody knows how much has left: what came behind it would be taken for its rest."""
+    desk = Desk(connections=1, pipeline=pipeline)
+    desk.pool.owner = owner = Throwing()
+    owner.failed = lambda pool, handles, *_, **__: give_back(pool, handles)
+    owner.not_sent = give_back
+    connection = desk.connect()
+    if not first:
+        desk.push(b"0")
+        desk.pool.pump()
+
+    def throw(_data):
+        raise MemoryError
+
+    connection.transport.write = throw
+    desk.push(b"1", b"2")
+    if first:
+        desk.pool.pump()
+    else:
+        connection.data_received(OK)
+    assert connection.transport.ended == "abort"
+    assert connection.in_flight() == desk.pool.requests_in_flight == 0
+    assert [type(error) for error in owner.errors] == [MemoryError]
+    assert desk.ring.undone == 2
+    assert desk.ring.claimed == desk.pool.waiting
+
+
+def give_back(pool, handles):
+    while handles:
+        pool.ring.release(handles.pop())
+
+
 def test_a_request_that_cannot_connect_goes_again_though_its_outcome_throws(tmp_path, monkeypatch):
     with Bench(tmp_path, (1, 1), health={"fall": 10_000}) as bench:
         for slot in range(2):

@@ -532,18 +532,21 @@ cdef class ReplyBase(Receiver):
         if made == 0:
             return 0
         start = out = <char *>malloc(room)
-        if start == NULL:
-            raise MemoryError
-        for i in range(self.group_count - made, self.group_count):
-            group = &self.groups[(self.first_group + i) % pool.pipeline]
-            out = pool.write_request(group, out, now)
-            group.end = self.given + (out - start)
-        self.given += out - start
-        if not self.has_room():
-            self.withdraw()
-        self.used_ns = now
         try:
+            if start == NULL:
+                raise MemoryError
+            for i in range(self.group_count - made, self.group_count):
+                group = &self.groups[(self.first_group + i) % pool.pipeline]
+                out = pool.write_request(group, out, now)
+                group.end = self.given + (out - start)
+            self.given += out - start
+            if not self.has_room():
+                self.withdraw()
+            self.used_ns = now
             self.transmit(start, out - start)
+        except Exception as error:  # nobody knows how much of it is written: nothing may follow it
+            pool.went_wrong(error)
+            self.close_after("an error in fastdist, when it sent a request", False)
         finally:
             free(start)
         return made
