@@ -189,6 +189,18 @@ def test_connections_the_loop_reads_share_a_budget_too():
         service.turn()
 
 
+def test_what_was_held_back_takes_nothing_from_who_comes_now():
+    """Over TLS as well: who always has more does not stand before the silent."""
+    service = Service()
+    service.budget(0, 1, loop=1)
+    flood = sent(service, post() * 5)
+    for taken in range(1, 5):
+        assert flood.statuses == [202] * taken
+        service.turn()
+        assert sent(service, post()).statuses == [202]
+    assert flood.statuses == [202] * 5
+
+
 def test_packets_that_wait_for_their_turn_are_taken_at_the_end():
     """Behind the end of a TLS connection nothing can be written: what is held back would be lost with its answers."""
     service = Service()

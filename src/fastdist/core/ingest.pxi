@@ -202,6 +202,7 @@ cdef class Intake:
             self.go_round(self.waiting, began + self.packets_ns, False)
             self.go_round(self.costly, mono_ns() + self.costly_ns, True)
         finally:
+            self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for who comes now
             self.await_turn()
             self.longest_ns = max(self.longest_ns, mono_ns() - began)
 
