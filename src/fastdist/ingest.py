@@ -7,7 +7,9 @@ Answers are bytes; problems are RFC 9457 documents made by ``fastdist.api``.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
+import time
 from typing import TYPE_CHECKING
 
 import orjson
@@ -27,17 +29,18 @@ JSON = b"Content-Type: application/json\r\n"
 UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
 MOST_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
 RETRY_SOON = b"Retry-After: 1\r\n"
+PART_NS = 2_000_000  # of a turn of the event loop, for waits that end
+FEW = 1000  # waits that are over and may still be remembered
+CLOCK = 0.001  # seconds: what the event loop's clock counts in
 
 
 class Waiting:
     """An emitter that waits for its packet's delivery (``Prefer: wait``)."""
 
-    __slots__ = ("answer", "connection", "members", "timer")
+    __slots__ = ("answer", "connection", "members")
 
-    def __init__(
-        self, connection: IngestProtocol, answer: Answer, members: dict[str, object], timer: asyncio.TimerHandle
-    ) -> None:
-        self.connection, self.answer, self.members, self.timer = connection, answer, members, timer
+    def __init__(self, connection: IngestProtocol, answer: Answer, members: dict[str, object]) -> None:
+        self.connection, self.answer, self.members = connection, answer, members
 
 
 class Emitters:
@@ -48,6 +51,9 @@ class Emitters:
         self.tokens: Sequence[str] = ()
         self.cors_origins: Sequence[str] = ()
         self.waiting: dict[int, Waiting] = {}  # by sequence
+        self.part_ns = PART_NS
+        self._ends: list[tuple[float, int]] = []  # a heap of those and some more: (end, sequence)
+        self._timer: tuple[float, asyncio.TimerHandle] | None = None  # for the first of them, and when
         self.turned_away: set[IngestProtocol] = set()  # connections too many, and not closed yet
         # Set by the worker, which wires them.
         self.intake: Intake
@@ -63,6 +69,39 @@ class Emitters:
     def has_room_besides(self, coming: int) -> bool:
         """Whether one more connection may come with so many that are on their way: to be taken in, or to be told no."""
         return len(self.intake.connections) + coming < self.intake.max_connections + MOST_TURNED_AWAY
+
+    def wait(self, sequence: int, seconds: float, waiting: Waiting) -> None:
+        """Have someone wait for a packet's delivery, so many seconds at most."""
+        self.waiting[sequence] = waiting
+        if len(self._ends) > 2 * len(self.waiting) + FEW:  # most of what is in it is over: waits may be for a day
+            self._ends = [each for each in self._ends if each[1] in self.waiting]
+            heapq.heapify(self._ends)
+        heapq.heappush(self._ends, (asyncio.get_running_loop().time() + seconds, sequence))
+        self._await_first()
+
+    def _await_first(self) -> None:
+        """Have the first wait that ends ended in time: with one timer, as very many may end together."""
+        first = self._ends[0][0]
+        if self._timer is not None:
+            due, timer = self._timer
+            if due <= first:
+                return
+            timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timer = first, loop.call_later(max(0.0, first - loop.time()), self._end_some)
+
+    def _end_some(self) -> None:
+        """End waits whose time is over, for as long as a turn of the event loop has for that; the rest in the next."""
+        self._timer = None
+        now, end = asyncio.get_running_loop().time() + CLOCK, time.monotonic_ns() + self.part_ns
+        try:
+            while self._ends and self._ends[0][0] <= now:
+                self.wait_over(heapq.heappop(self._ends)[1])
+                if time.monotonic_ns() >= end:
+                    break
+        finally:
+            if self._ends:
+                self._await_first()
 
     def settled(self, sequence: int, analyzer: str | None) -> None:
         """Tell whoever waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
@@ -99,7 +138,6 @@ class Emitters:
     def _take(self, sequence: int) -> Waiting | None:
         waiting = self.waiting.pop(sequence, None)
         if waiting is not None:
-            waiting.timer.cancel()
             waiting.connection.awaited.discard(sequence)
         return waiting
 
@@ -266,6 +304,5 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         members: dict[str, object] = {"packetId": packet_id}
         if messages is not None:
             members["messages"] = messages
-        timer = asyncio.get_running_loop().call_later(seconds, self.emitters.wait_over, sequence)
-        self.emitters.waiting[sequence] = Waiting(self, answer, members, timer)
         self.awaited.add(sequence)
+        self.emitters.wait(sequence, seconds, Waiting(self, answer, members))

@@ -243,10 +243,24 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
 
+    def time(self) -> float:
+        return self.now
+
     def call_later(self, seconds, callback, *args):
         timer = Timer(lambda: callback(*args))
         heapq.heappush(self._timers, (self.now + seconds, next(self._numbers), timer))
         return timer
+
+    def next(self) -> None:
+        """Let the first timer go off that is due, as in a turn of its own."""
+        while (timer := heapq.heappop(self._timers)[2]).cancelled:
+            pass
+        timer.callback()
+
+    @property
+    def timers(self) -> int:
+        """How many there are."""
+        return sum(not timer.cancelled for _, _, timer in self._timers)
 
     def advance(self, seconds: float) -> None:
         self.now += seconds

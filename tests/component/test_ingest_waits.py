@@ -154,6 +154,46 @@ def test_a_head_is_not_late_while_nothing_is_read():
     assert connection.statuses == [408]
 
 
+def test_waits_that_end_together_end_in_parts():
+    service = Service()
+    service.emitters.part_ns = 0
+    with service.timers() as loop:
+        connections = [service.ask(post(BODY, f"Prefer: wait={seconds}")) for seconds in (9, 5, 7) for _ in range(10)]
+        assert loop.timers == 1
+        loop.now += 9
+        for ended in range(31):
+            assert sum(len(connection.statuses) for connection in connections) == ended
+            if ended < 30:
+                loop.next()
+        assert loop.timers == 0
+    assert {connection.answer().status for connection in connections} == {202}
+    assert not service.emitters.waiting
+
+
+def test_a_wait_whose_end_throws_keeps_no_other_from_ending():
+    service = Service()
+    with service.timers() as loop:
+        broken, whole = (service.ask(post(BODY, "Prefer: wait=5")) for _ in range(2))
+        first = min(service.emitters.waiting)
+        service.emitters.waiting[first].members = None
+        with pytest.raises(TypeError):
+            loop.advance(5)
+        loop.advance(0)
+    assert broken.written == b""
+    assert whole.statuses == [202]
+
+
+def test_waits_that_are_over_are_not_remembered_till_their_end():
+    service = Service()
+    with service.timers():
+        connection = service.connect()
+        for _ in range(5000):
+            connection.send(post(BODY, f"Prefer: wait={DAY}"))
+            service.deliver()
+        assert connection.statuses == [200] * 5000
+        assert len(service.emitters._ends) <= 1001
+
+
 # ---- answers that are read slowly, or not at all: over real sockets, for the kernel has most of them
 
 
@@ -170,13 +210,16 @@ def test_a_few_answers_that_nobody_reads_are_too_many():
 
 
 class Emitter:
-    """An emitter with a small buffer on a real connection; seconds pass for it only when told to."""
+    """An emitter with a small buffer on a real connection; seconds pass for it only when told to.
 
-    def __init__(self, poller, service):
+    ``room``: bytes of what it sends that our system keeps unread.
+    """
+
+    def __init__(self, poller, service, room):
         self.service, self.passed, self.read = service, 0, bytearray()
         service.intake.later = poller.loop.call_soon
         with socket.create_server(("127.0.0.1", 0)) as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
             self.socket = socket.socket()
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
             self.socket.connect(server.getsockname())
@@ -215,12 +258,12 @@ class Emitter:
         await asyncio.sleep(0)
 
 
-def with_emitter(scenario):
+def with_emitter(scenario, room=8192, **settings):
     """Run a scenario with an emitter on a connection of its own."""
 
     async def whole():
-        service, poller = Service(), Poller(asyncio.get_running_loop())
-        with contextlib.closing(poller), contextlib.closing(emitter := Emitter(poller, service)):
+        service, poller = Service(**settings), Poller(asyncio.get_running_loop())
+        with contextlib.closing(poller), contextlib.closing(emitter := Emitter(poller, service, room)):
             await scenario(emitter)
 
     Emitter.close = lambda self: self.socket.close()
