@@ -217,7 +217,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             self.time_out("the request's body came too slowly")
         elif late == "wait":
             self.end_waits()
-            if self.answers is not None:  # what it depends on does not come
+            if self.answers is not None and self.is_stuck(now_ns):  # what it depends on does not come
                 self.transport.abort()
         elif late == "idle" and not self.transport.is_closing():  # or its last answers are not taken off
             self.transport.close()

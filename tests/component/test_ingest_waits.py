@@ -334,3 +334,23 @@ def test_the_end_is_noticed_though_nothing_is_read(reads):
         assert not emitter.service.emitters.waiting
 
     with_emitter(scenario)
+
+
+def test_what_was_sent_before_the_end_is_taken_however_long_its_syncs_take():
+    """So much that it is read by and by, as answers leave: each of its syncs takes a while, but none hangs."""
+
+    async def scenario(emitter):
+        service, count = emitter.service, 1600
+        await emitter.send(b"".join(keyed(f"k{number}") for number in range(count)))
+        await until(lambda: len(emitter.protocol.answers or ()) > 512, "as many as are read")
+        emitter.socket.shutdown(socket.SHUT_WR)
+        reading = asyncio.create_task(emitter.take(10**7))
+        while not reading.done():
+            await emitter.wait(3)
+            service.sync()
+        assert await reading, "to the end"
+        answers = read_answers(bytes(emitter.read))
+        assert [(answer.status, answer.id) for answer in answers] == [(202, f"k{number}") for number in range(count)]
+        await until(lambda: not emitter.open, "closed")
+
+    with_emitter(scenario, room=2**20, fsync=True)

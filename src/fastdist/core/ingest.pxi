@@ -1147,6 +1147,15 @@ cdef class IngestBase(Receiver):
             self.ended_ns = now
         if self.ended_ns:
             return now - self.ended_ns > LINGER
+        return self.is_stuck(now)
+
+    def is_stuck(self, int64_t now):
+        """Whether answers have waited too long since anything was read here, or since the emitter has sent its end.
+
+        What it had sent before that may be much, and is read on while its answers leave.
+        """
+        if self.ended_ns:
+            return now - max(self.moved_ns, self.ended_ns) > LINGER
         return now - max(self.moved_ns, self.answer_due) > OVERDUE
 
     cdef bint output_moves(self, int64_t now) except -1:
