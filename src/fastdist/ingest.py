@@ -201,7 +201,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if self.shut_down:
             return
         self.shut_down = True
-        if lingering and self.may_linger and self.transport.can_write_eof():
+        if lingering and self.may_linger:
             self.transport.write_eof()
         else:
             self.transport.close()

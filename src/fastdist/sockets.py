@@ -164,15 +164,20 @@ def _reserve() -> int | None:
         return None
 
 
+def refuse(connection: socket.socket, error: OSError) -> None:
+    """Close a connection that no stream can be made of: it was reset meanwhile, or the system's limits are reached."""
+    log.error("a connection was accepted and cannot be used", error=error.strerror)
+    connection.close()
+
+
 def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiver]) -> Acceptor:
     """Accept connections; each is read for a ``protocol()`` of its own."""
 
     def taken(connection: socket.socket, peer: object) -> None:
         try:
             Stream(poller, connection, peer, protocol())
-        except OSError as error:  # it was reset meanwhile, or the system's limits are reached
-            log.error("a connection was accepted and cannot be used", error=error.strerror)
-            connection.close()
+        except OSError as error:
+            refuse(connection, error)
 
     return Acceptor(listener, taken, poller.turn)
 

@@ -246,7 +246,12 @@ class Worker:
             return sockets.serve(listener, self.poller, protocol)
         # Until its handshake is over a connection is like one whose head is not whole.
         return tls.TlsServer(
-            listener, self.tls, protocol, self.emitters.has_room_besides, self.config.server.header_timeout
+            listener,
+            self.tls,
+            protocol,
+            self.emitters.has_room_besides,
+            self.config.server.header_timeout,
+            poller=self.poller,
         )
 
     async def _obey(self, reader: asyncio.StreamReader) -> None:

@@ -12,6 +12,7 @@ import trustme
 import uvloop
 
 from fastdist import tls
+from fastdist._core import Poller
 from fastdist.sockets import Acceptor
 
 CLIENTS = 300
@@ -90,7 +91,8 @@ def server(listener):
     authority.issue_cert("127.0.0.1").configure_cert(context)
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
-    return tls.TlsServer(listener, context, Echo, lambda _: True, 60.0), trusting
+    poller = Poller(asyncio.get_running_loop())
+    return tls.TlsServer(listener, context, Echo, lambda _: True, 60.0, poller=poller), trusting
 
 
 def test_handshakes_begun_before_the_end_are_finished(listener):

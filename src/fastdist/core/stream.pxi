@@ -397,6 +397,10 @@ cdef class Stream:
         cdef int size = 0
         return ioctl(self.fd, FIONREAD, &size) == 0 and size > 0
 
+    def peer_has_ended(self):
+        """Whether the other side has ended or reset the connection, whether that was read or not."""
+        return peer_ended(self.fd)
+
     def close(self):
         """Read no more, and close when all is written."""
         if self.closing:
@@ -418,6 +422,10 @@ cdef class Stream:
     def get_write_buffer_size(self):
         """Return how many bytes the kernel has not taken yet."""
         return self.unwritten()
+
+    def fileno(self):
+        """Return the socket's descriptor; -1 if it is closed."""
+        return self.fd
 
     def get_extra_info(self, str name, default=None):
         """Return the peer's address for ``peername``; nothing else is known."""
