@@ -81,6 +81,7 @@ class Supervisor:
         self._applied = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
+        self._next_reload: asyncio.Task[tuple[int, object]] | None = None  # that has not begun to read
 
     @property
     def config(self) -> Config:
@@ -327,8 +328,17 @@ class Supervisor:
         place.send(Message("reply", id=message.id, status=status, body=body))
 
     async def _reload(self) -> tuple[int, object]:
-        """Read the configuration again; return a status and what to tell whoever asked."""
+        """Read the configuration again; return a status and what to tell whoever asked.
+
+        All who ask while one reload is under way have the next one together.
+        """
+        if self._next_reload is None:
+            self._next_reload = asyncio.get_running_loop().create_task(self._reload_now())
+        return await asyncio.shield(self._next_reload)
+
+    async def _reload_now(self) -> tuple[int, object]:
         async with self._changing, self.manager.reloading():
+            self._next_reload = None
             before = self.changes.config, self.changes.pair
             try:
                 loaded, pair = await asyncio.to_thread(self._read_again)  # which may wait for who writes the file

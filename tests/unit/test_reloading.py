@@ -103,6 +103,27 @@ def test_a_reload_waits_for_no_worker_that_is_gone(service):
     assert service.weight == 2
 
 
+def test_who_asks_during_a_reload_has_the_next_with_all_others(service):
+    """Each would take its time: a hundred signals, and nobody is answered for seconds."""
+
+    async def scenario():
+        first = await service.begin(2)
+        others = [asyncio.create_task(service.supervisor._reload()) for _ in range(50)]
+        await asyncio.sleep(0)
+        service.write(3)
+        for times in (2, 3):
+            for number in range(3):
+                service.says(number, "reloaded")
+            if times == 2:
+                await service.told(times)
+        done = (200, {"status": "reloaded", "needsRestart": []})
+        assert await asyncio.gather(first, *others) == [done] * 51
+        assert [place.heard.count("reload") for place in service.places] == [2] * 3
+
+    asyncio.run(scenario())
+    assert service.weight == 3
+
+
 def test_what_a_worker_cannot_take_over_is_taken_back(service):
     async def scenario():
         task = await service.begin(2)
