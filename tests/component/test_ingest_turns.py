@@ -211,6 +211,33 @@ def test_packets_that_wait_for_their_turn_are_taken_at_the_end():
     assert connection.statuses == [202] * 5
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_large_packets_come_in_turn_and_small_ones_before(pieces):
+    """To scan one takes milliseconds, or a hundred; many may be whole at the same moment."""
+    service = Service()
+    service.budget(0, 1)
+    request = post(BODY[:-1] + b',"metadata":{"x":"' + b"x" * 200_000 + b'"}}')
+    connections = [sent(service, request[: len(request) // pieces]) for _ in range(4)]
+    for connection in connections if pieces > 1 else ():
+        connection.protocol.data_received(request[len(request) // 2 :])
+    for taken in range(5):
+        assert sum(connection.statuses == [202] for connection in connections) == taken
+        assert sent(service, post()).statuses == [202]
+        service.turn()
+    assert all(connection.protocol.idle() for connection in connections)
+
+
+def test_a_large_body_that_is_no_packet_is_answered_in_turn():
+    service = Service()
+    service.budget(0, 1)
+    request = post(BODY[:-1] + b',"metadata":' + b" " * 200_000 + b"1}")
+    connections = [sent(service, each) for each in (head("GET /health"), request, request, head("GET /health"))]
+    assert sum(bool(connection.written) for connection in connections) == 1
+    for _ in range(8):
+        service.turn()
+    assert [connection.statuses for connection in connections] == [[200], [400], [400], [200]]
+
+
 def test_a_connection_that_is_gone_holds_up_no_queue():
     service = busy()
     connections = [sent(service, post(b"{")) for _ in range(3)]

@@ -10,6 +10,7 @@ no more is read from the connection:
 
 - while its answers are not taken off;
 - when it has had its slice of this turn of the event loop (``slice_ns``), until its next;
+- when its next packet is a large one, of which a turn takes one;
 - when its next answer is one that Python makes (anything but a 202) and such answers have had their share of this turn
   (``costly_ns``): they cost up to a hundred times what a packet does, and packets come first.
 
@@ -24,6 +25,7 @@ cdef enum:
     LEAST_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
     RESERVE = 8              # what fraction of that there is besides, for bodies of which no more has come than
     SMALL_BODY = 64 << 10    # so many bytes
+    LARGE_BODY = 128 << 10   # bytes of one that takes a millisecond or more to scan, and so is scanned in its turn
     MOST_ENDED = 16          # bodies that are ended to make room for a read
     NS_A_BYTE = 976562       # the least rate of a body and of what is written: 1 KiB/s
     NS_A_BYTE_FAST = 15259   # the rate at which a body is ended for nobody: 64 KiB/s
@@ -120,6 +122,7 @@ cdef class Intake:
     cdef object costly                 # those whose next answer Python makes
     cdef bint turn_awaited             # `go_on` will be called
     cdef IngestBase having_turn        # it may have a costly answer made
+    cdef bint going_round              # among those with packets: a large one may be taken
     cdef public object later           # call_soon
     cdef public int64_t slice_ns, packets_ns, loop_ns, costly_ns
     cdef int64_t loop_left, costly_left  # of this turn
@@ -216,14 +219,14 @@ cdef class Intake:
         while queue:
             connection = queue.popleft()
             connection.queued = False
-            self.having_turn = connection if costly else None
+            self.having_turn, self.going_round = (connection if costly else None), not costly
             try:
                 connection.read_on()
             except Exception:
                 connection.transport.abort()
                 raise
             finally:
-                self.having_turn = None
+                self.having_turn, self.going_round = None, False
             if mono_ns() >= until:
                 break
         return 0
@@ -527,7 +530,9 @@ cdef class IngestBase(Receiver):
     def read_rest(self):
         """The emitter sends no more, and may not be written to for long (TLS): take the packets that are held back."""
         while self.held and not self.costly and self.intake.loop_left > 0 and not self.is_full():
+            self.intake.going_round = True
             self.read_on()
+        self.intake.going_round = False
 
     cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL:
         """Read the head at ``p``; return where it ends, or ``p`` when it is not whole yet or has to wait for its turn."""
@@ -839,6 +844,11 @@ cdef class IngestBase(Receiver):
                 return False
             self.reject(self.not_stored(False))
             return True
+        if unlikely(n > LARGE_BODY):
+            if not intake.going_round and intake.having_turn is not self:
+                self.held = True
+                return False
+            intake.going_round = False  # for one of them
         if unlikely(not self.understand(p, n, &messages, &emitter)):
             return not self.held
         intake.wall = wall_ns()
