@@ -488,6 +488,53 @@ def test_a_handshake_that_never_ends_does_not_hold_up_the_end(secure):
         assert silent.recv(1) == b""
 
 
+def test_who_keeps_a_connection_for_later_does_not_hold_up_the_end(secure):
+    """It does not look at the connection until then, and so does not agree to the end of TLS."""
+    fastdist = secure({"server": {"workers": 1, "drain_timeout": "10m"}})
+    with handshake(fastdist.port, client_context()) as kept:
+        kept.sendall(b"POST /logs HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY)
+        assert kept.recv(65536).startswith(b"HTTP/1.1 202 ")
+        assert fastdist.stop() == 0
+        assert kept.recv(1) == b""
+
+
+def test_a_hello_may_come_in_pieces_of_any_kind(secure):
+    fastdist = secure({"server": {"workers": 1}})
+    for chop in (lambda data: [data], in_pieces, in_records_of_a_byte):
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        secured = client_context().wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        with contextlib.suppress(ssl.SSLWantReadError):
+            secured.do_handshake()
+        with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as raw:
+            for piece in chop(outgoing.read()):
+                raw.sendall(piece)
+                time.sleep(0.01)
+            while True:
+                try:
+                    secured.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    raw.sendall(outgoing.read())
+                    incoming.write(raw.recv(65536))
+            secured.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            raw.sendall(outgoing.read())
+            answer = b""
+            while b"\r\n\r\n" not in answer:
+                incoming.write(raw.recv(65536))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    answer += secured.read(65536)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def in_pieces(hello):
+    return [hello[:1], hello[1:4], hello[4:100], hello[100:]]
+
+
+def in_records_of_a_byte(hello):
+    """Return the records of a ClientHello that came in one."""
+    return [b"".join(hello[:3] + b"\0\1" + bytes([byte]) for byte in hello[5:])]
+
+
 def ended(connections):
     """Return those that the other side has closed."""
     readable = select.poll()
