@@ -21,6 +21,7 @@ imports from the rest of fastdist.
 The parts are included in the order in which they need one another, and include nothing themselves.
 """
 
+cimport cython
 from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromMemory
@@ -42,8 +43,6 @@ import socket
 from collections import deque, namedtuple
 from email.utils import formatdate
 from http import HTTPStatus
-
-cimport cython
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, HttpResponseParser
 
 include "core/bits.pxi"

@@ -9,6 +9,8 @@ import psutil
 import pytest
 from ingest_harness import BODY, CONTINUE, SECOND, Service, chunk, head, keyed, post, post_chunked
 
+from fastdist._core import RequestHead
+
 MAX_BODY, MAX_HEADER = 1000, 1024
 KIB = 1024
 
@@ -96,6 +98,15 @@ def test_a_head_may_have_just_so_many_bytes(service, first):
     assert last.status == 431
     assert_refused(connection, 431, f"the request's head is larger than the {MAX_HEADER} bytes allowed")
     assert service.rejected["head_too_large"] == 1
+
+
+def test_large_heads_are_not_kept():
+    service = Service()
+    connection = service.ask(post(BODY, "X: " + "x" * 3000), post())
+    assert connection.statuses == [202, 202]
+    kept = [head.text for head in gc.get_objects() if isinstance(head, RequestHead)]
+    assert kept
+    assert max(map(len, kept)) < 3000
 
 
 def test_a_head_that_never_ends_is_refused_at_its_limit(service):

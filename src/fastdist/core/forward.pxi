@@ -693,7 +693,8 @@ cdef class ReplyBase(Receiver):
             self.pool.settle(&group, now)
         else:
             self.early = group
-        self.head = head
+        if length <= TEMPLATE_ROOM:
+            self.head = head
         if not self.keep_alive:
             self.last_reply()
         if self.state == REPLY_LENGTH and self.body_left == 0:

@@ -12,6 +12,7 @@ cdef struct Span:
     Py_ssize_t n
 
 cdef enum:
+    TEMPLATE_ROOM = 2048     # bytes of a head that is kept: there may be very many connections
     MAX_HOLES = 24           # further fields have to be the same,
     MAX_HANDED_OUT = 4       # but for these
     MAX_DIGITS = 18          # of a length that a template takes

@@ -571,7 +571,7 @@ cdef class IngestBase(Receiver):
         self.begin(head, &filled, p, length)
         if unlikely(self.held):
             return p
-        if head is not self.head and head.status == 0:
+        if head is not self.head and head.status == 0 and length <= TEMPLATE_ROOM:
             self.head = head
             if head.is_log:
                 self.intake.head = head
