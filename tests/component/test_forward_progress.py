@@ -8,6 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
 from forward_harness import (
     SECOND,
     Desk,
@@ -15,6 +16,7 @@ from forward_harness import (
     World,
     endpoint,
     reply,
+    requests_in,
     run,
     shared_block,
     start_mock,
@@ -173,5 +175,47 @@ def test_a_check_that_was_answered_meanwhile_is_good():
             assert states.error(0) == ""
             assert states.is_online(0)
             checker.close()
+
+    run(scenario())
+
+
+# ---- replies that make progress for ever
+
+
+@pytest.mark.parametrize("pipeline", [1, 3])
+@pytest.mark.parametrize(
+    ("beginning", "more", "failed"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 1),
+        (b"HTTP/1.1 102 Processing\r\nX-Slow: ", b"x", 1),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n", 0),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"x", 0),
+    ],
+    ids=["head", "interim head", "chunks", "no length"],
+)
+def test_a_reply_without_end_holds_nothing_up_for_ever(tmp_path, pipeline, beginning, more, failed):
+    """Every byte is progress; the first connection would never be free again, nor what is behind it delivered."""
+
+    async def scenario():
+        def drip(transport, data):
+            if not transport.is_closing():
+                transport.write(data)
+                asyncio.get_running_loop().call_later(0.02, drip, transport, more)
+
+        def answer(number, transport, data):
+            if number:
+                transport.write(reply(200) * len(requests_in(data)))
+            else:
+                drip(transport, beginning)
+
+        server = await ScriptServer(answer).start()
+        delivery = {"timeout": 0.2, "connections": 1, "pipeline": pipeline}
+        async with World(tmp_path, {"A1": server}, delivery=delivery) as w:
+            w.push(6)
+            await w.until_empty()
+            assert w.delivered(0) == 6
+            assert w.counters.get_of(0, "failed") == failed
+            assert len(server.transports) == 2
+        server.stop()
 
     run(scenario())

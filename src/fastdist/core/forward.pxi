@@ -436,6 +436,7 @@ cdef class ReplyBase(Receiver):
     cdef int64_t waiting_since
     cdef int64_t moved, moved_ns         # bytes both ways, and when they were last seen to have become more
     cdef int64_t looked_ns
+    cdef int64_t begun_ns        # when the first byte of the present reply was read; 0: none has come
 
     def __cinit__(self, PoolBase pool, *args, **kwargs):
         self.pool = pool
@@ -497,12 +498,22 @@ cdef class ReplyBase(Receiver):
         self.moved, self.moved_ns = moved, now
         return False
 
+    def is_endless(self, int64_t now, int64_t limit):
+        """Whether a reply began more than ``limit`` ns ago and has not ended, whatever progress it makes."""
+        return self.begun_ns != 0 and now - self.begun_ns > limit and not self.early.packets
+
+    def close_endless(self, str error):
+        """Close the connection: its reply does not end. If its head is there, it was one, and nobody has failed."""
+        self.close_after(error if self.state == REPLY_HEAD else "", True)
+
     cdef int64_t bytes_moved(self) except -1:
         return bytes_moved(self.descriptor())
 
     def excuse(self, int64_t now, int64_t late):
         """Count ``late`` ns before ``now`` not as time that the analyzer had: nobody looked."""
         self.moved_ns = min(now, max(self.waiting_since, self.moved_ns) + late)
+        if self.begun_ns:
+            self.begun_ns = min(now, self.begun_ns + late)
 
     def retire(self):
         """Send no more requests, and close the connection when no reply is awaited: no request is cut off."""
@@ -568,6 +579,8 @@ cdef class ReplyBase(Receiver):
         if self.closing:
             return 0
         self.used_ns = now
+        if self.begun_ns == 0:
+            self.begun_ns = now
         if likely(self.partial.end == 0):
             self.read_replies(p, n, now)
             return self.go_on(now)
@@ -662,6 +675,7 @@ cdef class ReplyBase(Receiver):
             return end
         if head.status < 200:
             self.interim += 1
+            self.begun_ns = 0
             if self.interim > MOST_INTERIM:
                 self.close_after("too many interim replies (1xx)", True)
             return p + length
@@ -731,7 +745,7 @@ cdef class ReplyBase(Receiver):
     cdef int reply_over(self, int64_t now) except -1:
         """A reply was read to its end: the connection is free for the next, unless the analyzer closes it."""
         self.state = REPLY_HEAD if self.keep_alive else REPLY_OVER
-        self.waiting_since = now
+        self.waiting_since, self.begun_ns = now, 0
         if self.early.packets == 0 and (not self.keep_alive or (self.leaving and self.group_count == 0)):
             self.close_after("", False)
         return 0
