@@ -43,7 +43,8 @@ class Answers(NamedTuple):
 class Order(NamedTuple):
     """What a load generator is to do.
 
-    Of ``wrk`` only: ``timeout``, seconds from which an answer is late; ``traced``, another traceparent in each request.
+    Of ``wrk`` only: ``timeout``, seconds from which an answer is late; ``step``, by how much the
+    traceparent of a request is above that of the one before (None: it has none).
     """
 
     url: str
@@ -53,7 +54,7 @@ class Order(NamedTuple):
     threads: int = 1
     headers: Mapping[str, str] = {}
     timeout: float = 2.0
-    traced: bool = False
+    step: int | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------- wrk
@@ -70,8 +71,8 @@ def wrk(folder: Path, order: Order) -> Answers:
 
 TRACED = """local count = 0
 function request()
-  count = count + 1
-  wrk.headers["traceparent"] = string.format("00-%032x-%016x-01", count, count)
+  count = count + %d
+  wrk.headers["traceparent"] = string.format("00-%%032x-%%016x-01", count, count)
   return wrk.format()
 end
 """
@@ -86,7 +87,7 @@ def _post_script(folder: Path, order: Order) -> Path:
     script.write_text(
         f'wrk.method = "POST"\nwrk.body = assert(io.open({json.dumps(str(body))}, "rb")):read("*a")\n'
         + "".join(f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}\n" for name, value in headers.items())
-        + (TRACED if order.traced else "")
+        + (TRACED % order.step if order.step is not None else "")
     )
     return script
 

@@ -102,8 +102,8 @@ def throughput(scene: Scene, run: Run) -> Figures:
     """Load it in a closed loop; count until everything is delivered."""
     body = packet(run.load.messages)
     ports = free_ports(run.load.analyzers)
-    varied = run.load.varied
-    with Sink(scene.tools, ports, varied=varied) as sink, started(scene.contestant(run, ports)) as contestant:
+    step = run.load.step
+    with Sink(scene.tools, ports, step=step) as sink, started(scene.contestant(run, ports)) as contestant:
         _warm_up(scene, run, contestant, sink, body)
         with open_and_idle(scene, contestant, body, scene.smaller(run.load.idle)):
             settle(sink)
@@ -125,7 +125,7 @@ def _warm_up(scene: Scene, run: Run, contestant: Contestant, sink: Sink, body: b
 def _closed_loop(scene: Scene, contestant: Contestant, sink: Sink, body: bytes, run: Run) -> Figures:
     before, cpu, sink_cpu, idle = sink.each(), contestant.cpu(), sink.cpu(), idle_seconds()
     began = time.monotonic()
-    wrk = Wrk(scene.folder, contestant.port, body, scene.seconds, run.load.connections, traced=run.load.varied)
+    wrk = Wrk(scene.folder, contestant.port, body, scene.seconds, run.load.connections, step=run.load.step)
     idle, sink_cpu = idle_seconds() - idle, sink.cpu() - sink_cpu
     delivered = wrk.answered
     if not contestant.counts_itself:

@@ -1,9 +1,9 @@
 /* The analyzers of the race, and its limit: answers every request as cheaply as it can and counts packets.
  *
- *   sink [-r RATE] [-d INDEX:MS] [-v] PORT...
+ *   sink [-r RATE] [-d INDEX:MS] [-s STEP] PORT...
  *                            analyzers: answers 200 and counts packets for each port; at most RATE packets a second;
  *                            the one with this index (from 0) answers packets after MS milliseconds (-1: never);
- *                            -v: every answer has another Date and another id
+ *                            -s: every answer has a Date and an id, which grow by STEP (0: they stay the same)
  *   sink -l PROCESSES PORT   the limit: as many processes on one port that answer 202 as a distributor does, no more
  *
  * One thread a process, epoll. GET /count answers "<packets> <requests>" of the port, GET /total the same of all ports,
@@ -49,7 +49,7 @@ static struct listener *listeners;
 static int ports;
 static const char *yes = OK;
 static size_t yes_length = sizeof OK - 1;
-static int varied;
+static long step = -1;
 static double seconds_a_packet, free_at;   /* when the packets read so far would be worked off */
 static int slow = -1;                      /* the index of the analyzer that answers late */
 static double delay;                       /* seconds; below 0: for ever */
@@ -138,10 +138,12 @@ static size_t answer(struct connection *c, const char *head, size_t n, char *out
         answer_late(c);
         return 0;
     }
-    if (varied)
+    if (step >= 0) {
+        long number = c->on->requests * step;
         return (size_t)sprintf(out, "HTTP/1.1 200 OK\r\nDate: Sat, 28 Nov 2026 10:%02ld:%02ld GMT\r\nX-Request-Id: %ld\r\n"
                                "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
-                               c->on->requests / 60 % 60, c->on->requests % 60, c->on->requests);
+                               number / 60 % 60, number % 60, 1000000 + number);
+    }
     memcpy(out, yes, yes_length);
     return yes_length;
 }
@@ -211,13 +213,13 @@ static void take(int poll, struct listener *on) {
 
 int main(int argc, char **argv) {
     int option, processes = 1;
-    while ((option = getopt(argc, argv, "r:d:l:v")) != -1) {
+    while ((option = getopt(argc, argv, "r:d:l:s:")) != -1) {
         if (option == 'r') seconds_a_packet = 1 / atof(optarg);
         else if (option == 'd') {
             char *rest;
             slow = (int)strtol(optarg, &rest, 10);
             delay = *rest == ':' ? atof(rest + 1) / 1e3 : -1;
-        } else if (option == 'v') varied = 1;
+        } else if (option == 's') step = atol(optarg);
         else if (option == 'l') processes = atoi(optarg), yes = ACCEPTED, yes_length = sizeof ACCEPTED - 1;
         else return 2;
     }

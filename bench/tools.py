@@ -133,15 +133,19 @@ def memory_available() -> int:
 class Sink:
     """The analyzers: one process that listens on many ports and counts. ``rate``: packets a second it can take.
 
-    ``late``: which of them (from 0) answers after how many milliseconds, as in "1:100"; -1: never. ``varied``: no two
-    answers have the same head.
+    ``late``: which of them (from 0) answers after how many milliseconds, as in "1:100"; -1: never. ``step``: by how
+    much the Date and the id of an answer grow (None: it has none).
     """
 
     def __init__(
-        self, folder: Path, ports: tuple[int, ...], rate: float = 0, late: str = "", *, varied: bool = False
+        self, folder: Path, ports: tuple[int, ...], rate: float = 0, late: str = "", *, step: int | None = None
     ) -> None:
         self.ports = ports
-        options = [*(["-r", str(rate)] if rate else []), *(["-d", late] if late else []), *(["-v"] if varied else [])]
+        options = [
+            *(["-r", str(rate)] if rate else []),
+            *(["-d", late] if late else []),
+            *(["-s", str(step)] if step is not None else []),
+        ]
         command = [str(folder / "sink"), *options, *map(str, ports)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.process.stdout
@@ -175,14 +179,14 @@ class Wrk:
     """A run of wrk: a closed loop over keep-alive connections, one thread.
 
     ``answered``: requests; ``seconds``: that it took; ``busy``: the share of one processor that wrk itself used.
-    ``traced``: each has another traceparent.
+    ``step``: by how much its traceparent grows (None: it has none).
     """
 
     def __init__(  # noqa: PLR0913
-        self, folder: Path, port: int, body: bytes, seconds: float, connections: int, *, traced: bool = False
+        self, folder: Path, port: int, body: bytes, seconds: float, connections: int, *, step: int | None = None
     ) -> None:
         url = f"http://127.0.0.1:{port}/logs"
-        answers = wrk(folder, Order(url, body, seconds, connections, timeout=20, traced=traced))
+        answers = wrk(folder, Order(url, body, seconds, connections, timeout=20, step=step))
         if answers.refused or answers.errors:
             raise RuntimeError(f"wrk at {url}: {answers.refused} answers were errors, {answers.errors or 'no'} others")
         self.answered, self.seconds, self.busy = answers.taken, answers.seconds, answers.busy
