@@ -233,6 +233,8 @@ class RequestHead(Head):
     wait: Final[int]
     keys: Final[int]
     origin: Final[bytes | None]
+    fields: Final[dict[str, str] | None]
+    """Values by lower-case name, repeated ones joined by commas; None for POST /logs."""
     def __init__(self, text: bytes) -> None: ...
     def on_url(self, url: bytes) -> None: ...
 

@@ -49,11 +49,11 @@ _REASONS = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 class Request(Struct, frozen=True):
-    """A request: ``target`` as it came, ``head`` the raw bytes of request line and headers, ``body`` decoded."""
+    """A request: ``target`` as it came, ``headers`` by lower-case name (repeated ones joined), ``body`` decoded."""
 
     method: str
     target: str
-    head: bytes
+    headers: Mapping[str, str]
     body: bytes
     client: str = ""  # address
 
@@ -61,16 +61,6 @@ class Request(Struct, frozen=True):
     def path(self) -> str:
         """The target without its query."""
         return self.target.partition("?")[0]
-
-    def headers(self) -> dict[str, str]:
-        """Return the headers by lower-case name; the values of repeated ones are joined by commas."""
-        headers: dict[str, str] = {}
-        for line in self.head.decode("latin-1").split("\r\n")[1:]:
-            name, colon, value = line.partition(":")
-            if colon:
-                name, value = name.lower(), value.strip(" \t")
-                headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        return headers
 
 
 class Response(Struct, frozen=True):
@@ -169,10 +159,12 @@ class Api:
             "/analyzers/{id}/override": {"DELETE": self._guarded(self._clear)},
         }
 
-    def respond(self, method: str, target: str, head: bytes, body: bytes, client: str = "") -> Response | Action:
+    def respond(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes, client: str = ""
+    ) -> Response | Action:
         """Answer a request that is not POST /logs; ``target`` is a path, ``*`` (OPTIONS) or what CONNECT names."""
         try:
-            return self._respond(Request(method, target, head, body, client))
+            return self._respond(Request(method, target, headers, body, client))
         except Exception as error:  # noqa: BLE001  (whoever asks gets an answer, whatever it is)
             return self.faults.answer(error)
 
@@ -199,7 +191,7 @@ class Api:
         return list(dict.fromkeys([*with_head, "OPTIONS"]))
 
     def _options(self, request: Request, methods: Iterable[str]) -> Response:
-        headers, answer = request.headers(), _allow(methods)
+        headers, answer = request.headers, _allow(methods)
         if "origin" in headers and "access-control-request-method" in headers:
             allowed = self.snapshot().config.security.cors_origins
             if cors_headers(headers["origin"], allowed):
@@ -211,7 +203,7 @@ class Api:
 
     def _page(self, request: Request) -> Response:
         page = pages()[request.path]
-        if page.is_held(request.headers().get("if-none-match", "")):
+        if page.is_held(request.headers.get("if-none-match", "")):
             return Response(304, b"", page.headers)
         return Response(200, page.body, page.headers)
 
@@ -222,7 +214,7 @@ class Api:
         return problem(503, state["detail"], headers=RETRY_SOON)
 
     def _metrics(self, request: Request) -> Response:
-        if accepts(request.headers().get("accept", ""), "application/openmetrics-text"):
+        if accepts(request.headers.get("accept", ""), "application/openmetrics-text"):
             render, content_type = metrics.openmetrics, metrics.OPENMETRICS_CONTENT_TYPE
         else:
             render, content_type = metrics.text, metrics.CONTENT_TYPE
@@ -247,7 +239,7 @@ class Api:
         return guarded
 
     def _refusal(self, request: Request) -> Response | None:
-        headers, security = request.headers(), self.snapshot().config.security
+        headers, security = request.headers, self.snapshot().config.security
         if security.admin_tokens:
             if has_token(headers.get("authorization"), security.admin_tokens):
                 return None
@@ -266,7 +258,7 @@ class Api:
 
     def _override(self, request: Request) -> Response | Action:
         name = analyzer_of(request.path)
-        if request.headers().get("content-encoding", "").lower() not in ("", "identity"):
+        if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
             return problem(415, "compressed bodies are not understood", headers=b"Accept-Encoding: identity\r\n")
         return self._unknown(name) or parse_override(name, request.body)
 

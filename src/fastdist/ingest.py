@@ -20,7 +20,7 @@ from fastdist.api import Response, cors_headers, problem, reason
 from fastdist.errors import PacketError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fastdist.api import Api
     from fastdist.control import Action
@@ -230,9 +230,9 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         data: bytes = self.answer(response.status, reason(response.status), response.headers, response.body, close)
         return data
 
-    def handle(self, method: str, target: str, head: bytes, body: bytes) -> bytes | None:
+    def handle(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:
         """Answer a request other than POST /logs; a change that was asked for is answered when it is carried out."""
-        response = self.emitters.api.respond(method, target, head, body, self.address)
+        response = self.emitters.api.respond(method, target, headers, body, self.address)
         if isinstance(response, Response):
             return self._compose(response)
         answer = self.promise()

@@ -110,7 +110,7 @@ class Fields:
 
 def facts(head):
     names = [name for name in dir(type(head)) if not name.startswith(("_", "on_", "filled_by"))]
-    return {name: getattr(head, name) for name in names if name != "text"}
+    return {name: getattr(head, name) for name in names if name not in ("text", "fields")}
 
 
 def check(template, other, parser):

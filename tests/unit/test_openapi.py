@@ -34,7 +34,7 @@ def test_it_is_valid_openapi_3_1():
 
 
 def test_it_is_what_is_served():
-    response = Api(lambda: pytest.fail("no figure is needed")).respond("GET", "/openapi.json", b"", b"")
+    response = Api(lambda: pytest.fail("no figure is needed")).respond("GET", "/openapi.json", {}, b"")
     assert response.status == 200
     assert response.headers == b"Content-Type: application/json\r\n"
     assert response.body == description() == (SOURCES / "openapi.json").read_bytes()

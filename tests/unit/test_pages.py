@@ -12,6 +12,7 @@ import pytest
 
 import fastdist
 from fastdist import pages, stats
+from fastdist._core import RequestHead
 from fastdist.api import Api
 from fastdist.config import Config
 from fastdist.shared import SharedBlock
@@ -47,7 +48,8 @@ def api(snapshot):
 
 def ask(api, method, path, **headers):
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return api.respond(method, path, "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode(), b"")
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode()
+    return api.respond(method, path, RequestHead(head).fields, b"")
 
 
 def headers_of(response):

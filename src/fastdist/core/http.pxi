@@ -264,10 +264,11 @@ cdef class RequestHead(Head):
     cdef readonly int64_t wait       # of Prefer, seconds; -1: none
     cdef readonly int keys           # how many Idempotency-Key fields there are
     cdef readonly bytes origin       # None: none
-    cdef int hosts, credentials      # fields
+    cdef readonly dict fields        # values by lower-case name, repeated ones joined by commas; None: is_log
+    cdef int hosts, credentials      # how many fields
 
     def __init__(self, bytes text not None):
-        self.text, self.target, self.json, self.wait = text, b"", True, -1
+        self.text, self.target, self.fields, self.json, self.wait = text, b"", {}, True, -1
         method = METHOD.match(text)
         parser = HttpRequestParser(self)
         if method and method[2]:
@@ -280,12 +281,16 @@ cdef class RequestHead(Head):
             self.status, self.fault = status_for(parser), objection
         if self.status:
             self.hole_count = 0
+        if self.is_log:
+            self.fields = None
 
     def on_url(self, bytes url):
         """Hear of the target, from httptools."""
         self.target += url
 
     cdef int take(self, bytes name, bytes value) except -1:
+        field, text = name.decode("latin-1"), value.decode("latin-1")
+        self.fields[field] = f"{self.fields[field]}, {text}" if field in self.fields else text
         if name == b"host":
             self.hosts += 1
             if value and not names_host(value):  # an empty one is for targets without a host

@@ -342,7 +342,7 @@ cdef class Answer:
 cdef class IngestBase(Receiver):
     """One emitter's connection, mixed into an ``asyncio.Protocol`` that has:
 
-    ``handle(method, target, head, body)``: any request but POST /logs; returns the answer's bytes, or None when it will
+    ``handle(method, target, headers, body)``: any request but POST /logs; returns the answer's bytes, or None when it will
     complete an ``Answer`` made by ``promise`` later. ``refuse(status, counter, detail, close, headers=b"")``: what was
     wrong with a request, as bytes. ``limited(seconds)``, ``unauthorized(header)``, ``invalid(error)``, ``not_stored(full)``: answers
     for what their names say. ``is_authorized(header)``: whether it holds a token. ``await_delivery(answer, sequence,
@@ -371,9 +371,9 @@ cdef class IngestBase(Receiver):
     cdef char[64] key
     cdef int key_length
     cdef bytes extra                   # header lines its answer gets besides the usual
-    cdef tuple request                 # (method, target, head) of one that is not POST /logs
+    cdef tuple request                 # (method, target, headers) of one that is not POST /logs
     # buffers
-    cdef RequestHead head              # the last one: a template
+    cdef RequestHead head              # of the last packet: a template
     cdef UnfinishedHead unfinished     # the head that is being read
     cdef Buffer partial                # of a head, or what is held back
     cdef Py_ssize_t scanned            # of the head, by find_head_end
@@ -568,13 +568,11 @@ cdef class IngestBase(Receiver):
             head.matches(p, length, &filled)
         self.head_ns = 0
         self.unfinished = None
-        self.begin(head, &filled, p, length)
+        self.begin(head, &filled)
         if unlikely(self.held):
             return p
-        if head is not self.head and head.status == 0 and length <= TEMPLATE_ROOM:
-            self.head = head
-            if head.is_log:
-                self.intake.head = head
+        if head is not self.head and head.is_log and head.status == 0 and length <= TEMPLATE_ROOM:
+            self.head = self.intake.head = head
         self.blank_lines = 0
         self.admitted = False
         if self.state == START:  # no body
@@ -610,7 +608,7 @@ cdef class IngestBase(Receiver):
         self.fault(status, "malformed", f"{'the request is not HTTP: ' if status == 400 else ''}{fault}")
         return 0
 
-    cdef int begin(self, RequestHead head, Filled *filled, const uchar *p, Py_ssize_t n) except -1:
+    cdef int begin(self, RequestHead head, Filled *filled) except -1:
         """Act on a head: decide what the request is, whether it may go on, and how its body is read."""
         cdef bint keep_alive = head.keep_alive and not self.intake.draining
         # If it is answered already now: whether the body still comes is the emitter's choice, or it is too long to pass over.
@@ -632,7 +630,7 @@ cdef class IngestBase(Receiver):
         if unlikely(self.intake.draining) and head.keep_alive:
             self.closing = True  # it may have sent more: linger, lest a reset destroys what it has yet to read
         if unlikely(not self.is_log):
-            self.request = (head.method, head.target.decode("latin-1"), p[:n])
+            self.request = (head.method, head.target.decode("latin-1"), head.fields)
         if unlikely(refusal != FINE):
             self.turn_down(refusal, filled, wait)
         if self.state == OVER:
@@ -813,9 +811,9 @@ cdef class IngestBase(Receiver):
                     self.state = WHOLE
                     return 0
             elif self.may_answer():
-                method, target, head = self.request
+                method, target, headers = self.request
                 self.request = None
-                answer = self.handle(method, target, head, p[:n] if n else b"")
+                answer = self.handle(method, target, headers, p[:n] if n else b"")
                 if answer is not None:
                     self.emit(answer)
             else:
