@@ -15,7 +15,7 @@ BUILD = os.environ.get("FASTDIST_BUILD", "release")
 # function: Python calls what takes an object's own type by way of PyObject *.
 CLANG_SANITIZERS = ["-fsanitize=address,undefined,fuzzer-no-link", "-fno-sanitize=function"]
 FLAGS: dict[str, tuple[list[str], list[str]]] = {
-    "release": (["-O3", "-fno-plt"], []),
+    "release": (["-O3", "-g0", "-fno-plt"], []),
     "debug": (["-O0", "-g", "-DCYTHON_TRACE=1", "-DCYTHON_TRACE_NOGIL=1"], []),
     "sanitize": (
         ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -50,6 +50,7 @@ setup(
             "cdivision": True,
             "initializedcheck": checked,
             "linetrace": BUILD == "debug",
+            "auto_pickle": False,  # whatever is pickled, it is nothing of the core
             "embedsignature": False,
         },
         force=checked,
