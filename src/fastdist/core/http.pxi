@@ -163,7 +163,7 @@ cdef class Head:
 
     cdef int find_hole(self, bytes name, HoleKind kind, bint decisive) except -1:
         """Find the field's line; note where its value stands, unless a template has to have the same."""
-        cdef Hole *hole = &self.holes[self.hole_count]
+        cdef Hole *hole
         cdef const uchar *text = <const uchar *>PyBytes_AS_STRING(self.text)
         cdef Py_ssize_t start = self.line + len(name) + 1
         cdef Py_ssize_t end = self.text.index(b"\n", start)
@@ -182,6 +182,7 @@ cdef class Head:
                 end -= 1
             if end - start > MAX_DIGITS:
                 return 0
+        hole = &self.holes[self.hole_count]
         hole.start, hole.end, hole.kind = <int>start, <int>end, kind
         self.hole_count += 1
         return 0
@@ -504,7 +505,9 @@ cdef class ChunkedBody:
         cdef Py_ssize_t n = end - p
         if self.part == CHUNK_CONTENT:
             piece.p, piece.n = p, min(n, self.left)
-            n = piece.n + 2 if n >= self.left + 2 else piece.n  # its end is as good as read with it
+            n = piece.n
+            if end - p >= self.left + 2 and p[n] == c'\r' and p[n + 1] == c'\n':
+                n += 2  # its end is as good as read with it
         else:
             feed = <const uchar *>memchr(p, c'\n', n)
             if feed != NULL:
