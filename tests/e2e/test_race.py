@@ -23,7 +23,12 @@ def test_a_tiny_race_writes_what_it_measured(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (written,) = tmp_path.glob("*.json")
     document = json.loads(written.read_text())
-    assert document["works"].keys() == {"batch, memory", "latency, batch, memory"}
+    assert document["works"].keys() == {
+        "batch, memory",
+        "batch, memory, long heads that stay",
+        "batch, memory, long heads that vary",
+        "latency, batch, memory",
+    }
     assert document["versions"]["fastdist"].startswith("fastdist ")
     assert document["machine"]["cores"]
     throughput = document["works"]["batch, memory"]["contestants"]["fastdist"]
