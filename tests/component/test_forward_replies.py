@@ -93,6 +93,11 @@ CASES = {
     "three replies": (OK + reply(200, body=b"xyz") + CHUNKED + b"0\r\n\r\n", OPEN, Outcome(3, [])),
     "unasked": (OK * 3 + b"H", OPEN, Outcome(3, [], "close")),
     "unasked, a whole reply": (OK * 4, OPEN, Outcome(3, [], "close")),
+    "trailers that would end the connection": (
+        b"".join(CHUNKED + b"1\r\n%d\r\n0\r\nConnection: close\r\nTransfer-Encoding: x\r\n\r\n" % n for n in range(3)),
+        OPEN,
+        Outcome(3, []),
+    ),
     "closed after a reply": (OK, FIN, Outcome(1, [not_sent("p3"), not_sent("p2")], "close")),
     "reset after a reply": (OK, RST, Outcome(1, [not_sent("p3"), not_sent("p2")], "close")),
     "closed after all": (OK * 3, FIN, Outcome(3, [], "close")),

@@ -480,6 +480,16 @@ def test_a_trailer_is_no_header(service):
     assert service.packets()[0].id == connection.answer().id
 
 
+@pytest.mark.parametrize(
+    "line", [b"Connection: close", b"Proxy-Connection: close", b"Connection: upgrade\r\nUpgrade: h2c"]
+)
+def test_a_body_is_read_behind_one_whose_trailer_would_end_the_connection(service, line):
+    data = post_chunked(BODY, end=b"0\r\n" + line + b"\r\n\r\n")
+    assert service.ask(data * 2 + post()).statuses == [202, 202, 202]
+    assert service.ask(data, data, post()).statuses == [202, 202, 202]
+    assert service.bodies() == [BODY] * 6
+
+
 # ---- smuggling: what hides in a body or behind a broken request is never read
 
 HIDDEN = keyed("hidden")

@@ -477,6 +477,7 @@ cdef class ChunkedBody:
     cdef object parser               # None where there is none to go on with; the two refer to one another
     cdef ChunkPart part
     cdef bint over
+    cdef bint spent                  # the parser reads no further body: a trailer says Connection: close, or the like
     cdef bint sized                  # the digits of the size are over
     cdef int64_t left                # bytes of the present chunk
     cdef int64_t room                # bytes that further chunks may have
@@ -489,14 +490,15 @@ cdef class ChunkedBody:
         """Be ready for a body of at most ``room`` bytes; size lines, and all trailers together, have at most ``line_limit``."""
         self.room, self.line_limit = room, line_limit
         self.part, self.over, self.sized, self.left, self.line = CHUNK_SIZE_LINE, False, False, 0, 0
-        if self.parser is None:
+        if self.parser is None or self.spent:
+            self.spent = False
             self.parser = reply_parser(self) if self.reply else HttpRequestParser(self)
         self.parser.feed_data(CHUNKED_REPLY if self.reply else CHUNKED_REQUEST)
         return 0
 
     def on_message_complete(self):
         """Hear that the body is over, from httptools."""
-        self.over = True
+        self.over, self.spent = True, not self.parser.should_keep_alive()
 
     cdef int read(self, const uchar **at, const uchar *end, Span *piece) except -1:
         """Read on at ``at``, which must not be the end, and move that; return at the first event."""
