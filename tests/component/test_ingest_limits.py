@@ -136,6 +136,13 @@ def test_extensions_and_trailers_are_bounded(service, what, excess):
         assert connection.statuses == [202]
 
 
+@pytest.mark.parametrize("excess", [-2, -1, 0, 1])
+def test_the_bound_of_a_last_chunk_is_the_same_however_it_arrives(service, excess):
+    start = head("POST /logs", "Transfer-Encoding: chunked") + b"1\r\na\r\n0;" + b"x" * (MAX_HEADER - 4 + excess)
+    whole, in_two = service.ask(start + b"\r\n\r\n"), service.ask(start + b"\r\n", b"\r\n")
+    assert whole.statuses == in_two.statuses == ([202] if excess <= 0 else [431])
+
+
 def test_endless_trailers_come_to_an_end(service):
     connection = service.ask(post_chunked(BODY, end=b"0\r\n"))
     for _ in range(1000):

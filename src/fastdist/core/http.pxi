@@ -516,7 +516,8 @@ cdef class ChunkedBody:
                 n = feed + 1 - p
             if self.part == CHUNK_SIZE_LINE and not self.sized and not self.read_size(p, n):
                 return self.fail(CHUNK_TOO_LARGE)
-            if self.part == CHUNK_SIZE_LINE and self.left == 0 and feed != NULL and end - feed > 2 and feed[1] == c'\r' and feed[2] == c'\n':
+            if (self.part == CHUNK_SIZE_LINE and self.left == 0 and feed != NULL and end - feed > 2 and feed[1] == c'\r'
+                    and feed[2] == c'\n' and n + 2 <= self.line_limit - self.line):
                 n += 2  # nor does a last chunk without trailers come in two
             if n > self.line_limit - self.line:
                 n, feed = self.line_limit - self.line, NULL
