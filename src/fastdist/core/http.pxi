@@ -283,16 +283,15 @@ cdef class RequestHead(Head):
             self.status, self.fault = status_for(parser), objection
         if self.status:
             self.hole_count = 0
-        if self.is_log:
-            self.fields = None
+        # Joined only now, as there may be very many of one name.
+        self.fields = None if self.is_log else {name: ", ".join(values) for name, values in self.fields.items()}
 
     def on_url(self, bytes url):
         """Hear of the target, from httptools."""
         self.target += url
 
     cdef int take(self, bytes name, bytes value) except -1:
-        field, text = name.decode("latin-1"), value.decode("latin-1")
-        self.fields[field] = f"{self.fields[field]}, {text}" if field in self.fields else text
+        self.fields.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
         if name == b"host":
             self.hosts += 1
             if value and not names_host(value):  # an empty one is for targets without a host
