@@ -126,6 +126,7 @@ def corpus() -> dict[str, bytes]:
         "future version": one + head("POST /logs HTTP/2.0", "X: \x01"),
         "control character": one + head("POST /logs", "X: a\x00b", "Content-Length: 1") + b"x",
         "control character later": one + head("POST /logs", "Content-Length: x", "A: b", "X: a\x7fb") + b"x",
+        "broken head of HEAD": one + head("HEAD /health", "X: a\xff\rb", "Y: z"),
         "bare line feed": one + b"POST /logs HTTP/1.1\nHost: x\r\n\r\n",
         "bare line feed later": one + b"POST /logs HTTP/1.1\r\nHost x\r\nA: b\n\r\n\r\n",
         "bare carriage return": one + b"POST /logs HTTP/1.1\r\nHost: x\rA: b\r\n\r\n",

@@ -596,6 +596,7 @@ cdef class IngestBase(Receiver):
             self.unfinished = None  # it has to say so again
             return p
         self.head_ns = 0
+        self.head_only = self.unfinished.parser is not None and self.unfinished.method == b"HEAD"
         self.unfinished = None
         if fault is not None:
             self.malformed(400, fault)
