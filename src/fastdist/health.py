@@ -81,7 +81,8 @@ class Probe(asyncio.Protocol):
                 self._whole = False
             except HttpParserError:
                 self._fail(ValueError("a reply that is not HTTP"))
-        if self._received > LONGEST_BEGINNING:  # it goes on and on
+        known = self._status is None or self._status.done()
+        if self._received > LONGEST_BEGINNING and not known:  # it goes on and on
             self._fail(ValueError("a reply that is not HTTP"))
         if self._received > LONGEST_REPLY:
             self.transport.close()

@@ -60,6 +60,7 @@ class Checked:
 
 ANSWERS = {
     "with a length": reply(200, body=b"well"),
+    "long": reply(200, body=b"x" * 60_000),
     "without a body": b"HTTP/1.1 204 No Content\r\n\r\n",
     "in chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nwell\r\n0\r\n\r\n",
     "after another": b"HTTP/1.1 102 Processing\r\nA: b\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n" + OK,
@@ -222,6 +223,7 @@ def test_analyzers_that_are_checked_alike_leave_nothing_open(certificate):
     [
         (OK, True),
         (OK[:-1], False),
+        (reply(200, body=b"x" * 60_000), True),
         (OK + b"x", False),
         (b"HTTP/1.1 200 OK\r\ncontent-length:3\r\n\r\nabc", True),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nab", False),
