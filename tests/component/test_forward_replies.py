@@ -70,7 +70,6 @@ DELIVERED = {
     "bare LF": b"HTTP/1.1 200 OK\nContent-Length: 2\n\nhi",
     "bare LF, mixed": b"HTTP/1.1 200 OK\r\nContent-Length: 2\n\r\nhi",
     "bare LF, chunked": b"HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n1\r\n\n\r\n0\r\n\r\n",
-    "bare LF behind a chunk": CHUNKED + b"1\r\na\n12\r\n0123456789abcdefgh\r\n0\r\n\r\n",
     "HTTP/1.0 kept": b"HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\nContent-Length: 1\r\n\r\n!",
     "an empty line first": b"\r\n" + OK,
     "a lone LF first": b"\n" + OK,
@@ -201,6 +200,11 @@ CASES = {
     ),
     "broken chunks": (
         CHUNKED + b"5\r\nhelloX",
+        OPEN,
+        Outcome(1, [not_sent("p3"), failed("p2", BROKEN, counted=False)], "abort"),
+    ),
+    "a bare LF behind a chunk": (
+        CHUNKED + b"1\r\na\n12\r\n0123456789abcdefgh\r\n0\r\n\r\n",
         OPEN,
         Outcome(1, [not_sent("p3"), failed("p2", BROKEN, counted=False)], "abort"),
     ),

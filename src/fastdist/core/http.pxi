@@ -382,7 +382,7 @@ cdef class ReplyHead(Head):
 
     def __init__(self, bytes text not None):
         self.text = text
-        parser = reply_parser(self)
+        parser = reply_parser(self, True)
         self.fault = self.read(parser, text)
         self.status = parser.get_status_code()
         if self.fault is None and (parser.get_http_version() not in ("1.0", "1.1") or self.status < 100 or self.status == 101):
@@ -400,10 +400,10 @@ cdef class ReplyHead(Head):
         return 0
 
 
-cdef reply_parser(protocol):
-    """Return a parser that reads replies as RFC 9112 lets a recipient: a bare LF ends a line."""
+cdef reply_parser(protocol, bint of_heads):
+    """Return a parser that reads replies as RFC 9112 lets a recipient: a bare LF ends a line of a head, but not of chunks."""
     parser = HttpResponseParser(protocol)
-    parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True, lenient_chunked_length=True,
+    parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=of_heads, lenient_chunked_length=True,
                                     lenient_spaces_after_chunk_size=True)
     return parser
 
@@ -418,7 +418,7 @@ cdef class UnfinishedHead:
     cdef bint judged                 # it will be refused, but has to be whole for that
 
     def __cinit__(self, bint reply):
-        self.parser = reply_parser(None) if reply else None
+        self.parser = reply_parser(None, True) if reply else None
         self.method = b""
 
     cdef str feed(self, bytes data):
@@ -491,7 +491,7 @@ cdef class ChunkedBody:
         self.part, self.over, self.sized, self.left, self.line = CHUNK_SIZE_LINE, False, False, 0, 0
         if self.parser is None or self.spent:
             self.spent = False
-            self.parser = reply_parser(self) if self.reply else HttpRequestParser(self)
+            self.parser = reply_parser(self, False) if self.reply else HttpRequestParser(self)
         self.parser.feed_data(CHUNKED_REPLY if self.reply else CHUNKED_REQUEST)
         return 0
 
