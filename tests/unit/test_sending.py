@@ -160,6 +160,15 @@ def test_a_connection_that_breaks_is_opened_again(rig, distributor):
 def test_retry_after_is_honoured_by_all_connections(rig, distributor):
     """The clock of pauses is watched, not that on the wall: nothing is asked while they say so."""
     distributor.otherwise = problem(429, "too many", Retry_After="1")
+    numbers, all_have_asked = iter(range(1000)), threading.Barrier(4, timeout=30)
+    answer = distributor.answer
+
+    def together(path, headers, body):
+        if next(numbers) < 4:
+            all_have_asked.wait()  # else one might be told to pause when the pause of another is over
+        return answer(path, headers, body)
+
+    distributor.answer = together
     thread = rig.fill(40).in_background(connections=4)
     wait_until(lambda: rig.events.waits if rig.shipper else None, "a pause")
     distributor.otherwise = ACCEPTED
