@@ -86,7 +86,7 @@ debug: .venv/.tools  ## build the core with bounds checks and line tracing
 sanitize: .venv/.tools  ## run the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTDIST_BUILD=sanitize $(BIN)/python setup.py build_ext --inplace --force
 	rm -f $(BUILT) src/fastdist/_core.c
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest tests/unit tests/component -m 'not processes'
 
 fuzz: .venv/.tools  ## fuzz what reads bytes of others, FUZZ_SECONDS (120) for each target; needs clang
