@@ -129,19 +129,20 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
 
 @pytest.mark.parametrize("durability", form(["fsync"], ["disk", "fsync"]))
 def test_everything_is_killed_while_packets_become_dead_letters(experiment, durability):
-    """A letter is there before its packet is gone: at worst a packet is both, or a letter twice."""
+    """A letter is there before its packet is gone: at worst it is written again, for a packet that was still queued."""
     experiment.analyzers("--latency", "0.002").set_all(rejects=SOME)
     settings = {"queue": {"durability": durability}}
     fastdist = experiment.serve(settings)
     emitter = experiment.emitter().start()
-    kills = form(2, 8)
+    kills, recovered = form(2, 8), 0
     for _ in range(kills):
         emitter.wait_for(300)
         time.sleep(random.uniform(0, 0.3))
         fastdist.kill_all()
         fastdist = experiment.serve(settings)
+        recovered += fastdist.stats()["packets"]["recovered"]
     emitter.wait_for(100)
     experiment.judge(f"everything kill -9, a share refused ({durability})", bound=kills * in_flight(DELIVERY))
     letters = [row["id"] for row in fastdist.dead_letters()]
     assert len({*letters}) > 100 * kills
-    assert len(letters) - len({*letters}) <= kills * in_flight(DELIVERY)
+    assert len(letters) - len({*letters}) <= recovered
