@@ -268,7 +268,6 @@ def locate(body: bytes, strict: bool = False) -> tuple[int, int | None, list[str
 def hash_text(utf8: bytes) -> int: ...
 
 # Of Cython's making: what the other compiled modules import, and nothing.
-__pyx_capi__: dict[str, object]
 __test__: dict[str, object]
 
 # ---- stream
