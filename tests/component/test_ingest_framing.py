@@ -344,6 +344,13 @@ def test_nothing_but_empty_lines_is_an_idle_connection(service):
     assert connection.written == b""
 
 
+@pytest.mark.parametrize("pieces", [[b"\r~"], [b"\r", b"~"], [b"\r\n\r", b"GET / HTTP/1.1\r\n"], [b"\r", b"\r"]])
+def test_half_an_empty_line_is_no_request(service, pieces):
+    connection = service.ask(*pieces)
+    assert connection.statuses == [400]
+    assert not connection.open
+
+
 @pytest.mark.parametrize("pieces", [[b"\r\n" * 101], [b"\r\n"] * 101, [b"\r", b"\n"] * 101])
 def test_empty_lines_without_end_are_no_request(service, pieces):
     connection = service.ask(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n" * 100, post(), *pieces)

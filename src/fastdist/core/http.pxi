@@ -430,7 +430,10 @@ cdef class UnfinishedHead:
         if self.parser is None:
             method = METHOD.match(data)
             if method is None and first:
-                return None if data == b"\r" else NO_METHOD  # which may be the start of an empty line
+                if data != b"\r":
+                    return NO_METHOD
+                self.seen = 0  # it may be the start of an empty line: look again when more has come
+                return None
             if method is not None and len(self.method) < 8:
                 self.method += method[1][:8]
             rest = data[method.end(1) if method else 0:]
