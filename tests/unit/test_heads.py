@@ -214,6 +214,13 @@ def test_any_field_may_be_there_very_often(name):
     assert ReplyHead(head.replace(b"POST /logs HTTP/1.1", b"HTTP/1.1 200 OK")).status == 200
 
 
+@pytest.mark.parametrize("before", range(26))
+def test_fields_that_are_handed_out_may_stand_among_very_many(before):
+    fields = b"X: a\r\n" * before + b"Idempotency-Key: k\r\n" + b"Y: b\r\n" * 200 + b"Content-Length: 7\r\n"
+    head = b"POST /logs HTTP/1.1\r\nHost: a\r\n" + fields + b"\r\n"
+    assert RequestHead(head).filled_by(head) == (len(head), 7, b"k", b"")
+
+
 @pytest.mark.parametrize("length", range(len(REQUEST)))
 def test_a_part_of_a_head_is_not_taken(length):
     assert RequestHead(REQUEST).filled_by(REQUEST[:length]) is None

@@ -171,7 +171,7 @@ cdef class Head:
         if self.text[start - 1 - len(name):start] != name + b":":  # as behind an empty line before a reply
             self.line, self.hole_count = 0, 0
             return 0
-        if decisive or self.hole_count == (MAX_HOLES if kind else MAX_HOLES - MAX_HANDED_OUT):
+        if decisive or self.hole_count >= (MAX_HOLES if kind else MAX_HOLES - MAX_HANDED_OUT):
             return 0
         if text[end - 1] == c'\r':
             end -= 1
