@@ -167,7 +167,7 @@ def test_a_coding_in_http_1_0_is_refused(service):
     assert_refused(service, before + chunk(BODY) + b"0\r\n\r\n", "Transfer-Encoding in HTTP/1.0")
 
 
-@pytest.mark.parametrize("value", [f"000{len(BODY)}", f"\t {len(BODY)} \t"])
+@pytest.mark.parametrize("value", [f"000{len(BODY)}", f"{'0' * 5000}{len(BODY)}", f"\t {len(BODY)} \t"])
 def test_lengths_that_are_read(service, value):
     assert_read(service, head("POST /logs", f"Content-Length:{value}") + BODY)
 
@@ -385,6 +385,7 @@ def test_hosts_that_are_refused(service, lines, detail):
         "x:0",
         "logs.example:3000",
         "logs.example.:0065535",
+        f"x:{'0' * 5000}80",
         "[2001:db8::1]:80",
         "[::]",
         "[::ffff:192.0.2.1]:",

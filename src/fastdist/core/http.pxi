@@ -35,7 +35,7 @@ cdef struct Filled:
     Span key
     Span credentials
 
-cdef object HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[-._~!$&'()*+;=0-9A-Za-z]|%[0-9A-Fa-f]{2})+)(?::(0*[0-9]{0,5}))?")
+cdef object HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[-._~!$&'()*+;=0-9A-Za-z]|%[0-9A-Fa-f]{2})+)(?::0*([0-9]{0,5}))?")
 cdef object ABSOLUTE = re.compile(rb"(?i)https?://([^/?]*)(.*)")
 cdef object METHOD = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+)( ?)")
 cdef object PREFERENCE = re.compile(rb'(?:[^",]|"(?:[^"\\]|\\.)*"?)+')  # an element of a list; a comma in quotes is part of it
@@ -96,7 +96,6 @@ cdef Span trim(const uchar *p, const uchar *end) noexcept nogil:
         end -= 1
     span.p, span.n = p, end - p
     return span
-
 
 
 cdef bytes shown(bytes method, bytes rest):
@@ -190,7 +189,7 @@ cdef class Head:
     cdef int take(self, bytes name, bytes value) except -1:
         """Take in a field; ``name`` is in lower case."""
         if name == b"content-length":
-            self.content_length = min(int(value), INT64_MAX)
+            self.content_length = min(int(value.lstrip(b"0") or 0), INT64_MAX)
         elif name == b"connection":
             self.closes |= b"close" in [option.strip(b" \t") for option in value.lower().split(b",")]
         elif name == b"transfer-encoding":
