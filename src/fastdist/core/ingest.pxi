@@ -1,6 +1,6 @@
 """Ingest: what emitters send, from bytes to a packet in the ring and an answer.
 
-``Intake`` is what all connections of a worker share; ``IngestBase`` is one connection. A request goes head -> body ->
+``IngestBase`` is one connection, ``Intake`` (intake.pxi) what all of a worker share. A request goes head -> body ->
 answer; ``POST /logs`` is dealt with here, all else, and everything that is wrong, in ``fastdist.ingest`` (``handle``,
 ``refuse``). The answers of one read leave in one write. Where an answer has to wait (for a sync, a delivery, another
 process), it and all behind it become ``Answer`` objects in a list, and leave in order as they get ready.
@@ -13,25 +13,18 @@ no more is read from the connection:
 - when its next packet is a large one, of which a turn takes one;
 - when its next answer is one that Python makes (anything but a 202) and such answers have had their share of this turn
   (``costly_ns``): they cost up to a hundred times what a packet does, and packets come first.
-
-``Intake.go_on`` goes round among those that are held back, once in every turn of the loop, packets before costly answers.
-So no turn takes longer the more connections there are, and nobody waits for all that another has sent.
 """
-
 
 cdef enum:
     API_BODY = 1 << 20       # the most a request other than POST /logs may carry
     MOST_BLANK_LINES = 100   # before a request
-    LEAST_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
-    RESERVE = 8              # what fraction of that there is besides, for bodies of which no more has come than
-    SMALL_BODY = 64 << 10    # so many bytes
+    SMALL_BODY = 64 << 10    # bytes that have come of one for which there is a reserve of memory:
+    RESERVE = 8              # what fraction of that for all
     LARGE_BODY = 128 << 10   # bytes of one that takes a millisecond or more to scan, and so is scanned in its turn
-    MOST_ENDED = 16          # bodies that are ended to make room for a read
     NS_A_BYTE = 976562       # the least rate of a body and of what is written: 1 KiB/s
     NS_A_BYTE_FAST = 15259   # the rate at which a body is ended for nobody: 64 KiB/s
     MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
     MOST_WAITING = 256 << 10  # bytes of them
-    MOST_OUT = 64 << 10      # bytes of answers that are put together before they are written
     LONGEST_WAIT = 86400     # seconds of Prefer: wait
 
 cdef enum State:
@@ -55,288 +48,10 @@ cdef enum Refusal:           # of a request, by its head
 
 cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, lest that be lost in a reset; and that
                                   # answers have to be there once it has sent its end
-cdef int64_t STALL = 1000000000   # ns that a body may send nothing before it is slow
 cdef int64_t OVERDUE = 300000000000  # ns that an answer may be late which waits for the disk or the supervisor
 
-# ns of one turn of the event loop. Together, and with what Poller takes, far below the 20 ms that nobody is to wait.
-cdef int64_t SLICE = 150000     # for the packets of one connection
-cdef int64_t PACKETS = 2000000  # for all that are held back
-cdef int64_t LOOP = 2000000     # for those that the loop reads from, not Poller (TLS)
-cdef int64_t COSTLY = 500000    # for answers that Python makes
-
-VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
-
-cdef bytes NOSNIFF = b"X-Content-Type-Options: nosniff\r\n"
-cdef bytes NO_STORE = b"Cache-Control: no-store\r\n"
-cdef bytes NO_PAGE = b"Content-Security-Policy: default-src 'none'; frame-ancestors 'none'\r\n"
-cdef bytes SAFETY = NOSNIFF + NO_STORE
 cdef bytes ACCEPTED_HEAD = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\n" + SAFETY + b"Date: "
 cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
-SAFETY_HEADERS = SAFETY
-
-
-def call_soon(callback):
-    """Call it in the event loop's next turn."""
-    asyncio.get_running_loop().call_soon(callback)
-
-
-@cython.final
-cdef class Intake:
-    """What the emitters' connections of one worker share: the ring they push to, limits, time-outs, the answers' buffer.
-
-    ``server``: the section of the configuration. ``check(body, strict=...)`` returns (messages, emitter hash) or raises
-    PacketError. ``on_accepted()`` is called when packets were pushed, ``on_sync_wanted()`` when answers wait for a sync.
-    """
-
-    cdef readonly PacketRing ring
-    cdef readonly Counters counters
-    cdef readonly RateLimiter limiter
-    cdef readonly set connections
-    cdef public bint draining          # every answer is the last on its connection
-    cdef public bint closed            # nothing is accepted any more
-    cdef public bint full              # the last push found no room
-    cdef public bint broken_storage
-    cdef public bint open_to_all       # no token is asked for
-    cdef public bint shares_origins    # CORS is on
-    cdef bint answers_after_sync
-    cdef int64_t counted               # position of the ring: what was pushed before it is counted as accepted
-    cdef readonly list unsynced        # connections with answers that wait for a sync
-    cdef int validation
-    cdef int64_t max_body, max_header
-    cdef int64_t header_timeout, body_timeout, keepalive_timeout
-    cdef readonly Py_ssize_t max_connections
-    cdef public int64_t most_bodies    # bytes of bodies on their way, of all connections
-    cdef readonly int64_t bodies       # as many as there are
-    cdef int64_t slow_from             # monotonic ns: before it no body is slow enough to be ended for others
-    cdef object check                  # packet.check
-    cdef object on_accepted
-    cdef object on_sync_wanted
-    cdef uint64_t noise
-    cdef Buffer out                    # the answers of one read
-    cdef RequestHead head              # of the last packet, whoever sent it: a template for new connections
-    cdef int64_t dated_second
-    cdef int64_t wall                  # ns: when the packet at hand was accepted
-    cdef bytes date
-    # what is held back, and what a turn of the loop may take of it: see the module's text
-    cdef object waiting                # connections that have had their slice
-    cdef object costly                 # those whose next answer Python makes
-    cdef bint turn_awaited             # `go_on` will be called
-    cdef IngestBase having_turn        # it may have a costly answer made
-    cdef bint going_round              # among those with packets: a large one may be taken
-    cdef public object later           # call_soon
-    cdef public int64_t slice_ns, packets_ns, loop_ns, costly_ns
-    cdef int64_t loop_left, costly_left  # of this turn
-    cdef public int64_t longest_ns     # of `go_on`, until somebody sets it back
-
-    def __cinit__(self, PacketRing ring, Counters counters, RateLimiter limiter, server, check, on_accepted,
-                  on_sync_wanted=None):
-        self.ring, self.counters, self.limiter = ring, counters, limiter
-        self.check, self.on_accepted, self.on_sync_wanted = check, on_accepted, on_sync_wanted
-        self.answers_after_sync = on_sync_wanted is not None
-        self.counted = ring.tail
-        self.validation = VALIDATIONS[server.validation]
-        self.max_body, self.max_header = server.max_body, server.max_header
-        self.header_timeout = <int64_t>(server.header_timeout * 1e9)
-        self.body_timeout = <int64_t>(server.body_timeout * 1e9)
-        self.keepalive_timeout = <int64_t>(server.keepalive_timeout * 1e9)
-        self.max_connections = server.max_connections
-        self.most_bodies = max(LEAST_FOR_BODIES, 2 * self.max_body)
-        self.connections, self.unsynced = set(), []
-        self.waiting, self.costly = deque(), deque()
-        self.slice_ns, self.packets_ns, self.loop_ns, self.costly_ns = SLICE, PACKETS, LOOP, COSTLY
-        self.loop_left, self.costly_left = LOOP, COSTLY
-        self.later = call_soon
-        self.open_to_all = True
-        self.noise = int.from_bytes(os.urandom(8), "little")
-        make_room(&self.out, MOST_OUT)
-        self.date = b""
-
-    def __dealloc__(self):
-        release(&self.out)
-
-    cdef bytes take_out(self):
-        data = PyBytes_FromStringAndSize(<char *>self.out.data, self.out.end)
-        self.out.end = 0
-        return data
-
-    cdef void make_id(self, int64_t wall, unsigned char *packet_id) noexcept nogil:
-        self.noise += GOLDEN
-        make_uuid7(wall, mix(self.noise), packet_id)
-
-    cdef bytes date_of(self, int64_t wall):
-        """Return a second as HTTP writes it."""
-        cdef int64_t second = wall // 1000000000
-        if second != self.dated_second:
-            self.dated_second = second
-            self.date = formatdate(second, usegmt=True).encode()
-        return self.date
-
-    def http_date(self):
-        """Return the present second as HTTP writes it."""
-        return self.date_of(wall_ns())
-
-    def compose(self, int status, str reason, bytes headers, bytes body, *, bint close, bint head_only=False,
-                bint old_client=False):
-        """Return a whole answer. ``headers``: lines each ended by CR LF, Content-Type among them.
-
-        204 and 304 have no body, and no length of one.
-        """
-        parts = [b"HTTP/1.1 %d %s\r\n" % (status, reason.encode()), headers, NOSNIFF,
-                 NO_STORE if b"Cache-Control:" not in headers else b"",
-                 NO_PAGE if b"Content-Security-Policy:" not in headers else b"", b"Date: ", self.http_date(), b"\r\n"]
-        cdef bint bodiless = status == 204 or status == 304 or status < 200
-        if not bodiless:
-            parts.append(b"Content-Length: %d\r\n" % len(body))
-        if close:
-            parts.append(b"Connection: close\r\n")
-        elif old_client:
-            parts.append(b"Connection: keep-alive\r\n")
-        parts.append(b"\r\n")
-        if not head_only and not bodiless:
-            parts.append(body)
-        return b"".join(parts)
-
-    def go_on(self):
-        """Read on from the connections that are held back, for as long as they may take of this turn of the loop."""
-        cdef int64_t began = mono_ns()
-        self.turn_awaited = False
-        self.loop_left, self.costly_left = self.loop_ns, self.costly_ns
-        try:
-            self.go_round(self.waiting, began + self.packets_ns, False)
-            self.go_round(self.costly, mono_ns() + self.costly_ns, True)
-        finally:
-            self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for who comes now
-            self.await_turn()
-            self.longest_ns = max(self.longest_ns, mono_ns() - began)
-
-    @property
-    def holds_back(self):
-        """Whether there are connections with requests that wait for their turn."""
-        return bool(self.waiting or self.costly)
-
-    cdef int go_round(self, queue, int64_t until, bint costly) except -1:
-        cdef IngestBase connection
-        while queue:
-            connection = queue.popleft()
-            connection.queued = False
-            self.having_turn, self.going_round = (connection if costly else None), not costly
-            try:
-                connection.read_on()
-            except Exception:
-                connection.transport.abort()
-                raise
-            finally:
-                self.having_turn, self.going_round = None, False
-            if mono_ns() >= until:
-                break
-        return 0
-
-    cdef int await_turn(self) except -1:
-        if not self.turn_awaited and (self.waiting or self.costly):
-            self.turn_awaited = True
-            self.later(self.go_on)
-        return 0
-
-    def synced(self, int64_t position):
-        """All packets up to ``position`` of the ring are on stable storage: their answers may leave."""
-        cdef IngestBase connection
-        self.count_until(position)
-        connections, self.unsynced = self.unsynced, []
-        for connection in connections:
-            connection.awaits_sync = False
-            if not connection.release(position):
-                connection.await_sync()  # it has answers that a later sync covers
-
-    cdef count_until(self, int64_t position):
-        """Count as accepted what was pushed before ``position``: counters never go back, but an unsynced packet may."""
-        if not self.answers_after_sync or position <= self.counted:
-            return
-        packets, messages, body_bytes = self.ring.pushed_between(self.counted, position)
-        self.counted = position
-        self.counters.words[ACCEPTED] += packets
-        self.counters.words[MESSAGES_ACCEPTED] += messages
-        self.counters.words[BYTES_ACCEPTED] += body_bytes
-
-    def sync_failed(self, int status, str reason, bytes headers, bytes body):
-        """The last sync failed: whoever waited for it gets this answer instead (their packets are withdrawn)."""
-        cdef IngestBase connection
-        cdef Answer waiting
-        connections, self.unsynced = self.unsynced, []
-        for connection in connections:
-            connection.awaits_sync = False
-            for waiting in connection.answers or ():
-                if waiting.position > self.ring.synced and not waiting.ready:
-                    waiting.take(waiting.compose(status, reason, headers, body))
-                    waiting.ready = True
-                    waiting.read_ns = 0
-            connection.release_ready()
-
-    cdef bint make_room(self, IngestBase coming, int64_t room) except -1:
-        """End slow bodies until no more than ``room`` bytes are kept; say whether that was possible.
-
-        First goes what has kept most memory for longest without moving: bytes times time. One that moves as it should is
-        ended for nobody, else many that are under way would end each other, and none would arrive.
-        """
-        cdef IngestBase connection, slowest
-        cdef int64_t now = coming.moved_ns, next_slow
-        cdef double waste, most
-        for _ in range(MOST_ENDED):
-            if self.bodies <= room:
-                return True
-            if now < self.slow_from:
-                return False
-            slowest, most, next_slow = None, 0, now + STALL
-            for connection in self.connections:
-                if connection.body.end and connection is not coming:
-                    waste = <double>(now - connection.body_slow) * connection.body.end
-                    if waste > most:
-                        slowest, most = connection, waste
-                    elif waste <= 0:
-                        next_slow = min(next_slow, connection.body_slow)
-            if slowest is None:
-                self.slow_from = next_slow
-                return False
-            coming.flush_to_answers()  # the buffer is common
-            slowest.time_out("the request's body came slowly, and others needed its memory")
-        return self.bodies <= room
-
-
-@cython.final
-cdef class Answer:
-    """An answer that has its place in the order of its connection, and may have to wait."""
-
-    cdef bytes data
-    cdef bint ready
-    cdef bint close, head_only, old_client  # what the request asks of its answer; see Intake.compose
-    cdef bytes extra
-    cdef int64_t position              # of the ring, that a sync has to reach first; 0: none
-    cdef int64_t read_ns               # when its request was read, monotonic; 0: it is not, or no longer, to be counted
-    cdef IngestBase connection
-
-    def complete(self, bytes data):
-        """The answer is known now."""
-        if not self.ready:
-            self.take(data)
-            self.ready = True
-            self.connection.release_ready()
-
-    def complete_after_sync(self, bytes data):
-        """The answer is known, and true once its packet is synced."""
-        if self.position <= self.connection.intake.ring.synced:
-            self.complete(data)
-        elif not self.ready:
-            self.take(data)
-
-    cdef take(self, bytes data):
-        self.connection.answers_size += len(data) - (len(self.data) if self.data is not None else 0)
-        self.data = data
-
-    def compose(self, int status, str reason, bytes headers, bytes body):
-        """Return the answer's bytes; see ``Intake.compose``."""
-        if self.extra is not None:
-            headers += self.extra
-        return self.connection.intake.compose(status, reason, headers, body, close=self.close,
-                                              head_only=self.head_only, old_client=self.old_client)
 
 
 cdef class IngestBase(Receiver):
