@@ -12,6 +12,7 @@ import pytest
 import trustme
 import uvloop
 from forward_harness import until
+from test_streams import Noted
 
 from fastdist import tls
 from fastdist._core import Poller
@@ -21,34 +22,6 @@ CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 AUTHORITY.issue_cert("127.0.0.1").configure_cert(CONTEXT)
 TRUSTING = ssl.create_default_context()
 AUTHORITY.configure_trust(TRUSTING)
-
-
-class Noted(asyncio.Protocol):
-    """A protocol that notes what it is told."""
-
-    def __init__(self):
-        self.received, self.told = bytearray(), []
-        self.on_data = lambda _data: None
-
-    def connection_made(self, transport):
-        self.transport = transport
-        self.told.append("made")
-
-    def data_received(self, data):
-        self.received += data
-        self.on_data(data)
-
-    def eof_received(self):
-        self.told.append("eof")
-
-    def pause_writing(self):
-        self.told.append("pause")
-
-    def resume_writing(self):
-        self.told.append("resume")
-
-    def connection_lost(self, _error):
-        self.told.append("lost")
 
 
 class Server:
