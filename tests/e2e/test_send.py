@@ -134,13 +134,14 @@ def test_a_distributor_that_is_stopped_and_started_again_loses_and_doubles_nothi
     port = fastdist.port
     fill(log, 30_000)
     send = run(*arguments(fastdist, log, "--batch", "20", "--concurrency", "2", "--offset-file", offset_file))
-    for count in (200, 600):
+    refused = "the distributor cannot be reached: Connection refused; trying again"
+    for stops, count in enumerate((200, 600), 1):
         wait_until(lambda least=count: sum(keeping.delivered().values()) >= least, "some are delivered")
         assert send.process.poll() is None, f"too quick to be interrupted: {send.output}"
         assert fastdist.stop() == 0
+        wait_until(lambda least=stops: send.output.count(refused) >= least, "send says that it is refused")
         fastdist = serve(keeping, disk, port=port)
     assert send.wait(90) == 0, send.output
-    assert "the distributor cannot be reached: Connection refused; trying again" in send.output
     fastdist.wait_at_rest()
     messages, doubled = arrived(keeping)
     assert messages == expected(30_000)
