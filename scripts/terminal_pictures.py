@@ -24,14 +24,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from support import Distributor, Emitter, Mocks, running  # noqa: E402  (found in the path that was just added)
 
-from fastdist.logfile import Trail  # noqa: E402
-from fastdist.offsets import OffsetFile  # noqa: E402
-from fastdist.packing import Recipe, Style  # noqa: E402
-from fastdist.posting import Target  # noqa: E402
-from fastdist.sending import Shipper  # noqa: E402
-from fastdist.sendview import SendView, summary_lines  # noqa: E402
-from fastdist.topview import History, render  # noqa: E402
-from fastdist.watching import Watcher  # noqa: E402
+from fastdist.client.connection import Target  # noqa: E402
+from fastdist.client.logfile import Trail  # noqa: E402
+from fastdist.client.offsets import OffsetFile  # noqa: E402
+from fastdist.client.packing import Recipe, Style  # noqa: E402
+from fastdist.client.send import Shipper  # noqa: E402
+from fastdist.client.send_view import SendView, summary_lines  # noqa: E402
+from fastdist.client.top import Watcher  # noqa: E402
+from fastdist.client.top_view import History, render  # noqa: E402
 
 DOCS = ROOT / "docs"
 WIDTH, SEND_WIDTH = 150, 120  # columns

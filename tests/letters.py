@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from fastdist._core import Packet
-from fastdist.deadletters import DeadLetters, Selection, find_files, read_file
-from fastdist.posting import Target
-from fastdist.replay import Replay
+from fastdist.client.connection import Target
+from fastdist.client.replay import Replay
+from fastdist.storage.dead_letters import DeadLetters, Selection, find_files, read_file
 
 SECOND = 1_000_000_000
 WHOLE = (

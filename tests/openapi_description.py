@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
-from fastdist.api import description
+from fastdist.http.api import description
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,14 +16,14 @@ from unittest import mock
 from msgspec.structs import replace
 from tools import packet, weight_of
 
-from fastdist import dispatch
 from fastdist import packet as packets
 from fastdist._core import Intake, PacketRing, file_size
 from fastdist.config import Analyzer, Config
-from fastdist.dispatch import Dispatcher
-from fastdist.forward import AnalyzerConnection, AnalyzerPool
-from fastdist.ingest import Emitters, IngestProtocol
-from fastdist.shared import AnalyzerWord, SharedBlock
+from fastdist.shm.block import AnalyzerWord, SharedBlock
+from fastdist.worker import dispatch
+from fastdist.worker.dispatch import Dispatcher
+from fastdist.worker.ingest import Emitters, IngestProtocol
+from fastdist.worker.upstream import AnalyzerConnection, AnalyzerPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable

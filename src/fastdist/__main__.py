@@ -12,9 +12,9 @@ def main() -> None:
     early.open_standard_streams()
     if sys.argv[1:2] == ["serve"]:
         early.watch_signals()
-    from fastdist import cli  # noqa: PLC0415  (takes a while)
+    from fastdist.cli import main  # noqa: PLC0415  (takes a while)
 
-    cli.main()
+    main.main()
 
 
 if __name__ == "__main__":

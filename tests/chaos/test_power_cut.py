@@ -23,10 +23,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from fastdist import deadletter_writer
 from fastdist._core import FORMAT_VERSION, PacketRing, file_size
-from fastdist.deadletter_writer import DeadLetterWriter, Letter
-from fastdist.shared import SharedBlock
+from fastdist.shm.block import SharedBlock
+from fastdist.storage import dead_letter_writer
+from fastdist.storage.dead_letter_writer import DeadLetterWriter, Letter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +112,7 @@ def body_of(number: int, size: int) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _no_time_passes(monkeypatch):
-    monkeypatch.setattr(deadletter_writer, "time", SimpleNamespace(monotonic_ns=lambda: 0))
+    monkeypatch.setattr(dead_letter_writer, "time", SimpleNamespace(monotonic_ns=lambda: 0))
 
 
 sizes = st.one_of(st.integers(0, 300), st.integers(300, 5000), st.just(CAPACITY // 2 - RECORD - 16))

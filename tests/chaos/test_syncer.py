@@ -10,9 +10,9 @@ import threading
 import pytest
 from support import copied_pages
 
-from fastdist import sync
 from fastdist._core import PacketRing, file_size
-from fastdist.sync import Syncer, make_safe
+from fastdist.storage import group_commit
+from fastdist.storage.group_commit import Syncer, make_safe
 
 CAPACITY = 65536
 PAGE = 4096
@@ -35,7 +35,7 @@ class Disk:
         self.go.set()
         self.begun = threading.Semaphore(0)
         self.syncs = 0
-        monkeypatch.setattr(sync.os, "fdatasync", self)
+        monkeypatch.setattr(group_commit.os, "fdatasync", self)
 
     def __call__(self, fd: int) -> None:
         assert fd > 2
@@ -70,7 +70,7 @@ class Bench:
 
 @pytest.fixture
 def disk(monkeypatch):
-    monkeypatch.setattr(sync, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(group_commit, "RETRY_SECONDS", 0.05)
     return Disk(monkeypatch)
 
 

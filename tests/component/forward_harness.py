@@ -23,14 +23,15 @@ from typing import NamedTuple
 import msgspec
 import uvloop
 
-from fastdist import deadletter_writer, dispatch, outcomes
 from fastdist._core import PacketRing, Poller, file_size
 from fastdist.config import Analyzer, Config
-from fastdist.deadletters import DeadLetters
-from fastdist.dispatch import Dispatcher
-from fastdist.forward import AnalyzerConnection, AnalyzerPool
-from fastdist.names import Names
-from fastdist.shared import AnalyzerWord, SharedBlock
+from fastdist.net.names import Names
+from fastdist.shm.block import AnalyzerWord, SharedBlock
+from fastdist.storage import dead_letter_writer
+from fastdist.storage.dead_letters import DeadLetters
+from fastdist.worker import dispatch, outcomes
+from fastdist.worker.dispatch import Dispatcher
+from fastdist.worker.upstream import AnalyzerConnection, AnalyzerPool
 from mock_analyzers.analyzer import Analyzer as Mock
 from mock_analyzers.connection import Connection as MockConnection
 from mock_analyzers.control import Control
@@ -370,8 +371,8 @@ class Bench(Site):
         sections["delivery"] = {"spill_after": math.inf} | sections.get("delivery", {})
         self.clock = Clock()
         self.replaced = [(dispatch, "time", dispatch.time), (dispatch, "AnalyzerPool", dispatch.AnalyzerPool)]
-        self.replaced += [(outcomes, "time", outcomes.time), (deadletter_writer, "time", deadletter_writer.time)]
-        dispatch.time = outcomes.time = deadletter_writer.time = self.clock.module()
+        self.replaced += [(outcomes, "time", outcomes.time), (dead_letter_writer, "time", dead_letter_writer.time)]
+        dispatch.time = outcomes.time = dead_letter_writer.time = self.clock.module()
         dispatch.AnalyzerPool = BenchPool
         super().__init__(folder, Loop(), settings(**sections), capacity)
         self.dispatcher._load.measure = lambda _now: 0.0

@@ -24,16 +24,16 @@ from msgspec.structs import replace
 
 from fastdist import packet
 from fastdist._core import Intake, PacketRing, file_size
-from fastdist.api import Api
 from fastdist.config import Config, Limits, Security, Server
-from fastdist.ingest import Emitters, IngestProtocol
-from fastdist.shared import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
-from fastdist.snapshot import REJECTIONS, Snapshot
+from fastdist.http.api import Api
+from fastdist.shm.block import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
+from fastdist.shm.snapshot import REJECTIONS, Snapshot
+from fastdist.worker.ingest import Emitters, IngestProtocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastdist.histograms import Histogram
+    from fastdist.shm.histograms import Histogram
 
 BODY = b'{"emitterId":"web-1","messages":[{"message":"one"},{"message":"two"}]}'
 ADDRESS = "192.0.2.1"

@@ -11,9 +11,9 @@ import pytest
 import trustme
 import uvloop
 
-from fastdist import tls
 from fastdist._core import Poller
-from fastdist.sockets import Acceptor
+from fastdist.worker import tls
+from fastdist.worker.listener import Acceptor
 
 CLIENTS = 300
 

@@ -11,10 +11,10 @@ import threading
 import pytest
 from forward_harness import OK, ScriptServer, World, endpoint, requests_in, run, shared_block, until
 
-from fastdist import names
 from fastdist.config import Analyzer, Health
-from fastdist.health import HealthChecker
-from fastdist.shared import AnalyzerWord
+from fastdist.net import names
+from fastdist.shm.block import AnalyzerWord
+from fastdist.supervisor.health import HealthChecker
 
 NAME = "analyzer.test"
 FIRST, SECOND = "127.0.0.2", "127.0.0.1"

@@ -6,8 +6,8 @@ import pytest
 from forward_harness import SECOND, Bench, reply
 from structlog.testing import capture_logs
 
-from fastdist import dispatch
-from fastdist.shared import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord
+from fastdist.worker import dispatch
 
 REFUSED = reply(422)
 

@@ -8,11 +8,11 @@ import pytest
 from forward_harness import OK, Bench, Desk, Owner, reply
 from structlog.testing import capture_logs
 
-from fastdist.deadletters import DeadLetters
-from fastdist.dispatch import Dispatcher
-from fastdist.forward import AnalyzerPool
-from fastdist.outcomes import Outcomes
-from fastdist.probation import Probation
+from fastdist.storage.dead_letters import DeadLetters
+from fastdist.worker.dispatch import Dispatcher
+from fastdist.worker.outcomes import Outcomes
+from fastdist.worker.probation import Probation
+from fastdist.worker.upstream import AnalyzerPool
 
 
 class Thrower:

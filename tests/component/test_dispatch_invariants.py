@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from fastdist.shared import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord
 
 REPLIES = [
     OK,

@@ -8,7 +8,7 @@ import os
 import pytest
 from forward_harness import Bench, reply
 
-from fastdist.deadletters import FOLDER
+from fastdist.storage.dead_letters import FOLDER
 
 
 def send_all(bench):
@@ -195,7 +195,7 @@ class Obstacle:
             self.path.write_bytes(b"")
         else:
             self.error = OSError({"full": errno.ENOSPC, "broken": errno.EIO}[kind], kind)
-            self.monkeypatch.setattr("fastdist.deadletters.os.write", self.fail)
+            self.monkeypatch.setattr("fastdist.storage.dead_letters.os.write", self.fail)
 
     def fail(self, *_):
         raise self.error
@@ -251,7 +251,7 @@ def test_half_a_letter_is_taken_back(tmp_path, monkeypatch):
         bench.answer_all(reply(422))
         assert len(bench.letters()) == 1
         bench.push(b"2" * 500)
-        monkeypatch.setattr("fastdist.deadletters.os.write", fill_up)
+        monkeypatch.setattr("fastdist.storage.dead_letters.os.write", fill_up)
         bench.answer_all(reply(422))
         assert [letter["id"] for letter in bench.letters()] == ["p1"]
         bench.pass_time(1.1)

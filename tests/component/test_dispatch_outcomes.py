@@ -11,11 +11,11 @@ from forward_harness import Bench, reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdist import dispatch, outcomes
 from fastdist._core import Rendezvous
-from fastdist.outcomes import LONGEST_PAUSE, SHORTEST_PAUSE, retry_after
-from fastdist.shared import AnalyzerWord
-from fastdist.shares import effective_weights
+from fastdist.shm.block import AnalyzerWord
+from fastdist.shm.weights import effective_weights
+from fastdist.worker import dispatch, outcomes
+from fastdist.worker.outcomes import LONGEST_PAUSE, SHORTEST_PAUSE, retry_after
 
 
 def where(bench, packet_id):

@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 from forward_harness import OK, SECOND, Bench, World, reply, run
 
-from fastdist import dispatch
-from fastdist.forward import AnalyzerPool
-from fastdist.shared import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord
+from fastdist.worker import dispatch
+from fastdist.worker.upstream import AnalyzerPool
 
 MANY = 8  # analyzers
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from forward_harness import Bench, reply
 
-from fastdist import dispatch, probation
 from fastdist._core import Rendezvous
-from fastdist.health import HealthChecker
-from fastdist.shared import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord
+from fastdist.supervisor.health import HealthChecker
+from fastdist.worker import dispatch, probation
 
 FAILED = reply(404)
 HELD = probation.HOLD_NS / 1e9

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from fastdist.dispatch import CLAIMS_AHEAD, LoadMeter, median_of_others
+from fastdist.worker.dispatch import CLAIMS_AHEAD, LoadMeter, median_of_others
 
 
 def stuck(tmp_path, slots=(0,), weights=(1, 1, 1), count=30, **delivery):

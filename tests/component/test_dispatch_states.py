@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 from forward_harness import SECOND, Bench, reply
 
-from fastdist import dispatch
 from fastdist.config import Analyzer
-from fastdist.shared import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord
+from fastdist.worker import dispatch
 
 
 def send_all_to(bench, slot):

@@ -24,7 +24,7 @@ from forward_harness import (
     until,
 )
 
-from fastdist.forward import describe
+from fastdist.worker.upstream import describe
 
 CLOSE = reply(200, "Connection: close")
 

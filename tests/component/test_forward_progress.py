@@ -24,8 +24,8 @@ from forward_harness import (
 )
 
 from fastdist.config import Analyzer, Health
-from fastdist.health import HealthChecker
-from fastdist.shared import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord
+from fastdist.supervisor.health import HealthChecker
 
 LARGE = b"x" * (8 << 20)
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from fastdist.shared import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord
 
 NOT_HTTP = "a reply that is not HTTP"
 FIN = None

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdist.config import Analyzer, Health
-from fastdist.health import HealthChecker, Probe
-from fastdist.shared import AnalyzerState, AnalyzerWord
+from fastdist.shm.block import AnalyzerState, AnalyzerWord
+from fastdist.supervisor.health import HealthChecker, Probe
 
 OK = reply(200)
 

@@ -10,8 +10,8 @@ import pytest
 from forward_harness import ScriptServer, reply, run, self_signed, shared_block, until
 
 from fastdist.config import Analyzer, Health
-from fastdist.health import HealthChecker, Probe
-from fastdist.shared import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord
+from fastdist.supervisor.health import HealthChecker, Probe
 
 OK = reply(200)
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ingest_harness import BODY, CONTINUE, Service, corpus, head, post, read_answers
 
-from fastdist.ingest import IngestProtocol
+from fastdist.worker.ingest import IngestProtocol
 
 CORPUS = corpus()
 STREAMS = list(CORPUS.values())

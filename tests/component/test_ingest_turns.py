@@ -14,7 +14,7 @@ from forward_harness import until
 from ingest_harness import BODY, Service, corpus, head, keyed, normalised, post, post_chunked
 
 from fastdist._core import Poller, Stream
-from fastdist.ingest import IngestProtocol
+from fastdist.worker.ingest import IngestProtocol
 
 CORPUS = corpus()
 COSTLY = {  # status -> what brings it

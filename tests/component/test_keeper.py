@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastdist import control, keeper
-from fastdist.keeper import FALSE_STARTS, HANG, READ_RATE, START, Keeper, Place
-from fastdist.shared import SharedBlock, WorkerWord
+from fastdist import ipc
+from fastdist.shm.block import SharedBlock, WorkerWord
+from fastdist.supervisor import processes
+from fastdist.supervisor.processes import FALSE_STARTS, HANG, READ_RATE, START, Keeper, Place
 
 SECONDS = 60.0
 LARGE = int(START) * READ_RATE  # bytes of a ring that takes as long to read as a worker has anyway
@@ -50,7 +51,7 @@ class Bench:
         self.keeper = Keeper(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None, self._give_up)
         self.place = Place(0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), [])
         self.keeper.places.append(self.place)
-        connect = control.connect
+        connect = ipc.connect
 
         async def connect_or_fail(sock):
             if self.connect_failures:
@@ -66,9 +67,9 @@ class Bench:
                 self.started.set()
             return self.workers[-1]
 
-        monkeypatch.setattr(control, "connect", connect_or_fail)
+        monkeypatch.setattr(ipc, "connect", connect_or_fail)
         monkeypatch.setattr(asyncio, "create_subprocess_exec", spawn_or_fail)
-        monkeypatch.setattr(keeper, "FIRST_DELAY", 0.001)
+        monkeypatch.setattr(processes, "FIRST_DELAY", 0.001)
 
     def _give_up(self):
         self.hopeless += 1
@@ -150,7 +151,7 @@ def test_the_first_figures_are_over_a_workers_life():
             return SimpleNamespace(user=self.used / 2, system=self.used / 2)
 
     process = Process()
-    probe = keeper._Probe(process, 100.0)
+    probe = processes._Probe(process, 100.0)
     for at, used, permille in [
         (100.2, 0.1, 500),
         (100.4, 0.2, 500),  # too soon to forget what was before
@@ -192,7 +193,7 @@ def test_a_pause_of_the_whole_makes_no_worker_hang(under, monkeypatch):
 
     async def scenario(bench):
         clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
-        monkeypatch.setattr(keeper, "time", clock)
+        monkeypatch.setattr(processes, "time", clock)
         place = bench.place
         place.process, place.ready = Worker(), True
 

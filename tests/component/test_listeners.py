@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from fastdist import supervisor
 from fastdist.config import load
+from fastdist.supervisor import main
 
 
 class Ipv6Only(socket.socket):
@@ -29,10 +29,10 @@ def listeners(monkeypatch, tmp_path):
 
     def listen(host):
         environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": "memory"}
-        service = supervisor.Supervisor(load(None, environment, {"host": host, "port": 0, "workers": 2}))
+        service = main.Supervisor(load(None, environment, {"host": host, "port": 0, "workers": 2}))
         os.close(service.block.fd)
         os.close(service.settings)
-        monkeypatch.setattr(supervisor.socket, "socket", Ipv6Only)
+        monkeypatch.setattr(main.socket, "socket", Ipv6Only)
         opened.extend(service._listen())
         monkeypatch.undo()
         return opened

@@ -17,10 +17,10 @@ import pytest
 from forward_harness import ScriptServer, World, reply, requests_in, run, shared_block, until
 
 from fastdist.config import Analyzer, Health
-from fastdist.health import HealthChecker
-from fastdist.names import Names
-from fastdist.shared import AnalyzerWord
-from fastdist.sockets import connect, shortage
+from fastdist.net.connect import connect, shortage
+from fastdist.net.names import Names
+from fastdist.shm.block import AnalyzerWord
+from fastdist.supervisor.health import HealthChecker
 from fastdist.units import parse_endpoint
 
 OK = reply(200)

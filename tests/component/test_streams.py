@@ -17,7 +17,7 @@ import uvloop
 from forward_harness import until
 
 from fastdist._core import Poller, Receiver, Stream
-from fastdist.sockets import serve
+from fastdist.worker.listener import serve
 
 
 class Noted(Receiver):

@@ -14,8 +14,8 @@ import uvloop
 from forward_harness import until
 from test_streams import Noted
 
-from fastdist import tls
 from fastdist._core import Poller
+from fastdist.worker import tls
 
 AUTHORITY = trustme.CA()
 CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

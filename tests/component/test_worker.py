@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
-from fastdist import control
+from fastdist import ipc
 from fastdist._core import PacketRing, file_size
 from fastdist.config import load
-from fastdist.control import Settings
-from fastdist.deadletter_writer import Letter
-from fastdist.queuefiles import QueueFolder, ring_path
-from fastdist.shared import SharedBlock, Step, WorkerWord
-from fastdist.worker import Assignment, Worker
+from fastdist.ipc import Settings
+from fastdist.shm.block import SharedBlock, Step, WorkerWord
+from fastdist.storage.dead_letter_writer import Letter
+from fastdist.storage.directory import QueueFolder, ring_path
+from fastdist.worker.main import Assignment, Worker
 
 CAPACITY = 1 << 20
 
@@ -31,9 +31,7 @@ def build(tmp_path):
         environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": "disk"}
         block, settings = SharedBlock.create(1, 8), os.memfd_create("settings")
         config = load(None, environment, {"workers": 1}).config
-        control.write_settings(
-            settings, Settings(1, {each.id: slot for slot, each in enumerate(config.analyzers)}, config)
-        )
+        ipc.write_settings(settings, Settings(1, {each.id: slot for slot, each in enumerate(config.analyzers)}, config))
         folder = QueueFolder(tmp_path)
         folder.lock()
         (ring,) = folder.rings(1, CAPACITY)

@@ -15,7 +15,7 @@ import yaml
 from dockerfile import ROOT, setting, stages
 
 from fastdist.config import load
-from fastdist.keeper import LATE
+from fastdist.supervisor.processes import LATE
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())

@@ -13,7 +13,7 @@ import yaml
 from dockerfile import ROOT, environment, setting
 
 from fastdist.config import load
-from fastdist.keeper import LATE, START
+from fastdist.supervisor.processes import LATE, START
 from fastdist.units import parse_size
 
 FOLDER = ROOT / "deploy" / "kubernetes"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from support import Distributor, Mocks, running, wait_until
 
-from fastdist.keeper import HANG, LATE
+from fastdist.supervisor.processes import HANG, LATE
 
 pytestmark = pytest.mark.processes
 

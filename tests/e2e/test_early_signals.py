@@ -30,8 +30,8 @@ class Signals:
 
 sys.meta_path.insert(0, Signals())
 """
-FIRST = "fastdist.cli"  # what is imported first of all that takes time
-LAST = "fastdist.supervisor"
+FIRST = "fastdist.cli.main"  # what is imported first of all that takes time
+LAST = "fastdist.supervisor.main"
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_signal_ends_a_start_that_waits_for_its_queue(run, config, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["HUP", "INT"])
 def test_a_worker_that_starts_outlives_a_signal_to_the_group(run, config, at_import, number):
-    fastdist = run(*SERVE, config, **at_import(number, "asyncio", "fastdist.worker"))
+    fastdist = run(*SERVE, config, **at_import(number, "asyncio", "fastdist.worker.main"))
     port_of(fastdist)
     assert "a worker ended" not in fastdist.output
 

@@ -19,7 +19,7 @@ import sys
 
 class Refuses:
     def find_spec(self, name, path=None, target=None):
-        if name == "fastdist.dispatch" and "fastdist.worker" in sys.orig_argv:
+        if name == "fastdist.worker.dispatch" and "fastdist.worker.main" in sys.orig_argv:
             raise ImportError("no dispatching today")
 
 sys.meta_path.insert(0, Refuses())
@@ -27,7 +27,7 @@ sys.meta_path.insert(0, Refuses())
 SLOW_DISK = """
 import os, sys, time
 
-if "fastdist.worker" in sys.orig_argv:
+if "fastdist.worker.main" in sys.orig_argv:
     sync, slow = os.fdatasync, [True]
 
     def fdatasync(fd):
@@ -38,9 +38,9 @@ if "fastdist.worker" in sys.orig_argv:
 
     os.fdatasync = fdatasync
 elif "serve" in sys.orig_argv:
-    from fastdist import keeper
+    from fastdist.supervisor import processes
 
-    keeper.START = 5.0
+    processes.START = 5.0
 """
 
 

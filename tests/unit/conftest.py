@@ -8,7 +8,7 @@ import pytest
 from fakes import Distributor
 from typer.testing import CliRunner
 
-from fastdist import cli
+from fastdist.cli import main
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def run(monkeypatch):
     for name in list(os.environ):
         if name in {"PORT", "WORKER_COUNT"} or name.startswith("FASTDIST_"):
             monkeypatch.delenv(name)
-    return lambda *arguments, **environ: CliRunner().invoke(cli.app, list(arguments), env=environ)
+    return lambda *arguments, **environ: CliRunner().invoke(main.app, list(arguments), env=environ)
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ import msgspec
 import pytest
 import trustme
 
-from fastdist import stats
-from fastdist.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
-from fastdist.changes import Changes
 from fastdist.config import Analyzer, Config, Security
-from fastdist.control import Action
 from fastdist.errors import ConfigError, StartError
-from fastdist.shared import AnalyzerWord, SharedBlock
-from fastdist.snapshot import Snapshot
-from fastdist.tls import read_pair
+from fastdist.http import stats
+from fastdist.http.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
+from fastdist.ipc import Action
+from fastdist.net.tls import read_pair
+from fastdist.shm.block import AnalyzerWord, SharedBlock
+from fastdist.shm.snapshot import Snapshot
+from fastdist.supervisor.reload import Changes
 
 AUTHORITY = trustme.CA()
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)

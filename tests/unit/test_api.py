@@ -14,12 +14,12 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from fastdist._core import RequestHead
-from fastdist.api import COMPLAINT_SECONDS, Api, Response, accepts, cors_headers, problem, reason
 from fastdist.config import Config, Security
-from fastdist.control import Action
-from fastdist.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
-from fastdist.shared import AnalyzerWord, HeadWord, SharedBlock, WorkerWord
-from fastdist.snapshot import Snapshot
+from fastdist.http.api import COMPLAINT_SECONDS, Api, Response, accepts, cors_headers, problem, reason
+from fastdist.http.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
+from fastdist.ipc import Action
+from fastdist.shm.block import AnalyzerWord, HeadWord, SharedBlock, WorkerWord
+from fastdist.shm.snapshot import Snapshot
 
 SITE = "https://ops.example"
 CONFIG = replace(Config(), security=Security(cors_origins=(SITE,)))

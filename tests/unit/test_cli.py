@@ -14,18 +14,20 @@ import pytest
 from typer.testing import CliRunner
 
 import fastdist
-from fastdist import __version__, cli, console, replay
+from fastdist import __version__
 from fastdist._core import Packet
-from fastdist.deadletters import UNREADABLE, DeadLetters
+from fastdist.cli import main
+from fastdist.client import output, replay
 from fastdist.errors import StartError
-from fastdist.snapshot import DEAD_LETTERS
+from fastdist.shm.snapshot import DEAD_LETTERS
+from fastdist.storage.dead_letters import UNREADABLE, DeadLetters
 
 
 class FakeSupervisor(ModuleType):
     """Stands in for the service: notes what it is given, returns or raises what it is told."""
 
     def __init__(self):
-        super().__init__("fastdist.supervisor")
+        super().__init__("fastdist.supervisor.main")
         self.loaded = None
         self.outcome = 0
 
@@ -39,7 +41,7 @@ class FakeSupervisor(ModuleType):
 @pytest.fixture
 def supervisor(monkeypatch):
     fake = FakeSupervisor()
-    monkeypatch.setitem(sys.modules, "fastdist.supervisor", fake)
+    monkeypatch.setitem(sys.modules, "fastdist.supervisor.main", fake)
     monkeypatch.setattr(fastdist, "supervisor", fake, raising=False)
     return fake
 
@@ -376,8 +378,8 @@ def test_lines_that_are_no_letters_are_called_so(run, tmp_path):
 
 
 def test_the_reasons_are_those_that_there_are():
-    assert tuple(cli.Reason) == DEAD_LETTERS
-    assert tuple(cli.LineReason) == (*DEAD_LETTERS, UNREADABLE)
+    assert tuple(main.Reason) == DEAD_LETTERS
+    assert tuple(main.LineReason) == (*DEAD_LETTERS, UNREADABLE)
 
 
 @pytest.mark.parametrize(
@@ -387,15 +389,15 @@ def test_a_reason_that_nothing_has_is_refused_with_those_there_are(run, letters,
     result = run("dead-letters", command, str(letters), "--reason", reason)
     assert result.exit_code == 2
     assert "--reason" in result.stderr
-    for known in cli.LineReason if command != "replay" else cli.Reason:
+    for known in main.LineReason if command != "replay" else main.Reason:
         assert f"'{known}'" in result.stderr
         assert known in run("dead-letters", command, "--help").output
 
 
 @pytest.mark.parametrize(("answer", "status", "left"), [("n", 1, 1), ("\n", 1, 1), ("y", 0, 0)])
 def test_purge_asks_at_a_terminal(letters, monkeypatch, answer, status, left):
-    monkeypatch.setattr(cli, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
-    result = CliRunner().invoke(cli.app, ["dead-letters", "purge", str(letters)], input=answer + "\n")
+    monkeypatch.setattr(main, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = CliRunner().invoke(main.app, ["dead-letters", "purge", str(letters)], input=answer + "\n")
     assert result.exit_code == status
     assert "Delete 2 dead letters and 1 unreadable line, 19 B, the oldest of" in result.output
     assert ("nothing was deleted" in result.output) == bool(left)
@@ -449,33 +451,33 @@ def test_a_terminal_gets_a_table_and_a_bar(letters):
     ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 29, "2.5 GiB"), (3 << 50, "3072.0 TiB")]
 )
 def test_sizes_are_for_people(size, text):
-    assert console.size_text(size) == text
+    assert output.size_text(size) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(-1, "0 s"), (0.4, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (864_000, "10 d")]
 )
 def test_ages_are_for_people(seconds, text):
-    assert console.age_text(seconds) == text
+    assert output.age_text(seconds) == text
 
 
 def test_tracebacks_show_no_local_variables():
-    assert cli.app.pretty_exceptions_show_locals is False
+    assert main.app.pretty_exceptions_show_locals is False
 
 
 def test_main_runs_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fastdist", "--version"])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        main.main()
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"fastdist {__version__}\n"
 
 
 def test_check_imports_nothing_of_the_service(run, file):
-    before = sys.modules.pop("fastdist.supervisor", None)
+    before = sys.modules.pop("fastdist.supervisor.main", None)
     try:
         run("check", str(file))
-        assert "fastdist.supervisor" not in sys.modules
+        assert "fastdist.supervisor.main" not in sys.modules
     finally:
         if before is not None:
-            sys.modules["fastdist.supervisor"] = before
+            sys.modules["fastdist.supervisor.main"] = before

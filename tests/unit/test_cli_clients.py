@@ -14,8 +14,8 @@ from collections import Counter
 import pytest
 from fakes import Distributor
 
-from fastdist import packing, sending
-from fastdist.offsets import OffsetFile
+from fastdist.client import packing, send
+from fastdist.client.offsets import OffsetFile
 
 # ---- config (what it prints: test_effective.py)
 
@@ -50,7 +50,7 @@ def test_completion_knows_commands_and_options(shell):
         environ = (
             os.environ | words | {"_FASTDIST_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
         )
-        program = "from fastdist.cli import app; app(prog_name='fastdist')"
+        program = "from fastdist.cli.main import app; app(prog_name='fastdist')"
         return subprocess.run(
             [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False
         ).stdout
@@ -139,13 +139,13 @@ def test_send_does_as_the_options_say(run, log, monkeypatch):
     class Fake:
         def __init__(self, target, connections, patience, _):
             seen.update(target=target, connections=connections, patience=patience)
-            self.summary = sending.Summary(packets=1, messages=2, tally=Counter({"empty": 3}))
+            self.summary = send.Summary(packets=1, messages=2, tally=Counter({"empty": 3}))
             self.stopping = False
 
         def run(self, logs, offsets, *, follow):
             seen.update(recipe=logs._recipe, path=getattr(logs, "path", None), offsets=offsets, follow=follow)
 
-    monkeypatch.setattr(sending, "Shipper", Fake)
+    monkeypatch.setattr(send, "Shipper", Fake)
     result = run("send", str(log), FASTDIST_TOKEN="from-environment")
     assert result.exit_code == 0
     assert result.stdout.startswith("sent 2 messages in 1 packet, 0 B in 0.0 s (")
@@ -170,11 +170,11 @@ def test_send_does_as_the_options_say(run, log, monkeypatch):
     [({}, 0), ({"stopped": "x"}, 1), ({"stopped": "x", "refused": True}, 4), ({"unsent": 5, "stopped": "x"}, 1)],
 )
 def test_send_exits_with_what_became_of_it(run, log, monkeypatch, summary, status):
-    class Fake(sending.Shipper):
+    class Fake(send.Shipper):
         def run(self, *_, **__):
-            self.summary = sending.Summary(**summary)
+            self.summary = send.Summary(**summary)
 
-    monkeypatch.setattr(sending, "Shipper", Fake)
+    monkeypatch.setattr(send, "Shipper", Fake)
     result = run("send", str(log))
     assert result.exit_code == status
     assert ("stopped: x\n" in result.stderr) == bool(summary)

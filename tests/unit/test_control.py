@@ -10,7 +10,8 @@ import threading
 import pytest
 
 from fastdist.config import Analyzer, Config
-from fastdist.control import (
+from fastdist.errors import StartError
+from fastdist.ipc import (
     LONGEST_PROBLEM,
     MOST_PROBLEMS,
     Message,
@@ -22,7 +23,6 @@ from fastdist.control import (
     shorten,
     write_settings,
 )
-from fastdist.errors import StartError
 
 
 def settings(generation: int, count: int) -> Settings:

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from letters import SECOND, WHOLE, Listener, broken, fill, idle, ids, names_in, packet, replayed
 
-from fastdist import deadletters
-from fastdist.deadletters import DeadLetters, Letter, find_files, read_file
-from fastdist.replay import HeldFile
+from fastdist.client.replay import HeldFile
+from fastdist.storage import dead_letters
+from fastdist.storage.dead_letters import DeadLetters, Letter, find_files, read_file
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_nobody_finds_a_new_file_before_its_worker_has_locked_it(tmp_path, monke
         seen.append(find_files(tmp_path))
         flock(fd, how)
 
-    monkeypatch.setattr(deadletters.fcntl, "flock", look)
+    monkeypatch.setattr(dead_letters.fcntl, "flock", look)
     DeadLetters(tmp_path, "w0-1").write(packet(), "refused", "A1", 400, None)
     assert seen == [[]]
 
@@ -142,8 +142,8 @@ def test_nothing_is_appended_to_letters_that_can_neither_be_synced_nor_taken_bac
     assert sync(letters)
     letters.write(packet("b"), "refused", "A1", 400, None)
     with monkeypatch.context() as disk:
-        disk.setattr(deadletters.os, "fdatasync", broken)
-        disk.setattr(deadletters.os, "ftruncate", broken)
+        disk.setattr(dead_letters.os, "fdatasync", broken)
+        disk.setattr(dead_letters.os, "ftruncate", broken)
         assert not sync(letters)
     letters.write(packet("b"), "refused", "A1", 400, None)
     assert sync(letters)
@@ -155,7 +155,7 @@ def test_nothing_is_appended_to_letters_that_can_neither_be_synced_nor_taken_bac
 def test_files_that_cannot_be_made_durable_do_not_pile_up(tmp_path, monkeypatch):
     letters = DeadLetters(tmp_path, "w0-1")
     with monkeypatch.context() as disk:
-        disk.setattr(deadletters.os, "fsync", broken)
+        disk.setattr(dead_letters.os, "fsync", broken)
         for _ in range(3):
             letters.write(packet("a"), "refused", "A1", 400, None)
             assert not sync(letters)

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastdist import deadletter_writer
 from fastdist._core import PacketRing, file_size
-from fastdist.deadletter_writer import MANY, DeadLetterWriter, Letter, what_is_left
-from fastdist.deadletters import FOLDER, DeadLetters
-from fastdist.shared import SharedBlock
+from fastdist.shm.block import SharedBlock
+from fastdist.storage import dead_letter_writer
+from fastdist.storage.dead_letter_writer import MANY, DeadLetterWriter, Letter, what_is_left
+from fastdist.storage.dead_letters import FOLDER, DeadLetters
 
 EIO = OSError(errno.EIO, "Input/output error")
 SECOND = 10**9
@@ -89,7 +89,7 @@ class Site:
 @pytest.fixture(autouse=True)
 def parts_without_end(monkeypatch):
     """However slow the machine: what is written in one part is not what is tested here."""
-    monkeypatch.setattr(deadletter_writer, "PART_NS", 3600 * 10**9)
+    monkeypatch.setattr(dead_letter_writer, "PART_NS", 3600 * 10**9)
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_at_the_end_what_waits_for_its_sync_is_synced(tmp_path, monkeypatch):
     site = Site(tmp_path, syncs=True, delay=3600.0)
     site.add(3)
     with monkeypatch.context() as disk:
-        disk.setattr("fastdist.deadletters.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
+        disk.setattr("fastdist.storage.dead_letters.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
         site.writer.finish()
     assert site.gone == []
     site.later()
@@ -230,7 +230,7 @@ def test_what_is_left_in_memory_is_written_synced_or_not(tmp_path, monkeypatch, 
     site.add(2)
     for number in (3, 4):
         site.ring.push(b"x", f"p{number}")
-    monkeypatch.setattr("fastdist.deadletters.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
+    monkeypatch.setattr("fastdist.storage.dead_letters.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
     site.writer.write_all(what_is_left(site.ring))
     assert site.gone == [1, 2, 3, 4]
     assert site.written() == names(1, 4)
@@ -242,7 +242,7 @@ def test_what_is_left_leaves_the_ring_when_it_is_synced(tmp_path, monkeypatch, s
     site = Site(tmp_path, syncs=syncs)
     site.ring.push(b"x", "p1")
     gone_before = []
-    monkeypatch.setattr("fastdist.deadletters.os.fdatasync", lambda _fd: gone_before.append(list(site.gone)))
+    monkeypatch.setattr("fastdist.storage.dead_letters.os.fdatasync", lambda _fd: gone_before.append(list(site.gone)))
     site.writer.write_all(what_is_left(site.ring))
     assert gone_before == [[]]
     assert site.gone == [1]
@@ -291,8 +291,8 @@ def test_no_turn_writes_for_long(tmp_path, monkeypatch, syncs):
         now[0] += 10_000_000  # a letter takes 10 ms
         return now[0]
 
-    monkeypatch.setattr(deadletter_writer, "time", SimpleNamespace(monotonic_ns=monotonic_ns))
-    monkeypatch.setattr(deadletter_writer, "PART_NS", 8_000_000)
+    monkeypatch.setattr(dead_letter_writer, "time", SimpleNamespace(monotonic_ns=monotonic_ns))
+    monkeypatch.setattr(dead_letter_writer, "PART_NS", 8_000_000)
     site.writer.add(*[site.letter() for _ in range(33)])
     turns = 1
     while len(site.gone) < 33:

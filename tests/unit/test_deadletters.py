@@ -18,9 +18,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdist import deadletters
 from fastdist._core import Packet
-from fastdist.deadletters import FOLDER, IDLE_NS, LONGEST_OPEN_NS, DeadLetters, ask_for, find_files, iso_time, read_file
+from fastdist.storage import dead_letters
+from fastdist.storage.dead_letters import (
+    FOLDER,
+    IDLE_NS,
+    LONGEST_OPEN_NS,
+    DeadLetters,
+    ask_for,
+    find_files,
+    iso_time,
+    read_file,
+)
 
 MOMENT = 1_700_000_000_123_456_000  # 2023-11-14, 22:13:20.123456 UTC
 
@@ -174,7 +183,7 @@ def test_owners_do_not_share_files(tmp_path):
 
 
 def test_a_new_file_is_begun_when_one_has_grown(letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(deadletters, "LARGEST_FILE", 2000)
+    monkeypatch.setattr(dead_letters, "LARGEST_FILE", 2000)
     for number in range(20):
         write(letters, b"x" * 300, f"p{number}")
     files = files_in(tmp_path)
@@ -184,7 +193,7 @@ def test_a_new_file_is_begun_when_one_has_grown(letters, tmp_path, monkeypatch):
 
 
 def test_a_letter_larger_than_a_file_has_one_of_its_own(letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(deadletters, "LARGEST_FILE", 2000)
+    monkeypatch.setattr(dead_letters, "LARGEST_FILE", 2000)
     for size in (10, 5000, 10, 5000, 5000):
         write(letters, b"x" * size)
     assert [len(letter["body"]) for letter in letters_in(tmp_path)] == [10, 5000, 10, 5000, 5000]
@@ -305,7 +314,7 @@ def test_a_file_that_cannot_be_written_to_is_given_up(letters, tmp_path, monkeyp
     letters.settle()
     (file,) = files_in(tmp_path)
     with monkeypatch.context() as disk:
-        disk.setattr(deadletters.os, "write", broken)
+        disk.setattr(dead_letters.os, "write", broken)
         for _ in range(3):
             with pytest.raises(OSError, match="Input/output"):
                 write(letters, name="lost")
@@ -320,7 +329,7 @@ def test_at_the_limit_of_file_sizes_a_new_one_is_begun(tmp_path):
     script = """
 import resource, sys
 from fastdist._core import Packet
-from fastdist.deadletters import DeadLetters
+from fastdist.storage.dead_letters import DeadLetters
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 letters = DeadLetters(sys.argv[1], "w0")
 for number in range(20):
@@ -351,7 +360,7 @@ def test_an_error_when_a_file_is_closed_closes_no_other(letters, tmp_path, monke
     write(letters)
     letters.settle()
     letters.tick(1)
-    monkeypatch.setattr(deadletters.os, "close", close)
+    monkeypatch.setattr(dead_letters.os, "close", close)
     letters.tick(1 + 2 * IDLE_NS)
     letters.tick(1 + 4 * IDLE_NS)
     letters.settle()
@@ -368,8 +377,8 @@ def test_an_error_when_a_file_is_closed_closes_no_other(letters, tmp_path, monke
 def calls(monkeypatch):
     """Return what is synced: ("data", size of the file) or ("folder", its name)."""
     calls = []
-    monkeypatch.setattr(deadletters.os, "fdatasync", lambda fd: calls.append(("data", os.fstat(fd).st_size)))
-    monkeypatch.setattr(deadletters, "sync_folder", lambda folder: calls.append(("folder", folder.name)))
+    monkeypatch.setattr(dead_letters.os, "fdatasync", lambda fd: calls.append(("data", os.fstat(fd).st_size)))
+    monkeypatch.setattr(dead_letters, "sync_folder", lambda folder: calls.append(("folder", folder.name)))
     return calls
 
 
@@ -408,7 +417,7 @@ def test_one_sync_covers_all_letters_and_at_first_the_names_of_file_and_folder(l
 
 def test_the_name_of_a_file_is_synced_even_if_it_was_closed_before(letters, tmp_path, calls, monkeypatch):
     with monkeypatch.context() as disk:
-        disk.setattr(deadletters.os, "write", broken)
+        disk.setattr(dead_letters.os, "write", broken)
         with pytest.raises(OSError, match="Input/output"):
             write(letters)
     write(letters)
@@ -417,7 +426,7 @@ def test_the_name_of_a_file_is_synced_even_if_it_was_closed_before(letters, tmp_
 
 
 def test_a_file_that_is_full_is_synced_all_the_same(letters, tmp_path, calls, monkeypatch):
-    monkeypatch.setattr(deadletters, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(dead_letters, "LARGEST_FILE", 1000)
     for _ in range(3):
         write(letters, b"x" * 600)
     assert sync(letters)
@@ -449,12 +458,12 @@ def test_what_could_not_be_synced_is_taken_back(letters, tmp_path, monkeypatch, 
     write(letters)
     assert sync(letters)
     if files > 1:
-        monkeypatch.setattr(deadletters, "LARGEST_FILE", 1000)
+        monkeypatch.setattr(dead_letters, "LARGEST_FILE", 1000)
     for number in range(3):
         write(letters, b"x" * 600, name=f"lost{number}")
     assert len(files_in(tmp_path)) == (1 if files == 1 else 4)
     with monkeypatch.context() as disk:
-        disk.setattr(deadletters.os, "fdatasync", broken)
+        disk.setattr(dead_letters.os, "fdatasync", broken)
         assert not sync(letters)
     assert letters.unsettled == 0
     write(letters, name="later")
@@ -519,7 +528,7 @@ def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkey
     if call == "mkdir":
         (tmp_path / FOLDER).write_bytes(b"in its place")
     else:
-        monkeypatch.setattr(deadletters.os, call, fail)
+        monkeypatch.setattr(dead_letters.os, call, fail)
     for _ in range(5):
         with pytest.raises(OSError, match=r"No space|exists"):
             write(letters, name="lost")
@@ -543,7 +552,7 @@ def test_half_a_line_is_taken_back(letters, tmp_path, monkeypatch, first):
             return real(fd, data[: sizes.pop()])
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(deadletters.os, "write", write_some)
+    monkeypatch.setattr(dead_letters.os, "write", write_some)
     with pytest.raises(OSError, match="full"):
         write(letters, name="p2")
     assert files_in(tmp_path)[0].read_bytes() == whole
@@ -554,7 +563,7 @@ def test_half_a_line_is_taken_back(letters, tmp_path, monkeypatch, first):
 
 def test_short_writes_are_continued(letters, tmp_path, monkeypatch):
     real = os.write
-    monkeypatch.setattr(deadletters.os, "write", lambda fd, data: real(fd, data[:7]))
+    monkeypatch.setattr(dead_letters.os, "write", lambda fd, data: real(fd, data[:7]))
     write(letters, b"x" * 1000)
     write(letters, b"y" * 1000, "p2")
     assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
@@ -572,8 +581,8 @@ def test_half_a_line_that_cannot_be_taken_back_is_followed_by_nothing(letters, t
     def fail(*_):
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(deadletters.os, "write", write_some)
-    monkeypatch.setattr(deadletters.os, "ftruncate", fail)
+    monkeypatch.setattr(dead_letters.os, "write", write_some)
+    monkeypatch.setattr(dead_letters.os, "ftruncate", fail)
     with pytest.raises(OSError, match="broken"):
         write(letters, name="p2")
     monkeypatch.undo()

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdist import config, effective
+from fastdist import config
+from fastdist.cli import effective
 from fastdist.config import Config
 
 FILE = """

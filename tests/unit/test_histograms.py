@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist._core import COUNTER_WORDS, WORDS_PER_HISTOGRAM, Counters, row_words
-from fastdist.histograms import BOUNDS, PERCENTILES, merge
+from fastdist.shm.histograms import BOUNDS, PERCENTILES, merge
 
 DURATIONS = st.integers(0, 2**42) | st.integers(0, 5000) | st.sampled_from(BOUNDS)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastdist.lines import Line, LineCutter
+from fastdist.client.lines import Line, LineCutter
 
 LONGEST = 9
 # Made of what matters: line ends, characters of one to four bytes, bytes that are no UTF-8.

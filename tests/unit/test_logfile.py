@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fastdist import logfile, rotation
-from fastdist import offsets as offsets_module
-from fastdist.logfile import Log, StandardInput, Stream, Trail
-from fastdist.offsets import OffsetFile
-from fastdist.packing import SMALLEST_PACKET, Recipe, Style
+from fastdist.client import logfile, rotation
+from fastdist.client import offsets as offsets_module
+from fastdist.client.logfile import Log, StandardInput, Stream, Trail
+from fastdist.client.offsets import OffsetFile
+from fastdist.client.packing import SMALLEST_PACKET, Recipe, Style
 
 RECIPE = Recipe(Style("web-42", "app.log"), 3, SMALLEST_PACKET)
 

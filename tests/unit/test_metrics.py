@@ -8,11 +8,11 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastdist import metrics
 from fastdist.config import Analyzer, Config
-from fastdist.histograms import BOUNDS
-from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
-from fastdist.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
+from fastdist.http import metrics
+from fastdist.shm.block import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
+from fastdist.shm.histograms import BOUNDS
+from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 
 SECOND = 10**9
 AT, WALL = 500 * SECOND, 1_700_000_000 * SECOND  # one moment, on the monotonic clock and on the wall clock

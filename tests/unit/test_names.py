@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from fastdist import names
-from fastdist.names import Names
+from fastdist.net import names
+from fastdist.net.names import Names
 
 SECONDS = 20.0  # only a broken test waits so long
 

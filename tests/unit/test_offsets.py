@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from fastdist._core import birth_ns
-from fastdist.offsets import TAIL, InUseError, OffsetFile, Position, tail_digest
+from fastdist.client.offsets import TAIL, InUseError, OffsetFile, Position, tail_digest
 
 
 @pytest.fixture
@@ -64,7 +64,9 @@ def test_a_file_that_is_replaced_while_one_waits_is_read_anew(path, monkeypatch)
 
 
 def test_a_process_that_is_killed_leaves_no_lock(path):
-    code = f"from pathlib import Path; from fastdist.offsets import OffsetFile; o = OffsetFile(Path({str(path)!r}))"
+    code = (
+        f"from pathlib import Path; from fastdist.client.offsets import OffsetFile; o = OffsetFile(Path({str(path)!r}))"
+    )
     subprocess.run([sys.executable, "-c", f"{code}; import os; os.kill(os.getpid(), 9)"], check=False)
     OffsetFile(path).__exit__()
 
@@ -252,7 +254,7 @@ def test_a_torn_line_leaves_the_one_before_it(path, monkeypatch):
                 offsets.save(position(offset=4))
             assert read(path).offset == 4
     # From the beginning again: at every moment one of the two is whole.
-    monkeypatch.setattr("fastdist.offsets.LARGEST_IN_PLACE", 100)
+    monkeypatch.setattr("fastdist.client.offsets.LARGEST_IN_PLACE", 100)
     path.write_bytes(b"")
     with OffsetFile(path) as offsets:
         offsets.save(position(offset=1))
@@ -271,7 +273,7 @@ def test_a_file_that_alone_is_mounted_keeps_its_offsets(tmp_path):
     (tmp_path / "state").touch()
     (tmp_path / "offset").touch()
     code = (
-        "from pathlib import Path; from fastdist.offsets import OffsetFile, Position\n"
+        "from pathlib import Path; from fastdist.client.offsets import OffsetFile, Position\n"
         f"with OffsetFile(Path({str(tmp_path / 'offset')!r})) as o: o.save(Position('x', 1, 2, 'y', offset=7))"
     )
     mount = f'mount --bind {tmp_path}/state {tmp_path}/offset && exec "$@"'

@@ -14,9 +14,9 @@ from openapi_description import ANSWERED_OUTSIDE, DOCUMENT, EVERYWHERE, METHODS,
 
 import fastdist
 from fastdist import __version__
-from fastdist.api import Api, description, problem
+from fastdist.http.api import Api, description, problem
 from fastdist.packet import LEVELS, MAX_EMITTER_ID, check
-from fastdist.snapshot import REJECTIONS
+from fastdist.shm.snapshot import REJECTIONS
 
 SOURCES = Path(fastdist.__file__).parent
 OPERATIONS = [
@@ -37,7 +37,7 @@ def test_it_is_what_is_served():
     response = Api(lambda: pytest.fail("no figure is needed")).respond("GET", "/openapi.json", {}, b"")
     assert response.status == 200
     assert response.headers == b"Content-Type: application/json\r\n"
-    assert response.body == description() == (SOURCES / "openapi.json").read_bytes()
+    assert response.body == description() == (SOURCES / "http" / "openapi.json").read_bytes()
     assert orjson.loads(response.body) == DOCUMENT
 
 
@@ -74,7 +74,7 @@ def statuses_in_python(source: str):
 
 def statuses_in_the_code():
     found = {}
-    for module in ("api", "admin", "ingest", "worker", "supervisor", "changes"):
+    for module in ("http/api", "http/admin", "worker/ingest", "worker/main", "supervisor/main", "supervisor/reload"):
         for status in statuses_in_python((SOURCES / f"{module}.py").read_text()):
             found.setdefault(status, module)
     for part in ("ingest", "http"):

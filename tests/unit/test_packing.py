@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist import packet
-from fastdist.lines import LineCutter
-from fastdist.packing import SMALLEST_PACKET, TALLIES, Encoder, Format, Packer, Recipe, Style
+from fastdist.client.lines import LineCutter
+from fastdist.client.packing import SMALLEST_PACKET, TALLIES, Encoder, Format, Packer, Recipe, Style
 
 STYLE = Style("web-42", "app.log")
 RECIPE = Recipe(STYLE, 3, SMALLEST_PACKET)

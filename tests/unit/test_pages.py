@@ -11,14 +11,14 @@ import orjson
 import pytest
 
 import fastdist
-from fastdist import pages, stats
 from fastdist._core import RequestHead
-from fastdist.api import Api
 from fastdist.config import Config
-from fastdist.shared import SharedBlock
-from fastdist.snapshot import Snapshot
+from fastdist.http import static, stats
+from fastdist.http.api import Api
+from fastdist.shm.block import SharedBlock
+from fastdist.shm.snapshot import Snapshot
 
-FOLDER = Path(fastdist.__file__).parent / "dashboard"
+FOLDER = Path(fastdist.__file__).parent / "http" / "dashboard"
 PATHS = {"/" if file.name == "index.html" else f"/dashboard/{file.name}": file for file in sorted(FOLDER.iterdir())}
 INDEX = (FOLDER / "index.html").read_text()
 TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -77,7 +77,7 @@ def test_every_file_is_served_as_what_it_is(api, path):
 
 
 def test_nothing_else_is_served():
-    assert pages.pages().keys() == PATHS.keys()
+    assert static.pages().keys() == PATHS.keys()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -132,7 +132,7 @@ def test_what_a_browser_has_already_is_not_sent_again(api, path):
 
 
 def test_files_that_differ_have_tags_that_differ():
-    tags = {page.etag for page in pages.pages().values()}
+    tags = {page.etag for page in static.pages().values()}
     assert len(tags) == len(PATHS)
 
 

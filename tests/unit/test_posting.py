@@ -11,8 +11,8 @@ from email.utils import format_datetime
 import pytest
 import trustme
 
-from fastdist import posting
-from fastdist.posting import Sender, Target, connect
+from fastdist.client import connection
+from fastdist.client.connection import Sender, Target, connect
 
 TIMEOUT = 30.0
 
@@ -66,7 +66,7 @@ def target(distributor, **options):
 
 def test_an_address_that_refuses_gives_way_to_the_next(distributor, resolve, monkeypatch):
     """At once: nobody waits for the delay."""
-    monkeypatch.setattr(posting, "ATTEMPT_DELAY", 3600)
+    monkeypatch.setattr(connection, "ATTEMPT_DELAY", 3600)
     resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
     assert Sender(target(distributor)).post("x", b"{}").accepted
 
@@ -101,7 +101,7 @@ def test_when_all_addresses_hang_time_is_up(resolve, hanging):
 
 def test_the_families_of_a_name_come_in_turn(resolve):
     resolve("::1", "::2", "::3", "127.0.0.1", "127.0.0.2")
-    assert [address[0] for _, address in posting._interleaved("logs.test", 1)] == [
+    assert [address[0] for _, address in connection._interleaved("logs.test", 1)] == [
         "::1",
         "127.0.0.1",
         "::2",
@@ -129,13 +129,13 @@ def test_the_next_address_is_tried_with_tls_too(distributor, resolve, hanging, t
     ("text", "seconds"), [(None, None), ("0", 0.0), ("17", 17.0), ("9" * 400, 1e9), ("soon", None), ("-1", None)]
 )
 def test_retry_after(text, seconds):
-    assert posting._seconds(text) == seconds
+    assert connection._seconds(text) == seconds
 
 
 def test_retry_after_as_a_date():
     when = datetime.now(UTC) + timedelta(seconds=100)
-    assert 50 < posting._seconds(format_datetime(when, usegmt=True)) < 101
-    assert posting._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert 50 < connection._seconds(format_datetime(when, usegmt=True)) < 101
+    assert connection._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:3000", "ftp://a", "http://user:secret@a", "http://a:99999"])
@@ -151,5 +151,5 @@ def test_a_token_that_would_break_the_head():
 
 
 def test_https_is_spoken_where_the_url_says_so():
-    sender = posting.Sender(Target.parse("https://a", None))
+    sender = connection.Sender(Target.parse("https://a", None))
     assert type(sender._connection).__name__ == "HTTPSConnection"

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 
 from letters import WHOLE, broken, fill, ids, names_in, packet
 
-from fastdist import replay
-from fastdist.deadletters import DeadLetters, Selection, find_files
-from fastdist.replay import HeldFile
+from fastdist.client import replay
+from fastdist.client.replay import HeldFile
+from fastdist.storage.dead_letters import DeadLetters, Selection, find_files
 
 
 def purged(files, selection, note):

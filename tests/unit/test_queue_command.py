@@ -10,8 +10,8 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from fastdist import cli
 from fastdist._core import HEADER_SIZE, PacketRing, file_size
+from fastdist.cli import main
 
 CAPACITY = 65536
 SECOND_HEADER = 32768
@@ -45,7 +45,7 @@ def run():
 
     def run(*arguments, folder=None):
         before = image(folder) if folder else None
-        result = CliRunner().invoke(cli.app, ["queue", *map(str, arguments)])
+        result = CliRunner().invoke(main.app, ["queue", *map(str, arguments)])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         assert (image(folder) if folder else None) == before
         return result

@@ -12,11 +12,11 @@ import pytest
 from structlog.testing import capture_logs
 from support import wait_until
 
-from fastdist import filelocks, queuefiles
 from fastdist._core import PacketRing, file_size
 from fastdist.errors import StartError
-from fastdist.queuefiles import Adoption, OldRing, QueueFolder, RingNames, ring_path
-from fastdist.queueview import InUseError, look
+from fastdist.storage import directory, locks
+from fastdist.storage.directory import Adoption, OldRing, QueueFolder, RingNames, ring_path
+from fastdist.storage.inspect import InUseError, look
 
 CAPACITY = 3 << 20
 LOCKS_AND_SLEEPS = """
@@ -54,8 +54,8 @@ def another():
 
 @pytest.fixture
 def no_patience(monkeypatch):
-    monkeypatch.setattr(queuefiles, "ENDING", 0.0)
-    monkeypatch.setattr(queuefiles, "TOLD_AFTER", 0.0)
+    monkeypatch.setattr(directory, "ENDING", 0.0)
+    monkeypatch.setattr(directory, "TOLD_AFTER", 0.0)
 
 
 @pytest.mark.parametrize("most", [1 << 30, 1 << 21, 1 << 16])
@@ -68,8 +68,8 @@ def test_rings_in_memory_are_cleared_before_they_are_used_but_not_without_end(tm
         written[fd] = at + len(data)
         return real(fd, data, at)
 
-    monkeypatch.setattr(queuefiles.os, "pwrite", pwrite)
-    monkeypatch.setattr(queuefiles, "CLEARED", most)
+    monkeypatch.setattr(directory.os, "pwrite", pwrite)
+    monkeypatch.setattr(directory, "CLEARED", most)
     rings = QueueFolder(tmp_path).memory_rings(2, CAPACITY)
     assert written == dict.fromkeys(rings, min(file_size(CAPACITY), most // 2))
     for fd in rings:
@@ -157,15 +157,15 @@ def test_a_holder_is_found_by_its_files_inode(tmp_path, monkeypatch):
     path.write_text("")
     with path.open() as file:
         inode = path.stat().st_ino
-        monkeypatch.setattr(filelocks, "LOCKS", tmp_path / "locks")
-        assert filelocks.holder(file.fileno()) is None
+        monkeypatch.setattr(locks, "LOCKS", tmp_path / "locks")
+        assert locks.holder(file.fileno()) is None
         (tmp_path / "locks").write_text(
             f"1: POSIX  ADVISORY  READ 11 00:2d:{inode} 0 EOF\n"
             f"2: FLOCK  ADVISORY  WRITE 12 00:2d:{inode}1 0 EOF\n"
             f"3: FLOCK  ADVISORY  WRITE 13 00:2d:{inode} 0 EOF\n"
             f"3: -> FLOCK  ADVISORY  WRITE 14 00:2d:{inode} 0 EOF\n"
         )
-        assert filelocks.holder(file.fileno()) == 13
+        assert locks.holder(file.fileno()) == 13
 
 
 def test_a_lock_that_was_deleted_is_there_again(tmp_path):
@@ -227,7 +227,7 @@ def test_a_ring_that_loses_its_name_is_told_of(tmp_path, how):
         names.look([])
         assert names.misplaced
     (line,) = logs
-    assert filelocks.is_nameless(fd) is ("renamed" not in how)
+    assert locks.is_nameless(fd) is ("renamed" not in how)
     assert ("was renamed" in line["event"]) is ("renamed" in how)
     if how == "renamed":
         assert line["now"] == str(folder / "x.fdq")
@@ -244,10 +244,10 @@ def test_a_ring_that_loses_its_name_is_told_of(tmp_path, how):
 
 
 def test_what_ends_with_its_holders_is_nameless(tmp_path):
-    assert filelocks.is_nameless(os.memfd_create("ring"))
+    assert locks.is_nameless(os.memfd_create("ring"))
     with (tmp_path / ".nfs0000000000000001").open("w") as deleted, (tmp_path / "ring").open("w") as file:
-        assert filelocks.is_nameless(deleted.fileno())
-        assert not filelocks.is_nameless(file.fileno())
+        assert locks.is_nameless(deleted.fileno())
+        assert not locks.is_nameless(file.fileno())
 
 
 # ---- old rings

@@ -14,14 +14,15 @@ import typer
 from test_docs import commands
 
 import fastdist
-from fastdist import cli, config
+from fastdist import config
+from fastdist.cli import main
 from fastdist.config import Config
 
 ROOT = Path(__file__).parent.parent.parent
 SETTINGS_PAGE = (ROOT / "docs" / "settings.md").read_text()
 API_PAGE = (ROOT / "docs" / "api.md").read_text()
 COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text()
-DESCRIPTION = json.loads((Path(fastdist.__file__).parent / "openapi.json").read_text())
+DESCRIPTION = json.loads((Path(fastdist.__file__).parent / "http" / "openapi.json").read_text())
 
 
 def sections(text, level):
@@ -220,5 +221,5 @@ def test_a_section_has_every_option_with_its_default(name):
 
 def test_the_options_of_the_root_are_all_there():
     shown = {row[0].strip("`") for row in table(COMMANDS_PAGE, "option of `fastdist` itself")}
-    root = typer.main.get_command(cli.app)
+    root = typer.main.get_command(main.app)
     assert shown == {opt for each in root.params for opt in each.opts}

@@ -8,9 +8,9 @@ import os
 import pytest
 from structlog.testing import capture_logs
 
-from fastdist import supervisor
 from fastdist.config import load
-from fastdist.control import Action, Message, read_settings
+from fastdist.ipc import Action, Message, read_settings
+from fastdist.supervisor import main
 
 CONFIG = """
 [server]
@@ -49,7 +49,7 @@ class Service:
     def __init__(self, folder):
         self.file, self.folder = folder / "fastdist.toml", folder
         self.write(1)
-        self.supervisor = supervisor.Supervisor(load(self.file, {}, {}))
+        self.supervisor = main.Supervisor(load(self.file, {}, {}))
         self.supervisor.changes.begin()
         self.supervisor._write_settings()
         self.supervisor.health = Checker()

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from letters import WHOLE, Listener, broken, fill, idle, ids, names_in, packet, replayed
 
-from fastdist import posting, replay
-from fastdist.deadletters import DeadLetters, Selection, digest_of, find_files, journal_of, read_file
-from fastdist.posting import Target
-from fastdist.replay import HeldFile, Replay
+from fastdist.client import connection, replay
+from fastdist.client.connection import Target
+from fastdist.client.replay import HeldFile, Replay
+from fastdist.storage.dead_letters import DeadLetters, Selection, digest_of, find_files, journal_of, read_file
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_distributor_that_hangs_up_ends_it(tmp_path, distributor, run):
 
 
 def test_a_distributor_that_is_silent_ends_it(tmp_path, distributor, run, monkeypatch):
-    monkeypatch.setattr(posting, "TIMEOUT", 0.1)
+    monkeypatch.setattr(connection, "TIMEOUT", 0.1)
     fill(tmp_path, "a")
     distributor.before_answer = lambda: time.sleep(0.5)
     assert "no answer within" in run(tmp_path).stopped
@@ -287,9 +287,9 @@ def test_two_at_once_send_nothing_twice(tmp_path, distributor):
 KILLED = """
 import os, sys
 from pathlib import Path
-from fastdist import replay
-from fastdist.deadletters import Selection, find_files
-from fastdist.posting import Target
+from fastdist.client import replay
+from fastdist.storage.dead_letters import Selection, find_files
+from fastdist.client.connection import Target
 
 class Killer:
     count = 0

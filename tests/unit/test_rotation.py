@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdist import logfile, rotation
 from fastdist._core import birth_ns
-from fastdist.logfile import Trail
-from fastdist.offsets import OffsetFile
-from fastdist.packing import SMALLEST_PACKET, Recipe, Style
-from fastdist.rotation import Rotation
+from fastdist.client import logfile, rotation
+from fastdist.client.logfile import Trail
+from fastdist.client.offsets import OffsetFile
+from fastdist.client.packing import SMALLEST_PACKET, Recipe, Style
+from fastdist.client.rotation import Rotation
 
 RECIPE = Recipe(Style("web-42", "app.log"), 3, SMALLEST_PACKET)
 TICK = 0.011  # seconds in which a file system's clock goes on

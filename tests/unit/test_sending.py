@@ -10,12 +10,12 @@ import pytest
 from fakes import ACCEPTED, problem
 from support import wait_until
 
-from fastdist import sending
-from fastdist.logfile import Trail
-from fastdist.offsets import OffsetFile, Position
-from fastdist.packing import SMALLEST_PACKET, Recipe, Style
-from fastdist.posting import Target
-from fastdist.sending import Pauses, Shipper
+from fastdist.client import send
+from fastdist.client.connection import Target
+from fastdist.client.logfile import Trail
+from fastdist.client.offsets import OffsetFile, Position
+from fastdist.client.packing import SMALLEST_PACKET, Recipe, Style
+from fastdist.client.send import Pauses, Shipper
 
 BUSY = problem(503, "the queue is full", Retry_After="0")
 
@@ -99,9 +99,9 @@ def rig(tmp_path, distributor):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(sending, "BASE", 0.01)
-    monkeypatch.setattr(sending, "CAP", 0.05)
-    monkeypatch.setattr(sending, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(send, "BASE", 0.01)
+    monkeypatch.setattr(send, "CAP", 0.05)
+    monkeypatch.setattr(send, "LOOK_EVERY", 0.02)
 
 
 def test_every_line_arrives_once(rig, distributor):
@@ -210,8 +210,8 @@ def test_a_retry_after_beyond_all_patience_is_not_waited_for(rig, distributor):
 
 
 def test_pauses_get_longer_without_end_to_them(monkeypatch):
-    monkeypatch.setattr(sending, "BASE", 0.1)
-    monkeypatch.setattr(sending, "CAP", 10.0)
+    monkeypatch.setattr(send, "BASE", 0.1)
+    monkeypatch.setattr(send, "CAP", 10.0)
     pauses = Pauses(float("inf"))
     lengths = []
     for _ in range(40):
@@ -311,7 +311,7 @@ def test_what_was_accepted_beyond_a_refusal_keeps_its_id(rig, distributor):
 
 def test_an_offset_file_taken_away_is_written_again(rig, monkeypatch):
     """Also when there is nothing new to record."""
-    monkeypatch.setattr(sending, "RECORD_EVERY", 0.05)
+    monkeypatch.setattr(send, "RECORD_EVERY", 0.05)
     thread = rig.fill(5).in_background(offsets=True, follow=True)
     size = rig.path.stat().st_size
     wait_until(lambda: rig.offset_path.exists() and rig.noted["offset"] == size, "it is recorded")
@@ -322,7 +322,7 @@ def test_an_offset_file_taken_away_is_written_again(rig, monkeypatch):
 
 
 def test_an_offset_file_that_became_anothers_ends_it(rig, monkeypatch):
-    monkeypatch.setattr(sending, "RECORD_EVERY", 0.05)
+    monkeypatch.setattr(send, "RECORD_EVERY", 0.05)
     thread = rig.fill(5).in_background(offsets=True, follow=True)
     wait_until(lambda: rig.offset_path.exists() and rig.noted["offset"], "it is recorded")
     with OffsetFile(rig.path.with_suffix(".another")) as other:
@@ -371,7 +371,7 @@ def test_the_offset_has_no_gap(rig, distributor):
     wait_until(lambda: len(distributor.accepted) >= 6, "others are accepted")
     wait_until(lambda: rig.shipper._window[0].packet.offset == 0, "the first is awaited")
     assert rig.noted["offset"] == 0
-    assert len(rig.shipper._window) <= 2 * sending.WINDOW, "memory is bounded"
+    assert len(rig.shipper._window) <= 2 * send.WINDOW, "memory is bounded"
     go_on.set()
     thread.join(30)
     assert rig.is_whole()
@@ -387,7 +387,7 @@ def test_an_offset_file_that_cannot_be_written_ends_it(rig, distributor):
 
 
 def test_offsets_are_recorded_now_and_then_while_a_log_is_followed(rig, monkeypatch):
-    monkeypatch.setattr(sending, "RECORD_EVERY", 0.05)
+    monkeypatch.setattr(send, "RECORD_EVERY", 0.05)
     thread = rig.fill(5).in_background(offsets=True, follow=True)
     size = rig.path.stat().st_size
     wait_until(lambda: rig.offset_path.exists() and rig.noted["offset"] == size, "it is recorded")
@@ -432,7 +432,7 @@ def test_a_fault_in_a_thread_is_not_hidden(rig, monkeypatch):
     def fault(*_):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(sending.Sender, "post", fault)
+    monkeypatch.setattr(send.Sender, "post", fault)
     with pytest.raises(RuntimeError, match="a fault"):
         rig.fill(10).send()
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fastdist import sendview
-from fastdist.packing import TALLIES, Packet
-from fastdist.sending import Summary
-from fastdist.sendview import SendView, summary_lines
+from fastdist.client import send_view
+from fastdist.client.packing import TALLIES, Packet
+from fastdist.client.send import Summary
+from fastdist.client.send_view import SendView, summary_lines
 
 
 def log(size=1000, start=0):
@@ -106,7 +106,7 @@ def test_without_a_terminal_the_same_reason_is_told_once(capsys):
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(sendview, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(send_view, "LINE_EVERY", 0.0)
     with SendView() as view:
         view.begin(log(size=4096))
         view.accepted(packet(0, 1024))
@@ -119,7 +119,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
 
 
 def test_quiet_is_quiet_but_for_what_a_person_should_know(capsys, monkeypatch):
-    monkeypatch.setattr(sendview, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(send_view, "LINE_EVERY", 0.0)
     with SendView(quiet=True) as view:
         view.begin(log())
         view.accepted(packet(0, 10))

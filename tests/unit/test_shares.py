@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdist.config import Analyzer, Health
-from fastdist.shared import AnalyzerWord, SharedBlock
-from fastdist.shares import effective_weights, normalised, ramp
+from fastdist.shm.block import AnalyzerWord, SharedBlock
+from fastdist.shm.weights import effective_weights, normalised, ramp
 
 NOW = 10**12
 SECOND = 10**9

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist._core import AnalyzerStates
-from fastdist.shared import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
+from fastdist.shm.block import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock
 
 SLOTS = 3
 ROW = AnalyzerWord.ANALYZER_WORDS

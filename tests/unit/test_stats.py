@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from fastdist import stats
 from fastdist.config import Config, Distribution, Queue
-from fastdist.shared import HUNG, AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, Step, WorkerState, WorkerWord
-from fastdist.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
+from fastdist.http import stats
+from fastdist.shm.block import HUNG, AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, Step, WorkerState, WorkerWord
+from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 
 SECOND = 10**9
 AT, WALL = 500 * SECOND, 1_700_000_000 * SECOND  # one moment, on the monotonic clock and on the wall clock

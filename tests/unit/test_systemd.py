@@ -11,8 +11,8 @@ from itertools import count
 import pytest
 from structlog.testing import capture_logs
 
-from fastdist import systemd
-from fastdist.systemd import ServiceManager
+from fastdist.supervisor import systemd
+from fastdist.supervisor.systemd import ServiceManager
 
 NUMBERS = count()
 

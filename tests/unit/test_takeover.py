@@ -7,9 +7,9 @@ import os
 import pytest
 
 from fastdist._core import PacketRing, file_size
-from fastdist.queuefiles import Adoption, OldRing
-from fastdist.shared import SharedBlock
-from fastdist.takeover import begin_adopting, end_adopting, take_over
+from fastdist.shm.block import SharedBlock
+from fastdist.storage.directory import Adoption, OldRing
+from fastdist.worker.reconcile import begin_adopting, end_adopting, take_over
 
 CAPACITY = 65536
 

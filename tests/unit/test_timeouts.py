@@ -9,7 +9,7 @@ import time
 import pytest
 import uvloop
 
-from fastdist import timeouts
+from fastdist.net import timeouts
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fastdist.config import Security
 from fastdist.errors import StartError
-from fastdist.tls import out_of_date, read_pair, server_context, validity
+from fastdist.net.tls import out_of_date, read_pair, server_context, validity
 
 
 class Authority:

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from fastdist import tls
 from fastdist.config import Security
 from fastdist.errors import StartError
+from fastdist.net import tls
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fastdist.observed import Analyzer, Answers, Health, Queue, Stats
-from fastdist.topview import BLOCKS, COUNTERS, GAP, MARK, Frame, History, render, share_bar, sparkline
+from fastdist.client.observed import Analyzer, Answers, Health, Queue, Stats
+from fastdist.client.top_view import BLOCKS, COUNTERS, GAP, MARK, Frame, History, render, share_bar, sparkline
 
 NOON = datetime(2026, 1, 2, 12, 0, tzinfo=UTC)
 NONE_YET = dict.fromkeys(("p50", "p90", "p99", "p999", "max"))

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
-from fastdist import upkeep
 from fastdist.config import Server
-from fastdist.shared import HeadWord, SharedBlock, Step, WorkerWord
-from fastdist.upkeep import TICK_NS, LoopLag, Sweep, Upkeep
+from fastdist.shm import upkeep
+from fastdist.shm.block import HeadWord, SharedBlock, Step, WorkerWord
+from fastdist.shm.upkeep import TICK_NS, LoopLag, Sweep, Upkeep
 
 
 @pytest.fixture

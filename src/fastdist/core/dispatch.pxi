@@ -1,6 +1,6 @@
 """Dispatching: every packet that was accepted is claimed from the ring, given to an analyzer, and sent from its list.
 
-``DispatchBase`` holds what happens for every packet. ``fastdist.dispatch`` decides, seldom, what the table looks like
+``DispatchBase`` holds what happens for every packet. ``fastdist.worker.dispatch`` decides, seldom, what the table looks like
 (``refresh``), and what becomes of packets that could not be delivered.
 
 No turn of the loop is to be long, however many packets or connections something concerns: all that is done for each of

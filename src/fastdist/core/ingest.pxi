@@ -1,7 +1,7 @@
 """Ingest: what emitters send, from bytes to a packet in the ring and an answer.
 
 ``IngestBase`` is one connection, ``Intake`` (intake.pxi) what all of a worker share. A request goes head -> body ->
-answer; ``POST /logs`` is dealt with here, all else, and everything that is wrong, in ``fastdist.ingest`` (``handle``,
+answer; ``POST /logs`` is dealt with here, all else, and everything that is wrong, in ``fastdist.worker.ingest`` (``handle``,
 ``refuse``). The answers of one read leave in one write. Where an answer has to wait (for a sync, a delivery, another
 process), it and all behind it become ``Answer`` objects in a list, and leave in order as they get ready.
 

@@ -1,7 +1,7 @@
 """An analyzer's waiting list, and the requests that carry what waits.
 
 A packet is a handle of the ring on all of this way: lists are chained through the ring's entries, and no object is made.
-``fastdist.forward`` mixes in opening connections, pruning and what to do about failures (``delivered(sequences)`` tells
+``fastdist.worker.upstream`` mixes in opening connections, pruning and what to do about failures (``delivered(sequences)`` tells
 it of packets it watches).
 """
 

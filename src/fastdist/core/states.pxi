@@ -1,6 +1,6 @@
 """What all processes know of the analyzers: a row of words each in shared memory, with the changes several may make.
 
-The words are named in ``fastdist.shared.AnalyzerWord``; those used here are repeated as constants, checked by a test.
+The words are named in ``fastdist.shm.block.AnalyzerWord``; those used here are repeated as constants, checked by a test.
 """
 
 

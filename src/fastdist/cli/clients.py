@@ -1,0 +1,238 @@
+"""The commands that talk to a running distributor over HTTP, as anybody may: ``send`` and ``top``."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fastdist.cli.options import (
+    DEFAULT_URL,
+    IN_USE,
+    INCOMPLETE,
+    REFUSED,
+    SIGNALLED,
+    CaFile,
+    Token,
+    fail,
+    problems_shown,
+    target_or_exit,
+    token_or_environment,
+)
+from fastdist.units import format_size, parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+    from fastdist.client.send import Shipper, Sources
+    from fastdist.client.send_view import SendView
+
+SHORTEST_INTERVAL = 0.1  # seconds
+LONGEST_TEXT = 256  # characters of an emitterId
+LARGEST_PACKET = 1 << 30  # bytes
+
+
+def send(  # noqa: PLR0913  (a parameter is an option)
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Log file to send; - is standard input.")],
+    *,
+    url: Annotated[str, typer.Option(help="The distributor to send to.")] = DEFAULT_URL,
+    emitter: Annotated[str | None, typer.Option(help="The emitterId of all packets  [this machine's name]")] = None,
+    log_format: Annotated[
+        Literal["auto", "text", "ndjson"], typer.Option("--format", help="What the lines are; auto sees for each.")
+    ] = "auto",
+    level: Annotated[str | None, typer.Option(help="The level of messages that have none.")] = None,
+    source: Annotated[str | None, typer.Option(help="The source of messages that have none.")] = None,
+    stamp: Annotated[bool, typer.Option("--stamp", help="Give messages without a timestamp the present time.")] = False,
+    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Messages in a packet, at most.")] = 500,
+    batch_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of a packet, at most.")] = "1MiB",
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Packets to send at the same time.")] = 8,
+    offset_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Note here how far the log is sent, and go on from there.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Wait for more lines at the end, also over rotations.")
+    ] = False,
+    patience: Annotated[
+        str, typer.Option(metavar="DURATION", help="Give up when nothing is accepted for that long; or never.")
+    ] = "5m",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    token: Token = None,
+    ca_file: CaFile = None,
+) -> None:
+    """Send a log file, or standard input, as packets.
+
+    A line that is a JSON object with the members of a log message travels on as it is; any other JSON object becomes
+    the metadata of a message, any other line its text. Only empty lines are left out. Lines that are not UTF-8 are
+    sent with their bytes beside them, and lines longer than an eighth of --batch-bytes in parts.
+
+    Each packet has an id made from the log, the place in it and the bytes: analyzers can tell what is sent again after
+    a failure, or after kill -9 with --offset-file. Busy or unreachable distributors are tried again, as Retry-After
+    says; what a distributor refuses ends it.
+
+    \b
+    Exit status:
+      0    all is accepted (--follow: all that was there when it was stopped)
+      1    given up: unreachable or busy for too long, or the offset file cannot be written or has become another's
+      2    a file or an option cannot be used
+      3    the offset file is in use by another fastdist send
+      4    refused: what the distributor answers will not get better by trying again
+      130  stopped by Ctrl-C (143: by SIGTERM); what was under way is settled and the offset noted
+
+    \b
+    Examples:
+      fastdist send access.log
+      fastdist send app.ndjson --url https://logs.example:3000 --emitter web-42 --source shop
+      fastdist send /var/log/app.log --follow --offset-file /var/lib/app.offset
+      journalctl -o json -f | FASTDIST_TOKEN=secret fastdist send - --format ndjson
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.client import logfile, packing, send, send_view  # noqa: PLC0415  (serve needs none of them)
+
+    target = target_or_exit(url, token_or_environment(token), ca_file)
+    with problems_shown():
+        style = packing.Style(
+            emitter=_text("--emitter", emitter if emitter is not None else socket.gethostname()),
+            file="stdin" if file == "-" else os.fsencode(Path(file).name).decode(errors="replace"),
+            format=packing.Format(log_format),
+            level=_level(level),
+            source=None if source is None else _text("--source", source),
+            stamp=stamp,
+        )
+        recipe = packing.Recipe(style, batch, _batch_bytes(batch_bytes))
+        trying = math.inf if patience == "never" else _duration("--patience", patience)
+    if offset_file and file == "-":
+        fail("--offset-file: standard input cannot be read again; send a file")
+    if Path(file).is_dir():
+        fail(f"{file}: is a folder")
+    view = send_view.SendView(quiet=quiet, follow=follow)
+    shipper = send.Shipper(target, concurrency, trying, view)
+    logs = logfile.StandardInput(recipe) if file == "-" else logfile.Trail(Path(file), recipe, view.note)
+    raise typer.Exit(_send(shipper, logs, offset_file, view, follow=follow))
+
+
+def _send(shipper: Shipper, logs: Sources, offset_file: Path | None, view: SendView, *, follow: bool) -> int:
+    """Send, and say how it went; return the exit status."""
+    from fastdist.client import offsets, send_view  # noqa: PLC0415  (as above)
+
+    started = time.monotonic()
+    caught: list[int] = []
+    try:
+        with problems_shown(), contextlib.ExitStack() as stack:
+            held = stack.enter_context(offsets.OffsetFile(offset_file)) if offset_file else None
+            stack.enter_context(_signals_noted(shipper, caught))
+            stack.enter_context(view)
+            shipper.run(logs, held, follow=follow)
+    except offsets.InUseError as error:
+        fail(str(error), IN_USE)
+    except KeyboardInterrupt:
+        typer.echo("ended at once", err=True)
+    summary = shipper.summary
+    for line in send_view.summary_lines(summary, time.monotonic() - started):
+        typer.echo(line)
+    if offset_file:
+        typer.echo(f"all is accepted up to byte {summary.offset}, as {typer.format_filename(offset_file)} says")
+    if summary.stopped:
+        typer.echo(f"stopped: {summary.stopped}", err=True)
+        return REFUSED if summary.refused else INCOMPLETE
+    if caught and not (follow and len(caught) == 1):
+        return SIGNALLED + caught[0]
+    return 0
+
+
+@contextlib.contextmanager
+def _signals_noted(shipper: Shipper, caught: list[int]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM end it in good order, and a second one at once."""
+
+    def note(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+        shipper.stopping = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _text(option: str, value: str) -> str:
+    """Return what may be a member of a packet. Raises ValueError, which names the option."""
+    if not 1 <= len(value) <= LONGEST_TEXT or not value.isprintable():
+        raise ValueError(f"{option}: expected 1 to {LONGEST_TEXT} printable characters of UTF-8")
+    return value
+
+
+def _level(value: str | None) -> str | None:
+    from fastdist.packet import LEVELS  # noqa: PLC0415  (as above)
+
+    if value is not None and value.lower() not in LEVELS:
+        raise ValueError(f"--level: expected one of {', '.join(LEVELS)}")
+    return value
+
+
+def _duration(option: str, value: str) -> float:
+    """Return seconds. Raises ValueError, which names the option."""
+    try:
+        return parse_duration(float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else value)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def _batch_bytes(value: str) -> int:
+    from fastdist.client.packing import SMALLEST_PACKET  # noqa: PLC0415  (as above)
+
+    try:
+        size = parse_size(int(value) if value.isdecimal() else value)
+    except ValueError as error:
+        raise ValueError(f"--batch-bytes: {error}") from None
+    if not SMALLEST_PACKET <= size <= LARGEST_PACKET:
+        raise ValueError(f"--batch-bytes: must be from {format_size(SMALLEST_PACKET)} to {format_size(LARGEST_PACKET)}")
+    return size
+
+
+def top(
+    *,
+    url: Annotated[str, typer.Option(help="The distributor to look at.")] = DEFAULT_URL,
+    interval: Annotated[str, typer.Option(metavar="DURATION", help="Time between two looks.")] = "1s",
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame and exit; plain text unless a terminal.")
+    ] = False,
+    ca_file: CaFile = None,
+) -> None:
+    """Watch a running distributor: shares, rates, queue, latencies, analyzers and workers.
+
+    The bars show each analyzer's actual share of all deliveries, the mark its target share. What is wrong stands at the
+    top. When the distributor goes away the last figures stay until it is back. Ends on q or Ctrl-C.
+
+    \b
+    Exit status: 0; with --once, 1 when there is no answer; 2 when an option cannot be used.
+
+    \b
+    Examples:
+      fastdist top
+      fastdist top --url https://logs.example:3000 --interval 5s
+      fastdist top --once
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.client import top  # noqa: PLC0415  (serve does not need it)
+
+    target = target_or_exit(url, None, ca_file)
+    with problems_shown():
+        seconds = max(SHORTEST_INTERVAL, _duration("--interval", interval))
+    if once:
+        shown = top.print_once(target)
+    elif sys.stdout.isatty() and sys.stdin.isatty():
+        shown = top.watch(target, seconds)
+    else:
+        fail("this is no terminal; say --once for one frame")
+    raise typer.Exit(0 if shown else INCOMPLETE)

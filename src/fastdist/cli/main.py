@@ -1,0 +1,404 @@
+"""The command line: options in, exit status out; what the commands do lives elsewhere and is imported when needed.
+
+Exit status: 0 done; 1 not all of it, or not sound; 2 a configuration, a command line or a path that cannot be used;
+3 the service cannot start, or is running and has what was asked for (``send`` has more). An error that is expected is
+printed as it is, without a traceback; an unexpected one shows no local variables (they may hold tokens).
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastdist import __version__
+from fastdist.cli import clients
+from fastdist.cli.options import (
+    BAD_CONFIG,
+    CANNOT_START,
+    DEFAULT_URL,
+    IN_USE,
+    INCOMPLETE,
+    CaFile,
+    Json,
+    Token,
+    ago,
+    fail,
+    load_or_exit,
+    problems_shown,
+    target_or_exit,
+    token_or_environment,
+)
+from fastdist.errors import StartError
+
+if TYPE_CHECKING:
+    from fastdist.config import Config
+    from fastdist.ipc import Pair
+    from fastdist.storage.inspect import QueueView
+
+app = typer.Typer(
+    name="fastdist",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # examples keep their line breaks
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+dead_letters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+queue = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+LettersPath = Annotated[
+    Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), its folder dead-letters, or one file.")
+]
+QueuePath = Annotated[Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), or one file of it.")]
+
+
+class Reason(StrEnum):
+    """Why a packet is a dead letter."""
+
+    REFUSED = "refused"
+    EXHAUSTED = "exhausted"
+    OVERSIZED = "oversized"
+    SHUTDOWN = "shutdown"
+
+
+class LineReason(StrEnum):
+    """The same, and what a line is listed under that is no letter."""
+
+    REFUSED = "refused"
+    EXHAUSTED = "exhausted"
+    OVERSIZED = "oversized"
+    SHUTDOWN = "shutdown"
+    UNREADABLE = "unreadable"
+
+
+REASONS_HELP = (
+    "Only those with this reason: an analyzer refused it; retry.max_attempts is used up; too large for the queue as it "
+    "is now; left in memory at the end"
+)
+LetterReasonOption = Annotated[Reason | None, typer.Option(help=f"{REASONS_HELP}.")]
+LineReasonOption = Annotated[LineReason | None, typer.Option(help=f"{REASONS_HELP}; a line that is no letter.")]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE", help="TOML file to read; else the one FASTDIST_CONFIG names; else none."),
+]
+Host = Annotated[str | None, typer.Option(help="Address to listen on  [0.0.0.0]")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 is any free one  [3000]")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes; 0 is one per core  [0]")]
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001  (the shape of a Typer callback)
+    if wanted:
+        typer.echo(f"fastdist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take packets of log messages over HTTP and split them over analyzers by weight, without losing any.
+
+    \b
+    Examples:
+      fastdist serve --config fastdist.toml
+      fastdist top
+      fastdist send access.log
+      fastdist --install-completion
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    host: Host = None,
+    port: Port = None,
+    workers: Workers = None,
+) -> None:
+    """Run the distributor until SIGTERM or SIGINT.
+
+    A setting comes from its option here, else from the environment (PORT, WORKER_COUNT, FASTDIST_<SECTION>__<KEY>),
+    else from the file, else it has its default. Without a file there are four analyzers, on ports 3001 to 3004 of
+    this machine.
+
+    \b
+    Examples:
+      fastdist serve
+      fastdist serve --config fastdist.toml --port 8080
+      FASTDIST_QUEUE__DURABILITY=fsync fastdist serve
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    loaded = load_or_exit(config, {"host": host, "port": port, "workers": workers})
+    from fastdist.supervisor import main  # noqa: PLC0415  (check and --help need neither event loop nor extension)
+
+    pair = _read_certificate(loaded.config)
+    try:
+        status = main.serve(loaded, pair)
+    except StartError as error:
+        typer.echo(f"fastdist: {error}", err=True)
+        status = CANNOT_START
+    raise typer.Exit(status)
+
+
+@app.command()
+def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to check.")]) -> None:
+    """Check a configuration file and print every problem.
+
+    What is checked is what `serve --config FILE` would use here and now, the environment and the certificate included.
+    Exit status: 0 when it can be used, with warnings of what may not be meant; 2 when it cannot.
+
+    \b
+    Example:
+      fastdist check fastdist.toml
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.cli import effective  # noqa: PLC0415  (serve does not need the one, --help neither)
+    from fastdist.net import tls  # noqa: PLC0415  (serve does not need the one, --help neither)
+
+    config = load_or_exit(file, {}).config
+    pair = _read_certificate(config)
+    for warning in (*effective.warnings(config), tls.out_of_date(pair, config.security)):
+        if warning:
+            typer.echo(f"{file}: warning: {warning}", err=True)
+    typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
+
+
+@app.command("config")
+def show_config(
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE]", help="TOML file to read; else the one FASTDIST_CONFIG names; else none."),
+    ] = None,
+    *,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what is not left at its default.")] = False,
+    host: Host = None,
+    port: Port = None,
+    workers: Workers = None,
+) -> None:
+    """Print the configuration that `serve` would use here and now, and where each value comes from.
+
+    It is TOML that can be read again, but for tokens, which are masked. A running distributor may differ in the weights
+    and states that were set by PATCH /analyzers/{id}. Exit status: 0; 2 when the configuration cannot be used.
+
+    \b
+    Examples:
+      fastdist config
+      fastdist config fastdist.toml --changed
+      FASTDIST_QUEUE__DURABILITY=fsync fastdist config fastdist.toml --port 8080
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.cli import effective  # noqa: PLC0415  (serve does not need it)
+
+    loaded = load_or_exit(file, {"host": host, "port": port, "workers": workers})
+    typer.echo(effective.as_toml(loaded, changed=changed), nl=False)
+
+
+app.command()(clients.send)
+app.command()(clients.top)
+app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(queue, name="queue")
+
+
+@dead_letters.callback()
+def dead_letters_group() -> None:
+    """List, replay and purge dead letters.
+
+    Those are packets that no analyzer would take, or that could not be delivered before the service ended.
+
+    \b
+    Examples:
+      fastdist dead-letters list fastdist-data
+      fastdist dead-letters replay fastdist-data
+      fastdist dead-letters purge fastdist-data --older-than 30d
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+
+
+@dead_letters.command("list")
+def dead_letters_list(
+    path: LettersPath,
+    *,
+    reason: LineReasonOption = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters this recently.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List dead letters, the oldest files first.
+
+    A line that is no letter, such as one torn by a crash, is listed with the reason "unreadable". With --json, each
+    letter is an object on a line of its own; the packets themselves are in the files, which are NDJSON as well.
+
+    \b
+    Examples:
+      fastdist dead-letters list fastdist-data
+      fastdist dead-letters list fastdist-data --reason refused --since 1h
+      fastdist dead-letters list fastdist-data --json | jq -r .error | sort | uniq -c
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.client import output  # noqa: PLC0415  (serve and check need neither)
+    from fastdist.storage import dead_letters  # noqa: PLC0415  (serve and check need neither)
+
+    with problems_shown():
+        selection = dead_letters.Selection(reason=reason, since=ago(since, "--since"))
+        show = output.print_letters_json if json else output.print_letters
+        show(dead_letters.find_files(path), selection)
+
+
+@dead_letters.command("replay")
+def dead_letters_replay(  # noqa: PLR0913  (a parameter is an option)
+    path: LettersPath,
+    *,
+    url: Annotated[str, typer.Option(help="The distributor to post them to.")] = DEFAULT_URL,
+    token: Token = None,
+    ca_file: CaFile = None,
+    connections: Annotated[int, typer.Option(min=1, max=256, help="How many to post at the same time.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Post no more than this many.")] = None,
+    reason: LetterReasonOption = None,
+) -> None:
+    """Post dead letters to a running distributor, under the ids they had.
+
+    What it accepts is removed from the files, what it refuses stays. If this is interrupted, even killed, call it
+    again: at worst the few packets that were under way are sent twice, under the same ids. Exit status: 0 when none
+    is left, 1 otherwise.
+
+    \b
+    Examples:
+      fastdist dead-letters replay fastdist-data
+      fastdist dead-letters replay fastdist-data --url http://logs.example:3000 --limit 10
+      FASTDIST_TOKEN=secret fastdist dead-letters replay fastdist-data --connections 16
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.client import output, replay  # noqa: PLC0415  (serve and check need none of them)
+    from fastdist.storage import dead_letters  # noqa: PLC0415  (serve and check need none of them)
+
+    target = target_or_exit(url, token_or_environment(token), ca_file)
+    with problems_shown(), output.ReplayView() as view:
+        files = dead_letters.find_files(path)
+        summary = replay.Replay(files, dead_letters.Selection(reason=reason), target, view).run(connections, limit)
+    output.print_summary(summary)
+    raise typer.Exit(INCOMPLETE if summary.left or summary.stopped else 0)
+
+
+@dead_letters.command("purge")
+def dead_letters_purge(
+    path: LettersPath,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    reason: LineReasonOption = None,
+    older_than: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters before that.")
+    ] = None,
+) -> None:
+    """Delete dead letters for good.
+
+    \b
+    Examples:
+      fastdist dead-letters purge fastdist-data
+      fastdist dead-letters purge fastdist-data --older-than 30d --yes
+      fastdist dead-letters purge fastdist-data --reason unreadable
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.client import output, replay  # noqa: PLC0415  (serve and check need none of them)
+    from fastdist.storage import dead_letters  # noqa: PLC0415  (serve and check need none of them)
+
+    if not yes and not sys.stdin.isatty():
+        fail("there is nobody to ask (stdin is no terminal); say --yes if they are to be deleted")
+    with problems_shown():
+        selection = dead_letters.Selection(reason=reason, until=ago(older_than, "--older-than"))
+        files = dead_letters.find_files(path)
+        census = replay.count(files, selection)
+        if census.lines and not yes and not typer.confirm(f"Delete {output.census_text(census)}?", err=True):
+            fail("nothing was deleted", INCOMPLETE)
+        removed, skipped = replay.purge(files, selection, lambda note: typer.echo(note, err=True))
+    typer.echo(f"removed {output.lines_text(removed)}" if removed.lines else "no dead letters removed")
+    raise typer.Exit(INCOMPLETE if skipped else 0)
+
+
+@queue.callback()
+def queue_group() -> None:
+    """Verify or show a queue that is not in use.
+
+    Nothing is changed. What a running fastdist has queued is told by its GET /queue.
+
+    \b
+    Examples:
+      fastdist queue verify fastdist-data
+      fastdist queue show fastdist-data
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+
+
+@queue.command()
+def verify(path: QueuePath) -> None:
+    """Check every record of a queue.
+
+    Exit status: 0 sound; 1 damaged, with what is; 2 no queue there; 3 in use by a running fastdist. Damage is nothing
+    to be mended by hand: the next start skips what is corrupt and delivers all that is intact.
+
+    \b
+    Examples:
+      fastdist queue verify fastdist-data
+      fastdist queue verify fastdist-data/ring-0.fdq
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.client import output  # noqa: PLC0415  (serve and check do not need it)
+
+    view = _look_or_exit(path, 0)
+    output.print_verdict(view)
+    raise typer.Exit(0 if view.sound else INCOMPLETE)
+
+
+@queue.command()
+def show(
+    path: QueuePath,
+    *,
+    limit: Annotated[int, typer.Option(min=0, help="Show no more packets than this, the oldest.")] = 20,
+    json: Json = False,
+) -> None:
+    """Show the packets that wait in a queue, and how full its files are.
+
+    Exit status: 0 shown; 1 a file cannot be read as a queue; 2 no queue there; 3 in use by a running fastdist.
+
+    \b
+    Examples:
+      fastdist queue show fastdist-data
+      fastdist queue show fastdist-data --limit 1000 --json | jq -r '.packets[].id'
+    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    from fastdist.client import output  # noqa: PLC0415  (serve and check do not need it)
+
+    view = _look_or_exit(path, limit)
+    (output.print_queue_json if json else output.print_queue)(view, datetime.now(UTC))
+    raise typer.Exit(INCOMPLETE if any(report.error for report in view.files) else 0)
+
+
+def _look_or_exit(path: Path, limit: int) -> QueueView:
+    from fastdist.storage import inspect  # noqa: PLC0415  (serve and check do not need it)
+
+    try:
+        with problems_shown():
+            return inspect.look(path, limit)
+    except inspect.NoQueueError as error:
+        fail(str(error))
+    except inspect.InUseError as error:
+        fail(str(error), IN_USE)
+
+
+def _read_certificate(config: Config) -> Pair | None:
+    """Return certificate and key; exit if they cannot be used: files that are named are part of a configuration."""
+    from fastdist.net import tls  # noqa: PLC0415  (--help does not need it)
+
+    try:
+        return tls.read_pair(config.security)
+    except StartError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(BAD_CONFIG) from None
+
+
+def _describe_analyzers(config: Config) -> str:
+    """Return how many analyzers there are and what share each gets while all are online."""
+    total = sum(analyzer.weight for analyzer in config.analyzers)
+    shares = ", ".join(f"{analyzer.id} {analyzer.weight / total * 100:.4g} %" for analyzer in config.analyzers)
+    return f"{len(config.analyzers)} analyzer{'s' if len(config.analyzers) > 1 else ''}: {shares}"

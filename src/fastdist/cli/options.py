@@ -1,0 +1,96 @@
+"""What the commands have in common: exit statuses, options that several have, and how they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from fastdist.config import Loaded, load
+from fastdist.errors import ConfigError
+from fastdist.units import parse_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastdist.client.connection import Target
+
+INCOMPLETE = 1
+BAD_CONFIG = 2
+UNUSABLE = 2
+CANNOT_START = 3
+IN_USE = 3
+REFUSED = 4
+SIGNALLED = 128  # and the signal's number
+
+DEFAULT_URL = "http://127.0.0.1:3000"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Token = Annotated[
+    str | None,
+    typer.Option(help="Bearer token (else that in FASTDIST_TOKEN, which other users of the machine cannot see)."),
+]
+CaFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Certificates (PEM) to trust for https instead of the system's."),
+]
+
+
+def fail(text: str, status: int = UNUSABLE) -> NoReturn:
+    """Say what is wrong and exit."""
+    typer.echo(f"fastdist: {text}", err=True)
+    raise typer.Exit(status)
+
+
+@contextlib.contextmanager
+def problems_shown(prefix: str = "") -> Iterator[None]:
+    """End with a line that says what is wrong with a path or a value that was given."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read this had enough
+        raise
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
+        fail(f"{prefix}{error}")
+
+
+def load_or_exit(path: str | None, flags: dict[str, str | int | None]) -> Loaded:
+    """Return the configuration; if it cannot be used, print every problem and exit."""
+    try:
+        return load(path, dict(os.environ), flags)
+    except ConfigError as error:
+        for problem in error.problems:
+            typer.echo(problem, err=True)
+        raise typer.Exit(BAD_CONFIG) from None
+
+
+def token_or_environment(token: str | None) -> str | None:
+    """Return the token to use, if any."""
+    return token or os.environ.get("FASTDIST_TOKEN") or None
+
+
+def target_or_exit(url: str, token: str | None, ca_file: str | None) -> Target:
+    """Return the distributor to talk to; if an option cannot be used, say so and exit."""
+    from fastdist import units  # noqa: PLC0415  (serve needs no client)
+    from fastdist.client import connection  # noqa: PLC0415  (serve needs no client)
+
+    with problems_shown("--url: "):
+        units.parse_endpoint(url)
+    with problems_shown():
+        return connection.Target.parse(url, token, ca_file)
+
+
+def ago(duration: str | None, option: str) -> datetime | None:
+    """Return the moment that was this long ago. Raises ValueError, which names the option."""
+    if duration is None:
+        return None
+    try:
+        return datetime.now(UTC) - timedelta(seconds=parse_duration(duration))
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None

@@ -1,0 +1,332 @@
+"""What commands show: tables and a progress bar for a person at a terminal, plain lines and JSON for all else."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fastdist.client.replay import Census
+from fastdist.storage.dead_letters import read_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+    from types import TracebackType
+
+    from rich.progress import Task
+
+    from fastdist.client.connection import Answer
+    from fastdist.client.replay import Summary
+    from fastdist.storage.dead_letters import Found, Letter, Line, Selection
+    from fastdist.storage.inspect import QueueView, RingReport
+
+MOST_REFUSALS = 20  # shown one by one
+MOST_DAMAGES = 20  # of a file
+ECHO_LINES = 1000
+WIDE = 104  # columns of a terminal
+LINE_EVERY = 10.0  # seconds between the lines that stand for a progress bar
+
+LETTER_COLUMNS = ("id", "reason", "analyzer", "status", "attempts>", "accepted", "dead since", "size>")
+PACKET_COLUMNS = ("id", "accepted", "age>", "attempts>", "messages>", "size>", "file")
+FILE_COLUMNS = ("file", "packets>", "in use>", "capacity>", "")
+
+
+# ---- figures
+
+
+def size_text(size: float) -> str:
+    """Return bytes as a person reads them: ``452 B``, ``1.4 KiB``."""
+    for factor, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size:.0f} B"
+
+
+def age_text(seconds: float) -> str:
+    """Return an age in its largest unit: ``5 s``, ``3 h``."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def time_text(moment: datetime) -> str:
+    """Return a moment to the second, in UTC; as two words for a person, as one for programs that split lines."""
+    return f"{moment:%Y-%m-%d %H:%M:%SZ}" if sys.stdout.isatty() else f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def plural(count: int, what: str) -> str:
+    """Return ``1 packet`` or ``2 packets``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+# ---- tables
+
+
+def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Print rows below their columns' names; those of a name that ends in ``>`` stand on the right."""
+    names = [name.removesuffix(">") for name in columns]
+    rights = [name.endswith(">") for name in columns]
+    if sys.stdout.isatty():
+        console = Console(highlight=False)
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+        for i, (name, right) in enumerate(zip(names, rights, strict=True)):
+            # Where there is room, let times be wrapped (at their space) before ids are.
+            whole = i == 0 and console.width >= WIDE
+            table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=whole)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
+    grid = [tuple(name.upper() for name in names), *rows]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, rights, strict=True)
+        )
+        for row in grid
+    )
+    _echo_all(line.rstrip() for line in lines)
+
+
+def _echo_all(lines: Iterable[str]) -> None:
+    """Print lines, many at a time (echo flushes what it prints)."""
+    lines = iter(lines)
+    while batch := list(itertools.islice(lines, ECHO_LINES)):
+        typer.echo("\n".join(batch))
+
+
+# ---- dead letters
+
+
+def print_letters(files: list[Found], selection: Selection) -> None:
+    """Print the selected letters and a line that sums them up. Raises OSError."""
+    census, rows = Census(), []
+    for found in files:
+        for line in read_file(found):
+            if line in selection:
+                census.add(line)
+                rows.append(_letter_row(line))
+    if not rows:
+        typer.echo("no dead letters")
+        return
+    print_table(LETTER_COLUMNS, rows)
+    typer.echo(census_text(census))
+
+
+def lines_text(census: Census) -> str:
+    """Return how many dead letters and unreadable lines there are."""
+    unreadable = census.lines - census.letters
+    counts = [plural(census.letters, "dead letter")] if census.letters or not unreadable else []
+    return " and ".join([*counts, plural(unreadable, "unreadable line")] if unreadable else counts)
+
+
+def census_text(census: Census) -> str:
+    """Return a line about dead letters: how many, how large, since when."""
+    since = f", the oldest of {time_text(census.oldest)}" if census.oldest else ""
+    return f"{lines_text(census)}, {size_text(census.size)}{since}"
+
+
+def _letter_row(line: Line) -> tuple[str, ...]:
+    letter = line.letter
+    if letter is None:
+        return ("-", line.reason, "-", "-", "-", "-", time_text(line.time), size_text(line.size))
+    return (
+        letter.id,
+        letter.reason,
+        letter.analyzer or "-",
+        str(letter.status or "-"),
+        str(letter.attempts),
+        time_text(letter.accepted_at),
+        time_text(letter.dead_lettered_at),
+        size_text(line.size),
+    )
+
+
+def print_letters_json(files: list[Found], selection: Selection) -> None:
+    """Print a JSON object for each selected letter, without its packet. Raises OSError."""
+    _echo_all(
+        msgspec.json.encode(_letter_members(found, line)).decode()
+        for found in files
+        for line in read_file(found)
+        if line in selection
+    )
+
+
+def _letter_members(found: Found, line: Line) -> dict[str, object]:
+    letter = line.letter
+    place: dict[str, object] = {"file": str(found.path), "bytes": line.size}
+    if letter is None:
+        return {"id": None, "reason": line.reason} | place
+    return {
+        "id": letter.id,
+        "reason": letter.reason,
+        "analyzer": letter.analyzer,
+        "status": letter.status,
+        "error": letter.error,
+        "attempts": letter.attempts,
+        "messages": letter.messages,
+        "acceptedAt": letter.accepted_at,
+        "deadLetteredAt": letter.dead_lettered_at,
+    } | place
+
+
+class _Rate(ProgressColumn):
+    """Letters a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.0f}/s", style="progress.data.speed")
+
+
+class ReplayView:
+    """How a replay goes, on stderr: a bar at a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("")
+        self._total = self._replayed = self._refused = 0
+        self._next_line = time.monotonic() + LINE_EVERY
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, letters: int) -> None:
+        """Set the total."""
+        self._total = letters
+        self._bar.update(self._task, total=letters)
+
+    def replayed(self) -> None:
+        """Count one more."""
+        self._replayed += 1
+        self._advance()
+
+    def refused(self, letter: Letter, answer: Answer) -> None:
+        """Show a refusal, unless there were many."""
+        self._refused += 1
+        if self._refused <= MOST_REFUSALS:
+            self.note(f"refused {letter.id}: {answer.text}")
+        elif self._refused == MOST_REFUSALS + 1:
+            self.note("refused: more, which are not shown one by one")
+        self._advance()
+
+    def note(self, text: str) -> None:
+        """Show a line above the bar."""
+        if self._bar.disable:
+            typer.echo(text, err=True)
+        else:
+            self._bar.console.print(text)
+
+    def _advance(self) -> None:
+        self._bar.advance(self._task)
+        if self._bar.disable and time.monotonic() > self._next_line:
+            self._next_line = time.monotonic() + LINE_EVERY
+            typer.echo(f"{self._replayed + self._refused} of {self._total}", err=True)
+
+
+def print_summary(summary: Summary) -> None:
+    """Print how a replay went."""
+    if summary.stopped:
+        typer.echo(f"stopped: {summary.stopped}", err=True)
+    if summary.replayed or summary.refused or summary.left:
+        typer.echo(f"replayed {summary.replayed}, refused {summary.refused}, left {summary.left}")
+    else:
+        typer.echo("no dead letters")
+
+
+# ---- queues
+
+
+def print_verdict(view: QueueView) -> None:
+    """Print, file by file, whether a queue is sound and what is wrong with it."""
+    for report in view.files:
+        typer.echo(f"{report.file}: {_verdict(report)}")
+        for damage in report.damage[:MOST_DAMAGES]:
+            typer.echo(f"  at byte {damage.offset}: {damage.what}")
+        if len(report.damage) > MOST_DAMAGES:
+            typer.echo(f"  and {len(report.damage) - MOST_DAMAGES} more")
+        for note in report.notes:
+            typer.echo(f"  note: at byte {note.offset}: {note.what}, half written by a process that was killed")
+    for name in view.set_aside:
+        typer.echo(f"{name}: set aside by an earlier start, which could not read it; no part of the queue")
+    packets = plural(sum(report.packets for report in view.files), "packet")
+    if view.sound:
+        typer.echo(f"sound: {plural(len(view.files), 'file')}, {packets} to be delivered")
+        return
+    damaged = sum(not report.sound for report in view.files)
+    corrupt = sum(report.corrupt for report in view.files)
+    lost = f"{plural(corrupt, 'corrupt record')}, {packets} intact and to be delivered"
+    typer.echo(f"DAMAGED: {damaged} of {plural(len(view.files), 'file')}, {lost}")
+
+
+def _verdict(report: RingReport) -> str:
+    if report.error is not None:
+        return f"DAMAGED: {report.error}"
+    packets = f"{plural(report.packets, 'packet')}, {size_text(report.bytes)} of {size_text(report.capacity_bytes)}"
+    return (
+        f"sound: {packets}"
+        if report.sound
+        else f"DAMAGED: {plural(report.corrupt, 'corrupt record')}; intact: {packets}"
+    )
+
+
+def print_queue(view: QueueView, now: datetime) -> None:
+    """Print what waits in a queue."""
+    if view.packets:
+        print_table(
+            PACKET_COLUMNS,
+            (
+                (
+                    packet.id,
+                    time_text(packet.accepted_at),
+                    age_text((now - packet.accepted_at).total_seconds()),
+                    str(packet.attempts),
+                    str(packet.messages),
+                    size_text(packet.bytes),
+                    packet.file,
+                )
+                for packet in view.packets
+            ),
+        )
+        more = sum(report.packets for report in view.files) - len(view.packets)
+        typer.echo(f"… and {more} more\n" if more else "")
+    print_table(
+        FILE_COLUMNS,
+        (
+            (
+                report.file,
+                str(report.packets),
+                size_text(report.bytes),
+                size_text(report.capacity_bytes),
+                "" if report.sound else "DAMAGED; see fastdist queue verify",
+            )
+            for report in view.files
+        ),
+    )
+
+
+def print_queue_json(view: QueueView, now: datetime) -> None:
+    """Print the same as one JSON object."""
+    packets = [
+        msgspec.to_builtins(packet) | {"ageSeconds": round((now - packet.accepted_at).total_seconds(), 3)}
+        for packet in view.packets
+    ]
+    total = sum(report.packets for report in view.files)
+    typer.echo(msgspec.json.encode({"total": total, "packets": packets, "files": view.files}))

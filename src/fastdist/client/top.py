@@ -1,0 +1,137 @@
+"""``fastdist top``: asks a distributor again and again, and shows what it says until somebody has seen enough.
+
+A thread asks, so that keys are heard while a server takes its time. A server that is away is asked on; its last
+figures stay, and say how old they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import termios
+import threading
+import tty
+from datetime import UTC, datetime
+from http.client import HTTPException
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from fastdist.client.connection import Connection, describe
+from fastdist.client.observed import Analyzers, Answers, Health, Queue, Stats
+from fastdist.client.top_view import Frame, History, render
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fastdist.client.connection import Target
+
+TIMEOUT = 5.0  # seconds without an answer
+LARGEST_ANSWER = 1 << 24  # bytes
+REDRAW = 0.25  # seconds, at most
+PLAIN_WIDTH = 160  # columns where there is no terminal to tell
+ENDING_KEYS = {b"q", b"Q", b"\x04", b""}  # Ctrl-D; nothing: the terminal is gone
+
+Kind = TypeVar("Kind", Health, Stats, Queue, Analyzers)
+
+
+class NoAnswerError(Exception):
+    """The server does not answer, or not as a distributor does; its text says why."""
+
+
+class Watcher:
+    """Asks one distributor."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._connection = Connection(target, TIMEOUT)
+        self.frame = Frame(target.url, datetime.now(UTC))
+
+    def look(self) -> Frame:
+        """Ask for everything; return (and keep) what is known now."""
+        before = self.frame
+        try:
+            health, stats, queue = self._get("/health", Health), self._get("/stats", Stats), self._get("/queue", Queue)
+            answers = Answers(health, stats, queue, self._get("/analyzers", Analyzers).analyzers)
+        except NoAnswerError as error:
+            self.frame = Frame(self._target.url, datetime.now(UTC), before.answers, before.seen, str(error))
+        else:
+            now = datetime.now(UTC)
+            self.frame = Frame(self._target.url, now, answers, now)
+        return self.frame
+
+    def _get(self, path: str, kind: type[Kind]) -> Kind:
+        try:
+            reply = self._connection.request("GET", path, None, {}, LARGEST_ANSWER)
+        except (OSError, HTTPException) as error:
+            raise NoAnswerError(describe(error, TIMEOUT)) from None
+        if reply.status != 200:  # noqa: PLR2004  (what it answers when it serves)
+            raise NoAnswerError(f"{path} is answered {reply.status}; is that the URL of a distributor?")
+        try:
+            return msgspec.json.decode(reply.content, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise NoAnswerError(f"{path}: {error}; is that the URL of a distributor?") from None
+
+
+def print_once(target: Target) -> bool:
+    """Print a frame; return whether there was an answer."""
+    frame = Watcher(target).look()
+    if frame.answers is None:
+        typer.echo(f"fastdist: {target.url}: {frame.trouble}", err=True)
+        return False
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(render(frame, console.width))
+        return True
+    console = Console(highlight=False, width=PLAIN_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(render(frame, PLAIN_WIDTH))
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    return True
+
+
+def watch(target: Target, interval: float) -> bool:
+    """Show frames until q or Ctrl-C; return True, for it has shown what there was."""
+    watcher, history, enough = Watcher(target), History(), threading.Event()
+
+    def ask() -> None:
+        while not enough.is_set():
+            frame = watcher.look()
+            if frame.answers is not None and not frame.trouble:
+                history.add(frame.answers)
+            enough.wait(interval)
+
+    threading.Thread(target=ask, daemon=True).start()
+    console = Console(highlight=False)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _keys() as key,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while key(min(interval, REDRAW)) not in ENDING_KEYS:
+            live.update(render(watcher.frame, console.width, console.height, history), refresh=True)
+    enough.set()
+    return True
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], bytes | None]]:
+    """Yield what returns the key that is pressed within some seconds, None without one; a lost terminal is b"".
+
+    Keys come at once and are not shown. Afterwards, SIGTERM included, the terminal is as it was.
+    """
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        tty.setcbreak(fd)
+        yield lambda seconds: os.read(fd, 1) if select.select([fd], [], [], seconds)[0] else None
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGTERM, handler)

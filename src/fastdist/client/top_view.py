@@ -1,0 +1,342 @@
+"""What ``fastdist top`` shows: one frame, made of what /health, /stats, /queue and /analyzers answered.
+
+Nothing here asks a server or waits; a frame is values in, text out. The figures are those of the server, only rounded
+for reading; counts are whole. Colours repeat what words say, so that nothing is lost where there are none.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime  # noqa: TC003  (msgspec reads the annotation)
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fastdist.client.output import age_text, plural, size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from rich.console import RenderableType
+
+    from fastdist.client.observed import Analyzer, Answers, Health, Latencies, Queue, Worker
+
+BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
+SPARKS = "▁▂▃▄▅▆▇█"
+BAR, SHORTEST_BAR, QUEUE_BAR = 26, 14, 12  # cells
+FLOW_INDENT = 10  # columns before figures
+FIXED_LINES = 21  # of a frame: all but warnings, analyzers, workers and what is rejected
+MARK, GAP = "┃", "░"
+BETWEEN = 2  # cells between columns
+LONGEST_STATE = len("draining")
+ROOM_FOR_ERRORS, LEAST_OF_ERROR = 100, 14  # cells: a terminal's that shows last errors, and theirs
+ALMOST_FULL = 0.8  # of the queue's capacity
+STATES = {"online": "green", "running": "green", "draining": "yellow", "offline": "bold red"}
+COUNTERS = (
+    ("received", "received"),
+    ("accepted", "accepted"),
+    ("rejected", "rejected"),
+    ("delivered", "delivered"),
+    ("retried", "retried"),
+    ("spilled", "spilled"),
+    ("deadLettered", "dead letters"),
+    ("recovered", "recovered"),
+    ("corrupt", "corrupt"),
+)
+WRONG = {"rejected", "deadLettered", "corrupt"}  # coloured when there are any
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """What is known at a moment. ``answers`` are the last that came, at ``seen``; ``trouble``: why none came since."""
+
+    url: str
+    at: datetime
+    answers: Answers | None = None
+    seen: datetime | None = None
+    trouble: str | None = None
+
+
+class History:
+    """The rates of the last frames, for lines that show where they go."""
+
+    def __init__(self, length: int = 40) -> None:
+        self._length = length
+        self.accepted: list[float] = []
+        self.delivered: list[float] = []
+
+    def add(self, answers: Answers) -> None:
+        """Remember the rates."""
+        rates = answers.stats.rates
+        self.accepted = [*self.accepted, rates.accepted_per_second][-self._length :]
+        self.delivered = [*self.delivered, rates.delivered_per_second][-self._length :]
+
+
+def render(frame: Frame, width: int, lines: int | None = None, history: History | None = None) -> RenderableType:
+    """Return a frame for a terminal of that size; without ``lines`` it may be as long as it is.
+
+    What does not fit in: columns of the analyzers that matter least, and workers, which are then counted.
+    """
+    parts: list[RenderableType] = [_head(frame)]
+    if warnings := list(_warnings(frame)):
+        style = "bold white on red" if frame.trouble or _status(frame) == "unavailable" else "bold black on yellow"
+        parts.append(Text("\n".join(f" {warning} " for warning in warnings), style=style))
+    if (answers := frame.answers) is not None:
+        rows = None
+        if lines is not None:
+            rejected = any(answers.stats.rejected.values())
+            rows = max(1, lines - FIXED_LINES - len(warnings) - len(answers.analyzers) - rejected)
+        parts += [
+            _analyzers(answers.analyzers, width),
+            _flow(answers, width, history),
+            _latencies(answers.stats.latency_ms),
+            _workers(answers.stats.workers, rows),
+        ]
+    return Group(*parts)
+
+
+def _status(frame: Frame) -> str:
+    if frame.trouble or frame.answers is None:
+        return "unreachable" if frame.trouble else "connecting"
+    return frame.answers.health.status
+
+
+def _head(frame: Frame) -> Text:
+    head = Text.assemble(("fastdist top", "bold"), f"  {frame.url}  ")
+    status = _status(frame)
+    head.append(status, style={"ok": "bold green", "degraded": "bold yellow"}.get(status, "bold red"))
+    if (answers := frame.answers) is not None:
+        health = answers.health
+        head.append(f"  version {health.version}  up {age_text(health.uptime_seconds)}")
+        head.append(f"  workers {health.workers.running}/{health.workers.configured}")
+        head.append(f"  analyzers {health.analyzers.online}/{health.analyzers.total}")
+    head.append(f"  {frame.at:%H:%M:%SZ}", style="dim")
+    return head
+
+
+def _warnings(frame: Frame) -> Iterable[str]:
+    """Yield what somebody should look at, the worst first."""
+    answers = frame.answers
+    if frame.trouble:
+        last = f"; the figures are of {frame.seen:%H:%M:%SZ}" if frame.seen else ""
+        yield f"UNREACHABLE: {frame.trouble}{last}"
+    if answers is None:
+        return
+    health, queue = answers.health, answers.queue
+    if health.status == "unavailable":
+        yield "UNAVAILABLE: no analyzer is online; packets are queued"
+    yield from _failures(health)
+    for row in answers.analyzers:
+        yield from _of_analyzer(row)
+    workers = health.workers
+    if workers.running < workers.configured:
+        yield f"DEGRADED: {workers.running} of {plural(workers.configured, 'worker')} running"
+    if queue.capacity_bytes and queue.bytes >= ALMOST_FULL * queue.capacity_bytes:
+        yield f"QUEUE {queue.bytes / queue.capacity_bytes:.0%} FULL: what does not fit in is answered 503"
+
+
+def _failures(health: Health) -> Iterable[str]:
+    if health.storage != "ok":
+        yield "DEGRADED: packets cannot be stored, and are answered 503"
+    if health.failing:
+        yield f"DEGRADED: {', '.join(health.failing)} cannot be done, again and again; the log says why"
+
+
+def _of_analyzer(row: Analyzer) -> Iterable[str]:
+    if row.state == "offline":
+        trial = "; on probation: one packet at a time" if row.probation else ""
+        yield f"DEGRADED: {row.id} is offline{trial}" + (f": {row.last_error}" if row.last_error else "")
+    elif row.shown_state == "on trial":
+        yield f"PROBATION: {row.id} answers its checks, and has its share again when it takes a packet"
+    elif row.shown_state == "paused":
+        yield f"PAUSED: {row.id} for {row.paused_for_seconds:.0f} s, as it asks"
+
+
+# ---- analyzers
+
+
+def share_bar(actual: float, target: float, scale: float, width: int = BAR) -> Text:
+    """Return a bar of the actual share with a mark at the target share, and what lies between them shaded."""
+    per_cell = scale / width
+    mark = min(width - 1, int(target / per_cell)) if scale else 0
+    bar = Text()
+    for cell in range(width):
+        filled = min(1.0, max(0.0, (actual - cell * per_cell) / per_cell)) if scale else 0.0
+        if cell == mark and target:
+            bar.append(MARK, style="bold cyan")
+        elif filled:
+            bar.append(BLOCKS[max(1, round(filled * 8))], style="yellow" if cell > mark else "green")
+        else:
+            bar.append(GAP if cell < mark else " ", style="yellow")
+    return bar
+
+
+class _Column(NamedTuple):
+    """A column of the analyzers' table; where there is no room, those that need a wide terminal go first."""
+
+    name: str
+    cell: Callable[[Analyzer], str]
+    width: int = 0  # of a terminal
+
+
+COLUMNS = (
+    _Column("actual", lambda row: f"{row.actual_share * 100:.1f} %"),
+    _Column("target", lambda row: f"{row.target_share * 100:.1f} %", 50),
+    _Column("effective", lambda row: f"{row.effective_share * 100:.1f} %", 140),
+    _Column("delivered", lambda row: f"{row.delivered:,}", 60),
+    _Column("failed", lambda row: f"{row.failed:,}", 72),
+    _Column("retried", lambda row: f"{row.retried:,}", 130),
+    _Column("in flight", lambda row: f"{row.in_flight:,}", 110),
+    _Column("p50 ms", lambda row: _milliseconds(row.latency_ms.p50), 120),
+    _Column("p99 ms", lambda row: _milliseconds(row.latency_ms.p99), 100),
+)
+
+
+def _analyzers(rows: list[Analyzer], width: int) -> Table:
+    cells = max(SHORTEST_BAR, min(BAR, width // 6))
+    longest_id = max(min(max(map(len, (row.id for row in rows)), default=0), width // 4), len("analyzer"))
+    room = width - longest_id - LONGEST_STATE - cells - 4 * BETWEEN
+    with_errors = width >= ROOM_FOR_ERRORS  # else the lines on top say what is wrong
+    columns = _that_fit(rows, width, room - with_errors * LEAST_OF_ERROR)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False, expand=True)
+    table.add_column("analyzer", no_wrap=True, overflow="ellipsis", max_width=longest_id)
+    table.add_column("state", no_wrap=True)
+    table.add_column(f"share {MARK} target", no_wrap=True)
+    for column in columns:
+        table.add_column(column.name, justify="right", no_wrap=True)
+    if with_errors:
+        table.add_column("last error", ratio=1, no_wrap=True, overflow="ellipsis")
+    scale = max([share for row in rows for share in (row.actual_share, row.target_share)], default=0) or 1.0
+    for row in rows:
+        error = Text(row.last_error or "-", style="dim" if row.state == "online" else "red")
+        table.add_row(
+            row.id,
+            _state(row.shown_state),
+            share_bar(row.actual_share, row.target_share, scale, cells),
+            *(column.cell(row) for column in columns),
+            *([error] if with_errors else []),
+        )
+    return table
+
+
+def _that_fit(rows: list[Analyzer], width: int, room: int) -> list[_Column]:
+    """Return the columns that fit into ``room``, those that matter least left out."""
+    columns = [column for column in COLUMNS if column.width <= width]
+    needed = {
+        column: max(len(column.name), *(len(column.cell(row)) for row in rows), 0) + BETWEEN for column in columns
+    }
+    while columns and sum(needed[column] for column in columns) > room:
+        columns.remove(max(columns, key=lambda column: column.width))
+    return columns
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=STATES.get(state, "yellow"))
+
+
+# ---- flow, queue, latencies
+
+
+def _flow(answers: Answers, width: int, history: History | None) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    stats, queue = answers.stats, answers.queue
+    rates = Text()
+    for name, rate, past in (
+        ("accepted", stats.rates.accepted_per_second, history.accepted if history else []),
+        ("delivered", stats.rates.delivered_per_second, history.delivered if history else []),
+    ):
+        rates.append(f"{name} {rate:,.1f}/s {sparkline(past)}  ")
+    grid.add_row(Text("rates", style="bold"), rates)
+    counts = [(key, name, stats.packets.get(key, 0)) for key, name in COUNTERS]
+    packets = [(f"{name} {count:,}", "bold red" if key in WRONG and count else "") for key, name, count in counts]
+    grid.add_row(Text("packets", style="bold"), _wrapped(packets, width - FLOW_INDENT))
+    if rejected := [(f"{_words(name)} {count:,}", "red") for name, count in stats.rejected.items() if count]:
+        grid.add_row(Text("rejected", style="bold"), _wrapped(rejected, width - FLOW_INDENT))
+    grid.add_row(Text("queue", style="bold"), _queue(queue))
+    return grid
+
+
+def _queue(queue: Queue) -> Text:
+    drained = queue.estimated_drain_seconds
+    text = Text.assemble(
+        f"waiting {queue.packets:,}  in flight {queue.in_flight:,}  oldest {age_text(queue.oldest_age_seconds)}  ",
+        "▕",
+        share_bar(queue.bytes, 0, queue.capacity_bytes, QUEUE_BAR),
+        f"▏ {size_text(queue.bytes)} of {size_text(queue.capacity_bytes)}  {queue.durability}  ",
+    )
+    if queue.packets:
+        text.append("nothing is delivered" if drained is None else f"drained in {age_text(drained)}")
+    return text
+
+
+def _wrapped(items: Iterable[tuple[str, str]], width: int) -> Text:
+    """Return texts (with their styles) side by side, on as many lines as it takes."""
+    text, column = Text(), 0
+    for item, style in items:
+        if column and column + len(item) > width:
+            text.append("\n")
+            column = 0
+        text.append(item, style=style).append("  ")
+        column += len(item) + 2
+    return text
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Return a character for each value, as high as it is compared with the highest."""
+    highest = max(values, default=0)
+    return "".join(SPARKS[round(value / highest * (len(SPARKS) - 1))] if highest else SPARKS[0] for value in values)
+
+
+def _latencies(latencies: Latencies) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("latency, ms", no_wrap=True)
+    for name in ("p50", "p90", "p99", "p99.9", "max"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, of in (
+        ("ingest", latencies.ingest),
+        ("queue wait", latencies.queue_wait),
+        ("delivery", latencies.delivery),
+    ):
+        table.add_row(name, *map(_milliseconds, (of.p50, of.p90, of.p99, of.p999, of.max)))
+    return table
+
+
+def _milliseconds(value: float | None) -> str:
+    """Return milliseconds with three digits that count."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004  (three digits)
+
+
+# ---- workers
+
+
+def _workers(workers: list[Worker], rows: int | None) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("worker", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("pid", "restarts", "CPU", "memory", "accepted", "delivered"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("last error", no_wrap=True, overflow="ellipsis")
+    shown = workers if rows is None or len(workers) <= rows else workers[: max(1, rows - 1)]
+    for worker in shown:
+        table.add_row(
+            str(worker.id),
+            _state(worker.state),
+            str(worker.pid or "-"),
+            f"{worker.restarts:,}",
+            "-" if worker.cpu_percent is None else f"{worker.cpu_percent:.1f} %",
+            size_text(worker.rss_bytes or 0),
+            f"{worker.accepted:,}",
+            f"{worker.delivered:,}",
+            Text(worker.last_error or "-", style="dim" if worker.state == "running" else "red"),
+        )
+    hidden = len(workers) - len(shown)
+    return Group(table, Text(f"… and {hidden} more", style="dim")) if hidden else table
+
+
+def _words(name: str) -> str:
+    """Return ``queueFull`` as ``queue full``."""
+    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name)

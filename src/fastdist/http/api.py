@@ -1,0 +1,316 @@
+"""The HTTP API but for POST /logs: from a request to a response, both plain values.
+
+No sockets and no waiting here, so that tests need neither. What the module sees to:
+
+- Every error is a problem document (RFC 9457), and so is an exception that nobody expected: 500. Only what a path
+  exists for is allowed on it: anything else is answered 405 with Allow (RFC 9110), an unknown path 404. The query is no
+  part of the path; a slash at its end is.
+- HEAD is answered as GET, body included: who writes the answer leaves the body out, and so has its length right.
+- Headers that concern every answer are not made here: Date, Content-Length and those for safety come with the writing,
+  and ``cors_headers`` is for the connection to add to all its answers, preflights among them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from http import HTTPStatus
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import orjson
+from msgspec import Struct
+
+from fastdist import logs
+from fastdist.errors import printable
+from fastdist.http import metrics, stats
+from fastdist.http.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
+from fastdist.http.static import FOLDER, pages
+from fastdist.ipc import Action
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from fastdist.shm.snapshot import Snapshot
+
+JSON = b"Content-Type: application/json\r\n"
+PROBLEM = b"Content-Type: application/problem+json\r\n"
+RETRY_SOON = b"Retry-After: 1\r\n"
+PREFLIGHT_SECONDS = 600  # how long a browser may go by an answer to its preflight
+REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
+
+COMPLAINT_SECONDS = 60.0  # between tracebacks of one kind
+
+log = logs.get()
+
+# As RFC 9110 has them; Python called them otherwise before 3.13.
+_REASONS = {413: "Content Too Large", 422: "Unprocessable Content"}
+
+
+class Request(Struct, frozen=True):
+    """A request: ``target`` as it came, ``headers`` by lower-case name (repeated ones joined), ``body`` decoded."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+    client: str = ""  # address
+
+    @property
+    def path(self) -> str:
+        """The target without its query."""
+        return self.target.partition("?")[0]
+
+
+class Response(Struct, frozen=True):
+    """An answer: ``headers`` are lines that each end in CR LF, Content-Type among them if there is a body."""
+
+    status: int
+    body: bytes
+    headers: bytes
+
+
+Handler = Callable[[Request], Response | Action]
+
+
+def reason(status: int) -> str:
+    """Return the reason phrase of a status."""
+    return _REASONS.get(status) or HTTPStatus(status).phrase
+
+
+def problem(
+    status: int, detail: str, *, errors: Sequence[Mapping[str, str]] | None = None, headers: bytes = b""
+) -> Response:
+    """Return an RFC 9457 document; ``errors`` are ``{"pointer", "detail"}`` of the fields at fault, if any.
+
+    Any text can be told, also what is no Unicode: see ``printable``.
+    """
+    document: dict[str, Any] = {"type": "about:blank", "title": reason(status), "status": status, "detail": detail}
+    if errors:
+        document["errors"] = errors
+    try:
+        body = orjson.dumps(document)
+    except orjson.JSONEncodeError:
+        document["detail"] = printable(detail)
+        document["errors"] = [{name: printable(text) for name, text in error.items()} for error in errors or ()]
+        body = orjson.dumps(document)
+    return Response(status, body, PROBLEM + headers)
+
+
+class Faults:
+    """Answers requests that have met a fault of this program, whose traceback is logged once a minute."""
+
+    def __init__(self) -> None:
+        self._complain_at: dict[tuple[type, str, int], float] = {}  # kind of fault, and where -> time.monotonic()
+
+    def answer(self, error: Exception) -> Response:
+        """Return what to answer; ``error`` is logged unless one like it just was."""
+        trace, now = error.__traceback__, time.monotonic()
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("", 0)
+        kind = (type(error), *where)
+        if now >= self._complain_at.get(kind, 0.0):
+            self._complain_at[kind] = now + COMPLAINT_SECONDS
+            log.error("a request could not be answered", error=str(error), exc_info=error)
+        return problem(500, "a fault in fastdist; its log has the traceback")
+
+
+def cors_headers(origin: str, allowed: Sequence[str]) -> bytes:
+    """Return the header lines that let scripts of ``origin`` read an answer; none if it is not ``allowed``.
+
+    ``allowed`` are exact origins, or ``"*"``.
+    """
+    if "*" in allowed:
+        shared = b"Access-Control-Allow-Origin: *\r\n"
+    elif origin in allowed:
+        shared = b"Access-Control-Allow-Origin: " + origin.encode("latin-1") + b"\r\nVary: Origin\r\n"
+    else:
+        return b""
+    return shared + b"Access-Control-Expose-Headers: Retry-After\r\n"
+
+
+class Api:
+    """Answers requests from what ``snapshot()`` returns, called anew for each.
+
+    ``routes`` maps paths (with ``{id}`` for an analyzer's, ``{file}`` for the dashboard's) to methods to handlers. GET
+    brings HEAD with it, every path has OPTIONS, and a path whose handlers are elsewhere says in ``ELSEWHERE`` what it
+    takes. A handler that asks for a change returns the ``Action``, for whoever can have it carried out.
+    """
+
+    ELSEWHERE: Mapping[str, Sequence[str]] = {"/logs": ("POST",)}
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self.snapshot = snapshot
+        self.faults = Faults()
+        self.routes: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self._page},
+            "/dashboard/{file}": {"GET": self._page},
+            "/health": {"GET": self._view(stats.health)},
+            "/ready": {"GET": self._ready},
+            "/stats": {"GET": self._view(stats.stats)},
+            "/queue": {"GET": self._view(stats.queue)},
+            "/analyzers": {"GET": self._view(stats.analyzers)},
+            "/metrics": {"GET": self._metrics},
+            "/openapi.json": {"GET": lambda _: Response(200, description(), JSON)},
+            "/admin/reload": {"POST": self._guarded(lambda _: Action("reload"))},
+            "/analyzers/{id}": {"PATCH": self._guarded(self._override)},
+            "/analyzers/{id}/override": {"DELETE": self._guarded(self._clear)},
+        }
+
+    def respond(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes, client: str = ""
+    ) -> Response | Action:
+        """Answer a request that is not POST /logs; ``target`` is a path, ``*`` (OPTIONS) or what CONNECT names."""
+        try:
+            return self._respond(Request(method, target, headers, body, client))
+        except Exception as error:  # noqa: BLE001  (whoever asks gets an answer, whatever it is)
+            return self.faults.answer(error)
+
+    def _respond(self, request: Request) -> Response | Action:
+        method = request.method
+        methods = self._methods(request.path)
+        if not methods:
+            return problem(404, "there is nothing at this path; packets go to POST /logs")
+        if method == "OPTIONS":
+            unknown = self._unknown(analyzer_of(request.path)) if "{id}" in template(request.path) else None
+            return unknown or self._options(request, methods)
+        handler = self.routes.get(template(request.path), {}).get("GET" if method == "HEAD" else method)
+        if handler is None:
+            return problem(405, f"{', '.join(methods)} are what this path takes", headers=_allow(methods))
+        return handler(request)
+
+    def _methods(self, path: str) -> list[str]:
+        """Return what a path takes (a target that is none stands for the whole server), nothing for an unknown one."""
+        paths = [template(path)] if path.startswith("/") else [*self.routes, *self.ELSEWHERE]
+        methods = [method for path in paths for method in (*self.routes.get(path, ()), *self.ELSEWHERE.get(path, ()))]
+        if not methods:
+            return []
+        with_head = [name for method in methods for name in (("GET", "HEAD") if method == "GET" else (method,))]
+        return list(dict.fromkeys([*with_head, "OPTIONS"]))
+
+    def _options(self, request: Request, methods: Iterable[str]) -> Response:
+        headers, answer = request.headers, _allow(methods)
+        if "origin" in headers and "access-control-request-method" in headers:
+            allowed = self.snapshot().config.security.cors_origins
+            if cors_headers(headers["origin"], allowed):
+                answer += _preflight(methods)
+        return Response(204, b"", answer)
+
+    def _view(self, view: Callable[[Snapshot], dict[str, Any]]) -> Handler:
+        return lambda _: Response(200, orjson.dumps(view(self.snapshot())), JSON)
+
+    def _page(self, request: Request) -> Response:
+        page = pages()[request.path]
+        if page.is_held(request.headers.get("if-none-match", "")):
+            return Response(304, b"", page.headers)
+        return Response(200, page.body, page.headers)
+
+    def _ready(self, _: Request) -> Response:
+        state = stats.ready(self.snapshot())
+        if state["status"] == "ready":
+            return Response(200, orjson.dumps(state), JSON)
+        return problem(503, state["detail"], headers=RETRY_SOON)
+
+    def _metrics(self, request: Request) -> Response:
+        if accepts(request.headers.get("accept", ""), "application/openmetrics-text"):
+            render, content_type = metrics.openmetrics, metrics.OPENMETRICS_CONTENT_TYPE
+        else:
+            render, content_type = metrics.text, metrics.CONTENT_TYPE
+        return Response(200, render(self.snapshot()), f"Content-Type: {content_type}\r\n".encode())
+
+    def analyzer(self, name: str) -> Response:
+        """Answer with all that is known of one analyzer."""
+        return Response(200, orjson.dumps(stats.analyzer(self.snapshot(), name)), JSON)
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """Let only administrators ask for a change: by token if there are any, else from this machine."""
+
+        def guarded(request: Request) -> Response | Action:
+            refusal = self._refusal(request)
+            if refusal is not None:
+                return refusal
+            try:
+                return handler(request)
+            except BadChangeError as error:
+                return problem(error.status, error.detail, errors=error.errors)
+
+        return guarded
+
+    def _refusal(self, request: Request) -> Response | None:
+        headers, security = request.headers, self.snapshot().config.security
+        if security.admin_tokens:
+            if has_token(headers.get("authorization"), security.admin_tokens):
+                return None
+            challenge = b'WWW-Authenticate: Bearer realm="fastdist admin"\r\n'
+            return problem(401, "an admin token is needed", headers=challenge)
+        if not is_loopback(request.client):
+            return problem(403, "without security.admin_tokens changes are taken from this machine only")
+        origin = headers.get("origin")
+        if origin is None or origin in security.cors_origins or is_own_page(origin, headers.get("host", "")):
+            return None
+        return problem(
+            403,
+            f"without security.admin_tokens changes are not taken from pages of {origin}; "
+            "open the dashboard as localhost, or list that origin in security.cors_origins",
+        )
+
+    def _override(self, request: Request) -> Response | Action:
+        name = analyzer_of(request.path)
+        if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
+            return problem(415, "compressed bodies are not understood", headers=b"Accept-Encoding: identity\r\n")
+        return self._unknown(name) or parse_override(name, request.body)
+
+    def _clear(self, request: Request) -> Response | Action:
+        name = analyzer_of(request.path)
+        return self._unknown(name) or Action("clear", name)
+
+    def _unknown(self, name: str) -> Response | None:
+        names = [figures.analyzer.id for figures in self.snapshot().analyzers]
+        return None if name in names else problem(404, f"there is no analyzer {name!r}; there are {', '.join(names)}")
+
+
+@cache
+def description() -> bytes:
+    """Return what describes this API: OpenAPI 3.1."""
+    return files("fastdist.http").joinpath("openapi.json").read_bytes()
+
+
+def template(path: str) -> str:
+    """Return the route that a path belongs to; one that leads nowhere if there is none."""
+    if path.startswith(FOLDER):
+        return "/dashboard/{file}" if path in pages() else ""
+    parts = path.split("/")
+    if path.startswith("/analyzers/") and len(parts) in (3, 4) and parts[2]:
+        parts[2] = "{id}"
+        return "/".join(parts)
+    return path
+
+
+def analyzer_of(path: str) -> str:
+    """Return the analyzer's id in a path below /analyzers/."""
+    return unquote(path.split("/")[2])
+
+
+def accepts(accept: str, media_type: str) -> bool:
+    """Whether an Accept header names ``media_type`` itself (no wildcard), and not to refuse it (``q=0``)."""
+    for item in accept.lower().split(","):
+        name, *parameters = (part.strip(" \t") for part in item.split(";"))
+        if name == media_type:
+            return not any(parameter.startswith("q=") and not parameter[2:].strip("0.") for parameter in parameters)
+    return False
+
+
+def _allow(methods: Iterable[str]) -> bytes:
+    return f"Allow: {', '.join(methods)}\r\n".encode()
+
+
+def _preflight(methods: Iterable[str]) -> bytes:
+    return (
+        f"Access-Control-Allow-Methods: {', '.join(methods)}\r\n".encode()
+        + b"Access-Control-Allow-Headers: "
+        + REQUEST_HEADERS
+        + f"\r\nAccess-Control-Max-Age: {PREFLIGHT_SECONDS}\r\n".encode()
+    )

@@ -1,0 +1,147 @@
+"""What the supervisor and its workers say to each other: JSON lines over a socket pair, and settings in a memfd.
+
+To a worker: ``drain`` (until ``deadline``), ``reload`` (the settings were written anew), ``reply`` (to the request of
+that ``id``). From a worker: ``ready`` (with the generation of its settings), ``reloaded`` (that of those it has read,
+in ``id``, and what keeps it from using them, if anything does), ``request`` (an ``action`` that an administrator asked
+for). The socket's end of file is how either learns that the other is gone; for a worker the supervisor makes it a
+message, ``gone``.
+
+What grows with the configuration travels in the memfd, never in a line or on a command line. It is written in place
+while workers may be reading it; a checksum tells them to look again. Of many problems a line has the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+import time
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from fastdist.config import Config, from_wire, to_wire
+from fastdist.errors import StartError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator
+
+LONGEST_LINE = 2**20  # bytes; far more than any message has, see ``shorten``
+MOST_PROBLEMS, LONGEST_PROBLEM = 100, 500  # lines, characters
+HEADER = struct.Struct("=Q16s")  # of the settings: their length and checksum
+PATIENCE = 1.0  # seconds for settings that are being written to be whole
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """A certificate, with its chain, and its key: PEM, as the files had it."""
+
+    certificate: bytes
+    key: bytes
+
+    def __repr__(self) -> str:
+        return "Pair(...)"
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """All that a worker goes by: the configuration, the slots of its analyzers by id, and certificate and key."""
+
+    generation: int  # grows with every reload
+    roster: dict[str, int]
+    config: Config
+    pair: Pair | None = None
+
+
+class _Wire(msgspec.Struct, frozen=True):
+    generation: int
+    roster: dict[str, int]
+    config: msgspec.Raw
+    pair: Pair | None
+
+
+class Assignment(msgspec.Struct, frozen=True):
+    """What the supervisor tells a worker when it starts it: its place, and the descriptors it inherits."""
+
+    index: int
+    shared: int
+    listener: int
+    ring: int
+    control: int
+    settings: int  # a memfd, see ``ipc.Settings``
+    old_rings: dict[str, int]  # to adopt: path -> descriptor
+
+
+def write_settings(fd: int, settings: Settings) -> None:
+    """Write settings over those that are in the memfd ``fd``."""
+    wire = _Wire(settings.generation, settings.roster, msgspec.Raw(to_wire(settings.config)), settings.pair)
+    body = msgspec.json.encode(wire)
+    os.pwrite(fd, HEADER.pack(len(body), _checksum(body)) + body, 0)
+
+
+def read_settings(fd: int, patience: float = PATIENCE) -> Settings:
+    """Return the settings that were written last, whole. Raises StartError when they are not within ``patience``."""
+    end = time.monotonic() + patience
+    while True:
+        data = os.pread(fd, os.fstat(fd).st_size, 0)  # pread: all processes share the descriptor's position
+        if len(data) >= HEADER.size:
+            length, checksum = HEADER.unpack_from(data)
+            body = data[HEADER.size : HEADER.size + length]
+            if len(body) == length and _checksum(body) == checksum:
+                wire = msgspec.json.decode(body, type=_Wire)
+                return Settings(wire.generation, wire.roster, from_wire(bytes(wire.config)), wire.pair)
+        if time.monotonic() > end:
+            raise StartError("the settings handed to this worker are not whole")
+        time.sleep(0.001)
+
+
+def _checksum(body: bytes) -> bytes:
+    return blake2b(body, digest_size=16).digest()
+
+
+class Action(msgspec.Struct, frozen=True):
+    """A change an administrator asks for: ``reload``, or ``override`` or ``clear`` of an analyzer's settings."""
+
+    name: str
+    analyzer: str = ""
+    weight: float | None = None
+    draining: bool | None = None
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line."""
+
+    verb: str
+    id: int = 0
+    deadline: float = 0.0  # time.monotonic()
+    action: Action | None = None
+    status: int = 0  # of a reply, as in HTTP
+    body: Any = None
+
+
+def shorten(problems: list[str]) -> list[str]:
+    """Return what a message, an answer or a log line holds of a configuration's problems; ``check`` prints them all."""
+    few = [each if len(each) <= LONGEST_PROBLEM else f"{each[:LONGEST_PROBLEM]}…" for each in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        few.append(f"and {len(problems) - MOST_PROBLEMS} more problems; `fastdist check FILE` prints them all")
+    return few
+
+
+async def connect(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return reader and writer of one end of the socket pair."""
+    return await asyncio.open_connection(sock=sock, limit=LONGEST_LINE)
+
+
+def send(writer: asyncio.StreamWriter, message: Message) -> None:
+    """Send a message; it is lost if the other side is gone."""
+    if not writer.is_closing():
+        writer.write(msgspec.json.encode(message) + b"\n")
+
+
+async def receive(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
+    """Yield messages until the other side is gone."""
+    try:
+        while line := await reader.readline():
+            yield msgspec.json.decode(line, type=Message)
+    except ConnectionError:
+        return

@@ -1,0 +1,1 @@
+"""Connecting to analyzers, for workers and the supervisor: names, addresses, time-outs, TLS."""

@@ -1,0 +1,160 @@
+"""Connecting to a host: the first of its addresses that lets us, with TLS or without, and what keeps us from it.
+
+Without TLS it is a ``Stream`` of the compiled core; TLS is the loop's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import os
+import resource
+import socket
+from typing import TYPE_CHECKING, cast
+
+import aiohappyeyeballs
+
+from fastdist._core import Poller, Receiver, Stream
+from fastdist.net import timeouts
+
+if TYPE_CHECKING:
+    import ssl
+
+    from fastdist.net.names import AddressInfo, Names
+    from fastdist.units import Endpoint
+
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # else it is about one connection only
+DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connections and those to analyzers
+NO_PORT = "no local port is left for another connection"
+GOODBYE = 1.0  # seconds to write what there is when a connection with TLS ends
+YOUNGEST = 0.5  # of delivery.max_age: when the first connections of many that began together are replaced
+NEXT_ADDRESS = 0.25  # seconds that the addresses of a name have before the next is tried beside them
+
+
+class TlsTransport:
+    """``tls``, a transport of the loop, that knows what ``carrier`` below it has yet to write, and ends at once.
+
+    The loop's own says that all is written when it is encrypted, and waits up to half a minute for the other side to
+    agree to the end. A side that has said it is to close need not wait (RFC 8446, 6.1).
+    """
+
+    def __init__(self, tls: asyncio.Transport, carrier: asyncio.Transport) -> None:
+        self._tls, self._carrier = tls, carrier
+        self.write, self.abort, self.get_extra_info = tls.write, tls.abort, tls.get_extra_info
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes the kernel has not taken yet; of those that are encrypted, in that form."""
+        return self._tls.get_write_buffer_size() + self._carrier.get_write_buffer_size()
+
+    def is_closing(self) -> bool:
+        """Whether the connection is closed, or about to be."""
+        return self._tls.is_closing() or self._carrier.is_closing()
+
+    def close(self) -> None:
+        """Say that this is the end, and close; what the kernel does not take at once has ``GOODBYE`` seconds."""
+        self._tls.close()
+        asyncio.get_running_loop().call_later(GOODBYE if self.get_write_buffer_size() else 0, self.abort)
+
+
+async def connect(  # noqa: PLR0913  (who, where to, and what by)
+    protocol: asyncio.Protocol,
+    names: Names,
+    endpoint: Endpoint,
+    patience: float,
+    *,
+    poller: Poller | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> str:
+    """Connect ``protocol`` to the first address of the endpoint's host that lets us; return that address.
+
+    ``patience``: seconds for each address, and for the handshake. After ``NEXT_ADDRESS`` the next address is tried
+    beside those before it, at once when one fails (RFC 8305). With a ``poller`` and without ``tls`` the protocol, a
+    ``Receiver``, gets a ``Stream``, else a transport of the loop. Raises OSError, ssl.SSLError among them.
+    """
+    infos = await names.infos(endpoint.host, endpoint.port, patience)
+    async with timeouts.running(patience + NEXT_ADDRESS * (len(infos) - 1)):
+        try:
+            connection = await aiohappyeyeballs.start_connection(infos, happy_eyeballs_delay=NEXT_ADDRESS)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and any(_leads_there(info) for info in infos):
+                raise OSError(errno.ENOBUFS, NO_PORT) from error
+            raise
+    with connection:  # whose descriptor a stream takes, and which the loop holds by itself
+        peer = connection.getpeername()
+        for info in itertools.takewhile(lambda info: info[4][0] != peer[0], infos):
+            names.put_behind(endpoint.host, info[4][0])
+        if poller is not None and tls is None:
+            assert isinstance(protocol, Receiver)  # noqa: S101
+            Stream(poller, connection, peer, protocol)
+            return str(peer[0])
+        try:
+            async with timeouts.running(patience):
+                await _connect_by_loop(protocol, connection, tls, endpoint.host)
+        except Exception:
+            names.put_behind(endpoint.host, peer[0])  # it takes connections, but nobody speaks there
+            raise
+    return str(peer[0])
+
+
+def _leads_there(info: AddressInfo) -> bool:
+    """Whether this machine has an address to reach that one from: if so, EADDRNOTAVAIL was about TCP's ports."""
+    try:
+        with socket.socket(info[0], socket.SOCK_DGRAM) as probe:
+            probe.connect(info[4])  # sends nothing
+    except OSError:
+        return False
+    return True
+
+
+def descriptors() -> int:
+    """Return how many descriptors this process may have."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit if limit != resource.RLIM_INFINITY else 2**20
+
+
+def most_to_analyzers(emitters: int) -> int:
+    """Return how many connections to analyzers leave descriptors for so many emitters, if they have half of them."""
+    return max(descriptors() // 2, descriptors() - emitters - DESCRIPTORS_BESIDES)
+
+
+def shortage(error: BaseException) -> OSError | None:
+    """Return what this process or machine lacks, if ``error`` comes of that: it says nothing of the other side.
+
+    An error without a number is one of several addresses, or of a look-up, which does not tell when it is out of
+    descriptors: then it is tried whether there is one.
+    """
+    if not isinstance(error, OSError) or isinstance(error, TimeoutError):
+        return None
+    if error.errno is None:
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as lacking:
+            error = lacking
+    return error if error.errno in SHORTAGES else None
+
+
+async def _connect_by_loop(
+    protocol: asyncio.Protocol, connection: socket.socket, tls: ssl.SSLContext | None, host: str
+) -> None:
+    """Connect ``protocol`` to a transport of the loop; with TLS, after the handshake."""
+    loop = asyncio.get_running_loop()
+    if tls is None:
+        await loop.create_connection(lambda: protocol, sock=connection)
+        return
+    carrier, nobody = await loop.create_connection(asyncio.Protocol, sock=connection)
+    transport = await loop.start_tls(carrier, nobody, tls, server_hostname=host)
+    if transport is None or carrier.is_closing():  # nobody would tell the protocol
+        carrier.abort()
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    transport.set_protocol(protocol)  # no data come before who waits for the handshake has had its turn
+    protocol.connection_made(cast("asyncio.Transport", TlsTransport(transport, carrier)))
+
+
+def describe(error: BaseException, timeout: float) -> str:
+    """Return a connection error in few words."""
+    if isinstance(error, TimeoutError) and not error.errno:
+        return f"no answer within {timeout:g} s"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__

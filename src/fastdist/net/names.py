@@ -1,0 +1,146 @@
+"""From names to addresses: look-ups that hold up nobody but those who ask for the same name.
+
+The system takes half a minute or more to give up a name that no server answers for, and cannot be stopped. In the few
+threads that an event loop has for all of its look-ups such names would keep everybody waiting. The rules here:
+
+- A name is looked up in a thread of its own, once at a time, whoever asks for it.
+- ``AT_ONCE`` look-ups begin beside each other; one that has not come back after ``LONG`` seconds holds no place. So
+  names that hang take a thread each and nothing from the others.
+- An answer is good for ``FRESH`` seconds. A stale one is used while the next is awaited, and for as long as the name
+  servers cannot be asked; a name that is said not to exist has no addresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from fastdist.net import timeouts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FRESH, FAILED = 5.0, 1.0  # seconds until a name is looked up again, after an answer and without
+OLD = 30.0  # seconds after which an answer is not used before the next one had a moment to come
+MOMENT = 0.5  # seconds
+AT_ONCE, LONG = 32, 1.0
+BEHIND = 60.0  # seconds that an address which did not connect is tried after the others
+GONE = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+
+AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]  # as getaddrinfo has it
+
+
+class Name:
+    """What is known of one name."""
+
+    def __init__(self) -> None:
+        self.infos: Sequence[AddressInfo] = []
+        self.addresses: frozenset[str] = frozenset()
+        self.error = ""  # of the last look-up
+        self.errno: int | None = None  # of its error, if that is of this system: a thread or a descriptor it lacked
+        self.looked = float("-inf")  # time.monotonic() of its end
+        self.look_up: asyncio.Task[None] | None = None  # that is under way
+        self.behind: dict[str, float] = {}  # address -> until when (time.monotonic()) it is tried after the others
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it is time for the next look-up."""
+        return time.monotonic() - self.looked > (FAILED if self.error else FRESH)
+
+    def answered(self, infos: Sequence[AddressInfo]) -> None:
+        """Take in what a look-up has brought."""
+        self.infos, self.addresses, self.error = infos, frozenset(info[4][0] for info in infos), ""
+        self.errno = None
+        self.behind = {address: until for address, until in self.behind.items() if address in self.addresses}
+
+    def failed(self, error: Exception) -> None:
+        """Take in that a look-up has failed."""
+        self.error = str(getattr(error, "strerror", None) or error)
+        self.errno = errno.ENOMEM if isinstance(error, RuntimeError) else None  # it is a thread that was not to be had
+        if isinstance(error, socket.gaierror) and error.errno in GONE:
+            self.infos, self.addresses = [], frozenset()
+
+
+class Names:
+    """The names that one event loop connects to."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, Name] = {}
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    async def infos(self, host: str, port: int, patience: float) -> Sequence[AddressInfo]:
+        """Return the addresses of ``host`` in the order to try them. Raises OSError after ``patience`` seconds."""
+        with contextlib.suppress(socket.gaierror):  # unless it is an address
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        name = self._names.setdefault(host, Name())
+        self._refresh(host, name)
+        now = time.monotonic()
+        if name.look_up and not name.infos:
+            try:
+                async with timeouts.running(patience):
+                    await asyncio.wait({name.look_up})
+            except TimeoutError:
+                raise OSError(f"the name {host} cannot be looked up: no answer within {patience:g} s") from None
+        elif name.look_up and now - name.looked > OLD:
+            await asyncio.wait({name.look_up}, timeout=min(patience, MOMENT))
+        if not name.infos:
+            text = f"the name {host} cannot be looked up: {name.error}"
+            raise OSError(name.errno, text) if name.errno else OSError(text)
+        ordered = sorted(name.infos, key=lambda info: name.behind.get(info[4][0], 0.0) > now)
+        return [(*info[:4], (info[4][0], port, *info[4][2:])) for info in ordered]
+
+    def current(self, host: str) -> frozenset[str]:
+        """Return the addresses of a name that is in use, and see to it that they stay fresh; none for anything else."""
+        name = self._names.get(host)
+        if name is None:
+            return frozenset()
+        self._refresh(host, name)
+        return name.addresses
+
+    def put_behind(self, host: str, address: str) -> None:
+        """Try this address of a name after its others for a while."""
+        if host in self._names:
+            self._names[host].behind[address] = time.monotonic() + BEHIND
+
+    def _refresh(self, host: str, name: Name) -> None:
+        if name.look_up is None and name.is_stale:
+            name.look_up = asyncio.get_running_loop().create_task(self._look_up(host, name))
+
+    async def _look_up(self, host: str, name: Name) -> None:
+        try:
+            async with self._places:
+                answer = _in_a_thread(host)
+                await asyncio.wait({answer}, timeout=LONG)
+            name.answered(await answer)
+        except Exception as error:  # noqa: BLE001  (no address, no thread, or a name that cannot be one)
+            name.failed(error)
+        finally:
+            name.looked, name.look_up = time.monotonic(), None
+
+
+def _in_a_thread(host: str) -> asyncio.Future[Sequence[AddressInfo]]:
+    """Look a name up in a thread that nobody waits for at the end. Raises RuntimeError when there is none to be had."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Sequence[AddressInfo]] = loop.create_future()
+
+    def settle(infos: Sequence[AddressInfo], error: Exception | None) -> None:
+        if not answer.done():
+            answer.set_exception(error) if error else answer.set_result(infos)
+
+    def look_up() -> None:
+        infos: Sequence[AddressInfo] = []
+        failure = None
+        try:
+            infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except Exception as error:  # noqa: BLE001  (it belongs to who asked)
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is no more
+            loop.call_soon_threadsafe(settle, infos, failure)
+
+    threading.Thread(target=look_up, name=f"look-up of {host}", daemon=True).start()
+    return answer

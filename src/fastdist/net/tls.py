@@ -1,0 +1,149 @@
+"""Certificate and key of emitters' connections (``security.tls_cert``, ``tls_key``): TLS 1.2 or newer, modern ciphers.
+
+The two files are read once, by the supervisor, and tried; what workers get is the ``Pair`` of bytes. Each makes a
+context of it: connections from then on have the new certificate, those that are open keep theirs. A pair that cannot be
+used changes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import re
+import ssl
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdist.errors import StartError
+from fastdist.ipc import Pair
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastdist.config import Security
+
+
+# Of TLS 1.2; those of 1.3 are all like these: a new key for each connection, and authenticated encryption.
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+VERSION = 0xA0  # the tag of a certificate's first field, which very old ones do not have
+UTC_TIME = 0x17  # the tag of a date whose year has two digits
+
+
+def read_pair(security: Security) -> Pair | None:
+    """Return what the configured files hold, if it can be used; None without TLS. Raises StartError."""
+    if not security.tls_cert:
+        return None
+    pair = Pair(_read("security.tls_cert", security.tls_cert), _read("security.tls_key", security.tls_key))
+    server_context(pair, security)
+    return pair
+
+
+def _read(setting: str, file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise StartError(f"{setting}: {file} cannot be read: {error.strerror}") from error
+
+
+def server_context(pair: Pair | None, security: Security) -> ssl.SSLContext | None:
+    """Return the context that serves a pair; None without one. ``security`` is for the names of its files.
+
+    Raises StartError when certificate or key cannot be used.
+    """
+    if pair is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.set_ciphers(CIPHERS)
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        with _as_file(pair.certificate) as certificate, _as_file(pair.key) as key:
+            context.load_cert_chain(certificate, key, password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        raise StartError(_fault(pair, security, error)) from error
+    except OSError as error:
+        raise StartError(f"security.tls_cert: {security.tls_cert} cannot be loaded: {error.strerror}") from error
+    return context
+
+
+@contextlib.contextmanager
+def _as_file(data: bytes) -> Iterator[str]:
+    """Return a path to ``data``, as ``ssl`` takes nothing else: in memory, and to be opened by this user only."""
+    with os.fdopen(os.memfd_create("fastdist-pem", os.MFD_CLOEXEC), "wb", buffering=0) as file:
+        file.write(data)
+        yield f"/proc/self/fd/{file.fileno()}"
+
+
+def _no_password() -> str:
+    """Keep a key that is encrypted from asking for its password at the terminal."""
+    return ""
+
+
+def _fault(pair: Pair, security: Security, error: Exception) -> str:
+    """Return which of the two files cannot be used, and why."""
+    try:
+        with _as_file(pair.certificate) as certificate:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certificate)
+    except ssl.SSLError:
+        return f"security.tls_cert: {security.tls_cert} holds no certificate in PEM form"
+    if "mismatch" in str(error).lower():
+        return f"security.tls_key: {security.tls_key} is not the key of the certificate in {security.tls_cert}"
+    return (
+        f"security.tls_key: {security.tls_key} holds no private key in PEM form that is not encrypted, "
+        f"or not that of {security.tls_cert}"
+    )
+
+
+# ---- dates
+
+
+def out_of_date(pair: Pair | None, security: Security) -> str:
+    """Return what is wrong with the dates of a pair that was read from these files; empty if nothing is."""
+    begins, ends = validity(pair.certificate) if pair is not None else (None, None)
+    now = datetime.now(UTC)
+    if ends is not None and now > ends:
+        return f"security.tls_cert: the certificate in {security.tls_cert} has expired on {ends:%Y-%m-%d %H:%M:%S} UTC"
+    if begins is not None and now < begins:
+        since = f"{begins:%Y-%m-%d %H:%M:%S} UTC"
+        return f"security.tls_cert: the certificate in {security.tls_cert} is not valid before {since}"
+    return ""
+
+
+def validity(pem: bytes) -> tuple[datetime | None, datetime | None]:
+    """Return from when until when the first certificate of a chain is valid; None for what cannot be made out.
+
+    ``ssl`` tells that only of certificates it was shown by others.
+    """
+    found = re.search(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END", pem, re.DOTALL)
+    try:
+        der = base64.b64decode(found[1] if found else b"")
+        _, at, _ = _element(der, 0)  # the certificate
+        _, at, _ = _element(der, at)  # what is signed of it
+        if der[at] == VERSION:
+            _, _, at = _element(der, at)
+        for _ in ("serial number", "signature", "issuer"):
+            _, _, at = _element(der, at)
+        _, at, _ = _element(der, at)
+        return _date(der, at), _date(der, _element(der, at)[2])
+    except (ValueError, IndexError):
+        return None, None
+
+
+def _element(der: bytes, at: int) -> tuple[int, int, int]:
+    """Return the tag of the element at ``at``, where its content begins, and where it ends (X.690)."""
+    tag, length, begin = der[at], der[at + 1], at + 2
+    if length & 0x80:
+        end = begin + (length & 0x7F)
+        length, begin = int.from_bytes(der[begin:end], "big"), end
+    return tag, begin, begin + length
+
+
+def _date(der: bytes, at: int) -> datetime:
+    tag, begin, end = _element(der, at)
+    text = der[begin:end].decode("ascii")
+    if tag == UTC_TIME:
+        text = ("19" if text >= "50" else "20") + text
+    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)

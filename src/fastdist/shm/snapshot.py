@@ -1,0 +1,339 @@
+"""The shared block at one moment, over all workers: what every view of the service's figures is made of.
+
+- It does not matter which process takes a snapshot. Counters are read once, when it is made; histograms, which are
+  long, only when a view asks for them.
+- A worker's deliveries are read before its acceptances: figures taken under load may be some packets behind, but show
+  nothing delivered that was not accepted.
+- Slots of analyzers that have left the configuration still count in every total. What is shown of one analyzer begins
+  at its slot's baseline, which is what earlier ones have counted there.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Struct
+
+from fastdist._core import (
+    ANALYZER_FIELDS,
+    ANALYZER_WORDS,
+    COUNTER_WORDS,
+    FIELDS,
+    HISTOGRAMS_PER_ROW,
+    WORDS_PER_HISTOGRAM,
+)
+from fastdist.shm.block import AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
+from fastdist.shm.histograms import Histogram, merge
+from fastdist.shm.weights import effective_weights, normalised, seems_online
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from fastdist.config import Analyzer, Config
+    from fastdist.shm.block import SharedBlock
+
+REJECTIONS = (
+    "malformed",
+    "invalid",
+    "too_large",
+    "head_too_large",
+    "unsupported_media_type",
+    "unauthorized",
+    "rate_limited",
+    "queue_full",
+    "draining",
+    "storage",
+    "timeout",
+)
+DEAD_LETTERS = ("refused", "exhausted", "oversized", "shutdown")
+RATE_WINDOW_NS = 10_000_000_000
+SHORTEST_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not a thousand a second
+
+_INGEST = COUNTER_WORDS  # where the histograms of a row begin
+_QUEUE_WAIT = _INGEST + WORDS_PER_HISTOGRAM
+_LOOP_LAG = _QUEUE_WAIT + WORDS_PER_HISTOGRAM
+_ANALYZERS = _INGEST + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
+
+
+class Rates(NamedTuple):
+    """Packets a second."""
+
+    accepted: float
+    delivered: float
+
+
+class WorkerFigures(Struct, frozen=True):
+    """What is shown of a worker; ``oldest_ns`` is as ``age`` takes it, ``end_ns`` wall clock; 0 for none.
+
+    ``end_status`` and ``end_ns`` tell of the process before this one, if there was one: see ``WorkerWord``.
+    """
+
+    id: int
+    pid: int
+    state: WorkerState
+    restarts: int
+    cpu_ns: int
+    cpu_percent: float
+    rss_bytes: int
+    accepted: int
+    delivered: int
+    queued: int
+    queue_bytes: int
+    capacity_bytes: int
+    oldest_ns: int
+    cannot_store: bool
+    full: bool
+    end_status: int
+    end_ns: int
+
+    @property
+    def running(self) -> bool:
+        """Whether it serves."""
+        return self.state in {WorkerState.RUNNING, WorkerState.DRAINING}
+
+
+class AnalyzerFigures(Struct, frozen=True):
+    """What every view shows of an analyzer: its shares, and counts over all workers."""
+
+    slot: int
+    analyzer: Analyzer
+    weight: float
+    weight_overridden: bool
+    online: bool
+    on_probation: bool
+    draining: bool
+    target_share: float
+    effective_share: float
+    actual_share: float
+    delivered: int
+    failed: int
+    retried: int
+    in_flight: int
+    connections: int
+
+    @property
+    def state(self) -> str:
+        """One word; what it was told to do comes before what it is able to do."""
+        return "draining" if self.draining else "online" if self.online else "offline"
+
+
+class Snapshot:
+    """The shared block at one moment, over all workers.
+
+    ``roster`` maps slots to the configured analyzers, in the order they are shown in; ``at`` is the moment times are
+    counted from (monotonic, ns; now, unless a test says otherwise).
+    """
+
+    def __init__(
+        self,
+        block: SharedBlock,
+        config: Config,
+        roster: Mapping[int, Analyzer],
+        version: str,
+        at: int | None = None,
+    ) -> None:
+        self.block, self.config, self.roster, self.version = block, config, roster, version
+        self.at = time.monotonic_ns() if at is None else at
+        self._rows = [block.row(index) for index in range(block.workers)]
+        histograms = _ANALYZERS + block.slots * ANALYZER_WORDS
+        self._histograms = [row[histograms:] for row in self._rows]  # of each worker: those of all its analyzers
+        self._baselines = block.baselines[block.slots * ANALYZER_WORDS :]
+        self._by_slot: list[list[int]] = []  # of each worker: the counters of all its analyzers, end to end
+        self._counters: list[list[int]] = []
+        for row in self._rows:
+            self._by_slot.append(row[_ANALYZERS:histograms].tolist())
+            self._counters.append(row[:COUNTER_WORDS].tolist())
+
+    # ---- totals
+
+    def total(self, field: str) -> int:
+        """Return a counter of ``FIELDS`` over all workers."""
+        at = FIELDS[field]
+        return sum(counters[at] for counters in self._counters)
+
+    def total_of_analyzers(self, field: str) -> int:
+        """Return a counter of ``ANALYZER_FIELDS`` over all workers and all slots, also of analyzers that have left."""
+        return sum(self._over_slots(index, field) for index in range(len(self._rows)))
+
+    def _over_slots(self, worker: int, field: str) -> int:
+        return sum(self._by_slot[worker][ANALYZER_FIELDS[field] :: ANALYZER_WORDS])
+
+    @cached_property
+    def _analyzer_totals(self) -> list[int]:
+        baselines = self.block.baselines  # it may have risen since the counters were read
+        return [max(sum(words) - baselines[at], 0) for at, words in enumerate(zip(*self._by_slot, strict=True))]
+
+    @property
+    def accepted(self) -> int:
+        """Packets that were answered 202 or 200."""
+        return self.total("accepted")
+
+    @property
+    def delivered(self) -> int:
+        """Packets that an analyzer has taken."""
+        return self.total_of_analyzers("delivered")
+
+    @cached_property
+    def rejected(self) -> dict[str, int]:
+        """Requests that brought no packet, by reason."""
+        return {reason: self.total(reason) for reason in REJECTIONS}
+
+    @cached_property
+    def dead_lettered(self) -> dict[str, int]:
+        """Packets that went to the dead letters, by reason."""
+        return {reason: self.total(reason) for reason in DEAD_LETTERS}
+
+    @property
+    def received(self) -> int:
+        """Accepted or rejected."""
+        return self.accepted + sum(self.rejected.values())
+
+    @property
+    def in_flight(self) -> int:
+        """Packets sent to an analyzer that has not answered yet."""
+        return self.total_of_analyzers("packets_in_flight")
+
+    @property
+    def queued(self) -> int:
+        """Packets that wait."""
+        return sum(worker.queued for worker in self.workers)
+
+    @property
+    def oldest_age(self) -> float:
+        """For how many seconds the oldest packet has been in the queue; 0 when it is empty."""
+        return max(self.age(worker.oldest_ns) for worker in self.workers)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the service started."""
+        return (self.at - self.block.head[HeadWord.STARTED_NS]) / 1e9
+
+    def age(self, accepted_ns: int) -> float:
+        """Return the seconds since a packet was accepted, by its stamp; 0 for none.
+
+        Never negative, although the clock may have been set back since an earlier run that has accepted it.
+        """
+        now = self.at + self.block.head[HeadWord.CLOCK_OFFSET_NS]
+        return max(now - accepted_ns, 0) / 1e9 if accepted_ns else 0.0
+
+    @cached_property
+    def rates(self) -> Rates:
+        """What was accepted and delivered a second, over the last 10 seconds or as far back as there are samples."""
+        samples = list(self.block.recent_samples())
+        recent = [sample for sample in samples if self.at - sample[0] <= RATE_WINDOW_NS]
+        if not samples:
+            return Rates(0.0, 0.0)
+        since_ns, accepted, delivered = recent[-1] if recent else samples[0]
+        seconds = max(self.at - since_ns, SHORTEST_WINDOW_NS) / 1e9
+        return Rates(max(self.accepted - accepted, 0) / seconds, max(self.delivered - delivered, 0) / seconds)
+
+    # ---- histograms
+
+    @property
+    def ingest(self) -> Histogram:
+        """From the end of a request's reading until its packet is safe (with fsync: synced) and its answer written."""
+        return merge(row[_INGEST:_QUEUE_WAIT] for row in self._rows)
+
+    @property
+    def queue_wait(self) -> Histogram:
+        """From acceptance to the first sending."""
+        return merge(row[_QUEUE_WAIT:_LOOP_LAG] for row in self._rows)
+
+    def loop_lag(self, worker: int) -> Histogram:
+        """How long a worker's event loop kept others waiting: the longest in each tick, see ``Worker.tick``."""
+        return merge([self._rows[worker][_LOOP_LAG:_ANALYZERS]])
+
+    def delivery(self, slots: Iterable[int] | None = None) -> Histogram:
+        """From a sending to its reply, for the analyzers in ``slots`` (None: for all that there ever were)."""
+        starts = [slot * WORDS_PER_HISTOGRAM for slot in (range(self.block.slots) if slots is None else slots)]
+        all_time = merge(row[start : start + WORDS_PER_HISTOGRAM] for row in self._histograms for start in starts)
+        if slots is None:
+            return all_time
+        return all_time.since(merge(self._baselines[start : start + WORDS_PER_HISTOGRAM] for start in starts))
+
+    # ---- workers and analyzers
+
+    @cached_property
+    def workers(self) -> list[WorkerFigures]:
+        """All workers, by number."""
+        return [self._worker(index) for index in range(self.block.workers)]
+
+    def _worker(self, index: int) -> WorkerFigures:
+        words, counters = self.block.worker(index), self._counters[index]
+        used, capacity = counters[FIELDS["queue_bytes"]], counters[FIELDS["queue_capacity"]]
+        return WorkerFigures(
+            id=index,
+            pid=words[WorkerWord.PID],
+            state=WorkerState(words[WorkerWord.STATE]),
+            restarts=words[WorkerWord.RESTARTS],
+            cpu_ns=words[WorkerWord.CPU_NS],
+            cpu_percent=words[WorkerWord.CPU_PERMILLE] / 10,
+            rss_bytes=words[WorkerWord.RSS],
+            accepted=counters[FIELDS["accepted"]],
+            delivered=self._over_slots(index, "delivered"),
+            queued=max(counters[FIELDS["undone"]] - self._over_slots(index, "packets_in_flight"), 0),
+            queue_bytes=used,
+            capacity_bytes=capacity,
+            oldest_ns=counters[FIELDS["oldest_ns"]],
+            cannot_store=bool(words[WorkerWord.STORAGE_FAULT]),
+            # Only the next push clears the word, and who has turned away from a full queue pushes nothing. But a packet
+            # that is allowed takes half of a worker's part at most: there is room for it while the other half is free.
+            full=bool(words[WorkerWord.FULL]) and used > capacity // 2,
+            end_status=words[WorkerWord.END_STATUS],
+            end_ns=words[WorkerWord.END_NS],
+        )
+
+    @cached_property
+    def analyzers(self) -> list[AnalyzerFigures]:
+        """The configured analyzers, in the configuration's order."""
+        states = self.block.analyzers
+        weights = {slot: float(states.weight(slot)) for slot in self.roster}
+        target = normalised(weights)
+        effective = normalised(effective_weights(states, self.roster, self.config.health, self.at))
+        unit = {"packets": "delivered", "messages": "messages_delivered", "bytes": "bytes_delivered"}
+        actual = normalised({slot: self._of(slot, unit[self.config.distribution.by]) for slot in self.roster})
+        return [
+            AnalyzerFigures(
+                slot=slot,
+                analyzer=analyzer,
+                weight=weights[slot],
+                online=seems_online(states, slot, self.config.health.rise),
+                on_probation=states.is_on_probation(slot, self.config.health.rise),
+                draining=bool(states.get(slot, AnalyzerWord.DRAINING)),
+                weight_overridden=bool(states.get(slot, AnalyzerWord.WEIGHT_OVERRIDDEN)),
+                target_share=target[slot],
+                effective_share=effective.get(slot, 0.0),
+                actual_share=actual[slot],
+                delivered=self._of(slot, "delivered"),
+                failed=self._of(slot, "failed"),
+                retried=self._of(slot, "retries"),
+                in_flight=self._of(slot, "packets_in_flight"),
+                connections=self._of(slot, "connections"),
+            )
+            for slot, analyzer in self.roster.items()
+        ]
+
+    def _of(self, slot: int, field: str) -> int:
+        at: int = slot * ANALYZER_WORDS + ANALYZER_FIELDS[field]
+        return self._analyzer_totals[at]
+
+    @property
+    def failing(self) -> list[str]:
+        """What of the upkeep fails at present, in some process."""
+        steps = self.block.head[HeadWord.FAILING]
+        for index in range(self.block.workers):
+            steps |= self.block.worker(index)[WorkerWord.FAILING]
+        return [step.word for step in Step if step & steps]
+
+    @property
+    def obstacle(self) -> str:
+        """Why the service should get no packets now; empty when it is ready."""
+        if self.block.head[HeadWord.DRAINING]:
+            return "the service is draining: it is about to end"
+        if any(worker.cannot_store for worker in self.workers):
+            return "packets cannot be stored: writing to disk fails, or the queue's file was deleted or renamed"
+        if any(worker.full for worker in self.workers):
+            return "the queue is full"
+        return ""

@@ -1,0 +1,64 @@
+"""What a process does again and again beside its work: each step is run whatever becomes of the others.
+
+A step that fails is told once, and once more when it has worked again for ``QUIET`` seconds. Meanwhile its bit is set
+in a word of the shared block, where /health sees it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist.shm.block import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import ParamSpec
+
+    P = ParamSpec("P")
+
+QUIET = 2.0  # seconds: what a step does may be due at every run or at some of them
+ADVICE = {
+    Step.OLD_RINGS: "let fastdist write to the queue's folder and to the old rings in it (adopt-*.fdq)",
+    Step.QUEUE_FILES: "let fastdist read and write the queue's folder",
+    Step.CONNECTIONS: "raise the limit on open files (ulimit -n, LimitNOFILE) or lower delivery.connections",
+    Step.OVERRIDES: "let fastdist write to the queue's folder",
+}
+
+log = logs.get()
+
+
+class Upkeep:
+    """Runs steps, and keeps account of those that fail in ``words[word]``."""
+
+    def __init__(self, words: memoryview, word: int) -> None:
+        self._words, self._word = words, word
+        self._failed: dict[Step, float] = {}  # when it did last, monotonic
+        words[word] = 0
+
+    def run(self, step: Step, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Do a part of a step; never raises an Exception."""
+        try:
+            work(*args, **kwargs)
+        except Exception as error:
+            if step not in self._failed:
+                expected = isinstance(error, OSError)
+                more = {"advice": ADVICE[step]} if expected and step in ADVICE else {}
+                log.error(
+                    "a part of the upkeep fails; it is tried again and again",
+                    step=step.word,
+                    error=str(error),
+                    exc_info=None if expected else error,
+                    **more,
+                )
+            self._failed[step] = time.monotonic()
+            self._publish()
+        else:
+            if step in self._failed and time.monotonic() - self._failed[step] >= QUIET:
+                del self._failed[step]
+                self._publish()
+                log.info("a part of the upkeep works again", step=step.word)
+
+    def _publish(self) -> None:
+        self._words[self._word] = sum(self._failed)

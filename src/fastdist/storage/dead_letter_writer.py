@@ -1,0 +1,199 @@
+"""Packets on their way to the dead letters: written some at a time, out of their ring when their letters are safe.
+
+1. A packet leaves its ring after its letter was written, synced (but with durability memory) and found in a file that
+   still has its name. What a failed sync covers is taken back from its file and written again, as is what went to a
+   file that somebody moved or deleted meanwhile: at worst a letter is there twice.
+2. Letters that wait for their sync are synced together, in a thread, ``sync_delay`` after the first of them was
+   written: at once with durability fsync. They are synced sooner where they are many, for their packets take up room
+   in the ring. While a sync runs nothing is written; the next one covers what has gathered meanwhile.
+3. What cannot be written or synced stays queued, and is tried again every ``RETRY_SECONDS``.
+4. No turn of the event loop writes letters for much longer than ``PART_NS``; the rest follows in later turns. So who
+   adds a letter writes it at once only if there are but a few that wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastdist import logs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from fastdist._core import Counters, PacketRing
+    from fastdist.storage.dead_letters import DeadLetters
+
+    Runner = Callable[[Callable[[], None], Callable[[OSError | None], None]], None]
+
+RETRY_SECONDS = 1.0  # until a letter that could not be written is tried again
+LONGEST_DELAY = 1.0  # seconds that a letter waits for its sync, with whatever sync_interval
+PART_NS = 8_000_000
+LAST_PART_NS = 1_000_000_000  # at the end, when nobody is held up: what is synced together
+FEW = 16  # letters that wait to be written
+MANY = 256  # letters that do not wait for others to be synced with
+SHARE = 8  # nor do those of more than this part of a ring
+
+log = logs.get()
+
+
+class Letter(NamedTuple):
+    """A dead letter to be written: the packet, why, and the last analyzer that saw it with what it said."""
+
+    ring: PacketRing
+    handle: int
+    reason: str
+    analyzer: str | None
+    status: int | None
+    error: str | None
+
+
+def what_is_left(ring: PacketRing) -> list[Letter]:
+    """Claim all that nobody has claimed in a ring that ends with this service, and return the letters for it."""
+    letters = []
+    while handle := ring.claim():
+        letters.append(Letter(ring, handle, "shutdown", None, None, None))
+    return letters
+
+
+class DeadLetterWriter:
+    """Writes to ``files``; ``gone(ring, sequence)`` hears of each packet that has become a dead letter."""
+
+    def __init__(self, files: DeadLetters, counters: Counters, gone: Callable[[PacketRing, int], None]) -> None:
+        self.files, self.counters, self.gone = files, counters, gone
+        self.unwritten: deque[Letter] = deque()
+        self.written: list[Letter] = []  # and not known to be safe
+        self.syncing = False
+        self.failed = False  # what was tried last
+        self._run: Runner | None = None
+        self._sync_delay = 0  # ns
+        self._sync_at = self._retry_at = 0  # monotonic ns
+        self._problem: Exception | None = None  # with what was written last
+
+    def sync_with(self, run: Runner, sync_delay: float) -> None:
+        """Have letters synced so many seconds after they were written (``LONGEST_DELAY`` at most).
+
+        ``run(work, done)`` does ``work`` in a thread and then calls ``done``, with the OSError it raised if any, in the
+        event loop.
+        """
+        self._run, self._sync_delay = run, int(min(sync_delay, LONGEST_DELAY) * 1e9)
+
+    def add(self, *letters: Letter) -> None:
+        """Have claimed packets become dead letters."""
+        self.unwritten += letters
+        if len(self.unwritten) <= max(FEW, len(letters)):
+            try:
+                self._write()
+            except Exception as error:  # noqa: BLE001  (whatever it is, the letters are taken note of)
+                self._judge(error)
+
+    def tick(self, now_ns: int) -> None:
+        """Write what is left or could not be written, and have synced what has waited for it."""
+        if self.unwritten and now_ns >= self._retry_at:
+            self._write()
+        elif self.written and now_ns >= self._sync_at:
+            self._sync()
+
+    def sync_soon(self) -> None:
+        """Have the next tick sync what was written."""
+        self._sync_at = 0
+
+    def finish(self) -> None:
+        """Sync what was written, here and now; what cannot be stays queued. No sync is to be running."""
+        if self.written:
+            self._settle(self._sync_now())
+
+    def write_all(self, letters: Iterable[Letter]) -> None:
+        """Write these and all others, here and now, for their ring ends with us. Raises OSError; some may be written.
+
+        A sync is tried, but not insisted upon: better a letter that is not synced than none. No sync is to be running.
+        """
+        self.unwritten += letters
+        while self.unwritten or self.written:
+            self._write_part(LAST_PART_NS)
+            error = self._sync_now()
+            if error is not None:
+                log.error("dead letters cannot be synced", error=str(error))
+            self._settle(None)
+            if self._problem is not None:
+                raise self._problem
+
+    # ---- writing
+
+    def _write(self) -> None:
+        if self.syncing:
+            return
+        if not self.written:
+            self._sync_at = time.monotonic_ns() + self._sync_delay
+        self._write_part(PART_NS)
+        if self._problem is not None:
+            self._judge(self._problem)
+        if self._run is None:
+            self._settle(None)
+        elif self.written and (self._are_many() or time.monotonic_ns() >= self._sync_at):
+            self._sync()
+
+    def _write_part(self, part_ns: int) -> None:
+        """Write for a while."""
+        self._problem = None
+        end, first = time.monotonic_ns() + part_ns, True
+        while self.unwritten and (first or time.monotonic_ns() < end):
+            first = False
+            ring, handle, reason, analyzer, status, error = self.unwritten[0]
+            try:
+                self.files.write(ring.packet(handle), reason, analyzer, status, error)
+            except Exception as problem:  # noqa: BLE001  (OSError, nearly always; whatever it is, the letter waits)
+                self._problem = problem
+                return
+            self.written.append(self.unwritten.popleft())
+
+    # ---- syncing
+
+    def _are_many(self) -> bool:
+        return len(self.written) >= MANY or self.files.unsettled > self.written[-1].ring.capacity // SHARE
+
+    def _sync(self) -> None:
+        if self._run is not None and not self.syncing:
+            self.syncing = True
+            self._run(self.files.begin_sync(), self._synced)
+
+    def _synced(self, error: OSError | None) -> None:
+        self.syncing = False
+        self._settle(error)
+        if self.unwritten and not self.failed:
+            self._write()
+
+    def _sync_now(self) -> OSError | None:
+        try:
+            self.files.begin_sync()()
+        except OSError as error:
+            return error
+        return None
+
+    # ---- what becomes of it
+
+    def _settle(self, error: OSError | None) -> None:
+        """Let packets go whose letters are safe; have the others written again."""
+        letters, self.written = self.written, []
+        failure: Exception | None = error
+        try:
+            safe = self.files.settle(error)
+        except Exception as problem:  # noqa: BLE001  (nobody knows what is safe)
+            safe, failure = False, problem
+        if safe:
+            for letter in letters:
+                sequence = letter.ring.sequence(letter.handle)
+                letter.ring.done(letter.handle)
+                self.counters.add(letter.reason)
+                self.gone(letter.ring, sequence)
+        else:
+            self.unwritten.extendleft(reversed(letters))
+        self._judge(failure or self._problem)
+
+    def _judge(self, problem: Exception | None) -> None:
+        if problem is not None:
+            if not self.failed:
+                log.error("cannot write dead letters; the packets stay queued", error=str(problem))
+            self._retry_at = time.monotonic_ns() + int(RETRY_SECONDS * 1e9)
+        self.failed = problem is not None

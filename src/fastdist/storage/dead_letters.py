@@ -1,0 +1,488 @@
+"""Dead letters: packets no analyzer will ever take, kept as NDJSON files for a person to look at and to send again.
+
+A packet leaves the queue only when its letter is safe here: in a file that still has its name, and (but with durability
+memory) synced. ``DeadLetterWriter`` sees to that. The rules that writer and readers keep:
+
+1. Every worker writes files of its own, locked (flock) while they are open. A file that has had no letter for a second
+   is closed, so that others can have it; it is taken up again if nobody has it, else a new one is begun. Letters that
+   come without a pause go to a new one every minute, and at once when somebody asks for the file, by a lock on its
+   first byte. A file that cannot be written to is closed as well: it may have to be purged to make room.
+2. Others change a file only while they hold its lock, and only by renaming another over it or by deleting it. So
+   whoever gets the lock looks whether the file is still the one of that name.
+3. Who knows nothing of this may delete, rename or cut short a file or its folder at any time. So after writing the
+   writer looks whether the name still is that of its file; if not, all since the last such look is written again.
+4. What was replayed is noted in a journal next to the file (``FILE.replayed``: offset and digest of the line) until the
+   file is rewritten without it; readers pass over what is noted there. An entry hides that very letter and no other, so
+   one that is left of an earlier file does no harm.
+5. A line that is no letter (torn by a crash, damaged) is shown as unreadable and otherwise left alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
+
+import msgspec
+import orjson
+
+from fastdist import logs
+from fastdist.storage.locks import is_nameless
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from fastdist._core import Packet
+
+FOLDER = "dead-letters"
+SUFFIX = ".ndjson"
+JOURNAL_SUFFIX = ".replayed"  # after the name of a file: what of it was replayed
+LARGEST_FILE = 64 << 20  # bytes
+IDLE_NS = 1_000_000_000  # without a letter, after which a file is closed
+LONGEST_OPEN_NS = 60_000_000_000  # however many letters come
+UNREADABLE = "unreadable"  # the reason that a line which is no letter is listed under
+RECORD_LOCK = "hhqqi"  # struct flock: type, whence, start, length, pid
+
+log = logs.get()
+
+
+def iso_time(ns: int) -> str:
+    """Return wall-clock nanoseconds as RFC 3339, to the microsecond."""
+    return datetime.fromtimestamp(ns / 1e9, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class _File:
+    """A file of ours, open and locked: its size, and up to where what it holds is settled."""
+
+    __slots__ = ("fd", "identity", "name_synced", "opened_ns", "path", "settled", "size")
+
+    def __init__(self, fd: int, path: Path) -> None:
+        state = os.fstat(fd)
+        self.fd, self.path = fd, path
+        self.identity = state.st_dev, state.st_ino
+        self.size = self.settled = state.st_size
+        self.name_synced = False  # not since it was opened
+        self.opened_ns = 0  # the first tick after that
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether whoever opens the path gets this file, and all that was written to it."""
+        try:
+            state = self.path.stat()
+        except OSError:
+            return False
+        return (state.st_dev, state.st_ino, state.st_size) == (*self.identity, self.size)
+
+    def close(self) -> None:
+        """Close it; the descriptor is gone then, also where that is an error (a network, a quota)."""
+        try:
+            os.close(self.fd)
+        except OSError as error:
+            log.error(
+                "an error when a file of dead letters was closed: its last letters may be missing",
+                file=str(self.path),
+                error=str(error),
+            )
+
+
+class DeadLetters:
+    """The files that the process ``owner`` (a word fit for a file name) writes below ``queue_path``.
+
+    ``beside`` is a file of the queue's, open: as long as it has a name, the queue's folder is not made anew where it is
+    missing. Somebody has renamed it then, and another would be in the way of giving it its name back.
+
+    What was written is to be settled: after a sync (``begin_sync``), if there is to be one, ``settle`` says whether it
+    is safe. Until then its files stay open.
+    """
+
+    def __init__(self, queue_path: str | Path, owner: str, beside: int | None = None) -> None:
+        self._folder = Path(queue_path) / FOLDER
+        self._owner, self._beside = owner, beside
+        self._path: Path | None = None  # of the file that is open, or was until it had been idle
+        self._file: _File | None = None
+        self._held: list[_File] = []  # nothing more is to be written to them, but they are not settled
+        self._written = False  # since the last tick
+        self._idle_since = 0  # ns
+
+    def write(self, packet: Packet, reason: str, analyzer: str | None, status: int | None, error: str | None) -> None:
+        """Append a packet: why it is here, and the last analyzer that saw it with what it said. Raises OSError."""
+        letter: dict[str, object] = {
+            "id": packet.id,
+            "reason": reason,
+            "analyzer": analyzer,
+            "status": status,
+            "error": error,
+            "attempts": packet.attempts,
+            "messages": packet.messages,
+            "acceptedAt": iso_time(packet.accepted_ns),
+            "deadLetteredAt": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        }
+        try:
+            letter["body"] = packet.body.decode()
+        except UnicodeDecodeError:
+            letter["bodyBase64"] = base64.b64encode(packet.body).decode()
+        self._append(orjson.dumps(letter, option=orjson.OPT_APPEND_NEWLINE))
+
+    def tick(self, now_ns: int) -> None:
+        """Close the file when others are to have it; to be called every now and then (``now_ns``: time.monotonic_ns()).
+
+        What is not settled stays open until it is.
+        """
+        file = self._file
+        if file is None:
+            return
+        file.opened_ns = file.opened_ns or now_ns
+        if now_ns - file.opened_ns >= LONGEST_OPEN_NS or _is_asked_for(file.fd):
+            self._begin_anew()
+        elif self._written:
+            self._written, self._idle_since = False, now_ns
+        elif now_ns - self._idle_since >= IDLE_NS:
+            self._release()
+
+    def close(self) -> None:
+        """Close all files, settled or not; what comes after goes to another."""
+        for file in self._open_files:
+            file.close()
+        self._file = self._path = None
+        self._held = []
+
+    # ---- what becomes of what was written
+
+    @property
+    def unsettled(self) -> int:
+        """Bytes that were written since the last time all was settled."""
+        return sum(file.size - file.settled for file in self._open_files)
+
+    @property
+    def _open_files(self) -> list[_File]:
+        return [*self._held, self._file] if self._file is not None else self._held
+
+    def begin_sync(self) -> Callable[[], None]:
+        """Return what will put all that was written so far on stable storage; ``settle`` is to follow.
+
+        It may be called in a thread, while nothing is written. It raises OSError.
+        """
+        files = [file for file in self._open_files if file.settled < file.size]
+        folders = [] if all(file.name_synced for file in files) else [self._folder, self._folder.parent]
+        return partial(_sync, [file.fd for file in files], folders)
+
+    def settle(self, error: OSError | None = None) -> bool:
+        """Say whether all that was written since the last time is safe; if not, all of it is to be written again.
+
+        ``error``: what came of the sync, if there was one.
+        """
+        files = [file for file in self._open_files if file.settled < file.size]
+        gone = [file for file in files if not file.is_ours]
+        safe = error is None and not gone
+        for file in gone:
+            log.warning(
+                "somebody moved, deleted or changed a file of dead letters; its last ones go to another",
+                file=str(file.path),
+            )
+            self._forget(file)
+        for file in files:
+            if safe:
+                file.settled, file.name_synced = file.size, True
+            elif file not in gone:
+                self._take_back(file)
+        self._close_held()
+        return safe
+
+    def _take_back(self, file: _File) -> None:
+        """Remove what is not settled: the packets are still queued, and will be written again."""
+        try:
+            os.ftruncate(file.fd, file.settled)
+        except OSError:  # better twice than never
+            file.settled = file.size
+            self._begin_anew(file)
+        else:
+            file.size = file.settled
+
+    # ---- files
+
+    def _append(self, line: bytes) -> None:
+        file = self._file or self._reopen()
+        if file is None or (file.size and file.size + len(line) > LARGEST_FILE):
+            file = self._create()
+        self._written = True
+        while True:
+            try:
+                self._write_to(file, line)
+            except OSError as error:
+                self._undo(file)
+                if error.errno != errno.EFBIG or not file.size:
+                    self._release()
+                    raise
+                file = self._create()  # that one is as large as this process may make one
+            else:
+                return
+
+    def _write_to(self, file: _File, line: bytes) -> None:
+        written = 0
+        while written < len(line):
+            written += os.write(file.fd, line[written:])
+        file.size += len(line)
+
+    def _undo(self, file: _File) -> None:
+        """Leave no half of a line behind: the packet is still queued, and will be written again."""
+        try:
+            os.ftruncate(file.fd, file.size)
+        except OSError:
+            self._begin_anew(file)  # at least nothing will be appended to that half
+
+    def _create(self) -> _File:
+        self._begin_anew()
+        if self._beside is None or is_nameless(self._beside):
+            self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        path = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{self._owner}{SUFFIX}"
+        hidden = path.with_suffix(".new")  # until it is locked: nobody is to find it without its owner and delete it
+        fd = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hidden.rename(path)
+        except OSError:
+            os.close(fd)
+            for name in (hidden, path):  # or there would be one more for every try
+                with contextlib.suppress(OSError):
+                    name.unlink(missing_ok=True)
+            raise
+        self._file, self._path = _File(fd, path), path
+        return self._file
+
+    def _reopen(self) -> _File | None:
+        """Go on with the file that was closed, lest rare letters make a file each; unless somebody has or had it."""
+        if self._path is None:
+            return None
+        for file in self._held:  # it was to be closed
+            if file.path == self._path:
+                self._held.remove(file)
+                self._file = file
+                return file
+        try:
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError:
+            return None
+        file = _File(fd, self._path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = file.is_ours
+        except OSError:
+            ours = False
+        if not ours:
+            os.close(fd)
+            return None
+        self._file = file
+        return file
+
+    def _release(self) -> None:
+        """Let others have the present file, as soon as it is settled; we go on with it if nobody does."""
+        if self._file is not None:
+            self._held.append(self._file)
+            self._file = None
+            self._close_held()
+
+    def _begin_anew(self, file: _File | None = None) -> None:
+        """Write nothing more to the present file (if it is this one)."""
+        if file is None or file is self._file:
+            self._release()
+        if file is None or file.path == self._path:
+            self._path = None
+
+    def _forget(self, file: _File) -> None:
+        """Let go of a file that is not ours any more."""
+        self._begin_anew(file)
+        if file in self._held:
+            self._held.remove(file)
+            file.close()
+
+    def _close_held(self) -> None:
+        """Close what nobody needs open any more."""
+        settled = [file for file in self._held if file.settled == file.size]
+        self._held = [file for file in self._held if file.settled < file.size]
+        for file in settled:
+            file.close()
+
+
+def _sync(files: list[int], folders: list[Path]) -> None:
+    """Put files on stable storage, and then their names."""
+    for fd in files:
+        os.fdatasync(fd)
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):  # ``settle`` will see that
+            sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's entries (new files, renamed ones) on stable storage. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# A worker holds a file by flock. Whoever waits for it says so by a lock of another kind, on the first byte: that ends
+# with the process that waits, whatever becomes of it, and needs no room on a disk that is full.
+
+
+def ask_for(fd: int) -> None:
+    """Have the worker that writes to this open file close it soon. Without effect on file systems that cannot do it."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(RECORD_LOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0))
+
+
+def _is_asked_for(fd: int) -> bool:
+    try:
+        lock = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(RECORD_LOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+    except OSError:
+        return False
+    return bool(struct.unpack(RECORD_LOCK, lock)[0] != fcntl.F_UNLCK)
+
+
+class Letter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="camel"):
+    """A line of such a file. Of ``body`` (text) and ``body_base64`` (what is not UTF-8) exactly one is there."""
+
+    # What Idempotency-Key may be; \Z, because $ is also before a line feed at the end.
+    id: Annotated[str, msgspec.Meta(pattern=r"\A[!#-+\--:<-\[\]-~]{1,64}\Z")]
+    reason: str
+    accepted_at: datetime
+    dead_lettered_at: datetime
+    analyzer: str | None = None
+    status: int | None = None
+    error: str | None = None
+    attempts: int = 0
+    messages: int = 0
+    body: str | None = None
+    body_base64: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if (self.body is None) == (self.body_base64 is None):
+            raise ValueError("a letter has one body")
+        if self.accepted_at.tzinfo is None or self.dead_lettered_at.tzinfo is None:
+            raise ValueError("times have a zone")
+
+    @property
+    def packet(self) -> bytes:
+        """The packet's body, byte for byte as it was accepted."""
+        return self.body.encode() if self.body is not None else self.body_base64 or b""
+
+
+class Line(NamedTuple):
+    """A line of a file: a letter, or what is left of one (``letter`` is None)."""
+
+    offset: int
+    raw: bytes
+    letter: Letter | None
+    time: datetime  # when it became a dead letter; of an unreadable line: when its file was last changed
+
+    @property
+    def reason(self) -> str:
+        """Why it is here."""
+        return self.letter.reason if self.letter else UNREADABLE
+
+    @property
+    def size(self) -> int:
+        """Bytes of the packet; of an unreadable line, all it has."""
+        return len(self.letter.packet) if self.letter else len(self.raw)
+
+
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """Which lines a command is about: all that agree with what is not None."""
+
+    reason: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def __contains__(self, line: Line) -> bool:
+        return (
+            (self.reason is None or self.reason == line.reason)
+            and (self.since is None or line.time >= self.since)
+            and (self.until is None or line.time <= self.until)
+        )
+
+
+class Found(NamedTuple):
+    """A file as it was when it was looked for; what is written to it after that is left for the next time."""
+
+    path: Path
+    size: int
+
+
+def find_files(path: Path) -> list[Found]:
+    """Return the files of dead letters in ``path``: a queue's folder, its folder of dead letters, or one such file.
+
+    They come oldest first. Raises OSError when the path cannot be read, ValueError when it is a file of another kind.
+    """
+    if not stat.S_ISDIR(path.stat().st_mode):
+        if path.suffix != SUFFIX:
+            raise ValueError(f"{path}: neither a folder nor a file of dead letters (*{SUFFIX})")
+        return [Found(path, path.stat().st_size)]
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    found = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix == SUFFIX:
+            with contextlib.suppress(FileNotFoundError):  # deleted since
+                found.append(Found(file, file.stat().st_size))
+    return found
+
+
+def journal_of(path: Path) -> Path:
+    """Return where it is noted which letters of this file were replayed."""
+    return path.with_name(path.name + JOURNAL_SUFFIX)
+
+
+def digest_of(raw: bytes) -> str:
+    """Return what a journal calls a line."""
+    return hashlib.blake2b(raw, digest_size=8).hexdigest()
+
+
+def read_journal(path: Path) -> dict[int, str]:
+    """Return offset and digest of the lines of this file that were replayed but are still in it.
+
+    What is left of the journal of an earlier file of that name may be among it.
+    """
+    try:
+        text = journal_of(path).read_text("latin-1")
+    except FileNotFoundError:
+        return {}
+    entries = (line.split(" ") for line in text.split("\n"))
+    return {int(entry[0]): entry[1] for entry in entries if len(entry) == 2 and entry[0].isdecimal()}  # noqa: PLR2004
+
+
+def read_lines(file: BinaryIO, end: int, replayed: Mapping[int, str]) -> Iterator[Line]:
+    """Yield the lines that start before ``end`` bytes of a file, but for those that are blank or were replayed."""
+    decoder = msgspec.json.Decoder(Letter)
+    changed = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
+    offset = file.seek(0)
+    for raw in file:
+        if offset >= end:
+            return
+        try:
+            letter = decoder.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            if raw.strip():
+                yield Line(offset, raw, None, changed)
+        else:
+            if offset not in replayed or replayed[offset] != digest_of(raw):
+                yield Line(offset, raw, letter, letter.dead_lettered_at)
+        offset += len(raw)
+
+
+def read_file(found: Found) -> Iterator[Line]:
+    """Yield the lines of a file; none when somebody has deleted it meanwhile. Raises OSError."""
+    try:
+        file = found.path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        yield from read_lines(file, found.size, read_journal(found.path))

@@ -1,0 +1,1 @@
+"""The supervisor: listeners, worker processes, health checks, reloads, the service manager."""

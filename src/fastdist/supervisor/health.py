@@ -1,0 +1,260 @@
+"""Health: which analyzers are there. Checked once, by the supervisor; what it finds stands in the shared block.
+
+An analyzer goes offline after ``fall`` failures in a row, of checks or of deliveries (workers count those in the block
+and take it offline themselves), and comes online after ``rise`` checks in a row that succeed; one that deliveries took
+offline is then on probation, and comes online when it takes a packet (``fastdist.worker.probation``). The two rows are
+kept apart: one that answers its check but fails every delivery goes offline, and so does one that says it is unwell
+while it still takes packets.
+
+A connection to an https URL is kept for the next check, for a handshake costs more than all the rest of it. What fails
+on a kept one says nothing yet: a new one tells who is there now. What this machine lacks is no outcome at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from typing import TYPE_CHECKING, cast
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+from fastdist.net import timeouts
+from fastdist.net.connect import YOUNGEST, connect, describe, descriptors, shortage
+from fastdist.net.names import Names
+from fastdist.shm.block import AnalyzerState, AnalyzerWord
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastdist._core import AnalyzerStates
+    from fastdist.config import Analyzer, Health
+
+OK = range(200, 300)
+INTERIM = range(100, 200)
+SWITCHING = 101  # is no interim response: what follows is not HTTP
+LONGEST_BEGINNING = 16384  # bytes up to the end of the head, interim responses before it included
+LONGEST_REPLY = 65536  # bytes; a connection with a longer one is not kept
+SHORT_PAUSE = 1.0  # seconds at most until a check is tried again that this machine had no descriptor for
+
+
+class Probe(asyncio.Protocol):
+    """A connection for checks: ``ask`` sends a request, and has the status of its reply. Interim responses are skipped.
+
+    A protocol rather than streams, which cost several times as much: with a thousand analyzers that would show.
+    """
+
+    address = ""  # it was opened to
+
+    def __init__(self, max_age: float) -> None:
+        self._replace_at = time.monotonic() + max_age * random.uniform(YOUNGEST, 1.0)  # noqa: S311
+        self._status: asyncio.Future[int] | None = None
+        self._ended: Exception | None = None
+        self._parser: HttpResponseParser | None = None
+        self._received = 0  # bytes of the reply
+        self._whole = self._kept_alive = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection in."""
+        self.transport = cast("asyncio.Transport", transport)
+
+    async def ask(self, request: bytes) -> int:
+        """Return the status of the reply. Raises OSError, ValueError."""
+        if self._ended is not None:
+            raise self._ended
+        self._parser = HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True)  # as RFC 9112 lets a recipient
+        self._received, self._whole = 0, False
+        self._status = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return await self._status
+
+    def data_received(self, data: bytes) -> None:
+        """Take in a part of the reply."""
+        self._received += len(data)
+        if self._parser is not None:
+            try:
+                self._parser.feed_data(data)
+            except HttpParserUpgrade:
+                self._whole = False
+            except HttpParserError:
+                self._fail(ValueError("a reply that is not HTTP"))
+        known = self._status is None or self._status.done()
+        if self._received > LONGEST_BEGINNING and not known:  # it goes on and on
+            self._fail(ValueError("a reply that is not HTTP"))
+        if self._received > LONGEST_REPLY:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Hear that a reply begins, from the parser: behind the one that was asked for there should be none."""
+        self._whole = False
+
+    def on_headers_complete(self) -> None:
+        """Hear that a head is whole."""
+        if self._parser is None or self._status is None:
+            return
+        if not self._parser.get_http_version().startswith("1."):
+            raise ValueError("not HTTP/1")
+        status = self._parser.get_status_code()
+        if (status == SWITCHING or status not in INTERIM) and not self._status.done():
+            self._kept_alive = self._parser.should_keep_alive()
+            self._status.set_result(status)
+
+    def on_message_complete(self) -> None:
+        """Hear that a reply is over."""
+        self._whole = self._status is not None and self._status.done()
+
+    def _fail(self, error: Exception) -> None:
+        self._whole = False
+        if self._status is not None and not self._status.done():
+            self._status.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give up what has not come."""
+        self._parser = None
+        self._ended = exc or ConnectionError("connection closed before the reply")
+        self._fail(self._ended)
+
+    def can_be_asked_again(self, addresses: frozenset[str]) -> bool:
+        """Whether the last reply is whole, and the connection young and one to where the name leads (if it is one)."""
+        if self._ended is not None or self.transport.is_closing() or time.monotonic() > self._replace_at:
+            return False
+        return self._whole and self._kept_alive and not (addresses and self.address not in addresses)
+
+
+class HealthChecker:
+    """Checks the analyzers of ``roster`` (by slot), each in a task of its own.
+
+    New connections at a time, and those that are kept, are a quarter each of the descriptors this process may have:
+    whatever the number of analyzers, there are some for all else. ``max_age``: seconds that a connection is kept.
+    """
+
+    def __init__(self, states: AnalyzerStates, settings: Health, max_age: float) -> None:
+        self.states, self.settings, self._max_age = states, settings, max_age
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._roster: dict[int, Analyzer] = {}
+        self._tls = ssl.create_default_context()
+        self._names = Names()
+        self._most = max(1, descriptors() // 4)
+        self._places = asyncio.Semaphore(self._most)
+        self._kept: dict[str, Probe] = {}  # by health_url, while no check uses it
+        self._lacking: OSError | None = None
+
+    def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
+        """Check these from now on."""
+        for slot, analyzer in list(self._roster.items()):
+            if roster.get(slot) is None or roster[slot].health_url != analyzer.health_url:
+                self._tasks.pop(slot).cancel()
+                self._let_go(analyzer.health_url)
+        self._roster = dict(roster)
+        for slot, analyzer in roster.items():
+            if slot not in self._tasks:
+                self._tasks[slot] = asyncio.get_running_loop().create_task(self._watch(slot, analyzer))
+
+    def close(self) -> None:
+        """Stop checking."""
+        for task in self._tasks.values():
+            task.cancel()
+        for url in list(self._kept):
+            self._let_go(url)
+
+    def _let_go(self, url: str) -> None:
+        if probe := self._kept.pop(url, None):
+            probe.transport.close()
+
+    def raise_shortage(self) -> None:
+        """Raise the OSError that says what kept checks from being made since the last call, if anything did."""
+        lacking, self._lacking = self._lacking, None
+        if lacking is not None:
+            raise lacking
+
+    async def _watch(self, slot: int, analyzer: Analyzer) -> None:
+        """Check at once, then every ``interval`` (a little less, so that the checks of many spread out)."""
+        while True:
+            started = time.monotonic()
+            pause = self.settings.interval * random.uniform(0.9, 1.0)  # noqa: S311
+            outcome = await self._probe(analyzer)
+            if outcome is None:
+                pause = min(pause, SHORT_PAUSE)
+            else:
+                self.record(slot, *outcome)
+            await asyncio.sleep(max(0.01, pause - (time.monotonic() - started)))
+
+    async def _probe(self, analyzer: Analyzer) -> tuple[int, str] | None:
+        """Ask once; return the status (0: no reply) and what was wrong ("": nothing), or None: we could not ask."""
+        address, timeout = analyzer.health_address, self.settings.timeout
+        try:
+            status = await self._ask_again(analyzer)
+            if not status:
+                async with self._places:
+                    await self._names.infos(address.host, address.port, timeout)  # which is not the analyzer's time
+                    async with timeouts.running(timeout):
+                        status = await self._ask(analyzer)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
+            self._lacking = shortage(error) or self._lacking
+            if shortage(error):
+                return None
+            return 0, f"health check: {describe(error, self.settings.timeout)}"
+        return status, "" if status in OK else f"health check: HTTP {status}"
+
+    async def _ask_again(self, analyzer: Analyzer) -> int:
+        """Ask on the connection of the last check; return the status, 0 where a new connection is needed to tell."""
+        probe = self._kept.pop(analyzer.health_url, None)
+        if probe is None:
+            return 0
+        if not probe.can_be_asked_again(self._names.current(analyzer.health_address.host)):
+            probe.transport.close()
+            return 0
+        try:
+            async with timeouts.running(self.settings.timeout):
+                return await self._ask_on(probe, analyzer)
+        except Exception:  # noqa: BLE001  (as above)
+            return 0
+
+    async def _ask(self, analyzer: Analyzer) -> int:
+        address, probe = analyzer.health_address, Probe(self._max_age)
+        tls = self._tls if address.scheme == "https" else None
+        probe.address = await connect(probe, self._names, address, self.settings.timeout, tls=tls)
+        return await self._ask_on(probe, analyzer)
+
+    async def _ask_on(self, probe: Probe, analyzer: Analyzer) -> int:
+        """Return the status; the connection is kept if it may be of use, else closed."""
+        address = analyzer.health_address
+        keep = address.scheme == "https"
+        request = (
+            f"GET {address.path_and_query} HTTP/1.1\r\nHost: {address.host_header}\r\n"
+            f"Accept: */*\r\nUser-Agent: fastdist-health\r\nConnection: {'keep-alive' if keep else 'close'}\r\n\r\n"
+        )
+        try:
+            status = await probe.ask(request.encode("latin-1"))
+        except BaseException:
+            probe.transport.abort()  # nobody waits for the end of TLS with who does not answer
+            raise
+        if keep and analyzer.health_url not in self._kept and len(self._kept) < self._most:
+            self._kept[analyzer.health_url] = probe
+        else:
+            probe.transport.close()
+        return status
+
+    def record(self, slot: int, status: int, error: str) -> None:
+        """Take in a check's outcome: the state machine."""
+        states, word = self.states, AnalyzerWord
+        states.set(slot, word.LAST_CHECK_NS, time.time_ns())
+        states.set(slot, word.LAST_STATUS, status)
+        if error:
+            states.set_error(slot, error)
+            failures = states.get(slot, word.CHECK_FAILURES) + 1
+            states.set(slot, word.CHECK_FAILURES, failures)
+            states.set(slot, word.CHECK_SUCCESSES, 0)
+            if failures >= self.settings.fall:
+                states.go_offline(slot)
+            return
+        successes = states.get(slot, word.CHECK_SUCCESSES) + 1
+        states.set(slot, word.CHECK_SUCCESSES, successes)
+        states.set(slot, word.CHECK_FAILURES, 0)
+        if states.get(slot, word.STATE) == AnalyzerState.OFFLINE and successes >= self.settings.rise:
+            if not states.needs_trial(slot):
+                states.go_online(slot)
+            elif successes == self.settings.rise and not states.has_failed_trials(slot):
+                states.set(slot, word.SINCE_NS, time.time_ns())  # shown as online, on probation

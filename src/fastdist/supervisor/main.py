@@ -1,0 +1,500 @@
+"""The supervisor: opens what must outlive a worker, keeps workers running, checks health, and carries out changes.
+
+It owns one listener per worker (SO_REUSEPORT, kept open, so that what is queued on a dead worker's socket waits for its
+successor), the rings' descriptors and the shared block. It carries no packet. Signal handlers only note what was asked;
+one task acts on it. Until that runs, ``early`` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from fastdist import __version__, early, logs
+from fastdist._core import PacketRing
+from fastdist.config import LEAST_PART, usable_cores, warnings
+from fastdist.errors import ConfigError, StartError
+from fastdist.ipc import Message, Pair, Settings, shorten, write_settings
+from fastdist.net import tls
+from fastdist.net.connect import DESCRIPTORS_BESIDES
+from fastdist.shm.block import HeadWord, SharedBlock, Step
+from fastdist.shm.snapshot import Snapshot
+from fastdist.shm.upkeep import Upkeep
+from fastdist.shm.weights import seems_online
+from fastdist.storage.dead_letter_writer import DeadLetterWriter, what_is_left
+from fastdist.storage.dead_letters import DeadLetters
+from fastdist.storage.directory import QueueFolder, ring_path
+from fastdist.storage.locks import has_name, is_nameless, present_path
+from fastdist.supervisor.health import HealthChecker
+from fastdist.supervisor.processes import LATE, Keeper, Place
+from fastdist.supervisor.reload import Changes
+from fastdist.supervisor.systemd import ServiceManager
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Any
+
+    from fastdist.config import Config, Loaded
+
+BACKLOG = 4096
+KEEPALIVE = (  # of listeners, and so of what they accept: who is gone without a word is noticed after two minutes
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
+WATCH = 0.1  # seconds between looks at workers and analyzers
+REAP = 1.0  # seconds between looks at processes that were left to us
+PORT_PATIENCE = 1.0  # seconds that whoever has our port gets to let go of it
+APPLIED = 5.0  # seconds workers have to say that they have taken over new settings
+LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
+
+log = logs.get()
+
+
+class Supervisor:
+    """Runs the service of a configuration that was checked, with the certificate and key it names."""
+
+    def __init__(self, loaded: Loaded, pair: Pair | None = None) -> None:
+        self.loaded = loaded
+        self.workers = loaded.config.server.workers or usable_cores()
+        self.block = SharedBlock.create(self.workers, max(64, 2 * len(loaded.config.analyzers)))
+        self.settings = os.memfd_create("fastdist-settings")
+        self.folder = QueueFolder(loaded.config.queue.path)
+        self.changes = Changes(loaded.config, self.block, self.folder.path, pair)
+        self.keeper = Keeper(self.block, self.settings, self._heard, self._hopeless)
+        self.manager = ServiceManager()
+        self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
+        self.exit_status = 0
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._known_states: dict[int, str] = {}
+        self._behind: set[Place] = set()  # workers that have yet to take over the latest settings
+        self._faults: list[str] = []  # why some of them cannot
+        self._applied = asyncio.Event()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._changing = asyncio.Lock()
+        self._next_reload: asyncio.Task[tuple[int, object]] | None = None  # that has not begun to read
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.changes.config
+
+    # ---- what must be there before a worker starts
+
+    def prepare(self) -> None:
+        """Open listeners and rings and fill the shared block. Raises StartError."""
+        for warning in (*warnings(self.config), tls.out_of_date(self.changes.pair, self.config.security)):
+            if warning:
+                log.warning(warning)
+        self._fit_descriptor_limit()
+        head = self.block.head
+        head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.monotonic_ns(), os.getpid()
+        head[HeadWord.CLOCK_OFFSET_NS] = time.time_ns() - time.monotonic_ns()
+        self._lock()
+        rings = self._open_rings()
+        old_rings = self.folder.old_rings() if self.folder.has_rings() else []
+        self.keeper.held = self.folder.held
+        self.changes.begin()
+        self._write_settings()
+        for index, listener in enumerate(self._listen()):
+            mine = old_rings[index :: self.workers]
+            self.keeper.places.append(Place(index, listener, rings[index], mine))
+        if old_rings:
+            log.info("packets of an earlier run are taken over", rings=len(old_rings))
+
+    def _lock(self) -> None:
+        """Make the queue's folder ours if anything in it is needed. Raises StartError."""
+        if self.config.queue.durability != "memory" or self.folder.has_rings():
+            self.folder.lock()
+
+    def _open_rings(self) -> list[int]:
+        queue = self.config.queue
+        capacity = queue.capacity // self.workers // LEAST_PART * LEAST_PART  # together never more than was allowed
+        if queue.durability == "memory":
+            if self.folder.has_rings():
+                self.folder.retire_all()
+            return self.folder.memory_rings(self.workers, capacity)
+        return self.folder.rings(self.workers, capacity)
+
+    def _write_settings(self) -> None:
+        changes = self.changes
+        settings = Settings(changes.generation, changes.slots_in_use(), changes.config, changes.pair)
+        write_settings(self.settings, settings)
+
+    def _fit_descriptor_limit(self) -> None:
+        """Make room for ``max_connections``, or lower that to what there is room for."""
+        server = self.config.server
+        outgoing = len(self.config.analyzers) * self.config.delivery.connections
+        needed = server.max_connections + outgoing + DESCRIPTORS_BESIDES
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        if soft != resource.RLIM_INFINITY and soft < allowed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        room = max(16, allowed - min(outgoing, allowed // 2) - DESCRIPTORS_BESIDES)
+        if allowed < needed and room < server.max_connections:
+            log.warning(
+                "server.max_connections is more than the limit on open files allows; lowered",
+                wanted=server.max_connections,
+                lowered_to=room,
+                open_files=hard,
+            )
+            self.changes.lower_connections(room)
+
+    def _listen(self) -> list[socket.socket]:
+        server = self.config.server
+        listeners: list[socket.socket] = []
+        try:
+            info = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            family, _, _, _, address = info
+            port = _free_port(family, address)
+            for _ in range(self.workers):
+                listener = _socket(family)
+                listeners.append(listener)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                for level, option, value in KEEPALIVE:
+                    listener.setsockopt(level, option, value)
+                listener.settimeout(0)
+                listener.bind((address[0], port, *address[2:]))
+            for listener in listeners:
+                listener.listen(BACKLOG)
+        except OSError as error:
+            where = f'"{server.host}" port {server.port}'
+            raise StartError(f"cannot listen on {where}: {error.strerror or error}") from error
+        return listeners
+
+    # ---- running
+
+    async def run(self) -> int:
+        """Run until stopped; return the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        if early.asked_to_reload():
+            self._signals.put_nowait(signal.SIGHUP)
+        self.health = HealthChecker(self.block.analyzers, self.config.health, self.config.delivery.max_age)
+        self.health.set_roster(self.changes.roster)
+        places = self.keeper.places
+        host, port = places[0].listener.getsockname()[:2]
+        helpers = [
+            loop.create_task(each)
+            for each in (self._announce(host, port), self._watch(), self._sample(), self._act_on_signals())
+        ]
+        if os.getpid() == 1:
+            helpers.append(loop.create_task(self._reap()))
+        await asyncio.gather(*(self.keeper.keep(place) for place in places))
+        for task in helpers:
+            task.cancel()
+        self.health.close()
+        self._bury_the_rest()
+        return self.exit_status
+
+    async def _announce(self, host: str, port: int) -> None:
+        """Say when all workers are ready, and how to send a first packet."""
+        await self.keeper.all_ready.wait()
+        if host in ("0.0.0.0", "::"):  # noqa: S104  (compared with, not bound to)
+            host = "127.0.0.1"
+        scheme = "https" if self.config.security.tls_cert else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        log.info(
+            "fastdist is ready",
+            version=__version__,
+            url=url,
+            workers=self.workers,
+            analyzers=len(self.config.analyzers),
+            durability=self.config.queue.durability,
+        )
+        self.manager.status(_in_a_line(self._snapshot()))
+        self.manager.ready()
+        if sys.stderr.isatty():
+            body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
+            print(  # noqa: T201  (for the person at the terminal, not for the log)
+                f"\nSend a first packet:\n  curl -i {url}/logs -H 'Content-Type: application/json' -d '{body}'\n"
+                f"See where it went:\n  curl {url}/stats\n",
+                file=sys.stderr,
+            )
+
+    # ---- stopping
+
+    async def _act_on_signals(self) -> None:
+        """Act on signals, one at a time."""
+        while True:
+            number = await self._signals.get()
+            if number == signal.SIGHUP:
+                self._begin(self._reload())  # a signal to end is not to wait for it
+            elif self.keeper.stopping:
+                log.warning("a second signal: ending at once")
+                self.keeper.stop(0.0)
+            else:
+                seconds = self.config.server.drain_timeout
+                log.info("draining", signal=number.name, for_at_most=seconds)
+                self.manager.stopping(seconds + 2 * LATE)
+                self.manager.status(f"Draining for at most {seconds:g} s")
+                self.block.head[HeadWord.DRAINING] = 1
+                self.keeper.stop(time.monotonic() + seconds)
+
+    def _bury_the_rest(self) -> None:
+        """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters."""
+        rows = {
+            fd: self.block.rows[place.index]
+            for place in self.keeper.places
+            for fd in (place.ring, *(old.fd for old in place.old_rings))
+        }
+        nameless = {fd: row for fd, row in rows.items() if is_nameless(fd)}
+        lasting = [place for place in self.keeper.places if place.ring not in nameless]
+        queued = sum(rows[place.ring].get("undone") for place in lasting)
+        if queued and (renamed := self._renamed_rings(lasting)):
+            log.error("packets stay in queue files that were renamed; the next start has to find them", files=renamed)
+        elif queued:
+            log.warning(
+                "packets stay queued, for the next start to deliver", packets=queued, path=str(self.folder.path)
+            )
+        files = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
+        count = 0
+        for fd, row in nameless.items():
+            ring = PacketRing(fd, volatile=True)
+            ring.clock_offset = self.block.head[HeadWord.CLOCK_OFFSET_NS]
+            queued = ring.undone
+            try:
+                DeadLetterWriter(files, row, lambda *_: None).write_all(what_is_left(ring))
+            except OSError as error:
+                log.error("cannot write dead letters; packets are lost", error=str(error), packets=ring.undone)
+                self.exit_status = self.exit_status or LOST
+            count += queued - ring.undone
+        files.close()
+        if count:
+            log.warning("packets that workers have left are now dead letters", packets=count)
+
+    def _renamed_rings(self, places: list[Place]) -> dict[str, str | None]:
+        """Return the workers' rings that are elsewhere by now: {where it was: where it is}."""
+        rings = [(str(ring_path(self.folder.path, place.index)), place.ring) for place in places]
+        return {path: present_path(fd) for path, fd in rings if not has_name(fd, path)}
+
+    def _hopeless(self) -> None:
+        self.exit_status = 3
+        self.keeper.stop(0.0)
+
+    # ---- changes
+
+    def _heard(self, place: Place, message: Message) -> None:
+        if message.verb == "ready" and message.body != self.changes.generation:
+            place.send(self._news())  # settings were changed while it started
+        elif message.verb == "reloaded" and message.id == self.changes.generation:
+            if message.body:
+                self._faults.append(f"worker {place.name}: {message.body}")
+            self._wait_no_longer_for(place)
+        elif message.verb == "gone":  # its successor begins with what is in force then
+            self._wait_no_longer_for(place)
+        elif message.verb == "adopted":
+            place.adopted(message.body)
+        elif message.verb == "request" and message.action is not None:
+            self._begin(self._carry_out(place, message))
+
+    def _wait_no_longer_for(self, place: Place) -> None:
+        self._behind.discard(place)
+        if not self._behind:
+            self._applied.set()
+
+    def _begin(self, work: Coroutine[Any, Any, object]) -> None:
+        """Have something done beside all else; what goes wrong with it is told."""
+
+        def done(task: asyncio.Task[object]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and task.exception() is not None:
+                log.error("a change has failed", exc_info=task.exception())
+
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(done)
+
+    async def _carry_out(self, place: Place, message: Message) -> None:
+        action = message.action
+        assert action is not None  # noqa: S101  (_heard has looked)
+        try:
+            status, body = await self._reload() if action.name == "reload" else self.changes.apply(action)
+        except Exception:
+            place.send(
+                Message("reply", id=message.id, status=500, body="a fault in fastdist; its log has the traceback")
+            )
+            raise  # which is logged
+        place.send(Message("reply", id=message.id, status=status, body=body))
+
+    async def _reload(self) -> tuple[int, object]:
+        """Read the configuration again; return a status and what to tell whoever asked.
+
+        All who ask while one reload is under way have the next one together.
+        """
+        if self._next_reload is None:
+            self._next_reload = asyncio.get_running_loop().create_task(self._reload_now())
+        return await asyncio.shield(self._next_reload)
+
+    async def _reload_now(self) -> tuple[int, object]:
+        async with self._changing, self.manager.reloading():
+            self._next_reload = None
+            before = self.changes.config, self.changes.pair
+            try:
+                loaded, pair = await asyncio.to_thread(self._read_again)  # which may wait for who writes the file
+                need_restart = self.changes.take_over(loaded.config, pair)
+                problems = await self._have_workers_follow()
+                if problems:
+                    self.changes.put_in_force(*before)
+                    await self._have_workers_follow()
+            except (ConfigError, StartError) as error:
+                problems = getattr(error, "problems", [str(error)])
+            if problems:
+                log.error("the new configuration cannot be used; the old one stays", problems=shorten(problems))
+                return 422, shorten(problems)
+            self.loaded = loaded
+            log.info("the configuration was read again", needs_restart=need_restart or None)
+            return 200, {"status": "reloaded", "needsRestart": need_restart}
+
+    def _read_again(self) -> tuple[Loaded, Pair | None]:
+        loaded = self.loaded.reload()
+        return loaded, tls.read_pair(loaded.config.security)
+
+    async def _have_workers_follow(self) -> list[str]:
+        """Have workers and checks go by what is in force; return why workers cannot. One may be late, but not long."""
+        self._write_settings()
+        self.health.set_roster(self.changes.roster)
+        self._applied.clear()
+        self._faults = []
+        self._behind = {place for place in self.keeper.places if place.send(self._news())}
+        if self._behind:
+            try:
+                await asyncio.wait_for(self._applied.wait(), APPLIED)
+            except TimeoutError:
+                late = sorted(place.name for place in self._behind)
+                log.warning("not all workers have taken over the new settings yet", workers=late)
+        return self._faults
+
+    def _news(self) -> Message:
+        return Message("reload")
+
+    # ---- watching
+
+    async def _watch(self) -> None:
+        """Replace workers that hang, and tell of analyzers that come and go."""
+        while True:
+            await asyncio.sleep(WATCH)
+            run = self.upkeep.run
+            run(Step.WORKERS, self.keeper.replace_hanging)
+            run(Step.ANALYZERS, self._tell_of_analyzers)
+            run(Step.CONNECTIONS, self.health.raise_shortage)
+            run(Step.SERVICE_MANAGER, self._give_sign)
+
+    def _give_sign(self) -> None:
+        if self.keeper.serving():
+            self.manager.alive()
+
+    async def _reap(self) -> None:
+        """As process 1: let go of processes that have lost their parent, and have ended."""
+        while True:
+            await asyncio.sleep(REAP)
+            self.keeper.reap_orphans()
+
+    def _tell_of_analyzers(self) -> None:
+        states, rise = self.block.analyzers, self.config.health.rise
+        for slot, analyzer in self.changes.roster.items():
+            online = states.is_online(slot)
+            state = "online" if online else "probation" if seems_online(states, slot, rise) else "offline"
+            if state != self._known_states.get(slot, "online"):
+                if state == "offline":
+                    log.warning(
+                        "analyzer offline; its share goes to the others",
+                        analyzer=analyzer.id,
+                        endpoint=analyzer.endpoint,
+                        reason=states.error(slot),
+                    )
+                elif state == "probation":
+                    log.info(
+                        "analyzer on probation; it gets one packet at a time until it takes one", analyzer=analyzer.id
+                    )
+                else:
+                    log.info("analyzer online; it gets its share again", analyzer=analyzer.id)
+            self._known_states[slot] = state
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.block, self.config, self.changes.roster, __version__)
+
+    async def _sample(self) -> None:
+        """Once a second keep the totals for the rates, each worker's use of processor and memory, and our files."""
+        while True:
+            run = self.upkeep.run
+            run(Step.FIGURES, self._keep_figures)
+            run(Step.QUEUE_FILES, self._keep_lock)
+            run(Step.OVERRIDES, self.changes.look_after_file)
+            await asyncio.sleep(1.0)
+
+    def _keep_figures(self) -> None:
+        snapshot = self._snapshot()
+        self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
+        self.keeper.measure()
+        if not self.keeper.stopping:
+            self.manager.status(_in_a_line(snapshot))
+
+    def _keep_lock(self) -> None:
+        self.folder.renew_lock()
+        self.keeper.held = self.folder.held
+
+
+def _in_a_line(snapshot: Snapshot) -> str:
+    """Return what the service manager shows of the service."""
+    states = [figures.state for figures in snapshot.analyzers]
+    running = sum(worker.running for worker in snapshot.workers)
+    draining = f", {states.count('draining')} draining" if "draining" in states else ""
+    obstacle = f"; takes no packets: {snapshot.obstacle}" if snapshot.obstacle else ""
+    return (
+        f"{running} of {len(snapshot.workers)} workers running, "
+        f"{states.count('online')} of {len(states)} analyzers online{draining}{obstacle}"
+    )
+
+
+def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int:
+    """Return the port of ``address`` (any free one for 0), once nobody has it. Raises OSError.
+
+    SO_REUSEPORT would let us share it with another instance. Workers whose supervisor was killed still let go of it.
+    """
+    end = time.monotonic() + PORT_PATIENCE
+    while True:
+        with _socket(family) as probe:
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                    raise
+            else:
+                return int(probe.getsockname()[1])
+        time.sleep(0.05)
+
+
+def _socket(family: socket.AddressFamily) -> socket.socket:
+    """Return a socket to listen with; one of ``::`` takes IPv4 as well, whatever the system's ``bindv6only``."""
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    return made
+
+
+def serve(loaded: Loaded, pair: Pair | None = None) -> int:
+    """Run the service, with certificate and key if it has some; return the exit status.
+
+    Raises StartError when it cannot start.
+    """
+    logs.configure()
+
+    async def run() -> int:
+        supervisor = Supervisor(loaded, pair)
+        supervisor.prepare()
+        return await supervisor.run()
+
+    return uvloop.run(run())

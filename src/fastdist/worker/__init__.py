@@ -1,0 +1,1 @@
+"""One worker process: from emitters' connections to the ring, and from there to the analyzers."""

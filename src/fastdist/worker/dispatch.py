@@ -1,0 +1,348 @@
+"""Dispatching: what the table looks like, and which packets leave the analyzer they were picked for.
+
+The hot path (claim, pick, wait, send) is compiled (``DispatchBase``); what becomes of packets that are not taken is
+said in ``Outcomes``. Here is the rest:
+
+- while no analyzer can be picked packets stay in the ring, and what was picked for one that is gone is picked anew;
+- a packet that has waited ``spill_after`` for its analyzer goes to another that has room (compiled, too);
+- an analyzer on probation gets one packet at a time (``fastdist.worker.probation``).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import ssl
+import time
+from bisect import bisect_left
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdist._core import UNLIMITED, AliasTable, Rendezvous
+from fastdist.net.connect import most_to_analyzers
+from fastdist.net.names import Names
+from fastdist.shm.block import AnalyzerWord
+from fastdist.shm.weights import effective_weights
+from fastdist.storage.dead_letter_writer import what_is_left
+from fastdist.worker.outcomes import Outcomes
+from fastdist.worker.probation import choose
+from fastdist.worker.upstream import AnalyzerPool
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Mapping, Sequence
+
+    from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
+    from fastdist.config import Analyzer, Config
+    from fastdist.storage.dead_letters import DeadLetters
+    from fastdist.worker.upstream import AnalyzerConnection
+
+RAMP_STEP_NS = 250_000_000  # how often weights are looked at while an analyzer starts slowly
+CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
+PRUNING_NS = 1_000_000_000  # how often idle connections are
+OVERLOAD = 0.85  # of the time busy: this process is the bottleneck
+CLAIMS_AHEAD = 4  # times what can be in flight: how much is claimed then
+MAX_GRACE = 1.0  # seconds that it counts as the bottleneck after it was
+SLOW = 3.0  # times the others' latency
+SLOW_FOR_NS = 400_000_000  # at a stretch: a hiccup does not make an analyzer slow
+
+
+class Dispatcher(Outcomes):
+    """Gives packets to analyzers.
+
+    ``settled(sequence, analyzer)`` hears what became of packets that failed or are awaited: the id of the analyzer that
+    took it, or None for a dead letter.
+    """
+
+    def __init__(  # noqa: PLR0913  (the parts a worker is wired from)
+        self,
+        loop: asyncio.AbstractEventLoop,  # noqa: ARG002  (taken by __cinit__)
+        ring: PacketRing,  # noqa: ARG002
+        states: AnalyzerStates,
+        config: Config,
+        *,
+        counters: Counters,
+        dead_letters: DeadLetters,
+        settled: Callable[[int, str | None], None],
+        poller: Poller,
+    ) -> None:
+        super().__init__(states, config, counters, dead_letters, settled)
+        self.poller, self.names = poller, Names()
+        self._most = most_to_analyzers(config.server.max_connections)
+        self.room = self._most  # for connections that may still be opened, till the next check
+        self._lacking: OSError | None = None  # what kept connections from being opened since the last look
+        self._short = False  # since the last check
+        self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
+        self.online: set[int] = set()
+        self._to_check: deque[AnalyzerConnection] = deque()
+        self.parts.append(self.check_next)
+        self._tls: ssl.SSLContext | None = None
+        self._next_check = self._next_pruning = self._next_ramp = self._ramp_looked = 0
+        self._resume_at = 0
+        self._load = LoadMeter()
+        self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
+        self._judged: tuple[set[int], bool] = (set(), True)
+        self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
+
+    def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
+        """Deliver to these analyzers (by slot) from now on."""
+        if self._tls is None and any(analyzer.address.scheme == "https" for analyzer in roster.values()):
+            self._tls = ssl.create_default_context()
+        for slot in range(len(self.pools)):
+            pool, analyzer = self.pools[slot], roster.get(slot)
+            if analyzer is None or (
+                pool is not None and pool.analyzer != analyzer and pool.analyzer.endpoint != analyzer.endpoint
+            ):
+                self._retire(slot)
+                pool = None
+            if analyzer is not None and pool is None:
+                pool = self.pools[slot] = AnalyzerPool(self.ring, self.counters, self.analyzer_states, slot, self)
+            if analyzer is not None:
+                pool.set_up(analyzer, self.config.delivery, self._tls)
+        self.roster = dict(roster)
+        self.refresh()
+        self.schedule()
+
+    def _retire(self, slot: int) -> None:
+        pool = self.pools[slot]
+        if pool is not None:
+            pool.retired = True  # what is in flight may finish
+            pool.release_waiting()
+            self.retired.append(pool)
+            self.pools[slot] = None
+
+    # ---- the table
+
+    def refresh(self) -> None:
+        """Build the table anew from what the analyzers' states and weights are now."""
+        now = time.monotonic_ns()
+        states = self.analyzer_states
+        self.weights = effective_weights(states, self.roster, self.config.health, now)
+        self.probation.refresh(self.roster)
+        sticky = self.config.distribution.strategy == "sticky"
+        online = {slot for slot in self.roster if states.is_online(slot)}
+        paused = {slot: until for slot in online if (until := states.get(slot, AnalyzerWord.PAUSED_UNTIL_NS)) > now}
+        self._resume_at = min(paused.values(), default=0)
+        if sticky:  # a paused analyzer keeps its emitters: their packets wait for it
+            held = {slot: max(states.weight(slot), 0.0) for slot in paused if states.is_pickable(slot)}
+            pickable = self.weights | {slot: weight for slot, weight in held.items() if weight > 0}
+        else:
+            pickable = self.weights
+        for slot in self.roster:
+            pool = self.pools[slot]
+            pool.paused = slot in paused
+            if slot not in pickable and pool.waiting and not self.probation.is_trying(slot):
+                pool.release_waiting()
+        self._build(pickable, sticky=sticky)
+        self.somebody = any(states.is_pickable(slot) for slot in self.roster)
+        self._second_opinions.clear()
+        if online - self.online:
+            self.end_back_offs()
+        self.online = online
+        for slot in pickable:
+            self.touch(self.pools[slot])
+
+    def _build(self, pickable: Mapping[int, float], *, sticky: bool) -> None:
+        slots, weights = list(pickable), list(pickable.values())
+        if not slots:
+            self.set_table(None, None)
+        elif sticky:
+            self.set_table(None, Rendezvous([self.roster[slot].id for slot in slots], slots, weights))
+        else:
+            self.set_table(AliasTable(slots, weights), None)
+
+    # ---- probation
+
+    def begin_trials(self) -> None:
+        """Give a packet each to the analyzers that may be tried; without one, look again in the next flush."""
+        if not self.ring.has_more:
+            return
+        self.trials_due = False  # tick looks again
+        now = time.monotonic_ns()
+        due = self.probation.due(now)
+        for slot in random.sample(due, len(due)):  # so that none is always the last, for whom there is no time
+            if time.monotonic_ns() - now > self.part_ns:
+                break
+            weights = effective_weights(self.analyzer_states, self.roster, self.config.health, now, also=slot)
+            if slot in weights:  # not paused, nor of weight 0 where others are online
+                self._try(self.pools[slot], weights, now)
+
+    def _try(self, pool: AnalyzerPool, weights: Mapping[int, float], now_ns: int) -> None:
+        sticky = self.config.distribution.strategy == "sticky"
+        handle = choose(self.ring, self.roster, pool.slot, weights if sticky else None)
+        if not handle:
+            return
+        if not self.probation.begin(pool, self.ring.sequence(handle), now_ns):
+            self.ring.release(handle)
+            return
+        pool.paused = False
+        pool.watch(handle)
+        pool.prepend(handle, alone=True)
+        self.touch(pool)
+
+    # ---- upkeep
+
+    def short_of(self, lacking: OSError) -> None:
+        """Hear from a pool that this process lacks something for a connection, which is tried again in a moment."""
+        self._lacking, self._short = lacking, True
+
+    def raise_shortage(self) -> None:
+        """Raise the OSError that says what this process lacked for connections since the last call, if anything."""
+        lacking, self._lacking = self._lacking, None
+        if lacking is not None:
+            raise lacking
+
+    def _share_descriptors(self) -> None:
+        """Leave some to emitters; while there are too few for analyzers, close those that are not in use."""
+        pools = [pool for pool in (*self.pools, *self.retired) if pool is not None]
+        if self._short:
+            self._short = False
+            for pool in pools:
+                pool.close_idle()
+        self.room = self._most
+        if len(pools) * self.config.delivery.connections > self._most:
+            self.room -= sum(pool.open_connections + pool.opening for pool in pools)
+
+    def bury_all(self) -> int:
+        """Write all that is left to the dead letters (reason ``shutdown``); return how many packets. Raises OSError."""
+        self.close()
+        for pool in self.pools:
+            if pool is not None:
+                pool.release_waiting()
+        self.give_back()
+        undone = self.ring.undone
+        self.letters.write_all(what_is_left(self.ring))
+        return undone
+
+    def tick(self, now_ns: int) -> None:
+        """Do what time asks for: back-offs, time-outs, spills, pauses and slow starts that end."""
+        if self.returned or self.backed_off or (self.backing_off and self.backing_off[0][0] <= now_ns):
+            self.go_on()
+        self.trials_due = self.probation.tick(now_ns)
+        if self.trials_due and self.ring.has_more:
+            self.schedule()
+        if self.analyzer_states.epoch != self.seen_epoch or (self._resume_at and now_ns >= self._resume_at):
+            self._resume_at = 0
+            self.seen_epoch = -1  # the flush refreshes
+            self.schedule()
+        if now_ns >= self._next_check:
+            self._next_check = now_ns + CHECK_NS
+            self._check(now_ns)
+        self.spill_at(now_ns)
+        if self.config.health.slow_start and now_ns >= self._next_ramp:
+            self._next_ramp = now_ns + RAMP_STEP_NS
+            looked, self._ramp_looked = self._ramp_looked, now_ns  # however late this look is, the last one counts
+            online_since = [self.analyzer_states.get(slot, AnalyzerWord.ONLINE_SINCE_NS) for slot in self.roster]
+            if any(since and looked - since < self.config.health.slow_start * 1e9 for since in online_since):
+                self.seen_epoch = -1
+                self.schedule()
+
+    def _check(self, now_ns: int) -> None:
+        self._second_opinions.clear()
+        if not self._to_check:  # else the last look goes on
+            pools = list(self.retired)
+            self.retired = [pool for pool in pools if pool.open_connections or pool.opening]
+            idle_too = now_ns >= self._next_pruning
+            if idle_too:
+                self._next_pruning = now_ns + PRUNING_NS
+            of_roster = [self.pools[slot] for slot in self.roster]
+            pools += [pool for pool in of_roster if pool.requests_in_flight or (idle_too and pool.open_connections)]
+            self._to_check.extend(each for pool in pools for each in pool.look(now_ns))
+        if self._to_check:
+            self.go_on()
+        self._share_descriptors()
+        self._judge(now_ns)
+
+    def check_next(self) -> bool:
+        """Look at the next connection of those to be looked at; False if there is none."""
+        if not self._to_check:
+            return False
+        connection = self._to_check.popleft()
+        try:
+            connection.check()
+        except Exception as error:  # noqa: BLE001  (whatever it is, the others are to be looked at)
+            self.went_wrong(error)
+        return True
+
+    def _judge(self, now_ns: int) -> None:
+        """See who is slow, and whether this process is the bottleneck: both decide what spills."""
+        waiting = [self.pools[slot] for slot in self.roster if self.pools[slot].waiting]
+        for pool in waiting:
+            if not (pool.requests_in_flight or pool.opening):
+                self.wake(pool)  # as it should be already: whatever has gone wrong, they do not wait for ever
+        slow = self._slow_among(waiting, now_ns)
+        self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
+        slow = {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
+        steady = self._limit_claims(now_ns, lift=bool(slow))
+        if (slow, steady) != self._judged:
+            self._judged = (slow, steady)
+            for slot in self.roster:
+                self.pools[slot].slow = slot in slow
+            self.judge(steady)
+
+    def _limit_claims(self, now_ns: int, *, lift: bool) -> bool:
+        """While this process is the bottleneck, and shortly after, leave the backlog in the ring; say if it is not.
+
+        Lists would grow by weight although no analyzer is slow, and packets age in them. ``lift``: an analyzer is slow,
+        and is not to hold up the claiming for the others.
+        """
+        if self._load.measure(now_ns) > OVERLOAD:
+            self._overloaded_at = now_ns
+        grace = min(self.config.delivery.spill_after, MAX_GRACE)
+        steady = now_ns - self._overloaded_at > grace * 1e9
+        delivery = self.config.delivery
+        room = delivery.connections * delivery.pipeline * (delivery.batch_packets if delivery.mode == "batch" else 1)
+        self.claim_limit = UNLIMITED if steady or lift else CLAIMS_AHEAD * room * max(1, len(self.weights))
+        if self.ring.has_more:
+            self.schedule()
+        return steady
+
+    def _slow_among(self, waiting: list[AnalyzerPool], now_ns: int) -> set[int]:
+        """Return the slots of those that cannot be reached, or take much longer to reply than the others do."""
+        if not waiting:
+            return set()
+        everybody = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
+        slow = set()
+        for pool in waiting:
+            mine = pool.latency(now_ns) if pool.requests_in_flight else math.inf
+            known = pool.requests_in_flight and pool.slot in self.weights
+            if mine > SLOW * median_of_others(everybody, mine if known else None):
+                slow.add(pool.slot)
+        return slow
+
+    def close(self) -> None:
+        """Close all connections to analyzers and open no more."""
+        for pool in (*self.pools, *self.retired):
+            if pool is not None:
+                pool.close()
+
+
+def median_of_others(ordered: Sequence[float], one: float | None) -> float:
+    """Return the median of ``ordered`` without ``one`` of its values (None: of all); infinity if that leaves nothing.
+
+    In constant time but for the search: it is asked for each of perhaps a thousand analyzers.
+    """
+    left_out = len(ordered) if one is None else bisect_left(ordered, one)
+    count = len(ordered) - (one is not None)
+    if count == 0:
+        return math.inf
+    low, high = ((at + (at >= left_out)) for at in ((count - 1) // 2, count // 2))
+    return (ordered[low] + ordered[high]) / 2
+
+
+class LoadMeter:
+    """How busy the event loop's thread is: the part of the time it ran or waited for a processor (Linux: schedstat)."""
+
+    def __init__(self) -> None:
+        self._last = (0, 0)
+
+    def measure(self, now_ns: int) -> float:
+        """Return the load (0..1) since the last call."""
+        try:
+            ran, waited, _ = Path("/proc/thread-self/schedstat").read_bytes().split()
+            busy = int(ran) + int(waited)
+        except (OSError, ValueError):  # a kernel without it
+            busy = time.thread_time_ns()
+        (then_ns, then_busy), self._last = self._last, (now_ns, busy)
+        return (busy - then_busy) / max(1, now_ns - then_ns) if then_ns else 0.0

@@ -1,0 +1,308 @@
+"""Emitters' connections: their life, their time-outs, and every answer but 202.
+
+The compiled ``IngestBase`` reads requests and accepts packets; it calls the methods here for whatever is seldom.
+Answers are bytes; problems are RFC 9457 documents made by ``fastdist.http.api``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+import time
+from typing import TYPE_CHECKING
+
+import orjson
+
+from fastdist._core import Answer, IngestBase, Intake
+from fastdist.errors import PacketError
+from fastdist.http.admin import has_token
+from fastdist.http.api import Response, cors_headers, problem, reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from fastdist.http.api import Api
+    from fastdist.ipc import Action
+
+JSON = b"Content-Type: application/json\r\n"
+UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
+MOST_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
+RETRY_SOON = b"Retry-After: 1\r\n"
+PART_NS = 2_000_000  # of a turn of the event loop, for waits that end
+FEW = 1000  # waits that are over and may still be remembered
+CLOCK = 0.001  # seconds: what the event loop's clock counts in
+
+
+class Waiting:
+    """An emitter that waits for its packet's delivery (``Prefer: wait``)."""
+
+    __slots__ = ("answer", "connection", "members")
+
+    def __init__(self, connection: IngestProtocol, answer: Answer, members: dict[str, object]) -> None:
+        self.connection, self.answer, self.members = connection, answer, members
+
+
+class Emitters:
+    """What the connections of a worker share besides their ``Intake``: the API, tokens, CORS, and who waits."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self.tokens: Sequence[str] = ()
+        self.cors_origins: Sequence[str] = ()
+        self.waiting: dict[int, Waiting] = {}  # by sequence
+        self.part_ns = PART_NS
+        self._ends: list[tuple[float, int]] = []  # a heap of those and some more: (end, sequence)
+        self._timer: tuple[float, asyncio.TimerHandle] | None = None  # for the first of them, and when
+        self.turned_away: set[IngestProtocol] = set()  # connections too many, and not closed yet
+        # Set by the worker, which wires them.
+        self.intake: Intake
+        self.carry_out: Callable[[Action, Callable[[Response], None]], None]
+
+    def configure(self, tokens: Sequence[str], cors_origins: Sequence[str]) -> None:
+        """Put tokens and origins in force."""
+        self.tokens = tokens
+        self.cors_origins = cors_origins
+        self.intake.open_to_all = not tokens
+        self.intake.shares_origins = bool(cors_origins)
+
+    def has_room_besides(self, coming: int) -> bool:
+        """Whether one more connection may come with so many that are on their way: to be taken in, or to be told no."""
+        return len(self.intake.connections) + coming < self.intake.max_connections + MOST_TURNED_AWAY
+
+    def wait(self, sequence: int, seconds: float, waiting: Waiting) -> None:
+        """Have someone wait for a packet's delivery, so many seconds at most."""
+        self.waiting[sequence] = waiting
+        if len(self._ends) > 2 * len(self.waiting) + FEW:  # most of what is in it is over: waits may be for a day
+            self._ends = [each for each in self._ends if each[1] in self.waiting]
+            heapq.heapify(self._ends)
+        heapq.heappush(self._ends, (asyncio.get_running_loop().time() + seconds, sequence))
+        self._await_first()
+
+    def _await_first(self) -> None:
+        """Have the first wait that ends ended in time: with one timer, as very many may end together."""
+        first = self._ends[0][0]
+        if self._timer is not None:
+            due, timer = self._timer
+            if due <= first:
+                return
+            timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timer = first, loop.call_later(max(0.0, first - loop.time()), self._end_some)
+
+    def _end_some(self) -> None:
+        """End waits whose time is over, for as long as a turn of the event loop has for that; the rest in the next."""
+        self._timer = None
+        now, end = asyncio.get_running_loop().time() + CLOCK, time.monotonic_ns() + self.part_ns
+        try:
+            while self._ends and self._ends[0][0] <= now:
+                self.wait_over(heapq.heappop(self._ends)[1])
+                if time.monotonic_ns() >= end:
+                    break
+        finally:
+            if self._ends:
+                self._await_first()
+
+    def settled(self, sequence: int, analyzer: str | None) -> None:
+        """Tell whoever waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
+        waiting = self._take(sequence)
+        if waiting is None:
+            return
+        if analyzer is None:
+            detail = f"packet {waiting.members['packetId']} could not be delivered and is now among the dead letters"
+            response = problem(502, detail)
+        else:
+            body = orjson.dumps({"status": "delivered", **waiting.members, "analyzer": analyzer})
+            response = Response(status=200, body=body, headers=JSON)
+        waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
+
+    def wait_over(self, sequence: int) -> None:
+        """Answer 202: the packet is safe, but was not delivered in the time the emitter was prepared to wait."""
+        waiting = self._take(sequence)
+        if waiting is None:
+            return
+        body = orjson.dumps({"status": "accepted", **waiting.members})
+        response = Response(status=202, body=body, headers=JSON)
+        waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
+
+    def end_waiting(self) -> None:
+        """Answer 202 to all that still wait: the time of this process is up, not that of their packets."""
+        for sequence in tuple(self.waiting):
+            self.wait_over(sequence)
+
+    def forget(self, connection: IngestProtocol) -> None:
+        """Drop what a connection that is gone has waited for."""
+        for sequence in tuple(connection.awaited):
+            self._take(sequence)
+
+    def _take(self, sequence: int) -> Waiting | None:
+        waiting = self.waiting.pop(sequence, None)
+        if waiting is not None:
+            waiting.connection.awaited.discard(sequence)
+        return waiting
+
+
+def _bytes(answer: Answer, response: Response) -> bytes:
+    return answer.compose(response.status, reason(response.status), response.headers, response.body)
+
+
+class IngestProtocol(IngestBase, asyncio.Protocol):
+    """One emitter's connection."""
+
+    def __init__(self, intake: Intake, emitters: Emitters) -> None:  # noqa: ARG002  (intake is taken by __cinit__)
+        self.emitters = emitters
+        self.may_linger, self.shut_down = True, False
+        self.awaited: set[int] = set()  # sequences of packets whose delivery it is to be told
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection in, unless there are too many."""
+        self.transport = transport
+        peer = transport.get_extra_info("peername")
+        self.address = str(peer[0]) if peer else ""
+        self.set_client(self.address)
+        self.intake.connections.add(self)
+        turned_away = self.emitters.turned_away
+        if len(self.intake.connections) - len(turned_away) > self.intake.max_connections:
+            turned_away.add(self)
+            self.may_linger = len(turned_away) <= MOST_TURNED_AWAY
+            response = problem(503, "too many connections; try again shortly", headers=RETRY_SOON)
+            self.turn_away(self._compose(response, close=True))
+        self._count()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Let go of everything."""
+        self.let_go()
+        self.transport = None
+        self.intake.connections.discard(self)
+        self.emitters.turned_away.discard(self)
+        self.emitters.forget(self)
+        self._count()
+
+    def _count(self) -> None:
+        self.intake.counters.set("emitters", len(self.intake.connections) - len(self.emitters.turned_away))
+
+    def eof_received(self) -> bool:
+        """Let answers under way still leave; a request cut short gets none."""
+        self.read_rest()
+        self.may_linger = False  # there is nobody who still sends
+        self.ended()
+        if not self.transport.can_write_eof():  # TLS, which ends both sides: what is to leave has to leave now
+            self.end_waits()
+            return False
+        return self.answers is not None
+
+    def end_waits(self) -> None:
+        """Answer 202 to whoever waits for a delivery here: its packet is stored."""
+        for sequence in tuple(self.awaited):
+            self.emitters.wait_over(sequence)
+
+    def shut(self, lingering: bool) -> None:  # noqa: FBT001
+        """Close when all is written; ``lingering``: read on for a while, lest a reset destroys the answer."""
+        if self.shut_down:
+            return
+        self.shut_down = True
+        if lingering and self.may_linger:
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    def check(self, now_ns: int) -> None:
+        """Act on whatever has taken too long."""
+        late = self.expired(now_ns)
+        if late in ("head", "body", "idle") and self.has_unread():  # it came in time: nobody here has come to read it
+            return
+        if late == "head":
+            self.time_out("the request's head did not arrive in time")
+        elif late == "body":
+            self.time_out("the request's body came too slowly")
+        elif late == "wait":
+            self.end_waits()
+            if self.answers is not None and self.is_stuck(now_ns):  # what it depends on does not come
+                self.transport.abort()
+        elif late == "idle" and not self.transport.is_closing():  # or its last answers are not taken off
+            self.transport.close()
+        elif late:
+            self.transport.abort()
+
+    # ---- answers
+
+    def _compose(self, response: Response, *, close: bool = False) -> bytes:
+        data: bytes = self.answer(response.status, reason(response.status), response.headers, response.body, close)
+        return data
+
+    def handle(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:
+        """Answer a request other than POST /logs; a change that was asked for is answered when it is carried out."""
+        response = self.emitters.api.respond(method, target, headers, body, self.address)
+        if isinstance(response, Response):
+            return self._compose(response)
+        answer = self.promise()
+        self.emitters.carry_out(response, lambda response: answer.complete(_bytes(answer, response)))
+        return None
+
+    def refuse(self, status: int, counter: str, detail: str, close: bool, headers: bytes = b"") -> bytes:  # noqa: FBT001
+        """Count and describe a fault."""
+        if counter and (self.is_log or counter in UNREADABLE):
+            self.intake.counters.add(counter)
+        return self._compose(problem(status, detail, headers=headers), close=close)
+
+    def limited(self, seconds: float) -> bytes:
+        """Answer that the rate is exceeded."""
+        self.intake.counters.add("rate_limited")
+        wait = max(1, math.ceil(seconds))
+        headers = f"Retry-After: {wait}\r\n".encode()
+        return self._compose(
+            problem(429, f"more requests than the limit allows; try again in {wait} s", headers=headers)
+        )
+
+    def is_authorized(self, authorization: bytes) -> bool:
+        """Whether an Authorization header holds one of the tokens."""
+        return has_token(authorization.decode("latin-1"), self.emitters.tokens)
+
+    def unauthorized(self, authorization: bytes | None) -> bytes:
+        """Answer that a token is missing or wrong."""
+        self.intake.counters.add("unauthorized")
+        headers = b'WWW-Authenticate: Bearer realm="fastdist"\r\n'
+        if authorization is not None:
+            headers = b'WWW-Authenticate: Bearer realm="fastdist", error="invalid_token"\r\n'
+        detail = "this token is not known" if authorization is not None else "a bearer token is needed"
+        return self._compose(problem(401, detail, headers=headers))
+
+    def invalid(self, error: Exception) -> bytes:
+        """Answer that the body is no packet."""
+        if not isinstance(error, PacketError):
+            return self._compose(self.emitters.api.faults.answer(error))
+        self.intake.counters.add(error.reason)
+        return self._compose(problem(400, error.detail, errors=error.errors))
+
+    def not_stored(self, full: bool) -> bytes:  # noqa: FBT001
+        """Answer that the packet cannot be stored now."""
+        if full:
+            self.intake.full = True
+            counter, detail = "queue_full", "the queue is full; try again shortly"
+        elif self.intake.closed:
+            counter, detail = "draining", "the service is shutting down"
+        else:
+            counter, detail = "storage", "the queue's storage fails; nothing can be stored safely now"
+        self.intake.counters.add(counter)
+        return self._compose(problem(503, detail, headers=RETRY_SOON))
+
+    def crowded_out(self) -> bytes:
+        """Answer that bodies on their way take all the memory there is for them."""
+        if self.is_log:
+            self.intake.counters.add("queue_full")
+        detail = "more bodies are on their way than there is memory for; try again shortly"
+        return self._compose(problem(503, detail, headers=RETRY_SOON), close=True)
+
+    def share_with(self, origin: bytes) -> bytes | None:
+        """Return the CORS headers for an origin, if it is listed."""
+        return cors_headers(origin.decode("latin-1"), self.emitters.cors_origins) or None
+
+    def await_delivery(
+        self, answer: Answer, sequence: int, seconds: float, packet_id: str, messages: int | None
+    ) -> None:
+        """Answer once the packet is delivered, or after ``seconds``."""
+        members: dict[str, object] = {"packetId": packet_id}
+        if messages is not None:
+            members["messages"] = messages
+        self.awaited.add(sequence)
+        self.emitters.wait(sequence, seconds, Waiting(self, answer, members))

@@ -1,0 +1,166 @@
+"""Accepting connections on a worker's listener, and closing it without resetting any."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist._core import Poller, Receiver, Stream
+from fastdist.net.connect import SHORTAGES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
+LAST_ROUNDS = 128  # of accepting when it is closed: twice what a backlog holds
+PAUSE = 0.1  # seconds to accept nothing when nothing helps
+HANDSHAKE = 0.1  # seconds that clients whose connection was begun before we finish have to complete it
+COMPLAINT_SECONDS = 10.0  # between errors of one kind
+
+# A filter for a listener (classic BPF: code, jump if true, if false, operand): what has SYN set in its TCP flags is
+# dropped, all else is passed on whole.
+SO_ATTACH_FILTER = 26
+NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+
+log = logs.get()
+
+
+class Acceptor:
+    """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``.
+
+    The system completes connections by itself, and would reset those that nobody has accepted when the listener is
+    closed. So ``finish`` first has it begin no more of them, accepts what is there, and only then closes.
+
+    ``first`` is called before: who has left is to make room before who comes is told that there is none.
+
+    When there are no descriptors left, who comes is turned away at once, for which one is kept in reserve: nobody is to
+    wait for an answer, and what has gone meanwhile is not to fill the backlog.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        taken: Callable[[socket.socket, object], None],
+        first: Callable[[], object] | None = None,
+    ) -> None:
+        self.listener, self.taken, self.first = listener, taken, first
+        self.loop = asyncio.get_running_loop()
+        self.busy = True  # connections may yet come
+        self._reserve = _reserve()
+        self._complain_at = 0.0
+        listener.setblocking(False)  # noqa: FBT003
+        self._listen()
+
+    def finish(self) -> None:
+        """Have no more connections begun; accept those that were, then close."""
+        _begin_no_more(self.listener)
+        self.loop.call_later(HANDSHAKE, self._accept_the_last)
+
+    def close(self) -> None:
+        """Accept all connections that are there, now, and no more."""
+        if not self.busy:
+            return
+        for _ in range(LAST_ROUNDS):
+            if not self._accept():
+                break
+        self.busy = False
+        self.loop.remove_reader(self.listener)
+        self.listener.close()
+        if self._reserve is not None:
+            os.close(self._reserve)
+
+    def _accept_the_last(self) -> None:
+        if self._accept():
+            self.loop.call_soon(self._accept_the_last)
+        else:
+            self.close()
+
+    def _listen(self) -> None:
+        if self.busy:
+            self.loop.add_reader(self.listener, self._ready)
+
+    def _ready(self) -> None:
+        if self.first is not None:
+            self.first()
+        self.loop.call_soon(self._accept)  # behind the loss of connections, which is told by way of the loop
+
+    def _accept(self) -> bool:
+        """Accept some connections; return whether there may be more of them now."""
+        if not self.busy:
+            return False
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, peer = self.listener.accept()
+            except BlockingIOError:
+                return False
+            except (InterruptedError, ConnectionAbortedError):
+                continue
+            except OSError as error:
+                self._complain(error)
+                if error.errno in SHORTAGES and not self._turn_away():
+                    self.loop.remove_reader(self.listener)
+                    self.loop.call_later(PAUSE, self._listen)
+                    return False
+            else:
+                self.taken(connection, peer)
+        return True
+
+    def _turn_away(self) -> bool:
+        """Close a connection that there is no descriptor for; say whether the next may be looked at."""
+        if self._reserve is None:
+            self._reserve = _reserve()
+            return self._reserve is not None
+        os.close(self._reserve)
+        with contextlib.suppress(OSError):
+            self.listener.accept()[0].close()
+        self._reserve = _reserve()
+        return True
+
+    def _complain(self, error: OSError) -> None:
+        now = self.loop.time()
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAINT_SECONDS
+            log.error("connections cannot be accepted and are closed", error=error.strerror)
+
+
+def _begin_no_more(listener: socket.socket) -> None:
+    """Have the system drop what would begin a connection: who sent it tries again, until the listener is closed.
+
+    What completes a connection still passes. A system that cannot do this goes on as before.
+    """
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in NO_SYN))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(NO_SYN), ctypes.addressof(program))
+        )
+
+
+def _reserve() -> int | None:
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def refuse(connection: socket.socket, error: OSError) -> None:
+    """Close a connection that no stream can be made of: it was reset meanwhile, or the system's limits are reached."""
+    log.error("a connection was accepted and cannot be used", error=error.strerror)
+    connection.close()
+
+
+def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiver]) -> Acceptor:
+    """Accept connections; each is read for a ``protocol()`` of its own."""
+
+    def taken(connection: socket.socket, peer: object) -> None:
+        try:
+            Stream(poller, connection, peer, protocol())
+        except OSError as error:
+            refuse(connection, error)
+
+    return Acceptor(listener, taken, poller.turn)

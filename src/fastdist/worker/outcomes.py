@@ -1,0 +1,407 @@
+"""Outcomes: what becomes of packets whose delivery failed or was refused, and what that says of their analyzers.
+
+1. A failure speaks against the analyzer; ``fall`` of them in a row, over all workers, take it offline. The packet goes
+   at once to another that can be picked and that it has not failed on in this round; when there is none, it backs off
+   (exponential, full jitter) and starts a new round. While nobody can be picked it waits in the ring.
+2. A refusal speaks against the packet: a dead letter. But an analyzer that has refused ``fall`` packets in a row
+   without a 2xx is *in doubt*, and so is one that deliveries took offline: what it refuses then is tried elsewhere.
+   Taken there, that was a failure of the first; refused there too, or nobody else online, a dead letter.
+3. What has been sent ``max_attempts`` times is a dead letter.
+4. What a failure says of the analyzer counts at once. Its packets may be very many, of many analyzers that fail
+   together: they are taken note of, and find their places in the next flushes, a part in each.
+5. Whatever goes wrong here, an error of the program: the packet is picked anew.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import time
+import traceback
+from collections import deque
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastdist import logs
+from fastdist._core import DispatchBase, Rendezvous, Retrying
+from fastdist.shm.block import AnalyzerWord
+from fastdist.shm.weights import effective_weights
+from fastdist.storage.dead_letter_writer import DeadLetterWriter, Letter
+from fastdist.worker.probation import Probation
+from fastdist.worker.upstream import COMPLAINT_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fastdist._core import AnalyzerStates, Counters, PacketRing
+    from fastdist.config import Analyzer, Config
+    from fastdist.storage.dead_letters import DeadLetters
+    from fastdist.worker.upstream import AnalyzerPool
+
+SHORTEST_PAUSE = 1.0  # seconds, for a Retry-After that is 0 or just past: it speaks of full seconds
+LONGEST_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
+
+log = logs.get()
+
+
+class Returned(NamedTuple):
+    """Packets of a request that was not taken, until each has found a place."""
+
+    pool: AnalyzerPool
+    handles: list[int]
+    error: str
+    status: int | None
+    failed: bool  # else the analyzer has not looked at it
+
+
+class Outcomes(DispatchBase):
+    """Hears of outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``roster`` and ``weights``."""
+
+    def __init__(
+        self,
+        states: AnalyzerStates,
+        config: Config,
+        counters: Counters,
+        dead_letters: DeadLetters,
+        settled: Callable[[int, str | None], None],
+    ) -> None:
+        self.analyzer_states, self.config, self.counters, self.settled = states, config, counters, settled
+        self.roster: dict[int, Analyzer] = {}
+        self.weights: dict[int, float] = {}  # of those the table names, by slot
+        self.retrying: dict[int, Retrying] = {}  # by sequence
+        self.refused_by: dict[int, tuple[AnalyzerPool, int]] = {}  # sequence -> who was not believed, and the status
+        self.returned: deque[Returned] = deque()
+        self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
+        self.backed_off: deque[list[tuple[int, int]]] = deque()  # the same, of those that need not wait any longer
+        self.somebody = False  # is online, if only paused
+        self.probation = Probation(states, config.health.rise)
+        self.letters = DeadLetterWriter(dead_letters, counters, self._buried)
+        self._warned_ns: dict[int, int] = {}  # slot -> monotonic ns: when to warn again that it refuses everything
+        self._complain_ns: dict[object, int] = {}  # place of an error -> monotonic ns: when to tell again
+        self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked
+        self.parts: deque[Callable[[], bool]] = deque((self.place_next, self.end_next_back_off))
+
+    # ---- work that is done in parts
+
+    def work_off(self) -> None:
+        """Do some of what concerns very many packets or connections; each of ``parts`` says if there was anything."""
+        end = time.monotonic_ns() + self.part_ns
+        for part in tuple(self.parts):
+            while part():
+                if time.monotonic_ns() >= end:
+                    self.parts.rotate(-1)  # another is first next time
+                    self.go_on()
+                    return
+
+    def went_wrong(self, error: Exception) -> None:
+        """Tell of an error of the program, of those from one place once a minute; what it was about goes on."""
+        place = traceback.extract_tb(error.__traceback__)[-1:]
+        kind, now = (type(error), *((frame.filename, frame.lineno) for frame in place)), time.monotonic_ns()
+        if now >= self._complain_ns.get(kind, 0):
+            self._complain_ns[kind] = now + int(COMPLAINT_SECONDS * 1e9)
+            log.error("an error in fastdist while it deals with deliveries; no packet is lost", exc_info=error)
+
+    # ---- outcomes, told by the pools
+
+    def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None:
+        """Hear that packets which had failed before, or which an emitter waits for, were delivered."""
+        for sequence in sequences:
+            try:
+                self.probation.passed(pool, sequence)
+                self.retrying.pop(sequence, None)
+                if sequence in self.refused_by:
+                    self._refused_before(sequence, pool)
+                self.settled(sequence, pool.analyzer.id)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the others are to be told)
+                self.went_wrong(error)
+
+    def failed(
+        self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
+    ) -> None:
+        """Send packets elsewhere: a request failed with ``error``. ``counted``: it speaks against the analyzer."""
+        self.counters.add_to(pool.slot, "failed", len(handles))
+        if counted:
+            self._count_failure(pool, error)
+        if self.probation.is_trying(pool.slot):
+            for handle in handles:
+                self.probation.failed(pool, self.ring.sequence(handle), time.monotonic_ns(), counted=counted)
+        self._return(Returned(pool, handles.copy(), error, status, failed=True), handles)
+
+    def _return(self, returned: Returned, handles: list[int]) -> None:
+        """Have packets find their places in the next flushes; from here on they are not the teller's any more."""
+        self.returned.append(returned)
+        handles.clear()
+        self.go_on()
+        self.wake(returned.pool)
+
+    def _count_failure(self, pool: AnalyzerPool, error: str) -> None:
+        slot, states = pool.slot, self.analyzer_states
+        if pool.retired or states.delivery_failed(slot, error) < self.config.health.fall:
+            return
+        states.go_offline(slot, by_deliveries=True)
+        if slot in self.weights:
+            pool.paused = True  # until the next flush has taken its packets elsewhere
+
+    def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None:
+        """Send nothing to the analyzer for a while, as it asks for (429 or 503 with Retry-After)."""
+        seconds = retry_after(value)
+        if not pool.retired and seconds is not None:
+            self.analyzer_states.set_error(pool.slot, f"HTTP {status}, Retry-After: {value[:40]}")
+            self.analyzer_states.pause(pool.slot, time.monotonic_ns() + int(seconds * 1e9))
+            pool.paused = True
+        self.failed(pool, handles, f"HTTP {status}", counted=seconds is None, status=status)
+
+    def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None:
+        """Put a packet that was refused to the dead letters; of a refused batch, find out first which packet it was.
+
+        Those that may not be sent again (``max_attempts``) are dead letters as well: nobody knows whose fault it was.
+        """
+        error = f"HTTP {status}"
+        self.counters.add_to(pool.slot, "failed", len(handles))
+        if batch:
+            self._note_refusal(pool, error)
+            self._send_again(pool, handles, status, error, alone=True)
+        while handles:
+            self._refused_alone(pool, handles[-1], status, error)
+            handles.pop()
+        self.wake(pool)
+
+    def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None:
+        """Send packets again that the analyzer has not looked at."""
+        error = "connection closed before the reply"
+        self._return(Returned(pool, handles.copy(), error, None, failed=False), handles)
+
+    # ---- refusals
+
+    def _refused_alone(self, pool: AnalyzerPool, handle: int, status: int, error: str) -> None:
+        packet = self.ring.sequence(handle)
+        in_doubt = self._count_refusal(pool)
+        self.probation.refused(pool, packet, time.monotonic_ns())
+        first, _ = self.refused_by.get(packet, (pool, 0))
+        if in_doubt and first is pool and self._ask_another(pool, handle, status):
+            return
+        self._note_refusal(pool, error)
+        self._bury(pool, handle, "refused", status, error)
+
+    def _note_refusal(self, pool: AnalyzerPool, error: str) -> None:
+        """Keep an error for the operator, unless deliveries fail too: what takes the analyzer offline is the reason."""
+        states, slot = self.analyzer_states, pool.slot
+        if not pool.retired and not states.get(slot, AnalyzerWord.DELIVERY_FAILURES):
+            states.set_error(slot, error)
+
+    def _count_refusal(self, pool: AnalyzerPool) -> bool:
+        """Count a packet that was refused; return whether the analyzer is in doubt: it takes nothing, as it seems."""
+        if pool.retired:
+            return False
+        slot, states, fall = pool.slot, self.analyzer_states, self.config.health.fall
+        refusals = states.delivery_refused(slot)
+        if refusals <= fall and not states.needs_trial(slot):
+            states.delivery_succeeded(slot)
+            return False
+        now = time.monotonic_ns()
+        if refusals == fall + 1 and now >= self._warned_ns.get(slot, 0):
+            self._warned_ns[slot] = now + int(COMPLAINT_SECONDS * 1e9)
+            log.warning(
+                "an analyzer refuses packet after packet; what it refuses now is tried once elsewhere",
+                analyzer=pool.analyzer.id,
+                refused=refusals,
+            )
+        return True
+
+    def _ask_another(self, pool: AnalyzerPool, handle: int, status: int) -> bool:
+        """Have another analyzer say whether a packet is at fault; False if there is none, or it was sent too often.
+
+        As if the first were not there: weight 0 helps out where it was the only one with a weight.
+        """
+        states, limit = self.analyzer_states, self.config.retry.max_attempts
+        if limit and self.ring.attempts(handle) >= limit:
+            return False
+        if not any(states.is_pickable(slot) for slot in self.roster if slot != pool.slot):
+            return False
+        retrying = self._remember(pool, handle)
+        self.refused_by[self.ring.sequence(handle)] = pool, status
+        candidates = self._second_opinion(retrying.tried())
+        self._pass_on(handle, retrying, self.pick_from(candidates, handle, retrying) if candidates else -1)
+        return True
+
+    def _second_opinion(self, asked: tuple[int, ...]) -> Rendezvous | None:
+        """Return who may be asked besides those, for a moment the same; first those not in doubt themselves."""
+        if asked not in self._second_opinions:
+            states = self.analyzer_states
+            others = {slot: analyzer for slot, analyzer in self.roster.items() if slot not in asked}
+            weights = effective_weights(states, others, self.config.health, time.monotonic_ns())
+            believed = {s: weight for s, weight in weights.items() if states.refusals(s) <= self.config.health.fall}
+            self._second_opinions[asked] = self._rendezvous(believed or weights)
+        return self._second_opinions[asked]
+
+    def _rendezvous(self, weights: Mapping[int, float]) -> Rendezvous | None:
+        names = [self.roster[slot].id for slot in weights]
+        return Rendezvous(names, list(weights), list(weights.values())) if weights else None
+
+    def _refused_before(self, sequence: int, taker: AnalyzerPool) -> None:
+        """Hold it against an analyzer that it has refused what another has taken."""
+        pool, status = self.refused_by.pop(sequence)
+        if pool is taker:
+            return
+        self._count_failure(pool, f"HTTP {status}, but {taker.analyzer.id} took the packet")
+        self.probation.failed(pool, sequence, time.monotonic_ns())
+        self.wake(pool)
+
+    def wake(self, pool: AnalyzerPool) -> None:
+        """Look at the pool in the next flush."""
+        self.touch(pool)
+        self.schedule()
+
+    # ---- retries
+
+    def _count_retries(self, pool: AnalyzerPool, packets: int) -> None:
+        self.counters.add("retried", packets)
+        self.counters.add_to(pool.slot, "retries", packets)
+
+    def place_next(self) -> bool:
+        """Find a place for a packet that failed, or for those of a request nobody looked at; say if there was any."""
+        if not self.returned:
+            return False
+        pool, handles, reason, status, failed = self.returned[0]
+        try:
+            if not failed:
+                self._send_again(pool, handles, status, reason)
+            elif handles:  # each goes to the front of its new list: the first is to be first again
+                self._retry(pool, handles[-1], status, reason)
+                handles.pop()
+        except Exception as error:  # noqa: BLE001  (whatever it is, the packet is to go again)
+            self.went_wrong(error)
+            if handles:
+                self.ring.release(handles.pop())
+        if not handles:
+            self.returned.popleft()
+        return True
+
+    def _send_again(
+        self, pool: AnalyzerPool, handles: list[int], status: int | None, error: str, *, alone: bool = False
+    ) -> None:
+        """Have the same analyzer get packets before all others, or whoever is picked if it gets none now."""
+        while handles:
+            if not self._exhausted(pool, handles[-1], status, error):
+                self._count_retries(pool, 1)
+                pool.prepend(handles[-1], alone)
+            handles.pop()
+        if pool.retired or pool.slot not in self.weights:
+            pool.release_waiting()
+
+    def _exhausted(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> bool:
+        """Put a packet that has been sent ``max_attempts`` times to the dead letters; say if it was."""
+        limit = self.config.retry.max_attempts
+        if not limit or self.ring.attempts(handle) < limit:
+            return False
+        self._bury(pool, handle, "exhausted", status, error)
+        return True
+
+    def _retry(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> None:
+        if self._exhausted(pool, handle, status, error):
+            return
+        retrying = self._remember(pool, handle)
+        self._pass_on(handle, retrying, self.another(handle, retrying))
+
+    def _remember(self, pool: AnalyzerPool, handle: int) -> Retrying:
+        """Note that an analyzer has not taken a packet, which is sent once more."""
+        self._count_retries(pool, 1)
+        sequence = self.ring.sequence(handle)
+        retrying = self.retrying.get(sequence)
+        if retrying is None:
+            retrying = self.retrying[sequence] = Retrying()
+        retrying.add(pool.slot)
+        pool.watch(handle)
+        return retrying
+
+    def failed_on(self, handle: int) -> Retrying | None:
+        """Return where a packet has failed in this round."""
+        return self.retrying.get(self.ring.sequence(handle))
+
+    def make_takers(self) -> Rendezvous | None:
+        """Return those that get packets now."""
+        return self._rendezvous(self.weights)
+
+    def _pass_on(self, handle: int, retrying: Retrying, slot: int) -> None:
+        """Have the analyzer in ``slot`` get a packet; -1: there is none."""
+        if slot >= 0:
+            target = self.pools[slot]
+            self.touch(target)
+            target.prepend(handle)
+        elif not self.somebody:
+            retrying.clear()
+            self.ring.release(handle)  # nobody is there: it waits in the ring for whoever comes first
+        else:
+            retry = self.config.retry
+            retrying.rounds += 1
+            delay = random.uniform(0, min(retry.cap, retry.base * 2 ** min(retrying.rounds - 1, 60)))  # noqa: S311
+            heapq.heappush(self.backing_off, (time.monotonic_ns() + int(delay * 1e9), handle))
+
+    def end_back_offs(self) -> None:
+        """Have all packets that back off picked again."""
+        if self.backing_off:
+            self.backed_off.append(self.backing_off)
+            self.backing_off = []
+            self.go_on()
+
+    def end_next_back_off(self) -> bool:
+        """Have a packet picked again whose back-off is over; False if there is none."""
+        if self.backed_off:
+            heap = self.backed_off[0]
+        elif self.backing_off and self.backing_off[0][0] <= time.monotonic_ns():
+            heap = self.backing_off
+        else:
+            return False
+        handle = heapq.heappop(heap)[1]
+        if self.backed_off and not self.backed_off[0]:
+            self.backed_off.popleft()
+        retrying = self.retrying.get(self.ring.sequence(handle))
+        if retrying is not None:
+            retrying.clear()
+        self.ring.release(handle)
+        return True
+
+    def give_back(self) -> None:
+        """Give all packets that wait here back to the ring."""
+        for returned in self.returned:
+            for handle in returned.handles:
+                self.ring.release(handle)
+        self.returned.clear()
+        self.end_back_offs()
+        while self.end_next_back_off():
+            pass
+
+    # ---- dead letters
+
+    @property
+    def storage_failed(self) -> bool:
+        """Whether there are dead letters that could not be written or synced."""
+        return self.letters.failed
+
+    def _bury(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
+        self.letters.add(Letter(self.ring, handle, reason, pool.analyzer.id, status, error))
+
+    def _buried(self, ring: PacketRing, sequence: int) -> None:
+        if ring is self.ring:  # not an old one
+            self.retrying.pop(sequence, None)
+            self.refused_by.pop(sequence, None)
+            try:
+                self.settled(sequence, None)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other letters are to leave the ring)
+                self.went_wrong(error)
+
+
+def retry_after(value: str) -> float | None:
+    """Return how many seconds to pause, as Retry-After (seconds or an HTTP date) says; None for what is neither."""
+    if value.isdecimal():
+        seconds = float(value)
+    else:
+        try:
+            date = parsedate_to_datetime(value)
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+        if date.tzinfo is None:  # the oldest of the three forms names no zone; it is GMT
+            date = date.replace(tzinfo=UTC)
+        seconds = date.timestamp() - time.time()
+    return min(max(seconds, SHORTEST_PAUSE), LONGEST_PAUSE)

@@ -1,0 +1,129 @@
+"""Probation: an analyzer that deliveries took offline has to take a packet before it gets its share again.
+
+Its health check may be good all the while. So once ``rise`` checks in a row have succeeded it is tried with one packet
+at a time, over all workers:
+
+1. Whoever writes itself into the analyzer's row may try it (a *trial*). That has an end, which is put off while the
+   trial is under way, so nobody waits for a worker that was killed or hangs.
+2. 2xx: it is online. A failure: the next trial has to wait, twice as long each time (1 s to 30 s). Anything else (a
+   kept connection that was stale, Retry-After): another may begin.
+3. For picking, the analyzer is offline until then: its share is with the others, weight 0 helps out, and with nobody
+   else online packets wait in the ring.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastdist._core import Rendezvous
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from fastdist._core import AnalyzerStates, PacketRing
+    from fastdist.config import Analyzer
+    from fastdist.worker.upstream import AnalyzerPool
+
+HOLD_NS = 3_000_000_000  # after which a trial that nobody holds on is over
+LOOKED_AT = 64  # packets a trial's is chosen from
+
+
+class Trial(NamedTuple):
+    """A packet on its way to an analyzer on probation. ``refused``: what another says of it is still to come."""
+
+    pool: AnalyzerPool
+    sequence: int
+    refused: bool = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the packet may be at the analyzer or on its list; what was sent there before counts as well."""
+        return not self.pool.retired and bool(self.pool.waiting or self.pool.requests_in_flight)
+
+
+class Probation:
+    """The analyzers that need a trial, as one worker sees them, and its own trials."""
+
+    def __init__(self, states: AnalyzerStates, rise: int) -> None:
+        self._states, self._rise = states, rise
+        self._slots: list[int] = []
+        self._trials: dict[int, Trial] = {}
+
+    def refresh(self, roster: Iterable[int]) -> None:
+        """Look which analyzers need a trial."""
+        self._slots = [slot for slot in roster if self._states.needs_trial(slot)]
+
+    def tick(self, now_ns: int) -> bool:
+        """Hold on to the trials that are under way, end those that came to nothing; return whether one may begin."""
+        for slot, trial in list(self._trials.items()):
+            if trial.refused:
+                continue
+            if trial.under_way:
+                self._states.hold_trial(slot, now_ns + HOLD_NS)
+            else:
+                del self._trials[slot]
+                if not trial.pool.retired:  # else the slot may be another's
+                    self._states.end_trial(slot)
+        return bool(self.due(now_ns))
+
+    def due(self, now_ns: int) -> list[int]:
+        """Return the slots of analyzers that may be tried now."""
+        return [slot for slot in self._slots if self._states.may_try(slot, self._rise, now_ns)]
+
+    def begin(self, pool: AnalyzerPool, sequence: int, now_ns: int) -> bool:
+        """Take the analyzer's trial for this packet; False if another worker was quicker."""
+        if not self._states.begin_trial(pool.slot, self._rise, now_ns, now_ns + HOLD_NS):
+            return False
+        self._trials[pool.slot] = Trial(pool, sequence)
+        return True
+
+    def is_trying(self, slot: int) -> bool:
+        """Whether a packet of this worker is on its way there."""
+        return slot in self._trials and not self._trials[slot].refused
+
+    def _take(self, pool: AnalyzerPool, sequence: int) -> bool:
+        """End the trial with this packet at this analyzer; False if there is none."""
+        trial = self._trials.get(pool.slot)
+        if trial is None or trial.pool is not pool or trial.sequence != sequence:
+            return False
+        del self._trials[pool.slot]
+        return not pool.retired
+
+    def passed(self, pool: AnalyzerPool, sequence: int) -> None:
+        """Hear of a packet that the analyzer has taken."""
+        if self._take(pool, sequence):
+            self._states.pass_trial(pool.slot, self._rise)
+
+    def failed(self, pool: AnalyzerPool, sequence: int, now_ns: int, *, counted: bool = True) -> None:
+        """Hear of a packet that has failed there; ``counted``: that speaks against the analyzer."""
+        if self._take(pool, sequence):
+            if counted:
+                self._states.fail_trial(pool.slot, now_ns)
+            else:
+                self._states.end_trial(pool.slot)
+
+    def refused(self, pool: AnalyzerPool, sequence: int, now_ns: int) -> None:
+        """Hear of a packet that the analyzer has refused: only another's answer tells who is at fault."""
+        if self._take(pool, sequence):
+            self._trials[pool.slot] = Trial(pool, sequence, refused=True)
+            self._states.postpone_trial(pool.slot, now_ns)
+
+
+def choose(ring: PacketRing, roster: Mapping[int, Analyzer], slot: int, weights: Mapping[int, float] | None) -> int:
+    """Claim the packet for a trial: of the next few the one that was sent least often. Return its handle, 0 for none.
+
+    So one that no analyzer takes does not keep all of them offline. With ``weights`` (sticky: of all that are online,
+    and of ``slot``) it is one that would be the analyzer's own.
+    """
+    owners = None
+    if weights is not None:
+        owners = Rendezvous([roster[each].id for each in weights], list(weights), list(weights.values()))
+    claimed: list[int] = []
+    while len(claimed) < LOOKED_AT and (handle := ring.claim()):
+        claimed.append(handle)
+    fit = [handle for handle in claimed if owners is None or owners.pick(ring.packet(handle).emitter) == slot]
+    chosen = min(fit, key=ring.attempts, default=0)
+    for handle in claimed:  # they keep their order
+        if handle != chosen:
+            ring.release(handle)
+    return chosen

@@ -1,0 +1,73 @@
+"""Taking over: a worker finds its ring as its predecessor, or the last run, left it, and makes its counters agree.
+
+The ring is the truth. What is between its head and tail and not done is queued; of what was pushed in this run the rest
+was delivered or is a dead letter. A predecessor that was killed may have changed the ring without having counted it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist.shm.snapshot import DEAD_LETTERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastdist._core import Counters, PacketRing
+    from fastdist.storage.directory import Adoption
+
+log = logs.get()
+
+
+def take_over(ring: PacketRing, adoptions: Sequence[Adoption], counters: Counters) -> None:
+    """Make ``counters`` agree with the worker's ring and the old rings it adopts."""
+    for each, name in ((ring, "the worker's own"), *((adoption.ring, adoption.old.path) for adoption in adoptions)):
+        for offset, what in each.damage:
+            log.warning("damage in the queue; skipped", ring=name, offset=offset, what=what)
+    undone = ring.undone + sum(adoption.undone for adoption in adoptions)
+    if counters.get("sequence_base") == 0:
+        counters.set("sequence_base", ring.next_sequence_number)
+        counters.add("recovered", undone)
+        counters.add("corrupt", ring.corrupt + sum(adoption.ring.corrupt for adoption in adoptions))
+        return
+    counters.add("corrupt", ring.corrupt)
+    _count_the_pushed(ring, counters)
+    _count_the_delivered(undone, counters)
+
+
+def begin_adopting(ring: PacketRing, counters: Counters) -> None:
+    """Note that nothing but copies of an old ring's packets will be pushed until ``end_adopting``."""
+    counters.set("adopting", ring.next_sequence_number - counters.get("adopted"))
+
+
+def end_adopting(ring: PacketRing, counters: Counters) -> None:
+    """Count what was copied since ``begin_adopting``, though it be for a process that was killed meanwhile."""
+    if begun := counters.get("adopting"):
+        counters.set("adopted", ring.next_sequence_number - begun)
+        counters.set("adopting", 0)
+
+
+def _count_the_pushed(ring: PacketRing, counters: Counters) -> None:
+    end_adopting(ring, counters)
+    pushed = ring.next_sequence_number - counters.get("sequence_base") - counters.get("adopted")
+    missing = pushed - counters.get("accepted") - counters.get("withdrawn")
+    if missing > 0:
+        messages, body_bytes = ring.totals_of_latest(missing)
+        counters.add("accepted", missing)
+        counters.add("messages_accepted", messages)
+        counters.add("bytes_accepted", body_bytes)
+
+
+def _count_the_delivered(undone: int, counters: Counters) -> None:
+    slots = range(counters.slots)
+    for slot in slots:
+        for gauge in ("connections", "requests_in_flight", "packets_in_flight"):
+            counters.set_of(slot, gauge, 0)
+    gone = counters.get("accepted") + counters.get("recovered") - undone
+    gone -= sum(counters.get(reason) for reason in DEAD_LETTERS)
+    uncounted = gone - sum(counters.get_of(slot, "delivered") for slot in slots)
+    if uncounted > 0:  # all of one request, the one that was being settled
+        counters.add_to(max(0, counters.get("settling") - 1), "delivered", uncounted)
+    else:  # copied from an old ring, and not let go of there: they will be copied once more
+        counters.add("recovered", -uncounted)

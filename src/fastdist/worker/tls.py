@@ -1,0 +1,285 @@
+"""TLS on emitters' connections, spoken on a ``Stream``.
+
+Handshakes under way are connections that nobody else counts yet: ``TlsServer`` bounds their number and their time. The
+loop's own TLS would read from all that have something to say in one turn, and a handshake costs a millisecond or more:
+so ``TlsConnection`` speaks it on a ``Stream``, and handshakes have a part of each turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import ssl
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, cast
+
+from fastdist._core import Receiver, Stream
+from fastdist.worker.listener import Acceptor, refuse
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from fastdist._core import Poller
+
+LARGEST_RECORD = 16384  # bytes
+TURN_NS = 1_000_000  # of a turn of the loop for handshakes; one step in any case
+ENDED_AT_ONCE = 64  # handshakes whose time is over, before others of the loop have their turn
+
+
+class TlsServer:
+    """Accepts connections and sees them through their handshakes; then they are ``protocol()``'s.
+
+    ``has_room(handshakes)`` says whether one more connection may be accepted with that many on their way: one too many
+    is closed at once, as nothing can be said to it. A handshake has ``patience`` seconds.
+    """
+
+    def __init__(  # noqa: PLR0913  (what a server is wired from)
+        self,
+        listener: socket.socket,
+        context: ssl.SSLContext,
+        protocol: Callable[[], asyncio.Protocol],
+        has_room: Callable[[int], bool],
+        patience: float,
+        *,
+        poller: Poller,
+    ) -> None:
+        self.poller, self.context, self.protocol = poller, context, protocol
+        self.has_room, self.patience = has_room, patience
+        self.loop, self.turn_ns = asyncio.get_running_loop(), TURN_NS
+        self._handshakes: dict[TlsConnection, float] = {}  # until when, the first to end first
+        self._awaiting: deque[TlsConnection] = deque()  # those of them whose next step costs something
+        self._turn_comes = False
+        self._timer: asyncio.Handle | None = None
+        self._acceptor = Acceptor(listener, self._taken, poller.turn)
+
+    @property
+    def busy(self) -> bool:
+        """Whether connections may yet come: they are accepted, or in a handshake."""
+        return self._acceptor.busy or bool(self._handshakes)
+
+    def finish(self) -> None:
+        """Have no more connections begun; accept those that were."""
+        self._acceptor.finish()
+
+    def close(self) -> None:
+        """Accept no more connections, and end the handshakes that are under way."""
+        self._acceptor.close()
+        for connection in tuple(self._handshakes):
+            connection.abort()
+
+    def await_turn(self, connection: TlsConnection) -> None:
+        """Have a connection shake hands when it is its turn: packets of others come first."""
+        self._awaiting.append(connection)
+        if not self._turn_comes:
+            self._turn_comes = True
+            self.loop.call_soon(self._give_turns)
+
+    def _give_turns(self) -> None:
+        began = time.monotonic_ns()
+        while self._awaiting:
+            connection = self._awaiting.popleft()
+            try:
+                connection.shake_hands()
+            except Exception as error:  # noqa: BLE001  (an error of the program: the others are to have their turns)
+                connection.transport.report(error)
+            if time.monotonic_ns() - began > self.turn_ns:
+                break
+        self._turn_comes = bool(self._awaiting)
+        if self._turn_comes:
+            self.loop.call_soon(self._give_turns)
+
+    def leave(self, connection: TlsConnection) -> None:
+        """Forget a handshake that is over, in whatever way."""
+        self._handshakes.pop(connection, None)
+
+    def _taken(self, accepted: socket.socket, peer: object) -> None:
+        if not self.has_room(len(self._handshakes)):
+            accepted.close()
+            return
+        connection = TlsConnection(self)
+        try:
+            Stream(self.poller, accepted, peer, connection)
+        except OSError as error:
+            refuse(accepted, error)
+            return
+        self._handshakes[connection] = self.loop.time() + self.patience
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.patience, self._end_the_late)
+
+    def _end_the_late(self) -> None:
+        """End handshakes whose time is over, some at a time: there may be very many."""
+        self._timer = None
+        for connection, end in tuple(itertools.islice(self._handshakes.items(), ENDED_AT_ONCE)):
+            if end > self.loop.time():
+                self._timer = self.loop.call_at(end, self._end_the_late)
+                return
+            self.leave(connection)
+            connection.abort()
+        if self._handshakes:
+            self._timer = self.loop.call_soon(self._end_the_late)
+
+
+class TlsConnection(Receiver):
+    """TLS on a ``Stream``: first a handshake, then the transport of a protocol of the server's.
+
+    It reads in the poller's turns, and shakes hands in the server's, so that a turn of the loop has an end whatever
+    many do. It does what asyncio's transports do; but TLS ends both sides: after ``write_eof`` what still comes is
+    passed over.
+    """
+
+    def __init__(self, server: TlsServer) -> None:
+        self._server, self._loop = server, server.loop
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = server.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._protocol: asyncio.Protocol | None = None  # there is none before the handshake is over
+        self._paused = self._over = self._told_of_end = False
+
+    # ---- what the stream tells
+
+    def connection_made(self, stream: Stream) -> None:
+        """Begin."""
+        self.transport = stream
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what came, encrypted."""
+        if self._over:
+            return
+        self._incoming.write(data)
+        if self._protocol is None:
+            self.transport.pause_reading()
+            self._server.await_turn(self)
+        else:
+            self._go_on()
+
+    def shake_hands(self) -> None:
+        """Go on with the handshake; it is this connection's turn. Nothing is done for a client that has gone."""
+        if self.transport.peer_has_ended():
+            self.abort()
+            return
+        self.transport.resume_reading()
+        self._go_on()
+
+    def eof_received(self) -> bool:
+        """Hear that nothing more comes, whether that was said in TLS or not; close."""
+        if self._protocol is not None:
+            self._go_on()
+        self._end()
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Let go of everything."""
+        self._over = True
+        self._server.leave(self)
+        if self._protocol is not None:
+            self._protocol.connection_lost(error)
+
+    def pause_writing(self) -> None:
+        """Pass it on."""
+        if self._protocol is not None:
+            self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Pass it on."""
+        if self._protocol is not None:
+            self._protocol.resume_writing()
+
+    # ---- reading
+
+    def _go_on(self) -> None:
+        """Shake hands and read, as far as what has come goes."""
+        try:
+            if self._protocol is None and not self._over:
+                self._tls.do_handshake()
+                self._begin()
+            while self._protocol is not None and not (self._paused or self._over):
+                if data := self._tls.read(LARGEST_RECORD):
+                    self._protocol.data_received(data)
+                else:
+                    self._end()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError:  # whoever it is speaks something else
+            self._over = True
+            self._flush()  # an alert that says so
+            self.transport.close()
+        self._flush()
+
+    def _begin(self) -> None:
+        self._server.leave(self)
+        self._protocol = self._server.protocol()
+        self._protocol.connection_made(cast("asyncio.Transport", self))
+
+    def _end(self) -> None:
+        if self._protocol is not None and not self._told_of_end:
+            self._told_of_end = True
+            self._protocol.eof_received()
+        self.close()
+
+    def _flush(self) -> None:
+        if data := self._outgoing.read():
+            self.transport.write(data)
+
+    def _say_goodbye(self) -> None:
+        if not self._over:
+            self._over = True
+            with contextlib.suppress(ssl.SSLError):  # the other side has not, which nobody waits for
+                self._tls.unwrap()
+            self._flush()
+
+    # ---- what a protocol asks for
+
+    def write(self, data: bytes) -> None:
+        """Write; ``pause_writing`` is called when much of it has to be kept."""
+        left = memoryview(data)
+        try:
+            while left and not self._over:
+                left = left[self._tls.write(left) :]
+        except ssl.SSLError:
+            self.abort()
+        self._flush()
+
+    def can_write_eof(self) -> bool:
+        """Whether this side may end, and the other not."""
+        return False
+
+    def write_eof(self) -> None:
+        """End TLS, and this side of the connection when all is written; the other may end later."""
+        self._say_goodbye()
+        self.transport.write_eof()
+
+    def pause_reading(self) -> None:
+        """Read nothing until ``resume_reading``."""
+        self._paused = True
+        self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read again, what has come already first."""
+        self._paused = False
+        self.transport.resume_reading()
+        if self._tls.pending() or self._incoming.pending:
+            self._loop.call_soon(self._go_on)
+
+    def close(self) -> None:
+        """Read no more, and close when all is written."""
+        self._say_goodbye()
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once, whatever is not written yet."""
+        self._over = True
+        self.transport.abort()
+
+    def is_closing(self) -> bool:
+        """Whether the connection is closed, or about to be."""
+        return bool(self.transport.is_closing())
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes the kernel has not taken yet, as they are when encrypted."""
+        return int(self.transport.get_write_buffer_size())
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return the peer's address for ``peername``, and what has a ``fileno`` for ``socket``."""
+        return self.transport if name == "socket" else self.transport.get_extra_info(name, default)

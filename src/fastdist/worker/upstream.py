@@ -1,0 +1,272 @@
+"""Connections to analyzers: opened when something waits and none is free, kept alive, pruned when idle.
+
+``PoolBase`` and ``ReplyBase`` (compiled) send and read; here is what happens seldom. A pool decides nothing about
+packets: whatever goes wrong is told to its owner, the dispatcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from fastdist import logs
+from fastdist._core import PoolBase, ReplyBase
+from fastdist.net.connect import YOUNGEST, connect, describe, shortage
+
+if TYPE_CHECKING:
+    import ssl
+
+    from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
+    from fastdist.config import Analyzer, Delivery
+    from fastdist.net.names import Names
+
+IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
+LONGEST_REPLY = 12  # times the time-out without progress: from the first byte of a reply to its last
+COMPLAINT_SECONDS = 60.0  # between warnings of one kind about an analyzer
+USUAL_GAP_NS = 1_000_000_000  # between two checks of a pool, at most
+PAUSED_NS = 1_500_000_000  # a longer one: nobody looked, and what is beyond the usual is not held against the analyzer
+SHORT_PAUSE = 0.5  # seconds until a connection is tried again that this process had no descriptor for
+
+log = logs.get()
+
+
+class PoolOwner(Protocol):
+    """Who decides what becomes of packets; see ``fastdist.worker.dispatch.Dispatcher`` for what each call means."""
+
+    poller: Poller
+    names: Names
+    room: int  # for connections, of all pools
+    openings: int  # connections that may be begun to open now
+
+    def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
+    def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
+    def failed(  # noqa: D102
+        self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
+    ) -> None: ...
+    def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None: ...  # noqa: D102
+    def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None: ...  # noqa: D102
+    def short_of(self, lacking: OSError) -> None: ...  # noqa: D102
+    def schedule(self) -> None: ...  # noqa: D102
+    def wake(self, pool: AnalyzerPool) -> None: ...  # noqa: D102
+    def went_wrong(self, error: Exception) -> None: ...  # noqa: D102
+
+
+class AnalyzerConnection(ReplyBase, asyncio.Protocol):
+    """One connection to an analyzer."""
+
+    pool: AnalyzerPool
+    address = ""  # that it was opened to
+
+    def __init__(self, pool: AnalyzerPool) -> None:
+        age = pool.delivery.max_age * (1 - (1 - YOUNGEST) * random.random())  # noqa: S311
+        self.replace_at = time.monotonic_ns() + int(age * 1e9)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Join the pool."""
+        self.transport = transport
+        self.pool.connected(self)
+
+    def check(self) -> None:
+        """Close the connection if it makes no progress or was not used for long; retire one that is to be replaced."""
+        pool, now_ns = self.pool, self.pool.looked_ns
+        if pool.late_ns:
+            self.excuse(now_ns, pool.late_ns)
+        if self.is_endless(now_ns, int(LONGEST_REPLY * pool.delivery.timeout * 1e9)):
+            self.close_endless(f"no end of a reply within {LONGEST_REPLY * pool.delivery.timeout:g} s")
+        elif self.overdue(now_ns, int(pool.delivery.timeout * 1e9)):
+            what = "no whole request taken" if self.is_early() else "no reply"
+            self.close_after(f"{what} within {pool.delivery.timeout:g} s", True)  # noqa: FBT003
+        elif pool.retired or now_ns > self.replace_at or pool.has_moved(self):
+            self.retire()
+        elif self.in_flight() == 0 and now_ns - self.used_ns > IDLE_SECONDS * 1e9:
+            self.close_after("", False)  # noqa: FBT003
+
+
+class AnalyzerPool(PoolBase):
+    """All connections of one worker to one analyzer, and the packets that wait for them."""
+
+    def __init__(
+        self,
+        ring: PacketRing,  # noqa: ARG002  (taken by __cinit__)
+        counters: Counters,  # noqa: ARG002
+        states: AnalyzerStates,  # noqa: ARG002
+        slot: int,  # noqa: ARG002
+        owner: PoolOwner,
+    ) -> None:
+        self.owner = owner
+        self.connections: set[AnalyzerConnection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.retired = False
+        self._complain_at = 0.0  # time.monotonic()
+        self.looked_ns = 0  # monotonic: as of when the connections are looked at
+        self.late_ns = 0  # by how much that is too late
+        self._addresses: frozenset[str] = frozenset()  # of the analyzer's name, then
+        self._short: asyncio.TimerHandle | None = None  # while this process has no descriptor for a connection
+
+    def set_up(self, analyzer: Analyzer, delivery: Delivery, tls: ssl.SSLContext | None) -> None:
+        """Aim the pool at ``analyzer``."""
+        self.analyzer, self.delivery = analyzer, delivery
+        self._address = analyzer.address
+        self._tls = tls if self._address.scheme == "https" else None
+        head = (
+            f"POST {self._address.path_and_query} HTTP/1.1\r\nHost: {self._address.host_header}\r\n"
+            "Content-Type: application/json\r\n"
+        )
+        self.configure(
+            head.encode("latin-1"),
+            delivery.connections,
+            delivery.pipeline,
+            delivery.mode == "batch",
+            delivery.batch_packets,
+            delivery.batch_bytes,
+            delivery.linger,
+        )
+
+    # ---- connecting
+
+    def open_more(self) -> None:
+        """Begin to open as many connections as there are requests waiting, within the limit."""
+        if self._short is not None:
+            return
+        per_connection = (self.delivery.batch_packets if self.delivery.mode == "batch" else 1) * self.pipeline
+        wanted = -(-self.waiting // per_connection) - self.opening
+        wanted = min(wanted, self.connection_limit - self.open_connections - self.opening)
+        if wanted > 0 and self.owner.room <= 0:
+            self._wait_out(OSError(errno.EMFILE, "the descriptors left are for emitters' connections"))
+        wanted = min(wanted, self.owner.room)
+        if wanted > self.owner.openings:  # the rest later: many analyzers may want many at once
+            wanted = self.owner.openings
+            self.owner.wake(self)
+        for _ in range(wanted):
+            self.owner.room -= 1
+            self.owner.openings -= 1
+            self.opening += 1
+            task = asyncio.get_running_loop().create_task(self._open())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _open(self) -> None:
+        connection = AnalyzerConnection(self)  # made here, for uvloop asks for its protocol before it connects
+        try:
+            connection.address = await connect(
+                connection,
+                self.owner.names,
+                self._address,
+                self.delivery.connect_timeout,
+                poller=self.owner.poller,
+                tls=self._tls,
+            )
+        except Exception as error:  # noqa: BLE001  (OSError, nearly always; whatever it is, packets wait for this)
+            if lacking := shortage(error):
+                self._wait_out(lacking)
+            else:
+                self._unreachable(describe(error, self.delivery.connect_timeout))
+        finally:
+            if connection.transport is None:
+                self.opening -= 1
+
+    def _unreachable(self, error: str) -> None:
+        """No connection came about: that failed whatever it was to carry."""
+        self.hand_over(self.failed, self.take_request(), f"cannot connect: {error}", True, None)  # noqa: FBT003
+
+    def _wait_out(self, lacking: OSError) -> None:
+        """Try no connection for a moment: this process lacks something, which is no failure of the analyzer's."""
+        self.owner.short_of(lacking)
+        if self._short is None and not self.retired:
+            self._short = asyncio.get_running_loop().call_later(SHORT_PAUSE, self._try_again)
+
+    def _try_again(self) -> None:
+        self._short = None
+        self.owner.wake(self)
+
+    def connected(self, connection: AnalyzerConnection) -> None:
+        """Take a new connection into use."""
+        self.opening -= 1
+        self.connections.add(connection)
+        self.connection_count(1)
+        connection.offer()
+        self.owner.wake(self)
+
+    def lost(self, connection: AnalyzerConnection) -> None:
+        """Forget a connection that has ended."""
+        self.connections.discard(connection)
+        self.owner.wake(self)
+
+    # ---- upkeep
+
+    def look(self, now_ns: int) -> tuple[AnalyzerConnection, ...]:
+        """Begin a look at the connections, as they are at ``now_ns``: return those to ``check`` soon."""
+        gap, self.looked_ns = now_ns - (self.looked_ns or now_ns), now_ns
+        self.late_ns = gap - USUAL_GAP_NS if gap > PAUSED_NS else 0
+        self._addresses = self.owner.names.current(self._address.host)
+        return tuple(self.connections)
+
+    def close_idle(self) -> None:
+        """Close the connections that nothing is sent on, nor about to be."""
+        for connection in () if self.waiting else tuple(self.connections):
+            if connection.in_flight() == 0:
+                connection.close_after("", False)  # noqa: FBT003
+
+    def has_moved(self, connection: AnalyzerConnection) -> bool:
+        """Whether the analyzer's name leads elsewhere by now."""
+        return bool(self._addresses and connection.address) and connection.address not in self._addresses
+
+    def close(self) -> None:
+        """Close every connection and open no more; what was in flight goes back to the owner."""
+        self.paused = True
+        if self._short is not None:
+            self._short.cancel()
+        for task in self._tasks:
+            task.cancel()
+        for connection in tuple(self.connections):
+            connection.close_after("", False)  # noqa: FBT003
+
+    # ---- what ReplyBase tells
+
+    def claim_more(self) -> None:
+        """There is room again, and something in the ring to claim."""
+        self.owner.schedule()
+
+    def lingering(self) -> None:
+        """There is room, but what waits is to leave only when its batch is full or its time over."""
+        self.owner.wake(self)
+
+    def unasked(self, beginning: bytes) -> None:
+        """Warn of an analyzer that sends what nothing asked for: with pipelining, that may settle the wrong request."""
+        if beginning.startswith((b"HTTP/1.1 408", b"HTTP/1.0 408")):  # how some servers close an idle connection
+            return
+        now = time.monotonic()
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAINT_SECONDS
+            log.warning(
+                "an analyzer sent more than the replies it was asked for; the connection is closed",
+                analyzer=self.analyzer.id,
+                beginning=beginning.decode("latin-1"),
+            )
+
+    def delivered(self, sequences: list[int]) -> None:
+        """Watched packets were delivered."""
+        self.owner.delivered(self, sequences)
+
+    def refused(self, handles: list[int], status: int, batch: bool) -> None:  # noqa: FBT001
+        """Tell of a reply that says the request is at fault."""
+        self.owner.refused(self, handles, status, batch=batch)
+
+    def failed(self, handles: list[int], error: str, counted: bool, status: int | None) -> None:  # noqa: FBT001
+        """Tell of a request that failed and may be sent again."""
+        self.owner.failed(self, handles, error, counted=counted, status=status)
+
+    def paused_for(self, handles: list[int], status: int, value: str) -> None:
+        """Tell of a 429 or 503 with Retry-After."""
+        self.owner.paused_for(self, handles, status, value)
+
+    def not_sent(self, handles: list[int]) -> None:
+        """Tell of packets that the analyzer did not look at."""
+        self.owner.not_sent(self, handles)
+
+    def went_wrong(self, error: Exception) -> None:
+        """Tell of an error of the program."""
+        self.owner.went_wrong(error)
