@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-import fastdist
+import fastdist.supervisor
 from fastdist import __version__
 from fastdist._core import Packet
 from fastdist.cli import main
@@ -42,7 +42,7 @@ class FakeSupervisor(ModuleType):
 def supervisor(monkeypatch):
     fake = FakeSupervisor()
     monkeypatch.setitem(sys.modules, "fastdist.supervisor.main", fake)
-    monkeypatch.setattr(fastdist, "supervisor", fake, raising=False)
+    monkeypatch.setattr(fastdist.supervisor, "main", fake, raising=False)
     return fake
 
 
