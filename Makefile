@@ -6,7 +6,7 @@ CORE := src/fastdist/_core.pyx $(wildcard src/fastdist/core/*)
 BUILT := .venv/.built
 FUZZ_SECONDS ?= 120
 
-.PHONY: help build run test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick load micro profile lint types debug sanitize fuzz wheel clean
+.PHONY: help build run check test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick load micro profile lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,10 @@ run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-
 	@setsid $(BIN)/python -m mock_analyzers --quiet & mocks=$$!; \
 	trap 'kill $$mocks 2>/dev/null; wait $$mocks' EXIT; trap : INT TERM; \
 	$(BIN)/fastdist serve
+
+check: build  ## what is quick to tell: lint, types, unit and component tests, on all cores
+	$(MAKE) --no-print-directory lint types
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component
 
 test: build  ## every test, and which took longest
 	$(BIN)/python -m pytest --durations=25
