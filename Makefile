@@ -2,29 +2,39 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# What is compiled once need not be compiled by every process of a test.
+unexport PYTHONDONTWRITEBYTECODE
 CORE := src/fastdist/_core.pyx $(wildcard src/fastdist/core/*)
 BUILT := .venv/.built
+DEPENDENCIES := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'])
+PYTEST := $(BIN)/python -m pytest --durations=25
+# Processes of tests: one for each core, or two where tests mostly wait.
+CORES = --numprocesses=$(shell nproc) --dist=worksteal
+TWICE = --numprocesses=$$((2 * $(shell nproc))) --dist=loadgroup
 FUZZ_SECONDS ?= 120
 
-.PHONY: help build run check test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick load micro profile lint types debug sanitize fuzz wheel clean
+.PHONY: help build run check system test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick load micro profile lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-build: $(BUILT)  ## build everything into .venv/
+build:  ## build everything into .venv/
+	@$(MAKE) --no-print-directory --jobs=2 .venv/.tools $(BUILT)
 
 .venv/.made:
 	$(PYTHON) -c 'import sys; sys.exit("python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group build
 	touch $@
 
 .venv/.tools: .venv/.made pyproject.toml
-	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --group dev $$($(BIN)/python -c "$(DEPENDENCIES)")
 	touch $@
 
-$(BUILT): .venv/.tools setup.py pyproject.toml $(CORE)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+# Without what fastdist needs at run time: that is installed with the tools, while the core is compiled.
+$(BUILT): .venv/.made setup.py pyproject.toml $(CORE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-C ends all
@@ -33,11 +43,14 @@ run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-
 	$(BIN)/fastdist serve
 
 check: build  ## what is quick to tell: lint, types, unit and component tests, on all cores
-	$(MAKE) --no-print-directory lint types
-	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component
+	@$(MAKE) --no-print-directory lint types
+	$(PYTEST) $(CORES) tests/unit tests/component
+
+system: build  ## all other tests: e2e, deploy, browser, chaos; most of their time is waiting
+	$(PYTEST) $(TWICE) tests/e2e tests/deploy tests/browser tests/chaos
 
 test: build  ## every test, and which took longest
-	$(BIN)/python -m pytest --durations=25
+	$(PYTEST) $(TWICE)
 
 unit component e2e browser deploy: build  ## one kind of tests
 	$(BIN)/python -m pytest tests/$@

@@ -8,6 +8,14 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 from support import Mocks, running
+from xdist.scheduler import LoadScopeScheduling
+
+# Tests that share what is dear to make: images, the site. One process runs all of them.
+TOGETHER = {
+    "tests/deploy/test_images.py": "images",
+    "tests/deploy/test_systemd_unit.py": "images",
+    "tests/deploy/test_site.py": "site",
+}
 
 # What hypothesis makes up is the same in every run: a tree passes or fails twice. `make explore` looks for what nobody
 # has thought of: other examples each time, ten times as many; those that failed stay in .hypothesis/. No profile has a
@@ -35,6 +43,18 @@ def pytest_configure():
     os.environ["TERM"] = "xterm"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Scheduling(LoadScopeScheduling):
+    """Give each process the next test, or the next tests that belong together; begin with the latter."""
+
+    def _split_scope(self, nodeid):
+        return TOGETHER.get(nodeid.partition("::")[0], nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Keep together what belongs together where ``--dist loadgroup`` asks for it."""
+    return Scheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,18 @@ trap 'rm -rf "$work"' EXIT
 unset PYTHONPATH
 
 echo "wheel: building"
-# A copy of what belongs to the project: nothing that was built before gets into the wheel, or is left behind.
+# A copy of what belongs to the project: nothing that was built before gets into the wheel, or is left behind, but for the
+# core, which was compiled from the same files with the same flags; setuptools sees whether it is older than these.
 mkdir "$work/source"
 cp "$root/pyproject.toml" "$root/setup.py" "$root/LICENSE" "$root/README.md" "$work/source/"
-(cd "$root" && find src -type f ! -name '*.so' ! -name '*.c' ! -path '*/__pycache__/*' ! -path 'src/build/*' ! -path '*.egg-info/*') |
+(cd "$root" && find src -type f ! -name '*.so' ! -path '*/__pycache__/*' ! -path 'src/build/*' ! -path '*.egg-info/*') |
 	(cd "$root" && tar -cf - -T -) | tar -xf - -C "$work/source"
+compiled=$("$python" -c 'from setuptools import Distribution
+command = Distribution().get_command_obj("build")
+command.ensure_finalized()
+print(command.build_platlib)')
+mkdir -p "$work/source/$compiled/fastdist"
+cp -p "$root"/src/fastdist/_core*.so "$work/source/$compiled/fastdist/"
 "$python" -m build --quiet --wheel --outdir "$work/dist" "$work/source"
 
 echo "wheel: installing into an empty environment"
