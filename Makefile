@@ -13,7 +13,7 @@ CORES = --numprocesses=$(shell nproc) --dist=worksteal
 TWICE = --numprocesses=$$((2 * $(shell nproc))) --dist=loadgroup
 FUZZ_SECONDS ?= 120
 
-.PHONY: help build run check system test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick load micro profile lint types debug sanitize fuzz wheel clean
+.PHONY: help build run check system test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick load micro profile generated lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -87,6 +87,9 @@ micro: build  ## micro-benchmarks of the core, by pytest-benchmark; ARGS="-k rin
 
 profile: build  ## where the workers spend their time under load (needs perf); ARGS="DELIVERY__MODE=single"
 	$(BIN)/python bench/hotspots.py $(ARGS)
+
+generated: build  ## write what is made from other files: fastdist.example.toml, docs/settings.md
+	$(BIN)/python scripts/generate_settings.py
 
 lint: build  ## style
 	$(BIN)/ruff check

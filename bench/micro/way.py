@@ -18,7 +18,7 @@ from tools import packet, weight_of
 
 from fastdist import packet as packets
 from fastdist._core import Intake, PacketRing, file_size
-from fastdist.config import Analyzer, Config
+from fastdist.settings import Analyzer, Config
 from fastdist.shm.block import AnalyzerWord, SharedBlock
 from fastdist.worker import dispatch
 from fastdist.worker.dispatch import Dispatcher

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastdist.config import Config, from_wire, to_wire
 from fastdist.errors import StartError
+from fastdist.settings import Config  # noqa: TC001  (decoding needs it)
 
 if TYPE_CHECKING:
     import socket
@@ -53,13 +53,6 @@ class Settings(msgspec.Struct, frozen=True):
     pair: Pair | None = None
 
 
-class _Wire(msgspec.Struct, frozen=True):
-    generation: int
-    roster: dict[str, int]
-    config: msgspec.Raw
-    pair: Pair | None
-
-
 class Assignment(msgspec.Struct, frozen=True):
     """What the supervisor tells a worker when it starts it: its place, and the descriptors it inherits."""
 
@@ -74,8 +67,7 @@ class Assignment(msgspec.Struct, frozen=True):
 
 def write_settings(fd: int, settings: Settings) -> None:
     """Write settings over those that are in the memfd ``fd``."""
-    wire = _Wire(settings.generation, settings.roster, msgspec.Raw(to_wire(settings.config)), settings.pair)
-    body = msgspec.json.encode(wire)
+    body = msgspec.msgpack.encode(settings)  # JSON has no infinity, which a setting may be
     os.pwrite(fd, HEADER.pack(len(body), _checksum(body)) + body, 0)
 
 
@@ -88,8 +80,7 @@ def read_settings(fd: int, patience: float = PATIENCE) -> Settings:
             length, checksum = HEADER.unpack_from(data)
             body = data[HEADER.size : HEADER.size + length]
             if len(body) == length and _checksum(body) == checksum:
-                wire = msgspec.json.decode(body, type=_Wire)
-                return Settings(wire.generation, wire.roster, from_wire(bytes(wire.config)), wire.pair)
+                return msgspec.msgpack.decode(body, type=Settings)
         if time.monotonic() > end:
             raise StartError("the settings handed to this worker are not whole")
         time.sleep(0.001)

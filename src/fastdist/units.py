@@ -45,7 +45,6 @@ _BYTES_FOLDED = {name.lower(): factor for name, factor in _BYTES.items()}
 
 _QUANTITY = re.compile(r"(\d{1,400}(?:\.\d{1,400})?) *([A-Za-z]+)", re.ASCII)
 _MOST = 2**63 - 1  # what a 64-bit counter of bytes or seconds holds
-_SHORT = 5  # longer figures read better in a smaller unit: 1025KiB, not 1.0009765625MiB
 
 
 def parse_duration(value: object) -> float:
@@ -54,6 +53,13 @@ def parse_duration(value: object) -> float:
     Raises ValueError for anything else, and for what is negative, not finite or over 2**63.
     """
     return float(_amount(value, _SECONDS, "a duration such as 500ms, 2s or 1.5m"))
+
+
+def parse_duration_or_never(value: object) -> float:
+    """Return what ``parse_duration`` does, and infinity for ``never``. Raises ValueError likewise."""
+    if value == "never":
+        return math.inf
+    return float(_amount(value, _SECONDS, 'a duration such as 500ms, 2s or 1.5m, or "never"'))
 
 
 def parse_size(value: object) -> int:
@@ -103,9 +109,9 @@ def _quote(value: object) -> str:
 
 def _text(amount: Decimal, units: Mapping[str, Decimal], base: str) -> str:
     for unit, factor in units.items():
-        number = f"{(amount / factor).normalize():f}"
-        if len(number) <= _SHORT and Decimal(number) >= 1 and Decimal(number) * factor == amount:
-            return number + unit
+        tenths = amount / factor * 10  # more decimals read better in a smaller unit: 75s, not 1.25m
+        if tenths >= 10 and tenths == tenths.to_integral_value():  # noqa: PLR2004  (at least one)
+            return f"{(tenths / 10).normalize():f}{unit}"
     return f"{amount:f}{base}" if amount else f"0{base}"
 
 
@@ -140,12 +146,31 @@ def parse_endpoint(url: str) -> Endpoint:
     return _endpoint(scheme.lower(), rest)
 
 
+def check_url(url: str) -> str:
+    """Return the URL if ``parse_endpoint`` takes it; raises ValueError as that does."""
+    parse_endpoint(url)
+    return url
+
+
+def check_url_or_path(text: str) -> str:
+    """Return a path on some host, or an absolute http(s) URL, as it is. Raises ValueError for anything else."""
+    if not re.match("/|https?://", text, re.IGNORECASE):
+        raise ValueError("must be a path such as /health, or an http:// or https:// URL")
+    parse_endpoint(f"http://host{text}" if text.startswith("/") else text)
+    return text
+
+
 def parse_origin(text: str) -> str:
     """Return the origin ``scheme://host[:port]`` as browsers send it (lower case, no default port); or ValueError."""
     scheme, mark, rest = text.lower().partition("://")
     if not mark or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or re.search(r"[/?]", rest):
         raise ValueError("must be scheme://host[:port], with no path and no slash at its end")
     return _endpoint(scheme, rest).origin
+
+
+def parse_origin_or_any(text: str) -> str:
+    """Return what ``parse_origin`` does, and ``*`` for ``*``. Raises ValueError likewise."""
+    return text if text == "*" else parse_origin(text)
 
 
 def _endpoint(scheme: str, rest: str) -> Endpoint:

@@ -24,8 +24,8 @@ import msgspec
 import uvloop
 
 from fastdist._core import PacketRing, Poller, file_size
-from fastdist.config import Analyzer, Config
 from fastdist.net.names import Names
+from fastdist.settings import Analyzer, Config
 from fastdist.shm.block import AnalyzerWord, SharedBlock
 from fastdist.storage import dead_letter_writer
 from fastdist.storage.dead_letters import DeadLetters

@@ -24,8 +24,8 @@ from msgspec.structs import replace
 
 from fastdist import packet
 from fastdist._core import Intake, PacketRing, file_size
-from fastdist.config import Config, Limits, Security, Server
 from fastdist.http.api import Api
+from fastdist.settings import Config, Limits, Security, Server
 from fastdist.shm.block import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.snapshot import REJECTIONS, Snapshot
 from fastdist.worker.ingest import Emitters, IngestProtocol

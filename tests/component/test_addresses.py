@@ -11,8 +11,8 @@ import threading
 import pytest
 from forward_harness import OK, ScriptServer, World, endpoint, requests_in, run, shared_block, until
 
-from fastdist.config import Analyzer, Health
 from fastdist.net import names
+from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerWord
 from fastdist.supervisor.health import HealthChecker
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from forward_harness import SECOND, Bench, reply
 
-from fastdist.config import Analyzer
+from fastdist.settings import Analyzer
 from fastdist.shm.block import AnalyzerWord
 from fastdist.worker import dispatch
 

@@ -23,7 +23,7 @@ from forward_harness import (
     until,
 )
 
-from fastdist.config import Analyzer, Health
+from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerWord
 from fastdist.supervisor.health import HealthChecker
 

@@ -13,7 +13,7 @@ from forward_harness import ScriptServer, reply, run, shared_block, start_mock, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdist.config import Analyzer, Health
+from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerState, AnalyzerWord
 from fastdist.supervisor.health import HealthChecker, Probe
 

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 from forward_harness import ScriptServer, reply, run, self_signed, shared_block, until
 
-from fastdist.config import Analyzer, Health
+from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerWord
 from fastdist.supervisor.health import HealthChecker, Probe
 

@@ -16,9 +16,9 @@ import aiohappyeyeballs
 import pytest
 from forward_harness import ScriptServer, World, reply, requests_in, run, shared_block, until
 
-from fastdist.config import Analyzer, Health
 from fastdist.net.connect import connect, shortage
 from fastdist.net.names import Names
+from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerWord
 from fastdist.supervisor.health import HealthChecker
 from fastdist.units import parse_endpoint

@@ -20,7 +20,7 @@ from images import Image
 from machine import Machine
 from support import Emitter, Mocks, free_port, get_json, request, running, wait_until
 
-from fastdist.config import Config
+from fastdist.settings import Config
 
 pytestmark = pytest.mark.processes
 FOLDER = ROOT / "deploy" / "systemd"

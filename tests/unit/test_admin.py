@@ -9,12 +9,12 @@ import msgspec
 import pytest
 import trustme
 
-from fastdist.config import Analyzer, Config, Security
 from fastdist.errors import ConfigError, StartError
 from fastdist.http import stats
 from fastdist.http.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.ipc import Action
 from fastdist.net.tls import read_pair
+from fastdist.settings import Analyzer, Config, Security
 from fastdist.shm.block import AnalyzerWord, SharedBlock
 from fastdist.shm.snapshot import Snapshot
 from fastdist.supervisor.reload import Changes

@@ -14,10 +14,10 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from fastdist._core import RequestHead
-from fastdist.config import Config, Security
 from fastdist.http.api import COMPLAINT_SECONDS, Api, Response, accepts, cors_headers, problem, reason
 from fastdist.http.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
 from fastdist.ipc import Action
+from fastdist.settings import Config, Security
 from fastdist.shm.block import AnalyzerWord, HeadWord, SharedBlock, WorkerWord
 from fastdist.shm.snapshot import Snapshot
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from types import ModuleType, SimpleNamespace
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -378,8 +379,8 @@ def test_lines_that_are_no_letters_are_called_so(run, tmp_path):
 
 
 def test_the_reasons_are_those_that_there_are():
-    assert tuple(main.Reason) == DEAD_LETTERS
-    assert tuple(main.LineReason) == (*DEAD_LETTERS, UNREADABLE)
+    assert get_args(main.Reason) == DEAD_LETTERS
+    assert get_args(main.LineReason) == (*DEAD_LETTERS, UNREADABLE)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_a_reason_that_nothing_has_is_refused_with_those_there_are(run, letters,
     result = run("dead-letters", command, str(letters), "--reason", reason)
     assert result.exit_code == 2
     assert "--reason" in result.stderr
-    for known in main.LineReason if command != "replay" else main.Reason:
+    for known in get_args(main.LineReason if command != "replay" else main.Reason):
         assert f"'{known}'" in result.stderr
         assert known in run("dead-letters", command, "--help").output
 

@@ -9,7 +9,6 @@ import threading
 
 import pytest
 
-from fastdist.config import Analyzer, Config
 from fastdist.errors import StartError
 from fastdist.ipc import (
     LONGEST_PROBLEM,
@@ -23,6 +22,7 @@ from fastdist.ipc import (
     shorten,
     write_settings,
 )
+from fastdist.settings import Analyzer, Config
 
 
 def settings(generation: int, count: int) -> Settings:

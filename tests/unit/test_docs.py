@@ -16,9 +16,9 @@ import fastdist
 from fastdist import config
 from fastdist._core import FIELDS
 from fastdist.cli import main
-from fastdist.config import Config
 from fastdist.http import metrics
 from fastdist.http.api import Api
+from fastdist.settings import Config
 from fastdist.shm.block import SharedBlock
 from fastdist.shm.snapshot import Snapshot
 
@@ -51,31 +51,6 @@ def code(text):
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def test_the_example_has_every_setting_with_its_default():
-    document = tomllib.loads(EXAMPLE.read_text())
-    written = {f"{name}.{key}" for name, table in document.items() if name != "analyzers" for key in table}
-    for analyzer in document["analyzers"]:
-        assert set(analyzer) == {field.name for field in msgspec.structs.fields(config.Analyzer)}
-    assert written == set(config._SETTINGS) - {"analyzers"}
-    assert config.load(EXAMPLE, {}, NO_FLAGS).config == Config()
-
-
-def test_every_setting_of_the_example_is_explained():
-    for line in EXAMPLE.read_text().splitlines():
-        assert not re.match(r"\w+ *=", line) or "#" in line or line.split(" ")[0] in SELF_EVIDENT, line
-
-
-SELF_EVIDENT = {"id", "endpoint", "weight", "health", "client_burst", "tls_key"}  # what stands above says it
-
-
-def test_the_default_analyzers_are_those_of_the_text():
-    assert [analyzer.endpoint for analyzer in Config().analyzers] == [
-        f"http://127.0.0.1:{port}/analyze" for port in range(3001, 3005)
-    ]
-    weights = [analyzer.weight for analyzer in Config().analyzers]
-    assert "with the weights {}, {}, {} and {}".format(*weights) in " ".join((DOCS / "settings.md").read_text().split())
-
-
 def test_the_variables_that_are_named_exist():
     known = config._VARIABLES.keys() | {"FASTDIST_CONFIG", "FASTDIST_TOKEN", "FASTDIST_BUILD", "FASTDIST_CHAOS"}
     for document in DOCUMENTS:
@@ -88,7 +63,7 @@ def test_the_settings_that_are_named_exist(document):
     sections = "|".join(field.name for field in msgspec.structs.fields(Config) if field.name != "analyzers")
     named = re.findall(rf"`((?:{sections})\.\w+)`", document.read_text())
     modules = {path.name for path in PACKAGE.iterdir()}
-    assert set(named) - modules <= set(config._SETTINGS)
+    assert set(named) - modules <= set(config.SETTINGS)
 
 
 # ----------------------------------------------------------------------------------------------- API, metrics, commands

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastdist import config
 from fastdist.cli import effective
-from fastdist.config import Config
+from fastdist.settings import Config
 
 FILE = """
 [server]
@@ -54,7 +54,7 @@ def test_the_defaults_read_again_are_the_defaults(tmp_path):
     assert read_again(text, tmp_path) == Config()
     assert text.startswith("# fastdist, no file, only the environment; 0 of ")
     settings = [line for line in text.splitlines() if " = " in line and "# default" in line]
-    assert len(settings) == len(config._SETTINGS) - 1
+    assert len(settings) == len(config.SETTINGS) - 1
 
 
 def test_what_is_set_is_read_again_but_for_tokens(file, tmp_path):
@@ -106,7 +106,7 @@ def test_any_value_is_read_again_as_it_was(text, spill_after, max_header, weight
         "analyzers": [{"id": "a", "endpoint": "http://h/", "weight": weight}],
     }
     loaded = config.Loaded(
-        config._build(document, {}, []), dict.fromkeys(config._SETTINGS, "default"), None, os.environ, {}
+        config._build(document, {}, []), dict.fromkeys(config.SETTINGS, "default"), None, os.environ, {}
     )
     again = config._build(tomllib.loads(effective.as_toml(loaded)), {}, [])
     assert again == loaded.config

@@ -8,8 +8,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastdist.config import Analyzer, Config
 from fastdist.http import metrics
+from fastdist.settings import Analyzer, Config
 from fastdist.shm.block import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.histograms import BOUNDS
 from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot

@@ -12,9 +12,9 @@ import pytest
 
 import fastdist
 from fastdist._core import RequestHead
-from fastdist.config import Config
 from fastdist.http import static, stats
 from fastdist.http.api import Api
+from fastdist.settings import Config
 from fastdist.shm.block import SharedBlock
 from fastdist.shm.snapshot import Snapshot
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastdist.config import Analyzer, Health
+from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerWord, SharedBlock
 from fastdist.shm.weights import effective_weights, normalised, ramp
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from fastdist.config import Config, Distribution, Queue
 from fastdist.http import stats
+from fastdist.settings import Config, Distribution, Queue
 from fastdist.shm.block import HUNG, AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, Step, WorkerState, WorkerWord
 from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 

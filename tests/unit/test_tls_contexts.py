@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdist.config import Security
 from fastdist.errors import StartError
 from fastdist.net.tls import out_of_date, read_pair, server_context, validity
+from fastdist.settings import Security
 
 
 class Authority:

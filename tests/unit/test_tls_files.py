@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from fastdist.config import Security
 from fastdist.errors import StartError
 from fastdist.net import tls
+from fastdist.settings import Security
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
-from fastdist.config import Server
+from fastdist.settings import Server
 from fastdist.shm import upkeep
 from fastdist.shm.block import HeadWord, SharedBlock, Step, WorkerWord
 from fastdist.shm.upkeep import TICK_NS, LoopLag, Sweep, Upkeep

@@ -6,19 +6,20 @@ Tokens are masked. Warnings beyond those of a start are for who asks for a check
 from __future__ import annotations
 
 import json
-import os
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastdist.config import Analyzer, Config, settings
+from fastdist.config import FACTS, SETTINGS, usable_cores
 from fastdist.config import warnings as config_warnings
 from fastdist.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastdist.config import Loaded, Setting
+    from fastdist.config import Facts, Loaded
+    from fastdist.settings import Analyzer, Config
 
 MASK = "********"
 
@@ -27,24 +28,40 @@ def as_toml(loaded: Loaded, *, changed: bool = False) -> str:
     """Return the configuration as TOML; ``changed``: only what is not a default. Comments name the origins."""
     lines = [f"# fastdist, {_summary(loaded)}"]
     section = ""
-    for setting in settings(loaded):
-        if changed and setting.origin == "default":
+    for path, about in SETTINGS.items():
+        value, origin = attrgetter(path)(loaded.config), loaded.sources[path]
+        if changed and origin == "default":
             continue
-        if setting.path == "analyzers":
-            lines += _analyzers(setting)
+        if path == "analyzers":
+            for analyzer in value:
+                lines += ["", _commented("[[analyzers]]", origin), *_analyzer(analyzer)]
             continue
-        name, _, key = setting.path.partition(".")
+        name, _, key = path.partition(".")
         if name != section:
             lines += ["", f"[{name}]"]
             section = name
-        lines.append(_commented(f"{key} = {_value(setting)}", _origin(setting)))
+        if about.secret and value:
+            value, origin = (MASK,) * len(value), f"{origin}; {len(value)}, masked"
+        lines.append(_commented(f"{key} = {written(value, about)}", origin))
     return "\n".join(lines) + "\n"
+
+
+def _analyzer(analyzer: Analyzer) -> Iterator[str]:
+    for key, value in msgspec.structs.asdict(analyzer).items():
+        yield f"{key} = {written(value, FACTS[f'analyzers[].{key}'])}"
+
+
+def written(value: Any, about: Facts) -> str:
+    """Return the value of a setting as TOML has it, in the unit that is the easiest to read."""
+    # Control characters, where TOML and JSON strings differ, cannot be in a setting.
+    value = about.show(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def warnings(config: Config) -> Iterator[str]:
     """Yield what is allowed but may not be what was meant, each on one line that begins with its path."""
     yield from config_warnings(config)
-    workers = config.server.workers or min(256, len(os.sched_getaffinity(0)))
+    workers = config.server.workers or usable_cores()
     largest = config.queue.capacity // workers // 2
     if largest < config.server.max_body:
         yield (
@@ -65,31 +82,5 @@ def _summary(loaded: Loaded) -> str:
     return f"{read} the environment; {set_by_hand} of {len(loaded.sources)} settings set there or by options"
 
 
-def _analyzers(setting: Setting) -> Iterator[str]:
-    for analyzer in setting.value:
-        yield ""
-        yield _commented("[[analyzers]]", _origin(setting))
-        for field in msgspec.structs.fields(Analyzer):
-            yield f"{field.name} = {_written(getattr(analyzer, field.name), field.type)}"
-
-
-def _origin(setting: Setting) -> str:
-    return setting.origin + (f"; {len(setting.value)}, masked" if setting.secret and setting.value else "")
-
-
 def _commented(line: str, comment: str) -> str:
     return f"{line:<39} # {comment}"
-
-
-def _value(setting: Setting) -> str:
-    return _written([MASK] * len(setting.value) if setting.secret else setting.value, setting.kind)
-
-
-def _written(value: Any, kind: Any) -> str:
-    """Return a value as TOML has it, in the unit that is the easiest to read."""
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_written(item, str) for item in value)}]"
-    show = (get_args(kind)[1].extra or {}).get("show") if get_origin(kind) is Annotated else None
-    value = show(value) if show else value
-    # Control characters, where TOML and JSON strings differ, cannot be in a setting.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

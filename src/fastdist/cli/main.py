@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -30,14 +29,15 @@ from fastdist.cli.options import (
     fail,
     load_or_exit,
     problems_shown,
+    setting_option,
     target_or_exit,
     token_or_environment,
 )
 from fastdist.errors import StartError
 
 if TYPE_CHECKING:
-    from fastdist.config import Config
     from fastdist.ipc import Pair
+    from fastdist.settings import Config
     from fastdist.storage.inspect import QueueView
 
 app = typer.Typer(
@@ -54,40 +54,19 @@ LettersPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), its folder dead-letters, or one file.")
 ]
 QueuePath = Annotated[Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), or one file of it.")]
-
-
-class Reason(StrEnum):
-    """Why a packet is a dead letter."""
-
-    REFUSED = "refused"
-    EXHAUSTED = "exhausted"
-    OVERSIZED = "oversized"
-    SHUTDOWN = "shutdown"
-
-
-class LineReason(StrEnum):
-    """The same, and what a line is listed under that is no letter."""
-
-    REFUSED = "refused"
-    EXHAUSTED = "exhausted"
-    OVERSIZED = "oversized"
-    SHUTDOWN = "shutdown"
-    UNREADABLE = "unreadable"
-
-
+Reason = Literal["refused", "exhausted", "oversized", "shutdown"]  # why a packet is a dead letter
+LineReason = Literal[Reason, "unreadable"]  # the same, and what a line is listed under that is none
 REASONS_HELP = (
     "Only those with this reason: an analyzer refused it; retry.max_attempts is used up; too large for the queue as it "
     "is now; left in memory at the end"
 )
 LetterReasonOption = Annotated[Reason | None, typer.Option(help=f"{REASONS_HELP}.")]
 LineReasonOption = Annotated[LineReason | None, typer.Option(help=f"{REASONS_HELP}; a line that is no letter.")]
-ConfigFile = Annotated[
-    str | None,
-    typer.Option("--config", metavar="FILE", help="TOML file to read; else the one FASTDIST_CONFIG names; else none."),
-]
-Host = Annotated[str | None, typer.Option(help="Address to listen on  [0.0.0.0]")]
-Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 is any free one  [3000]")]
-Workers = Annotated[int | None, typer.Option(help="Worker processes; 0 is one per core  [0]")]
+FILE_HELP = "TOML file to read; else the one FASTDIST_CONFIG names; else none."
+ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help=FILE_HELP)]
+Host = Annotated[str | None, setting_option("server.host")]
+Port = Annotated[int | None, setting_option("server.port")]
+Workers = Annotated[int | None, setting_option("server.workers")]
 
 
 def main() -> None:
@@ -174,10 +153,7 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
 
 @app.command("config")
 def show_config(
-    file: Annotated[
-        str | None,
-        typer.Argument(metavar="[FILE]", help="TOML file to read; else the one FASTDIST_CONFIG names; else none."),
-    ] = None,
+    file: Annotated[str | None, typer.Argument(metavar="[FILE]", help=FILE_HELP)] = None,
     *,
     changed: Annotated[bool, typer.Option("--changed", help="Only what is not left at its default.")] = False,
     host: Host = None,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastdist.config import Loaded, load
+from fastdist.config import SETTINGS, Loaded, load
 from fastdist.errors import ConfigError
 from fastdist.units import parse_duration
 
@@ -37,6 +37,12 @@ CaFile = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Certificates (PEM) to trust for https instead of the system's."),
 ]
+
+
+def setting_option(path: str) -> Any:
+    """Return the option that stands for a setting."""
+    about = SETTINGS[path]
+    return typer.Option(help=f"{about.summary}  [{about.default}]")
 
 
 def fail(text: str, status: int = UNUSABLE) -> NoReturn:

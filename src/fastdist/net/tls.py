@@ -22,7 +22,7 @@ from fastdist.ipc import Pair
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastdist.config import Security
+    from fastdist.settings import Security
 
 
 # Of TLS 1.2; those of 1.3 are all like these: a new key for each connection, and authenticated encryption.

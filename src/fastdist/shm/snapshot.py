@@ -31,7 +31,7 @@ from fastdist.shm.weights import effective_weights, normalised, seems_online
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from fastdist.config import Analyzer, Config
+    from fastdist.settings import Analyzer, Config
     from fastdist.shm.block import SharedBlock
 
 REJECTIONS = (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fastdist._core import AnalyzerStates
-    from fastdist.config import Analyzer, Health
+    from fastdist.settings import Analyzer, Health
 
 RAMP_START = 0.1  # of its weight, for an analyzer that has just recovered
 

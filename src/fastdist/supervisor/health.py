@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fastdist._core import AnalyzerStates
-    from fastdist.config import Analyzer, Health
+    from fastdist.settings import Analyzer, Health
 
 OK = range(200, 300)
 INTERIM = range(100, 200)

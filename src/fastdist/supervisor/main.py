@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
     from typing import Any
 
-    from fastdist.config import Config, Loaded
+    from fastdist.config import Loaded
+    from fastdist.settings import Config
 
 BACKLOG = 4096
 KEEPALIVE = (  # of listeners, and so of what they accept: who is gone without a word is noticed after two minutes

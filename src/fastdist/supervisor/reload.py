@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from fastdist.config import Analyzer, Config
     from fastdist.ipc import Action, Pair
+    from fastdist.settings import Analyzer, Config
     from fastdist.shm.block import SharedBlock
 
 FILE = "overrides.json"

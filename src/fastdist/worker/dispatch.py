@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
-    from fastdist.config import Analyzer, Config
+    from fastdist.settings import Analyzer, Config
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerConnection
 

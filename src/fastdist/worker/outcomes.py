@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing
-    from fastdist.config import Analyzer, Config
+    from fastdist.settings import Analyzer, Config
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerPool
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from fastdist._core import AnalyzerStates, PacketRing
-    from fastdist.config import Analyzer
+    from fastdist.settings import Analyzer
     from fastdist.worker.upstream import AnalyzerPool
 
 HOLD_NS = 3_000_000_000  # after which a trial that nobody holds on is over

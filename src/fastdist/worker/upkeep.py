@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdist._core import Counters, Intake, Poller
-    from fastdist.config import Server
+    from fastdist.settings import Server
 
 TICK = 0.02  # seconds: heartbeat, time-outs of deliveries, gauges
 TICK_NS = int(TICK * 1e9)

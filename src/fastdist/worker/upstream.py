@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import ssl
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
-    from fastdist.config import Analyzer, Delivery
     from fastdist.net.names import Names
+    from fastdist.settings import Analyzer, Delivery
 
 IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
 LONGEST_REPLY = 12  # times the time-out without progress: from the first byte of a reply to its last

@@ -1,0 +1,483 @@
+"""Every setting: its type, bounds and default, what it does, and when a new value takes effect.
+
+This is the one place for all of that. ``make generated`` writes ``fastdist.example.toml`` and ``docs/settings.md`` from
+it, the command line takes help texts from it, and ``config`` checks values by it. The annotation of a setting holds
+
+- ``about(text)``: a summary on a line of its own, without a link, and then what else there is to know. It is Markdown,
+  with links as in a page of ``docs/``. So is the docstring of a section, which stands above its settings;
+- ``Meta``: bounds or a pattern, ``examples`` where the default shows nothing, and in ``extra`` other ``config.Facts``.
+
+Durations are float seconds, sizes int bytes. Whatever is not marked RELOAD needs a restart to change.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from fastdist import units
+
+
+def about(text: str) -> Meta:
+    """Return the description of a setting."""
+    return Meta(description=text)
+
+
+# Bounds without a reason at hand keep sums and products of settings inside 64 bits (a year of nanoseconds does).
+_YEAR, _GIB = 365 * 86_400, 2**30
+_DURATION = {"type": "duration", "parse": units.parse_duration, "show": units.format_duration}
+_SIZE = {"type": "size", "parse": units.parse_size, "show": units.format_size}
+_NEVER = {"type": "duration, `never`", "parse": units.parse_duration_or_never, "show": units.format_duration}
+
+Duration = Annotated[float, Meta(ge=0, le=_YEAR, extra=_DURATION)]
+Interval = Annotated[float, Meta(ge=0.001, le=_YEAR, extra=_DURATION)]  # a duration where zero is meaningless
+DurationOrNever = Annotated[float, Meta(ge=0, extra=_NEVER | {"le": _YEAR})]  # infinity, "never", is over no bound
+BodySize = Annotated[int, Meta(ge=1, le=_GIB, extra=_SIZE)]
+Count = Annotated[int, Meta(ge=1, le=10_000)]
+Rate = Annotated[float, Meta(ge=0, le=10**9)]
+Burst = Annotated[int, Meta(ge=0, le=10**9)]
+Text = Annotated[str, Meta(pattern=".", extra={"range": "not empty", "refusal": "must not be empty"})]
+Id = Annotated[  # a segment of a path, which "." and ".." are not: clients take those out of it
+    str,
+    Meta(
+        pattern=r"^(?!\.\.?\Z)[A-Za-z0-9._-]{1,64}\Z",
+        extra={
+            "type": "text",
+            "range": "1 to 64 characters of `A-Z a-z 0-9 . _ -`; not `.` or `..`",
+            "refusal": 'must be 1..64 characters of A-Z a-z 0-9 . _ -, and neither "." nor ".."',
+        },
+    ),
+]
+Url = Annotated[str, Meta(extra={"type": "URL", "range": "`http://` or `https://`", "parse": units.check_url})]
+UrlOrPath = Annotated[
+    str,
+    Meta(
+        extra={
+            "type": "path or URL",
+            "range": "begins with `/`, `http://` or `https://`",
+            "parse": units.check_url_or_path,
+        }
+    ),
+]
+Token = Annotated[
+    str,
+    Meta(
+        pattern=r"^[!-~]+\Z",
+        extra={
+            "type": "text",
+            "range": "visible ASCII, no spaces",
+            "refusal": "must be visible ASCII without spaces, and not empty",
+            "secret": True,
+        },
+    ),
+]
+Origin = Annotated[
+    str,
+    Meta(
+        extra={
+            "type": "text",
+            "range": "`scheme://host[:port]`, or only `*`",
+            "parse": units.parse_origin_or_any,
+        }
+    ),
+]
+PemFile = Annotated[
+    str,
+    Meta(extra={"type": "path", "range": "a file; both or neither", "changes": "reload; on or off: restart"}),
+]
+RELOAD = Meta(extra={"changes": "reload"})  # of a setting, or of a whole section
+
+
+class Server(Struct, frozen=True, kw_only=True):
+    """The listening side: where to listen, what to take, how long to wait."""
+
+    host: Annotated[
+        Text,
+        Meta(extra={"type": "address"}),
+        about("""The address to listen on.
+        It is one of this machine, or a name that resolves to one. `0.0.0.0` is all of IPv4, `::` all of IPv6 too,
+        whatever `net.ipv6.bindv6only` says (IPv4 clients then have addresses such as `::ffff:192.0.2.1`). Set
+        `127.0.0.1` where only a proxy on this machine is to reach it."""),
+    ] = "0.0.0.0"  # noqa: S104  (a service for other machines)
+    port: Annotated[
+        int,
+        Meta(ge=0, le=65535),
+        about("""The port to listen on; 0 is any free one.
+        The log names it."""),
+    ] = 3000
+    workers: Annotated[
+        int,
+        Meta(ge=0, le=256),
+        about("""Worker processes; 0 is one per core.
+        Those are the cores this process may use (256 at most). Lower it where something else needs the cores, or in a
+        container, where a limit on processor time is not seen; see [sizing](operations.md#sizing). The queue is divided
+        among the workers."""),
+    ] = 0
+    max_body: Annotated[
+        BodySize,
+        about("""The largest body that is taken; a larger one is 413.
+        It is not read if its length is known. A packet also has to fit into half of a worker's part of
+        [`queue.capacity`](#queuecapacity). As low as your packets allow is best."""),
+    ] = 10 * 2**20
+    max_header: Annotated[
+        int,
+        Meta(ge=1024, le=2**20, extra=_SIZE),
+        about("""The largest head of a request (request line and headers); a larger one is 431.
+        This is exact to the byte. Raise it for emitters behind proxies that add much."""),
+    ] = 16 * 1024
+    header_timeout: Annotated[
+        Interval,
+        about("""How long a whole request head may take, from its first byte to its last; then 408.
+        The same holds for a TLS handshake. Protects against clients that are slow on purpose."""),
+    ] = 10.0
+    body_timeout: Annotated[
+        Interval,
+        about("""How far a body may fall behind 1 KiB/s; then 408.
+        So that is how long it may make no progress, and what comes more slowly all the time is cut off after about that
+        time, however far it has got; a body that keeps up may take as long as it needs. The same holds for an emitter
+        that reads its responses too slowly: then the connection is closed."""),
+    ] = 30.0
+    keepalive_timeout: Annotated[
+        Interval,
+        about("""How long a connection may be idle between requests; then it is closed.
+        There is no response then. Longer than the keep-alive time of a proxy in front, so that it never writes to a
+        connection that is being closed."""),
+    ] = 75.0
+    max_connections: Annotated[
+        int,
+        Meta(ge=1, le=10**6),
+        about("""Connections from emitters, for each worker; one more is answered 503 and closed.
+        If the limit on open files does not allow as many it is lowered, with a warning; see
+        [file descriptors](operations.md#file-descriptors)."""),
+    ] = 10_000
+    drain_timeout: Annotated[
+        Duration,
+        about("""How long the queue may drain after SIGTERM.
+        What is left then stays on disk (`memory`: goes to the dead letters). Until then requests on connections that
+        are open are accepted, each as the last of its connection; connections that are idle are closed after a second.
+        Whatever stops the service has to wait longer than that before killing it: systemd is told, Docker and
+        Kubernetes have to be ([containers](operations.md#containers))."""),
+    ] = 30.0
+    validation: Annotated[
+        Literal["none", "schema", "strict"],
+        about("""What a packet has to be: `none` (any bytes), `schema`, or `strict` (with timestamps and levels).
+        With `none` it is passed on unread, and must only not be empty (then neither `sticky` nor `by = "messages"`, and
+        in batch mode emitters answer for its being JSON). `schema`: `emitterId`, and messages with a `message`, and
+        known members of the right type. `strict`: each message also has a `timestamp` (RFC 3339) and a `level`. See
+        [the packet](api.md#post-logs)."""),
+    ] = "schema"
+
+
+class Analyzer(Struct, frozen=True, kw_only=True):
+    """Where packets go: a table `[[analyzers]]` for each analyzer, any number of them.
+
+    All of this changes on reload: an analyzer that is new gets packets, one that is gone gets no more (what waited for
+    it goes to others), and one with a new endpoint starts afresh. There is room for 64, or for twice as many as there
+    were at the start if that is more; beyond that a restart is needed.
+    """
+
+    id: Annotated[
+        Id,
+        about("""Its name in figures, requests and dead letters; unique.
+        An analyzer keeps its figures and its override over a reload by its id."""),
+        Meta(examples=["A1"]),
+    ]
+    endpoint: Annotated[
+        Url,
+        about("""The URL that packets are posted to.
+        Names are resolved when a connection is opened. For https the system's certificates are trusted."""),
+        Meta(examples=["http://127.0.0.1:3001/analyze"]),
+    ]
+    weight: Annotated[
+        float,
+        Meta(ge=0),
+        about("""Its share, relative to the weights of the others; 0 is a reserve.
+        A reserve gets packets, retries included, only while no other is online. All weights 0 is an error. To change
+        one for the moment use [`PATCH /analyzers/{id}`](api.md#patch-analyzersid)."""),
+        Meta(examples=[0.1]),
+    ]
+    health: Annotated[
+        UrlOrPath,
+        about("""What to GET to see whether it is healthy (any 2xx): a path on the endpoint's origin, or a URL.
+        A whole URL may be of any host. A check that exercises what packets need is worth more than one that always says
+        yes."""),
+    ] = "/health"
+
+    @property
+    def address(self) -> units.Endpoint:
+        """The endpoint, taken apart."""
+        return units.parse_endpoint(self.endpoint)
+
+    @property
+    def health_url(self) -> str:
+        """The absolute URL of the health check."""
+        return f"{self.address.origin}{self.health}" if self.health.startswith("/") else self.health
+
+    @property
+    def health_address(self) -> units.Endpoint:
+        """The URL of the health check, taken apart."""
+        return units.parse_endpoint(self.health_url)
+
+
+class Distribution(Struct, frozen=True, kw_only=True):
+    """Which analyzer gets which packet."""
+
+    strategy: Annotated[
+        Literal["even", "random", "sticky"],
+        about("""How an analyzer is picked: `even`, `random`, or `sticky` (by emitterId).
+        `even`: every run of packets is split by weight, not only the long run; right for nearly all. `random`:
+        independent draws, where a pattern in the order of packets must not meet a pattern in ours. `sticky`: all
+        packets of one `emitterId` go to one analyzer while it is online, for analyzers that keep state of an emitter;
+        nothing spills then, and shares are those of emitters. Needs `server.validation` to be `schema` or `strict`.
+        """),
+    ] = "even"
+    by: Annotated[
+        Literal["packets", "messages", "bytes"],
+        about("""Whose shares follow the weights (`even` and `random`): those of `packets`, `messages` or `bytes`.
+        `messages` or `bytes` where packets differ much in size, so that an analyzer does not get few but huge ones.
+        `messages` needs `server.validation` to be `schema` or `strict`."""),
+    ] = "packets"
+
+
+class Queue(Struct, frozen=True, kw_only=True):
+    """Where accepted packets are kept until they are delivered."""
+
+    durability: Annotated[
+        Literal["memory", "disk", "fsync"],
+        about("""What an accepted packet survives: `memory` a worker's death, `disk` kill -9, `fsync` a system crash.
+        With `disk` that is kill -9 of everything; a crash of the system costs at most the last
+        [`queue.sync_interval`](#queuesync_interval). With `fsync` each response waits for a sync, which all that wait
+        at the time share. What each is worth is in [reliability](reliability.md#what-is-promised), what it costs in
+        [performance](performance.md)."""),
+    ] = "disk"
+    path: Annotated[
+        Text,
+        Meta(extra={"type": "path"}),
+        about("""The folder for queue, dead letters and overrides; the only place that is written to.
+        Relative to where the service is started. On a local file system. With `memory` dead letters and overrides are
+        still written there."""),
+    ] = "fastdist-data"
+    capacity: Annotated[
+        int,
+        Meta(ge=2**20, le=2**46, extra=_SIZE),
+        about("""The size of the queue, over all workers, allocated at the start.
+        Each worker has an equal part, of at least 64 KiB. A packet may take half of a part: with 16 workers the default
+        leaves each 16 MiB, so that no packet over 8 MiB is taken, whatever [`server.max_body`](#servermax_body) says.
+        How much you need is a [matter of arithmetic](operations.md#sizing)."""),
+    ] = 256 * 2**20
+    sync_interval: Annotated[
+        Interval,
+        about("""With `disk`: how often what has changed is synced, and so what a crash of the system may cost.
+        Dead letters are synced as often, at least once a second, and only then leave the queue. No effect with `memory`
+        and `fsync`."""),
+    ] = 0.5
+
+
+class Delivery(Struct, frozen=True, kw_only=True):
+    """How packets travel to analyzers. Time-outs and connections are the same for all of them."""
+
+    mode: Annotated[
+        Literal["single", "batch"],
+        about("""`single` (a packet a request) or `batch` (a JSON array of packets a request).
+        `single`: as it came. `batch` saves most of the work on both sides; analyzers have to take arrays. See
+        [what an analyzer receives](api.md#what-an-analyzer-receives)."""),
+    ] = "single"
+    batch_packets: Annotated[
+        int,
+        Meta(ge=1, le=1000, extra={"why": ": X-Packet-Ids has the id of each, and servers refuse long heads"}),
+        about("""A batch is sent when it has this many packets.
+        Above 120 the head, with an id for each packet, may be over 8 KiB, which many servers refuse."""),
+    ] = 64
+    batch_bytes: Annotated[
+        BodySize,
+        about("""A batch is sent when its packets have this many bytes.
+        It has one packet at least, however large."""),
+    ] = 2**20
+    linger: Annotated[
+        Duration,
+        about("""How long a batch may wait to fill while something else is in flight to the analyzer.
+        When the analyzer is idle a batch does not wait. Longer makes fuller batches under middling load."""),
+    ] = 0.002
+    connections: Annotated[
+        Count,
+        about("""Keep-alive connections to each analyzer, for each worker; opened when they are needed.
+        More for analyzers that answer slowly but can do much at once. An analyzer has to bear `workers x connections`.
+        """),
+    ] = 32
+    pipeline: Annotated[
+        Count,
+        about("""Requests in flight on each connection.
+        More than 1 pays where the way is long and the analyzer reads ahead; one slow response then holds up those
+        behind it, and an analyzer that does not understand pipelining must not get it."""),
+    ] = 1
+    spill_after: Annotated[
+        DurationOrNever,
+        about("""How long a packet waits for a slow analyzer before it goes to another that has room.
+        Slow is one that is slower than the others; for one as quick as they are it is four times as long. `"never"`:
+        the weights hold whatever it costs. `sticky` never spills."""),
+    ] = 1.0
+    timeout: Annotated[
+        Interval,
+        about("""How long an analyzer may make no progress while a response is awaited.
+        That is, take no bytes of the request and send none of the response. Then the packet goes to another analyzer,
+        and may have been delivered twice. Well above what analyzers take at their slowest to answer; how large the
+        packets are and how slow the way is does not matter. What the analyzer's system has acknowledged counts as
+        taken, and a pause of the machine does not count.
+
+        A response that has begun is awaited for twelve times as long (a minute), whatever progress it makes. If its
+        head is not there by then, that was a failure; if it is, only the connection is closed."""),
+    ] = 5.0
+    connect_timeout: Annotated[
+        Interval,
+        about("""How long a connection to an analyzer may take to be there, for each address of a name.
+        With TLS, the handshake may take as long again. Where a name has several addresses, the next is tried beside
+        those before it after 250 ms, or at once when one refuses. A name's look-up may take as long, too."""),
+    ] = 1.0
+    max_age: Annotated[
+        Interval,
+        about("""How old a connection to an analyzer may become, so that a change behind its address is followed.
+        This holds for health checks over https too. A connection is closed between two requests, and a new one opened
+        when there is something to send; each has an age of its own between half of this and all of it, so that they do
+        not all end at once. What is behind an address may change (a load balancer, a service of Kubernetes), and is
+        followed within that time. A name whose addresses change is followed within seconds, whatever this is: see
+        [operations](operations.md#analyzers-by-name)."""),
+    ] = 60.0
+
+
+class Retry(Struct, frozen=True, kw_only=True):
+    """What happens to a packet that no analyzer at hand could take. With another one at hand it goes there at once."""
+
+    base: Annotated[
+        Interval,
+        about("""The longest first wait once every analyzer at hand has failed.
+        The wait is drawn from 0 to this, and doubles each round. Not over [`retry.cap`](#retrycap)."""),
+    ] = 0.1
+    cap: Annotated[Interval, about("The longest wait between rounds.")] = 30.0
+    max_attempts: Annotated[
+        int,
+        Meta(ge=0, le=10**6),
+        about("""Attempts before a packet becomes a dead letter; 0 is until it is delivered.
+        The reason of that dead letter is `exhausted`; each sending counts. Set it where a packet that crashes its
+        analyzer must not go round forever."""),
+    ] = 0
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """When an analyzer counts as online."""
+
+    interval: Annotated[
+        Interval,
+        about("""Time between two checks of an analyzer.
+        It is up to a tenth less, so that checks spread out."""),
+    ] = 2.0
+    timeout: Annotated[
+        Interval,
+        about("""How long a check may take; then it has failed.
+        With https a connection is kept from check to check. If nothing comes on that one, a new one has as long again.
+        """),
+    ] = 1.0
+    rise: Annotated[
+        Count,
+        about("""Checks in a row that have to succeed before an analyzer that is offline comes online.
+        One that deliveries took offline is then [on probation](concepts.md#health) until it takes a packet. Higher for
+        one that is up and down."""),
+    ] = 2
+    fall: Annotated[
+        Count,
+        about("""Failures in a row, of checks or of deliveries, that take an analyzer offline.
+        Each of the two is counted by itself. Lower reacts faster, also to a hiccup. After as many packets refused in a
+        row without one that was taken, an analyzer is [in doubt](concepts.md#retries-and-dead-letters)."""),
+    ] = 3
+    slow_start: Annotated[
+        Duration,
+        about("""Over which time a recovered analyzer goes from a tenth of its weight to all of it.
+        0 is at once. For analyzers that have to warm up."""),
+    ] = 0.0
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """How many `POST /logs` requests are taken a second, over all workers; beyond that 429 with `Retry-After`.
+
+    Other requests are not counted. The limits hold from the next request after a reload.
+    """
+
+    rate: Annotated[
+        Rate,
+        about("""Requests a second, of all emitters together; 0 is off.
+        To turn away early what the analyzers cannot take."""),
+    ] = 0.0
+    burst: Annotated[Burst, about("Requests that may come at once, beyond the even pace; 0 is one second's worth.")] = 0
+    client_rate: Annotated[
+        Rate,
+        about("""Requests a second, of each client address; 0 is off.
+        Behind a proxy all clients have its address."""),
+    ] = 0.0
+    client_burst: Annotated[Burst, about("Requests of one address that may come at once; 0 is one second's worth.")] = 0
+
+
+class Security(Struct, frozen=True, kw_only=True):
+    """Who may do what.
+
+    Tokens are compared in constant time and appear in no log and no message;
+    [SECURITY.md](../SECURITY.md#running-it-safely) says what else to do.
+    """
+
+    tokens: Annotated[
+        tuple[Token, ...],
+        about("""Bearer tokens that `POST /logs` asks for; empty is open to all.
+        They come as `Authorization: Bearer …`. To renew one without a gap: add the new one, reload, give it to
+        emitters, take the old one out, reload. To take all away from a running service, write `tokens = []` and reload;
+        just to leave them out [is refused](#how-they-are-given)."""),
+        Meta(examples=[["a-token"]]),
+    ] = ()
+    admin_tokens: Annotated[
+        tuple[Token, ...],
+        about("""Bearer tokens that changes ask for; empty is clients on this machine only.
+        Changes are `PATCH`, `DELETE` and `POST /admin/reload`. Set them where a proxy runs on this machine: to
+        fastdist, its clients are all here."""),
+        Meta(examples=[["another-token"]]),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[Origin, ...],
+        about("""Origins whose pages may send packets and read responses, exactly; or `["*"]`.
+        Without one no CORS header is sent."""),
+        Meta(examples=[["https://app.example"]]),
+    ] = ()
+    tls_cert: Annotated[
+        PemFile,
+        about("""The certificate, with its chain, as PEM; with `tls_key`: HTTPS instead of HTTP.
+        A renewed file is taken over on reload, without dropping a connection. Turning TLS on or off needs a restart.
+
+        The two files are read once, at a start and at a reload, and tried together; all workers, also those that are
+        replaced later, use what was read then. Where they do not fit together (the one was renewed, the other not yet)
+        or the certificate has expired or is not valid yet, the reload is refused (422, with file and date) and the old
+        pair stays. At a start, by `fastdist check`, and where the pair in force has expired, that is a warning."""),
+        Meta(examples=["/etc/fastdist/cert.pem"]),
+    ] = ""
+    tls_key: Annotated[
+        PemFile,
+        about("The key of the certificate, as PEM, not encrypted."),
+        Meta(examples=["/etc/fastdist/key.pem"]),
+    ] = ""
+
+    def __repr__(self) -> str:
+        return f"Security({len(self.tokens)} tokens, {len(self.admin_tokens)} admin tokens, {self.cors_origins!r})"
+
+
+_ANALYZERS = tuple(
+    Analyzer(id=f"A{number}", endpoint=f"http://127.0.0.1:{3000 + number}/analyze", weight=weight)
+    for number, weight in enumerate((0.1, 0.4, 0.2, 0.3), 1)
+)
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """Everything that can be set; ``Config()`` is the default configuration."""
+
+    server: Server = Server()
+    analyzers: Annotated[tuple[Analyzer, ...], RELOAD] = _ANALYZERS
+    distribution: Distribution = Distribution()
+    queue: Queue = Queue()
+    delivery: Delivery = Delivery()
+    retry: Retry = Retry()
+    health: Health = Health()
+    limits: Annotated[Limits, RELOAD] = Limits()
+    security: Annotated[Security, RELOAD] = Security()

@@ -1,0 +1,37 @@
+"""What is made from other files is current."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+from msgspec import NODEFAULT
+
+from fastdist import config
+from fastdist.settings import Config
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = runpy.run_path(str(ROOT / "scripts" / "generate_settings.py"))["documents"]()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_generated_files_are_current(path):
+    assert path.read_text() == DOCUMENTS[path], "run `make generated`"
+
+
+def test_the_example_is_the_default_configuration():
+    loaded = config.load(ROOT / "fastdist.example.toml", {}, {})
+    assert loaded.config == Config()
+    assert "default" not in loaded.sources.values()
+
+
+def test_every_setting_has_a_valid_example():
+    document = {}
+    for path in config.FACTS.keys() - {"analyzers"}:
+        about, (section, key) = config.FACTS[path], path.split(".")
+        assert about.summary
+        assert about.examples or about.default not in ("", (), NODEFAULT)
+        document.setdefault(section, {})[key] = about.examples[0] if about.examples else about.default
+    document["analyzers"] = [document.pop("analyzers[]")]
+    config._build(document, {}, [])
