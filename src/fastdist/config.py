@@ -196,16 +196,9 @@ def _from_environment(environ: Mapping[str, str], problems: list[_Problem]) -> I
         if get_origin(base) is tuple:
             problems.append(_Problem(name, "a list cannot be set in the environment, only in the file"))
         else:
-            yield path, _number(text) if base in {int, float} else text, f"environment {name}"
+            yield path, units.number(text) if base in {int, float} else text, f"environment {name}"
     unknown = (name for name in environ if re.match("FASTDIST_.*__", name) and name not in _VARIABLES)
     problems.extend(_Problem(_shown(name), f"unknown setting{_hint(name, _VARIABLES)}") for name in unknown)
-
-
-def _number(text: str) -> object:
-    """Return the number that a variable holds; other text as it is, to be refused (or parsed) as in a file."""
-    if re.fullmatch(r"\s*[+-]?[0-9]{1,300}\s*", text):
-        return int(text)
-    return float(text) if re.fullmatch(r"\s*[+-]?[0-9]+\.[0-9]+\s*", text) else text
 
 
 def _build(document: Mapping[str, Any], sources: Mapping[str, str], others: list[_Problem]) -> Config:

@@ -47,6 +47,13 @@ _QUANTITY = re.compile(r"(\d{1,400}(?:\.\d{1,400})?) *([A-Za-z]+)", re.ASCII)
 _MOST = 2**63 - 1  # what a 64-bit counter of bytes or seconds holds
 
 
+def number(text: str) -> int | float | str:
+    """Return the number that an option or a variable holds; other text as it is, to be parsed or refused."""
+    if re.fullmatch(r"\s*[+-]?[0-9]{1,300}\s*", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"\s*[+-]?[0-9]+\.[0-9]+\s*", text) else text
+
+
 def parse_duration(value: object) -> float:
     """Return seconds for a number of seconds or a string with a unit (``us``, ``ms``, ``s``, ``m``, ``h``, ``d``).
 

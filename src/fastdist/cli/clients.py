@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -28,7 +26,7 @@ from fastdist.cli.options import (
     target_or_exit,
     token_or_environment,
 )
-from fastdist.units import format_size, parse_duration, parse_size
+from fastdist.units import format_size, number, parse_duration, parse_duration_or_never, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +40,7 @@ LONGEST_TEXT = 256  # characters of an emitterId
 LARGEST_PACKET = 1 << 30  # bytes
 
 
-def send(  # noqa: PLR0913  (a parameter is an option)
+def send(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Log file to send; - is standard input.")],
     *,
     url: Annotated[str, typer.Option(help="The distributor to send to.")] = DEFAULT_URL,
@@ -94,8 +92,8 @@ def send(  # noqa: PLR0913  (a parameter is an option)
       fastdist send app.ndjson --url https://logs.example:3000 --emitter web-42 --source shop
       fastdist send /var/log/app.log --follow --offset-file /var/lib/app.offset
       journalctl -o json -f | FASTDIST_TOKEN=secret fastdist send - --format ndjson
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.client import logfile, packing, send, send_view  # noqa: PLC0415  (serve needs none of them)
+    """
+    from fastdist.client import logfile, packing, send, send_view
 
     target = target_or_exit(url, token_or_environment(token), ca_file)
     with problems_shown():
@@ -107,8 +105,10 @@ def send(  # noqa: PLR0913  (a parameter is an option)
             source=None if source is None else _text("--source", source),
             stamp=stamp,
         )
-        recipe = packing.Recipe(style, batch, _batch_bytes(batch_bytes))
-        trying = math.inf if patience == "never" else _duration("--patience", patience)
+    with problems_shown("--batch-bytes: "):
+        recipe = packing.Recipe(style, batch, _packet_size(batch_bytes))
+    with problems_shown("--patience: "):
+        trying = parse_duration_or_never(number(patience))
     if offset_file and file == "-":
         fail("--offset-file: standard input cannot be read again; send a file")
     if Path(file).is_dir():
@@ -121,7 +121,7 @@ def send(  # noqa: PLR0913  (a parameter is an option)
 
 def _send(shipper: Shipper, logs: Sources, offset_file: Path | None, view: SendView, *, follow: bool) -> int:
     """Send, and say how it went; return the exit status."""
-    from fastdist.client import offsets, send_view  # noqa: PLC0415  (as above)
+    from fastdist.client import offsets, send_view
 
     started = time.monotonic()
     caught: list[int] = []
@@ -174,30 +174,20 @@ def _text(option: str, value: str) -> str:
 
 
 def _level(value: str | None) -> str | None:
-    from fastdist.packet import LEVELS  # noqa: PLC0415  (as above)
+    from fastdist.packet import LEVELS
 
     if value is not None and value.lower() not in LEVELS:
         raise ValueError(f"--level: expected one of {', '.join(LEVELS)}")
     return value
 
 
-def _duration(option: str, value: str) -> float:
-    """Return seconds. Raises ValueError, which names the option."""
-    try:
-        return parse_duration(float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else value)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
+def _packet_size(value: str) -> int:
+    """Return bytes. Raises ValueError."""
+    from fastdist.client.packing import SMALLEST_PACKET
 
-
-def _batch_bytes(value: str) -> int:
-    from fastdist.client.packing import SMALLEST_PACKET  # noqa: PLC0415  (as above)
-
-    try:
-        size = parse_size(int(value) if value.isdecimal() else value)
-    except ValueError as error:
-        raise ValueError(f"--batch-bytes: {error}") from None
+    size = parse_size(number(value))
     if not SMALLEST_PACKET <= size <= LARGEST_PACKET:
-        raise ValueError(f"--batch-bytes: must be from {format_size(SMALLEST_PACKET)} to {format_size(LARGEST_PACKET)}")
+        raise ValueError(f"must be from {format_size(SMALLEST_PACKET)} to {format_size(LARGEST_PACKET)}")
     return size
 
 
@@ -223,12 +213,12 @@ def top(
       fastdist top
       fastdist top --url https://logs.example:3000 --interval 5s
       fastdist top --once
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.client import top  # noqa: PLC0415  (serve does not need it)
+    """
+    from fastdist.client import top
 
     target = target_or_exit(url, None, ca_file)
-    with problems_shown():
-        seconds = max(SHORTEST_INTERVAL, _duration("--interval", interval))
+    with problems_shown("--interval: "):
+        seconds = max(SHORTEST_INTERVAL, parse_duration(number(interval)))
     if once:
         shown = top.print_once(target)
     elif sys.stdout.isatty() and sys.stdin.isatty():

@@ -95,7 +95,7 @@ def root(
       fastdist top
       fastdist send access.log
       fastdist --install-completion
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    """
 
 
 @app.command()
@@ -116,9 +116,9 @@ def serve(
       fastdist serve
       fastdist serve --config fastdist.toml --port 8080
       FASTDIST_QUEUE__DURABILITY=fsync fastdist serve
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    """
     loaded = load_or_exit(config, {"host": host, "port": port, "workers": workers})
-    from fastdist.supervisor import main  # noqa: PLC0415  (check and --help need neither event loop nor extension)
+    from fastdist.supervisor import main
 
     pair = _read_certificate(loaded.config)
     try:
@@ -139,9 +139,9 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
     \b
     Example:
       fastdist check fastdist.toml
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.cli import effective  # noqa: PLC0415  (serve does not need the one, --help neither)
-    from fastdist.net import tls  # noqa: PLC0415  (serve does not need the one, --help neither)
+    """
+    from fastdist.cli import effective
+    from fastdist.net import tls
 
     config = load_or_exit(file, {}).config
     pair = _read_certificate(config)
@@ -170,8 +170,8 @@ def show_config(
       fastdist config
       fastdist config fastdist.toml --changed
       FASTDIST_QUEUE__DURABILITY=fsync fastdist config fastdist.toml --port 8080
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.cli import effective  # noqa: PLC0415  (serve does not need it)
+    """
+    from fastdist.cli import effective
 
     loaded = load_or_exit(file, {"host": host, "port": port, "workers": workers})
     typer.echo(effective.as_toml(loaded, changed=changed), nl=False)
@@ -194,7 +194,7 @@ def dead_letters_group() -> None:
       fastdist dead-letters list fastdist-data
       fastdist dead-letters replay fastdist-data
       fastdist dead-letters purge fastdist-data --older-than 30d
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    """
 
 
 @dead_letters.command("list")
@@ -217,9 +217,9 @@ def dead_letters_list(
       fastdist dead-letters list fastdist-data
       fastdist dead-letters list fastdist-data --reason refused --since 1h
       fastdist dead-letters list fastdist-data --json | jq -r .error | sort | uniq -c
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.client import output  # noqa: PLC0415  (serve and check need neither)
-    from fastdist.storage import dead_letters  # noqa: PLC0415  (serve and check need neither)
+    """
+    from fastdist.client import output
+    from fastdist.storage import dead_letters
 
     with problems_shown():
         selection = dead_letters.Selection(reason=reason, since=ago(since, "--since"))
@@ -228,7 +228,7 @@ def dead_letters_list(
 
 
 @dead_letters.command("replay")
-def dead_letters_replay(  # noqa: PLR0913  (a parameter is an option)
+def dead_letters_replay(
     path: LettersPath,
     *,
     url: Annotated[str, typer.Option(help="The distributor to post them to.")] = DEFAULT_URL,
@@ -249,9 +249,9 @@ def dead_letters_replay(  # noqa: PLR0913  (a parameter is an option)
       fastdist dead-letters replay fastdist-data
       fastdist dead-letters replay fastdist-data --url http://logs.example:3000 --limit 10
       FASTDIST_TOKEN=secret fastdist dead-letters replay fastdist-data --connections 16
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.client import output, replay  # noqa: PLC0415  (serve and check need none of them)
-    from fastdist.storage import dead_letters  # noqa: PLC0415  (serve and check need none of them)
+    """
+    from fastdist.client import output, replay
+    from fastdist.storage import dead_letters
 
     target = target_or_exit(url, token_or_environment(token), ca_file)
     with problems_shown(), output.ReplayView() as view:
@@ -278,9 +278,9 @@ def dead_letters_purge(
       fastdist dead-letters purge fastdist-data
       fastdist dead-letters purge fastdist-data --older-than 30d --yes
       fastdist dead-letters purge fastdist-data --reason unreadable
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.client import output, replay  # noqa: PLC0415  (serve and check need none of them)
-    from fastdist.storage import dead_letters  # noqa: PLC0415  (serve and check need none of them)
+    """
+    from fastdist.client import output, replay
+    from fastdist.storage import dead_letters
 
     if not yes and not sys.stdin.isatty():
         fail("there is nobody to ask (stdin is no terminal); say --yes if they are to be deleted")
@@ -305,7 +305,7 @@ def queue_group() -> None:
     Examples:
       fastdist queue verify fastdist-data
       fastdist queue show fastdist-data
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
+    """
 
 
 @queue.command()
@@ -319,8 +319,8 @@ def verify(path: QueuePath) -> None:
     Examples:
       fastdist queue verify fastdist-data
       fastdist queue verify fastdist-data/ring-0.fdq
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.client import output  # noqa: PLC0415  (serve and check do not need it)
+    """
+    from fastdist.client import output
 
     view = _look_or_exit(path, 0)
     output.print_verdict(view)
@@ -342,8 +342,8 @@ def show(
     Examples:
       fastdist queue show fastdist-data
       fastdist queue show fastdist-data --limit 1000 --json | jq -r '.packets[].id'
-    """  # noqa: D301  (\b is Typer's mark for lines to be left alone)
-    from fastdist.client import output  # noqa: PLC0415  (serve and check do not need it)
+    """
+    from fastdist.client import output
 
     view = _look_or_exit(path, limit)
     (output.print_queue_json if json else output.print_queue)(view, datetime.now(UTC))
@@ -351,7 +351,7 @@ def show(
 
 
 def _look_or_exit(path: Path, limit: int) -> QueueView:
-    from fastdist.storage import inspect  # noqa: PLC0415  (serve and check do not need it)
+    from fastdist.storage import inspect
 
     try:
         with problems_shown():
@@ -364,7 +364,7 @@ def _look_or_exit(path: Path, limit: int) -> QueueView:
 
 def _read_certificate(config: Config) -> Pair | None:
     """Return certificate and key; exit if they cannot be used: files that are named are part of a configuration."""
-    from fastdist.net import tls  # noqa: PLC0415  (--help does not need it)
+    from fastdist.net import tls
 
     try:
         return tls.read_pair(config.security)

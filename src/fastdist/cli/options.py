@@ -11,7 +11,7 @@ import typer
 
 from fastdist.config import SETTINGS, Loaded, load
 from fastdist.errors import ConfigError
-from fastdist.units import parse_duration
+from fastdist.units import parse_duration, parse_endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,22 +81,21 @@ def token_or_environment(token: str | None) -> str | None:
 
 def target_or_exit(url: str, token: str | None, ca_file: str | None) -> Target:
     """Return the distributor to talk to; if an option cannot be used, say so and exit."""
-    from fastdist import units  # noqa: PLC0415  (serve needs no client)
-    from fastdist.client import connection  # noqa: PLC0415  (serve needs no client)
+    from fastdist.client import connection
 
     with problems_shown("--url: "):
-        units.parse_endpoint(url)
+        parse_endpoint(url)
     with problems_shown():
         return connection.Target.parse(url, token, ca_file)
 
 
 def ago(duration: str | None, option: str) -> datetime | None:
-    """Return the moment that was this long ago. Raises ValueError, which names the option."""
+    """Return the moment that was this long ago; if the option cannot be used, say so and exit."""
     if duration is None:
         return None
+    with problems_shown(f"{option}: "):
+        seconds = parse_duration(duration)
     try:
-        return datetime.now(UTC) - timedelta(seconds=parse_duration(duration))
+        return datetime.now(UTC) - timedelta(seconds=seconds)
     except OverflowError:
         return datetime.min.replace(tzinfo=UTC)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
