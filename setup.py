@@ -1,8 +1,9 @@
 """Builds the compiled core; everything else about the package stands in pyproject.toml.
 
-FASTDIST_BUILD chooses how: unset or ``release`` (-O3), ``debug`` (bounds checks, line tracing, no optimisation),
-``sanitize`` (AddressSanitizer and UndefinedBehaviorSanitizer; run with libasan preloaded, see ``make sanitize``),
-``fuzz`` (the release's C code with sanitizers and coverage by clang, and libFuzzer's place in Python: see fuzz/run.py).
+FASTDIST_BUILD chooses how: unset or ``release`` (-O3), ``quick`` (-O1, in half the time, for tests), ``debug`` (bounds
+checks, line tracing, no optimisation), ``sanitize`` (AddressSanitizer and UndefinedBehaviorSanitizer; run with libasan
+preloaded, see ``make sanitize``), ``fuzz`` (the release's C code with sanitizers and coverage by clang, and libFuzzer's
+place in Python: see fuzz/run.py).
 """
 
 import os
@@ -16,6 +17,7 @@ BUILD = os.environ.get("FASTDIST_BUILD", "release")
 CLANG_SANITIZERS = ["-fsanitize=address,undefined,fuzzer-no-link", "-fno-sanitize=function"]
 FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "release": (["-O3", "-g0", "-fno-plt"], []),
+    "quick": (["-O1", "-g0", "-fno-plt"], []),
     "debug": (["-O0", "-g", "-DCYTHON_TRACE=1", "-DCYTHON_TRACE_NOGIL=1"], []),
     "sanitize": (
         ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],

@@ -98,7 +98,7 @@ def try_all(suites: list[str], tests: str) -> tuple[list[str], list[str]]:
 
     Systems build and test at the same time, unless all tests are wanted: some measure, and `make run` has its ports.
     """
-    systems = [System(suite, aside=len(suites) > 1) for suite in suites]
+    systems = [System(suite, aside=len(suites) > 1, build="quick" if tests else "release") for suite in suites]
     failures: list[str] = []
     obstacles: list[str] = []
 
@@ -132,8 +132,8 @@ def try_all(suites: list[str], tests: str) -> tuple[list[str], list[str]]:
 class System:
     """A bare Debian with a checkout in it. ``aside``: what is said there is kept until ``show``."""
 
-    def __init__(self, suite: str, *, aside: bool) -> None:
-        self.suite, self.name, self.aside = suite, f"{SUITES[suite]} ({suite})", aside
+    def __init__(self, suite: str, *, aside: bool, build: str) -> None:
+        self.suite, self.name, self.aside, self.kind = suite, f"{SUITES[suite]} ({suite})", aside, build
         self.root = PLACE / suite
         self.said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the system)
         self.environment = {
@@ -168,7 +168,7 @@ class System:
         self._take_over_network()
         self._take_over_pip()
         self._check_out()
-        self.run("make", "build")
+        self.run("make", "build", f"FASTDIST_BUILD={self.kind}")
 
     def _mount(self) -> None:
         for folder in ("tmp", "var/tmp"):

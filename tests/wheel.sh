@@ -10,7 +10,8 @@ unset PYTHONPATH
 
 echo "wheel: building"
 # A copy of what belongs to the project: nothing that was built before gets into the wheel, or is left behind, but for the
-# core, which was compiled from the same files with the same flags; setuptools sees whether it is older than these.
+# core, which was compiled from the same files with the same flags; setuptools sees whether it is older than these. Not in
+# an environment of its own: there Cython is newer than what it wrote, and all begins again.
 mkdir "$work/source"
 cp "$root/pyproject.toml" "$root/setup.py" "$root/LICENSE" "$root/README.md" "$work/source/"
 (cd "$root" && find src -type f ! -name '*.so' ! -path '*/__pycache__/*' ! -path 'src/build/*' ! -path '*.egg-info/*') |
@@ -21,7 +22,7 @@ command.ensure_finalized()
 print(command.build_platlib)')
 mkdir -p "$work/source/$compiled/fastdist"
 cp -p "$root"/src/fastdist/_core*.so "$work/source/$compiled/fastdist/"
-"$python" -m build --quiet --wheel --outdir "$work/dist" "$work/source"
+"$python" -m build --quiet --wheel --no-isolation --outdir "$work/dist" "$work/source"
 
 echo "wheel: installing into an empty environment"
 "$python" -m venv "$work/venv"
