@@ -10,7 +10,8 @@ from structlog.testing import capture_logs
 from fastdist.settings import Server
 from fastdist.shm import upkeep
 from fastdist.shm.block import HeadWord, SharedBlock, Step, WorkerWord
-from fastdist.shm.upkeep import TICK_NS, LoopLag, Sweep, Upkeep
+from fastdist.shm.upkeep import Upkeep
+from fastdist.worker.upkeep import SWEEP_NS, TICK_NS, LoopLag, Sweep
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_time_outs_of_many_are_looked_at_in_parts(monkeypatch):
         before = len(them.checked)
         sweep.go_on(them.now)
         parts.append(len(them.checked) - before)
-        assert parts[-1] <= upkeep.SWEEP_NS // 1_000_000 + 1
+        assert parts[-1] <= SWEEP_NS // 1_000_000 + 1
     assert set(them.checked) == them.intake.connections
     assert len(parts) > 1
     sweep.go_on(them.now)  # the next is not due yet
