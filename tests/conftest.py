@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, settings
 from support import Mocks, running
 from xdist.scheduler import LoadScopeScheduling
 
-# Tests that share what is dear to make: images, the site. One process runs all of them.
+# Tests that share what is dear to make: images, a Prometheus, the site. One process runs all of them.
 TOGETHER = {
     "tests/deploy/test_images.py": "images",
     "tests/deploy/test_systemd_unit.py": "images",
+    "tests/deploy/test_prometheus_server.py": "prometheus",
     "tests/deploy/test_site.py": "site",
 }
 
