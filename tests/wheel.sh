@@ -41,7 +41,7 @@ suffixes = {path.suffix for path in package.rglob("*") if path.is_file() and "__
 assert not suffixes & {".pyx", ".pxi", ".c", ".h"}, suffixes
 assert list(package.glob("_core*.so")) and (package / "_core.pyi").exists()
 assert (package / "py.typed").exists()
-assert (package / "openapi.json").exists()
+assert (package / "http" / "openapi.json").exists()
 PYTHON
 "$work/venv/bin/python" -I "$root/tests/wheel_smoke.py" "$work/venv/bin/fastdist"
 echo "wheel: works"

@@ -175,7 +175,7 @@ def test_a_wait_whose_end_throws_keeps_no_other_from_ending():
     with service.timers() as loop:
         broken, whole = (service.ask(post(BODY, "Prefer: wait=5")) for _ in range(2))
         first = min(service.emitters.waiting)
-        service.emitters.waiting[first].members = None
+        service.emitters.waiting[first].packet_id = object()
         with pytest.raises(TypeError):
             loop.advance(5)
         loop.advance(0)

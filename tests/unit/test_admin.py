@@ -11,7 +11,7 @@ import trustme
 
 from fastdist.errors import ConfigError, StartError
 from fastdist.http import stats
-from fastdist.http.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
+from fastdist.http.admin import RefusedError, has_token, is_loopback, is_own_page, parse_override
 from fastdist.ipc import Action
 from fastdist.net.tls import read_pair
 from fastdist.settings import Analyzer, Config, Security
@@ -138,7 +138,7 @@ def test_changes_that_can_be_asked_for(body, action):
     ],
 )
 def test_changes_that_make_no_sense(body, status, pointers):
-    with pytest.raises(BadChangeError) as error:
+    with pytest.raises(RefusedError) as error:
         parse_override("A1", body)
     assert error.value.status == status
     assert [fault["pointer"] for fault in error.value.errors] == pointers
@@ -376,9 +376,9 @@ def test_a_new_analyzer_begins_at_nothing_in_a_slot_another_has_had(block, tmp_p
     block.rows[1].observe_delivery(0, 1_000_000)
     it.block.rows[0].add_to(1, "delivered", 1)
     snapshot = Snapshot(block, it.config, it.roster, "1")
-    new = next(view for view in stats.analyzers(snapshot)["analyzers"] if view["id"] == "new")
-    assert (new["delivered"], new["failed"], new["retried"], new["actualShare"]) == (3, 0, 0, 0.75)
-    assert new["latencyMs"]["max"] < 2.0
+    new = stats.analyzer(snapshot, "new")
+    assert (new.delivered, new.failed, new.retried, new.actual_share) == (3, 0, 0, 0.75)
+    assert new.latency_ms.max < 2.0
     assert snapshot.delivery([0]).cumulative()[-1] == 1
     assert snapshot.delivered == 84
     assert snapshot.total_of_analyzers("failed") == 80

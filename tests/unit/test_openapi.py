@@ -58,13 +58,15 @@ def test_every_route_is_described_with_every_method_it_takes_and_no_other():
 
 
 def statuses_in_python(source: str):
-    """Yield what a module answers: first arguments, ``status=``, and what a function returns first."""
+    """Yield what a module answers: arguments, ``status=``, and what a function returns first."""
     for node in ast.walk(ast.parse(source)):
         numbers = []
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in ("problem", "Response", "BadChangeError", "refuse", "fault"):
+            if name in ("problem", "Response", "RefusedError", "refuse", "fault"):
                 numbers = [*node.args[:1], *(each.value for each in node.keywords if each.arg == "status")]
+            elif name == "json_response":
+                numbers = node.args[1:]
         elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
             numbers = node.value.elts[:1]
         for number in numbers:

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import orjson
 import pytest
 
@@ -195,9 +196,9 @@ def test_nothing_comes_from_elsewhere(path):
 
 def test_the_figures_the_page_shows_exist(snapshot):
     documents = {
-        "health": stats.health(snapshot),
-        "stats": stats.stats(snapshot),
-        "queue": stats.queue(snapshot),
+        "health": msgspec.to_builtins(stats.health(snapshot)),
+        "stats": msgspec.to_builtins(stats.stats(snapshot)),
+        "queue": msgspec.to_builtins(stats.queue(snapshot)),
     }
     formats = set(re.findall(r"^export (?:const|function) (\w+)", (FOLDER / "format.js").read_text(), re.MULTILINE))
     shown = [attributes for _, attributes, _ in ELEMENTS if "data-figure" in attributes]
@@ -213,7 +214,7 @@ def test_the_figures_the_page_shows_exist(snapshot):
 
 def test_every_packet_count_of_stats_is_shown(snapshot):
     shown = {attributes.get("data-figure") for _, attributes, _ in ELEMENTS}
-    assert {f"stats:packets.{name}" for name in stats.stats(snapshot)["packets"]} <= shown
+    assert {f"stats:packets.{name}" for name in msgspec.to_builtins(stats.stats(snapshot).packets)} <= shown
 
 
 def test_no_script_is_too_long_to_read():

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.live import Live
 
 from fastdist.client.connection import Connection, describe
-from fastdist.client.observed import Analyzers, Answers, Health, Queue, Stats
-from fastdist.client.top_view import Frame, History, render
+from fastdist.client.top_view import Answers, Frame, History, render
+from fastdist.http.models import Analyzers, Health, Queue, Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,7 +6,6 @@ for reading; counts are whole. Colours repeat what words say, so that nothing is
 
 from __future__ import annotations
 
-from datetime import datetime  # noqa: TC003  (msgspec reads the annotation)
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -19,10 +18,11 @@ from fastdist.client.output import age_text, plural, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from datetime import datetime
 
     from rich.console import RenderableType
 
-    from fastdist.client.observed import Analyzer, Answers, Health, Latencies, Queue, Worker
+    from fastdist.http.models import Analyzer, Health, Latencies, Queue, Stats, Worker
 
 BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -35,21 +35,30 @@ LONGEST_STATE = len("draining")
 ROOM_FOR_ERRORS, LEAST_OF_ERROR = 100, 14  # cells: a terminal's that shows last errors, and theirs
 ALMOST_FULL = 0.8  # of the queue's capacity
 STATES = {"online": "green", "running": "green", "draining": "yellow", "offline": "bold red"}
-COUNTERS = (
-    ("received", "received"),
-    ("accepted", "accepted"),
-    ("rejected", "rejected"),
-    ("delivered", "delivered"),
-    ("retried", "retried"),
-    ("spilled", "spilled"),
-    ("deadLettered", "dead letters"),
-    ("recovered", "recovered"),
-    ("corrupt", "corrupt"),
-)
-WRONG = {"rejected", "deadLettered", "corrupt"}  # coloured when there are any
+COUNTERS = {
+    "received": "received",
+    "accepted": "accepted",
+    "rejected": "rejected",
+    "delivered": "delivered",
+    "retried": "retried",
+    "spilled": "spilled",
+    "dead_lettered": "dead letters",
+    "recovered": "recovered",
+    "corrupt": "corrupt",
+}
+WRONG = {"rejected", "dead_lettered", "corrupt"}  # coloured when there are any
 
 
-class Frame(msgspec.Struct, frozen=True):
+class Answers(NamedTuple):
+    """What the server said, asked for one after another."""
+
+    health: Health
+    stats: Stats
+    queue: Queue
+    analyzers: list[Analyzer]
+
+
+class Frame(NamedTuple):
     """What is known at a moment. ``answers`` are the last that came, at ``seen``; ``trouble``: why none came since."""
 
     url: str
@@ -86,7 +95,7 @@ def render(frame: Frame, width: int, lines: int | None = None, history: History 
     if (answers := frame.answers) is not None:
         rows = None
         if lines is not None:
-            rejected = any(answers.stats.rejected.values())
+            rejected = bool(_rejected(answers.stats))
             rows = max(1, lines - FIXED_LINES - len(warnings) - len(answers.analyzers) - rejected)
         parts += [
             _analyzers(answers.analyzers, width),
@@ -148,13 +157,20 @@ def _of_analyzer(row: Analyzer) -> Iterable[str]:
     if row.state == "offline":
         trial = "; on probation: one packet at a time" if row.probation else ""
         yield f"DEGRADED: {row.id} is offline{trial}" + (f": {row.last_error}" if row.last_error else "")
-    elif row.shown_state == "on trial":
+    elif _shown_state(row) == "on trial":
         yield f"PROBATION: {row.id} answers its checks, and has its share again when it takes a packet"
-    elif row.shown_state == "paused":
+    elif _shown_state(row) == "paused":
         yield f"PAUSED: {row.id} for {row.paused_for_seconds:.0f} s, as it asks"
 
 
 # ---- analyzers
+
+
+def _shown_state(row: Analyzer) -> str:
+    """Return the state, or that it is online but on probation, or asks for a pause."""
+    if row.state == "online" and row.probation:
+        return "on trial"
+    return "paused" if row.state == "online" and row.paused_for_seconds else row.state
 
 
 def share_bar(actual: float, target: float, scale: float, width: int = BAR) -> Text:
@@ -213,7 +229,7 @@ def _analyzers(rows: list[Analyzer], width: int) -> Table:
         error = Text(row.last_error or "-", style="dim" if row.state == "online" else "red")
         table.add_row(
             row.id,
-            _state(row.shown_state),
+            _state(_shown_state(row)),
             share_bar(row.actual_share, row.target_share, scale, cells),
             *(column.cell(row) for column in columns),
             *([error] if with_errors else []),
@@ -249,13 +265,19 @@ def _flow(answers: Answers, width: int, history: History | None) -> Table:
     ):
         rates.append(f"{name} {rate:,.1f}/s {sparkline(past)}  ")
     grid.add_row(Text("rates", style="bold"), rates)
-    counts = [(key, name, stats.packets.get(key, 0)) for key, name in COUNTERS]
+    counts = [(key, name, getattr(stats.packets, key)) for key, name in COUNTERS.items()]
     packets = [(f"{name} {count:,}", "bold red" if key in WRONG and count else "") for key, name, count in counts]
     grid.add_row(Text("packets", style="bold"), _wrapped(packets, width - FLOW_INDENT))
-    if rejected := [(f"{_words(name)} {count:,}", "red") for name, count in stats.rejected.items() if count]:
+    if rejected := _rejected(stats):
         grid.add_row(Text("rejected", style="bold"), _wrapped(rejected, width - FLOW_INDENT))
     grid.add_row(Text("queue", style="bold"), _queue(queue))
     return grid
+
+
+def _rejected(stats: Stats) -> list[tuple[str, str]]:
+    """Return why requests were rejected, and how many, each with its style."""
+    counts = msgspec.structs.asdict(stats.rejected)
+    return [(f"{reason.replace('_', ' ')} {count:,}", "red") for reason, count in counts.items() if count]
 
 
 def _queue(queue: Queue) -> Text:
@@ -327,16 +349,11 @@ def _workers(workers: list[Worker], rows: int | None) -> RenderableType:
             _state(worker.state),
             str(worker.pid or "-"),
             f"{worker.restarts:,}",
-            "-" if worker.cpu_percent is None else f"{worker.cpu_percent:.1f} %",
-            size_text(worker.rss_bytes or 0),
+            f"{worker.cpu_percent:.1f} %",
+            size_text(worker.rss_bytes),
             f"{worker.accepted:,}",
             f"{worker.delivered:,}",
             Text(worker.last_error or "-", style="dim" if worker.state == "running" else "red"),
         )
     hidden = len(workers) - len(shown)
     return Group(table, Text(f"… and {hidden} more", style="dim")) if hidden else table
-
-
-def _words(name: str) -> str:
-    """Return ``queueFull`` as ``queue full``."""
-    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name)

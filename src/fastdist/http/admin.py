@@ -9,21 +9,44 @@ from urllib.parse import urlsplit
 
 from fastdist import packet
 from fastdist.errors import PacketError
+from fastdist.http.models import MAX_WEIGHT
 from fastdist.ipc import Action
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-LARGEST_WEIGHT = 1e100  # so that no sum of weights is ever infinite
+    from fastdist.config import Security
+
 STATES = {"draining": True, "online": False}
 
 
-class BadChangeError(Exception):
-    """A request that asks for nothing that can be done: ``status`` 400 or 422, and the fields at fault."""
+class RefusedError(Exception):
+    """A request that is refused: the status of the response, why, the fields at fault, and its header lines."""
 
-    def __init__(self, status: int, detail: str, errors: list[dict[str, str]] | None = None) -> None:
+    def __init__(
+        self, status: int, detail: str, errors: list[dict[str, str]] | None = None, headers: bytes = b""
+    ) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.errors = status, detail, errors or []
+        self.status, self.detail, self.errors, self.headers = status, detail, errors or [], headers
+
+
+def authorize(headers: Mapping[str, str], client: str, security: Security) -> None:
+    """Let administrators pass: by token where there are any, else from this machine. Raises RefusedError."""
+    if security.admin_tokens:
+        if not has_token(headers.get("authorization"), security.admin_tokens):
+            challenge = b'WWW-Authenticate: Bearer realm="fastdist admin"\r\n'
+            raise RefusedError(401, "an admin token is needed", headers=challenge)
+        return
+    if not is_loopback(client):
+        raise RefusedError(403, "without security.admin_tokens changes are taken from this machine only")
+    origin = headers.get("origin")
+    if origin is None or origin in security.cors_origins or is_own_page(origin, headers.get("host", "")):
+        return
+    raise RefusedError(
+        403,
+        f"without security.admin_tokens changes are not taken from pages of {origin}; "
+        "open the dashboard as localhost, or list that origin in security.cors_origins",
+    )
 
 
 def has_token(authorization: str | None, tokens: Iterable[str]) -> bool:
@@ -60,13 +83,13 @@ def is_own_page(origin: str, host: str) -> bool:
 
 
 def parse_override(analyzer: str, body: bytes) -> Action:
-    """Return the change that the body of PATCH /analyzers/{id} asks for. Raises BadChangeError."""
+    """Return the change that the body of PATCH /analyzers/{id} asks for. Raises RefusedError."""
     try:  # not by msgspec, for which a number without end (1e400) is no JSON
         document = packet.decode(body)
     except PacketError as error:
-        raise BadChangeError(400, error.detail) from None
+        raise RefusedError(400, error.detail) from None
     if not isinstance(document, dict) or not document:
-        raise BadChangeError(422, 'the body must be an object such as {"weight": 0.2} or {"state": "draining"}')
+        raise RefusedError(422, 'the body must be an object such as {"weight": 0.2} or {"state": "draining"}')
     errors = [
         {"pointer": f"/{_escape(key)}", "detail": "unknown; weight and state can be changed"}
         for key in document
@@ -74,16 +97,16 @@ def parse_override(analyzer: str, body: bytes) -> Action:
     ]
     weight, state = document.get("weight"), document.get("state")
     if "weight" in document and not _is_weight(weight):
-        errors.append({"pointer": "/weight", "detail": f"must be a number from 0 to {LARGEST_WEIGHT:g}"})
+        errors.append({"pointer": "/weight", "detail": f"must be a number from 0 to {MAX_WEIGHT:g}"})
     if "state" in document and not (isinstance(state, str) and state in STATES):
         errors.append({"pointer": "/state", "detail": 'must be "draining" or "online"'})
     if errors:
-        raise BadChangeError(422, "the analyzer cannot be changed like that", errors)
+        raise RefusedError(422, "the analyzer cannot be changed like that", errors)
     return Action("override", analyzer, None if weight is None else float(weight), STATES.get(str(state)))
 
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, float) and 0 <= value <= LARGEST_WEIGHT
+    return isinstance(value, float) and 0 <= value <= MAX_WEIGHT
 
 
 def _escape(key: str) -> str:

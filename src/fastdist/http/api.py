@@ -5,28 +5,30 @@ No sockets and no waiting here, so that tests need neither. What the module sees
 - Every error is a problem document (RFC 9457), and so is an exception that nobody expected: 500. Only what a path
   exists for is allowed on it: anything else is answered 405 with Allow (RFC 9110), an unknown path 404. The query is no
   part of the path; a slash at its end is.
-- HEAD is answered as GET, body included: who writes the answer leaves the body out, and so has its length right.
+- HEAD is answered as GET, body included: the connection leaves the body out, and so has its length right.
 - Headers that concern every answer are not made here: Date, Content-Length and those for safety come with the writing,
   and ``cors_headers`` is for the connection to add to all its answers, preflights among them.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import cache
 from http import HTTPStatus
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-import orjson
-from msgspec import Struct
+import msgspec
+from msgspec import UNSET, Struct
 
 from fastdist import logs
 from fastdist.errors import printable
 from fastdist.http import metrics, stats
-from fastdist.http.admin import BadChangeError, has_token, is_loopback, is_own_page, parse_override
+from fastdist.http.admin import RefusedError, authorize, parse_override
+from fastdist.http.models import FieldError, Model, Problem, Ready
 from fastdist.http.static import FOLDER, pages
 from fastdist.ipc import Action
 
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
 JSON = b"Content-Type: application/json\r\n"
 PROBLEM = b"Content-Type: application/problem+json\r\n"
-RETRY_SOON = b"Retry-After: 1\r\n"
 PREFLIGHT_SECONDS = 600  # how long a browser may go by an answer to its preflight
 REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
 
@@ -80,6 +81,16 @@ def reason(status: int) -> str:
     return _REASONS.get(status) or HTTPStatus(status).phrase
 
 
+def retry_after(seconds: float = 1) -> bytes:
+    """Return the header line that asks for another try in so many seconds: whole ones, at least one."""
+    return f"Retry-After: {max(1, math.ceil(seconds))}\r\n".encode()
+
+
+def json_response(document: Model, status: int = 200) -> Response:
+    """Return a document as JSON."""
+    return Response(status, msgspec.json.encode(document), JSON)
+
+
 def problem(
     status: int, detail: str, *, errors: Sequence[Mapping[str, str]] | None = None, headers: bytes = b""
 ) -> Response:
@@ -87,16 +98,9 @@ def problem(
 
     Any text can be told, also what is no Unicode: see ``printable``.
     """
-    document: dict[str, Any] = {"type": "about:blank", "title": reason(status), "status": status, "detail": detail}
-    if errors:
-        document["errors"] = errors
-    try:
-        body = orjson.dumps(document)
-    except orjson.JSONEncodeError:
-        document["detail"] = printable(detail)
-        document["errors"] = [{name: printable(text) for name, text in error.items()} for error in errors or ()]
-        body = orjson.dumps(document)
-    return Response(status, body, PROBLEM + headers)
+    faults = [FieldError(**{name: printable(text) for name, text in error.items()}) for error in errors or ()]
+    document = Problem(title=reason(status), status=status, detail=printable(detail), errors=faults or UNSET)
+    return Response(status, msgspec.json.encode(document), PROBLEM + headers)
 
 
 class Faults:
@@ -148,11 +152,11 @@ class Api:
         self.routes: dict[str, dict[str, Handler]] = {
             "/": {"GET": self._page},
             "/dashboard/{file}": {"GET": self._page},
-            "/health": {"GET": self._view(stats.health)},
+            "/health": {"GET": lambda _: json_response(stats.health(self.snapshot()))},
             "/ready": {"GET": self._ready},
-            "/stats": {"GET": self._view(stats.stats)},
-            "/queue": {"GET": self._view(stats.queue)},
-            "/analyzers": {"GET": self._view(stats.analyzers)},
+            "/stats": {"GET": lambda _: json_response(stats.stats(self.snapshot()))},
+            "/queue": {"GET": lambda _: json_response(stats.queue(self.snapshot()))},
+            "/analyzers": {"GET": lambda _: json_response(stats.analyzers(self.snapshot()))},
             "/metrics": {"GET": self._metrics},
             "/openapi.json": {"GET": lambda _: Response(200, description(), JSON)},
             "/admin/reload": {"POST": self._guarded(lambda _: Action("reload"))},
@@ -166,18 +170,21 @@ class Api:
         """Answer a request that is not POST /logs; ``target`` is a path, ``*`` (OPTIONS) or what CONNECT names."""
         try:
             return self._respond(Request(method, target, headers, body, client))
+        except RefusedError as error:
+            return problem(error.status, error.detail, errors=error.errors, headers=error.headers)
         except Exception as error:  # noqa: BLE001  (whoever asks gets an answer, whatever it is)
             return self.faults.answer(error)
 
     def _respond(self, request: Request) -> Response | Action:
-        method = request.method
+        method, route = request.method, template(request.path)
         methods = self._methods(request.path)
         if not methods:
             return problem(404, "there is nothing at this path; packets go to POST /logs")
         if method == "OPTIONS":
-            unknown = self._unknown(analyzer_of(request.path)) if "{id}" in template(request.path) else None
-            return unknown or self._options(request, methods)
-        handler = self.routes.get(template(request.path), {}).get("GET" if method == "HEAD" else method)
+            if "{id}" in route:
+                self._analyzer(request)
+            return self._options(request, methods)
+        handler = self.routes.get(route, {}).get("GET" if method == "HEAD" else method)
         if handler is None:
             return problem(405, f"{', '.join(methods)} are what this path takes", headers=_allow(methods))
         return handler(request)
@@ -199,9 +206,6 @@ class Api:
                 answer += _preflight(methods)
         return Response(204, b"", answer)
 
-    def _view(self, view: Callable[[Snapshot], dict[str, Any]]) -> Handler:
-        return lambda _: Response(200, orjson.dumps(view(self.snapshot())), JSON)
-
     def _page(self, request: Request) -> Response:
         page = pages()[request.path]
         if page.is_held(request.headers.get("if-none-match", "")):
@@ -209,10 +213,8 @@ class Api:
         return Response(200, page.body, page.headers)
 
     def _ready(self, _: Request) -> Response:
-        state = stats.ready(self.snapshot())
-        if state["status"] == "ready":
-            return Response(200, orjson.dumps(state), JSON)
-        return problem(503, state["detail"], headers=RETRY_SOON)
+        obstacle = self.snapshot().obstacle
+        return problem(503, obstacle, headers=retry_after()) if obstacle else json_response(Ready())
 
     def _metrics(self, request: Request) -> Response:
         if accepts(request.headers.get("accept", ""), "application/openmetrics-text"):
@@ -221,55 +223,30 @@ class Api:
             render, content_type = metrics.text, metrics.CONTENT_TYPE
         return Response(200, render(self.snapshot()), f"Content-Type: {content_type}\r\n".encode())
 
-    def analyzer(self, name: str) -> Response:
-        """Answer with all that is known of one analyzer."""
-        return Response(200, orjson.dumps(stats.analyzer(self.snapshot(), name)), JSON)
-
     def _guarded(self, handler: Handler) -> Handler:
-        """Let only administrators ask for a change: by token if there are any, else from this machine."""
+        """Let only administrators ask for a change."""
 
         def guarded(request: Request) -> Response | Action:
-            refusal = self._refusal(request)
-            if refusal is not None:
-                return refusal
-            try:
-                return handler(request)
-            except BadChangeError as error:
-                return problem(error.status, error.detail, errors=error.errors)
+            authorize(request.headers, request.client, self.snapshot().config.security)
+            return handler(request)
 
         return guarded
 
-    def _refusal(self, request: Request) -> Response | None:
-        headers, security = request.headers, self.snapshot().config.security
-        if security.admin_tokens:
-            if has_token(headers.get("authorization"), security.admin_tokens):
-                return None
-            challenge = b'WWW-Authenticate: Bearer realm="fastdist admin"\r\n'
-            return problem(401, "an admin token is needed", headers=challenge)
-        if not is_loopback(request.client):
-            return problem(403, "without security.admin_tokens changes are taken from this machine only")
-        origin = headers.get("origin")
-        if origin is None or origin in security.cors_origins or is_own_page(origin, headers.get("host", "")):
-            return None
-        return problem(
-            403,
-            f"without security.admin_tokens changes are not taken from pages of {origin}; "
-            "open the dashboard as localhost, or list that origin in security.cors_origins",
-        )
-
-    def _override(self, request: Request) -> Response | Action:
-        name = analyzer_of(request.path)
+    def _override(self, request: Request) -> Action:
         if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
-            return problem(415, "compressed bodies are not understood", headers=b"Accept-Encoding: identity\r\n")
-        return self._unknown(name) or parse_override(name, request.body)
+            raise RefusedError(415, "compressed bodies are not understood", headers=b"Accept-Encoding: identity\r\n")
+        return parse_override(self._analyzer(request), request.body)
 
-    def _clear(self, request: Request) -> Response | Action:
-        name = analyzer_of(request.path)
-        return self._unknown(name) or Action("clear", name)
+    def _clear(self, request: Request) -> Action:
+        return Action("clear", self._analyzer(request))
 
-    def _unknown(self, name: str) -> Response | None:
-        names = [figures.analyzer.id for figures in self.snapshot().analyzers]
-        return None if name in names else problem(404, f"there is no analyzer {name!r}; there are {', '.join(names)}")
+    def _analyzer(self, request: Request) -> str:
+        """Return the id in a path below /analyzers/. Raises RefusedError for one that is not configured."""
+        name = unquote(request.path.split("/")[2])
+        names = [analyzer.id for analyzer in self.snapshot().config.analyzers]
+        if name not in names:
+            raise RefusedError(404, f"there is no analyzer {name!r}; there are {', '.join(names)}")
+        return name
 
 
 @cache
@@ -287,11 +264,6 @@ def template(path: str) -> str:
         parts[2] = "{id}"
         return "/".join(parts)
     return path
-
-
-def analyzer_of(path: str) -> str:
-    """Return the analyzer's id in a path below /analyzers/."""
-    return unquote(path.split("/")[2])
 
 
 def accepts(accept: str, media_type: str) -> bool:

@@ -1,7 +1,7 @@
-"""What GET /health, /ready, /stats, /queue and /analyzers show, as plain dicts made from a ``Snapshot``.
+"""What GET /health, /stats, /queue and /analyzers show, made from a ``Snapshot``: see ``models`` for what it means.
 
-Names are camelCase. Times are ISO 8601 in UTC, latencies milliseconds, shares fractions of 1. None stands for "never",
-and for percentiles of nothing; a count, an age or a rate of nothing is 0.
+Times are ISO 8601 in UTC, latencies milliseconds, shares fractions of 1. None stands for "never", and for percentiles
+of nothing; a count, an age or a rate of nothing is 0.
 """
 
 from __future__ import annotations
@@ -10,131 +10,131 @@ import signal
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from msgspec import UNSET
+
+from fastdist.http import models
 from fastdist.shm.block import HUNG, AnalyzerWord, HeadWord
-from fastdist.shm.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from fastdist.shm.snapshot import AnalyzerFigures, WorkerFigures
+    from fastdist.shm.histograms import Histogram
+    from fastdist.shm.snapshot import AnalyzerFigures, Snapshot, WorkerFigures
 
-__all__ = ["Snapshot", "analyzers", "health", "queue", "ready", "stats"]
 
-
-def health(snapshot: Snapshot) -> dict[str, Any]:
-    """Return GET /health: whether all is there that should be."""
+def health(snapshot: Snapshot) -> models.Health:
+    """Return GET /health."""
     workers, analyzers = snapshot.workers, snapshot.analyzers
     running = sum(worker.running for worker in workers)
     online = sum(figures.state == "online" for figures in analyzers)
     storing, failing = not any(worker.cannot_store for worker in workers), snapshot.failing
     complete = running == len(workers) and not any(figures.state == "offline" for figures in analyzers)
-    return {
-        "status": "unavailable" if online == 0 else "ok" if complete and storing and not failing else "degraded",
-        "version": snapshot.version,
-        "uptimeSeconds": round(snapshot.uptime, 3),
-        "workers": {"running": running, "configured": len(workers)},
-        "analyzers": {"online": online, "total": len(analyzers)},
-        "storage": "ok" if storing else "failing",
-        "failing": failing,
-    }
+    return models.Health(
+        status="unavailable" if online == 0 else "ok" if complete and storing and not failing else "degraded",
+        version=snapshot.version,
+        uptime_seconds=round(snapshot.uptime, 3),
+        workers=models.RunningWorkers(running=running, configured=len(workers)),
+        analyzers=models.OnlineAnalyzers(online=online, total=len(analyzers)),
+        storage="ok" if storing else "failing",
+        failing=failing,
+    )
 
 
-def ready(snapshot: Snapshot) -> dict[str, Any]:
-    """Return GET /ready: ``status``, and if it is not "ready", the ``detail`` that says why."""
-    return {"status": "unready", "detail": snapshot.obstacle} if snapshot.obstacle else {"status": "ready"}
+def stats(snapshot: Snapshot) -> models.Stats:
+    """Return GET /stats."""
+    return models.Stats(
+        uptime_seconds=round(snapshot.uptime, 3),
+        packets=models.Packets(
+            received=snapshot.received,
+            accepted=snapshot.accepted,
+            rejected=sum(snapshot.rejected.values()),
+            delivered=snapshot.delivered,
+            queued=snapshot.queued,
+            in_flight=snapshot.in_flight,
+            retried=snapshot.total("retried"),
+            spilled=snapshot.total("spilled"),
+            dead_lettered=sum(snapshot.dead_lettered.values()),
+            recovered=snapshot.total("recovered"),
+            corrupt=snapshot.total("corrupt"),
+        ),
+        messages=_in_and_out(snapshot, "messages"),
+        bytes=_in_and_out(snapshot, "bytes"),
+        rejected=models.Rejected(**snapshot.rejected),
+        rates=models.Rates(
+            accepted_per_second=round(snapshot.rates.accepted, 3),
+            delivered_per_second=round(snapshot.rates.delivered, 3),
+        ),
+        latency_ms=models.Latencies(
+            ingest=_percentiles(snapshot.ingest),
+            queue_wait=_percentiles(snapshot.queue_wait),
+            delivery=_percentiles(snapshot.delivery()),
+        ),
+        analyzers=[models.AnalyzerInShort(**_in_short(figures)) for figures in snapshot.analyzers],
+        workers=[_worker(snapshot, worker) for worker in snapshot.workers],
+        supervisor=models.Supervisor(pid=snapshot.block.head[HeadWord.SUPERVISOR]),
+    )
 
 
-def stats(snapshot: Snapshot) -> dict[str, Any]:
-    """Return GET /stats: what came in, what became of it, how fast, and who did it."""
-    return {
-        "uptimeSeconds": round(snapshot.uptime, 3),
-        "packets": {
-            "received": snapshot.received,
-            "accepted": snapshot.accepted,
-            "rejected": sum(snapshot.rejected.values()),
-            "delivered": snapshot.delivered,
-            "queued": snapshot.queued,
-            "inFlight": snapshot.in_flight,
-            "retried": snapshot.total("retried"),
-            "spilled": snapshot.total("spilled"),
-            "deadLettered": sum(snapshot.dead_lettered.values()),
-            "recovered": snapshot.total("recovered"),
-            "corrupt": snapshot.total("corrupt"),
-        },
-        "messages": _accepted_and_delivered(snapshot, "messages"),
-        "bytes": _accepted_and_delivered(snapshot, "bytes"),
-        "rejected": {_camel(reason): count for reason, count in snapshot.rejected.items()},
-        "rates": {
-            "acceptedPerSecond": round(snapshot.rates.accepted, 3),
-            "deliveredPerSecond": round(snapshot.rates.delivered, 3),
-        },
-        "latencyMs": {
-            "ingest": snapshot.ingest.milliseconds(),
-            "queueWait": snapshot.queue_wait.milliseconds(),
-            "delivery": snapshot.delivery().milliseconds(),
-        },
-        "analyzers": [_analyzer_in_short(figures) for figures in snapshot.analyzers],
-        "workers": [_worker(snapshot, worker) for worker in snapshot.workers],
-        "supervisor": {"pid": snapshot.block.head[HeadWord.SUPERVISOR]},
-    }
-
-
-def queue(snapshot: Snapshot) -> dict[str, Any]:
-    """Return GET /queue: what waits, and when it will have gone if nothing more comes."""
+def queue(snapshot: Snapshot) -> models.Queue:
+    """Return GET /queue."""
     packets, rate = snapshot.queued, snapshot.rates.delivered
     drained_in = round(packets / rate, 3) if rate else None
-    return {
-        "packets": packets,
-        "bytes": snapshot.total("queue_bytes"),
-        "capacityBytes": snapshot.total("queue_capacity"),
-        "inFlight": snapshot.in_flight,
-        "oldestAgeSeconds": round(snapshot.oldest_age, 3),
-        "durability": snapshot.config.queue.durability,
-        "syncIntervalSeconds": snapshot.config.queue.sync_interval,
-        "drainRatePerSecond": round(rate, 3),
-        "estimatedDrainSeconds": drained_in if packets else 0.0,
-        "workers": [
-            {
-                "id": worker.id,
-                "packets": worker.queued,
-                "bytes": worker.queue_bytes,
-                "capacityBytes": worker.capacity_bytes,
-                "oldestAgeSeconds": round(snapshot.age(worker.oldest_ns), 3),
-            }
+    return models.Queue(
+        packets=packets,
+        bytes=snapshot.total("queue_bytes"),
+        capacity_bytes=snapshot.total("queue_capacity"),
+        in_flight=snapshot.in_flight,
+        oldest_age_seconds=round(snapshot.oldest_age, 3),
+        durability=snapshot.config.queue.durability,
+        sync_interval_seconds=snapshot.config.queue.sync_interval,
+        drain_rate_per_second=round(rate, 3),
+        estimated_drain_seconds=drained_in if packets else 0.0,
+        workers=[
+            models.WorkerQueue(
+                id=worker.id,
+                packets=worker.queued,
+                bytes=worker.queue_bytes,
+                capacity_bytes=worker.capacity_bytes,
+                oldest_age_seconds=round(snapshot.age(worker.oldest_ns), 3),
+            )
             for worker in snapshot.workers
         ],
-    }
+    )
 
 
-def analyzers(snapshot: Snapshot) -> dict[str, Any]:
-    """Return GET /analyzers: all that is known of each."""
-    return {"analyzers": [_analyzer(snapshot, figures) for figures in snapshot.analyzers]}
+def analyzers(snapshot: Snapshot) -> models.Analyzers:
+    """Return GET /analyzers."""
+    return models.Analyzers(analyzers=[_analyzer(snapshot, figures) for figures in snapshot.analyzers])
 
 
-def analyzer(snapshot: Snapshot, name: str) -> dict[str, Any]:
+def analyzer(snapshot: Snapshot, name: str) -> models.Analyzer:
     """Return all that is known of the analyzer with that id."""
     return next(_analyzer(snapshot, figures) for figures in snapshot.analyzers if figures.analyzer.id == name)
 
 
-def _accepted_and_delivered(snapshot: Snapshot, unit: str) -> dict[str, int]:
-    return {
-        "accepted": snapshot.total(f"{unit}_accepted"),
-        "delivered": snapshot.total_of_analyzers(f"{unit}_delivered"),
-    }
+def _in_and_out(snapshot: Snapshot, unit: str) -> models.InAndOut:
+    return models.InAndOut(
+        accepted=snapshot.total(f"{unit}_accepted"),
+        delivered=snapshot.total_of_analyzers(f"{unit}_delivered"),
+    )
 
 
-def _worker(snapshot: Snapshot, worker: WorkerFigures) -> dict[str, Any]:
-    return {
-        "id": worker.id,
-        "pid": worker.pid or None,
-        "state": worker.state.name.lower(),
-        "restarts": worker.restarts,
-        "cpuPercent": worker.cpu_percent,
-        "rssBytes": worker.rss_bytes,
-        "accepted": worker.accepted,
-        "delivered": worker.delivered,
-        "loopLagMs": snapshot.loop_lag(worker.id).milliseconds(),
-        "lastError": _end(worker.end_status) if worker.end_ns else None,
-        "lastErrorAt": _iso(worker.end_ns),
-    }
+def _percentiles(histogram: Histogram) -> models.Percentiles:
+    return models.Percentiles(**histogram.milliseconds())
+
+
+def _worker(snapshot: Snapshot, worker: WorkerFigures) -> models.Worker:
+    return models.Worker(
+        id=worker.id,
+        pid=worker.pid or None,
+        state=worker.state.name.lower(),
+        restarts=worker.restarts,
+        cpu_percent=worker.cpu_percent,
+        rss_bytes=worker.rss_bytes,
+        accepted=worker.accepted,
+        delivered=worker.delivered,
+        loop_lag_ms=_percentiles(snapshot.loop_lag(worker.id)),
+        last_error=_end(worker.end_status) if worker.end_ns else None,
+        last_error_at=_iso(worker.end_ns),
+    )
 
 
 def _end(status: int) -> str:
@@ -147,59 +147,60 @@ def _end(status: int) -> str:
     return f"ended with exit status {status}"
 
 
-def _analyzer_in_short(figures: AnalyzerFigures) -> dict[str, Any]:
+def _in_short(figures: AnalyzerFigures) -> dict[str, Any]:
+    """Return the members of an ``AnalyzerInShort``."""
     return {
         "id": figures.analyzer.id,
         "state": figures.state,
-        "targetShare": round(figures.target_share, 6),
-        "actualShare": round(figures.actual_share, 6),
+        "target_share": round(figures.target_share, 6),
+        "actual_share": round(figures.actual_share, 6),
         "delivered": figures.delivered,
         "failed": figures.failed,
         "retried": figures.retried,
-        "inFlight": figures.in_flight,
+        "in_flight": figures.in_flight,
     }
 
 
-def _analyzer(snapshot: Snapshot, figures: AnalyzerFigures) -> dict[str, Any]:
+def _analyzer(snapshot: Snapshot, figures: AnalyzerFigures) -> models.Analyzer:
     def word(name: AnalyzerWord) -> int:
         return int(snapshot.block.analyzers.get(figures.slot, name))
 
     pause_ns = word(AnalyzerWord.PAUSED_UNTIL_NS) - snapshot.at
     trial_ns = word(AnalyzerWord.NEXT_TRIAL_NS) - snapshot.at
-    return _analyzer_in_short(figures) | {
-        "endpoint": figures.analyzer.endpoint,
-        "weight": figures.weight,
-        "override": _override(figures),
-        "effectiveShare": round(figures.effective_share, 6),
-        "since": _iso(word(AnalyzerWord.SINCE_NS)),
-        "pausedForSeconds": round(pause_ns / 1e9, 3) if pause_ns > 0 else None,
-        "probation": {"nextPacketInSeconds": round(max(trial_ns, 0) / 1e9, 3)} if figures.on_probation else None,
-        "health": {
-            "lastCheck": _iso(word(AnalyzerWord.LAST_CHECK_NS)),
-            "lastStatus": word(AnalyzerWord.LAST_STATUS) or None,
+    probation = models.Probation(next_packet_in_seconds=round(max(trial_ns, 0) / 1e9, 3))
+    return models.Analyzer(
+        **_in_short(figures),
+        endpoint=figures.analyzer.endpoint,
+        weight=figures.weight,
+        override=_override(figures),
+        effective_share=round(figures.effective_share, 6),
+        since=_iso(word(AnalyzerWord.SINCE_NS)),
+        paused_for_seconds=round(pause_ns / 1e9, 3) if pause_ns > 0 else None,
+        probation=probation if figures.on_probation else None,
+        health=models.Checks(
+            last_check=_iso(word(AnalyzerWord.LAST_CHECK_NS)),
+            last_status=word(AnalyzerWord.LAST_STATUS) or None,
             # Checks and deliveries are counted apart, and either row takes it offline: the longer one tells.
-            "consecutiveFailures": max(word(AnalyzerWord.CHECK_FAILURES), word(AnalyzerWord.DELIVERY_FAILURES)),
-            "consecutiveSuccesses": word(AnalyzerWord.CHECK_SUCCESSES),
-        },
-        "connections": figures.connections,
-        "lastError": snapshot.block.analyzers.error(figures.slot) or None,
-        "lastErrorAt": _iso(word(AnalyzerWord.ERROR_NS)),
-        "latencyMs": snapshot.delivery([figures.slot]).milliseconds(),
-    }
+            consecutive_failures=max(word(AnalyzerWord.CHECK_FAILURES), word(AnalyzerWord.DELIVERY_FAILURES)),
+            consecutive_successes=word(AnalyzerWord.CHECK_SUCCESSES),
+        ),
+        connections=figures.connections,
+        last_error=snapshot.block.analyzers.error(figures.slot) or None,
+        last_error_at=_iso(word(AnalyzerWord.ERROR_NS)),
+        latency_ms=_percentiles(snapshot.delivery([figures.slot])),
+    )
 
 
-def _override(figures: AnalyzerFigures) -> dict[str, Any] | None:
-    """Return what differs from the configuration because somebody said so while the service ran."""
-    changed: dict[str, Any] = {"weight": figures.weight} if figures.weight_overridden else {}
-    return changed | ({"state": "draining"} if figures.draining else {}) or None
+def _override(figures: AnalyzerFigures) -> models.Override | None:
+    if not (figures.weight_overridden or figures.draining):
+        return None
+    return models.Override(
+        weight=figures.weight if figures.weight_overridden else UNSET,
+        state="draining" if figures.draining else UNSET,
+    )
 
 
 def _iso(wall_ns: int) -> str | None:
     if wall_ns == 0:
         return None
     return datetime.fromtimestamp(wall_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _camel(name: str) -> str:
-    first, *others = name.split("_")
-    return first + "".join(map(str.capitalize, others))

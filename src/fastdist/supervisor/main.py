@@ -330,7 +330,7 @@ class Supervisor:
         place.send(Message("reply", id=message.id, status=status, body=body))
 
     async def _reload(self) -> tuple[int, object]:
-        """Read the configuration again; return a status and what to tell whoever asked.
+        """Read the configuration again; return 200 and the settings that need a restart, or 422 and the problems.
 
         All who ask while one reload is under way have the next one together.
         """
@@ -356,7 +356,7 @@ class Supervisor:
                 return 422, shorten(problems)
             self.loaded = loaded
             log.info("the configuration was read again", needs_restart=need_restart or None)
-            return 200, {"status": "reloaded", "needsRestart": need_restart}
+            return 200, need_restart
 
     def _read_again(self) -> tuple[Loaded, Pair | None]:
         loaded = self.loaded.reload()

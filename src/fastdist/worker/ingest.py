@@ -12,20 +12,22 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-import orjson
+from msgspec import UNSET
 
 from fastdist._core import Answer, IngestBase, Intake
 from fastdist.errors import PacketError
 from fastdist.http.admin import has_token
-from fastdist.http.api import Response, cors_headers, problem, reason
+from fastdist.http.api import Response, cors_headers, json_response, problem, reason
+from fastdist.http.models import Accepted, Delivered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from msgspec import UnsetType
+
     from fastdist.http.api import Api
     from fastdist.ipc import Action
 
-JSON = b"Content-Type: application/json\r\n"
 UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
 MOST_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
 RETRY_SOON = b"Retry-After: 1\r\n"
@@ -37,10 +39,10 @@ CLOCK = 0.001  # seconds: what the event loop's clock counts in
 class Waiting:
     """An emitter that waits for its packet's delivery (``Prefer: wait``)."""
 
-    __slots__ = ("answer", "connection", "members")
+    __slots__ = ("answer", "connection", "messages", "packet_id")
 
-    def __init__(self, connection: IngestProtocol, answer: Answer, members: dict[str, object]) -> None:
-        self.connection, self.answer, self.members = connection, answer, members
+    def __init__(self, connection: IngestProtocol, answer: Answer, packet_id: str, messages: int | UnsetType) -> None:
+        self.connection, self.answer, self.packet_id, self.messages = connection, answer, packet_id, messages
 
 
 class Emitters:
@@ -109,11 +111,12 @@ class Emitters:
         if waiting is None:
             return
         if analyzer is None:
-            detail = f"packet {waiting.members['packetId']} could not be delivered and is now among the dead letters"
+            detail = f"packet {waiting.packet_id} could not be delivered and is now among the dead letters"
             response = problem(502, detail)
         else:
-            body = orjson.dumps({"status": "delivered", **waiting.members, "analyzer": analyzer})
-            response = Response(status=200, body=body, headers=JSON)
+            response = json_response(
+                Delivered(packet_id=waiting.packet_id, messages=waiting.messages, analyzer=analyzer)
+            )
         waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
 
     def wait_over(self, sequence: int) -> None:
@@ -121,8 +124,7 @@ class Emitters:
         waiting = self._take(sequence)
         if waiting is None:
             return
-        body = orjson.dumps({"status": "accepted", **waiting.members})
-        response = Response(status=202, body=body, headers=JSON)
+        response = json_response(Accepted(packet_id=waiting.packet_id, messages=waiting.messages), 202)
         waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
 
     def end_waiting(self) -> None:
@@ -301,8 +303,6 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self, answer: Answer, sequence: int, seconds: float, packet_id: str, messages: int | None
     ) -> None:
         """Answer once the packet is delivered, or after ``seconds``."""
-        members: dict[str, object] = {"packetId": packet_id}
-        if messages is not None:
-            members["messages"] = messages
         self.awaited.add(sequence)
-        self.emitters.wait(sequence, seconds, Waiting(self, answer, members))
+        waiting = Waiting(self, answer, packet_id, UNSET if messages is None else messages)
+        self.emitters.wait(sequence, seconds, waiting)

@@ -32,7 +32,9 @@ import uvloop
 from fastdist import __version__, ipc, logs, packet
 from fastdist._core import Intake, PacketRing, Poller
 from fastdist.errors import StartError
-from fastdist.http.api import Api, Response, problem, reason
+from fastdist.http import stats
+from fastdist.http.api import Api, json_response, problem, reason
+from fastdist.http.models import Reloaded
 from fastdist.ipc import Action, Assignment, Message
 from fastdist.net import tls
 from fastdist.shm.block import HeadWord, SharedBlock, Step, WorkerWord
@@ -52,6 +54,8 @@ from fastdist.worker.upkeep import TICK, LoopLag, Sweep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from fastdist.http.api import Response
 
 LOOK_NS = 100_000_000  # between two looks at the names of the rings' files
 LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
@@ -193,9 +197,9 @@ class Worker:
 
     def _describe(self, action: Action, reply: Message) -> Response:
         if reply.status == HTTPStatus.OK and action.name == "reload":
-            return Response(200, msgspec.json.encode(reply.body), b"Content-Type: application/json\r\n")
+            return json_response(Reloaded(needs_restart=reply.body))
         if reply.status == HTTPStatus.OK:
-            return self.emitters.api.analyzer(action.analyzer)
+            return json_response(stats.analyzer(self.snapshot(), action.analyzer))
         if reply.status == HTTPStatus.GATEWAY_TIMEOUT:
             return problem(503, "the supervisor has not answered in time")
         if isinstance(reply.body, list):

@@ -1,0 +1,422 @@
+"""The JSON of the HTTP API: the server encodes these structs, ``fastdist top`` decodes them.
+
+- The schemas in openapi.json are made from them by ``scripts/openapi.py``: docstrings and ``doc`` describe the API.
+- Attributes are snake_case, members camelCase, in the order written here.
+- A response has every member but those that may be UNSET. Defaults are for ``top``: a server of another version may
+  lack what is not shown, and may have members, or words besides those listed, that are not known here.
+- ``LogPacket`` and ``Change`` only describe what is taken; ``fastdist.packet`` and ``http.admin`` check it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from fastdist.packet import LEVELS, MAX_EMITTER_ID
+from fastdist.shm.block import Step
+
+MAX_WEIGHT = 1e100  # that can be set, so that no sum of weights is ever infinite
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Number = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
+PacketId = Annotated[
+    str,
+    Meta(
+        description="The packet's id: a UUIDv7, or the request's Idempotency-Key.",
+        pattern=r"^[!#-+\--:<-\[\]-~]{1,64}$",
+        examples=["019b7a5c-3f2e-7c4d-8a1b-5e6f708192a3"],
+    ),
+]
+Messages = Annotated[
+    Positive | UnsetType,
+    Meta(description='How many messages it holds; absent with `server.validation = "none"`.'),
+]
+
+
+def doc(text: str) -> Meta:
+    """Return what describes a member."""
+    return Meta(description=text)
+
+
+def _words(*words: str) -> Meta:
+    return Meta(extra_json_schema={"enum": list(words)})
+
+
+class Model(Struct, rename="camel"):
+    """A JSON object."""
+
+
+# ---- problems
+
+
+class FieldError(Model, kw_only=True):
+    """A field at fault."""
+
+    pointer: Annotated[
+        str,
+        Meta(
+            description="JSON pointer (RFC 6901) to the field; empty for the document as a whole. A missing member is "
+            "pointed at as if it were there.",
+            pattern="^(/.*)?$",
+        ),
+    ]
+    detail: Annotated[str, Meta(description="What is wrong with it.", min_length=1)]
+
+
+class Problem(Model, kw_only=True):
+    """What went wrong (RFC 9457)."""
+
+    type: Annotated[Literal["about:blank"], doc("Always `about:blank`: `status` says what kind of problem it is.")] = (
+        "about:blank"
+    )
+    title: Annotated[str, doc("The status in words.")]
+    status: Annotated[int, Meta(description="The status of the response.", ge=400, le=599)]
+    detail: Annotated[str, Meta(description="What was wrong with this request, for a person to read.", min_length=1)]
+    errors: Annotated[
+        Annotated[list[FieldError], Meta(min_length=1, max_length=1000)] | UnsetType,
+        doc("The fields at fault, where it is fields."),
+    ] = UNSET
+
+
+# ---- packets
+
+
+class LogMessage(Model, kw_only=True):
+    """A log message.
+
+    Members that are not listed are allowed, and travel on. With `server.validation = "strict"` `timestamp` and `level`
+    are required.
+    """
+
+    message: Annotated[str, doc("The text.")]
+    timestamp: Annotated[str | UnsetType, doc("When it happened. With `strict`: RFC 3339.")] = UNSET
+    level: Annotated[str | UnsetType, doc(f"How grave it is. With `strict`: {', '.join(LEVELS)}, in any case.")] = UNSET
+    source: Annotated[str | UnsetType, doc("Where in the emitter it comes from.")] = UNSET
+    metadata: Annotated[dict[str, Any] | UnsetType, doc("Anything else.")] = UNSET
+
+
+class LogPacket(Model, kw_only=True):
+    """A packet of log messages.
+
+    Members that are not listed are allowed, and travel on. No listed member may come twice, no value be nested more
+    than 128 levels deep.
+    """
+
+    emitter_id: Annotated[str, Meta(description="The emitter.", min_length=1, max_length=MAX_EMITTER_ID)]
+    messages: Annotated[list[LogMessage], Meta(description="In the emitter's order.", min_length=1)]
+    metadata: Annotated[dict[str, Any] | UnsetType, doc("Anything about the packet as a whole.")] = UNSET
+
+
+class Accepted(Model, kw_only=True):
+    """The packet is safe, and will be delivered."""
+
+    status: Annotated[Literal["accepted"], doc("Always `accepted`.")] = "accepted"
+    packet_id: PacketId
+    messages: Messages = UNSET
+
+
+class Delivered(Model, kw_only=True):
+    """The packet was delivered."""
+
+    status: Annotated[Literal["delivered"], doc("Always `delivered`.")] = "delivered"
+    packet_id: PacketId
+    messages: Messages = UNSET
+    analyzer: Annotated[str, doc("The id of the analyzer that has it.")]
+
+
+# ---- GET /health and /ready
+
+
+class RunningWorkers(Model, kw_only=True):
+    """The worker processes."""
+
+    running: Annotated[Count, doc("How many run.")]
+    configured: Annotated[Positive, doc("How many there should be.")]
+
+
+class OnlineAnalyzers(Model, kw_only=True):
+    """The analyzers."""
+
+    online: Annotated[Count, doc("How many are online, and not draining.")]
+    total: Annotated[Positive, doc("How many are configured.")]
+
+
+class Health(Model, kw_only=True):
+    """Whether all is there that should be."""
+
+    status: Annotated[
+        str,
+        _words("ok", "degraded", "unavailable"),
+        doc(
+            "`degraded`: an analyzer (not a draining one) or a worker is missing, the storage fails, or "
+            "a part of the upkeep does. `unavailable`: no analyzer is online."
+        ),
+    ]
+    version: Annotated[str, doc("The version of the service.")]
+    uptime_seconds: Annotated[Number, doc("Since the service started.")]
+    workers: RunningWorkers
+    analyzers: OnlineAnalyzers
+    storage: Annotated[str, _words("ok", "failing"), doc("Whether packets can be stored.")] = "ok"
+    failing: Annotated[
+        list[Annotated[str, _words(*(step.word for step in Step))]],
+        doc("Parts of the upkeep that fail at present and are tried again; the log says why. Usually empty."),
+    ] = []
+
+
+class Ready(Model, kw_only=True):
+    """The service takes packets."""
+
+    status: Annotated[Literal["ready"], doc("Always `ready`.")] = "ready"
+
+
+# ---- GET /stats
+
+
+class Percentiles(Model, kw_only=True):
+    """Milliseconds, since the service started; null as long as there is nothing to tell."""
+
+    p50: Annotated[Number | None, doc("50 % took no longer.")] = None
+    p90: Annotated[Number | None, doc("90 % took no longer.")] = None
+    p99: Annotated[Number | None, doc("99 % took no longer.")] = None
+    p999: Annotated[Number | None, doc("99.9 % took no longer.")] = None
+    max: Annotated[Number | None, doc("The longest.")] = None
+
+
+class Packets(Model, kw_only=True):
+    """Packets."""
+
+    received: Annotated[Count, doc("Accepted or rejected.")] = 0
+    accepted: Annotated[Count, doc("Answered 202 or 200.")] = 0
+    rejected: Annotated[Count, doc("Refused; `rejected` has the reasons.")] = 0
+    delivered: Annotated[Count, doc("Taken by an analyzer.")] = 0
+    queued: Annotated[Count, doc("That wait.")] = 0
+    in_flight: Annotated[Count, doc("Sent, and not answered yet.")] = 0
+    retried: Annotated[Count, doc("Attempts that were not a packet's first.")] = 0
+    spilled: Annotated[Count, doc("Given to another analyzer because the one picked was busy for too long.")] = 0
+    dead_lettered: Annotated[Count, doc("Given up, and written to the dead letters.")] = 0
+    recovered: Annotated[Count, doc("Found in the queue when the service started.")] = 0
+    corrupt: Annotated[Count, doc("Records of the queue that were damaged.")] = 0
+
+
+class InAndOut(Model, kw_only=True):
+    """What was in accepted and in delivered packets."""
+
+    accepted: Annotated[Count, doc("Accepted.")] = 0
+    delivered: Annotated[Count, doc("Delivered.")] = 0
+
+
+class Rejected(Model, kw_only=True):
+    """Requests that brought no packet, by reason."""
+
+    malformed: Annotated[Count, doc("Broken HTTP, no JSON, an empty body.")] = 0
+    invalid: Annotated[
+        Count, doc("JSON that is no packet, a bad Idempotency-Key, an expectation that cannot be met.")
+    ] = 0
+    too_large: Annotated[
+        Count, doc("A body over `server.max_body`, a packet over half of a worker's part of the queue.")
+    ] = 0
+    head_too_large: Annotated[Count, doc("A request head over `server.max_header`.")] = 0
+    unsupported_media_type: Annotated[Count, doc("Not JSON, or compressed.")] = 0
+    unauthorized: Annotated[Count, doc("No token, or a wrong one.")] = 0
+    rate_limited: Annotated[Count, doc("Over one of the `limits`.")] = 0
+    queue_full: Annotated[Count, doc("No room in the queue, or for more in-progress bodies.")] = 0
+    draining: Annotated[Count, doc("While the service is shutting down.")] = 0
+    storage: Annotated[Count, doc("The queue's storage failed.")] = 0
+    timeout: Annotated[Count, doc("A request that did not arrive in time.")] = 0
+
+
+class Rates(Model, kw_only=True):
+    """Packets a second, over the last 10 s."""
+
+    accepted_per_second: Annotated[Number, doc("Accepted.")]
+    delivered_per_second: Annotated[Number, doc("Delivered.")]
+
+
+class Latencies(Model, kw_only=True):
+    """How long things took."""
+
+    ingest: Annotated[
+        Percentiles,
+        doc(
+            "From the end of a request's reading until its packet is safe (with `fsync`: synced) and its "
+            "response written."
+        ),
+    ]
+    queue_wait: Annotated[Percentiles, doc("From a packet's being put into the queue to its first attempt.")]
+    delivery: Annotated[Percentiles, doc("From an attempt to the analyzer's response, for delivered packets.")]
+
+
+class AnalyzerInShort(Model, kw_only=True):
+    """An analyzer's shares and counts."""
+
+    id: Annotated[str, Meta(description="Its name.", min_length=1)]
+    state: Annotated[
+        str, _words("online", "offline", "draining"), doc("What it was told to do comes before what it is able to do.")
+    ]
+    target_share: Annotated[Share, doc("What its weight makes of the whole.")]
+    actual_share: Annotated[Share, doc("What it has had of all that was delivered, by `distribution.by`.")]
+    delivered: Annotated[Count, doc("Packets it has taken.")]
+    failed: Annotated[Count, doc("Attempts that failed, by packets.")]
+    retried: Annotated[Count, doc("Attempts that were not a packet's first.")]
+    in_flight: Annotated[Count, doc("Packets it has been sent and not answered yet.")]
+
+
+class Worker(Model, kw_only=True):
+    """A worker process."""
+
+    id: Annotated[Count, doc("Its number.")]
+    pid: Annotated[Positive | None, doc("Its process; null while there is none.")]
+    state: Annotated[str, _words("starting", "running", "draining", "stopped"), doc("What it does.")]
+    restarts: Annotated[Count, doc("How often it was replaced.")]
+    cpu_percent: Annotated[Number, doc("Of one core, over the last second.")]
+    rss_bytes: Annotated[Count, doc("Resident memory.")]
+    accepted: Annotated[Count, doc("Packets it has accepted.")]
+    delivered: Annotated[Count, doc("Packets it has delivered.")]
+    loop_lag_ms: Annotated[
+        Percentiles, doc("How long its event loop was busy with one thing: the longest time in each 20 ms.")
+    ] = field(default_factory=Percentiles)
+    last_error: Annotated[str | None, doc("How the process before this one ended, unasked; null if none did.")] = None
+    last_error_at: Annotated[Time | None, doc("When it did.")] = None
+
+
+class Supervisor(Model, kw_only=True):
+    """The process that keeps the workers running."""
+
+    pid: Annotated[Count, doc("Its process.")] = 0
+
+
+class Stats(Model, kw_only=True):
+    """What came in, what became of it, how fast, and who did it.
+
+    At rest accepted + recovered = delivered + queued + inFlight + deadLettered, exactly.
+    """
+
+    uptime_seconds: Annotated[Number, doc("Since the service started.")] = 0.0
+    packets: Packets
+    messages: Annotated[InAndOut, doc("Messages in accepted and in delivered packets.")] = field(
+        default_factory=InAndOut
+    )
+    bytes: Annotated[InAndOut, doc("Bytes in accepted and in delivered packets.")] = field(default_factory=InAndOut)
+    rejected: Rejected
+    rates: Rates
+    latency_ms: Latencies
+    analyzers: Annotated[list[AnalyzerInShort], doc("In the order of the configuration.")] = []
+    workers: Annotated[list[Worker], doc("By their numbers.")]
+    supervisor: Supervisor = field(default_factory=Supervisor)
+
+
+# ---- GET /queue
+
+
+class WorkerQueue(Model, kw_only=True):
+    """A worker's part."""
+
+    id: Annotated[Count, doc("Its number.")]
+    packets: Annotated[Count, doc("That wait.")]
+    bytes: Annotated[Count, doc("Used.")]
+    capacity_bytes: Annotated[Count, doc("Of its part.")]
+    oldest_age_seconds: Annotated[Number, doc("Of its oldest packet.")]
+
+
+class Queue(Model, kw_only=True):
+    """What waits, and when it will have gone if nothing more comes."""
+
+    packets: Annotated[Count, doc("That wait, without those in flight.")]
+    bytes: Annotated[Count, doc("Used, by records of any kind.")]
+    capacity_bytes: Annotated[Count, doc("Of all workers together.")]
+    in_flight: Annotated[Count, doc("Packets sent, and not answered yet.")]
+    oldest_age_seconds: Annotated[Number, doc("Of the oldest packet; 0 when the queue is empty.")]
+    durability: Annotated[str, _words("memory", "disk", "fsync"), doc("What the queue survives.")]
+    sync_interval_seconds: Annotated[
+        Number,
+        doc(
+            "With `disk`: how often the queue is synced; so long after its 202 a packet may be lost if "
+            "the system crashes."
+        ),
+    ] = 0.0
+    drain_rate_per_second: Annotated[Number, doc("Packets delivered a second, over the last 10 s.")] = 0.0
+    estimated_drain_seconds: Annotated[Number | None, doc("At that rate; null when nothing is delivered.")]
+    workers: Annotated[list[WorkerQueue], doc("By their numbers.")] = []
+
+
+# ---- analyzers
+
+
+class Override(Model, kw_only=True):
+    """What was set while the service ran, over what the configuration says."""
+
+    weight: Annotated[Number | UnsetType, doc("Its weight.")] = UNSET
+    state: Annotated[Annotated[str, _words("draining")] | UnsetType, doc("It gets no new packets.")] = UNSET
+
+
+class Probation(Model, kw_only=True):
+    """Of an analyzer whose deliveries have failed and whose checks are good again."""
+
+    next_packet_in_seconds: Annotated[Number, doc("How long the next one has to wait; 0: it gets the next that comes.")]
+
+
+class Checks(Model, kw_only=True):
+    """What an analyzer's health checks say."""
+
+    last_check: Annotated[Time | None, doc("When it was last checked.")] = None
+    last_status: Annotated[int | None, doc("What it answered; null for nothing.")] = None
+    consecutive_failures: Annotated[Count, doc("Checks, or deliveries, that failed in a row.")] = 0
+    consecutive_successes: Annotated[Count, doc("Checks that succeeded in a row.")] = 0
+
+
+class Analyzer(AnalyzerInShort, kw_only=True):
+    """All that is known of an analyzer."""
+
+    endpoint: Annotated[str, Meta(description="Where packets are posted to.", extra_json_schema={"format": "uri"})] = ""
+    weight: Annotated[Number, doc("The weight in force, as it was configured or set.")] = 0.0
+    override: Annotated[Override | None, doc("What was set while the service ran; null if nothing was.")] = None
+    effective_share: Annotated[Share, doc("What it gets of new packets now.")]
+    since: Annotated[Time | None, doc("Since when it is in its state, online or offline.")] = None
+    paused_for_seconds: Annotated[
+        Number | None, doc("For how long it has asked to be left alone (Retry-After); null if it has not.")
+    ] = None
+    probation: Annotated[
+        Probation | None,
+        doc(
+            "Its deliveries have failed and its checks are good again: it gets one packet at a time, "
+            "and its share when it has taken one. It is `online` until it fails to take one. "
+            "Null if it is not on probation."
+        ),
+    ] = None
+    health: Checks = field(default_factory=Checks)
+    connections: Annotated[Count, doc("Open to it, from all workers.")] = 0
+    last_error: Annotated[str | None, doc("What last went wrong.")]
+    last_error_at: Annotated[Time | None, doc("When that was.")] = None
+    latency_ms: Annotated[Percentiles, doc("From an attempt to its response, for delivered packets.")]
+
+
+class Analyzers(Model, kw_only=True):
+    """All analyzers, in the order of the configuration."""
+
+    analyzers: Annotated[list[Analyzer], Meta(min_length=1)]
+
+
+# ---- changes
+
+
+class Change(Model, kw_only=True, forbid_unknown_fields=True):
+    """What is to change."""
+
+    weight: Annotated[
+        Annotated[Number, Meta(le=MAX_WEIGHT)] | UnsetType, doc("Its new weight, relative to the others'.")
+    ] = UNSET
+    state: Annotated[
+        Literal["draining", "online"] | UnsetType,
+        doc("`draining`: it gets no new packets. `online` ends draining; it does not overrule health."),
+    ] = UNSET
+
+
+class Reloaded(Model, kw_only=True):
+    """The configuration was read again, and is in force."""
+
+    status: Annotated[Literal["reloaded"], doc("Always `reloaded`.")] = "reloaded"
+    needs_restart: Annotated[list[str], doc("Settings that differ from those in force and change with a restart only.")]
