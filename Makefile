@@ -88,8 +88,9 @@ micro: build  ## micro-benchmarks of the core, by pytest-benchmark; ARGS="-k rin
 profile: build  ## where the workers spend their time under load (needs perf); ARGS="DELIVERY__MODE=single"
 	$(BIN)/python bench/hotspots.py $(ARGS)
 
-generated: build  ## write what is made from other files: fastdist.example.toml, docs/settings.md
+generated: build  ## write what is made from other files: fastdist.example.toml, docs/settings.md, openapi.json
 	$(BIN)/python scripts/generate_settings.py
+	$(BIN)/python scripts/generate_openapi.py
 
 lint: build  ## style
 	$(BIN)/ruff check

@@ -59,7 +59,7 @@ def errors_of(schema: Any, value: Any) -> list[str]:
 def undescribed(schema: Any, value: Any, where: str = "$") -> list[str]:
     """Return the members of a value that its schema does not name."""
     schema = resolved(schema)
-    for each in schema.get("oneOf", ()):
+    for each in schema.get("anyOf", ()):
         if value is not None and resolved(each).get("type") != "null":
             return undescribed(each, value, where)
     if isinstance(value, list):
