@@ -18,6 +18,7 @@ from openapi_parts import HEADERS, RESPONSES, Json, content, ref
 
 from fastdist import __version__
 from fastdist.http import models
+from fastdist.packet import LEVELS, LogMessage, LogPacket
 
 FILE = Path(__file__).resolve().parent.parent / "src" / "fastdist" / "http" / "openapi.json"
 
@@ -345,23 +346,44 @@ def options(route: Route) -> Route:
 
 # ---- the document
 
+OF_PACKETS: dict[type[msgspec.Struct], dict[str, str]] = {
+    LogPacket: {
+        "": "A packet of log messages. Members that are not listed are allowed, and travel on. No listed member may "
+        "come twice, no value be nested more than 128 levels deep.",
+        "emitterId": "The emitter.",
+        "messages": "In the emitter's order.",
+        "metadata": "Anything about the packet as a whole.",
+    },
+    LogMessage: {
+        "": "A log message. Members that are not listed are allowed, and travel on. With "
+        '`server.validation = "strict"` `timestamp` and `level` are required.',
+        "message": "The text.",
+        "timestamp": "When it happened. With `strict`: RFC 3339.",
+        "level": f"How grave it is. With `strict`: {', '.join(LEVELS)}, in any case.",
+        "source": "Where in the emitter it comes from.",
+        "metadata": "Anything else.",
+    },
+}
+
 
 def schemas() -> Json:
-    """Return the schemas of all models."""
-    kinds = [kind for kind in vars(models).values() if isinstance(kind, type) and issubclass(kind, models.Model)]
-    kinds.remove(models.Model)
+    """Return the schemas of all models, and of packets."""
+    of_models = [*models.Model.__subclasses__(), *models.AnalyzerInShort.__subclasses__()]
+    kinds: list[type[msgspec.Struct]] = sorted([*of_models, *OF_PACKETS], key=lambda kind: kind.__name__)
     _, found = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in kinds:
-        schema = found[kind.__name__]
+        schema, members = found[kind.__name__], found[kind.__name__]["properties"]
         del schema["title"]
         schema["description"] = inspect.cleandoc(kind.__doc__ or "")
         # A default is for readers of other versions; what may be absent is UNSET.
         fields = msgspec.structs.fields(kind)
         schema["required"] = [field.encode_name for field in fields if field.default is not msgspec.UNSET]
-        for member in schema["properties"].values():
+        for member in members.values():
             member.pop("default", None)
+        for name, description in OF_PACKETS.get(kind, {}).items():
+            (members[name] if name else schema)["description"] = description
     found["Change"]["minProperties"] = 1
-    return dict(sorted(found.items()))
+    return {kind.__name__: found[kind.__name__] for kind in kinds}
 
 
 def document() -> Json:

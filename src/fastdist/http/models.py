@@ -4,16 +4,15 @@
 - Attributes are snake_case, members camelCase, in the order written here.
 - A response has every member but those that may be UNSET. Defaults are for ``top``: a server of another version may
   lack what is not shown, and may have members, or words besides those listed, that are not known here.
-- ``LogPacket`` and ``Change`` only describe what is taken; ``fastdist.packet`` and ``http.admin`` check it.
+- ``Change`` only describes what is taken; ``http.admin`` checks it. What packets are stands in ``fastdist.packet``.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from fastdist.packet import LEVELS, MAX_EMITTER_ID
 from fastdist.shm.block import Step
 
 MAX_WEIGHT = 1e100  # that can be set, so that no sum of weights is ever infinite
@@ -83,32 +82,6 @@ class Problem(Model, kw_only=True):
 
 
 # ---- packets
-
-
-class LogMessage(Model, kw_only=True):
-    """A log message.
-
-    Members that are not listed are allowed, and travel on. With `server.validation = "strict"` `timestamp` and `level`
-    are required.
-    """
-
-    message: Annotated[str, doc("The text.")]
-    timestamp: Annotated[str | UnsetType, doc("When it happened. With `strict`: RFC 3339.")] = UNSET
-    level: Annotated[str | UnsetType, doc(f"How grave it is. With `strict`: {', '.join(LEVELS)}, in any case.")] = UNSET
-    source: Annotated[str | UnsetType, doc("Where in the emitter it comes from.")] = UNSET
-    metadata: Annotated[dict[str, Any] | UnsetType, doc("Anything else.")] = UNSET
-
-
-class LogPacket(Model, kw_only=True):
-    """A packet of log messages.
-
-    Members that are not listed are allowed, and travel on. No listed member may come twice, no value be nested more
-    than 128 levels deep.
-    """
-
-    emitter_id: Annotated[str, Meta(description="The emitter.", min_length=1, max_length=MAX_EMITTER_ID)]
-    messages: Annotated[list[LogMessage], Meta(description="In the emitter's order.", min_length=1)]
-    metadata: Annotated[dict[str, Any] | UnsetType, doc("Anything about the packet as a whole.")] = UNSET
 
 
 class Accepted(Model, kw_only=True):
