@@ -19,6 +19,7 @@ from openapi_parts import HEADERS, RESPONSES, Json, content, ref
 from fastdist import __version__
 from fastdist.http import models
 from fastdist.packet import LEVELS, LogMessage, LogPacket
+from fastdist.shm.block import Step
 
 FILE = Path(__file__).resolve().parent.parent / "src" / "fastdist" / "http" / "openapi.json"
 
@@ -359,7 +360,7 @@ OF_PACKETS: dict[type[msgspec.Struct], dict[str, str]] = {
         '`server.validation = "strict"` `timestamp` and `level` are required.',
         "message": "The text.",
         "timestamp": "When it happened. With `strict`: RFC 3339.",
-        "level": f"How grave it is. With `strict`: {', '.join(LEVELS)}, in any case.",
+        "level": f"How grave it is. With `strict`: {', '.join(LEVELS[:-1])} or {LEVELS[-1]}, in any case.",
         "source": "Where in the emitter it comes from.",
         "metadata": "Anything else.",
     },
@@ -382,6 +383,7 @@ def schemas() -> Json:
             member.pop("default", None)
         for name, description in OF_PACKETS.get(kind, {}).items():
             (members[name] if name else schema)["description"] = description
+    found["Health"]["properties"]["failing"]["items"]["enum"] = [step.word for step in Step]
     found["Change"]["minProperties"] = 1
     return {kind.__name__: found[kind.__name__] for kind in kinds}
 

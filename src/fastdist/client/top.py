@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from fastdist.client.connection import Target
 
-TIMEOUT = 5.0  # seconds without an answer
-LARGEST_ANSWER = 1 << 24  # bytes
+TIMEOUT = 5.0  # seconds without a response
+MAX_RESPONSE = 1 << 24  # bytes
 REDRAW = 0.25  # seconds, at most
 PLAIN_WIDTH = 160  # columns where there is no terminal to tell
 ENDING_KEYS = {b"q", b"Q", b"\x04", b""}  # Ctrl-D; nothing: the terminal is gone
@@ -68,7 +68,7 @@ class Watcher:
 
     def _get(self, path: str, kind: type[Kind]) -> Kind:
         try:
-            reply = self._connection.request("GET", path, None, {}, LARGEST_ANSWER)
+            reply = self._connection.request("GET", path, None, {}, MAX_RESPONSE)
         except (OSError, HTTPException) as error:
             raise NoAnswerError(describe(error, TIMEOUT)) from None
         if reply.status != 200:  # noqa: PLR2004  (what it answers when it serves)

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
 SPARKS = "▁▂▃▄▅▆▇█"
-BAR, SHORTEST_BAR, QUEUE_BAR = 26, 14, 12  # cells
+BAR, MIN_BAR, QUEUE_BAR = 26, 14, 12  # cells
 FLOW_INDENT = 10  # columns before figures
 FIXED_LINES = 21  # of a frame: all but warnings, analyzers, workers and what is rejected
 MARK, GAP = "┃", "░"
 BETWEEN = 2  # cells between columns
-LONGEST_STATE = len("draining")
-ROOM_FOR_ERRORS, LEAST_OF_ERROR = 100, 14  # cells: a terminal's that shows last errors, and theirs
+STATE_WIDTH = len("draining")
+ROOM_FOR_ERRORS, MIN_ERROR = 100, 14  # cells: of a terminal that shows last errors, and of their column
 ALMOST_FULL = 0.8  # of the queue's capacity
 STATES = {"online": "green", "running": "green", "draining": "yellow", "offline": "bold red"}
 COUNTERS = {
@@ -50,7 +50,7 @@ WRONG = {"rejected", "dead_lettered", "corrupt"}  # coloured when there are any
 
 
 class Answers(NamedTuple):
-    """What the server said, asked for one after another."""
+    """What the server said: its responses, asked for one after another."""
 
     health: Health
     stats: Stats
@@ -211,11 +211,11 @@ COLUMNS = (
 
 
 def _analyzers(rows: list[Analyzer], width: int) -> Table:
-    cells = max(SHORTEST_BAR, min(BAR, width // 6))
+    cells = max(MIN_BAR, min(BAR, width // 6))
     longest_id = max(min(max(map(len, (row.id for row in rows)), default=0), width // 4), len("analyzer"))
-    room = width - longest_id - LONGEST_STATE - cells - 4 * BETWEEN
+    room = width - longest_id - STATE_WIDTH - cells - 4 * BETWEEN
     with_errors = width >= ROOM_FOR_ERRORS  # else the lines on top say what is wrong
-    columns = _that_fit(rows, width, room - with_errors * LEAST_OF_ERROR)
+    columns = _that_fit(rows, width, room - with_errors * MIN_ERROR)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False, expand=True)
     table.add_column("analyzer", no_wrap=True, overflow="ellipsis", max_width=longest_id)
     table.add_column("state", no_wrap=True)

@@ -69,7 +69,7 @@ def is_loopback(address: str) -> bool:
 
 
 def is_own_page(origin: str, host: str) -> bool:
-    """Whether a browser sent this from a page of ours, opened under a name of this machine that nobody else can claim.
+    """Whether a browser sent this from a page of ours, opened under a name that only this machine can have.
 
     Being on this machine is all that is asked for where there is no admin token, and any page in its browser is. One
     whose own name resolves to this machine (DNS rebinding) is even of the same origin, hence the look at the name.

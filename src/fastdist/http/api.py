@@ -2,12 +2,12 @@
 
 No sockets and no waiting here, so that tests need neither. What the module sees to:
 
-- Every error is a problem document (RFC 9457), and so is an exception that nobody expected: 500. Only what a path
-  exists for is allowed on it: anything else is answered 405 with Allow (RFC 9110), an unknown path 404. The query is no
-  part of the path; a slash at its end is.
+- Every error is a problem document (RFC 9457), and so is an unexpected exception: 500. A method that a path does not
+  take is answered 405 with Allow (RFC 9110), an unknown path 404. The query is no part of the path; a slash at its end
+  is.
 - HEAD is answered as GET, body included: the connection leaves the body out, and so has its length right.
-- Headers that concern every answer are not made here: Date, Content-Length and those for safety come with the writing,
-  and ``cors_headers`` is for the connection to add to all its answers, preflights among them.
+- Headers of every response are not made here: Date, Content-Length and those for safety come with the writing, and
+  ``cors_headers`` is for the connection to add to all its responses, preflights among them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 JSON = b"Content-Type: application/json\r\n"
 PROBLEM = b"Content-Type: application/problem+json\r\n"
-PREFLIGHT_SECONDS = 600  # how long a browser may go by an answer to its preflight
+PREFLIGHT_SECONDS = 600  # how long a browser may go by the response to its preflight
 REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
 
 COMPLAINT_SECONDS = 60.0  # between tracebacks of one kind
@@ -66,7 +66,7 @@ class Request(Struct, frozen=True):
 
 
 class Response(Struct, frozen=True):
-    """An answer: ``headers`` are lines that each end in CR LF, Content-Type among them if there is a body."""
+    """A response: ``headers`` are lines that each end in CR LF, Content-Type among them if there is a body."""
 
     status: int
     body: bytes
@@ -110,7 +110,7 @@ class Faults:
         self._complain_at: dict[tuple[type, str, int], float] = {}  # kind of fault, and where -> time.monotonic()
 
     def answer(self, error: Exception) -> Response:
-        """Return what to answer; ``error`` is logged unless one like it just was."""
+        """Return the response; ``error`` is logged unless one like it just was."""
         trace, now = error.__traceback__, time.monotonic()
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
@@ -123,7 +123,7 @@ class Faults:
 
 
 def cors_headers(origin: str, allowed: Sequence[str]) -> bytes:
-    """Return the header lines that let scripts of ``origin`` read an answer; none if it is not ``allowed``.
+    """Return the header lines that let scripts of ``origin`` read a response; empty if it is not ``allowed``.
 
     ``allowed`` are exact origins, or ``"*"``.
     """
@@ -137,11 +137,11 @@ def cors_headers(origin: str, allowed: Sequence[str]) -> bytes:
 
 
 class Api:
-    """Answers requests from what ``snapshot()`` returns, called anew for each.
+    """Answers requests from what ``snapshot()`` returns, called for each.
 
     ``routes`` maps paths (with ``{id}`` for an analyzer's, ``{file}`` for the dashboard's) to methods to handlers. GET
     brings HEAD with it, every path has OPTIONS, and a path whose handlers are elsewhere says in ``ELSEWHERE`` what it
-    takes. A handler that asks for a change returns the ``Action``, for whoever can have it carried out.
+    takes. A handler that asks for a change returns the ``Action``, which the worker has carried out.
     """
 
     ELSEWHERE: Mapping[str, Sequence[str]] = {"/logs": ("POST",)}
@@ -172,7 +172,7 @@ class Api:
             return self._respond(Request(method, target, headers, body, client))
         except RefusedError as error:
             return problem(error.status, error.detail, errors=error.errors, headers=error.headers)
-        except Exception as error:  # noqa: BLE001  (whoever asks gets an answer, whatever it is)
+        except Exception as error:  # noqa: BLE001  (every request gets a response)
             return self.faults.answer(error)
 
     def _respond(self, request: Request) -> Response | Action:
@@ -190,7 +190,7 @@ class Api:
         return handler(request)
 
     def _methods(self, path: str) -> list[str]:
-        """Return what a path takes (a target that is none stands for the whole server), nothing for an unknown one."""
+        """Return what a path takes: nothing if it is unknown. A target that is no path stands for the whole server."""
         paths = [template(path)] if path.startswith("/") else [*self.routes, *self.ELSEWHERE]
         methods = [method for path in paths for method in (*self.routes.get(path, ()), *self.ELSEWHERE.get(path, ()))]
         if not methods:
@@ -199,12 +199,12 @@ class Api:
         return list(dict.fromkeys([*with_head, "OPTIONS"]))
 
     def _options(self, request: Request, methods: Iterable[str]) -> Response:
-        headers, answer = request.headers, _allow(methods)
+        headers, lines = request.headers, _allow(methods)
         if "origin" in headers and "access-control-request-method" in headers:
             allowed = self.snapshot().config.security.cors_origins
             if cors_headers(headers["origin"], allowed):
-                answer += _preflight(methods)
-        return Response(204, b"", answer)
+                lines += _preflight(methods)
+        return Response(204, b"", lines)
 
     def _page(self, request: Request) -> Response:
         page = pages()[request.path]
@@ -256,7 +256,7 @@ def description() -> bytes:
 
 
 def template(path: str) -> str:
-    """Return the route that a path belongs to; one that leads nowhere if there is none."""
+    """Return the route that a path belongs to; for an unknown path, one that does not exist."""
     if path.startswith(FOLDER):
         return "/dashboard/{file}" if path in pages() else ""
     parts = path.split("/")

@@ -44,7 +44,7 @@ class Family(NamedTuple):
 def text(snapshot: Snapshot) -> bytes:
     """Return all metrics in the text format 0.0.4, which every scraper reads."""
     parts = []
-    for name, kind, help_text, samples in _Metrics(snapshot).collect():
+    for name, kind, help_text, samples in _families(snapshot):
         full = f"fastdist_{name}{_SUFFIXES.get(kind, '')}"
         parts.append(f"# HELP {full} {help_text}\n# TYPE {full} {'gauge' if kind == 'info' else kind}\n{samples}")
     return "".join(parts).encode()
@@ -53,132 +53,113 @@ def text(snapshot: Snapshot) -> bytes:
 def openmetrics(snapshot: Snapshot) -> bytes:
     """Return all metrics in the OpenMetrics format 1.0.0."""
     parts = []
-    for name, kind, help_text, samples in _Metrics(snapshot).collect():
+    for name, kind, help_text, samples in _families(snapshot):
         parts.append(f"# HELP fastdist_{name} {help_text}\n# TYPE fastdist_{name} {kind}\n{samples}")
     return "".join([*parts, "# EOF\n"]).encode()
 
 
-class _Metrics:
-    """The metric families of one snapshot, in the order they are written."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
-
-    def collect(self) -> Iterator[Family]:
-        """Yield every family."""
-        build = {"version": self.snapshot.version, "python": platform.python_version()}
-        yield Family("build", "info", "What is running; always 1.", _sample("build_info", build, 1))
-        yield _gauge("uptime_seconds", "How long the service has been running.", self.snapshot.uptime)
-        yield _gauge("ready", "Whether packets are taken (1) or not (0).", not self.snapshot.obstacle)
-        yield from self.packets()
-        yield from self.queue()
-        yield from self.analyzers()
-        yield from self.durations()
-        yield from self.workers()
-
-    def packets(self) -> Iterator[Family]:
-        """Yield what came in and what became of it."""
-        it = self.snapshot
-        yield _counter("packets_received", "Packets that emitters sent: accepted or rejected.", it.received)
-        yield _counter("packets_accepted", "Packets that were stored and acknowledged.", it.accepted)
-        yield _counters("packets_rejected", "Packets that were turned away.", "reason", it.rejected)
-        yield _counter("packets_recovered", "Packets found in the queue at the start.", it.total("recovered"))
-        yield _counter("packets_spilled", "Packets that left a busy analyzer for another.", it.total("spilled"))
-        yield _counter("packets_corrupt", "Damaged records found in the queue and skipped.", it.total("corrupt"))
-        yield _counters("packets_dead_lettered", "Packets given up and kept in a file.", "reason", it.dead_lettered)
-        for unit, what in (("messages", "Log messages"), ("bytes", "Bytes of packet bodies")):
-            accepted, delivered = it.total(f"{unit}_accepted"), it.total_of_analyzers(f"{unit}_delivered")
-            yield _counter(f"{unit}_accepted", f"{what} in accepted packets.", accepted)
-            yield _counter(f"{unit}_delivered", f"{what} in delivered packets.", delivered)
-
-    def queue(self) -> Iterator[Family]:
-        """Yield what waits."""
-        it = self.snapshot
-        yield _gauge("queue_packets", "Packets that wait to be sent.", it.queued)
-        yield _gauge("queue_bytes", "Bytes of the queue in use.", it.total("queue_bytes"))
-        yield _gauge("queue_capacity_bytes", "Bytes the queue can hold.", it.total("queue_capacity"))
-        yield _gauge("queue_oldest_age_seconds", "Age of the oldest packet; 0 when there is none.", it.oldest_age)
-
-    def analyzers(self) -> Iterator[Family]:
-        """Yield what each analyzer does, and what it should do."""
-        figures = {it.analyzer.id: it for it in self.snapshot.analyzers}
-        for name, help_text in (
-            ("delivered", "Packets that the analyzer has taken."),
-            ("failed", "Packets that the analyzer did not take when they were sent."),
-            ("retried", "Packets that were sent again after the analyzer did not take them."),
-        ):
-            values = {label: getattr(it, name) for label, it in figures.items()}
-            yield _counters(f"packets_{name}", help_text, "analyzer", values)
-        for name, attribute, help_text in (
-            ("inflight_packets", "in_flight", "Packets sent to the analyzer and not answered yet."),
-            ("analyzer_up", "online", "Whether the analyzer is online (1) or offline (0)."),
-            (
-                "analyzer_probation",
-                "on_probation",
-                "Whether the analyzer gets one packet at a time (1) until it takes one.",
-            ),
-            ("analyzer_draining", "draining", "Whether the analyzer is told to drain (1): it gets no new packets."),
-            ("analyzer_connections", "connections", "Open connections to the analyzer."),
-            ("analyzer_target_share", "target_share", "The share (0 to 1) that its weight gives the analyzer."),
-            ("analyzer_effective_share", "effective_share", "The share (0 to 1) of new packets it gets right now."),
-            ("analyzer_actual_share", "actual_share", "The share (0 to 1) of all deliveries that it has taken."),
-        ):
-            values = {label: getattr(it, attribute) for label, it in figures.items()}
-            yield _gauges(name, help_text, "analyzer", values)
-
-    def durations(self) -> Iterator[Family]:
-        """Yield the histograms."""
-        yield _histograms(
-            "ingest_duration_seconds",
-            "Time from the end of a request's reading until its packet is safe and its answer written.",
-            [({}, self.snapshot.ingest)],
-        )
-        yield _histograms(
-            "queue_wait_duration_seconds",
-            "Time from a packet's acceptance to its first sending.",
-            [({}, self.snapshot.queue_wait)],
-        )
-        yield _histograms(
-            "delivery_duration_seconds",
-            "Time from a packet's sending to the analyzer's answer, for delivered packets.",
-            (({"analyzer": it.analyzer.id}, self.snapshot.delivery([it.slot])) for it in self.snapshot.analyzers),
-        )
-
-    def workers(self) -> Iterator[Family]:
-        """Yield what each worker costs."""
-        workers = {str(it.id): it for it in self.snapshot.workers}
-        running = {label: it.running for label, it in workers.items()}
-        yield _gauges("worker_up", "Whether the worker is running (1) or not (0).", "worker", running)
-        restarts = {label: it.restarts for label, it in workers.items()}
-        yield _counters("worker_restarts", "How often the worker was replaced.", "worker", restarts)
-        seconds = {label: it.cpu_ns / 1e9 for label, it in workers.items()}
-        yield _counters("worker_cpu_seconds", "Processor time used, its predecessors' included.", "worker", seconds)
-        resident = {label: it.rss_bytes for label, it in workers.items()}
-        yield _gauges("worker_resident_memory_bytes", "Resident memory of the worker.", "worker", resident)
-        yield _histograms(
-            "worker_loop_lag_seconds",
-            "Longest time in each 20 ms for which the worker's event loop let nothing else have its turn.",
-            (({"worker": label}, self.snapshot.loop_lag(it.id)) for label, it in workers.items()),
-        )
+def _families(it: Snapshot) -> Iterator[Family]:
+    """Yield all metric families, in the order they are written."""
+    build = {"version": it.version, "python": platform.python_version()}
+    yield Family("build", "info", "What is running; always 1.", _sample("build_info", build, 1))
+    yield _gauge("uptime_seconds", "How long the service has been running.", it.uptime)
+    yield _gauge("ready", "Whether packets are taken (1) or not (0).", not it.obstacle)
+    yield from _packets(it)
+    yield from _queue(it)
+    yield from _analyzers(it)
+    yield from _durations(it)
+    yield from _workers(it)
 
 
-def _counter(name: str, help_text: str, value: float) -> Family:
-    return Family(name, "counter", help_text, _sample(f"{name}_total", {}, value))
+def _packets(it: Snapshot) -> Iterator[Family]:
+    yield _counter("packets_received", "Packets that emitters sent: accepted or rejected.", it.received)
+    yield _counter("packets_accepted", "Packets that were stored and acknowledged.", it.accepted)
+    yield _counter("packets_rejected", "Packets that were turned away.", it.rejected, by="reason")
+    yield _counter("packets_recovered", "Packets found in the queue at the start.", it.total("recovered"))
+    yield _counter("packets_spilled", "Packets that left a busy analyzer for another.", it.total("spilled"))
+    yield _counter("packets_corrupt", "Damaged records found in the queue and skipped.", it.total("corrupt"))
+    yield _counter("packets_dead_lettered", "Packets given up and kept in a file.", it.dead_lettered, by="reason")
+    for unit, what in (("messages", "Log messages"), ("bytes", "Bytes of packet bodies")):
+        accepted, delivered = it.total(f"{unit}_accepted"), it.total_of_analyzers(f"{unit}_delivered")
+        yield _counter(f"{unit}_accepted", f"{what} in accepted packets.", accepted)
+        yield _counter(f"{unit}_delivered", f"{what} in delivered packets.", delivered)
 
 
-def _counters(name: str, help_text: str, label: str, values: Mapping[str, float]) -> Family:
-    samples = (_sample(f"{name}_total", {label: key}, value) for key, value in values.items())
-    return Family(name, "counter", help_text, "".join(samples))
+def _queue(it: Snapshot) -> Iterator[Family]:
+    yield _gauge("queue_packets", "Packets that wait to be sent.", it.queued)
+    yield _gauge("queue_bytes", "Bytes of the queue in use.", it.total("queue_bytes"))
+    yield _gauge("queue_capacity_bytes", "Bytes the queue can hold.", it.total("queue_capacity"))
+    yield _gauge("queue_oldest_age_seconds", "Age of the oldest packet; 0 when the queue is empty.", it.oldest_age)
 
 
-def _gauge(name: str, help_text: str, value: float) -> Family:
-    return Family(name, "gauge", help_text, _sample(name, {}, value))
+def _analyzers(it: Snapshot) -> Iterator[Family]:
+    def values(attribute: str) -> dict[str, float]:
+        return {figures.analyzer.id: getattr(figures, attribute) for figures in it.analyzers}
+
+    for name, help_text in (
+        ("delivered", "Packets that the analyzer has taken."),
+        ("failed", "Packets that the analyzer did not take when they were sent."),
+        ("retried", "Packets that were sent again after the analyzer did not take them."),
+    ):
+        yield _counter(f"packets_{name}", help_text, values(name), by="analyzer")
+    for name, attribute, help_text in (
+        ("inflight_packets", "in_flight", "Packets sent to the analyzer and not answered yet."),
+        ("analyzer_up", "online", "Whether the analyzer is online (1) or offline (0)."),
+        ("analyzer_probation", "on_probation", "Whether it gets one packet at a time (1) until it takes one."),
+        ("analyzer_draining", "draining", "Whether the analyzer is told to drain (1): it gets no new packets."),
+        ("analyzer_connections", "connections", "Open connections to the analyzer."),
+        ("analyzer_target_share", "target_share", "The share (0 to 1) that its weight gives the analyzer."),
+        ("analyzer_effective_share", "effective_share", "The share (0 to 1) of new packets it gets right now."),
+        ("analyzer_actual_share", "actual_share", "The share (0 to 1) of all deliveries that it has taken."),
+    ):
+        yield _gauge(name, help_text, values(attribute), by="analyzer")
 
 
-def _gauges(name: str, help_text: str, label: str, values: Mapping[str, float]) -> Family:
-    return Family(
-        name, "gauge", help_text, "".join(_sample(name, {label: key}, value) for key, value in values.items())
+def _durations(it: Snapshot) -> Iterator[Family]:
+    yield _histograms(
+        "ingest_duration_seconds",
+        "Time from the end of a request's reading until its packet is safe and its response written.",
+        [({}, it.ingest)],
     )
+    help_text = "Time from a packet's acceptance to its first attempt."
+    yield _histograms("queue_wait_duration_seconds", help_text, [({}, it.queue_wait)])
+    yield _histograms(
+        "delivery_duration_seconds",
+        "Time from an attempt to the analyzer's response, for delivered packets.",
+        (({"analyzer": figures.analyzer.id}, it.delivery([figures.slot])) for figures in it.analyzers),
+    )
+
+
+def _workers(it: Snapshot) -> Iterator[Family]:
+    workers = {str(worker.id): worker for worker in it.workers}
+    running = {label: worker.running for label, worker in workers.items()}
+    yield _gauge("worker_up", "Whether the worker is running (1) or not (0).", running, by="worker")
+    restarts = {label: worker.restarts for label, worker in workers.items()}
+    yield _counter("worker_restarts", "How often the worker was replaced.", restarts, by="worker")
+    seconds = {label: worker.cpu_ns / 1e9 for label, worker in workers.items()}
+    yield _counter("worker_cpu_seconds", "Processor time used, its predecessors' included.", seconds, by="worker")
+    resident = {label: worker.rss_bytes for label, worker in workers.items()}
+    yield _gauge("worker_resident_memory_bytes", "Resident memory of the worker.", resident, by="worker")
+    yield _histograms(
+        "worker_loop_lag_seconds",
+        "Longest time in each 20 ms for which the worker's event loop was busy with one thing.",
+        (({"worker": label}, it.loop_lag(worker.id)) for label, worker in workers.items()),
+    )
+
+
+def _counter(name: str, help_text: str, values: float | Mapping[str, float], by: str = "") -> Family:
+    return Family(name, "counter", help_text, _samples(f"{name}_total", values, by))
+
+
+def _gauge(name: str, help_text: str, values: float | Mapping[str, float], by: str = "") -> Family:
+    return Family(name, "gauge", help_text, _samples(name, values, by))
+
+
+def _samples(name: str, values: float | Mapping[str, float], label: str) -> str:
+    """Return one sample, or one for each value of a label."""
+    if isinstance(values, (int, float)):
+        return _sample(name, {}, values)
+    return "".join([_sample(name, {label: key}, value) for key, value in values.items()])
 
 
 def _histograms(name: str, help_text: str, histograms: Iterable[tuple[Mapping[str, str], Histogram]]) -> Family:

@@ -13,8 +13,6 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from fastdist.shm.block import Step
-
 MAX_WEIGHT = 1e100  # that can be set, so that no sum of weights is ever infinite
 
 Count = Annotated[int, Meta(ge=0)]
@@ -135,7 +133,7 @@ class Health(Model, kw_only=True):
     analyzers: OnlineAnalyzers
     storage: Annotated[str, _words("ok", "failing"), doc("Whether packets can be stored.")] = "ok"
     failing: Annotated[
-        list[Annotated[str, _words(*(step.word for step in Step))]],
+        list[str],
         doc("Parts of the upkeep that fail at present and are tried again; the log says why. Usually empty."),
     ] = []
 
@@ -242,7 +240,7 @@ class Worker(Model, kw_only=True):
     """A worker process."""
 
     id: Annotated[Count, doc("Its number.")]
-    pid: Annotated[Positive | None, doc("Its process; null while there is none.")]
+    pid: Annotated[Positive | None, doc("Its process; null while it does not run.")]
     state: Annotated[str, _words("starting", "running", "draining", "stopped"), doc("What it does.")]
     restarts: Annotated[Count, doc("How often it was replaced.")]
     cpu_percent: Annotated[Number, doc("Of one core, over the last second.")]
@@ -263,7 +261,7 @@ class Supervisor(Model, kw_only=True):
 
 
 class Stats(Model, kw_only=True):
-    """What came in, what became of it, how fast, and who did it.
+    """What came in, what became of it, how fast, and by which workers and analyzers.
 
     At rest accepted + recovered = delivered + queued + inFlight + deadLettered, exactly.
     """

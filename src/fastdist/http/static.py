@@ -33,7 +33,7 @@ POLICY = (
 
 
 class Page(Struct, frozen=True):
-    """A file: its bytes, and the header lines of an answer with them or (304) without."""
+    """A file: its bytes, and the header lines of a response with them or (304) without."""
 
     body: bytes
     headers: bytes
