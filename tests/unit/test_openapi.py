@@ -44,7 +44,7 @@ def test_it_is_what_is_served():
 
 
 def test_it_is_what_its_sources_say():
-    script = SOURCES.parent.parent / "scripts" / "openapi.py"
+    script = SOURCES.parent.parent / "scripts" / "generate_openapi.py"
     subprocess.run([sys.executable, script, "--check"], check=True)
 
 

@@ -15,7 +15,7 @@ from fastdist.ipc import Action
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from fastdist.config import Security
+    from fastdist.settings import Security
 
 STATES = {"draining": True, "online": False}
 

@@ -1,6 +1,7 @@
 """The JSON of the HTTP API: the server encodes these structs, ``fastdist top`` decodes them.
 
-- The schemas in openapi.json are made from them by ``scripts/generate_openapi.py``: docstrings and ``doc`` describe the API.
+- The schemas in openapi.json are made from them (``scripts/generate_openapi.py``): docstrings and ``doc`` describe the
+  API.
 - Attributes are snake_case, members camelCase, in the order written here.
 - A response has every member but those that may be UNSET. Defaults are for ``top``: a server of another version may
   lack what is not shown, and may have members, or words besides those listed, that are not known here.
