@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from mock_analyzers.options import Options
 
 
-class Droppable(Protocol):
+class Connection(Protocol):
     """What an analyzer needs to know of a connection."""
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for their answer."""
 
     def drop(self) -> None:
         """End it now; what was answered still leaves."""
@@ -37,8 +41,7 @@ class Analyzer:
         self.log = log
         # Its own generator per analyzer: what one draws must not depend on the traffic of the others.
         self.random = Random(None if seed is None else f"{seed}/{name}")  # noqa: S311 - repeatable, not secret
-        self.connections: set[Droppable] = set()
-        self.waiting = 0
+        self.connections: set[Connection] = set()
         self._apply(options)
 
     def _apply(self, options: Options) -> None:
@@ -74,10 +77,10 @@ class Analyzer:
 
     def describe(self) -> dict[str, Any]:
         """Return what ``GET /control`` shows."""
-        totals = self.ledger.totals() | {"waiting": self.waiting, "connections": len(self.connections)}
+        waiting = sum(connection.waiting for connection in self.connections)
         return {
             "id": self.id,
             "url": f"{self.listener.origin}/analyze",
             "options": self.options.as_json(),
-            "totals": totals,
+            "totals": self.ledger.totals() | {"waiting": waiting, "connections": len(self.connections)},
         }

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from pathlib import Path  # noqa: TC003 - Typer resolves annotations at run time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
-import msgspec
 import typer
+from msgspec.structs import fields
 from typer import Option
 
 from mock_analyzers.options import Options, OptionsError
 from mock_analyzers.service import Settings, run
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # fit for a path and for a line of the ledger file
-_LARGEST_PORT = 65_535
+_MAX_PORT = 65_535
 _FAULTS = "Faults (of all analyzers; each can be changed later by POST /control)"
-
-
-def _fault(text: str) -> typer.models.OptionInfo:
-    info: typer.models.OptionInfo = Option(help=text, rich_help_panel=_FAULTS)
-    return info
 
 
 def serve(  # noqa: PLR0913 - Typer makes one flag of each parameter
@@ -28,66 +28,25 @@ def serve(  # noqa: PLR0913 - Typer makes one flag of each parameter
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     ports: Annotated[str, Option(help="One port per analyzer, separated by commas; 0 = any.")] = "3001,3002,3003,3004",
     ids: Annotated[str, Option(help="Their ids; A1,A2,... unless given.")] = "",
-    control_port: Annotated[
-        int, Option(min=0, max=_LARGEST_PORT, help="Port of /control for all analyzers; 0 = any.")
-    ] = 3100,
+    control_port: Annotated[int, Option(min=0, max=_MAX_PORT, help="Port of /control for all; 0 = any.")] = 3100,
     ledger: Annotated[Path | None, Option(help="File to append 'id analyzer attempt' to.")] = None,
     quiet: Annotated[bool, Option("--quiet", help="Print nothing but errors.")] = False,
     seed: Annotated[int | None, Option(help="Makes the faults repeatable.")] = None,
-    latency: Annotated[float, _fault("Seconds before each answer.")] = 0.0,
-    jitter: Annotated[float, _fault("Up to so many seconds more, at random.")] = 0.0,
-    failure_rate: Annotated[float, _fault("Part of the requests answered with --failure-status, 0..1.")] = 0.0,
-    failure_status: Annotated[int, _fault("The status of those.")] = 500,
-    status: Annotated[int | None, _fault("Answer every request with this status.")] = None,
-    rejects: Annotated[str, _fault("Answer 422 where this regular expression is found in the body.")] = "",
-    retry_after: Annotated[float | None, _fault("Seconds in the Retry-After of 429 and 503.")] = None,
-    hang: Annotated[bool, _fault("Read, never answer.")] = False,
-    reset_rate: Annotated[float, _fault("Part of the requests met with a connection reset, 0..1.")] = 0.0,
-    truncate_rate: Annotated[float, _fault("Part of the answers cut in half by a reset, 0..1.")] = 0.0,
-    garbage_rate: Annotated[float, _fault("Part of the answers that are not HTTP, 0..1.")] = 0.0,
-    wrong_length_rate: Annotated[float, _fault("Part of the answers that promise more than they send, 0..1.")] = 0.0,
-    close_every: Annotated[int, _fault("Close a connection after every n-th answer, saying so.")] = 0,
-    silent_close: Annotated[int, _fault("Close a connection after its n-th answer, not saying so.")] = 0,
-    chunked: Annotated[bool, _fault("Answer with the chunked coding, in two writes.")] = False,
-    interim: Annotated[bool, _fault("Send a 1xx before each answer.")] = False,
-    unhealthy: Annotated[bool, _fault("GET /health answers 503.")] = False,
-    health_hang: Annotated[bool, _fault("GET /health is not answered.")] = False,
-    refuse: Annotated[bool, _fault("Refuse connections until told otherwise on the control port.")] = False,
-    verify: Annotated[bool, _fault("Check that bodies are JSON and keep a digest of each packet.")] = False,
-    keep: Annotated[bool, _fault("The same, and keep the packets themselves.")] = False,
+    **faults: object,
 ) -> None:
     """Start mock analyzers that count what is delivered to them, and fail on request."""
-    options = Options(
-        latency=latency,
-        jitter=jitter,
-        failure_rate=failure_rate,
-        failure_status=failure_status,
-        status=status,
-        rejects=rejects,
-        retry_after=retry_after,
-        hang=hang,
-        reset_rate=reset_rate,
-        truncate_rate=truncate_rate,
-        garbage_rate=garbage_rate,
-        wrong_length_rate=wrong_length_rate,
-        close_every=close_every,
-        silent_close=silent_close,
-        chunked=chunked,
-        interim=interim,
-        unhealthy=unhealthy,
-        health_hang=health_hang,
-        refuse=refuse,
-        verify=verify,
-        keep=keep,
-    )
+    try:
+        options = Options().changed({field.encode_name: faults[field.name] for field in fields(Options)})
+    except OptionsError as error:
+        raise typer.BadParameter(str(error)) from None
     numbers = _ports(ports)
-    settings = Settings(host, numbers, _ids(ids, len(numbers)), control_port, ledger, quiet, seed, _checked(options))
+    settings = Settings(host, numbers, _ids(ids, len(numbers)), control_port, ledger, quiet, seed, options)
     raise typer.Exit(run(settings))
 
 
 def _ports(text: str) -> list[int]:
     ports = text.split(",")
-    if not all(port.isdecimal() and int(port) <= _LARGEST_PORT for port in ports):
+    if not all(port.isdecimal() and int(port) <= _MAX_PORT for port in ports):
         raise typer.BadParameter(f"{text!r} is no list of ports such as 3001,3002")
     return [int(port) for port in ports]
 
@@ -103,16 +62,29 @@ def _ids(text: str, count: int) -> list[str]:
     return ids
 
 
-def _checked(options: Options) -> Options:
-    """Return the options if their values are in range, which a constructor does not look at."""
-    try:
-        return Options().changed(msgspec.to_builtins(options))
-    except OptionsError as error:
-        raise typer.BadParameter(str(error)) from None
+def _flags_added() -> Callable[..., None]:
+    """Return ``serve`` with a parameter for each of the options, instead of any."""
+    parameters = [*inspect.signature(serve, eval_str=True).parameters.values()][:-1]
+    kinds = get_type_hints(Options)
+    for field in fields(Options):
+        kind, description = kinds[field.name], get_args(field.type)[-1].description
+        names = [f"--{field.name.replace('_', '-')}"] if kind is bool else []  # no flag --no-...
+        flag = Annotated[kind, Option(*names, help=description, rich_help_panel=_FAULTS)]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=flag)
+        )
+
+    @functools.wraps(serve)
+    def command(**values: Any) -> None:
+        serve(**values)
+
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
 
 
 def main() -> None:
     """Run the command line."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(serve)
+    app.command()(_flags_added())
     app(prog_name="python -m mock_analyzers")

@@ -25,6 +25,7 @@ import httptools
 from mock_analyzers import answers
 from mock_analyzers.answers import is_success, verdict
 from mock_analyzers.control import is_control
+from mock_analyzers.ledger import Ledger
 from mock_analyzers.options import Fault, draw_delay, draw_fault, draw_status
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, analyzer: Analyzer | None, control: Control) -> None:
         self._analyzer = analyzer
+        self._ledger = analyzer.ledger if analyzer else Ledger()  # of the control port: never filled
         self._control = control
         self._parser = httptools.HttpRequestParser(self)
         self._path = b""
@@ -117,18 +119,22 @@ class Connection(asyncio.Protocol):
         self._doomed = self._deaf = True
         if self._timer is not None:
             self._timer.cancel()
-        if self._analyzer is not None:
-            for _, request in self._queue:
-                self._analyzer.ledger.miss(request.ids)
-            self._analyzer.waiting -= len(self._queue)
-            self._analyzer.connections.discard(self)
+        for _, request in self._queue:
+            self._ledger.miss(request.ids)
         self._queue.clear()
+        if self._analyzer is not None:
+            self._analyzer.connections.discard(self)
 
     def drop(self) -> None:
         """End the connection; what was answered still leaves."""
         self._flush()
         self._doomed = self._deaf = True
         self._transport.close()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for their answer."""
+        return len(self._queue)
 
     # What the parser calls. Names and signatures are httptools'.
 
@@ -162,7 +168,7 @@ class Connection(asyncio.Protocol):
         if analyzer is None or method != b"POST" or is_control(path):
             self._take(Request(method, path, body, keep_alive), 0.0)
             return
-        ids = analyzer.ledger.arrive(headers, body, analyzer.options)
+        ids = self._ledger.arrive(headers, body, analyzer.options)
         # The body has been counted and looked at; a queue of requests must not hold on to it.
         rejected = analyzer.options.reject(body)
         request = Request(method, path, b"", keep_alive, ids, headers.get(b"x-attempt", b""), rejected)
@@ -187,8 +193,6 @@ class Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         due = loop.time() + delay
         self._queue.append((due, request))  # due or not, it waits for those before it
-        if self._analyzer is not None:
-            self._analyzer.waiting += 1
         if self._timer is None:
             self._timer = loop.call_at(due, self._serve_due)
 
@@ -197,10 +201,7 @@ class Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         soon = loop.time() + _TICK
         while self._queue and self._queue[0][0] <= soon:
-            _, request = self._queue.popleft()
-            if self._analyzer is not None:
-                self._analyzer.waiting -= 1
-            self._serve(request)
+            self._serve(self._queue.popleft()[1])
         self._flush()
         if self._queue:
             self._timer = loop.call_at(self._queue[0][0], self._serve_due)
@@ -210,8 +211,7 @@ class Connection(asyncio.Protocol):
     def _serve(self, request: Request) -> None:
         analyzer = self._analyzer
         if self._doomed:
-            if analyzer is not None:
-                analyzer.ledger.miss(request.ids)
+            self._ledger.miss(request.ids)
         elif is_control(request.path):
             self._serve_control(request)
         elif request.method == _MALFORMED:
@@ -267,17 +267,18 @@ class Connection(asyncio.Protocol):
         options = analyzer.options
         fault = draw_fault(options, analyzer.random)
         if fault is not None:
-            analyzer.ledger.faults[fault.value] += 1
-        if fault is None:
-            self._answer(analyzer, request)
-        elif fault is Fault.TRUNCATE or fault is Fault.WRONG_LENGTH:
-            self._answer_in_part(analyzer, request, fault)
-        else:
-            self._answer_nothing(analyzer, request, fault)
-
-    def _answer(self, analyzer: Analyzer, request: Request) -> None:
-        options = analyzer.options
+            self._ledger.faults[fault.value] += 1
+        if fault in {Fault.RESET, Fault.GARBAGE, Fault.HANG}:
+            self._answer_nothing(request, fault)
+            return
         status = 422 if request.rejected else draw_status(options, analyzer.random)
+        if fault is None:
+            self._answer(analyzer, request, status)
+        else:
+            self._answer_in_part(analyzer, request, status, short=fault is Fault.WRONG_LENGTH)
+
+    def _answer(self, analyzer: Analyzer, request: Request, status: int) -> None:
+        options = analyzer.options
         self._answered += 1
         silent = options.silent_close and self._answered % options.silent_close == 0
         announced = options.close_every and self._answered % options.close_every == 0
@@ -295,34 +296,31 @@ class Connection(asyncio.Protocol):
         if is_success(status):
             self._unconfirmed.append(request)
         else:
-            analyzer.ledger.miss(request.ids)
-            analyzer.ledger.faults[str(status)] += 1
+            self._ledger.miss(request.ids)
+            self._ledger.faults[str(status)] += 1
         if last or silent:
             self._close()
 
-    def _answer_in_part(self, analyzer: Analyzer, request: Request, fault: Fault) -> None:
+    def _answer_in_part(self, analyzer: Analyzer, request: Request, status: int, *, short: bool) -> None:
         options = analyzer.options
-        status = 422 if request.rejected else draw_status(options, analyzer.random)
-        short = fault is Fault.WRONG_LENGTH
         head, body = verdict(status, options.retry_after, chunked=options.chunked, short=short)
         self._flush()
         whole_head = short or (bool(body) and analyzer.random.random() < 0.5)  # noqa: PLR2004 - heads or tails
-        if short:
-            self._out.append(head + body)
-        else:
-            self._out.append(head + body[: len(body) // 2] if whole_head else head[: len(head) // 2])
+        if not short:
+            head, body = (head, body[: len(body) // 2]) if whole_head else (head[: len(head) // 2], b"")
+        self._out.append(head + body)
         self._flush()
         if whole_head and is_success(status) and not self._transport.is_closing():
-            analyzer.ledger.doubt(request.ids)
+            self._ledger.doubt(request.ids)
         else:
-            analyzer.ledger.miss(request.ids)
+            self._ledger.miss(request.ids)
         if short:
             self._close()
         else:
             self._reset()
 
-    def _answer_nothing(self, analyzer: Analyzer, request: Request, fault: Fault) -> None:
-        analyzer.ledger.miss(request.ids)
+    def _answer_nothing(self, request: Request, fault: Fault) -> None:
+        self._ledger.miss(request.ids)
         if fault is Fault.RESET:
             self._reset()
             return
@@ -343,19 +341,16 @@ class Connection(asyncio.Protocol):
         out.clear()
         if unconfirmed:
             self._unconfirmed = []
-            self._confirm(unconfirmed, alive=alive)
+            for request in unconfirmed:
+                self._confirm(request, alive=alive)
 
-    def _confirm(self, requests: list[Request], *, alive: bool) -> None:
-        analyzer = self._analyzer
-        if analyzer is None:
+    def _confirm(self, request: Request, *, alive: bool) -> None:
+        if not alive:
+            self._ledger.miss(request.ids)
             return
-        for request in requests:
-            if not alive:
-                analyzer.ledger.miss(request.ids)
-                continue
-            analyzer.ledger.acknowledge(request.ids)
-            if analyzer.log is not None:
-                analyzer.log.note(request.ids, analyzer.key, request.attempt)
+        self._ledger.acknowledge(request.ids)
+        if self._analyzer is not None and self._analyzer.log is not None:
+            self._analyzer.log.note(request.ids, self._analyzer.key, request.attempt)
 
     def _close(self) -> None:
         self._flush()

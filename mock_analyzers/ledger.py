@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import orjson
 
-from mock_analyzers.json_array import split_array
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -42,33 +40,40 @@ _DELIVERED = _RECEIVED - 1  # the bits of acknowledged and ambiguous
 
 _LINES_AT_ONCE = 5000  # some milliseconds of work: the other analyzers must go on answering meanwhile
 
-_array_items = msgspec.json.Decoder(list[msgspec.Raw])
+_array = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-class Ledger:
+class Totals(msgspec.Struct, rename="camel"):
+    """All that is counted beyond the single id."""
+
+    requests: int = 0
+    packets: int = 0
+    bytes: int = 0
+    batches: int = 0
+    broken: int = 0
+    anonymous: int = 0
+    acknowledged: int = 0
+    ambiguous: int = 0
+    received: int = 0
+    duplicates: int = 0
+    changed: int = 0
+    max_attempt: int = 0
+
+
+class Ledger(Totals, dict=True):
     """Counts per packet id and in total. ``arrive`` notes a request, one of three methods its outcome."""
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Start again from nothing."""
+        for field in msgspec.structs.fields(Totals):
+            setattr(self, field.name, 0)
         self._counts: dict[bytes, int] = {}
         self._digests: dict[bytes, bytes] = {}
         self._bodies: dict[bytes, bytes] = {}
         self.faults: Counter[str] = Counter()
-        self.requests = 0
-        self.packets = 0
-        self.bytes = 0
-        self.batches = 0
-        self.broken = 0
-        self.anonymous = 0
-        self.acknowledged = 0
-        self.ambiguous = 0
-        self.received = 0
-        self.duplicates = 0
-        self.changed = 0
-        self.max_attempt = 0
 
     def arrive(self, headers: Mapping[bytes, bytes], body: bytes, options: Options) -> Sequence[bytes]:
         """Note a complete request and return the ids in it. Headers have lower-case names."""
@@ -98,7 +103,7 @@ class Ledger:
         if options.verify or options.keep:
             bodies = _split(body)
             self._verify(ids, bodies, intact=intact and len(bodies) == len(ids), keep=options.keep)
-        elif not intact or _count_elements(body) != len(ids):
+        elif not intact or len(_elements(body)) != len(ids):
             self.broken += 1
         return ids
 
@@ -141,22 +146,8 @@ class Ledger:
 
     def totals(self) -> dict[str, Any]:
         """Return all that is counted beyond the single id, by JSON names."""
-        return {
-            "requests": self.requests,
-            "packets": self.packets,
-            "bytes": self.bytes,
-            "batches": self.batches,
-            "broken": self.broken,
-            "anonymous": self.anonymous,
-            "ids": len(self._counts),
-            "acknowledged": self.acknowledged,
-            "ambiguous": self.ambiguous,
-            "received": self.received,
-            "duplicates": self.duplicates,
-            "changed": self.changed,
-            "maxAttempt": self.max_attempt,
-            "faults": dict(self.faults),
-        }
+        totals: dict[str, Any] = msgspec.to_builtins(self)
+        return totals | {"ids": len(self._counts), "faults": dict(self.faults)}
 
     def id_lines(self) -> Iterator[bytes]:
         """Yield ``id acknowledged received ambiguous`` lines, many at a time; packets may arrive in between."""
@@ -200,17 +191,24 @@ def _is_json(body: bytes) -> bool:
     return True
 
 
-def _split(body: bytes) -> list[bytes]:
-    """Return the packets of a batch, none if it is not what a batch should be."""
+def _elements(body: bytes) -> list[msgspec.Raw]:
+    """Return the elements of an array, none if it is not one."""
     try:
-        return split_array(body) if _is_json(body) else []
-    except ValueError:
+        return _array.decode(body)
+    except (msgspec.DecodeError, RecursionError):
         return []
 
 
-def _count_elements(body: bytes) -> int:
-    """Return how many elements the array has, -1 if it is none."""
-    try:
-        return len(_array_items.decode(body))
-    except (msgspec.DecodeError, RecursionError):
-        return -1
+def _split(body: bytes) -> list[bytes]:
+    """Return the packets of a batch, none if it is not what a batch should be.
+
+    White space around a packet belongs to it, because the packet was accepted with it.
+    """
+    packets: list[bytes] = []
+    if body.startswith(b"[") and _is_json(body):
+        start = 1
+        for element in _elements(body):
+            end = body.find(b",", body.index(bytes(element), start) + len(element))
+            packets.append(body[start : end if end >= 0 else body.rindex(b"]")])
+            start = end + 1
+    return packets

@@ -34,61 +34,46 @@ class OptionsError(ValueError):
 class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """All options at their harmless defaults; a rate is a probability per request."""
 
-    latency: Seconds = 0.0
-    """Every answer comes this long after its request was read; pipelined requests wait side by side."""
-    jitter: Seconds = 0.0
-    """Up to this much is added to the latency, evenly distributed."""
-    failure_rate: Rate = 0.0
-    """This part of the requests gets ``failureStatus`` instead of 200."""
-    failure_status: Status = 500
-    status: Status | None = None
-    """Every request gets this status; wins over ``failureRate``."""
-    rejects: str = ""
-    """Requests whose body this regular expression is found in get 422, whatever ``status`` says; empty = none."""
-    retry_after: Seconds | None = None
-    """429 and 503 carry this ``Retry-After``, rounded up to whole seconds as HTTP wants it."""
-    hang: bool = False
-    """Requests are read and never answered, nor is anything after them on the same connection."""
-    reset_rate: Rate = 0.0
-    """The request is read, then the connection is reset (RST) without an answer."""
-    truncate_rate: Rate = 0.0
-    """Half of the answer is sent, then a reset. Every other time on average the cut is inside the head."""
-    garbage_rate: Rate = 0.0
-    """Bytes that are not HTTP are sent; the connection stays open and is never used again."""
-    wrong_length_rate: Rate = 0.0
-    """``Content-Length`` promises more than is sent, then the connection is closed."""
-    close_every: Count = 0
-    """Every n-th answer of a connection says ``Connection: close`` and ends it; 0 = never."""
-    silent_close: Count = 0
-    """The connection ends after its n-th answer without saying so; 0 = never."""
-    chunked: bool = False
-    """Answers use the chunked transfer coding and leave in two writes."""
-    interim: bool = False
-    """A ``100 Continue`` or ``103 Early Hints`` (at random) precedes the answer."""
-    unhealthy: bool = False
-    """``GET /health`` answers 503."""
-    health_hang: bool = False
-    """``GET /health`` is never answered."""
-    refuse: bool = False
-    """The listener and all connections are closed; only the control port can bring the analyzer back."""
-    verify: bool = False
-    """Bodies must be JSON, and a digest of each packet is kept."""
-    keep: bool = False
-    """The same, and the packets themselves are kept."""
+    latency: Annotated[
+        Seconds, Meta(description="Seconds before each answer; pipelined requests wait side by side.")
+    ] = 0.0
+    jitter: Annotated[Seconds, Meta(description="Up to so many seconds more, at random.")] = 0.0
+    failure_rate: Annotated[Rate, Meta(description="Part of the requests answered with --failure-status, 0..1.")] = 0.0
+    failure_status: Annotated[Status, Meta(description="The status of those.")] = 500
+    status: Annotated[
+        Status | None, Meta(description="Answer every request with this status; wins over --failure-rate.")
+    ] = None
+    rejects: Annotated[str, Meta(description="Answer 422 where this regular expression is found in the body.")] = ""
+    retry_after: Annotated[
+        Seconds | None, Meta(description="Seconds in the Retry-After of 429 and 503, rounded up.")
+    ] = None
+    hang: Annotated[bool, Meta(description="Read, never answer, nor anything after that on the same connection.")] = (
+        False
+    )
+    reset_rate: Annotated[Rate, Meta(description="Part of the requests met with a connection reset, 0..1.")] = 0.0
+    truncate_rate: Annotated[
+        Rate, Meta(description="Part of the answers cut by a reset, in the head as often as in the body, 0..1.")
+    ] = 0.0
+    garbage_rate: Annotated[
+        Rate, Meta(description="Part of the answers that are not HTTP, 0..1; the connection stays open.")
+    ] = 0.0
+    wrong_length_rate: Annotated[
+        Rate, Meta(description="Part of the answers that promise more than they send, 0..1.")
+    ] = 0.0
+    close_every: Annotated[Count, Meta(description="Close a connection after every n-th answer, saying so.")] = 0
+    silent_close: Annotated[Count, Meta(description="Close a connection after its n-th answer, not saying so.")] = 0
+    chunked: Annotated[bool, Meta(description="Answer with the chunked coding, in two writes.")] = False
+    interim: Annotated[bool, Meta(description="Send 100 Continue or 103 Early Hints before each answer.")] = False
+    unhealthy: Annotated[bool, Meta(description="GET /health answers 503.")] = False
+    health_hang: Annotated[bool, Meta(description="GET /health is not answered.")] = False
+    refuse: Annotated[bool, Meta(description="Refuse connections until told otherwise on the control port.")] = False
+    verify: Annotated[bool, Meta(description="Check that bodies are JSON and keep a digest of each packet.")] = False
+    keep: Annotated[bool, Meta(description="The same, and keep the packets themselves.")] = False
 
     @property
     def plain(self) -> bool:
         """Whether every packet is answered 200 at once, so that a request can take the short way."""
-        unfelt = Options(
-            failure_status=self.failure_status,
-            retry_after=self.retry_after,
-            unhealthy=self.unhealthy,
-            health_hang=self.health_hang,
-            refuse=self.refuse,
-            verify=self.verify,
-            keep=self.keep,
-        )
-        return self == unfelt
+        return self == msgspec.structs.replace(self, **_HARMFUL)
 
     def reject(self, body: bytes) -> bool:
         """Return whether a request with this body gets 422."""
@@ -115,6 +100,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 NAMES: tuple[str, ...] = tuple(field.encode_name for field in msgspec.structs.fields(Options))
+_HARMLESS = ("failure_status", "retry_after", "unhealthy", "health_hang", "refuse", "verify", "keep")
+_HARMFUL = {f.name: f.default for f in msgspec.structs.fields(Options) if f.name not in _HARMLESS}
 
 
 class Fault(Enum):
@@ -129,17 +116,14 @@ class Fault(Enum):
 
 def draw_fault(options: Options, random: Random) -> Fault | None:
     """Decide whether the next request meets a fault."""
-    if options.hang:
-        return Fault.HANG
-    if options.reset_rate and random.random() < options.reset_rate:
-        return Fault.RESET
-    if options.garbage_rate and random.random() < options.garbage_rate:
-        return Fault.GARBAGE
-    if options.truncate_rate and random.random() < options.truncate_rate:
-        return Fault.TRUNCATE
-    if options.wrong_length_rate and random.random() < options.wrong_length_rate:
-        return Fault.WRONG_LENGTH
-    return None
+    rates = (
+        (Fault.HANG, float(options.hang)),
+        (Fault.RESET, options.reset_rate),
+        (Fault.GARBAGE, options.garbage_rate),
+        (Fault.TRUNCATE, options.truncate_rate),
+        (Fault.WRONG_LENGTH, options.wrong_length_rate),
+    )
+    return next((fault for fault, rate in rates if rate and random.random() < rate), None)
 
 
 def draw_status(options: Options, random: Random) -> int:
