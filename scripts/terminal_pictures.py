@@ -29,7 +29,7 @@ from fastdist.client.logfile import Trail  # noqa: E402
 from fastdist.client.offsets import OffsetFile  # noqa: E402
 from fastdist.client.packing import Recipe, Style  # noqa: E402
 from fastdist.client.send import Shipper  # noqa: E402
-from fastdist.client.send_view import SendView, summary_lines  # noqa: E402
+from fastdist.client.send_view import SendView  # noqa: E402
 from fastdist.client.top import Watcher  # noqa: E402
 from fastdist.client.top_view import History, render  # noqa: E402
 
@@ -106,10 +106,11 @@ def draw_send(folder: Path, url: str) -> None:
     started = time.monotonic()
     # The bar is not started: what is drawn is one state of it, not the redrawing.
     with OffsetFile(folder / "access.offset") as offsets:
-        shipper.run(Trail(log, Recipe(Style("web-42", "access.log")), view.note), offsets, follow=False)
+        trail = Trail(log, Recipe(Style("web-42", "access.log")), view.note)
+        shipper.run(trail.sources(offsets, shipper.is_stopping), offsets, follow=False)
     done = recorder(SEND_WIDTH)
     done.print(command)
-    for line in summary_lines(shipper.summary, time.monotonic() - started):
+    for line in shipper.summary.lines(time.monotonic() - started):
         done.print(line)
     done.print(f"all is accepted up to byte {shipper.summary.offset}, as access.offset says")
     save(done, "send-done", "fastdist send")

@@ -23,16 +23,19 @@ class Listener:
     """Remembers the events of a replay."""
 
     def __init__(self):
-        self.total, self.count, self.refusals, self.notes = None, 0, {}, []
+        self.total, self.count, self.refusals, self.waits, self.notes = None, 0, {}, [], []
 
-    def begin(self, letters):
-        self.total = letters
+    def begin(self, total):
+        self.total = total
 
     def replayed(self):
         self.count += 1
 
-    def refused(self, letter, answer):
-        self.refusals[letter.id] = answer.text
+    def refused(self, letter, response):
+        self.refusals[letter.id] = response.text
+
+    def waiting(self, why, _):
+        self.waits.append(why)
 
     def note(self, text):
         self.notes.append(text)

@@ -204,7 +204,8 @@ def test_where_nobody_listens(mocks, serve, command):
         status, output = command(*replay_to(fastdist, "--url", url))
     assert status == 1
     assert output.splitlines() == [
-        f"stopped: {url} cannot be reached: Connection refused",
+        "the distributor cannot be reached: Connection refused; trying again",
+        f"stopped: {url} cannot be reached: Connection refused; given up, try again later",
         "replayed 0, refused 0, left 10",
     ]
 

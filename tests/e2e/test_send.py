@@ -306,7 +306,7 @@ def test_ctrl_c_ends_it_in_good_order(keeping, serve, run, log, offset_file):
     wait_until(lambda: offset_in(offset_file) > 0, "it has come some way")
     send.signal(signal.SIGINT)
     assert send.wait() == 130, send.output
-    assert "stopping when the requests under way are answered" in send.output
+    assert "stopping when the requests in flight are answered" in send.output
     assert f"all is accepted up to byte {offset_in(offset_file)}, as" in send.output
     assert "Traceback" not in send.output
     assert 0 < offset_in(offset_file) < log.stat().st_size

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 from fakes import Distributor
 
-from fastdist.client import packing, send
+from fastdist.client import logfile, packing, send
 from fastdist.client.offsets import OffsetFile
 
 # ---- config (what it prints: test_effective.py)
@@ -59,7 +59,7 @@ def test_completion_knows_commands_and_options(shell):
     assert "--offset-file" in completed("fastdist send --off", 2)
 
 
-# ---- send and top (what becomes of them: test_sending.py, test_topview.py, e2e)
+# ---- send and top (what becomes of them: test_send.py, test_topview.py, e2e)
 
 
 @pytest.fixture
@@ -139,11 +139,12 @@ def test_send_does_as_the_options_say(run, log, monkeypatch):
     class Fake:
         def __init__(self, target, connections, patience, _):
             seen.update(target=target, connections=connections, patience=patience)
+            self.is_stopping = None
             self.summary = send.Summary(packets=1, messages=2, tally=Counter({"empty": 3}))
             self.stopping = False
 
-        def run(self, logs, offsets, *, follow):
-            seen.update(recipe=logs._recipe, path=getattr(logs, "path", None), offsets=offsets, follow=follow)
+        def run(self, sources, offsets, *, follow):
+            seen.update(source=next(iter(sources)), offsets=offsets, follow=follow)
 
     monkeypatch.setattr(send, "Shipper", Fake)
     result = run("send", str(log), FASTDIST_TOKEN="from-environment")
@@ -152,22 +153,23 @@ def test_send_does_as_the_options_say(run, log, monkeypatch):
     assert "empty lines left out: 3\n" in result.stdout
     assert (seen["target"].url, seen["target"].token) == ("http://127.0.0.1:3000", "from-environment")
     assert (seen["connections"], seen["patience"], seen["follow"], seen["offsets"]) == (8, 300, False, None)
-    assert (seen["recipe"].most_messages, seen["recipe"].most_bytes) == (500, 1 << 20)
-    assert seen["recipe"].style == packing.Style(socket.gethostname(), "app.log")
+    assert (seen["source"]._recipe.max_messages, seen["source"]._recipe.max_bytes) == (500, 1 << 20)
+    assert seen["source"]._recipe.style == packing.Style(socket.gethostname(), "app.log")
     options = ["--emitter", "e", "--format", "ndjson", "--level", "WARN", "--source", "s", "--stamp", "--follow"]
     limits = ["--batch", "7", "--batch-bytes", "65536", "--concurrency", "3", "--patience", "never", "--token", "t"]
     run("send", str(log), *options, *limits, "--url", "http://h:1")
-    assert seen["recipe"].style == packing.Style("e", "app.log", packing.Format.NDJSON, "WARN", "s", stamp=True)
-    assert (seen["recipe"].most_messages, seen["recipe"].most_bytes) == (7, 65536)
+    assert seen["source"]._recipe.style == packing.Style("e", "app.log", packing.Format.NDJSON, "WARN", "s", stamp=True)
+    assert (seen["source"]._recipe.max_messages, seen["source"]._recipe.max_bytes) == (7, 65536)
     assert (seen["connections"], seen["patience"], seen["follow"]) == (3, math.inf, True)
     assert (seen["target"].url, seen["target"].token) == ("http://h:1", "t")
     run("send", "-")
-    assert (seen["recipe"].style.file, seen["path"]) == ("stdin", None)
+    assert isinstance(seen["source"], logfile.Stream)
+    assert seen["source"]._packer._file == b'"stdin"'
 
 
 @pytest.mark.parametrize(
     ("summary", "status"),
-    [({}, 0), ({"stopped": "x"}, 1), ({"stopped": "x", "refused": True}, 4), ({"unsent": 5, "stopped": "x"}, 1)],
+    [({}, 0), ({"stopped": "x"}, 1), ({"stopped": "x", "permanent": True}, 4), ({"unsent": 5, "stopped": "x"}, 1)],
 )
 def test_send_exits_with_what_became_of_it(run, log, monkeypatch, summary, status):
     class Fake(send.Shipper):

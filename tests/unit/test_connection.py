@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -12,7 +14,7 @@ import pytest
 import trustme
 
 from fastdist.client import connection
-from fastdist.client.connection import Sender, Target, connect
+from fastdist.client.connection import Connection, Response, Target, connect
 
 TIMEOUT = 30.0
 
@@ -68,19 +70,19 @@ def test_an_address_that_refuses_gives_way_to_the_next(distributor, resolve, mon
     """At once: nobody waits for the delay."""
     monkeypatch.setattr(connection, "ATTEMPT_DELAY", 3600)
     resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
-    assert Sender(target(distributor)).post("x", b"{}").accepted
+    assert Connection(target(distributor)).post("x", b"{}").accepted
 
 
 def test_an_address_that_hangs_gives_way_to_the_next(distributor, resolve, hanging):
     hanging("127.0.0.66", distributor.server_port)
     resolve("127.0.0.66", "127.0.0.1")
-    assert Sender(target(distributor)).post("x", b"{}").accepted
+    assert Connection(target(distributor)).post("x", b"{}").accepted
 
 
 def test_an_address_that_cannot_be_reached_gives_way(distributor, resolve):
     """Such as one of a family that is off."""
     resolve("2001:db8::1", "255.255.255.255", "127.0.0.1")
-    assert Sender(target(distributor)).post("x", b"{}").accepted
+    assert Connection(target(distributor)).post("x", b"{}").accepted
 
 
 def test_when_no_address_takes_it_the_reason_is_told(resolve):
@@ -99,9 +101,18 @@ def test_when_all_addresses_hang_time_is_up(resolve, hanging):
         connect("logs.test", port, 0.5)
 
 
-def test_the_families_of_a_name_come_in_turn(resolve):
+def test_the_families_of_a_name_come_in_turn(resolve, monkeypatch):
     resolve("::1", "::2", "::3", "127.0.0.1", "127.0.0.2")
-    assert [address[0] for _, address in connection._interleaved("logs.test", 1)] == [
+    tried = []
+
+    async def refuse(*arguments):
+        tried.append(arguments[-1][0])
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_connect", refuse)
+    with pytest.raises(ConnectionRefusedError):
+        connect("logs.test", 1, TIMEOUT)
+    assert tried == [
         "::1",
         "127.0.0.1",
         "::2",
@@ -119,7 +130,7 @@ def test_the_next_address_is_tried_with_tls_too(distributor, resolve, hanging, t
     hanging("127.0.0.66", distributor.server_port)
     resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
     there = Target.parse(f"https://logs.test:{distributor.server_port}", None, str(tmp_path / "ca.pem"))
-    assert Sender(there).post("x", b"{}").accepted
+    assert Connection(there).post("x", b"{}").accepted
 
 
 # ---- what a distributor says
@@ -129,13 +140,13 @@ def test_the_next_address_is_tried_with_tls_too(distributor, resolve, hanging, t
     ("text", "seconds"), [(None, None), ("0", 0.0), ("17", 17.0), ("9" * 400, 1e9), ("soon", None), ("-1", None)]
 )
 def test_retry_after(text, seconds):
-    assert connection._seconds(text) == seconds
+    assert Response(503, b"", text).pause == seconds
 
 
 def test_retry_after_as_a_date():
     when = datetime.now(UTC) + timedelta(seconds=100)
-    assert 50 < connection._seconds(format_datetime(when, usegmt=True)) < 101
-    assert connection._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert 50 < Response(503, b"", format_datetime(when, usegmt=True)).pause < 101
+    assert Response(503, b"", "Wed, 21 Oct 2015 07:28:00 GMT").pause == 0.0
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:3000", "ftp://a", "http://user:secret@a", "http://a:99999"])
@@ -151,5 +162,5 @@ def test_a_token_that_would_break_the_head():
 
 
 def test_https_is_spoken_where_the_url_says_so():
-    sender = connection.Sender(Target.parse("https://a", None))
-    assert type(sender._connection).__name__ == "HTTPSConnection"
+    there = Connection(Target.parse("https://a", None))
+    assert type(there._connection).__name__ == "HTTPSConnection"

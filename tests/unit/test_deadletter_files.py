@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from letters import SECOND, WHOLE, Listener, broken, fill, idle, ids, names_in, packet, replayed
 
-from fastdist.client.replay import HeldFile
+from fastdist.client.held_file import HeldFile
 from fastdist.storage import dead_letters
 from fastdist.storage.dead_letters import DeadLetters, Letter, find_files, read_file
 

@@ -13,11 +13,11 @@ import pytest
 
 from fastdist.client import logfile, rotation
 from fastdist.client import offsets as offsets_module
-from fastdist.client.logfile import Log, StandardInput, Stream, Trail
+from fastdist.client.logfile import Log, Stream, Trail
 from fastdist.client.offsets import OffsetFile
-from fastdist.client.packing import SMALLEST_PACKET, Recipe, Style
+from fastdist.client.packing import MIN_PACKET_BYTES, Recipe, Style
 
-RECIPE = Recipe(Style("web-42", "app.log"), 3, SMALLEST_PACKET)
+RECIPE = Recipe(Style("web-42", "app.log"), 3, MIN_PACKET_BYTES)
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_other_limits_do_not_change_what_was_planned(path, trail, offsets, notes
     log = trail.begin(file)
     packets = all_of(log)
     accept(file, log, packets, 1)
-    other = Trail(path, Recipe(RECIPE.style, 1, SMALLEST_PACKET), notes.append)
+    other = Trail(path, Recipe(RECIPE.style, 1, MIN_PACKET_BYTES), notes.append)
     again = all_of(other.begin(offsets()))
     assert again == packets[1:]
     with path.open("ab") as more:
@@ -160,12 +160,12 @@ def test_other_limits_do_not_change_what_was_planned(path, trail, offsets, notes
 
 def test_planned_parts_of_a_line_are_cut_as_they_were(path, trail, offsets, notes):
     """Where a line comes in parts depends on the most bytes of a packet: those it was planned with."""
-    path.write_bytes(b"x" * (RECIPE.longest * 5 + 7) + b"\n" + lines(0, 3))
+    path.write_bytes(b"x" * (RECIPE.max_line * 5 + 7) + b"\n" + lines(0, 3))
     file = offsets()
     log = trail.begin(file)
     packets = all_of(log)
     accept(file, log, packets, 1)
-    other = Trail(path, Recipe(RECIPE.style, 3, 2 * SMALLEST_PACKET), notes.append)
+    other = Trail(path, Recipe(RECIPE.style, 3, 2 * MIN_PACKET_BYTES), notes.append)
     assert all_of(other.begin(offsets())) == packets[1:]
 
 
@@ -176,13 +176,13 @@ def test_what_was_refused_is_cut_anew_and_the_rest_as_planned(path, offsets, not
     packets = all_of(log)
     plan = [(packet.end, 0 if number == 1 else packet.cut) for number, packet in enumerate(packets)]
     file.save(log.reached(None, plan))
-    again = all_of(Trail(path, Recipe(RECIPE.style, 2, SMALLEST_PACKET), notes.append).begin(offsets()))
+    again = all_of(Trail(path, Recipe(RECIPE.style, 2, MIN_PACKET_BYTES), notes.append).begin(offsets()))
     assert [packet.messages for packet in again] == [3, 2, 1, 3, 3]
     assert [packet.id for packet in again if packet.messages == 3] == [packets[n].id for n in (0, 2, 3)]
 
 
 def test_a_part_of_an_over_long_line_is_made_again(path, trail, offsets):
-    path.write_bytes(b"x" * (RECIPE.longest * 5 + 7) + b"\n" + lines(0, 3))
+    path.write_bytes(b"x" * (RECIPE.max_line * 5 + 7) + b"\n" + lines(0, 3))
     file = offsets()
     log = trail.begin(file)
     packets = all_of(log)
@@ -285,7 +285,7 @@ def test_a_truncated_log_is_sent_from_its_beginning_under_new_ids(  # noqa: PLR0
     again = all_of(trail.begin(offsets()))
     assert text_of(again) == now.count(b"\n")
     assert not {each.id for each in again} & {each.id for each in half_sent}
-    assert "was truncated or written anew" in only(notes)
+    assert "was truncated or rewritten" in only(notes)
 
 
 @pytest.mark.usefixtures("half_sent")
@@ -400,7 +400,7 @@ def test_a_truncated_log_begins_anew(path, trail, notes):
     again = follower.next().step()
     assert text_of(again) == 2
     assert again[0].id != first[0].id
-    assert only(notes).startswith(f"{path} was truncated; beginning anew")
+    assert only(notes).startswith(f"{path} was truncated; sending it from its beginning")
 
 
 @pytest.mark.parametrize("more", [0, 1, 500], ids=["as long", "longer", "more than a block"])
@@ -556,7 +556,7 @@ def test_lines_of_a_stream_do_not_wait_for_long(pipe):
 
 def test_lines_that_trickle_do_not_put_off_those_before_them(pipe):
     stream, write = pipe
-    recipe = Recipe(RECIPE.style, 100_000, SMALLEST_PACKET)
+    recipe = Recipe(RECIPE.style, 100_000, MIN_PACKET_BYTES)
     stream._packer = logfile.Packer(recipe, "x")
     seen = []
     for packet in stream.packets(never):
@@ -580,10 +580,8 @@ def test_a_stream_that_is_stopped_yields_what_is_in_it(pipe):
 
 
 def test_standard_input_is_a_stream_with_ids_of_its_own():
-    first, second = (StandardInput(RECIPE).begin(None) for _ in range(2))
-    assert isinstance(first, Stream)
+    first, second = (Stream(os.dup(0), RECIPE) for _ in range(2))
     assert first._packer._identity != second._packer._identity
-    assert StandardInput(RECIPE).following(None, never) is None
     first.close()
     second.close()
     os.fstat(0)

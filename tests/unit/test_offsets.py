@@ -254,7 +254,7 @@ def test_a_torn_line_leaves_the_one_before_it(path, monkeypatch):
                 offsets.save(position(offset=4))
             assert read(path).offset == 4
     # From the beginning again: at every moment one of the two is whole.
-    monkeypatch.setattr("fastdist.client.offsets.LARGEST_IN_PLACE", 100)
+    monkeypatch.setattr("fastdist.client.offsets.MAX_IN_PLACE", 100)
     path.write_bytes(b"")
     with OffsetFile(path) as offsets:
         offsets.save(position(offset=1))

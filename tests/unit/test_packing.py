@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from fastdist import packet
 from fastdist.client.lines import LineCutter
-from fastdist.client.packing import SMALLEST_PACKET, TALLIES, Encoder, Format, Packer, Recipe, Style
+from fastdist.client.packing import MIN_PACKET_BYTES, TALLIES, Encoder, Format, Packer, Recipe, Style
 
 STYLE = Style("web-42", "app.log")
-RECIPE = Recipe(STYLE, 3, SMALLEST_PACKET)
+RECIPE = Recipe(STYLE, 3, MIN_PACKET_BYTES)
 
 
 def lines_of(data, recipe=RECIPE):
-    cutter = LineCutter(recipe.longest)
+    cutter = LineCutter(recipe.max_line)
     return [*cutter.feed(data), *cutter.finish()]
 
 
@@ -126,7 +126,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_line():
 
 @given(st.lists(st.sampled_from([b"\xff", b"\x00", b"x", "😀".encode(), b'"']), min_size=1), st.integers(1, 4))
 def test_the_parts_of_a_long_line_make_the_line(alphabet, times):
-    line = b"".join(alphabet) * (RECIPE.longest * times // len(b"".join(alphabet)) + 1)
+    line = b"".join(alphabet) * (RECIPE.max_line * times // len(b"".join(alphabet)) + 1)
     messages, tally = messages_of(b"first\n" + line + b"\nlast\n")
     assert (messages[0], messages[-1]) == ({"message": "first"}, {"message": "last"})
     assert tally["parts"] == len(messages) - 2 >= 2
@@ -171,24 +171,24 @@ ANY_LINE = st.binary(max_size=40) | st.sampled_from(
 
 @given(st.lists(ANY_LINE).map(b"\n".join), st.sampled_from(list(Format)))
 def test_the_schema_takes_every_packet(data, kind):
-    recipe = Recipe(Style("ü" * 256, "f" * 255, kind), 3, SMALLEST_PACKET)
+    recipe = Recipe(Style("ü" * 256, "f" * 255, kind), 3, MIN_PACKET_BYTES)
     end = 0
     for made in packets_of(data, recipe):
         assert made.offset == end
         end = made.end
         if made.messages:
             assert packet.check(made.body).messages == made.messages <= 3
-            assert len(made.body) <= SMALLEST_PACKET
+            assert len(made.body) <= MIN_PACKET_BYTES
     assert end == len(data)
 
 
 @pytest.mark.parametrize("byte", [b"\x00", b"\xff", b'"', b"x", b"\x1f\xff"])
 def test_no_line_whatever_is_in_it_is_too_large_for_a_packet(byte):
-    recipe = Recipe(Style("\x7f" * 256, "\x01" * 255), 500, SMALLEST_PACKET)
-    data = (byte * recipe.longest)[: recipe.longest] + b"\n"
+    recipe = Recipe(Style("\x7f" * 256, "\x01" * 255), 500, MIN_PACKET_BYTES)
+    data = (byte * recipe.max_line)[: recipe.max_line] + b"\n"
     (made,) = packets_of(data * 1, recipe)
-    assert len(made.body) <= SMALLEST_PACKET
-    assert max(len(made.body) for made in packets_of(data * 9, recipe)) <= SMALLEST_PACKET
+    assert len(made.body) <= MIN_PACKET_BYTES
+    assert max(len(made.body) for made in packets_of(data * 9, recipe)) <= MIN_PACKET_BYTES
 
 
 def test_a_packet_says_where_it_comes_from():
@@ -209,7 +209,7 @@ def test_empty_lines_at_the_end_are_accounted_for():
 
 
 def test_what_is_tallied_has_words_for_it():
-    data = b"\n\xff\n{}\n{\n" + b"x" * RECIPE.longest * 2
+    data = b"\n\xff\n{}\n{\n" + b"x" * RECIPE.max_line * 2
     assert messages_of(data, format=Format.NDJSON)[1].keys() == TALLIES.keys()
 
 
@@ -229,7 +229,7 @@ def test_ids_differ_by_all_that_makes_a_packet_another():
     data = b"a\na\na\na\na\na\n"
     ids = [made.id for made in packets_of(data)]
     ids += [made.id for made in packets_of(data, identity="you")]
-    ids += [made.id for made in packets_of(data, Recipe(Style("other", "app.log"), 3, SMALLEST_PACKET))]
-    ids += [made.id for made in packets_of(data, Recipe(STYLE, 2, SMALLEST_PACKET))]
+    ids += [made.id for made in packets_of(data, Recipe(Style("other", "app.log"), 3, MIN_PACKET_BYTES))]
+    ids += [made.id for made in packets_of(data, Recipe(STYLE, 2, MIN_PACKET_BYTES))]
     ids += [made.id for made in packets_of(b"b" + data[1:])][:1]
     assert len(ids) == len(set(ids)) == 10

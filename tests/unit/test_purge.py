@@ -9,15 +9,20 @@ from datetime import UTC, datetime
 
 from letters import WHOLE, broken, fill, ids, names_in, packet
 
-from fastdist.client import replay
-from fastdist.client.replay import HeldFile
+from fastdist.client import held_file, purge
+from fastdist.client.held_file import HeldFile
 from fastdist.storage.dead_letters import DeadLetters, Selection, find_files
 
 
 def purged(files, selection, note):
     """Purge; return how many lines are gone, and how many files were skipped."""
-    removed, skipped = replay.purge(files, selection, note)
-    return removed.lines, skipped
+    skipped = []
+
+    def skip(text):
+        skipped.append(text)
+        note(text)
+
+    return purge.purge(files, selection, skip).lines, len(skipped)
 
 
 def test_purging_a_whole_file_needs_no_room(tmp_path, monkeypatch):
@@ -77,7 +82,7 @@ def test_purge_by_age(tmp_path):
 
 
 def test_purge_skips_what_a_worker_writes_to_and_what_came_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(replay, "LOCK_PATIENCE", 0.05)
+    monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.05)
     letters = DeadLetters(tmp_path, "w0-1")
     letters.write(packet("a"), "refused", "A1", 400, None)
     files = find_files(tmp_path)
@@ -102,7 +107,7 @@ def test_census(tmp_path):
     path = fill(tmp_path, "ab", body=b"12345")
     with path.open("ab") as file:
         file.write(b"{torn")
-    census = replay.count(find_files(tmp_path), Selection())
+    census = purge.count(find_files(tmp_path), Selection())
     assert (census.lines, census.letters, census.size) == (3, 2, 15)
     assert census.oldest < datetime.now(UTC)
-    assert replay.count(find_files(tmp_path), Selection(reason="exhausted")).oldest is None
+    assert purge.count(find_files(tmp_path), Selection(reason="exhausted")).oldest is None

@@ -20,10 +20,10 @@ from fastdist._core import birth_ns
 from fastdist.client import logfile, rotation
 from fastdist.client.logfile import Trail
 from fastdist.client.offsets import OffsetFile
-from fastdist.client.packing import SMALLEST_PACKET, Recipe, Style
+from fastdist.client.packing import MIN_PACKET_BYTES, Recipe, Style
 from fastdist.client.rotation import Rotation
 
-RECIPE = Recipe(Style("web-42", "app.log"), 3, SMALLEST_PACKET)
+RECIPE = Recipe(Style("web-42", "app.log"), 3, MIN_PACKET_BYTES)
 TICK = 0.011  # seconds in which a file system's clock goes on
 
 

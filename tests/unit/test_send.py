@@ -10,12 +10,12 @@ import pytest
 from fakes import ACCEPTED, problem
 from support import wait_until
 
-from fastdist.client import send
-from fastdist.client.connection import Target
+from fastdist.client import retry, send
+from fastdist.client.connection import Connection, Target
 from fastdist.client.logfile import Trail
 from fastdist.client.offsets import OffsetFile, Position
-from fastdist.client.packing import SMALLEST_PACKET, Recipe, Style
-from fastdist.client.send import Pauses, Shipper
+from fastdist.client.packing import MIN_PACKET_BYTES, Recipe, Style
+from fastdist.client.send import Shipper
 
 BUSY = problem(503, "the queue is full", Retry_After="0")
 
@@ -61,11 +61,11 @@ class Rig:
 
     def send(self, *, offsets=False, follow=False, recipe=None, **options):
         shipper = self.make(**options)
-        trail = Trail(self.path, recipe or Recipe(Style("e", "log"), 2, SMALLEST_PACKET), self.events.note)
+        trail = Trail(self.path, recipe or Recipe(Style("e", "log"), 2, MIN_PACKET_BYTES), self.events.note)
         if not offsets:
-            return shipper.run(trail, None, follow=follow)
+            return shipper.run(trail.sources(None, shipper.is_stopping), None, follow=follow)
         with OffsetFile(self.offset_path) as held:
-            return shipper.run(trail, held, follow=follow)
+            return shipper.run(trail.sources(held, shipper.is_stopping), held, follow=follow)
 
     def in_background(self, **options):
         self.summary = None
@@ -99,8 +99,8 @@ def rig(tmp_path, distributor):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(send, "BASE", 0.01)
-    monkeypatch.setattr(send, "CAP", 0.05)
+    monkeypatch.setattr(retry, "MIN_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "MAX_PAUSE", 0.05)
     monkeypatch.setattr(send, "LOOK_EVERY", 0.02)
 
 
@@ -187,46 +187,14 @@ def test_a_distributor_that_stays_away_is_given_up(rig):
     rig.fill(10)
     summary = rig.send(url="http://127.0.0.1:1", patience=0.1)
     assert summary.stopped == "http://127.0.0.1:1 cannot be reached: Connection refused; given up, try again later"
-    assert not summary.refused
+    assert not summary.permanent
     assert summary.messages == 0
-
-
-def test_patience_begins_anew_with_each_success():
-    """Trouble that is over does not count: a pause after hours of quiet is no reason to give up."""
-    pauses = Pauses(10.0)
-    assert pauses.begin(1.0) == pytest.approx(1, abs=0.1)
-    pauses._trouble_since -= 9.5
-    pauses._until = 0
-    assert pauses.begin(1.0) is None
-    pauses._until = 0
-    pauses.end()
-    assert pauses.begin(1.0) == pytest.approx(1, abs=0.1)
 
 
 def test_a_retry_after_beyond_all_patience_is_not_waited_for(rig, distributor):
     distributor.otherwise = problem(503, "maintenance", Retry_After="3600")
     summary = rig.fill(10).send(patience=60)
-    assert "answers 503 (maintenance); given up" in summary.stopped
-
-
-def test_pauses_get_longer_without_end_to_them(monkeypatch):
-    monkeypatch.setattr(send, "BASE", 0.1)
-    monkeypatch.setattr(send, "CAP", 10.0)
-    pauses = Pauses(float("inf"))
-    lengths = []
-    for _ in range(40):
-        pauses._until = 0
-        lengths.append(pauses.begin(None))
-    assert all(min(10, 0.1 * 2**i) / 2 - 0.01 <= length <= min(10, 0.1 * 2**i) for i, length in enumerate(lengths))
-
-
-def test_what_others_meet_during_a_pause_does_not_lengthen_it():
-    pauses = Pauses(60.0)
-    assert pauses.begin(5.0) == pytest.approx(5, abs=0.1)
-    for _ in range(20):
-        assert pauses.begin(None) == pytest.approx(5, abs=0.1)
-    assert pauses.begin(7.0) == pytest.approx(7, abs=0.1)
-    assert 0 < pauses.left() < 7.8
+    assert "answers 503 (maintenance) and asks to wait 3600 s; given up" in summary.stopped
 
 
 @pytest.mark.parametrize("status", [400, 413, 415, 422])
@@ -238,7 +206,7 @@ def test_what_is_refused_ends_it_and_nothing_is_passed_over(rig, distributor, st
 
     distributor.answer = one
     summary = rig.fill(40).send(offsets=True, connections=2)
-    assert summary.refused
+    assert summary.permanent
     assert f"refuses the 2 messages of bytes 28 to 42: {status} (/messages/0: no)" in summary.stopped
     assert ("--batch-bytes" in summary.stopped) == (status == 413)
     assert (rig.noted["offset"], rig.noted["planned"][0]) == (28, 42)
@@ -259,7 +227,7 @@ def test_what_is_refused_ends_it_and_nothing_is_passed_over(rig, distributor, st
 def test_a_wrong_door_is_not_knocked_at_twice(rig, distributor, answer, advice):
     distributor.otherwise = answer
     summary = rig.fill(40).send(connections=1)
-    assert summary.refused
+    assert summary.permanent
     assert advice in summary.stopped
     assert len(distributor.requests) == 1
 
@@ -276,7 +244,7 @@ def test_what_was_too_large_is_cut_anew_by_the_next_run(rig, distributor):
 
     distributor.answer = only_small_ones
     rig.fill(400)
-    large, small = (Recipe(Style("e", "log"), most, SMALLEST_PACKET) for most in (50, 5))
+    large, small = (Recipe(Style("e", "log"), most, MIN_PACKET_BYTES) for most in (50, 5))
     summary = rig.send(offsets=True, connections=3, recipe=large)
     assert "--batch-bytes" in summary.stopped
     assert len(rig.noted["planned"]) <= 3
@@ -304,7 +272,7 @@ def test_what_was_accepted_beyond_a_refusal_keeps_its_id(rig, distributor):
     thread.join(30)
     beyond = set(distributor.accepted)
     distributor.answer = answer
-    rig.send(offsets=True, recipe=Recipe(Style("e", "log"), 1, SMALLEST_PACKET))
+    rig.send(offsets=True, recipe=Recipe(Style("e", "log"), 1, MIN_PACKET_BYTES))
     assert {name for name, times in distributor.accepted.items() if times == 2} == beyond
     assert len(distributor.accepted) == 7, "the first in two, the others as they were"
 
@@ -400,11 +368,11 @@ def test_offsets_are_recorded_now_and_then_while_a_log_is_followed(rig, monkeypa
 # ------------------------------------------------------------------------------------------------------------- stopping
 
 
-def test_told_to_stop_it_finishes_what_is_under_way(rig, distributor):
+def test_told_to_stop_it_finishes_what_is_in_flight(rig, distributor):
     go_on = threading.Event()
     distributor.before_answer = lambda: go_on.wait(30)
     thread = rig.fill(1000).in_background(offsets=True, connections=2)
-    wait_until(lambda: rig.shipper and rig.shipper._under_way == 2, "two are under way")
+    wait_until(lambda: rig.shipper and sum(slot.posted for slot in rig.shipper._window) == 2, "two are under way")
     rig.shipper.stopping = True
     wait_until(lambda: rig.events.stops, "it says so")
     go_on.set()
@@ -420,7 +388,7 @@ def test_a_log_that_is_followed_is_sent_as_far_as_it_was_read(rig, distributor):
     go_on = threading.Event()
     distributor.before_answer = lambda: go_on.wait(30)
     thread = rig.fill(11).in_background(follow=True, connections=1)
-    wait_until(lambda: rig.shipper and rig.shipper._under_way, "one is under way")
+    wait_until(lambda: rig.shipper and rig.shipper._in_flight, "one is under way")
     rig.shipper.stopping = True
     wait_until(lambda: rig.events.stops, "it says so")
     go_on.set()
@@ -432,7 +400,7 @@ def test_a_fault_in_a_thread_is_not_hidden(rig, monkeypatch):
     def fault(*_):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(send.Sender, "post", fault)
+    monkeypatch.setattr(Connection, "post", fault)
     with pytest.raises(RuntimeError, match="a fault"):
         rig.fill(10).send()
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fastdist.client import send_view
+from fastdist.client import progress
 from fastdist.client.packing import TALLIES, Packet
 from fastdist.client.send import Summary
-from fastdist.client.send_view import SendView, summary_lines
+from fastdist.client.send_view import SendView
 
 
 def log(size=1000, start=0):
@@ -106,7 +106,7 @@ def test_without_a_terminal_the_same_reason_is_told_once(capsys):
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(send_view, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with SendView() as view:
         view.begin(log(size=4096))
         view.accepted(packet(0, 1024))
@@ -119,7 +119,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
 
 
 def test_quiet_is_quiet_but_for_what_a_person_should_know(capsys, monkeypatch):
-    monkeypatch.setattr(send_view, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with SendView(quiet=True) as view:
         view.begin(log())
         view.accepted(packet(0, 10))
@@ -129,10 +129,10 @@ def test_quiet_is_quiet_but_for_what_a_person_should_know(capsys, monkeypatch):
 
 
 def test_the_summary_says_what_was_special():
-    assert summary_lines(Summary(packets=1, messages=1, bytes=2048), 2.0) == [
+    assert Summary(packets=1, messages=1, bytes=2048).lines(2.0) == [
         "sent 1 message in 1 packet, 2.0 KiB in 2.0 s (0 messages/s)"
     ]
-    lines = summary_lines(Summary(retries=3, tally=Counter(dict.fromkeys(TALLIES, 7)), unsent=2), 0.0)
+    lines = Summary(retries=3, tally=Counter(dict.fromkeys(TALLIES, 7)), unsent=2).lines(0.0)
     assert lines[1] == "retries: 3"
     assert lines[2:-1] == [f"{what}: 7" for what in TALLIES.values()]
     assert lines[-1] == "read but NOT sent: 2 messages at least"

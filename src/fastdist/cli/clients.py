@@ -29,15 +29,19 @@ from fastdist.cli.options import (
 from fastdist.units import format_size, number, parse_duration, parse_duration_or_never, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from fastdist.client.send import Shipper, Sources
+    from fastdist.client.logfile import Log, Stream
+    from fastdist.client.offsets import OffsetFile
+    from fastdist.client.send import Shipper
     from fastdist.client.send_view import SendView
+
+    Sources = Callable[[OffsetFile | None], Iterator[Log | Stream]]
 
 SHORTEST_INTERVAL = 0.1  # seconds
 LONGEST_TEXT = 256  # characters of an emitterId
-LARGEST_PACKET = 1 << 30  # bytes
+MAX_PACKET_BYTES = 1 << 30  # bytes
 
 
 def send(
@@ -115,13 +119,17 @@ def send(
         fail(f"{file}: is a folder")
     view = send_view.SendView(quiet=quiet, follow=follow)
     shipper = send.Shipper(target, concurrency, trying, view)
-    logs = logfile.StandardInput(recipe) if file == "-" else logfile.Trail(Path(file), recipe, view.note)
-    raise typer.Exit(_send(shipper, logs, offset_file, view, follow=follow))
+    trail = None if file == "-" else logfile.Trail(Path(file), recipe, view.note)
+
+    def sources(offsets: OffsetFile | None) -> Iterator[Log | Stream]:
+        return trail.sources(offsets, shipper.is_stopping) if trail else iter([logfile.Stream(os.dup(0), recipe)])
+
+    raise typer.Exit(_send(shipper, sources, offset_file, view, follow=follow))
 
 
-def _send(shipper: Shipper, logs: Sources, offset_file: Path | None, view: SendView, *, follow: bool) -> int:
+def _send(shipper: Shipper, sources: Sources, offset_file: Path | None, view: SendView, *, follow: bool) -> int:
     """Send, and say how it went; return the exit status."""
-    from fastdist.client import offsets, send_view
+    from fastdist.client import offsets
 
     started = time.monotonic()
     caught: list[int] = []
@@ -130,19 +138,19 @@ def _send(shipper: Shipper, logs: Sources, offset_file: Path | None, view: SendV
             held = stack.enter_context(offsets.OffsetFile(offset_file)) if offset_file else None
             stack.enter_context(_signals_noted(shipper, caught))
             stack.enter_context(view)
-            shipper.run(logs, held, follow=follow)
+            shipper.run(sources(held), held, follow=follow)
     except offsets.InUseError as error:
         fail(str(error), IN_USE)
     except KeyboardInterrupt:
         typer.echo("ended at once", err=True)
     summary = shipper.summary
-    for line in send_view.summary_lines(summary, time.monotonic() - started):
+    for line in summary.lines(time.monotonic() - started):
         typer.echo(line)
     if offset_file:
         typer.echo(f"all is accepted up to byte {summary.offset}, as {typer.format_filename(offset_file)} says")
     if summary.stopped:
         typer.echo(f"stopped: {summary.stopped}", err=True)
-        return REFUSED if summary.refused else INCOMPLETE
+        return REFUSED if summary.permanent else INCOMPLETE
     if caught and not (follow and len(caught) == 1):
         return SIGNALLED + caught[0]
     return 0
@@ -183,11 +191,11 @@ def _level(value: str | None) -> str | None:
 
 def _packet_size(value: str) -> int:
     """Return bytes. Raises ValueError."""
-    from fastdist.client.packing import SMALLEST_PACKET
+    from fastdist.client.packing import MIN_PACKET_BYTES
 
     size = parse_size(number(value))
-    if not SMALLEST_PACKET <= size <= LARGEST_PACKET:
-        raise ValueError(f"must be from {format_size(SMALLEST_PACKET)} to {format_size(LARGEST_PACKET)}")
+    if not MIN_PACKET_BYTES <= size <= MAX_PACKET_BYTES:
+        raise ValueError(f"must be from {format_size(MIN_PACKET_BYTES)} to {format_size(MAX_PACKET_BYTES)}")
     return size
 
 

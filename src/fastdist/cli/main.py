@@ -250,11 +250,11 @@ def dead_letters_replay(
       fastdist dead-letters replay fastdist-data --url http://logs.example:3000 --limit 10
       FASTDIST_TOKEN=secret fastdist dead-letters replay fastdist-data --connections 16
     """
-    from fastdist.client import output, replay
+    from fastdist.client import output, progress, replay
     from fastdist.storage import dead_letters
 
     target = target_or_exit(url, token_or_environment(token), ca_file)
-    with problems_shown(), output.ReplayView() as view:
+    with problems_shown(), progress.ReplayView() as view:
         files = dead_letters.find_files(path)
         summary = replay.Replay(files, dead_letters.Selection(reason=reason), target, view).run(connections, limit)
     output.print_summary(summary)
@@ -279,7 +279,7 @@ def dead_letters_purge(
       fastdist dead-letters purge fastdist-data --older-than 30d --yes
       fastdist dead-letters purge fastdist-data --reason unreadable
     """
-    from fastdist.client import output, replay
+    from fastdist.client import output, purge
     from fastdist.storage import dead_letters
 
     if not yes and not sys.stdin.isatty():
@@ -287,10 +287,13 @@ def dead_letters_purge(
     with problems_shown():
         selection = dead_letters.Selection(reason=reason, until=ago(older_than, "--older-than"))
         files = dead_letters.find_files(path)
-        census = replay.count(files, selection)
+        census = purge.count(files, selection)
         if census.lines and not yes and not typer.confirm(f"Delete {output.census_text(census)}?", err=True):
             fail("nothing was deleted", INCOMPLETE)
-        removed, skipped = replay.purge(files, selection, lambda note: typer.echo(note, err=True))
+        skipped: list[str] = []
+        removed = purge.purge(files, selection, skipped.append)
+    for note in skipped:
+        typer.echo(note, err=True)
     typer.echo(f"removed {output.lines_text(removed)}" if removed.lines else "no dead letters removed")
     raise typer.Exit(INCOMPLETE if skipped else 0)
 

@@ -31,11 +31,12 @@ import msgspec
 from fastdist._core import birth_ns
 from fastdist.errors import FastdistError
 from fastdist.storage.dead_letters import sync_folder
+from fastdist.storage.locks import has_name, open_locked, try_lock
 
 TAIL = 4096  # bytes before the offset that have to be the same
 TEMPORARY_SUFFIX = ".tmp"
 RECORD = b"\n#fastdist "  # before the checksum of a line that was written in place
-LARGEST_IN_PLACE = 1 << 16  # bytes, after which lines are written from the beginning again
+MAX_IN_PLACE = 1 << 16  # bytes, after which lines are written from the beginning again
 CANNOT_REPLACE = {errno.EBUSY, errno.EXDEV, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -46,7 +47,7 @@ class InUseError(FastdistError):
 class Position(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
     """What an offset file says. ``identity`` is what packet ids of this log are made with.
 
-    ``cuts`` has for each planned packet the most bytes (``Recipe.most_bytes``) that it was cut with, 0 if it was
+    ``cuts`` has for each planned packet the most bytes (``Recipe.max_bytes``) that it was cut with, 0 if it was
     refused. ``birth`` (0: not known) and ``written``, when the log was last written to, are in ns. ``siblings`` are
     inode and birth of the rotated logs that lay beside it while it had its name: none of them is younger.
     """
@@ -103,30 +104,22 @@ class OffsetFile:
         """Open and lock it; it need not exist yet. Raises InUseError, ValueError for what is none, and OSError."""
         self.path = path
         self._in_place = False
+        self._saved: Position | None = None  # by this process
         self._last = 0  # bytes of the line that was last written in place
-        self._fd = self._claimed()
+        self._fd = self._open()
         try:
             self.position = _read(self._fd, path)
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _claimed(self) -> int:
-        """Return the file that has the name, open and locked; made if there is none."""
-        while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(fd), self.path.stat()):
-                        return fd
-            except BlockingIOError:
-                os.close(fd)
-                raise InUseError(f"{self.path}: in use by another fastdist send") from None
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)  # it was replaced between the opening and the locking
+    def _open(self) -> int:
+        """Return the file that has the name, open and locked; created if it does not exist."""
+        return open_locked(self.path, os.O_RDWR | os.O_CREAT, self._lock)
+
+    def _lock(self, fd: int) -> None:
+        if not try_lock(fd):
+            raise InUseError(f"{self.path}: in use by another fastdist send")
 
     def __enter__(self) -> Self:
         return self
@@ -138,16 +131,19 @@ class OffsetFile:
     def has_its_name(self) -> bool:
         """Whether the name still is the file that was written last: not deleted, not exchanged, nor its folder."""
         try:
-            return os.path.samestat(os.fstat(self._fd), self.path.stat())
+            return has_name(self._fd, self.path)
         except OSError:  # writing says what is wrong
             return False
 
     def save(self, position: Position) -> None:
         """Replace what it says. Raises InUseError, and OSError; then it says what it said before."""
         if not self.has_its_name:
-            fd = self._claimed()
+            fd = self._open()
             os.close(self._fd)
             self._fd = fd
+        # That the log was written to is not worth a sync.
+        elif self._saved == msgspec.structs.replace(position, written=self._saved.written if self._saved else 0):
+            return
         if not self._in_place:
             try:
                 self._replace(position)
@@ -155,9 +151,9 @@ class OffsetFile:
                 if error.errno not in CANNOT_REPLACE:
                     raise
                 self._in_place = True
-            else:
-                return
-        self._append(position)
+        if self._in_place:
+            self._append(position)
+        self._saved = position
 
     def _replace(self, position: Position) -> None:
         """Write it beside the file, and give it the file's name."""
@@ -184,7 +180,7 @@ class OffsetFile:
         content = msgspec.json.encode(position)
         line = RECORD + _checksum(content) + b" " + content + b"\n"
         end = os.fstat(self._fd).st_size
-        again = self._last > 0 and end > LARGEST_IN_PLACE and end - self._last >= len(line)
+        again = self._last > 0 and end > MAX_IN_PLACE and end - self._last >= len(line)
         start = 0 if again else end
         if os.pwrite(self._fd, line, start) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

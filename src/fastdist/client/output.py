@@ -1,39 +1,30 @@
-"""What commands show: tables and a progress bar for a person at a terminal, plain lines and JSON for all else."""
+"""What commands print: tables for a person at a terminal, plain lines and JSON for all else."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from fastdist.client.replay import Census
-from fastdist.storage.dead_letters import read_file
+from fastdist.client.purge import Census, selected
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
-    from types import TracebackType
 
-    from rich.progress import Task
-
-    from fastdist.client.connection import Answer
     from fastdist.client.replay import Summary
-    from fastdist.storage.dead_letters import Found, Letter, Line, Selection
+    from fastdist.storage.dead_letters import Found, Line, Selection
     from fastdist.storage.inspect import QueueView, RingReport
 
-MOST_REFUSALS = 20  # shown one by one
-MOST_DAMAGES = 20  # of a file
+MAX_DAMAGES = 20  # of a file
 ECHO_LINES = 1000
 WIDE = 104  # columns of a terminal
-LINE_EVERY = 10.0  # seconds between the lines that stand for a progress bar
 
 LETTER_COLUMNS = ("id", "reason", "analyzer", "status", "attempts>", "accepted", "dead since", "size>")
 PACKET_COLUMNS = ("id", "accepted", "age>", "attempts>", "messages>", "size>", "file")
@@ -73,30 +64,24 @@ def plural(count: int, what: str) -> str:
 
 
 def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """Print rows below their columns' names; those of a name that ends in ``>`` stand on the right."""
+    """Print rows below their columns' names; those of a name that ends in ``>`` are aligned to the right."""
     names = [name.removesuffix(">") for name in columns]
-    rights = [name.endswith(">") for name in columns]
     if sys.stdout.isatty():
         console = Console(highlight=False)
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-        for i, (name, right) in enumerate(zip(names, rights, strict=True)):
+        for i, (name, column) in enumerate(zip(names, columns, strict=True)):
             # Where there is room, let times be wrapped (at their space) before ids are.
             whole = i == 0 and console.width >= WIDE
-            table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=whole)
+            table.add_column(name, justify="left" if name == column else "right", overflow="fold", no_wrap=whole)
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)
         return
-    grid = [tuple(name.upper() for name in names), *rows]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, rights, strict=True)
-        )
-        for row in grid
-    )
-    _echo_all(line.rstrip() for line in lines)
+    grid = [tuple(map(str.upper, names)), *rows]
+    widths = [max(map(len, cells)) for cells in zip(*grid, strict=True)]
+    aligned = zip(names, columns, widths, strict=True)
+    line = "  ".join(f"{{:{'<' if name == column else '>'}{width}}}" for name, column, width in aligned)
+    _echo_all(line.format(*row).rstrip() for row in grid)
 
 
 def _echo_all(lines: Iterable[str]) -> None:
@@ -112,11 +97,9 @@ def _echo_all(lines: Iterable[str]) -> None:
 def print_letters(files: list[Found], selection: Selection) -> None:
     """Print the selected letters and a line that sums them up. Raises OSError."""
     census, rows = Census(), []
-    for found in files:
-        for line in read_file(found):
-            if line in selection:
-                census.add(line)
-                rows.append(_letter_row(line))
+    for _, line in selected(files, selection):
+        census.add(line)
+        rows.append(_letter_row(line))
     if not rows:
         typer.echo("no dead letters")
         return
@@ -154,91 +137,18 @@ def _letter_row(line: Line) -> tuple[str, ...]:
 
 
 def print_letters_json(files: list[Found], selection: Selection) -> None:
-    """Print a JSON object for each selected letter, without its packet. Raises OSError."""
+    """Print a JSON object for each selected dead letter, without its packet. Raises OSError."""
     _echo_all(
-        msgspec.json.encode(_letter_members(found, line)).decode()
-        for found in files
-        for line in read_file(found)
-        if line in selection
+        msgspec.json.encode(_letter_members(line) | {"file": str(found.path), "bytes": line.size}).decode()
+        for found, line in selected(files, selection)
     )
 
 
-def _letter_members(found: Found, line: Line) -> dict[str, object]:
-    letter = line.letter
-    place: dict[str, object] = {"file": str(found.path), "bytes": line.size}
-    if letter is None:
-        return {"id": None, "reason": line.reason} | place
-    return {
-        "id": letter.id,
-        "reason": letter.reason,
-        "analyzer": letter.analyzer,
-        "status": letter.status,
-        "error": letter.error,
-        "attempts": letter.attempts,
-        "messages": letter.messages,
-        "acceptedAt": letter.accepted_at,
-        "deadLetteredAt": letter.dead_lettered_at,
-    } | place
-
-
-class _Rate(ProgressColumn):
-    """Letters a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f}/s", style="progress.data.speed")
-
-
-class ReplayView:
-    """How a replay goes, on stderr: a bar at a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("")
-        self._total = self._replayed = self._refused = 0
-        self._next_line = time.monotonic() + LINE_EVERY
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def begin(self, letters: int) -> None:
-        """Set the total."""
-        self._total = letters
-        self._bar.update(self._task, total=letters)
-
-    def replayed(self) -> None:
-        """Count one more."""
-        self._replayed += 1
-        self._advance()
-
-    def refused(self, letter: Letter, answer: Answer) -> None:
-        """Show a refusal, unless there were many."""
-        self._refused += 1
-        if self._refused <= MOST_REFUSALS:
-            self.note(f"refused {letter.id}: {answer.text}")
-        elif self._refused == MOST_REFUSALS + 1:
-            self.note("refused: more, which are not shown one by one")
-        self._advance()
-
-    def note(self, text: str) -> None:
-        """Show a line above the bar."""
-        if self._bar.disable:
-            typer.echo(text, err=True)
-        else:
-            self._bar.console.print(text)
-
-    def _advance(self) -> None:
-        self._bar.advance(self._task)
-        if self._bar.disable and time.monotonic() > self._next_line:
-            self._next_line = time.monotonic() + LINE_EVERY
-            typer.echo(f"{self._replayed + self._refused} of {self._total}", err=True)
+def _letter_members(line: Line) -> dict[str, object]:
+    if line.letter is None:
+        return {"id": None, "reason": line.reason}
+    members: dict[str, object] = msgspec.to_builtins(line.letter)
+    return {name: value for name, value in members.items() if name not in {"body", "bodyBase64"}}
 
 
 def print_summary(summary: Summary) -> None:
@@ -258,10 +168,10 @@ def print_verdict(view: QueueView) -> None:
     """Print, file by file, whether a queue is sound and what is wrong with it."""
     for report in view.files:
         typer.echo(f"{report.file}: {_verdict(report)}")
-        for damage in report.damage[:MOST_DAMAGES]:
+        for damage in report.damage[:MAX_DAMAGES]:
             typer.echo(f"  at byte {damage.offset}: {damage.what}")
-        if len(report.damage) > MOST_DAMAGES:
-            typer.echo(f"  and {len(report.damage) - MOST_DAMAGES} more")
+        if len(report.damage) > MAX_DAMAGES:
+            typer.echo(f"  and {len(report.damage) - MAX_DAMAGES} more")
         for note in report.notes:
             typer.echo(f"  note: at byte {note.offset}: {note.what}, half written by a process that was killed")
     for name in view.set_aside:

@@ -27,6 +27,7 @@ import orjson
 
 from fastdist import packet
 from fastdist._core import scan
+from fastdist.client.lines import LineCutter
 from fastdist.errors import PacketError
 
 if TYPE_CHECKING:
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
 
     from fastdist.client.lines import Line
 
-SMALLEST_PACKET = 64 * 1024  # bytes that ``most_bytes`` has to allow
-PART_OF_PACKET = (
-    8  # a line as long as this part of a packet fits into it, whatever is in it: \u0000 for a byte is worst
-)
+MIN_PACKET_BYTES = 64 * 1024  # bytes that ``max_bytes`` has to allow
+LINES_IN_PACKET = 8  # a line as long as this part of a packet fits, whatever is in it: \u0000 for a byte is worst
 
 MESSAGE_KEYS = ("message", "msg", "log", "MESSAGE")
 TIMESTAMP_KEYS = ("timestamp", "@timestamp", "time")
@@ -76,19 +75,19 @@ class Recipe(msgspec.Struct, frozen=True):
     """How lines become packets: their style, and what one packet holds at most (bytes of its JSON)."""
 
     style: Style
-    most_messages: int = 500
-    most_bytes: int = 1 << 20
+    max_messages: int = 500
+    max_bytes: int = 1 << 20
 
     @property
-    def longest(self) -> int:
+    def max_line(self) -> int:
         """Bytes of a line that fits into a packet whatever is in it; a longer one comes in parts."""
-        return self.most_bytes // PART_OF_PACKET
+        return self.max_bytes // LINES_IN_PACKET
 
 
 class Packet(NamedTuple):
     """A packet, made of the bytes from ``offset`` to ``end``; one without messages (empty lines only) is not sent.
 
-    ``tally`` counts what was special about its lines, by the names in TALLIES. ``cut`` is the recipe's ``most_bytes``,
+    ``tally`` counts what was special about its lines, by the names in TALLIES. ``cut`` is the recipe's ``max_bytes``,
     on which it depends where a line too long for a packet is cut. ``tail``: a digest of the log's bytes before ``end``.
     """
 
@@ -195,13 +194,17 @@ def _first(value: dict[str, Any], keys: tuple[str, ...]) -> str | None:
 
 
 class Packer:
-    """Puts the messages of consecutive lines of one log into packets; ``all_in_one``: into one, whatever its size."""
+    """Puts the lines of one log, from an offset on, into packets; ``all_in_one``: into one, whatever its size."""
 
-    def __init__(self, recipe: Recipe, identity: str, *, all_in_one: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, identity: str, offset: int = 0, *, at_start: bool = True, all_in_one: bool = False
+    ) -> None:
+        """``at_start``: a line begins at ``offset``."""
+        self._cutter = LineCutter(recipe.max_line, offset, at_start=at_start)
         self._encoder, self._identity = Encoder(recipe.style), identity
-        self._cut = recipe.most_bytes
-        self._most_messages = sys.maxsize if all_in_one else recipe.most_messages
-        self._most_bytes = sys.maxsize if all_in_one else recipe.most_bytes
+        self._cut = recipe.max_bytes
+        self._max_messages = sys.maxsize if all_in_one else recipe.max_messages
+        self._max_bytes = sys.maxsize if all_in_one else recipe.max_bytes
         self._emitter = orjson.dumps(recipe.style.emitter)
         self._file = orjson.dumps(recipe.style.file)
         self._clear()
@@ -215,16 +218,32 @@ class Packer:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has gathered."""
+        """Whether no line is waiting for a packet to be completed."""
         return self._offset < 0
+
+    @property
+    def pending(self) -> int:
+        """Bytes of a line whose end has not come yet."""
+        return self._cutter.pending
+
+    def feed(self, data: bytes) -> Iterator[Packet]:
+        """Yield the packets that are complete with the next bytes of the log."""
+        for line in self._cutter.feed(data):
+            yield from self.add(line)
+
+    def finish(self) -> Iterator[Packet]:
+        """Yield what is left: the log ends here."""
+        for line in self._cutter.finish():
+            yield from self.add(line)
+        yield from self.flush()
 
     def add(self, line: Line) -> Iterator[Packet]:
         """Yield the packets that are complete with, or just before, this line."""
         tally: Counter[str] = Counter()
         message = self._encoder.encode(line, tally)
-        if message is not None and self._messages and self._size + len(message) + 1 > self._most_bytes:
+        if message is not None and self._messages and self._size + len(message) + 1 > self._max_bytes:
             yield from self.flush()
-        if self._offset < 0:
+        if self.empty:
             self._offset, self._size = line.offset, len(self._body(line.offset))
         self._end = line.end
         self._tally += tally
@@ -233,12 +252,12 @@ class Packer:
         self._messages.append(message)
         self._raw.append(line.raw)
         self._size += len(message) + 1
-        if len(self._messages) == self._most_messages:
+        if len(self._messages) == self._max_messages:
             yield from self.flush()
 
     def flush(self) -> Iterator[Packet]:
-        """Yield what has gathered as a packet, if anything has."""
-        if self._offset >= 0:
+        """Yield a packet of the lines that wait, if there are any."""
+        if not self.empty:
             body = self._body(self._offset)
             packet = Packet(self._id(), body, self._offset, self._end, len(self._messages), self._tally, self._cut)
             self._clear()

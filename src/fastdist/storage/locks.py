@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 LOCKS = Path("/proc/locks")
 _KEPT_UNTIL_CLOSED = (".nfs", ".fuse_hidden")  # names that file systems give to deleted files that somebody has open
@@ -27,6 +27,23 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def open_locked(path: Path, flags: int, lock: Callable[[int], None]) -> int:
+    """Open the file that has this name, and lock it; again when it was replaced meanwhile.
+
+    Raises OSError, and what ``lock`` (which gets the descriptor) raises.
+    """
+    while True:
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        try:
+            lock(fd)
+            if has_name(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 def is_only_read(fd: int) -> bool:

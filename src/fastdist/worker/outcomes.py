@@ -19,12 +19,11 @@ import random
 import time
 import traceback
 from collections import deque
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
 from fastdist._core import DispatchBase, Rendezvous, Retrying
+from fastdist.retry_after import parse_retry_after
 from fastdist.shm.block import AnalyzerWord
 from fastdist.shm.weights import effective_weights
 from fastdist.storage.dead_letter_writer import DeadLetterWriter, Letter
@@ -393,15 +392,6 @@ class Outcomes(DispatchBase):
 
 
 def retry_after(value: str) -> float | None:
-    """Return how many seconds to pause, as Retry-After (seconds or an HTTP date) says; None for what is neither."""
-    if value.isdecimal():
-        seconds = float(value)
-    else:
-        try:
-            date = parsedate_to_datetime(value)
-        except (ValueError, TypeError, IndexError, OverflowError):
-            return None
-        if date.tzinfo is None:  # the oldest of the three forms names no zone; it is GMT
-            date = date.replace(tzinfo=UTC)
-        seconds = date.timestamp() - time.time()
-    return min(max(seconds, SHORTEST_PAUSE), LONGEST_PAUSE)
+    """Return how many seconds to pause, as Retry-After says; None for what is neither seconds nor an HTTP date."""
+    seconds = parse_retry_after(value)
+    return None if seconds is None else min(max(seconds, SHORTEST_PAUSE), LONGEST_PAUSE)

@@ -1,0 +1,148 @@
+"""The retry policy of ``send`` and ``replay``: which responses are final, how long to pause, when to give up.
+
+The rules:
+
+1. 2xx accepts a packet. What may get better is tried again, with the same id: no response, 408, 425, 429 and 5xx.
+2. All connections pause together: as long as Retry-After says, else exponentially with jitter. A run is given up when
+   no packet was accepted for ``patience`` seconds, or would not be until a pause is over.
+3. What is about the URL, the token or the certificate, and not about the packet, ends the run at once. Any other
+   response refuses that one packet.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from http.client import HTTPException
+from ssl import SSLCertVerificationError
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fastdist.client.connection import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastdist.client.connection import Connection, Response, Target
+
+MIN_PAUSE, MAX_PAUSE = 0.1, 10.0  # seconds of the first and the longest pause without a Retry-After
+BUSY = {408, 425, 429}  # and every 5xx
+REDIRECTION, CLIENT_ERROR, SERVER_ERROR = 300, 400, 500  # redirections are not followed
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """How a run went. ``stopped``: why it ended early; ``permanent``: trying again will not help."""
+
+    retries: int = 0
+    stopped: str | None = None
+    permanent: bool = False
+
+
+class Pauses:
+    """When to leave a distributor alone, for all connections together. Not for two threads at once, but for ``left``.
+
+    One pause begins at a time: what the other connections meet meanwhile is the same trouble.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._row = 0  # pauses without a success in between
+        self._trouble_since = 0.0  # time.monotonic(); counts while there is a row
+        self._until = 0.0
+
+    def left(self) -> float:
+        """Return the seconds to wait before the next request, spread a little so that not all come at once."""
+        left = self._until - time.monotonic()
+        return left + random.uniform(0, 0.1 * left) if left > 0 else 0.0  # noqa: S311  (no secret)
+
+    def begin(self, asked: float | None) -> float | None:
+        """Begin a pause, as long as was asked for; return its seconds, or None when patience would be over by then."""
+        now = time.monotonic()
+        if now >= self._until:
+            self._trouble_since = self._trouble_since if self._row else now
+            self._row += 1
+            longest = min(MAX_PAUSE, MIN_PAUSE * 2 ** min(self._row - 1, 20))
+            self._until = now if asked is not None else now + random.uniform(longest / 2, longest)  # noqa: S311
+        if asked is not None:
+            self._until = max(self._until, now + max(asked, MIN_PAUSE))
+        return None if self._until - self._trouble_since > self._patience else self._until - now
+
+    def end(self) -> None:
+        """Note a success."""
+        self._row = 0
+
+
+def _advice(status: int) -> str:
+    """Return what to look at after a response that any packet would get; nothing for all others."""
+    if status in {401, 403}:
+        return "is the token right?"
+    if REDIRECTION <= status < CLIENT_ERROR or status in {404, 405}:
+        return "is that the URL of a distributor?"
+    return ""
+
+
+class Run:
+    """Posts packets over several connections, each in a thread, until they are accepted or the run ends.
+
+    ``waiting`` is called with the reason for a pause and its seconds. ``max_failures``: attempts at a packet without a
+    response, after which the run is given up before ``patience`` ends. ``lock`` (reentrant) is held
+    for what is shown, and for all that the threads share.
+    """
+
+    summary: Summary
+
+    def __init__(
+        self, target: Target, patience: float, waiting: Callable[[str, float], None], max_failures: float = math.inf
+    ) -> None:
+        self.target, self._waiting, self._max_failures = target, waiting, max_failures
+        self.lock = threading.RLock()
+        self.halt = threading.Event()  # nothing more is to be sent
+        self._pauses = Pauses(patience)
+
+    def end(self, why: str | None = None, *, permanent: bool = False) -> None:
+        """End the run, for the reason that came first; without one because all is done."""
+        with self.lock:
+            if why and not self.summary.stopped:
+                self.summary.stopped, self.summary.permanent = why, permanent
+            self.halt.set()
+
+    def post(self, connection: Connection, packet_id: str, body: bytes) -> Response | None:
+        """Post a packet until it is accepted or refused; None when the run ends before that."""
+        failures = 0
+        while not self.halt.wait(self._pauses.left()):
+            reused = connection.is_open
+            try:
+                response = connection.post(packet_id, body)
+            except SSLCertVerificationError as error:
+                self.end(f"{self.target.url} cannot be trusted: {describe(error)}", permanent=True)
+                return None
+            except (OSError, HTTPException) as error:
+                if not reused:  # else it may only have been idle for too long
+                    failures += 1
+                    self._pause(f"cannot be reached: {describe(error)}", None, give_up=failures >= self._max_failures)
+            else:
+                if advice := _advice(response.status):
+                    self.end(f"{self.target.url} answers {response.text}; {advice}", permanent=True)
+                    return None
+                if response.status not in BUSY and response.status < SERVER_ERROR:
+                    if response.accepted:
+                        with self.lock:
+                            self._pauses.end()
+                    return response
+                self._pause(f"answers {response.text}", response.pause)
+            with self.lock:
+                self.summary.retries += 1
+        return None
+
+    def _pause(self, why: str, asked: float | None, *, give_up: bool = False) -> None:
+        """Pause all connections; end the run when it has been in trouble for too long."""
+        with self.lock:
+            seconds = self._pauses.begin(asked)
+            if give_up or seconds is None:
+                asks = f" and asks to wait {asked:.0f} s" if asked else ""
+                self.end(f"{self.target.url} {why}{asks}; given up, try again later")
+            else:
+                self._waiting(why, seconds)

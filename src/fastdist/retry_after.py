@@ -1,0 +1,25 @@
+"""Retry-After as HTTP has it (RFC 9110, 10.2.3): a number of seconds, or a date."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+
+MAX_SECONDS = 1e9  # more digits than a clock takes are no reason to fail
+
+
+def parse_retry_after(value: str) -> float | None:
+    """Return how many seconds from now ``value`` asks to wait, at least 0; None for what is neither form."""
+    value = value.strip()
+    if value.isdecimal():
+        seconds = float(value)
+    else:
+        try:
+            date = parsedate_to_datetime(value)
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+        if date.tzinfo is None:  # the oldest of the three forms names no zone; it is GMT
+            date = date.replace(tzinfo=UTC)
+        seconds = date.timestamp() - time.time()
+    return min(max(seconds, 0.0), MAX_SECONDS)
