@@ -23,7 +23,7 @@ class Connection(Protocol):
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for their answer."""
+        """How many requests wait for their response."""
 
     def drop(self) -> None:
         """End it now; what was answered still leaves."""
@@ -59,7 +59,7 @@ class Analyzer:
         options = self.options.changed(patch)
         if options.refuse and not self.options.refuse:
             self.listener.close()
-            # Later, because the connection that asked is one of them and has its answer still to come.
+            # Later, because the connection that asked is one of them and has its response still to come.
             asyncio.get_running_loop().call_soon(self.drop_connections)
         elif self.options.refuse and not options.refuse:
             self.listener.open()

@@ -2,11 +2,11 @@
 
 Rules:
 
-1. All answers that one read produced leave in one write, and only after that write do their packets count as
+1. All responses that one read produced leave in one write, and only after that write do their packets count as
    acknowledged: a connection that turned out to be dead has acknowledged nothing.
-2. Answers keep the order of their requests. One that has to wait (``latency``) makes all behind it wait, in a queue
+2. Responses keep the order of their requests. One that has to wait (``latency``) makes all behind it wait, in a queue
    with one timer per connection.
-3. Once a connection is doomed (it hangs, or its last answer is out), what still comes on it is counted and ignored.
+3. Once a connection is ending (it hangs, or its last response is out), what still comes on it is counted and ignored.
 4. No exception leaves a method that the event loop calls.
 """
 
@@ -22,23 +22,23 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import httptools
 
-from mock_analyzers import answers
-from mock_analyzers.answers import is_success, verdict
+from mock_analyzers import responses
 from mock_analyzers.control import is_control
 from mock_analyzers.ledger import Ledger
 from mock_analyzers.options import Fault, draw_delay, draw_fault, draw_status
+from mock_analyzers.responses import is_success, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mock_analyzers.analyzer import Analyzer
-    from mock_analyzers.answers import Answer
     from mock_analyzers.control import Control
+    from mock_analyzers.responses import Response
 
 _OK = b"".join(verdict(200))
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time: close() sends RST instead of FIN
-_LARGEST_REQUEST = 256 * 1024 * 1024  # bytes; a sender that never finishes must not eat the machine
-_ENOUGH_BUFFERED = 1024 * 1024  # bytes of a long answer waiting for a slow reader
+_MAX_REQUEST = 256 * 1024 * 1024  # bytes; a sender that never finishes must not eat the machine
+_ENOUGH_BUFFERED = 1024 * 1024  # bytes of a long response waiting for a slow reader
 _MALFORMED = b""  # the "method" of what cannot be parsed
 _TICK = 0.001  # seconds, the event loop's resolution
 
@@ -69,13 +69,13 @@ class Connection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
         self._unfinished = 0  # bytes read since the last complete request
-        self._out: list[bytes] = []  # answers to be written together
+        self._out: list[bytes] = []  # responses to be written together
         self._unconfirmed: list[Request] = []  # their requests, acknowledged by the write
         self._queue: deque[tuple[float, Request]] = deque()  # (when due, what)
         self._timer: asyncio.TimerHandle | None = None
-        self._answered = 0
-        self._deaf = False  # what comes cannot be parsed any more
-        self._doomed = False  # rule 3
+        self._sent = 0
+        self._ignoring = False  # what comes cannot be parsed any more
+        self._ending = False  # rule 3
 
     # What the event loop calls.
 
@@ -89,12 +89,12 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, answer and write."""
-        if self._deaf:
+        if self._ignoring:
             return
         self._unfinished += len(data)
         try:
             self._parser.feed_data(data)
-            if self._unfinished > _LARGEST_REQUEST:
+            if self._unfinished > _MAX_REQUEST:
                 self._give_up()
         except httptools.HttpParserCallbackError as error:
             sys.stderr.write(f"mock_analyzers: a request failed: {error.__context__!r}\n")
@@ -105,7 +105,7 @@ class Connection(asyncio.Protocol):
             self._flush()
 
     def pause_writing(self) -> None:
-        """Stop reading from a sender that does not read its answers."""
+        """Stop reading from a sender that does not read its responses."""
         if not self._transport.is_closing():
             self._transport.pause_reading()
 
@@ -116,7 +116,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
         """Count what was never answered, and leave."""
-        self._doomed = self._deaf = True
+        self._ending = self._ignoring = True
         if self._timer is not None:
             self._timer.cancel()
         for _, request in self._queue:
@@ -128,12 +128,12 @@ class Connection(asyncio.Protocol):
     def drop(self) -> None:
         """End the connection; what was answered still leaves."""
         self._flush()
-        self._doomed = self._deaf = True
+        self._ending = self._ignoring = True
         self._transport.close()
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for their answer."""
+        """How many requests wait for their response."""
         return len(self._queue)
 
     # What the parser calls. Names and signatures are httptools'.
@@ -146,8 +146,8 @@ class Connection(asyncio.Protocol):
         """Take a header."""
         name = name.lower()
         self._headers[name] = value
-        if name == b"expect" and not self._queue and not self._doomed:
-            self._out.append(answers.CONTINUE)
+        if name == b"expect" and not self._queue and not self._ending:
+            self._out.append(responses.CONTINUE)
 
     def on_body(self, data: bytes) -> None:
         """Take a part of the body."""
@@ -172,7 +172,7 @@ class Connection(asyncio.Protocol):
         # The body has been counted and looked at; a queue of requests must not hold on to it.
         rejected = analyzer.options.reject(body)
         request = Request(method, path, b"", keep_alive, ids, headers.get(b"x-attempt", b""), rejected)
-        if analyzer.plain and keep_alive and not self._queue and not self._doomed:
+        if analyzer.plain and keep_alive and not self._queue and not self._ending:
             self._out.append(_OK)  # the short way, and the usual one
             self._unconfirmed.append(request)
         else:
@@ -180,8 +180,8 @@ class Connection(asyncio.Protocol):
 
     def _give_up(self) -> None:
         """Answer 400 after all that is still to be answered, and read no more."""
-        if not self._deaf:
-            self._deaf = True
+        if not self._ignoring:
+            self._ignoring = True
             self._take(Request(_MALFORMED, b"", b"", keep_alive=False), 0.0)
 
     # The queue (rule 2).
@@ -206,60 +206,60 @@ class Connection(asyncio.Protocol):
         if self._queue:
             self._timer = loop.call_at(self._queue[0][0], self._serve_due)
 
-    # Answers.
+    # Responses.
 
     def _serve(self, request: Request) -> None:
         analyzer = self._analyzer
-        if self._doomed:
+        if self._ending:
             self._ledger.miss(request.ids)
         elif is_control(request.path):
             self._serve_control(request)
         elif request.method == _MALFORMED:
-            self._send(answers.json(400, {"error": "this is not HTTP"}, close=True), request)
+            self._send(responses.json(400, {"error": "this is not HTTP"}, close=True), request)
         elif analyzer is not None and request.method == b"POST":
             self._analyze(analyzer, request)
         elif analyzer is not None and request.method in {b"GET", b"HEAD"} and request.path.startswith(b"/health"):
             self._serve_health(analyzer, request)
         else:
-            self._send(answers.json(404, {"error": "not found"}, close=not request.keep_alive), request)
+            self._send(responses.json(404, {"error": "not found"}, close=not request.keep_alive), request)
 
     def _serve_control(self, request: Request) -> None:
-        answer = self._control.answer(request.method, request.path, request.body)
-        if isinstance(answer, answers.Answer):
-            self._send(answer, request)
+        response = self._control.respond(request.method, request.path, request.body)
+        if isinstance(response, responses.Response):
+            self._send(response, request)
             return
-        head, pieces = answer
+        head, pieces = response
         self._out.append(head)
         self._flush()
-        self._doomed = self._deaf = True
+        self._ending = self._ignoring = True
         self._pump(pieces)
 
     def _pump(self, pieces: Iterator[bytes]) -> None:
-        """Write a long answer piece by piece, so that other connections get their turn in between."""
+        """Write a long response piece by piece, so that other connections get their turn in between."""
         if self._transport.is_closing():
             return
         delay = 0.0
         if self._transport.get_write_buffer_size() > _ENOUGH_BUFFERED:
             delay = 10 * _TICK
         elif piece := next(pieces, b""):
-            self._transport.write(answers.chunk(piece))
+            self._transport.write(responses.chunk(piece))
         else:
-            self._transport.write(answers.chunk(b""))
+            self._transport.write(responses.chunk(b""))
             self._transport.close()
             return
         asyncio.get_running_loop().call_later(delay, self._pump, pieces)
 
     def _serve_health(self, analyzer: Analyzer, request: Request) -> None:
         if analyzer.options.health_hang:
-            self._doomed = True
+            self._ending = True
         elif analyzer.options.unhealthy:
-            self._send(answers.json(503, {"status": "unhealthy", "id": analyzer.id}), request)
+            self._send(responses.json(503, {"status": "unhealthy", "id": analyzer.id}), request)
         else:
-            self._send(answers.json(200, {"status": "ok", "id": analyzer.id}), request)
+            self._send(responses.json(200, {"status": "ok", "id": analyzer.id}), request)
 
-    def _send(self, answer: Answer, request: Request) -> None:
-        """Send an answer that no fault touches."""
-        self._out.append(answer.head if request.method == b"HEAD" else answer.head + answer.body)
+    def _send(self, response: Response, request: Request) -> None:
+        """Send a response that no fault touches."""
+        self._out.append(response.head if request.method == b"HEAD" else response.head + response.body)
         if not request.keep_alive:
             self._close()
 
@@ -269,30 +269,30 @@ class Connection(asyncio.Protocol):
         if fault is not None:
             self._ledger.faults[fault.value] += 1
         if fault in {Fault.RESET, Fault.GARBAGE, Fault.HANG}:
-            self._answer_nothing(request, fault)
+            self._break_off(request, fault)
             return
         status = 422 if request.rejected else draw_status(options, analyzer.random)
         if fault is None:
-            self._answer(analyzer, request, status)
+            self._respond(analyzer, request, status)
         else:
-            self._answer_in_part(analyzer, request, status, short=fault is Fault.WRONG_LENGTH)
+            self._respond_in_part(analyzer, request, status, short=fault is Fault.WRONG_LENGTH)
 
-    def _answer(self, analyzer: Analyzer, request: Request, status: int) -> None:
+    def _respond(self, analyzer: Analyzer, request: Request, status: int) -> None:
         options = analyzer.options
-        self._answered += 1
-        silent = options.silent_close and self._answered % options.silent_close == 0
-        announced = options.close_every and self._answered % options.close_every == 0
+        self._sent += 1
+        silent = options.silent_close and self._sent % options.silent_close == 0
+        announced = options.close_every and self._sent % options.close_every == 0
         last = not request.keep_alive or bool(announced)
-        answer = verdict(status, options.retry_after, close=last, chunked=options.chunked)
+        response = verdict(status, options.retry_after, close=last, chunked=options.chunked)
         if options.interim:
-            self._out.append(analyzer.random.choice((answers.CONTINUE, answers.EARLY_HINTS)))
-        if options.chunked and answer.body:
-            half = len(answer.body) // 2
-            self._out.append(answer.head + answer.body[:half])
+            self._out.append(analyzer.random.choice((responses.CONTINUE, responses.EARLY_HINTS)))
+        if options.chunked and response.body:
+            half = len(response.body) // 2
+            self._out.append(response.head + response.body[:half])
             self._flush()
-            self._out.append(answer.body[half:])
+            self._out.append(response.body[half:])
         else:
-            self._out.append(answer.head + answer.body)
+            self._out.append(response.head + response.body)
         if is_success(status):
             self._unconfirmed.append(request)
         else:
@@ -301,7 +301,7 @@ class Connection(asyncio.Protocol):
         if last or silent:
             self._close()
 
-    def _answer_in_part(self, analyzer: Analyzer, request: Request, status: int, *, short: bool) -> None:
+    def _respond_in_part(self, analyzer: Analyzer, request: Request, status: int, *, short: bool) -> None:
         options = analyzer.options
         head, body = verdict(status, options.retry_after, chunked=options.chunked, short=short)
         self._flush()
@@ -319,14 +319,14 @@ class Connection(asyncio.Protocol):
         else:
             self._reset()
 
-    def _answer_nothing(self, request: Request, fault: Fault) -> None:
+    def _break_off(self, request: Request, fault: Fault) -> None:
         self._ledger.miss(request.ids)
         if fault is Fault.RESET:
             self._reset()
             return
         if fault is Fault.GARBAGE:
-            self._out.append(answers.GARBAGE)
-        self._doomed = True
+            self._out.append(responses.GARBAGE)
+        self._ending = True
 
     # Writing and closing (rule 1).
 
@@ -354,12 +354,12 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         self._flush()
-        self._doomed = True
+        self._ending = True
         self._transport.close()
 
     def _reset(self) -> None:
         self._flush()
-        self._doomed = True
+        self._ending = True
         sock = self._transport.get_extra_info("socket")
         if sock is not None and not self._transport.is_closing():
             with contextlib.suppress(OSError):  # the sender may have been quicker

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from mock_analyzers import answers
+from mock_analyzers import responses
 from mock_analyzers.options import NAMES, OptionsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mock_analyzers.analyzer import Analyzer
-    from mock_analyzers.answers import Answer
+    from mock_analyzers.responses import Response
 
 _TEXT = b"text/plain; charset=utf-8"
 
 Stream = tuple[bytes, "Iterator[bytes]"]
-"""The head and the pieces of an answer that is too long for one go."""
+"""The head and the pieces of a response that is too long for one go."""
 
 
 def is_control(path: bytes) -> bool:
@@ -38,8 +38,8 @@ class Control:
         self._own = own
         self._every = every
 
-    def answer(self, method: bytes, path: bytes, body: bytes) -> Answer | Stream:
-        """Return the answer to a request whose path ``is_control``."""
+    def respond(self, method: bytes, path: bytes, body: bytes) -> Response | Stream:
+        """Return the response to a request whose path ``is_control``."""
         steps = path.partition(b"?")[0].decode("latin-1").strip("/").split("/")[1:]
         one = self._own
         if one is None and steps:
@@ -56,32 +56,32 @@ class Control:
                     analyzer.ledger.reset()
                 return self._described(one)
             case "GET ids" if one:
-                return answers.stream_head(_TEXT), one.ledger.id_lines()
+                return responses.stream_head(_TEXT), one.ledger.id_lines()
             case "GET digests" | "GET bodies" if one:
                 ledger = one.ledger
-                return answers.stream_head(), ledger.digest_json() if "digests" in steps else ledger.body_json()
-        return answers.json(404, {"error": f"no such control: {method.decode('latin-1')} {path.decode('latin-1')}"})
+                return responses.stream_head(), ledger.digest_json() if "digests" in steps else ledger.body_json()
+        return responses.json(404, {"error": f"no such control: {method.decode('latin-1')} {path.decode('latin-1')}"})
 
     def _chosen(self, one: Analyzer | None) -> Sequence[Analyzer]:
         return self._every if one is None else (one,)
 
-    def _described(self, one: Analyzer | None) -> Answer:
+    def _described(self, one: Analyzer | None) -> Response:
         if one is not None:
-            return answers.json(200, one.describe())
-        return answers.json(200, {"analyzers": [analyzer.describe() for analyzer in self._every]})
+            return responses.json(200, one.describe())
+        return responses.json(200, {"analyzers": [analyzer.describe() for analyzer in self._every]})
 
-    def _configured(self, one: Analyzer | None, body: bytes) -> Answer:
+    def _configured(self, one: Analyzer | None, body: bytes) -> Response:
         try:
             patch = orjson.loads(body)
             for analyzer in self._chosen(one):
                 analyzer.configure(patch)
         except orjson.JSONDecodeError as error:
-            return answers.json(400, {"error": f"the body is not JSON: {error}"})
+            return responses.json(400, {"error": f"the body is not JSON: {error}"})
         except OptionsError as error:
             problem: dict[str, Any] = {"error": str(error)}
             if error.unknown:
                 problem |= {"unknown": error.unknown, "known": NAMES}
-            return answers.json(400, problem)
+            return responses.json(400, problem)
         except OSError as error:
-            return answers.json(409, {"error": f"cannot listen again: {error}"})
+            return responses.json(409, {"error": f"cannot listen again: {error}"})
         return self._described(one)

@@ -1,15 +1,15 @@
 """What one analyzer was given, and what it made of it: the ledger tests compare fastdist's claims with.
 
 Each time a packet arrives in a complete request, exactly one of three counts of its id goes up, once the outcome is
-certain (a request that still waits for its answer is in none of them):
+certain (a request that still waits for its response is in none of them):
 
 ``acknowledged``
-    A complete answer with a 2xx status, head and body, was handed to the operating system for sending.
+    A complete response with a 2xx status, head and body, was handed to the operating system for sending.
 ``ambiguous``
     The whole 2xx head was handed over but not the whole body (truncated, or shorter than its Content-Length). The
     sender may take it for delivered (fastdist does) or send it again; a test has to allow both.
 ``received``
-    Anything else: another status, a reset, garbage, no answer, a connection that was gone before the answer. The
+    Anything else: another status, a reset, garbage, no response, a connection that was gone before the response. The
     sender must not take it for delivered.
 
 Rules: ids are the bytes of the header; a million of them must fit (about 150 MB), so the three counts of an id share
@@ -119,17 +119,17 @@ class Ledger(Totals, dict=True):
                 self._bodies[packet_id] = body
 
     def acknowledge(self, ids: Sequence[bytes]) -> None:
-        """Note that a complete 2xx answer for these ids was sent."""
+        """Note that a complete 2xx response for these ids was sent."""
         self.acknowledged += len(ids)
         self._add(ids, _ACKNOWLEDGED)
 
     def doubt(self, ids: Sequence[bytes]) -> None:
-        """Note that a 2xx head for these ids was sent, but not all of the answer."""
+        """Note that a 2xx head for these ids was sent, but not all of the response."""
         self.ambiguous += len(ids)
         self._add(ids, _AMBIGUOUS)
 
     def miss(self, ids: Sequence[bytes]) -> None:
-        """Note that these ids came and nobody may take them for delivered."""
+        """Note that these ids came and they must not be taken for delivered."""
         self.received += len(ids)
         self._add(ids, _RECEIVED)
 

@@ -1,6 +1,6 @@
 """A listening socket that can be closed and opened again on the same port.
 
-Opening is synchronous up to ``listen()``: who asked for it can be told at once whether it worked, and a client that
+Opening is synchronous up to ``listen()``: the caller knows at once whether it worked, and a client that
 connects right after waits in the backlog instead of being refused.
 """
 

@@ -34,36 +34,24 @@ class OptionsError(ValueError):
 class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """All options at their harmless defaults; a rate is a probability per request."""
 
-    latency: Annotated[
-        Seconds, Meta(description="Seconds before each answer; pipelined requests wait side by side.")
-    ] = 0.0
+    latency: Annotated[Seconds, Meta(description="Seconds before each response, pipelined or not.")] = 0.0
     jitter: Annotated[Seconds, Meta(description="Up to so many seconds more, at random.")] = 0.0
     failure_rate: Annotated[Rate, Meta(description="Part of the requests answered with --failure-status, 0..1.")] = 0.0
     failure_status: Annotated[Status, Meta(description="The status of those.")] = 500
-    status: Annotated[
-        Status | None, Meta(description="Answer every request with this status; wins over --failure-rate.")
-    ] = None
+    status: Annotated[Status | None, Meta(description="Answer all requests with this status.")] = None
     rejects: Annotated[str, Meta(description="Answer 422 where this regular expression is found in the body.")] = ""
-    retry_after: Annotated[
-        Seconds | None, Meta(description="Seconds in the Retry-After of 429 and 503, rounded up.")
-    ] = None
-    hang: Annotated[bool, Meta(description="Read, never answer, nor anything after that on the same connection.")] = (
-        False
+    retry_after: Annotated[Seconds | None, Meta(description="Seconds in Retry-After of 429 and 503, rounded up.")] = (
+        None
     )
+    hang: Annotated[bool, Meta(description="Read, never answer, nor what comes next on the connection.")] = False
     reset_rate: Annotated[Rate, Meta(description="Part of the requests met with a connection reset, 0..1.")] = 0.0
-    truncate_rate: Annotated[
-        Rate, Meta(description="Part of the answers cut by a reset, in the head as often as in the body, 0..1.")
-    ] = 0.0
-    garbage_rate: Annotated[
-        Rate, Meta(description="Part of the answers that are not HTTP, 0..1; the connection stays open.")
-    ] = 0.0
-    wrong_length_rate: Annotated[
-        Rate, Meta(description="Part of the answers that promise more than they send, 0..1.")
-    ] = 0.0
-    close_every: Annotated[Count, Meta(description="Close a connection after every n-th answer, saying so.")] = 0
-    silent_close: Annotated[Count, Meta(description="Close a connection after its n-th answer, not saying so.")] = 0
+    truncate_rate: Annotated[Rate, Meta(description="Part of the responses cut in half by a reset, 0..1.")] = 0.0
+    garbage_rate: Annotated[Rate, Meta(description="Part of the responses that are not HTTP, 0..1.")] = 0.0
+    wrong_length_rate: Annotated[Rate, Meta(description="Part of the responses that end too early, 0..1.")] = 0.0
+    close_every: Annotated[Count, Meta(description="Close a connection after every n-th response, saying so.")] = 0
+    silent_close: Annotated[Count, Meta(description="Close a connection after its n-th response, not saying so.")] = 0
     chunked: Annotated[bool, Meta(description="Answer with the chunked coding, in two writes.")] = False
-    interim: Annotated[bool, Meta(description="Send 100 Continue or 103 Early Hints before each answer.")] = False
+    interim: Annotated[bool, Meta(description="Send 100 Continue or 103 Early Hints before each response.")] = False
     unhealthy: Annotated[bool, Meta(description="GET /health answers 503.")] = False
     health_hang: Annotated[bool, Meta(description="GET /health is not answered.")] = False
     refuse: Annotated[bool, Meta(description="Refuse connections until told otherwise on the control port.")] = False
@@ -105,7 +93,7 @@ _HARMFUL = {f.name: f.default for f in msgspec.structs.fields(Options) if f.name
 
 
 class Fault(Enum):
-    """What happens instead of a whole answer; the value is the name under ``faults`` in the totals."""
+    """What happens instead of a whole response; the value is the name under ``faults`` in the totals."""
 
     HANG = "hang"
     RESET = "reset"
@@ -127,7 +115,7 @@ def draw_fault(options: Options, random: Random) -> Fault | None:
 
 
 def draw_status(options: Options, random: Random) -> int:
-    """Decide the status of the next answer."""
+    """Decide the status of the next response."""
     if options.status is not None:
         return options.status
     if options.failure_rate and random.random() < options.failure_rate:
@@ -136,7 +124,7 @@ def draw_status(options: Options, random: Random) -> int:
 
 
 def draw_delay(options: Options, random: Random) -> float:
-    """Decide how many seconds the next answer takes."""
+    """Decide how many seconds the next response takes."""
     if options.jitter:
         return options.latency + random.uniform(0, options.jitter)
     return options.latency

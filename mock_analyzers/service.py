@@ -59,16 +59,18 @@ async def _serve(settings: Settings) -> int:
     _allow_many_connections()
     log: LedgerFile | None = None
     analyzers: list[Analyzer] = []
-    desk = Listener(partial(Connection, None, Control(every=analyzers)), settings.host, settings.control_port)
+    control_listener = Listener(
+        partial(Connection, None, Control(every=analyzers)), settings.host, settings.control_port
+    )
     try:
         if settings.ledger is not None:
             log = LedgerFile(settings.ledger)
             log.start(loop)
         for name, port in zip(settings.ids, settings.ports, strict=True):
             analyzers.append(_start(name, port, settings, log))
-        desk.open()
+        control_listener.open()
         if not settings.quiet:
-            _announce(analyzers, desk)
+            _announce(analyzers, control_listener)
         gc.freeze()
         gc.set_threshold(_RARELY, 50, 50)
         await stop.wait()
@@ -76,7 +78,7 @@ async def _serve(settings: Settings) -> int:
         sys.stderr.write(f"mock_analyzers: cannot start: {error}\n")
         return CANNOT_START
     finally:
-        desk.close()
+        control_listener.close()
         for analyzer in analyzers:
             analyzer.stop()
         if log is not None:
@@ -95,11 +97,11 @@ def _start(name: str, port: int, settings: Settings, log: LedgerFile | None) -> 
     return analyzer
 
 
-def _announce(analyzers: Sequence[Analyzer], desk: Listener) -> None:
+def _announce(analyzers: Sequence[Analyzer], control_listener: Listener) -> None:
     for analyzer in analyzers:
         verb = "refuses" if analyzer.options.refuse else "listens on"
         sys.stdout.write(f"{analyzer.id} {verb} {analyzer.listener.origin}/analyze\n")
-    sys.stdout.write(f"control listens on {desk.origin}/control\n")
+    sys.stdout.write(f"control listens on {control_listener.origin}/control\n")
     sys.stdout.flush()
 
 

@@ -7,11 +7,11 @@ import pytest
 from fastdist.client.retry import Pauses
 
 
-def test_patience_starts_again_with_each_success():
+def test_patience_starts_again_with_a_success():
     """Trouble that is over does not count: a pause after hours of quiet is no reason to give up."""
     pauses = Pauses(10.0)
     assert pauses.begin(1.0) == pytest.approx(1, abs=0.1)
-    pauses._trouble_since -= 9.5
+    pauses._failing_since -= 9.5
     pauses._until = 0
     assert pauses.begin(1.0) is None
     pauses._until = 0

@@ -29,7 +29,7 @@ TICK = 0.011  # seconds in which a file system's clock goes on
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    for name in ("IDLE", "LOOK_AROUND", "ROTATION_PATIENCE"):
+    for name in ("IDLE", "LIST_EVERY", "ROTATION_PATIENCE"):
         monkeypatch.setattr(logfile, name, 0.0)
 
 
@@ -160,7 +160,7 @@ def test_whatever_happens_between_two_looks_every_line_is_sent(steps):
         if not has_births(folder):
             pytest.skip("the file system keeps no time of birth")
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for name in ("IDLE", "LOOK_AROUND", "ROTATION_PATIENCE"):
+        for name in ("IDLE", "LIST_EVERY", "ROTATION_PATIENCE"):
             patch.setattr(logfile, name, 0.0)
         world = World(Path(folder))
         for step in steps:

@@ -2,7 +2,7 @@
 
 The rules:
 
-1. A file is changed only under its lock; a worker that is writing to it is asked for it, and gives it up in a moment.
+1. A file is changed only under its lock; a worker that is writing to it is asked for it, and releases it at once.
 2. What was replayed is noted at once in the file's journal; the file itself is rewritten once, when all of it has been
    gone through. (Rewriting it every so often instead would write a file of 64 MiB many times over.)
 3. At every moment either the old file or the new one is there, whole.

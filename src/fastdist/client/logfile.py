@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from fastdist.client.packing import Packet, Recipe
 
 BLOCK = 1 << 18  # bytes that are read at once
-IDLE = 0.25  # seconds between looks at a log that is followed
+IDLE = 0.25  # seconds between reads of a log that is followed
 LINGER = 0.5  # seconds that lines of a stream wait for more to make a packet with
-LOOK_AROUND = 5.0  # seconds between looks at what lies beside a log that is followed
+LIST_EVERY = 5.0  # seconds between lists of what lies beside a log that is followed
 ROTATION_PATIENCE = 5.0  # seconds without a line before a renamed log is done with
 MAX_LEFT_IN_PIPE = 1 << 20  # bytes: the largest pipe an ordinary user may have
 
@@ -59,7 +59,7 @@ class Log:
         # What was read before that: the log may be truncated and written again meanwhile.
         self._read = os.pread(fd, min(self._at, TAIL), max(0, self._at - TAIL))
         self._siblings = set(position.siblings)
-        self._looked_at = -math.inf
+        self._listed_at = -math.inf
         self._stamp: tuple[int, ...] = ()  # of the folder, when the siblings were those
         self._moved_at: float | None = None
 
@@ -97,7 +97,7 @@ class Log:
 
     def packets(self, stopping: Callable[[], bool], *, follow: bool = False) -> Iterator[Packet | None]:
         """Yield packets; None when there is nothing more for now. Raises OSError."""
-        self.look_around()
+        self.list_siblings()
         yield from self._planned()
         packer = self._packer(self._recipe)
         while not stopping():
@@ -126,7 +126,7 @@ class Log:
         return Packer(recipe, self.position.identity, self._at, at_start=at_start, all_in_one=all_in_one)
 
     def _plan(self) -> Iterator[tuple[int, int]]:
-        """Yield end and cut of what was planned before; who noted no cuts had the limits that are set now."""
+        """Yield end and cut of what was planned before; an offset file without cuts had the limits that are set now."""
         planned, cuts = self.position.planned, self.position.cuts
         yield from zip(planned, cuts or [self._recipe.max_bytes] * len(planned), strict=True)
 
@@ -164,11 +164,11 @@ class Log:
             end = len(self._read) - (self._at - packet.end)
             yield packet._replace(tail=tail_digest(self._read[max(0, end - TAIL) : end]))
 
-    def look_around(self) -> None:
+    def list_siblings(self) -> None:
         """Note, while it has its name, what rotated logs there are: they are older. Raises OSError."""
-        if time.monotonic() < self._looked_at + LOOK_AROUND:
+        if time.monotonic() < self._listed_at + LIST_EVERY:
             return
-        self._looked_at = time.monotonic()
+        self._listed_at = time.monotonic()
         stamp = self._rotation.stamp()
         if stamp == self._stamp:
             return
@@ -189,7 +189,7 @@ class Log:
         if grown or self._has_name() is not False:  # perhaps it was renamed, and there is no new one yet
             self._moved_at = None
             if not grown:
-                self.look_around()
+                self.list_siblings()
             return ""
         self._moved_at = self._moved_at or time.monotonic()
         return "rotated" if time.monotonic() - self._moved_at >= ROTATION_PATIENCE else ""
@@ -346,7 +346,7 @@ class Trail:
 
     def _renamed(self, before: Position) -> Log | None:
         """Return the log that the position is about, whatever name it has now; None if it is gone."""
-        for _ in range(2):  # one look may miss what is renamed meanwhile
+        for _ in range(2):  # one list may miss what is renamed meanwhile
             for entry in self._rotation.entries():
                 if entry.inode() != before.inode or not entry.is_file(follow_symlinks=False):
                     continue
@@ -370,7 +370,7 @@ class Trail:
     def _log(self, name: str, fd: int, before: Position | None, *, known: bool) -> Log:
         """Return an open log: at the position before if it may be ``known`` and is that log, else at its beginning.
 
-        Where a log of this name was sent before, this one may be the same file with the same bytes in the same place.
+        Where a log of this name was sent before, this one may be the same file with the same bytes at the same offset.
         So that those are no repetitions, its identity gets a random part.
         """
         try:

@@ -1,16 +1,16 @@
-"""Offset files: how far a log has been sent, so that sending can go on there after anything, kill -9 included.
+"""Offset files: how far a log has been sent, so that sending can resume there after any end, kill -9 included.
 
 The rules:
 
 1. ``offset`` only covers what the distributor has accepted, without a gap.
-2. Behind it, ``planned`` names the ends of the packets that may be under way. It is written before they are sent. So
-   whoever goes on makes the same packets of the same bytes, under the same ids: analyzers can tell repetitions. How
-   each was cut stands in ``cuts``; one that was refused for good is not made again, its bytes are cut anew.
+2. Behind it, ``planned`` has the ends of the packets that may be in flight. It is written before they are sent. So the
+   next run makes the same packets of the same bytes, under the same ids: analyzers can tell repetitions. ``cuts`` has
+   how each was cut; one that was refused for good is not made again, its bytes are cut again.
 3. The file is written whole beside the old one, synced and renamed: at every moment there is an old or a new one.
    Where that cannot be (the file alone is mounted, the folder may not be written to), lines are appended, each with a
    checksum, and the last whole one counts.
 4. One process at a time: it is locked, and a replaced one is locked before it gets its name. Before each save it is
-   looked whether the name still is that file; if not, the name is taken again or, if it is another's, nothing written.
+   checked whether the name still is that file; if not, the name is taken again or, if it is another's, nothing written.
 5. It is about a log, not about a name: inode, time of birth, size and the bytes before the offset have to be those it
    has noted. A log that only looks like it would lose its beginning; one that is sent again only costs time.
 """
@@ -47,7 +47,7 @@ class InUseError(FastdistError):
 class Position(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
     """What an offset file says. ``identity`` is what packet ids of this log are made with.
 
-    ``cuts`` has for each planned packet the most bytes (``Recipe.max_bytes``) that it was cut with, 0 if it was
+    ``cuts`` has for each planned packet the ``Recipe.max_bytes`` that it was cut with, 0 if it was
     refused. ``birth`` (0: not known) and ``written``, when the log was last written to, are in ns. ``siblings`` are
     inode and birth of the rotated logs that lay beside it while it had its name: none of them is younger.
     """
@@ -71,7 +71,7 @@ class Position(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
 
     def is_about(self, fd: int) -> bool:
         """Return whether an open file has the inode and the birth of the log that this is about. Raises OSError."""
-        # Not the device: its number may change when the system starts anew.
+        # Not the device: its number may change when the system restarts.
         if os.fstat(fd).st_ino != self.inode:
             return False
         birth = birth_ns(fd)
@@ -101,7 +101,7 @@ class OffsetFile:
     """An offset file that is this process's alone until it is closed. ``position``: what it said when it was opened."""
 
     def __init__(self, path: Path) -> None:
-        """Open and lock it; it need not exist yet. Raises InUseError, ValueError for what is none, and OSError."""
+        """Open and lock it; it need not exist yet. Raises InUseError, OSError, ValueError for other files."""
         self.path = path
         self._in_place = False
         self._saved: Position | None = None  # by this process

@@ -8,8 +8,8 @@ The rules:
 2. A JSON object that is a log message travels on byte for byte, and only then: a line never makes a packet that the
    schema refuses, nor more than one message.
 3. Only empty lines are left out; they are counted.
-4. Which lines make a packet depends on the lines alone, and so does its id: made from the log's identity, the place in
-   it and the bytes. Whoever sends the same part of a log again does so under the same id.
+4. Which lines make a packet depends on the lines alone, and so does its id: made from the log's identity, the offsets
+   and the bytes. The same part of a log that is sent again has the same id.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Format(StrEnum):
-    """What lines are taken for: ``auto`` sees for each whether it is a JSON object."""
+    """What lines are: ``auto`` looks at each whether it is a JSON object."""
 
     AUTO = "auto"
     TEXT = "text"
@@ -218,7 +218,7 @@ class Packer:
 
     @property
     def empty(self) -> bool:
-        """Whether no line is waiting for a packet to be completed."""
+        """Whether no line is waiting for its packet to be complete."""
         return self._offset < 0
 
     @property
@@ -272,7 +272,7 @@ class Packer:
         )
 
     def _id(self) -> str:
-        """Return an id: 24 hexadecimal digits of a digest, and the offset for those who look for it in the log."""
-        place = f"{self._identity}\0{self._encoder.style.emitter}\0{self._offset}\0{self._end}\0".encode()
-        digest = hashlib.blake2b(place + b"\n".join(self._raw), digest_size=12).hexdigest()
+        """Return an id: 24 hexadecimal digits of a digest, and the offset, to find it in the log."""
+        where = f"{self._identity}\0{self._encoder.style.emitter}\0{self._offset}\0{self._end}\0".encode()
+        digest = hashlib.blake2b(where + b"\n".join(self._raw), digest_size=12).hexdigest()
         return f"{digest}-{self._offset}"

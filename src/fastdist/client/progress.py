@@ -51,9 +51,8 @@ class View:
             self._told = why
             self.note(f"the distributor {why}; trying again")
 
-    @property
-    def line_due(self) -> bool:
-        """Whether it is time for a line that stands for the bar; asking puts off the next one."""
+    def take_line(self) -> bool:
+        """Return whether it is time for a line that stands for the bar; if so, the next one is due later."""
         if not self.bar.disable or self._quiet or time.monotonic() < self._next_line:
             return False
         self._next_line = time.monotonic() + LINE_EVERY
@@ -85,7 +84,7 @@ class ReplayView(View):
         """Count one more."""
         self._settled += 1
         self.bar.advance(self._task)
-        if self.line_due:
+        if self.take_line():
             self.note(f"{self._settled} of {self._total}")
 
     def refused(self, letter: Letter, response: Response) -> None:

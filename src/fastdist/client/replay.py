@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,7 +30,6 @@ from fastdist.storage.dead_letters import journal_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from concurrent.futures import Future
 
     from fastdist.client.connection import Response, Target
     from fastdist.client.progress import ReplayView
@@ -79,13 +79,12 @@ class Replay(retry.Run):
         self.view.begin(self._room)
         opened = [Connection(self.target) for _ in range(connections)]
         try:
-            with ThreadPoolExecutor(connections) as pool:
-                for found in self.files:
-                    if self.halt.is_set():
-                        break
-                    if self._room > 0 or journal_of(found.path).exists():  # that of one that could not finish
-                        self._replay_file(found, pool, opened)
-                        self._rewrite_files()
+            for found in self.files:
+                if self.halt.is_set():
+                    break
+                if self._room > 0 or journal_of(found.path).exists():  # that of one that could not finish
+                    self._replay_file(found, opened)
+                    self._rewrite_files()
         except KeyboardInterrupt:
             self.end("interrupted")
         finally:
@@ -94,21 +93,19 @@ class Replay(retry.Run):
             self._rewrite_files(all_of_them=True)
         return self.summary
 
-    def _replay_file(self, found: Found, pool: ThreadPoolExecutor, connections: list[Connection]) -> None:
+    def _replay_file(self, found: Found, connections: list[Connection]) -> None:
         held = HeldFile.hold_or_skip(found.path, self.view.note)
         if held is None:
             return
         lines = ((line, line.letter) for line in held.lines(found.size) if line.letter and line in self.selection)
-        works: list[Future[None]] = []
         try:
-            works += (pool.submit(self._work, connection, held, lines) for connection in connections)
-            for work in works:
-                work.result()
-        except BaseException:  # Ctrl-C, or a fault in a thread: the others are to end as well
-            self.halt.set()
-            raise
+            with ThreadPoolExecutor(len(connections)) as pool:
+                try:
+                    list(pool.map(self._work, connections, repeat(held), repeat(lines)))
+                except BaseException:  # Ctrl-C, or a fault in a thread: the others are to end as well
+                    self.halt.set()
+                    raise
         finally:
-            wait(works)
             self._done.append((time.monotonic() + (self._time_to_sync() if held.has_replayed else 0.0), held))
 
     # ---- files whose dead letters were accepted

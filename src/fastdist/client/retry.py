@@ -44,13 +44,13 @@ class Summary(msgspec.Struct, kw_only=True):
 class Pauses:
     """When to leave a distributor alone, for all connections together. Not for two threads at once, but for ``left``.
 
-    One pause begins at a time: what the other connections meet meanwhile is the same trouble.
+    One pause begins at a time: what the other connections meet meanwhile has the same cause.
     """
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
-        self._row = 0  # pauses without a success in between
-        self._trouble_since = 0.0  # time.monotonic(); counts while there is a row
+        self._in_a_row = 0  # pauses without a success in between
+        self._failing_since = 0.0  # time.monotonic(); while there are any
         self._until = 0.0
 
     def left(self) -> float:
@@ -62,17 +62,17 @@ class Pauses:
         """Begin a pause, as long as was asked for; return its seconds, or None when patience would be over by then."""
         now = time.monotonic()
         if now >= self._until:
-            self._trouble_since = self._trouble_since if self._row else now
-            self._row += 1
-            longest = min(MAX_PAUSE, MIN_PAUSE * 2 ** min(self._row - 1, 20))
+            self._failing_since = self._failing_since if self._in_a_row else now
+            self._in_a_row += 1
+            longest = min(MAX_PAUSE, MIN_PAUSE * 2 ** min(self._in_a_row - 1, 20))
             self._until = now if asked is not None else now + random.uniform(longest / 2, longest)  # noqa: S311
         if asked is not None:
             self._until = max(self._until, now + max(asked, MIN_PAUSE))
-        return None if self._until - self._trouble_since > self._patience else self._until - now
+        return None if self._until - self._failing_since > self._patience else self._until - now
 
     def end(self) -> None:
         """Note a success."""
-        self._row = 0
+        self._in_a_row = 0
 
 
 def _advice(status: int) -> str:
@@ -88,8 +88,8 @@ class Run:
     """Posts packets over several connections, each in a thread, until they are accepted or the run ends.
 
     ``waiting`` is called with the reason for a pause and its seconds. ``max_failures``: attempts at a packet without a
-    response, after which the run is given up before ``patience`` ends. ``lock`` (reentrant) is held
-    for what is shown, and for all that the threads share.
+    response, after which the run is given up before ``patience`` ends. ``lock`` (reentrant) is held for what is shown,
+    and for all that the threads share.
     """
 
     summary: Summary
@@ -138,7 +138,7 @@ class Run:
         return None
 
     def _pause(self, why: str, asked: float | None, *, give_up: bool = False) -> None:
-        """Pause all connections; end the run when it has been in trouble for too long."""
+        """Pause all connections; end the run when it has lasted for too long."""
         with self.lock:
             seconds = self._pauses.begin(asked)
             if give_up or seconds is None:

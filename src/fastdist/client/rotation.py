@@ -2,12 +2,12 @@
 
 The rules:
 
-1. A log that was rotated is followed by the next of the chain, not by what has the name now: there may be several.
+1. After a log that was rotated comes the next of the chain, not what has the name now: there may be several.
 2. What lay beside a log while it had the name is older than it, or a copy. So the younger ones are those that were not
    there then; the time of birth says in what order they came. The one that has the name is the last.
 3. A file is known by inode and time of birth, whatever it is called now. Where the file system has no time of birth,
    the younger ones are those that were written to later.
-4. What is compressed cannot be sent; it is told of.
+4. What is compressed cannot be sent; it is reported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2", ".lz4", ".Z")
 MARK = r"[.\-_](?:\d[\d.:_TZ+-]*|old|bak|prev)"  # of a rotation: a number, a time
-LOOKS = 20  # at a folder that changes all the while
+MAX_LISTS = 20  # of a folder that changes all the while
 SECOND = 1_000_000_000  # ns
 
 
@@ -47,12 +47,12 @@ class File(NamedTuple):
 
     @property
     def compressed(self) -> bool:
-        """Whether it has to be unpacked before anybody can read its lines."""
+        """Whether its lines can only be read after unpacking it."""
         return self.path.name.endswith(COMPRESSED)
 
     @property
     def order(self) -> int:
-        """Its place among those that were written one after another."""
+        """What sorts files by when they were written."""
         return self.birth or self.written
 
 
@@ -96,10 +96,10 @@ class Rotation:
     def rotated(self) -> list[File]:
         """Return the rotated logs.
 
-        It is looked until two looks are alike: one alone may miss what is renamed meanwhile.
+        The folder is listed until two lists are equal: one alone may miss what is renamed meanwhile.
         """
         files = self._look()
-        for _ in range(LOOKS):
+        for _ in range(MAX_LISTS):
             before, files = files, self._look()
             if {(file.path, file.key) for file in before} == {(file.path, file.key) for file in files}:
                 break

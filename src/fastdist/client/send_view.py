@@ -98,7 +98,7 @@ class SendView(View):
         self._told = ""
         total = self._total()
         self.bar.update(self._task, completed=self._done, total=total, messages=self._messages, state="")
-        if self.line_due:
+        if self.take_line():
             of = f" of {size_text(total)} ({self._done / total:.0%})" if total else ""
             self.note(f"{plural(self._messages, 'message')}, {size_text(self._done)}{of}")
 

@@ -1,6 +1,6 @@
-"""The bytes of answers, built once and kept: an analyzer says the same few things over and over.
+"""The bytes of responses, built once and kept: an analyzer says the same few things over and over.
 
-An ``Answer`` keeps head and body apart because the faults cut between and inside them.
+An ``Response`` keeps head and body apart because the faults cut between and inside them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PAUSING = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILAB
 _MISSING = 10  # bytes that a wrong Content-Length promises beyond the body
 
 
-class Answer(NamedTuple):
-    """A whole answer as it goes over the wire."""
+class Response(NamedTuple):
+    """A whole response as it goes over the wire."""
 
     head: bytes
     body: bytes
@@ -48,19 +48,19 @@ def _head(status: int, *fields: bytes, close: bool) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def content(status: int, body: bytes, kind: bytes = _JSON, *, close: bool = False) -> Answer:
-    """Return an answer with any body."""
+def content(status: int, body: bytes, kind: bytes = _JSON, *, close: bool = False) -> Response:
+    """Return a response with any body."""
     fields = (b"Content-Type: " + kind, b"Content-Length: %d" % len(body))
-    return Answer(_head(status, *fields, close=close), body)
+    return Response(_head(status, *fields, close=close), body)
 
 
-def json(status: int, value: object, *, close: bool = False) -> Answer:
-    """Return an answer with a JSON body."""
+def json(status: int, value: object, *, close: bool = False) -> Response:
+    """Return a response with a JSON body."""
     return content(status, orjson.dumps(value), close=close)
 
 
 def stream_head(kind: bytes = _JSON) -> bytes:
-    """Return the head of a long answer that comes in chunks and ends its connection."""
+    """Return the head of a long response that comes in chunks and ends its connection."""
     return _head(200, b"Content-Type: " + kind, b"Transfer-Encoding: chunked", close=True)
 
 
@@ -77,15 +77,15 @@ def verdict(
     close: bool = False,
     chunked: bool = False,
     short: bool = False,
-) -> Answer:
-    """Return an analyzer's answer to a packet; ``short`` promises more bytes than there are."""
+) -> Response:
+    """Return an analyzer's response to a packet; ``short`` promises more bytes than there are."""
     fields: list[bytes] = []
     if retry_after is not None and status in _PAUSING:
         fields.append(b"Retry-After: %d" % math.ceil(retry_after))
     if 300 <= status < 400:  # noqa: PLR2004 - redirects lead somewhere
         fields.append(b"Location: /elsewhere")
     if status in _BODILESS:
-        return Answer(_head(status, *fields, close=close), b"")
+        return Response(_head(status, *fields, close=close), b"")
     body = b'{"status":"ok"}' if is_success(status) else b'{"status":"error","code":%d}' % status
     fields.append(b"Content-Type: " + _JSON)
     if short:
@@ -96,4 +96,4 @@ def verdict(
         body = chunk(body[:half]) + chunk(body[half:]) + chunk(b"")
     else:
         fields.append(b"Content-Length: %d" % len(body))
-    return Answer(_head(status, *fields, close=close), body)
+    return Response(_head(status, *fields, close=close), body)
