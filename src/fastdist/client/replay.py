@@ -16,6 +16,7 @@ import math
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from http.client import HTTPException
 from itertools import repeat
 from typing import TYPE_CHECKING
@@ -68,7 +69,6 @@ class Replay(retry.Run):
         self._room = 0  # dead letters that may still be sent
         self._told_to_keep = False
         self._done: deque[tuple[float, HeldFile]] = deque()  # to be rewritten after that moment (time.monotonic())
-        self._sync_time: float | None = None  # see ``_time_to_sync``
 
     def run(self, connections: int, limit: int | None = None) -> Summary:
         """Replay over this many connections, ``limit`` dead letters at most. Raises OSError for unreadable files."""
@@ -106,7 +106,7 @@ class Replay(retry.Run):
                     self.halt.set()
                     raise
         finally:
-            self._done.append((time.monotonic() + (self._time_to_sync() if held.has_replayed else 0.0), held))
+            self._done.append((time.monotonic() + (self._time_to_sync if held.has_replayed else 0.0), held))
 
     # ---- files whose dead letters were accepted
 
@@ -122,23 +122,22 @@ class Replay(retry.Run):
                         what = f"cannot rewrite {held.path}: {error.strerror}"
                         self.end(f"{what}; what was replayed is noted next to it")
 
+    @cached_property
     def _time_to_sync(self) -> float:
-        """Return the seconds after which the distributor has synced what it has accepted.
+        """The seconds after which the distributor has synced what it has accepted.
 
         That is one interval until the sync begins, and one that it may take. 0: it syncs before it accepts, or never;
         infinite: that is too long to wait for.
         """
-        if self._sync_time is None:
-            state = self._ask("/queue")
-            interval = state.sync_interval_seconds if state.durability == "disk" else 0.0
-            self._sync_time = 2 * interval if interval <= MAX_INTERVAL else math.inf
-        return self._sync_time
+        state = self._ask("/queue")
+        interval = state.sync_interval_seconds if state.durability == "disk" else 0.0
+        return 2 * interval if interval <= MAX_INTERVAL else math.inf
 
     def _is_synced(self, moment: float) -> bool:
         """Wait until then; say whether the distributor has synced what it has accepted, as far as that can be told."""
         why = f"the distributor syncs its queue less often than every {MAX_INTERVAL:g} s"
         if moment < math.inf:
-            if self._time_to_sync() == 0.0:
+            if self._time_to_sync == 0.0:
                 return True
             time.sleep(max(0.0, moment - time.monotonic()))
             if self._ask("/health").storage == "ok":
