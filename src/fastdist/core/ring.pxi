@@ -130,7 +130,19 @@ def round_capacity(int64_t capacity):
 
 
 class RingError(Exception):
-    """The file is no ring, or one of a format this version cannot read; the text says which."""
+    """The file is no ring, or one that cannot be opened as it is; the text says why."""
+
+
+class CutShortError(RingError):
+    """The header is sound and speaks of ``capacity`` bytes, which the file does not have."""
+
+    def __init__(self, capacity):
+        super().__init__(f"the file is shorter than the {capacity} bytes its header speaks of")
+        self.capacity = capacity
+
+
+class NewerFormatError(RingError):
+    """A newer version has written the file, and only that can read it."""
 
 
 @cython.final
@@ -216,7 +228,7 @@ cdef class PacketRing:
         cdef unsigned char *base
         cdef int half
         if os.fstat(fd).st_size < HEADER_BYTES + capacity:
-            raise RingError(f"the file is shorter than the {capacity} bytes its header speaks of")
+            raise CutShortError(capacity)
         base = <unsigned char *>mmap(NULL, 2 * capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if base == <unsigned char *>MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
@@ -272,7 +284,7 @@ cdef class PacketRing:
                     self.head, self.tail, self.next_sequence = copy.head, copy.tail, copy.next_sequence
                 header = copy
         if newer:  # though it be one copy: a newer version may have been killed while it changed them
-            raise RingError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
+            raise NewerFormatError(f"written in format {newer} by a newer version; this one reads format {FORMAT}")
         if header == NULL:
             raise RingError("no intact ring header")
         if header.capacity != round_capacity(header.capacity):

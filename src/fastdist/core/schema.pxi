@@ -585,7 +585,6 @@ cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts
     while is_space(end[0]) and end - p >= SHORTEST:
         end -= 1
     if end[0] != c'}':
-        facts.reached = end
         return False
     p = skip_space(p)
     if p[0] != c'{':
@@ -661,14 +660,15 @@ def malformed(bytes body not None):
 
 
 def locate(bytes body not None, bint strict=False):
-    """Of JSON that is no log packet: ``(byte, message, seen)``.
+    """Of JSON that is no log packet: ``(byte, message, seen)``; None if it is one.
 
     What begins at ``byte`` is at fault: a message (its number; else None), a member of the packet, or the packet's end
-    where a member is missing. ``seen``: the known members that came before it.
+    where a member is missing; 0: the body is no object. ``seen``: the known members that came before it.
     """
     cdef PacketFacts facts
     cdef const unsigned char *start = <const unsigned char *>PyBytes_AS_STRING(body)
-    scan_packet(start, PyBytes_GET_SIZE(body), strict, &facts)
+    if scan_packet(start, PyBytes_GET_SIZE(body), strict, &facts):
+        return None
     seen = [name for bit, name in ((EMITTER_ID, "emitterId"), (MESSAGES, "messages"), (METADATA, "metadata"))
             if facts.seen & bit]
     return facts.reached - start, facts.messages if facts.in_messages else None, seen

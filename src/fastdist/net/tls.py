@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Of TLS 1.2; those of 1.3 are all like these: a new key for each connection, and authenticated encryption.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"}  # as OpenSSL calls its errors
 VERSION = 0xA0  # the tag of a certificate's first field, which very old ones do not have
 UTC_TIME = 0x17  # the tag of a date whose year has two digits
 
@@ -89,7 +90,7 @@ def _fault(pair: Pair, security: Security, error: Exception) -> str:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certificate)
     except ssl.SSLError:
         return f"security.tls_cert: {security.tls_cert} holds no certificate in PEM form"
-    if "mismatch" in str(error).lower():
+    if isinstance(error, ssl.SSLError) and error.reason in MISMATCHES:
         return f"security.tls_key: {security.tls_key} is not the key of the certificate in {security.tls_cert}"
     return (
         f"security.tls_key: {security.tls_key} holds no private key in PEM form that is not encrypted, "
