@@ -109,7 +109,7 @@ class Way:
         self.request, self.loop, self.ring = post(messages), Loop(), memory_ring()
         self.block = SharedBlock.create(1, analyzers)
         os.close(self.block.fd)
-        self.counters, shared_emitters = self.block.rows[0], Emitters(SimpleNamespace())
+        self.counters = self.block.rows[0]
         with mock.patch.object(dispatch, "AnalyzerPool", Pool):
             self.dispatcher = Dispatcher(
                 self.loop,
@@ -118,7 +118,7 @@ class Way:
                 config,
                 counters=self.counters,
                 dead_letters=SimpleNamespace(),
-                settled=shared_emitters.settled,
+                settled=lambda *_: None,
                 poller=None,
             )
             self.dispatcher.set_roster(self._roster(analyzers))
@@ -131,7 +131,7 @@ class Way:
         intake = Intake(self.ring, self.counters, limiter, config.server, packets.check, schedule, None)
         intake.slice_ns = intake.loop_ns = 10**18  # there is no event loop that would go on in its next turn
         intake.go_on()
-        shared_emitters.intake = intake
+        shared_emitters = Emitters(SimpleNamespace(), intake, lambda *_: None)
         shared_emitters.configure((), ())
         self.emitters = [IngestProtocol(intake, shared_emitters) for _ in range(emitters)]
         answered: deque[object] = deque(maxlen=1)

@@ -6,12 +6,14 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from typing import TYPE_CHECKING, cast
 
 import orjson
 import structlog
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
     from typing import TextIO
 
 
@@ -59,6 +61,22 @@ def configure(**context: object) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(**context)
+
+
+class Throttle:
+    """Lets what is told again and again through once in so many seconds, each kind of it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next: dict[Hashable, float] = {}  # kind -> time.monotonic()
+
+    def allow(self, kind: Hashable = None) -> bool:
+        """Whether it is time to tell of this kind."""
+        now = time.monotonic()
+        if now < self._next.get(kind, 0.0):
+            return False
+        self._next[kind] = now + self._seconds
+        return True
 
 
 def get() -> structlog.typing.FilteringBoundLogger:

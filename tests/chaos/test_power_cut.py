@@ -153,8 +153,13 @@ class PowerCuts(RuleBasedStateMachine):
 
     def begin_writing(self) -> None:
         """Begin as a new process does."""
-        self.writer = DeadLetterWriter(self.letters, self.counters, lambda _ring, _sequence: None)  # type: ignore[arg-type]
-        self.writer.sync_with(lambda work, done: self.letter_syncs.append((work, done)), 0.0 if self.waits else 3600.0)
+        self.writer = DeadLetterWriter(
+            self.letters,
+            self.counters,  # type: ignore[arg-type]
+            lambda _ring, _sequence: None,
+            lambda work, done: self.letter_syncs.append((work, done)),
+            0.0 if self.waits else 3600.0,
+        )
         self.letter_syncs: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
         self.refused: dict[int, str] = {}  # handles that were given to the writer
 

@@ -499,7 +499,7 @@ class Bench(Site):
 
     def account(self):
         """End everything, and find every packet that is not done in the ring, once."""
-        self.dispatcher.close()
+        self.dispatcher.stop()
         for pool in self.pools:
             pool.release_waiting()
         self.dispatcher.give_back()
@@ -628,7 +628,7 @@ class World(Site):
 
     async def __aexit__(self, *_error):
         self._ticking.cancel()
-        self.dispatcher.close()
+        self.dispatcher.stop()
         for server in self.servers.values():
             if not isinstance(server, str):
                 server.stop()

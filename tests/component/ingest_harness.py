@@ -430,7 +430,6 @@ class Service:
         limiter = self.block.limiter()
         limiter.configure(*(float(value) for value in (getattr(self.config.limits, name) for name in LIMITS)))
         self.accepts = self.syncs_wanted = 0
-        self.emitters = Emitters(Api(lambda: Snapshot(self.block, self.config, self.roster, "1.2.3", at=0)))
         self.intake = Intake(
             self.ring,
             self.counters,
@@ -440,7 +439,8 @@ class Service:
             self._accepted,
             self._sync_wanted if fsync else None,
         )
-        self.emitters.intake = self.intake
+        api = Api(lambda: Snapshot(self.block, self.config, self.roster, "1.2.3", at=0))
+        self.emitters = Emitters(api, self.intake, lambda _action, _done: None)
         self.turns: deque[Callable[[], None]] = deque()  # what the event loop is to call in its next turn
         self.intake.later = self.turns.append
         self.budget(10**18, 10**18)

@@ -75,7 +75,6 @@ def test_who_is_gone_waits_for_no_sync_that_hangs(lines):
 
 def test_who_is_gone_waits_for_no_change_that_hangs():
     service = Service()
-    service.emitters.carry_out = lambda _action, _done: None
     connection = service.connect("127.0.0.1").send(head("POST /admin/reload"))
     connection.end()
     connection.wait(4.9)
@@ -92,7 +91,6 @@ def test_who_is_gone_waits_for_no_change_that_hangs():
 def test_no_answer_is_waited_for_without_end(fsync, asked):
     """Beyond what an emitter has asked for it is minutes, in which a disk or the supervisor should have spoken."""
     service = Service(fsync=fsync)
-    service.emitters.carry_out = lambda _action, _done: None
     with service.timers():
         connection = service.connect("127.0.0.1").send(
             post(BODY, *([f"Prefer: wait={asked}"] if asked else [])), head("POST /admin/reload")

@@ -14,7 +14,7 @@ import pytest
 from fastdist import ipc
 from fastdist.shm.block import SharedBlock, WorkerWord
 from fastdist.supervisor import processes
-from fastdist.supervisor.processes import FALSE_STARTS, HANG, READ_RATE, START, Keeper, Place
+from fastdist.supervisor.processes import FALSE_STARTS, HANG, READ_RATE, START, Keeper, WorkerSlot
 
 SECONDS = 60.0
 LARGE = int(START) * READ_RATE  # bytes of a ring that takes as long to read as a worker has anyway
@@ -39,7 +39,7 @@ class Worker:
 
 
 class Bench:
-    """A keeper with one place, whose next connections and processes fail with what stands in the lists."""
+    """A keeper with one slot, whose next connections and processes fail with what stands in the lists."""
 
     def __init__(self, monkeypatch):
         self.workers: list[Worker] = []
@@ -49,8 +49,10 @@ class Bench:
         self.hopeless = 0
         self.started = asyncio.Event()
         self.keeper = Keeper(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None, self._give_up)
-        self.place = Place(0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), [])
-        self.keeper.places.append(self.place)
+        self.slot = WorkerSlot(
+            self.keeper.block, 0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), []
+        )
+        self.keeper.slots.append(self.slot)
         connect = ipc.connect
 
         async def connect_or_fail(sock):
@@ -76,8 +78,8 @@ class Bench:
         self.keeper.stop(0.0)
 
     async def run_until(self, event):
-        """Keep the place until ``event`` is set, then stop."""
-        keeping = asyncio.ensure_future(self.keeper.keep(self.place))
+        """Keep the slot until ``event`` is set, then stop."""
+        keeping = asyncio.ensure_future(self.keeper.keep(self.slot))
         await asyncio.wait_for(event.wait(), SECONDS)
         self.keeper.stop(0.0)
         await asyncio.wait_for(keeping, SECONDS)
@@ -112,7 +114,7 @@ def test_no_two_processes_ever_have_one_ring(under):
 def test_a_service_that_gets_no_process_for_its_workers_ends(under):
     async def scenario(bench):
         bench.spawn_failures = [OSError(errno.E2BIG, "Argument list too long")] * 100
-        await asyncio.wait_for(bench.keeper.keep(bench.place), SECONDS)
+        await asyncio.wait_for(bench.keeper.keep(bench.slot), SECONDS)
         assert bench.hopeless == 1
         assert len(bench.alive_before) == FALSE_STARTS
 
@@ -121,7 +123,7 @@ def test_a_service_that_gets_no_process_for_its_workers_ends(under):
 
 def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under):
     async def scenario(bench):
-        bench.place.ever_ready = True
+        bench.slot.ever_ready = True
         bench.spawn_failures = [OSError(errno.EAGAIN, "no process")] * (2 * FALSE_STARTS)
         await bench.run_until(bench.started)
         assert bench.hopeless == 0
@@ -133,7 +135,7 @@ def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under)
 def test_a_worker_is_measured_from_its_start(under):
     async def scenario(bench):
         words = bench.keeper.block.worker(0)
-        keeping = asyncio.ensure_future(bench.keeper.keep(bench.place))
+        keeping = asyncio.ensure_future(bench.keeper.keep(bench.slot))
         async with asyncio.timeout(SECONDS):
             while not words[WorkerWord.RSS]:  # noqa: ASYNC110  (nobody calls ``measure``)
                 await asyncio.sleep(0.001)
@@ -151,7 +153,7 @@ def test_the_first_figures_are_over_a_workers_life():
             return SimpleNamespace(user=self.used / 2, system=self.used / 2)
 
     process = Process()
-    probe = processes._Probe(process, 100.0)
+    probe = processes._Usage(process, 100.0)
     for at, used, permille in [
         (100.2, 0.1, 500),
         (100.4, 0.2, 500),  # too soon to forget what was before
@@ -175,15 +177,15 @@ def test_how_long_a_worker_may_give_no_sign(under, ready, ring, limit, signs):
     async def scenario(bench):
         file = os.memfd_create("ring")
         os.truncate(file, ring)  # sparse
-        place = Place(0, bench.place.listener, file, [])
-        bench.keeper.places[:] = [place]
-        place.process, place.ready = Worker(), ready
+        slot = WorkerSlot(bench.keeper.block, 0, bench.slot.listener, file, [])
+        bench.keeper.slots[:] = [slot]
+        slot.process, slot.ready = Worker(), ready
         for silent, alive in ((0.8 * limit, True), (1.2 * limit, False)):
             now = time.monotonic()
-            place.started = now - (100 * START if signs else silent)
+            slot.started = now - (100 * START if signs else silent)
             bench.keeper.block.worker(0)[WorkerWord.HEARTBEAT_NS] = int((now - silent) * 1e9) if signs else 0
             bench.keeper.replace_hanging()
-            assert place.alive is alive
+            assert slot.alive is alive
 
     under(scenario)
 
@@ -194,8 +196,8 @@ def test_a_pause_of_the_whole_makes_no_worker_hang(under, monkeypatch):
     async def scenario(bench):
         clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
         monkeypatch.setattr(processes, "time", clock)
-        place = bench.place
-        place.process, place.ready = Worker(), True
+        slot = bench.slot
+        slot.process, slot.ready = Worker(), True
 
         def look(seconds):
             """Let time pass in which the supervisor looks as often as it does."""
@@ -208,8 +210,8 @@ def test_a_pause_of_the_whole_makes_no_worker_hang(under, monkeypatch):
         look(0.5 * HANG)
         clock.now += 3600.0
         look(0.8 * HANG)
-        assert place.alive
+        assert slot.alive
         look(0.4 * HANG)
-        assert not place.alive
+        assert not slot.alive
 
     under(scenario)

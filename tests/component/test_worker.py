@@ -39,7 +39,7 @@ def build(tmp_path):
         assignment = Assignment(
             index=0, shared=block.fd, listener=-1, ring=ring, control=-1, settings=settings, old_rings={}
         )
-        worker = Worker(assignment, asyncio.get_running_loop())
+        worker = Worker(assignment, asyncio.get_running_loop(), SimpleNamespace(is_closing=lambda: True))
         worker._server = SimpleNamespace(finish=lambda: None, close=lambda: None, busy=False)
         return worker
 

@@ -185,7 +185,9 @@ def test_a_deleted_lock_lets_no_second_service_in(mocks, serve, run, tmp_path):
     assert verify.wait() == 3
     assert who in verify.output
     os.kill(fastdist.worker_pids()[0], signal.SIGKILL)  # its successor gets the new lock
-    wait_until(lambda: "a worker ended" in fastdist.output and len(set(fastdist.worker_pids())) == 2, "a successor")
+    wait_until(
+        lambda: "worker exited, restarting" in fastdist.output and len(set(fastdist.worker_pids())) == 2, "a successor"
+    )
     fastdist.wait_at_rest()
     assert fastdist.stop() == 0
     compare(emitter, mocks)

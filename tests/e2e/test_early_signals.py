@@ -107,7 +107,7 @@ def test_a_signal_ends_a_start_that_waits_for_its_queue(run, config, tmp_path):
 def test_a_worker_that_starts_outlives_a_signal_to_the_group(run, config, at_import, number):
     fastdist = run(*SERVE, config, **at_import(number, "asyncio", "fastdist.worker.main"))
     port_of(fastdist)
-    assert "a worker ended" not in fastdist.output
+    assert "worker exited, restarting" not in fastdist.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
@@ -131,7 +131,7 @@ def test_process_1_reaps_what_others_have_left_behind(run, config):
     wait_until(lambda: {child.pid for child in first.children()} == workers, "only workers are left")
     victim = min(workers)
     os.kill(victim, signal.SIGKILL)  # its end is still the keeper's to see
-    fastdist.line_with("a worker ended and is replaced")
+    fastdist.line_with("worker exited, restarting")
     wait_until(lambda: get_json(port, "/health")["workers"]["running"] == 2, "a successor runs")
 
 

@@ -268,7 +268,7 @@ def test_packets_of_a_worker_that_is_down_at_the_end_are_not_forgotten(mocks, se
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda victim=victim: fastdist.worker_pids()[0] != victim, "a successor")
     os.kill(fastdist.worker_pids()[0], signal.SIGKILL)
-    wait_until(lambda: fastdist.output.count("a worker ended") == 5, "the supervisor has noticed")
+    wait_until(lambda: fastdist.output.count("worker exited, restarting") == 5, "the supervisor has noticed")
     assert fastdist.stop() == 0
     assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
 

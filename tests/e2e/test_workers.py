@@ -149,7 +149,7 @@ def test_a_worker_that_hangs_is_replaced(mocks, serve):
     emitter = Emitter(fastdist.port, connections=16).start().wait_for(200)
     os.kill(victim, signal.SIGSTOP)
     stopped = time.monotonic()
-    fastdist.line_with("hangs and is killed", 40)
+    fastdist.line_with("worker hung, sending SIGKILL", 40)
     assert time.monotonic() - stopped > 5, "that is no hang yet"
     emitter.wait_for(200)
     wait_for_successor(fastdist, victim)
@@ -214,7 +214,7 @@ def test_a_worker_that_dies_again_and_again_is_replaced_with_back_off(mocks, ser
         victim = fastdist.worker_pids()[0]
         os.kill(victim, signal.SIGKILL)
         wait_for_successor(fastdist, victim, workers=1)
-    delays = [json.loads(line)["delay"] for line in fastdist.lines if "a worker ended" in line]
+    delays = [json.loads(line)["delay"] for line in fastdist.lines if "worker exited, restarting" in line]
     assert len(delays) == 4
     assert delays == sorted(delays)
     assert 0.1 <= delays[-1] <= 5

@@ -33,10 +33,14 @@ class Site:
         self.counters = block.rows[0]
         self.files = DeadLetters(folder, "w0")
         self.gone = []
-        self.writer = DeadLetterWriter(self.files, self.counters, lambda _ring, sequence: self.gone.append(sequence))
+        self.writer = DeadLetterWriter(
+            self.files,
+            self.counters,
+            lambda _ring, sequence: self.gone.append(sequence),
+            self._run if syncs else None,
+            delay,
+        )
         self.syncs = []
-        if syncs:
-            self.writer.sync_with(self._run, delay)
         self.pushed = 0
 
     def _run(self, work, done):

@@ -79,7 +79,15 @@ def statuses_in_python(source: str):
 
 def statuses_in_the_code():
     found = {}
-    for module in ("http/api", "http/admin", "worker/ingest", "worker/main", "supervisor/main", "supervisor/reload"):
+    for module in (
+        "http/api",
+        "http/admin",
+        "worker/ingest",
+        "worker/main",
+        "worker/admin",
+        "supervisor/main",
+        "supervisor/reload",
+    ):
         for status in statuses_in_python((SOURCES / f"{module}.py").read_text()):
             found.setdefault(status, module)
     for part in ("ingest", "http"):

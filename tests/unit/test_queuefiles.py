@@ -14,9 +14,11 @@ from support import wait_until
 
 from fastdist._core import PacketRing, file_size
 from fastdist.errors import StartError
-from fastdist.storage import directory, locks
-from fastdist.storage.directory import Adoption, OldRing, QueueFolder, RingNames, ring_path
+from fastdist.storage import directory, files, locks
+from fastdist.storage.directory import OldRing, QueueFolder, ring_path
 from fastdist.storage.inspect import InUseError, look
+from fastdist.worker.migrate import Migration
+from fastdist.worker.queue import RingNames
 
 CAPACITY = 3 << 20
 LOCKS_AND_SLEEPS = """
@@ -206,8 +208,7 @@ def test_a_ring_that_loses_its_name_is_told_of(tmp_path, how):
     folder = tmp_path / "queue"
     _, (fd,) = opened(folder)
     path = ring_path(folder, 0)
-    names = RingNames(PacketRing(fd), fd)
-    names.path = path
+    names = RingNames(PacketRing(fd), fd, path)
     names.look([])
     assert not names.misplaced
     if how == "renamed":
@@ -227,7 +228,7 @@ def test_a_ring_that_loses_its_name_is_told_of(tmp_path, how):
         names.look([])
         assert names.misplaced
     (line,) = logs
-    assert locks.is_nameless(fd) is ("renamed" not in how)
+    assert files.is_nameless(fd) is ("renamed" not in how)
     assert ("was renamed" in line["event"]) is ("renamed" in how)
     if how == "renamed":
         assert line["now"] == str(folder / "x.fdq")
@@ -244,27 +245,27 @@ def test_a_ring_that_loses_its_name_is_told_of(tmp_path, how):
 
 
 def test_what_ends_with_its_holders_is_nameless(tmp_path):
-    assert locks.is_nameless(os.memfd_create("ring"))
+    assert files.is_nameless(os.memfd_create("ring"))
     with (tmp_path / ".nfs0000000000000001").open("w") as deleted, (tmp_path / "ring").open("w") as file:
-        assert locks.is_nameless(deleted.fileno())
-        assert not locks.is_nameless(file.fileno())
+        assert files.is_nameless(deleted.fileno())
+        assert not files.is_nameless(file.fileno())
 
 
 # ---- old rings
 
 
-def adoption(tmp_path, packets=3):
-    """Return an old ring's adoption, and the ring that is to take its packets."""
+def migration(tmp_path, packets=3):
+    """Return an old ring's migration, and the ring that is to take its packets."""
     _, (fd,) = opened(tmp_path / "old")
     made = PacketRing(fd)
     for _ in range(packets):
         assert made.push(b"x")
     _, (own,) = opened(tmp_path / "own")
-    return Adoption(OldRing(fd, str(ring_path(tmp_path / "old", 0)))), PacketRing(own)
+    return Migration(OldRing(fd, str(ring_path(tmp_path / "old", 0)))), PacketRing(own)
 
 
 def test_old_rings_stay_until_copies_are_synced(tmp_path):
-    it, own = adoption(tmp_path)
+    it, own = migration(tmp_path)
     assert it.step(own, 2) == (2, [])
     for _ in range(3):
         assert it.step(own, 2) == (0, [])
@@ -280,7 +281,7 @@ def test_old_rings_stay_until_copies_are_synced(tmp_path):
 
 
 def test_only_an_old_ring_itself_is_deleted(tmp_path):
-    it, _ = adoption(tmp_path, 0)
+    it, _ = migration(tmp_path, 0)
     path = ring_path(tmp_path / "old", 0)
     path.rename(tmp_path / "kept")
     path.write_text("another's")
@@ -290,8 +291,8 @@ def test_only_an_old_ring_itself_is_deleted(tmp_path):
 
 
 def test_an_old_ring_that_lost_its_name_is_told(tmp_path):
-    it, own = adoption(tmp_path)
-    names = RingNames(own, it.old.fd)
+    it, own = migration(tmp_path)
+    names = RingNames(own, it.old.fd, None)
     ring_path(tmp_path / "old", 0).unlink()
     with capture_logs() as logs:
         for _ in range(2):

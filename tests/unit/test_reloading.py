@@ -25,7 +25,7 @@ weight = {weight}
 """
 
 
-class Place:
+class Slot:
     """A worker that hears and says nothing; the test speaks for it."""
 
     def __init__(self, name):
@@ -53,7 +53,7 @@ class Service:
         self.supervisor.changes.begin()
         self.supervisor._write_settings()
         self.supervisor.health = Checker()
-        self.places = self.supervisor.keeper.places = [Place(f"w{number}") for number in range(3)]
+        self.slots = self.supervisor.keeper.slots = [Slot(f"w{number}") for number in range(3)]
 
     def write(self, weight):
         self.file.write_text(CONFIG.format(folder=self.folder, weight=weight))
@@ -71,12 +71,12 @@ class Service:
 
     async def told(self, times):
         """Wait until each was told to reload so many times."""
-        while any(place.heard.count("reload") < times for place in self.places):  # noqa: ASYNC110
+        while any(slot.heard.count("reload") < times for slot in self.slots):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
     def says(self, number, verb, body=None):
         generation = read_settings(self.supervisor.settings).generation
-        self.supervisor._heard(self.places[number], Message(verb, id=generation, body=body))
+        self.supervisor._heard(self.slots[number], Message(verb, id=generation, body=body))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_who_asks_during_a_reload_has_the_next_with_all_others(service):
                 await service.told(times)
         done = (200, [])
         assert await asyncio.gather(first, *others) == [done] * 51
-        assert [place.heard.count("reload") for place in service.places] == [2] * 3
+        assert [slot.heard.count("reload") for slot in service.slots] == [2] * 3
 
     asyncio.run(scenario())
     assert service.weight == 3
@@ -140,8 +140,8 @@ def test_what_a_worker_cannot_take_over_is_taken_back(service):
         assert problems == ["worker w1: security.tls_cert: x.pem cannot be loaded: Too many open files"]
         assert service.supervisor.health.roster[0].weight == 1
 
-        for place in service.places:
-            place.heard.clear()
+        for slot in service.slots:
+            slot.heard.clear()
         task = await service.begin(3)
         for number in range(3):
             service.says(number, "reloaded")
@@ -155,8 +155,8 @@ def test_an_answer_to_an_earlier_reload_counts_for_nothing(service):
     async def scenario():
         task = await service.begin(2)
         late = Message("reloaded", id=service.supervisor.changes.generation - 1, body="could not")
-        for place in service.places:
-            service.supervisor._heard(place, late)
+        for slot in service.slots:
+            service.supervisor._heard(slot, late)
         await asyncio.sleep(0.01)
         assert not task.done()
         for number in range(3):
@@ -173,12 +173,12 @@ def test_a_change_that_fails_is_answered_all_the_same(service, monkeypatch):
     said = []
     monkeypatch.setattr(service.supervisor.changes, "apply", fails)
     monkeypatch.setattr(
-        service.places[0], "send", lambda message: said.append((message.id, message.status)), raising=False
+        service.slots[0], "send", lambda message: said.append((message.id, message.status)), raising=False
     )
 
     async def scenario():
         action = Action("clear", "A1")
-        service.supervisor._heard(service.places[0], Message("request", id=7, action=action))
+        service.supervisor._heard(service.slots[0], Message("request", id=7, action=action))
         while service.supervisor._tasks:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 

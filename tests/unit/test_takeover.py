@@ -8,8 +8,9 @@ import pytest
 
 from fastdist._core import PacketRing, file_size
 from fastdist.shm.block import SharedBlock
-from fastdist.storage.directory import Adoption, OldRing
-from fastdist.worker.reconcile import begin_adopting, end_adopting, take_over
+from fastdist.storage.directory import OldRing
+from fastdist.worker.migrate import Migration, begin_migrating, end_migrating
+from fastdist.worker.reconcile import reconcile
 
 CAPACITY = 65536
 
@@ -31,8 +32,8 @@ class Place:
 
     def start(self):
         self.ring = PacketRing(self.fd)
-        self.adoption = Adoption(OldRing(self.old_fd, "old"))
-        take_over(self.ring, [self.adoption], self.counters)
+        self.migration = Migration(OldRing(self.old_fd, "old"))
+        reconcile(self.ring, [self.migration], self.counters)
 
     def accept(self, *, counted=True):
         assert self.ring.push(b"{}", messages=2)
@@ -42,11 +43,11 @@ class Place:
             self.counters.add("bytes_accepted", 2)
 
     def copy(self, most, *, counted=True):
-        begin_adopting(self.ring, self.counters)
-        moved, oversized = self.adoption.step(self.ring, most)
+        begin_migrating(self.ring, self.counters)
+        moved, oversized = self.migration.step(self.ring, most)
         assert not oversized
         if counted:
-            end_adopting(self.ring, self.counters)
+            end_migrating(self.ring, self.counters)
         return moved
 
     def figures(self):
@@ -55,7 +56,7 @@ class Place:
 
     def assert_accounts(self):
         gone = sum(self.counters.get_of(slot, "delivered") for slot in range(self.counters.slots))
-        undone = self.ring.undone + self.adoption.undone
+        undone = self.ring.undone + self.migration.undone
         assert self.counters.get("accepted") + self.counters.get("recovered") == undone + gone
 
 
@@ -128,9 +129,9 @@ def test_a_death_in_the_middle_of_copying_is_no_different(place):
                 raise Killed
             return place.ring.adopt(other, handle)
 
-    begin_adopting(place.ring, place.counters)
+    begin_migrating(place.ring, place.counters)
     with pytest.raises(Killed):
-        place.adoption.step(Dying(), 5)
+        place.migration.step(Dying(), 5)
     place.start()
     figures = place.figures()
     assert (figures["accepted"], figures["adopted"], figures["recovered"]) == (1, 2, 12)

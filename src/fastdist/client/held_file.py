@@ -24,8 +24,8 @@ from fastdist.storage.dead_letters import (
     journal_of,
     read_journal,
     read_lines,
-    sync_folder,
 )
+from fastdist.storage.files import sync_folder
 from fastdist.storage.locks import open_locked, try_lock
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ import msgspec
 
 from fastdist._core import birth_ns
 from fastdist.errors import FastdistError
-from fastdist.storage.dead_letters import sync_folder
+from fastdist.storage.files import sync_folder
 from fastdist.storage.locks import has_name, open_locked, try_lock
 
 TAIL = 4096  # bytes before the offset that have to be the same

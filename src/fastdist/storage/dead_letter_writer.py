@@ -58,26 +58,29 @@ def what_is_left(ring: PacketRing) -> list[Letter]:
 
 
 class DeadLetterWriter:
-    """Writes to ``files``; ``gone(ring, sequence)`` hears of each packet that has become a dead letter."""
+    """Writes to ``files``; ``gone(ring, sequence)`` is called for each packet that has become a dead letter.
 
-    def __init__(self, files: DeadLetters, counters: Counters, gone: Callable[[PacketRing, int], None]) -> None:
+    With ``run`` letters are synced ``sync_delay`` seconds after they were written (``LONGEST_DELAY`` at most):
+    ``run(work, done)`` does ``work`` in a thread and then calls ``done``, with the OSError it raised if any, in the
+    event loop.
+    """
+
+    def __init__(
+        self,
+        files: DeadLetters,
+        counters: Counters,
+        gone: Callable[[PacketRing, int], None],
+        run: Runner | None = None,
+        sync_delay: float = 0.0,
+    ) -> None:
         self.files, self.counters, self.gone = files, counters, gone
+        self._run, self._sync_delay = run, int(min(sync_delay, LONGEST_DELAY) * 1e9)  # ns
         self.unwritten: deque[Letter] = deque()
         self.written: list[Letter] = []  # and not known to be safe
         self.syncing = False
         self.failed = False  # what was tried last
-        self._run: Runner | None = None
-        self._sync_delay = 0  # ns
         self._sync_at = self._retry_at = 0  # monotonic ns
         self._problem: Exception | None = None  # with what was written last
-
-    def sync_with(self, run: Runner, sync_delay: float) -> None:
-        """Have letters synced so many seconds after they were written (``LONGEST_DELAY`` at most).
-
-        ``run(work, done)`` does ``work`` in a thread and then calls ``done``, with the OSError it raised if any, in the
-        event loop.
-        """
-        self._run, self._sync_delay = run, int(min(sync_delay, LONGEST_DELAY) * 1e9)
 
     def add(self, *letters: Letter) -> None:
         """Have claimed packets become dead letters."""

@@ -27,6 +27,7 @@ import hashlib
 import os
 import stat
 import struct
+import time
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ import msgspec
 import orjson
 
 from fastdist import logs
-from fastdist.storage.locks import is_nameless
+from fastdist.storage.files import is_nameless, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -124,7 +125,7 @@ class DeadLetters:
             "attempts": packet.attempts,
             "messages": packet.messages,
             "acceptedAt": iso_time(packet.accepted_ns),
-            "deadLetteredAt": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "deadLetteredAt": iso_time(time.time_ns()),
         }
         try:
             letter["body"] = packet.body.decode()
@@ -320,15 +321,6 @@ def _sync(files: list[int], folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):  # ``settle`` will see that
             sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have a folder's entries (new files, renamed ones) on stable storage. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # A worker holds a file by flock. Whoever waits for it says so by a lock of another kind, on the first byte: that ends

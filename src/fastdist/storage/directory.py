@@ -13,26 +13,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import secrets
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from fastdist import logs
-from fastdist._core import PacketRing, RingError, file_size, round_capacity
+from fastdist._core import CutShortError, NewerFormatError, PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
 from fastdist.storage import locks
-from fastdist.storage.locks import has_name, identity, present_path, try_lock
+from fastdist.storage.files import has_name, identity, sync_folder
+from fastdist.storage.locks import try_lock
 
 CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
-RETRY_SECONDS = 1.0  # until it is tried again to delete an old ring
 AGAIN = 0.02  # seconds between two tries to lock
 TOLD_AFTER = 1.0  # seconds that somebody may read the queue before it is said who is waited for
 LOCK = "lock"
-
-_CUT_SHORT = re.compile(r"shorter than the (\d+) bytes")  # what the ring says of a file whose header is sound
 
 log = logs.get()
 
@@ -191,7 +188,7 @@ class QueueFolder:
             if path not in self._rings:
                 self._rings[path] = _make_file(path, capacity)
             _allocate(self._rings[path], file_size(capacity), str(path))
-        _sync_folder(self.path)
+        sync_folder(self.path)
         return [self._rings[path] for path in paths]
 
     def retire_all(self) -> None:
@@ -246,16 +243,13 @@ def _look_at(path: Path, fd: int) -> int | str:
     try:
         try:
             return PacketRing(fd, private=True).capacity
-        except RingError as error:
-            cut = _CUT_SHORT.search(str(error))
-            if cut is None:
-                raise
+        except CutShortError as cut:
             log.warning("a queue file was cut short", file=str(path), bytes=os.fstat(fd).st_size)
-            os.truncate(fd, file_size(int(cut[1])))
+            os.truncate(fd, file_size(cut.capacity))
             return PacketRing(fd, private=True).capacity
+    except NewerFormatError as error:
+        raise StartError(f"{path}: {error}; it is left as it is") from error
     except RingError as error:
-        if "newer version" in str(error):
-            raise StartError(f"{path}: {error}; it is left as it is") from error
         return str(error)
     except OSError as error:
         raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
@@ -315,108 +309,3 @@ def _clear(fd: int, size: int, what: str) -> None:
     at = 0
     while at < size:
         at += os.pwrite(fd, zeros[: size - at], at)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class Adoption:
-    """The move of an old ring's packets into a worker's own ring, as there is room.
-
-    A packet is done in the old ring when its copy is synced: at every moment one of the two is safe.
-    """
-
-    def __init__(self, old: OldRing) -> None:
-        self.old = old
-        self.ring = PacketRing(old.fd)
-        self.next_deletion = 0.0  # time.monotonic()
-        self._copied: list[int] = []  # handles in the old ring whose copies are not synced yet
-        self._position = 0  # the sync that covers the copies
-
-    @property
-    def undone(self) -> int:
-        """Packets that are still to be moved (a copy that is not synced counts in the new ring)."""
-        return self.ring.undone - len(self._copied)
-
-    def step(self, target: PacketRing, most: int) -> tuple[int, list[int]]:
-        """Copy up to ``most`` packets; return how many were, and handles of packets too large for ``target``.
-
-        What is copied and not yet synced is copied again after a kill: ``most`` is how many may be sent twice then.
-        """
-        if not self.settle(target):
-            return 0, []
-        oversized = []
-        while len(self._copied) < most and target.undone_bytes < target.capacity // 2 and (handle := self.ring.claim()):
-            try:
-                if not target.adopt(self.ring, handle):
-                    self.ring.release(handle)
-                    break
-            except ValueError:
-                oversized.append(handle)
-            else:
-                self._copied.append(handle)
-        self._position = target.tail_position
-        return len(self._copied), oversized
-
-    def settle(self, target: PacketRing) -> bool:
-        """Let go of what was copied, if the copies are synced; say whether that is so."""
-        if target.synced_position < self._position:
-            return False
-        for handle in self._copied:
-            self.ring.done(handle)
-        self._copied.clear()
-        return True
-
-    @property
-    def finished(self) -> bool:
-        """Whether the old ring holds nothing any more."""
-        return self.ring.undone == 0
-
-    def delete(self) -> None:
-        """Delete the old ring's file, unless its name is another file's by now. Raises OSError."""
-        self.next_deletion = time.monotonic() + RETRY_SECONDS
-        if has_name(self.old.fd, self.old.path):
-            Path(self.old.path).unlink(missing_ok=True)
-
-
-class RingNames:
-    """Whether a worker's ring, and those it adopts, are under their names, where the next start will look for them."""
-
-    def __init__(self, ring: PacketRing, fd: int) -> None:
-        self.path: Path | None = None  # of the worker's own ring, if it is a file
-        self.misplaced = False  # the worker's own ring
-        self._ring, self._fd = ring, fd
-        self._old = set[str]()
-
-    @property
-    def misplaced_old(self) -> bool:
-        """Whether an old ring that holds packets is not under its name."""
-        return bool(self._old)
-
-    def look(self, adoptions: list[Adoption]) -> None:
-        """Look, and log what has changed. Raises OSError."""
-        if self.path is not None and self.misplaced == has_name(self._fd, self.path):
-            self.misplaced = not self.misplaced
-            self._tell(self.path)
-        unfinished = (adoption.old for adoption in adoptions if not adoption.finished)
-        found = [old for old in unfinished if not has_name(old.fd, old.path)]
-        for old in found:
-            if old.path not in self._old:
-                what = "an old ring was deleted or renamed; nothing is accepted until its packets are in another ring"
-                log.error(what, file=old.path, now=present_path(old.fd))
-        self._old = {old.path for old in found}
-
-    def _tell(self, path: Path) -> None:
-        if not self.misplaced:
-            log.info("the queue's file has its name again; packets are accepted", file=str(path))
-        elif (now := present_path(self._fd)) is None:
-            what = "the queue's file was deleted; nothing can be accepted until fastdist is restarted"
-            log.error(what, file=str(path), packets=self._ring.undone)
-        else:
-            what = "the queue's file was renamed; nothing is accepted until it has its name again"
-            log.error(what, file=str(path), now=now, packets=self._ring.undone)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist.storage.locks import has_name
+from fastdist.storage.files import has_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,13 +28,15 @@ RETRY_SECONDS = 1.0  # after a sync that failed
 log = logs.get()
 
 
-def make_safe(ring: PacketRing, fd: int) -> bool:
-    """Have all of a ring that was taken over on stable storage; return whether that worked.
+def make_safe(ring: PacketRing, fd: int, *, write_again: bool = True) -> bool:
+    """Have all of a ring, mapped from ``fd``, on stable storage; return whether that worked.
 
     What a process that was killed has left in the pages is not: not yet, or never, for it may have been killed after a
-    sync that failed, which the kernel reports once. So what no sync is known to have covered is written anew.
+    sync that failed, which the kernel reports once. So for a ring that was taken over, what no sync is known to have
+    covered is written again.
     """
-    ring.write_again()
+    if write_again:
+        ring.write_again()
     position = ring.tail_position
     try:
         os.fdatasync(fd)
@@ -49,15 +51,21 @@ def make_safe(ring: PacketRing, fd: int) -> bool:
 class Syncer:
     """Syncs ``ring``, mapped from ``fd``; ``on_synced(position)`` or ``on_failed(error)`` tells, in the event loop.
 
-    With a ``path`` a sync counts only if the file is found there after it: FileNotFoundError then.
+    With a ``path`` a sync counts only if the file is found there after it: FileNotFoundError then. ``failing``: whether
+    the last one, which was not the syncer's, did.
     """
 
-    def __init__(
-        self, ring: PacketRing, fd: int, on_synced: Callable[[int], None], on_failed: Callable[[OSError], None]
+    def __init__(  # noqa: PLR0913  (what is synced, and who hears of it)
+        self,
+        ring: PacketRing,
+        fd: int,
+        on_synced: Callable[[int], None],
+        on_failed: Callable[[OSError], None],
+        *,
+        path: Path | None = None,
+        failing: bool = False,
     ) -> None:
-        self.ring, self.fd = ring, fd
-        self.failing = False
-        self.path: Path | None = None
+        self.ring, self.fd, self.path, self.failing = ring, fd, path, failing
         self._on_synced, self._on_failed = on_synced, on_failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._wanted = self._running = self._scheduled = self._closed = False
@@ -148,13 +156,4 @@ class Syncer:
         """Sync once more, here and now, and end the thread."""
         self._closed = True
         self._thread.shutdown(wait=True)
-        if self.failing:
-            self.ring.write_again()
-        position = self.ring.tail_position
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            log.error("the last sync of the queue failed", error=str(error))
-            self.ring.forget_synced()
-        else:
-            self.ring.mark_synced(position)
+        make_safe(self.ring, self.fd, write_again=self.failing)

@@ -33,9 +33,9 @@ from fastdist.shm.weights import seems_online
 from fastdist.storage.dead_letter_writer import DeadLetterWriter, what_is_left
 from fastdist.storage.dead_letters import DeadLetters
 from fastdist.storage.directory import QueueFolder, ring_path
-from fastdist.storage.locks import has_name, is_nameless, present_path
+from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.supervisor.health import HealthChecker
-from fastdist.supervisor.processes import LATE, Keeper, Place
+from fastdist.supervisor.processes import LATE, Keeper, WorkerSlot
 from fastdist.supervisor.reload import Changes
 from fastdist.supervisor.systemd import ServiceManager
 
@@ -78,7 +78,7 @@ class Supervisor:
         self.exit_status = 0
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, str] = {}
-        self._behind: set[Place] = set()  # workers that have yet to take over the latest settings
+        self._behind: set[WorkerSlot] = set()  # workers that have yet to take over the latest settings
         self._faults: list[str] = []  # why some of them cannot
         self._applied = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
@@ -109,7 +109,7 @@ class Supervisor:
         self._write_settings()
         for index, listener in enumerate(self._listen()):
             mine = old_rings[index :: self.workers]
-            self.keeper.places.append(Place(index, listener, rings[index], mine))
+            self.keeper.slots.append(WorkerSlot(self.block, index, listener, rings[index], mine))
         if old_rings:
             log.info("packets of an earlier run are taken over", rings=len(old_rings))
 
@@ -184,15 +184,15 @@ class Supervisor:
             self._signals.put_nowait(signal.SIGHUP)
         self.health = HealthChecker(self.block.analyzers, self.config.health, self.config.delivery.max_age)
         self.health.set_roster(self.changes.roster)
-        places = self.keeper.places
-        host, port = places[0].listener.getsockname()[:2]
+        slots = self.keeper.slots
+        host, port = slots[0].listener.getsockname()[:2]
         helpers = [
             loop.create_task(each)
             for each in (self._announce(host, port), self._watch(), self._sample(), self._act_on_signals())
         ]
         if os.getpid() == 1:
             helpers.append(loop.create_task(self._reap()))
-        await asyncio.gather(*(self.keeper.keep(place) for place in places))
+        await asyncio.gather(*(self.keeper.keep(slot) for slot in slots))
         for task in helpers:
             task.cancel()
         self.health.close()
@@ -246,13 +246,13 @@ class Supervisor:
     def _bury_the_rest(self) -> None:
         """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters."""
         rows = {
-            fd: self.block.rows[place.index]
-            for place in self.keeper.places
-            for fd in (place.ring, *(old.fd for old in place.old_rings))
+            fd: self.block.rows[slot.index]
+            for slot in self.keeper.slots
+            for fd in (slot.ring, *(old.fd for old in slot.old_rings))
         }
         nameless = {fd: row for fd, row in rows.items() if is_nameless(fd)}
-        lasting = [place for place in self.keeper.places if place.ring not in nameless]
-        queued = sum(rows[place.ring].get("undone") for place in lasting)
+        lasting = [slot for slot in self.keeper.slots if slot.ring not in nameless]
+        queued = sum(rows[slot.ring].get("undone") for slot in lasting)
         if queued and (renamed := self._renamed_rings(lasting)):
             log.error("packets stay in queue files that were renamed; the next start has to find them", files=renamed)
         elif queued:
@@ -275,9 +275,9 @@ class Supervisor:
         if count:
             log.warning("packets that workers have left are now dead letters", packets=count)
 
-    def _renamed_rings(self, places: list[Place]) -> dict[str, str | None]:
+    def _renamed_rings(self, slots: list[WorkerSlot]) -> dict[str, str | None]:
         """Return the workers' rings that are elsewhere by now: {where it was: where it is}."""
-        rings = [(str(ring_path(self.folder.path, place.index)), place.ring) for place in places]
+        rings = [(str(ring_path(self.folder.path, slot.index)), slot.ring) for slot in slots]
         return {path: present_path(fd) for path, fd in rings if not has_name(fd, path)}
 
     def _hopeless(self) -> None:
@@ -286,22 +286,22 @@ class Supervisor:
 
     # ---- changes
 
-    def _heard(self, place: Place, message: Message) -> None:
+    def _heard(self, slot: WorkerSlot, message: Message) -> None:
         if message.verb == "ready" and message.body != self.changes.generation:
-            place.send(self._news())  # settings were changed while it started
+            slot.send(Message("reload"))  # settings were changed while it started
         elif message.verb == "reloaded" and message.id == self.changes.generation:
             if message.body:
-                self._faults.append(f"worker {place.name}: {message.body}")
-            self._wait_no_longer_for(place)
+                self._faults.append(f"worker {slot.name}: {message.body}")
+            self._wait_no_longer_for(slot)
         elif message.verb == "gone":  # its successor begins with what is in force then
-            self._wait_no_longer_for(place)
-        elif message.verb == "adopted":
-            place.adopted(message.body)
+            self._wait_no_longer_for(slot)
+        elif message.verb == "migrated":
+            slot.migrated(message.body)
         elif message.verb == "request" and message.action is not None:
-            self._begin(self._carry_out(place, message))
+            self._begin(self._carry_out(slot, message))
 
-    def _wait_no_longer_for(self, place: Place) -> None:
-        self._behind.discard(place)
+    def _wait_no_longer_for(self, slot: WorkerSlot) -> None:
+        self._behind.discard(slot)
         if not self._behind:
             self._applied.set()
 
@@ -317,17 +317,17 @@ class Supervisor:
         self._tasks.add(task)
         task.add_done_callback(done)
 
-    async def _carry_out(self, place: Place, message: Message) -> None:
+    async def _carry_out(self, slot: WorkerSlot, message: Message) -> None:
         action = message.action
         assert action is not None  # noqa: S101  (_heard has looked)
         try:
             status, body = await self._reload() if action.name == "reload" else self.changes.apply(action)
         except Exception:
-            place.send(
+            slot.send(
                 Message("reply", id=message.id, status=500, body="a fault in fastdist; its log has the traceback")
             )
             raise  # which is logged
-        place.send(Message("reply", id=message.id, status=status, body=body))
+        slot.send(Message("reply", id=message.id, status=status, body=body))
 
     async def _reload(self) -> tuple[int, object]:
         """Read the configuration again; return 200 and the settings that need a restart, or 422 and the problems.
@@ -368,17 +368,14 @@ class Supervisor:
         self.health.set_roster(self.changes.roster)
         self._applied.clear()
         self._faults = []
-        self._behind = {place for place in self.keeper.places if place.send(self._news())}
+        self._behind = {slot for slot in self.keeper.slots if slot.send(Message("reload"))}
         if self._behind:
             try:
                 await asyncio.wait_for(self._applied.wait(), APPLIED)
             except TimeoutError:
-                late = sorted(place.name for place in self._behind)
+                late = sorted(slot.name for slot in self._behind)
                 log.warning("not all workers have taken over the new settings yet", workers=late)
         return self._faults
-
-    def _news(self) -> Message:
-        return Message("reload")
 
     # ---- watching
 
@@ -438,7 +435,8 @@ class Supervisor:
     def _keep_figures(self) -> None:
         snapshot = self._snapshot()
         self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
-        self.keeper.measure()
+        for slot in self.keeper.slots:
+            slot.measure()
         if not self.keeper.stopping:
             self.manager.status(_in_a_line(snapshot))
 

@@ -1,6 +1,6 @@
 """Keeping workers: starting them, replacing those that die or hang, measuring what they use.
 
-A place is what outlives the process that fills it: the listener, the ring, the row in the shared block. A dead worker
+A slot is what outlives the process that fills it: the listener, the ring, the row in the shared block. A dead worker
 is replaced with back-off (``FIRST_DELAY`` doubling to ``LAST_DELAY``); workers that never once got ready,
 ``FALSE_STARTS`` in a row, end the service, also when there was no process to be had for them.
 """
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from fastdist.storage.directory import OldRing
 
 HANG = 10.0  # seconds without a heartbeat after which a worker is replaced
-START = 60.0  # seconds a worker has to get ready, or to give a sign before it is
+START = 60.0  # seconds a worker has to get ready, or to give a heartbeat before it is
 READ_RATE = 16 * 2**20  # bytes a second at which a worker must be able to read its rings, beyond that
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
-STEADY = 10.0  # seconds a worker has to live for the back-off to begin anew
+STEADY = 10.0  # seconds a worker has to live for the back-off to begin again
 FALSE_STARTS = 3
 PAUSED = 2.0  # seconds between two looks that tell of a pause of the whole
 SPAN = 0.5  # seconds at least over which the use of the processor is measured: it is told in hundredths
@@ -41,12 +41,16 @@ LATE = 10.0  # seconds that workers have to end after the time they had to drain
 log = logs.get()
 
 
-class Place:
-    """One worker's place, and the process that fills it at present."""
+class WorkerSlot:
+    """What outlives a worker's process, and the process that fills it at present."""
 
-    def __init__(self, index: int, listener: socket.socket, ring: int, old_rings: Sequence[OldRing]) -> None:
+    def __init__(
+        self, block: SharedBlock, index: int, listener: socket.socket, ring: int, old_rings: Sequence[OldRing]
+    ) -> None:
         self.index, self.listener, self.ring, self.old_rings = index, listener, ring, list(old_rings)
+        self.words = block.worker(index)
         self.process: asyncio.subprocess.Process | None = None
+        self.usage: _Usage | None = None  # of the process
         self.control: asyncio.StreamWriter | None = None
         self.ready = self.ever_ready = False
         self.started = 0.0
@@ -54,8 +58,8 @@ class Place:
         self.time_to_start = START + rings / READ_RATE
         self.delay = 0.0
         self.false_starts = 0
-        self.hung = False  # the process was killed because it gave no sign of life
-        self.cpu_before = 0  # ns, of the processes that filled this place before
+        self.hung = False  # the process was killed because it gave no heartbeat
+        self.cpu_before = 0  # ns, of the processes that filled this slot before
 
     @property
     def name(self) -> str:
@@ -73,7 +77,11 @@ class Place:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
 
-    def adopted(self, path: str) -> None:
+    def back_off(self) -> None:
+        """Have the next process wait for twice as long as the last one."""
+        self.delay = min(LAST_DELAY, max(FIRST_DELAY, 2 * self.delay))
+
+    def migrated(self, path: str) -> None:
         """Close an old ring that was deleted: its room on the disk is free once nobody has it open."""
         for old in [old for old in self.old_rings if old.path == path]:
             self.old_rings.remove(old)
@@ -86,8 +94,29 @@ class Place:
         ipc.send(self.control, message)
         return True
 
+    def measure(self) -> None:
+        """Write the process's use of processor and memory into the block."""
+        if not self.alive or self.process is None:
+            return
+        with contextlib.suppress(psutil.Error):
+            if self.usage is None:
+                self.usage = _Usage(psutil.Process(self.process.pid), self.started)
+            used, permille = self.usage.processor(time.monotonic())
+            self.words[WorkerWord.CPU_NS] = self.cpu_before + used
+            self.words[WorkerWord.CPU_PERMILLE] = permille
+            self.words[WorkerWord.RSS] = self.usage.process.memory_info().rss
 
-class _Probe:
+    def ended(self) -> None:
+        """Note that the process has ended."""
+        self.words[WorkerWord.STATE] = WorkerState.STOPPED
+        self.cpu_before = self.words[WorkerWord.CPU_NS]
+        self.words[WorkerWord.CPU_PERMILLE] = self.words[WorkerWord.RSS] = 0
+        self.usage = None
+        if self.control is not None:
+            self.control.close()
+
+
+class _Usage:
     """What a process uses. Its first figures are over its life so far, the others over ``SPAN`` or longer."""
 
     def __init__(self, process: psutil.Process, started: float) -> None:
@@ -106,17 +135,17 @@ class _Probe:
 
 
 class Keeper:
-    """Fills the places. ``heard(place, message)`` gets what workers say; ``hopeless()``: none of them can start."""
+    """Fills the slots. ``heard(slot, message)`` gets what workers say; ``hopeless()``: none of them can start."""
 
     def __init__(
         self,
         block: SharedBlock,
         settings: int,
-        heard: Callable[[Place, Message], None],
+        heard: Callable[[WorkerSlot, Message], None],
         hopeless: Callable[[], None],
     ) -> None:
         self.block, self.settings, self.heard, self.hopeless = block, settings, heard, hopeless
-        self.places: list[Place] = []
+        self.slots: list[WorkerSlot] = []
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
         self.stopping = False
         self._spawning = 0  # processes that are being made: nobody knows their numbers yet
@@ -124,36 +153,31 @@ class Keeper:
         self._resumed = 0.0
         self.all_ready = asyncio.Event()
         self._listeners: set[asyncio.Task[None]] = set()
-        self._probes: dict[int, _Probe] = {}
 
-    # ---- one place
+    # ---- one slot
 
-    async def keep(self, place: Place) -> None:
-        """Keep a place filled until the service stops."""
-        words = self.block.worker(place.index)
+    async def keep(self, slot: WorkerSlot) -> None:
+        """Keep a slot filled until the service stops."""
         while not self.stopping:
-            if place.delay:
-                await asyncio.sleep(place.delay)
+            if slot.delay:
+                await asyncio.sleep(slot.delay)
                 if self.stopping:
                     break
             try:
-                await self._start(place)
+                await self._start(slot)
             except OSError as error:  # no process or descriptor to be had now: the others go on
-                if self._is_hopeless(place, str(error)):
+                if self._is_hopeless(slot, str(error)):
                     break
-                log.error("a worker cannot be started; trying again", worker=place.name, error=str(error))
-                place.delay = min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
+                log.error("worker cannot be started, trying again", worker=slot.name, error=str(error))
+                slot.back_off()
                 continue
-            assert place.process is not None  # noqa: S101  (_start made it)
-            status = await place.process.wait()
-            words[WorkerWord.STATE] = WorkerState.STOPPED
-            self._account_cpu(place)
-            if place.control is not None:
-                place.control.close()
+            assert slot.process is not None  # noqa: S101  (_start made it)
+            status = await slot.process.wait()
+            slot.ended()
             if not self.stopping:
-                self._after_death(place, status)
+                self._after_death(slot, status)
 
-    async def _start(self, place: Place) -> None:
+    async def _start(self, slot: WorkerSlot) -> None:
         """Start a process. The process comes last: when anything fails here, there is none that would hold the ring."""
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as undo:
@@ -161,83 +185,82 @@ class Keeper:
             reader, writer = await ipc.connect(ours)
             undo.pop_all()  # it is the writer's now
             undo.callback(writer.close)
-            await self._spawn(place, theirs)
+            await self._spawn(slot, theirs)
             undo.pop_all()
-        place.control = writer
-        task = asyncio.get_running_loop().create_task(self._listen(place, reader, writer))
+        slot.control = writer
+        task = asyncio.get_running_loop().create_task(self._listen(slot, reader, writer))
         self._listeners.add(task)
         task.add_done_callback(self._listeners.discard)
 
-    async def _spawn(self, place: Place, theirs: socket.socket) -> None:
-        old_rings = {ring.path: ring.fd for ring in place.old_rings}
+    async def _spawn(self, slot: WorkerSlot, theirs: socket.socket) -> None:
+        old_rings = {ring.path: ring.fd for ring in slot.old_rings}
         assignment = Assignment(
-            index=place.index,
+            index=slot.index,
             shared=self.block.fd,
-            listener=place.listener.fileno(),
-            ring=place.ring,
+            listener=slot.listener.fileno(),
+            ring=slot.ring,
             control=theirs.fileno(),
             settings=self.settings,
             old_rings=old_rings,
         )
         passed = (
             self.block.fd,
-            place.listener.fileno(),
-            place.ring,
+            slot.listener.fileno(),
+            slot.ring,
             theirs.fileno(),
             self.settings,
             *old_rings.values(),
             *self.held,
         )
-        words = self.block.worker(place.index)
-        words[WorkerWord.HEARTBEAT_NS] = 0
-        words[WorkerWord.STATE] = WorkerState.STARTING
-        place.ready, place.hung, place.started = False, False, time.monotonic()
+        slot.words[WorkerWord.HEARTBEAT_NS] = 0
+        slot.words[WorkerWord.STATE] = WorkerState.STARTING
+        slot.ready, slot.hung, slot.started = False, False, time.monotonic()
         # -P: nothing that happens to lie in the working directory is imported in place of what is installed.
         self._spawning += 1
         try:
             argument = msgspec.json.encode(assignment).decode()
-            place.process = await asyncio.create_subprocess_exec(
+            slot.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "fastdist.worker.main", argument, pass_fds=passed
             )
         finally:
             self._spawning -= 1
         if self.stopping:  # since the last look: nobody else will end it
-            place.kill()
-        words[WorkerWord.PID], words[WorkerWord.STARTED_NS] = place.process.pid, time.time_ns()
-        self._measure(place)
+            slot.kill()
+        slot.words[WorkerWord.PID], slot.words[WorkerWord.STARTED_NS] = slot.process.pid, time.time_ns()
+        slot.measure()
 
-    async def _listen(self, place: Place, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _listen(self, slot: WorkerSlot, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for message in ipc.receive(reader):
             if message.verb == "ready":
-                place.ready = place.ever_ready = True
-                place.false_starts = 0
-                self._measure(place)  # what is shown of it from now on is not the nothing it began with
-                self.block.worker(place.index)[WorkerWord.STATE] = WorkerState.RUNNING
-                if all(other.ready for other in self.places):
+                slot.ready = slot.ever_ready = True
+                slot.false_starts = 0
+                slot.measure()  # what is shown of it from now on is not the nothing it began with
+                slot.words[WorkerWord.STATE] = WorkerState.RUNNING
+                if all(other.ready for other in self.slots):
                     self.all_ready.set()
-            self.heard(place, message)
+            self.heard(slot, message)
         writer.close()  # before its end is known as that of a process: it is sent nothing any more
-        self.heard(place, Message("gone"))
+        self.heard(slot, Message("gone"))
 
-    def _after_death(self, place: Place, status: int) -> None:
+    def _after_death(self, slot: WorkerSlot, status: int) -> None:
         """Decide how a dead worker is replaced."""
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        if not place.ready and self._is_hopeless(place, how):
+        if not slot.ready and self._is_hopeless(slot, how):
             return
-        steady = time.monotonic() - place.started > STEADY
-        place.delay = FIRST_DELAY if steady else min(LAST_DELAY, max(FIRST_DELAY, 2 * place.delay))
-        words = self.block.worker(place.index)
-        words[WorkerWord.RESTARTS] += 1
-        words[WorkerWord.END_STATUS] = HUNG if place.hung else status
-        words[WorkerWord.END_NS] = time.time_ns()
-        log.warning("a worker ended and is replaced", worker=place.name, ended_by=how, delay=place.delay)
+        if time.monotonic() - slot.started > STEADY:
+            slot.delay = 0.0
+        slot.back_off()
+        slot.words[WorkerWord.RESTARTS] += 1
+        slot.words[WorkerWord.END_STATUS] = HUNG if slot.hung else status
+        slot.words[WorkerWord.END_NS] = time.time_ns()
+        log.warning("worker exited, restarting", worker=slot.name, ended_by=how, delay=slot.delay)
 
-    def _is_hopeless(self, place: Place, why: str) -> bool:
+    def _is_hopeless(self, slot: WorkerSlot, why: str) -> bool:
         """Count a start that failed; end the service when there were too many and no worker ever got ready."""
-        place.false_starts += 1
-        if place.false_starts < FALSE_STARTS or any(other.ever_ready for other in self.places):
+        slot.false_starts += 1
+        if slot.false_starts < FALSE_STARTS or any(other.ever_ready for other in self.slots):
             return False
-        log.error("workers cannot start; see their error above", worker=place.name, ended_by=why)
+        log.error("workers cannot start; see their error above", worker=slot.name, ended_by=why)
         self.hopeless()
         return True
 
@@ -246,73 +269,49 @@ class Keeper:
     def stop(self, deadline: float) -> None:
         """Have workers drain until ``deadline`` (time.monotonic()), and end those that cannot; 0: all at once."""
         self.stopping = True
-        for place in self.places:
-            place.listener.close()
-            if deadline and place.send(Message("drain", deadline=deadline)):
-                self.block.worker(place.index)[WorkerWord.STATE] = WorkerState.DRAINING
+        for slot in self.slots:
+            slot.listener.close()
+            if deadline and slot.send(Message("drain", deadline=deadline)):
+                slot.words[WorkerWord.STATE] = WorkerState.DRAINING
             else:
-                place.kill()
+                slot.kill()
         if deadline:
             late = max(0.0, deadline - time.monotonic()) + LATE
             asyncio.get_running_loop().call_later(late, self._end_the_late)
 
     def _end_the_late(self) -> None:
-        for place in self.places:
-            if place.alive:
-                log.error("a worker has not ended in time and is killed", worker=place.name)
-                place.kill()
+        for slot in self.slots:
+            if slot.alive:
+                log.error("worker exceeded drain timeout, sending SIGKILL", worker=slot.name)
+                slot.kill()
 
     def serving(self) -> bool:
         """Whether there is a worker that got ready and does not hang."""
         since = (time.monotonic() - HANG) * 1e9
-        running = (place for place in self.places if place.alive and place.ready)
-        return any(self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] >= since for place in running)
+        running = (slot for slot in self.slots if slot.alive and slot.ready)
+        return any(slot.words[WorkerWord.HEARTBEAT_NS] >= since for slot in running)
 
     def replace_hanging(self) -> None:
-        """Kill workers whose event loop has not given a sign for too long; their places are filled anew."""
+        """Kill workers whose event loop has given no heartbeat for too long; their slots are filled again."""
         now = time.monotonic()
         slept, self._looked = now - self._looked, now
         if slept > PAUSED:  # all of us were stopped, it seems: workers get their whole time anew
             self._resumed = now
-        for place in self.places:
-            heard = self.block.worker(place.index)[WorkerWord.HEARTBEAT_NS] / 1e9
-            beat = max(heard, place.started, self._resumed)
-            if place.alive and now - beat > (HANG if place.ready else place.time_to_start):
-                log.error("a worker hangs and is killed", worker=place.name, silent_for=round(now - beat, 1))
-                place.started = now  # once
-                place.hung = True
-                place.kill()
+        for slot in self.slots:
+            heard = slot.words[WorkerWord.HEARTBEAT_NS] / 1e9
+            beat = max(heard, slot.started, self._resumed)
+            if slot.alive and now - beat > (HANG if slot.ready else slot.time_to_start):
+                log.error("worker hung, sending SIGKILL", worker=slot.name, silent_for=round(now - beat, 1))
+                slot.started = now  # once
+                slot.hung = True
+                slot.kill()
 
     def reap_orphans(self) -> None:
         """Let go of children that have ended and are no workers: processes whose parent left them to process 1."""
-        workers = {place.process.pid for place in self.places if place.process is not None and place.alive}
+        workers = {slot.process.pid for slot in self.slots if slot.process is not None and slot.alive}
         with contextlib.suppress(ChildProcessError):
             while not self._spawning:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if ended is None or ended.si_pid in workers:  # that one the event loop waits for
                     return
                 os.waitpid(ended.si_pid, os.WNOHANG)
-
-    def measure(self) -> None:
-        """Write each worker's use of processor and memory into its row."""
-        for place in self.places:
-            self._measure(place)
-
-    def _measure(self, place: Place) -> None:
-        if not place.alive or place.process is None:
-            return
-        words = self.block.worker(place.index)
-        with contextlib.suppress(psutil.Error):
-            probe = self._probes.get(place.index)
-            if probe is None or probe.process.pid != place.process.pid:
-                probe = self._probes[place.index] = _Probe(psutil.Process(place.process.pid), place.started)
-            used, permille = probe.processor(time.monotonic())
-            words[WorkerWord.CPU_NS] = place.cpu_before + used
-            words[WorkerWord.CPU_PERMILLE] = permille
-            words[WorkerWord.RSS] = probe.process.memory_info().rss
-
-    def _account_cpu(self, place: Place) -> None:
-        words = self.block.worker(place.index)
-        place.cpu_before = words[WorkerWord.CPU_NS]
-        words[WorkerWord.CPU_PERMILLE] = words[WorkerWord.RSS] = 0
-        self._probes.pop(place.index, None)

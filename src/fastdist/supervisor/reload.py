@@ -18,7 +18,7 @@ from fastdist.config import reloadable
 from fastdist.errors import ConfigError, StartError
 from fastdist.net import tls
 from fastdist.shm.block import AnalyzerWord
-from fastdist.storage.locks import has_name, identity
+from fastdist.storage.files import has_name, identity, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -209,11 +209,7 @@ class Changes:
             if self._file >= 0:
                 os.close(self._file)
             self._file = os.dup(file.fileno())
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self._folder)
 
     def look_after_file(self) -> None:
         """Write the overrides again where their file was deleted or exchanged: a restart must find it. Raises OSError.

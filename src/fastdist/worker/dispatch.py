@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
-    from fastdist.settings import Analyzer, Config
+    from fastdist.settings import Analyzer, Config, Delivery
+    from fastdist.storage.dead_letter_writer import Runner
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerConnection
 
@@ -52,7 +53,7 @@ class Dispatcher(Outcomes):
     """Gives packets to analyzers.
 
     ``settled(sequence, analyzer)`` hears what became of packets that failed or are awaited: the id of the analyzer that
-    took it, or None for a dead letter.
+    took it, or None for a dead letter. ``run_in_thread``: what syncs dead letters, as ``DeadLetterWriter`` has it.
     """
 
     def __init__(  # noqa: PLR0913  (the parts a worker is wired from)
@@ -66,8 +67,11 @@ class Dispatcher(Outcomes):
         dead_letters: DeadLetters,
         settled: Callable[[int, str | None], None],
         poller: Poller,
+        run_in_thread: Runner | None = None,
     ) -> None:
-        super().__init__(states, config, counters, dead_letters, settled)
+        super().__init__(
+            states, config, counters=counters, dead_letters=dead_letters, settled=settled, run_in_thread=run_in_thread
+        )
         self.poller, self.names = poller, Names()
         self._most = most_to_analyzers(config.server.max_connections)
         self.room = self._most  # for connections that may still be opened, till the next check
@@ -206,10 +210,7 @@ class Dispatcher(Outcomes):
 
     def bury_all(self) -> int:
         """Write all that is left to the dead letters (reason ``shutdown``); return how many packets. Raises OSError."""
-        self.close()
-        for pool in self.pools:
-            if pool is not None:
-                pool.release_waiting()
+        self.stop()
         self.give_back()
         undone = self.ring.undone
         self.letters.write_all(what_is_left(self.ring))
@@ -291,9 +292,8 @@ class Dispatcher(Outcomes):
             self._overloaded_at = now_ns
         grace = min(self.config.delivery.spill_after, MAX_GRACE)
         steady = now_ns - self._overloaded_at > grace * 1e9
-        delivery = self.config.delivery
-        room = delivery.connections * delivery.pipeline * (delivery.batch_packets if delivery.mode == "batch" else 1)
-        self.claim_limit = UNLIMITED if steady or lift else CLAIMS_AHEAD * room * max(1, len(self.weights))
+        ahead = CLAIMS_AHEAD * max_in_flight(self.config.delivery) * max(1, len(self.weights))
+        self.claim_limit = UNLIMITED if steady or lift else ahead
         if self.ring.has_more:
             self.schedule()
         return steady
@@ -311,11 +311,16 @@ class Dispatcher(Outcomes):
                 slow.add(pool.slot)
         return slow
 
-    def close(self) -> None:
-        """Close all connections to analyzers and open no more."""
-        for pool in (*self.pools, *self.retired):
-            if pool is not None:
-                pool.close()
+    def stop(self) -> None:
+        """Send nothing from here on, and close all connections: what is in flight is back in the ring."""
+        self.set_roster({})
+        for pool in self.retired:
+            pool.close()
+
+
+def max_in_flight(delivery: Delivery) -> int:
+    """Return how many packets a worker may have in flight to an analyzer."""
+    return delivery.connections * delivery.pipeline * (delivery.batch_packets if delivery.mode == "batch" else 1)
 
 
 def median_of_others(ordered: Sequence[float], one: float | None) -> float:

@@ -46,10 +46,15 @@ class Waiting:
 
 
 class Emitters:
-    """What the connections of a worker share besides their ``Intake``: the API, tokens, CORS, and who waits."""
+    """What the connections of a worker share: their ``Intake``, the API, tokens, CORS, and who waits.
 
-    def __init__(self, api: Api) -> None:
-        self.api = api
+    ``carry_out(action, done)`` has a change carried out; ``done`` gets the response.
+    """
+
+    def __init__(
+        self, api: Api, intake: Intake, carry_out: Callable[[Action, Callable[[Response], None]], None]
+    ) -> None:
+        self.api, self.intake, self.carry_out = api, intake, carry_out
         self.tokens: Sequence[str] = ()
         self.cors_origins: Sequence[str] = ()
         self.waiting: dict[int, Waiting] = {}  # by sequence
@@ -57,9 +62,6 @@ class Emitters:
         self._ends: list[tuple[float, int]] = []  # a heap of those and some more: (end, sequence)
         self._timer: tuple[float, asyncio.TimerHandle] | None = None  # for the first of them, and when
         self.turned_away: set[IngestProtocol] = set()  # connections too many, and not closed yet
-        # Set by the worker, which wires them.
-        self.intake: Intake
-        self.carry_out: Callable[[Action, Callable[[Response], None]], None]
 
     def configure(self, tokens: Sequence[str], cors_origins: Sequence[str]) -> None:
         """Put tokens and origins in force."""

@@ -51,11 +51,16 @@ class Acceptor:
     ) -> None:
         self.listener, self.taken, self.first = listener, taken, first
         self.loop = asyncio.get_running_loop()
-        self.busy = True  # connections may yet come
+        self._open = True
         self._reserve = _reserve()
-        self._complain_at = 0.0
+        self._complaints = logs.Throttle(COMPLAINT_SECONDS)
         listener.setblocking(False)  # noqa: FBT003
         self._listen()
+
+    @property
+    def busy(self) -> bool:
+        """Whether connections may yet come."""
+        return self._open
 
     def finish(self) -> None:
         """Have no more connections begun; accept those that were, then close."""
@@ -64,12 +69,12 @@ class Acceptor:
 
     def close(self) -> None:
         """Accept all connections that are there, now, and no more."""
-        if not self.busy:
+        if not self._open:
             return
         for _ in range(LAST_ROUNDS):
             if not self._accept():
                 break
-        self.busy = False
+        self._open = False
         self.loop.remove_reader(self.listener)
         self.listener.close()
         if self._reserve is not None:
@@ -82,7 +87,7 @@ class Acceptor:
             self.close()
 
     def _listen(self) -> None:
-        if self.busy:
+        if self._open:
             self.loop.add_reader(self.listener, self._ready)
 
     def _ready(self) -> None:
@@ -92,7 +97,7 @@ class Acceptor:
 
     def _accept(self) -> bool:
         """Accept some connections; return whether there may be more of them now."""
-        if not self.busy:
+        if not self._open:
             return False
         for _ in range(ACCEPTED_AT_ONCE):
             try:
@@ -102,7 +107,8 @@ class Acceptor:
             except (InterruptedError, ConnectionAbortedError):
                 continue
             except OSError as error:
-                self._complain(error)
+                if self._complaints.allow():
+                    log.error("connections cannot be accepted and are closed", error=error.strerror)
                 if error.errno in SHORTAGES and not self._turn_away():
                     self.loop.remove_reader(self.listener)
                     self.loop.call_later(PAUSE, self._listen)
@@ -113,20 +119,13 @@ class Acceptor:
 
     def _turn_away(self) -> bool:
         """Close a connection that there is no descriptor for; say whether the next may be looked at."""
-        if self._reserve is None:
-            self._reserve = _reserve()
-            return self._reserve is not None
-        os.close(self._reserve)
-        with contextlib.suppress(OSError):
-            self.listener.accept()[0].close()
+        reserve = self._reserve
+        if reserve is not None:
+            os.close(reserve)
+            with contextlib.suppress(OSError):
+                self.listener.accept()[0].close()
         self._reserve = _reserve()
-        return True
-
-    def _complain(self, error: OSError) -> None:
-        now = self.loop.time()
-        if now >= self._complain_at:
-            self._complain_at = now + COMPLAINT_SECONDS
-            log.error("connections cannot be accepted and are closed", error=error.strerror)
+        return (reserve or self._reserve) is not None
 
 
 def _begin_no_more(listener: socket.socket) -> None:

@@ -14,133 +14,93 @@ if __name__ == "__main__":  # before the other imports, which take a while
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C and a hangup reach the whole group; the supervisor decides
 
 import asyncio
-import contextlib
 import gc
-import itertools
 import os
 import socket
 import sys
-import threading
 import time
-from collections import Counter
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import msgspec
 import uvloop
 
 from fastdist import __version__, ipc, logs, packet
-from fastdist._core import Intake, PacketRing, Poller
+from fastdist._core import Intake, Poller
 from fastdist.errors import StartError
-from fastdist.http import stats
-from fastdist.http.api import Api, json_response, problem, reason
-from fastdist.http.models import Reloaded
-from fastdist.ipc import Action, Assignment, Message
+from fastdist.http.api import RETRY_SOON, Api, problem, reason
+from fastdist.ipc import Assignment, Message
 from fastdist.net import tls
-from fastdist.shm.block import HeadWord, SharedBlock, Step, WorkerWord
+from fastdist.shm.block import SharedBlock, Step, WorkerWord
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
-from fastdist.storage.dead_letter_writer import Letter
 from fastdist.storage.dead_letters import DeadLetters
-from fastdist.storage.directory import Adoption, OldRing, RingNames, ring_path
-from fastdist.storage.group_commit import Syncer, make_safe
-from fastdist.storage.locks import is_nameless
-from fastdist.worker.dispatch import Dispatcher
+from fastdist.worker.admin import AdminRequests
+from fastdist.worker.dispatch import Dispatcher, max_in_flight
+from fastdist.worker.drain import Drain
 from fastdist.worker.ingest import Emitters, IngestProtocol
-from fastdist.worker.listener import Acceptor, serve
-from fastdist.worker.reconcile import begin_adopting, end_adopting, take_over
+from fastdist.worker.listener import serve
+from fastdist.worker.queue import Queue
+from fastdist.worker.reconcile import reconcile
 from fastdist.worker.tls import TlsServer
 from fastdist.worker.upkeep import TICK, LoopLag, Sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from fastdist.http.api import Response
+    from fastdist.worker.listener import Acceptor
 
 LOOK_NS = 100_000_000  # between two looks at the names of the rings' files
-LEAST_ADOPTED = 64  # packets of an old ring that are moved at once, at least
-BEAT, BEATS_TILL_TOLD = 0.5, 20  # seconds between signs of life before there is an event loop; when it is told
-LAST_LOOKS = 50  # TICK apart: what a last request has to come once we drain; time that we could not read in is none
-LAST_ANSWERS = 1.0  # seconds at most for telling those who come too late that nothing is accepted any more
-LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
-CHANGE_SECONDS = 15.0  # the supervisor has to carry out a change
+MIN_MIGRATED = 64  # packets of an old ring that are moved at once, at least
 
 log = logs.get()
 
 
 class Worker:
-    """A worker's parts and its life."""
+    """A worker's parts and its life. ``control`` leads to the supervisor."""
 
-    def __init__(self, assignment: Assignment, loop: asyncio.AbstractEventLoop) -> None:
-        self.assignment, self.loop = assignment, loop
+    def __init__(self, assignment: Assignment, loop: asyncio.AbstractEventLoop, control: asyncio.StreamWriter) -> None:
+        self.assignment, self.loop, self.control = assignment, loop, control
         self.block = SharedBlock.attach(assignment.shared)
         self.words = self.block.worker(assignment.index)
         self.upkeep = Upkeep(self.words, WorkerWord.FAILING)
         self.counters = self.block.rows[assignment.index]
         self._go_by(ipc.read_settings(assignment.settings))
-        self.durability = self.config.queue.durability
-        self.ring = PacketRing(
-            assignment.ring, volatile=self.durability == "memory", claims_wait_for_sync=self.durability == "fsync"
-        )
-        self.ring.clock_offset = self.block.head[HeadWord.CLOCK_OFFSET_NS]
-        self.adoptions = [Adoption(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
-        safe = self._make_safe()
-        self.names = RingNames(self.ring, assignment.ring)
-        self.syncer = None
-        if self.durability != "memory":
-            self.names.path = ring_path(self.config.queue.path, assignment.index)
-            self.syncer = Syncer(self.ring, assignment.ring, self._synced, self._sync_failed)
-            self.syncer.failing = not safe
-            if self.durability == "fsync":
-                self.syncer.path = self.names.path
-        self.dead_letters = DeadLetters(self.config.queue.path, f"w{assignment.index}-{os.getpid()}", assignment.ring)
-        self.limiter = self.block.limiter()
+        config, index = self.config, assignment.index
+        self.fsync = config.queue.durability == "fsync"
+        self.queue = Queue(assignment, config, self.block, synced=self._synced, not_synced=self._not_synced)
         self.poller = Poller(loop)
-        self.emitters = Emitters(Api(self.snapshot))
-        self.emitters.carry_out = self._ask_for
+        syncer = self.queue.syncer
         self.dispatcher = Dispatcher(
             loop,
-            self.ring,
+            self.queue.ring,
             self.block.analyzers,
-            self.config,
+            config,
             counters=self.counters,
-            dead_letters=self.dead_letters,
-            settled=self.emitters.settled,
+            dead_letters=DeadLetters(config.queue.path, f"w{index}-{os.getpid()}", assignment.ring),
+            settled=lambda sequence, analyzer: self.emitters.settled(sequence, analyzer),  # noqa: PLW0108  (made below)
             poller=self.poller,
+            run_in_thread=syncer.run if syncer is not None else None,
         )
         self.letters = self.dispatcher.letters
-        if self.syncer is not None:
-            self.letters.sync_with(
-                self.syncer.run, 0.0 if self.durability == "fsync" else self.config.queue.sync_interval
-            )
+        self.limiter = self.block.limiter()
         self.intake = Intake(
-            self.ring,
+            self.queue.ring,
             self.counters,
             self.limiter,
-            self.config.server,
+            config.server,
             packet.check,
             self.dispatcher.schedule,
-            self.syncer.want if self.syncer is not None and self.durability == "fsync" else None,
+            syncer.want if syncer is not None and self.fsync else None,
         )
-        self.sweep = Sweep(self.intake, self.config.server)
+        api = Api(self.snapshot)
+        self.admin = AdminRequests(control, api)
+        self.emitters = Emitters(api, self.intake, self.admin.send)
+        self.sweep = Sweep(self.intake, config.server)
         self.lag = LoopLag(self.counters, self.poller, self.intake)
-        self.intake.broken_storage = self._sync_fails = not safe
-        self.emitters.intake = self.intake
-        self.tls = tls.server_context(self.pair, self.config.security)
+        self.intake.broken_storage = self.queue.is_broken
+        self.tls = tls.server_context(self.pair, config.security)
         self._put_in_force()
         self._next_sync = self._next_look = 0
         self._stopped = asyncio.Event()
-        self._server: Acceptor | TlsServer  # set by ``serve``
-        self._changes: dict[int, Callable[[Message], None]] = {}  # asked for and not answered, by id
-        self._numbers = itertools.count(1)
-
-    def _make_safe(self) -> bool:
-        """Sync what was found in files, whatever becomes of one; say whether all of it is safe."""
-        if self.durability == "memory":
-            return True
-        rings = [(self.ring, self.assignment.ring), *((each.ring, each.old.fd) for each in self.adoptions)]
-        with _signs_of_life(self.words):
-            return all([make_safe(ring, fd) for ring, fd in rings])  # noqa: C419
+        self._server: Acceptor  # set by ``serve``
 
     # ---- settings
 
@@ -163,7 +123,7 @@ class Worker:
                 context = tls.server_context(settings.pair, settings.config.security)
         except StartError as error:  # what the supervisor could use: this process lacks something
             log.error("the new settings cannot be used; the old ones stay", error=str(error))
-            ipc.send(self._control, Message("reloaded", id=settings.generation, body=str(error)))
+            ipc.send(self.control, Message("reloaded", id=settings.generation, body=str(error)))
             return
         self.tls = context
         if isinstance(self._server, TlsServer) and context is not None:
@@ -172,40 +132,7 @@ class Worker:
         self._put_in_force()
         self.dispatcher.config = self.config
         self.dispatcher.set_roster(self.roster)
-        ipc.send(self._control, Message("reloaded", id=self.generation))
-
-    def _ask_for(self, action: Action, done: Callable[[Response], None]) -> None:
-        """Have the supervisor carry out a change; ``done`` gets the answer for whoever asked."""
-        number = next(self._numbers)
-        timer = self.loop.call_later(CHANGE_SECONDS, self._changed, Message("reply", id=number, status=504))
-
-        def answer(reply: Message) -> None:
-            timer.cancel()
-            try:
-                response = self._describe(action, reply)
-            except Exception as error:  # noqa: BLE001  (whoever asked gets an answer)
-                response = self.emitters.api.faults.answer(error)
-            done(response)
-
-        self._changes[number] = answer
-        ipc.send(self._control, Message("request", id=number, action=action))
-
-    def _changed(self, reply: Message) -> None:
-        answer = self._changes.pop(reply.id, None)
-        if answer is not None:
-            answer(reply)
-
-    def _describe(self, action: Action, reply: Message) -> Response:
-        if reply.status == HTTPStatus.OK and action.name == "reload":
-            return json_response(Reloaded(needs_restart=reply.body))
-        if reply.status == HTTPStatus.OK:
-            return json_response(stats.analyzer(self.snapshot(), action.analyzer))
-        if reply.status == HTTPStatus.GATEWAY_TIMEOUT:
-            return problem(503, "the supervisor has not answered in time")
-        if isinstance(reply.body, list):
-            errors = [{"pointer": "", "detail": str(each)} for each in reply.body]
-            return problem(reply.status, "the new configuration cannot be used; the old one stays", errors=errors)
-        return problem(reply.status, str(reply.body))
+        ipc.send(self.control, Message("reloaded", id=self.generation))
 
     def snapshot(self) -> Snapshot:
         """Return what all processes know, as it is now."""
@@ -214,27 +141,24 @@ class Worker:
 
     # ---- serving
 
-    async def serve(self) -> None:
-        """Serve until told to stop."""
-        take_over(self.ring, self.adoptions, self.counters)
+    async def serve(self, commands: asyncio.StreamReader) -> None:
+        """Serve until the supervisor, whose ``commands`` are read, says stop or is gone."""
+        reconcile(self.queue.ring, self.queue.migrations, self.counters)
         self.dispatcher.set_roster(self.roster)
-        listener = socket.socket(fileno=self.assignment.listener)
-        commands = socket.socket(fileno=self.assignment.control)
-        reader, self._control = await ipc.connect(commands)
-        self._server = self._listen(listener)
+        self._server = self._listen(socket.socket(fileno=self.assignment.listener))
         self.tick()
-        ipc.send(self._control, Message("ready", body=self.generation))
+        ipc.send(self.control, Message("ready", body=self.generation))
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection holds nobody up
-        obeying = self.loop.create_task(self._obey(reader))
+        obeying = self.loop.create_task(self._obey(commands))
         obeying.add_done_callback(lambda _: self._stopped.set())
         await self._stopped.wait()
         if obeying.done():
             obeying.result()  # whatever went wrong there ends this worker: another takes over
         obeying.cancel()
 
-    def _listen(self, listener: socket.socket) -> Acceptor | TlsServer:
+    def _listen(self, listener: socket.socket) -> Acceptor:
         def protocol() -> IngestProtocol:
             return IngestProtocol(self.intake, self.emitters)
 
@@ -250,107 +174,27 @@ class Worker:
             poller=self.poller,
         )
 
-    async def _obey(self, reader: asyncio.StreamReader) -> None:
+    async def _obey(self, commands: asyncio.StreamReader) -> None:
         """Carry out the supervisor's commands; end when it is gone."""
         draining: asyncio.Task[None] | None = None
-        async for message in ipc.receive(reader):
+        async for message in ipc.receive(commands):
             if message.verb == "drain" and draining is None:
                 draining = self.loop.create_task(self._drain(message.deadline))
             elif message.verb == "reload":
                 self._reload()
             elif message.verb == "reply":
-                self._changed(message)
-        log.warning("the supervisor is gone; ending")
+                self.admin.replied(message)
+        log.warning("lost supervisor, shutting down")
         if draining is not None:
             draining.cancel()
         await self._drain(time.monotonic())
 
-    # ---- draining
-
     async def _drain(self, deadline: float) -> None:
-        """Take no new connections, finish what is under way, deliver what is queued; all until ``deadline``.
-
-        Connections that the system has made already are served. What comes on a connection meanwhile is accepted, and
-        is the last there: the emitter could not know yet.
-        """
-        self.intake.draining = True
-        self._server.finish()
-        idle = Counter[IngestProtocol]()  # looks at a connection that has nothing under way
-        for look in itertools.count():
-            self._close_what_is_over(idle)
-            done = not (self.undone or self.intake.connections or self._server.busy)
-            if done or time.monotonic() >= deadline:
-                break
-            if look == LAST_LOOKS:
-                self._server.close()  # handshakes, too, have had their time
-            await asyncio.sleep(TICK)
-        self._server.close()
-        self.intake.closed = True
-        self._turn_away()
-        self._stop_delivering()
-        while self.letters.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
-            await asyncio.sleep(TICK)
-        if self.ring.undone and is_nameless(self.assignment.ring):
-            self._bury_the_rest()
-        else:
-            self.letters.finish()
-        self.emitters.end_waiting()
-        if self.syncer is not None:
-            self.syncer.close()
-            self.intake.synced(self.ring.synced_position)
-        for connection in tuple(self.intake.connections):
-            if connection.transport is not None:
-                connection.transport.close()
-        self.dead_letters.close()
+        await Drain(self._server, self.emitters, self.dispatcher, self.queue).run(deadline)
         self.publish()
-        for adoption in () if self.names.misplaced else self.adoptions:
-            adoption.settle(self.ring)
         self._stopped.set()
 
-    def _close_what_is_over(self, idle: Counter[IngestProtocol]) -> None:
-        """Close connections whose last answer is read, or had time to be, and those ``idle`` at enough looks."""
-        whole = self.poller.turn()  # a request that is there already is no longer to come
-        for connection in tuple(self.intake.connections):
-            if connection.transport is None:
-                continue
-            if connection.idle():
-                idle[connection] += whole
-                if idle[connection] > LAST_LOOKS:
-                    connection.transport.close()
-            elif self.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
-                connection.transport.abort()
-
-    def _turn_away(self) -> None:
-        """Tell those whose requests are there by now that nothing is accepted any more."""
-        end = time.monotonic() + LAST_ANSWERS
-        while (not self.poller.turn() or self.intake.holds_back) and time.monotonic() < end:
-            self.intake.go_on()
-
-    def _stop_delivering(self) -> None:
-        """Send nothing from here on; what is in flight is back in the ring."""
-        self.dispatcher.set_roster({})
-        for pool in self.dispatcher.retired:
-            pool.close()
-
-    def _bury_the_rest(self) -> None:
-        """Write what would end with this service to the dead letters; the supervisor tries what cannot be written."""
-        try:
-            count = self.dispatcher.bury_all()
-        except OSError as error:
-            log.error(
-                "cannot write dead letters; what is left is lost unless the supervisor can",
-                error=str(error),
-                packets=self.ring.undone,
-            )
-        else:
-            log.warning("packets were not delivered in time and are now dead letters", packets=count)
-
     # ---- upkeep
-
-    @property
-    def undone(self) -> int:
-        """Packets in the worker's own ring and in those it adopts."""
-        return int(self.ring.undone + sum(adoption.undone for adoption in self.adoptions))
 
     def tick(self) -> None:
         """Run every TICK seconds."""
@@ -365,123 +209,62 @@ class Worker:
         run(Step.DELIVERIES, self.dispatcher.tick, now)
         run(Step.DEAD_LETTERS, self.letters.tick, now)
         run(Step.CONNECTIONS, self.dispatcher.raise_shortage)
-        run(Step.DEAD_LETTERS, self.dead_letters.tick, now)
-        run(Step.OLD_RINGS, self._adopt)
+        run(Step.DEAD_LETTERS, self.letters.files.tick, now)
+        run(Step.OLD_RINGS, self._migrate)
         if now >= self._next_sync:
             self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
-            run(Step.SYNC, self._sync)
+            run(Step.SYNC, self.queue.sync)
         if self.intake.draining:
             self.letters.sync_soon()  # nobody is to wait for more of them
         run(Step.GAUGES, self.publish)
         run(Step.TIMEOUTS, self.sweep.go_on, now)
         self.lag.end(now)
 
-    def _sync(self) -> None:
-        if self.syncer is not None:
-            self.syncer.want_if_changed()
-
     def _look_for_files(self) -> None:
-        """Accept nothing while a ring's file is not under its name: the next start would not find what is in it."""
-        self.names.look(self.adoptions)
-        self._judge_storage()
+        self.queue.names.look(self.queue.migrations)
+        self.intake.broken_storage = self.queue.is_broken
 
-    def _judge_storage(self) -> None:
-        self.intake.broken_storage = self._sync_fails or self.names.misplaced or self.names.misplaced_old
-
-    def _adopt(self) -> None:
-        """Move packets of old rings into this worker's own, of each whatever becomes of the others."""
-        failure = None
-        for adoption in () if self._sync_fails or self.names.misplaced else tuple(self.adoptions):
-            try:
-                self._adopt_from(adoption)
-            except Exception as error:  # noqa: BLE001
-                failure = error
-        if failure is not None:
-            raise failure
-
-    def _adopt_from(self, adoption: Adoption) -> None:
-        """Move some packets of an old ring: at a time, as many as may be in flight. Delete it when it is empty."""
-        delivery = self.config.delivery
-        requests = delivery.connections * delivery.pipeline * len(self.roster)
-        most = max(LEAST_ADOPTED, requests * (delivery.batch_packets if delivery.mode == "batch" else 1))
-        begin_adopting(self.ring, self.counters)
-        try:
-            moved, oversized = adoption.step(self.ring, most)
-        finally:
-            end_adopting(self.ring, self.counters)
-        if oversized:
-            reason = "larger than the queue takes now"
-            letters = [Letter(adoption.ring, each, "oversized", None, None, reason) for each in oversized]
-            self.letters.add(*letters)
-        if moved:
-            if self.syncer is not None:
-                self.syncer.want()
+    def _migrate(self) -> None:
+        """Move some packets of old rings: of each, at a time, as many as may be in flight."""
+        if self.queue.migrations:
+            most = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.roster))
             self.dispatcher.schedule()
-        if adoption.finished and time.monotonic() >= adoption.next_deletion:
-            adoption.delete()
-            self.adoptions.remove(adoption)
-            os.close(adoption.old.fd)
-            ipc.send(self._control, Message("adopted", body=adoption.old.path))
-            log.info("an old ring was taken over whole and is deleted", ring=adoption.old.path)
+            self.queue.migrate(most, self.letters, self._tell_of_deleted)
+
+    def _tell_of_deleted(self, path: str) -> None:
+        ipc.send(self.control, Message("migrated", body=path))
 
     def publish(self) -> None:
         """Put this worker's gauges into its row."""
-        counters, ring = self.counters, self.ring
-        counters.set("undone", self.undone)
+        counters, ring = self.counters, self.queue.ring
+        counters.set("undone", self.queue.undone)
         counters.set("queue_bytes", ring.used)
         counters.set("queue_capacity", ring.capacity)
         counters.set("oldest_ns", ring.oldest_ns)
         if self.intake.full and ring.undone_bytes < ring.capacity // 2:
             self.intake.full = False
         self.words[WorkerWord.FULL] = int(self.intake.full)
-        self.words[WorkerWord.STORAGE_FAULT] = int(self.dispatcher.storage_failed or self.intake.broken_storage)
+        self.words[WorkerWord.STORAGE_FAULT] = int(self.letters.failed or self.intake.broken_storage)
 
     # ---- what the syncer tells
 
     def _synced(self, position: int) -> None:
-        self._sync_fails = False
-        self._judge_storage()
+        self.intake.broken_storage = self.queue.is_broken
         self.intake.synced(position)
         self.dispatcher.schedule()
-        self.upkeep.run(Step.OLD_RINGS, self._adopt)
+        self.upkeep.run(Step.OLD_RINGS, self._migrate)
 
-    def _sync_failed(self, error: OSError) -> None:
+    def _not_synced(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, take back what nobody was told is safe."""
-        self._sync_fails = not isinstance(error, FileNotFoundError)
         self._next_look = 0
-        self.intake.broken_storage = True  # the next look at the file, or the next sync, judges anew
-        if self.durability != "fsync":
+        self.intake.broken_storage = True  # until the next look at the file, or the next sync
+        if not self.fsync:
             return
-        packets, _, _ = self.ring.withdraw_unsynced()
+        packets, _, _ = self.queue.ring.withdraw_unsynced()
         self.counters.add("withdrawn", packets)
         self.counters.add("storage", packets)
-        response = problem(
-            503, f"the packet could not be written to disk: {error.strerror}", headers=b"Retry-After: 1\r\n"
-        )
+        response = problem(503, f"the packet could not be written to disk: {error.strerror}", headers=RETRY_SOON)
         self.intake.sync_failed(response.status, reason(response.status), response.headers, response.body)
-
-
-@contextlib.contextmanager
-def _signs_of_life(words: memoryview) -> Iterator[None]:
-    """Give the event loop's sign in its place while the disk is waited for; a kill would not end that wait sooner."""
-    done = threading.Event()
-
-    def beat() -> None:
-        beats = 0
-        while not done.wait(BEAT):
-            words[WorkerWord.HEARTBEAT_NS] = time.monotonic_ns()
-            beats += 1
-            if beats == BEATS_TILL_TOLD:
-                log.warning("the disk takes long to write what the last run has left in the queue; waiting for it")
-
-    thread = threading.Thread(target=beat, name="signs-of-life", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        words[WorkerWord.HEARTBEAT_NS] = time.monotonic_ns()
 
 
 def main() -> int:
@@ -490,7 +273,8 @@ def main() -> int:
     logs.configure(worker=f"w{assignment.index}")
 
     async def run() -> None:
-        await Worker(assignment, asyncio.get_running_loop()).serve()
+        commands, control = await ipc.connect(socket.socket(fileno=assignment.control))
+        await Worker(assignment, asyncio.get_running_loop(), control).serve(commands)
 
     uvloop.run(run())
     return 0

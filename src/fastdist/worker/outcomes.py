@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing
     from fastdist.settings import Analyzer, Config
+    from fastdist.storage.dead_letter_writer import Runner
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerPool
 
@@ -57,13 +58,15 @@ class Returned(NamedTuple):
 class Outcomes(DispatchBase):
     """Hears of outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``roster`` and ``weights``."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (as Dispatcher's)
         self,
         states: AnalyzerStates,
         config: Config,
+        *,
         counters: Counters,
         dead_letters: DeadLetters,
         settled: Callable[[int, str | None], None],
+        run_in_thread: Runner | None,
     ) -> None:
         self.analyzer_states, self.config, self.counters, self.settled = states, config, counters, settled
         self.roster: dict[int, Analyzer] = {}
@@ -75,9 +78,10 @@ class Outcomes(DispatchBase):
         self.backed_off: deque[list[tuple[int, int]]] = deque()  # the same, of those that need not wait any longer
         self.somebody = False  # is online, if only paused
         self.probation = Probation(states, config.health.rise)
-        self.letters = DeadLetterWriter(dead_letters, counters, self._buried)
-        self._warned_ns: dict[int, int] = {}  # slot -> monotonic ns: when to warn again that it refuses everything
-        self._complain_ns: dict[object, int] = {}  # place of an error -> monotonic ns: when to tell again
+        delay = 0.0 if config.queue.durability == "fsync" else config.queue.sync_interval
+        self.letters = DeadLetterWriter(dead_letters, counters, self._buried, run_in_thread, delay)
+        self._warnings = logs.Throttle(COMPLAINT_SECONDS)  # of an analyzer (its slot) that refuses everything
+        self._complaints = logs.Throttle(COMPLAINT_SECONDS)  # of errors, by kind and place
         self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked
         self.parts: deque[Callable[[], bool]] = deque((self.place_next, self.end_next_back_off))
 
@@ -95,10 +99,8 @@ class Outcomes(DispatchBase):
 
     def went_wrong(self, error: Exception) -> None:
         """Tell of an error of the program, of those from one place once a minute; what it was about goes on."""
-        place = traceback.extract_tb(error.__traceback__)[-1:]
-        kind, now = (type(error), *((frame.filename, frame.lineno) for frame in place)), time.monotonic_ns()
-        if now >= self._complain_ns.get(kind, 0):
-            self._complain_ns[kind] = now + int(COMPLAINT_SECONDS * 1e9)
+        places = traceback.extract_tb(error.__traceback__)[-1:]
+        if self._complaints.allow((type(error), *((place.filename, place.lineno) for place in places))):
             log.error("an error in fastdist while it deals with deliveries; no packet is lost", exc_info=error)
 
     # ---- outcomes, told by the pools
@@ -198,9 +200,7 @@ class Outcomes(DispatchBase):
         if refusals <= fall and not states.needs_trial(slot):
             states.delivery_succeeded(slot)
             return False
-        now = time.monotonic_ns()
-        if refusals == fall + 1 and now >= self._warned_ns.get(slot, 0):
-            self._warned_ns[slot] = now + int(COMPLAINT_SECONDS * 1e9)
+        if refusals == fall + 1 and self._warnings.allow(slot):
             log.warning(
                 "an analyzer refuses packet after packet; what it refuses now is tried once elsewhere",
                 analyzer=pool.analyzer.id,
@@ -372,11 +372,6 @@ class Outcomes(DispatchBase):
             pass
 
     # ---- dead letters
-
-    @property
-    def storage_failed(self) -> bool:
-        """Whether there are dead letters that could not be written or synced."""
-        return self.letters.failed
 
     def _bury(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
         self.letters.add(Letter(self.ring, handle, reason, pool.analyzer.id, status, error))

@@ -1,4 +1,4 @@
-"""Taking over: a worker finds its ring as its predecessor, or the last run, left it, and makes its counters agree.
+"""Reconciling: a worker finds its ring as its predecessor, or the last run, left it, and makes its counters agree.
 
 The ring is the truth. What is between its head and tail and not done is queued; of what was pushed in this run the rest
 was delivered or is a dead letter. A predecessor that was killed may have changed the ring without having counted it.
@@ -10,46 +10,35 @@ from typing import TYPE_CHECKING
 
 from fastdist import logs
 from fastdist.shm.snapshot import DEAD_LETTERS
+from fastdist.worker.migrate import end_migrating
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastdist._core import Counters, PacketRing
-    from fastdist.storage.directory import Adoption
+    from fastdist.worker.migrate import Migration
 
 log = logs.get()
 
 
-def take_over(ring: PacketRing, adoptions: Sequence[Adoption], counters: Counters) -> None:
-    """Make ``counters`` agree with the worker's ring and the old rings it adopts."""
-    for each, name in ((ring, "the worker's own"), *((adoption.ring, adoption.old.path) for adoption in adoptions)):
+def reconcile(ring: PacketRing, migrations: Sequence[Migration], counters: Counters) -> None:
+    """Make ``counters`` agree with the worker's ring and the old rings it migrates."""
+    for each, name in ((ring, "the worker's own"), *((migration.ring, migration.old.path) for migration in migrations)):
         for offset, what in each.damage:
             log.warning("damage in the queue; skipped", ring=name, offset=offset, what=what)
-    undone = ring.undone + sum(adoption.undone for adoption in adoptions)
+    undone = ring.undone + sum(migration.undone for migration in migrations)
     if counters.get("sequence_base") == 0:
         counters.set("sequence_base", ring.next_sequence_number)
         counters.add("recovered", undone)
-        counters.add("corrupt", ring.corrupt + sum(adoption.ring.corrupt for adoption in adoptions))
+        counters.add("corrupt", ring.corrupt + sum(migration.ring.corrupt for migration in migrations))
         return
     counters.add("corrupt", ring.corrupt)
     _count_the_pushed(ring, counters)
     _count_the_delivered(undone, counters)
 
 
-def begin_adopting(ring: PacketRing, counters: Counters) -> None:
-    """Note that nothing but copies of an old ring's packets will be pushed until ``end_adopting``."""
-    counters.set("adopting", ring.next_sequence_number - counters.get("adopted"))
-
-
-def end_adopting(ring: PacketRing, counters: Counters) -> None:
-    """Count what was copied since ``begin_adopting``, though it be for a process that was killed meanwhile."""
-    if begun := counters.get("adopting"):
-        counters.set("adopted", ring.next_sequence_number - begun)
-        counters.set("adopting", 0)
-
-
 def _count_the_pushed(ring: PacketRing, counters: Counters) -> None:
-    end_adopting(ring, counters)
+    end_migrating(ring, counters)
     pushed = ring.next_sequence_number - counters.get("sequence_base") - counters.get("adopted")
     missing = pushed - counters.get("accepted") - counters.get("withdrawn")
     if missing > 0:

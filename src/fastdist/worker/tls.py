@@ -7,7 +7,6 @@ so ``TlsConnection`` speaks it on a ``Stream``, and handshakes have a part of ea
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import ssl
@@ -19,6 +18,7 @@ from fastdist._core import Receiver, Stream
 from fastdist.worker.listener import Acceptor, refuse
 
 if TYPE_CHECKING:
+    import asyncio
     import socket
     from collections.abc import Callable
 
@@ -29,7 +29,7 @@ TURN_NS = 1_000_000  # of a turn of the loop for handshakes; one step in any cas
 ENDED_AT_ONCE = 64  # handshakes whose time is over, before others of the loop have their turn
 
 
-class TlsServer:
+class TlsServer(Acceptor):
     """Accepts connections and sees them through their handshakes; then they are ``protocol()``'s.
 
     ``has_room(handshakes)`` says whether one more connection may be accepted with that many on their way: one too many
@@ -46,27 +46,22 @@ class TlsServer:
         *,
         poller: Poller,
     ) -> None:
+        super().__init__(listener, self._taken, poller.turn)
         self.poller, self.context, self.protocol = poller, context, protocol
-        self.has_room, self.patience = has_room, patience
-        self.loop, self.turn_ns = asyncio.get_running_loop(), TURN_NS
+        self.has_room, self.patience, self.turn_ns = has_room, patience, TURN_NS
         self._handshakes: dict[TlsConnection, float] = {}  # until when, the first to end first
         self._awaiting: deque[TlsConnection] = deque()  # those of them whose next step costs something
         self._turn_comes = False
         self._timer: asyncio.Handle | None = None
-        self._acceptor = Acceptor(listener, self._taken, poller.turn)
 
     @property
     def busy(self) -> bool:
         """Whether connections may yet come: they are accepted, or in a handshake."""
-        return self._acceptor.busy or bool(self._handshakes)
-
-    def finish(self) -> None:
-        """Have no more connections begun; accept those that were."""
-        self._acceptor.finish()
+        return super().busy or bool(self._handshakes)
 
     def close(self) -> None:
         """Accept no more connections, and end the handshakes that are under way."""
-        self._acceptor.close()
+        super().close()
         for connection in tuple(self._handshakes):
             connection.abort()
 

@@ -1,0 +1,53 @@
+"""What can be told of an open file and of its name, and how names get to stable storage."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_KEPT_UNTIL_CLOSED = (".nfs", ".fuse_hidden")  # names that file systems give to deleted files that somebody has open
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's entries (new files, renamed ones) on stable storage. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def has_name(fd: int, path: str | Path) -> bool:
+    """Whether the open file is the one that is found under this path. Raises OSError when that cannot be seen."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))  # noqa: PTH116  (a str as often as not)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Return what tells a folder from another under its name; (0, 0) if there is none."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (state.st_dev, state.st_ino)
+
+
+def present_path(fd: int) -> str | None:
+    """Return where the open file is now; None if it is nowhere: deleted, or never in a folder (a memfd).
+
+    A deleted file that has another link is nowhere as well: nobody knows where that link is.
+    """
+    path = str(Path(f"/proc/self/fd/{fd}").readlink())
+    if path.rpartition("/")[2].startswith(_KEPT_UNTIL_CLOSED):
+        return None
+    return path if has_name(fd, path) else None
+
+
+def is_nameless(fd: int) -> bool:
+    """Whether nobody will find the open file again when all who have it open have ended."""
+    try:
+        return present_path(fd) is None
+    except OSError:
+        return os.fstat(fd).st_nlink == 0

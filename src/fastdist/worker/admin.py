@@ -1,0 +1,62 @@
+"""Changes that an administrator asks a worker for, and that the supervisor carries out."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from fastdist import ipc
+from fastdist.http import stats
+from fastdist.http.api import Api, Response, json_response, problem
+from fastdist.http.models import Reloaded
+from fastdist.ipc import Action, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TIMEOUT = 15.0  # seconds that the supervisor has to carry out a change
+
+
+class AdminRequests:
+    """Those that the supervisor, at the other end of ``control``, has yet to reply to."""
+
+    def __init__(self, control: asyncio.StreamWriter, api: Api) -> None:
+        self._control, self._api = control, api
+        self._pending: dict[int, Callable[[Message], None]] = {}  # by id
+        self._numbers = itertools.count(1)
+
+    def send(self, action: Action, done: Callable[[Response], None]) -> None:
+        """Have the supervisor carry out a change; ``done`` gets the response."""
+        number = next(self._numbers)
+        late = Message("reply", id=number, status=HTTPStatus.GATEWAY_TIMEOUT)
+        timer = asyncio.get_running_loop().call_later(TIMEOUT, self.replied, late)
+
+        def respond(reply: Message) -> None:
+            timer.cancel()
+            try:
+                response = self._response(action, reply)
+            except Exception as error:  # noqa: BLE001  (whoever asked gets an answer)
+                response = self._api.faults.answer(error)
+            done(response)
+
+        self._pending[number] = respond
+        ipc.send(self._control, Message("request", id=number, action=action))
+
+    def replied(self, reply: Message) -> None:
+        """Pass on what the supervisor has replied; it may be too late."""
+        if respond := self._pending.pop(reply.id, None):
+            respond(reply)
+
+    def _response(self, action: Action, reply: Message) -> Response:
+        if reply.status == HTTPStatus.OK and action.name == "reload":
+            return json_response(Reloaded(needs_restart=reply.body))
+        if reply.status == HTTPStatus.OK:
+            return json_response(stats.analyzer(self._api.snapshot(), action.analyzer))
+        if reply.status == HTTPStatus.GATEWAY_TIMEOUT:
+            return problem(503, "the supervisor has not answered in time")
+        if isinstance(reply.body, list):
+            errors = [{"pointer": "", "detail": str(each)} for each in reply.body]
+            return problem(reply.status, "the new configuration cannot be used; the old one stays", errors=errors)
+        return problem(reply.status, str(reply.body))

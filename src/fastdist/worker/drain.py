@@ -1,0 +1,105 @@
+"""Draining: a worker takes no new connections, finishes what is under way, and delivers what is queued, for a time.
+
+Connections that the system has made already are served. What comes on a connection meanwhile is accepted, and is the
+last there: the emitter could not know yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist.storage.files import is_nameless
+from fastdist.worker.upkeep import TICK
+
+if TYPE_CHECKING:
+    from fastdist.worker.dispatch import Dispatcher
+    from fastdist.worker.ingest import Emitters, IngestProtocol
+    from fastdist.worker.listener import Acceptor
+    from fastdist.worker.queue import Queue
+
+LAST_LOOKS = 50  # TICK apart: what a last request has to come once we drain; time that we could not read in is none
+LAST_ANSWERS = 1.0  # seconds at most for telling those who come too late that nothing is accepted any more
+LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
+
+log = logs.get()
+
+
+class Drain:
+    """A worker's last work, once ``run``."""
+
+    def __init__(self, server: Acceptor, emitters: Emitters, dispatcher: Dispatcher, queue: Queue) -> None:
+        self._server, self._emitters, self._dispatcher, self._queue = server, emitters, dispatcher, queue
+        self._intake, self._poller = emitters.intake, dispatcher.poller
+
+    async def run(self, deadline: float) -> None:
+        """Drain until ``deadline`` (time.monotonic()) at most; then nothing is under way and all is stored."""
+        await self._finish(deadline)
+        self._intake.closed = True
+        self._turn_away()
+        self._dispatcher.stop()
+        letters, ring = self._dispatcher.letters, self._queue.ring
+        while letters.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
+            await asyncio.sleep(TICK)
+        if ring.undone and is_nameless(self._queue.fd):
+            self._save_the_rest()
+        else:
+            letters.finish()
+        self._emitters.end_waiting()
+        self._queue.close()
+        self._intake.synced(ring.synced_position)
+        for connection in tuple(self._intake.connections):
+            if connection.transport is not None:
+                connection.transport.close()
+        letters.files.close()
+
+    async def _finish(self, deadline: float) -> None:
+        """Go on as long as there is something to finish."""
+        self._intake.draining = True
+        self._server.finish()
+        idle: Counter[IngestProtocol] = Counter()  # looks at a connection that has nothing under way
+        for look in itertools.count():
+            self._close_what_is_over(idle)
+            done = not (self._queue.undone or self._intake.connections or self._server.busy)
+            if done or time.monotonic() >= deadline:
+                break
+            if look == LAST_LOOKS:
+                self._server.close()  # handshakes, too, have had their time
+            await asyncio.sleep(TICK)
+        self._server.close()
+
+    def _close_what_is_over(self, idle: Counter[IngestProtocol]) -> None:
+        """Close connections whose last answer is read, or had time to be, and those ``idle`` at enough looks."""
+        whole = self._poller.turn()  # a request that is there already is no longer to come
+        for connection in tuple(self._intake.connections):
+            if connection.transport is None:
+                continue
+            if connection.idle():
+                idle[connection] += whole
+                if idle[connection] > LAST_LOOKS:
+                    connection.transport.close()
+            elif self._queue.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
+                connection.transport.abort()
+
+    def _turn_away(self) -> None:
+        """Tell those whose requests are there by now that nothing is accepted any more."""
+        end = time.monotonic() + LAST_ANSWERS
+        while (not self._poller.turn() or self._intake.holds_back) and time.monotonic() < end:
+            self._intake.go_on()
+
+    def _save_the_rest(self) -> None:
+        """Write what would end with this service to the dead letters; the supervisor tries what cannot be written."""
+        try:
+            count = self._dispatcher.bury_all()
+        except OSError as error:
+            log.error(
+                "cannot write dead letters; what is left is lost unless the supervisor can",
+                error=str(error),
+                packets=self._queue.ring.undone,
+            )
+        else:
+            log.warning("packets were not delivered in time and are now dead letters", packets=count)

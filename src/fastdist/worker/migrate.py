@@ -1,0 +1,87 @@
+"""Migrating: a worker moves the packets of old rings into its own, as there is room, and deletes rings that are empty.
+
+A packet is done in the old ring when its copy is synced: at every moment one of the two is safe.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdist._core import PacketRing
+from fastdist.storage.files import has_name
+
+if TYPE_CHECKING:
+    from fastdist._core import Counters
+    from fastdist.storage.directory import OldRing
+
+RETRY_SECONDS = 1.0  # until it is tried again to delete an old ring
+
+
+class Migration:
+    """The move of one old ring's packets."""
+
+    def __init__(self, old: OldRing) -> None:
+        self.old = old
+        self.ring = PacketRing(old.fd)
+        self.next_deletion = 0.0  # time.monotonic()
+        self._copied: list[int] = []  # handles in the old ring whose copies are not synced yet
+        self._position = 0  # the sync that covers the copies
+
+    @property
+    def undone(self) -> int:
+        """Packets that are still to be moved (a copy that is not synced counts in the new ring)."""
+        return self.ring.undone - len(self._copied)
+
+    def step(self, target: PacketRing, most: int) -> tuple[int, list[int]]:
+        """Copy up to ``most`` packets; return how many were, and handles of packets too large for ``target``.
+
+        What is copied and not yet synced is copied again after a kill: ``most`` is how many may be sent twice then.
+        """
+        if not self.settle(target):
+            return 0, []
+        oversized = []
+        while len(self._copied) < most and target.undone_bytes < target.capacity // 2 and (handle := self.ring.claim()):
+            try:
+                if not target.adopt(self.ring, handle):
+                    self.ring.release(handle)
+                    break
+            except ValueError:
+                oversized.append(handle)
+            else:
+                self._copied.append(handle)
+        self._position = target.tail_position
+        return len(self._copied), oversized
+
+    def settle(self, target: PacketRing) -> bool:
+        """Let go of what was copied, if the copies are synced; say whether that is so."""
+        if target.synced_position < self._position:
+            return False
+        for handle in self._copied:
+            self.ring.done(handle)
+        self._copied.clear()
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether the old ring holds nothing any more."""
+        return self.ring.undone == 0
+
+    def delete(self) -> None:
+        """Delete the old ring's file, unless its name is another file's by now. Raises OSError."""
+        self.next_deletion = time.monotonic() + RETRY_SECONDS
+        if has_name(self.old.fd, self.old.path):
+            Path(self.old.path).unlink(missing_ok=True)
+
+
+def begin_migrating(ring: PacketRing, counters: Counters) -> None:
+    """Note that nothing but copies of an old ring's packets will be pushed until ``end_migrating``."""
+    counters.set("adopting", ring.next_sequence_number - counters.get("adopted"))
+
+
+def end_migrating(ring: PacketRing, counters: Counters) -> None:
+    """Count what was copied since ``begin_migrating``, though it be for a process that was killed meanwhile."""
+    if begun := counters.get("adopting"):
+        counters.set("adopted", ring.next_sequence_number - begun)
+        counters.set("adopting", 0)
