@@ -46,9 +46,8 @@ class Bench:
         self.alive_before: list[int] = []  # at each start: earlier processes that still run
         self.spawn_failures: list[OSError] = []
         self.connect_failures: list[OSError] = []
-        self.hopeless = 0
         self.started = asyncio.Event()
-        self.keeper = Keeper(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None, self._give_up)
+        self.keeper = Keeper(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None)
         self.slot = WorkerSlot(
             self.keeper.block, 0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), []
         )
@@ -72,10 +71,6 @@ class Bench:
         monkeypatch.setattr(ipc, "connect", connect_or_fail)
         monkeypatch.setattr(asyncio, "create_subprocess_exec", spawn_or_fail)
         monkeypatch.setattr(processes, "FIRST_DELAY", 0.001)
-
-    def _give_up(self):
-        self.hopeless += 1
-        self.keeper.stop(0.0)
 
     async def run_until(self, event):
         """Keep the slot until ``event`` is set, then stop."""
@@ -115,7 +110,7 @@ def test_a_service_that_gets_no_process_for_its_workers_ends(under):
     async def scenario(bench):
         bench.spawn_failures = [OSError(errno.E2BIG, "Argument list too long")] * 100
         await asyncio.wait_for(bench.keeper.keep(bench.slot), SECONDS)
-        assert bench.hopeless == 1
+        assert bench.keeper.hopeless
         assert len(bench.alive_before) == FALSE_STARTS
 
     under(scenario)
@@ -126,7 +121,7 @@ def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under)
         bench.slot.ever_ready = True
         bench.spawn_failures = [OSError(errno.EAGAIN, "no process")] * (2 * FALSE_STARTS)
         await bench.run_until(bench.started)
-        assert bench.hopeless == 0
+        assert not bench.keeper.hopeless
         assert len(bench.alive_before) == 2 * FALSE_STARTS + 1
 
     under(scenario)

@@ -80,7 +80,7 @@ def test_a_check_without_a_descriptor_is_no_outcome():
         with none_left():
             checker.set_roster(roster)
             for _ in range(3):
-                assert await lacks(checker.raise_shortage) == errno.EMFILE
+                assert await lacks(checker.shortage.raise_once) == errno.EMFILE
             assert states.is_online(0)
             assert (states.get(0, AnalyzerWord.LAST_CHECK_NS), states.error(0)) == (0, "")
         await until(lambda: states.get(0, AnalyzerWord.LAST_STATUS) == 200, "it is checked")
@@ -100,7 +100,7 @@ def test_packets_wait_while_there_is_no_descriptor(tmp_path):
             with none_left():
                 w.push(20)
                 for _ in range(3):
-                    assert await lacks(w.dispatcher.raise_shortage) == errno.EMFILE
+                    assert await lacks(w.dispatcher.shortage.raise_once) == errno.EMFILE
                 assert w.states.is_online(0)
                 assert (w.counters.get_of(0, "failed"), w.states.error(0), w.ring.undone) == (0, "", 20)
             await w.until_empty()

@@ -14,6 +14,7 @@ from support import wait_until
 
 from fastdist._core import PacketRing, file_size
 from fastdist.errors import StartError
+from fastdist.shm.block import SharedBlock
 from fastdist.storage import directory, files, locks
 from fastdist.storage.directory import OldRing, QueueFolder, ring_path
 from fastdist.storage.inspect import InUseError, look
@@ -255,33 +256,34 @@ def test_what_ends_with_its_holders_is_nameless(tmp_path):
 
 
 def migration(tmp_path, packets=3):
-    """Return an old ring's migration, and the ring that is to take its packets."""
+    """Return an old ring's migration, the ring that is to take its packets, and the counters of that."""
     _, (fd,) = opened(tmp_path / "old")
     made = PacketRing(fd)
     for _ in range(packets):
         assert made.push(b"x")
     _, (own,) = opened(tmp_path / "own")
-    return Migration(OldRing(fd, str(ring_path(tmp_path / "old", 0)))), PacketRing(own)
+    (counters,) = SharedBlock.create(1, 4).rows
+    return Migration(OldRing(fd, str(ring_path(tmp_path / "old", 0)))), PacketRing(own), counters
 
 
 def test_old_rings_stay_until_copies_are_synced(tmp_path):
-    it, own = migration(tmp_path)
-    assert it.step(own, 2) == (2, [])
+    it, own, counters = migration(tmp_path)
+    assert it.step(own, counters, 2) == (2, [])
     for _ in range(3):
-        assert it.step(own, 2) == (0, [])
+        assert it.step(own, counters, 2) == (0, [])
         assert (it.ring.undone, it.finished) == (3, False)
     own.mark_synced(own.tail_position)
-    assert it.step(own, 2) == (1, [])
+    assert it.step(own, counters, 2) == (1, [])
     assert (it.ring.undone, it.finished) == (1, False)
     own.mark_synced(own.tail_position)
-    assert it.step(own, 2) == (0, [])
+    assert it.step(own, counters, 2) == (0, [])
     assert it.finished
     it.delete()
     assert not ring_path(tmp_path / "old", 0).exists()
 
 
 def test_only_an_old_ring_itself_is_deleted(tmp_path):
-    it, _ = migration(tmp_path, 0)
+    it, _, _ = migration(tmp_path, 0)
     path = ring_path(tmp_path / "old", 0)
     path.rename(tmp_path / "kept")
     path.write_text("another's")
@@ -291,7 +293,7 @@ def test_only_an_old_ring_itself_is_deleted(tmp_path):
 
 
 def test_an_old_ring_that_lost_its_name_is_told(tmp_path):
-    it, own = migration(tmp_path)
+    it, own, counters = migration(tmp_path)
     names = RingNames(own, it.old.fd, None)
     ring_path(tmp_path / "old", 0).unlink()
     with capture_logs() as logs:
@@ -299,8 +301,8 @@ def test_an_old_ring_that_lost_its_name_is_told(tmp_path):
             names.look([it])
             assert (names.misplaced, names.misplaced_old) == (False, True)
     assert len(logs) == 1
-    it.step(own, 3)
+    it.step(own, counters, 3)
     own.mark_synced(own.tail_position)
-    it.step(own, 3)
+    it.step(own, counters, 3)
     names.look([it])
     assert not names.misplaced_old

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 
 from fastdist._core import PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage.directory import OldRing
-from fastdist.worker.migrate import Migration, begin_migrating, end_migrating
+from fastdist.worker import migrate
+from fastdist.worker.migrate import Migration
 from fastdist.worker.reconcile import reconcile
 
 CAPACITY = 65536
+
+
+def killed_before_counting():
+    return mock.patch.object(migrate, "end_migrating")
 
 
 class Place:
@@ -43,11 +50,9 @@ class Place:
             self.counters.add("bytes_accepted", 2)
 
     def copy(self, most, *, counted=True):
-        begin_migrating(self.ring, self.counters)
-        moved, oversized = self.migration.step(self.ring, most)
+        with nullcontext() if counted else killed_before_counting():
+            moved, oversized = self.migration.step(self.ring, self.counters, most)
         assert not oversized
-        if counted:
-            end_migrating(self.ring, self.counters)
         return moved
 
     def figures(self):
@@ -129,9 +134,8 @@ def test_a_death_in_the_middle_of_copying_is_no_different(place):
                 raise Killed
             return place.ring.adopt(other, handle)
 
-    begin_migrating(place.ring, place.counters)
-    with pytest.raises(Killed):
-        place.migration.step(Dying(), 5)
+    with pytest.raises(Killed), killed_before_counting():
+        place.migration.step(Dying(), place.counters, 5)
     place.start()
     figures = place.figures()
     assert (figures["accepted"], figures["adopted"], figures["recovered"]) == (1, 2, 12)

@@ -134,6 +134,18 @@ def shortage(error: BaseException) -> OSError | None:
     return error if error.errno in SHORTAGES else None
 
 
+class Shortage:
+    """What was lacking when something last failed for it, as ``last``."""
+
+    last: OSError | None = None
+
+    def raise_once(self) -> None:
+        """Raise it, if there was anything since the last call."""
+        last, self.last = self.last, None
+        if last is not None:
+            raise last
+
+
 async def _connect_by_loop(
     protocol: asyncio.Protocol, connection: socket.socket, tls: ssl.SSLContext | None, host: str
 ) -> None:

@@ -8,9 +8,9 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 | samples   | 16 x 4             | the supervisor, once a second |
 | limiter   | limiter_words      | all, by compare-and-swap |
 | analyzers | n x 64             | see ``AnalyzerWord`` |
+| baselines | n x 256            | the supervisor: what a slot's earlier analyzers have counted, laid out as in a row |
 | workers   | w x 16             | see ``WorkerWord`` |
 | rows      | w x row_words(n)   | each worker its own: counters, histograms (``core/counters.pxi``) |
-| baselines | n x 256            | the supervisor: what a slot's earlier analyzers have counted, laid out as in a row |
 
 An analyzer keeps its slot until it has left the configuration and another needs it: ``begin_anew`` then. Words have one
 writer, or are changed atomically by helpers of ``AnalyzerStates``; text is written whole and may be read torn, so it is
@@ -158,30 +158,28 @@ class SharedBlock:
     def __init__(self, fd: int, workers: int, slots: int) -> None:
         self.fd, self.workers, self.slots = fd, workers, slots
         self._map = mmap.mmap(fd, self.size(workers, slots))
-        view = memoryview(self._map)
-        self._cut = 0
-        self.head = self._take(view, HeadWord.HEAD_WORDS).cast("q")
-        self.samples = self._take(view, SAMPLES * SAMPLE_WORDS).cast("q")
-        self._limiter = self._take(view, limiter_words(CLIENT_SLOTS))
-        analyzers = self._take(view, slots * AnalyzerWord.ANALYZER_WORDS)
+        view, parts, at = memoryview(self._map), list[memoryview](), 0
+        for words in self._layout(workers, slots):
+            parts.append(view[at : at + 8 * words])
+            at += 8 * words
+        head, samples, self._limiter, analyzers, baselines, *of_workers = parts
+        self.head, self.samples, self.baselines = head.cast("q"), samples.cast("q"), baselines.cast("q")
         self.analyzers = AnalyzerStates(analyzers, self.head)
-        self._worker_words = [self._take(view, WorkerWord.WORKER_WORDS).cast("q") for _ in range(workers)]
-        self._rows = [self._take(view, row_words(slots)) for _ in range(workers)]
+        self._worker_words = [part.cast("q") for part in of_workers[:workers]]
+        self._rows = of_workers[workers:]
         self.rows = [Counters(row, slots) for row in self._rows]
-        self.baselines = self._take(view, slots * BASELINE_WORDS).cast("q")
-
-    def _take(self, view: memoryview, words: int) -> memoryview:
-        part = view[self._cut : self._cut + 8 * words]
-        self._cut += 8 * words
-        return part
 
     @staticmethod
-    def size(workers: int, slots: int) -> int:
+    def _layout(workers: int, slots: int) -> list[int]:
+        """Return how many words each part has."""
+        of_all = [HeadWord.HEAD_WORDS, SAMPLES * SAMPLE_WORDS, limiter_words(CLIENT_SLOTS)]
+        of_analyzers = [slots * AnalyzerWord.ANALYZER_WORDS, slots * BASELINE_WORDS]
+        return [*of_all, *of_analyzers, *[WorkerWord.WORKER_WORDS] * workers, *[row_words(slots)] * workers]
+
+    @classmethod
+    def size(cls, workers: int, slots: int) -> int:
         """Return the block's size in bytes."""
-        words = HeadWord.HEAD_WORDS + SAMPLES * SAMPLE_WORDS + limiter_words(CLIENT_SLOTS)
-        words += slots * BASELINE_WORDS
-        words += slots * AnalyzerWord.ANALYZER_WORDS + workers * (WorkerWord.WORKER_WORDS + row_words(slots))
-        return 8 * words
+        return 8 * sum(cls._layout(workers, slots))
 
     @classmethod
     def create(cls, workers: int, slots: int) -> SharedBlock:

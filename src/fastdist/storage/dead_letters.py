@@ -108,9 +108,9 @@ class DeadLetters:
     def __init__(self, queue_path: str | Path, owner: str, beside: int | None = None) -> None:
         self._folder = Path(queue_path) / FOLDER
         self._owner, self._beside = owner, beside
-        self._path: Path | None = None  # of the file that is open, or was until it had been idle
-        self._file: _File | None = None
-        self._held: list[_File] = []  # nothing more is to be written to them, but they are not settled
+        self._open: list[_File] = []  # that which is written to, and those that are not settled
+        self._current: _File | None = None
+        self._last: Path | None = None  # of the current file, or that which was until it had been idle
         self._written = False  # since the last tick
         self._idle_since = 0  # ns
 
@@ -138,12 +138,12 @@ class DeadLetters:
 
         What is not settled stays open until it is.
         """
-        file = self._file
+        file = self._current
         if file is None:
             return
         file.opened_ns = file.opened_ns or now_ns
         if now_ns - file.opened_ns >= LONGEST_OPEN_NS or _is_asked_for(file.fd):
-            self._begin_anew()
+            self._abandon(file)
         elif self._written:
             self._written, self._idle_since = False, now_ns
         elif now_ns - self._idle_since >= IDLE_NS:
@@ -151,28 +151,23 @@ class DeadLetters:
 
     def close(self) -> None:
         """Close all files, settled or not; what comes after goes to another."""
-        for file in self._open_files:
+        for file in self._open:
             file.close()
-        self._file = self._path = None
-        self._held = []
+        self._open, self._current, self._last = [], None, None
 
     # ---- what becomes of what was written
 
     @property
     def unsettled(self) -> int:
         """Bytes that were written since the last time all was settled."""
-        return sum(file.size - file.settled for file in self._open_files)
-
-    @property
-    def _open_files(self) -> list[_File]:
-        return [*self._held, self._file] if self._file is not None else self._held
+        return sum(file.size - file.settled for file in self._open)
 
     def begin_sync(self) -> Callable[[], None]:
         """Return what will put all that was written so far on stable storage; ``settle`` is to follow.
 
         It may be called in a thread, while nothing is written. It raises OSError.
         """
-        files = [file for file in self._open_files if file.settled < file.size]
+        files = [file for file in self._open if file.settled < file.size]
         folders = [] if all(file.name_synced for file in files) else [self._folder, self._folder.parent]
         return partial(_sync, [file.fd for file in files], folders)
 
@@ -181,7 +176,7 @@ class DeadLetters:
 
         ``error``: what came of the sync, if there was one.
         """
-        files = [file for file in self._open_files if file.settled < file.size]
+        files = [file for file in self._open if file.settled < file.size]
         gone = [file for file in files if not file.is_ours]
         safe = error is None and not gone
         for file in gone:
@@ -189,13 +184,14 @@ class DeadLetters:
                 "somebody moved, deleted or changed a file of dead letters; its last ones go to another",
                 file=str(file.path),
             )
-            self._forget(file)
+            file.settled = file.size
+            self._abandon(file)
         for file in files:
             if safe:
                 file.settled, file.name_synced = file.size, True
             elif file not in gone:
                 self._take_back(file)
-        self._close_held()
+        self._close_settled()
         return safe
 
     def _take_back(self, file: _File) -> None:
@@ -204,14 +200,14 @@ class DeadLetters:
             os.ftruncate(file.fd, file.settled)
         except OSError:  # better twice than never
             file.settled = file.size
-            self._begin_anew(file)
+            self._abandon(file)
         else:
             file.size = file.settled
 
     # ---- files
 
     def _append(self, line: bytes) -> None:
-        file = self._file or self._reopen()
+        file = self._current or self._reopen()
         if file is None or (file.size and file.size + len(line) > LARGEST_FILE):
             file = self._create()
         self._written = True
@@ -238,10 +234,11 @@ class DeadLetters:
         try:
             os.ftruncate(file.fd, file.size)
         except OSError:
-            self._begin_anew(file)  # at least nothing will be appended to that half
+            self._abandon(file)  # at least nothing will be appended to that half
 
     def _create(self) -> _File:
-        self._begin_anew()
+        self._last = None
+        self._release()
         if self._beside is None or is_nameless(self._beside):
             self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -257,23 +254,22 @@ class DeadLetters:
                 with contextlib.suppress(OSError):
                     name.unlink(missing_ok=True)
             raise
-        self._file, self._path = _File(fd, path), path
-        return self._file
+        self._last = path
+        return self._take_up(_File(fd, path))
 
     def _reopen(self) -> _File | None:
         """Go on with the file that was closed, lest rare letters make a file each; unless somebody has or had it."""
-        if self._path is None:
+        if self._last is None:
             return None
-        for file in self._held:  # it was to be closed
-            if file.path == self._path:
-                self._held.remove(file)
-                self._file = file
+        for file in self._open:  # it was to be closed
+            if file.path == self._last:
+                self._current = file
                 return file
         try:
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            fd = os.open(self._last, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError:
             return None
-        file = _File(fd, self._path)
+        file = _File(fd, self._last)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = file.is_ours
@@ -282,35 +278,30 @@ class DeadLetters:
         if not ours:
             os.close(fd)
             return None
-        self._file = file
+        return self._take_up(file)
+
+    def _take_up(self, file: _File) -> _File:
+        self._open.append(file)
+        self._current = file
         return file
 
     def _release(self) -> None:
         """Let others have the present file, as soon as it is settled; we go on with it if nobody does."""
-        if self._file is not None:
-            self._held.append(self._file)
-            self._file = None
-            self._close_held()
+        self._current = None
+        self._close_settled()
 
-    def _begin_anew(self, file: _File | None = None) -> None:
-        """Write nothing more to the present file (if it is this one)."""
-        if file is None or file is self._file:
-            self._release()
-        if file is None or file.path == self._path:
-            self._path = None
+    def _abandon(self, file: _File) -> None:
+        """Write nothing more to a file."""
+        if file is self._current:
+            self._current = None
+        if file.path == self._last:
+            self._last = None
+        self._close_settled()
 
-    def _forget(self, file: _File) -> None:
-        """Let go of a file that is not ours any more."""
-        self._begin_anew(file)
-        if file in self._held:
-            self._held.remove(file)
-            file.close()
-
-    def _close_held(self) -> None:
+    def _close_settled(self) -> None:
         """Close what nobody needs open any more."""
-        settled = [file for file in self._held if file.settled == file.size]
-        self._held = [file for file in self._held if file.settled < file.size]
-        for file in settled:
+        for file in [file for file in self._open if file is not self._current and file.settled == file.size]:
+            self._open.remove(file)
             file.close()
 
 

@@ -22,14 +22,14 @@ from fastdist import logs
 from fastdist._core import CutShortError, NewerFormatError, PacketRing, RingError, file_size, round_capacity
 from fastdist.errors import StartError
 from fastdist.storage import locks
-from fastdist.storage.files import has_name, identity, sync_folder
+from fastdist.storage.files import has_name, identity, is_irregular, sync_folder
 from fastdist.storage.locks import try_lock
 
 CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
 AGAIN = 0.02  # seconds between two tries to lock
 TOLD_AFTER = 1.0  # seconds that somebody may read the queue before it is said who is waited for
-LOCK = "lock"
+LOCK, SUFFIX = "lock", ".fdq"
 
 log = logs.get()
 
@@ -101,7 +101,7 @@ class QueueFolder:
             raise StartError(f"cannot use {self.path} for the queue: {error.filename} is {what}") from error
         except OSError as error:
             raise StartError(f"cannot use {self.path} for the queue: {error.strerror}") from error
-        self._sign()
+        locks.write_pid(self._lock)
         return self._try_lock_rings()
 
     def _open_lock(self) -> None:
@@ -112,13 +112,9 @@ class QueueFolder:
         self._lock = fd
         self._identity = identity(self.path)
 
-    def _sign(self) -> None:
-        with contextlib.suppress(OSError):  # on a full disk: it is only for people
-            os.pwrite(self._lock, f"{os.getpid():<16}".encode(), 0)
-
     def _try_lock_rings(self) -> InTheWay | None:
         """Open and lock the rings that are there and are not ours yet."""
-        for path in sorted(self.path.glob("*.fdq")):
+        for path in sorted(self.path.glob(f"*{SUFFIX}")):
             if path in self._rings and has_name(self._rings[path], path):
                 continue
             fd = _open(path)
@@ -150,7 +146,7 @@ class QueueFolder:
             raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
         os.close(self._lock)
         self._lock = fd
-        self._sign()
+        locks.write_pid(self._lock)
         log.warning("the queue's lock was deleted, and is there again; what deletes files here?", file=str(path))
 
     @property
@@ -160,7 +156,7 @@ class QueueFolder:
 
     def has_rings(self) -> bool:
         """Whether there are rings of an earlier run."""
-        return any(self.path.glob("*.fdq"))
+        return any(self.path.glob(f"*{SUFFIX}"))
 
     def memory_rings(self, workers: int, capacity: int) -> list[int]:
         """Return rings of ``capacity`` bytes each that live in memory only, as open files."""
@@ -210,7 +206,7 @@ class QueueFolder:
                 os.close(self._rings.pop(path))
                 log.error("a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), why=ring)
             elif not path.name.startswith("adopt-") and not (path in wanted and ring == capacity):
-                renamed = path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}.fdq"))
+                renamed = path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}{SUFFIX}"))
                 self._rings[renamed] = self._rings.pop(path)
 
     def old_rings(self) -> list[OldRing]:
@@ -223,15 +219,14 @@ class QueueFolder:
 
 def ring_path(folder: str | Path, index: int) -> Path:
     """Return where a worker's ring is."""
-    return Path(folder) / f"ring-{index}.fdq"
+    return Path(folder) / f"ring-{index}{SUFFIX}"
 
 
 def _in_the_way(fd: int, path: Path) -> InTheWay:
     read = locks.is_only_read(fd)
     pid = locks.holder(fd)
     if pid is None and not read and path.name == LOCK:
-        written = os.pread(fd, 32, 0).decode("latin-1").strip()
-        pid = int(written) if written.isdecimal() and int(written) != os.getpid() else None
+        pid = locks.written_pid(fd)
     return InTheWay(path, read, pid)
 
 
@@ -273,7 +268,7 @@ def _make_file(path: Path, capacity: int) -> int:
 
 def _open(path: Path) -> int:
     try:
-        if not path.is_file() and not path.is_dir() and path.exists():  # a pipe would keep us waiting for ever
+        if is_irregular(path):
             raise StartError(f"cannot open the queue file {path}: not a regular file")
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:

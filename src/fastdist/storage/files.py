@@ -17,6 +17,11 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def is_irregular(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder: a pipe would keep us waiting for ever."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def has_name(fd: int, path: str | Path) -> bool:
     """Whether the open file is the one that is found under this path. Raises OSError when that cannot be seen."""
     try:

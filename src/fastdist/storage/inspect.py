@@ -18,13 +18,12 @@ import msgspec
 from fastdist._core import PacketRing, RingError
 from fastdist.errors import FastdistError
 from fastdist.storage import locks
+from fastdist.storage.directory import LOCK, SUFFIX
+from fastdist.storage.files import is_irregular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-SUFFIX = ".fdq"
-LOCK = "lock"
 
 
 class NoQueueError(FastdistError):
@@ -117,21 +116,20 @@ def _borrowed_lock(folder: Path) -> Iterator[None]:
         return
     try:
         if not locks.try_lock(fd, shared=True):
-            written = os.pread(fd, 32, 0).decode("latin-1").strip()
-            raise _in_use(folder, written or locks.holder(fd))
+            raise _in_use(folder, locks.written_pid(fd) or locks.holder(fd))
         yield
     finally:
         os.close(fd)
 
 
-def _in_use(folder: Path, pid: str | int | None) -> InUseError:
+def _in_use(folder: Path, pid: int | None) -> InUseError:
     text = f"the queue in {folder} is in use by a running fastdist (pid {pid or 'unknown'})"
     return InUseError(f"{text}; see its GET /queue")
 
 
 def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
     report = RingReport(file=file.name)
-    if file.exists() and not file.is_file() and not file.is_dir():  # a pipe would keep us waiting for ever
+    if is_irregular(file):
         report.error = "not a regular file"
         return report, []
     with file.open("rb") as opened:

@@ -6,6 +6,7 @@ through renaming. It ends with the last descriptor.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -64,6 +65,18 @@ def holder(fd: int) -> int | None:
     found = [(pid, place) for pid, place in _locks() if place.rpartition(":")[2] == inode and pid != os.getpid()]
     # Some file systems (overlayfs, btrfs) have numbers of their own there: then the inode has to do.
     return next((pid for pid, place in found if place == exact), found[0][0] if found else None)
+
+
+def write_pid(fd: int) -> None:
+    """Have a file that we have locked say so."""
+    with contextlib.suppress(OSError):  # on a full disk: it is only for people
+        os.pwrite(fd, f"{os.getpid():<16}".encode(), 0)
+
+
+def written_pid(fd: int) -> int | None:
+    """Return the pid of another process that ``write_pid`` has left in the file."""
+    written = os.pread(fd, 32, 0).strip()
+    return int(written) if written.isdigit() and int(written) != os.getpid() else None
 
 
 def _locks() -> Iterator[tuple[int, str]]:

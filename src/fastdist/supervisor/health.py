@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from fastdist.net import timeouts
-from fastdist.net.connect import YOUNGEST, connect, describe, descriptors, shortage
+from fastdist.net.connect import YOUNGEST, Shortage, connect, describe, descriptors, shortage
 from fastdist.net.names import Names
 from fastdist.shm.block import AnalyzerState, AnalyzerWord
 
@@ -139,7 +139,7 @@ class HealthChecker:
         self._most = max(1, descriptors() // 4)
         self._places = asyncio.Semaphore(self._most)
         self._kept: dict[str, Probe] = {}  # by health_url, while no check uses it
-        self._lacking: OSError | None = None
+        self.shortage = Shortage()  # that kept checks from being made
 
     def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
         """Check these from now on."""
@@ -162,12 +162,6 @@ class HealthChecker:
     def _let_go(self, url: str) -> None:
         if probe := self._kept.pop(url, None):
             probe.transport.close()
-
-    def raise_shortage(self) -> None:
-        """Raise the OSError that says what kept checks from being made since the last call, if anything did."""
-        lacking, self._lacking = self._lacking, None
-        if lacking is not None:
-            raise lacking
 
     async def _watch(self, slot: int, analyzer: Analyzer) -> None:
         """Check at once, then every ``interval`` (a little less, so that the checks of many spread out)."""
@@ -192,8 +186,8 @@ class HealthChecker:
                     async with timeouts.running(timeout):
                         status = await self._ask(analyzer)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
-            self._lacking = shortage(error) or self._lacking
-            if shortage(error):
+            if lacking := shortage(error):
+                self.shortage.last = lacking
                 return None
             return 0, f"health check: {describe(error, self.settings.timeout)}"
         return status, "" if status in OK else f"health check: HTTP {status}"

@@ -57,6 +57,7 @@ WATCH = 0.1  # seconds between looks at workers and analyzers
 REAP = 1.0  # seconds between looks at processes that were left to us
 PORT_PATIENCE = 1.0  # seconds that whoever has our port gets to let go of it
 APPLIED = 5.0  # seconds workers have to say that they have taken over new settings
+HOPELESS = 3  # exit status: workers cannot start
 LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
 
 log = logs.get()
@@ -72,15 +73,12 @@ class Supervisor:
         self.settings = os.memfd_create("fastdist-settings")
         self.folder = QueueFolder(loaded.config.queue.path)
         self.changes = Changes(loaded.config, self.block, self.folder.path, pair)
-        self.keeper = Keeper(self.block, self.settings, self._heard, self._hopeless)
+        self.keeper = Keeper(self.block, self.settings, self._heard)
         self.manager = ServiceManager()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
-        self.exit_status = 0
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, str] = {}
-        self._behind: set[WorkerSlot] = set()  # workers that have yet to take over the latest settings
-        self._faults: list[str] = []  # why some of them cannot
-        self._applied = asyncio.Event()
+        self._behind: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to take over the settings
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
         self._next_reload: asyncio.Task[tuple[int, object]] | None = None  # that has not begun to read
@@ -196,8 +194,8 @@ class Supervisor:
         for task in helpers:
             task.cancel()
         self.health.close()
-        self._bury_the_rest()
-        return self.exit_status
+        saved = self._save_the_rest()
+        return HOPELESS if self.keeper.hopeless else 0 if saved else LOST
 
     async def _announce(self, host: str, port: int) -> None:
         """Say when all workers are ready, and how to send a first packet."""
@@ -243,8 +241,11 @@ class Supervisor:
                 self.block.head[HeadWord.DRAINING] = 1
                 self.keeper.stop(time.monotonic() + seconds)
 
-    def _bury_the_rest(self) -> None:
-        """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters."""
+    def _save_the_rest(self) -> bool:
+        """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters.
+
+        Return whether all of that could be written.
+        """
         rows = {
             fd: self.block.rows[slot.index]
             for slot in self.keeper.slots
@@ -260,7 +261,7 @@ class Supervisor:
                 "packets stay queued, for the next start to deliver", packets=queued, path=str(self.folder.path)
             )
         files = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
-        count = 0
+        count, saved = 0, True
         for fd, row in nameless.items():
             ring = PacketRing(fd, volatile=True)
             ring.clock_offset = self.block.head[HeadWord.CLOCK_OFFSET_NS]
@@ -269,20 +270,17 @@ class Supervisor:
                 DeadLetterWriter(files, row, lambda *_: None).write_all(what_is_left(ring))
             except OSError as error:
                 log.error("cannot write dead letters; packets are lost", error=str(error), packets=ring.undone)
-                self.exit_status = self.exit_status or LOST
+                saved = False
             count += queued - ring.undone
         files.close()
         if count:
             log.warning("packets that workers have left are now dead letters", packets=count)
+        return saved
 
     def _renamed_rings(self, slots: list[WorkerSlot]) -> dict[str, str | None]:
         """Return the workers' rings that are elsewhere by now: {where it was: where it is}."""
         rings = [(str(ring_path(self.folder.path, slot.index)), slot.ring) for slot in slots]
         return {path: present_path(fd) for path, fd in rings if not has_name(fd, path)}
-
-    def _hopeless(self) -> None:
-        self.exit_status = 3
-        self.keeper.stop(0.0)
 
     # ---- changes
 
@@ -290,20 +288,17 @@ class Supervisor:
         if message.verb == "ready" and message.body != self.changes.generation:
             slot.send(Message("reload"))  # settings were changed while it started
         elif message.verb == "reloaded" and message.id == self.changes.generation:
-            if message.body:
-                self._faults.append(f"worker {slot.name}: {message.body}")
-            self._wait_no_longer_for(slot)
+            self._follows(slot, f"worker {slot.name}: {message.body}" if message.body else "")
         elif message.verb == "gone":  # its successor begins with what is in force then
-            self._wait_no_longer_for(slot)
+            self._follows(slot, "")
         elif message.verb == "migrated":
             slot.migrated(message.body)
         elif message.verb == "request" and message.action is not None:
             self._begin(self._carry_out(slot, message))
 
-    def _wait_no_longer_for(self, slot: WorkerSlot) -> None:
-        self._behind.discard(slot)
-        if not self._behind:
-            self._applied.set()
+    def _follows(self, slot: WorkerSlot, fault: str) -> None:
+        if awaited := self._behind.pop(slot, None):
+            awaited.set_result(fault)
 
     def _begin(self, work: Coroutine[Any, Any, object]) -> None:
         """Have something done beside all else; what goes wrong with it is told."""
@@ -366,16 +361,15 @@ class Supervisor:
         """Have workers and checks go by what is in force; return why workers cannot. One may be late, but not long."""
         self._write_settings()
         self.health.set_roster(self.changes.roster)
-        self._applied.clear()
-        self._faults = []
-        self._behind = {slot for slot in self.keeper.slots if slot.send(Message("reload"))}
+        loop = asyncio.get_running_loop()
+        self._behind = {slot: loop.create_future() for slot in self.keeper.slots if slot.send(Message("reload"))}
+        if not self._behind:
+            return []
+        done, _ = await asyncio.wait(self._behind.values(), timeout=APPLIED)
         if self._behind:
-            try:
-                await asyncio.wait_for(self._applied.wait(), APPLIED)
-            except TimeoutError:
-                late = sorted(slot.name for slot in self._behind)
-                log.warning("not all workers have taken over the new settings yet", workers=late)
-        return self._faults
+            late = sorted(slot.name for slot in self._behind)
+            log.warning("not all workers have taken over the new settings yet", workers=late)
+        return sorted(filter(None, (each.result() for each in done)))
 
     # ---- watching
 
@@ -386,7 +380,7 @@ class Supervisor:
             run = self.upkeep.run
             run(Step.WORKERS, self.keeper.replace_hanging)
             run(Step.ANALYZERS, self._tell_of_analyzers)
-            run(Step.CONNECTIONS, self.health.raise_shortage)
+            run(Step.CONNECTIONS, self.health.shortage.raise_once)
             run(Step.SERVICE_MANAGER, self._give_sign)
 
     def _give_sign(self) -> None:

@@ -135,19 +135,18 @@ class _Usage:
 
 
 class Keeper:
-    """Fills the slots. ``heard(slot, message)`` gets what workers say; ``hopeless()``: none of them can start."""
+    """Fills the slots. ``heard(slot, message)`` gets what workers say; ``hopeless``: it stopped, as none can start."""
 
     def __init__(
         self,
         block: SharedBlock,
         settings: int,
         heard: Callable[[WorkerSlot, Message], None],
-        hopeless: Callable[[], None],
     ) -> None:
-        self.block, self.settings, self.heard, self.hopeless = block, settings, heard, hopeless
+        self.block, self.settings, self.heard = block, settings, heard
         self.slots: list[WorkerSlot] = []
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
-        self.stopping = False
+        self.stopping = self.hopeless = False
         self._spawning = 0  # processes that are being made: nobody knows their numbers yet
         self._looked = time.monotonic()
         self._resumed = 0.0
@@ -261,7 +260,8 @@ class Keeper:
         if slot.false_starts < FALSE_STARTS or any(other.ever_ready for other in self.slots):
             return False
         log.error("workers cannot start; see their error above", worker=slot.name, ended_by=why)
-        self.hopeless()
+        self.hopeless = True
+        self.stop(0.0)
         return True
 
     # ---- all of them

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdist._core import UNLIMITED, AliasTable, Rendezvous
-from fastdist.net.connect import most_to_analyzers
+from fastdist.net.connect import Shortage, most_to_analyzers
 from fastdist.net.names import Names
 from fastdist.shm.block import AnalyzerWord
 from fastdist.shm.weights import effective_weights
@@ -75,7 +75,7 @@ class Dispatcher(Outcomes):
         self.poller, self.names = poller, Names()
         self._most = most_to_analyzers(config.server.max_connections)
         self.room = self._most  # for connections that may still be opened, till the next check
-        self._lacking: OSError | None = None  # what kept connections from being opened since the last look
+        self.shortage = Shortage()  # that kept connections from being opened
         self._short = False  # since the last check
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
         self.online: set[int] = set()
@@ -189,13 +189,7 @@ class Dispatcher(Outcomes):
 
     def short_of(self, lacking: OSError) -> None:
         """Hear from a pool that this process lacks something for a connection, which is tried again in a moment."""
-        self._lacking, self._short = lacking, True
-
-    def raise_shortage(self) -> None:
-        """Raise the OSError that says what this process lacked for connections since the last call, if anything."""
-        lacking, self._lacking = self._lacking, None
-        if lacking is not None:
-            raise lacking
+        self.shortage.last, self._short = lacking, True
 
     def _share_descriptors(self) -> None:
         """Leave some to emitters; while there are too few for analyzers, close those that are not in use."""

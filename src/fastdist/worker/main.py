@@ -208,7 +208,7 @@ class Worker:
             run(Step.QUEUE_FILES, self._look_for_files)
         run(Step.DELIVERIES, self.dispatcher.tick, now)
         run(Step.DEAD_LETTERS, self.letters.tick, now)
-        run(Step.CONNECTIONS, self.dispatcher.raise_shortage)
+        run(Step.CONNECTIONS, self.dispatcher.shortage.raise_once)
         run(Step.DEAD_LETTERS, self.letters.files.tick, now)
         run(Step.OLD_RINGS, self._migrate)
         if now >= self._next_sync:

@@ -34,13 +34,23 @@ class Migration:
         """Packets that are still to be moved (a copy that is not synced counts in the new ring)."""
         return self.ring.undone - len(self._copied)
 
-    def step(self, target: PacketRing, most: int) -> tuple[int, list[int]]:
+    def step(self, target: PacketRing, counters: Counters, most: int) -> tuple[int, list[int]]:
         """Copy up to ``most`` packets; return how many were, and handles of packets too large for ``target``.
 
         What is copied and not yet synced is copied again after a kill: ``most`` is how many may be sent twice then.
         """
         if not self.settle(target):
             return 0, []
+        # Until ``end_migrating`` nothing but copies is pushed.
+        counters.set("adopting", target.next_sequence_number - counters.get("adopted"))
+        try:
+            oversized = self._copy(target, most)
+        finally:
+            end_migrating(target, counters)
+        self._position = target.tail_position
+        return len(self._copied), oversized
+
+    def _copy(self, target: PacketRing, most: int) -> list[int]:
         oversized = []
         while len(self._copied) < most and target.undone_bytes < target.capacity // 2 and (handle := self.ring.claim()):
             try:
@@ -51,8 +61,7 @@ class Migration:
                 oversized.append(handle)
             else:
                 self._copied.append(handle)
-        self._position = target.tail_position
-        return len(self._copied), oversized
+        return oversized
 
     def settle(self, target: PacketRing) -> bool:
         """Let go of what was copied, if the copies are synced; say whether that is so."""
@@ -75,13 +84,8 @@ class Migration:
             Path(self.old.path).unlink(missing_ok=True)
 
 
-def begin_migrating(ring: PacketRing, counters: Counters) -> None:
-    """Note that nothing but copies of an old ring's packets will be pushed until ``end_migrating``."""
-    counters.set("adopting", ring.next_sequence_number - counters.get("adopted"))
-
-
 def end_migrating(ring: PacketRing, counters: Counters) -> None:
-    """Count what was copied since ``begin_migrating``, though it be for a process that was killed meanwhile."""
+    """Count what was copied since a step began, though it be for a process that was killed meanwhile."""
     if begun := counters.get("adopting"):
         counters.set("adopted", ring.next_sequence_number - begun)
         counters.set("adopting", 0)

@@ -15,7 +15,7 @@ from fastdist.storage.dead_letter_writer import Letter
 from fastdist.storage.directory import OldRing, ring_path
 from fastdist.storage.files import has_name, present_path
 from fastdist.storage.group_commit import Syncer, make_safe
-from fastdist.worker.migrate import Migration, begin_migrating, end_migrating
+from fastdist.worker.migrate import Migration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -108,11 +108,7 @@ class Queue:
             raise failure
 
     def _migrate(self, migration: Migration, most: int, letters: DeadLetterWriter) -> None:
-        begin_migrating(self.ring, letters.counters)
-        try:
-            moved, oversized = migration.step(self.ring, most)
-        finally:
-            end_migrating(self.ring, letters.counters)
+        moved, oversized = migration.step(self.ring, letters.counters, most)
         if oversized:
             why = "larger than the queue takes now"
             letters.add(*(Letter(migration.ring, each, "oversized", None, None, why) for each in oversized))
