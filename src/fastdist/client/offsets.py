@@ -30,8 +30,8 @@ import msgspec
 
 from fastdist._core import birth_ns
 from fastdist.errors import FastdistError
-from fastdist.storage.files import sync_folder
-from fastdist.storage.locks import has_name, open_locked, try_lock
+from fastdist.storage.files import has_name, sync_folder
+from fastdist.storage.locks import open_locked, try_lock
 
 TAIL = 4096  # bytes before the offset that have to be the same
 TEMPORARY_SUFFIX = ".tmp"

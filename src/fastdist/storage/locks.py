@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from fastdist.storage.files import has_name
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 

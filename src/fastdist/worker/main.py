@@ -27,7 +27,7 @@ import uvloop
 from fastdist import __version__, ipc, logs, packet
 from fastdist._core import Intake, Poller
 from fastdist.errors import StartError
-from fastdist.http.api import RETRY_SOON, Api, problem, reason
+from fastdist.http.api import Api, problem, reason, retry_after
 from fastdist.ipc import Assignment, Message
 from fastdist.net import tls
 from fastdist.shm.block import SharedBlock, Step, WorkerWord
@@ -263,7 +263,7 @@ class Worker:
         packets, _, _ = self.queue.ring.withdraw_unsynced()
         self.counters.add("withdrawn", packets)
         self.counters.add("storage", packets)
-        response = problem(503, f"the packet could not be written to disk: {error.strerror}", headers=RETRY_SOON)
+        response = problem(503, f"the packet could not be written to disk: {error.strerror}", headers=retry_after())
         self.intake.sync_failed(response.status, reason(response.status), response.headers, response.body)
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from fastdist.config import Config
     from fastdist.ipc import Assignment
+    from fastdist.settings import Config
     from fastdist.shm.block import SharedBlock
     from fastdist.storage.dead_letter_writer import DeadLetterWriter
 
