@@ -312,7 +312,7 @@ class Distributor(Process):
         self.settings = merged
         command = [*prefix, sys.executable, "-m", "fastdist", "serve", "--config", str(self.config)]
         super().__init__(command, **environment)
-        ready = json.loads(self.line_with("fastdist is ready"))
+        ready = json.loads(self.line_with("fastdist is ready", 120))  # thousands of analyzers on a busy machine
         self.port = int(ready["url"].rsplit(":", 1)[1])
 
     def stats(self) -> Any:

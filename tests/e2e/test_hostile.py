@@ -436,6 +436,7 @@ http {{
     location / {{
       proxy_pass http://fastdist; proxy_http_version 1.1; proxy_set_header Connection "";
       proxy_request_buffering off;
+      proxy_ignore_client_abort on;  # a client that has sent all still reads its answers
     }}
   }}
 }}
