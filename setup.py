@@ -38,6 +38,7 @@ core = Extension(
     ["fuzz/core.pyx" if BUILD == "fuzz" else "src/fastdist/_core.pyx"],
     include_dirs=["src/fastdist"],
     depends=[str(part) for part in sorted(Path("src/fastdist/core").iterdir())],
+    define_macros=[("FASTDIST_CHECKED", "1")] if checked else [],
     extra_compile_args=["-std=gnu11", "-Wall", "-Wno-unused-function", *compile_args],
     extra_link_args=link_args,
 )

@@ -4,9 +4,11 @@ import asyncio
 import re
 import socket
 from _typeshed import ReadableBuffer, WriteableBuffer
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import final, Any, Final, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import final, type_check_only, Any, Final, NamedTuple, Protocol, Self
 from typing_extensions import disjoint_base
+
+from fastdist.config import Config, Server
 
 # ---- counters
 
@@ -322,7 +324,59 @@ class Stream:
     def fileno(self) -> int: ...
     def get_extra_info(self, name: str, default: Any = None) -> Any: ...
 
+# ---- life
+
+@final
+class Life:
+    """The tables of one kind of connection: for each state of a direction the names of those that may follow."""
+
+    @property
+    def reading(self) -> dict[str, tuple[str, ...]]: ...
+    @property
+    def writing(self) -> dict[str, tuple[str, ...]]: ...
+    def __new__(cls, *, reading: dict[str, tuple[str, ...]], writing: dict[str, tuple[str, ...]]) -> Self: ...
+
+@disjoint_base
+class Connection(Receiver):
+    @property
+    def life(self) -> Life: ...
+    @property
+    def state(self) -> tuple[str, str]: ...
+
 # ---- ingest
+
+@type_check_only
+class EmitterCalls(Protocol):
+    """What ``IngestBase`` calls in the class that derives from it. ``bytes`` that are returned are whole responses."""
+
+    def handle(self, method: str, target: str, headers: Mapping[str, str], body: bytes, /) -> bytes | None:
+        """Answer a request other than POST /logs; None: an ``Answer`` that ``promise`` has made will be completed."""
+    def refuse(self, status: int, counter: str, detail: str, headers: bytes = b"", /) -> bytes:
+        """Count (unless ``counter`` is empty) and describe what is wrong with a request."""
+    def limited(self, seconds: float, /) -> bytes: ...
+    def is_authorized(self, authorization: bytes, /) -> bool: ...
+    def unauthorized(self, authorization: bytes | None, /) -> bytes: ...
+    def invalid(self, error: Exception, /) -> bytes:
+        """Describe why a body is no packet, by what ``Check`` has raised."""
+    def not_stored(self, full: bool, /) -> bytes: ...
+    def crowded_out(self) -> bytes:
+        """Say that there is no memory for a body."""
+    def share_with(self, origin: bytes, /) -> bytes | None:
+        """Return the CORS header lines for an origin, None when it gets none."""
+    def await_delivery(
+        self, answer: Answer, sequence: int, seconds: float, packet_id: str, messages: int | None, /
+    ) -> None:
+        """Complete the answer when the packet is delivered, or after ``seconds``."""
+    def shut(self, lingering: bool, /) -> None:
+        """Close when all is written; ``lingering``: shut down this side only. Called once."""
+    def went_wrong(self, error: Exception, /) -> None:
+        """Tell of an error of the program, for which the connection is aborted."""
+
+@type_check_only
+class Check(Protocol):
+    """Return (messages, hash of the emitter's id) of a body; raise what ``EmitterCalls.invalid`` describes."""
+
+    def __call__(self, body: bytes, *, strict: bool) -> tuple[int, int]: ...
 
 VALIDATIONS: Final[dict[str, int]]
 SAFETY_HEADERS: Final[bytes]
@@ -365,8 +419,8 @@ class Intake:
         ring: PacketRing,
         counters: Counters,
         limiter: RateLimiter,
-        server: Any,
-        check: Callable[..., tuple[int, int]],
+        server: Server,
+        check: Check,
         on_accepted: Callable[[], object],
         on_sync_wanted: Callable[[], object] | None = None,
     ) -> Self: ...
@@ -393,28 +447,19 @@ class Answer:
     def compose(self, status: int, reason: str, headers: bytes, body: bytes) -> bytes: ...
 
 @disjoint_base
-class IngestBase(Receiver):
+class IngestBase(Connection):
     @property
     def intake(self) -> Intake: ...
     @property
     def is_log(self) -> bool: ...
     @property
-    def keep_alive(self) -> bool: ...
-    @property
     def answers(self) -> list[Answer] | None: ...
     def __new__(cls, intake: Intake, *args: object, **kwargs: object) -> Self: ...
-    def set_client(self, address: str) -> None: ...
+    def set_client(self: EmitterCalls, address: str) -> None: ...
     def read_rest(self) -> None: ...
     def answer(self, status: int, reason: str, headers: bytes, body: bytes, close: bool = False) -> bytes: ...
-    def fault(self, status: int, counter: str, detail: str) -> None: ...
-    def reject(self, answer: bytes) -> int: ...
-    def end(self) -> None: ...
     def let_go(self) -> None: ...
-    def emit(self, data: bytes) -> None: ...
     def promise(self) -> Answer: ...
-    def release(self, position: int) -> None: ...
-    def release_ready(self) -> None: ...
-    def balance_input(self) -> None: ...
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
     def ended(self) -> None: ...
@@ -425,7 +470,7 @@ class IngestBase(Receiver):
     def is_stuck(self, now: int) -> bool: ...
     def excuse(self, now: int, late: int) -> None: ...
     def time_out(self, detail: str) -> None: ...
-    def turn_away(self, answer: bytes) -> None: ...
+    def turn_away(self, answer: bytes, lingering: bool) -> None: ...
 
 # ---- forward
 
@@ -433,6 +478,37 @@ LATER: Final[frozenset[int]]
 OF_THE_ENDPOINT: Final[frozenset[int]]
 PHRASES: Final[dict[int, str]]
 LOCATION: Final[re.Pattern[bytes]]
+
+@type_check_only
+class PoolCalls(Protocol):
+    """What ``PoolBase`` and ``ReplyBase`` call in the class that derives from PoolBase.
+
+    ``handles`` are those of one request. A call takes out of the list what it has a place for; whatever it raises, the rest is
+    picked again.
+    """
+
+    def open_more(self) -> None:
+        """Open connections: something waits, and the limit allows it."""
+    def claim_more(self) -> None:
+        """Claim from the ring: there is room again."""
+    def lingering(self) -> None:
+        """Look again soon: there is room, but what waits is to fill its batch first."""
+    def delivered(self, sequences: list[int], /) -> None:
+        """Hear that packets with the flag WAITED, or that were watched, are delivered."""
+    def refused(self, handles: list[int], status: int, batch: bool, /) -> None:
+        """Hear that the request is at fault (4xx)."""
+    def failed(self, handles: list[int], error: str, counted: bool, status: int | None, /) -> None:
+        """Hear that the analyzer is at fault; ``counted``: as one more failure of its."""
+    def paused_for(self, handles: list[int], status: int, value: str, /) -> None:
+        """Hear of a 429 or 503 with Retry-After ``value``."""
+    def not_sent(self, handles: list[int], /) -> None:
+        """Hear that the analyzer has certainly not looked at the request."""
+    def unasked(self, beginning: bytes, /) -> None:
+        """Hear that an analyzer sends what no request asked for."""
+    def lost(self, connection: Any, /) -> None:
+        """Forget a connection that has ended."""
+    def went_wrong(self, error: Exception, /) -> None:
+        """Tell of an error of the program; no packet is lost by it."""
 
 @disjoint_base
 class PoolBase:
@@ -468,7 +544,7 @@ class PoolBase:
         cls, ring: PacketRing, counters: Counters, states: AnalyzerStates, slot: int, *args: object, **kwargs: object
     ) -> Self: ...
     def configure(
-        self,
+        self: PoolCalls,
         head: bytes,
         connections: int,
         pipeline: int,
@@ -490,7 +566,7 @@ class PoolBase:
     def latency(self, now: int) -> float: ...
 
 @disjoint_base
-class ReplyBase(Receiver):
+class ReplyBase(Connection):
     transport: asyncio.BaseTransport | None
     @property
     def pool(self) -> PoolBase: ...
@@ -526,6 +602,23 @@ class Retrying:
     def clear(self) -> None: ...
     def tried(self) -> tuple[int, ...]: ...
 
+@type_check_only
+class DispatchCalls(Protocol):
+    """What ``DispatchBase`` calls in the class that derives from it."""
+
+    def refresh(self) -> None:
+        """Make the tables again: weights or states have changed."""
+    def begin_trials(self) -> None:
+        """Give packets to analyzers on probation (``trials_due``)."""
+    def work_off(self) -> None:
+        """Go on with what is done in parts (``work_left``)."""
+    def failed_on(self, handle: int, /) -> Retrying | None:
+        """Return what is remembered of a packet that has failed."""
+    def make_takers(self) -> Rendezvous | None:
+        """Return those that take packets now, None when there is none."""
+    def went_wrong(self, error: Exception, /) -> None:
+        """Tell of an error of the program; no packet is lost by it."""
+
 @disjoint_base
 class DispatchBase:
     loop: asyncio.AbstractEventLoop
@@ -545,11 +638,11 @@ class DispatchBase:
         loop: asyncio.AbstractEventLoop,
         ring: PacketRing,
         states: AnalyzerStates,
-        config: Any,
+        config: Config,
         *args: object,
         **kwargs: object,
     ) -> Self: ...
-    def set_table(self, table: AliasTable | None, rendezvous: Rendezvous | None) -> None: ...
+    def set_table(self: DispatchCalls, table: AliasTable | None, rendezvous: Rendezvous | None) -> None: ...
     def schedule(self) -> None: ...
     def flush(self) -> None: ...
     def linger_over(self) -> None: ...

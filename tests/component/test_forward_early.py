@@ -42,9 +42,12 @@ EARLY = {
 }
 
 
-def at_work(*bodies, unwritten, **delivery):
-    """Return a desk and its connection, with a request in flight for each body and so many bytes yet to be written."""
-    desk = Desk(connections=1, pipeline=len(bodies), **delivery)
+def at_work(*bodies, unwritten, limit=None, **delivery):
+    """Return a desk and its connection, with a request in flight for each body and so many bytes yet to be written.
+
+    ``limit``: of requests in flight, as many as there are bodies by default.
+    """
+    desk = Desk(connections=1, pipeline=limit or len(bodies), **delivery)
     connection = desk.connect()
     desk.push(*bodies)
     desk.pool.pump()
@@ -100,6 +103,20 @@ def test_an_early_2xx_waits_for_its_own_request_only():
     assert desk.ring.undone == 0
     assert desk.owner.events == []
     assert one == two == three
+
+
+def test_a_connection_answered_early_takes_no_more():
+    """Nor is it offered to the pool, which would ask it again and again."""
+    desk, connection = at_work(b"1", unwritten=1, limit=4)
+    connection.data_received(OK)
+    desk.push(b"2")
+    desk.pool.pump()
+    assert (desk.pool.idle, desk.pool.waiting, connection.in_flight()) == ([], 1, 1)
+    connection.transport.unflushed = 0
+    look(desk)
+    desk.pool.pump()
+    assert [request.ids for request in connection.transport.requests] == [["p1"], ["p2"]]
+    assert desk.ring.undone == 1
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ cdef class ChunkedBody:
     cdef object parser               # None where there is none to go on with; the two refer to one another
     cdef ChunkPart part
     cdef bint over
+    cdef ChunkEvent failed           # what is wrong; CHUNK_MORE: nothing
     cdef bint spent                  # the parser reads no further body: a trailer says Connection: close, or the like
     cdef bint sized                  # the digits of the size are over
     cdef int64_t left                # bytes of the present chunk
@@ -39,6 +40,7 @@ cdef class ChunkedBody:
         """Be ready for a body of at most ``room`` bytes; size lines, and all trailers together, have at most ``line_limit``."""
         self.room, self.line_limit = room, line_limit
         self.part, self.over, self.sized, self.left, self.line = CHUNK_SIZE_LINE, False, False, 0, 0
+        self.failed = CHUNK_MORE
         if self.parser is None or self.spent:
             self.spent = False
             self.parser = reply_parser(self, False) if self.reply else HttpRequestParser(self)
@@ -50,10 +52,12 @@ cdef class ChunkedBody:
         self.over, self.spent = True, not self.parser.should_keep_alive()
 
     cdef int read(self, const uchar **at, const uchar *end, Span *piece) except -1:
-        """Read on at ``at``, which must not be the end, and move that; return at the first event."""
+        """Read on at ``at``, which must not be the end, and move that; return at the first event. A fault is told again."""
         cdef const uchar *p = at[0]
         cdef const uchar *feed = NULL
         cdef Py_ssize_t n = end - p
+        if unlikely(self.failed != CHUNK_MORE):
+            return self.failed
         if self.part == CHUNK_CONTENT:
             piece.p, piece.n = p, min(n, self.left)
             n = piece.n
@@ -115,7 +119,8 @@ cdef class ChunkedBody:
         elif self.part == CHUNK_CONTENT_END:
             self.part, self.line = CHUNK_SIZE_LINE, 0
 
-    cdef int fail(self, int event) noexcept:
+    cdef int fail(self, ChunkEvent event) noexcept:
+        self.failed = event
         self.close()
         return event
 

@@ -20,15 +20,8 @@ cdef enum:
     LOOKS = 16                   # at a connection's progress, in the time it may make none
     MOST_INTERIM = 32            # 1xx before a reply: each is progress, so that they could go on for ever
 
-cdef enum:
-    REPLY_HEAD = 0
-    REPLY_LENGTH
-    REPLY_CHUNKS
-    REPLY_TO_CLOSE
-    REPLY_OVER                         # the last reply was read; what follows is nobody's
 
-
-cdef class ReplyBase(Receiver):
+cdef class ReplyBase(Connection):
     """A connection to an analyzer: sends requests, reads replies. ``pool`` is told of everything that goes wrong.
 
     Outcomes reach the pool as ``refused(handles, status, batch)``, ``failed(handles, error, counted, status)``,
@@ -38,20 +31,16 @@ cdef class ReplyBase(Receiver):
     """
 
     cdef readonly PoolBase pool
-    cdef int state
     cdef Group *groups           # a circle of `pipeline` requests in flight
     cdef int first_group, group_count
     cdef Group early             # answered with a 2xx before it was written whole; no packets: there is none
     cdef int64_t given           # bytes to be written since the connection was opened
     cdef int64_t body_left
     cdef ChunkedBody chunks
-    cdef bint in_chunks          # some of the body was read
     cdef bytes usual_chunks      # of the last body that came whole
     cdef bint keep_alive         # as the last reply says
     cdef int interim             # how many 1xx have come before the reply that is awaited
     cdef bint listed             # in pool.idle
-    cdef bint leaving            # takes no more requests, and closes behind the last reply
-    cdef bint closing
     cdef ReplyHead head          # the last one: a template
     cdef UnfinishedHead unfinished  # the head that is being read
     cdef Buffer partial          # of it
@@ -64,7 +53,7 @@ cdef class ReplyBase(Receiver):
     cdef int64_t begun_ns        # when the first byte of the present reply was read; 0: none has come
 
     def __cinit__(self, PoolBase pool, *args, **kwargs):
-        self.pool = pool
+        self.life, self.pool = ANALYZER_LIFE, pool
         self.groups = <Group *>calloc(pool.pipeline, sizeof(Group))
         if self.groups == NULL:
             raise MemoryError
@@ -75,9 +64,22 @@ cdef class ReplyBase(Receiver):
         free(self.groups)
         release(&self.partial)
 
+    # ---- states (life.pxi)
+
+    cdef int send_as(self, Sending state) except -1:
+        """Enter a state of writing; what takes no request is not to be among those that do."""
+        self.set_writing(state)
+        if state != OPEN:
+            self.withdraw()
+        return 0
+
+    cdef int break_off(self, error) except -1:
+        self.pool.went_wrong(error)
+        self.close_after("an error in fastdist, in the states of a connection", False)
+        return 0
+
     cdef bint has_room(self) noexcept:
-        return (not self.leaving and self.early.packets == 0 and (self.state == REPLY_HEAD or self.keep_alive)
-                and self.group_count + (self.state != REPLY_HEAD) < self.pool.pipeline)
+        return self.writing == OPEN and self.group_count + (self.reading != REPLY_HEAD) < self.pool.pipeline
 
     def in_flight(self):
         """Return how many requests wait here for their reply, or for being written whole."""
@@ -112,7 +114,7 @@ cdef class ReplyBase(Receiver):
         cdef int64_t moved, silent = now - max(self.waiting_since, self.moved_ns)
         if self.early.packets and self.stream is None:
             self.settle_early(now)  # nobody else tells how far it is written
-        if self.closing or (self.in_flight() == 0 and self.state == REPLY_HEAD):
+        if self.writing == CLOSED or (self.in_flight() == 0 and self.reading == REPLY_HEAD):
             return False
         if silent <= timeout and now - max(self.waiting_since, self.looked_ns) < timeout // LOOKS:
             return False
@@ -129,7 +131,7 @@ cdef class ReplyBase(Receiver):
 
     def close_endless(self, str error):
         """Close the connection: its reply does not end. If its head is there, it was one, and nobody has failed."""
-        self.close_after(error if self.state == REPLY_HEAD else "", True)
+        self.close_after(error if self.reading == REPLY_HEAD else "", True)
 
     cdef int64_t bytes_moved(self) except -1:
         return bytes_moved(self.descriptor())
@@ -142,10 +144,14 @@ cdef class ReplyBase(Receiver):
 
     def retire(self):
         """Send no more requests, and close the connection when no reply is awaited: no request is cut off."""
-        self.leaving = True
-        self.withdraw()
-        if self.in_flight() == 0 and self.state == REPLY_HEAD:
+        self.leave()
+        if self.in_flight() == 0 and self.reading == REPLY_HEAD:
             self.close_after("", False)
+
+    cdef int leave(self) except -1:
+        if self.writing < LEAVING:
+            self.send_as(LEAVING)
+        return 0
 
     cdef int send_waiting(self, int64_t now) except -1:
         """Send as many requests as there is room for and are due, in one write."""
@@ -155,7 +161,7 @@ cdef class ReplyBase(Receiver):
         cdef int64_t room = 0
         cdef char *start
         cdef char *out
-        if self.group_count == 0 and self.state == REPLY_HEAD:
+        if self.group_count == 0 and self.reading == REPLY_HEAD:
             self.waiting_since = now
         while pool.waiting and self.has_room() and pool.due(now):
             group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
@@ -201,7 +207,7 @@ cdef class ReplyBase(Receiver):
     cdef int take_in(self, const uchar *p, Py_ssize_t n) except -1:
         cdef int64_t now = mono_ns()
         cdef Buffer buffer
-        if self.closing:
+        if self.writing == CLOSED:
             return 0
         self.used_ns = now
         if self.begun_ns == 0:
@@ -221,7 +227,7 @@ cdef class ReplyBase(Receiver):
 
     cdef int go_on(self, int64_t now) except -1:
         """Send and claim more, if there is room for it now."""
-        if self.closing:
+        if self.writing == CLOSED:
             return 0
         if self.has_room():
             if self.pool.waiting and not self.pool.paused:
@@ -235,38 +241,43 @@ cdef class ReplyBase(Receiver):
 
     cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
         cdef const uchar *end = p + n
-        while p < end and not self.closing:
-            if self.state == REPLY_HEAD:
+        while p < end and self.writing != CLOSED:
+            if self.reading == REPLY_HEAD:
                 p = self.read_head(p, end, now)
-            elif self.state == REPLY_LENGTH:
+            elif self.reading == REPLY_LENGTH:
                 n = min(self.body_left, end - p)
                 p += n
                 self.body_left -= n
                 if self.body_left == 0:
                     self.reply_over(now)
-            elif self.state == REPLY_CHUNKS:
+            elif self.reading == REPLY_CHUNKED:
+                p = self.begin_chunks(p, end, now)
+            elif self.reading == REPLY_CHUNKS:
                 p = self.read_chunks(p, end, now)
             else:
                 p = end
         return 0
 
-    cdef const uchar *read_chunks(self, const uchar *p, const uchar *end, int64_t now) except NULL:
-        """Read on in a chunked body. An analyzer nearly always says the same: what was read before needs no reading."""
-        cdef const uchar *start = NULL if self.in_chunks else p
+    cdef const uchar *begin_chunks(self, const uchar *p, const uchar *end, int64_t now) except NULL:
+        """Read a chunked body. An analyzer nearly always says the same: what was read before needs no reading."""
+        cdef const uchar *start = p
         cdef Py_ssize_t n = len(self.usual_chunks)
+        if n and n <= end - p and memcmp(p, PyBytes_AS_STRING(self.usual_chunks), n) == 0:
+            self.reply_over(now)
+            return p + n
+        self.set_reading(REPLY_CHUNKS)
+        self.chunks.begin(INT64_MAX, LARGEST_REPLY_HEAD)
+        p = self.read_chunks(p, end, now)
+        if self.reading != REPLY_CHUNKS and p - start <= USUAL_ROOM:  # it came whole
+            self.usual_chunks = start[:p - start]
+        return p
+
+    cdef const uchar *read_chunks(self, const uchar *p, const uchar *end, int64_t now) except NULL:
         cdef Span piece
         cdef int event = CHUNK_MORE
-        if start != NULL:
-            if n and n <= end - p and memcmp(p, PyBytes_AS_STRING(self.usual_chunks), n) == 0:
-                self.reply_over(now)
-                return p + n
-            self.in_chunks = True
-            self.chunks.begin(INT64_MAX, LARGEST_REPLY_HEAD)
         while p < end and event < CHUNK_END:
             event = self.chunks.read(&p, end, &piece)
         if event == CHUNK_END:
-            if start != NULL and p - start <= USUAL_ROOM:
-                self.usual_chunks = start[:p - start]
             self.reply_over(now)
         elif event > CHUNK_END:
             self.close_after("a reply whose chunks are broken", False)
@@ -280,7 +291,7 @@ cdef class ReplyBase(Receiver):
         cdef Py_ssize_t length
         if unlikely(self.early.packets):
             self.settle_early(now)
-            if self.closing:
+            if self.writing == CLOSED:
                 return end
         if self.group_count == 0 or self.early.packets:  # nothing is sent yet of what is behind a request not written whole
             self.pool.unasked(p[:min(end - p, 100)])
@@ -311,32 +322,33 @@ cdef class ReplyBase(Receiver):
         self.replies += 1
         self.keep_alive = head.keep_alive
         if head.status == 204 or head.status == 304:
-            self.state = REPLY_LENGTH
+            self.set_reading(REPLY_LENGTH)
             self.body_left = 0
         elif head.chunked:
-            self.state = REPLY_CHUNKS
+            self.set_reading(REPLY_CHUNKED)
             if self.chunks is None:
                 self.chunks = ChunkedBody(True)
-            self.in_chunks = False
         elif filled.content_length >= 0:
-            self.state = REPLY_LENGTH
+            self.set_reading(REPLY_LENGTH)
             self.body_left = filled.content_length
         else:
-            self.state = REPLY_TO_CLOSE
+            self.set_reading(REPLY_TO_CLOSE)
             self.keep_alive = False
         if not self.keep_alive:
-            self.withdraw()
+            self.leave()
         if unlikely(head.status >= 300):
             self.unsuccessful(&group, head)
         elif likely(self.is_written(&group)):
             self.pool.settle(&group, now)
         else:
             self.early = group
+            if self.writing == OPEN:
+                self.send_as(EARLY)
         if length <= TEMPLATE_ROOM:
             self.head = head
         if not self.keep_alive:
             self.last_reply()
-        if self.state == REPLY_LENGTH and self.body_left == 0:
+        if self.reading == REPLY_LENGTH and self.body_left == 0:
             self.reply_over(now)
         return p + length
 
@@ -369,15 +381,20 @@ cdef class ReplyBase(Receiver):
 
     cdef int reply_over(self, int64_t now) except -1:
         """A reply was read to its end: the connection is free for the next, unless the analyzer closes it."""
-        self.state = REPLY_HEAD if self.keep_alive else REPLY_OVER
+        self.set_reading(REPLY_HEAD if self.keep_alive else REPLY_OVER)
+        return self.between_replies(now)
+
+    cdef int between_replies(self, int64_t now) except -1:
+        """No reply is being read: wait for the next, or close behind the last, once its request is written whole."""
         self.waiting_since, self.begun_ns = now, 0
-        if self.early.packets == 0 and (not self.keep_alive or (self.leaving and self.group_count == 0)):
+        if self.writing == LEAVING and self.in_flight() == 0:
             self.close_after("", False)
         return 0
 
     cdef int last_reply(self) except -1:
         """No reply follows the one that has come: the requests behind it will not be looked at."""
         self.keep_alive = False
+        self.leave()
         for handles in reversed(self.take_unanswered()):
             self.pool.hand_over(self.pool.not_sent, handles)
         return 0
@@ -409,20 +426,21 @@ cdef class ReplyBase(Receiver):
         if not self.is_written(&group):
             return 0
         self.early.packets = 0
+        if self.writing == EARLY:
+            self.send_as(OPEN)
         self.pool.settle(&group, now)
-        if self.state == REPLY_HEAD or self.state == REPLY_OVER:
-            self.reply_over(now)
+        if self.reading == REPLY_HEAD or self.reading == REPLY_OVER:
+            self.between_replies(now)
         return self.go_on(now)
 
     def close_after(self, str error, bint counted):
         """Close the connection. With an ``error`` the first request in flight failed; those behind it were not looked at."""
         cdef list requests
-        if self.closing:
+        if self.writing == CLOSED:
             return
-        self.leaving = self.closing = True
+        self.send_as(CLOSED)
         if self.chunks is not None:
             self.chunks.close()
-        self.withdraw()
         requests = self.take_unanswered()
         if self.early.packets:
             requests.insert(0, self.pool.dissolve(&self.early))
@@ -442,7 +460,8 @@ cdef class ReplyBase(Receiver):
     def eof_received(self):
         """The analyzer closes its side: so do we, but not before a request that it has answered is written whole."""
         if self.early.packets:
-            self.state = REPLY_OVER
+            if self.reading != REPLY_OVER:
+                self.set_reading(REPLY_OVER)
             self.last_reply()
         else:
             self.ended(None)
@@ -457,7 +476,7 @@ cdef class ReplyBase(Receiver):
     cdef int ended(self, error) except -1:
         """No reply comes any more: say what that means for the requests in flight."""
         cdef Group group = self.early
-        if self.closing:
+        if self.writing == CLOSED:
             return 0
         # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
         # stale connection, not a failed analyzer. That shows at once; later it had begun to work on the request.
@@ -470,7 +489,7 @@ cdef class ReplyBase(Receiver):
         elif group.packets:
             self.close_after("connection closed before the request was written" if error is None
                              else f"connection lost: {error}", True)
-        elif self.group_count == 0 or self.state != REPLY_HEAD or (self.replies > 0 and silent):
+        elif self.group_count == 0 or self.reading != REPLY_HEAD or (self.replies > 0 and silent):
             self.close_after("", False)
         else:
             self.close_after("connection closed before the reply" if error is None else f"connection lost: {error}", True)

@@ -97,6 +97,21 @@ cdef Span trim(const uchar *p, const uchar *end) noexcept nogil:
     return span
 
 
+cdef Span unquoted_key(Span value) noexcept nogil:
+    """Return an Idempotency-Key without the double quotes it may be in; of no bytes if it is none that can be an id."""
+    cdef Py_ssize_t i
+    if value.n >= 2 and value.p[0] == c'"' and value.p[value.n - 1] == c'"':
+        value.p += 1
+        value.n -= 2
+    if value.n > ID_TEXT:
+        value.n = 0
+    for i in range(value.n):
+        if not 33 <= value.p[i] <= 126 or value.p[i] in (c'"', c',', c';', c'\\'):
+            value.n = 0
+            break
+    return value
+
+
 cdef bytes shown(bytes method, bytes rest):
     """Return a request as httptools is shown it: with a method that it knows. Others are no broken HTTP, but answered 405."""
     return (b"CONNECT" if method == b"CONNECT" else b"POST") + rest

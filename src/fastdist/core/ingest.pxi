@@ -27,63 +27,44 @@ cdef enum:
     MOST_WAITING = 256 << 10  # bytes of them
     LONGEST_WAIT = 86400     # seconds of Prefer: wait
 
-cdef enum State:
-    START = 0                # between requests, or in a head
-    BODY
-    CHUNKS
-    WHOLE                    # the body is whole, in `body`; the answer has to wait for its turn
-    OVER                     # the last answer is written or waits to be; what still comes is dropped
+cdef enum Held:              # what was read and has to wait for its turn, in `partial`
+    NOT_HELD = 0
+    HELD_PACKET              # requests: the connection has had its slice, or the next is a large one
+    HELD_ANSWER              # a request whose answer Python makes
 
-cdef enum Refusal:           # of a request, by its head
-    FINE = 0
-    BROKEN
-    LIMITED
-    NO_TOKEN
-    NOT_STORED
-    ENCODED
-    NO_JSON
-    BAD_KEY
-    TOO_LONG
-    UNEXPECTED
+cdef dict TURNED_DOWN = {       # (status, counter, detail, header lines)
+    ENCODED: (415, "unsupported_media_type", "compressed bodies are not understood", b"Accept-Encoding: identity\r\n"),
+    NO_JSON: (415, "unsupported_media_type", "Content-Type must be application/json", b"Accept: application/json\r\n"),
+    BAD_KEY: (400, "invalid", "Idempotency-Key must be one value of 1 to 64 visible ASCII characters other than \" , ; \\, "
+              "bare or in double quotes"),
+    UNEXPECTED: (417, "invalid", "the only expectation understood is 100-continue"),
+}
 
-cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, lest that be lost in a reset; and that
+cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, so that no reset destroys that; and that
                                   # answers have to be there once it has sent its end
 cdef int64_t OVERDUE = 300000000000  # ns that an answer may be late which waits for the disk or the supervisor
 
-cdef bytes ACCEPTED_HEAD = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\n" + SAFETY + b"Date: "
-cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
 
-
-cdef class IngestBase(Receiver):
-    """One emitter's connection, mixed into an ``asyncio.Protocol`` that has:
-
-    ``handle(method, target, headers, body)``: any request but POST /logs; returns the answer's bytes, or None when it will
-    complete an ``Answer`` made by ``promise`` later. ``refuse(status, counter, detail, close, headers=b"")``: what was
-    wrong with a request, as bytes. ``limited(seconds)``, ``unauthorized(header)``, ``invalid(error)``, ``not_stored(full)``: answers
-    for what their names say. ``is_authorized(header)``: whether it holds a token. ``await_delivery(answer, sequence,
-    seconds, id, messages)``. ``crowded_out()``: the answer where there is no memory for a body. ``shut(lingering)``: close
-    when all is written.
-    """
+cdef class IngestBase(Connection):
+    """One emitter's connection, mixed into an ``asyncio.Protocol`` that has what ``EmitterCalls`` in the stub describes."""
 
     cdef readonly Intake intake
     cdef uint64_t client               # hash of the peer's address
-    cdef int state
-    cdef bint closing                  # no further request is read
-    cdef bint input_paused, output_paused
-    cdef bint held                     # `partial` has requests that are not begun yet
-    cdef bint costly                   # for the next answer is costly, and has to wait for its turn
+    cdef Held held
+    cdef bint output_paused            # by the transport
     cdef bint queued                   # in `intake.waiting` or `intake.costly`
+    cdef bint awaits_sync              # in `intake.unsynced`
     cdef int64_t costly_since          # when a costly answer was begun; 0: none is being made
-    # the request being read
+    # the request being read: see begin_request
+    cdef Reading after                 # what follows it: IDLE, DISCARDING or ENDED
     cdef bint answered, head_only, old_client
     cdef bint admitted                 # by the rate limits
+    cdef bint invites                  # the body was asked for by a 100 Continue that waits behind other answers
     cdef readonly bint is_log
-    cdef readonly bint keep_alive
     cdef int64_t body_left
     cdef ChunkedBody chunks
-    cdef int chunk_fault               # an event of it that has to wait for its turn
     cdef int64_t wait_seconds          # Prefer: wait; -1: none
-    cdef char[64] key
+    cdef char[ID_TEXT] key
     cdef int key_length
     cdef bytes extra                   # header lines its answer gets besides the usual
     cdef tuple request                 # (method, target, headers) of one that is not POST /logs
@@ -96,23 +77,20 @@ cdef class IngestBase(Receiver):
     cdef Buffer body                   # as far as it has come
     # times, monotonic ns
     cdef int64_t moved_ns              # last byte read
-    cdef int64_t head_ns               # first byte of the present head; 0: none yet
+    cdef int64_t head_ns               # first byte of the present head
     cdef int64_t body_due              # when the present body is too slow, unless more comes
     cdef int64_t body_slow             # when it may be ended for others that need its memory, unless more comes
-    cdef bint invites                  # the body was asked for by a 100 Continue that waits behind other answers
-    cdef int64_t unread_ns             # since when nothing is read (input_paused)
+    cdef int64_t unread_ns             # since when the transport does not read; 0: it does
     cdef int64_t output_due            # when the emitter reads its answers too slowly, unless more leaves; 0: none waits
     cdef int64_t acked                 # bytes that its system had acknowledged when that was looked at last
     cdef int64_t answer_due            # until when it said it would wait for an answer
     cdef int64_t ended_ns              # when it has ended or reset the connection; 0: it has not
-    cdef bint awaits_sync              # in intake.unsynced
     cdef readonly list answers         # in the order of their requests, while any of them has to wait
     cdef int64_t answers_size          # bytes of them, as far as they are known
 
     def __cinit__(self, Intake intake, *args, **kwargs):
-        self.intake = intake
+        self.life, self.intake = EMITTER_LIFE, intake
         self.moved_ns = mono_ns()
-        self.answers = None
 
     def __dealloc__(self):
         release(&self.partial)
@@ -123,15 +101,60 @@ cdef class IngestBase(Receiver):
         cdef bytes name = address.encode()
         self.client = hash_bytes(PyBytes_AS_STRING(name), len(name))
 
+    # ---- states (life.pxi)
+
+    cdef int begin_request(self, int64_t now) except -1:
+        """Be ready for a head: nothing is known of the request."""
+        self.set_reading(HEAD)
+        self.head_ns = now
+        self.scanned = 0
+        self.after = IDLE
+        self.is_log = self.answered = self.head_only = self.old_client = self.admitted = self.invites = False
+        self.key_length, self.wait_seconds = 0, -1
+        self.extra = self.request = None
+        return 0
+
+    cdef int stop_reading(self, Reading state) except -1:
+        """Read no further request; ``state``: DISCARDING or ENDED. The connection is closed when all answers are written."""
+        if self.reading < state:
+            self.set_reading(state)
+        self.held = NOT_HELD
+        release(&self.partial)
+        self.drop_body()
+        return 0
+
+    def ended(self):
+        """The emitter has sent its end: what it still waits for has to come soon, and nothing more is read."""
+        if not self.ended_ns:
+            self.moved_ns = self.ended_ns = mono_ns()
+        self.stop_reading(ENDED)
+        if self.writing == AT_ONCE:
+            self.set_writing(WRITTEN)
+
+    def let_go(self):
+        """Free what was kept of a request: the connection is gone."""
+        self.stop_reading(ENDED)
+        if self.writing != LOST:
+            self.set_writing(LOST)
+        if self.chunks is not None:
+            self.chunks.close()
+
+    cdef int break_off(self, error) except -1:
+        self.reading, self.writing = ENDED, LOST  # where nothing more comes of what is under way
+        if self.transport is not None:
+            self.transport.abort()
+        self.went_wrong(error)
+        return 0
+
     # ---- reading
 
     cdef int receive(self, const uchar *p, Py_ssize_t n) except -1:
         """Take in what the emitter sent; write what can be answered at once."""
-        if self.state == OVER:
+        if self.reading >= DISCARDING:
             return 0
         self.moved_ns = mono_ns()
-        if unlikely(self.stream is None and self.intake.loop_left <= 0):
-            self.held = True  # the loop calls for each connection that has something: nobody else counts the time
+        if unlikely(self.stream is None and self.intake.loop_left <= 0 and not self.held):
+            self.held = HELD_PACKET  # the loop calls for each connection that has something: nobody else counts the time
         if likely(self.partial.end == 0 and not self.held):
             return self.read_from(p, n, NULL)
         keep(&self.partial, p, n)
@@ -152,10 +175,10 @@ cdef class IngestBase(Receiver):
         cdef const uchar *start = p
         cdef const uchar *end = p + n
         cdef uint64_t before = self.intake.ring.next_sequence
-        self.held = self.costly = False
+        self.held = NOT_HELD
         try:
             p = self.read(p, end, self.moved_ns)
-            if self.state == OVER or p == end:
+            if self.reading >= DISCARDING or p == end:
                 pass
             elif buffer != NULL and (self.held or p == start):  # it may be much, and stays where it is
                 buffer.start += p - start
@@ -181,33 +204,31 @@ cdef class IngestBase(Receiver):
         """Read requests until there is no whole one, or the rest has to be held back; return how far that is."""
         cdef const uchar *start = p
         cdef const uchar *head
-        while self.state != OVER and (p < end or self.state == WHOLE):
-            if self.state == START:
-                if self.head_ns == 0 and unlikely(self.has_enough() or (p > start and mono_ns() - now > self.intake.slice_ns)):
-                    self.held = True
-                    break
+        while self.reading < DISCARDING and (p < end or self.reading == WHOLE):
+            if self.reading <= HEAD:
+                if self.reading == IDLE:
+                    if unlikely(self.intake.out.end > MOST_OUT):
+                        self.flush_to_answers()
+                    if unlikely(self.is_full() or (p > start and mono_ns() - now > self.intake.slice_ns)):
+                        self.held = HELD_PACKET
+                        break
+                    self.begin_request(now)
                 head = p
-                p = self.read_head(p, end, now)
+                p = self.read_head(p, end)
                 if p == head:
                     break
-            elif self.state == BODY:
+            elif self.reading == BODY:
                 p = self.read_body(p, end)
-            elif self.state == CHUNKS:
+            elif self.reading == CHUNKS:
                 p = self.read_chunks(p, end)
             else:
-                self.body_whole(self.body.data, self.body.end)
+                self.answer_whole(self.body.data, self.body.end)
             if unlikely(self.costly_since):
                 self.intake.costly_left -= mono_ns() - self.costly_since
                 self.costly_since = 0
             if unlikely(self.held):
                 break
         return p
-
-    cdef bint has_enough(self) except -1:
-        """Whether no further request should be begun for now."""
-        if unlikely(self.intake.out.end > MOST_OUT):
-            self.flush_to_answers()
-        return self.is_full()
 
     cdef bint is_full(self) except -1:
         """Whether the emitter does not read its answers, or too many of them wait."""
@@ -222,7 +243,7 @@ cdef class IngestBase(Receiver):
         if intake.having_turn is self:
             intake.having_turn = None  # for one answer
         elif intake.costly_left <= 0 or intake.costly:
-            self.held = self.costly = True
+            self.held = HELD_ANSWER
             return False
         self.costly_since = mono_ns()
         return True
@@ -244,28 +265,22 @@ cdef class IngestBase(Receiver):
 
     def read_rest(self):
         """The emitter sends no more, and may not be written to for long (TLS): take the packets that are held back."""
-        while self.held and not self.costly and self.intake.loop_left > 0 and not self.is_full():
+        while self.held == HELD_PACKET and self.intake.loop_left > 0 and not self.is_full():
             self.intake.going_round = True
             self.read_on()
         self.intake.going_round = False
 
-    cdef const uchar *read_head(self, const uchar *p, const uchar *end, int64_t now) except NULL:
+    cdef const uchar *read_head(self, const uchar *p, const uchar *end) except NULL:
         """Read the head at ``p``; return where it ends, or ``p`` when it is not whole yet or has to wait for its turn."""
         cdef RequestHead head = self.head
         cdef Filled filled
         cdef Py_ssize_t length
-        if self.head_ns == 0:
-            self.head_ns = now
-            self.scanned = 0
-            # Until the head says more.
-            self.is_log = self.answered = self.head_only = False
-            self.extra = None
         if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
             # An empty line before a request is to be passed over (RFC 9112, 2.2); without end they would be no request.
-            self.head_ns = 0
             self.unfinished = None
             if self.blank_lines < MOST_BLANK_LINES:
                 self.blank_lines += 1
+                self.set_reading(IDLE)
                 return p + 2
             if not self.may_answer():
                 return p
@@ -281,18 +296,16 @@ cdef class IngestBase(Receiver):
                 return self.read_unfinished(p, end - p, length == HEAD_BROKEN)
             head = RequestHead(p[:length])
             head.matches(p, length, &filled)
-        self.head_ns = 0
         self.unfinished = None
-        self.begin(head, &filled)
+        self.judge_head(head, &filled)
         if unlikely(self.held):
             return p
         if head is not self.head and head.is_log and head.status == 0 and length <= TEMPLATE_ROOM:
             self.head = self.intake.head = head
         self.blank_lines = 0
-        self.admitted = False
-        if self.state == START:  # no body
-            self.body_whole(NULL, 0)
-        elif self.state != OVER and head.expects_continue and p + length == end and not self.answered:
+        if self.reading == HEAD:  # no body
+            self.answer_whole(NULL, 0)
+        elif self.reading < DISCARDING and head.expects_continue and p + length == end and not self.answered:
             self.emit(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.invites = self.answers is not None
         return p + length
@@ -310,7 +323,6 @@ cdef class IngestBase(Receiver):
         if not self.may_answer():
             self.unfinished = None  # it has to say so again
             return p
-        self.head_ns = 0
         self.head_only = self.unfinished.parser is not None and self.unfinished.method == b"HEAD"
         self.unfinished = None
         if fault is not None:
@@ -324,121 +336,65 @@ cdef class IngestBase(Receiver):
         self.fault(status, "malformed", f"{'the request is not HTTP: ' if status == 400 else ''}{fault}")
         return 0
 
-    cdef int begin(self, RequestHead head, Filled *filled) except -1:
+    cdef int judge_head(self, RequestHead head, Filled *filled) except -1:
         """Act on a head: decide what the request is, whether it may go on, and how its body is read."""
-        cdef bint keep_alive = head.keep_alive and not self.intake.draining
         # If it is answered already now: whether the body still comes is the emitter's choice, or it is too long to pass over.
         cdef bint bodiless = head.expects_continue or filled.content_length > self.intake.max_body
         cdef int64_t wait = 0
-        cdef int refusal
+        cdef Refusal refusal
         self.is_log = head.is_log
         self.head_only = not head.is_log and head.method == "HEAD"
-        refusal = self.judge(head, filled, &wait)
+        refusal = self.intake.judge(self, head, filled, &wait)
         if unlikely(refusal != FINE and not self.may_answer()):
             return 0
         if unlikely(refusal == BROKEN):
             self.malformed(head.status, head.fault)
             return 0
-        self.keep_alive = keep_alive and not bodiless
         self.old_client = head.old_client
+        if not head.keep_alive:
+            self.after = ENDED
+        if unlikely((self.intake.draining and head.keep_alive) or (refusal != FINE and bodiless)):
+            self.after = DISCARDING
         if unlikely(self.intake.shares_origins) and head.origin:
             self.extra = self.share_with(head.origin)
-        if unlikely(self.intake.draining) and head.keep_alive:
-            self.closing = True  # it may have sent more: linger, lest a reset destroys what it has yet to read
         if unlikely(not self.is_log):
             self.request = (head.method, head.target.decode("latin-1"), head.fields)
         if unlikely(refusal != FINE):
             self.turn_down(refusal, filled, wait)
-        if self.state == OVER:
-            return 0
-        if self.answered and bodiless:
-            self.end()
-            return 0
-        self.keep_alive = keep_alive
+            if bodiless:
+                self.stop_reading(DISCARDING)
+            if self.reading == DISCARDING:
+                return 0
         self.body_due = self.moved_ns + self.intake.body_timeout
         if head.chunked:
-            self.state = CHUNKS
+            self.set_reading(CHUNKS)
             if self.chunks is None:
                 self.chunks = ChunkedBody(False)
             self.chunks.begin(self.most_of_body(), self.intake.max_header)
-            self.chunk_fault = CHUNK_MORE
         elif filled.content_length > 0:
-            self.state = BODY
+            self.set_reading(BODY)
             self.body_left = filled.content_length
         return 0
 
     cdef int64_t most_of_body(self) noexcept:
         return self.intake.max_body if self.is_log else API_BODY
 
-    cdef int judge(self, RequestHead head, Filled *filled, int64_t *wait) except -1:
-        """Decide from its head alone whether a request may go on: limits, then the token, then the rest. ``wait``: of LIMITED."""
-        cdef Intake intake = self.intake
-        if head.status:
-            return BROKEN
-        if unlikely(not self.is_log):
-            return TOO_LONG if filled.content_length > API_BODY else UNEXPECTED if head.expects_other else FINE
-        self.key_length = 0
-        self.wait_seconds = min(head.wait, LONGEST_WAIT)
-        if unlikely(intake.limiter.active) and not self.admitted:
-            wait[0] = intake.limiter.admit(self.client, self.moved_ns)
-            if wait[0]:
-                return LIMITED
-            self.admitted = True  # once, also if the answer has to wait
-        if unlikely(not intake.open_to_all):
-            if not (filled.credentials.n and self.is_authorized(filled.credentials.p[:filled.credentials.n])):
-                return NO_TOKEN
-        if unlikely(intake.closed or intake.broken_storage):
-            return NOT_STORED
-        if head.encoded:
-            return ENCODED
-        if not head.json:
-            return NO_JSON
-        if head.keys and (head.keys > 1 or not self.take_key(filled.key)):
-            return BAD_KEY
-        if filled.content_length > intake.max_body:
-            return TOO_LONG
-        return UNEXPECTED if head.expects_other else FINE
-
-    cdef int turn_down(self, int refusal, Filled *filled, int64_t wait) except -1:
-        """Answer what ``judge`` has found wrong."""
-        cdef bint close = not self.keep_alive
-        if refusal == LIMITED:
+    cdef int turn_down(self, Refusal refusal, Filled *filled, int64_t wait) except -1:
+        """Answer what ``Intake.judge`` has found wrong."""
+        if refusal in TURNED_DOWN:
+            self.reject(self.refuse(*TURNED_DOWN[refusal]))
+        elif refusal == LIMITED:
             self.reject(self.limited(wait / 1e9))
         elif refusal == NO_TOKEN:
             self.reject(self.unauthorized(filled.credentials.p[:filled.credentials.n] if filled.credentials.n else None))
         elif refusal == NOT_STORED:
             self.reject(self.not_stored(False))
-        elif refusal == ENCODED:
-            self.reject(self.refuse(415, "unsupported_media_type", "compressed bodies are not understood", close,
-                                    b"Accept-Encoding: identity\r\n"))
-        elif refusal == NO_JSON:
-            self.reject(self.refuse(415, "unsupported_media_type", "Content-Type must be application/json", close,
-                                    b"Accept: application/json\r\n"))
-        elif refusal == BAD_KEY:
-            self.reject(self.refuse(400, "invalid", "Idempotency-Key must be one value of 1 to 64 visible ASCII characters "
-                                    "other than \" , ; \\, bare or in double quotes", close))
-        elif refusal == UNEXPECTED:
-            self.reject(self.refuse(417, "invalid", "the only expectation understood is 100-continue", close))
         elif self.is_log:
             self.fault(413, "too_large",
                        f"the body is {filled.content_length} bytes, more than the {self.intake.max_body} allowed")
         else:
             self.fault(413, "", f"the body is larger than the {API_BODY} bytes allowed here")
         return 0
-
-    cdef bint take_key(self, Span value) noexcept:
-        cdef Py_ssize_t i
-        if value.n >= 2 and value.p[0] == c'"' and value.p[value.n - 1] == c'"':
-            value.p += 1
-            value.n -= 2
-        if not 1 <= value.n <= ID_TEXT:
-            return False
-        for i in range(value.n):
-            if not 33 <= value.p[i] <= 126 or value.p[i] in (c'"', c',', c';', c'\\'):
-                return False
-        memcpy(self.key, value.p, value.n)
-        self.key_length = <int>value.n
-        return True
 
     # ---- bodies
 
@@ -447,18 +403,17 @@ cdef class IngestBase(Receiver):
         self.body_left -= n
         if self.answered:
             if self.body_left == 0:
-                self.body_whole(NULL, 0)
+                self.finish_request(NULL, 0)
         elif self.body_left == 0 and self.body.end == 0:
-            self.body_whole(p, n)
-            if unlikely(self.held):  # it stays where it is
-                self.state, self.body_left = BODY, n
+            if unlikely(not self.finish_request(p, n)):  # it stays where it is
+                self.body_left = n
                 return p
         elif self.has_room_for(n):
             if self.body.data == NULL:  # touched only as it fills
                 make_room(&self.body, n + self.body_left)
             self.keep_body(p, n)
             if self.body_left == 0:
-                self.body_whole(self.body.data, self.body.end)
+                self.answer_whole(self.body.data, self.body.end)
         if self.body_left:
             self.body_moved(n)
         return p + n
@@ -466,17 +421,14 @@ cdef class IngestBase(Receiver):
     cdef const uchar *read_chunks(self, const uchar *p, const uchar *end) except NULL:
         cdef Span piece
         cdef const uchar *start = p
-        cdef int event = self.chunk_fault
-        if likely(event == CHUNK_MORE):
-            event = self.chunks.read(&p, end, &piece)
+        cdef int event = self.chunks.read(&p, end, &piece)
         if event == CHUNK_DATA:
             if not self.answered and self.has_room_for(piece.n):
                 self.keep_body(piece.p, piece.n)
         elif event == CHUNK_END:
-            self.body_whole(self.body.data, self.body.end)
+            self.answer_whole(self.body.data, self.body.end)
         elif event != CHUNK_MORE and not self.may_answer():
-            self.chunk_fault = event
-            return start
+            return p
         elif event == CHUNK_TOO_LARGE:
             self.fault(413, "too_large" if self.is_log else "",
                        f"the body is larger than the {self.most_of_body()} bytes allowed")
@@ -500,10 +452,9 @@ cdef class IngestBase(Receiver):
             room += self.intake.most_bodies // RESERVE
         if likely(self.intake.bodies <= room) or self.intake.make_room(self, room):
             return True
-        self.keep_alive = False
-        self.answered = True
-        self.emit(self.crowded_out())
-        self.end()
+        self.after = DISCARDING
+        self.reject(self.crowded_out())
+        self.stop_reading(DISCARDING)
         return False
 
     cdef int keep_body(self, const uchar *p, Py_ssize_t n) except -1:
@@ -518,27 +469,28 @@ cdef class IngestBase(Receiver):
         release(&self.body)
         return 0
 
-    cdef int body_whole(self, const uchar *p, Py_ssize_t n) except -1:
-        """The request is whole: answer it, and be ready for the next; if that has to wait for its turn, be WHOLE."""
-        self.state = START
+    cdef int answer_whole(self, const uchar *p, Py_ssize_t n) except -1:
+        """Finish a request whose body does not lie in what is read; be WHOLE while that has to wait for its turn."""
+        if unlikely(not self.finish_request(p, n)) and self.reading != WHOLE:
+            self.set_reading(WHOLE)
+        return 0
+
+    cdef bint finish_request(self, const uchar *p, Py_ssize_t n) except -1:
+        """The request is whole: answer it, and be ready for the next. False, and nothing done, if that has to wait."""
         if not self.answered:
             if likely(self.is_log):
                 if unlikely(not self.accept(p, n)):
-                    self.state = WHOLE
-                    return 0
+                    return False
             elif self.may_answer():
-                method, target, headers = self.request
+                answer = self.handle(*self.request, p[:n] if n else b"")
                 self.request = None
-                answer = self.handle(method, target, headers, p[:n] if n else b"")
                 if answer is not None:
                     self.emit(answer)
             else:
-                self.state = WHOLE
-                return 0
+                return False
         self.drop_body()
-        if not self.keep_alive:
-            self.state = OVER
-        return 0
+        self.set_reading(self.after)
+        return True
 
     # ---- packets
 
@@ -550,9 +502,8 @@ cdef class IngestBase(Receiver):
         cdef uint64_t emitter = 0
         cdef unsigned char[16] packet_id
         cdef int pushed
-        if unlikely(intake.draining) and self.keep_alive:  # it was under way when the draining began: the last here
-            self.keep_alive = False
-            self.closing = True
+        if unlikely(intake.draining) and self.after == IDLE:  # it was under way when the draining began: the last here
+            self.after = DISCARDING
         if unlikely(intake.closed or intake.broken_storage):
             if not self.may_answer():
                 return False
@@ -560,7 +511,7 @@ cdef class IngestBase(Receiver):
             return True
         if unlikely(n > LARGE_BODY):
             if not intake.going_round and intake.having_turn is not self:
-                self.held = True
+                self.held = HELD_PACKET
                 return False
             intake.going_round = False  # for one of them
         if unlikely(not self.understand(p, n, &messages, &emitter)):
@@ -574,7 +525,7 @@ cdef class IngestBase(Receiver):
                 return False
             if pushed == TOO_BIG:
                 self.reject(self.refuse(413, "too_large", f"a packet of {n} bytes is over half of what a worker's part of "
-                                               f"the queue holds ({intake.ring.capacity} bytes)", not self.keep_alive))
+                                               f"the queue holds ({intake.ring.capacity} bytes)"))
             else:
                 self.reject(self.not_stored(True))
             return True
@@ -600,7 +551,7 @@ cdef class IngestBase(Receiver):
         if not self.may_answer():
             return False
         if n == 0:
-            self.reject(self.refuse(400, "malformed", "the body is empty", not self.keep_alive))
+            self.reject(self.refuse(400, "malformed", "the body is empty"))
             return False
         try:
             messages[0], emitter[0] = intake.check(p[:n], strict=intake.validation == 2)
@@ -613,35 +564,30 @@ cdef class IngestBase(Receiver):
         cdef Intake intake = self.intake
         cdef char[ID_TEXT] text
         cdef int length = self.key_length
+        cdef bytes data = None
         cdef Answer answer
         if length:
             memcpy(text, self.key, length)
         else:
             write_uuid(packet_id, text)
             length = 36
-        if unlikely(self.wait_seconds >= 0):
-            answer = self.promise()
-            self.answer_due = max(self.answer_due, self.moved_ns + self.wait_seconds * 1000000000)
-            if intake.answers_after_sync:
-                answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
-                self.await_sync()
-            self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
-                                messages if intake.validation else None)
-            return 0
-        if intake.answers_after_sync or self.answers is not None:
-            self.flush_to_answers()
-        write_accepted(intake, text, length, messages, self.extra, self.keep_alive, self.old_client)
+        if likely(self.wait_seconds < 0):
+            if intake.answers_after_sync or self.answers is not None:
+                self.flush_to_answers()
+            write_accepted(intake, text, length, messages, self.extra, self.after == IDLE, self.old_client)
+            if not intake.answers_after_sync:
+                return 0
+            data = intake.take_out()
+        answer = self.hold_place()
         if intake.answers_after_sync:
-            answer = Answer.__new__(Answer)
-            answer.connection, answer.extra = self, self.extra
             answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
-            answer.close, answer.old_client = not self.keep_alive, self.old_client
-            answer.data = intake.take_out()
-            self.answers_size += len(answer.data)
-            if self.answers is None:
-                self.answers = []
-            self.answers.append(answer)
             self.await_sync()
+        if data is not None:
+            answer.take(data)
+            return 0
+        self.answer_due = max(self.answer_due, self.moved_ns + self.wait_seconds * 1000000000)
+        self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
+                            messages if intake.validation else None)
         return 0
 
     # ---- answers
@@ -650,105 +596,86 @@ cdef class IngestBase(Receiver):
         """Return the present request's answer as bytes; see ``Intake.compose``."""
         if self.extra is not None:
             headers += self.extra
-        return self.intake.compose(status, reason, headers, body, close=close or not self.keep_alive,
+        return self.intake.compose(status, reason, headers, body, close=close or self.after != IDLE,
                                    head_only=self.head_only, old_client=self.old_client)
 
-    def fault(self, int status, str counter, str detail):
+    cdef int fault(self, int status, str counter, str detail) except -1:
         """Answer with an error, if the request has no answer yet, and read no further on this connection."""
-        self.keep_alive = False
+        self.after = DISCARDING
         if not self.answered:
-            self.answered = True
-            self.emit(self.refuse(status, counter, detail, True))
-        self.end()
+            self.reject(self.refuse(status, counter, detail))
+        return self.stop_reading(DISCARDING)
 
-    def reject(self, bytes answer):
+    cdef int reject(self, bytes answer) except -1:
         """Answer with an error; the body, if it still comes, is passed over."""
         self.answered = True
-        self.emit(answer)
-        return 0
+        return self.emit(answer)
 
-    def end(self):
-        """Read no further requests on this connection; close it when all answers are written."""
-        self.state = OVER
-        if self.held:
-            self.held = False
-            release(&self.partial)
-        self.closing = True
-        self.drop_body()
-
-    def let_go(self):
-        """Free what was kept of a request: the connection is gone."""
-        self.drop_body()
-        if self.chunks is not None:
-            self.chunks.close()
-        release(&self.partial)
-
-    def emit(self, bytes data):
+    cdef int emit(self, bytes data) except -1:
         """Write an answer in its turn."""
-        cdef Answer answer
         if self.answers is None:
-            keep(&self.intake.out, PyBytes_AS_STRING(data), len(data))
-            return
+            return keep(&self.intake.out, PyBytes_AS_STRING(data), len(data))
         self.flush_to_answers()
-        answer = Answer.__new__(Answer)
-        answer.connection, answer.data, answer.ready = self, data, True
-        self.answers_size += len(data)
-        self.answers.append(answer)
+        self.line_up(data)
+        return 0
 
     def promise(self):
         """Return an ``Answer`` that holds the present request's place until it is completed."""
-        cdef Answer answer = Answer.__new__(Answer)
+        return self.hold_place()
+
+    cdef Answer hold_place(self):
+        cdef Answer answer
         self.flush_to_answers()
-        answer.connection, answer.extra = self, self.extra
-        answer.close, answer.head_only, answer.old_client = not self.keep_alive, self.head_only, self.old_client
+        answer = self.line_up(None)
+        answer.extra = self.extra
+        answer.close, answer.head_only, answer.old_client = self.after != IDLE, self.head_only, self.old_client
+        return answer
+
+    cdef Answer line_up(self, bytes data):
+        """Return a new ``Answer`` behind those that wait; ``data``: None while it is not known."""
+        cdef Answer answer = Answer.__new__(Answer)
+        answer.connection = self
+        if data is not None:
+            answer.take(data)
+            answer.ready = True
         if self.answers is None:
             self.answers = []
+            self.set_writing(WAITING)
         self.answers.append(answer)
         return answer
 
-    cdef flush_to_answers(self):
+    cdef int flush_to_answers(self) except -1:
         """What is in the common buffer came first: write it, or let it wait its turn."""
-        cdef Answer answer
-        if self.intake.out.end == 0:
-            return
-        if self.answers is None:
-            self.write_out()
-            return
-        answer = Answer.__new__(Answer)
-        answer.connection, answer.data, answer.ready = self, self.intake.take_out(), True
-        self.answers_size += len(answer.data)
-        self.answers.append(answer)
-
-    cdef int write_out(self) except -1:
         cdef Py_ssize_t n = self.intake.out.end
-        self.intake.out.end = 0
-        return self.transmit(<char *>self.intake.out.data, n)
+        if n and self.answers is not None:
+            self.line_up(self.intake.take_out())
+        elif n:
+            self.intake.out.end = 0
+            self.transmit(<char *>self.intake.out.data, n)
+        return 0
 
     cdef int flush(self) except -1:
         """Write the answers of this read; close if the last was among them; stop reading while too many wait."""
-        cdef Intake intake = self.intake
-        if intake.out.end:
-            if self.answers is None:
-                self.write_out()
-            else:
-                self.flush_to_answers()
-        if self.answers is not None:
+        self.flush_to_answers()
+        if self.writing == WAITING:
             self.release_ready()
-        elif self.state == OVER:
+        elif self.writing == AT_ONCE and self.reading >= DISCARDING:
             self.finish()
         return 0
 
-    cdef finish(self):
+    cdef int finish(self) except -1:
         """Everything is written; what may take a while from now on is that it is read."""
         self.moved_ns = mono_ns()
-        self.shut(self.closing)
+        self.set_writing(WRITTEN)
+        self.shut(self.reading == DISCARDING)
+        return 0
 
     cdef await_sync(self):
         if not self.awaits_sync:
             self.awaits_sync = True
             self.intake.unsynced.append(self)
 
-    def release(self, int64_t position):
+    cdef bint release(self, int64_t position) except -1:
         """Let go of the answers whose packets are synced up to ``position``; say whether those were all."""
         cdef Answer answer
         cdef int64_t now = mono_ns()
@@ -765,13 +692,13 @@ cdef class IngestBase(Receiver):
         self.release_ready()
         return all_of_them
 
-    def release_ready(self):
+    cdef int release_ready(self) except -1:
         """Write the answers that are next in turn and ready."""
         cdef Answer answer
         cdef list ready = []
         cdef bytes data
         if self.answers is None:
-            return
+            return 0
         for answer in self.answers:
             if not answer.ready:
                 break
@@ -780,37 +707,42 @@ cdef class IngestBase(Receiver):
         if ready:
             if len(ready) == len(self.answers):
                 self.answers = None
-                if self.invites:  # only now is the emitter told to send it
-                    self.invites, self.body_due = False, mono_ns() + self.intake.body_timeout
             else:
                 del self.answers[:len(ready)]
-            if self.transport is not None:
+            if self.writing == WAITING:
                 data = ready[0] if len(ready) == 1 else b"".join(ready)
                 self.transmit(PyBytes_AS_STRING(data), len(data))
-        if self.answers is None and self.state == OVER and self.transport is not None:
+        if self.writing == LOST:
+            return 0
+        if self.answers is None and self.reading >= DISCARDING:
             self.finish()
-        if self.input_paused or self.output_paused or self.answers is not None or self.held:
+        elif self.answers is None:
+            self.set_writing(AT_ONCE)
+            if self.invites:  # only now is the emitter told to send it
+                self.invites, self.body_due = False, mono_ns() + self.intake.body_timeout
+        if self.unread_ns or self.output_paused or self.answers is not None or self.held:
             self.balance_input()
+        return 0
 
-    def balance_input(self):
+    cdef int balance_input(self) except -1:
         """Read no further while something is held back, the emitter does not read its answers, or too many of them wait."""
         cdef bint full = self.is_full()
         cdef bint pause = full or self.held
         if self.transport is None or self.transport.is_closing():
-            return
+            return 0
         if self.held and not full and not self.queued:
             self.queued = True
-            (self.intake.costly if self.costly else self.intake.waiting).append(self)
+            (self.intake.costly if self.held == HELD_ANSWER else self.intake.waiting).append(self)
             self.intake.await_turn()
-        if pause != self.input_paused:
-            self.input_paused = pause
-            if pause:
-                self.unread_ns = mono_ns()
-                self.transport.pause_reading()
-            else:
-                self.moved_ns = mono_ns()
-                self.forgive(self.moved_ns - self.unread_ns)
-                self.transport.resume_reading()
+        if pause and not self.unread_ns:
+            self.unread_ns = mono_ns()
+            self.transport.pause_reading()
+        elif self.unread_ns and not pause:
+            self.moved_ns = mono_ns()
+            self.forgive(self.moved_ns - self.unread_ns)
+            self.unread_ns = 0
+            self.transport.resume_reading()
+        return 0
 
     def pause_writing(self):
         """The emitter does not read its answers."""
@@ -823,19 +755,13 @@ cdef class IngestBase(Receiver):
         self.output_paused, self.output_due, self.moved_ns = False, 0, mono_ns()
         self.balance_input()
 
-    def ended(self):
-        """The emitter has sent its end: what it still waits for has to come soon, and nothing more is read."""
-        if not self.ended_ns:
-            self.moved_ns = self.ended_ns = mono_ns()
-        self.end()
-
     def idle(self):
         """Whether nothing is under way: no part of a request, no answer."""
-        return self.state == START and self.head_ns == 0 and self.answers is None and not self.held
+        return self.reading == IDLE and self.writing == AT_ONCE and not self.held
 
     def lingered(self, int64_t now):
         """Return for how many ns all has been written here and only the emitter's end is awaited; 0 if that is not so."""
-        done = self.state == OVER and self.answers is None and self.transport.get_write_buffer_size() == 0
+        done = self.writing == WRITTEN and self.transport.get_write_buffer_size() == 0
         return now - self.moved_ns if done else 0
 
     def expired(self, int64_t now):
@@ -847,17 +773,17 @@ cdef class IngestBase(Receiver):
         cdef Intake intake = self.intake
         if not self.output_moves(now):
             return "answers"
-        if self.answers is not None and self.waited_enough(now):
+        if self.writing == WAITING and self.waited_enough(now):
             return "wait"
-        if self.state == OVER:
-            return "end" if self.answers is None and not self.output_due and now - self.moved_ns > LINGER else ""
-        if self.input_paused:
+        if self.reading >= DISCARDING:
+            return "end" if self.writing == WRITTEN and not self.output_due and now - self.moved_ns > LINGER else ""
+        if self.unread_ns:
             return ""
-        if self.head_ns:
+        if self.reading == HEAD:
             return "head" if now - self.head_ns > intake.header_timeout else ""
-        if self.state != START:
+        if self.reading != IDLE:
             return "body" if now > self.body_due and not self.invites else ""
-        if self.answers is not None or self.output_due:
+        if self.writing == WAITING or self.output_due:
             return ""
         return "idle" if now - self.moved_ns > intake.keepalive_timeout else ""
 
@@ -867,7 +793,7 @@ cdef class IngestBase(Receiver):
 
     cdef bint waited_enough(self, int64_t now) except -1:
         """Whether nobody can be waiting for the next answer any more, or what it depends on does not come."""
-        if not self.ended_ns and self.input_paused and peer_ended(self.descriptor()):  # it is not read, so nobody has told
+        if not self.ended_ns and self.unread_ns and peer_ended(self.descriptor()):  # it is not read, so nobody has told
             self.ended_ns = now
         if self.ended_ns:
             return now - self.ended_ns > LINGER
@@ -886,7 +812,7 @@ cdef class IngestBase(Receiver):
         """Whether what was written leaves as it should: at the least rate, and never ``body_timeout`` behind that."""
         cdef int64_t acked
         if not self.output_paused and self.unwritten(now) == 0:
-            if self.output_due and self.state == OVER:
+            if self.output_due and self.reading >= DISCARDING:
                 self.moved_ns = now  # from here on it has time to be read
             self.output_due = 0
             return True
@@ -905,7 +831,8 @@ cdef class IngestBase(Receiver):
             count = self.stream.unwritten()
         else:
             count = self.transport.get_write_buffer_size()
-        if count == 0 and self.answers is None and (self.state == OVER or now - self.moved_ns > self.intake.keepalive_timeout):
+        if count == 0 and self.answers is None and (
+                self.reading >= DISCARDING or now - self.moved_ns > self.intake.keepalive_timeout):
             count = bytes_unacked(self.descriptor())
         return count
 
@@ -913,8 +840,9 @@ cdef class IngestBase(Receiver):
         """For ``late`` ns until ``now`` nobody here could read: that is no time the emitter had."""
         self.moved_ns = min(now, self.moved_ns + late)
         self.forgive(late)
-        self.unread_ns += late
         self.answer_due += late
+        if self.unread_ns:
+            self.unread_ns += late
         if self.output_due:
             self.output_due += late
         if self.ended_ns:
@@ -922,8 +850,7 @@ cdef class IngestBase(Receiver):
 
     cdef void forgive(self, int64_t late) noexcept:
         """For ``late`` ns nothing was read: that is no time the emitter had for what it sends."""
-        if self.head_ns:
-            self.head_ns += late
+        self.head_ns += late
         self.body_due += late
         self.body_slow += late
 
@@ -932,43 +859,8 @@ cdef class IngestBase(Receiver):
         self.fault(408, "timeout", detail)
         self.flush()
 
-    def turn_away(self, bytes answer):
-        """Write an answer to nothing in particular, and close."""
+    def turn_away(self, bytes answer, bint lingering):
+        """Write an answer to nothing in particular, and close; ``lingering``: read on for a while, so that it is not lost."""
         self.emit(answer)
-        self.end()
+        self.stop_reading(DISCARDING if lingering else ENDED)
         self.flush()
-
-
-cdef int write_accepted(Intake intake, const char *packet_id, int id_length, uint32_t messages, bytes extra,
-                        bint keep_alive, bint old_client) except -1:
-    """Put ``202 {"status":"accepted",...}`` into the common buffer."""
-    cdef char[32] count
-    cdef Py_ssize_t count_length = 0
-    cdef bytes date = intake.date_of(intake.wall)
-    cdef char *out
-    make_room(&intake.out, 512 + (len(extra) if extra is not None else 0))
-    out = <char *>intake.out.data + intake.out.end
-    if intake.validation:
-        count_length = append_number(count, messages) - count
-    out = append(out, PyBytes_AS_STRING(ACCEPTED_HEAD), len(ACCEPTED_HEAD))
-    out = append(out, PyBytes_AS_STRING(date), len(date))
-    if extra is not None:
-        out = append(out, b"\r\n", 2)
-        out = append(out, PyBytes_AS_STRING(extra), len(extra) - 2)
-    out = append(out, b"\r\nContent-Length: ", 18)
-    out = append_number(out, 33 + id_length + 1 + (12 + count_length if count_length else 0) + 1)
-    if not keep_alive:
-        out = append(out, b"\r\nConnection: close", 19)
-    elif old_client:
-        out = append(out, b"\r\nConnection: keep-alive", 24)
-    out = append(out, b"\r\n\r\n", 4)
-    out = append(out, PyBytes_AS_STRING(ACCEPTED_BODY), 33)
-    out = append(out, packet_id, id_length)
-    if count_length:
-        out = append(out, b'","messages":', 13)
-        out = append(out, count, count_length)
-        out = append(out, b"}", 1)
-    else:
-        out = append(out, b'"}', 2)
-    intake.out.end = <uchar *>out - intake.out.data
-    return 0

@@ -18,6 +18,18 @@ cdef int64_t PACKETS = 2000000  # for all that are held back
 cdef int64_t LOOP = 2000000     # for those that the loop reads from, not Poller (TLS)
 cdef int64_t COSTLY = 500000    # for answers that Python makes
 
+cdef enum Refusal:           # of a request, by its head
+    FINE = 0
+    BROKEN
+    LIMITED
+    NO_TOKEN
+    NOT_STORED
+    ENCODED
+    NO_JSON
+    BAD_KEY
+    TOO_LONG
+    UNEXPECTED
+
 VALIDATIONS = {"none": 0, "schema": 1, "strict": 2}
 
 cdef bytes NOSNIFF = b"X-Content-Type-Options: nosniff\r\n"
@@ -25,6 +37,9 @@ cdef bytes NO_STORE = b"Cache-Control: no-store\r\n"
 cdef bytes NO_PAGE = b"Content-Security-Policy: default-src 'none'; frame-ancestors 'none'\r\n"
 cdef bytes SAFETY = NOSNIFF + NO_STORE
 SAFETY_HEADERS = SAFETY
+
+cdef bytes ACCEPTED_HEAD = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\n" + SAFETY + b"Date: "
+cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
 
 
 def call_soon(callback):
@@ -126,6 +141,38 @@ cdef class Intake:
     def http_date(self):
         """Return the present second as HTTP writes it."""
         return self.date_of(wall_ns())
+
+    cdef Refusal judge(self, IngestBase connection, RequestHead head, Filled *filled, int64_t *wait) except? BROKEN:
+        """Decide from its head alone whether a request may go on: limits, then the token, then the rest. ``wait``: of LIMITED."""
+        cdef Span key
+        if head.status:
+            return BROKEN
+        if unlikely(not head.is_log):
+            return TOO_LONG if filled.content_length > API_BODY else UNEXPECTED if head.expects_other else FINE
+        connection.wait_seconds = min(head.wait, LONGEST_WAIT)
+        if unlikely(self.limiter.active) and not connection.admitted:
+            wait[0] = self.limiter.admit(connection.client, connection.moved_ns)
+            if wait[0]:
+                return LIMITED
+            connection.admitted = True  # once, also if the answer has to wait
+        if unlikely(not self.open_to_all):
+            if not (filled.credentials.n and connection.is_authorized(filled.credentials.p[:filled.credentials.n])):
+                return NO_TOKEN
+        if unlikely(self.closed or self.broken_storage):
+            return NOT_STORED
+        if head.encoded:
+            return ENCODED
+        if not head.json:
+            return NO_JSON
+        if head.keys:
+            key = unquoted_key(filled.key)
+            if head.keys > 1 or not key.n:
+                return BAD_KEY
+            memcpy(connection.key, key.p, key.n)
+            connection.key_length = <int>key.n
+        if filled.content_length > self.max_body:
+            return TOO_LONG
+        return UNEXPECTED if head.expects_other else FINE
 
     def compose(self, int status, str reason, bytes headers, bytes body, *, bint close, bint head_only=False,
                 bint old_client=False):
@@ -251,6 +298,41 @@ cdef class Intake:
             coming.flush_to_answers()  # the buffer is common
             slowest.time_out("the request's body came slowly, and others needed its memory")
         return self.bodies <= room
+
+
+cdef int write_accepted(Intake intake, const char *packet_id, int id_length, uint32_t messages, bytes extra,
+                        bint keep_alive, bint old_client) except -1:
+    """Put ``202 {"status":"accepted",...}`` into the common buffer."""
+    cdef char[32] count
+    cdef Py_ssize_t count_length = 0
+    cdef bytes date = intake.date_of(intake.wall)
+    cdef char *out
+    make_room(&intake.out, 512 + (len(extra) if extra is not None else 0))
+    out = <char *>intake.out.data + intake.out.end
+    if intake.validation:
+        count_length = append_number(count, messages) - count
+    out = append(out, PyBytes_AS_STRING(ACCEPTED_HEAD), len(ACCEPTED_HEAD))
+    out = append(out, PyBytes_AS_STRING(date), len(date))
+    if extra is not None:
+        out = append(out, b"\r\n", 2)
+        out = append(out, PyBytes_AS_STRING(extra), len(extra) - 2)
+    out = append(out, b"\r\nContent-Length: ", 18)
+    out = append_number(out, 33 + id_length + 1 + (12 + count_length if count_length else 0) + 1)
+    if not keep_alive:
+        out = append(out, b"\r\nConnection: close", 19)
+    elif old_client:
+        out = append(out, b"\r\nConnection: keep-alive", 24)
+    out = append(out, b"\r\n\r\n", 4)
+    out = append(out, PyBytes_AS_STRING(ACCEPTED_BODY), 33)
+    out = append(out, packet_id, id_length)
+    if count_length:
+        out = append(out, b'","messages":', 13)
+        out = append(out, count, count_length)
+        out = append(out, b"}", 1)
+    else:
+        out = append(out, b'"}', 2)
+    intake.out.end = <uchar *>out - intake.out.data
+    return 0
 
 
 @cython.final

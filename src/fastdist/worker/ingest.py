@@ -155,7 +155,6 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def __init__(self, intake: Intake, emitters: Emitters) -> None:  # noqa: ARG002  (intake is taken by __cinit__)
         self.emitters = emitters
-        self.may_linger, self.shut_down = True, False
         self.awaited: set[int] = set()  # sequences of packets whose delivery it is to be told
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -168,9 +167,8 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         turned_away = self.emitters.turned_away
         if len(self.intake.connections) - len(turned_away) > self.intake.max_connections:
             turned_away.add(self)
-            self.may_linger = len(turned_away) <= MOST_TURNED_AWAY
             response = problem(503, "too many connections; try again shortly", headers=RETRY_SOON)
-            self.turn_away(self._compose(response, close=True))
+            self.turn_away(self._compose(response, close=True), len(turned_away) <= MOST_TURNED_AWAY)
         self._count()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
@@ -188,7 +186,6 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     def eof_received(self) -> bool:
         """Let answers under way still leave; a request cut short gets none."""
         self.read_rest()
-        self.may_linger = False  # there is nobody who still sends
         self.ended()
         if not self.transport.can_write_eof():  # TLS, which ends both sides: what is to leave has to leave now
             self.end_waits()
@@ -201,14 +198,17 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             self.emitters.wait_over(sequence)
 
     def shut(self, lingering: bool) -> None:  # noqa: FBT001
-        """Close when all is written; ``lingering``: read on for a while, lest a reset destroys the answer."""
-        if self.shut_down:
-            return
-        self.shut_down = True
-        if lingering and self.may_linger:
+        """Close when all is written; ``lingering``: read on for a while, so that no reset destroys the answer."""
+        if lingering:
             self.transport.write_eof()
         else:
             self.transport.close()
+
+    def went_wrong(self, error: Exception) -> None:
+        """Tell of an error of the program, which has cost the connection."""
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "a connection is closed for an error in its protocol", "exception": error, "protocol": self}
+        )
 
     def check(self, now_ns: int) -> None:
         """Act on whatever has taken too long."""
@@ -243,11 +243,11 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self.emitters.carry_out(response, lambda response: answer.complete(_bytes(answer, response)))
         return None
 
-    def refuse(self, status: int, counter: str, detail: str, close: bool, headers: bytes = b"") -> bytes:  # noqa: FBT001
+    def refuse(self, status: int, counter: str, detail: str, headers: bytes = b"") -> bytes:
         """Count and describe a fault."""
         if counter and (self.is_log or counter in UNREADABLE):
             self.intake.counters.add(counter)
-        return self._compose(problem(status, detail, headers=headers), close=close)
+        return self._compose(problem(status, detail, headers=headers))
 
     def limited(self, seconds: float) -> bytes:
         """Answer that the rate is exceeded."""
@@ -295,7 +295,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if self.is_log:
             self.intake.counters.add("queue_full")
         detail = "more bodies are on their way than there is memory for; try again shortly"
-        return self._compose(problem(503, detail, headers=RETRY_SOON), close=True)
+        return self._compose(problem(503, detail, headers=RETRY_SOON))
 
     def share_with(self, origin: bytes) -> bytes | None:
         """Return the CORS headers for an origin, if it is listed."""
