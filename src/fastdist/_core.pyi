@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import final, type_check_only, Any, Final, NamedTuple, Protocol, Self
 from typing_extensions import disjoint_base
 
-from fastdist.config import Config, Server
+from fastdist.settings import Config, Server
 
 # ---- counters
 
