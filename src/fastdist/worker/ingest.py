@@ -17,7 +17,7 @@ from msgspec import UNSET
 from fastdist._core import Answer, IngestBase, Intake
 from fastdist.errors import PacketError
 from fastdist.http.admin import has_token
-from fastdist.http.api import Response, cors_headers, json_response, problem, reason
+from fastdist.http.api import Response, cors_headers, json_response, problem, reason, retry_after
 from fastdist.http.models import Accepted, Delivered
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
 MOST_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
-RETRY_SOON = b"Retry-After: 1\r\n"
 PART_NS = 2_000_000  # of a turn of the event loop, for waits that end
 FEW = 1000  # waits that are over and may still be remembered
 CLOCK = 0.001  # seconds: what the event loop's clock counts in
@@ -167,7 +166,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         turned_away = self.emitters.turned_away
         if len(self.intake.connections) - len(turned_away) > self.intake.max_connections:
             turned_away.add(self)
-            response = problem(503, "too many connections; try again shortly", headers=RETRY_SOON)
+            response = problem(503, "too many connections; try again shortly", headers=retry_after())
             self.turn_away(self._compose(response, close=True), len(turned_away) <= MOST_TURNED_AWAY)
         self._count()
 
@@ -253,10 +252,8 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Answer that the rate is exceeded."""
         self.intake.counters.add("rate_limited")
         wait = max(1, math.ceil(seconds))
-        headers = f"Retry-After: {wait}\r\n".encode()
-        return self._compose(
-            problem(429, f"more requests than the limit allows; try again in {wait} s", headers=headers)
-        )
+        detail = f"more requests than the limit allows; try again in {wait} s"
+        return self._compose(problem(429, detail, headers=retry_after(wait)))
 
     def is_authorized(self, authorization: bytes) -> bool:
         """Whether an Authorization header holds one of the tokens."""
@@ -288,14 +285,14 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         else:
             counter, detail = "storage", "the queue's storage fails; nothing can be stored safely now"
         self.intake.counters.add(counter)
-        return self._compose(problem(503, detail, headers=RETRY_SOON))
+        return self._compose(problem(503, detail, headers=retry_after()))
 
     def crowded_out(self) -> bytes:
         """Answer that bodies on their way take all the memory there is for them."""
         if self.is_log:
             self.intake.counters.add("queue_full")
         detail = "more bodies are on their way than there is memory for; try again shortly"
-        return self._compose(problem(503, detail, headers=RETRY_SOON))
+        return self._compose(problem(503, detail, headers=retry_after()))
 
     def share_with(self, origin: bytes) -> bytes | None:
         """Return the CORS headers for an origin, if it is listed."""
