@@ -84,7 +84,7 @@ class Acceptor:
         if self._accept():
             self.loop.call_soon(self._accept_the_last)
         else:
-            self.close()
+            Acceptor.close(self)  # a subclass may close more
 
     def _listen(self) -> None:
         if self._open:
@@ -125,7 +125,7 @@ class Acceptor:
             with contextlib.suppress(OSError):
                 self.listener.accept()[0].close()
         self._reserve = _reserve()
-        return (reserve or self._reserve) is not None
+        return reserve is not None or self._reserve is not None
 
 
 def _begin_no_more(listener: socket.socket) -> None:
