@@ -65,6 +65,11 @@ class Analyzer:
             self.listener.open()
         self._apply(options)
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for their response."""
+        return sum(connection.waiting for connection in self.connections)
+
     def drop_connections(self) -> None:
         """Close every connection."""
         for connection in list(self.connections):
@@ -77,10 +82,9 @@ class Analyzer:
 
     def describe(self) -> dict[str, Any]:
         """Return what ``GET /control`` shows."""
-        waiting = sum(connection.waiting for connection in self.connections)
         return {
             "id": self.id,
             "url": f"{self.listener.origin}/analyze",
             "options": self.options.as_json(),
-            "totals": self.ledger.totals() | {"waiting": waiting, "connections": len(self.connections)},
+            "totals": self.ledger.totals() | {"waiting": self.waiting, "connections": len(self.connections)},
         }
