@@ -92,7 +92,7 @@ def statuses_in_the_code():
             found.setdefault(status, module)
     for part in ("ingest", "http"):
         text = (SOURCES / "core" / f"{part}.pxi").read_text()
-        for number in re.findall(r"\.(?:refuse|fault|malformed)\((\d{3})\b", text):
+        for number in re.findall(r"(?:\.(?:refuse|fault|malformed)|^    [A-Z_]+: )\((\d{3})\b", text, re.MULTILINE):
             found.setdefault(int(number), part)
     return found
 
