@@ -26,7 +26,7 @@ BUILD = ROOT / "build" / "fuzz"
 LIBRARY = BUILD / "lib"
 FINDINGS = BUILD / "findings"
 NAMES = ("packet", "request", "reply")
-LARGEST = {"packet": 2048, "request": 2048, "reply": 2048}  # bytes; the limits that inputs meet are set below that
+MAX_BYTES = {"packet": 2048, "request": 2048, "reply": 2048}  # bytes; the limits that inputs meet are set below that
 NEWEST_CLANG = 30
 
 
@@ -114,7 +114,7 @@ class Fuzzer:
         print(f"fuzz: {target}, for {seconds} s, from {len(list(corpus.iterdir()))} inputs", flush=True)
         options = [
             f"-max_total_time={seconds}",
-            f"-max_len={LARGEST[target]}",
+            f"-max_len={MAX_BYTES[target]}",
             f"-dict={FOLDER / f'{target}.dict'}",
             f"-artifact_prefix={FINDINGS}/{target}-",
             "-timeout=10",
@@ -135,7 +135,7 @@ class Fuzzer:
         fewest.mkdir(parents=True)
         sources = [str(BUILD / "corpus" / target), str(corpus), str(BUILD / "seeds" / target)]
         if self.call(
-            target, "-set_cover_merge=1", f"-max_len={LARGEST[target]}", "-detect_leaks=0", str(fewest), *sources
+            target, "-set_cover_merge=1", f"-max_len={MAX_BYTES[target]}", "-detect_leaks=0", str(fewest), *sources
         ):
             return False
         if not any(fewest.iterdir()):

@@ -167,7 +167,7 @@ class Way:
             loop.run()
 
     def turn(self) -> None:
-        """Do one turn of the loop with all that follows from it: nothing is left."""
+        """Do one event-loop iteration with all that follows from it: nothing is left."""
         self.accept()
         self.loop.run()
         self.answer()

@@ -3,7 +3,7 @@
 The way of a packet. ``Poller`` (stream.pxi) reads a connection's bytes into a buffer that all share, and hands them to
 the protocol, ``IngestBase`` (ingest.pxi). That finds the request's head (http.pxi), has the body checked by one pass
 over its bytes (schema.pxi), and pushes it to the ``PacketRing`` (ring.pxi): one record, which is queue, store and
-in-flight table at once, and 202 is written into a buffer of answers. Once in a turn of the event loop ``DispatchBase``
+in-flight table at once, and 202 is written into a buffer of answers. Once in an event-loop iteration ``DispatchBase``
 (dispatch.pxi) claims what was pushed, has an analyzer picked for each packet (pick.pxi), and lets it join the waiting
 list of that analyzer's ``PoolBase`` (pool.pxi). ``ReplyBase`` (forward.pxi) writes requests with the bodies out of the
 ring, and a 2xx has the record finished.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
-LEAST_PART = 2**16  # bytes of queue.capacity that a worker needs; its part is a multiple of that
+MIN_PART = 2**16  # bytes of queue.capacity that a worker needs; its part is a multiple of that
 SAFE_BATCH = 120  # with as many ids of 64 characters the head of a request is below 8 KiB
 QUIET = 0.05  # seconds that a file must stay as it was read, for a reload
 
@@ -337,8 +337,8 @@ def _check_capacity(reader: _Reader) -> None:
         return
     set_to = reader.valid["server.workers"]
     workers = set_to or usable_cores()
-    if reader.valid["queue.capacity"] < workers * LEAST_PART:
-        least, part = units.format_size(workers * LEAST_PART), units.format_size(LEAST_PART)
+    if reader.valid["queue.capacity"] < workers * MIN_PART:
+        least, part = units.format_size(workers * MIN_PART), units.format_size(MIN_PART)
         whose = "server.workers" if set_to else "one per core here"
         reader.report("queue.capacity", f"must be >= {least}: {part} for each of {workers} workers ({whose})")
 

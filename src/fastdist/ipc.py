@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator
 
-LONGEST_LINE = 2**20  # bytes; far more than any message has, see ``shorten``
-MOST_PROBLEMS, LONGEST_PROBLEM = 100, 500  # lines, characters
+MAX_LINE = 2**20  # bytes; far more than any message has, see ``shorten``
+MAX_PROBLEMS, MAX_PROBLEM = 100, 500  # lines, characters
 HEADER = struct.Struct("=Q16s")  # of the settings: their length and checksum
 PATIENCE = 1.0  # seconds for settings that are being written to be whole
 
@@ -112,15 +112,15 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def shorten(problems: list[str]) -> list[str]:
     """Return what a message, an answer or a log line holds of a configuration's problems; ``check`` prints them all."""
-    few = [each if len(each) <= LONGEST_PROBLEM else f"{each[:LONGEST_PROBLEM]}…" for each in problems[:MOST_PROBLEMS]]
-    if len(problems) > MOST_PROBLEMS:
-        few.append(f"and {len(problems) - MOST_PROBLEMS} more problems; `fastdist check FILE` prints them all")
+    few = [each if len(each) <= MAX_PROBLEM else f"{each[:MAX_PROBLEM]}…" for each in problems[:MAX_PROBLEMS]]
+    if len(problems) > MAX_PROBLEMS:
+        few.append(f"and {len(problems) - MAX_PROBLEMS} more problems; `fastdist check FILE` prints them all")
     return few
 
 
 async def connect(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Return reader and writer of one end of the socket pair."""
-    return await asyncio.open_connection(sock=sock, limit=LONGEST_LINE)
+    return await asyncio.open_connection(sock=sock, limit=MAX_LINE)
 
 
 def send(writer: asyncio.StreamWriter, message: Message) -> None:

@@ -44,7 +44,7 @@ _BYTES = {
 _BYTES_FOLDED = {name.lower(): factor for name, factor in _BYTES.items()}
 
 _QUANTITY = re.compile(r"(\d{1,400}(?:\.\d{1,400})?) *([A-Za-z]+)", re.ASCII)
-_MOST = 2**63 - 1  # what a 64-bit counter of bytes or seconds holds
+_MAX = 2**63 - 1  # what a 64-bit counter of bytes or seconds holds
 
 
 def number(text: str) -> int | float | str:
@@ -100,8 +100,8 @@ def _amount(value: object, units: Mapping[str, Decimal], expected: str, written:
     elif value < 0:
         raise ValueError("must not be negative")
     else:
-        amount = Decimal(min(value, 2 * _MOST))  # an int may have more digits than a Decimal or a person can take
-    if amount > _MOST:
+        amount = Decimal(min(value, 2 * _MAX))  # an int may have more digits than a Decimal or a person can take
+    if amount > _MAX:
         raise ValueError("is too large")
     return amount
 

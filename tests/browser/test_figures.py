@@ -9,7 +9,7 @@ import signal
 import pytest
 from support import BODY, WEIGHTS, Emitter, get_json, request, wait_until
 
-SMALLEST = {"µs": 0.001, "ms": 1, "s": 1000, "min": 60_000}
+MILLISECONDS = {"µs": 0.001, "ms": 1, "s": 1000, "min": 60_000}
 SIZES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 NOBODY = "No analyzer is online."
 
@@ -23,7 +23,7 @@ def milliseconds(text):
     if text == "–":
         return None
     parts = re.findall(r"([\d.,]+) (\S+)", text)
-    return sum(float(value.replace(",", "")) * SMALLEST[unit] for value, unit in parts)
+    return sum(float(value.replace(",", "")) * MILLISECONDS[unit] for value, unit in parts)
 
 
 def percent(text):

@@ -301,7 +301,7 @@ class Clock:
 
 
 class BenchPool(AnalyzerPool):
-    """A pool whose connections arrive in the next turn of the loop, or are refused."""
+    """A pool whose connections arrive in the next event-loop iteration, or are refused."""
 
     reachable = True
 

@@ -457,7 +457,7 @@ class Service:
         return Connection(self, address)
 
     def budget(self, packets: int, costly: int, *, loop: int = 10**18) -> None:
-        """Give every turn of the loop so many ns. With 0 and 1 it has time for one packet and one costly answer."""
+        """Give every event-loop iteration so many ns. With 0 and 1 it has time for one packet and one costly answer."""
         self.intake.slice_ns = self.intake.packets_ns = packets
         self.intake.costly_ns, self.intake.loop_ns = costly, loop
         self.intake.go_on()

@@ -331,7 +331,7 @@ def test_an_idle_analyzer_gets_a_batch_of_one_at_once():
 
 
 def test_an_analyzer_counts_as_busy_for_a_linger_after_each_batch():
-    """However fast it answers: it would get the packets of every turn of the loop one by one."""
+    """However fast it answers: it would get the packets of every event-loop iteration one by one."""
     desk, busy, _ = busy_desk()
     busy.data_received(OK)
     desk.push(b"2")

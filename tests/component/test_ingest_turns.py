@@ -1,4 +1,4 @@
-"""A turn of the event loop is bounded over all connections, and packets come before answers that Python makes.
+"""An event-loop iteration is bounded over all connections, and packets come before answers that Python makes.
 
 Times are no matter here: with budgets of nothing a turn reads on from one connection, and makes one costly answer.
 """

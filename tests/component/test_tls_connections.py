@@ -94,7 +94,7 @@ def readable(client):
 
 
 def test_handshakes_have_their_turns_like_all_else():
-    """Each costs a millisecond or more; a thousand in one turn of the loop would hold up everybody."""
+    """Each costs a millisecond or more; a thousand in one event-loop iteration would hold up everybody."""
 
     async def scenario(server):
         with clients(server, 40) as connected:

@@ -37,7 +37,7 @@ class Manager:
         return [text for _, text in self.told]
 
     def states(self) -> list[str]:
-        """Return what was said of the state, in order, without status and signs of life."""
+        """Return what was said of the state, in order, without status and heartbeats."""
         return [text.split("\n")[0] for text in self.messages if not text.startswith(("STATUS=", "WATCHDOG="))]
 
     def count(self, message: str) -> int:
@@ -117,15 +117,15 @@ def test_the_status_tells_of_an_analyzer_that_goes_and_comes(serve, manager, moc
 
 def test_the_watchdog_gets_signs_while_a_worker_serves(serve, manager):
     distributor = serve(WATCHDOG_USEC="600000")
-    wait_until(lambda: manager.count("WATCHDOG=1") > 5, "signs of life")
+    wait_until(lambda: manager.count("WATCHDOG=1") > 5, "heartbeats")
     os.kill(distributor.worker_pids()[0], signal.SIGKILL)  # one of two
     before = manager.count("WATCHDOG=1")
-    wait_until(lambda: manager.count("WATCHDOG=1") > before + 5, "signs of life")
+    wait_until(lambda: manager.count("WATCHDOG=1") > before + 5, "heartbeats")
 
 
 def test_the_watchdog_gets_no_sign_while_every_worker_hangs(serve, manager):
     distributor = serve(WATCHDOG_USEC="300000")
-    wait_until(lambda: manager.count("WATCHDOG=1") > 2, "signs of life")
+    wait_until(lambda: manager.count("WATCHDOG=1") > 2, "heartbeats")
     workers = distributor.worker_pids()
     supervisor = distributor.process.pid
     try:
@@ -144,7 +144,7 @@ def test_the_watchdog_gets_no_sign_while_every_worker_hangs(serve, manager):
         for pid in (*workers, supervisor):
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGCONT)
-    wait_until(lambda: manager.count("WATCHDOG=1") > before + 5, "signs of life of their successors")
+    wait_until(lambda: manager.count("WATCHDOG=1") > before + 5, "heartbeats of their successors")
 
 
 def test_a_watchdog_for_another_process_gets_no_sign(serve, manager):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fastdist import ipc
 from fastdist._core import round_capacity
-from fastdist.config import LEAST_PART, load, reloadable, warnings
+from fastdist.config import MIN_PART, load, reloadable, warnings
 from fastdist.errors import ConfigError
 from fastdist.settings import Analyzer, Config, Delivery, Retry, Server
 
@@ -226,7 +226,7 @@ def test_values_at_their_bounds(config_of, setting, value, expected):
 
 
 def test_the_queue_has_room_for_a_ring_of_every_worker(config_of, problems_of, monkeypatch):
-    assert round_capacity(1) == LEAST_PART
+    assert round_capacity(1) == MIN_PART
     text = "[server]\nworkers = {}\n[queue]\ncapacity = '1MiB'\n"
     assert config_of(text.format(16)).queue.capacity == 2**20
     assert problems_of(text.format(17)) == [

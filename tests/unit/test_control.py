@@ -11,8 +11,8 @@ import pytest
 
 from fastdist.errors import StartError
 from fastdist.ipc import (
-    LONGEST_PROBLEM,
-    MOST_PROBLEMS,
+    MAX_PROBLEM,
+    MAX_PROBLEMS,
     Message,
     Settings,
     connect,
@@ -83,15 +83,15 @@ def test_settings_are_whole_while_others_are_being_written(memfd):
 
 
 def test_problems_are_shortened_only_when_they_are_many_or_long():
-    few = [f"analyzers[{number}].weight: must be >= 0" for number in range(MOST_PROBLEMS)]
+    few = [f"analyzers[{number}].weight: must be >= 0" for number in range(MAX_PROBLEMS)]
     assert shorten(few) == few
     *first, last = shorten([*few, "one", "two", "three"])
     assert first == few
     assert "3 more" in last
     assert "fastdist check" in last
-    assert shorten(["é" * LONGEST_PROBLEM, "é" * (LONGEST_PROBLEM + 1)]) == [
-        "é" * LONGEST_PROBLEM,
-        "é" * LONGEST_PROBLEM + "…",
+    assert shorten(["é" * MAX_PROBLEM, "é" * (MAX_PROBLEM + 1)]) == [
+        "é" * MAX_PROBLEM,
+        "é" * MAX_PROBLEM + "…",
     ]
 
 

@@ -23,7 +23,7 @@ from fastdist.storage import dead_letters
 from fastdist.storage.dead_letters import (
     FOLDER,
     IDLE_NS,
-    LONGEST_OPEN_NS,
+    MAX_OPEN_NS,
     DeadLetters,
     ask_for,
     find_files,
@@ -183,7 +183,7 @@ def test_owners_do_not_share_files(tmp_path):
 
 
 def test_a_new_file_is_begun_when_one_has_grown(letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(dead_letters, "LARGEST_FILE", 2000)
+    monkeypatch.setattr(dead_letters, "MAX_FILE", 2000)
     for number in range(20):
         write(letters, b"x" * 300, f"p{number}")
     files = files_in(tmp_path)
@@ -193,7 +193,7 @@ def test_a_new_file_is_begun_when_one_has_grown(letters, tmp_path, monkeypatch):
 
 
 def test_a_letter_larger_than_a_file_has_one_of_its_own(letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(dead_letters, "LARGEST_FILE", 2000)
+    monkeypatch.setattr(dead_letters, "MAX_FILE", 2000)
     for size in (10, 5000, 10, 5000, 5000):
         write(letters, b"x" * size)
     assert [len(letter["body"]) for letter in letters_in(tmp_path)] == [10, 5000, 10, 5000, 5000]
@@ -298,7 +298,7 @@ def test_who_asked_for_a_file_and_died_asks_no_more(letters, tmp_path):
 
 
 def test_a_file_is_written_to_for_a_minute_at_most(letters, tmp_path):
-    for now in range(1, LONGEST_OPEN_NS + 2, IDLE_NS // 2):
+    for now in range(1, MAX_OPEN_NS + 2, IDLE_NS // 2):
         write(letters, name=f"p{now}")
         letters.settle()
         letters.tick(now)
@@ -426,7 +426,7 @@ def test_the_name_of_a_file_is_synced_even_if_it_was_closed_before(letters, tmp_
 
 
 def test_a_file_that_is_full_is_synced_all_the_same(letters, tmp_path, calls, monkeypatch):
-    monkeypatch.setattr(dead_letters, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(dead_letters, "MAX_FILE", 1000)
     for _ in range(3):
         write(letters, b"x" * 600)
     assert sync(letters)
@@ -458,7 +458,7 @@ def test_what_could_not_be_synced_is_taken_back(letters, tmp_path, monkeypatch, 
     write(letters)
     assert sync(letters)
     if files > 1:
-        monkeypatch.setattr(dead_letters, "LARGEST_FILE", 1000)
+        monkeypatch.setattr(dead_letters, "MAX_FILE", 1000)
     for number in range(3):
         write(letters, b"x" * 600, name=f"lost{number}")
     assert len(files_in(tmp_path)) == (1 if files == 1 else 4)

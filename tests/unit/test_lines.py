@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastdist.client.lines import Line, LineCutter
 
-LONGEST = 9
+MAX_LENGTH = 9
 # Made of what matters: line ends, characters of one to four bytes, bytes that are no UTF-8.
 TEXT = st.lists(
     st.sampled_from([b"\n", b"\r\n", b"\r", b"a", b"bc", "ü€😀".encode(), b"\xff", b"\x80"]), max_size=60
@@ -17,7 +17,7 @@ TEXT = st.lists(
 
 def cut(data, offset=0, *, at_start=True, pieces=()):
     """Return the lines of bytes that come in pieces, cut at these places."""
-    cutter = LineCutter(LONGEST, offset, at_start=at_start)
+    cutter = LineCutter(MAX_LENGTH, offset, at_start=at_start)
     places = sorted({min(place, len(data)) for place in pieces})
     lines = []
     for start, end in zip([0, *places], [*places, len(data)], strict=True):
@@ -45,7 +45,7 @@ def test_nothing_is_lost(data):
 @given(TEXT)
 def test_no_line_is_too_long_and_a_part_ends_between_characters(data):
     for line in cut(data):
-        assert len(line.raw) <= LONGEST
+        assert len(line.raw) <= MAX_LENGTH
         if not line.whole and line.offset + len(line.raw) == line.end < len(data):
             whole = data[line.offset :].split(b"\n")[0]
             try:

@@ -173,7 +173,7 @@ def test_what_stands_around_a_packet(before, after):
 
 # ----------------------------------------------------------------------------------------------------------- the schema
 
-SHORTEST = b'{"emitterId":"a","messages":[{"message":""}]}'
+MINIMAL = b'{"emitterId":"a","messages":[{"message":""}]}'
 TYPICAL = (
     b'{"emitterId": "web-1", "messages": [{"timestamp": "2026-01-31T12:34:56.789Z", "level": "info", "message": "a \\"b'
     b'\\" \xc3\xa9", "source": "api", "metadata": {"a": [1, -2.5e+3, true], "b": null}}, {"level":"WARN","message":"m",'
@@ -182,8 +182,8 @@ TYPICAL = (
 
 
 def test_the_shortest_packet():
-    assert scan(SHORTEST) == check(SHORTEST) == (1, hash_text(b"a"))
-    assert scan(SHORTEST[:17] + b"  " + SHORTEST[17:] + b"\n ") == (1, hash_text(b"a"))
+    assert scan(MINIMAL) == check(MINIMAL) == (1, hash_text(b"a"))
+    assert scan(MINIMAL[:17] + b"  " + MINIMAL[17:] + b"\n ") == (1, hash_text(b"a"))
 
 
 @pytest.mark.parametrize("text", ["", "x", "\xe9", "\u6c49", "\U0001f600"])
@@ -219,7 +219,7 @@ def test_a_packet_has_each_known_member_once(key):
     members = {"emitterId": '"e"', "messages": '[{"message":"m"}]', "metadata": "{}", "other": "1"}
     members.pop(key)
     without = "{" + ",".join(f'"{name}":{value}' for name, value in members.items()) + "}"
-    twice = SHORTEST.decode()[:-1] + f',"{key}":"x","{key}":{{}}}}'
+    twice = MINIMAL.decode()[:-1] + f',"{key}":"x","{key}":{{}}}}'
     for body in (without, twice):
         assert scan(body.encode()) == verdict(body.encode(), strict=False)
 
@@ -519,7 +519,7 @@ def test_right_for_almost_packets(body):
 
 @st.composite
 def mutations(draw: st.DrawFn) -> bytes:
-    body = bytearray(draw(bodies | st.sampled_from([TYPICAL, COMPACT, SHORTEST])))
+    body = bytearray(draw(bodies | st.sampled_from([TYPICAL, COMPACT, MINIMAL])))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(body)))
         to = min(len(body), at + draw(st.integers(0, 5)))
@@ -606,7 +606,7 @@ def between_walls():
 
 
 @pytest.mark.parametrize(
-    "body", [TYPICAL, COMPACT, SHORTEST + b"\n\n", b"{" * 200, b"[" * 200, b"\\" * 200, b'"\\u' * 70]
+    "body", [TYPICAL, COMPACT, MINIMAL + b"\n\n", b"{" * 200, b"[" * 200, b"\\" * 200, b'"\\u' * 70]
 )
 def test_nothing_outside_the_body_is_read(between_walls, body):
     """A read across the end would end this process."""

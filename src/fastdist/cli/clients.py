@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     Sources = Callable[[OffsetFile | None], Iterator[Log | Stream]]
 
-SHORTEST_INTERVAL = 0.1  # seconds
-LONGEST_TEXT = 256  # characters of an emitterId
+MIN_INTERVAL = 0.1  # seconds
+MAX_TEXT = 256  # characters of an emitterId
 MAX_PACKET_BYTES = 1 << 30  # bytes
 
 
@@ -176,8 +176,8 @@ def _signals_noted(shipper: Shipper, caught: list[int]) -> Iterator[None]:
 
 def _text(option: str, value: str) -> str:
     """Return what may be a member of a packet. Raises ValueError, which names the option."""
-    if not 1 <= len(value) <= LONGEST_TEXT or not value.isprintable():
-        raise ValueError(f"{option}: expected 1 to {LONGEST_TEXT} printable characters of UTF-8")
+    if not 1 <= len(value) <= MAX_TEXT or not value.isprintable():
+        raise ValueError(f"{option}: expected 1 to {MAX_TEXT} printable characters of UTF-8")
     return value
 
 
@@ -226,7 +226,7 @@ def top(
 
     target = target_or_exit(url, None, ca_file)
     with problems_shown("--interval: "):
-        seconds = max(SHORTEST_INTERVAL, parse_duration(number(interval)))
+        seconds = max(MIN_INTERVAL, parse_duration(number(interval)))
     if once:
         shown = top.print_once(target)
     elif sys.stdout.isatty() and sys.stdin.isatty():

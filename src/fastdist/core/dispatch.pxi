@@ -3,7 +3,7 @@
 ``DispatchBase`` holds what happens for every packet. ``fastdist.worker.dispatch`` decides, seldom, what the table looks like
 (``refresh``), and what becomes of packets that could not be delivered.
 
-No turn of the loop is to be long, however many packets or connections something concerns: all that is done for each of
+No event-loop iteration is to be long, however many packets or connections something concerns: all that is done for each of
 very many has an end after a while (``part_ns``), and the flush of the next turn goes on with it.
 """
 
@@ -220,7 +220,7 @@ cdef class DispatchBase:
         return mix(self.phase) if self.strategy == RANDOM else self.phase
 
     def schedule(self):
-        """Have ``flush`` run when this turn of the loop has read all there is to read."""
+        """Have ``flush`` run when this event-loop iteration has read all there is to read."""
         if not self.scheduled:
             self.scheduled = True
             self.loop.call_soon(self.flush)

@@ -15,10 +15,10 @@ LOCATION = re.compile(rb"[^?#]{0,200}")  # what is shown of one: a query may hol
 cdef int64_t STALE_NS = 1000000000
 
 cdef enum:
-    LARGEST_REPLY_HEAD = 65536
+    MAX_REPLY_HEAD = 65536
     USUAL_ROOM = 1024            # bytes
     LOOKS = 16                   # at a connection's progress, in the time it may make none
-    MOST_INTERIM = 32            # 1xx before a reply: each is progress, so that they could go on for ever
+    MAX_INTERIM = 32            # 1xx before a reply: each is progress, so that they could go on for ever
 
 
 cdef class ReplyBase(Connection):
@@ -266,7 +266,7 @@ cdef class ReplyBase(Connection):
             self.reply_over(now)
             return p + n
         self.set_reading(REPLY_CHUNKS)
-        self.chunks.begin(INT64_MAX, LARGEST_REPLY_HEAD)
+        self.chunks.begin(INT64_MAX, MAX_REPLY_HEAD)
         p = self.read_chunks(p, end, now)
         if self.reading != REPLY_CHUNKS and p - start <= USUAL_ROOM:  # it came whole
             self.usual_chunks = start[:p - start]
@@ -306,13 +306,13 @@ cdef class ReplyBase(Connection):
             head.matches(p, length, &filled)
         self.scanned = 0
         self.unfinished = None
-        if unlikely(length > LARGEST_REPLY_HEAD or head.fault is not None):
+        if unlikely(length > MAX_REPLY_HEAD or head.fault is not None):
             self.close_after("a reply that is not HTTP", True)
             return end
         if head.status < 200:
             self.interim += 1
             self.begun_ns = 0
-            if self.interim > MOST_INTERIM:
+            if self.interim > MAX_INTERIM:
                 self.close_after("too many interim replies (1xx)", True)
             return p + length
         self.interim = 0
@@ -357,7 +357,7 @@ cdef class ReplyBase(Connection):
         cdef Py_ssize_t n = end - p
         if self.unfinished is None:
             self.unfinished = UnfinishedHead(True)
-        if n > LARGEST_REPLY_HEAD or self.unfinished.feed(p[self.unfinished.seen:n]) is not None:
+        if n > MAX_REPLY_HEAD or self.unfinished.feed(p[self.unfinished.seen:n]) is not None:
             self.close_after("a reply that is not HTTP", True)
         else:
             keep(&self.partial, p, n)

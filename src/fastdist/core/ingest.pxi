@@ -9,7 +9,7 @@ A short request may have a long answer, or a costly one, and one read holds thou
 no more is read from the connection:
 
 - while its answers are not taken off;
-- when it has had its slice of this turn of the event loop (``slice_ns``), until its next;
+- when it has had its slice of this event-loop iteration (``slice_ns``), until its next;
 - when its next packet is a large one, of which a turn takes one;
 - when its next answer is one that Python makes (anything but a 202) and such answers have had their share of this turn
   (``costly_ns``): they cost up to a hundred times what a packet does, and packets come first.
@@ -17,15 +17,15 @@ no more is read from the connection:
 
 cdef enum:
     API_BODY = 1 << 20       # the most a request other than POST /logs may carry
-    MOST_BLANK_LINES = 100   # before a request
+    MAX_BLANK_LINES = 100   # before a request
     SMALL_BODY = 64 << 10    # bytes that have come of one for which there is a reserve of memory:
     RESERVE = 8              # what fraction of that for all
     LARGE_BODY = 128 << 10   # bytes of one that takes a millisecond or more to scan, and so is scanned in its turn
     NS_A_BYTE = 976562       # the least rate of a body and of what is written: 1 KiB/s
     NS_A_BYTE_FAST = 15259   # the rate at which a body is ended for nobody: 64 KiB/s
-    MOST_ANSWERS = 512       # waiting on one connection, before it is read no further
-    MOST_WAITING = 256 << 10  # bytes of them
-    LONGEST_WAIT = 86400     # seconds of Prefer: wait
+    MAX_ANSWERS = 512       # waiting on one connection, before it is read no further
+    MAX_WAITING = 256 << 10  # bytes of them
+    MAX_WAIT = 86400     # seconds of Prefer: wait
 
 cdef enum Held:              # what was read and has to wait for its turn, in `partial`
     NOT_HELD = 0
@@ -207,7 +207,7 @@ cdef class IngestBase(Connection):
         while self.reading < DISCARDING and (p < end or self.reading == WHOLE):
             if self.reading <= HEAD:
                 if self.reading == IDLE:
-                    if unlikely(self.intake.out.end > MOST_OUT):
+                    if unlikely(self.intake.out.end > MAX_OUT):
                         self.flush_to_answers()
                     if unlikely(self.is_full() or (p > start and mono_ns() - now > self.intake.slice_ns)):
                         self.held = HELD_PACKET
@@ -233,7 +233,7 @@ cdef class IngestBase(Connection):
     cdef bint is_full(self) except -1:
         """Whether the emitter does not read its answers, or too many of them wait."""
         return self.output_paused or (
-            self.answers is not None and (len(self.answers) > MOST_ANSWERS or self.answers_size > MOST_WAITING))
+            self.answers is not None and (len(self.answers) > MAX_ANSWERS or self.answers_size > MAX_WAITING))
 
     cdef bint may_answer(self) except -1:
         """Whether an answer that Python makes may be made now. If not, the request is held back: nothing may have changed."""
@@ -278,13 +278,13 @@ cdef class IngestBase(Connection):
         if p[0] == c'\r' and end - p >= 2 and p[1] == c'\n':
             # An empty line before a request is to be passed over (RFC 9112, 2.2); without end they would be no request.
             self.unfinished = None
-            if self.blank_lines < MOST_BLANK_LINES:
+            if self.blank_lines < MAX_BLANK_LINES:
                 self.blank_lines += 1
                 self.set_reading(IDLE)
                 return p + 2
             if not self.may_answer():
                 return p
-            self.fault(400, "malformed", f"more than {MOST_BLANK_LINES} empty lines where a request should begin")
+            self.fault(400, "malformed", f"more than {MAX_BLANK_LINES} empty lines where a request should begin")
             return end
         length = head.matches(p, min(end - p, self.intake.max_header), &filled) if head is not None else 0
         if length == 0 and self.intake.head is not None and head is not self.intake.head:

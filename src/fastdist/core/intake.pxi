@@ -1,18 +1,18 @@
 """What all emitters' connections of a worker share, and answers that have to wait.
 
-``Intake.go_on`` goes round among the connections that are held back (see ingest.pxi), once in every turn of the loop,
+``Intake.go_on`` goes round among the connections that are held back (see ingest.pxi), once in every event-loop iteration,
 packets before costly answers. So no turn takes longer the more connections there are, and nobody waits for all that
 another has sent.
 """
 
 cdef enum:
-    LEAST_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
-    MOST_ENDED = 16          # bodies that are ended to make room for a read
-    MOST_OUT = 64 << 10      # bytes of answers that are put together before they are written
+    MIN_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
+    MAX_ENDED = 16          # bodies that are ended to make room for a read
+    MAX_OUT = 64 << 10      # bytes of answers that are put together before they are written
 
 cdef int64_t STALL = 1000000000   # ns that a body may send nothing before it is slow
 
-# ns of one turn of the event loop. Together, and with what Poller takes, far below the 20 ms that nobody is to wait.
+# ns of one event-loop iteration. Together, and with what Poller takes, far below the 20 ms that nobody is to wait.
 cdef int64_t SLICE = 150000     # for the packets of one connection
 cdef int64_t PACKETS = 2000000  # for all that are held back
 cdef int64_t LOOP = 2000000     # for those that the loop reads from, not Poller (TLS)
@@ -84,7 +84,7 @@ cdef class Intake:
     cdef int64_t dated_second
     cdef int64_t wall                  # ns: when the packet at hand was accepted
     cdef bytes date
-    # what is held back, and what a turn of the loop may take of it: see the module's text
+    # what is held back, and what an event-loop iteration may take of it: see the module's text
     cdef object waiting                # connections that have had their slice
     cdef object costly                 # those whose next answer Python makes
     cdef bint turn_awaited             # `go_on` will be called
@@ -107,7 +107,7 @@ cdef class Intake:
         self.body_timeout = <int64_t>(server.body_timeout * 1e9)
         self.keepalive_timeout = <int64_t>(server.keepalive_timeout * 1e9)
         self.max_connections = server.max_connections
-        self.most_bodies = max(LEAST_FOR_BODIES, 2 * self.max_body)
+        self.most_bodies = max(MIN_FOR_BODIES, 2 * self.max_body)
         self.connections, self.unsynced = set(), []
         self.waiting, self.costly = deque(), deque()
         self.slice_ns, self.packets_ns, self.loop_ns, self.costly_ns = SLICE, PACKETS, LOOP, COSTLY
@@ -115,7 +115,7 @@ cdef class Intake:
         self.later = call_soon
         self.open_to_all = True
         self.noise = int.from_bytes(os.urandom(8), "little")
-        make_room(&self.out, MOST_OUT)
+        make_room(&self.out, MAX_OUT)
         self.date = b""
 
     def __dealloc__(self):
@@ -149,7 +149,7 @@ cdef class Intake:
             return BROKEN
         if unlikely(not head.is_log):
             return TOO_LONG if filled.content_length > API_BODY else UNEXPECTED if head.expects_other else FINE
-        connection.wait_seconds = min(head.wait, LONGEST_WAIT)
+        connection.wait_seconds = min(head.wait, MAX_WAIT)
         if unlikely(self.limiter.active) and not connection.admitted:
             wait[0] = self.limiter.admit(connection.client, connection.moved_ns)
             if wait[0]:
@@ -196,7 +196,7 @@ cdef class Intake:
         return b"".join(parts)
 
     def go_on(self):
-        """Read on from the connections that are held back, for as long as they may take of this turn of the loop."""
+        """Read on from the connections that are held back, for as long as they may take of this event-loop iteration."""
         cdef int64_t began = mono_ns()
         self.turn_awaited = False
         self.loop_left, self.costly_left = self.loop_ns, self.costly_ns
@@ -279,7 +279,7 @@ cdef class Intake:
         cdef IngestBase connection, slowest
         cdef int64_t now = coming.moved_ns, next_slow
         cdef double waste, most
-        for _ in range(MOST_ENDED):
+        for _ in range(MAX_ENDED):
             if self.bodies <= room:
                 return True
             if now < self.slow_from:

@@ -9,7 +9,7 @@ cdef enum:
     LEADING_WORDS = 8        # the word of all clients has a cache line of its own
     PROBES = 8               # places a client's pair may be in
 
-cdef double LONGEST = 2.0**60  # ns, 36 years: no sum of times leaves its word
+cdef double MAX_NS = 2.0**60  # ns, 36 years: no sum of times leaves its word
 
 
 def limiter_words(client_slots):
@@ -119,6 +119,6 @@ cdef (int64_t, int64_t) spacing(double rate, double burst) except *:
     """Return (ns between requests, ns a request may be early)."""
     if rate <= 0:
         return 0, 0
-    cdef double interval = min(1e9 / rate, LONGEST)
+    cdef double interval = min(1e9 / rate, MAX_NS)
     cdef double allowed = burst if burst > 0 else max(rate, 1.0)
-    return max(<int64_t>interval, 1), <int64_t>min(interval * (allowed - 1), LONGEST) if allowed > 1 else 0
+    return max(<int64_t>interval, 1), <int64_t>min(interval * (allowed - 1), MAX_NS) if allowed > 1 else 0

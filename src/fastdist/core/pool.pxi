@@ -204,7 +204,7 @@ cdef class PoolBase:
         """Whether a request should leave now, rather than wait to carry more.
 
         An analyzer counts as busy while a request is in flight, and for ``linger`` after each: a fast one would otherwise
-        get the first packets of every turn of the loop at once, and a backlog in crumbs.
+        get the first packets of every event-loop iteration at once, and a backlog in crumbs.
         """
         cdef Entry *entry = &self.ring.entries[self.first]
         return (not self.batching or self.waiting >= self.batch_packets or self.waiting_bytes >= self.batch_bytes

@@ -50,15 +50,15 @@ cdef extern from "json.h" nogil:
     cursor no "fd_no"(cursor at, const char *why)
 
 cdef enum:
-    SHORTEST = 45  # bytes: {"emitterId":"a","messages":[{"message":""}]}
+    MIN_PACKET = 45  # bytes: {"emitterId":"a","messages":[{"message":""}]}
     WORD = 64  # bits
     MAX_DEPTH = 128  # containers within each other, the packet itself included: not more than two words have bits
     IN_PACKET = MAX_DEPTH - 1  # as many are left for a member of the packet
     IN_MESSAGE = MAX_DEPTH - 3  # and of a message, which is in an array
     MAX_EMITTER = 256  # characters, that is code points
-    LONGEST_NAME = 12  # bytes, of what the schema or strict knows by name, and a few more
-    LONGEST_RUN = 8  # digits in a row that are kept of a date-time with escapes: no part of one but its fraction has more
-    LONGEST_DATE_TIME = 64
+    MAX_NAME = 12  # bytes, of what the schema or strict knows by name, and a few more
+    MAX_RUN = 8  # digits in a row that are kept of a date-time with escapes: no part of one but its fraction has more
+    MAX_DATE_TIME = 64
     UTF8 = 4  # bytes, of a character at most
 
 # The members that the schema knows, as bits of the set of those seen. Any other is 0: it may come as often as it likes.
@@ -398,7 +398,7 @@ cdef Py_ssize_t unescape(cursor p, cursor end, unsigned char *out, Py_ssize_t ro
             if c >= 0x80:
                 c = 0x80 | (c & 0x3F)
         run = run + 1 if c'0' <= c <= c'9' else 0
-        if run <= LONGEST_RUN or room != LONGEST_DATE_TIME:
+        if run <= MAX_RUN or room != MAX_DATE_TIME:
             out[n] = <unsigned char>c
             n += 1
     out[n] = c'"'
@@ -407,21 +407,21 @@ cdef Py_ssize_t unescape(cursor p, cursor end, unsigned char *out, Py_ssize_t ro
 
 cdef bint says_date_time(cursor p, cursor end) noexcept nogil:
     """Whether it is one that is written with escapes."""
-    cdef unsigned char[LONGEST_DATE_TIME + UTF8 + 1] plain
+    cdef unsigned char[MAX_DATE_TIME + UTF8 + 1] plain
     cdef Py_ssize_t length
     if memchr(p, c'\\', end - p) == NULL:
         return False
-    length = unescape(p, end, plain, LONGEST_DATE_TIME)
+    length = unescape(p, end, plain, MAX_DATE_TIME)
     return length >= 0 and is_date_time(plain, plain + length)
 
 
 cdef bint says_level(cursor p, cursor end) noexcept nogil:
     """Whether it is one that is written with escapes."""
-    cdef unsigned char[LONGEST_NAME + UTF8 + 1] plain
+    cdef unsigned char[MAX_NAME + UTF8 + 1] plain
     cdef Py_ssize_t length
     if memchr(p, c'\\', end - p) == NULL:
         return False
-    length = unescape(p, end, plain, LONGEST_NAME)
+    length = unescape(p, end, plain, MAX_NAME)
     return length >= 0 and memchr(plain, 0, length) == NULL and is_level(plain, plain + length)  # no text has a NUL as it is
 
 
@@ -429,7 +429,7 @@ cdef bint says_level(cursor p, cursor end) noexcept nogil:
 
 cdef cursor scan_unknown(cursor p, cursor end, bint of_message, unsigned int *member) noexcept nogil:
     """As scan_name, for a key that does not read as a known one, but may be one in disguise."""
-    cdef unsigned char[LONGEST_NAME + UTF8 + 2] plain
+    cdef unsigned char[MAX_NAME + UTF8 + 2] plain
     cdef cursor text = p + 1
     cdef Py_ssize_t length
     member[0] = UNKNOWN
@@ -439,7 +439,7 @@ cdef cursor scan_unknown(cursor p, cursor end, bint of_message, unsigned int *me
     if p == NULL:
         return NULL
     plain[0] = c'"'
-    length = unescape(text, p - 1, plain + 1, LONGEST_NAME)
+    length = unescape(text, p - 1, plain + 1, MAX_NAME)
     if length >= 0:
         member[0] = known_member(plain, plain + length + 2, of_message)
     return scan_colon(p)
@@ -579,10 +579,10 @@ cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts
     cdef cursor end = p + n
     cdef unsigned int member, seen = 0
     facts.reached, facts.in_messages, facts.messages, facts.seen = p, False, 0, 0
-    if n < SHORTEST:
+    if n < MIN_PACKET:
         return False
     end -= 1
-    while is_space(end[0]) and end - p >= SHORTEST:
+    while is_space(end[0]) and end - p >= MIN_PACKET:
         end -= 1
     if end[0] != c'}':
         return False

@@ -33,7 +33,7 @@ cdef enum:
     OFFLINE = 1
 
 cdef int64_t FIRST_PROBATION = 1000000000       # after the first trial that fails; it doubles with each
-cdef int64_t LONGEST_PROBATION = 30000000000
+cdef int64_t MAX_PROBATION = 30000000000
 
 
 @cython.final
@@ -199,7 +199,7 @@ cdef class AnalyzerStates:
         if wait == FIRST_PROBATION:
             store(row + SINCE, wall_ns())  # until now it may have been all right again
         if wait:
-            store(row + PROBATION_WAIT, min(2 * wait, LONGEST_PROBATION))
+            store(row + PROBATION_WAIT, min(2 * wait, MAX_PROBATION))
 
     def pass_trial(self, Py_ssize_t slot, int64_t rise):
         """End its probation: it took the packet. Online, unless its checks have failed meanwhile: then they decide."""

@@ -1,6 +1,6 @@
 """TCP connections without TLS: a transport as asyncio knows it, but from the socket to the protocol in C.
 
-``Poller`` has an epoll set of its own, which is one descriptor in the loop's: a turn of the loop asks it for some
+``Poller`` has an epoll set of its own, which is one descriptor in the loop's: an event-loop iteration asks it for some
 connections at a time, and deals with no more once ``turn_ns`` are over, so that however many have something to read, and
 whatever that brings with it (a large body that is whole), timers and all else have their turn. What is left is still ready
 then, and the kernel goes round: who was told of comes last (epoll_wait(2)), so those that there was no time for are kept in
@@ -171,7 +171,7 @@ cdef class Poller:
         while count == EVENTS and taken < self.turn_ns:
             count = epoll_wait(self.epoll, events, EVENTS, 0)
             for i in range(count):
-                # It is among `streams` at least until this turn of the loop is over: see Stream.end.
+                # It is among `streams` at least until this event-loop iteration is over: see Stream.end.
                 self.deal(<Stream>events[i].data.ptr, events[i].events)
                 taken = mono_ns() - began
                 if unlikely(taken >= self.turn_ns and i + 1 < count):
@@ -311,7 +311,7 @@ cdef class Stream:
         return self.end(OSError(code, os.strerror(code)) if code else None)
 
     cdef int end(self, error) except -1:
-        """Look at the socket no more; the protocol is told, and the socket closed, when this turn of the loop is over."""
+        """Look at the socket no more; the protocol is told, and the socket closed, when this event-loop iteration is over."""
         cdef epoll_event event
         if not self.over:
             self.over = self.closing = True

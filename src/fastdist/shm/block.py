@@ -48,7 +48,7 @@ SAMPLES = 16
 SAMPLE_WORDS = 4
 BASELINE_WORDS = ANALYZER_WORDS + WORDS_PER_HISTOGRAM  # of a slot
 COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries")  # the other fields are gauges
-HUNG = 1000  # the end of a worker that was killed because it gave no sign of life
+HUNG = 1000  # the end of a worker that was killed because it gave no heartbeat
 
 
 class HeadWord(IntEnum):

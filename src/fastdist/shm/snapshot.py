@@ -49,7 +49,7 @@ REJECTIONS = (
 )
 DEAD_LETTERS = ("refused", "exhausted", "oversized", "shutdown")
 RATE_WINDOW_NS = 10_000_000_000
-SHORTEST_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not a thousand a second
+MIN_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not a thousand a second
 
 _INGEST = COUNTER_WORDS  # where the histograms of a row begin
 _QUEUE_WAIT = _INGEST + WORDS_PER_HISTOGRAM
@@ -226,7 +226,7 @@ class Snapshot:
         if not samples:
             return Rates(0.0, 0.0)
         since_ns, accepted, delivered = recent[-1] if recent else samples[0]
-        seconds = max(self.at - since_ns, SHORTEST_WINDOW_NS) / 1e9
+        seconds = max(self.at - since_ns, MIN_WINDOW_NS) / 1e9
         return Rates(max(self.accepted - accepted, 0) / seconds, max(self.delivered - delivered, 0) / seconds)
 
     # ---- histograms

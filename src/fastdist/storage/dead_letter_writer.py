@@ -7,7 +7,7 @@
    written: at once with durability fsync. They are synced sooner where they are many, for their packets take up room
    in the ring. While a sync runs nothing is written; the next one covers what has gathered meanwhile.
 3. What cannot be written or synced stays queued, and is tried again every ``RETRY_SECONDS``.
-4. No turn of the event loop writes letters for much longer than ``PART_NS``; the rest follows in later turns. So who
+4. No event-loop iteration writes letters for much longer than ``PART_NS``; the rest follows in later turns. So who
    adds a letter writes it at once only if there are but a few that wait.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Runner = Callable[[Callable[[], None], Callable[[OSError | None], None]], None]
 
 RETRY_SECONDS = 1.0  # until a letter that could not be written is tried again
-LONGEST_DELAY = 1.0  # seconds that a letter waits for its sync, with whatever sync_interval
+MAX_DELAY = 1.0  # seconds that a letter waits for its sync, with whatever sync_interval
 PART_NS = 8_000_000
 LAST_PART_NS = 1_000_000_000  # at the end, when nobody is held up: what is synced together
 FEW = 16  # letters that wait to be written
@@ -60,7 +60,7 @@ def what_is_left(ring: PacketRing) -> list[Letter]:
 class DeadLetterWriter:
     """Writes to ``files``; ``gone(ring, sequence)`` is called for each packet that has become a dead letter.
 
-    With ``run`` letters are synced ``sync_delay`` seconds after they were written (``LONGEST_DELAY`` at most):
+    With ``run`` letters are synced ``sync_delay`` seconds after they were written (``MAX_DELAY`` at most):
     ``run(work, done)`` does ``work`` in a thread and then calls ``done``, with the OSError it raised if any, in the
     event loop.
     """
@@ -74,7 +74,7 @@ class DeadLetterWriter:
         sync_delay: float = 0.0,
     ) -> None:
         self.files, self.counters, self.gone = files, counters, gone
-        self._run, self._sync_delay = run, int(min(sync_delay, LONGEST_DELAY) * 1e9)  # ns
+        self._run, self._sync_delay = run, int(min(sync_delay, MAX_DELAY) * 1e9)  # ns
         self.unwritten: deque[Letter] = deque()
         self.written: list[Letter] = []  # and not known to be safe
         self.syncing = False

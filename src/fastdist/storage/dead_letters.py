@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 FOLDER = "dead-letters"
 SUFFIX = ".ndjson"
 JOURNAL_SUFFIX = ".replayed"  # after the name of a file: what of it was replayed
-LARGEST_FILE = 64 << 20  # bytes
+MAX_FILE = 64 << 20  # bytes
 IDLE_NS = 1_000_000_000  # without a letter, after which a file is closed
-LONGEST_OPEN_NS = 60_000_000_000  # however many letters come
+MAX_OPEN_NS = 60_000_000_000  # however many letters come
 UNREADABLE = "unreadable"  # the reason that a line which is no letter is listed under
 RECORD_LOCK = "hhqqi"  # struct flock: type, whence, start, length, pid
 
@@ -142,7 +142,7 @@ class DeadLetters:
         if file is None:
             return
         file.opened_ns = file.opened_ns or now_ns
-        if now_ns - file.opened_ns >= LONGEST_OPEN_NS or _is_asked_for(file.fd):
+        if now_ns - file.opened_ns >= MAX_OPEN_NS or _is_asked_for(file.fd):
             self._abandon(file)
         elif self._written:
             self._written, self._idle_since = False, now_ns
@@ -208,7 +208,7 @@ class DeadLetters:
 
     def _append(self, line: bytes) -> None:
         file = self._current or self._reopen()
-        if file is None or (file.size and file.size + len(line) > LARGEST_FILE):
+        if file is None or (file.size and file.size + len(line) > MAX_FILE):
             file = self._create()
         self._written = True
         while True:

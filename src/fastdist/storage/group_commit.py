@@ -73,7 +73,7 @@ class Syncer:
         self._retry: asyncio.TimerHandle | None = None
 
     def want(self) -> None:
-        """Have what is in the ring at the end of this turn of the loop synced."""
+        """Have what is in the ring at the end of this event-loop iteration synced."""
         self._wanted = True
         if not self._running and not self._scheduled:
             self._scheduled = True

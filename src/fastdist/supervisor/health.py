@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 OK = range(200, 300)
 INTERIM = range(100, 200)
 SWITCHING = 101  # is no interim response: what follows is not HTTP
-LONGEST_BEGINNING = 16384  # bytes up to the end of the head, interim responses before it included
-LONGEST_REPLY = 65536  # bytes; a connection with a longer one is not kept
+MAX_BEGINNING = 16384  # bytes up to the end of the head, interim responses before it included
+MAX_REPLY = 65536  # bytes; a connection with a longer one is not kept
 SHORT_PAUSE = 1.0  # seconds at most until a check is tried again that this machine had no descriptor for
 
 
@@ -81,9 +81,9 @@ class Probe(asyncio.Protocol):
             except HttpParserError:
                 self._fail(ValueError("a reply that is not HTTP"))
         known = self._status is None or self._status.done()
-        if self._received > LONGEST_BEGINNING and not known:  # it goes on and on
+        if self._received > MAX_BEGINNING and not known:  # it goes on and on
             self._fail(ValueError("a reply that is not HTTP"))
-        if self._received > LONGEST_REPLY:
+        if self._received > MAX_REPLY:
             self.transport.close()
 
     def on_message_begin(self) -> None:

@@ -21,7 +21,7 @@ import uvloop
 
 from fastdist import __version__, early, logs
 from fastdist._core import PacketRing
-from fastdist.config import LEAST_PART, usable_cores, warnings
+from fastdist.config import MIN_PART, usable_cores, warnings
 from fastdist.errors import ConfigError, StartError
 from fastdist.ipc import Message, Pair, Settings, shorten, write_settings
 from fastdist.net import tls
@@ -118,7 +118,7 @@ class Supervisor:
 
     def _open_rings(self) -> list[int]:
         queue = self.config.queue
-        capacity = queue.capacity // self.workers // LEAST_PART * LEAST_PART  # together never more than was allowed
+        capacity = queue.capacity // self.workers // MIN_PART * MIN_PART  # together never more than was allowed
         if queue.durability == "memory":
             if self.folder.has_rings():
                 self.folder.retire_all()

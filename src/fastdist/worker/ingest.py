@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from fastdist.ipc import Action
 
 UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
-MOST_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
-PART_NS = 2_000_000  # of a turn of the event loop, for waits that end
+MAX_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
+PART_NS = 2_000_000  # of an event-loop iteration, for waits that end
 FEW = 1000  # waits that are over and may still be remembered
 CLOCK = 0.001  # seconds: what the event loop's clock counts in
 
@@ -71,7 +71,7 @@ class Emitters:
 
     def has_room_besides(self, coming: int) -> bool:
         """Whether one more connection may come with so many that are on their way: to be taken in, or to be told no."""
-        return len(self.intake.connections) + coming < self.intake.max_connections + MOST_TURNED_AWAY
+        return len(self.intake.connections) + coming < self.intake.max_connections + MAX_TURNED_AWAY
 
     def wait(self, sequence: int, seconds: float, waiting: Waiting) -> None:
         """Have someone wait for a packet's delivery, so many seconds at most."""
@@ -94,7 +94,7 @@ class Emitters:
         self._timer = first, loop.call_later(max(0.0, first - loop.time()), self._end_some)
 
     def _end_some(self) -> None:
-        """End waits whose time is over, for as long as a turn of the event loop has for that; the rest in the next."""
+        """End waits whose time is over, for as long as an event-loop iteration has for that; the rest in the next."""
         self._timer = None
         now, end = asyncio.get_running_loop().time() + CLOCK, time.monotonic_ns() + self.part_ns
         try:
@@ -167,7 +167,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if len(self.intake.connections) - len(turned_away) > self.intake.max_connections:
             turned_away.add(self)
             response = problem(503, "too many connections; try again shortly", headers=retry_after())
-            self.turn_away(self._compose(response, close=True), len(turned_away) <= MOST_TURNED_AWAY)
+            self.turn_away(self._compose(response, close=True), len(turned_away) <= MAX_TURNED_AWAY)
         self._count()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerPool
 
-SHORTEST_PAUSE = 1.0  # seconds, for a Retry-After that is 0 or just past: it speaks of full seconds
-LONGEST_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
+MIN_PAUSE = 1.0  # seconds, for a Retry-After that is 0 or just past: it speaks of full seconds
+MAX_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
 
 log = logs.get()
 
@@ -389,4 +389,4 @@ class Outcomes(DispatchBase):
 def retry_after(value: str) -> float | None:
     """Return how many seconds to pause, as Retry-After says; None for what is neither seconds nor an HTTP date."""
     seconds = parse_retry_after(value)
-    return None if seconds is None else min(max(seconds, SHORTEST_PAUSE), LONGEST_PAUSE)
+    return None if seconds is None else min(max(seconds, MIN_PAUSE), MAX_PAUSE)

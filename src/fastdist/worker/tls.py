@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from fastdist._core import Poller
 
-LARGEST_RECORD = 16384  # bytes
-TURN_NS = 1_000_000  # of a turn of the loop for handshakes; one step in any case
+MAX_RECORD = 16384  # bytes
+TURN_NS = 1_000_000  # of an event-loop iteration for handshakes; one step in any case
 ENDED_AT_ONCE = 64  # handshakes whose time is over, before others of the loop have their turn
 
 
@@ -120,7 +120,7 @@ class TlsServer(Acceptor):
 class TlsConnection(Receiver):
     """TLS on a ``Stream``: first a handshake, then the transport of a protocol of the server's.
 
-    It reads in the poller's turns, and shakes hands in the server's, so that a turn of the loop has an end whatever
+    It reads in the poller's turns, and shakes hands in the server's, so that an event-loop iteration is bounded whatever
     many do. It does what asyncio's transports do; but TLS ends both sides: after ``write_eof`` what still comes is
     passed over.
     """
@@ -190,7 +190,7 @@ class TlsConnection(Receiver):
                 self._tls.do_handshake()
                 self._begin()
             while self._protocol is not None and not (self._paused or self._over):
-                if data := self._tls.read(LARGEST_RECORD):
+                if data := self._tls.read(MAX_RECORD):
                     self._protocol.data_received(data)
                 else:
                     self._end()

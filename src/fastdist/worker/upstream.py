@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastdist.settings import Analyzer, Delivery
 
 IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
-LONGEST_REPLY = 12  # times the time-out without progress: from the first byte of a reply to its last
+MAX_REPLY = 12  # times the time-out without progress: from the first byte of a reply to its last
 COMPLAINT_SECONDS = 60.0  # between warnings of one kind about an analyzer
 USUAL_GAP_NS = 1_000_000_000  # between two checks of a pool, at most
 PAUSED_NS = 1_500_000_000  # a longer one: nobody looked, and what is beyond the usual is not held against the analyzer
@@ -74,8 +74,8 @@ class AnalyzerConnection(ReplyBase, asyncio.Protocol):
         pool, now_ns = self.pool, self.pool.looked_ns
         if pool.late_ns:
             self.excuse(now_ns, pool.late_ns)
-        if self.is_endless(now_ns, int(LONGEST_REPLY * pool.delivery.timeout * 1e9)):
-            self.close_endless(f"no end of a reply within {LONGEST_REPLY * pool.delivery.timeout:g} s")
+        if self.is_endless(now_ns, int(MAX_REPLY * pool.delivery.timeout * 1e9)):
+            self.close_endless(f"no end of a reply within {MAX_REPLY * pool.delivery.timeout:g} s")
         elif self.overdue(now_ns, int(pool.delivery.timeout * 1e9)):
             what = "no whole request taken" if self.is_early() else "no reply"
             self.close_after(f"{what} within {pool.delivery.timeout:g} s", True)  # noqa: FBT003
