@@ -120,7 +120,7 @@ class TlsServer(Acceptor):
 class TlsConnection(Receiver):
     """TLS on a ``Stream``: first a handshake, then the transport of a protocol of the server's.
 
-    It reads in the poller's turns, and shakes hands in the server's, so that an event-loop iteration is bounded whatever
+    It reads in the poller's turns, and shakes hands in the server's, so an event-loop iteration is bounded whatever
     many do. It does what asyncio's transports do; but TLS ends both sides: after ``write_eof`` what still comes is
     passed over.
     """
