@@ -480,35 +480,42 @@ PHRASES: Final[dict[int, str]]
 LOCATION: Final[re.Pattern[bytes]]
 
 @type_check_only
-class PoolCalls(Protocol):
-    """What ``PoolBase`` and ``ReplyBase`` call in the class that derives from PoolBase.
+class PoolOwner(Protocol):
+    """What ``PoolBase`` and ``ReplyBase`` call in the pool's owner, which decides what becomes of packets.
 
     ``handles`` are those of one request. A call takes out of the list what it has a place for; whatever it raises, the rest is
-    picked again.
+    picked again. ``pool`` is the AnalyzerPool that tells.
     """
+
+    def delivered(self, pool: Any, sequences: list[int], /) -> None:
+        """Hear that packets with the flag WAITED, or that were watched, are delivered."""
+    def refused(self, pool: Any, handles: list[int], status: int, /, *, batch: bool) -> None:
+        """Hear that the request is at fault (4xx)."""
+    def failed(
+        self, pool: Any, handles: list[int], error: str, /, *, counted: bool, status: int | None = None
+    ) -> None:
+        """Hear that the analyzer is at fault; ``counted``: as one more failure of its."""
+    def paused_for(self, pool: Any, handles: list[int], status: int, value: str, /) -> None:
+        """Hear of a 429 or 503 with Retry-After ``value``."""
+    def not_sent(self, pool: Any, handles: list[int], /) -> None:
+        """Hear that the analyzer has certainly not looked at the request."""
+    def schedule(self) -> None:
+        """Claim from the ring soon: there is room again."""
+    def wake(self, pool: Any, /) -> None:
+        """Look at the pool soon: what waits may have time until its batch is full."""
+    def went_wrong(self, error: Exception, /) -> None:
+        """Tell of an error of the program; no packet is lost by it."""
+
+@type_check_only
+class PoolCalls(Protocol):
+    """What ``PoolBase`` and ``ReplyBase`` call in the class that derives from PoolBase."""
 
     def open_more(self) -> None:
         """Open connections: something waits, and the limit allows it."""
-    def claim_more(self) -> None:
-        """Claim from the ring: there is room again."""
-    def lingering(self) -> None:
-        """Look again soon: there is room, but what waits is to fill its batch first."""
-    def delivered(self, sequences: list[int], /) -> None:
-        """Hear that packets with the flag WAITED, or that were watched, are delivered."""
-    def refused(self, handles: list[int], status: int, batch: bool, /) -> None:
-        """Hear that the request is at fault (4xx)."""
-    def failed(self, handles: list[int], error: str, counted: bool, status: int | None, /) -> None:
-        """Hear that the analyzer is at fault; ``counted``: as one more failure of its."""
-    def paused_for(self, handles: list[int], status: int, value: str, /) -> None:
-        """Hear of a 429 or 503 with Retry-After ``value``."""
-    def not_sent(self, handles: list[int], /) -> None:
-        """Hear that the analyzer has certainly not looked at the request."""
     def unasked(self, beginning: bytes, /) -> None:
         """Hear that an analyzer sends what no request asked for."""
     def lost(self, connection: Any, /) -> None:
         """Forget a connection that has ended."""
-    def went_wrong(self, error: Exception, /) -> None:
-        """Tell of an error of the program; no packet is lost by it."""
 
 @disjoint_base
 class PoolBase:
@@ -516,6 +523,7 @@ class PoolBase:
     paused: bool
     slow: bool
     wanted: bool
+    owner: PoolOwner
     @property
     def ring(self) -> PacketRing: ...
     @property
@@ -541,7 +549,14 @@ class PoolBase:
     @property
     def usual_latency(self) -> float: ...
     def __new__(
-        cls, ring: PacketRing, counters: Counters, states: AnalyzerStates, slot: int, *args: object, **kwargs: object
+        cls,
+        ring: PacketRing,
+        counters: Counters,
+        states: AnalyzerStates,
+        slot: int,
+        owner: PoolOwner,
+        *args: object,
+        **kwargs: object,
     ) -> Self: ...
     def configure(
         self: PoolCalls,
@@ -559,7 +574,7 @@ class PoolBase:
     def release_waiting(self) -> int: ...
     def take_request(self) -> list[int]: ...
     def waiting_since(self) -> int: ...
-    def hand_over(self, tell: Callable[..., object], handles: list[int], *args: object) -> bool: ...
+    def hand_over(self, tell: Callable[..., object], handles: list[int], *args: object, **details: object) -> bool: ...
     def pump(self) -> int: ...
     def connection_count(self, change: int) -> None: ...
     def room(self) -> int: ...

@@ -43,13 +43,9 @@ def settle_all(bench):
 
 
 WAYS = [
-    (AnalyzerPool, "failed", reply(500)),
-    (AnalyzerPool, "failed", b"\0"),
-    (AnalyzerPool, "failed", reply(404)),
-    (AnalyzerPool, "paused_for", reply(503, "Retry-After: 1")),
-    (AnalyzerPool, "refused", reply(422)),
-    (AnalyzerPool, "delivered", OK),
     (Outcomes, "failed", reply(500)),
+    (Outcomes, "failed", b"\0"),
+    (Outcomes, "failed", reply(404)),
     (Outcomes, "paused_for", reply(429, "Retry-After: 1")),
     (Outcomes, "refused", reply(400)),
     (Outcomes, "delivered", OK),
@@ -68,8 +64,8 @@ WAYS = [
     (Probation, "passed", OK),
     (DeadLetters, "write", reply(422)),
     (DeadLetters, "settle", reply(422)),
-    (AnalyzerPool, "claim_more", OK),
-    (AnalyzerPool, "lingering", OK),
+    (Outcomes, "schedule", OK),
+    (Outcomes, "wake", OK),
     (AnalyzerPool, "unasked", OK + OK + OK),
 ]
 

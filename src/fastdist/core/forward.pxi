@@ -1,8 +1,7 @@
 """Connections to analyzers: they send from the waiting list of their pool (pool.pxi), and read replies.
 
 A reply counts as soon as its head is read; a 2xx, once its request is written whole as well. Failures are told to the
-pool as lists of handles (``failed``), and the pool's owner decides where they go next; after any failure on a connection
-it is closed.
+pool's owner as lists of handles, and it decides where they go next; after any failure on a connection it is closed.
 """
 
 # Statuses besides 3xx and 5xx that say nothing of the packet: of the time ...
@@ -22,12 +21,10 @@ cdef enum:
 
 
 cdef class ReplyBase(Connection):
-    """A connection to an analyzer: sends requests, reads replies. ``pool`` is told of everything that goes wrong.
+    """A connection to an analyzer: sends requests, reads replies.
 
-    Outcomes reach the pool as ``refused(handles, status, batch)``, ``failed(handles, error, counted, status)``,
-    ``paused_for(handles, status, value)`` and ``not_sent(handles)`` (certain not to have been looked at, or a
-    connection that was closed while idle: go again at once). Whatever goes wrong there or here, an error of the program
-    (``went_wrong(error)``), the packets go again.
+    Outcomes reach the pool's owner (``PoolOwner`` in the stub). Whatever goes wrong there or here, an error of the program, the
+    packets go again.
     """
 
     cdef readonly PoolBase pool
@@ -74,7 +71,7 @@ cdef class ReplyBase(Connection):
         return 0
 
     cdef int break_off(self, error) except -1:
-        self.pool.went_wrong(error)
+        self.pool.owner.went_wrong(error)
         self.close_after("an error in fastdist, in the states of a connection", False)
         return 0
 
@@ -187,7 +184,7 @@ cdef class ReplyBase(Connection):
             self.used_ns = now
             self.transmit(start, out - start)
         except Exception as error:  # nobody knows how much of it is written: nothing may follow it
-            pool.went_wrong(error)
+            pool.owner.went_wrong(error)
             self.close_after("an error in fastdist, when it sent a request", False)
         finally:
             free(start)
@@ -200,7 +197,7 @@ cdef class ReplyBase(Connection):
         try:
             self.take_in(p, n)
         except Exception as error:
-            self.pool.went_wrong(error)
+            self.pool.owner.went_wrong(error)
             self.close_after("an error in fastdist, when it dealt with a reply", False)
         return 0
 
@@ -233,10 +230,10 @@ cdef class ReplyBase(Connection):
             if self.pool.waiting and not self.pool.paused:
                 self.send_waiting(now)
                 if self.pool.waiting and self.has_room():
-                    self.pool.lingering()  # nobody else may look before its time is over
+                    self.pool.owner.wake(self.pool)  # nobody else may look before its time is over
             self.offer()
         if self.pool.ring.has_unclaimed() or self.pool.wanted:
-            self.pool.claim_more()
+            self.pool.owner.schedule()
         return 0
 
     cdef int read_replies(self, const uchar *p, Py_ssize_t n, int64_t now) except -1:
@@ -365,16 +362,17 @@ cdef class ReplyBase(Connection):
 
     cdef int unsuccessful(self, Group *group, ReplyHead head) except -1:
         """Tell of a reply that is no 2xx: whether it speaks of the packet or of the analyzer."""
-        cdef list handles = self.pool.dissolve(group)
+        cdef PoolBase pool = self.pool
+        cdef list handles = pool.dissolve(group)
         status = head.status
         if (status == 429 or status == 503) and head.retry_after is not None:
-            told = self.pool.hand_over(self.pool.paused_for, handles, status, head.retry_after.decode("latin-1"))
+            told = pool.hand_over(pool.owner.paused_for, handles, status, head.retry_after.decode("latin-1"))
         elif status >= 500 or status in LATER:
-            told = self.pool.hand_over(self.pool.failed, handles, f"HTTP {status}", True, status)
+            told = pool.hand_over(pool.owner.failed, handles, f"HTTP {status}", counted=True, status=status)
         elif status < 400 or status in OF_THE_ENDPOINT:
-            told = self.pool.hand_over(self.pool.failed, handles, in_words(status, head.location), True, status)
+            told = pool.hand_over(pool.owner.failed, handles, in_words(status, head.location), counted=True, status=status)
         else:
-            told = self.pool.hand_over(self.pool.refused, handles, status, bool(group.batch))
+            told = pool.hand_over(pool.owner.refused, handles, status, batch=bool(group.batch))
         if not told:
             self.close_after("", False)
         return 0
@@ -396,7 +394,7 @@ cdef class ReplyBase(Connection):
         self.keep_alive = False
         self.leave()
         for handles in reversed(self.take_unanswered()):
-            self.pool.hand_over(self.pool.not_sent, handles)
+            self.pool.hand_over(self.pool.owner.not_sent, handles)
         return 0
 
     cdef list take_unanswered(self):
@@ -453,9 +451,9 @@ cdef class ReplyBase(Connection):
                 self.transport.close()
         finally:
             for handles in reversed(requests):
-                self.pool.hand_over(self.pool.not_sent, handles)
+                self.pool.hand_over(self.pool.owner.not_sent, handles)
             if failed is not None:  # it goes last, to the front
-                self.pool.hand_over(self.pool.failed, failed, error, counted, None)
+                self.pool.hand_over(self.pool.owner.failed, failed, error, counted=counted)
 
     def eof_received(self):
         """The analyzer closes its side: so do we, but not before a request that it has answered is written whole."""

@@ -363,7 +363,7 @@ cdef class IngestBase(Connection):
             self.turn_down(refusal, filled, wait)
             if bodiless:
                 self.stop_reading(DISCARDING)
-            if self.reading == DISCARDING:
+            if self.reading >= DISCARDING:
                 return 0
         self.body_due = self.moved_ns + self.intake.body_timeout
         if head.chunked:

@@ -1,8 +1,8 @@
 """An analyzer's waiting list, and the requests that carry what waits.
 
 A packet is a handle of the ring on all of this way: lists are chained through the ring's entries, and no object is made.
-``fastdist.worker.upstream`` mixes in opening connections, pruning and what to do about failures (``delivered(sequences)`` tells
-it of packets it watches).
+``fastdist.worker.upstream`` mixes in opening connections and pruning; what becomes of packets is up to the ``owner``, whose
+calls ``PoolOwner`` in the stub describes.
 """
 
 cdef enum:
@@ -40,6 +40,7 @@ cdef class PoolBase:
     cdef readonly PacketRing ring
     cdef readonly Counters counters
     cdef readonly int slot
+    cdef public object owner     # decides what becomes of packets
     cdef int64_t *mine
     cdef int64_t *histogram      # of the time to a reply
     cdef int64_t *failures       # in a row; the next word: refusals
@@ -69,8 +70,8 @@ cdef class PoolBase:
     cdef inline int64_t since(self, uint32_t handle) noexcept nogil:
         return self.ring.entries[handle].since_ns
 
-    def __cinit__(self, PacketRing ring, Counters counters, AnalyzerStates states, int slot, *args, **kwargs):
-        self.ring, self.counters, self.slot = ring, counters, slot
+    def __cinit__(self, PacketRing ring, Counters counters, AnalyzerStates states, int slot, owner, *args, **kwargs):
+        self.ring, self.counters, self.slot, self.owner = ring, counters, slot, owner
         self.mine = counters.of(counters.checked(slot))
         self.histogram = counters.delivery_of(slot)
         self.failures = states.failures_of(slot)
@@ -324,21 +325,21 @@ cdef class PoolBase:
             store(self.failures + 1, 0)  # refusals
         self.landed(group)
         if unlikely(watched is not None):
-            self.delivered(watched)
+            self.owner.delivered(self, watched)
         return 0
 
-    def hand_over(self, tell, list handles, *args):
-        """Have ``tell(handles, *args)`` decide where packets go next; return False if it threw something.
+    def hand_over(self, tell, list handles, *args, **details):
+        """Have ``tell(pool, handles, ...)``, of the owner, decide where packets go next; return False if it raised something.
 
-        It takes a packet out of the list when it has a place for it. Whatever it throws, the rest is picked anew.
+        It takes a packet out of the list when it has a place for it. Whatever it raises, the rest is picked again.
         """
         cdef uint32_t handle
         try:
-            tell(handles, *args)
+            tell(self, handles, *args, **details)
         except Exception as error:
             for handle in handles:
                 self.ring.give_back(handle)
-            self.went_wrong(error)
+            self.owner.went_wrong(error)
             return False
         return True
 

@@ -1,7 +1,7 @@
 """Connections to analyzers: opened when something waits and none is free, kept alive, pruned when idle.
 
 ``PoolBase`` and ``ReplyBase`` (compiled) send and read; here is what happens seldom. A pool decides nothing about
-packets: whatever goes wrong is told to its owner, the dispatcher.
+packets: whatever becomes of them is told to its owner, the dispatcher.
 """
 
 from __future__ import annotations
@@ -19,9 +19,20 @@ from fastdist.net.connect import YOUNGEST, connect, describe, shortage
 if TYPE_CHECKING:
     import ssl
 
-    from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
+    from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller, PoolOwner
     from fastdist.net.names import Names
     from fastdist.settings import Analyzer, Delivery
+
+    class Owner(PoolOwner, Protocol):
+        """What a pool needs of its owner, the dispatcher, besides what the compiled half calls."""
+
+        poller: Poller
+        names: Names
+        room: int  # for connections, of all pools
+        openings: int  # connections that may be begun to open now
+
+        def short_of(self, lacking: OSError) -> None: ...  # noqa: D102
+
 
 IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
 MAX_REPLY = 12  # times the time-out without progress: from the first byte of a reply to its last
@@ -31,27 +42,6 @@ PAUSED_NS = 1_500_000_000  # a longer one: nobody looked, and what is beyond the
 SHORT_PAUSE = 0.5  # seconds until a connection is tried again that this process had no descriptor for
 
 log = logs.get()
-
-
-class PoolOwner(Protocol):
-    """Who decides what becomes of packets; see ``fastdist.worker.dispatch.Dispatcher`` for what each call means."""
-
-    poller: Poller
-    names: Names
-    room: int  # for connections, of all pools
-    openings: int  # connections that may be begun to open now
-
-    def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
-    def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
-    def failed(  # noqa: D102
-        self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
-    ) -> None: ...
-    def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None: ...  # noqa: D102
-    def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None: ...  # noqa: D102
-    def short_of(self, lacking: OSError) -> None: ...  # noqa: D102
-    def schedule(self) -> None: ...  # noqa: D102
-    def wake(self, pool: AnalyzerPool) -> None: ...  # noqa: D102
-    def went_wrong(self, error: Exception) -> None: ...  # noqa: D102
 
 
 class AnalyzerConnection(ReplyBase, asyncio.Protocol):
@@ -88,15 +78,16 @@ class AnalyzerConnection(ReplyBase, asyncio.Protocol):
 class AnalyzerPool(PoolBase):
     """All connections of one worker to one analyzer, and the packets that wait for them."""
 
+    owner: Owner
+
     def __init__(
         self,
         ring: PacketRing,  # noqa: ARG002  (taken by __cinit__)
         counters: Counters,  # noqa: ARG002
         states: AnalyzerStates,  # noqa: ARG002
         slot: int,  # noqa: ARG002
-        owner: PoolOwner,
+        owner: Owner,  # noqa: ARG002
     ) -> None:
-        self.owner = owner
         self.connections: set[AnalyzerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.retired = False
@@ -170,7 +161,7 @@ class AnalyzerPool(PoolBase):
 
     def _unreachable(self, error: str) -> None:
         """No connection came about: that failed whatever it was to carry."""
-        self.hand_over(self.failed, self.take_request(), f"cannot connect: {error}", True, None)  # noqa: FBT003
+        self.hand_over(self.owner.failed, self.take_request(), f"cannot connect: {error}", counted=True)
 
     def _wait_out(self, lacking: OSError) -> None:
         """Try no connection for a moment: this process lacks something, which is no failure of the analyzer's."""
@@ -226,14 +217,6 @@ class AnalyzerPool(PoolBase):
 
     # ---- what ReplyBase tells
 
-    def claim_more(self) -> None:
-        """There is room again, and something in the ring to claim."""
-        self.owner.schedule()
-
-    def lingering(self) -> None:
-        """There is room, but what waits is to leave only when its batch is full or its time over."""
-        self.owner.wake(self)
-
     def unasked(self, beginning: bytes) -> None:
         """Warn of an analyzer that sends what nothing asked for: with pipelining, that may settle the wrong request."""
         if beginning.startswith((b"HTTP/1.1 408", b"HTTP/1.0 408")):  # how some servers close an idle connection
@@ -246,27 +229,3 @@ class AnalyzerPool(PoolBase):
                 analyzer=self.analyzer.id,
                 beginning=beginning.decode("latin-1"),
             )
-
-    def delivered(self, sequences: list[int]) -> None:
-        """Watched packets were delivered."""
-        self.owner.delivered(self, sequences)
-
-    def refused(self, handles: list[int], status: int, batch: bool) -> None:  # noqa: FBT001
-        """Tell of a reply that says the request is at fault."""
-        self.owner.refused(self, handles, status, batch=batch)
-
-    def failed(self, handles: list[int], error: str, counted: bool, status: int | None) -> None:  # noqa: FBT001
-        """Tell of a request that failed and may be sent again."""
-        self.owner.failed(self, handles, error, counted=counted, status=status)
-
-    def paused_for(self, handles: list[int], status: int, value: str) -> None:
-        """Tell of a 429 or 503 with Retry-After."""
-        self.owner.paused_for(self, handles, status, value)
-
-    def not_sent(self, handles: list[int]) -> None:
-        """Tell of packets that the analyzer did not look at."""
-        self.owner.not_sent(self, handles)
-
-    def went_wrong(self, error: Exception) -> None:
-        """Tell of an error of the program."""
-        self.owner.went_wrong(error)
