@@ -258,11 +258,11 @@ class Experiment:
         accepted = set[str]().union(*(emitter.accepted for emitter in self.emitters))
         unknown = set[str]().union(*(emitter.unknown for emitter in self.emitters))
         delivered = self.delivered()
-        letters = {row["id"]: row.get("body", "").encode() for row in self.fastdist.dead_letters()}
-        lost = accepted - delivered.keys() - letters.keys() - may_lose
-        phantoms = (delivered.keys() | letters.keys()) - accepted - unknown
+        dead_letters = {row["id"]: row.get("body", "").encode() for row in self.fastdist.dead_letters()}
+        lost = accepted - delivered.keys() - dead_letters.keys() - may_lose
+        phantoms = (delivered.keys() | dead_letters.keys()) - accepted - unknown
         digests, spoiled = self._bodies()
-        digests |= {name: digest_of(body) for name, body in letters.items()}
+        digests |= {name: digest_of(body) for name, body in dead_letters.items()}
         corrupted = [name for name, digest in digests.items() if digest != digest_of(body_of(name))]
         verdict = Verdict(
             fault=fault,
@@ -271,7 +271,7 @@ class Experiment:
             lost=len(lost),
             corrupted=len(corrupted) + spoiled,
             phantom=len(phantoms),
-            duplicates=sum(delivered.values()) - len(delivered) + len(letters.keys() & delivered.keys()),
+            duplicates=sum(delivered.values()) - len(delivered) + len(dead_letters.keys() & delivered.keys()),
             bound=bound,
             seconds=time.monotonic() - self.started,
         )

@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from fastdist._core import FORMAT_VERSION, PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_writer
-from fastdist.storage.dead_letter_writer import DeadLetterWriter, Letter
+from fastdist.storage.dead_letter_writer import DeadLetter, DeadLetterWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +81,7 @@ class Disk:
         os.close(self.fd)
 
 
-class Letters:
+class DeadLetters:
     """The files of dead letters as a writer sees them: ids that were written, and those that no cut can take."""
 
     def __init__(self) -> None:
@@ -130,8 +130,8 @@ class PowerCuts(RuleBasedStateMachine):
         self.claimed: dict[int, str] = {}
         self.syncing: int | None = None  # the position the sync under way will cover
         self.number = 0
-        self.letters = Letters()  # outlive processes
-        self.only_letters: set[str] = set()  # were safe in the ring until it let go of them for their letters
+        self.dead_letters = DeadLetters()  # outlive processes
+        self.only_dead_letters: set[str] = set()  # were safe in the ring until it let go of them for their dead letters
         block = SharedBlock.create(1, 1)
         os.close(block.fd)
         self.counters = block.rows[0]
@@ -154,13 +154,13 @@ class PowerCuts(RuleBasedStateMachine):
     def begin_writing(self) -> None:
         """Begin as a new process does."""
         self.writer = DeadLetterWriter(
-            self.letters,
+            self.dead_letters,
             self.counters,  # type: ignore[arg-type]
             lambda _ring, _sequence: None,
-            lambda work, done: self.letter_syncs.append((work, done)),
+            lambda work, done: self.dead_letter_syncs.append((work, done)),
             0.0 if self.waits else 3600.0,
         )
-        self.letter_syncs: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
+        self.dead_letter_syncs: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
         self.refused: dict[int, str] = {}  # handles that were given to the writer
 
     def teardown(self) -> None:
@@ -218,8 +218,8 @@ class PowerCuts(RuleBasedStateMachine):
         """Have packets become dead letters; with durability disk their sync comes later."""
         for handle in sorted(self.claimed)[n % len(self.claimed) :][:most]:
             self.refused[handle] = self.claimed.pop(handle)
-            self.writer.add(Letter(self.ring, handle, "refused", "A1", 422, None))
-        self.note_letters()
+            self.writer.add(DeadLetter(self.ring, handle, "refused", "A1", 422, None))
+        self.note_dead_letters()
 
     @rule(size=st.integers(0, 3000))
     def refuse_what_is_synced(self, size: int) -> None:
@@ -231,30 +231,30 @@ class PowerCuts(RuleBasedStateMachine):
         self.sync()
 
     @rule()
-    def begin_sync_of_letters(self) -> None:
+    def begin_sync_of_dead_letters(self) -> None:
         self.writer.tick(1 << 62)
-        self.note_letters()
+        self.note_dead_letters()
 
-    @precondition(lambda self: self.letter_syncs)
+    @precondition(lambda self: self.dead_letter_syncs)
     @rule(fails=st.sampled_from([False, False, True]))
-    def end_sync_of_letters(self, fails: bool) -> None:  # noqa: FBT001
-        work, done = self.letter_syncs.pop(0)
+    def end_sync_of_dead_letters(self, fails: bool) -> None:  # noqa: FBT001
+        work, done = self.dead_letter_syncs.pop(0)
         if not fails:
             work()
         done(OSError(errno.EIO, "Input/output error") if fails else None)
-        self.note_letters()
+        self.note_dead_letters()
 
-    def note_letters(self) -> None:
-        """See which packets the ring has let go of, because their letters are safe as the writer thinks."""
+    def note_dead_letters(self) -> None:
+        """See which packets the ring has let go of, because their dead letters are safe as the writer thinks."""
         self.disk.note()
-        left = {letter.handle for letter in [*self.writer.unwritten, *self.writer.written]}
+        left = {dead_letter.handle for dead_letter in [*self.writer.unwritten, *self.writer.written]}
         for handle in self.refused.keys() - left:
             name = self.refused.pop(handle)
             self.times[name] -= 1
             if self.times[name] == 0:
                 del self.undone[name], self.times[name]
                 if name in self.safe:
-                    self.only_letters.add(name)
+                    self.only_dead_letters.add(name)
 
     @rule(packets=st.integers(1, 30), size=st.sampled_from([0, 500, 3000, 9000]), sync_every=st.integers(1, 12))
     def let_others_pass(self, packets: int, size: int, sync_every: int) -> None:
@@ -322,8 +322,8 @@ class PowerCuts(RuleBasedStateMachine):
             self.sync()
 
     def start_again(self, image: bytes) -> None:
-        self.letters.cached = set(self.letters.synced)
-        expected = (self.safe & self.undone.keys() | self.only_letters) - self.letters.synced
+        self.dead_letters.cached = set(self.dead_letters.synced)
+        expected = (self.safe & self.undone.keys() | self.only_dead_letters) - self.dead_letters.synced
         self.disk.close()
         self.syncing = None
         self.open(image)
@@ -386,8 +386,8 @@ def test_the_model_loses_what_is_not_synced():
     assert FORMAT_VERSION == 1, "is the model still that of the format?"
 
 
-def test_the_model_loses_letters_that_are_not_synced_before_the_ring():
-    """Here the writer lets packets go when their letters are written."""
+def test_the_model_loses_dead_letters_that_are_not_synced_before_the_ring():
+    """Here the writer lets packets go when their dead letters are written."""
     fd = os.memfd_create("ring")
     os.ftruncate(fd, SIZE)
     PacketRing(fd, CAPACITY)

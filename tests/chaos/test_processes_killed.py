@@ -129,7 +129,7 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
 
 @pytest.mark.parametrize("durability", form(["fsync"], ["disk", "fsync"]))
 def test_everything_is_killed_while_packets_become_dead_letters(experiment, durability):
-    """A letter is there before its packet is gone: at worst it is written again, for a packet that was still queued."""
+    """A dead letter is written before its packet is removed: at worst twice, for a packet that was still queued."""
     experiment.analyzers("--latency", "0.002").set_all(rejects=SOME)
     settings = {"queue": {"durability": durability}}
     fastdist = experiment.serve(settings)
@@ -143,6 +143,6 @@ def test_everything_is_killed_while_packets_become_dead_letters(experiment, dura
         recovered += fastdist.stats()["packets"]["recovered"]
     emitter.wait_for(100)
     experiment.judge(f"everything kill -9, a share refused ({durability})", bound=kills * in_flight(DELIVERY))
-    letters = [row["id"] for row in fastdist.dead_letters()]
-    assert len({*letters}) > 100 * kills
-    assert len(letters) - len({*letters}) <= recovered
+    dead_letters = [row["id"] for row in fastdist.dead_letters()]
+    assert len({*dead_letters}) > 100 * kills
+    assert len(dead_letters) - len({*dead_letters}) <= recovered

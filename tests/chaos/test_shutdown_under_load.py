@@ -23,8 +23,8 @@ def test_memory_leaves_the_rest_in_the_dead_letters(experiment, delivery):
     verdict = experiment.judge(
         f"SIGTERM under load (memory, {delivery.get('mode', 'single')})", at_rest=False, bound=in_flight(delivery)
     )
-    letters = fastdist.dead_letters()
-    assert {row["reason"] for row in letters} == {"shutdown"}
+    dead_letters = fastdist.dead_letters()
+    assert {row["reason"] for row in dead_letters} == {"shutdown"}
     assert verdict.accepted > 1000
     check_answers(emitter)
 

@@ -128,12 +128,12 @@ int fdatasync(int fd) {
 
 
 @pytest.fixture
-def slowly_failing_letters(tmp_path):
-    """Return the environment of a process whose syncs of letters take 1.5 s and fail, and what file tells of one."""
+def slowly_failing_dead_letters(tmp_path):
+    """Return the environment of a process whose syncs of dead letters take 1.5 s and fail, and a file that shows it."""
     source, library, begun = tmp_path / "slow.c", tmp_path / "slow.so", tmp_path / "sync-begun"
     source.write_text(SLOW_FAILURE)
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    return {"LD_PRELOAD": str(library), "LETTERS_ARE_SYNCED": str(begun)}, begun
+    return {"LD_PRELOAD": str(library), "DEAD_LETTERS_ARE_SYNCED": str(begun)}, begun
 
 
 @pytest.fixture
@@ -262,22 +262,22 @@ def test_dead_letters_are_synced_many_at_a_time_and_before_the_ring(experiment, 
     experiment.emitter(connections=16).start().wait_for(400)
     wait_until(lambda: len(fastdist.dead_letters()) > 100, "packets are refused")
     experiment.judge(f"slow syncs, packets refused ({durability})")
-    letters = len(fastdist.dead_letters())
-    wait_until(lambda: any(name.endswith(".ndjson") for name in synced()), "letters are synced")
-    assert 1 <= sum(name.endswith(".ndjson") for name in synced()) < letters / 2
+    dead_letters = len(fastdist.dead_letters())
+    wait_until(lambda: any(name.endswith(".ndjson") for name in synced()), "dead letters are synced")
+    assert 1 <= sum(name.endswith(".ndjson") for name in synced()) < dead_letters / 2
     before = len(synced())
     wait_until(
-        lambda: fastdist.post(body_of("p-1"))[0] == 202 and len(fastdist.dead_letters()) > letters,
+        lambda: fastdist.post(body_of("p-1"))[0] == 202 and len(fastdist.dead_letters()) > dead_letters,
         "one more is refused",
     )
-    wait_until(lambda: any(name.endswith(".ndjson") for name in synced()[before:]), "its letter is synced, too")
+    wait_until(lambda: any(name.endswith(".ndjson") for name in synced()[before:]), "its dead letter is synced, too")
     if durability == "disk":
         wait_until(lambda: synced()[-1].endswith(".fdq"), "and then the ring")
 
 
-def test_a_sync_of_letters_that_fails_at_the_end_costs_no_letter_written_meanwhile(experiment, slowly_failing_letters):
+def test_a_failed_last_sync_loses_no_dead_letter(experiment, slowly_failing_dead_letters):
     """The queue's file was deleted, so all that is left has to become dead letters, while some are being synced."""
-    environment, begun = slowly_failing_letters
+    environment, begun = slowly_failing_dead_letters
     mocks = experiment.analyzers()
     server = {"workers": 1, "drain_timeout": "300ms"}
     fastdist = experiment.serve({"queue": {"durability": "fsync"}, "server": server}, **environment)
@@ -287,11 +287,11 @@ def test_a_sync_of_letters_that_fails_at_the_end_costs_no_letter_written_meanwhi
     shutil.rmtree(experiment.data)
     wait_until(lambda: "the queue's file was deleted" in fastdist.output, "that is noticed")
     mocks.set("A1", refuse=False, status=422, latency=0.2)
-    wait_until(begun.exists, "the first letters are being synced")
+    wait_until(begun.exists, "the first dead letters are being synced")
     assert fastdist.stop() == 0
-    letters = [row["id"] for row in fastdist.dead_letters()]
-    assert len(letters) >= len(emitter.accepted)
-    experiment.judge("letters cannot be synced, and the queue's file is gone", at_rest=False)
+    dead_letters = [row["id"] for row in fastdist.dead_letters()]
+    assert len(dead_letters) >= len(emitter.accepted)
+    experiment.judge("dead letters cannot be synced, and the queue's file is gone", at_rest=False)
 
 
 def whole_lines(path) -> bytes:
@@ -394,8 +394,8 @@ def test_dead_letters_that_cannot_be_written_stay_queued(experiment, tmp_path):
         assert stats["packets"]["deadLettered"] > 50
         assert storage(fastdist) == "ok"
         assert request(fastdist.port, "GET", "/ready")[0] == 200
-        letters = fastdist.dead_letters()
-        assert len(letters) == len({row["id"] for row in letters}) == stats["packets"]["deadLettered"]
+        dead_letters = fastdist.dead_letters()
+        assert len(dead_letters) == len({row["id"] for row in dead_letters}) == stats["packets"]["deadLettered"]
         experiment.judge("no room for dead letters, restart with a full disk", bound=in_flight(DELIVERY))
 
 

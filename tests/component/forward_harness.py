@@ -415,7 +415,7 @@ class Bench(Site):
     def tick(self):
         now = self.clock.monotonic_ns()
         self.dispatcher.tick(now)
-        self.dispatcher.letters.tick(now)
+        self.dispatcher.dead_letter_writer.tick(now)
         self.rest()
 
     def answer(self, connection, data=OK):
@@ -476,10 +476,10 @@ class Bench(Site):
         return sum(self.count_of(slot, "delivered") for slot in range(self.counters.slots))
 
     @property
-    def buried(self):
+    def dead_lettered(self):
         return self.count("refused") + self.count("exhausted") + self.count("shutdown")
 
-    def letters(self):
+    def dead_letters(self):
         """Return the dead letters, in the order they were written."""
         files = sorted(self.folder.glob("dead-letters/*.ndjson"))
         return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
@@ -489,9 +489,9 @@ class Bench(Site):
         held = sum(pool.waiting + pool.packets_in_flight for pool in self.pools)
         held += sum(len(returned.handles) for returned in self.dispatcher.returned)
         held += sum(map(len, [self.dispatcher.backing_off, *self.dispatcher.backed_off]))
-        held += len(self.dispatcher.letters.unwritten)
+        held += len(self.dispatcher.dead_letter_writer.unwritten)
         assert self.ring.claimed == held
-        assert self.ring.undone == self.pushed - self.delivered - self.buried
+        assert self.ring.undone == self.pushed - self.delivered - self.dead_lettered
         for pool in self.pools:
             in_flight = sum(connection.in_flight() for connection in pool.connections)
             assert pool.requests_in_flight == in_flight <= pool.connection_limit * pool.pipeline
@@ -503,13 +503,13 @@ class Bench(Site):
         for pool in self.pools:
             pool.release_waiting()
         self.dispatcher.give_back()
-        for letter in self.dispatcher.letters.unwritten:
-            self.ring.release(letter.handle)
+        for dead_letter in self.dispatcher.dead_letter_writer.unwritten:
+            self.ring.release(dead_letter.handle)
         left = []
         while handle := self.ring.claim():
             left.append(self.ring.sequence(handle))
             assert len(left) <= self.pushed
-        assert len(set(left)) == len(left) == self.pushed - self.delivered - self.buried
+        assert len(set(left)) == len(left) == self.pushed - self.delivered - self.dead_lettered
 
 
 # ------------------------------------------------------------------------------------------------------ real sockets
@@ -638,7 +638,7 @@ class World(Site):
     async def _tick(self):
         while True:
             self.dispatcher.tick(time.monotonic_ns())
-            self.dispatcher.letters.tick(time.monotonic_ns())
+            self.dispatcher.dead_letter_writer.tick(time.monotonic_ns())
             for pool in self.pools:
                 self.most_open = max(self.most_open, pool.open_connections + pool.opening)
             await asyncio.sleep(0.01)

@@ -28,10 +28,10 @@ def refuse(bench, slot, count=1):
 def test_what_one_in_doubt_refuses_is_tried_elsewhere(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
         refuse(bench, 0, 3)
-        assert len(bench.letters()) == 3
+        assert len(bench.dead_letters()) == 3
         refuse(bench, 0)
         assert bench.sent_ids(1) == ["p4"]
-        assert len(bench.letters()) == 3
+        assert len(bench.dead_letters()) == 3
         assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0, "nobody knows yet whose fault it was"
         bench.answer_all()
         assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 1
@@ -61,7 +61,7 @@ def test_a_backlog_at_one_that_refuses_all_is_saved(tmp_path):
             bench.answer_all(REFUSED, [0])
             bench.answer_all(slots=[1, 2])
         assert not bench.states.is_online(0)
-        assert len(bench.letters()) == 3
+        assert len(bench.dead_letters()) == 3
         assert bench.delivered == 297
         assert bench.dispatcher.retrying == {}
 
@@ -75,8 +75,8 @@ def test_what_another_refuses_too_is_a_dead_letter(tmp_path):
             bench.answer_all(reply(400), [1])
             assert bench.states.is_online(0), "it was right"
             bench.states.set(1, AnalyzerWord.REFUSALS, 0)  # it takes others
-        letters = [(row["id"], row["reason"], row["analyzer"], row["status"]) for row in bench.letters()]
-        assert letters == [("p1", "refused", "A1", 422), *((f"p{n}", "refused", "A2", 400) for n in range(2, 8))]
+        dead_letters = [(row["id"], row["reason"], row["analyzer"], row["status"]) for row in bench.dead_letters()]
+        assert dead_letters == [("p1", "refused", "A1", 422), *((f"p{n}", "refused", "A2", 400) for n in range(2, 8))]
         assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0
         assert bench.dispatcher.retrying == {}
 
@@ -90,7 +90,7 @@ def test_a_refusal_does_not_hide_why_deliveries_fail(tmp_path, mode):
         bench.push(b"x", b"x", b"x")
         while bench.busy(0):
             bench.answer_all(REFUSED)
-        assert len(bench.letters()) == 3, "there is nobody else to ask"
+        assert len(bench.dead_letters()) == 3, "there is nobody else to ask"
         assert bench.states.error(0) == "HTTP 422, but A2 took the packet"
 
 
@@ -102,7 +102,7 @@ def test_a_2xx_ends_the_doubt(tmp_path):
             bench.push(b"good")
             bench.answer_all()
         assert bench.sent(1) == []
-        assert len(bench.letters()) == 6
+        assert len(bench.dead_letters()) == 6
 
 
 def test_refusals_in_other_workers_count_too(tmp_path):
@@ -133,14 +133,14 @@ def test_with_nobody_else_online_a_refusal_holds(tmp_path):
         for _ in range(5):
             bench.push(b"x")
             bench.answer(bench.busy(0)[0], REFUSED)
-        assert len(bench.letters()) == 5
+        assert len(bench.dead_letters()) == 5
         assert bench.states.is_online(0)
 
 
 def test_what_was_sent_often_enough_is_not_tried_elsewhere(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}, retry={"max_attempts": 1}) as bench:
         refuse(bench, 0, 3)
-        assert [letter["reason"] for letter in bench.letters()] == ["refused"] * 3
+        assert [dead_letter["reason"] for dead_letter in bench.dead_letters()] == ["refused"] * 3
         assert bench.sent(1) == []
 
 
@@ -155,7 +155,7 @@ def test_the_one_with_weight_0_is_asked_where_there_is_no_other(tmp_path):
             assert bench.sent_ids(1)[-1] == f"p{number}"
             bench.answer_all(slots=[1])
         assert not bench.states.is_online(0)
-        assert len(bench.letters()) == 2
+        assert len(bench.dead_letters()) == 2
 
 
 def test_who_is_not_in_doubt_is_asked_first(tmp_path):
@@ -177,7 +177,7 @@ def test_what_waits_for_one_that_pauses_is_tried_there_later(tmp_path):
         bench.states.pause(1, bench.clock.monotonic_ns() + 5 * SECOND)
         bench.tick()
         refuse(bench, 0)
-        assert len(bench.letters()) == 1
+        assert len(bench.dead_letters()) == 1
         assert len(bench.dispatcher.backing_off) == 1
         bench.pass_time(6)
         while bench.busy(0):
@@ -204,7 +204,7 @@ def test_of_a_batch_one_in_doubt_refuses_each_is_tried_elsewhere(tmp_path):
         bench.push(b"1", b"2", b"3", b"4")
         for _ in range(5):  # the batch, then each on its own
             bench.answer(bench.busy(0)[0], REFUSED)
-        assert [letter["id"] for letter in bench.letters()] == ["p1", "p2"]
+        assert [dead_letter["id"] for dead_letter in bench.dead_letters()] == ["p1", "p2"]
         while bench.answer_all(slots=[1]):
             pass
         assert sorted(bench.sent_ids(1)) == ["p3", "p4"]
@@ -261,5 +261,7 @@ def test_a_late_refusal_of_one_that_left_is_judged_as_ever(tmp_path, state):
             bench.tick()
         bench.answer_all(REFUSED, [0])
         bench.answer_all(slots=[1])
-        assert len(bench.letters()) == (1 if state == "draining" else 0), "deliveries took it offline: not believed"
-        assert bench.delivered == 2 - len(bench.letters())
+        assert len(bench.dead_letters()) == (1 if state == "draining" else 0), (
+            "deliveries took it offline: not believed"
+        )
+        assert bench.delivered == 2 - len(bench.dead_letters())

@@ -39,7 +39,7 @@ def settle_all(bench):
         if bench.ring.undone == 0:
             break
     assert bench.ring.undone == bench.ring.claimed == 0
-    assert bench.delivered + bench.buried == bench.pushed
+    assert bench.delivered + bench.dead_lettered == bench.pushed
 
 
 WAYS = [

@@ -58,7 +58,7 @@ class Happenings(RuleBasedStateMachine):
         sections = {"health": {"fall": 3}, "retry": {"base": 0.1, "cap": 1.0}} | mode
         self.bench = Bench(self.folder, WEIGHTS, **sections)
         self.bench.dispatcher.part_ns = part_ns  # 0: whatever is done in parts takes as many turns as it can
-        self.letters_before = len(self.bench.letters())
+        self.dead_letters_before = len(self.bench.dead_letters())
 
     def teardown(self):
         bench = self.bench
@@ -80,9 +80,9 @@ class Happenings(RuleBasedStateMachine):
             if bench.ring.undone == 0:
                 break
         assert bench.ring.undone == bench.ring.claimed == 0
-        assert bench.delivered + bench.buried == bench.pushed
+        assert bench.delivered + bench.dead_lettered == bench.pushed
         assert bench.dispatcher.retrying == {}
-        assert len(bench.letters()) - self.letters_before == bench.buried
+        assert len(bench.dead_letters()) - self.dead_letters_before == bench.dead_lettered
         bench.__exit__(None, None, None)
 
     @invariant()

@@ -211,8 +211,8 @@ def test_what_has_no_place_yet_is_among_what_is_left(tmp_path):
         bench.loop.held_up = 30
         bench.rest()
         assert to_place(bench) > 0
-        assert bench.dispatcher.bury_all() == 240
-        assert len({letter["id"] for letter in bench.letters()}) == 240
+        assert bench.dispatcher.dead_letter_all() == 240
+        assert len({dead_letter["id"] for dead_letter in bench.dead_letters()}) == 240
         assert bench.ring.undone == bench.ring.claimed == 0
         bench.loop.held_up = None
 

@@ -153,7 +153,7 @@ def test_the_wait_doubles_with_each_trial_that_fails(tmp_path):
         bench.answer_all()
         assert bench.states.is_online(0)
         assert bench.states.get(0, AnalyzerWord.PROBATION_WAIT_NS) == 0
-        assert bench.letters() == []
+        assert bench.dead_letters() == []
         bench.answer_all()
         assert bench.ring.undone == 0
 
@@ -446,7 +446,7 @@ def test_a_refused_trial_that_another_takes_has_failed(tmp_path):
         bench.check_well()
         bench.push(b"x")
         bench.answer_all(reply(422), [0])
-        assert bench.letters() == []
+        assert bench.dead_letters() == []
         bench.answer_all(slots=[1])
         assert bench.states.has_failed_trials(0)
         assert bench.states.error(0) == "HTTP 422, but A2 took the packet"
@@ -463,7 +463,7 @@ def test_a_trial_that_all_refuse_is_a_dead_letter(tmp_path):
         bench.push(b"bad")
         bench.answer_all(reply(422), [0])
         bench.answer_all(reply(422), [1])
-        assert [letter["analyzer"] for letter in bench.letters()] == ["A2"]
+        assert [dead_letter["analyzer"] for dead_letter in bench.dead_letters()] == ["A2"]
         assert not bench.states.has_failed_trials(0)
         bench.pass_time(1.1)
         bench.push(b"good")
@@ -477,7 +477,7 @@ def test_a_trial_refused_with_nobody_else_is_one_dead_letter(tmp_path):
         bench.push(*[b"x"] * 10)
         bench.check_well()
         bench.answer_all(reply(422))
-        assert len(bench.letters()) == 1
+        assert len(bench.dead_letters()) == 1
         assert bench.at() == 0
         bench.pass_time(1.1)
         bench.answer_all()

@@ -144,7 +144,9 @@ def test_only_packets_at_fault_are_refused(tmp_path, mode):
             await w.until_empty()
             assert w.counters.get("refused") == 10
             assert w.delivered(0) == 190
-            assert {letter for letter, analyzer in w.settled if analyzer is None} == {n + 1 for n in range(7, 200, 20)}
+            assert {dead_letter for dead_letter, analyzer in w.settled if analyzer is None} == {
+                n + 1 for n in range(7, 200, 20)
+            }
         taken = [name for ids, bad in seen if not bad for name in ids]
         assert len(set(taken)) == len(taken) == 190
 

@@ -15,7 +15,7 @@ from fastdist._core import PacketRing, file_size
 from fastdist.config import load
 from fastdist.ipc import Settings
 from fastdist.shm.block import SharedBlock, Step, WorkerWord
-from fastdist.storage.dead_letter_writer import Letter
+from fastdist.storage.dead_letter_writer import DeadLetter
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.worker.main import Assignment, Worker
 
@@ -48,28 +48,28 @@ def build(tmp_path):
         os.close(fd)
 
 
-def letter_of_an_old_ring():
+def dead_letter_of_an_old_ring():
     fd = os.memfd_create("old")
     os.ftruncate(fd, file_size(CAPACITY))
     ring = PacketRing(fd, CAPACITY)
     os.close(fd)
     assert ring.push(b"{}", "p1")
-    return Letter(ring, ring.claim(), "oversized", None, None, "larger than the queue takes now")
+    return DeadLetter(ring, ring.claim(), "oversized", None, None, "larger than the queue takes now")
 
 
-def test_letters_are_written_though_deliveries_fail(build, monkeypatch):
+def test_dead_letters_are_written_though_deliveries_fail(build, monkeypatch):
     async def check():
         worker = build()
-        letter = letter_of_an_old_ring()
+        dead_letter = dead_letter_of_an_old_ring()
 
         def fail(*_):
             raise ZeroDivisionError
 
         monkeypatch.setattr(worker.dispatcher.probation, "tick", fail)
-        worker.letters.add(letter)
-        worker.letters.sync_soon()
+        worker.dead_letter_writer.add(dead_letter)
+        worker.dead_letter_writer.sync_soon()
         with capture_logs() as logs:
-            while letter.ring.undone:
+            while dead_letter.ring.undone:
                 worker.tick()
                 await asyncio.sleep(0.01)
         assert worker.words[WorkerWord.FAILING] == Step.DELIVERIES
@@ -79,7 +79,7 @@ def test_letters_are_written_though_deliveries_fail(build, monkeypatch):
     asyncio.run(check())
 
 
-def test_letters_that_fail_keep_no_delivery_waiting(build, monkeypatch):
+def test_dead_letters_that_fail_keep_no_delivery_waiting(build, monkeypatch):
     async def check():
         worker = build()
         looked = []
@@ -87,7 +87,7 @@ def test_letters_that_fail_keep_no_delivery_waiting(build, monkeypatch):
         def fail(*_):
             raise ZeroDivisionError
 
-        monkeypatch.setattr(worker.letters, "tick", fail)
+        monkeypatch.setattr(worker.dead_letter_writer, "tick", fail)
         monkeypatch.setattr(worker.dispatcher.probation, "tick", looked.append)
         with capture_logs():
             worker.tick()
@@ -99,17 +99,17 @@ def test_letters_that_fail_keep_no_delivery_waiting(build, monkeypatch):
 
 
 @pytest.mark.parametrize("deleted", [False, True], ids=["a ring with a name", "a deleted ring"])
-def test_written_letters_are_finished_at_the_end(build, tmp_path, deleted):
-    """Also where the worker's own ring has nothing to be saved: the letters may be of others."""
+def test_written_dead_letters_are_finished_at_the_end(build, tmp_path, deleted):
+    """Also where the worker's own ring has nothing to be saved: the dead letters may be of others."""
 
     async def check():
         worker = build()
         if deleted:
             ring_path(tmp_path, 0).unlink()
-        letter = letter_of_an_old_ring()
-        worker.letters.add(letter)
-        assert letter.ring.undone == 1, "it is not synced yet"
+        dead_letter = dead_letter_of_an_old_ring()
+        worker.dead_letter_writer.add(dead_letter)
+        assert dead_letter.ring.undone == 1, "it is not synced yet"
         await worker._drain(time.monotonic())
-        assert letter.ring.undone == 0
+        assert dead_letter.ring.undone == 0
 
     asyncio.run(check())

@@ -110,8 +110,10 @@ def test_times_are_those_of_the_clock_as_it_is_set(mocks, serve, clock):
     clock.set_by(30 * DAY)
     mocks.set_all(refuse=False, status=400)
     fastdist.wait_for_states("online")
-    letters = wait_until(lambda: len(found := fastdist.dead_letters()) == 5 and found, "they are dead letters")
-    assert all(clock.says(letter[name]) for letter in letters for name in ("acceptedAt", "deadLetteredAt"))
+    dead_letters = wait_until(lambda: len(found := fastdist.dead_letters()) == 5 and found, "they are dead letters")
+    assert all(
+        clock.says(dead_letter[name]) for dead_letter in dead_letters for name in ("acceptedAt", "deadLetteredAt")
+    )
     for row in fastdist.analyzers().values():  # which have come online since
         assert clock.says(row["since"])
         assert clock.says(row["health"]["lastCheck"])

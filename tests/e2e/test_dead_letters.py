@@ -49,12 +49,12 @@ def test_refused_packets_are_listed_and_replayed_to_the_same_distributor(mocks, 
     """Also while it runs: its workers let go of a file when it has been idle."""
     fastdist = serve(mocks)
     names = refuse(fastdist, mocks, 100)
-    letters = listed(command, tmp_path)
-    assert {letter["id"] for letter in letters} == names
-    assert {(letter["reason"], letter["status"], letter["bytes"]) for letter in letters} == {
+    dead_letters = listed(command, tmp_path)
+    assert {dead_letter["id"] for dead_letter in dead_letters} == names
+    assert {(dead_letter["reason"], dead_letter["status"], dead_letter["bytes"]) for dead_letter in dead_letters} == {
         ("refused", 422, len(BODY))
     }
-    assert {letter["messages"] for letter in letters} == {2}
+    assert {dead_letter["messages"] for dead_letter in dead_letters} == {2}
     wait_until(lambda: command(*replay_to(fastdist))[0] == 0, "all are replayed")
     fastdist.wait_at_rest()
     assert mocks.delivered() == dict.fromkeys(names, 1)
@@ -82,13 +82,13 @@ def test_bodies_come_through_byte_for_byte(start, serve, command):
         assert digests[f"again-{name}"] == digests[f"direct-{name}"]
 
 
-def test_what_is_refused_again_becomes_a_letter_again_and_is_not_sent_in_circles(mocks, serve, command, tmp_path):
+def test_what_is_refused_again_becomes_a_dead_letter_again_and_is_not_sent_in_circles(mocks, serve, command, tmp_path):
     fastdist = serve(mocks)
     names = refuse(fastdist, mocks, 20)
     mocks.set_all(**REFUSING)
     wait_until(lambda: command(*replay_to(fastdist))[1].endswith("left 0"), "all are replayed")
     fastdist.wait_at_rest()
-    assert {letter["id"] for letter in listed(command, tmp_path)} == names
+    assert {dead_letter["id"] for dead_letter in listed(command, tmp_path)} == names
     assert fastdist.stats()["packets"]["accepted"] == 40
 
 
@@ -98,7 +98,7 @@ def test_what_a_service_could_not_deliver_before_its_end_is_replayed_to_the_next
     fastdist.wait_for_states("offline")
     emitter = Emitter(fastdist.port).send(200)
     assert fastdist.stop() == 0
-    assert {letter["reason"] for letter in listed(command, tmp_path)} == {"shutdown"}
+    assert {dead_letter["reason"] for dead_letter in listed(command, tmp_path)} == {"shutdown"}
     mocks.set_all(refuse=False)
     fastdist = serve(mocks)
     status, output = command(*replay_to(fastdist))
@@ -119,7 +119,7 @@ def test_a_replay_that_is_killed_repeats_only_what_was_under_way(mocks, serve, r
         replay.signal(signal.SIGKILL)
         replay.wait()
         fastdist.wait_at_rest()
-        kept = {letter["id"] for letter in listed(command, tmp_path)}
+        kept = {dead_letter["id"] for dead_letter in listed(command, tmp_path)}
         assert names - kept <= mocks.delivered().keys()
     status, output = command(*replay_to(fastdist))
     assert status == 0, output
@@ -189,7 +189,7 @@ def test_what_the_distributor_itself_refuses_is_shown_with_its_reason(mocks, ser
     assert status == 1
     assert "refused empty: 400 (" in output
     assert output.endswith("replayed 1, refused 1, left 1")
-    assert [letter["id"] for letter in listed(command, tmp_path)] == ["empty"]
+    assert [dead_letter["id"] for dead_letter in listed(command, tmp_path)] == ["empty"]
     assert command("dead-letters", "purge", tmp_path / "data", "--yes") == (0, "removed 1 dead letter")
     assert command("dead-letters", "list", tmp_path / "data") == (0, "no dead letters")
 
@@ -218,13 +218,13 @@ def test_they_are_purged_and_replayed_while_more_keep_coming(mocks, serve, comma
     emitter = Emitter(fastdist.port, connections=4, pause=0.05).start()
     wait_until(lambda: len(fastdist.dead_letters()) >= 5, "dead letters")
     for verb in (("purge", tmp_path / "data", "--yes"), replay_to(fastdist)[1:]):
-        before = {letter["id"] for letter in fastdist.dead_letters()}
+        before = {dead_letter["id"] for dead_letter in fastdist.dead_letters()}
         status, output = command("dead-letters", *verb)
         assert "skipped" not in output
         assert status == 0 or verb[0] == "replay", output  # some are refused again
         wait_until(lambda: len(fastdist.dead_letters()) >= 5, "more")
         if verb[0] == "purge":
-            assert before.isdisjoint(letter["id"] for letter in fastdist.dead_letters())
+            assert before.isdisjoint(dead_letter["id"] for dead_letter in fastdist.dead_letters())
     emitter.stop()
 
 

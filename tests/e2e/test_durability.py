@@ -305,7 +305,7 @@ def test_a_renamed_queue_takes_nothing_until_it_is_back(mocks, serve, settings, 
     compare(emitter, mocks)
 
 
-def test_letters_wait_until_a_renamed_folder_is_back(mocks, serve):
+def test_dead_letters_wait_until_a_renamed_folder_is_back(mocks, serve):
     """In a new folder they would be in its way."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK)
@@ -360,10 +360,10 @@ def test_an_old_ring_that_is_deleted_loses_nothing(mocks, serve):
     wait_until(lambda: fastdist.post()[0] == 503, "nothing more is accepted")
     assert get_json(fastdist.port, "/health")["storage"] == "failing"
     assert fastdist.stop() == 0
-    letters = {row["id"] for row in fastdist.dead_letters()}
-    assert 50 < len(letters) < 200
+    dead_letters = {row["id"] for row in fastdist.dead_letters()}
+    assert 50 < len(dead_letters) < 200
     mocks.set_all(refuse=False)
     fastdist = serve(mocks, smaller)
     fastdist.wait_at_rest()
-    assert letters | mocks.delivered().keys() == emitter.accepted
-    assert len(letters & mocks.delivered().keys()) <= 4 * 32
+    assert dead_letters | mocks.delivered().keys() == emitter.accepted
+    assert len(dead_letters & mocks.delivered().keys()) <= 4 * 32

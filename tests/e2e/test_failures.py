@@ -181,11 +181,11 @@ def test_refused_packets_become_dead_letters_and_hurt_no_other(mocks, serve):
     fastdist = serve(mocks, {"delivery": {"mode": "batch", "connections": 2}})
     emitter = Emitter(fastdist.port, body=lambda name: own_body(name + "bad" * name.endswith("7"))).send(1000)
     stats = fastdist.wait_at_rest()
-    letters = fastdist.dead_letters()
-    assert {(row["reason"], row["status"]) for row in letters} == {("refused", 422)}
-    refused = {row["id"] for row in letters}
+    dead_letters = fastdist.dead_letters()
+    assert {(row["reason"], row["status"]) for row in dead_letters} == {("refused", 422)}
+    refused = {row["id"] for row in dead_letters}
     assert refused == {name for name in emitter.accepted if name.endswith("7")}
-    assert len(letters) == stats["packets"]["deadLettered"] == 100
+    assert len(dead_letters) == stats["packets"]["deadLettered"] == 100
     compare(emitter, mocks, refused=refused)
     assert {row["state"] for row in fastdist.analyzers().values()} == {"online"}
 
@@ -220,9 +220,9 @@ def test_an_analyzer_that_takes_nothing_swallows_nothing(mocks, serve, how, mode
     wait_until_it_has_its_share_again(fastdist)
     emitter.stop()
     stats = fastdist.wait_at_rest()
-    letters = {row["id"] for row in fastdist.dead_letters()}
-    assert len(letters) == stats["packets"]["deadLettered"] <= most
-    compare(emitter, mocks, refused=letters)
+    dead_letters = {row["id"] for row in fastdist.dead_letters()}
+    assert len(dead_letters) == stats["packets"]["deadLettered"] <= most
+    compare(emitter, mocks, refused=dead_letters)
 
 
 def test_a_packet_that_all_refuse_is_a_dead_letter_of_a_doubtful_analyzer_too(mocks, serve):
@@ -269,9 +269,9 @@ def test_a_packet_that_nobody_takes_is_a_dead_letter_after_max_attempts(mocks, s
     fastdist = serve(mocks, {"retry": {"max_attempts": 6, "base": "10ms"}, "health": {"fall": 1_000}})
     emitter = Emitter(fastdist.port).send(20)
     stats = fastdist.wait_at_rest()
-    letters = fastdist.dead_letters()
-    assert {row["id"] for row in letters} == emitter.accepted
-    assert {(row["reason"], row["status"], row["attempts"]) for row in letters} == {("exhausted", 500, 6)}
+    dead_letters = fastdist.dead_letters()
+    assert {row["id"] for row in dead_letters} == emitter.accepted
+    assert {(row["reason"], row["status"], row["attempts"]) for row in dead_letters} == {("exhausted", 500, 6)}
     assert stats["packets"]["deadLettered"] == 20
 
 

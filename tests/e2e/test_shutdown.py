@@ -201,11 +201,11 @@ def test_what_cannot_be_delivered_in_time_becomes_dead_letters(mocks, serve):
     assert fastdist.stop() == 0
     assert 0.9 < time.monotonic() - started < 20
     compare(first, mocks)
-    letters = fastdist.dead_letters()
-    assert len(letters) == len(second.accepted) == 500
-    assert {row["id"] for row in letters} == second.accepted
-    assert {row["reason"] for row in letters} == {"shutdown"}
-    assert {row["body"] for row in letters} == {BODY.decode()}
+    dead_letters = fastdist.dead_letters()
+    assert len(dead_letters) == len(second.accepted) == 500
+    assert {row["id"] for row in dead_letters} == second.accepted
+    assert {row["reason"] for row in dead_letters} == {"shutdown"}
+    assert {row["body"] for row in dead_letters} == {BODY.decode()}
     folder = fastdist.folder / "data" / "dead-letters"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
@@ -237,8 +237,8 @@ def test_packets_that_back_off_when_time_is_up_become_dead_letters_too(mocks, se
     fastdist = serve(mocks, settings)
     emitter = Emitter(fastdist.port).send(100)
     assert fastdist.stop() == 0
-    letters = fastdist.dead_letters()
-    assert sorted(row["id"] for row in letters) == sorted(emitter.accepted)
+    dead_letters = fastdist.dead_letters()
+    assert sorted(row["id"] for row in dead_letters) == sorted(emitter.accepted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

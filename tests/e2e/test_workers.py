@@ -172,9 +172,9 @@ def test_workers_end_when_the_supervisor_is_killed(mocks, serve):
     fastdist.signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(workers, timeout=15)
     assert not alive
-    letters = fastdist.dead_letters()  # durability memory: the queue ends with its workers
-    assert {row["id"] for row in letters} == emitter.accepted
-    assert {row["reason"] for row in letters} == {"shutdown"}
+    dead_letters = fastdist.dead_letters()  # durability memory: the queue ends with its workers
+    assert {row["id"] for row in dead_letters} == emitter.accepted
+    assert {row["reason"] for row in dead_letters} == {"shutdown"}
 
 
 def test_a_service_whose_workers_cannot_start_ends_with_their_error(mocks, run, tmp_path):

@@ -207,7 +207,7 @@ def test_check_looks_at_the_certificate_as_serve_does(run, file):
 
 
 @pytest.fixture
-def letters(tmp_path):
+def dead_letters(tmp_path):
     """A queue's folder with two dead letters and a torn line."""
     writer = DeadLetters(tmp_path, "w0-1")
     writer.write(Packet(1, "first", b'{"n":1}', 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, "it says no")
@@ -219,8 +219,8 @@ def letters(tmp_path):
     return tmp_path
 
 
-def test_list_has_a_line_for_each_and_a_sum(run, letters):
-    result = run("dead-letters", "list", str(letters))
+def test_list_has_a_line_for_each_and_a_sum(run, dead_letters):
+    result = run("dead-letters", "list", str(dead_letters))
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["ID", "REASON", "ANALYZER", "STATUS", "ATTEMPTS", "ACCEPTED", "DEAD", "SINCE", "SIZE"]
@@ -231,13 +231,13 @@ def test_list_has_a_line_for_each_and_a_sum(run, letters):
     assert " ".join(lines[4]).startswith("2 dead letters and 1 unreadable line, 19 B, the oldest of 20")
 
 
-def test_list_as_json(run, letters):
-    result = run("dead-letters", "list", str(letters), "--json")
+def test_list_as_json(run, dead_letters):
+    result = run("dead-letters", "list", str(dead_letters), "--json")
     first, second, torn = map(json.loads, result.stdout.splitlines())
-    for letter in (first, second):
-        assert letter.pop("acceptedAt").endswith("Z")
-        assert letter.pop("deadLetteredAt").endswith("Z")
-    (path,) = letters.glob("dead-letters/*.ndjson")
+    for dead_letter in (first, second):
+        assert dead_letter.pop("acceptedAt").endswith("Z")
+        assert dead_letter.pop("deadLetteredAt").endswith("Z")
+    (path,) = dead_letters.glob("dead-letters/*.ndjson")
     assert first == {
         "id": "first",
         "reason": "refused",
@@ -253,11 +253,11 @@ def test_list_as_json(run, letters):
     assert torn == {"id": None, "reason": "unreadable", "file": str(path), "bytes": 11}
 
 
-def test_list_of_a_part(run, letters):
-    assert "1 dead letter, 1 B" in run("dead-letters", "list", str(letters), "--reason", "shutdown").stdout
-    assert "2 dead letters" in run("dead-letters", "list", str(letters), "--since", "1h").stdout
-    assert run("dead-letters", "list", str(letters), "--reason", "exhausted", "--json").stdout == ""
-    assert "2 dead letters" in run("dead-letters", "list", str(letters), "--since", "99999999d").stdout
+def test_list_of_a_part(run, dead_letters):
+    assert "1 dead letter, 1 B" in run("dead-letters", "list", str(dead_letters), "--reason", "shutdown").stdout
+    assert "2 dead letters" in run("dead-letters", "list", str(dead_letters), "--since", "1h").stdout
+    assert run("dead-letters", "list", str(dead_letters), "--reason", "exhausted", "--json").stdout == ""
+    assert "2 dead letters" in run("dead-letters", "list", str(dead_letters), "--since", "99999999d").stdout
 
 
 def test_list_of_many(run, tmp_path):
@@ -289,20 +289,20 @@ def test_dead_letters_of_a_path_that_cannot_be_used(run, tmp_path, file, command
 
 
 @pytest.mark.parametrize("arguments", [["list", "--since", "1x"], ["purge", "--yes", "--older-than", "-3d"]])
-def test_dead_letters_with_a_duration_that_is_none(run, letters, arguments):
-    result = run("dead-letters", arguments[0], str(letters), *arguments[1:])
+def test_dead_letters_with_a_duration_that_is_none(run, dead_letters, arguments):
+    result = run("dead-letters", arguments[0], str(dead_letters), *arguments[1:])
     assert result.exit_code == 2
     assert f"fastdist: {arguments[-2]}: expected a duration such as" in result.stderr
-    assert "2 dead letters" in run("dead-letters", "list", str(letters)).stdout
+    assert "2 dead letters" in run("dead-letters", "list", str(dead_letters)).stdout
 
 
-def test_replay_with_a_url_that_is_none(run, letters):
-    result = run("dead-letters", "replay", str(letters), "--url", "localhost:3000")
+def test_replay_with_a_url_that_is_none(run, dead_letters):
+    result = run("dead-letters", "replay", str(dead_letters), "--url", "localhost:3000")
     assert (result.exit_code, result.stderr) == (2, "fastdist: --url: must be an http:// or https:// URL\n")
 
 
-def test_replay_that_finds_no_distributor(run, letters):
-    result = run("dead-letters", "replay", str(letters), "--url", "http://127.0.0.1:1")
+def test_replay_that_finds_no_distributor(run, dead_letters):
+    result = run("dead-letters", "replay", str(dead_letters), "--url", "http://127.0.0.1:1")
     assert result.exit_code == 1
     assert result.stdout == "replayed 0, refused 0, left 3\n"
     why = "cannot be reached: Connection refused"
@@ -342,40 +342,40 @@ def test_replay_exits_with_what_is_left(run, seen, tmp_path, left, stopped):
     assert ("stopped: no room" in result.stderr) == bool(stopped)
 
 
-def test_replay_does_as_the_options_say(run, seen, letters):
+def test_replay_does_as_the_options_say(run, seen, dead_letters):
     options = ["--url", "http://h:1", "--connections", "9", "--limit", "5", "--reason", "shutdown"]
-    run("dead-letters", "replay", str(letters), *options, FASTDIST_TOKEN="from-environment")
+    run("dead-letters", "replay", str(dead_letters), *options, FASTDIST_TOKEN="from-environment")
     assert (seen["target"].url, seen["target"].token) == ("http://h:1", "from-environment")
     assert (seen["connections"], seen["limit"], seen["selection"].reason) == (9, 5, "shutdown")
     assert len(seen["files"]) == 1
-    run("dead-letters", "replay", str(letters), "--token", "given", FASTDIST_TOKEN="from-environment")
+    run("dead-letters", "replay", str(dead_letters), "--token", "given", FASTDIST_TOKEN="from-environment")
     assert seen["target"].token == "given"
-    run("dead-letters", "replay", str(letters))
+    run("dead-letters", "replay", str(dead_letters))
     assert (seen["target"].url, seen["target"].token) == ("http://127.0.0.1:3000", None)
     assert (seen["connections"], seen["limit"]) == (4, None)
 
 
-def test_a_token_is_not_shown(run, letters):
-    result = run("dead-letters", "replay", str(letters), "--token", "secret\n", "--url", "http://127.0.0.1:1")
+def test_a_token_is_not_shown(run, dead_letters):
+    result = run("dead-letters", "replay", str(dead_letters), "--token", "secret\n", "--url", "http://127.0.0.1:1")
     assert result.exit_code == 2
     assert "secret" not in result.output
 
 
-def test_purge_without_a_terminal_needs_to_be_told(run, letters):
-    result = run("dead-letters", "purge", str(letters))
+def test_purge_without_a_terminal_needs_to_be_told(run, dead_letters):
+    result = run("dead-letters", "purge", str(dead_letters))
     assert result.exit_code == 2
     assert "say --yes" in result.stderr
-    assert "2 dead letters" in run("dead-letters", "list", str(letters)).stdout
-    result = run("dead-letters", "purge", str(letters), "--yes", "--older-than", "1h")
+    assert "2 dead letters" in run("dead-letters", "list", str(dead_letters)).stdout
+    result = run("dead-letters", "purge", str(dead_letters), "--yes", "--older-than", "1h")
     assert (result.exit_code, result.stdout) == (0, "no dead letters removed\n")
-    result = run("dead-letters", "purge", str(letters), "--yes", "--reason", "shutdown")
+    result = run("dead-letters", "purge", str(dead_letters), "--yes", "--reason", "shutdown")
     assert (result.exit_code, result.stdout) == (0, "removed 1 dead letter\n")
-    result = run("dead-letters", "purge", str(letters), "-y")
+    result = run("dead-letters", "purge", str(dead_letters), "-y")
     assert (result.exit_code, result.stdout) == (0, "removed 1 dead letter and 1 unreadable line\n")
-    assert list(letters.glob("dead-letters/*")) == []
+    assert list(dead_letters.glob("dead-letters/*")) == []
 
 
-def test_lines_that_are_no_letters_are_called_so(run, tmp_path):
+def test_lines_that_are_no_dead_letters_are_called_so(run, tmp_path):
     (tmp_path / "a.ndjson").write_text("{torn\n\n{torn too\n")
     assert "\n2 unreadable lines, 16 B, the oldest of" in run("dead-letters", "list", str(tmp_path)).stdout
     result = run("dead-letters", "purge", str(tmp_path), "--yes", "--reason", "unreadable")
@@ -390,8 +390,8 @@ def test_the_reasons_are_those_that_there_are():
 @pytest.mark.parametrize(
     ("command", "reason"), [("list", "bogus"), ("purge", "bogus"), ("replay", "bogus"), ("replay", "unreadable")]
 )
-def test_a_reason_that_nothing_has_is_refused_with_those_there_are(run, letters, command, reason):
-    result = run("dead-letters", command, str(letters), "--reason", reason)
+def test_a_reason_that_nothing_has_is_refused_with_those_there_are(run, dead_letters, command, reason):
+    result = run("dead-letters", command, str(dead_letters), "--reason", reason)
     assert result.exit_code == 2
     assert "--reason" in result.stderr
     for known in get_args(main.LineReason if command != "replay" else main.Reason):
@@ -400,13 +400,13 @@ def test_a_reason_that_nothing_has_is_refused_with_those_there_are(run, letters,
 
 
 @pytest.mark.parametrize(("answer", "status", "left"), [("n", 1, 1), ("\n", 1, 1), ("y", 0, 0)])
-def test_purge_asks_at_a_terminal(letters, monkeypatch, answer, status, left):
+def test_purge_asks_at_a_terminal(dead_letters, monkeypatch, answer, status, left):
     monkeypatch.setattr(main, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
-    result = CliRunner().invoke(main.app, ["dead-letters", "purge", str(letters)], input=answer + "\n")
+    result = CliRunner().invoke(main.app, ["dead-letters", "purge", str(dead_letters)], input=answer + "\n")
     assert result.exit_code == status
     assert "Delete 2 dead letters and 1 unreadable line, 19 B, the oldest of" in result.output
     assert ("nothing was deleted" in result.output) == bool(left)
-    assert len(list(letters.glob("dead-letters/*"))) == left
+    assert len(list(dead_letters.glob("dead-letters/*"))) == left
 
 
 def test_purge_skips_files_in_use(run, tmp_path, monkeypatch):
@@ -439,13 +439,13 @@ def at_a_terminal(*arguments, columns="120"):
     return process.wait(30), shown.decode()
 
 
-def test_a_terminal_gets_a_table_and_a_bar(letters):
-    status, shown = at_a_terminal("dead-letters", "list", str(letters))
+def test_a_terminal_gets_a_table_and_a_bar(dead_letters):
+    status, shown = at_a_terminal("dead-letters", "list", str(dead_letters))
     assert status == 0
     assert "\x1b[1m" in shown
     assert "dead since" in shown
     assert "unreadable" in shown
-    status, shown = at_a_terminal("dead-letters", "replay", str(letters), "--url", "http://127.0.0.1:1")
+    status, shown = at_a_terminal("dead-letters", "replay", str(dead_letters), "--url", "http://127.0.0.1:1")
     assert status == 1
     assert "replaying" in shown
     assert "0/2" in shown

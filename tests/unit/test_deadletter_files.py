@@ -9,14 +9,14 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
+from dead_letters import SECOND, WHOLE, Listener, broken, fill, idle, ids, names_in, packet, replayed
 from fakes import problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from letters import SECOND, WHOLE, Listener, broken, fill, idle, ids, names_in, packet, replayed
 
 from fastdist.client.held_file import HeldFile
-from fastdist.storage import dead_letters
-from fastdist.storage.dead_letters import DeadLetters, Letter, find_files, read_file
+from fastdist.storage import dead_letters as module
+from fastdist.storage.dead_letters import DeadLetter, DeadLetters, find_files, read_file
 
 
 @pytest.fixture
@@ -29,64 +29,64 @@ def run(distributor):
 
 
 def test_a_file_is_its_workers_until_it_has_been_idle(tmp_path):
-    letters = DeadLetters(tmp_path, "w0-1")
-    letters.write(packet(), "refused", "A1", 400, None)
+    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters.write(packet(), "refused", "A1", 400, None)
     (found,) = find_files(tmp_path)
-    assert letters.settle()
-    letters.tick(5 * SECOND)
-    letters.tick(int(5.9 * SECOND))
+    assert dead_letters.settle()
+    dead_letters.tick(5 * SECOND)
+    dead_letters.tick(int(5.9 * SECOND))
     with pytest.raises(BlockingIOError):
         HeldFile.hold(found.path, 0.05)
-    letters.tick(6 * SECOND)
+    dead_letters.tick(6 * SECOND)
     held = HeldFile.hold(found.path, 0)
-    assert [line.letter.id for line in held.lines()] == ["p-1"]
+    assert [line.dead_letter.id for line in held.lines()] == ["p-1"]
 
 
-def test_a_letter_starts_the_idle_time_anew(tmp_path):
-    letters = DeadLetters(tmp_path, "w0-1")
+def test_a_dead_letter_starts_the_idle_time_anew(tmp_path):
+    dead_letters = DeadLetters(tmp_path, "w0-1")
     for second in (5, 6, 7):
-        letters.write(packet(), "refused", "A1", 400, None)
-        letters.settle()
-        letters.tick(second * SECOND)
+        dead_letters.write(packet(), "refused", "A1", 400, None)
+        dead_letters.settle()
+        dead_letters.tick(second * SECOND)
     (found,) = find_files(tmp_path)
     with pytest.raises(BlockingIOError):
         HeldFile.hold(found.path, 0)
-    letters.tick(8 * SECOND)
+    dead_letters.tick(8 * SECOND)
     HeldFile.hold(found.path, 0)
 
 
-def test_rare_letters_share_a_file(tmp_path):
-    letters = DeadLetters(tmp_path, "w0-1")
+def test_rare_dead_letters_share_a_file(tmp_path):
+    dead_letters = DeadLetters(tmp_path, "w0-1")
     for name in "abc":
-        letters.write(packet(name), "refused", "A1", 400, None)
-        idle(letters)
+        dead_letters.write(packet(name), "refused", "A1", 400, None)
+        idle(dead_letters)
     assert len(find_files(tmp_path)) == 1
     assert ids(tmp_path) == ["a", "b", "c"]
 
 
 def test_a_worker_takes_a_file_up_again_only_if_nobody_has_or_had_it(tmp_path):
-    letters = DeadLetters(tmp_path, "w0-1")
-    letters.write(packet("a"), "refused", "A1", 400, None)
-    idle(letters)
+    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    idle(dead_letters)
     (first,) = find_files(tmp_path)
     with HeldFile.hold(first.path, 0):
-        letters.write(packet("b"), "refused", "A1", 400, None)
-    idle(letters)
+        dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    idle(dead_letters)
     second = find_files(tmp_path)[1]
     assert ids(first.path) == ["a"]
     second.path.unlink()
-    letters.write(packet("c"), "refused", "A1", 400, None)
+    dead_letters.write(packet("c"), "refused", "A1", 400, None)
     assert ids(tmp_path) == ["a", "c"]
 
 
 def test_a_worker_goes_on_in_a_file_that_was_rewritten(tmp_path, distributor, run):
-    letters = DeadLetters(tmp_path, "w0-1")
-    letters.write(packet("a"), "refused", "A1", 400, None)
-    letters.write(packet("b"), "refused", "A1", 400, None)
-    idle(letters)
+    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    idle(dead_letters)
     distributor.script["b"] = [problem(400, "no")]
     run(tmp_path)
-    letters.write(packet("c"), "refused", "A1", 400, None)
+    dead_letters.write(packet("c"), "refused", "A1", 400, None)
     assert ids(tmp_path) == ["b", "c"]
     assert len(find_files(tmp_path)) == 1
 
@@ -100,7 +100,7 @@ def test_whoever_waited_for_a_lock_looks_whether_the_file_is_still_the_same(tmp_
         time.sleep(0.1)
         held.rewrite({next(held.lines()).offset})
     thread.join()
-    assert [line.letter.id for line in taken[0].lines()] == ["b"]
+    assert [line.dead_letter.id for line in taken[0].lines()] == ["b"]
 
 
 def test_whoever_waited_for_the_lock_of_a_file_that_is_deleted_gets_none(tmp_path):
@@ -122,47 +122,47 @@ def test_nobody_finds_a_new_file_before_its_worker_has_locked_it(tmp_path, monke
         seen.append(find_files(tmp_path))
         flock(fd, how)
 
-    monkeypatch.setattr(dead_letters.fcntl, "flock", look)
+    monkeypatch.setattr(module.fcntl, "flock", look)
     DeadLetters(tmp_path, "w0-1").write(packet(), "refused", "A1", 400, None)
     assert seen == [[]]
 
 
-def sync(letters):
+def sync(dead_letters):
     """Sync what was written, as a worker does; say whether it is safe."""
     try:
-        letters.begin_sync()()
+        dead_letters.begin_sync()()
     except OSError as error:
-        return letters.settle(error)
-    return letters.settle()
+        return dead_letters.settle(error)
+    return dead_letters.settle()
 
 
-def test_nothing_is_appended_to_letters_that_can_neither_be_synced_nor_taken_back(tmp_path, monkeypatch):
-    letters = DeadLetters(tmp_path, "w0-1")
-    letters.write(packet("a"), "refused", "A1", 400, None)
-    assert sync(letters)
-    letters.write(packet("b"), "refused", "A1", 400, None)
+def test_nothing_is_appended_to_dead_letters_that_can_neither_be_synced_nor_taken_back(tmp_path, monkeypatch):
+    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    assert sync(dead_letters)
+    dead_letters.write(packet("b"), "refused", "A1", 400, None)
     with monkeypatch.context() as disk:
-        disk.setattr(dead_letters.os, "fdatasync", broken)
-        disk.setattr(dead_letters.os, "ftruncate", broken)
-        assert not sync(letters)
-    letters.write(packet("b"), "refused", "A1", 400, None)
-    assert sync(letters)
+        disk.setattr(module.os, "fdatasync", broken)
+        disk.setattr(module.os, "ftruncate", broken)
+        assert not sync(dead_letters)
+    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    assert sync(dead_letters)
     first, second = find_files(tmp_path)
     assert ids(first.path) == ["a", "b"]
     assert ids(second.path) == ["b"], "better twice than never"
 
 
 def test_files_that_cannot_be_made_durable_do_not_pile_up(tmp_path, monkeypatch):
-    letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetters(tmp_path, "w0-1")
     with monkeypatch.context() as disk:
-        disk.setattr(dead_letters.os, "fsync", broken)
+        disk.setattr(module.os, "fsync", broken)
         for _ in range(3):
-            letters.write(packet("a"), "refused", "A1", 400, None)
-            assert not sync(letters)
+            dead_letters.write(packet("a"), "refused", "A1", 400, None)
+            assert not sync(dead_letters)
     assert len(names_in(tmp_path / "dead-letters")) == 1
     assert ids(tmp_path) == []
-    letters.write(packet("a"), "refused", "A1", 400, None)
-    assert sync(letters)
+    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    assert sync(dead_letters)
     assert ids(tmp_path) == ["a"]
 
 
@@ -178,22 +178,22 @@ def test_files_and_folders_are_their_owners_alone(tmp_path, distributor, run):
 # ---- reading
 
 
-def test_a_letter_is_read_as_it_was_written(tmp_path):
+def test_a_dead_letter_is_read_as_it_was_written(tmp_path):
     fill(tmp_path, ["key~1"], body='{"ü":"\\u0000\u2028"} \n'.encode())
     (line,) = (line for found in find_files(tmp_path) for line in read_file(found))
-    letter = line.letter
-    assert (letter.id, letter.reason, letter.analyzer, letter.status, letter.error) == (
+    dead_letter = line.dead_letter
+    assert (dead_letter.id, dead_letter.reason, dead_letter.analyzer, dead_letter.status, dead_letter.error) == (
         "key~1",
         "refused",
         "A1",
         422,
         "no",
     )
-    assert (letter.attempts, letter.messages) == (3, 2)
-    assert abs(letter.accepted_at - datetime.now(UTC)) < timedelta(minutes=1)
-    assert abs(letter.dead_lettered_at - datetime.now(UTC)) < timedelta(minutes=1)
-    assert letter.packet == '{"ü":"\\u0000\u2028"} \n'.encode()
-    assert line.size == len(letter.packet)
+    assert (dead_letter.attempts, dead_letter.messages) == (3, 2)
+    assert abs(dead_letter.accepted_at - datetime.now(UTC)) < timedelta(minutes=1)
+    assert abs(dead_letter.dead_lettered_at - datetime.now(UTC)) < timedelta(minutes=1)
+    assert dead_letter.packet == '{"ü":"\\u0000\u2028"} \n'.encode()
+    assert line.size == len(dead_letter.packet)
 
 
 @settings(
@@ -205,7 +205,7 @@ def test_a_letter_is_read_as_it_was_written(tmp_path):
 def test_every_body_comes_back_byte_for_byte(tmp_path, body):
     path = fill(tmp_path, "a", body=body)
     (line,) = read_file(find_files(path)[0])
-    assert line.letter.packet == body
+    assert line.dead_letter.packet == body
     path.unlink()
 
 
@@ -238,7 +238,7 @@ def test_paths_of_a_queue_its_dead_letters_and_a_file(tmp_path):
         WHOLE.replace(b"05Z", b"05") + b"\n",
     ],
 )
-def test_what_is_no_letter_is_unreadable_but_fatal_to_nobody(tmp_path, line):
+def test_what_is_no_dead_letter_is_unreadable_but_fatal_to_nobody(tmp_path, line):
     path = fill(tmp_path, "a")
     with path.open("ab") as file:
         file.write(line)
@@ -246,7 +246,7 @@ def test_what_is_no_letter_is_unreadable_but_fatal_to_nobody(tmp_path, line):
     assert [line.reason for line in read_file(find_files(path)[0])] == ["refused", "unreadable"]
 
 
-def test_a_letter_whose_line_feed_is_missing_is_a_letter_still(tmp_path):
+def test_a_dead_letter_whose_line_feed_is_missing_is_a_dead_letter_still(tmp_path):
     path = tmp_path / "a.ndjson"
     path.write_bytes(b"\n  \n" + WHOLE)
     assert ids(path) == ["x"]
@@ -259,9 +259,9 @@ def test_ids_may_be_all_that_a_key_may_be(tmp_path):
     assert ids(tmp_path) == names
 
 
-def test_a_letter_needs_exactly_one_body():
+def test_a_dead_letter_needs_exactly_one_body():
     now = datetime.now(UTC)
     with pytest.raises(ValueError, match="one body"):
-        Letter(id="a", reason="r", accepted_at=now, dead_lettered_at=now)
+        DeadLetter(id="a", reason="r", accepted_at=now, dead_lettered_at=now)
     with pytest.raises(ValueError, match="one body"):
-        Letter(id="a", reason="r", accepted_at=now, dead_lettered_at=now, body="", body_base64=b"")
+        DeadLetter(id="a", reason="r", accepted_at=now, dead_lettered_at=now, body="", body_base64=b"")

@@ -1,4 +1,4 @@
-"""Letters on their way: when packets leave their ring, how much is written at once, what a disk that fails does."""
+"""The dead-letter writer: when packets leave their ring, how much is written at once, what a failing disk does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from fastdist._core import PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_writer
-from fastdist.storage.dead_letter_writer import MANY, DeadLetterWriter, Letter, what_is_left
+from fastdist.storage.dead_letter_writer import MANY, DeadLetter, DeadLetterWriter, what_is_left
 from fastdist.storage.dead_letters import FOLDER, DeadLetters
 
 EIO = OSError(errno.EIO, "Input/output error")
@@ -53,14 +53,14 @@ class Site:
             work()
         done(error)
 
-    def letter(self, size=10):
+    def dead_letter(self, size=10):
         self.pushed += 1
         assert self.ring.push(bytes(size), f"p{self.pushed}")
-        return Letter(self.ring, self.ring.claim(), "refused", "A1", 400, "HTTP 400")
+        return DeadLetter(self.ring, self.ring.claim(), "refused", "A1", 400, "HTTP 400")
 
     def add(self, count=1, size=10):
         for _ in range(count):
-            self.writer.add(self.letter(size))
+            self.writer.add(self.dead_letter(size))
 
     def later(self):
         self.writer.tick(1 << 62)
@@ -108,7 +108,7 @@ def names(first, last):
     return [f"p{number}" for number in range(first, last + 1)]
 
 
-def test_without_syncs_a_packet_leaves_the_ring_when_its_letter_is_written(tmp_path):
+def test_without_syncs_a_packet_leaves_the_ring_when_its_dead_letter_is_written(tmp_path):
     site = Site(tmp_path, syncs=False)
     site.add(3)
     assert site.gone == [1, 2, 3]
@@ -119,7 +119,7 @@ def test_without_syncs_a_packet_leaves_the_ring_when_its_letter_is_written(tmp_p
 # ---- syncs
 
 
-def test_with_syncs_a_packet_stays_in_the_ring_until_its_letter_is_synced(site):
+def test_with_syncs_a_packet_stays_in_the_ring_until_its_dead_letter_is_synced(site):
     site.add()
     assert site.written() == ["p1"]
     assert site.gone == []
@@ -128,7 +128,7 @@ def test_with_syncs_a_packet_stays_in_the_ring_until_its_letter_is_synced(site):
     assert site.gone == [1]
 
 
-def test_letters_gather_while_a_sync_runs_and_the_next_covers_them_all(site):
+def test_dead_letters_gather_while_a_sync_runs_and_the_next_covers_them_all(site):
     site.add(100)
     assert site.written() == ["p1"]
     site.end_sync()
@@ -139,7 +139,7 @@ def test_letters_gather_while_a_sync_runs_and_the_next_covers_them_all(site):
     assert site.syncs == []
 
 
-def test_with_a_delay_letters_are_synced_together_and_stay_queued(tmp_path):
+def test_with_a_delay_dead_letters_are_synced_together_and_stay_queued(tmp_path):
     site = Site(tmp_path, syncs=True, delay=0.5)
     site.add(10)
     site.writer.tick(0)
@@ -196,10 +196,10 @@ def test_what_was_written_before_the_disk_was_full_is_synced_and_leaves(site, mo
     site.add()
     real = DeadLetters.write
 
-    def write(letters, packet, *why):
+    def write(dead_letters, packet, *why):
         if packet.id == "p4":
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(letters, packet, *why)
+        real(dead_letters, packet, *why)
 
     monkeypatch.setattr(DeadLetters, "write", write)
     site.add(4)
@@ -292,12 +292,12 @@ def test_no_turn_writes_for_long(tmp_path, monkeypatch, syncs):
     now = [SECOND]
 
     def monotonic_ns():
-        now[0] += 10_000_000  # a letter takes 10 ms
+        now[0] += 10_000_000  # a dead letter takes 10 ms
         return now[0]
 
     monkeypatch.setattr(dead_letter_writer, "time", SimpleNamespace(monotonic_ns=monotonic_ns))
     monkeypatch.setattr(dead_letter_writer, "PART_NS", 8_000_000)
-    site.writer.add(*[site.letter() for _ in range(33)])
+    site.writer.add(*[site.dead_letter() for _ in range(33)])
     turns = 1
     while len(site.gone) < 33:
         assert len(site.written()) <= 6 * turns

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist._core import Packet
-from fastdist.storage import dead_letters
+from fastdist.storage import dead_letters as module
 from fastdist.storage.dead_letters import (
     FOLDER,
     IDLE_NS,
@@ -43,16 +43,16 @@ def files_in(folder):
     return sorted((folder / FOLDER).iterdir())
 
 
-def letters_in(folder):
+def dead_letters_in(folder):
     return [json.loads(line) for file in files_in(folder) for line in file.read_bytes().splitlines()]
 
 
-def write(letters, body=b"{}", name="p1"):
-    letters.write(packet(body, name), "refused", "A2", 422, "HTTP 422")
+def write(dead_letters, body=b"{}", name="p1"):
+    dead_letters.write(packet(body, name), "refused", "A2", 422, "HTTP 422")
 
 
 @pytest.fixture
-def letters(tmp_path):
+def dead_letters(tmp_path):
     made = DeadLetters(tmp_path, "w0-1")
     yield made
     made.close()
@@ -61,13 +61,13 @@ def letters(tmp_path):
 # ---- what stands in them
 
 
-def test_a_letter_tells_everything(letters, tmp_path):
+def test_a_dead_letter_tells_everything(dead_letters, tmp_path):
     before = datetime.now(UTC) - timedelta(microseconds=1)
-    letters.write(packet('{"a":"é\u2028"}'.encode(), "key~1"), "exhausted", "A2", 503, "HTTP 503")
-    (letter,) = letters_in(tmp_path)
-    when = datetime.fromisoformat(letter.pop("deadLetteredAt"))
+    dead_letters.write(packet('{"a":"é\u2028"}'.encode(), "key~1"), "exhausted", "A2", 503, "HTTP 503")
+    (dead_letter,) = dead_letters_in(tmp_path)
+    when = datetime.fromisoformat(dead_letter.pop("deadLetteredAt"))
     assert before <= when <= datetime.now(UTC)
-    assert letter == {
+    assert dead_letter == {
         "id": "key~1",
         "reason": "exhausted",
         "analyzer": "A2",
@@ -80,10 +80,10 @@ def test_a_letter_tells_everything(letters, tmp_path):
     }
 
 
-def test_what_is_not_known_is_null(letters, tmp_path):
-    letters.write(packet(), "shutdown", None, None, None)
-    (letter,) = letters_in(tmp_path)
-    assert (letter["analyzer"], letter["status"], letter["error"]) == (None, None, None)
+def test_what_is_not_known_is_null(dead_letters, tmp_path):
+    dead_letters.write(packet(), "shutdown", None, None, None)
+    (dead_letter,) = dead_letters_in(tmp_path)
+    assert (dead_letter["analyzer"], dead_letter["status"], dead_letter["error"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -101,30 +101,30 @@ def test_what_is_not_known_is_null(letters, tmp_path):
         b"x" * 100_000,
     ],
 )
-def test_the_body_is_its_exact_text_or_base64(letters, tmp_path, body):
-    write(letters, body)
+def test_the_body_is_its_exact_text_or_base64(dead_letters, tmp_path, body):
+    write(dead_letters, body)
     (line,) = files_in(tmp_path)[0].read_bytes().splitlines(keepends=True)
     assert line.endswith(b"\n")
-    letter = json.loads(line)
+    dead_letter = json.loads(line)
     try:
         text = body.decode()
     except UnicodeDecodeError:
-        assert "body" not in letter
-        assert base64.b64decode(letter["bodyBase64"], validate=True) == body
+        assert "body" not in dead_letter
+        assert base64.b64decode(dead_letter["bodyBase64"], validate=True) == body
     else:
-        assert letter["body"] == text
-        assert "bodyBase64" not in letter
+        assert dead_letter["body"] == text
+        assert "bodyBase64" not in dead_letter
 
 
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)))
 def test_any_packet_can_be_had_back(tmp_path_factory, body):
     folder = tmp_path_factory.mktemp("any")
-    letters = DeadLetters(folder, "w0")
-    write(letters, body)
-    letters.close()
+    dead_letters = DeadLetters(folder, "w0")
+    write(dead_letters, body)
+    dead_letters.close()
     (line,) = (line for found in find_files(folder) for line in read_file(found))
-    assert line.letter.packet == body
-    assert (line.letter.id, line.letter.attempts, line.letter.status) == ("p1", 3, 422)
+    assert line.dead_letter.packet == body
+    assert (line.dead_letter.id, line.dead_letter.attempts, line.dead_letter.status) == ("p1", 3, 422)
 
 
 @pytest.mark.parametrize(
@@ -143,32 +143,32 @@ def test_times_are_rfc_3339(ns, text):
 # ---- their files
 
 
-def test_letters_follow_each_other_in_one_file_of_the_owners(letters, tmp_path):
+def test_dead_letters_follow_each_other_in_one_file_of_the_owners(dead_letters, tmp_path):
     for number in range(50):
-        write(letters, name=f"p{number}")
+        write(dead_letters, name=f"p{number}")
     (file,) = files_in(tmp_path)
     assert file.name.endswith("-w0-1.ndjson")
-    assert [letter["id"] for letter in letters_in(tmp_path)] == [f"p{number}" for number in range(50)]
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == [f"p{number}" for number in range(50)]
 
 
 def test_nobody_else_can_read_them(tmp_path):
     old = os.umask(0)
     try:
-        letters = DeadLetters(tmp_path / "new" / "data", "w0")
-        write(letters)
+        dead_letters = DeadLetters(tmp_path / "new" / "data", "w0")
+        write(dead_letters)
     finally:
         os.umask(old)
     (file,) = files_in(tmp_path / "new" / "data")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(file.parent.parent.stat().st_mode) == 0o700
-    letters.close()
+    dead_letters.close()
 
 
-def test_nothing_is_made_before_there_is_a_letter(tmp_path):
-    letters = DeadLetters(tmp_path / "data", "w0")
-    letters.tick(1)
-    letters.close()
+def test_nothing_is_made_before_there_is_a_dead_letter(tmp_path):
+    dead_letters = DeadLetters(tmp_path / "data", "w0")
+    dead_letters.tick(1)
+    dead_letters.close()
     assert not (tmp_path / "data").exists()
 
 
@@ -177,57 +177,57 @@ def test_owners_do_not_share_files(tmp_path):
     for number in range(30):
         write(owners[number % 3], name=f"p{number}")
     assert len(files_in(tmp_path)) == 3
-    assert {letter["id"] for letter in letters_in(tmp_path)} == {f"p{number}" for number in range(30)}
+    assert {dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)} == {f"p{number}" for number in range(30)}
     for owner in owners:
         owner.close()
 
 
-def test_a_new_file_is_begun_when_one_has_grown(letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(dead_letters, "MAX_FILE", 2000)
+def test_a_new_file_is_begun_when_one_has_grown(dead_letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_FILE", 2000)
     for number in range(20):
-        write(letters, b"x" * 300, f"p{number}")
+        write(dead_letters, b"x" * 300, f"p{number}")
     files = files_in(tmp_path)
     assert len(files) == 7  # three to a file
     assert all(file.stat().st_size <= 2000 for file in files)
-    assert [letter["id"] for letter in letters_in(tmp_path)] == [f"p{number}" for number in range(20)]
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == [f"p{number}" for number in range(20)]
 
 
-def test_a_letter_larger_than_a_file_has_one_of_its_own(letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(dead_letters, "MAX_FILE", 2000)
+def test_a_dead_letter_larger_than_a_file_has_one_of_its_own(dead_letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_FILE", 2000)
     for size in (10, 5000, 10, 5000, 5000):
-        write(letters, b"x" * size)
-    assert [len(letter["body"]) for letter in letters_in(tmp_path)] == [10, 5000, 10, 5000, 5000]
+        write(dead_letters, b"x" * size)
+    assert [len(dead_letter["body"]) for dead_letter in dead_letters_in(tmp_path)] == [10, 5000, 10, 5000, 5000]
     assert len(files_in(tmp_path)) == 5
 
 
-def test_a_file_is_open_only_while_letters_come(letters, tmp_path):
+def test_a_file_is_open_only_while_dead_letters_come(dead_letters, tmp_path):
     def open_files():
         links = (link for link in Path("/proc/self/fd").iterdir() if link.is_symlink())  # one is that of the listing
         return [link for link in links if link.resolve().is_relative_to(tmp_path)]
 
-    write(letters)
-    letters.settle()
-    letters.tick(10 * IDLE_NS)
-    letters.tick(10 * IDLE_NS + IDLE_NS // 2)
+    write(dead_letters)
+    dead_letters.settle()
+    dead_letters.tick(10 * IDLE_NS)
+    dead_letters.tick(10 * IDLE_NS + IDLE_NS // 2)
     assert len(open_files()) == 1
-    write(letters, name="p2")
-    letters.settle()
-    letters.tick(11 * IDLE_NS)  # it was written to since
-    letters.tick(11 * IDLE_NS + IDLE_NS // 2)
+    write(dead_letters, name="p2")
+    dead_letters.settle()
+    dead_letters.tick(11 * IDLE_NS)  # it was written to since
+    dead_letters.tick(11 * IDLE_NS + IDLE_NS // 2)
     assert len(open_files()) == 1
-    letters.tick(12 * IDLE_NS)
+    dead_letters.tick(12 * IDLE_NS)
     assert open_files() == []
-    write(letters, name="p3")  # and is taken up again
+    write(dead_letters, name="p3")  # and is taken up again
     assert len(files_in(tmp_path)) == 1
-    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2", "p3"]
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p2", "p3"]
 
 
 @pytest.mark.parametrize("what", ["locked", "deleted", "replaced"])
-def test_a_file_somebody_has_or_had_is_left_alone(letters, tmp_path, what):
-    write(letters)
-    letters.settle()
-    letters.tick(1)
-    letters.tick(1 + IDLE_NS)
+def test_a_file_somebody_has_or_had_is_left_alone(dead_letters, tmp_path, what):
+    write(dead_letters)
+    dead_letters.settle()
+    dead_letters.tick(1)
+    dead_letters.tick(1 + IDLE_NS)
     (file,) = files_in(tmp_path)
     other = os.open(file, os.O_RDWR)
     if what == "locked":
@@ -236,25 +236,27 @@ def test_a_file_somebody_has_or_had_is_left_alone(letters, tmp_path, what):
         file.unlink()
         if what == "replaced":
             file.write_bytes(b"")
-    write(letters, name="p2")
-    assert [letter["id"] for letter in letters_in(tmp_path)] == (["p1", "p2"] if what == "locked" else ["p2"])
+    write(dead_letters, name="p2")
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == (
+        ["p1", "p2"] if what == "locked" else ["p2"]
+    )
     os.close(other)
 
 
-def test_a_file_in_use_is_locked(letters, tmp_path):
-    write(letters)
+def test_a_file_in_use_is_locked(dead_letters, tmp_path):
+    write(dead_letters)
     (file,) = files_in(tmp_path)
     with file.open("rb") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_after_close_comes_another_file(letters, tmp_path):
-    write(letters)
-    letters.close()
-    letters.close()
-    write(letters, name="p2")
+def test_after_close_comes_another_file(dead_letters, tmp_path):
+    write(dead_letters)
+    dead_letters.close()
+    dead_letters.close()
+    write(dead_letters, name="p2")
     assert len(files_in(tmp_path)) == 2
-    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p2"]
 
 
 def is_locked(file):
@@ -266,61 +268,61 @@ def is_locked(file):
     return False
 
 
-def test_a_file_is_given_up_when_it_is_asked_for(letters, tmp_path):
-    """However steadily letters come; what comes then goes to another."""
-    write(letters)
-    letters.settle()
-    letters.tick(1)
+def test_a_file_is_given_up_when_it_is_asked_for(dead_letters, tmp_path):
+    """However steadily dead letters come; what comes then goes to another."""
+    write(dead_letters)
+    dead_letters.settle()
+    dead_letters.tick(1)
     (file,) = files_in(tmp_path)
     with file.open("rb") as other:
-        write(letters, name="p2")
-        letters.tick(2)
+        write(dead_letters, name="p2")
+        dead_letters.tick(2)
         assert is_locked(file)
         ask_for(other.fileno())
-        letters.tick(3)
+        dead_letters.tick(3)
         assert is_locked(file), "not before it is settled"
-        letters.settle()
+        dead_letters.settle()
         assert not is_locked(file)
-        write(letters, name="p3")
-        letters.settle()
-        letters.tick(4)
+        write(dead_letters, name="p3")
+        dead_letters.settle()
+        dead_letters.tick(4)
     assert [len(each.read_bytes().splitlines()) for each in files_in(tmp_path)] == [2, 1]
 
 
-def test_who_asked_for_a_file_and_died_asks_no_more(letters, tmp_path):
-    write(letters)
-    letters.settle()
+def test_who_asked_for_a_file_and_died_asks_no_more(dead_letters, tmp_path):
+    write(dead_letters)
+    dead_letters.settle()
     (file,) = files_in(tmp_path)
     with file.open("rb") as other:
         ask_for(other.fileno())
-    letters.tick(1)
+    dead_letters.tick(1)
     assert is_locked(file)
 
 
-def test_a_file_is_written_to_for_a_minute_at_most(letters, tmp_path):
+def test_a_file_is_written_to_for_a_minute_at_most(dead_letters, tmp_path):
     for now in range(1, MAX_OPEN_NS + 2, IDLE_NS // 2):
-        write(letters, name=f"p{now}")
-        letters.settle()
-        letters.tick(now)
+        write(dead_letters, name=f"p{now}")
+        dead_letters.settle()
+        dead_letters.tick(now)
     (file,) = files_in(tmp_path)
     assert not is_locked(file)
-    write(letters, name="last")
+    write(dead_letters, name="last")
     assert len(files_in(tmp_path)) == 2
 
 
-def test_a_file_that_cannot_be_written_to_is_given_up(letters, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_to_is_given_up(dead_letters, tmp_path, monkeypatch):
     """Purging it may be what makes room."""
-    write(letters)
-    letters.settle()
+    write(dead_letters)
+    dead_letters.settle()
     (file,) = files_in(tmp_path)
     with monkeypatch.context() as disk:
-        disk.setattr(dead_letters.os, "write", broken)
+        disk.setattr(module.os, "write", broken)
         for _ in range(3):
             with pytest.raises(OSError, match="Input/output"):
-                write(letters, name="lost")
+                write(dead_letters, name="lost")
             assert not is_locked(file)
-    write(letters, name="p2")
-    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+    write(dead_letters, name="p2")
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p2"]
     assert files_in(tmp_path) == [file]
 
 
@@ -331,24 +333,27 @@ import resource, sys
 from fastdist._core import Packet
 from fastdist.storage.dead_letters import DeadLetters
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-letters = DeadLetters(sys.argv[1], "w0")
+dead_letters = DeadLetters(sys.argv[1], "w0")
 for number in range(20):
-    letters.write(Packet(1, f"p{number}", b"x" * 300, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
-    assert letters.settle()
+    dead_letters.write(Packet(1, f"p{number}", b"x" * 300, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+    assert dead_letters.settle()
 for _ in range(3):
     try:
-        letters.write(Packet(1, "large", b"x" * 3000, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+        dead_letters.write(Packet(1, "large", b"x" * 3000, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
     except OSError as error:
         print(error.strerror)
-letters.write(Packet(1, "small", b"x", 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+dead_letters.write(Packet(1, "small", b"x", 1, 0, 1, 0, 0), "refused", "A1", 400, None)
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n") == ["File too large"] * 3 + [""]
-    assert [letter["id"] for letter in letters_in(tmp_path)] == [*(f"p{number}" for number in range(20)), "small"]
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == [
+        *(f"p{number}" for number in range(20)),
+        "small",
+    ]
     assert len(files_in(tmp_path)) == 5 + 1, "four to each; one for the large one, and then for the small one"
 
 
-def test_an_error_when_a_file_is_closed_closes_no_other(letters, tmp_path, monkeypatch):
+def test_an_error_when_a_file_is_closed_closes_no_other(dead_letters, tmp_path, monkeypatch):
     """The number is free and may be somebody else's when it is closed once more."""
     real, closed = os.close, []
 
@@ -357,17 +362,17 @@ def test_an_error_when_a_file_is_closed_closes_no_other(letters, tmp_path, monke
         real(fd)
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    write(letters)
-    letters.settle()
-    letters.tick(1)
-    monkeypatch.setattr(dead_letters.os, "close", close)
-    letters.tick(1 + 2 * IDLE_NS)
-    letters.tick(1 + 4 * IDLE_NS)
-    letters.settle()
+    write(dead_letters)
+    dead_letters.settle()
+    dead_letters.tick(1)
+    monkeypatch.setattr(module.os, "close", close)
+    dead_letters.tick(1 + 2 * IDLE_NS)
+    dead_letters.tick(1 + 4 * IDLE_NS)
+    dead_letters.settle()
     monkeypatch.undo()
     assert len(closed) == 1
-    write(letters, name="p2")
-    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+    write(dead_letters, name="p2")
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p2"]
 
 
 # ---- what becomes of what was written
@@ -377,8 +382,8 @@ def test_an_error_when_a_file_is_closed_closes_no_other(letters, tmp_path, monke
 def calls(monkeypatch):
     """Return what is synced: ("data", size of the file) or ("folder", its name)."""
     calls = []
-    monkeypatch.setattr(dead_letters.os, "fdatasync", lambda fd: calls.append(("data", os.fstat(fd).st_size)))
-    monkeypatch.setattr(dead_letters, "sync_folder", lambda folder: calls.append(("folder", folder.name)))
+    monkeypatch.setattr(module.os, "fdatasync", lambda fd: calls.append(("data", os.fstat(fd).st_size)))
+    monkeypatch.setattr(module, "sync_folder", lambda folder: calls.append(("folder", folder.name)))
     return calls
 
 
@@ -386,97 +391,97 @@ def sizes_in(folder):
     return [path.stat().st_size for path in files_in(folder)]
 
 
-def sync(letters):
+def sync(dead_letters):
     """Sync what was written, as a worker does; say whether it is safe."""
     try:
-        letters.begin_sync()()
+        dead_letters.begin_sync()()
     except OSError as error:
-        return letters.settle(error)
-    return letters.settle()
+        return dead_letters.settle(error)
+    return dead_letters.settle()
 
 
 def broken(*_):
     raise OSError(errno.EIO, "Input/output error")
 
 
-def test_one_sync_covers_all_letters_and_at_first_the_names_of_file_and_folder(letters, tmp_path, calls):
-    assert sync(letters)
+def test_one_sync_covers_all_dead_letters_and_at_first_the_names_of_file_and_folder(dead_letters, tmp_path, calls):
+    assert sync(dead_letters)
     assert calls == []
     for _ in range(3):
-        write(letters)
+        write(dead_letters)
     (size,) = sizes_in(tmp_path)
-    assert letters.unsettled == size
-    assert sync(letters)
+    assert dead_letters.unsettled == size
+    assert sync(dead_letters)
     assert calls == [("data", size), ("folder", FOLDER), ("folder", tmp_path.name)]
-    assert letters.unsettled == 0
-    write(letters)
-    assert sync(letters)
-    assert sync(letters)
+    assert dead_letters.unsettled == 0
+    write(dead_letters)
+    assert sync(dead_letters)
+    assert sync(dead_letters)
     assert calls[3:] == [("data", *sizes_in(tmp_path))]
 
 
-def test_the_name_of_a_file_is_synced_even_if_it_was_closed_before(letters, tmp_path, calls, monkeypatch):
+def test_the_name_of_a_file_is_synced_even_if_it_was_closed_before(dead_letters, tmp_path, calls, monkeypatch):
     with monkeypatch.context() as disk:
-        disk.setattr(dead_letters.os, "write", broken)
+        disk.setattr(module.os, "write", broken)
         with pytest.raises(OSError, match="Input/output"):
-            write(letters)
-    write(letters)
-    assert sync(letters)
+            write(dead_letters)
+    write(dead_letters)
+    assert sync(dead_letters)
     assert calls == [("data", *sizes_in(tmp_path)), ("folder", FOLDER), ("folder", tmp_path.name)]
 
 
-def test_a_file_that_is_full_is_synced_all_the_same(letters, tmp_path, calls, monkeypatch):
-    monkeypatch.setattr(dead_letters, "MAX_FILE", 1000)
+def test_a_file_that_is_full_is_synced_all_the_same(dead_letters, tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(module, "MAX_FILE", 1000)
     for _ in range(3):
-        write(letters, b"x" * 600)
-    assert sync(letters)
+        write(dead_letters, b"x" * 600)
+    assert sync(dead_letters)
     assert [call for call in calls if call[0] == "data"] == [("data", size) for size in sizes_in(tmp_path)]
     assert len(calls) == 3 + 2
 
 
-def test_a_file_is_not_closed_before_it_is_settled(letters, tmp_path):
-    write(letters)
+def test_a_file_is_not_closed_before_it_is_settled(dead_letters, tmp_path):
+    write(dead_letters)
     (file,) = files_in(tmp_path)
     for now in range(1, 5):
-        letters.tick(now * IDLE_NS)
+        dead_letters.tick(now * IDLE_NS)
         assert is_locked(file)
-    write(letters, name="p2")
+    write(dead_letters, name="p2")
     for now in range(5, 9):
-        letters.tick(now * IDLE_NS)
+        dead_letters.tick(now * IDLE_NS)
         assert is_locked(file)
-    work = letters.begin_sync()
+    work = dead_letters.begin_sync()
     work()
     assert is_locked(file)
-    letters.settle()
+    dead_letters.settle()
     assert not is_locked(file)
-    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p2"]
     assert files_in(tmp_path) == [file]
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_what_could_not_be_synced_is_taken_back(letters, tmp_path, monkeypatch, files):
-    write(letters)
-    assert sync(letters)
+def test_what_could_not_be_synced_is_taken_back(dead_letters, tmp_path, monkeypatch, files):
+    write(dead_letters)
+    assert sync(dead_letters)
     if files > 1:
-        monkeypatch.setattr(dead_letters, "MAX_FILE", 1000)
+        monkeypatch.setattr(module, "MAX_FILE", 1000)
     for number in range(3):
-        write(letters, b"x" * 600, name=f"lost{number}")
+        write(dead_letters, b"x" * 600, name=f"lost{number}")
     assert len(files_in(tmp_path)) == (1 if files == 1 else 4)
     with monkeypatch.context() as disk:
-        disk.setattr(dead_letters.os, "fdatasync", broken)
-        assert not sync(letters)
-    assert letters.unsettled == 0
-    write(letters, name="later")
-    assert sync(letters)
-    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "later"]
+        disk.setattr(module.os, "fdatasync", broken)
+        assert not sync(dead_letters)
+    assert dead_letters.unsettled == 0
+    write(dead_letters, name="later")
+    assert sync(dead_letters)
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "later"]
 
 
 @pytest.mark.parametrize("how", ["deleted", "renamed", "replaced", "cut short", "with its folder"])
-def test_what_was_written_to_a_file_taken_away_is_not_safe(letters, tmp_path, how):
-    write(letters)
-    assert letters.settle()
+def test_what_was_written_to_a_file_taken_away_is_not_safe(dead_letters, tmp_path, how):
+    write(dead_letters)
+    assert dead_letters.settle()
     (file,) = files_in(tmp_path)
-    write(letters, name="p2")
+    write(dead_letters, name="p2")
     whole = file.read_bytes()
     if how == "renamed":
         file.rename(file.with_suffix(".1"))
@@ -488,10 +493,10 @@ def test_what_was_written_to_a_file_taken_away_is_not_safe(letters, tmp_path, ho
         file.unlink()
         if how == "replaced":
             file.write_bytes(whole)
-    assert not letters.settle()
-    write(letters, name="p2")
-    assert sync(letters)
-    assert letters_in(tmp_path)[-1]["id"] == "p2"
+    assert not dead_letters.settle()
+    write(dead_letters, name="p2")
+    assert sync(dead_letters)
+    assert dead_letters_in(tmp_path)[-1]["id"] == "p2"
     assert all(each.stat().st_size < len(whole) or each.read_bytes() == whole for each in files_in(tmp_path))
 
 
@@ -499,28 +504,28 @@ def test_a_renamed_queue_folder_is_not_made_anew(tmp_path):
     """It would be in the way of giving the folder its name back. One that was deleted is made, to lose no packet."""
     (queue := tmp_path / "data").mkdir()
     ring = os.open(queue / "ring-0.fdq", os.O_RDWR | os.O_CREAT)
-    letters = DeadLetters(queue, "w0", ring)
+    dead_letters = DeadLetters(queue, "w0", ring)
     queue.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError):
-        write(letters)
+        write(dead_letters)
     assert not queue.exists()
     (tmp_path / "moved").rename(queue)
-    write(letters)
-    assert letters.settle()
-    letters.close()
+    write(dead_letters)
+    assert dead_letters.settle()
+    dead_letters.close()
     shutil.rmtree(queue)
-    write(letters, name="p2")
-    assert letters.settle()
-    assert [letter["id"] for letter in letters_in(queue)] == ["p2"]
-    letters.close()
+    write(dead_letters, name="p2")
+    assert dead_letters.settle()
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(queue)] == ["p2"]
+    dead_letters.close()
     os.close(ring)
 
 
 @pytest.mark.parametrize("call", ["write", "open", "mkdir"])
 def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkeypatch, call):
-    letters = DeadLetters(tmp_path, "w0")
+    dead_letters = DeadLetters(tmp_path, "w0")
     if call == "write":
-        write(letters)  # the first goes well
+        write(dead_letters)  # the first goes well
 
     def fail(*_args, **_more):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -528,22 +533,24 @@ def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkey
     if call == "mkdir":
         (tmp_path / FOLDER).write_bytes(b"in its place")
     else:
-        monkeypatch.setattr(dead_letters.os, call, fail)
+        monkeypatch.setattr(module.os, call, fail)
     for _ in range(5):
         with pytest.raises(OSError, match=r"No space|exists"):
-            write(letters, name="lost")
+            write(dead_letters, name="lost")
     monkeypatch.undo()
     if call == "mkdir":
         (tmp_path / FOLDER).unlink()
-    write(letters, name="later")
-    assert [letter["id"] for letter in letters_in(tmp_path)] == (["p1", "later"] if call == "write" else ["later"])
+    write(dead_letters, name="later")
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == (
+        ["p1", "later"] if call == "write" else ["later"]
+    )
     assert len(files_in(tmp_path)) == 1
-    letters.close()
+    dead_letters.close()
 
 
 @pytest.mark.parametrize("first", [0, 1, 50])
-def test_half_a_line_is_taken_back(letters, tmp_path, monkeypatch, first):
-    write(letters)
+def test_half_a_line_is_taken_back(dead_letters, tmp_path, monkeypatch, first):
+    write(dead_letters)
     whole = files_in(tmp_path)[0].read_bytes()
     real, sizes = os.write, [first]
 
@@ -552,25 +559,25 @@ def test_half_a_line_is_taken_back(letters, tmp_path, monkeypatch, first):
             return real(fd, data[: sizes.pop()])
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(dead_letters.os, "write", write_some)
+    monkeypatch.setattr(module.os, "write", write_some)
     with pytest.raises(OSError, match="full"):
-        write(letters, name="p2")
+        write(dead_letters, name="p2")
     assert files_in(tmp_path)[0].read_bytes() == whole
     monkeypatch.undo()
-    write(letters, name="p3")
-    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p3"]
+    write(dead_letters, name="p3")
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p3"]
 
 
-def test_short_writes_are_continued(letters, tmp_path, monkeypatch):
+def test_short_writes_are_continued(dead_letters, tmp_path, monkeypatch):
     real = os.write
-    monkeypatch.setattr(dead_letters.os, "write", lambda fd, data: real(fd, data[:7]))
-    write(letters, b"x" * 1000)
-    write(letters, b"y" * 1000, "p2")
-    assert [letter["id"] for letter in letters_in(tmp_path)] == ["p1", "p2"]
+    monkeypatch.setattr(module.os, "write", lambda fd, data: real(fd, data[:7]))
+    write(dead_letters, b"x" * 1000)
+    write(dead_letters, b"y" * 1000, "p2")
+    assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p2"]
 
 
-def test_half_a_line_that_cannot_be_taken_back_is_followed_by_nothing(letters, tmp_path, monkeypatch):
-    write(letters)
+def test_half_a_line_that_cannot_be_taken_back_is_followed_by_nothing(dead_letters, tmp_path, monkeypatch):
+    write(dead_letters)
     real, sizes = os.write, [50]
 
     def write_some(fd, data):
@@ -581,14 +588,14 @@ def test_half_a_line_that_cannot_be_taken_back_is_followed_by_nothing(letters, t
     def fail(*_):
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(dead_letters.os, "write", write_some)
-    monkeypatch.setattr(dead_letters.os, "ftruncate", fail)
+    monkeypatch.setattr(module.os, "write", write_some)
+    monkeypatch.setattr(module.os, "ftruncate", fail)
     with pytest.raises(OSError, match="broken"):
-        write(letters, name="p2")
+        write(dead_letters, name="p2")
     monkeypatch.undo()
-    write(letters, name="p3")
+    write(dead_letters, name="p3")
     first, second = files_in(tmp_path)
     assert len(first.read_bytes().splitlines()) == 2
     assert [json.loads(line)["id"] for line in second.read_bytes().splitlines()] == ["p3"]
     lines = [line for found in find_files(tmp_path) for line in read_file(found)]
-    assert [line.letter and line.letter.id for line in lines] == ["p1", None, "p3"]
+    assert [line.dead_letter and line.dead_letter.id for line in lines] == ["p1", None, "p3"]

@@ -7,7 +7,7 @@ import threading
 import time
 from datetime import UTC, datetime
 
-from letters import WHOLE, broken, fill, ids, names_in, packet
+from dead_letters import WHOLE, broken, fill, ids, names_in, packet
 
 from fastdist.client import held_file, purge
 from fastdist.client.held_file import HeldFile
@@ -34,15 +34,15 @@ def test_purging_a_whole_file_needs_no_room(tmp_path, monkeypatch):
 
 def test_a_file_under_a_steady_trickle_is_purged(tmp_path):
     """Its worker is asked for it."""
-    letters, ended = DeadLetters(tmp_path, "w0-1"), threading.Event()
-    letters.write(packet("first"), "refused", "A1", 400, None)
+    dead_letters, ended = DeadLetters(tmp_path, "w0-1"), threading.Event()
+    dead_letters.write(packet("first"), "refused", "A1", 400, None)
     files = find_files(tmp_path)
 
     def work():
         while not ended.wait(0.005):
-            letters.write(packet("later"), "refused", "A1", 400, None)
-            letters.settle()
-            letters.tick(time.monotonic_ns())
+            dead_letters.write(packet("later"), "refused", "A1", 400, None)
+            dead_letters.settle()
+            dead_letters.tick(time.monotonic_ns())
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -51,7 +51,7 @@ def test_a_file_under_a_steady_trickle_is_purged(tmp_path):
     finally:
         ended.set()
         thread.join()
-    letters.close()
+    dead_letters.close()
     assert set(ids(tmp_path)) <= {"later"}
 
 
@@ -83,14 +83,14 @@ def test_purge_by_age(tmp_path):
 
 def test_purge_skips_what_a_worker_writes_to_and_what_came_later(tmp_path, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.05)
-    letters = DeadLetters(tmp_path, "w0-1")
-    letters.write(packet("a"), "refused", "A1", 400, None)
+    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters.write(packet("a"), "refused", "A1", 400, None)
     files = find_files(tmp_path)
     notes = []
     assert purged(files, Selection(), notes.append) == (0, 1)
     assert "skipped" in notes[0]
-    letters.write(packet("b"), "refused", "A1", 400, None)
-    letters.close()
+    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    dead_letters.close()
     assert purged(files, Selection(), notes.append) == (1, 0)
     assert ids(tmp_path) == ["b"]
 
@@ -108,6 +108,6 @@ def test_census(tmp_path):
     with path.open("ab") as file:
         file.write(b"{torn")
     census = purge.count(find_files(tmp_path), Selection())
-    assert (census.lines, census.letters, census.size) == (3, 2, 15)
+    assert (census.lines, census.dead_letters, census.size) == (3, 2, 15)
     assert census.oldest < datetime.now(UTC)
     assert purge.count(find_files(tmp_path), Selection(reason="exhausted")).oldest is None

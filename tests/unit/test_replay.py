@@ -12,10 +12,10 @@ import time
 from functools import partial
 
 import pytest
+from dead_letters import WHOLE, Listener, broken, fill, idle, ids, names_in, packet, replayed
 from fakes import ACCEPTED, problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from letters import WHOLE, Listener, broken, fill, idle, ids, names_in, packet, replayed
 
 from fastdist.client import connection, held_file, replay
 from fastdist.client.connection import Target
@@ -90,7 +90,7 @@ def test_what_was_not_accepted_is_left_and_in_its_order(tmp_path, distributor, f
     folder = tmp_path / "dead-letters"
     folder.mkdir(exist_ok=True)
     distributor.accepted.clear()
-    expected, letters = [], 0
+    expected, dead_letters = [], 0
     for i, kinds in enumerate(fates):
         with (folder / f"{i}.ndjson").open("wb") as file:
             for j, kind in enumerate(kinds):
@@ -99,8 +99,8 @@ def test_what_was_not_accepted_is_left_and_in_its_order(tmp_path, distributor, f
                 line = line.replace(b'"x"', f'"{name}"'.encode())
                 file.write(line + b"\n")
                 distributor.script[name] = [ACCEPTED if kind == "accepted" else problem(400, "no")]
-                sent = kind in {"accepted", "refused"} and (limit is None or letters < limit)
-                letters += kind in {"accepted", "refused"}
+                sent = kind in {"accepted", "refused"} and (limit is None or dead_letters < limit)
+                dead_letters += kind in {"accepted", "refused"}
                 if kind != "blank" and not (sent and kind == "accepted"):
                     expected.append(line)
     summary = Replay(find_files(tmp_path), Selection(), Target.parse(distributor.url, None), Listener()).run(3, limit)
@@ -136,7 +136,7 @@ def test_connections_are_kept_over_files(tmp_path, distributor, run):
     assert distributor.connections == 1
 
 
-def test_letters_are_posted_at_the_same_time(tmp_path, distributor, run):
+def test_dead_letters_are_posted_at_the_same_time(tmp_path, distributor, run):
     fill(tmp_path, "abc")
     meeting = threading.Barrier(3, timeout=20)
     distributor.before_answer = meeting.wait
@@ -223,7 +223,7 @@ def test_a_distributor_that_is_silent_ends_it(tmp_path, distributor, run, monkey
         (301, "of a distributor?"),
     ],
 )
-def test_a_wrong_door_is_no_refusal_of_a_letter(tmp_path, distributor, run, status, advice):
+def test_a_wrong_door_is_no_refusal_of_a_dead_letter(tmp_path, distributor, run, status, advice):
     fill(tmp_path, "abc")
     distributor.otherwise = problem(status, "who is there?")
     summary = run(tmp_path, connections=1)
@@ -254,13 +254,13 @@ def test_a_file_that_is_given_up_in_time_is_replayed(tmp_path, run):
     assert run(tmp_path).replayed == 1
 
 
-def test_letters_that_die_while_it_runs_are_left_for_the_next_time(tmp_path, distributor):
-    letters = DeadLetters(tmp_path, "w0-1")
-    letters.write(packet("a"), "refused", "A1", 400, None)
-    idle(letters)
+def test_dead_letters_that_die_while_it_runs_are_left_for_the_next_time(tmp_path, distributor):
+    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    idle(dead_letters)
     files = find_files(tmp_path)
-    letters.write(packet("b"), "refused", "A1", 400, None)
-    letters.close()
+    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    dead_letters.close()
     Replay(files, Selection(), Target.parse(distributor.url, None), Listener()).run(1)
     assert distributor.accepted == {"a": 1}
     assert ids(tmp_path) == ["b"]
@@ -298,7 +298,7 @@ class Killer:
     def begin(self, total): pass
     def note(self, text): pass
     def waiting(self, why, seconds): pass
-    def refused(self, letter, response): pass
+    def refused(self, dead_letter, response): pass
     def replayed(self):
         self.count += 1
         if self.count == int(sys.argv[3]):
@@ -342,19 +342,19 @@ def test_a_journal_whose_last_entry_is_torn_is_gone_on_with(tmp_path, distributo
     assert names_in(path.parent) == []
 
 
-def test_a_journal_left_behind_hides_no_other_letter_of_the_same_key(tmp_path, run, distributor):
+def test_a_journal_left_behind_hides_no_other_dead_letter_of_the_same_key(tmp_path, run, distributor):
     """The replay was killed between the rename of the new file and the deletion of the journal."""
-    letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetters(tmp_path, "w0-1")
     for body in (b'{"first":1}', b'{"second":2}'):
-        letters.write(packet("key", body), "refused", "A1", 404, "no")
-    letters.close()
+        dead_letters.write(packet("key", body), "refused", "A1", 404, "no")
+    dead_letters.close()
     (found,) = find_files(tmp_path)
     with HeldFile.hold(found.path, 0) as held:
         held.note_replayed(next(iter(held.lines())))
         stale = journal_of(found.path).read_bytes()
         held.rewrite()
     journal_of(found.path).write_bytes(stale)
-    assert [line.letter.body for line in read_file(found)] == ['{"second":2}']
+    assert [line.dead_letter.body for line in read_file(found)] == ['{"second":2}']
     assert run(tmp_path).replayed == 1
     assert [body for _, _, body in distributor.requests] == [b'{"second":2}']
     assert names_in(found.path.parent) == []
@@ -469,7 +469,7 @@ class Says(dict):
 DISK = {"durability": "disk", "syncIntervalSeconds": 0.01}
 
 
-def test_letters_are_removed_only_when_the_distributor_has_synced_them(tmp_path, distributor, run):
+def test_dead_letters_are_removed_only_when_the_distributor_has_synced_them(tmp_path, distributor, run):
     paths = [fill(tmp_path, "ab"), fill(tmp_path, "c", owner="w1-1")]
     seen = []
     distributor.says = Says(
@@ -488,7 +488,7 @@ def test_letters_are_removed_only_when_the_distributor_has_synced_them(tmp_path,
         {"queue": DISK | {"syncIntervalSeconds": 3600}, "health": {"storage": "ok"}},
     ],
 )
-def test_letters_that_may_not_be_synced_stay_noted(tmp_path, distributor, run, events, says):
+def test_dead_letters_that_may_not_be_synced_stay_noted(tmp_path, distributor, run, events, says):
     path = fill(tmp_path, "ab")
     fill(tmp_path, "c", owner="w1-1")
     distributor.says = Says(lambda _: None, **says)

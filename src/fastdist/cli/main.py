@@ -50,7 +50,7 @@ app = typer.Typer(
 dead_letters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 queue = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-LettersPath = Annotated[
+DeadLettersPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), its folder dead-letters, or one file.")
 ]
 QueuePath = Annotated[Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), or one file of it.")]
@@ -60,8 +60,8 @@ REASONS_HELP = (
     "Only those with this reason: an analyzer refused it; retry.max_attempts is used up; too large for the queue as it "
     "is now; left in memory at the end"
 )
-LetterReasonOption = Annotated[Reason | None, typer.Option(help=f"{REASONS_HELP}.")]
-LineReasonOption = Annotated[LineReason | None, typer.Option(help=f"{REASONS_HELP}; a line that is no letter.")]
+DeadLetterReasonOption = Annotated[Reason | None, typer.Option(help=f"{REASONS_HELP}.")]
+LineReasonOption = Annotated[LineReason | None, typer.Option(help=f"{REASONS_HELP}; a line that is not a dead letter.")]
 FILE_HELP = "TOML file to read; else the one FASTDIST_CONFIG names; else none."
 ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help=FILE_HELP)]
 Host = Annotated[str | None, setting_option("server.host")]
@@ -199,7 +199,7 @@ def dead_letters_group() -> None:
 
 @dead_letters.command("list")
 def dead_letters_list(
-    path: LettersPath,
+    path: DeadLettersPath,
     *,
     reason: LineReasonOption = None,
     since: Annotated[
@@ -209,8 +209,8 @@ def dead_letters_list(
 ) -> None:
     """List dead letters, the oldest files first.
 
-    A line that is no letter, such as one torn by a crash, is listed with the reason "unreadable". With --json, each
-    letter is an object on a line of its own; the packets themselves are in the files, which are NDJSON as well.
+    A line that is not a dead letter, such as one torn by a crash, is listed with the reason "unreadable". With --json,
+    each dead letter is an object on a line of its own; the packets themselves are in the files, which are NDJSON too.
 
     \b
     Examples:
@@ -223,20 +223,20 @@ def dead_letters_list(
 
     with problems_shown():
         selection = dead_letters.Selection(reason=reason, since=ago(since, "--since"))
-        show = output.print_letters_json if json else output.print_letters
+        show = output.print_dead_letters_json if json else output.print_dead_letters
         show(dead_letters.find_files(path), selection)
 
 
 @dead_letters.command("replay")
 def dead_letters_replay(
-    path: LettersPath,
+    path: DeadLettersPath,
     *,
     url: Annotated[str, typer.Option(help="The distributor to post them to.")] = DEFAULT_URL,
     token: Token = None,
     ca_file: CaFile = None,
     connections: Annotated[int, typer.Option(min=1, max=256, help="How many to post at the same time.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Post no more than this many.")] = None,
-    reason: LetterReasonOption = None,
+    reason: DeadLetterReasonOption = None,
 ) -> None:
     """Post dead letters to a running distributor, under the ids they had.
 
@@ -263,7 +263,7 @@ def dead_letters_replay(
 
 @dead_letters.command("purge")
 def dead_letters_purge(
-    path: LettersPath,
+    path: DeadLettersPath,
     *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     reason: LineReasonOption = None,

@@ -26,7 +26,7 @@ MAX_DAMAGES = 20  # of a file
 ECHO_LINES = 1000
 WIDE = 104  # columns of a terminal
 
-LETTER_COLUMNS = ("id", "reason", "analyzer", "status", "attempts>", "accepted", "dead since", "size>")
+DEAD_LETTER_COLUMNS = ("id", "reason", "analyzer", "status", "attempts>", "accepted", "dead since", "size>")
 PACKET_COLUMNS = ("id", "accepted", "age>", "attempts>", "messages>", "size>", "file")
 FILE_COLUMNS = ("file", "packets>", "in use>", "capacity>", "")
 
@@ -94,23 +94,23 @@ def _echo_all(lines: Iterable[str]) -> None:
 # ---- dead letters
 
 
-def print_letters(files: list[Found], selection: Selection) -> None:
-    """Print the selected letters and a line that sums them up. Raises OSError."""
+def print_dead_letters(files: list[Found], selection: Selection) -> None:
+    """Print the selected dead letters and a line that sums them up. Raises OSError."""
     census, rows = Census(), []
     for _, line in selected(files, selection):
         census.add(line)
-        rows.append(_letter_row(line))
+        rows.append(_dead_letter_row(line))
     if not rows:
         typer.echo("no dead letters")
         return
-    print_table(LETTER_COLUMNS, rows)
+    print_table(DEAD_LETTER_COLUMNS, rows)
     typer.echo(census_text(census))
 
 
 def lines_text(census: Census) -> str:
     """Return how many dead letters and unreadable lines there are."""
-    unreadable = census.lines - census.letters
-    counts = [plural(census.letters, "dead letter")] if census.letters or not unreadable else []
+    unreadable = census.lines - census.dead_letters
+    counts = [plural(census.dead_letters, "dead letter")] if census.dead_letters or not unreadable else []
     return " and ".join([*counts, plural(unreadable, "unreadable line")] if unreadable else counts)
 
 
@@ -120,34 +120,34 @@ def census_text(census: Census) -> str:
     return f"{lines_text(census)}, {size_text(census.size)}{since}"
 
 
-def _letter_row(line: Line) -> tuple[str, ...]:
-    letter = line.letter
-    if letter is None:
+def _dead_letter_row(line: Line) -> tuple[str, ...]:
+    dead_letter = line.dead_letter
+    if dead_letter is None:
         return ("-", line.reason, "-", "-", "-", "-", time_text(line.time), size_text(line.size))
     return (
-        letter.id,
-        letter.reason,
-        letter.analyzer or "-",
-        str(letter.status or "-"),
-        str(letter.attempts),
-        time_text(letter.accepted_at),
-        time_text(letter.dead_lettered_at),
+        dead_letter.id,
+        dead_letter.reason,
+        dead_letter.analyzer or "-",
+        str(dead_letter.status or "-"),
+        str(dead_letter.attempts),
+        time_text(dead_letter.accepted_at),
+        time_text(dead_letter.dead_lettered_at),
         size_text(line.size),
     )
 
 
-def print_letters_json(files: list[Found], selection: Selection) -> None:
+def print_dead_letters_json(files: list[Found], selection: Selection) -> None:
     """Print a JSON object for each selected dead letter, without its packet. Raises OSError."""
     _echo_all(
-        msgspec.json.encode(_letter_members(line) | {"file": str(found.path), "bytes": line.size}).decode()
+        msgspec.json.encode(_dead_letter_members(line) | {"file": str(found.path), "bytes": line.size}).decode()
         for found, line in selected(files, selection)
     )
 
 
-def _letter_members(line: Line) -> dict[str, object]:
-    if line.letter is None:
+def _dead_letter_members(line: Line) -> dict[str, object]:
+    if line.dead_letter is None:
         return {"id": None, "reason": line.reason}
-    members: dict[str, object] = msgspec.to_builtins(line.letter)
+    members: dict[str, object] = msgspec.to_builtins(line.dead_letter)
     return {name: value for name, value in members.items() if name not in {"body", "bodyBase64"}}
 
 

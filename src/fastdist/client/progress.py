@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Task
 
     from fastdist.client.connection import Response
-    from fastdist.storage.dead_letters import Letter
+    from fastdist.storage.dead_letters import DeadLetter
 
 LINE_EVERY = 10.0  # seconds between the lines that stand for a bar
 MAX_REFUSALS = 20  # shown one by one
@@ -87,11 +87,11 @@ class ReplayView(View):
         if self.take_line():
             self.note(f"{self._settled} of {self._total}")
 
-    def refused(self, letter: Letter, response: Response) -> None:
+    def refused(self, dead_letter: DeadLetter, response: Response) -> None:
         """Show a refusal, unless there were many."""
         self._refused += 1
         if self._refused <= MAX_REFUSALS:
-            self.note(f"refused {letter.id}: {response.text}")
+            self.note(f"refused {dead_letter.id}: {response.text}")
         elif self._refused == MAX_REFUSALS + 1:
             self.note("refused: more, which are not shown one by one")
         self.replayed()

@@ -20,14 +20,14 @@ class Census(msgspec.Struct):
     """What there is of a selection: all lines, the dead letters among them, bytes of packets, the oldest time."""
 
     lines: int = 0
-    letters: int = 0
+    dead_letters: int = 0
     size: int = 0
     oldest: datetime | None = None
 
     def add(self, line: Line) -> None:
         """Count a line."""
         self.lines += 1
-        self.letters += line.letter is not None
+        self.dead_letters += line.dead_letter is not None
         self.size += line.size
         self.oldest = min(self.oldest or line.time, line.time)
 

@@ -5,7 +5,7 @@ The rules:
 1. A dead letter goes from its file only once the distributor has accepted it. At worst it is replayed twice, under its
    own id, so that an analyzer can tell.
 2. What is accepted is noted at once (see ``held_file``), so a replay that is killed repeats no more than the dead
-   letters in flight. The file is not rewritten before the distributor has had the time to sync what it accepted
+   dead letters in flight. The file is not rewritten before the distributor has had the time to sync what it accepted
    (``disk``): until then the dead letters are safer in the file, noted as replayed.
 3. Packets that become dead letters while a replay runs are left alone: what is refused again is not sent in circles.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from fastdist.client.connection import Response, Target
     from fastdist.client.progress import ReplayView
-    from fastdist.storage.dead_letters import Found, Letter, Line, Selection
+    from fastdist.storage.dead_letters import DeadLetter, Found, Line, Selection
 
 UNKNOWN_INTERVAL = 0.5  # seconds between syncs of a distributor that does not say how often it does that
 MAX_INTERVAL = 30.0  # seconds between syncs that are waited for
@@ -75,7 +75,7 @@ class Replay(retry.Run):
         tidy(self.files)
         census = count(self.files, self.selection)
         self.summary.left = census.lines
-        self._room = census.letters if limit is None else min(limit, census.letters)
+        self._room = census.dead_letters if limit is None else min(limit, census.dead_letters)
         self.view.begin(self._room)
         opened = [Connection(self.target) for _ in range(connections)]
         try:
@@ -97,7 +97,9 @@ class Replay(retry.Run):
         held = HeldFile.hold_or_skip(found.path, self.view.note)
         if held is None:
             return
-        lines = ((line, line.letter) for line in held.lines(found.size) if line.letter and line in self.selection)
+        lines = (
+            (line, line.dead_letter) for line in held.lines(found.size) if line.dead_letter and line in self.selection
+        )
         try:
             with ThreadPoolExecutor(len(connections)) as pool:
                 try:
@@ -162,17 +164,17 @@ class Replay(retry.Run):
 
     # ---- in a thread for each connection
 
-    def _work(self, connection: Connection, held: HeldFile, lines: Iterator[tuple[Line, Letter]]) -> None:
+    def _work(self, connection: Connection, held: HeldFile, lines: Iterator[tuple[Line, DeadLetter]]) -> None:
         """Post the dead letters of a file, one after another, while there are any."""
         while (found := self._take(lines)) is not None:
-            line, letter = found
-            response = self.post(connection, letter.id, letter.packet)
+            line, dead_letter = found
+            response = self.post(connection, dead_letter.id, dead_letter.packet)
             if response is None:
                 return
             with self.lock:
-                self._settle(held, line, letter, response)
+                self._settle(held, line, dead_letter, response)
 
-    def _take(self, lines: Iterator[tuple[Line, Letter]]) -> tuple[Line, Letter] | None:
+    def _take(self, lines: Iterator[tuple[Line, DeadLetter]]) -> tuple[Line, DeadLetter] | None:
         with self.lock:
             if self.halt.is_set() or self._room <= 0:
                 return None
@@ -180,11 +182,11 @@ class Replay(retry.Run):
             self._room -= found is not None
             return found
 
-    def _settle(self, held: HeldFile, line: Line, letter: Letter, response: Response) -> None:
+    def _settle(self, held: HeldFile, line: Line, dead_letter: DeadLetter, response: Response) -> None:
         """Do what a final response asks for; the lock is held."""
         if not response.accepted:
             self.summary.refused += 1
-            self.view.refused(letter, response)
+            self.view.refused(dead_letter, response)
             return
         self.summary.replayed += 1
         self.summary.left -= 1

@@ -1,14 +1,14 @@
-"""Packets on their way to the dead letters: written some at a time, out of their ring when their letters are safe.
+"""The dead-letter writer: writes packets in small batches, and removes each from its ring when its dead letter is safe.
 
-1. A packet leaves its ring after its letter was written, synced (but with durability memory) and found in a file that
-   still has its name. What a failed sync covers is taken back from its file and written again, as is what went to a
-   file that somebody moved or deleted meanwhile: at worst a letter is there twice.
-2. Letters that wait for their sync are synced together, in a thread, ``sync_delay`` after the first of them was
+1. A packet leaves its ring after its dead letter was written, synced (except with durability memory) and found in a
+   file that still has its name. What a failed sync covers is removed from its file and written again, as is what went
+   to a file that was moved or deleted meanwhile: at worst a dead letter is written twice.
+2. Dead letters that wait for their sync are synced together, in a thread, ``sync_delay`` after the first of them was
    written: at once with durability fsync. They are synced sooner where they are many, for their packets take up room
    in the ring. While a sync runs nothing is written; the next one covers what has gathered meanwhile.
 3. What cannot be written or synced stays queued, and is tried again every ``RETRY_SECONDS``.
-4. No event-loop iteration writes letters for much longer than ``PART_NS``; the rest follows in later turns. So who
-   adds a letter writes it at once only if there are but a few that wait.
+4. No event-loop iteration writes dead letters for much longer than ``PART_NS``; the rest follows in later iterations.
+   So ``add`` writes at once only when few are waiting.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
     Runner = Callable[[Callable[[], None], Callable[[OSError | None], None]], None]
 
-RETRY_SECONDS = 1.0  # until a letter that could not be written is tried again
-MAX_DELAY = 1.0  # seconds that a letter waits for its sync, with whatever sync_interval
+RETRY_SECONDS = 1.0  # until a dead letter that could not be written is tried again
+MAX_DELAY = 1.0  # seconds that a dead letter waits for its sync, with whatever sync_interval
 PART_NS = 8_000_000
 LAST_PART_NS = 1_000_000_000  # at the end, when nobody is held up: what is synced together
-FEW = 16  # letters that wait to be written
-MANY = 256  # letters that do not wait for others to be synced with
+FEW = 16  # dead letters that wait to be written
+MANY = 256  # dead letters that do not wait for others to be synced with
 SHARE = 8  # nor do those of more than this part of a ring
 
 log = logs.get()
 
 
-class Letter(NamedTuple):
+class DeadLetter(NamedTuple):
     """A dead letter to be written: the packet, why, and the last analyzer that saw it with what it said."""
 
     ring: PacketRing
@@ -49,18 +49,18 @@ class Letter(NamedTuple):
     error: str | None
 
 
-def what_is_left(ring: PacketRing) -> list[Letter]:
-    """Claim all that nobody has claimed in a ring that ends with this service, and return the letters for it."""
-    letters = []
+def what_is_left(ring: PacketRing) -> list[DeadLetter]:
+    """Claim all that nobody has claimed in a ring that ends with this service, and return the dead letters for it."""
+    dead_letters = []
     while handle := ring.claim():
-        letters.append(Letter(ring, handle, "shutdown", None, None, None))
-    return letters
+        dead_letters.append(DeadLetter(ring, handle, "shutdown", None, None, None))
+    return dead_letters
 
 
 class DeadLetterWriter:
     """Writes to ``files``; ``gone(ring, sequence)`` is called for each packet that has become a dead letter.
 
-    With ``run`` letters are synced ``sync_delay`` seconds after they were written (``MAX_DELAY`` at most):
+    With ``run`` dead letters are synced ``sync_delay`` seconds after they were written (``MAX_DELAY`` at most):
     ``run(work, done)`` does ``work`` in a thread and then calls ``done``, with the OSError it raised if any, in the
     event loop.
     """
@@ -75,20 +75,20 @@ class DeadLetterWriter:
     ) -> None:
         self.files, self.counters, self.gone = files, counters, gone
         self._run, self._sync_delay = run, int(min(sync_delay, MAX_DELAY) * 1e9)  # ns
-        self.unwritten: deque[Letter] = deque()
-        self.written: list[Letter] = []  # and not known to be safe
+        self.unwritten: deque[DeadLetter] = deque()
+        self.written: list[DeadLetter] = []  # and not known to be safe
         self.syncing = False
         self.failed = False  # what was tried last
         self._sync_at = self._retry_at = 0  # monotonic ns
         self._problem: Exception | None = None  # with what was written last
 
-    def add(self, *letters: Letter) -> None:
+    def add(self, *dead_letters: DeadLetter) -> None:
         """Have claimed packets become dead letters."""
-        self.unwritten += letters
-        if len(self.unwritten) <= max(FEW, len(letters)):
+        self.unwritten += dead_letters
+        if len(self.unwritten) <= max(FEW, len(dead_letters)):
             try:
                 self._write()
-            except Exception as error:  # noqa: BLE001  (whatever it is, the letters are taken note of)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the dead letters are taken note of)
                 self._judge(error)
 
     def tick(self, now_ns: int) -> None:
@@ -107,12 +107,13 @@ class DeadLetterWriter:
         if self.written:
             self._settle(self._sync_now())
 
-    def write_all(self, letters: Iterable[Letter]) -> None:
-        """Write these and all others, here and now, for their ring ends with us. Raises OSError; some may be written.
+    def write_all(self, dead_letters: Iterable[DeadLetter]) -> None:
+        """Write these and all others now: their ring ends with this process. Raises OSError; some may be written then.
 
-        A sync is tried, but not insisted upon: better a letter that is not synced than none. No sync is to be running.
+        A sync is tried, but its failure is only logged: a dead letter that is not synced is better than none. No sync
+        may be running.
         """
-        self.unwritten += letters
+        self.unwritten += dead_letters
         while self.unwritten or self.written:
             self._write_part(LAST_PART_NS)
             error = self._sync_now()
@@ -146,7 +147,7 @@ class DeadLetterWriter:
             ring, handle, reason, analyzer, status, error = self.unwritten[0]
             try:
                 self.files.write(ring.packet(handle), reason, analyzer, status, error)
-            except Exception as problem:  # noqa: BLE001  (OSError, nearly always; whatever it is, the letter waits)
+            except Exception as problem:  # noqa: BLE001  (OSError, nearly always; whatever it is, the dead letter waits)
                 self._problem = problem
                 return
             self.written.append(self.unwritten.popleft())
@@ -177,21 +178,21 @@ class DeadLetterWriter:
     # ---- what becomes of it
 
     def _settle(self, error: OSError | None) -> None:
-        """Let packets go whose letters are safe; have the others written again."""
-        letters, self.written = self.written, []
+        """Let packets go whose dead letters are safe; have the others written again."""
+        dead_letters, self.written = self.written, []
         failure: Exception | None = error
         try:
             safe = self.files.settle(error)
         except Exception as problem:  # noqa: BLE001  (nobody knows what is safe)
             safe, failure = False, problem
         if safe:
-            for letter in letters:
-                sequence = letter.ring.sequence(letter.handle)
-                letter.ring.done(letter.handle)
-                self.counters.add(letter.reason)
-                self.gone(letter.ring, sequence)
+            for dead_letter in dead_letters:
+                sequence = dead_letter.ring.sequence(dead_letter.handle)
+                dead_letter.ring.done(dead_letter.handle)
+                self.counters.add(dead_letter.reason)
+                self.gone(dead_letter.ring, sequence)
         else:
-            self.unwritten.extendleft(reversed(letters))
+            self.unwritten.extendleft(reversed(dead_letters))
         self._judge(failure or self._problem)
 
     def _judge(self, problem: Exception | None) -> None:

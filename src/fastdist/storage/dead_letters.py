@@ -1,20 +1,20 @@
-"""Dead letters: packets no analyzer will ever take, kept as NDJSON files for a person to look at and to send again.
+"""Dead letters: packets that were given up, kept as NDJSON files to inspect and to send again.
 
-A packet leaves the queue only when its letter is safe here: in a file that still has its name, and (but with durability
-memory) synced. ``DeadLetterWriter`` sees to that. The rules that writer and readers keep:
+A packet leaves the queue only when its dead letter is safe here: in a file that still has its name, and (except with
+durability memory) synced; ``DeadLetterWriter`` takes care of that. Rules for the writer and the readers:
 
-1. Every worker writes files of its own, locked (flock) while they are open. A file that has had no letter for a second
-   is closed, so that others can have it; it is taken up again if nobody has it, else a new one is begun. Letters that
-   come without a pause go to a new one every minute, and at once when somebody asks for the file, by a lock on its
-   first byte. A file that cannot be written to is closed as well: it may have to be purged to make room.
-2. Others change a file only while they hold its lock, and only by renaming another over it or by deleting it. So
-   whoever gets the lock looks whether the file is still the one of that name.
-3. Who knows nothing of this may delete, rename or cut short a file or its folder at any time. So after writing the
-   writer looks whether the name still is that of its file; if not, all since the last such look is written again.
+1. Every worker writes its own files, locked (flock) while they are open. A file without a new dead letter for a second
+   is closed, so that other processes can lock it; the writer reopens it if it is not locked, and else begins a new one.
+   While dead letters arrive without a pause, a new file is begun every minute, and at once when another process asks
+   for the file, by a lock on its first byte. A file whose write fails is closed too: a purge may have to make room.
+2. Other processes change a file only while they hold its lock, and only by renaming another over it or by deleting it.
+   So after taking the lock, check that the file still is the one of that name.
+3. Other tools may delete, rename or truncate a file or its folder at any time. So after writing, the writer checks that
+   the name still is that of its file; if not, all since the last such check is written again.
 4. What was replayed is noted in a journal next to the file (``FILE.replayed``: offset and digest of the line) until the
-   file is rewritten without it; readers pass over what is noted there. An entry hides that very letter and no other, so
-   one that is left of an earlier file does no harm.
-5. A line that is no letter (torn by a crash, damaged) is shown as unreadable and otherwise left alone.
+   file is rewritten without it; readers skip what is noted there. An entry hides exactly that dead letter, so one that
+   is left of an earlier file does no harm.
+5. A line that is not a dead letter (torn by a crash, damaged) is shown as unreadable and otherwise left alone.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ FOLDER = "dead-letters"
 SUFFIX = ".ndjson"
 JOURNAL_SUFFIX = ".replayed"  # after the name of a file: what of it was replayed
 MAX_FILE = 64 << 20  # bytes
-IDLE_NS = 1_000_000_000  # without a letter, after which a file is closed
-MAX_OPEN_NS = 60_000_000_000  # however many letters come
-UNREADABLE = "unreadable"  # the reason that a line which is no letter is listed under
+IDLE_NS = 1_000_000_000  # without a dead letter, after which a file is closed
+MAX_OPEN_NS = 60_000_000_000  # however many dead letters come
+UNREADABLE = "unreadable"  # the reason that a line which is not a dead letter is listed under
 RECORD_LOCK = "hhqqi"  # struct flock: type, whence, start, length, pid
 
 log = logs.get()
@@ -89,7 +89,7 @@ class _File:
             os.close(self.fd)
         except OSError as error:
             log.error(
-                "an error when a file of dead letters was closed: its last letters may be missing",
+                "an error when a file of dead letters was closed: its last dead letters may be missing",
                 file=str(self.path),
                 error=str(error),
             )
@@ -116,7 +116,7 @@ class DeadLetters:
 
     def write(self, packet: Packet, reason: str, analyzer: str | None, status: int | None, error: str | None) -> None:
         """Append a packet: why it is here, and the last analyzer that saw it with what it said. Raises OSError."""
-        letter: dict[str, object] = {
+        dead_letter: dict[str, object] = {
             "id": packet.id,
             "reason": reason,
             "analyzer": analyzer,
@@ -128,10 +128,10 @@ class DeadLetters:
             "deadLetteredAt": iso_time(time.time_ns()),
         }
         try:
-            letter["body"] = packet.body.decode()
+            dead_letter["body"] = packet.body.decode()
         except UnicodeDecodeError:
-            letter["bodyBase64"] = base64.b64encode(packet.body).decode()
-        self._append(orjson.dumps(letter, option=orjson.OPT_APPEND_NEWLINE))
+            dead_letter["bodyBase64"] = base64.b64encode(packet.body).decode()
+        self._append(orjson.dumps(dead_letter, option=orjson.OPT_APPEND_NEWLINE))
 
     def tick(self, now_ns: int) -> None:
         """Close the file when others are to have it; to be called every now and then (``now_ns``: time.monotonic_ns()).
@@ -258,7 +258,7 @@ class DeadLetters:
         return self._take_up(_File(fd, path))
 
     def _reopen(self) -> _File | None:
-        """Go on with the file that was closed, lest rare letters make a file each; unless somebody has or had it."""
+        """Reopen the file that was closed last, so that rare dead letters share it; None if it is locked or changed."""
         if self._last is None:
             return None
         for file in self._open:  # it was to be closed
@@ -332,7 +332,7 @@ def _is_asked_for(fd: int) -> bool:
     return bool(struct.unpack(RECORD_LOCK, lock)[0] != fcntl.F_UNLCK)
 
 
-class Letter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="camel"):
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="camel"):
     """A line of such a file. Of ``body`` (text) and ``body_base64`` (what is not UTF-8) exactly one is there."""
 
     # What Idempotency-Key may be; \Z, because $ is also before a line feed at the end.
@@ -350,7 +350,7 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="camel"
 
     def __post_init__(self) -> None:
         if (self.body is None) == (self.body_base64 is None):
-            raise ValueError("a letter has one body")
+            raise ValueError("a dead letter has one body")
         if self.accepted_at.tzinfo is None or self.dead_lettered_at.tzinfo is None:
             raise ValueError("times have a zone")
 
@@ -361,22 +361,22 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="camel"
 
 
 class Line(NamedTuple):
-    """A line of a file: a letter, or what is left of one (``letter`` is None)."""
+    """A line of a file: a dead letter, or what is left of one (``dead_letter`` is None)."""
 
     offset: int
     raw: bytes
-    letter: Letter | None
+    dead_letter: DeadLetter | None
     time: datetime  # when it became a dead letter; of an unreadable line: when its file was last changed
 
     @property
     def reason(self) -> str:
         """Why it is here."""
-        return self.letter.reason if self.letter else UNREADABLE
+        return self.dead_letter.reason if self.dead_letter else UNREADABLE
 
     @property
     def size(self) -> int:
         """Bytes of the packet; of an unreadable line, all it has."""
-        return len(self.letter.packet) if self.letter else len(self.raw)
+        return len(self.dead_letter.packet) if self.dead_letter else len(self.raw)
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -420,7 +420,7 @@ def find_files(path: Path) -> list[Found]:
 
 
 def journal_of(path: Path) -> Path:
-    """Return where it is noted which letters of this file were replayed."""
+    """Return where it is noted which dead letters of this file were replayed."""
     return path.with_name(path.name + JOURNAL_SUFFIX)
 
 
@@ -444,20 +444,20 @@ def read_journal(path: Path) -> dict[int, str]:
 
 def read_lines(file: BinaryIO, end: int, replayed: Mapping[int, str]) -> Iterator[Line]:
     """Yield the lines that start before ``end`` bytes of a file, but for those that are blank or were replayed."""
-    decoder = msgspec.json.Decoder(Letter)
+    decoder = msgspec.json.Decoder(DeadLetter)
     changed = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
     offset = file.seek(0)
     for raw in file:
         if offset >= end:
             return
         try:
-            letter = decoder.decode(raw)
+            dead_letter = decoder.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             if raw.strip():
                 yield Line(offset, raw, None, changed)
         else:
             if offset not in replayed or replayed[offset] != digest_of(raw):
-                yield Line(offset, raw, letter, letter.dead_lettered_at)
+                yield Line(offset, raw, dead_letter, dead_letter.dead_lettered_at)
         offset += len(raw)
 
 

@@ -202,12 +202,12 @@ class Dispatcher(Outcomes):
         if len(pools) * self.config.delivery.connections > self._most:
             self.room -= sum(pool.open_connections + pool.opening for pool in pools)
 
-    def bury_all(self) -> int:
+    def dead_letter_all(self) -> int:
         """Write all that is left to the dead letters (reason ``shutdown``); return how many packets. Raises OSError."""
         self.stop()
         self.give_back()
         undone = self.ring.undone
-        self.letters.write_all(what_is_left(self.ring))
+        self.dead_letter_writer.write_all(what_is_left(self.ring))
         return undone
 
     def tick(self, now_ns: int) -> None:

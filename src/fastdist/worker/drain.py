@@ -42,20 +42,20 @@ class Drain:
         self._intake.closed = True
         self._turn_away()
         self._dispatcher.stop()
-        letters, ring = self._dispatcher.letters, self._queue.ring
-        while letters.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
+        dead_letter_writer, ring = self._dispatcher.dead_letter_writer, self._queue.ring
+        while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
             await asyncio.sleep(TICK)
         if ring.undone and is_nameless(self._queue.fd):
             self._save_the_rest()
         else:
-            letters.finish()
+            dead_letter_writer.finish()
         self._emitters.end_waiting()
         self._queue.close()
         self._intake.synced(ring.synced_position)
         for connection in tuple(self._intake.connections):
             if connection.transport is not None:
                 connection.transport.close()
-        letters.files.close()
+        dead_letter_writer.files.close()
 
     async def _finish(self, deadline: float) -> None:
         """Go on as long as there is something to finish."""
@@ -94,7 +94,7 @@ class Drain:
     def _save_the_rest(self) -> None:
         """Write what would end with this service to the dead letters; the supervisor tries what cannot be written."""
         try:
-            count = self._dispatcher.bury_all()
+            count = self._dispatcher.dead_letter_all()
         except OSError as error:
             log.error(
                 "cannot write dead letters; what is left is lost unless the supervisor can",

@@ -79,7 +79,7 @@ class Worker:
             poller=self.poller,
             run_in_thread=syncer.run if syncer is not None else None,
         )
-        self.letters = self.dispatcher.letters
+        self.dead_letter_writer = self.dispatcher.dead_letter_writer
         self.limiter = self.block.limiter()
         self.intake = Intake(
             self.queue.ring,
@@ -207,15 +207,15 @@ class Worker:
             self._next_look = now + LOOK_NS
             run(Step.QUEUE_FILES, self._look_for_files)
         run(Step.DELIVERIES, self.dispatcher.tick, now)
-        run(Step.DEAD_LETTERS, self.letters.tick, now)
+        run(Step.DEAD_LETTERS, self.dead_letter_writer.tick, now)
         run(Step.CONNECTIONS, self.dispatcher.shortage.raise_once)
-        run(Step.DEAD_LETTERS, self.letters.files.tick, now)
+        run(Step.DEAD_LETTERS, self.dead_letter_writer.files.tick, now)
         run(Step.OLD_RINGS, self._migrate)
         if now >= self._next_sync:
             self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
             run(Step.SYNC, self.queue.sync)
         if self.intake.draining:
-            self.letters.sync_soon()  # nobody is to wait for more of them
+            self.dead_letter_writer.sync_soon()  # nobody is to wait for more of them
         run(Step.GAUGES, self.publish)
         run(Step.TIMEOUTS, self.sweep.go_on, now)
         self.lag.end(now)
@@ -229,7 +229,7 @@ class Worker:
         if self.queue.migrations:
             most = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.roster))
             self.dispatcher.schedule()
-            self.queue.migrate(most, self.letters, self._tell_of_deleted)
+            self.queue.migrate(most, self.dead_letter_writer, self._tell_of_deleted)
 
     def _tell_of_deleted(self, path: str) -> None:
         ipc.send(self.control, Message("migrated", body=path))
@@ -244,7 +244,7 @@ class Worker:
         if self.intake.full and ring.undone_bytes < ring.capacity // 2:
             self.intake.full = False
         self.words[WorkerWord.FULL] = int(self.intake.full)
-        self.words[WorkerWord.STORAGE_FAULT] = int(self.letters.failed or self.intake.broken_storage)
+        self.words[WorkerWord.STORAGE_FAULT] = int(self.dead_letter_writer.failed or self.intake.broken_storage)
 
     # ---- what the syncer tells
 

@@ -26,7 +26,7 @@ from fastdist._core import DispatchBase, Rendezvous, Retrying
 from fastdist.retry_after import parse_retry_after
 from fastdist.shm.block import AnalyzerWord
 from fastdist.shm.weights import effective_weights
-from fastdist.storage.dead_letter_writer import DeadLetterWriter, Letter
+from fastdist.storage.dead_letter_writer import DeadLetter, DeadLetterWriter
 from fastdist.worker.probation import Probation
 from fastdist.worker.upstream import COMPLAINT_SECONDS
 
@@ -79,7 +79,7 @@ class Outcomes(DispatchBase):
         self.somebody = False  # is online, if only paused
         self.probation = Probation(states, config.health.rise)
         delay = 0.0 if config.queue.durability == "fsync" else config.queue.sync_interval
-        self.letters = DeadLetterWriter(dead_letters, counters, self._buried, run_in_thread, delay)
+        self.dead_letter_writer = DeadLetterWriter(dead_letters, counters, self._dead_lettered, run_in_thread, delay)
         self._warnings = logs.Throttle(COMPLAINT_SECONDS)  # of an analyzer (its slot) that refuses everything
         self._complaints = logs.Throttle(COMPLAINT_SECONDS)  # of errors, by kind and place
         self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked
@@ -374,15 +374,15 @@ class Outcomes(DispatchBase):
     # ---- dead letters
 
     def _bury(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
-        self.letters.add(Letter(self.ring, handle, reason, pool.analyzer.id, status, error))
+        self.dead_letter_writer.add(DeadLetter(self.ring, handle, reason, pool.analyzer.id, status, error))
 
-    def _buried(self, ring: PacketRing, sequence: int) -> None:
+    def _dead_lettered(self, ring: PacketRing, sequence: int) -> None:
         if ring is self.ring:  # not an old one
             self.retrying.pop(sequence, None)
             self.refused_by.pop(sequence, None)
             try:
                 self.settled(sequence, None)
-            except Exception as error:  # noqa: BLE001  (whatever it is, the other letters are to leave the ring)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other dead letters are to leave the ring)
                 self.went_wrong(error)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fastdist import logs
 from fastdist._core import PacketRing
 from fastdist.shm.block import HeadWord, WorkerWord
-from fastdist.storage.dead_letter_writer import Letter
+from fastdist.storage.dead_letter_writer import DeadLetter
 from fastdist.storage.directory import OldRing, ring_path
 from fastdist.storage.files import has_name, present_path
 from fastdist.storage.group_commit import Syncer, make_safe
@@ -87,7 +87,7 @@ class Queue:
         if self.syncer is not None:
             self.syncer.want_if_changed()
 
-    def migrate(self, most: int, letters: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
+    def migrate(self, most: int, dead_letter_writer: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
         """Move up to ``most`` packets of each old ring, whatever becomes of the others. Raises the last one's error.
 
         What the ring cannot take becomes a dead letter. ``deleted(path)`` is called when an old ring is empty and gone.
@@ -95,7 +95,7 @@ class Queue:
         failure = None
         for migration in tuple(self.migrations) if self.is_ready else ():
             try:
-                self._migrate(migration, most, letters)
+                self._migrate(migration, most, dead_letter_writer)
                 if migration.finished and time.monotonic() >= migration.next_deletion:
                     migration.delete()
                     self.migrations.remove(migration)
@@ -107,11 +107,13 @@ class Queue:
         if failure is not None:
             raise failure
 
-    def _migrate(self, migration: Migration, most: int, letters: DeadLetterWriter) -> None:
-        moved, oversized = migration.step(self.ring, letters.counters, most)
+    def _migrate(self, migration: Migration, most: int, dead_letter_writer: DeadLetterWriter) -> None:
+        moved, oversized = migration.step(self.ring, dead_letter_writer.counters, most)
         if oversized:
             why = "larger than the queue takes now"
-            letters.add(*(Letter(migration.ring, each, "oversized", None, None, why) for each in oversized))
+            dead_letter_writer.add(
+                *(DeadLetter(migration.ring, each, "oversized", None, None, why) for each in oversized)
+            )
         if moved and self.syncer is not None:
             self.syncer.want()
 

@@ -23,10 +23,10 @@ def test_what_an_analyzer_refuses_is_a_dead_letter(tmp_path, status):
         bench.push(b'{"a":"\xc3\xa9"}', messages=7)
         slot = 0 if bench.busy(0) else 1
         bench.answer(bench.busy(slot)[0], reply(status))
-        (letter,) = bench.letters()
-        times = letter.pop("acceptedAt"), letter.pop("deadLetteredAt")
+        (dead_letter,) = bench.dead_letters()
+        times = dead_letter.pop("acceptedAt"), dead_letter.pop("deadLetteredAt")
         assert times[0] <= times[1]
-        assert letter == {
+        assert dead_letter == {
             "id": "p1",
             "reason": "refused",
             "analyzer": f"A{slot + 1}",
@@ -49,8 +49,8 @@ def test_a_packet_refused_after_failures_tells_how_often_it_was_sent(tmp_path):
         bench.answer_all(reply(500))
         bench.answer_all(reply(429))
         bench.answer_all(reply(400))
-        (letter,) = bench.letters()
-        assert (letter["reason"], letter["attempts"], letter["status"]) == ("refused", 3, 400)
+        (dead_letter,) = bench.dead_letters()
+        assert (dead_letter["reason"], dead_letter["attempts"], dead_letter["status"]) == ("refused", 3, 400)
         assert bench.dispatcher.retrying == {}
 
 
@@ -59,7 +59,7 @@ def test_of_a_refused_batch_only_the_packet_at_fault_is_refused(tmp_path):
         bench.push(*[b"%d" % number for number in range(1, 11)])
         (connection,) = bench.busy(0)
         bench.answer(connection, reply(422))
-        assert bench.letters() == []
+        assert bench.dead_letters() == []
         assert bench.count("retried") == 10
         alone = connection.transport.requests[1:]
         assert [request.ids for request in alone] == [["p1"], ["p2"], ["p3"]]  # in order
@@ -71,7 +71,10 @@ def test_of_a_refused_batch_only_the_packet_at_fault_is_refused(tmp_path):
         assert all("X-Packet-Id" in request.headers for request in connection.transport.requests[1:11])
         assert connection.transport.requests[1].headers["X-Attempt"] == "2"
         assert connection.transport.requests[11].body == b"[11]"
-        assert [(letter["id"], letter["attempts"]) for letter in bench.letters()] == [("p4", 2), ("p9", 2)]
+        assert [(dead_letter["id"], dead_letter["attempts"]) for dead_letter in bench.dead_letters()] == [
+            ("p4", 2),
+            ("p9", 2),
+        ]
         send_all(bench)
         assert bench.delivered == 9
 
@@ -80,10 +83,10 @@ def test_a_refused_batch_of_one_is_retried_as_single_too(tmp_path):
     with Bench(tmp_path, (1,), delivery={"mode": "batch"}) as bench:
         bench.push(b"1")
         bench.answer_all(reply(400))
-        assert bench.letters() == []
+        assert bench.dead_letters() == []
         assert bench.sent(0)[1].body == b"1"
         bench.answer_all(reply(400))
-        assert len(bench.letters()) == 1
+        assert len(bench.dead_letters()) == 1
 
 
 def test_a_packet_alone_stays_alone_elsewhere(tmp_path):
@@ -112,7 +115,7 @@ def test_after_max_attempts_a_packet_is_a_dead_letter(tmp_path, most, how):
         warm = bench.pushed
         bench.push(b"x")
         for attempt in range(1, most + 1):
-            assert bench.letters() == []
+            assert bench.dead_letters() == []
             while not any(bench.busy(slot) for slot in range(3)):
                 bench.pass_time(1.5 if how == "pause" else 0.01)
             (connection,) = (each for slot in range(3) for each in bench.busy(slot))
@@ -124,11 +127,15 @@ def test_after_max_attempts_a_packet_is_a_dead_letter(tmp_path, most, how):
                 bench.answer(connection, reply(503, "Retry-After: 1"))
             else:
                 bench.answer(connection, b"\0" if how == "garbage" else reply(int(how)))
-        (letter,) = bench.letters()
+        (dead_letter,) = bench.dead_letters()
         status = {"500": 500, "429": 429, "pause": 503}.get(how)
-        assert (letter["id"], letter["reason"], letter["attempts"]) == (f"p{warm + 1}", "exhausted", most)
-        assert (letter["analyzer"], letter["status"]) == (name, status)
-        assert letter["error"]
+        assert (dead_letter["id"], dead_letter["reason"], dead_letter["attempts"]) == (
+            f"p{warm + 1}",
+            "exhausted",
+            most,
+        )
+        assert (dead_letter["analyzer"], dead_letter["status"]) == (name, status)
+        assert dead_letter["error"]
         assert bench.count("exhausted") == 1
         assert bench.settled[-1] == (warm + 1, None)
         assert bench.dispatcher.retrying == {}
@@ -144,8 +151,8 @@ def test_what_was_sent_in_a_refused_batch_counts(tmp_path, most, reason):
         while bench.answer_all(reply(422)):
             pass
         assert max(int(request.headers["X-Attempt"]) for request in bench.sent(0)) == min(most, 2)
-        letters = [(row["id"], row["reason"], row["attempts"], row["status"]) for row in bench.letters()]
-        assert sorted(letters) == [(f"p{number}", reason, min(most, 2), 422) for number in (1, 2, 3)]
+        dead_letters = [(row["id"], row["reason"], row["attempts"], row["status"]) for row in bench.dead_letters()]
+        assert sorted(dead_letters) == [(f"p{number}", reason, min(most, 2), 422) for number in (1, 2, 3)]
         assert bench.count(reason) == 3
         assert bench.count("retried") == (0 if most == 1 else 3)
         assert bench.ring.undone == bench.ring.claimed == 0
@@ -155,7 +162,7 @@ def test_attempts_of_an_earlier_life_count(tmp_path):
     with Bench(tmp_path, (1, 1), retry={"max_attempts": 5}) as bench:
         bench.push(b"x", attempts=4)
         bench.answer_all(reply(500))
-        assert bench.letters()[0]["attempts"] == 5
+        assert bench.dead_letters()[0]["attempts"] == 5
 
 
 def test_a_connection_that_does_not_come_about_is_no_sending(tmp_path):
@@ -164,7 +171,7 @@ def test_a_connection_that_does_not_come_about_is_no_sending(tmp_path):
         bench.push(b"x")
         for _ in range(10):
             bench.pass_time(0.02)
-        assert bench.letters() == []
+        assert bench.dead_letters() == []
         bench.pool(0).reachable = True
         bench.pass_time(0.02)
         bench.answer_all()
@@ -180,7 +187,7 @@ def test_without_a_limit_a_packet_is_sent_until_it_is_delivered(tmp_path):
             bench.pass_time(0.01)
         bench.answer_all()
         assert bench.sent(0)[-1].headers["X-Attempt"] == "301"
-        assert bench.letters() == []
+        assert bench.dead_letters() == []
 
 
 # ---- what cannot be written
@@ -211,31 +218,31 @@ def test_a_dead_letter_that_cannot_be_written_stays_queued_and_is_written_later(
         obstacle = Obstacle(kind, bench, monkeypatch)
         bench.push(b"1", b"2", b"3")
         bench.answer_all(reply(422 if reason == "refused" else 500))
-        assert bench.dispatcher.letters.failed
+        assert bench.dispatcher.dead_letter_writer.failed
         assert bench.ring.undone == 3
-        assert bench.buried == 0
+        assert bench.dead_lettered == 0
         assert bench.settled == []
         for _ in range(5):
             bench.pass_time(1.1)
-        assert bench.dispatcher.letters.failed
+        assert bench.dispatcher.dead_letter_writer.failed
         assert len(bench.sent(0)) + len(bench.sent(1)) == 3  # it is not sent again meanwhile
         bench.push(b"4")
         bench.answer_all()  # others are delivered all the same
         assert bench.delivered == 1
         obstacle.remove()
-        assert bench.dispatcher.letters.failed
+        assert bench.dispatcher.dead_letter_writer.failed
         bench.pass_time(1.1)
-        assert not bench.dispatcher.letters.failed
-        letters = bench.letters()
-        assert {letter["id"] for letter in letters} == {"p1", "p2", "p3"}
-        assert len(letters) == 3
-        assert {(letter["reason"], letter["attempts"]) for letter in letters} == {(reason, 1)}
+        assert not bench.dispatcher.dead_letter_writer.failed
+        dead_letters = bench.dead_letters()
+        assert {dead_letter["id"] for dead_letter in dead_letters} == {"p1", "p2", "p3"}
+        assert len(dead_letters) == 3
+        assert {(dead_letter["reason"], dead_letter["attempts"]) for dead_letter in dead_letters} == {(reason, 1)}
         assert bench.ring.undone == bench.ring.claimed == 0
         assert bench.count(reason) == 3
         assert sorted(bench.settled) == [(1, None), (2, None), (3, None)]
 
 
-def test_half_a_letter_is_taken_back(tmp_path, monkeypatch):
+def test_half_a_dead_letter_is_taken_back(tmp_path, monkeypatch):
     """The disk fills up in the middle of a line."""
     write, sizes = os.write, [100, 7, 0, 0]
 
@@ -249,18 +256,18 @@ def test_half_a_letter_is_taken_back(tmp_path, monkeypatch):
     with Bench(tmp_path, (1,)) as bench:
         bench.push(b"1")
         bench.answer_all(reply(422))
-        assert len(bench.letters()) == 1
+        assert len(bench.dead_letters()) == 1
         bench.push(b"2" * 500)
         monkeypatch.setattr("fastdist.storage.dead_letters.os.write", fill_up)
         bench.answer_all(reply(422))
-        assert [letter["id"] for letter in bench.letters()] == ["p1"]
+        assert [dead_letter["id"] for dead_letter in bench.dead_letters()] == ["p1"]
         bench.pass_time(1.1)
-        assert [letter["id"] for letter in bench.letters()] == ["p1"]
+        assert [dead_letter["id"] for dead_letter in bench.dead_letters()] == ["p1"]
         bench.pass_time(1.1)
-        assert [letter["id"] for letter in bench.letters()] == ["p1", "p2"]
+        assert [dead_letter["id"] for dead_letter in bench.dead_letters()] == ["p1", "p2"]
 
 
-def test_letters_keep_their_order_when_storage_recovers(tmp_path, monkeypatch):
+def test_dead_letters_keep_their_order_when_storage_recovers(tmp_path, monkeypatch):
     with Bench(tmp_path, (1,), delivery={"connections": 1, "pipeline": 10}) as bench:
         obstacle = Obstacle("full", bench, monkeypatch)
         bench.push(*[b"x"] * 5)
@@ -268,8 +275,8 @@ def test_letters_keep_their_order_when_storage_recovers(tmp_path, monkeypatch):
             bench.answer(bench.busy(0)[0], reply(400))
         obstacle.remove()
         bench.answer(bench.busy(0)[0], reply(400))  # the fifth finds it mended
-        assert [letter["id"] for letter in bench.letters()] == [f"p{n}" for n in range(1, 6)]
-        assert not bench.dispatcher.letters.failed
+        assert [dead_letter["id"] for dead_letter in bench.dead_letters()] == [f"p{n}" for n in range(1, 6)]
+        assert not bench.dispatcher.dead_letter_writer.failed
 
 
 # ---- what is left at the end
@@ -291,19 +298,19 @@ def test_all_that_is_left_is_buried(tmp_path, monkeypatch):
         obstacle.remove()
         in_flight = bench.pool(0).packets_in_flight + bench.pool(1).packets_in_flight + retired.packets_in_flight
         assert in_flight == 12
-        assert bench.dispatcher.bury_all() == bench.pushed - bench.delivered
+        assert bench.dispatcher.dead_letter_all() == bench.pushed - bench.delivered
         bench.loop.run()
         bench.check()
-        letters = bench.letters()
+        dead_letters = bench.dead_letters()
         assert bench.ring.undone == 0
-        assert {letter["id"] for letter in letters} | {"p" + str(n) for n in range(1, 41)} == {
+        assert {dead_letter["id"] for dead_letter in dead_letters} | {"p" + str(n) for n in range(1, 41)} == {
             f"p{n}" for n in range(1, 41)
         }
-        assert len({letter["id"] for letter in letters}) == len(letters) == 40 - bench.delivered
-        assert sorted({letter["reason"] for letter in letters}) == ["refused", "shutdown"]
-        left = next(letter for letter in letters if letter["reason"] == "shutdown")
+        assert len({dead_letter["id"] for dead_letter in dead_letters}) == len(dead_letters) == 40 - bench.delivered
+        assert sorted({dead_letter["reason"] for dead_letter in dead_letters}) == ["refused", "shutdown"]
+        left = next(dead_letter for dead_letter in dead_letters if dead_letter["reason"] == "shutdown")
         assert (left["analyzer"], left["status"], left["error"]) == (None, None, None)
-        assert bench.count("shutdown") == len(letters) - 1
+        assert bench.count("shutdown") == len(dead_letters) - 1
 
 
 def test_what_cannot_be_buried_is_an_error(tmp_path, monkeypatch):
@@ -311,7 +318,7 @@ def test_what_cannot_be_buried_is_an_error(tmp_path, monkeypatch):
         Obstacle("full", bench, monkeypatch)
         bench.push(b"x")
         with pytest.raises(OSError, match="full"):
-            bench.dispatcher.bury_all()
+            bench.dispatcher.dead_letter_all()
         assert bench.ring.undone == 1
 
 

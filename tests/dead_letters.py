@@ -31,8 +31,8 @@ class Listener:
     def replayed(self):
         self.count += 1
 
-    def refused(self, letter, response):
-        self.refusals[letter.id] = response.text
+    def refused(self, dead_letter, response):
+        self.refusals[dead_letter.id] = response.text
 
     def waiting(self, why, _):
         self.waits.append(why)
@@ -52,17 +52,17 @@ def replayed(  # noqa: PLR0913  (tests name what they change)
 def fill(folder, names, reason="refused", owner="w0-1", body=b'{"n":1}'):
     """Write a file of dead letters; return its path."""
     before = set(folder.glob("dead-letters/*.ndjson"))
-    letters = DeadLetters(folder, owner)
+    dead_letters = DeadLetters(folder, owner)
     for name in names:
-        letters.write(packet(name, body), reason, "A1", 422, "no")
-    letters.close()
+        dead_letters.write(packet(name, body), reason, "A1", 422, "no")
+    dead_letters.close()
     (new,) = set(folder.glob("dead-letters/*.ndjson")) - before
     return new
 
 
 def ids(path):
     """Return the ids in a file or folder, None for what is unreadable."""
-    return [line.letter and line.letter.id for found in find_files(path) for line in read_file(found)]
+    return [line.dead_letter and line.dead_letter.id for found in find_files(path) for line in read_file(found)]
 
 
 def names_in(folder):
@@ -73,8 +73,8 @@ def broken(*_):
     raise OSError(5, "Input/output error")
 
 
-def idle(letters):
+def idle(dead_letters):
     """Have a writer close its file."""
-    letters.settle()
-    letters.tick(SECOND)
-    letters.tick(3 * SECOND)
+    dead_letters.settle()
+    dead_letters.tick(SECOND)
+    dead_letters.tick(3 * SECOND)
