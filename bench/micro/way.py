@@ -121,7 +121,7 @@ class Way:
                 settled=lambda *_: None,
                 poller=None,
             )
-            self.dispatcher.set_roster(self._roster(analyzers))
+            self.dispatcher.set_analyzers(self._make_analyzers(analyzers))
             self.loop.run()
         for pool in self.dispatcher.pools[:analyzers]:
             pool.open_more()
@@ -139,15 +139,15 @@ class Way:
             emitter.connection_made(Transport(emitter, answered))
         self.turn()
 
-    def _roster(self, count: int) -> dict[int, Analyzer]:
-        roster = {}
+    def _make_analyzers(self, count: int) -> dict[int, Analyzer]:
+        analyzers = {}
         for slot in range(count):
             self.block.analyzers.clear(slot)
             self.block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
             self.block.analyzers.set_weight(slot, weight_of(slot))
             endpoint = f"http://127.0.0.1:{4000 + slot}/analyze"
-            roster[slot] = Analyzer(id=f"A{slot + 1}", endpoint=endpoint, weight=weight_of(slot))
-        return roster
+            analyzers[slot] = Analyzer(id=f"A{slot + 1}", endpoint=endpoint, weight=weight_of(slot))
+        return analyzers
 
     def accept(self) -> None:
         """Let every emitter's packet arrive: read, checked, stored, answered."""

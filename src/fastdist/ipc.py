@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True):
     """All that a worker goes by: the configuration, the slots of its analyzers by id, and certificate and key."""
 
     generation: int  # grows with every reload
-    roster: dict[str, int]
+    slots: dict[str, int]
     config: Config
     pair: Pair | None = None
 

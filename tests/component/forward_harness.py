@@ -327,13 +327,13 @@ class BenchPool(AnalyzerPool):
 
 
 class Site:
-    """A dispatcher with its ring, its shared block and its roster."""
+    """A dispatcher with its ring, its shared block and its analyzers."""
 
     def __init__(self, folder, loop, config, capacity, poller=None):
         self.folder, self.loop, self.config = folder, loop, config
         self.ring, self.block = memory_ring(capacity), shared_block()
         self.states, self.counters = self.block.analyzers, self.block.rows[0]
-        self.roster, self.settled, self.pushed = {}, [], 0
+        self.analyzers, self.settled, self.pushed = {}, [], 0
         self.dispatcher = Dispatcher(
             loop,
             self.ring,
@@ -352,12 +352,12 @@ class Site:
         return [pool for pool in [*self.dispatcher.pools, *self.dispatcher.retired] if pool is not None]
 
     def add(self, slot, weight, endpoint=None, name=None):
-        """Put an analyzer (A1 in slot 0 ...) into the roster, as a new one."""
+        """Add a new analyzer (A1 in slot 0 ...)."""
         name = name or f"A{slot + 1}"
         self.states.clear(slot)
         self.states.set(slot, AnalyzerWord.IN_USE, 1)
         self.states.set_weight(slot, weight)
-        self.roster[slot] = Analyzer(id=name, endpoint=endpoint or f"http://{name}.test/analyze", weight=weight)
+        self.analyzers[slot] = Analyzer(id=name, endpoint=endpoint or f"http://{name}.test/analyze", weight=weight)
 
 
 class Bench(Site):
@@ -379,7 +379,7 @@ class Bench(Site):
         self.count, self.count_of = self.counters.get, self.counters.get_of
         for slot, weight in enumerate(weights):
             self.add(slot, weight)
-        self.dispatcher.set_roster(self.roster)
+        self.dispatcher.set_analyzers(self.analyzers)
         self.loop.run()
 
     def __enter__(self):
@@ -430,7 +430,7 @@ class Bench(Site):
     def answer_all(self, data=OK, slots=None):
         """Answer every request that is in flight (to these analyzers); return how many."""
         count = 0
-        for slot in self.roster if slots is None else slots:
+        for slot in self.analyzers if slots is None else slots:
             for connection in self.connections(slot):
                 for _ in range(connection.in_flight()):
                     connection.data_received(data)
@@ -622,7 +622,7 @@ class World(Site):
         self.delivered = partial(self.counters.get_of, field="delivered")
 
     async def __aenter__(self):
-        self.dispatcher.set_roster(self.roster)
+        self.dispatcher.set_analyzers(self.analyzers)
         self._ticking = self.loop.create_task(self._tick())
         return self
 

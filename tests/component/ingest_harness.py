@@ -418,8 +418,8 @@ class Service:
         self.block = SharedBlock.create(1, 8)
         os.close(self.block.fd)  # the mappings stay, here and below
         self.block.worker(0)[WorkerWord.STATE] = WorkerState.RUNNING
-        self.roster = dict(enumerate(self.config.analyzers))
-        for slot in self.roster:
+        self.analyzers = dict(enumerate(self.config.analyzers))
+        for slot in self.analyzers:
             self.block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
             self.block.analyzers.set_weight(slot, 1.0)
         fd = os.memfd_create("ring", os.MFD_CLOEXEC)
@@ -439,7 +439,7 @@ class Service:
             self._accepted,
             self._sync_wanted if fsync else None,
         )
-        api = Api(lambda: Snapshot(self.block, self.config, self.roster, "1.2.3", at=0))
+        api = Api(lambda: Snapshot(self.block, self.config, self.analyzers, "1.2.3", at=0))
         self.emitters = Emitters(api, self.intake, lambda _action, _done: None)
         self.turns: deque[Callable[[], None]] = deque()  # what the event loop is to call in its next turn
         self.intake.later = self.turns.append

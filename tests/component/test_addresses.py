@@ -96,7 +96,7 @@ def test_checks_reach_the_next_address_of_a_name(resolver, tls, how):
         states.set(0, AnalyzerWord.IN_USE, 1)
         checker = HealthChecker(states, Health(interval=0.02, timeout=5.0, fall=1), 60.0)
         with dead(how, server.port):
-            checker.set_roster({0: Analyzer(id="A1", endpoint=endpoint(server.port, tls, NAME), weight=1)})
+            checker.set_analyzers({0: Analyzer(id="A1", endpoint=endpoint(server.port, tls, NAME), weight=1)})
             await until(lambda: states.get(0, AnalyzerWord.CHECK_SUCCESSES) >= 3)
             assert states.is_online(0)
             assert states.error(0) == ""
@@ -134,7 +134,7 @@ def test_a_name_that_hangs_keeps_no_other_waiting(tmp_path):
         hanging = {f"B{number}": endpoint(9, None, f"slow{number}.test") for number in range(7)}
         async with World(tmp_path, {"A1": endpoint(server.port, None, NAME), **hanging}, health={"fall": 1}) as w:
             checker = HealthChecker(w.states, Health(interval=0.02, timeout=5.0, fall=1), 60.0)
-            checker.set_roster(w.roster)
+            checker.set_analyzers(w.analyzers)
             w.push(400)
             await w.until_empty()
             assert w.delivered(0) == 400

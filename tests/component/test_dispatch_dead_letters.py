@@ -290,8 +290,8 @@ def test_all_that_is_left_is_buried(tmp_path, monkeypatch):
         bench.answer(bench.busy(0)[0], reply(400))  # cannot be written yet
         bench.answer(bench.busy(0)[0])
         retired = bench.pool(2)
-        del bench.roster[2]
-        bench.dispatcher.set_roster(bench.roster)  # removed, with requests under way
+        del bench.analyzers[2]
+        bench.dispatcher.set_analyzers(bench.analyzers)  # removed, with requests under way
         bench.loop.run()
         for slot in (0, 1):
             bench.answer(bench.busy(slot)[0], reply(500))

@@ -241,7 +241,7 @@ def test_a_former_endpoint_is_not_held_responsible(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         refuse(bench, 0, 2)
         bench.add(0, 1.0, endpoint="http://elsewhere.test/")
-        bench.dispatcher.set_roster(bench.roster)
+        bench.dispatcher.set_analyzers(bench.analyzers)
         bench.loop.run()
         bench.answer_all()
         assert bench.states.is_online(0)

@@ -56,7 +56,7 @@ WAYS = [
     (Outcomes, "_exhausted", reply(500)),
     (Outcomes, "_refused_alone", reply(422)),
     (Outcomes, "_count_refusal", reply(422)),
-    (Outcomes, "_bury", reply(422)),
+    (Outcomes, "_dead_letter", reply(422)),
     (Outcomes, "wake", reply(500)),
     (Outcomes, "wake", reply(422)),
     (Probation, "is_trying", reply(500)),
@@ -77,11 +77,11 @@ def test_whatever_is_thrown_packets_go_again(tmp_path, monkeypatch, way, mode):
     delivery = {"mode": mode, "connections": 2, "pipeline": 2, "batch_packets": 3}
     with Bench(tmp_path, (1, 1, 1), delivery=delivery, health={"fall": 10_000}) as bench, capture_logs() as lines:
         bench.push(*[b"x"] * 60)
-        for slot in bench.roster:  # so that deliveries are told of, too
+        for slot in bench.analyzers:  # so that deliveries are told of, too
             bench.answer(bench.busy(slot)[0], reply(500))
         thrower = Thrower(monkeypatch, owner, name)
         for _ in range(3):
-            for slot in bench.roster:
+            for slot in bench.analyzers:
                 for connection in bench.busy(slot):
                     connection.data_received(data)
                     bench.check()
@@ -209,7 +209,7 @@ def test_a_time_out_that_throws_keeps_no_other_from_being_seen(tmp_path):
     with Bench(tmp_path, (1, 1, 1), delivery={"timeout": 5.0}, health={"fall": 10_000}) as bench:
         bench.push(*[b"x"] * 9)
         broken = bench.busy(0)[0]
-        others = [each for slot in bench.roster for each in bench.busy(slot) if each is not broken]
+        others = [each for slot in bench.analyzers for each in bench.busy(slot) if each is not broken]
         broken.check = None  # not callable
         bench.pass_time(5.2)
         assert all(each.transport.ended for each in others)

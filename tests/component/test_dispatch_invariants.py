@@ -33,7 +33,7 @@ REPLIES = [
     OK + reply(500) + OK,
     b"\0",
 ]
-FALLIBLE = ["failed", "refused", "not_sent", "paused_for", "settled", "_retry", "_exhausted", "another", "_bury"]
+FALLIBLE = ["failed", "refused", "not_sent", "paused_for", "settled", "_retry", "_exhausted", "another", "_dead_letter"]
 SLOTS = range(4)
 WEIGHTS = (3, 2, 1, 0)
 MODES = [
@@ -174,7 +174,7 @@ class Happenings(RuleBasedStateMachine):
     @rule(slot=st.sampled_from(SLOTS), number=st.integers(1, 3))
     def move_endpoint(self, slot, number):
         self.bench.add(slot, WEIGHTS[slot], endpoint=f"http://host{number}.test/")
-        self.bench.dispatcher.set_roster(self.bench.roster)
+        self.bench.dispatcher.set_analyzers(self.bench.analyzers)
         self.bench.loop.run()
 
 

@@ -22,7 +22,7 @@ def where(bench, packet_id):
     """Return the slots a packet was sent to, by attempt."""
     sent = {
         int(request.headers["X-Attempt"]): slot
-        for slot in bench.roster
+        for slot in bench.analyzers
         for request in bench.sent(slot)
         if packet_id in request.ids
     }
@@ -35,7 +35,7 @@ def fail(bench, slot, data=None):
 
 
 def share_of(bench, slot):
-    weights = effective_weights(bench.states, bench.roster, bench.config.health, bench.clock.monotonic_ns())
+    weights = effective_weights(bench.states, bench.analyzers, bench.config.health, bench.clock.monotonic_ns())
     return weights.get(slot, 0.0)
 
 

@@ -47,7 +47,7 @@ def to_place(bench):
 
 
 def fail_all(bench, data=None):
-    for slot in bench.roster:
+    for slot in bench.analyzers:
         for connection in bench.busy(slot):
             connection.data_received(data or reply(500))
 
@@ -121,14 +121,14 @@ def test_candidates_are_not_gone_through_for_each_packet(tmp_path):
             return super().__iter__()
 
     with crowd(tmp_path) as bench:
-        bench.dispatcher.weights, bench.dispatcher.roster = weights, roster = (
+        bench.dispatcher.weights, bench.dispatcher.analyzers = weights, analyzers = (
             Counted(bench.dispatcher.weights),
-            Counted(bench.dispatcher.roster),
+            Counted(bench.dispatcher.analyzers),
         )
         for _ in range(MANY):  # the last finds nobody left
             bench.answer_all(reply(500))
         assert bench.count("retried") == 240 * MANY
-        assert weights.looks + roster.looks < 240
+        assert weights.looks + analyzers.looks < 240
 
 
 @pytest.mark.parametrize("strategy", ["even", "random", "sticky"])
@@ -138,7 +138,7 @@ def test_an_alternative_is_never_one_that_has_failed(tmp_path, strategy):
         while bench.answer_all(reply(500)):
             pass
         tried = {}
-        for slot in bench.roster:
+        for slot in bench.analyzers:
             for name in bench.sent_ids(slot):
                 tried.setdefault(name, []).append(slot)
         assert all(sorted(slots) == list(range(MANY)) for slots in tried.values()), "each once"
@@ -166,7 +166,7 @@ def test_a_list_that_is_released_keeps_its_order(tmp_path):
 def change(bench, slot, what):
     if what in {"removed", "moved"}:
         bench.states.set(slot, AnalyzerWord.IN_USE, 0)
-        del bench.roster[slot]
+        del bench.analyzers[slot]
         if what == "moved":
             bench.add(slot, 1.0, endpoint="http://elsewhere.test/")
     elif what == "draining":
@@ -185,7 +185,7 @@ def test_what_happens_between_parts_loses_nothing(tmp_path, what):
         assert 0 < to_place(bench) < 240
         for slot in range(MANY if what == "nobody left" else 3):
             change(bench, slot, what)
-        bench.dispatcher.set_roster(bench.roster)
+        bench.dispatcher.set_analyzers(bench.analyzers)
         bench.tick()
         bench.loop.held_up = None
         bench.rest()

@@ -34,7 +34,7 @@ class Ward(Bench):
         self.push(b"x")
         self.answer_all(FAILED, [slot])
         assert not self.states.is_online(slot)
-        while self.answer_all(slots=[other for other in self.roster if self.states.is_online(other)]):
+        while self.answer_all(slots=[other for other in self.analyzers if self.states.is_online(other)]):
             pass
 
     def at(self, slot=0):
@@ -425,7 +425,7 @@ def test_one_removed_in_its_trial_leaves_nothing(tmp_path):
         assert bench.at() == 1
         old = bench.pool(0)
         bench.add(0, 1.0, endpoint="http://elsewhere.test/")
-        bench.dispatcher.set_roster(bench.roster)
+        bench.dispatcher.set_analyzers(bench.analyzers)
         bench.loop.run()
         (connection,) = [each for each in old.connections if each.in_flight()]
         bench.answer(connection, FAILED)

@@ -38,7 +38,7 @@ def check_ledger(w, *mocks, duplicates):
     if not duplicates:
         assert set(sure.values()) == {1}
     assert sum(mock.ledger.changed + mock.ledger.broken for mock in mocks) == 0
-    assert sum(w.delivered(slot) for slot in w.roster) == w.pushed
+    assert sum(w.delivered(slot) for slot in w.analyzers) == w.pushed
 
 
 # ---- faults

@@ -23,7 +23,7 @@ def stuck(tmp_path, slots=(0,), weights=(1, 1, 1), count=30, **delivery):
     delivery = {"connections": 1, "spill_after": 1.0, "timeout": 1000.0} | delivery
     bench = Bench(tmp_path, weights, delivery=delivery, retry={"base": 0.01, "cap": 0.01})
     bench.push(*[b"x"] * count)
-    others = [slot for slot in bench.roster if slot not in slots]
+    others = [slot for slot in bench.analyzers if slot not in slots]
     while bench.answer_all(slots=others):
         pass
     return bench
@@ -200,7 +200,7 @@ def test_while_another_has_room_nothing_old_waits(steps):
     ):
         pushed_at = {}
         for count, held in steps:
-            answering = [slot for slot in bench.roster if slot not in held]
+            answering = [slot for slot in bench.analyzers if slot not in held]
             bench.push(*[b"x"] * count)
             pushed_at.update({f"p{bench.pushed - n}": bench.clock.ahead for n in range(count)})
             while bench.answer_all(slots=answering):
@@ -208,7 +208,7 @@ def test_while_another_has_room_nothing_old_waits(steps):
             bench.pass_time(0.1)
             while bench.answer_all(slots=answering):
                 bench.tick()
-            gone = {name for slot in bench.roster for name in bench.sent_ids(slot)}
+            gone = {name for slot in bench.analyzers for name in bench.sent_ids(slot)}
             old = {name for name, then in pushed_at.items() if bench.clock.ahead - then > 1.05}
             assert old <= gone
 

@@ -1,4 +1,4 @@
-"""Analyzers that go and come: failures in a row, offline, online, draining, weight 0, a changed roster."""
+"""Analyzers that go and come: failures in a row, offline, online, draining, weight 0, changed analyzers."""
 
 from __future__ import annotations
 
@@ -247,14 +247,14 @@ def test_a_refused_batch_is_not_sent_again_to_one_that_gets_nothing(tmp_path, st
         assert sorted(request.ids for request in bench.sent(1)) == [["p1"], ["p2"], ["p3"]]  # each alone
 
 
-# ---- a changed roster
+# ---- changed analyzers
 
 
 def test_a_new_analyzer_gets_its_share(tmp_path):
     with Bench(tmp_path, (1,)) as bench:
         bench.push(*[b"x"] * 10)
         bench.add(1, 1.0)
-        bench.dispatcher.set_roster(bench.roster)
+        bench.dispatcher.set_analyzers(bench.analyzers)
         bench.push(*[b"x"] * 10)
         assert 4 <= in_flight(bench, 1) <= 6
         bench.answer_all()
@@ -266,9 +266,9 @@ def test_what_waits_for_an_analyzer_that_is_removed_moves_and_what_is_under_way_
         bench.push(*[b"x"] * 10)
         old = bench.pool(0)
         one, two = bench.busy(0)
-        del bench.roster[0]
+        del bench.analyzers[0]
         bench.states.set(0, AnalyzerWord.IN_USE, 0)
-        bench.dispatcher.set_roster(bench.roster)
+        bench.dispatcher.set_analyzers(bench.analyzers)
         bench.loop.run()
         bench.check()
         assert (old.waiting, old.packets_in_flight) == (0, 2)
@@ -289,7 +289,7 @@ def test_failures_at_a_former_endpoint_do_not_count_against_the_new_one(tmp_path
         bench.push(b"1", b"2", b"3")
         one, two, three = bench.busy(0)
         bench.add(0, 1.0, endpoint="http://elsewhere.test/")
-        bench.dispatcher.set_roster(bench.roster)
+        bench.dispatcher.set_analyzers(bench.analyzers)
         bench.loop.run()
         for connection, data in ((one, reply(500)), (two, reply(503, "Retry-After: 9")), (three, b"\0")):
             bench.answer(connection, data)
@@ -310,7 +310,7 @@ def test_what_a_former_endpoint_is_to_get_again_goes_to_whoever_is_picked(tmp_pa
         (connection,) = bench.busy(0)
         old = bench.pool(0)
         bench.add(0, 1.0, endpoint="http://elsewhere.test/")
-        bench.dispatcher.set_roster(bench.roster)
+        bench.dispatcher.set_analyzers(bench.analyzers)
         bench.loop.run()
         bench.answer(connection, reply(400)) if how == "refused batch" else bench.lose(connection)
         assert (old.waiting, old.opening, old.packets_in_flight) == (0, 0, 0)
@@ -322,10 +322,10 @@ def test_what_a_former_endpoint_is_to_get_again_goes_to_whoever_is_picked(tmp_pa
 def test_another_weight_or_id_leaves_the_connections_alone(tmp_path):
     with Bench(tmp_path, (1, 1)) as bench:
         bench.push(*[b"x"] * 10)
-        pools, endpoint = list(bench.dispatcher.pools), bench.roster[0].endpoint
-        bench.roster[0] = Analyzer(id="renamed", endpoint=endpoint, weight=0.5, health="/other")
+        pools, endpoint = list(bench.dispatcher.pools), bench.analyzers[0].endpoint
+        bench.analyzers[0] = Analyzer(id="renamed", endpoint=endpoint, weight=0.5, health="/other")
         bench.states.set_weight(0, 0.5)
-        bench.dispatcher.set_roster(bench.roster)
+        bench.dispatcher.set_analyzers(bench.analyzers)
         bench.loop.run()
         assert bench.dispatcher.pools == pools
         assert bench.pool(0).analyzer.id == "renamed"

@@ -168,7 +168,7 @@ def test_a_check_that_was_answered_meanwhile_is_good():
             states.clear(0)
             states.set(0, AnalyzerWord.IN_USE, 1)
             checker = HealthChecker(states, Health(interval=0.02, timeout=1.0, fall=1), 60.0)
-            checker.set_roster({0: Analyzer(id="A1", endpoint=endpoint(server.server_port, None), weight=1)})
+            checker.set_analyzers({0: Analyzer(id="A1", endpoint=endpoint(server.server_port, None), weight=1)})
             await until(lambda: server.ids)
             await stop_for(1.8, server)
             await until(lambda: states.get(0, AnalyzerWord.LAST_CHECK_NS))

@@ -51,7 +51,7 @@ class Ward:
 @contextlib.asynccontextmanager
 async def ward_of(*analyzers, **settings):
     ward = Ward(**settings)
-    ward.checker.set_roster(dict(enumerate(analyzers)))
+    ward.checker.set_analyzers(dict(enumerate(analyzers)))
     try:
         yield ward
     finally:
@@ -402,20 +402,20 @@ def test_checks_go_on_whatever_one_of_them_meets(monkeypatch):
 # ---- who is checked
 
 
-def test_a_new_roster_adds_and_removes_checks():
+def test_new_analyzers_add_and_remove_checks():
     async def scenario():
         first = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
         second = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
         async with ward_of(analyzer(first.port)) as ward:
             await ward.checks(2)
-            ward.checker.set_roster({0: analyzer(first.port), 3: analyzer(second.port, "A2")})
+            ward.checker.set_analyzers({0: analyzer(first.port), 3: analyzer(second.port, "A2")})
             await ward.checks(2, slot=3)
-            ward.checker.set_roster({3: analyzer(second.port, "A2")})
+            ward.checker.set_analyzers({3: analyzer(second.port, "A2")})
             await asyncio.sleep(0.05)
             before = len(first.received)
             await ward.checks(4, slot=3)
             assert len(first.received) == before
-            ward.checker.set_roster({3: analyzer(second.port, "A2", health="/other")})  # another URL
+            ward.checker.set_analyzers({3: analyzer(second.port, "A2", health="/other")})  # another URL
             await until(lambda: b"GET /other" in second.received[-1][1])
             ward.checker.close()
             await asyncio.sleep(0.05)
@@ -428,13 +428,13 @@ def test_a_new_roster_adds_and_removes_checks():
     run(scenario())
 
 
-def test_the_same_roster_again_disturbs_no_check():
+def test_the_same_analyzers_again_disturb_no_check():
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
         async with ward_of(analyzer(server.port), interval=30.0) as ward:
             await ward.checks(1)
             for _ in range(5):
-                ward.checker.set_roster({0: analyzer(server.port)})
+                ward.checker.set_analyzers({0: analyzer(server.port)})
                 await asyncio.sleep(0.01)
             assert len(server.received) == 1
         server.stop()
@@ -481,7 +481,7 @@ def test_a_certificate_that_is_vouched_for_is_a_good_one(certificate):
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start(certificate[1])
         async with ward_of() as ward:
             ward.checker._tls.load_verify_locations(certificate[0])
-            ward.checker.set_roster({0: analyzer(server.port, scheme="https")})
+            ward.checker.set_analyzers({0: analyzer(server.port, scheme="https")})
             await ward.checks(3)
             assert (ward.get("LAST_STATUS"), ward.online()) == (200, True)
         server.stop()

@@ -37,7 +37,7 @@ class Checked:
     async def __aenter__(self):
         await self.server.start(self.certificate[1])
         url = f"https://{self.host}:{self.server.port}/analyze"
-        self.checker.set_roster({0: Analyzer(id="A1", endpoint=url, weight=1)})
+        self.checker.set_analyzers({0: Analyzer(id="A1", endpoint=url, weight=1)})
         return self
 
     async def __aexit__(self, *_error):
@@ -182,10 +182,10 @@ def test_checks_that_end_leave_no_connection(certificate):
         async with Checked(certificate, lambda _n, transport, _data: transport.write(OK)) as it:
             await it.asked(3)
             url = f"https://127.0.0.1:{it.server.port}/analyze"
-            it.checker.set_roster({0: Analyzer(id="A1", endpoint=url, weight=1, health="/other")})
+            it.checker.set_analyzers({0: Analyzer(id="A1", endpoint=url, weight=1, health="/other")})
             await until(lambda: b"GET /other" in it.server.received[-1][1])
             await until(lambda: it.server.open == 1, "that for the old path is closed")
-            it.checker.set_roster({})
+            it.checker.set_analyzers({})
             await until(lambda: it.server.open == 0, "all are closed")
 
     run(scenario())
@@ -198,8 +198,8 @@ def test_no_more_are_kept_than_there_is_room_for(certificate):
         async with Checked(certificate, lambda _n, transport, _data: transport.write(OK)) as it:
             it.checker._most = 2
             url = f"https://127.0.0.1:{it.server.port}/"
-            roster = {slot: Analyzer(id=f"A{slot}", endpoint=url, weight=1, health=f"/{slot}") for slot in range(5)}
-            it.checker.set_roster(roster)
+            analyzers = {slot: Analyzer(id=f"A{slot}", endpoint=url, weight=1, health=f"/{slot}") for slot in range(5)}
+            it.checker.set_analyzers(analyzers)
             await it.asked(60)
             assert len(it.checker._kept) <= 2
             assert it.connections > 10
@@ -212,7 +212,7 @@ def test_analyzers_that_are_checked_alike_leave_nothing_open(certificate):
     async def scenario():
         async with Checked(certificate, lambda _n, transport, _data: transport.write(OK)) as it:
             url = f"https://127.0.0.1:{it.server.port}/analyze"
-            it.checker.set_roster({slot: Analyzer(id=f"A{slot}", endpoint=url, weight=1) for slot in range(4)})
+            it.checker.set_analyzers({slot: Analyzer(id=f"A{slot}", endpoint=url, weight=1) for slot in range(4)})
             await it.asked(40)
 
     run(scenario())

@@ -49,15 +49,15 @@ def none_left():
 
 
 def checks_of(*endpoints, **settings):
-    """Return a checker of these, to be started, its states and its roster."""
+    """Return a checker of these, to be started, its states and its analyzers by slot."""
     states = shared_block(slots=max(4, len(endpoints))).analyzers
-    roster = {}
+    analyzers = {}
     for slot, endpoint in enumerate(endpoints):
         states.clear(slot)
         states.set(slot, AnalyzerWord.IN_USE, 1)
-        roster[slot] = Analyzer(id=f"A{slot}", endpoint=endpoint, weight=1)
+        analyzers[slot] = Analyzer(id=f"A{slot}", endpoint=endpoint, weight=1)
     wanted = Health(**{"interval": 0.01, "timeout": 5.0, "rise": 1, "fall": 1} | settings)
-    return HealthChecker(states, wanted, 60.0), states, roster
+    return HealthChecker(states, wanted, 60.0), states, analyzers
 
 
 async def lacks(told):
@@ -76,9 +76,9 @@ async def lacks(told):
 def test_a_check_without_a_descriptor_is_no_outcome():
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
-        checker, states, roster = checks_of(server.endpoint)
+        checker, states, analyzers = checks_of(server.endpoint)
         with none_left():
-            checker.set_roster(roster)
+            checker.set_analyzers(analyzers)
             for _ in range(3):
                 assert await lacks(checker.shortage.raise_once) == errno.EMFILE
             assert states.is_online(0)
@@ -130,8 +130,8 @@ def test_connections_to_analyzers_leave_some_to_emitters(tmp_path):
 
             await until(empty, "all delivered")
             assert most == 2
-            assert all(w.delivered(slot) for slot in w.roster)
-            assert sum(w.counters.get_of(slot, "failed") for slot in w.roster) == 0
+            assert all(w.delivered(slot) for slot in w.analyzers)
+            assert sum(w.counters.get_of(slot, "failed") for slot in w.analyzers) == 0
 
     run(scenario())
 
@@ -145,14 +145,14 @@ def test_checks_leave_descriptors_to_others():
             before = open_descriptors()
             limit = before + 100
             with descriptors(limit):
-                checker, states, roster = checks_of(*[endpoint] * 400, timeout=0.2, fall=2)
-            checker.set_roster(roster)
+                checker, states, analyzers = checks_of(*[endpoint] * 400, timeout=0.2, fall=2)
+            checker.set_analyzers(analyzers)
             most = 0
 
             def all_checked():
                 nonlocal most
                 most = max(most, open_descriptors() - before)
-                return all(states.get(slot, AnalyzerWord.CHECK_FAILURES) for slot in roster)
+                return all(states.get(slot, AnalyzerWord.CHECK_FAILURES) for slot in analyzers)
 
             await until(all_checked, "each is checked")
             assert 1 < most <= limit // 4 + 1

@@ -258,10 +258,10 @@ def test_a_damaged_file_of_overrides_is_passed_over(block, tmp_path):
 def test_reload_adds_removes_and_brings_back(block, tmp_path):
     it = changes(block, tmp_path, 1, 2, 3)
     it.apply(Action("override", "A3", 9.0, None))
-    assert it.take_over(Config(analyzers=analyzers(1, 2))) == []
+    assert it.reload(Config(analyzers=analyzers(1, 2))) == []
     assert block.analyzers.get(2, AnalyzerWord.IN_USE) == 0
     assert it.slots_in_use() == {"A1": 0, "A2": 1}
-    assert it.take_over(Config(analyzers=analyzers(4, 2, 3))) == []
+    assert it.reload(Config(analyzers=analyzers(4, 2, 3))) == []
     assert it.slots_in_use() == {"A1": 0, "A2": 1, "A3": 2}
     assert block.analyzers.weight(0) == 4.0
     assert block.analyzers.weight(2) == 9.0  # an override outlives its analyzer's absence
@@ -271,7 +271,7 @@ def test_a_reload_has_to_leave_somebody_too(block, tmp_path):
     it = changes(block, tmp_path, 1, 1)
     it.apply(Action("override", "A1", None, True))
     with pytest.raises(ConfigError, match="nothing would be left"):
-        it.take_over(Config(analyzers=analyzers(1)))
+        it.reload(Config(analyzers=analyzers(1)))
     assert it.slots_in_use() == {"A1": 0, "A2": 1}
     later = SharedBlock.create(2, 8)
     changes(later, tmp_path, 1)  # a restart with that configuration: rather without the override than with nobody
@@ -281,17 +281,17 @@ def test_a_reload_has_to_leave_somebody_too(block, tmp_path):
 def test_another_endpoint_is_another_server(block, tmp_path):
     it = changes(block, tmp_path, 1, 1)
     assert block.analyzers.go_offline(0)
-    it.take_over(Config(analyzers=analyzers(1, 1)))
+    it.reload(Config(analyzers=analyzers(1, 1)))
     assert not block.analyzers.is_online(0)
-    it.take_over(Config(analyzers=analyzers(1, 1, port=5000)))
+    it.reload(Config(analyzers=analyzers(1, 1, port=5000)))
     assert block.analyzers.is_online(0)
 
 
 def test_more_analyzers_than_slots(block, tmp_path):
     it = changes(block, tmp_path, 1)
-    it.take_over(Config(analyzers=analyzers(*[1] * 8)))
+    it.reload(Config(analyzers=analyzers(*[1] * 8)))
     with pytest.raises(ConfigError, match="needs a restart"):
-        it.take_over(Config(analyzers=analyzers(*[1] * 9)))
+        it.reload(Config(analyzers=analyzers(*[1] * 9)))
     assert len(it.slots_in_use()) == 8
 
 
@@ -315,7 +315,7 @@ def test_tls_is_turned_on_and_off_by_a_restart_only(block, tmp_path, turned):
         security=Security(tokens=("secret",), tls_cert=after.tls_cert, tls_key=after.tls_key),
     )
     for _ in range(2):  # the next reload says so again
-        assert it.take_over(wanted) == ["security.tls_cert", "security.tls_key"]
+        assert it.reload(wanted) == ["security.tls_cert", "security.tls_key"]
         assert (it.config.security.tls_cert, it.config.security.tls_key) == (before.tls_cert, before.tls_key)
         assert it.config.security.tokens == ("secret",), "all else is in force"
         assert block.analyzers.weight(0) == 2.0
@@ -325,7 +325,7 @@ def test_a_certificate_is_exchanged_without_a_restart(block, tmp_path):
     one, two = certificate(tmp_path, "one"), certificate(tmp_path, "two")
     it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, read_pair(one))
     it.begin()
-    assert it.take_over(Config(analyzers=analyzers(1), security=two), read_pair(two)) == []
+    assert it.reload(Config(analyzers=analyzers(1), security=two), read_pair(two)) == []
     assert (it.config.security, it.pair) == (two, read_pair(two))
 
 
@@ -336,7 +336,7 @@ def test_the_pair_in_force_stays_whatever_its_files_hold(block, tmp_path):
     it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, pair)
     it.begin()
     (tmp_path / "one.pem").unlink()
-    it.take_over(Config(analyzers=analyzers(2)), None)
+    it.reload(Config(analyzers=analyzers(2)), None)
     assert (it.pair, it.config.security.tls_cert) == (pair, one.tls_cert)
     assert block.analyzers.weight(0) == 2.0
 
@@ -346,7 +346,7 @@ def test_an_expired_certificate_is_not_taken_over(block, tmp_path):
     it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, read_pair(one))
     it.begin()
     with pytest.raises(StartError, match=r"two\.pem has expired on 2020-01-01 00:00:00 UTC"):
-        it.take_over(Config(analyzers=analyzers(2), security=two), read_pair(two))
+        it.reload(Config(analyzers=analyzers(2), security=two), read_pair(two))
     assert (it.pair, it.config.security, block.analyzers.weight(0)) == (read_pair(one), one, 1.0)
 
 
@@ -354,7 +354,7 @@ def test_a_certificate_that_expires_in_force_bars_no_change(block, tmp_path):
     old = certificate(tmp_path, "old", LONG_AGO)
     it = Changes(Config(analyzers=analyzers(1), security=old), block, tmp_path, read_pair(old))
     it.begin()
-    assert it.take_over(Config(analyzers=analyzers(2), security=old), read_pair(old)) == []
+    assert it.reload(Config(analyzers=analyzers(2), security=old), read_pair(old)) == []
     assert block.analyzers.weight(0) == 2.0
 
 
@@ -369,13 +369,13 @@ def test_a_new_analyzer_begins_at_nothing_in_a_slot_another_has_had(block, tmp_p
         for field in ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries"):
             row.add_to(0, field, 40)
         row.observe_delivery(0, 8_000_000)
-    it.take_over(named(*"bcdefgh"))
-    it.take_over(named("new", *"bcdefgh"))
+    it.reload(named(*"bcdefgh"))
+    it.reload(named("new", *"bcdefgh"))
     assert it.slots_in_use()["new"] == 0
     block.rows[1].add_to(0, "delivered", 3)
     block.rows[1].observe_delivery(0, 1_000_000)
     it.block.rows[0].add_to(1, "delivered", 1)
-    snapshot = Snapshot(block, it.config, it.roster, "1")
+    snapshot = Snapshot(block, it.config, it.analyzers, "1")
     new = stats.analyzer(snapshot, "new")
     assert (new.delivered, new.failed, new.retried, new.actual_share) == (3, 0, 0, 0.75)
     assert new.latency_ms.max < 2.0
@@ -389,18 +389,18 @@ def test_an_analyzer_that_comes_back_to_its_slot_keeps_its_figures(block, tmp_pa
     it = Changes(named("a", "b"), block, tmp_path)
     it.begin()
     block.rows[0].add_to(0, "delivered", 40)
-    it.take_over(named("b"))
-    it.take_over(named("b", "a"))
-    figures = {each.analyzer.id: each for each in Snapshot(block, it.config, it.roster, "1").analyzers}
+    it.reload(named("b"))
+    it.reload(named("b", "a"))
+    figures = {each.analyzer.id: each for each in Snapshot(block, it.config, it.analyzers, "1").analyzers}
     assert figures["a"].delivered == 40
 
 
 def test_a_slot_that_still_awaits_replies_is_the_last_to_be_given_away(block, tmp_path):
     it = Changes(named(*"abcdefgh"), block, tmp_path)
     it.begin()
-    it.take_over(named(*"defgh"))
+    it.reload(named(*"defgh"))
     block.rows[1].add_to(0, "packets_in_flight", 1)
-    it.take_over(named(*"efgh", "x"))  # d is removed in the same step: workers have yet to hear of it
+    it.reload(named(*"efgh", "x"))  # d is removed in the same step: workers have yet to hear of it
     assert it.slots_in_use()["x"] == 1
 
 

@@ -23,7 +23,7 @@ from fastdist.shm.snapshot import Snapshot
 
 SITE = "https://ops.example"
 CONFIG = replace(Config(), security=Security(cors_origins=(SITE,)))
-ROSTER = dict(enumerate(CONFIG.analyzers))
+ANALYZERS = dict(enumerate(CONFIG.analyzers))
 VIEWS = ("/health", "/ready", "/stats", "/queue", "/analyzers")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "get", "BREW")
 
@@ -32,7 +32,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 def block():
     block = SharedBlock.create(2, 64)
     os.close(block.fd)  # the mapping stays
-    for slot in ROSTER:
+    for slot in ANALYZERS:
         block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
         block.analyzers.set_weight(slot, 1.0)
     return block
@@ -40,7 +40,7 @@ def block():
 
 @pytest.fixture
 def api(block):
-    return Api(lambda: Snapshot(block, CONFIG, ROSTER, "1.2.3"))
+    return Api(lambda: Snapshot(block, CONFIG, ANALYZERS, "1.2.3"))
 
 
 def ask(api, method, target, **headers):

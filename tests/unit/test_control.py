@@ -27,8 +27,8 @@ from fastdist.settings import Analyzer, Config
 
 def settings(generation: int, count: int) -> Settings:
     analyzers = tuple(Analyzer(id=f"A{n}", endpoint=f"http://127.0.0.1:{4000 + n}/", weight=1) for n in range(count))
-    roster = {analyzer.id: slot for slot, analyzer in enumerate(analyzers)}
-    return Settings(generation, roster, Config(analyzers=analyzers))
+    slots = {analyzer.id: slot for slot, analyzer in enumerate(analyzers)}
+    return Settings(generation, slots, Config(analyzers=analyzers))
 
 
 @pytest.fixture

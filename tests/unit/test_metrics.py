@@ -16,7 +16,7 @@ from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 
 SECOND = 10**9
 AT, WALL = 500 * SECOND, 1_700_000_000 * SECOND  # one moment, on the monotonic clock and on the wall clock
-ROSTER = {
+ANALYZERS = {
     3: Analyzer(id="A1", endpoint="http://127.0.0.1:1/", weight=1.0),
     0: Analyzer(id="a-2_x.y", endpoint="http://127.0.0.1:2/", weight=3.0),
 }
@@ -28,7 +28,7 @@ def block():
     os.close(block.fd)  # the mapping stays
     block.head[HeadWord.STARTED_NS] = AT - 90 * SECOND
     block.head[HeadWord.CLOCK_OFFSET_NS] = WALL - AT
-    for slot, analyzer in ROSTER.items():
+    for slot, analyzer in ANALYZERS.items():
         block.analyzers.clear(slot)
         block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
         block.analyzers.set_weight(slot, analyzer.weight)
@@ -37,7 +37,7 @@ def block():
 
 def scrape(block):
     """Return {family: (type, help)} and {(sample, label value): value}."""
-    text = metrics.text(Snapshot(block, Config(), ROSTER, "1.2.3", AT)).decode()
+    text = metrics.text(Snapshot(block, Config(), ANALYZERS, "1.2.3", AT)).decode()
     families = list(text_string_to_metric_families(text))
     kinds = {family.name: (family.type, family.documentation) for family in families}
     samples = {}
@@ -103,7 +103,7 @@ def test_families_have_the_promised_names_and_types(block):
 
 
 def test_counters_end_in_total_and_tell_no_creation_time(block):
-    text = metrics.text(Snapshot(block, Config(), ROSTER, "1.2.3", AT)).decode()
+    text = metrics.text(Snapshot(block, Config(), ANALYZERS, "1.2.3", AT)).decode()
     assert "_created" not in text
     for name in COUNTERS:
         assert f"\n# TYPE fastdist_{name}_total counter\n" in text
@@ -198,9 +198,9 @@ def test_histograms_are_exact_at_every_bound(block):
 
 def test_any_text_may_stand_in_a_label(block):
     odd = 'a"b\\c\nd,e="f"}'
-    roster = {3: Analyzer(id=odd, endpoint="http://127.0.0.1:1/", weight=1.0)}
+    analyzers = {3: Analyzer(id=odd, endpoint="http://127.0.0.1:1/", weight=1.0)}
     for write, read in ((metrics.text, text_string_to_metric_families), (metrics.openmetrics, parse_openmetrics)):
-        text = write(Snapshot(block, Config(), roster, odd, AT)).decode()
+        text = write(Snapshot(block, Config(), analyzers, odd, AT)).decode()
         labels = {value for family in read(text) for sample in family.samples for value in sample.labels.values()}
         assert odd in labels
         assert {label for label in labels if label.startswith("a")} == {odd}
@@ -209,7 +209,7 @@ def test_any_text_may_stand_in_a_label(block):
 def test_the_same_figures_as_openmetrics(block):
     block.rows[0].add("accepted", 7)
     block.rows[0].observe_ingest(10**6)
-    text = metrics.openmetrics(Snapshot(block, Config(), ROSTER, "1.2.3", AT)).decode()
+    text = metrics.openmetrics(Snapshot(block, Config(), ANALYZERS, "1.2.3", AT)).decode()
     families = {family.name: family for family in parse_openmetrics(text)}
     assert families["fastdist_packets_accepted"].samples[0].value == 7
     assert families["fastdist_ingest_duration_seconds"].type == "histogram"

@@ -39,8 +39,8 @@ class Slot:
 class Checker:
     """No checks."""
 
-    def set_roster(self, roster):
-        self.roster = roster
+    def set_analyzers(self, analyzers):
+        self.analyzers = analyzers
 
 
 class Service:
@@ -53,7 +53,7 @@ class Service:
         self.supervisor.changes.begin()
         self.supervisor._write_settings()
         self.supervisor.health = Checker()
-        self.slots = self.supervisor.keeper.slots = [Slot(f"w{number}") for number in range(3)]
+        self.slots = self.supervisor.processes.slots = [Slot(f"w{number}") for number in range(3)]
 
     def write(self, weight):
         self.file.write_text(CONFIG.format(folder=self.folder, weight=weight))
@@ -138,7 +138,7 @@ def test_what_a_worker_cannot_take_over_is_taken_back(service):
         status, problems = await task
         assert status == 422
         assert problems == ["worker w1: security.tls_cert: x.pem cannot be loaded: Too many open files"]
-        assert service.supervisor.health.roster[0].weight == 1
+        assert service.supervisor.health.analyzers[0].weight == 1
 
         for slot in service.slots:
             slot.heard.clear()

@@ -31,17 +31,17 @@ def block():
     return block
 
 
-def roster_of(block, analyzers):
-    """Put (weight, state) pairs into every third slot, and return the roster."""
-    roster = {}
+def by_slot(block, analyzers):
+    """Put (weight, state) pairs into every third slot, and return the analyzers by slot."""
+    slots = {}
     for index, (weight, state) in enumerate(analyzers):
         slot = 3 * index
         block.analyzers.clear(slot)
         block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
         block.analyzers.set_weight(slot, weight)
         block.analyzers.set(slot, *WORDS[state])
-        roster[slot] = Analyzer(id=f"A{index}", endpoint="http://127.0.0.1:1/", weight=weight)
-    return roster
+        slots[slot] = Analyzer(id=f"A{index}", endpoint="http://127.0.0.1:1/", weight=weight)
+    return slots
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def roster_of(block, analyzers):
     ],
 )
 def test_who_gets_packets(block, analyzers, expected):
-    assert effective_weights(block.analyzers, roster_of(block, analyzers), Health(), NOW) == expected
+    assert effective_weights(block.analyzers, by_slot(block, analyzers), Health(), NOW) == expected
 
 
 def test_the_weight_in_force_counts_not_the_configured_one(block):
-    roster = roster_of(block, [(0.1, "online")])
+    slots = by_slot(block, [(0.1, "online")])
     block.analyzers.set_weight(0, 7.0)
-    assert effective_weights(block.analyzers, roster, Health(), NOW) == {0: 7.0}
+    assert effective_weights(block.analyzers, slots, Health(), NOW) == {0: 7.0}
 
 
 @pytest.mark.parametrize(
@@ -78,17 +78,17 @@ def test_the_weight_in_force_counts_not_the_configured_one(block):
     [(0, 1.0), (NOW, 0.1), (NOW + SECOND, 0.1), (NOW - 5 * SECOND, 0.55), (NOW - 10 * SECOND, 1.0), (1, 1.0)],
 )
 def test_slow_start_ramps_from_a_tenth(block, online_since, part):
-    roster = roster_of(block, [(2.0, "online"), (1.0, "online")])
+    slots = by_slot(block, [(2.0, "online"), (1.0, "online")])
     block.analyzers.set(0, AnalyzerWord.ONLINE_SINCE_NS, online_since)
-    weights = effective_weights(block.analyzers, roster, Health(slow_start=10.0), NOW)
+    weights = effective_weights(block.analyzers, slots, Health(slow_start=10.0), NOW)
     assert weights == {0: pytest.approx(2.0 * part), 3: 1.0}
-    assert effective_weights(block.analyzers, roster, Health(), NOW) == {0: 2.0, 3: 1.0}
+    assert effective_weights(block.analyzers, slots, Health(), NOW) == {0: 2.0, 3: 1.0}
 
 
 def test_a_weight_too_small_to_ramp_stays_positive(block):
-    roster = roster_of(block, [(5e-324, "online")])
+    slots = by_slot(block, [(5e-324, "online")])
     block.analyzers.set(0, AnalyzerWord.ONLINE_SINCE_NS, NOW)
-    assert effective_weights(block.analyzers, roster, Health(slow_start=10.0), NOW) == {0: 5e-324}
+    assert effective_weights(block.analyzers, slots, Health(slow_start=10.0), NOW) == {0: 5e-324}
 
 
 def test_the_ramp_never_falls():
@@ -108,10 +108,10 @@ def model(analyzers):
 
 @settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)  # roster_of writes every slot anew
+)  # by_slot writes every slot again
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 3.0]), st.sampled_from(sorted(WORDS))), max_size=20))
 def test_agrees_with_the_rules_read_out(block, analyzers):
-    assert effective_weights(block.analyzers, roster_of(block, analyzers), Health(), NOW) == model(analyzers)
+    assert effective_weights(block.analyzers, by_slot(block, analyzers), Health(), NOW) == model(analyzers)
 
 
 @given(st.dictionaries(st.integers(0, 63), st.floats(0, 1e12)))

@@ -19,8 +19,8 @@ from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 SECOND = 10**9
 AT, WALL = 500 * SECOND, 1_700_000_000 * SECOND  # one moment, on the monotonic clock and on the wall clock
 CONFIG = Config()
-ROSTER = dict(zip((2, 0, 1, 5), CONFIG.analyzers, strict=True))  # slots are not in the configuration's order
-A1, A2, A3, A4 = ROSTER
+ANALYZERS = dict(zip((2, 0, 1, 5), CONFIG.analyzers, strict=True))  # slots are not in the configuration's order
+A1, A2, A3, A4 = ANALYZERS
 LEFT = 9  # the slot of an analyzer that has left the configuration
 
 
@@ -33,7 +33,7 @@ def new_block():
     for index in range(2):
         block.worker(index)[WorkerWord.STATE] = WorkerState.RUNNING
         block.rows[index].set("queue_capacity", 2**20)
-    for slot, analyzer in ROSTER.items():
+    for slot, analyzer in ANALYZERS.items():
         block.analyzers.clear(slot)
         block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
         block.analyzers.set_weight(slot, analyzer.weight)
@@ -46,7 +46,7 @@ def block():
 
 
 def snapshot_of(block, config=CONFIG):
-    return Snapshot(block, config, ROSTER, "1.2.3", AT)
+    return Snapshot(block, config, ANALYZERS, "1.2.3", AT)
 
 
 def shown(view, block, config=CONFIG):
@@ -56,7 +56,7 @@ def shown(view, block, config=CONFIG):
 
 def analyzer(block, slot, config=CONFIG):
     views = {view["id"]: view for view in shown(stats.analyzers, block, config)["analyzers"]}
-    return views[ROSTER[slot].id]
+    return views[ANALYZERS[slot].id]
 
 
 def packets(block):
@@ -484,7 +484,7 @@ def test_actual_shares_are_of_the_unit_that_is_split(block, unit, field):
 
 def test_shares_add_up(block):
     for view in ("targetShare", "effectiveShare"):
-        assert sum(analyzer(block, slot)[view] for slot in ROSTER) == pytest.approx(1.0)
+        assert sum(analyzer(block, slot)[view] for slot in ANALYZERS) == pytest.approx(1.0)
 
 
 def test_the_short_form_in_stats_agrees_with_the_long_one(block):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # else it is about one connection only
 DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connections and those to analyzers
 NO_PORT = "no local port is left for another connection"
-GOODBYE = 1.0  # seconds to write what there is when a connection with TLS ends
+CLOSE_TIMEOUT = 1.0  # seconds to write what there is when a connection with TLS ends
 YOUNGEST = 0.5  # of delivery.max_age: when the first connections of many that began together are replaced
 NEXT_ADDRESS = 0.25  # seconds that the addresses of a name have before the next is tried beside them
 
@@ -52,9 +52,9 @@ class TlsTransport:
         return self._tls.is_closing() or self._carrier.is_closing()
 
     def close(self) -> None:
-        """Say that this is the end, and close; what the kernel does not take at once has ``GOODBYE`` seconds."""
+        """Say that this is the end, and close; what the kernel does not take at once has ``CLOSE_TIMEOUT`` seconds."""
         self._tls.close()
-        asyncio.get_running_loop().call_later(GOODBYE if self.get_write_buffer_size() else 0, self.abort)
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT if self.get_write_buffer_size() else 0, self.abort)
 
 
 async def connect(  # noqa: PLR0913  (who, where to, and what by)
@@ -154,8 +154,8 @@ async def _connect_by_loop(
     if tls is None:
         await loop.create_connection(lambda: protocol, sock=connection)
         return
-    carrier, nobody = await loop.create_connection(asyncio.Protocol, sock=connection)
-    transport = await loop.start_tls(carrier, nobody, tls, server_hostname=host)
+    carrier, placeholder = await loop.create_connection(asyncio.Protocol, sock=connection)
+    transport = await loop.start_tls(carrier, placeholder, tls, server_hostname=host)
     if transport is None or carrier.is_closing():  # nobody would tell the protocol
         carrier.abort()
         raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))

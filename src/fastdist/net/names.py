@@ -71,7 +71,7 @@ class Names:
 
     def __init__(self) -> None:
         self._names: dict[str, Name] = {}
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._limit = asyncio.Semaphore(AT_ONCE)
 
     async def infos(self, host: str, port: int, patience: float) -> Sequence[AddressInfo]:
         """Return the addresses of ``host`` in the order to try them. Raises OSError after ``patience`` seconds."""
@@ -113,7 +113,7 @@ class Names:
 
     async def _look_up(self, host: str, name: Name) -> None:
         try:
-            async with self._places:
+            async with self._limit:
                 answer = _in_a_thread(host)
                 await asyncio.wait({answer}, timeout=LONG)
             name.answered(await answer)

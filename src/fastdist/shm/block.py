@@ -12,7 +12,7 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 | workers   | w x 16             | see ``WorkerWord`` |
 | rows      | w x row_words(n)   | each worker its own: counters, histograms (``core/counters.pxi``) |
 
-An analyzer keeps its slot until it has left the configuration and another needs it: ``begin_anew`` then. Words have one
+An analyzer keeps its slot until it has left the configuration and another needs it: ``reset_slot`` then. Words have one
 writer, or are changed atomically by helpers of ``AnalyzerStates``; text is written whole and may be read torn, so it is
 for people only.
 """
@@ -215,7 +215,7 @@ class SharedBlock:
         """Return the counters and histograms of a worker as 8-byte words."""
         return self._rows[index].cast("q")
 
-    def begin_anew(self, slot: int) -> None:
+    def reset_slot(self, slot: int) -> None:
         """Have an analyzer's figures begin at 0 in a slot that another has had: workers' counters never go back."""
         analyzers = COUNTER_WORDS + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
         rows = [self.row(index)[analyzers:] for index in range(self.workers)]

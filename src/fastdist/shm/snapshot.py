@@ -122,7 +122,7 @@ class AnalyzerFigures(Struct, frozen=True):
 class Snapshot:
     """The shared block at one moment, over all workers.
 
-    ``roster`` maps slots to the configured analyzers, in the order they are shown in; ``at`` is the moment times are
+    ``analyzers`` maps slots to the configured analyzers, in the order they are shown in; ``at`` is the moment times are
     counted from (monotonic, ns; now, unless a test says otherwise).
     """
 
@@ -130,11 +130,11 @@ class Snapshot:
         self,
         block: SharedBlock,
         config: Config,
-        roster: Mapping[int, Analyzer],
+        analyzers: Mapping[int, Analyzer],
         version: str,
         at: int | None = None,
     ) -> None:
-        self.block, self.config, self.roster, self.version = block, config, roster, version
+        self.block, self.config, self.configured, self.version = block, config, analyzers, version
         self.at = time.monotonic_ns() if at is None else at
         self._rows = [block.row(index) for index in range(block.workers)]
         histograms = _ANALYZERS + block.slots * ANALYZER_WORDS
@@ -289,11 +289,11 @@ class Snapshot:
     def analyzers(self) -> list[AnalyzerFigures]:
         """The configured analyzers, in the configuration's order."""
         states = self.block.analyzers
-        weights = {slot: float(states.weight(slot)) for slot in self.roster}
+        weights = {slot: float(states.weight(slot)) for slot in self.configured}
         target = normalised(weights)
-        effective = normalised(effective_weights(states, self.roster, self.config.health, self.at))
+        effective = normalised(effective_weights(states, self.configured, self.config.health, self.at))
         unit = {"packets": "delivered", "messages": "messages_delivered", "bytes": "bytes_delivered"}
-        actual = normalised({slot: self._of(slot, unit[self.config.distribution.by]) for slot in self.roster})
+        actual = normalised({slot: self._of(slot, unit[self.config.distribution.by]) for slot in self.configured})
         return [
             AnalyzerFigures(
                 slot=slot,
@@ -312,7 +312,7 @@ class Snapshot:
                 in_flight=self._of(slot, "packets_in_flight"),
                 connections=self._of(slot, "connections"),
             )
-            for slot, analyzer in self.roster.items()
+            for slot, analyzer in self.configured.items()
         ]
 
     def _of(self, slot: int, field: str) -> int:

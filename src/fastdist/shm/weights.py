@@ -27,14 +27,14 @@ RAMP_START = 0.1  # of its weight, for an analyzer that has just recovered
 
 
 def effective_weights(
-    states: AnalyzerStates, roster: Mapping[int, Analyzer], health: Health, now_ns: int, also: int | None = None
+    states: AnalyzerStates, analyzers: Mapping[int, Analyzer], health: Health, now_ns: int, also: int | None = None
 ) -> dict[int, float]:
-    """Return {slot: weight > 0} of the analyzers of ``roster`` that get packets at ``now_ns`` (monotonic).
+    """Return {slot: weight > 0} of those of ``analyzers`` (by slot) that get packets at ``now_ns`` (monotonic).
 
     The weights have any scale. The result is empty when nobody can take a packet. ``also``: a slot that counts as
     online whether it is or not.
     """
-    weights = {slot: states.weight(slot) for slot in roster if states.is_pickable(slot) or slot == also}
+    weights = {slot: states.weight(slot) for slot in analyzers if states.is_pickable(slot) or slot == also}
     if any(weight > 0 for weight in weights.values()):
         weights = {slot: weight for slot, weight in weights.items() if weight > 0}
     else:

@@ -124,7 +124,7 @@ class Probe(asyncio.Protocol):
 
 
 class HealthChecker:
-    """Checks the analyzers of ``roster`` (by slot), each in a task of its own.
+    """Checks the analyzers (by slot), each in a task of its own.
 
     New connections at a time, and those that are kept, are a quarter each of the descriptors this process may have:
     whatever the number of analyzers, there are some for all else. ``max_age``: seconds that a connection is kept.
@@ -133,22 +133,22 @@ class HealthChecker:
     def __init__(self, states: AnalyzerStates, settings: Health, max_age: float) -> None:
         self.states, self.settings, self._max_age = states, settings, max_age
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._roster: dict[int, Analyzer] = {}
+        self._analyzers: dict[int, Analyzer] = {}
         self._tls = ssl.create_default_context()
         self._names = Names()
         self._most = max(1, descriptors() // 4)
-        self._places = asyncio.Semaphore(self._most)
+        self._limit = asyncio.Semaphore(self._most)
         self._kept: dict[str, Probe] = {}  # by health_url, while no check uses it
         self.shortage = Shortage()  # that kept checks from being made
 
-    def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
+    def set_analyzers(self, analyzers: Mapping[int, Analyzer]) -> None:
         """Check these from now on."""
-        for slot, analyzer in list(self._roster.items()):
-            if roster.get(slot) is None or roster[slot].health_url != analyzer.health_url:
+        for slot, analyzer in list(self._analyzers.items()):
+            if analyzers.get(slot) is None or analyzers[slot].health_url != analyzer.health_url:
                 self._tasks.pop(slot).cancel()
                 self._let_go(analyzer.health_url)
-        self._roster = dict(roster)
-        for slot, analyzer in roster.items():
+        self._analyzers = dict(analyzers)
+        for slot, analyzer in analyzers.items():
             if slot not in self._tasks:
                 self._tasks[slot] = asyncio.get_running_loop().create_task(self._watch(slot, analyzer))
 
@@ -181,7 +181,7 @@ class HealthChecker:
         try:
             status = await self._ask_again(analyzer)
             if not status:
-                async with self._places:
+                async with self._limit:
                     await self._names.infos(address.host, address.port, timeout)  # which is not the analyzer's time
                     async with timeouts.running(timeout):
                         status = await self._ask(analyzer)

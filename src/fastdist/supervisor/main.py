@@ -35,7 +35,7 @@ from fastdist.storage.dead_letters import DeadLetters
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.supervisor.health import HealthChecker
-from fastdist.supervisor.processes import LATE, Keeper, WorkerSlot
+from fastdist.supervisor.processes import LATE, Processes, WorkerSlot
 from fastdist.supervisor.reload import Changes
 from fastdist.supervisor.systemd import ServiceManager
 
@@ -55,9 +55,9 @@ KEEPALIVE = (  # of listeners, and so of what they accept: who is gone without a
 )
 WATCH = 0.1  # seconds between looks at workers and analyzers
 REAP = 1.0  # seconds between looks at processes that were left to us
-PORT_PATIENCE = 1.0  # seconds that whoever has our port gets to let go of it
+PORT_TIMEOUT = 1.0  # seconds that whoever has our port gets to let go of it
 APPLIED = 5.0  # seconds workers have to say that they have taken over new settings
-HOPELESS = 3  # exit status: workers cannot start
+CANNOT_START = 3  # exit status: workers cannot start
 LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
 
 log = logs.get()
@@ -73,7 +73,7 @@ class Supervisor:
         self.settings = os.memfd_create("fastdist-settings")
         self.folder = QueueFolder(loaded.config.queue.path)
         self.changes = Changes(loaded.config, self.block, self.folder.path, pair)
-        self.keeper = Keeper(self.block, self.settings, self._heard)
+        self.processes = Processes(self.block, self.settings, self._heard)
         self.manager = ServiceManager()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
@@ -102,12 +102,12 @@ class Supervisor:
         self._lock()
         rings = self._open_rings()
         old_rings = self.folder.old_rings() if self.folder.has_rings() else []
-        self.keeper.held = self.folder.held
+        self.processes.held = self.folder.held
         self.changes.begin()
         self._write_settings()
         for index, listener in enumerate(self._listen()):
             mine = old_rings[index :: self.workers]
-            self.keeper.slots.append(WorkerSlot(self.block, index, listener, rings[index], mine))
+            self.processes.slots.append(WorkerSlot(self.block, index, listener, rings[index], mine))
         if old_rings:
             log.info("packets of an earlier run are taken over", rings=len(old_rings))
 
@@ -181,8 +181,8 @@ class Supervisor:
         if early.asked_to_reload():
             self._signals.put_nowait(signal.SIGHUP)
         self.health = HealthChecker(self.block.analyzers, self.config.health, self.config.delivery.max_age)
-        self.health.set_roster(self.changes.roster)
-        slots = self.keeper.slots
+        self.health.set_analyzers(self.changes.analyzers)
+        slots = self.processes.slots
         host, port = slots[0].listener.getsockname()[:2]
         helpers = [
             loop.create_task(each)
@@ -190,16 +190,16 @@ class Supervisor:
         ]
         if os.getpid() == 1:
             helpers.append(loop.create_task(self._reap()))
-        await asyncio.gather(*(self.keeper.keep(slot) for slot in slots))
+        await asyncio.gather(*(self.processes.keep(slot) for slot in slots))
         for task in helpers:
             task.cancel()
         self.health.close()
         saved = self._save_the_rest()
-        return HOPELESS if self.keeper.hopeless else 0 if saved else LOST
+        return CANNOT_START if self.processes.gave_up else 0 if saved else LOST
 
     async def _announce(self, host: str, port: int) -> None:
         """Say when all workers are ready, and how to send a first packet."""
-        await self.keeper.all_ready.wait()
+        await self.processes.all_ready.wait()
         if host in ("0.0.0.0", "::"):  # noqa: S104  (compared with, not bound to)
             host = "127.0.0.1"
         scheme = "https" if self.config.security.tls_cert else "http"
@@ -230,16 +230,16 @@ class Supervisor:
             number = await self._signals.get()
             if number == signal.SIGHUP:
                 self._begin(self._reload())  # a signal to end is not to wait for it
-            elif self.keeper.stopping:
+            elif self.processes.stopping:
                 log.warning("a second signal: ending at once")
-                self.keeper.stop(0.0)
+                self.processes.stop(0.0)
             else:
                 seconds = self.config.server.drain_timeout
                 log.info("draining", signal=number.name, for_at_most=seconds)
                 self.manager.stopping(seconds + 2 * LATE)
                 self.manager.status(f"Draining for at most {seconds:g} s")
                 self.block.head[HeadWord.DRAINING] = 1
-                self.keeper.stop(time.monotonic() + seconds)
+                self.processes.stop(time.monotonic() + seconds)
 
     def _save_the_rest(self) -> bool:
         """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters.
@@ -248,11 +248,11 @@ class Supervisor:
         """
         rows = {
             fd: self.block.rows[slot.index]
-            for slot in self.keeper.slots
+            for slot in self.processes.slots
             for fd in (slot.ring, *(old.fd for old in slot.old_rings))
         }
         nameless = {fd: row for fd, row in rows.items() if is_nameless(fd)}
-        lasting = [slot for slot in self.keeper.slots if slot.ring not in nameless]
+        lasting = [slot for slot in self.processes.slots if slot.ring not in nameless]
         queued = sum(rows[slot.ring].get("undone") for slot in lasting)
         if queued and (renamed := self._renamed_rings(lasting)):
             log.error("packets stay in queue files that were renamed; the next start has to find them", files=renamed)
@@ -339,7 +339,7 @@ class Supervisor:
             before = self.changes.config, self.changes.pair
             try:
                 loaded, pair = await asyncio.to_thread(self._read_again)  # which may wait for who writes the file
-                need_restart = self.changes.take_over(loaded.config, pair)
+                need_restart = self.changes.reload(loaded.config, pair)
                 problems = await self._have_workers_follow()
                 if problems:
                     self.changes.put_in_force(*before)
@@ -360,9 +360,9 @@ class Supervisor:
     async def _have_workers_follow(self) -> list[str]:
         """Have workers and checks go by what is in force; return why workers cannot. One may be late, but not long."""
         self._write_settings()
-        self.health.set_roster(self.changes.roster)
+        self.health.set_analyzers(self.changes.analyzers)
         loop = asyncio.get_running_loop()
-        self._behind = {slot: loop.create_future() for slot in self.keeper.slots if slot.send(Message("reload"))}
+        self._behind = {slot: loop.create_future() for slot in self.processes.slots if slot.send(Message("reload"))}
         if not self._behind:
             return []
         done, _ = await asyncio.wait(self._behind.values(), timeout=APPLIED)
@@ -378,24 +378,24 @@ class Supervisor:
         while True:
             await asyncio.sleep(WATCH)
             run = self.upkeep.run
-            run(Step.WORKERS, self.keeper.replace_hanging)
-            run(Step.ANALYZERS, self._tell_of_analyzers)
+            run(Step.WORKERS, self.processes.replace_hanging)
+            run(Step.ANALYZERS, self._log_analyzers)
             run(Step.CONNECTIONS, self.health.shortage.raise_once)
             run(Step.SERVICE_MANAGER, self._give_sign)
 
     def _give_sign(self) -> None:
-        if self.keeper.serving():
+        if self.processes.serving():
             self.manager.alive()
 
     async def _reap(self) -> None:
         """As process 1: let go of processes that have lost their parent, and have ended."""
         while True:
             await asyncio.sleep(REAP)
-            self.keeper.reap_orphans()
+            self.processes.reap_orphans()
 
-    def _tell_of_analyzers(self) -> None:
+    def _log_analyzers(self) -> None:
         states, rise = self.block.analyzers, self.config.health.rise
-        for slot, analyzer in self.changes.roster.items():
+        for slot, analyzer in self.changes.analyzers.items():
             online = states.is_online(slot)
             state = "online" if online else "probation" if seems_online(states, slot, rise) else "offline"
             if state != self._known_states.get(slot, "online"):
@@ -415,7 +415,7 @@ class Supervisor:
             self._known_states[slot] = state
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(self.block, self.config, self.changes.roster, __version__)
+        return Snapshot(self.block, self.config, self.changes.analyzers, __version__)
 
     async def _sample(self) -> None:
         """Once a second keep the totals for the rates, each worker's use of processor and memory, and our files."""
@@ -429,14 +429,14 @@ class Supervisor:
     def _keep_figures(self) -> None:
         snapshot = self._snapshot()
         self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
-        for slot in self.keeper.slots:
+        for slot in self.processes.slots:
             slot.measure()
-        if not self.keeper.stopping:
+        if not self.processes.stopping:
             self.manager.status(_in_a_line(snapshot))
 
     def _keep_lock(self) -> None:
         self.folder.renew_lock()
-        self.keeper.held = self.folder.held
+        self.processes.held = self.folder.held
 
 
 def _in_a_line(snapshot: Snapshot) -> str:
@@ -456,7 +456,7 @@ def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int
 
     SO_REUSEPORT would let us share it with another instance. Workers whose supervisor was killed still let go of it.
     """
-    end = time.monotonic() + PORT_PATIENCE
+    end = time.monotonic() + PORT_TIMEOUT
     while True:
         with _socket(family) as probe:
             try:

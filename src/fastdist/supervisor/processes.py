@@ -134,8 +134,8 @@ class _Usage:
         return used, permille
 
 
-class Keeper:
-    """Fills the slots. ``heard(slot, message)`` gets what workers say; ``hopeless``: it stopped, as none can start."""
+class Processes:
+    """Fills the slots. ``heard(slot, message)`` gets what workers say; ``gave_up``: it stopped, as none can start."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Keeper:
         self.block, self.settings, self.heard = block, settings, heard
         self.slots: list[WorkerSlot] = []
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
-        self.stopping = self.hopeless = False
+        self.stopping = self.gave_up = False
         self._spawning = 0  # processes that are being made: nobody knows their numbers yet
         self._looked = time.monotonic()
         self._resumed = 0.0
@@ -260,7 +260,7 @@ class Keeper:
         if slot.false_starts < FALSE_STARTS or any(other.ever_ready for other in self.slots):
             return False
         log.error("workers cannot start; see their error above", worker=slot.name, ended_by=why)
-        self.hopeless = True
+        self.gave_up = True
         self.stop(0.0)
         return True
 

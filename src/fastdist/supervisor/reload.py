@@ -48,7 +48,7 @@ class Changes:
         self._wanted_connections = config.server.max_connections  # more than the system may allow
         self.generation = 0  # of the settings; grows with every reload
         self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot nobody has needed
-        self.roster: dict[int, Analyzer] = {}
+        self.analyzers: dict[int, Analyzer] = {}
         self.overrides: dict[str, Override] = {}
         self._file = -1  # what was read or written last, open, so that another file is known for another
         self._home = (0, 0)  # the folder that was there when the service began
@@ -64,10 +64,10 @@ class Changes:
             pass
         except (OSError, msgspec.DecodeError) as error:
             log.error("the overrides of the analyzers cannot be read; the configuration holds", error=str(error))
-        if not _leaves_somebody(self.config.analyzers, self.overrides):
+        if not _leaves_any(self.config.analyzers, self.overrides):
             log.error("the overrides of earlier runs leave nobody to deliver to, and are passed over", file=FILE)
             self.overrides = {}
-        self._set_roster(self.config)
+        self._set_analyzers(self.config)
 
     def lower_connections(self, most: int) -> None:
         """Take at most so many connections from emitters, whatever is configured."""
@@ -77,11 +77,11 @@ class Changes:
 
     def slots_in_use(self) -> dict[str, int]:
         """Return {analyzer id: slot} of those configured."""
-        return {analyzer.id: slot for slot, analyzer in self.roster.items()}
+        return {analyzer.id: slot for slot, analyzer in self.analyzers.items()}
 
     # ---- reload
 
-    def take_over(self, new: Config, pair: Pair | None = None) -> list[str]:
+    def reload(self, new: Config, pair: Pair | None = None) -> list[str]:
         """Put what can change while running in force; return the paths that differ and need a restart.
 
         Raises ConfigError when there are more analyzers than there is room for, StartError when the certificate has
@@ -103,7 +103,7 @@ class Changes:
             if pair != self.pair:
                 raise StartError(fault)
             log.warning(fault)
-        if not _leaves_somebody(new.analyzers, self.overrides):
+        if not _leaves_any(new.analyzers, self.overrides):
             raise ConfigError(["analyzers: with the overrides in force nothing would be left to deliver to"])
         config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=security)
         self.put_in_force(config, pair)
@@ -111,27 +111,27 @@ class Changes:
 
     def put_in_force(self, config: Config, pair: Pair | None) -> None:
         """Have the settings that workers are to read be these. Raises ConfigError as above."""
-        self._set_roster(config)
+        self._set_analyzers(config)
         self.config, self.pair = config, pair
         self.generation += 1
 
-    def _set_roster(self, config: Config) -> None:
+    def _set_analyzers(self, config: Config) -> None:
         slots = dict(self.slots)
         for analyzer in config.analyzers:
             if analyzer.id not in slots:
                 slots[analyzer.id] = self._free_slot(slots, config)
-        roster = {slots[analyzer.id]: analyzer for analyzer in config.analyzers}
+        analyzers = {slots[analyzer.id]: analyzer for analyzer in config.analyzers}
         states = self.block.analyzers
-        for slot in self.roster.keys() - roster.keys():
+        for slot in self.analyzers.keys() - analyzers.keys():
             states.set(slot, AnalyzerWord.IN_USE, 0)
-        for slot, analyzer in roster.items():
-            before = self.roster.get(slot)
+        for slot, analyzer in analyzers.items():
+            before = self.analyzers.get(slot)
             if before is None or before.endpoint != analyzer.endpoint:
                 states.clear(slot)
             if self.slots.get(analyzer.id) != slot and slot in self.slots.values():
-                self.block.begin_anew(slot)
-        self.slots, self.roster = slots, roster
-        for slot, analyzer in roster.items():
+                self.block.reset_slot(slot)
+        self.slots, self.analyzers = slots, analyzers
+        for slot, analyzer in analyzers.items():
             self._put_in_force(slot, analyzer)
             states.set(slot, AnalyzerWord.IN_USE, 1)
         states.touch()
@@ -149,7 +149,7 @@ class Changes:
 
     def _is_in_use(self, slot: int) -> bool:
         """Whether workers may still count something there: it is removed only now, or awaits replies."""
-        return slot in self.roster or any(row.get_of(slot, "packets_in_flight") for row in self.block.rows)
+        return slot in self.analyzers or any(row.get_of(slot, "packets_in_flight") for row in self.block.rows)
 
     def _put_in_force(self, slot: int, analyzer: Analyzer) -> None:
         override = self.overrides.get(analyzer.id, Override())
@@ -176,14 +176,14 @@ class Changes:
         wanted = {name: override for name, override in self.overrides.items() if name != action.analyzer}
         if after != Override():
             wanted[action.analyzer] = after
-        if not _leaves_somebody(self.config.analyzers, wanted):
+        if not _leaves_any(self.config.analyzers, wanted):
             return 422, "nothing would be left to deliver to"
         try:
             self._save(wanted)
         except OSError as error:
             return 503, f"the change cannot be stored in {self._folder}: {error.strerror}"
         self.overrides = wanted
-        self._put_in_force(slot, self.roster[slot])
+        self._put_in_force(slot, self.analyzers[slot])
         if (
             action.draining is False
         ):  # told to be online: no longer wait, neither for a pause (Retry-After) nor for a trial
@@ -226,7 +226,7 @@ class Changes:
             log.warning("the file of the overrides was deleted or exchanged, and is written again", file=str(path))
 
 
-def _leaves_somebody(analyzers: Iterable[Analyzer], overrides: Mapping[str, Override]) -> bool:
+def _leaves_any(analyzers: Iterable[Analyzer], overrides: Mapping[str, Override]) -> bool:
     """Whether an analyzer remains that is not draining, and the weights are what a configuration may have."""
     all_of_them = [(analyzer, overrides.get(analyzer.id, Override())) for analyzer in analyzers]
     weights = [analyzer.weight if over.weight is None else over.weight for analyzer, over in all_of_them]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, MutableMapping
 
 PATIENCE = 1.0  # seconds that a manager which reads nothing may hold us up
-SIGNS = 3  # of life within the time that the watchdog allows: a late one does no harm
+HEARTBEATS = 3  # within the watchdog's time: one may be late
 
 log = logs.get()
 
@@ -34,7 +34,7 @@ class ServiceManager:
         self.interval = _interval(environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", ""))
         self._phase = "starting"
         self._status = ""
-        self._last_sign = -self.interval
+        self._last_heartbeat = -self.interval
         self._failing = False
 
     def ready(self) -> None:
@@ -69,8 +69,8 @@ class ServiceManager:
     def alive(self) -> None:
         """Give the watchdog its sign; may be called as often as one likes."""
         now = time.monotonic()
-        if self.interval and now - self._last_sign >= self.interval:
-            self._last_sign = now
+        if self.interval and now - self._last_heartbeat >= self.interval:
+            self._last_heartbeat = now
             self._send("WATCHDOG=1")
 
     def _send(self, message: str) -> None:
@@ -105,4 +105,4 @@ def _interval(microseconds: str, pid: str) -> float:
     if not microseconds.isdecimal():
         log.warning("WATCHDOG_USEC is no number; the watchdog gets no sign", value=microseconds)
         return 0.0
-    return int(microseconds) / 1e6 / SIGNS
+    return int(microseconds) / 1e6 / HEARTBEATS

@@ -89,12 +89,12 @@ class Dispatcher(Outcomes):
         self._judged: tuple[set[int], bool] = (set(), True)
         self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
 
-    def set_roster(self, roster: Mapping[int, Analyzer]) -> None:
+    def set_analyzers(self, analyzers: Mapping[int, Analyzer]) -> None:
         """Deliver to these analyzers (by slot) from now on."""
-        if self._tls is None and any(analyzer.address.scheme == "https" for analyzer in roster.values()):
+        if self._tls is None and any(analyzer.address.scheme == "https" for analyzer in analyzers.values()):
             self._tls = ssl.create_default_context()
         for slot in range(len(self.pools)):
-            pool, analyzer = self.pools[slot], roster.get(slot)
+            pool, analyzer = self.pools[slot], analyzers.get(slot)
             if analyzer is None or (
                 pool is not None and pool.analyzer != analyzer and pool.analyzer.endpoint != analyzer.endpoint
             ):
@@ -104,7 +104,7 @@ class Dispatcher(Outcomes):
                 pool = self.pools[slot] = AnalyzerPool(self.ring, self.counters, self.analyzer_states, slot, self)
             if analyzer is not None:
                 pool.set_up(analyzer, self.config.delivery, self._tls)
-        self.roster = dict(roster)
+        self.analyzers = dict(analyzers)
         self.refresh()
         self.schedule()
 
@@ -122,10 +122,10 @@ class Dispatcher(Outcomes):
         """Build the table anew from what the analyzers' states and weights are now."""
         now = time.monotonic_ns()
         states = self.analyzer_states
-        self.weights = effective_weights(states, self.roster, self.config.health, now)
-        self.probation.refresh(self.roster)
+        self.weights = effective_weights(states, self.analyzers, self.config.health, now)
+        self.probation.refresh(self.analyzers)
         sticky = self.config.distribution.strategy == "sticky"
-        online = {slot for slot in self.roster if states.is_online(slot)}
+        online = {slot for slot in self.analyzers if states.is_online(slot)}
         paused = {slot: until for slot in online if (until := states.get(slot, AnalyzerWord.PAUSED_UNTIL_NS)) > now}
         self._resume_at = min(paused.values(), default=0)
         if sticky:  # a paused analyzer keeps its emitters: their packets wait for it
@@ -133,13 +133,13 @@ class Dispatcher(Outcomes):
             pickable = self.weights | {slot: weight for slot, weight in held.items() if weight > 0}
         else:
             pickable = self.weights
-        for slot in self.roster:
+        for slot in self.analyzers:
             pool = self.pools[slot]
             pool.paused = slot in paused
             if slot not in pickable and pool.waiting and not self.probation.is_trying(slot):
                 pool.release_waiting()
         self._build(pickable, sticky=sticky)
-        self.somebody = any(states.is_pickable(slot) for slot in self.roster)
+        self.any_pickable = any(states.is_pickable(slot) for slot in self.analyzers)
         self._second_opinions.clear()
         if online - self.online:
             self.end_back_offs()
@@ -152,7 +152,7 @@ class Dispatcher(Outcomes):
         if not slots:
             self.set_table(None, None)
         elif sticky:
-            self.set_table(None, Rendezvous([self.roster[slot].id for slot in slots], slots, weights))
+            self.set_table(None, Rendezvous([self.analyzers[slot].id for slot in slots], slots, weights))
         else:
             self.set_table(AliasTable(slots, weights), None)
 
@@ -168,13 +168,13 @@ class Dispatcher(Outcomes):
         for slot in random.sample(due, len(due)):  # so that none is always the last, for whom there is no time
             if time.monotonic_ns() - now > self.part_ns:
                 break
-            weights = effective_weights(self.analyzer_states, self.roster, self.config.health, now, also=slot)
+            weights = effective_weights(self.analyzer_states, self.analyzers, self.config.health, now, also=slot)
             if slot in weights:  # not paused, nor of weight 0 where others are online
                 self._try(self.pools[slot], weights, now)
 
     def _try(self, pool: AnalyzerPool, weights: Mapping[int, float], now_ns: int) -> None:
         sticky = self.config.distribution.strategy == "sticky"
-        handle = choose(self.ring, self.roster, pool.slot, weights if sticky else None)
+        handle = choose(self.ring, self.analyzers, pool.slot, weights if sticky else None)
         if not handle:
             return
         if not self.probation.begin(pool, self.ring.sequence(handle), now_ns):
@@ -228,7 +228,7 @@ class Dispatcher(Outcomes):
         if self.config.health.slow_start and now_ns >= self._next_ramp:
             self._next_ramp = now_ns + RAMP_STEP_NS
             looked, self._ramp_looked = self._ramp_looked, now_ns  # however late this look is, the last one counts
-            online_since = [self.analyzer_states.get(slot, AnalyzerWord.ONLINE_SINCE_NS) for slot in self.roster]
+            online_since = [self.analyzer_states.get(slot, AnalyzerWord.ONLINE_SINCE_NS) for slot in self.analyzers]
             if any(since and looked - since < self.config.health.slow_start * 1e9 for since in online_since):
                 self.seen_epoch = -1
                 self.schedule()
@@ -241,8 +241,8 @@ class Dispatcher(Outcomes):
             idle_too = now_ns >= self._next_pruning
             if idle_too:
                 self._next_pruning = now_ns + PRUNING_NS
-            of_roster = [self.pools[slot] for slot in self.roster]
-            pools += [pool for pool in of_roster if pool.requests_in_flight or (idle_too and pool.open_connections)]
+            current = [self.pools[slot] for slot in self.analyzers]
+            pools += [pool for pool in current if pool.requests_in_flight or (idle_too and pool.open_connections)]
             self._to_check.extend(each for pool in pools for each in pool.look(now_ns))
         if self._to_check:
             self.go_on()
@@ -262,7 +262,7 @@ class Dispatcher(Outcomes):
 
     def _judge(self, now_ns: int) -> None:
         """See who is slow, and whether this process is the bottleneck: both decide what spills."""
-        waiting = [self.pools[slot] for slot in self.roster if self.pools[slot].waiting]
+        waiting = [self.pools[slot] for slot in self.analyzers if self.pools[slot].waiting]
         for pool in waiting:
             if not (pool.requests_in_flight or pool.opening):
                 self.wake(pool)  # as it should be already: whatever has gone wrong, they do not wait for ever
@@ -272,7 +272,7 @@ class Dispatcher(Outcomes):
         steady = self._limit_claims(now_ns, lift=bool(slow))
         if (slow, steady) != self._judged:
             self._judged = (slow, steady)
-            for slot in self.roster:
+            for slot in self.analyzers:
                 self.pools[slot].slow = slot in slow
             self.judge(steady)
 
@@ -296,18 +296,18 @@ class Dispatcher(Outcomes):
         """Return the slots of those that cannot be reached, or take much longer to reply than the others do."""
         if not waiting:
             return set()
-        everybody = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
+        latencies = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
         slow = set()
         for pool in waiting:
             mine = pool.latency(now_ns) if pool.requests_in_flight else math.inf
             known = pool.requests_in_flight and pool.slot in self.weights
-            if mine > SLOW * median_of_others(everybody, mine if known else None):
+            if mine > SLOW * median_of_others(latencies, mine if known else None):
                 slow.add(pool.slot)
         return slow
 
     def stop(self) -> None:
         """Send nothing from here on, and close all connections: what is in flight is back in the ring."""
-        self.set_roster({})
+        self.set_analyzers({})
         for pool in self.retired:
             pool.close()
 

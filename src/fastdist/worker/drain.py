@@ -40,7 +40,7 @@ class Drain:
         """Drain until ``deadline`` (time.monotonic()) at most; then nothing is under way and all is stored."""
         await self._finish(deadline)
         self._intake.closed = True
-        self._turn_away()
+        self._reject()
         self._dispatcher.stop()
         dead_letter_writer, ring = self._dispatcher.dead_letter_writer, self._queue.ring
         while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
@@ -85,7 +85,7 @@ class Drain:
             elif self._queue.undone == 0 and connection.lingered(time.monotonic_ns()) > LAST_LINGER_NS:
                 connection.transport.abort()
 
-    def _turn_away(self) -> None:
+    def _reject(self) -> None:
         """Tell those whose requests are there by now that nothing is accepted any more."""
         end = time.monotonic() + LAST_ANSWERS
         while (not self._poller.turn() or self._intake.holds_back) and time.monotonic() < end:

@@ -21,7 +21,7 @@ ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
 LAST_ROUNDS = 128  # of accepting when it is closed: twice what a backlog holds
 PAUSE = 0.1  # seconds to accept nothing when nothing helps
 HANDSHAKE = 0.1  # seconds that clients whose connection was begun before we finish have to complete it
-COMPLAINT_SECONDS = 10.0  # between errors of one kind
+LOG_INTERVAL = 10.0  # between errors of one kind
 
 # A filter for a listener (classic BPF: code, jump if true, if false, operand): what has SYN set in its TCP flags is
 # dropped, all else is passed on whole.
@@ -53,7 +53,7 @@ class Acceptor:
         self.loop = asyncio.get_running_loop()
         self._open = True
         self._reserve = _reserve()
-        self._complaints = logs.Throttle(COMPLAINT_SECONDS)
+        self._log_limit = logs.Throttle(LOG_INTERVAL)
         listener.setblocking(False)  # noqa: FBT003
         self._listen()
 
@@ -64,7 +64,7 @@ class Acceptor:
 
     def finish(self) -> None:
         """Have no more connections begun; accept those that were, then close."""
-        _begin_no_more(self.listener)
+        _drop_syn(self.listener)
         self.loop.call_later(HANDSHAKE, self._accept_the_last)
 
     def close(self) -> None:
@@ -107,9 +107,9 @@ class Acceptor:
             except (InterruptedError, ConnectionAbortedError):
                 continue
             except OSError as error:
-                if self._complaints.allow():
+                if self._log_limit.allow():
                     log.error("connections cannot be accepted and are closed", error=error.strerror)
-                if error.errno in SHORTAGES and not self._turn_away():
+                if error.errno in SHORTAGES and not self._reject():
                     self.loop.remove_reader(self.listener)
                     self.loop.call_later(PAUSE, self._listen)
                     return False
@@ -117,7 +117,7 @@ class Acceptor:
                 self.taken(connection, peer)
         return True
 
-    def _turn_away(self) -> bool:
+    def _reject(self) -> bool:
         """Close a connection that there is no descriptor for; say whether the next may be looked at."""
         reserve = self._reserve
         if reserve is not None:
@@ -128,7 +128,7 @@ class Acceptor:
         return reserve is not None or self._reserve is not None
 
 
-def _begin_no_more(listener: socket.socket) -> None:
+def _drop_syn(listener: socket.socket) -> None:
     """Have the system drop what would begin a connection: who sent it tries again, until the listener is closed.
 
     What completes a connection still passes. A system that cannot do this goes on as before.

@@ -62,7 +62,7 @@ class Worker:
         self.words = self.block.worker(assignment.index)
         self.upkeep = Upkeep(self.words, WorkerWord.FAILING)
         self.counters = self.block.rows[assignment.index]
-        self._go_by(ipc.read_settings(assignment.settings))
+        self._use(ipc.read_settings(assignment.settings))
         config, index = self.config, assignment.index
         self.fsync = config.queue.durability == "fsync"
         self.queue = Queue(assignment, config, self.block, synced=self._synced, not_synced=self._not_synced)
@@ -104,9 +104,9 @@ class Worker:
 
     # ---- settings
 
-    def _go_by(self, settings: ipc.Settings) -> None:
+    def _use(self, settings: ipc.Settings) -> None:
         self.generation, self.config, self.pair = settings.generation, settings.config, settings.pair
-        self.roster = {settings.roster[analyzer.id]: analyzer for analyzer in self.config.analyzers}
+        self.analyzers = {settings.slots[analyzer.id]: analyzer for analyzer in self.config.analyzers}
 
     def _put_in_force(self) -> None:
         """Apply the settings that may change while running."""
@@ -128,23 +128,23 @@ class Worker:
         self.tls = context
         if isinstance(self._server, TlsServer) and context is not None:
             self._server.context = context  # of connections from now on
-        self._go_by(settings)
+        self._use(settings)
         self._put_in_force()
         self.dispatcher.config = self.config
-        self.dispatcher.set_roster(self.roster)
+        self.dispatcher.set_analyzers(self.analyzers)
         ipc.send(self.control, Message("reloaded", id=self.generation))
 
     def snapshot(self) -> Snapshot:
         """Return what all processes know, as it is now."""
         self.publish()
-        return Snapshot(self.block, self.config, self.roster, __version__)
+        return Snapshot(self.block, self.config, self.analyzers, __version__)
 
     # ---- serving
 
     async def serve(self, commands: asyncio.StreamReader) -> None:
         """Serve until the supervisor, whose ``commands`` are read, says stop or is gone."""
         reconcile(self.queue.ring, self.queue.migrations, self.counters)
-        self.dispatcher.set_roster(self.roster)
+        self.dispatcher.set_analyzers(self.analyzers)
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
         self.tick()
         ipc.send(self.control, Message("ready", body=self.generation))
@@ -227,11 +227,11 @@ class Worker:
     def _migrate(self) -> None:
         """Move some packets of old rings: of each, at a time, as many as may be in flight."""
         if self.queue.migrations:
-            most = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.roster))
+            most = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.analyzers))
             self.dispatcher.schedule()
-            self.queue.migrate(most, self.dead_letter_writer, self._tell_of_deleted)
+            self.queue.migrate(most, self.dead_letter_writer, self._report_deleted)
 
-    def _tell_of_deleted(self, path: str) -> None:
+    def _report_deleted(self, path: str) -> None:
         ipc.send(self.control, Message("migrated", body=path))
 
     def publish(self) -> None:

@@ -28,7 +28,7 @@ from fastdist.shm.block import AnalyzerWord
 from fastdist.shm.weights import effective_weights
 from fastdist.storage.dead_letter_writer import DeadLetter, DeadLetterWriter
 from fastdist.worker.probation import Probation
-from fastdist.worker.upstream import COMPLAINT_SECONDS
+from fastdist.worker.upstream import LOG_INTERVAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -56,7 +56,7 @@ class Returned(NamedTuple):
 
 
 class Outcomes(DispatchBase):
-    """Hears of outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``roster`` and ``weights``."""
+    """Gets outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``analyzers`` and ``weights``."""
 
     def __init__(  # noqa: PLR0913  (as Dispatcher's)
         self,
@@ -69,21 +69,21 @@ class Outcomes(DispatchBase):
         run_in_thread: Runner | None,
     ) -> None:
         self.analyzer_states, self.config, self.counters, self.settled = states, config, counters, settled
-        self.roster: dict[int, Analyzer] = {}
+        self.analyzers: dict[int, Analyzer] = {}
         self.weights: dict[int, float] = {}  # of those the table names, by slot
         self.retrying: dict[int, Retrying] = {}  # by sequence
         self.refused_by: dict[int, tuple[AnalyzerPool, int]] = {}  # sequence -> who was not believed, and the status
         self.returned: deque[Returned] = deque()
         self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
         self.backed_off: deque[list[tuple[int, int]]] = deque()  # the same, of those that need not wait any longer
-        self.somebody = False  # is online, if only paused
+        self.any_pickable = False  # is online, if only paused
         self.probation = Probation(states, config.health.rise)
         delay = 0.0 if config.queue.durability == "fsync" else config.queue.sync_interval
         self.dead_letter_writer = DeadLetterWriter(dead_letters, counters, self._dead_lettered, run_in_thread, delay)
-        self._warnings = logs.Throttle(COMPLAINT_SECONDS)  # of an analyzer (its slot) that refuses everything
-        self._complaints = logs.Throttle(COMPLAINT_SECONDS)  # of errors, by kind and place
+        self._warnings = logs.Throttle(LOG_INTERVAL)  # of an analyzer (its slot) that refuses everything
+        self._log_limit = logs.Throttle(LOG_INTERVAL)  # of errors, by kind and place
         self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked
-        self.parts: deque[Callable[[], bool]] = deque((self.place_next, self.end_next_back_off))
+        self.parts: deque[Callable[[], bool]] = deque((self.requeue_next, self.end_next_back_off))
 
     # ---- work that is done in parts
 
@@ -100,7 +100,7 @@ class Outcomes(DispatchBase):
     def went_wrong(self, error: Exception) -> None:
         """Tell of an error of the program, of those from one place once a minute; what it was about goes on."""
         places = traceback.extract_tb(error.__traceback__)[-1:]
-        if self._complaints.allow((type(error), *((place.filename, place.lineno) for place in places))):
+        if self._log_limit.allow((type(error), *((place.filename, place.lineno) for place in places))):
             log.error("an error in fastdist while it deals with deliveries; no packet is lost", exc_info=error)
 
     # ---- outcomes, told by the pools
@@ -183,7 +183,7 @@ class Outcomes(DispatchBase):
         if in_doubt and first is pool and self._ask_another(pool, handle, status):
             return
         self._note_refusal(pool, error)
-        self._bury(pool, handle, "refused", status, error)
+        self._dead_letter(pool, handle, "refused", status, error)
 
     def _note_refusal(self, pool: AnalyzerPool, error: str) -> None:
         """Keep an error for the operator, unless deliveries fail too: what takes the analyzer offline is the reason."""
@@ -216,7 +216,7 @@ class Outcomes(DispatchBase):
         states, limit = self.analyzer_states, self.config.retry.max_attempts
         if limit and self.ring.attempts(handle) >= limit:
             return False
-        if not any(states.is_pickable(slot) for slot in self.roster if slot != pool.slot):
+        if not any(states.is_pickable(slot) for slot in self.analyzers if slot != pool.slot):
             return False
         retrying = self._remember(pool, handle)
         self.refused_by[self.ring.sequence(handle)] = pool, status
@@ -228,14 +228,14 @@ class Outcomes(DispatchBase):
         """Return who may be asked besides those, for a moment the same; first those not in doubt themselves."""
         if asked not in self._second_opinions:
             states = self.analyzer_states
-            others = {slot: analyzer for slot, analyzer in self.roster.items() if slot not in asked}
+            others = {slot: analyzer for slot, analyzer in self.analyzers.items() if slot not in asked}
             weights = effective_weights(states, others, self.config.health, time.monotonic_ns())
             believed = {s: weight for s, weight in weights.items() if states.refusals(s) <= self.config.health.fall}
             self._second_opinions[asked] = self._rendezvous(believed or weights)
         return self._second_opinions[asked]
 
     def _rendezvous(self, weights: Mapping[int, float]) -> Rendezvous | None:
-        names = [self.roster[slot].id for slot in weights]
+        names = [self.analyzers[slot].id for slot in weights]
         return Rendezvous(names, list(weights), list(weights.values())) if weights else None
 
     def _refused_before(self, sequence: int, taker: AnalyzerPool) -> None:
@@ -258,7 +258,7 @@ class Outcomes(DispatchBase):
         self.counters.add("retried", packets)
         self.counters.add_to(pool.slot, "retries", packets)
 
-    def place_next(self) -> bool:
+    def requeue_next(self) -> bool:
         """Find a place for a packet that failed, or for those of a request nobody looked at; say if there was any."""
         if not self.returned:
             return False
@@ -294,7 +294,7 @@ class Outcomes(DispatchBase):
         limit = self.config.retry.max_attempts
         if not limit or self.ring.attempts(handle) < limit:
             return False
-        self._bury(pool, handle, "exhausted", status, error)
+        self._dead_letter(pool, handle, "exhausted", status, error)
         return True
 
     def _retry(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> None:
@@ -328,7 +328,7 @@ class Outcomes(DispatchBase):
             target = self.pools[slot]
             self.touch(target)
             target.prepend(handle)
-        elif not self.somebody:
+        elif not self.any_pickable:
             retrying.clear()
             self.ring.release(handle)  # nobody is there: it waits in the ring for whoever comes first
         else:
@@ -373,7 +373,7 @@ class Outcomes(DispatchBase):
 
     # ---- dead letters
 
-    def _bury(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
+    def _dead_letter(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
         self.dead_letter_writer.add(DeadLetter(self.ring, handle, reason, pool.analyzer.id, status, error))
 
     def _dead_lettered(self, ring: PacketRing, sequence: int) -> None:

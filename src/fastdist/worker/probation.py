@@ -49,9 +49,9 @@ class Probation:
         self._slots: list[int] = []
         self._trials: dict[int, Trial] = {}
 
-    def refresh(self, roster: Iterable[int]) -> None:
+    def refresh(self, analyzers: Iterable[int]) -> None:
         """Look which analyzers need a trial."""
-        self._slots = [slot for slot in roster if self._states.needs_trial(slot)]
+        self._slots = [slot for slot in analyzers if self._states.needs_trial(slot)]
 
     def tick(self, now_ns: int) -> bool:
         """Hold on to the trials that are under way, end those that came to nothing; return whether one may begin."""
@@ -109,7 +109,7 @@ class Probation:
             self._states.postpone_trial(pool.slot, now_ns)
 
 
-def choose(ring: PacketRing, roster: Mapping[int, Analyzer], slot: int, weights: Mapping[int, float] | None) -> int:
+def choose(ring: PacketRing, analyzers: Mapping[int, Analyzer], slot: int, weights: Mapping[int, float] | None) -> int:
     """Claim the packet for a trial: of the next few the one that was sent least often. Return its handle, 0 for none.
 
     So one that no analyzer takes does not keep all of them offline. With ``weights`` (sticky: of all that are online,
@@ -117,7 +117,7 @@ def choose(ring: PacketRing, roster: Mapping[int, Analyzer], slot: int, weights:
     """
     owners = None
     if weights is not None:
-        owners = Rendezvous([roster[each].id for each in weights], list(weights), list(weights.values()))
+        owners = Rendezvous([analyzers[each].id for each in weights], list(weights), list(weights.values()))
     claimed: list[int] = []
     while len(claimed) < LOOKED_AT and (handle := ring.claim()):
         claimed.append(handle)

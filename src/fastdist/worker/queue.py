@@ -142,7 +142,7 @@ class RingNames:
         """Look, and log what has changed. Raises OSError."""
         if self._path is not None and self.misplaced == has_name(self._fd, self._path):
             self.misplaced = not self.misplaced
-            self._tell(self._path)
+            self._log_misplaced(self._path)
         unfinished = (migration.old for migration in migrations if not migration.finished)
         found = [old for old in unfinished if not has_name(old.fd, old.path)]
         for old in found:
@@ -151,7 +151,7 @@ class RingNames:
                 log.error(what, file=old.path, now=present_path(old.fd))
         self._old = {old.path for old in found}
 
-    def _tell(self, path: Path) -> None:
+    def _log_misplaced(self, path: Path) -> None:
         if not self.misplaced:
             log.info("the queue's file has its name again; packets are accepted", file=str(path))
         elif (now := present_path(self._fd)) is None:

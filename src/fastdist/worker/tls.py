@@ -120,9 +120,9 @@ class TlsServer(Acceptor):
 class TlsConnection(Receiver):
     """TLS on a ``Stream``: first a handshake, then the transport of a protocol of the server's.
 
-    It reads in the poller's turns, and shakes hands in the server's, so an event-loop iteration is bounded whatever
-    many do. It does what asyncio's transports do; but TLS ends both sides: after ``write_eof`` what still comes is
-    passed over.
+    It reads in the poller's turns and shakes hands in the server's, so that an event-loop iteration is bounded however
+    many there are. It behaves as asyncio's transports do, but TLS ends both sides: what arrives after ``write_eof`` is
+    discarded.
     """
 
     def __init__(self, server: TlsServer) -> None:
@@ -217,7 +217,7 @@ class TlsConnection(Receiver):
         if data := self._outgoing.read():
             self.transport.write(data)
 
-    def _say_goodbye(self) -> None:
+    def _send_close_notify(self) -> None:
         if not self._over:
             self._over = True
             with contextlib.suppress(ssl.SSLError):  # the other side has not, which nobody waits for
@@ -242,7 +242,7 @@ class TlsConnection(Receiver):
 
     def write_eof(self) -> None:
         """End TLS, and this side of the connection when all is written; the other may end later."""
-        self._say_goodbye()
+        self._send_close_notify()
         self.transport.write_eof()
 
     def pause_reading(self) -> None:
@@ -259,7 +259,7 @@ class TlsConnection(Receiver):
 
     def close(self) -> None:
         """Read no more, and close when all is written."""
-        self._say_goodbye()
+        self._send_close_notify()
         self.transport.close()
 
     def abort(self) -> None:

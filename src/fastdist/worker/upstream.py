@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
 MAX_REPLY = 12  # times the time-out without progress: from the first byte of a reply to its last
-COMPLAINT_SECONDS = 60.0  # between warnings of one kind about an analyzer
+LOG_INTERVAL = 60.0  # between warnings of one kind about an analyzer
 USUAL_GAP_NS = 1_000_000_000  # between two checks of a pool, at most
 PAUSED_NS = 1_500_000_000  # a longer one: nobody looked, and what is beyond the usual is not held against the analyzer
 SHORT_PAUSE = 0.5  # seconds until a connection is tried again that this process had no descriptor for
@@ -91,7 +91,7 @@ class AnalyzerPool(PoolBase):
         self.connections: set[AnalyzerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.retired = False
-        self._complain_at = 0.0  # time.monotonic()
+        self._next_warning = 0.0  # time.monotonic()
         self.looked_ns = 0  # monotonic: as of when the connections are looked at
         self.late_ns = 0  # by how much that is too late
         self._addresses: frozenset[str] = frozenset()  # of the analyzer's name, then
@@ -222,8 +222,8 @@ class AnalyzerPool(PoolBase):
         if beginning.startswith((b"HTTP/1.1 408", b"HTTP/1.0 408")):  # how some servers close an idle connection
             return
         now = time.monotonic()
-        if now >= self._complain_at:
-            self._complain_at = now + COMPLAINT_SECONDS
+        if now >= self._next_warning:
+            self._next_warning = now + LOG_INTERVAL
             log.warning(
                 "an analyzer sent more than the replies it was asked for; the connection is closed",
                 analyzer=self.analyzer.id,

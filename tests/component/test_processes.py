@@ -14,14 +14,14 @@ import pytest
 from fastdist import ipc
 from fastdist.shm.block import SharedBlock, WorkerWord
 from fastdist.supervisor import processes
-from fastdist.supervisor.processes import FALSE_STARTS, HANG, READ_RATE, START, Keeper, WorkerSlot
+from fastdist.supervisor.processes import FALSE_STARTS, HANG, READ_RATE, START, Processes, WorkerSlot
 
 SECONDS = 60.0
 LARGE = int(START) * READ_RATE  # bytes of a ring that takes as long to read as a worker has anyway
 
 
 class Worker:
-    """A process as the keeper sees it, that lives until it is killed."""
+    """A process as ``Processes`` sees it, that lives until it is killed."""
 
     pid = os.getpid()  # of one that can be measured
 
@@ -39,7 +39,7 @@ class Worker:
 
 
 class Bench:
-    """A keeper with one slot, whose next connections and processes fail with what stands in the lists."""
+    """``Processes`` with one slot, whose next connections and processes fail with what stands in the lists."""
 
     def __init__(self, monkeypatch):
         self.workers: list[Worker] = []
@@ -47,11 +47,11 @@ class Bench:
         self.spawn_failures: list[OSError] = []
         self.connect_failures: list[OSError] = []
         self.started = asyncio.Event()
-        self.keeper = Keeper(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None)
+        self.processes = Processes(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None)
         self.slot = WorkerSlot(
-            self.keeper.block, 0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), []
+            self.processes.block, 0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), []
         )
-        self.keeper.slots.append(self.slot)
+        self.processes.slots.append(self.slot)
         connect = ipc.connect
 
         async def connect_or_fail(sock):
@@ -74,9 +74,9 @@ class Bench:
 
     async def run_until(self, event):
         """Keep the slot until ``event`` is set, then stop."""
-        keeping = asyncio.ensure_future(self.keeper.keep(self.slot))
+        keeping = asyncio.ensure_future(self.processes.keep(self.slot))
         await asyncio.wait_for(event.wait(), SECONDS)
-        self.keeper.stop(0.0)
+        self.processes.stop(0.0)
         await asyncio.wait_for(keeping, SECONDS)
 
 
@@ -109,8 +109,8 @@ def test_no_two_processes_ever_have_one_ring(under):
 def test_a_service_that_gets_no_process_for_its_workers_ends(under):
     async def scenario(bench):
         bench.spawn_failures = [OSError(errno.E2BIG, "Argument list too long")] * 100
-        await asyncio.wait_for(bench.keeper.keep(bench.slot), SECONDS)
-        assert bench.keeper.hopeless
+        await asyncio.wait_for(bench.processes.keep(bench.slot), SECONDS)
+        assert bench.processes.gave_up
         assert len(bench.alive_before) == FALSE_STARTS
 
     under(scenario)
@@ -121,7 +121,7 @@ def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under)
         bench.slot.ever_ready = True
         bench.spawn_failures = [OSError(errno.EAGAIN, "no process")] * (2 * FALSE_STARTS)
         await bench.run_until(bench.started)
-        assert not bench.keeper.hopeless
+        assert not bench.processes.gave_up
         assert len(bench.alive_before) == 2 * FALSE_STARTS + 1
 
     under(scenario)
@@ -129,12 +129,12 @@ def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under)
 
 def test_a_worker_is_measured_from_its_start(under):
     async def scenario(bench):
-        words = bench.keeper.block.worker(0)
-        keeping = asyncio.ensure_future(bench.keeper.keep(bench.slot))
+        words = bench.processes.block.worker(0)
+        keeping = asyncio.ensure_future(bench.processes.keep(bench.slot))
         async with asyncio.timeout(SECONDS):
             while not words[WorkerWord.RSS]:  # noqa: ASYNC110  (nobody calls ``measure``)
                 await asyncio.sleep(0.001)
-        bench.keeper.stop(0.0)
+        bench.processes.stop(0.0)
         await asyncio.wait_for(keeping, SECONDS)
 
     under(scenario)
@@ -172,14 +172,14 @@ def test_how_long_a_worker_may_give_no_sign(under, ready, ring, limit, signs):
     async def scenario(bench):
         file = os.memfd_create("ring")
         os.truncate(file, ring)  # sparse
-        slot = WorkerSlot(bench.keeper.block, 0, bench.slot.listener, file, [])
-        bench.keeper.slots[:] = [slot]
+        slot = WorkerSlot(bench.processes.block, 0, bench.slot.listener, file, [])
+        bench.processes.slots[:] = [slot]
         slot.process, slot.ready = Worker(), ready
         for silent, alive in ((0.8 * limit, True), (1.2 * limit, False)):
             now = time.monotonic()
             slot.started = now - (100 * START if signs else silent)
-            bench.keeper.block.worker(0)[WorkerWord.HEARTBEAT_NS] = int((now - silent) * 1e9) if signs else 0
-            bench.keeper.replace_hanging()
+            bench.processes.block.worker(0)[WorkerWord.HEARTBEAT_NS] = int((now - silent) * 1e9) if signs else 0
+            bench.processes.replace_hanging()
             assert slot.alive is alive
 
     under(scenario)
@@ -198,10 +198,10 @@ def test_a_pause_of_the_whole_makes_no_worker_hang(under, monkeypatch):
             """Let time pass in which the supervisor looks as often as it does."""
             for _ in range(int(seconds)):
                 clock.now += 1.0
-                bench.keeper.replace_hanging()
+                bench.processes.replace_hanging()
 
-        bench.keeper._looked = clock.now
-        bench.keeper.block.worker(0)[WorkerWord.HEARTBEAT_NS] = int(clock.now * 1e9)
+        bench.processes._looked = clock.now
+        bench.processes.block.worker(0)[WorkerWord.HEARTBEAT_NS] = int(clock.now * 1e9)
         look(0.5 * HANG)
         clock.now += 3600.0
         look(0.8 * HANG)
