@@ -63,7 +63,7 @@ def test_a_deleted_old_ring_takes_up_no_disk(mocks, serve):
         links = [link for pid in (fastdist.process.pid, *fastdist.worker_pids()) for link in descriptors(pid)]
         return [link for link in links if link.endswith(".fdq (deleted)")]
 
-    wait_until(lambda: "taken over whole" in fastdist.output and not deleted_rings(), "old rings are closed")
+    wait_until(lambda: "old ring migrated" in fastdist.output and not deleted_rings(), "old rings are closed")
     os.kill(fastdist.worker_pids()[0], signal.SIGKILL)
     wait_until(lambda: fastdist.stats()["workers"][0]["restarts"] == 1, "a new worker")
     assert deleted_rings() == []

@@ -1,4 +1,4 @@
-"""Changes that an administrator asks a worker for, and that the supervisor carries out."""
+"""Changes that an administrator requests from a worker, and that the supervisor carries out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMEOUT = 15.0  # seconds that the supervisor has to carry out a change
 
 
 class AdminRequests:
-    """Those that the supervisor, at the other end of ``control``, has yet to reply to."""
+    """Requests that the supervisor, at the other end of ``control``, has yet to reply to."""
 
     def __init__(self, control: asyncio.StreamWriter, api: Api) -> None:
         self._control, self._api = control, api
@@ -28,7 +28,7 @@ class AdminRequests:
         self._numbers = itertools.count(1)
 
     def send(self, action: Action, done: Callable[[Response], None]) -> None:
-        """Have the supervisor carry out a change; ``done`` gets the response."""
+        """Send a change to the supervisor; ``done`` gets the response."""
         number = next(self._numbers)
         late = Message("reply", id=number, status=HTTPStatus.GATEWAY_TIMEOUT)
         timer = asyncio.get_running_loop().call_later(TIMEOUT, self.replied, late)
@@ -37,7 +37,7 @@ class AdminRequests:
             timer.cancel()
             try:
                 response = self._response(action, reply)
-            except Exception as error:  # noqa: BLE001  (whoever asked gets an answer)
+            except Exception as error:  # noqa: BLE001  (the client must get a response)
                 response = self._api.faults.answer(error)
             done(response)
 
@@ -45,7 +45,7 @@ class AdminRequests:
         ipc.send(self._control, Message("request", id=number, action=action))
 
     def replied(self, reply: Message) -> None:
-        """Pass on what the supervisor has replied; it may be too late."""
+        """Pass on the supervisor's reply; it may be too late."""
         if respond := self._pending.pop(reply.id, None):
             respond(reply)
 

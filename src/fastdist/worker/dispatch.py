@@ -1,9 +1,9 @@
 """Dispatching: what the table looks like, and which packets leave the analyzer they were picked for.
 
-The hot path (claim, pick, wait, send) is compiled (``DispatchBase``); what becomes of packets that are not taken is
-said in ``Outcomes``. Here is the rest:
+The hot path (claim, pick, wait, send) is compiled (``DispatchBase``); ``Outcomes`` handles packets that are not taken.
+Here is the rest:
 
-- while no analyzer can be picked packets stay in the ring, and what was picked for one that is gone is picked anew;
+- while no analyzer can be picked packets stay in the ring, and what was picked for one that is gone is picked again;
 - a packet that has waited ``spill_after`` for its analyzer goes to another that has room (compiled, too);
 - an analyzer on probation gets one packet at a time (``fastdist.worker.probation``).
 """
@@ -52,8 +52,8 @@ SLOW_FOR_NS = 400_000_000  # at a stretch: a hiccup does not make an analyzer sl
 class Dispatcher(Outcomes):
     """Gives packets to analyzers.
 
-    ``settled(sequence, analyzer)`` hears what became of packets that failed or are awaited: the id of the analyzer that
-    took it, or None for a dead letter. ``run_in_thread``: what syncs dead letters, as ``DeadLetterWriter`` has it.
+    ``settled(sequence, analyzer)`` is called for packets that failed or that an emitter waits for, with the id of the
+    analyzer that took it, or None for a dead letter. ``run_in_thread``: see ``DeadLetterWriter``.
     """
 
     def __init__(  # noqa: PLR0913  (the parts a worker is wired from)
@@ -87,7 +87,7 @@ class Dispatcher(Outcomes):
         self._load = LoadMeter()
         self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
         self._judged: tuple[set[int], bool] = (set(), True)
-        self._overloaded_at = 0  # monotonic ns: when this process last had more to do than time
+        self._overloaded_at = 0  # monotonic ns: when this process was last overloaded
 
     def set_analyzers(self, analyzers: Mapping[int, Analyzer]) -> None:
         """Deliver to these analyzers (by slot) from now on."""
@@ -119,7 +119,7 @@ class Dispatcher(Outcomes):
     # ---- the table
 
     def refresh(self) -> None:
-        """Build the table anew from what the analyzers' states and weights are now."""
+        """Rebuild the table from the analyzers' present states and weights."""
         now = time.monotonic_ns()
         states = self.analyzer_states
         self.weights = effective_weights(states, self.analyzers, self.config.health, now)
@@ -165,11 +165,11 @@ class Dispatcher(Outcomes):
         self.trials_due = False  # tick looks again
         now = time.monotonic_ns()
         due = self.probation.due(now)
-        for slot in random.sample(due, len(due)):  # so that none is always the last, for whom there is no time
+        for slot in random.sample(due, len(due)):  # so that the time does not always run out for the same one
             if time.monotonic_ns() - now > self.part_ns:
                 break
             weights = effective_weights(self.analyzer_states, self.analyzers, self.config.health, now, also=slot)
-            if slot in weights:  # not paused, nor of weight 0 where others are online
+            if slot in weights:  # not paused, and not of weight 0 while others are online
                 self._try(self.pools[slot], weights, now)
 
     def _try(self, pool: AnalyzerPool, weights: Mapping[int, float], now_ns: int) -> None:
@@ -188,11 +188,11 @@ class Dispatcher(Outcomes):
     # ---- upkeep
 
     def short_of(self, lacking: OSError) -> None:
-        """Hear from a pool that this process lacks something for a connection, which is tried again in a moment."""
+        """Note that this process lacks something for a connection, which the pool retries in a moment."""
         self.shortage.last, self._short = lacking, True
 
     def _share_descriptors(self) -> None:
-        """Leave some to emitters; while there are too few for analyzers, close those that are not in use."""
+        """Leave some for emitters; while there are too few for analyzers, close idle connections."""
         pools = [pool for pool in (*self.pools, *self.retired) if pool is not None]
         if self._short:
             self._short = False
@@ -203,7 +203,7 @@ class Dispatcher(Outcomes):
             self.room -= sum(pool.open_connections + pool.opening for pool in pools)
 
     def dead_letter_all(self) -> int:
-        """Write all that is left to the dead letters (reason ``shutdown``); return how many packets. Raises OSError."""
+        """Make all packets that are left dead letters (reason ``shutdown``); return how many. Raises OSError."""
         self.stop()
         self.give_back()
         undone = self.ring.undone
@@ -211,7 +211,7 @@ class Dispatcher(Outcomes):
         return undone
 
     def tick(self, now_ns: int) -> None:
-        """Do what time asks for: back-offs, time-outs, spills, pauses and slow starts that end."""
+        """Run the timers: back-offs, time-outs, spills, pauses and slow starts that end."""
         if self.returned or self.backed_off or (self.backing_off and self.backing_off[0][0] <= now_ns):
             self.go_on()
         self.trials_due = self.probation.tick(now_ns)
@@ -250,22 +250,22 @@ class Dispatcher(Outcomes):
         self._judge(now_ns)
 
     def check_next(self) -> bool:
-        """Look at the next connection of those to be looked at; False if there is none."""
+        """Check the next of the connections to be checked; False if there is none."""
         if not self._to_check:
             return False
         connection = self._to_check.popleft()
         try:
             connection.check()
-        except Exception as error:  # noqa: BLE001  (whatever it is, the others are to be looked at)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the others must be checked)
             self.went_wrong(error)
         return True
 
     def _judge(self, now_ns: int) -> None:
-        """See who is slow, and whether this process is the bottleneck: both decide what spills."""
+        """Find which analyzers are slow, and whether this process is the bottleneck: both decide what spills."""
         waiting = [self.pools[slot] for slot in self.analyzers if self.pools[slot].waiting]
         for pool in waiting:
             if not (pool.requests_in_flight or pool.opening):
-                self.wake(pool)  # as it should be already: whatever has gone wrong, they do not wait for ever
+                self.wake(pool)  # as it should be already: after an error they must not wait for ever
         slow = self._slow_among(waiting, now_ns)
         self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
         slow = {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
@@ -277,10 +277,10 @@ class Dispatcher(Outcomes):
             self.judge(steady)
 
     def _limit_claims(self, now_ns: int, *, lift: bool) -> bool:
-        """While this process is the bottleneck, and shortly after, leave the backlog in the ring; say if it is not.
+        """Leave the backlog in the ring while this process is the bottleneck, and shortly after; return if it is not.
 
         Lists would grow by weight although no analyzer is slow, and packets age in them. ``lift``: an analyzer is slow,
-        and is not to hold up the claiming for the others.
+        and must not hold up the claiming for the others.
         """
         if self._load.measure(now_ns) > OVERLOAD:
             self._overloaded_at = now_ns
@@ -306,7 +306,7 @@ class Dispatcher(Outcomes):
         return slow
 
     def stop(self) -> None:
-        """Send nothing from here on, and close all connections: what is in flight is back in the ring."""
+        """Send nothing from here on, and close all connections: what is in flight goes back to the ring."""
         self.set_analyzers({})
         for pool in self.retired:
             pool.close()

@@ -1,7 +1,7 @@
-"""Draining: a worker takes no new connections, finishes what is under way, and delivers what is queued, for a time.
+"""Draining: a worker takes no new connections, finishes what is under way and delivers what is queued, for a time.
 
-Connections that the system has made already are served. What comes on a connection meanwhile is accepted, and is the
-last there: the emitter could not know yet.
+Connections that the system has completed already are served. A request that arrives meanwhile is accepted and is the
+last on its connection: the emitter could not know yet.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from fastdist.worker.listener import Acceptor
     from fastdist.worker.queue import Queue
 
-LAST_LOOKS = 50  # TICK apart: what a last request has to come once we drain; time that we could not read in is none
-LAST_ANSWERS = 1.0  # seconds at most for telling those who come too late that nothing is accepted any more
-LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last answer once nothing else keeps us from ending
+LAST_LOOKS = 50  # TICK apart: the time a last request has to arrive; ticks in which we could not read do not count
+LAST_ANSWERS = 1.0  # seconds at most for rejecting requests that arrive too late
+LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last response once all else is done
 
 log = logs.get()
 
 
 class Drain:
-    """A worker's last work, once ``run``."""
+    """A worker's shutdown, done by ``run``."""
 
     def __init__(self, server: Acceptor, emitters: Emitters, dispatcher: Dispatcher, queue: Queue) -> None:
         self._server, self._emitters, self._dispatcher, self._queue = server, emitters, dispatcher, queue
         self._intake, self._poller = emitters.intake, dispatcher.poller
 
     async def run(self, deadline: float) -> None:
-        """Drain until ``deadline`` (time.monotonic()) at most; then nothing is under way and all is stored."""
+        """Drain until ``deadline`` (time.monotonic()) at most; afterwards nothing is under way and all is stored."""
         await self._finish(deadline)
         self._intake.closed = True
         self._reject()
         self._dispatcher.stop()
-        dead_letter_writer, ring = self._dispatcher.dead_letter_writer, self._queue.ring
-        while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would have to be set for this alone)
+        dead_letters, ring = self._dispatcher.dead_letters, self._queue.ring
+        while dead_letters.syncing:  # noqa: ASYNC110  (an event would exist for this alone)
             await asyncio.sleep(TICK)
         if ring.undone and is_nameless(self._queue.fd):
             self._save_the_rest()
@@ -58,7 +58,7 @@ class Drain:
         dead_letter_writer.files.close()
 
     async def _finish(self, deadline: float) -> None:
-        """Go on as long as there is something to finish."""
+        """Serve and deliver while there is something to finish."""
         self._intake.draining = True
         self._server.finish()
         idle: Counter[IngestProtocol] = Counter()  # looks at a connection that has nothing under way
@@ -68,13 +68,13 @@ class Drain:
             if done or time.monotonic() >= deadline:
                 break
             if look == LAST_LOOKS:
-                self._server.close()  # handshakes, too, have had their time
+                self._server.close()  # the time for handshakes is over as well
             await asyncio.sleep(TICK)
         self._server.close()
 
     def _close_what_is_over(self, idle: Counter[IngestProtocol]) -> None:
-        """Close connections whose last answer is read, or had time to be, and those ``idle`` at enough looks."""
-        whole = self._poller.turn()  # a request that is there already is no longer to come
+        """Close connections whose last response was read, or had the time to be, and those ``idle`` at enough looks."""
+        whole = self._poller.turn()  # else a request may have arrived that was not read yet
         for connection in tuple(self._intake.connections):
             if connection.transport is None:
                 continue
@@ -86,13 +86,13 @@ class Drain:
                 connection.transport.abort()
 
     def _reject(self) -> None:
-        """Tell those whose requests are there by now that nothing is accepted any more."""
+        """Reject the requests that have arrived by now."""
         end = time.monotonic() + LAST_ANSWERS
         while (not self._poller.turn() or self._intake.holds_back) and time.monotonic() < end:
             self._intake.go_on()
 
     def _save_the_rest(self) -> None:
-        """Write what would end with this service to the dead letters; the supervisor tries what cannot be written."""
+        """Make dead letters of what would be lost with this process; the supervisor retries what cannot be written."""
         try:
             count = self._dispatcher.dead_letter_all()
         except OSError as error:

@@ -1,7 +1,7 @@
-"""Emitters' connections: their life, their time-outs, and every answer but 202.
+"""Emitters' connections: their life, their time-outs, and every response but 202.
 
 The compiled ``IngestBase`` reads requests and accepts packets; it calls the methods here for whatever is seldom.
-Answers are bytes; problems are RFC 9457 documents made by ``fastdist.http.api``.
+Responses are bytes; problems are RFC 9457 documents made by ``fastdist.http.api``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdist.http.api import Api
     from fastdist.ipc import Action
 
-UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although nobody knows what the request was
+UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although the request is unknown
 MAX_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
 PART_NS = 2_000_000  # of an event-loop iteration, for waits that end
 FEW = 1000  # waits that are over and may still be remembered
@@ -45,9 +45,9 @@ class Waiting:
 
 
 class Emitters:
-    """What the connections of a worker share: their ``Intake``, the API, tokens, CORS, and who waits.
+    """What the connections of a worker share: their ``Intake``, the API, tokens, CORS, and waits for deliveries.
 
-    ``carry_out(action, done)`` has a change carried out; ``done`` gets the response.
+    ``carry_out(action, done)`` requests a change; ``done`` gets the response.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Emitters:
         self.cors_origins: Sequence[str] = ()
         self.waiting: dict[int, Waiting] = {}  # by sequence
         self.part_ns = PART_NS
-        self._ends: list[tuple[float, int]] = []  # a heap of those and some more: (end, sequence)
+        self._ends: list[tuple[float, int]] = []  # a heap of those and of some that are over: (end, sequence)
         self._timer: tuple[float, asyncio.TimerHandle] | None = None  # for the first of them, and when
         self.turned_away: set[IngestProtocol] = set()  # connections too many, and not closed yet
 
@@ -70,11 +70,11 @@ class Emitters:
         self.intake.shares_origins = bool(cors_origins)
 
     def has_room_besides(self, coming: int) -> bool:
-        """Whether one more connection may come with so many that are on their way: to be taken in, or to be told no."""
+        """Whether one more connection may be accepted beside so many in a handshake: to be served, or to get a 503."""
         return len(self.intake.connections) + coming < self.intake.max_connections + MAX_TURNED_AWAY
 
     def wait(self, sequence: int, seconds: float, waiting: Waiting) -> None:
-        """Have someone wait for a packet's delivery, so many seconds at most."""
+        """Register an emitter that waits for a packet's delivery, so many seconds at most."""
         self.waiting[sequence] = waiting
         if len(self._ends) > 2 * len(self.waiting) + FEW:  # most of what is in it is over: waits may be for a day
             self._ends = [each for each in self._ends if each[1] in self.waiting]
@@ -83,7 +83,7 @@ class Emitters:
         self._await_first()
 
     def _await_first(self) -> None:
-        """Have the first wait that ends ended in time: with one timer, as very many may end together."""
+        """Set the timer for the first wait that ends: one for all, as very many may end together."""
         first = self._ends[0][0]
         if self._timer is not None:
             due, timer = self._timer
@@ -107,7 +107,7 @@ class Emitters:
                 self._await_first()
 
     def settled(self, sequence: int, analyzer: str | None) -> None:
-        """Tell whoever waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
+        """Answer the emitter that waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
         waiting = self._take(sequence)
         if waiting is None:
             return
@@ -134,7 +134,7 @@ class Emitters:
             self.wait_over(sequence)
 
     def forget(self, connection: IngestProtocol) -> None:
-        """Drop what a connection that is gone has waited for."""
+        """Drop the waits of a connection that is gone."""
         for sequence in tuple(connection.awaited):
             self._take(sequence)
 
@@ -154,7 +154,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def __init__(self, intake: Intake, emitters: Emitters) -> None:  # noqa: ARG002  (intake is taken by __cinit__)
         self.emitters = emitters
-        self.awaited: set[int] = set()  # sequences of packets whose delivery it is to be told
+        self.awaited: set[int] = set()  # sequences of packets whose delivery it waits for
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection in, unless there are too many."""
@@ -171,7 +171,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self._count()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Let go of everything."""
+        """Release everything."""
         self.let_go()
         self.transport = None
         self.intake.connections.discard(self)
@@ -183,28 +183,28 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self.intake.counters.set("emitters", len(self.intake.connections) - len(self.emitters.turned_away))
 
     def eof_received(self) -> bool:
-        """Let answers under way still leave; a request cut short gets none."""
+        """Let pending responses still be sent; a request cut short gets none."""
         self.read_rest()
         self.ended()
-        if not self.transport.can_write_eof():  # TLS, which ends both sides: what is to leave has to leave now
+        if not self.transport.can_write_eof():  # TLS, which ends both sides: responses have to be sent now
             self.end_waits()
             return False
         return self.answers is not None
 
     def end_waits(self) -> None:
-        """Answer 202 to whoever waits for a delivery here: its packet is stored."""
+        """Answer 202 to all waits on this connection: their packets are stored."""
         for sequence in tuple(self.awaited):
             self.emitters.wait_over(sequence)
 
     def shut(self, lingering: bool) -> None:  # noqa: FBT001
-        """Close when all is written; ``lingering``: read on for a while, so that no reset destroys the answer."""
+        """Close when all is written; ``lingering``: read on for a while, so that no reset destroys the response."""
         if lingering:
             self.transport.write_eof()
         else:
             self.transport.close()
 
     def went_wrong(self, error: Exception) -> None:
-        """Tell of an error of the program, which has cost the connection."""
+        """Report an error of the program, which has cost the connection."""
         asyncio.get_running_loop().call_exception_handler(
             {"message": "a connection is closed for an error in its protocol", "exception": error, "protocol": self}
         )
@@ -212,7 +212,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     def check(self, now_ns: int) -> None:
         """Act on whatever has taken too long."""
         late = self.expired(now_ns)
-        if late in ("head", "body", "idle") and self.has_unread():  # it came in time: nobody here has come to read it
+        if late in ("head", "body", "idle") and self.has_unread():  # it arrived in time, and was not read yet
             return
         if late == "head":
             self.time_out("the request's head did not arrive in time")
@@ -222,12 +222,12 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             self.end_waits()
             if self.answers is not None and self.is_stuck(now_ns):  # what it depends on does not come
                 self.transport.abort()
-        elif late == "idle" and not self.transport.is_closing():  # or its last answers are not taken off
+        elif late == "idle" and not self.transport.is_closing():  # or its last responses are not read
             self.transport.close()
         elif late:
             self.transport.abort()
 
-    # ---- answers
+    # ---- responses
 
     def _compose(self, response: Response, *, close: bool = False) -> bytes:
         data: bytes = self.answer(response.status, reason(response.status), response.headers, response.body, close)
@@ -288,7 +288,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         return self._compose(problem(503, detail, headers=retry_after()))
 
     def crowded_out(self) -> bytes:
-        """Answer that bodies on their way take all the memory there is for them."""
+        """Answer that in-progress bodies take all the memory there is for them."""
         if self.is_log:
             self.intake.counters.add("queue_full")
         detail = "more bodies are on their way than there is memory for; try again shortly"

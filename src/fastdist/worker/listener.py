@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
-LAST_ROUNDS = 128  # of accepting when it is closed: twice what a backlog holds
-PAUSE = 0.1  # seconds to accept nothing when nothing helps
-HANDSHAKE = 0.1  # seconds that clients whose connection was begun before we finish have to complete it
+LAST_ROUNDS = 128  # of accepting when it is closed: twice the backlog
+PAUSE = 0.1  # seconds without accepting when descriptors have run out
+HANDSHAKE = 0.1  # seconds for clients to complete connections that were begun before we finish
 LOG_INTERVAL = 10.0  # between errors of one kind
 
 # A filter for a listener (classic BPF: code, jump if true, if false, operand): what has SYN set in its TCP flags is
@@ -34,13 +34,13 @@ log = logs.get()
 class Acceptor:
     """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``.
 
-    The system completes connections by itself, and would reset those that nobody has accepted when the listener is
-    closed. So ``finish`` first has it begin no more of them, accepts what is there, and only then closes.
+    The system completes connections by itself, and would reset those that were not accepted when the listener is
+    closed. So ``finish`` first stops new ones, accepts those that are there, and only then closes.
 
-    ``first`` is called before: who has left is to make room before who comes is told that there is none.
+    ``first`` is called before accepting, so that closed connections make room for new ones.
 
-    When there are no descriptors left, who comes is turned away at once, for which one is kept in reserve: nobody is to
-    wait for an answer, and what has gone meanwhile is not to fill the backlog.
+    When there are no descriptors left, new connections are closed at once, with a descriptor kept in reserve for that:
+    clients do not wait for a response, and connections that are gone do not fill the backlog.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Acceptor:
 
     @property
     def busy(self) -> bool:
-        """Whether connections may yet come."""
+        """Whether connections may still arrive."""
         return self._open
 
     def finish(self) -> None:
-        """Have no more connections begun; accept those that were, then close."""
+        """Stop new connections; accept those that were begun, then close."""
         _drop_syn(self.listener)
         self.loop.call_later(HANDSHAKE, self._accept_the_last)
 
@@ -93,7 +93,7 @@ class Acceptor:
     def _ready(self) -> None:
         if self.first is not None:
             self.first()
-        self.loop.call_soon(self._accept)  # behind the loss of connections, which is told by way of the loop
+        self.loop.call_soon(self._accept)  # after lost connections, which are reported through the loop
 
     def _accept(self) -> bool:
         """Accept some connections; return whether there may be more of them now."""
@@ -118,7 +118,7 @@ class Acceptor:
         return True
 
     def _reject(self) -> bool:
-        """Close a connection that there is no descriptor for; say whether the next may be looked at."""
+        """Close a connection that there is no descriptor for; return whether the next may be accepted."""
         reserve = self._reserve
         if reserve is not None:
             os.close(reserve)
@@ -129,9 +129,9 @@ class Acceptor:
 
 
 def _drop_syn(listener: socket.socket) -> None:
-    """Have the system drop what would begin a connection: who sent it tries again, until the listener is closed.
+    """Have the system drop SYN packets: clients retry until the listener is closed.
 
-    What completes a connection still passes. A system that cannot do this goes on as before.
+    Packets that complete a handshake still pass. A system that cannot do this goes on as before.
     """
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in NO_SYN))
     with contextlib.suppress(OSError):

@@ -1,8 +1,7 @@
 """One worker process: its event loop, and the wiring of ring, ingest, dispatcher and API.
 
 A worker is a fresh interpreter, started by the supervisor with the descriptors it needs and an ``Assignment`` on its
-command line. It takes its ring over as it finds it, and serves until it is told to drain, or until the supervisor is
-gone.
+command line. It opens its ring as its predecessor left it, and serves until the supervisor asks it to drain or is gone.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from fastdist.worker.upkeep import TICK, LoopLag, Sweep
 if TYPE_CHECKING:
     from fastdist.worker.listener import Acceptor
 
-LOOK_NS = 100_000_000  # between two looks at the names of the rings' files
+LOOK_NS = 100_000_000  # between two checks of the names of the rings' files
 MIN_MIGRATED = 64  # packets of an old ring that are moved at once, at least
 
 log = logs.get()
@@ -115,13 +114,13 @@ class Worker:
         self.emitters.configure(security.tokens, security.cors_origins)
 
     def _reload(self) -> None:
-        """Go by the settings as they are now: by all of them or, told to the supervisor, by none."""
+        """Apply the settings as they are now: all of them or, after reporting that to the supervisor, none."""
         settings = ipc.read_settings(self.assignment.settings)
         try:
             context = self.tls
             if settings.pair != self.pair:
                 context = tls.server_context(settings.pair, settings.config.security)
-        except StartError as error:  # what the supervisor could use: this process lacks something
+        except StartError as error:  # the supervisor could use them: this process lacks something
             log.error("the new settings cannot be used; the old ones stay", error=str(error))
             ipc.send(self.control, Message("reloaded", id=settings.generation, body=str(error)))
             return
@@ -135,7 +134,7 @@ class Worker:
         ipc.send(self.control, Message("reloaded", id=self.generation))
 
     def snapshot(self) -> Snapshot:
-        """Return what all processes know, as it is now."""
+        """Return what all processes know now."""
         self.publish()
         return Snapshot(self.block, self.config, self.analyzers, __version__)
 
@@ -150,12 +149,12 @@ class Worker:
         ipc.send(self.control, Message("ready", body=self.generation))
         gc.collect()
         gc.freeze()
-        gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection holds nobody up
+        gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
         obeying = self.loop.create_task(self._obey(commands))
         obeying.add_done_callback(lambda _: self._stopped.set())
         await self._stopped.wait()
         if obeying.done():
-            obeying.result()  # whatever went wrong there ends this worker: another takes over
+            obeying.result()  # an error there ends this worker: another replaces it
         obeying.cancel()
 
     def _listen(self, listener: socket.socket) -> Acceptor:
@@ -215,7 +214,7 @@ class Worker:
             self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
             run(Step.SYNC, self.queue.sync)
         if self.intake.draining:
-            self.dead_letter_writer.sync_soon()  # nobody is to wait for more of them
+            self.dead_letter_writer.sync_soon()  # so that no packet waits for more of them
         run(Step.GAUGES, self.publish)
         run(Step.TIMEOUTS, self.sweep.go_on, now)
         self.lag.end(now)
@@ -246,7 +245,7 @@ class Worker:
         self.words[WorkerWord.FULL] = int(self.intake.full)
         self.words[WorkerWord.STORAGE_FAULT] = int(self.dead_letter_writer.failed or self.intake.broken_storage)
 
-    # ---- what the syncer tells
+    # ---- called by the syncer
 
     def _synced(self, position: int) -> None:
         self.intake.broken_storage = self.queue.is_broken
@@ -255,7 +254,7 @@ class Worker:
         self.upkeep.run(Step.OLD_RINGS, self._migrate)
 
     def _not_synced(self, error: OSError) -> None:
-        """Accept nothing until a sync succeeds; with fsync, take back what nobody was told is safe."""
+        """Accept nothing until a sync succeeds; with fsync, withdraw what was not confirmed to any emitter."""
         self._next_look = 0
         self.intake.broken_storage = True  # until the next look at the file, or the next sync
         if not self.fsync:

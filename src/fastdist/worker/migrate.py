@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastdist._core import Counters
     from fastdist.storage.directory import OldRing
 
-RETRY_SECONDS = 1.0  # until it is tried again to delete an old ring
+RETRY_SECONDS = 1.0  # until deleting an old ring is retried
 
 
 class Migration:
@@ -35,7 +35,7 @@ class Migration:
         return self.ring.undone - len(self._copied)
 
     def step(self, target: PacketRing, counters: Counters, most: int) -> tuple[int, list[int]]:
-        """Copy up to ``most`` packets; return how many were, and handles of packets too large for ``target``.
+        """Copy up to ``most`` packets; return how many were copied, and handles of packets too large for ``target``.
 
         What is copied and not yet synced is copied again after a kill: ``most`` is how many may be sent twice then.
         """
@@ -64,7 +64,7 @@ class Migration:
         return oversized
 
     def settle(self, target: PacketRing) -> bool:
-        """Let go of what was copied, if the copies are synced; say whether that is so."""
+        """Mark what was copied as done if the copies are synced; return whether they are."""
         if target.synced_position < self._position:
             return False
         for handle in self._copied:
@@ -85,7 +85,7 @@ class Migration:
 
 
 def end_migrating(ring: PacketRing, counters: Counters) -> None:
-    """Count what was copied since a step began, though it be for a process that was killed meanwhile."""
+    """Count what was copied since a step began, even if by a process that was killed meanwhile."""
     if begun := counters.get("adopting"):
         counters.set("adopted", ring.next_sequence_number - begun)
         counters.set("adopting", 0)

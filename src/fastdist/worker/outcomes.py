@@ -1,15 +1,15 @@
 """Outcomes: what becomes of packets whose delivery failed or was refused, and what that says of their analyzers.
 
 1. A failure speaks against the analyzer; ``fall`` of them in a row, over all workers, take it offline. The packet goes
-   at once to another that can be picked and that it has not failed on in this round; when there is none, it backs off
-   (exponential, full jitter) and starts a new round. While nobody can be picked it waits in the ring.
+   at once to another that can be picked and that it has not failed on in this round; without such a one it backs off
+   (exponential, full jitter) and starts a new round. While no analyzer can be picked it waits in the ring.
 2. A refusal speaks against the packet: a dead letter. But an analyzer that has refused ``fall`` packets in a row
    without a 2xx is *in doubt*, and so is one that deliveries took offline: what it refuses then is tried elsewhere.
-   Taken there, that was a failure of the first; refused there too, or nobody else online, a dead letter.
+   Taken there, that was a failure of the first; refused there too, or with no other online, it is a dead letter.
 3. What has been sent ``max_attempts`` times is a dead letter.
 4. What a failure says of the analyzer counts at once. Its packets may be very many, of many analyzers that fail
-   together: they are taken note of, and find their places in the next flushes, a part in each.
-5. Whatever goes wrong here, an error of the program: the packet is picked anew.
+   together: they are queued here, and requeued in the next flushes, a part in each.
+5. After an error of the program the packet is picked again.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerPool
 
-MIN_PAUSE = 1.0  # seconds, for a Retry-After that is 0 or just past: it speaks of full seconds
+MIN_PAUSE = 1.0  # seconds, for a Retry-After that is 0 or just past: its unit is whole seconds
 MAX_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
 
 log = logs.get()
 
 
 class Returned(NamedTuple):
-    """Packets of a request that was not taken, until each has found a place."""
+    """Packets of a request that was not taken, until all are requeued."""
 
     pool: AnalyzerPool
     handles: list[int]
@@ -72,16 +72,18 @@ class Outcomes(DispatchBase):
         self.analyzers: dict[int, Analyzer] = {}
         self.weights: dict[int, float] = {}  # of those the table names, by slot
         self.retrying: dict[int, Retrying] = {}  # by sequence
-        self.refused_by: dict[int, tuple[AnalyzerPool, int]] = {}  # sequence -> who was not believed, and the status
+        self.refused_by: dict[
+            int, tuple[AnalyzerPool, int]
+        ] = {}  # sequence -> the analyzer that is in doubt, and the status
         self.returned: deque[Returned] = deque()
         self.backing_off: list[tuple[int, int]] = []  # a heap of (due, monotonic ns; handle)
         self.backed_off: deque[list[tuple[int, int]]] = deque()  # the same, of those that need not wait any longer
-        self.any_pickable = False  # is online, if only paused
+        self.any_pickable = False  # whether an analyzer is online, if only paused
         self.probation = Probation(states, config.health.rise)
         delay = 0.0 if config.queue.durability == "fsync" else config.queue.sync_interval
         self.dead_letter_writer = DeadLetterWriter(dead_letters, counters, self._dead_lettered, run_in_thread, delay)
         self._warnings = logs.Throttle(LOG_INTERVAL)  # of an analyzer (its slot) that refuses everything
-        self._log_limit = logs.Throttle(LOG_INTERVAL)  # of errors, by kind and place
+        self._log_limit = logs.Throttle(LOG_INTERVAL)  # of errors, by kind and line
         self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked
         self.parts: deque[Callable[[], bool]] = deque((self.requeue_next, self.end_next_back_off))
 
@@ -98,15 +100,15 @@ class Outcomes(DispatchBase):
                     return
 
     def went_wrong(self, error: Exception) -> None:
-        """Tell of an error of the program, of those from one place once a minute; what it was about goes on."""
-        places = traceback.extract_tb(error.__traceback__)[-1:]
-        if self._log_limit.allow((type(error), *((place.filename, place.lineno) for place in places))):
+        """Log an error of the program, from the same line once a minute at most; deliveries go on."""
+        lines = traceback.extract_tb(error.__traceback__)[-1:]
+        if self._log_limit.allow((type(error), *((line.filename, line.lineno) for line in lines))):
             log.error("an error in fastdist while it deals with deliveries; no packet is lost", exc_info=error)
 
-    # ---- outcomes, told by the pools
+    # ---- outcomes, reported by the pools
 
     def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None:
-        """Hear that packets which had failed before, or which an emitter waits for, were delivered."""
+        """Note that packets which had failed before, or which an emitter waits for, were delivered."""
         for sequence in sequences:
             try:
                 self.probation.passed(pool, sequence)
@@ -114,7 +116,7 @@ class Outcomes(DispatchBase):
                 if sequence in self.refused_by:
                     self._refused_before(sequence, pool)
                 self.settled(sequence, pool.analyzer.id)
-            except Exception as error:  # noqa: BLE001  (whatever it is, the others are to be told)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the others must be settled too)
                 self.went_wrong(error)
 
     def failed(
@@ -130,7 +132,7 @@ class Outcomes(DispatchBase):
         self._return(Returned(pool, handles.copy(), error, status, failed=True), handles)
 
     def _return(self, returned: Returned, handles: list[int]) -> None:
-        """Have packets find their places in the next flushes; from here on they are not the teller's any more."""
+        """Requeue packets in the next flushes; from here on the caller does not own them any more."""
         self.returned.append(returned)
         handles.clear()
         self.go_on()
@@ -154,9 +156,9 @@ class Outcomes(DispatchBase):
         self.failed(pool, handles, f"HTTP {status}", counted=seconds is None, status=status)
 
     def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None:
-        """Put a packet that was refused to the dead letters; of a refused batch, find out first which packet it was.
+        """Make a packet that was refused a dead letter; of a refused batch, find out first which packet it was.
 
-        Those that may not be sent again (``max_attempts``) are dead letters as well: nobody knows whose fault it was.
+        Those that may not be sent again (``max_attempts``) are dead letters as well: which one was at fault is unknown.
         """
         error = f"HTTP {status}"
         self.counters.add_to(pool.slot, "failed", len(handles))
@@ -192,7 +194,7 @@ class Outcomes(DispatchBase):
             states.set_error(slot, error)
 
     def _count_refusal(self, pool: AnalyzerPool) -> bool:
-        """Count a packet that was refused; return whether the analyzer is in doubt: it takes nothing, as it seems."""
+        """Count a packet that was refused; return whether the analyzer is in doubt: it seems to refuse everything."""
         if pool.retired:
             return False
         slot, states, fall = pool.slot, self.analyzer_states, self.config.health.fall
@@ -209,7 +211,7 @@ class Outcomes(DispatchBase):
         return True
 
     def _ask_another(self, pool: AnalyzerPool, handle: int, status: int) -> bool:
-        """Have another analyzer say whether a packet is at fault; False if there is none, or it was sent too often.
+        """Have another analyzer say whether a packet is at fault; False without one, or if it was sent too often.
 
         As if the first were not there: weight 0 helps out where it was the only one with a weight.
         """
@@ -225,7 +227,7 @@ class Outcomes(DispatchBase):
         return True
 
     def _second_opinion(self, asked: tuple[int, ...]) -> Rendezvous | None:
-        """Return who may be asked besides those, for a moment the same; first those not in doubt themselves."""
+        """Return which others may be asked, cached for a moment; first those not in doubt themselves."""
         if asked not in self._second_opinions:
             states = self.analyzer_states
             others = {slot: analyzer for slot, analyzer in self.analyzers.items() if slot not in asked}
@@ -239,7 +241,7 @@ class Outcomes(DispatchBase):
         return Rendezvous(names, list(weights), list(weights.values())) if weights else None
 
     def _refused_before(self, sequence: int, taker: AnalyzerPool) -> None:
-        """Hold it against an analyzer that it has refused what another has taken."""
+        """Count a failure of an analyzer that has refused what another has taken."""
         pool, status = self.refused_by.pop(sequence)
         if pool is taker:
             return
@@ -259,17 +261,17 @@ class Outcomes(DispatchBase):
         self.counters.add_to(pool.slot, "retries", packets)
 
     def requeue_next(self) -> bool:
-        """Find a place for a packet that failed, or for those of a request nobody looked at; say if there was any."""
+        """Requeue a packet that failed, or those of a request no analyzer looked at; False if there is none."""
         if not self.returned:
             return False
         pool, handles, reason, status, failed = self.returned[0]
         try:
             if not failed:
                 self._send_again(pool, handles, status, reason)
-            elif handles:  # each goes to the front of its new list: the first is to be first again
+            elif handles:  # each goes to the front of its new list, so that the first is first again
                 self._retry(pool, handles[-1], status, reason)
                 handles.pop()
-        except Exception as error:  # noqa: BLE001  (whatever it is, the packet is to go again)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the packet must be sent again)
             self.went_wrong(error)
             if handles:
                 self.ring.release(handles.pop())
@@ -280,7 +282,7 @@ class Outcomes(DispatchBase):
     def _send_again(
         self, pool: AnalyzerPool, handles: list[int], status: int | None, error: str, *, alone: bool = False
     ) -> None:
-        """Have the same analyzer get packets before all others, or whoever is picked if it gets none now."""
+        """Send packets to the same analyzer before all others, or to the one picked if it gets none now."""
         while handles:
             if not self._exhausted(pool, handles[-1], status, error):
                 self._count_retries(pool, 1)
@@ -290,7 +292,7 @@ class Outcomes(DispatchBase):
             pool.release_waiting()
 
     def _exhausted(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> bool:
-        """Put a packet that has been sent ``max_attempts`` times to the dead letters; say if it was."""
+        """Make a packet that has been sent ``max_attempts`` times a dead letter; return whether it was one."""
         limit = self.config.retry.max_attempts
         if not limit or self.ring.attempts(handle) < limit:
             return False
@@ -304,7 +306,7 @@ class Outcomes(DispatchBase):
         self._pass_on(handle, retrying, self.another(handle, retrying))
 
     def _remember(self, pool: AnalyzerPool, handle: int) -> Retrying:
-        """Note that an analyzer has not taken a packet, which is sent once more."""
+        """Note that an analyzer has not taken a packet, which will be sent once more."""
         self._count_retries(pool, 1)
         sequence = self.ring.sequence(handle)
         retrying = self.retrying.get(sequence)
@@ -319,18 +321,18 @@ class Outcomes(DispatchBase):
         return self.retrying.get(self.ring.sequence(handle))
 
     def make_takers(self) -> Rendezvous | None:
-        """Return those that get packets now."""
+        """Return the analyzers that get packets now."""
         return self._rendezvous(self.weights)
 
     def _pass_on(self, handle: int, retrying: Retrying, slot: int) -> None:
-        """Have the analyzer in ``slot`` get a packet; -1: there is none."""
+        """Queue a packet for the analyzer in ``slot``; -1: no analyzer can take it now."""
         if slot >= 0:
             target = self.pools[slot]
             self.touch(target)
             target.prepend(handle)
         elif not self.any_pickable:
             retrying.clear()
-            self.ring.release(handle)  # nobody is there: it waits in the ring for whoever comes first
+            self.ring.release(handle)  # all are offline: it waits in the ring for the first that comes back
         else:
             retry = self.config.retry
             retrying.rounds += 1
@@ -338,14 +340,14 @@ class Outcomes(DispatchBase):
             heapq.heappush(self.backing_off, (time.monotonic_ns() + int(delay * 1e9), handle))
 
     def end_back_offs(self) -> None:
-        """Have all packets that back off picked again."""
+        """End the back-off of all packets: they are picked again."""
         if self.backing_off:
             self.backed_off.append(self.backing_off)
             self.backing_off = []
             self.go_on()
 
     def end_next_back_off(self) -> bool:
-        """Have a packet picked again whose back-off is over; False if there is none."""
+        """Release a packet whose back-off has expired; False if there is none."""
         if self.backed_off:
             heap = self.backed_off[0]
         elif self.backing_off and self.backing_off[0][0] <= time.monotonic_ns():
@@ -382,7 +384,7 @@ class Outcomes(DispatchBase):
             self.refused_by.pop(sequence, None)
             try:
                 self.settled(sequence, None)
-            except Exception as error:  # noqa: BLE001  (whatever it is, the other dead letters are to leave the ring)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other dead letters must leave the ring)
                 self.went_wrong(error)
 
 

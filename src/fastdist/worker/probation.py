@@ -3,12 +3,12 @@
 Its health check may be good all the while. So once ``rise`` checks in a row have succeeded it is tried with one packet
 at a time, over all workers:
 
-1. Whoever writes itself into the analyzer's row may try it (a *trial*). That has an end, which is put off while the
-   trial is under way, so nobody waits for a worker that was killed or hangs.
+1. The worker that claims the analyzer's row may try it (a *trial*). The claim expires, and is renewed while the trial
+   is under way, so that a worker that was killed or hangs blocks no other.
 2. 2xx: it is online. A failure: the next trial has to wait, twice as long each time (1 s to 30 s). Anything else (a
    kept connection that was stale, Retry-After): another may begin.
-3. For picking, the analyzer is offline until then: its share is with the others, weight 0 helps out, and with nobody
-   else online packets wait in the ring.
+3. For picking, the analyzer is offline until then: the others have its share, those of weight 0 help out, and with no
+   other online packets wait in the ring.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from fastdist.settings import Analyzer
     from fastdist.worker.upstream import AnalyzerPool
 
-HOLD_NS = 3_000_000_000  # after which a trial that nobody holds on is over
+HOLD_NS = 3_000_000_000  # after which a trial that was not renewed is over
 LOOKED_AT = 64  # packets a trial's is chosen from
 
 
 class Trial(NamedTuple):
-    """A packet on its way to an analyzer on probation. ``refused``: what another says of it is still to come."""
+    """A packet on its way to an analyzer on probation. ``refused``: it awaits the verdict of another."""
 
     pool: AnalyzerPool
     sequence: int
@@ -50,11 +50,11 @@ class Probation:
         self._trials: dict[int, Trial] = {}
 
     def refresh(self, analyzers: Iterable[int]) -> None:
-        """Look which analyzers need a trial."""
+        """Note which analyzers need a trial."""
         self._slots = [slot for slot in analyzers if self._states.needs_trial(slot)]
 
     def tick(self, now_ns: int) -> bool:
-        """Hold on to the trials that are under way, end those that came to nothing; return whether one may begin."""
+        """Renew the trials that are under way, end the others; return whether one may begin."""
         for slot, trial in list(self._trials.items()):
             if trial.refused:
                 continue
@@ -90,12 +90,12 @@ class Probation:
         return not pool.retired
 
     def passed(self, pool: AnalyzerPool, sequence: int) -> None:
-        """Hear of a packet that the analyzer has taken."""
+        """Note that the analyzer has taken a packet."""
         if self._take(pool, sequence):
             self._states.pass_trial(pool.slot, self._rise)
 
     def failed(self, pool: AnalyzerPool, sequence: int, now_ns: int, *, counted: bool = True) -> None:
-        """Hear of a packet that has failed there; ``counted``: that speaks against the analyzer."""
+        """Note that a packet has failed there; ``counted``: that speaks against the analyzer."""
         if self._take(pool, sequence):
             if counted:
                 self._states.fail_trial(pool.slot, now_ns)
@@ -103,7 +103,7 @@ class Probation:
                 self._states.end_trial(pool.slot)
 
     def refused(self, pool: AnalyzerPool, sequence: int, now_ns: int) -> None:
-        """Hear of a packet that the analyzer has refused: only another's answer tells who is at fault."""
+        """Note that the analyzer has refused a packet: only another's response shows which is at fault."""
         if self._take(pool, sequence):
             self._trials[pool.slot] = Trial(pool, sequence, refused=True)
             self._states.postpone_trial(pool.slot, now_ns)
@@ -112,7 +112,7 @@ class Probation:
 def choose(ring: PacketRing, analyzers: Mapping[int, Analyzer], slot: int, weights: Mapping[int, float] | None) -> int:
     """Claim the packet for a trial: of the next few the one that was sent least often. Return its handle, 0 for none.
 
-    So one that no analyzer takes does not keep all of them offline. With ``weights`` (sticky: of all that are online,
+    So a packet that no analyzer takes does not keep all offline. With ``weights`` (sticky: of all that are online,
     and of ``slot``) it is one that would be the analyzer's own.
     """
     owners = None

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from fastdist.shm.block import SharedBlock
     from fastdist.storage.dead_letter_writer import DeadLetterWriter
 
-HEARTBEAT, HEARTBEATS_TILL_TOLD = 0.5, 20  # seconds between those before there is an event loop; when it is told
+HEARTBEAT = 0.5  # seconds, before the event loop runs
+HEARTBEATS_TILL_LOGGED = 20
 
 log = logs.get()
 
@@ -62,7 +63,7 @@ class Queue:
             )
 
     def _make_safe(self, words: memoryview) -> bool:
-        """Sync what was found in files, whatever becomes of one; say whether all of it is safe."""
+        """Sync what was found in files, each whatever happens to the others; return whether all of it is safe."""
         rings = [(self.ring, self.fd), *((each.ring, each.old.fd) for each in self.migrations)]
         with _heartbeats(words):
             return all([make_safe(ring, fd) for ring, fd in rings])  # noqa: C419
@@ -83,12 +84,12 @@ class Queue:
         return not self.is_ready or self.names.misplaced_old
 
     def sync(self) -> None:
-        """Have the ring synced if anything has changed."""
+        """Sync the ring if anything has changed."""
         if self.syncer is not None:
             self.syncer.want_if_changed()
 
-    def migrate(self, most: int, dead_letter_writer: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
-        """Move up to ``most`` packets of each old ring, whatever becomes of the others. Raises the last one's error.
+    def migrate(self, most: int, letters: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
+        """Move up to ``most`` packets of each old ring, whatever happens to the others. Raises the last one's error.
 
         What the ring cannot take becomes a dead letter. ``deleted(path)`` is called when an old ring is empty and gone.
         """
@@ -101,7 +102,7 @@ class Queue:
                     self.migrations.remove(migration)
                     os.close(migration.old.fd)
                     deleted(migration.old.path)
-                    log.info("an old ring was taken over whole and is deleted", ring=migration.old.path)
+                    log.info("old ring migrated and deleted", ring=migration.old.path)
             except Exception as error:  # noqa: BLE001
                 failure = error
         if failure is not None:
@@ -118,7 +119,7 @@ class Queue:
             self.syncer.want()
 
     def close(self) -> None:
-        """Sync once more, and let go of migrated packets whose copies are safe."""
+        """Sync once more, and mark migrated packets done whose copies are safe."""
         if self.syncer is not None:
             self.syncer.close()
         for migration in () if self.names.misplaced else self.migrations:
@@ -164,7 +165,7 @@ class RingNames:
 
 @contextlib.contextmanager
 def _heartbeats(words: memoryview) -> Iterator[None]:
-    """Give the event loop's heartbeats while the disk is waited for; a kill would not end that wait sooner."""
+    """Give the event loop's heartbeats while we wait for the disk; a kill would not end that wait sooner."""
     done = threading.Event()
 
     def beat() -> None:
@@ -172,7 +173,7 @@ def _heartbeats(words: memoryview) -> Iterator[None]:
         while not done.wait(HEARTBEAT):
             words[WorkerWord.HEARTBEAT_NS] = time.monotonic_ns()
             beats += 1
-            if beats == HEARTBEATS_TILL_TOLD:
+            if beats == HEARTBEATS_TILL_LOGGED:
                 log.warning("the disk takes long to write what the last run has left in the queue; waiting for it")
 
     thread = threading.Thread(target=beat, name="heartbeats", daemon=True)

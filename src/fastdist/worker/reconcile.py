@@ -1,7 +1,7 @@
 """Reconciling: a worker finds its ring as its predecessor, or the last run, left it, and makes its counters agree.
 
 The ring is the truth. What is between its head and tail and not done is queued; of what was pushed in this run the rest
-was delivered or is a dead letter. A predecessor that was killed may have changed the ring without having counted it.
+was delivered or is a dead letter. A predecessor that was killed may have changed the ring without counting it.
 """
 
 from __future__ import annotations
@@ -58,5 +58,5 @@ def _count_the_delivered(undone: int, counters: Counters) -> None:
     uncounted = gone - sum(counters.get_of(slot, "delivered") for slot in slots)
     if uncounted > 0:  # all of one request, the one that was being settled
         counters.add_to(max(0, counters.get("settling") - 1), "delivered", uncounted)
-    else:  # copied from an old ring, and not let go of there: they will be copied once more
+    else:  # copied from an old ring, and not marked done there: they will be copied once more
         counters.add("recovered", -uncounted)

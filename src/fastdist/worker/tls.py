@@ -1,8 +1,8 @@
 """TLS on emitters' connections, spoken on a ``Stream``.
 
-Handshakes under way are connections that nobody else counts yet: ``TlsServer`` bounds their number and their time. The
-loop's own TLS would read from all that have something to say in one turn, and a handshake costs a millisecond or more:
-so ``TlsConnection`` speaks it on a ``Stream``, and handshakes have a part of each turn.
+Connections in a handshake are counted nowhere else: ``TlsServer`` bounds their number and their time. The loop's own
+TLS would read from all connections that are readable in one iteration, and a handshake costs a millisecond or more:
+so ``TlsConnection`` speaks it on a ``Stream``, and handshakes get a part of each iteration.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 MAX_RECORD = 16384  # bytes
 TURN_NS = 1_000_000  # of an event-loop iteration for handshakes; one step in any case
-ENDED_AT_ONCE = 64  # handshakes whose time is over, before others of the loop have their turn
+ENDED_AT_ONCE = 64  # expired handshakes, before the loop runs other callbacks
 
 
 class TlsServer(Acceptor):
-    """Accepts connections and sees them through their handshakes; then they are ``protocol()``'s.
+    """Accepts connections and does their handshakes; then each gets a ``protocol()``.
 
-    ``has_room(handshakes)`` says whether one more connection may be accepted with that many on their way: one too many
-    is closed at once, as nothing can be said to it. A handshake has ``patience`` seconds.
+    ``has_room(handshakes)`` says whether one more connection may be accepted with that many in a handshake: one too
+    many is closed at once, as no response can be sent on it. A handshake has ``patience`` seconds.
     """
 
     def __init__(  # noqa: PLR0913  (what a server is wired from)
@@ -56,7 +56,7 @@ class TlsServer(Acceptor):
 
     @property
     def busy(self) -> bool:
-        """Whether connections may yet come: they are accepted, or in a handshake."""
+        """Whether connections may still arrive: they are accepted, or in a handshake."""
         return super().busy or bool(self._handshakes)
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class TlsServer(Acceptor):
             connection.abort()
 
     def await_turn(self, connection: TlsConnection) -> None:
-        """Have a connection shake hands when it is its turn: packets of others come first."""
+        """Schedule a connection's next handshake step: packets of others come first."""
         self._awaiting.append(connection)
         if not self._turn_comes:
             self._turn_comes = True
@@ -78,7 +78,7 @@ class TlsServer(Acceptor):
             connection = self._awaiting.popleft()
             try:
                 connection.shake_hands()
-            except Exception as error:  # noqa: BLE001  (an error of the program: the others are to have their turns)
+            except Exception as error:  # noqa: BLE001  (an error of the program: the others must go on)
                 connection.transport.report(error)
             if time.monotonic_ns() - began > self.turn_ns:
                 break
@@ -87,7 +87,7 @@ class TlsServer(Acceptor):
             self.loop.call_soon(self._give_turns)
 
     def leave(self, connection: TlsConnection) -> None:
-        """Forget a handshake that is over, in whatever way."""
+        """Forget a handshake that is over, whatever its outcome."""
         self._handshakes.pop(connection, None)
 
     def _taken(self, accepted: socket.socket, peer: object) -> None:
@@ -105,7 +105,7 @@ class TlsServer(Acceptor):
             self._timer = self.loop.call_later(self.patience, self._end_the_late)
 
     def _end_the_late(self) -> None:
-        """End handshakes whose time is over, some at a time: there may be very many."""
+        """Abort expired handshakes, some at a time: there may be very many."""
         self._timer = None
         for connection, end in tuple(itertools.islice(self._handshakes.items(), ENDED_AT_ONCE)):
             if end > self.loop.time():
@@ -129,17 +129,17 @@ class TlsConnection(Receiver):
         self._server, self._loop = server, server.loop
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = server.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._protocol: asyncio.Protocol | None = None  # there is none before the handshake is over
+        self._protocol: asyncio.Protocol | None = None  # None before the handshake is over
         self._paused = self._over = self._told_of_end = False
 
-    # ---- what the stream tells
+    # ---- called by the stream
 
     def connection_made(self, stream: Stream) -> None:
         """Begin."""
         self.transport = stream
 
     def data_received(self, data: bytes) -> None:
-        """Take in what came, encrypted."""
+        """Take encrypted data."""
         if self._over:
             return
         self._incoming.write(data)
@@ -150,7 +150,7 @@ class TlsConnection(Receiver):
             self._go_on()
 
     def shake_hands(self) -> None:
-        """Go on with the handshake; it is this connection's turn. Nothing is done for a client that has gone."""
+        """Do the next step of the handshake, unless the client is gone."""
         if self.transport.peer_has_ended():
             self.abort()
             return
@@ -158,14 +158,14 @@ class TlsConnection(Receiver):
         self._go_on()
 
     def eof_received(self) -> bool:
-        """Hear that nothing more comes, whether that was said in TLS or not; close."""
+        """Note that nothing more will arrive, whether TLS said so or not; close."""
         if self._protocol is not None:
             self._go_on()
         self._end()
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Let go of everything."""
+        """Release everything."""
         self._over = True
         self._server.leave(self)
         if self._protocol is not None:
@@ -184,7 +184,7 @@ class TlsConnection(Receiver):
     # ---- reading
 
     def _go_on(self) -> None:
-        """Shake hands and read, as far as what has come goes."""
+        """Shake hands and read, as far as the data that has arrived goes."""
         try:
             if self._protocol is None and not self._over:
                 self._tls.do_handshake()
@@ -196,7 +196,7 @@ class TlsConnection(Receiver):
                     self._end()
         except ssl.SSLWantReadError:
             pass
-        except ssl.SSLError:  # whoever it is speaks something else
+        except ssl.SSLError:  # the client speaks something else
             self._over = True
             self._flush()  # an alert that says so
             self.transport.close()
@@ -220,11 +220,11 @@ class TlsConnection(Receiver):
     def _send_close_notify(self) -> None:
         if not self._over:
             self._over = True
-            with contextlib.suppress(ssl.SSLError):  # the other side has not, which nobody waits for
+            with contextlib.suppress(ssl.SSLError):  # the other side has not closed yet, which we do not wait for
                 self._tls.unwrap()
             self._flush()
 
-    # ---- what a protocol asks for
+    # ---- called by the protocol
 
     def write(self, data: bytes) -> None:
         """Write; ``pause_writing`` is called when much of it has to be kept."""
@@ -251,7 +251,7 @@ class TlsConnection(Receiver):
         self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read again, what has come already first."""
+        """Read again, what has arrived already first."""
         self._paused = False
         self.transport.resume_reading()
         if self._tls.pending() or self._incoming.pending:

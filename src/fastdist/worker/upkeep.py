@@ -15,10 +15,10 @@ SWEEP_NS = 3_000_000  # of a tick that may go to emitters' time-outs
 
 
 class LoopLag:
-    """How long the event loop let nothing else have its turn: the longest time in each tick, for the histogram.
+    """How long the event loop was blocked: the longest time in each tick, for the histogram.
 
-    The loop itself does not tell. What is known is by how much a tick is late, and how long the parts took that may
-    take long: reading (of streams; of what was held back), and the tick before.
+    The loop itself does not report it. What is known is by how much a tick is late, and how long the parts took that
+    may take long: reading (of streams; of what was held back), and the tick before.
     """
 
     def __init__(self, counters: Counters, poller: Poller, intake: Intake) -> None:
@@ -39,9 +39,9 @@ class LoopLag:
 
 
 class Sweep:
-    """Looks at the emitters' time-outs, often enough for the shortest, and at no more at once than a tick has time for.
+    """Checks the emitters' time-outs, often enough for the shortest, and no more at once than a tick has time for.
 
-    A sweep that comes far too late tells of us (the machine was stopped), not of them: it ends no connection.
+    A sweep that is far too late is our fault (the machine was stopped), not theirs: it ends no connection.
     """
 
     def __init__(self, intake: Intake, server: Server) -> None:
@@ -52,7 +52,7 @@ class Sweep:
         self._due, self._late = time.monotonic_ns(), 0
 
     def go_on(self, now_ns: int) -> None:
-        """Begin a sweep when it is time, and go on with the one that is under way."""
+        """Begin a sweep when it is due, and go on with the one that is under way."""
         if not self._left:
             if now_ns < self._due:
                 return

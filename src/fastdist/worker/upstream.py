@@ -1,7 +1,7 @@
 """Connections to analyzers: opened when something waits and none is free, kept alive, pruned when idle.
 
 ``PoolBase`` and ``ReplyBase`` (compiled) send and read; here is what happens seldom. A pool decides nothing about
-packets: whatever becomes of them is told to its owner, the dispatcher.
+packets: it reports every outcome to its owner, the dispatcher.
 """
 
 from __future__ import annotations
@@ -38,10 +38,31 @@ IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is clos
 MAX_REPLY = 12  # times the time-out without progress: from the first byte of a reply to its last
 LOG_INTERVAL = 60.0  # between warnings of one kind about an analyzer
 USUAL_GAP_NS = 1_000_000_000  # between two checks of a pool, at most
-PAUSED_NS = 1_500_000_000  # a longer one: nobody looked, and what is beyond the usual is not held against the analyzer
-SHORT_PAUSE = 0.5  # seconds until a connection is tried again that this process had no descriptor for
+PAUSED_NS = 1_500_000_000  # a longer one: no check ran, and the time beyond the usual does not count
+SHORT_PAUSE = 0.5  # seconds until a connection that failed for want of a descriptor is retried
 
 log = logs.get()
+
+
+class PoolOwner(Protocol):
+    """Decides what becomes of packets; see ``fastdist.worker.dispatch.Dispatcher`` for what each call means."""
+
+    poller: Poller
+    names: Names
+    room: int  # for connections, of all pools
+    openings: int  # connections that may be begun to open now
+
+    def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
+    def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
+    def failed(  # noqa: D102
+        self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
+    ) -> None: ...
+    def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None: ...  # noqa: D102
+    def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None: ...  # noqa: D102
+    def short_of(self, lacking: OSError) -> None: ...  # noqa: D102
+    def schedule(self) -> None: ...  # noqa: D102
+    def wake(self, pool: AnalyzerPool) -> None: ...  # noqa: D102
+    def went_wrong(self, error: Exception) -> None: ...  # noqa: D102
 
 
 class AnalyzerConnection(ReplyBase, asyncio.Protocol):
@@ -60,7 +81,7 @@ class AnalyzerConnection(ReplyBase, asyncio.Protocol):
         self.pool.connected(self)
 
     def check(self) -> None:
-        """Close the connection if it makes no progress or was not used for long; retire one that is to be replaced."""
+        """Close the connection if it makes no progress or was not used for long; retire it when it is old."""
         pool, now_ns = self.pool, self.pool.looked_ns
         if pool.late_ns:
             self.excuse(now_ns, pool.late_ns)
@@ -92,9 +113,9 @@ class AnalyzerPool(PoolBase):
         self._tasks: set[asyncio.Task[None]] = set()
         self.retired = False
         self._next_warning = 0.0  # time.monotonic()
-        self.looked_ns = 0  # monotonic: as of when the connections are looked at
-        self.late_ns = 0  # by how much that is too late
-        self._addresses: frozenset[str] = frozenset()  # of the analyzer's name, then
+        self.looked_ns = 0  # monotonic: the time of the check that is under way
+        self.late_ns = 0  # by how much it is too late
+        self._addresses: frozenset[str] = frozenset()  # of the analyzer's name, at that time
         self._short: asyncio.TimerHandle | None = None  # while this process has no descriptor for a connection
 
     def set_up(self, analyzer: Analyzer, delivery: Delivery, tls: ssl.SSLContext | None) -> None:
@@ -140,7 +161,7 @@ class AnalyzerPool(PoolBase):
             task.add_done_callback(self._tasks.discard)
 
     async def _open(self) -> None:
-        connection = AnalyzerConnection(self)  # made here, for uvloop asks for its protocol before it connects
+        connection = AnalyzerConnection(self)  # made here, as uvloop needs its protocol before it connects
         try:
             connection.address = await connect(
                 connection,
@@ -160,11 +181,11 @@ class AnalyzerPool(PoolBase):
                 self.opening -= 1
 
     def _unreachable(self, error: str) -> None:
-        """No connection came about: that failed whatever it was to carry."""
-        self.hand_over(self.owner.failed, self.take_request(), f"cannot connect: {error}", counted=True)
+        """Fail the packets of a request for which no connection could be made."""
+        self.hand_over(self.failed, self.take_request(), f"cannot connect: {error}", True, None)  # noqa: FBT003
 
     def _wait_out(self, lacking: OSError) -> None:
-        """Try no connection for a moment: this process lacks something, which is no failure of the analyzer's."""
+        """Open no connection for a moment: this process lacks something, which is no failure of the analyzer."""
         self.owner.short_of(lacking)
         if self._short is None and not self.retired:
             self._short = asyncio.get_running_loop().call_later(SHORT_PAUSE, self._try_again)
@@ -189,20 +210,20 @@ class AnalyzerPool(PoolBase):
     # ---- upkeep
 
     def look(self, now_ns: int) -> tuple[AnalyzerConnection, ...]:
-        """Begin a look at the connections, as they are at ``now_ns``: return those to ``check`` soon."""
+        """Begin a check of the connections, as of ``now_ns``: return those to ``check`` soon."""
         gap, self.looked_ns = now_ns - (self.looked_ns or now_ns), now_ns
         self.late_ns = gap - USUAL_GAP_NS if gap > PAUSED_NS else 0
         self._addresses = self.owner.names.current(self._address.host)
         return tuple(self.connections)
 
     def close_idle(self) -> None:
-        """Close the connections that nothing is sent on, nor about to be."""
+        """Close the connections that are idle and not about to be used."""
         for connection in () if self.waiting else tuple(self.connections):
             if connection.in_flight() == 0:
                 connection.close_after("", False)  # noqa: FBT003
 
     def has_moved(self, connection: AnalyzerConnection) -> bool:
-        """Whether the analyzer's name leads elsewhere by now."""
+        """Whether the analyzer's name resolves to other addresses by now."""
         return bool(self._addresses and connection.address) and connection.address not in self._addresses
 
     def close(self) -> None:
@@ -215,10 +236,18 @@ class AnalyzerPool(PoolBase):
         for connection in tuple(self.connections):
             connection.close_after("", False)  # noqa: FBT003
 
-    # ---- what ReplyBase tells
+    # ---- called by ReplyBase
+
+    def claim_more(self) -> None:
+        """There is room again, and something in the ring to claim."""
+        self.owner.schedule()
+
+    def lingering(self) -> None:
+        """There is room, but what waits leaves only when its batch is full or its time is over."""
+        self.owner.wake(self)
 
     def unasked(self, beginning: bytes) -> None:
-        """Warn of an analyzer that sends what nothing asked for: with pipelining, that may settle the wrong request."""
+        """Warn of an analyzer that sends an unsolicited reply: with pipelining, that may settle the wrong request."""
         if beginning.startswith((b"HTTP/1.1 408", b"HTTP/1.0 408")):  # how some servers close an idle connection
             return
         now = time.monotonic()
@@ -229,3 +258,27 @@ class AnalyzerPool(PoolBase):
                 analyzer=self.analyzer.id,
                 beginning=beginning.decode("latin-1"),
             )
+
+    def delivered(self, sequences: list[int]) -> None:
+        """Watched packets were delivered."""
+        self.owner.delivered(self, sequences)
+
+    def refused(self, handles: list[int], status: int, batch: bool) -> None:  # noqa: FBT001
+        """Report a reply that says the request is at fault."""
+        self.owner.refused(self, handles, status, batch=batch)
+
+    def failed(self, handles: list[int], error: str, counted: bool, status: int | None) -> None:  # noqa: FBT001
+        """Report a request that failed and may be sent again."""
+        self.owner.failed(self, handles, error, counted=counted, status=status)
+
+    def paused_for(self, handles: list[int], status: int, value: str) -> None:
+        """Report a 429 or 503 with Retry-After."""
+        self.owner.paused_for(self, handles, status, value)
+
+    def not_sent(self, handles: list[int]) -> None:
+        """Report packets that the analyzer did not look at."""
+        self.owner.not_sent(self, handles)
+
+    def went_wrong(self, error: Exception) -> None:
+        """Report an error of the program."""
+        self.owner.went_wrong(error)
