@@ -166,7 +166,7 @@ def test_a_manager_that_is_not_there_changes_nothing(tmp_path, mocks):
     distributor = Distributor(tmp_path, mocks, NOTIFY_SOCKET=str(tmp_path / "nobody"))
     with running(distributor):
         assert distributor.post()[0] == 202
-        assert sum("service manager cannot be told" in line for line in distributor.lines) == 1
+        assert sum("service manager cannot be notified" in line for line in distributor.lines) == 1
         assert distributor.stop() == 0
 
 

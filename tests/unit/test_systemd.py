@@ -115,7 +115,7 @@ def test_the_watchdog_gets_three_signs_in_the_time_it_allows(manager, monkeypatc
     it = service(manager, WATCHDOG_USEC="30000000", WATCHDOG_PID=str(os.getpid()))
     assert it.interval == 10
     for _ in range(241):
-        it.alive()
+        it.heartbeat()
         now += 0.125
     assert manager.messages() == ["WATCHDOG=1"] * 4  # at once, and after 10, 20 and 30 s
 
@@ -123,7 +123,7 @@ def test_the_watchdog_gets_three_signs_in_the_time_it_allows(manager, monkeypatc
 @pytest.mark.parametrize("environment", [{}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}])
 def test_a_watchdog_that_expects_no_sign_of_us_gets_none(manager, environment):
     it = service(manager, **environment)
-    it.alive()
+    it.heartbeat()
     assert manager.messages() == []
 
 
@@ -140,7 +140,7 @@ def test_without_a_manager_nothing_is_sent_or_complained_of(monkeypatch):
             it = ServiceManager(environment)
             it.ready()
             it.status("all is well")
-            it.alive()
+            it.heartbeat()
             it.stopping(1)
         assert lines == []
 

@@ -1,13 +1,13 @@
-"""Health: which analyzers are there. Checked once, by the supervisor; what it finds stands in the shared block.
+"""Health: which analyzers are up. Only the supervisor checks; its findings are in the shared block.
 
 An analyzer goes offline after ``fall`` failures in a row, of checks or of deliveries (workers count those in the block
 and take it offline themselves), and comes online after ``rise`` checks in a row that succeed; one that deliveries took
-offline is then on probation, and comes online when it takes a packet (``fastdist.worker.probation``). The two rows are
-kept apart: one that answers its check but fails every delivery goes offline, and so does one that says it is unwell
-while it still takes packets.
+offline is then on probation, and comes online when it takes a packet (``fastdist.worker.probation``). The two
+counts are kept apart: one that passes its check but fails every delivery goes offline, and so does one that fails its
+check while it still takes packets.
 
-A connection to an https URL is kept for the next check, for a handshake costs more than all the rest of it. What fails
-on a kept one says nothing yet: a new one tells who is there now. What this machine lacks is no outcome at all.
+A connection to an https URL is kept for the next check, as a handshake costs more than all the rest. A failure
+on a kept connection proves nothing: the check is repeated on a new one. What this machine lacks is no outcome at all.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 OK = range(200, 300)
 INTERIM = range(100, 200)
-SWITCHING = 101  # is no interim response: what follows is not HTTP
+SWITCHING = 101  # not an interim response: what follows is not HTTP
 MAX_BEGINNING = 16384  # bytes up to the end of the head, interim responses before it included
 MAX_REPLY = 65536  # bytes; a connection with a longer one is not kept
-SHORT_PAUSE = 1.0  # seconds at most until a check is tried again that this machine had no descriptor for
+SHORT_PAUSE = 1.0  # seconds at most until a check that failed for want of a descriptor is retried
 
 
 class Probe(asyncio.Protocol):
-    """A connection for checks: ``ask`` sends a request, and has the status of its reply. Interim responses are skipped.
+    """A connection for checks: ``ask`` sends a request and returns the reply's status. Interim responses are skipped.
 
-    A protocol rather than streams, which cost several times as much: with a thousand analyzers that would show.
+    A protocol rather than streams, which cost several times as much: with a thousand analyzers that matters.
     """
 
-    address = ""  # it was opened to
+    address = ""  # the one it was opened to
 
     def __init__(self, max_age: float) -> None:
         self._replace_at = time.monotonic() + max_age * random.uniform(YOUNGEST, 1.0)  # noqa: S311
@@ -56,7 +56,7 @@ class Probe(asyncio.Protocol):
         self._whole = self._kept_alive = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection in."""
+        """Keep the transport."""
         self.transport = cast("asyncio.Transport", transport)
 
     async def ask(self, request: bytes) -> int:
@@ -71,7 +71,7 @@ class Probe(asyncio.Protocol):
         return await self._status
 
     def data_received(self, data: bytes) -> None:
-        """Take in a part of the reply."""
+        """Parse a part of the reply."""
         self._received += len(data)
         if self._parser is not None:
             try:
@@ -81,17 +81,17 @@ class Probe(asyncio.Protocol):
             except HttpParserError:
                 self._fail(ValueError("a reply that is not HTTP"))
         known = self._status is None or self._status.done()
-        if self._received > MAX_BEGINNING and not known:  # it goes on and on
+        if self._received > MAX_BEGINNING and not known:  # it does not end
             self._fail(ValueError("a reply that is not HTTP"))
         if self._received > MAX_REPLY:
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        """Hear that a reply begins, from the parser: behind the one that was asked for there should be none."""
+        """Note that a reply begins (called by the parser): after the one that was asked for there should be none."""
         self._whole = False
 
     def on_headers_complete(self) -> None:
-        """Hear that a head is whole."""
+        """Note that a head is complete."""
         if self._parser is None or self._status is None:
             return
         if not self._parser.get_http_version().startswith("1."):
@@ -102,7 +102,7 @@ class Probe(asyncio.Protocol):
             self._status.set_result(status)
 
     def on_message_complete(self) -> None:
-        """Hear that a reply is over."""
+        """Note that a reply is complete."""
         self._whole = self._status is not None and self._status.done()
 
     def _fail(self, error: Exception) -> None:
@@ -111,13 +111,13 @@ class Probe(asyncio.Protocol):
             self._status.set_exception(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give up what has not come."""
+        """Fail the request under way."""
         self._parser = None
         self._ended = exc or ConnectionError("connection closed before the reply")
         self._fail(self._ended)
 
     def can_be_asked_again(self, addresses: frozenset[str]) -> bool:
-        """Whether the last reply is whole, and the connection young and one to where the name leads (if it is one)."""
+        """Whether the last reply is complete, and the connection young and to an address the name still has."""
         if self._ended is not None or self.transport.is_closing() or time.monotonic() > self._replace_at:
             return False
         return self._whole and self._kept_alive and not (addresses and self.address not in addresses)
@@ -126,8 +126,8 @@ class Probe(asyncio.Protocol):
 class HealthChecker:
     """Checks the analyzers (by slot), each in a task of its own.
 
-    New connections at a time, and those that are kept, are a quarter each of the descriptors this process may have:
-    whatever the number of analyzers, there are some for all else. ``max_age``: seconds that a connection is kept.
+    Concurrent new connections, and those that are kept, are each limited to a quarter of this process's descriptors:
+    whatever the number of analyzers, some are left for all else. ``max_age``: seconds that a connection is kept.
     """
 
     def __init__(self, states: AnalyzerStates, settings: Health, max_age: float) -> None:
@@ -164,7 +164,7 @@ class HealthChecker:
             probe.transport.close()
 
     async def _watch(self, slot: int, analyzer: Analyzer) -> None:
-        """Check at once, then every ``interval`` (a little less, so that the checks of many spread out)."""
+        """Check at once, then every ``interval`` (a little less, so that the checks of many analyzers spread out)."""
         while True:
             started = time.monotonic()
             pause = self.settings.interval * random.uniform(0.9, 1.0)  # noqa: S311
@@ -176,13 +176,13 @@ class HealthChecker:
             await asyncio.sleep(max(0.01, pause - (time.monotonic() - started)))
 
     async def _probe(self, analyzer: Analyzer) -> tuple[int, str] | None:
-        """Ask once; return the status (0: no reply) and what was wrong ("": nothing), or None: we could not ask."""
+        """Check once; return the status (0: no reply) and the error ("": none), or None if we could not check."""
         address, timeout = analyzer.health_address, self.settings.timeout
         try:
             status = await self._ask_again(analyzer)
             if not status:
                 async with self._limit:
-                    await self._names.infos(address.host, address.port, timeout)  # which is not the analyzer's time
+                    await self._names.infos(address.host, address.port, timeout)  # outside the analyzer's time-out
                     async with timeouts.running(timeout):
                         status = await self._ask(analyzer)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
@@ -193,7 +193,7 @@ class HealthChecker:
         return status, "" if status in OK else f"health check: HTTP {status}"
 
     async def _ask_again(self, analyzer: Analyzer) -> int:
-        """Ask on the connection of the last check; return the status, 0 where a new connection is needed to tell."""
+        """Check on the kept connection; return the status, or 0 if a new connection is needed."""
         probe = self._kept.pop(analyzer.health_url, None)
         if probe is None:
             return 0
@@ -213,7 +213,7 @@ class HealthChecker:
         return await self._ask_on(probe, analyzer)
 
     async def _ask_on(self, probe: Probe, analyzer: Analyzer) -> int:
-        """Return the status; the connection is kept if it may be of use, else closed."""
+        """Return the status; the connection is kept if it can be used again, else closed."""
         address = analyzer.health_address
         keep = address.scheme == "https"
         request = (
@@ -223,7 +223,7 @@ class HealthChecker:
         try:
             status = await probe.ask(request.encode("latin-1"))
         except BaseException:
-            probe.transport.abort()  # nobody waits for the end of TLS with who does not answer
+            probe.transport.abort()  # without waiting for the end of TLS
             raise
         if keep and analyzer.health_url not in self._kept and len(self._kept) < self._most:
             self._kept[analyzer.health_url] = probe
@@ -232,7 +232,7 @@ class HealthChecker:
         return status
 
     def record(self, slot: int, status: int, error: str) -> None:
-        """Take in a check's outcome: the state machine."""
+        """Record a check's outcome: the state machine."""
         states, word = self.states, AnalyzerWord
         states.set(slot, word.LAST_CHECK_NS, time.time_ns())
         states.set(slot, word.LAST_STATUS, status)

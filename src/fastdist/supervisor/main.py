@@ -1,7 +1,7 @@
 """The supervisor: opens what must outlive a worker, keeps workers running, checks health, and carries out changes.
 
 It owns one listener per worker (SO_REUSEPORT, kept open, so that what is queued on a dead worker's socket waits for its
-successor), the rings' descriptors and the shared block. It carries no packet. Signal handlers only note what was asked;
+successor), the rings' descriptors and the shared block. It carries no packet. Signal handlers only queue the signal;
 one task acts on it. Until that runs, ``early`` does.
 """
 
@@ -47,16 +47,16 @@ if TYPE_CHECKING:
     from fastdist.settings import Config
 
 BACKLOG = 4096
-KEEPALIVE = (  # of listeners, and so of what they accept: who is gone without a word is noticed after two minutes
+KEEPALIVE = (  # inherited by accepted connections: a client that vanished is noticed after two minutes
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
 )
-WATCH = 0.1  # seconds between looks at workers and analyzers
-REAP = 1.0  # seconds between looks at processes that were left to us
-PORT_TIMEOUT = 1.0  # seconds that whoever has our port gets to let go of it
-APPLIED = 5.0  # seconds workers have to say that they have taken over new settings
+WATCH = 0.1  # seconds between checks of workers and analyzers
+REAP = 1.0  # seconds between reaping orphaned processes
+PORT_TIMEOUT = 1.0  # seconds to wait until another process has released our port
+APPLIED = 5.0  # seconds for workers to report that they have applied new settings
 CANNOT_START = 3  # exit status: workers cannot start
 LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
 
@@ -78,7 +78,7 @@ class Supervisor:
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, str] = {}
-        self._behind: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to take over the settings
+        self._behind: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
         self._next_reload: asyncio.Task[tuple[int, object]] | None = None  # that has not begun to read
@@ -109,16 +109,16 @@ class Supervisor:
             mine = old_rings[index :: self.workers]
             self.processes.slots.append(WorkerSlot(self.block, index, listener, rings[index], mine))
         if old_rings:
-            log.info("packets of an earlier run are taken over", rings=len(old_rings))
+            log.info("migrating packets of an earlier run", rings=len(old_rings))
 
     def _lock(self) -> None:
-        """Make the queue's folder ours if anything in it is needed. Raises StartError."""
+        """Lock the queue's folder if anything in it is needed. Raises StartError."""
         if self.config.queue.durability != "memory" or self.folder.has_rings():
             self.folder.lock()
 
     def _open_rings(self) -> list[int]:
         queue = self.config.queue
-        capacity = queue.capacity // self.workers // MIN_PART * MIN_PART  # together never more than was allowed
+        capacity = queue.capacity // self.workers // MIN_PART * MIN_PART  # the sum is never above the setting
         if queue.durability == "memory":
             if self.folder.has_rings():
                 self.folder.retire_all()
@@ -131,7 +131,7 @@ class Supervisor:
         write_settings(self.settings, settings)
 
     def _fit_descriptor_limit(self) -> None:
-        """Make room for ``max_connections``, or lower that to what there is room for."""
+        """Raise the descriptor limit for ``max_connections``, or lower that to what the limit allows."""
         server = self.config.server
         outgoing = len(self.config.analyzers) * self.config.delivery.connections
         needed = server.max_connections + outgoing + DESCRIPTORS_BESIDES
@@ -198,7 +198,7 @@ class Supervisor:
         return CANNOT_START if self.processes.gave_up else 0 if saved else LOST
 
     async def _announce(self, host: str, port: int) -> None:
-        """Say when all workers are ready, and how to send a first packet."""
+        """Log when all workers are ready, and how to send a first packet."""
         await self.processes.all_ready.wait()
         if host in ("0.0.0.0", "::"):  # noqa: S104  (compared with, not bound to)
             host = "127.0.0.1"
@@ -229,7 +229,7 @@ class Supervisor:
         while True:
             number = await self._signals.get()
             if number == signal.SIGHUP:
-                self._begin(self._reload())  # a signal to end is not to wait for it
+                self._begin(self._reload())  # so that a signal to end does not wait for it
             elif self.processes.stopping:
                 log.warning("a second signal: ending at once")
                 self.processes.stop(0.0)
@@ -242,7 +242,7 @@ class Supervisor:
                 self.processes.stop(time.monotonic() + seconds)
 
     def _save_the_rest(self) -> bool:
-        """Tell what stays queued; write what workers that were down or killed left in memory to the dead letters.
+        """Log what stays queued; make dead letters of what dead workers have left in memory.
 
         Return whether all of that could be written.
         """
@@ -278,7 +278,7 @@ class Supervisor:
         return saved
 
     def _renamed_rings(self, slots: list[WorkerSlot]) -> dict[str, str | None]:
-        """Return the workers' rings that are elsewhere by now: {where it was: where it is}."""
+        """Return the workers' rings that were renamed: {old path: new path}."""
         rings = [(str(ring_path(self.folder.path, slot.index)), slot.ring) for slot in slots]
         return {path: present_path(fd) for path, fd in rings if not has_name(fd, path)}
 
@@ -289,7 +289,7 @@ class Supervisor:
             slot.send(Message("reload"))  # settings were changed while it started
         elif message.verb == "reloaded" and message.id == self.changes.generation:
             self._follows(slot, f"worker {slot.name}: {message.body}" if message.body else "")
-        elif message.verb == "gone":  # its successor begins with what is in force then
+        elif message.verb == "gone":  # its successor starts with the settings in force then
             self._follows(slot, "")
         elif message.verb == "migrated":
             slot.migrated(message.body)
@@ -301,7 +301,7 @@ class Supervisor:
             awaited.set_result(fault)
 
     def _begin(self, work: Coroutine[Any, Any, object]) -> None:
-        """Have something done beside all else; what goes wrong with it is told."""
+        """Run work in a task of its own; its errors are logged."""
 
         def done(task: asyncio.Task[object]) -> None:
             self._tasks.discard(task)
@@ -327,7 +327,7 @@ class Supervisor:
     async def _reload(self) -> tuple[int, object]:
         """Read the configuration again; return 200 and the settings that need a restart, or 422 and the problems.
 
-        All who ask while one reload is under way have the next one together.
+        All requests made during a reload share the next one.
         """
         if self._next_reload is None:
             self._next_reload = asyncio.get_running_loop().create_task(self._reload_now())
@@ -338,7 +338,7 @@ class Supervisor:
             self._next_reload = None
             before = self.changes.config, self.changes.pair
             try:
-                loaded, pair = await asyncio.to_thread(self._read_again)  # which may wait for who writes the file
+                loaded, pair = await asyncio.to_thread(self._read_again)  # which may wait until the file is written
                 need_restart = self.changes.reload(loaded.config, pair)
                 problems = await self._have_workers_follow()
                 if problems:
@@ -358,7 +358,7 @@ class Supervisor:
         return loaded, tls.read_pair(loaded.config.security)
 
     async def _have_workers_follow(self) -> list[str]:
-        """Have workers and checks go by what is in force; return why workers cannot. One may be late, but not long."""
+        """Apply the settings in force to workers and checks; return the workers' errors."""
         self._write_settings()
         self.health.set_analyzers(self.changes.analyzers)
         loop = asyncio.get_running_loop()
@@ -368,27 +368,27 @@ class Supervisor:
         done, _ = await asyncio.wait(self._behind.values(), timeout=APPLIED)
         if self._behind:
             late = sorted(slot.name for slot in self._behind)
-            log.warning("not all workers have taken over the new settings yet", workers=late)
+            log.warning("not all workers have applied the new settings yet", workers=late)
         return sorted(filter(None, (each.result() for each in done)))
 
     # ---- watching
 
     async def _watch(self) -> None:
-        """Replace workers that hang, and tell of analyzers that come and go."""
+        """Replace workers that hang, log analyzers that change state, and send the watchdog's heartbeat."""
         while True:
             await asyncio.sleep(WATCH)
             run = self.upkeep.run
             run(Step.WORKERS, self.processes.replace_hanging)
             run(Step.ANALYZERS, self._log_analyzers)
             run(Step.CONNECTIONS, self.health.shortage.raise_once)
-            run(Step.SERVICE_MANAGER, self._give_sign)
+            run(Step.SERVICE_MANAGER, self._send_heartbeat)
 
-    def _give_sign(self) -> None:
+    def _send_heartbeat(self) -> None:
         if self.processes.serving():
-            self.manager.alive()
+            self.manager.heartbeat()
 
     async def _reap(self) -> None:
-        """As process 1: let go of processes that have lost their parent, and have ended."""
+        """As process 1: reap orphaned processes that have ended."""
         while True:
             await asyncio.sleep(REAP)
             self.processes.reap_orphans()
@@ -418,7 +418,7 @@ class Supervisor:
         return Snapshot(self.block, self.config, self.changes.analyzers, __version__)
 
     async def _sample(self) -> None:
-        """Once a second keep the totals for the rates, each worker's use of processor and memory, and our files."""
+        """Once a second sample totals and each worker's use of processor and memory, and check our files."""
         while True:
             run = self.upkeep.run
             run(Step.FIGURES, self._keep_figures)
@@ -440,7 +440,7 @@ class Supervisor:
 
 
 def _in_a_line(snapshot: Snapshot) -> str:
-    """Return what the service manager shows of the service."""
+    """Return the status line that the service manager shows."""
     states = [figures.state for figures in snapshot.analyzers]
     running = sum(worker.running for worker in snapshot.workers)
     draining = f", {states.count('draining')} draining" if "draining" in states else ""
@@ -452,9 +452,9 @@ def _in_a_line(snapshot: Snapshot) -> str:
 
 
 def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int:
-    """Return the port of ``address`` (any free one for 0), once nobody has it. Raises OSError.
+    """Return the port of ``address`` (any free one for 0), once it is free. Raises OSError.
 
-    SO_REUSEPORT would let us share it with another instance. Workers whose supervisor was killed still let go of it.
+    SO_REUSEPORT would let us share it with another instance. Workers whose supervisor was killed release it soon.
     """
     end = time.monotonic() + PORT_TIMEOUT
     while True:

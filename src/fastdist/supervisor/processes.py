@@ -1,8 +1,8 @@
 """Keeping workers: starting them, replacing those that die or hang, measuring what they use.
 
-A slot is what outlives the process that fills it: the listener, the ring, the row in the shared block. A dead worker
-is replaced with back-off (``FIRST_DELAY`` doubling to ``LAST_DELAY``); workers that never once got ready,
-``FALSE_STARTS`` in a row, end the service, also when there was no process to be had for them.
+A slot outlives its processes: the listener, the ring, the row in the shared block. A dead worker is replaced with
+back-off (``FIRST_DELAY`` doubling to ``LAST_DELAY``). When no worker ever got ready, ``FALSE_STARTS`` in a row end the
+service, also those for which no process could be started.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ HANG = 10.0  # seconds without a heartbeat after which a worker is replaced
 START = 60.0  # seconds a worker has to get ready, or to give a heartbeat before it is
 READ_RATE = 16 * 2**20  # bytes a second at which a worker must be able to read its rings, beyond that
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0  # seconds
-STEADY = 10.0  # seconds a worker has to live for the back-off to begin again
+STEADY = 10.0  # seconds a worker has to live for the back-off to be reset
 FALSE_STARTS = 3
-PAUSED = 2.0  # seconds between two looks that tell of a pause of the whole
-SPAN = 0.5  # seconds at least over which the use of the processor is measured: it is told in hundredths
-LATE = 10.0  # seconds that workers have to end after the time they had to drain
+PAUSED = 2.0  # seconds between two checks, beyond which the whole machine was paused
+SPAN = 0.5  # seconds at least over which the use of the processor is measured: the kernel counts it in hundredths
+LATE = 10.0  # seconds for workers to exit after the drain timeout
 
 log = logs.get()
 
 
 class WorkerSlot:
-    """What outlives a worker's process, and the process that fills it at present."""
+    """What outlives a worker's process, and its present process."""
 
     def __init__(
         self, block: SharedBlock, index: int, listener: socket.socket, ring: int, old_rings: Sequence[OldRing]
@@ -59,7 +59,7 @@ class WorkerSlot:
         self.delay = 0.0
         self.false_starts = 0
         self.hung = False  # the process was killed because it gave no heartbeat
-        self.cpu_before = 0  # ns, of the processes that filled this slot before
+        self.cpu_before = 0  # ns, of earlier processes in this slot
 
     @property
     def name(self) -> str:
@@ -78,17 +78,17 @@ class WorkerSlot:
                 self.process.kill()
 
     def back_off(self) -> None:
-        """Have the next process wait for twice as long as the last one."""
+        """Double the delay before the next process."""
         self.delay = min(LAST_DELAY, max(FIRST_DELAY, 2 * self.delay))
 
     def migrated(self, path: str) -> None:
-        """Close an old ring that was deleted: its room on the disk is free once nobody has it open."""
+        """Close an old ring that was deleted: its space on the disk is free once no process has it open."""
         for old in [old for old in self.old_rings if old.path == path]:
             self.old_rings.remove(old)
             os.close(old.fd)
 
     def send(self, message: Message) -> bool:
-        """Send a message to the worker; False if there is none that listens."""
+        """Send a message to the worker; False if it is not running."""
         if not (self.alive and self.ready) or self.control is None or self.control.is_closing():
             return False
         ipc.send(self.control, message)
@@ -135,7 +135,7 @@ class _Usage:
 
 
 class Processes:
-    """Fills the slots. ``heard(slot, message)`` gets what workers say; ``gave_up``: it stopped, as none can start."""
+    """A process for each slot. ``heard(slot, message)`` gets workers' messages; ``gave_up``: they cannot start."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Processes:
         self.slots: list[WorkerSlot] = []
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
         self.stopping = self.gave_up = False
-        self._spawning = 0  # processes that are being made: nobody knows their numbers yet
+        self._spawning = 0  # processes that are being started: their ids are not known yet
         self._looked = time.monotonic()
         self._resumed = 0.0
         self.all_ready = asyncio.Event()
@@ -156,7 +156,7 @@ class Processes:
     # ---- one slot
 
     async def keep(self, slot: WorkerSlot) -> None:
-        """Keep a slot filled until the service stops."""
+        """Keep a process in a slot until the service stops."""
         while not self.stopping:
             if slot.delay:
                 await asyncio.sleep(slot.delay)
@@ -164,8 +164,8 @@ class Processes:
                     break
             try:
                 await self._start(slot)
-            except OSError as error:  # no process or descriptor to be had now: the others go on
-                if self._is_hopeless(slot, str(error)):
+            except OSError as error:  # a process or descriptor is lacking: the others go on
+                if self._gives_up(slot, str(error)):
                     break
                 log.error("worker cannot be started, trying again", worker=slot.name, error=str(error))
                 slot.back_off()
@@ -177,7 +177,7 @@ class Processes:
                 self._after_death(slot, status)
 
     async def _start(self, slot: WorkerSlot) -> None:
-        """Start a process. The process comes last: when anything fails here, there is none that would hold the ring."""
+        """Start a process. That is the last step: when another fails, no process is left that holds the ring."""
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
@@ -214,7 +214,7 @@ class Processes:
         slot.words[WorkerWord.HEARTBEAT_NS] = 0
         slot.words[WorkerWord.STATE] = WorkerState.STARTING
         slot.ready, slot.hung, slot.started = False, False, time.monotonic()
-        # -P: nothing that happens to lie in the working directory is imported in place of what is installed.
+        # -P: nothing in the working directory is imported instead of what is installed.
         self._spawning += 1
         try:
             argument = msgspec.json.encode(assignment).decode()
@@ -223,7 +223,7 @@ class Processes:
             )
         finally:
             self._spawning -= 1
-        if self.stopping:  # since the last look: nobody else will end it
+        if self.stopping:  # since the last check: it would not be ended otherwise
             slot.kill()
         slot.words[WorkerWord.PID], slot.words[WorkerWord.STARTED_NS] = slot.process.pid, time.time_ns()
         slot.measure()
@@ -233,18 +233,18 @@ class Processes:
             if message.verb == "ready":
                 slot.ready = slot.ever_ready = True
                 slot.false_starts = 0
-                slot.measure()  # what is shown of it from now on is not the nothing it began with
+                slot.measure()  # so that its figures are not those of its start
                 slot.words[WorkerWord.STATE] = WorkerState.RUNNING
                 if all(other.ready for other in self.slots):
                     self.all_ready.set()
             self.heard(slot, message)
-        writer.close()  # before its end is known as that of a process: it is sent nothing any more
+        writer.close()  # before the process has ended: it is sent nothing any more
         self.heard(slot, Message("gone"))
 
     def _after_death(self, slot: WorkerSlot, status: int) -> None:
         """Decide how a dead worker is replaced."""
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        if not slot.ready and self._is_hopeless(slot, how):
+        if not slot.ready and self._gives_up(slot, how):
             return
         if time.monotonic() - slot.started > STEADY:
             slot.delay = 0.0
@@ -254,8 +254,8 @@ class Processes:
         slot.words[WorkerWord.END_NS] = time.time_ns()
         log.warning("worker exited, restarting", worker=slot.name, ended_by=how, delay=slot.delay)
 
-    def _is_hopeless(self, slot: WorkerSlot, why: str) -> bool:
-        """Count a start that failed; end the service when there were too many and no worker ever got ready."""
+    def _gives_up(self, slot: WorkerSlot, why: str) -> bool:
+        """Count a failed start; end the service after too many if no worker ever got ready."""
         slot.false_starts += 1
         if slot.false_starts < FALSE_STARTS or any(other.ever_ready for other in self.slots):
             return False
@@ -267,7 +267,7 @@ class Processes:
     # ---- all of them
 
     def stop(self, deadline: float) -> None:
-        """Have workers drain until ``deadline`` (time.monotonic()), and end those that cannot; 0: all at once."""
+        """Drain workers until ``deadline`` (time.monotonic()), and kill those that cannot; 0: kill all at once."""
         self.stopping = True
         for slot in self.slots:
             slot.listener.close()
@@ -286,16 +286,16 @@ class Processes:
                 slot.kill()
 
     def serving(self) -> bool:
-        """Whether there is a worker that got ready and does not hang."""
+        """Whether a worker got ready and does not hang."""
         since = (time.monotonic() - HANG) * 1e9
         running = (slot for slot in self.slots if slot.alive and slot.ready)
         return any(slot.words[WorkerWord.HEARTBEAT_NS] >= since for slot in running)
 
     def replace_hanging(self) -> None:
-        """Kill workers whose event loop has given no heartbeat for too long; their slots are filled again."""
+        """Kill workers whose event loop has given no heartbeat for too long; they are restarted."""
         now = time.monotonic()
         slept, self._looked = now - self._looked, now
-        if slept > PAUSED:  # all of us were stopped, it seems: workers get their whole time anew
+        if slept > PAUSED:  # the machine was paused, it seems: workers get their whole time again
             self._resumed = now
         for slot in self.slots:
             heard = slot.words[WorkerWord.HEARTBEAT_NS] / 1e9
@@ -307,7 +307,7 @@ class Processes:
                 slot.kill()
 
     def reap_orphans(self) -> None:
-        """Let go of children that have ended and are no workers: processes whose parent left them to process 1."""
+        """Reap children that have ended and are no workers: orphans that process 1 inherits."""
         workers = {slot.process.pid for slot in self.slots if slot.process is not None and slot.alive}
         with contextlib.suppress(ChildProcessError):
             while not self._spawning:

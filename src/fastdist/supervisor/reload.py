@@ -1,7 +1,8 @@
 """Changes while the service runs, on the supervisor's side: reloads, and overrides of an analyzer's weight and state.
 
-Overrides are kept over restarts in ``overrides.json`` in the queue's folder, written anew as a whole. An analyzer keeps
-its slot of the shared block, also when it is removed and comes back, until a new one needs it; its figures begin at 0.
+Overrides are kept over restarts in ``overrides.json`` in the queue's folder, rewritten as a whole. An analyzer keeps
+its slot of the shared block, also when it is removed and added again, until a new one needs it, whose figures begin
+at 0.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class Changes:
         self.config, self.block, self._folder, self.pair = config, block, folder, pair
         self._wanted_connections = config.server.max_connections  # more than the system may allow
         self.generation = 0  # of the settings; grows with every reload
-        self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot nobody has needed
+        self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot was not reused
         self.analyzers: dict[int, Analyzer] = {}
         self.overrides: dict[str, Override] = {}
-        self._file = -1  # what was read or written last, open, so that another file is known for another
-        self._home = (0, 0)  # the folder that was there when the service began
+        self._file = -1  # what was read or written last, open, so that another file is recognised
+        self._home = (0, 0)  # the folder at the start of the service
 
     def begin(self) -> None:
         """Put the analyzers into the shared block, with the overrides of earlier runs."""
@@ -65,12 +66,12 @@ class Changes:
         except (OSError, msgspec.DecodeError) as error:
             log.error("the overrides of the analyzers cannot be read; the configuration holds", error=str(error))
         if not _leaves_any(self.config.analyzers, self.overrides):
-            log.error("the overrides of earlier runs leave nobody to deliver to, and are passed over", file=FILE)
+            log.error("the overrides of earlier runs leave no analyzer to deliver to, and are ignored", file=FILE)
             self.overrides = {}
         self._set_analyzers(self.config)
 
     def lower_connections(self, most: int) -> None:
-        """Take at most so many connections from emitters, whatever is configured."""
+        """Limit emitters' connections, whatever is configured."""
         self.config = msgspec.structs.replace(
             self.config, server=msgspec.structs.replace(self.config.server, max_connections=most)
         )
@@ -82,9 +83,9 @@ class Changes:
     # ---- reload
 
     def reload(self, new: Config, pair: Pair | None = None) -> list[str]:
-        """Put what can change while running in force; return the paths that differ and need a restart.
+        """Apply what can change while running; return the paths that differ and need a restart.
 
-        Raises ConfigError when there are more analyzers than there is room for, StartError when the certificate has
+        Raises ConfigError when there are more analyzers than slots, StartError when the certificate has
         expired or is not valid yet; one that is in force anyway stays, so that all else can still be changed.
         """
         need_restart = [path for path in reloadable(self.config, new) if path != "server.max_connections"]
@@ -92,8 +93,8 @@ class Changes:
             need_restart.append("server.max_connections")
         security = new.security
         if bool(security.tls_cert) != bool(self.config.security.tls_cert):
-            # Certificates can be exchanged, TLS not be turned on or off: a worker that is replaced meanwhile would
-            # speak it and the others not.
+            # Certificates can be replaced, but TLS cannot be turned on or off: a worker that is restarted meanwhile
+            # would speak it and the others not.
             need_restart += ["security.tls_cert", "security.tls_key"]
             security = msgspec.structs.replace(
                 security, tls_cert=self.config.security.tls_cert, tls_key=self.config.security.tls_key
@@ -110,7 +111,7 @@ class Changes:
         return need_restart
 
     def put_in_force(self, config: Config, pair: Pair | None) -> None:
-        """Have the settings that workers are to read be these. Raises ConfigError as above."""
+        """Set the settings that workers will read. Raises ConfigError as above."""
         self._set_analyzers(config)
         self.config, self.pair = config, pair
         self.generation += 1
@@ -148,7 +149,7 @@ class Changes:
         return slots.pop(min(removed, key=lambda name: self._is_in_use(slots[name])))  # the oldest, if all are idle
 
     def _is_in_use(self, slot: int) -> bool:
-        """Whether workers may still count something there: it is removed only now, or awaits replies."""
+        """Whether workers may still count something there: it was removed just now, or awaits replies."""
         return slot in self.analyzers or any(row.get_of(slot, "packets_in_flight") for row in self.block.rows)
 
     def _put_in_force(self, slot: int, analyzer: Analyzer) -> None:
@@ -162,7 +163,7 @@ class Changes:
     # ---- overrides
 
     def apply(self, action: Action) -> tuple[int, object]:
-        """Change an analyzer; return a status as in HTTP, and what is wrong if it is not 200."""
+        """Change an analyzer; return a status as in HTTP, and the error if it is not 200."""
         slot = self.slots_in_use().get(action.analyzer)
         if slot is None:
             return 404, f"there is no analyzer {action.analyzer!r}"
@@ -184,9 +185,7 @@ class Changes:
             return 503, f"the change cannot be stored in {self._folder}: {error.strerror}"
         self.overrides = wanted
         self._put_in_force(slot, self.analyzers[slot])
-        if (
-            action.draining is False
-        ):  # told to be online: no longer wait, neither for a pause (Retry-After) nor for a trial
+        if action.draining is False:  # set online: end a pause (Retry-After) and the wait for a trial
             self.block.analyzers.set(slot, AnalyzerWord.PAUSED_UNTIL_NS, 0)
             self.block.analyzers.set(slot, AnalyzerWord.NEXT_TRIAL_NS, 0)
         self.block.analyzers.touch()
@@ -194,8 +193,8 @@ class Changes:
         return 200, None
 
     def _save(self, overrides: dict[str, Override]) -> None:
-        """Write the file beside the old one, then put it in its place."""
-        if self.config.queue.durability == "memory":  # else it is there; if not, one that was moved may yet come back
+        """Write a new file, then rename it over the old one."""
+        if self.config.queue.durability == "memory":  # else it exists; if not, it was moved and may come back
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / FILE
         beside = path.with_suffix(".new")
@@ -212,10 +211,10 @@ class Changes:
         sync_folder(self._folder)
 
     def look_after_file(self) -> None:
-        """Write the overrides again where their file was deleted or exchanged: a restart must find it. Raises OSError.
+        """Write the overrides again if their file was deleted or replaced: a restart must find it. Raises OSError.
 
-        A folder that is not there is waited for. One that is not locked (durability memory), or not the one that was,
-        may be another service's, whose file stays.
+        Nothing is written while the folder is missing. One that is not locked (durability memory), or not the one of
+        the start, may be another service's, whose file stays.
         """
         path = self._folder / FILE
         if self._file < 0 or not self._folder.is_dir() or has_name(self._file, path):
@@ -223,7 +222,7 @@ class Changes:
         ours_alone = self.config.queue.durability != "memory" and identity(self._folder) == self._home
         if ours_alone or not path.exists():
             self._save(self.overrides)
-            log.warning("the file of the overrides was deleted or exchanged, and is written again", file=str(path))
+            log.warning("the file of the overrides was deleted or replaced, and is written again", file=str(path))
 
 
 def _leaves_any(analyzers: Iterable[Analyzer], overrides: Mapping[str, Override]) -> bool:
