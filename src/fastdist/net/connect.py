@@ -1,6 +1,6 @@
-"""Connecting to a host: the first of its addresses that lets us, with TLS or without, and what keeps us from it.
+"""Connecting to the first address of a host that accepts, with TLS or without, and describing errors.
 
-Without TLS it is a ``Stream`` of the compiled core; TLS is the loop's.
+Without TLS a connection is a ``Stream`` of the compiled core; with it, a transport of the loop.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from fastdist.net.names import AddressInfo, Names
     from fastdist.units import Endpoint
 
-SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # else it is about one connection only
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # other errors are about one connection only
 DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connections and those to analyzers
 NO_PORT = "no local port is left for another connection"
-CLOSE_TIMEOUT = 1.0  # seconds to write what there is when a connection with TLS ends
+CLOSE_TIMEOUT = 1.0  # seconds to write what is buffered when a connection with TLS is closed
 YOUNGEST = 0.5  # of delivery.max_age: when the first connections of many that began together are replaced
-NEXT_ADDRESS = 0.25  # seconds that the addresses of a name have before the next is tried beside them
+NEXT_ADDRESS = 0.25  # seconds before the next address of a name is tried in parallel
 
 
 class TlsTransport:
-    """``tls``, a transport of the loop, that knows what ``carrier`` below it has yet to write, and ends at once.
+    """``tls``, a transport of the loop, that counts what ``carrier`` below it has yet to write, and closes at once.
 
-    The loop's own says that all is written when it is encrypted, and waits up to half a minute for the other side to
-    agree to the end. A side that has said it is to close need not wait (RFC 8446, 6.1).
+    The loop's own takes data for written when it is encrypted, and waits up to half a minute for the other side's
+    close_notify. A side that has sent its own need not wait (RFC 8446, 6.1).
     """
 
     def __init__(self, tls: asyncio.Transport, carrier: asyncio.Transport) -> None:
@@ -44,7 +44,7 @@ class TlsTransport:
         self.write, self.abort, self.get_extra_info = tls.write, tls.abort, tls.get_extra_info
 
     def get_write_buffer_size(self) -> int:
-        """Return how many bytes the kernel has not taken yet; of those that are encrypted, in that form."""
+        """Return how many bytes the kernel has not taken yet; those that are encrypted count in that form."""
         return self._tls.get_write_buffer_size() + self._carrier.get_write_buffer_size()
 
     def is_closing(self) -> bool:
@@ -52,12 +52,12 @@ class TlsTransport:
         return self._tls.is_closing() or self._carrier.is_closing()
 
     def close(self) -> None:
-        """Say that this is the end, and close; what the kernel does not take at once has ``CLOSE_TIMEOUT`` seconds."""
+        """Send close_notify and close; what the kernel does not take at once has ``CLOSE_TIMEOUT`` seconds."""
         self._tls.close()
         asyncio.get_running_loop().call_later(CLOSE_TIMEOUT if self.get_write_buffer_size() else 0, self.abort)
 
 
-async def connect(  # noqa: PLR0913  (who, where to, and what by)
+async def connect(  # noqa: PLR0913  (protocol, address and transport)
     protocol: asyncio.Protocol,
     names: Names,
     endpoint: Endpoint,
@@ -66,10 +66,10 @@ async def connect(  # noqa: PLR0913  (who, where to, and what by)
     poller: Poller | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> str:
-    """Connect ``protocol`` to the first address of the endpoint's host that lets us; return that address.
+    """Connect ``protocol`` to the first address of the endpoint's host that accepts; return that address.
 
     ``patience``: seconds for each address, and for the handshake. After ``NEXT_ADDRESS`` the next address is tried
-    beside those before it, at once when one fails (RFC 8305). With a ``poller`` and without ``tls`` the protocol, a
+    in parallel, at once when one fails (RFC 8305). With a ``poller`` and without ``tls`` the protocol, a
     ``Receiver``, gets a ``Stream``, else a transport of the loop. Raises OSError, ssl.SSLError among them.
     """
     infos = await names.infos(endpoint.host, endpoint.port, patience)
@@ -80,7 +80,7 @@ async def connect(  # noqa: PLR0913  (who, where to, and what by)
             if error.errno == errno.EADDRNOTAVAIL and any(_leads_there(info) for info in infos):
                 raise OSError(errno.ENOBUFS, NO_PORT) from error
             raise
-    with connection:  # whose descriptor a stream takes, and which the loop holds by itself
+    with connection:  # a stream takes its descriptor, and the loop keeps a reference
         peer = connection.getpeername()
         for info in itertools.takewhile(lambda info: info[4][0] != peer[0], infos):
             names.put_behind(endpoint.host, info[4][0])
@@ -92,13 +92,13 @@ async def connect(  # noqa: PLR0913  (who, where to, and what by)
             async with timeouts.running(patience):
                 await _connect_by_loop(protocol, connection, tls, endpoint.host)
         except Exception:
-            names.put_behind(endpoint.host, peer[0])  # it takes connections, but nobody speaks there
+            names.put_behind(endpoint.host, peer[0])  # it accepts connections, but does not respond
             raise
     return str(peer[0])
 
 
 def _leads_there(info: AddressInfo) -> bool:
-    """Whether this machine has an address to reach that one from: if so, EADDRNOTAVAIL was about TCP's ports."""
+    """Whether this machine has a source address for that one: if so, EADDRNOTAVAIL was about TCP's ports."""
     try:
         with socket.socket(info[0], socket.SOCK_DGRAM) as probe:
             probe.connect(info[4])  # sends nothing
@@ -114,15 +114,15 @@ def descriptors() -> int:
 
 
 def most_to_analyzers(emitters: int) -> int:
-    """Return how many connections to analyzers leave descriptors for so many emitters, if they have half of them."""
+    """Return how many connections to analyzers leave descriptors for so many emitters, but at least half of all."""
     return max(descriptors() // 2, descriptors() - emitters - DESCRIPTORS_BESIDES)
 
 
 def shortage(error: BaseException) -> OSError | None:
-    """Return what this process or machine lacks, if ``error`` comes of that: it says nothing of the other side.
+    """Return the resource error of this process or machine behind ``error``, or None: it is not the other side's fault.
 
-    An error without a number is one of several addresses, or of a look-up, which does not tell when it is out of
-    descriptors: then it is tried whether there is one.
+    An error without a number is one of several addresses, or of a look-up, which does not report that it is out of
+    descriptors: then we try to open one.
     """
     if not isinstance(error, OSError) or isinstance(error, TimeoutError):
         return None
@@ -135,12 +135,12 @@ def shortage(error: BaseException) -> OSError | None:
 
 
 class Shortage:
-    """What was lacking when something last failed for it, as ``last``."""
+    """The last failure for want of a resource, as ``last``."""
 
     last: OSError | None = None
 
     def raise_once(self) -> None:
-        """Raise it, if there was anything since the last call."""
+        """Raise it, if there was one since the last call."""
         last, self.last = self.last, None
         if last is not None:
             raise last
@@ -156,15 +156,15 @@ async def _connect_by_loop(
         return
     carrier, placeholder = await loop.create_connection(asyncio.Protocol, sock=connection)
     transport = await loop.start_tls(carrier, placeholder, tls, server_hostname=host)
-    if transport is None or carrier.is_closing():  # nobody would tell the protocol
+    if transport is None or carrier.is_closing():  # the protocol would not be notified
         carrier.abort()
         raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-    transport.set_protocol(protocol)  # no data come before who waits for the handshake has had its turn
+    transport.set_protocol(protocol)  # no data arrive before this task has run
     protocol.connection_made(cast("asyncio.Transport", TlsTransport(transport, carrier)))
 
 
 def describe(error: BaseException, timeout: float) -> str:
-    """Return a connection error in few words."""
+    """Return a short text for a connection error."""
     if isinstance(error, TimeoutError) and not error.errno:
         return f"no answer within {timeout:g} s"
     if isinstance(error, ConnectionRefusedError):

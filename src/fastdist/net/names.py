@@ -1,13 +1,13 @@
-"""From names to addresses: look-ups that hold up nobody but those who ask for the same name.
+"""Name look-ups that block only the requests for the same name.
 
 The system takes half a minute or more to give up a name that no server answers for, and cannot be stopped. In the few
-threads that an event loop has for all of its look-ups such names would keep everybody waiting. The rules here:
+threads that an event loop has for its look-ups such names would block all others. The rules here:
 
-- A name is looked up in a thread of its own, once at a time, whoever asks for it.
-- ``AT_ONCE`` look-ups begin beside each other; one that has not come back after ``LONG`` seconds holds no place. So
-  names that hang take a thread each and nothing from the others.
-- An answer is good for ``FRESH`` seconds. A stale one is used while the next is awaited, and for as long as the name
-  servers cannot be asked; a name that is said not to exist has no addresses.
+- A name is looked up in a thread of its own, once at a time for all requests.
+- ``AT_ONCE`` look-ups run in parallel; one that takes longer than ``LONG`` seconds does not count. So names that hang
+  take a thread each and nothing from the others.
+- An answer is good for ``FRESH`` seconds. A stale one is used until the next arrives, also while the name
+  servers cannot be reached; a name that does not exist has no addresses.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fastdist.net import timeouts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FRESH, FAILED = 5.0, 1.0  # seconds until a name is looked up again, after an answer and without
-OLD = 30.0  # seconds after which an answer is not used before the next one had a moment to come
+FRESH, FAILED = 5.0, 1.0  # seconds until a name is looked up again, after an answer and after a failure
+OLD = 30.0  # seconds after which an answer is only used if the next does not arrive in a moment
 MOMENT = 0.5  # seconds
 AT_ONCE, LONG = 32, 1.0
 BEHIND = 60.0  # seconds that an address which did not connect is tried after the others
@@ -42,26 +42,26 @@ class Name:
         self.infos: Sequence[AddressInfo] = []
         self.addresses: frozenset[str] = frozenset()
         self.error = ""  # of the last look-up
-        self.errno: int | None = None  # of its error, if that is of this system: a thread or a descriptor it lacked
+        self.errno: int | None = None  # of its error, if this system lacked a thread or a descriptor
         self.looked = float("-inf")  # time.monotonic() of its end
-        self.look_up: asyncio.Task[None] | None = None  # that is under way
+        self.look_up: asyncio.Task[None] | None = None  # under way
         self.behind: dict[str, float] = {}  # address -> until when (time.monotonic()) it is tried after the others
 
     @property
     def is_stale(self) -> bool:
-        """Whether it is time for the next look-up."""
+        """Whether the next look-up is due."""
         return time.monotonic() - self.looked > (FAILED if self.error else FRESH)
 
     def answered(self, infos: Sequence[AddressInfo]) -> None:
-        """Take in what a look-up has brought."""
+        """Store the result of a look-up."""
         self.infos, self.addresses, self.error = infos, frozenset(info[4][0] for info in infos), ""
         self.errno = None
         self.behind = {address: until for address, until in self.behind.items() if address in self.addresses}
 
     def failed(self, error: Exception) -> None:
-        """Take in that a look-up has failed."""
+        """Note that a look-up has failed."""
         self.error = str(getattr(error, "strerror", None) or error)
-        self.errno = errno.ENOMEM if isinstance(error, RuntimeError) else None  # it is a thread that was not to be had
+        self.errno = errno.ENOMEM if isinstance(error, RuntimeError) else None  # no thread could be started
         if isinstance(error, socket.gaierror) and error.errno in GONE:
             self.infos, self.addresses = [], frozenset()
 
@@ -75,7 +75,7 @@ class Names:
 
     async def infos(self, host: str, port: int, patience: float) -> Sequence[AddressInfo]:
         """Return the addresses of ``host`` in the order to try them. Raises OSError after ``patience`` seconds."""
-        with contextlib.suppress(socket.gaierror):  # unless it is an address
+        with contextlib.suppress(socket.gaierror):  # a numeric address needs no look-up
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         name = self._names.setdefault(host, Name())
         self._refresh(host, name)
@@ -95,7 +95,7 @@ class Names:
         return [(*info[:4], (info[4][0], port, *info[4][2:])) for info in ordered]
 
     def current(self, host: str) -> frozenset[str]:
-        """Return the addresses of a name that is in use, and see to it that they stay fresh; none for anything else."""
+        """Return the addresses of a name that is in use, and refresh them; none for anything else."""
         name = self._names.get(host)
         if name is None:
             return frozenset()
@@ -124,7 +124,7 @@ class Names:
 
 
 def _in_a_thread(host: str) -> asyncio.Future[Sequence[AddressInfo]]:
-    """Look a name up in a thread that nobody waits for at the end. Raises RuntimeError when there is none to be had."""
+    """Look a name up in a daemon thread. Raises RuntimeError when no thread can be started."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Sequence[AddressInfo]] = loop.create_future()
 
@@ -137,9 +137,9 @@ def _in_a_thread(host: str) -> asyncio.Future[Sequence[AddressInfo]]:
         failure = None
         try:
             infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except Exception as error:  # noqa: BLE001  (it belongs to who asked)
+        except Exception as error:  # noqa: BLE001  (it is passed to the caller)
             failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is no more
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(settle, infos, failure)
 
     threading.Thread(target=look_up, name=f"look-up of {host}", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Time-outs that count only time in which this process ran: a pause of the machine is nobody's delay."""
+"""Time-outs that count only time in which this process ran, not pauses of the machine."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-STEPS = 4  # that a time-out is counted in
-LATE = 0.5  # seconds behind its time from which on a step does not count
+STEPS = 4  # a time-out is counted in so many
+LATE = 0.5  # seconds: a step that ends later than this does not count
 
 
 @asynccontextmanager
 async def running(seconds: float) -> AsyncIterator[None]:
-    """Raise TimeoutError when what stands within takes longer than ``seconds``.
+    """Raise TimeoutError when the block takes longer than ``seconds``.
 
-    As ``asyncio.timeout``, whose timer however comes before what has arrived meanwhile when the process was stopped:
-    here such a step counts for nothing, and what has arrived is dealt with before the next.
+    Like ``asyncio.timeout``, whose timer however fires before data that arrived while the process was stopped: here
+    such a step does not count, and the data are processed before the next.
     """
     loop, step, left = asyncio.get_running_loop(), seconds / STEPS, STEPS
     async with asyncio.timeout(None) as limit:

@@ -1,8 +1,8 @@
 """Certificate and key of emitters' connections (``security.tls_cert``, ``tls_key``): TLS 1.2 or newer, modern ciphers.
 
-The two files are read once, by the supervisor, and tried; what workers get is the ``Pair`` of bytes. Each makes a
-context of it: connections from then on have the new certificate, those that are open keep theirs. A pair that cannot be
-used changes nothing.
+The two files are read once, by the supervisor, and checked; workers get the ``Pair`` of bytes. Each makes a context of
+it: new connections have the new certificate, those that are open keep theirs. A pair that cannot be used changes
+nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UTC_TIME = 0x17  # the tag of a date whose year has two digits
 
 
 def read_pair(security: Security) -> Pair | None:
-    """Return what the configured files hold, if it can be used; None without TLS. Raises StartError."""
+    """Return the contents of the configured files; None without TLS. Raises StartError if they cannot be used."""
     if not security.tls_cert:
         return None
     pair = Pair(_read("security.tls_cert", security.tls_cert), _read("security.tls_key", security.tls_key))
@@ -79,7 +79,7 @@ def _as_file(data: bytes) -> Iterator[str]:
 
 
 def _no_password() -> str:
-    """Keep a key that is encrypted from asking for its password at the terminal."""
+    """Prevent a prompt at the terminal for the password of an encrypted key."""
     return ""
 
 
@@ -114,15 +114,15 @@ def out_of_date(pair: Pair | None, security: Security) -> str:
 
 
 def validity(pem: bytes) -> tuple[datetime | None, datetime | None]:
-    """Return from when until when the first certificate of a chain is valid; None for what cannot be made out.
+    """Return from when until when the first certificate of a chain is valid; None for what cannot be parsed.
 
-    ``ssl`` tells that only of certificates it was shown by others.
+    ``ssl`` reports that only of certificates received from a peer.
     """
     found = re.search(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.*?)-----END", pem, re.DOTALL)
     try:
         der = base64.b64decode(found[1] if found else b"")
         _, at, _ = _element(der, 0)  # the certificate
-        _, at, _ = _element(der, at)  # what is signed of it
+        _, at, _ = _element(der, at)  # its signed part
         if der[at] == VERSION:
             _, _, at = _element(der, at)
         for _ in ("serial number", "signature", "issuer"):

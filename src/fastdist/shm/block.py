@@ -1,10 +1,10 @@
-"""The shared-memory block: what all processes of one fastdist know of each other. Nothing in it outlives them.
+"""The shared-memory block: the state that all processes of one fastdist share. It does not outlive them.
 
 Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 
 | part      | words              | written by |
 |-----------|--------------------|------------|
-| head      | 64                 | the supervisor, but for ``EPOCH`` |
+| head      | 64                 | the supervisor, except ``EPOCH`` |
 | samples   | 16 x 4             | the supervisor, once a second |
 | limiter   | limiter_words      | all, by compare-and-swap |
 | analyzers | n x 64             | see ``AnalyzerWord`` |
@@ -48,7 +48,7 @@ SAMPLES = 16
 SAMPLE_WORDS = 4
 BASELINE_WORDS = ANALYZER_WORDS + WORDS_PER_HISTOGRAM  # of a slot
 COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries")  # the other fields are gauges
-HUNG = 1000  # the end of a worker that was killed because it gave no heartbeat
+HUNG = 1000  # the status of a worker that was killed because it gave no heartbeat
 
 
 class HeadWord(IntEnum):
@@ -69,11 +69,11 @@ class HeadWord(IntEnum):
 
 
 class AnalyzerWord(IntEnum):
-    """Words of an analyzer. The supervisor writes all, but where workers are named."""
+    """Words of an analyzer. The supervisor writes all, except where workers are named."""
 
     STATE = 0  # AnalyzerState; workers may turn ONLINE into OFFLINE, and back after a trial
     SINCE_NS = 1  # wall clock: when STATE last changed
-    ONLINE_SINCE_NS = 2  # monotonic: when it last recovered, 0 if it never was offline (slow start)
+    ONLINE_SINCE_NS = 2  # monotonic: when it last recovered, 0 if it was never offline (slow start)
     PAUSED_UNTIL_NS = 3  # monotonic; workers: Retry-After
     DELIVERY_FAILURES = 4  # in a row; workers
     REFUSALS = 5  # packets refused in a row without a 2xx; workers
@@ -83,37 +83,37 @@ class AnalyzerWord(IntEnum):
     LAST_STATUS = 9  # of the last check; 0: no reply
     WEIGHT = 10  # a double
     IN_USE = 11  # 1: the slot belongs to a configured analyzer
-    DRAINING = 12  # 1: told to drain
+    DRAINING = 12  # 1: set to drain
     ERROR_NS = 13  # wall clock; workers
     WEIGHT_OVERRIDDEN = 14  # 1: WEIGHT is not the configuration's
     PROBATION_WAIT_NS = 15  # after the next trial that fails; 0: deliveries did not take it offline; workers
     NEXT_TRIAL_NS = 16  # monotonic: no trial before; workers
-    TRIAL_UNTIL_NS = 17  # monotonic: until then a worker is trying it with a packet, 0: none is; workers
+    TRIAL_UNTIL_NS = 17  # monotonic: until then a worker has a trial under way, 0: no trial; workers
     ERROR = 24  # text, up to 40 words
     ANALYZER_WORDS = 64
 
 
 class WorkerWord(IntEnum):
-    """Words of a worker that are no counters."""
+    """Words of a worker that are not counters."""
 
     PID = 0  # the supervisor
     STATE = 1  # WorkerState; the supervisor
     RESTARTS = 2  # the supervisor
     HEARTBEAT_NS = 3  # monotonic; the worker's event loop
-    CPU_NS = 4  # user and system, of all processes that held this place; the supervisor
+    CPU_NS = 4  # user and system, of all processes that this slot had; the supervisor
     CPU_PERMILLE = 5  # of one core, over the last second; the supervisor
     RSS = 6  # bytes; the supervisor
     STARTED_NS = 7  # wall clock; the supervisor
     STORAGE_FAULT = 8  # 1: the last write to disk failed, or a ring's file is not under its name; the worker
     FULL = 9  # 1: the last push found the queue full; the worker
     END_STATUS = 10  # of the last process that ended here unasked: as in Popen.returncode, or HUNG; the supervisor
-    END_NS = 11  # wall clock: when that was, 0 if it never was; the supervisor
+    END_NS = 11  # wall clock: when that was, 0 if never; the supervisor
     FAILING = 12  # Steps that fail at present; the worker
     WORKER_WORDS = 16
 
 
 class Step(IntFlag):
-    """What workers and the supervisor do again and again beside their work."""
+    """Periodic upkeep of workers and the supervisor."""
 
     DELIVERIES = auto()  # time-outs of deliveries, retries, spilling
     DEAD_LETTERS = auto()  # what waits is written and synced; files are closed when idle
@@ -123,21 +123,21 @@ class Step(IntFlag):
     TIMEOUTS = auto()  # of emitters' connections
     QUEUE_FILES = auto()  # whether rings, and the lock, are under their names
     WORKERS = auto()  # those that hang are replaced
-    ANALYZERS = auto()  # it is told when they come and go
+    ANALYZERS = auto()  # changes of their state are logged
     FIGURES = auto()  # rates; what workers use
     OVERRIDES = auto()  # whether their file is there
     SERVICE_MANAGER = auto()
-    CONNECTIONS = auto()  # to analyzers: whether this process has what it takes to open them
+    CONNECTIONS = auto()  # to analyzers: whether this process has the resources to open them
 
     @property
     def word(self) -> str:
-        """What it is called in JSON and in the log: ``oldRings``."""
+        """Its name in JSON and in the log: ``oldRings``."""
         first, *others = str(self.name).lower().split("_")
         return first + "".join(map(str.capitalize, others))
 
 
 class AnalyzerState(IntEnum):
-    """What an analyzer is, as far as picking goes."""
+    """Whether an analyzer can be picked."""
 
     ONLINE = 0
     OFFLINE = 1
@@ -200,7 +200,7 @@ class SharedBlock:
         """Open the block that another process made."""
         magic, workers, slots = struct.unpack("qqq", os.pread(fd, 24, 0))
         if magic != MAGIC:
-            raise StartError("the shared block handed to this worker is none")
+            raise StartError("the descriptor passed to this worker is not a shared block")
         return cls(fd, workers, slots)
 
     def limiter(self) -> RateLimiter:
@@ -216,7 +216,7 @@ class SharedBlock:
         return self._rows[index].cast("q")
 
     def reset_slot(self, slot: int) -> None:
-        """Have an analyzer's figures begin at 0 in a slot that another has had: workers' counters never go back."""
+        """Reset the figures of a slot for another analyzer, by its baseline: workers' counters never decrease."""
         analyzers = COUNTER_WORDS + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
         rows = [self.row(index)[analyzers:] for index in range(self.workers)]
         first = slot * ANALYZER_WORDS

@@ -1,4 +1,4 @@
-"""Histograms of the shared block: durations by bucket, and the percentiles they stand for.
+"""Histograms of the shared block: durations by bucket, and their percentiles.
 
 The buckets are those of ``fastdist._core``: eight an octave, so that a percentile is off by an eighth at most.
 A histogram in shared memory is 248 words: the buckets, then their count, the sum and the longest, in nanoseconds.
@@ -29,7 +29,7 @@ class Histogram(Struct, frozen=True):
     max_ns: int
 
     def since(self, earlier: Histogram) -> Histogram:
-        """Return what was added since this was ``earlier``; of the longest only its bucket is known then."""
+        """Return what was added since ``earlier``; of the longest only its bucket is known then."""
         if not any(earlier.buckets):
             return self
         buckets = [max(now - then, 0) for now, then in zip(self.buckets, earlier.buckets, strict=True)]
@@ -43,7 +43,7 @@ class Histogram(Struct, frozen=True):
         return list(accumulate(self.buckets))
 
     def percentiles(self, *fractions: float) -> list[float | None]:
-        """Return the nanoseconds that each of ``fractions`` (0..1) of all stay under; None where there are none.
+        """Return the nanoseconds that each of ``fractions`` (0..1) of all stay under; None without durations.
 
         Within a bucket durations are taken to be spread evenly.
         """
@@ -54,7 +54,7 @@ class Histogram(Struct, frozen=True):
         bucket = bisect_left(cumulative, max(rank, 1e-9))  # a rank of 0 is in the first bucket that holds anything
         below = cumulative[bucket - 1] if bucket else 0
         lower, upper = BOUNDS[bucket - 1] if bucket else 0, BOUNDS[bucket]
-        if bucket == len(BOUNDS) - 1:  # it takes whatever is longer than all others do
+        if bucket == len(BOUNDS) - 1:  # it has no upper bound
             upper = max(upper, self.max_ns)
         within = (rank - below) / self.buckets[bucket]
         return min(lower + within * (upper - lower), max(self.max_ns, lower))

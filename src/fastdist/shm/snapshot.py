@@ -1,4 +1,4 @@
-"""The shared block at one moment, over all workers: what every view of the service's figures is made of.
+"""The shared block at one moment, over all workers: the source of every view of the service's figures.
 
 - It does not matter which process takes a snapshot. Counters are read once, when it is made; histograms, which are
   long, only when a view asks for them.
@@ -67,7 +67,7 @@ class Rates(NamedTuple):
 class WorkerFigures(Struct, frozen=True):
     """What is shown of a worker; ``oldest_ns`` is as ``age`` takes it, ``end_ns`` wall clock; 0 for none.
 
-    ``end_status`` and ``end_ns`` tell of the process before this one, if there was one: see ``WorkerWord``.
+    ``end_status`` and ``end_ns`` are of the process before this one, if there was one: see ``WorkerWord``.
     """
 
     id: int
@@ -115,7 +115,7 @@ class AnalyzerFigures(Struct, frozen=True):
 
     @property
     def state(self) -> str:
-        """One word; what it was told to do comes before what it is able to do."""
+        """One word; the administrator's setting comes before the state."""
         return "draining" if self.draining else "online" if self.online else "offline"
 
 
@@ -138,9 +138,9 @@ class Snapshot:
         self.at = time.monotonic_ns() if at is None else at
         self._rows = [block.row(index) for index in range(block.workers)]
         histograms = _ANALYZERS + block.slots * ANALYZER_WORDS
-        self._histograms = [row[histograms:] for row in self._rows]  # of each worker: those of all its analyzers
+        self._histograms = [row[histograms:] for row in self._rows]  # of each worker: those of all analyzers
         self._baselines = block.baselines[block.slots * ANALYZER_WORDS :]
-        self._by_slot: list[list[int]] = []  # of each worker: the counters of all its analyzers, end to end
+        self._by_slot: list[list[int]] = []  # of each worker: the counters of all analyzers, end to end
         self._counters: list[list[int]] = []
         for row in self._rows:
             self._by_slot.append(row[_ANALYZERS:histograms].tolist())
@@ -182,7 +182,7 @@ class Snapshot:
 
     @cached_property
     def dead_lettered(self) -> dict[str, int]:
-        """Packets that went to the dead letters, by reason."""
+        """Packets that became dead letters, by reason."""
         return {reason: self.total(reason) for reason in DEAD_LETTERS}
 
     @property
@@ -192,7 +192,7 @@ class Snapshot:
 
     @property
     def in_flight(self) -> int:
-        """Packets sent to an analyzer that has not answered yet."""
+        """Packets sent to an analyzer that has not replied yet."""
         return self.total_of_analyzers("packets_in_flight")
 
     @property
@@ -233,20 +233,20 @@ class Snapshot:
 
     @property
     def ingest(self) -> Histogram:
-        """From the end of a request's reading until its packet is safe (with fsync: synced) and its answer written."""
+        """From the end of a request's reading until its packet is safe (with fsync: synced) and the response sent."""
         return merge(row[_INGEST:_QUEUE_WAIT] for row in self._rows)
 
     @property
     def queue_wait(self) -> Histogram:
-        """From acceptance to the first sending."""
+        """From acceptance to the first attempt."""
         return merge(row[_QUEUE_WAIT:_LOOP_LAG] for row in self._rows)
 
     def loop_lag(self, worker: int) -> Histogram:
-        """How long a worker's event loop kept others waiting: the longest in each tick, see ``Worker.tick``."""
+        """How long a worker's event loop was blocked: the longest time in each tick, see ``LoopLag``."""
         return merge([self._rows[worker][_LOOP_LAG:_ANALYZERS]])
 
     def delivery(self, slots: Iterable[int] | None = None) -> Histogram:
-        """From a sending to its reply, for the analyzers in ``slots`` (None: for all that there ever were)."""
+        """From an attempt to its reply, for the analyzers in ``slots`` (None: for all, also removed ones)."""
         starts = [slot * WORDS_PER_HISTOGRAM for slot in (range(self.block.slots) if slots is None else slots)]
         all_time = merge(row[start : start + WORDS_PER_HISTOGRAM] for row in self._histograms for start in starts)
         if slots is None:
@@ -278,8 +278,8 @@ class Snapshot:
             capacity_bytes=capacity,
             oldest_ns=counters[FIELDS["oldest_ns"]],
             cannot_store=bool(words[WorkerWord.STORAGE_FAULT]),
-            # Only the next push clears the word, and who has turned away from a full queue pushes nothing. But a packet
-            # that is allowed takes half of a worker's part at most: there is room for it while the other half is free.
+            # Only the next push clears the word, and emitters that went elsewhere push nothing. But a packet takes half
+            # of a worker's part at most: there is room for it while the other half is free.
             full=bool(words[WorkerWord.FULL]) and used > capacity // 2,
             end_status=words[WorkerWord.END_STATUS],
             end_ns=words[WorkerWord.END_NS],
@@ -321,7 +321,7 @@ class Snapshot:
 
     @property
     def failing(self) -> list[str]:
-        """What of the upkeep fails at present, in some process."""
+        """The steps of the upkeep that fail at present, in any process."""
         steps = self.block.head[HeadWord.FAILING]
         for index in range(self.block.workers):
             steps |= self.block.worker(index)[WorkerWord.FAILING]

@@ -1,7 +1,7 @@
-"""What a process does again and again beside its work: each step is run whatever becomes of the others.
+"""Periodic upkeep of a process: each step runs whatever happens to the others.
 
-A step that fails is told once, and once more when it has worked again for ``QUIET`` seconds. Meanwhile its bit is set
-in a word of the shared block, where /health sees it.
+A step that fails is logged once, and once more when it has worked again for ``QUIET`` seconds. Meanwhile its bit is set
+in a word of the shared block, where /health reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     P = ParamSpec("P")
 
-QUIET = 2.0  # seconds: what a step does may be due at every run or at some of them
+QUIET = 2.0  # seconds: a step may have nothing to do in some runs
 ADVICE = {
     Step.OLD_RINGS: "let fastdist write to the queue's folder and to the old rings in it (adopt-*.fdq)",
     Step.QUEUE_FILES: "let fastdist read and write the queue's folder",
@@ -30,11 +30,11 @@ log = logs.get()
 
 
 class Upkeep:
-    """Runs steps, and keeps account of those that fail in ``words[word]``."""
+    """Runs steps, and publishes those that fail in ``words[word]``."""
 
     def __init__(self, words: memoryview, word: int) -> None:
         self._words, self._word = words, word
-        self._failed: dict[Step, float] = {}  # when it did last, monotonic
+        self._failed: dict[Step, float] = {}  # when it last failed, monotonic
         words[word] = 0
 
     def run(self, step: Step, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:

@@ -1,11 +1,11 @@
-"""Shares: which analyzers get packets right now, and in what proportion. The one account of it.
+"""Shares: which analyzers get packets right now, and in what proportion.
 
-The dispatcher builds its table from ``effective_weights`` and ``/analyzers`` shows it, so that what is shown is what
-happens. The rules:
+The dispatcher builds its table from ``effective_weights`` and ``/analyzers`` shows it, so that both agree.
+The rules:
 
 - An analyzer gets packets while it is configured, online, not draining and not paused.
-- Weight 0 is for need: such an analyzer gets packets only while no other is online, all such ones equally. A paused one
-  is online: it comes back by itself, and soon.
+- Weight 0 is a backup: such an analyzer gets packets only while no other is online, all such ones equally. A paused one
+  is online: its pause ends by itself, and soon.
 - One that deliveries took offline is on probation once its checks are good: it gets one packet at a time until it has
   taken one, which is no share. For all others it is offline.
 - With slow start, one that has recovered begins with a tenth of its weight and has all of it after ``slow_start``.
@@ -31,7 +31,7 @@ def effective_weights(
 ) -> dict[int, float]:
     """Return {slot: weight > 0} of those of ``analyzers`` (by slot) that get packets at ``now_ns`` (monotonic).
 
-    The weights have any scale. The result is empty when nobody can take a packet. ``also``: a slot that counts as
+    The weights have any scale. The result is empty when no analyzer can take a packet. ``also``: a slot that counts as
     online whether it is or not.
     """
     weights = {slot: states.weight(slot) for slot in analyzers if states.is_pickable(slot) or slot == also}
@@ -47,8 +47,8 @@ def effective_weights(
 
 
 def ramp(online_since_ns: int, slow_start: float, now_ns: int) -> float:
-    """Return the part (0.1..1) of its weight that an analyzer has, the whole taking it ``slow_start`` seconds."""
-    if online_since_ns == 0 or slow_start == 0:  # 0: it never was offline
+    """Return the part (0.1..1) of its weight that an analyzer has; it reaches 1 after ``slow_start`` seconds."""
+    if online_since_ns == 0 or slow_start == 0:  # 0: it was never offline
         return 1.0
     way = (now_ns - online_since_ns) / (slow_start * 1e9)
     return RAMP_START + (1.0 - RAMP_START) * min(max(way, 0.0), 1.0)
@@ -57,7 +57,7 @@ def ramp(online_since_ns: int, slow_start: float, now_ns: int) -> float:
 def seems_online(states: AnalyzerStates, slot: int, rise: int) -> bool:
     """Whether an analyzer is shown as online: so is one on probation until it has failed to take a packet.
 
-    There may be none for long: one that has recovered at night is not to be missed until the morning.
+    Without traffic there is no packet to try it with: one that has recovered must not be shown offline all night.
     """
     if states.is_on_probation(slot, rise):
         return not states.has_failed_trials(slot)
