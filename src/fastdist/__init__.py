@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        """Look the version up when it is asked for: that takes longer than what must come first at a start."""
+        """Look the version up on first use: that takes longer than all that must be done first at a start."""
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import version  # noqa: PLC0415

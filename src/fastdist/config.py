@@ -1,13 +1,13 @@
-"""The configuration: how it is loaded, where each value came from, and every reason not to start with it.
+"""The configuration: loading it, the source of each value, and validation.
 
-The settings stand in ``settings``: the annotations there hold type, bounds and parser, and one generic reader applies
-them. The rules the module keeps:
+The settings are defined in ``settings``: the annotations there hold type, bounds and parser, and one generic reader
+applies them. The rules:
 
-- A value comes from a flag, else the environment, else the file, else the default. No file is ever looked for.
+- A value comes from a flag, else the environment, else the file, else the default. There is no search for a file.
 - All problems are reported at once, each on one line that begins with its path; an unknown key is one of them.
-- What is loaded is complete and normalised: durations are float seconds, sizes int bytes, enumerations checked. It is
+- A ``Config`` is complete and normalised: durations are float seconds, sizes int bytes, enumerations checked. It is
   frozen: a change while running is a new ``Config``.
-- Tokens show up in no message and no ``repr``.
+- Tokens never appear in a message or a ``repr``.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 MIN_PART = 2**16  # bytes of queue.capacity that a worker needs; its part is a multiple of that
 SAFE_BATCH = 120  # with as many ids of 64 characters the head of a request is below 8 KiB
-QUIET = 0.05  # seconds that a file must stay as it was read, for a reload
+QUIET = 0.05  # seconds that a file must stay unchanged after it was read, for a reload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What the annotation of a setting says, and its default."""
+    """The facts in the annotation of a setting, and its default."""
 
     base: Any  # a struct, a tuple of something, a Literal, or int, float or str
     default: Any = NODEFAULT
@@ -50,12 +50,12 @@ class Facts:
     ge: float | None = None
     le: float | None = None
     pattern: str = ""
-    type: str = ""  # as people call it
+    type: str = ""  # as the documentation names it
     range: str = ""  # in words, where there are no bounds
-    refusal: str = ""  # what is said of text that the pattern does not match
-    why: str = ""  # what is said after the upper bound
+    refusal: str = ""  # the error for text that the pattern does not match
+    why: str = ""  # added to the error about the upper bound
     parse: Callable[[Any], Any] | None = None  # raises ValueError
-    show: Callable[[Any], Any] = lambda value: value  # makes of a value what ``parse`` takes, easy to read
+    show: Callable[[Any], Any] = lambda value: value  # the inverse of ``parse``, easy to read
     secret: bool = False  # to be masked
     changes: str = "restart"  # when a new value takes effect: "restart" or "reload"
 
@@ -92,7 +92,7 @@ def _all_facts() -> Iterator[tuple[str, Facts]]:
 FACTS = dict(_all_facts())
 SETTINGS = {path: about for path, about in FACTS.items() if "[" not in path}
 
-# What a reload does not take for left to its default, and what to do.
+# Settings that a reload must not reset to their default by leaving them out, and what to do.
 _KEPT = {"analyzers": "write them into the file again (to have the default ones, restart)"} | {
     path: f"write them into the file again, or {path.partition('.')[2]} = [] to have none"
     for path, about in SETTINGS.items()
@@ -106,7 +106,7 @@ _FLAGS = {"host": "server.host", "port": "server.port", "workers": "server.worke
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A configuration, with what it takes to load it again.
+    """A configuration, with what is needed to load it again.
 
     ``sources`` maps every dotted path to ``default``, ``file FILE``, ``environment NAME`` or ``flag --name``; ``path``
     is the file that was read, if any.
@@ -121,8 +121,8 @@ class Loaded:
     def reload(self) -> Loaded:
         """Read the same file again under the same environment and flags; raises ConfigError as ``load`` does.
 
-        It raises one also where analyzers or tokens are left out that are given now: their defaults would be other
-        analyzers, and open to all. The file may just be being written, so this waits for who does; it takes a moment.
+        It also raises one when analyzers or tokens are left out that are given now: their defaults would be other
+        analyzers, and open to all. The file may be being written, so this waits a moment until it stays unchanged.
         """
         loaded = load(self.path, self.environ, self.flags, quiet=QUIET)
         given = [path for path in _KEPT if self.sources[path] != "default" and attrgetter(path)(self.config)]
@@ -150,14 +150,14 @@ def load(
     for setting, value, origin in (*_from_environment(environ, problems), *given):
         section, key = setting.split(".")
         table = document.setdefault(section, {})
-        if isinstance(table, dict):  # what is none is a problem of its own
+        if isinstance(table, dict):  # what is not a table is a problem of its own
             table[key] = value
             sources[setting] = origin
     return Loaded(_build(document, sources, problems), sources, file, environ, flags)
 
 
 def warnings(config: Config) -> list[str]:
-    """Return what is allowed but may not be what was meant, each on one line that begins with its path."""
+    """Return what is allowed but perhaps not intended, each on one line that begins with its path."""
     delivery = config.delivery
     if delivery.mode != "batch":
         return []
@@ -188,7 +188,7 @@ class _Problem(NamedTuple):
 
 
 def _from_environment(environ: Mapping[str, str], problems: list[_Problem]) -> Iterator[tuple[str, Any, str]]:
-    """Yield setting, value and origin; a later one wins. An empty variable counts as not set: composers pass those."""
+    """Yield setting, value and origin; a later one wins. An empty variable counts as not set (as in Compose files)."""
     for name, path in _VARIABLES.items():
         if not (text := environ.get(name)):
             continue
@@ -215,12 +215,12 @@ def _build(document: Mapping[str, Any], sources: Mapping[str, str], others: list
 
 
 class _Reader:
-    """Reads a document into structs and notes every problem on its way instead of stopping at the first."""
+    """Reads a document into structs and collects all problems instead of stopping at the first."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         self.sources = sources
         self.problems: list[_Problem] = []
-        self.valid: dict[str, Any] = {}  # path -> value, of all that is in order by itself
+        self.valid: dict[str, Any] = {}  # path -> value, of all that is valid by itself
 
     def report(self, path: str, text: str) -> None:
         origin = self.sources.get(path, "")
@@ -270,7 +270,7 @@ class _Reader:
 
 
 def _scalar(about: Facts, raw: Any) -> Any:
-    """Return ``raw`` as the number, text or word of a list that it has to be; ValueError says what is wrong with it."""
+    """Return ``raw`` as the number, text or word of a list that it has to be; raises ValueError."""
     base, shown = about.base, _describe(raw, secret=about.secret)
     if get_origin(base) is Literal:
         if raw not in get_args(base):
@@ -279,7 +279,7 @@ def _scalar(about: Facts, raw: Any) -> Any:
     expected, types = _TYPES[base]
     if (base is str or not about.parse) and (not isinstance(raw, types) or isinstance(raw, bool)):
         raise ValueError(f"expected {expected}, got {shown}")
-    if base is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", raw):  # surrogates stand for bytes out of place
+    if base is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", raw):  # surrogates stand for invalid bytes
         raise ValueError("must have no control characters, and be valid UTF-8")
     value = about.parse(raw) if about.parse else raw
     if about.pattern and not re.search(about.pattern, raw):
@@ -298,7 +298,7 @@ _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list:
 
 
 def _describe(raw: Any, *, secret: bool = False) -> str:
-    """Return what a problem says about a value: its type, and for short enough ones also the value."""
+    """Return how a problem describes a value: its type, and for short ones also the value."""
     kind = _KINDS.get(type(raw), f"a {type(raw).__name__}")
     if secret or not isinstance(raw, int | float | str) or (isinstance(raw, int) and abs(raw) > sys.maxsize):
         return kind
@@ -316,7 +316,7 @@ def _hint(key: str, names: Iterable[str]) -> str:
 
 
 def _check_together(reader: _Reader) -> None:
-    """Check what spans several settings, each rule only where those are in order by themselves."""
+    """Check rules over several settings, each only where those are valid by themselves."""
     at, report = reader.valid.get, reader.report
     if at("retry.base", 0) > at("retry.cap", math.inf):
         report("retry.base", "must be <= retry.cap")

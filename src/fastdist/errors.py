@@ -1,15 +1,15 @@
-"""The errors fastdist raises on purpose: each tells a person what is wrong, where, and what to do about it."""
+"""The errors fastdist raises on purpose: each says what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Return text that any encoder takes: half a surrogate pair, which is no character, is escaped."""
+    """Return text that can be encoded: lone surrogates are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class FastdistError(Exception):
-    """The base of all errors below; its text is fit to be shown as it is."""
+    """The base of all errors below; its text can be shown as it is."""
 
 
 class ConfigError(FastdistError):
@@ -28,7 +28,7 @@ class StartError(FastdistError):
 
 
 class PacketError(FastdistError):
-    """A body that is no log packet.
+    """A body that is not a log packet.
 
     ``reason`` is the counter it belongs to (``malformed``: not JSON; ``invalid``: JSON of another shape), ``errors``
     lists the faults as RFC 9457 extension members: ``{"pointer": "/messages/0/message", "detail": "…"}``.

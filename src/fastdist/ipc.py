@@ -1,13 +1,14 @@
-"""What the supervisor and its workers say to each other: JSON lines over a socket pair, and settings in a memfd.
+"""Messages between the supervisor and its workers: JSON lines over a socket pair, and settings in a memfd.
 
-To a worker: ``drain`` (until ``deadline``), ``reload`` (the settings were written anew), ``reply`` (to the request of
-that ``id``). From a worker: ``ready`` (with the generation of its settings), ``reloaded`` (that of those it has read,
-in ``id``, and what keeps it from using them, if anything does), ``request`` (an ``action`` that an administrator asked
-for). The socket's end of file is how either learns that the other is gone; for a worker the supervisor makes it a
-message, ``gone``.
+- To a worker: ``drain`` (until ``deadline``), ``reload`` (new settings were written), ``reply`` (to request ``id``).
+- From a worker: ``ready`` (with the generation of its settings), ``reloaded`` (``id`` is the generation it has read,
+  ``body`` the error if it cannot use that), ``migrated`` (an old ring, which is deleted), ``request`` (an ``action`` of
+  an administrator).
 
-What grows with the configuration travels in the memfd, never in a line or on a command line. It is written in place
-while workers may be reading it; a checksum tells them to look again. Of many problems a line has the first.
+End of file on the socket means that the other side is gone; for a worker's the supervisor gets a message, ``gone``.
+
+What grows with the configuration goes into the memfd, never into a line or a command line. It is written in place while
+workers may be reading it; a wrong checksum makes them read again. Of many problems a line has the first.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 MAX_LINE = 2**20  # bytes; far more than any message has, see ``shorten``
 MAX_PROBLEMS, MAX_PROBLEM = 100, 500  # lines, characters
 HEADER = struct.Struct("=Q16s")  # of the settings: their length and checksum
-PATIENCE = 1.0  # seconds for settings that are being written to be whole
+PATIENCE = 1.0  # seconds until settings that are being written must be complete
 
 
 class Pair(msgspec.Struct, frozen=True):
-    """A certificate, with its chain, and its key: PEM, as the files had it."""
+    """A certificate, with its chain, and its key: PEM, as in the files."""
 
     certificate: bytes
     key: bytes
@@ -45,7 +46,7 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """All that a worker goes by: the configuration, the slots of its analyzers by id, and certificate and key."""
+    """A worker's settings: the configuration, the slots of its analyzers by id, and certificate and key."""
 
     generation: int  # grows with every reload
     slots: dict[str, int]
@@ -54,7 +55,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """What the supervisor tells a worker when it starts it: its place, and the descriptors it inherits."""
+    """What a worker gets at its start: its slot's index, and the descriptors it inherits."""
 
     index: int
     shared: int
@@ -62,17 +63,17 @@ class Assignment(msgspec.Struct, frozen=True):
     ring: int
     control: int
     settings: int  # a memfd, see ``ipc.Settings``
-    old_rings: dict[str, int]  # to adopt: path -> descriptor
+    old_rings: dict[str, int]  # to migrate: path -> descriptor
 
 
 def write_settings(fd: int, settings: Settings) -> None:
-    """Write settings over those that are in the memfd ``fd``."""
+    """Overwrite the settings in the memfd ``fd``."""
     body = msgspec.msgpack.encode(settings)  # JSON has no infinity, which a setting may be
     os.pwrite(fd, HEADER.pack(len(body), _checksum(body)) + body, 0)
 
 
 def read_settings(fd: int, patience: float = PATIENCE) -> Settings:
-    """Return the settings that were written last, whole. Raises StartError when they are not within ``patience``."""
+    """Return the settings written last. Raises StartError when they stay incomplete for ``patience`` seconds."""
     end = time.monotonic() + patience
     while True:
         data = os.pread(fd, os.fstat(fd).st_size, 0)  # pread: all processes share the descriptor's position
@@ -82,7 +83,7 @@ def read_settings(fd: int, patience: float = PATIENCE) -> Settings:
             if len(body) == length and _checksum(body) == checksum:
                 return msgspec.msgpack.decode(body, type=Settings)
         if time.monotonic() > end:
-            raise StartError("the settings handed to this worker are not whole")
+            raise StartError("the settings passed to this worker are incomplete")
         time.sleep(0.001)
 
 
@@ -111,7 +112,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def shorten(problems: list[str]) -> list[str]:
-    """Return what a message, an answer or a log line holds of a configuration's problems; ``check`` prints them all."""
+    """Return as many problems as fit a message, a response or a log line; ``check`` prints them all."""
     few = [each if len(each) <= MAX_PROBLEM else f"{each[:MAX_PROBLEM]}…" for each in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         few.append(f"and {len(problems) - MAX_PROBLEMS} more problems; `fastdist check FILE` prints them all")

@@ -1,4 +1,4 @@
-"""Logging: structlog, for people on a terminal and as one JSON object a line otherwise. Never a line per packet."""
+"""Logging: structlog, as text on a terminal, else as one JSON object per line. Never a line per packet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Patient:
-    """A stream that goes on when nobody reads it any more, or its disk is full: a log must not end what it tells of."""
+    """A stream whose errors are ignored: a closed pipe or a full disk must not end the service."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -36,7 +36,7 @@ class _Patient:
 def _as_json(line: dict[str, object], **_: object) -> str:
     try:
         return orjson.dumps(line, default=str).decode()
-    except orjson.JSONEncodeError:  # something in it is no Unicode, such as a file's name: all is escaped then
+    except orjson.JSONEncodeError:  # something is not valid Unicode, such as a file's name: all is escaped then
         return json.dumps(line, default=str)
 
 
@@ -64,14 +64,14 @@ def configure(**context: object) -> None:
 
 
 class Throttle:
-    """Lets what is told again and again through once in so many seconds, each kind of it."""
+    """Lets each kind of event through once in so many seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._next: dict[Hashable, float] = {}  # kind -> time.monotonic()
 
     def allow(self, kind: Hashable = None) -> bool:
-        """Whether it is time to tell of this kind."""
+        """Whether an event of this kind may be logged now."""
         now = time.monotonic()
         if now < self._next.get(kind, 0.0):
             return False

@@ -1,15 +1,15 @@
 """What a log packet is.
 
 ``LogPacket`` and ``LogMessage`` are the schema; ``check`` decides whether a body conforms to it, and says what is wrong
-if it does not. The scanner in ``core/schema.pxi`` answers for all bodies that conform before ``check`` is asked, so
-this module is written to be right and clear, and the scanner is tested against it. Whether a body is JSON at all, and
-where it is not, the scanner says: Python's decoder has other words for that in every version.
+if it does not. The scanner in ``core/schema.pxi`` accepts conforming bodies before ``check`` is called, so
+this module is written to be correct and clear, and the scanner is tested against it. Whether a body is JSON at all, and
+where it is not, is reported by the scanner: the texts of Python's decoder differ between versions.
 
 To decode a body takes a hundred times as long as to scan it, and ten times its memory, so of a large one (over
-MAX_EXPLAINED) only the place is decoded where the scanner stopped: its first fault is told, not all of them.
+MAX_EXPLAINED) only the part where the scanner stopped is decoded: its first fault is reported, not all of them.
 
-A body that is accepted travels on unchanged to analyzers in any language. So ``check`` also refuses what parsers are
-known to disagree about, so that no analyzer sees another packet than the one checked here: a member of the schema that
+An accepted body is forwarded unchanged to analyzers in any language. So ``check`` also refuses what parsers are
+known to disagree about, so that no analyzer reads another packet than the one checked here: a member of the schema that
 appears twice, half a surrogate pair, deep nesting, NaN. Members unknown to the schema may be anything that is JSON.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_EMITTER_ID: Final = 256  # characters
 MAX_ERRORS: Final = 20  # reported for one packet
-MAX_EXPLAINED: Final = 16 * 1024  # bytes that are decoded to tell what is wrong with them: some 4 ms
+MAX_EXPLAINED: Final = 16 * 1024  # bytes that are decoded to report what is wrong with them: some 4 ms
 _SPACE: Final = b" \t\r\n"
 _COLON: Final = _SPACE + b":"
 LEVELS: Final = ("trace", "debug", "info", "warn", "warning", "error", "fatal", "critical")
@@ -67,13 +67,13 @@ class Facts(NamedTuple):
 
 
 def check(body: bytes, *, strict: bool = False) -> Facts:
-    """Return the facts about a log packet; raise PacketError, ``malformed`` or ``invalid``, if the body is none."""
+    """Return the facts about a log packet; raise PacketError, ``malformed`` or ``invalid``, if the body is not one."""
     _refuse_malformed(body)
     body = body.strip(_SPACE)
     if len(body) > MAX_EXPLAINED:
-        place = locate(body, strict)
-        if place is not None:
-            _refuse_if_any(_faults_of_large(body, *place, strict=strict))
+        position = locate(body, strict)
+        if position is not None:
+            _refuse_if_any(_faults_of_large(body, *position, strict=strict))
         return Facts(*cast("tuple[int, int]", scan(body, strict)))
     packet = _DECODER.decode(body.decode())
     _refuse_if_any(_faults(packet, "", _PACKET[strict]))
@@ -257,7 +257,7 @@ def _faults_of_large(body: bytes, at: int, message: int | None, seen: list[str],
             else:
                 value = _value(piece(len(body) - len(body[at + end :].lstrip(_COLON))), member.type)
                 yield from _faults({key: value}, "", {key: member})
-    except json.JSONDecodeError:  # the piece ends before what it begins with
+    except json.JSONDecodeError:  # the piece ends within its first value
         yield _Fault(pointer, f"what is wrong is over {MAX_EXPLAINED} bytes behind its beginning")
 
 

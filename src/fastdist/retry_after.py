@@ -6,11 +6,11 @@ import time
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
-MAX_SECONDS = 1e9  # more digits than a clock takes are no reason to fail
+MAX_SECONDS = 1e9  # larger numbers are cut, not an error
 
 
 def parse_retry_after(value: str) -> float | None:
-    """Return how many seconds from now ``value`` asks to wait, at least 0; None for what is neither form."""
+    """Return how many seconds from now ``value`` asks to wait, at least 0; None for any other form."""
     value = value.strip()
     if value.isdecimal():
         seconds = float(value)

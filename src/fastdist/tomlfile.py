@@ -1,4 +1,4 @@
-"""Reading a TOML file that somebody may be writing at this moment: half of it may be valid as well."""
+"""Reading a TOML file that may be written at this moment: half of it may be valid as well."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastdist.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-READINGS, PAUSE = 20, 0.01  # of a file that changes while it is read, and seconds between two
+READINGS, PAUSE = 20, 0.01  # attempts to read a file that changes meanwhile, and seconds between them
 
 
 def read(file: Path, origin: str, quiet: float) -> dict[str, Any]:
     """Return what a file says, once it has stayed the same for ``quiet`` seconds after it was read.
 
-    Raises ConfigError; ``origin`` says there who has named the file.
+    Raises ConfigError; ``origin`` says there where the file's name came from.
     """
     try:
         return tomllib.loads(_read_whole(file, quiet).decode("utf-8-sig"))
@@ -49,7 +49,7 @@ def _read_whole(file: Path, quiet: float) -> bytes:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """Return what tells one state of a regular file from another; nothing of a pipe, which can be read but once."""
+    """Return what distinguishes states of a regular file; nothing for a pipe, which can be read only once."""
     if not stat.S_ISREG(status.st_mode):
         return ()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -2,10 +2,10 @@
 
 The rules:
 
-- A number is seconds or bytes; a string needs its unit, because ``"10"`` leaves open ten of what.
+- A number is seconds or bytes; a string needs its unit, because ``"10"`` does not say ten of what.
 - The arithmetic is decimal, so that ``35ms`` is the float ``0.035`` and ``1.5KiB`` is exactly 1536 bytes.
-- A URL is taken apart once, into what connecting and writing a request head need; nothing in it is guessed or mended.
-- Every refusal is a ValueError whose text can follow the name of a setting.
+- A URL is parsed once, into what connecting and writing a request head need; nothing in it is guessed or corrected.
+- Every error is a ValueError whose text can follow the name of a setting.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MAX = 2**63 - 1  # what a 64-bit counter of bytes or seconds holds
 
 
 def number(text: str) -> int | float | str:
-    """Return the number that an option or a variable holds; other text as it is, to be parsed or refused."""
+    """Return the number that an option or a variable holds; other text as it is, to be parsed later."""
     if re.fullmatch(r"\s*[+-]?[0-9]{1,300}\s*", text):
         return int(text)
     return float(text) if re.fullmatch(r"\s*[+-]?[0-9]+\.[0-9]+\s*", text) else text
@@ -123,7 +123,7 @@ def _text(amount: Decimal, units: Mapping[str, Decimal], base: str) -> str:
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """An http(s) URL taken apart: what it takes to connect, and to write a request head.
+    """A parsed http(s) URL: what connecting and writing a request head need.
 
     ``host`` is what to resolve (no brackets), ``path_and_query`` begins with a slash, ``host_header`` has brackets
     around an IPv6 address and no default port.
@@ -143,7 +143,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 @functools.lru_cache(maxsize=1024)
 def parse_endpoint(url: str) -> Endpoint:
-    """Take an absolute http(s) URL apart.
+    """Parse an absolute http(s) URL.
 
     Raises ValueError for any other; its text never shows the URL, which may hold a password.
     """

@@ -49,7 +49,7 @@ def test_settings_that_are_not_whole_are_waited_for(memfd):
     whole = os.pread(memfd, os.fstat(memfd).st_size, 0)
     write_settings(memfd, settings(2, 30))
     os.pwrite(memfd, whole[: len(whole) // 2], 0)  # the rest is still of the longer ones
-    with pytest.raises(StartError, match="not whole"):
+    with pytest.raises(StartError, match="incomplete"):
         read_settings(memfd, 0.0)
     rest = threading.Timer(0.05, os.pwrite, (memfd, whole, 0))
     rest.start()
@@ -58,7 +58,7 @@ def test_settings_that_are_not_whole_are_waited_for(memfd):
 
 
 def test_an_empty_file_holds_no_settings(memfd):
-    with pytest.raises(StartError, match="not whole"):
+    with pytest.raises(StartError, match="incomplete"):
         read_settings(memfd, 0.0)
 
 
