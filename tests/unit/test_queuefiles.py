@@ -58,7 +58,7 @@ def another():
 @pytest.fixture
 def no_patience(monkeypatch):
     monkeypatch.setattr(directory, "ENDING", 0.0)
-    monkeypatch.setattr(directory, "TOLD_AFTER", 0.0)
+    monkeypatch.setattr(directory, "LOG_AFTER", 0.0)
 
 
 @pytest.mark.parametrize("most", [1 << 30, 1 << 21, 1 << 16])
@@ -103,13 +103,13 @@ def test_a_pipe_in_place_of_a_queue_file_is_not_waited_for(tmp_path, name):
 
 
 @pytest.mark.usefixtures("no_patience")
-@pytest.mark.parametrize("ring", ["its own", "renamed by somebody", "to be adopted", "being made"])
+@pytest.mark.parametrize("ring", ["its own", "renamed by an operator", "to be migrated", "being made"])
 def test_no_ring_ever_has_two_services(tmp_path, ring):
     first, rings = opened(tmp_path)
     path = ring_path(tmp_path, 0)
-    if ring == "renamed by somebody":
+    if ring == "renamed by an operator":
         path.rename(tmp_path / "ring-7.fdq")
-    elif ring == "to be adopted":
+    elif ring == "to be migrated":
         first.retire_all()
         assert [old.fd for old in first.old_rings()] == rings
     elif ring == "being made":

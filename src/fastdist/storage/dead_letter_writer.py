@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RETRY_SECONDS = 1.0  # until a dead letter that could not be written is tried again
 MAX_DELAY = 1.0  # seconds that a dead letter waits for its sync, with whatever sync_interval
 PART_NS = 8_000_000
-LAST_PART_NS = 1_000_000_000  # at the end, when nobody is held up: what is synced together
+LAST_PART_NS = 1_000_000_000  # at the end, when no other work waits: what is synced together
 FEW = 16  # dead letters that wait to be written
 MANY = 256  # dead letters that do not wait for others to be synced with
 SHARE = 8  # nor do those of more than this part of a ring
@@ -50,7 +50,7 @@ class DeadLetter(NamedTuple):
 
 
 def what_is_left(ring: PacketRing) -> list[DeadLetter]:
-    """Claim all that nobody has claimed in a ring that ends with this service, and return the dead letters for it."""
+    """Claim all unclaimed packets of a ring that ends with this service; return their dead letters."""
     dead_letters = []
     while handle := ring.claim():
         dead_letters.append(DeadLetter(ring, handle, "shutdown", None, None, None))
@@ -83,27 +83,27 @@ class DeadLetterWriter:
         self._problem: Exception | None = None  # with what was written last
 
     def add(self, *dead_letters: DeadLetter) -> None:
-        """Have claimed packets become dead letters."""
+        """Make dead letters of claimed packets."""
         self.unwritten += dead_letters
         if len(self.unwritten) <= max(FEW, len(dead_letters)):
             try:
                 self._write()
-            except Exception as error:  # noqa: BLE001  (whatever it is, the dead letters are taken note of)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the dead letters are recorded)
                 self._judge(error)
 
     def tick(self, now_ns: int) -> None:
-        """Write what is left or could not be written, and have synced what has waited for it."""
+        """Write what is left or could not be written; sync what has waited for it."""
         if self.unwritten and now_ns >= self._retry_at:
             self._write()
         elif self.written and now_ns >= self._sync_at:
             self._sync()
 
     def sync_soon(self) -> None:
-        """Have the next tick sync what was written."""
+        """Make the next tick sync what was written."""
         self._sync_at = 0
 
     def finish(self) -> None:
-        """Sync what was written, here and now; what cannot be stays queued. No sync is to be running."""
+        """Sync what was written now; what cannot be synced stays queued. No sync may be running."""
         if self.written:
             self._settle(self._sync_now())
 
@@ -178,12 +178,12 @@ class DeadLetterWriter:
     # ---- what becomes of it
 
     def _settle(self, error: OSError | None) -> None:
-        """Let packets go whose dead letters are safe; have the others written again."""
+        """Remove packets whose dead letters are safe from their ring; write the others again."""
         dead_letters, self.written = self.written, []
         failure: Exception | None = error
         try:
             safe = self.files.settle(error)
-        except Exception as problem:  # noqa: BLE001  (nobody knows what is safe)
+        except Exception as problem:  # noqa: BLE001  (it is not known what is safe)
             safe, failure = False, problem
         if safe:
             for dead_letter in dead_letters:

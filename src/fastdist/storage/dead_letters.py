@@ -76,7 +76,7 @@ class _File:
 
     @property
     def is_ours(self) -> bool:
-        """Whether whoever opens the path gets this file, and all that was written to it."""
+        """Whether the path still leads to this file, with all that was written to it."""
         try:
             state = self.path.stat()
         except OSError:
@@ -89,7 +89,7 @@ class _File:
             os.close(self.fd)
         except OSError as error:
             log.error(
-                "an error when a file of dead letters was closed: its last dead letters may be missing",
+                "closing a dead-letter file failed; its last entries may be missing",
                 file=str(self.path),
                 error=str(error),
             )
@@ -98,11 +98,11 @@ class _File:
 class DeadLetters:
     """The files that the process ``owner`` (a word fit for a file name) writes below ``queue_path``.
 
-    ``beside`` is a file of the queue's, open: as long as it has a name, the queue's folder is not made anew where it is
-    missing. Somebody has renamed it then, and another would be in the way of giving it its name back.
+    ``beside`` is an open file of the queue: as long as it has a name, a missing queue folder is not created again. It
+    was renamed then, and a new folder would prevent renaming it back.
 
-    What was written is to be settled: after a sync (``begin_sync``), if there is to be one, ``settle`` says whether it
-    is safe. Until then its files stay open.
+    What was written must be settled: after a sync (``begin_sync``), if there is one, ``settle`` returns whether it is
+    safe. Until then its files stay open.
     """
 
     def __init__(self, queue_path: str | Path, owner: str, beside: int | None = None) -> None:
@@ -115,7 +115,7 @@ class DeadLetters:
         self._idle_since = 0  # ns
 
     def write(self, packet: Packet, reason: str, analyzer: str | None, status: int | None, error: str | None) -> None:
-        """Append a packet: why it is here, and the last analyzer that saw it with what it said. Raises OSError."""
+        """Append a packet: why it was given up, and the last analyzer with its response. Raises OSError."""
         dead_letter: dict[str, object] = {
             "id": packet.id,
             "reason": reason,
@@ -134,7 +134,7 @@ class DeadLetters:
         self._append(orjson.dumps(dead_letter, option=orjson.OPT_APPEND_NEWLINE))
 
     def tick(self, now_ns: int) -> None:
-        """Close the file when others are to have it; to be called every now and then (``now_ns``: time.monotonic_ns()).
+        """Close the file when other processes may have it; call this regularly (``now_ns``: time.monotonic_ns()).
 
         What is not settled stays open until it is.
         """
@@ -163,7 +163,7 @@ class DeadLetters:
         return sum(file.size - file.settled for file in self._open)
 
     def begin_sync(self) -> Callable[[], None]:
-        """Return what will put all that was written so far on stable storage; ``settle`` is to follow.
+        """Return what will put all that was written so far on stable storage; ``settle`` must follow.
 
         It may be called in a thread, while nothing is written. It raises OSError.
         """
@@ -172,7 +172,7 @@ class DeadLetters:
         return partial(_sync, [file.fd for file in files], folders)
 
     def settle(self, error: OSError | None = None) -> bool:
-        """Say whether all that was written since the last time is safe; if not, all of it is to be written again.
+        """Return whether all that was written since the last time is safe; if not, write all of it again.
 
         ``error``: what came of the sync, if there was one.
         """
@@ -181,7 +181,7 @@ class DeadLetters:
         safe = error is None and not gone
         for file in gone:
             log.warning(
-                "somebody moved, deleted or changed a file of dead letters; its last ones go to another",
+                "a dead-letter file was moved, deleted or changed; its last entries are written to another",
                 file=str(file.path),
             )
             file.settled = file.size
@@ -243,7 +243,7 @@ class DeadLetters:
             self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         path = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{self._owner}{SUFFIX}"
-        hidden = path.with_suffix(".new")  # until it is locked: nobody is to find it without its owner and delete it
+        hidden = path.with_suffix(".new")  # until it is locked: a purge must not find and delete it before
         fd = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -261,7 +261,7 @@ class DeadLetters:
         """Reopen the file that was closed last, so that rare dead letters share it; None if it is locked or changed."""
         if self._last is None:
             return None
-        for file in self._open:  # it was to be closed
+        for file in self._open:  # it waits to be closed
             if file.path == self._last:
                 self._current = file
                 return file
@@ -286,7 +286,7 @@ class DeadLetters:
         return file
 
     def _release(self) -> None:
-        """Let others have the present file, as soon as it is settled; we go on with it if nobody does."""
+        """Close the current file as soon as it is settled; it is reopened unless another process locks it."""
         self._current = None
         self._close_settled()
 
@@ -299,7 +299,7 @@ class DeadLetters:
         self._close_settled()
 
     def _close_settled(self) -> None:
-        """Close what nobody needs open any more."""
+        """Close files that are no longer needed."""
         for file in [file for file in self._open if file is not self._current and file.settled == file.size]:
             self._open.remove(file)
             file.close()
@@ -314,12 +314,12 @@ def _sync(files: list[int], folders: list[Path]) -> None:
             sync_folder(folder)
 
 
-# A worker holds a file by flock. Whoever waits for it says so by a lock of another kind, on the first byte: that ends
-# with the process that waits, whatever becomes of it, and needs no room on a disk that is full.
+# A worker holds a file by flock. A process that waits for it shows that by a lock of another kind, on the first byte:
+# it ends with that process, however it ends, and needs no room on a full disk.
 
 
 def ask_for(fd: int) -> None:
-    """Have the worker that writes to this open file close it soon. Without effect on file systems that cannot do it."""
+    """Ask the worker that writes to this open file to close it soon. No effect on file systems without such locks."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(RECORD_LOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0))
 
@@ -462,7 +462,7 @@ def read_lines(file: BinaryIO, end: int, replayed: Mapping[int, str]) -> Iterato
 
 
 def read_file(found: Found) -> Iterator[Line]:
-    """Yield the lines of a file; none when somebody has deleted it meanwhile. Raises OSError."""
+    """Yield the lines of a file; none when it was deleted meanwhile. Raises OSError."""
     try:
         file = found.path.open("rb")
     except FileNotFoundError:

@@ -1,11 +1,11 @@
-"""The queue's folder: its lock, a ring file per worker, and old rings that wait to be adopted.
+"""The queue's folder: its lock, a ring file per worker, and old rings to be migrated.
 
 ``ring-<n>.fdq`` belongs to worker n. A ring that does not fit the configuration any more (another capacity, a worker
 that is not there) is renamed ``adopt-<id>.fdq``; a worker moves its packets into its own ring, then deletes it. A file
 without an intact header cannot be read, for its salt is gone; it is set aside for a person to look at, never deleted.
 
-Two services must never have one ring. So not only the folder's ``lock`` is locked, which somebody may delete, but every
-ring as well, from before it has its name until the last process that has it open has ended.
+Two services must never have one ring. So not only the folder's ``lock`` is locked, which may be deleted, but every ring
+as well, from before it has its name until the last process that has it open has ended.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from fastdist.storage.locks import try_lock
 CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
 AGAIN = 0.02  # seconds between two tries to lock
-TOLD_AFTER = 1.0  # seconds that somebody may read the queue before it is said who is waited for
+LOG_AFTER = 1.0  # seconds that a start waits for a reader of the queue before it logs that
 LOCK, SUFFIX = "lock", ".fdq"
 
 log = logs.get()
 
 
 class OldRing(NamedTuple):
-    """A ring to be adopted: its open file and where it is."""
+    """A ring to be migrated: its open file and where it is."""
 
     fd: int
     path: str
 
 
 class InTheWay(NamedTuple):
-    """A file that somebody else has locked, and who that is, as far as it can be told."""
+    """A file that another process has locked, and which process, as far as that is known."""
 
     path: Path
     read: bool  # only that, as ``queue verify`` does
@@ -61,18 +61,17 @@ class QueueFolder:
     def lock(self) -> None:
         """Make the folder ours, creating it if need be. Raises StartError when another fastdist has it.
 
-        The locks are shared with the workers (``held``, and the rings
-        they get), and so held until the last of them has ended. Those of a supervisor that was killed are waited for;
-        who only reads is waited for however long it takes.
+        The locks are shared with the workers (``held``, and the rings they get), and so held until the last of them has
+        ended. It waits a while for those of a supervisor that was killed, and for a reader however long it takes.
         """
         begun = time.monotonic()
-        told = False
+        logged = False
         while (in_the_way := self._try_lock_all()) is not None:
             waited = time.monotonic() - begun
             if not in_the_way.read:
                 self._judge(in_the_way, waited)
-            elif waited > TOLD_AFTER and not told:
-                told = True
+            elif waited > LOG_AFTER and not logged:
+                logged = True
                 reader = locks.describe(in_the_way.pid)
                 log.warning("the queue is being read; the start waits", file=str(in_the_way.path), by=reader)
             time.sleep(AGAIN)
@@ -188,11 +187,11 @@ class QueueFolder:
         return [self._rings[path] for path in paths]
 
     def retire_all(self) -> None:
-        """Have every ring adopted (none of the workers' rings is a file now)."""
+        """Set every ring aside to be migrated (none of the workers' rings is a file now)."""
         self._sort_out([], 0)
 
     def _sort_out(self, wanted: list[Path], capacity: int) -> None:
-        """Leave rings where they are if name and capacity fit; have others adopted, set aside what cannot be read.
+        """Keep rings whose name and capacity fit; rename others to be migrated; set aside those that cannot be read.
 
         Nothing is touched while there is one that only a newer version can read.
         """
@@ -210,7 +209,7 @@ class QueueFolder:
                 self._rings[renamed] = self._rings.pop(path)
 
     def old_rings(self) -> list[OldRing]:
-        """Return what is to be adopted."""
+        """Return the rings to be migrated."""
         rings = [OldRing(fd, str(path)) for path, fd in sorted(self._rings.items()) if path.name.startswith("adopt-")]
         for fd, path in rings:
             _allocate(fd, os.fstat(fd).st_size, path)  # there may be holes where it was cut, or copied
@@ -251,7 +250,7 @@ def _look_at(path: Path, fd: int) -> int | str:
 
 
 def _make_file(path: Path, capacity: int) -> int:
-    """Make a ring beside its place, then put it there: whatever has its name is whole, and locked. Return it open."""
+    """Make a ring under another name, then rename it: a ring with its name is whole, and locked. Return it open."""
     beside = path.with_suffix(".new")
     fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with contextlib.ExitStack() as undo:
@@ -285,7 +284,7 @@ def _make(fd: int, capacity: int, what: str) -> None:
 
 
 def _allocate(fd: int, size: int, what: str) -> None:
-    """Have all of the file's space for certain: a full disk is to be met here, not in the middle of a write."""
+    """Allocate all of the file's space: a full disk must show here, not in the middle of a write."""
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:

@@ -1,15 +1,15 @@
-"""What can be told of an open file and of its name, and how names get to stable storage."""
+"""Open files and their names: whether they still belong together, and how names get to stable storage."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-_KEPT_UNTIL_CLOSED = (".nfs", ".fuse_hidden")  # names that file systems give to deleted files that somebody has open
+_KEPT_UNTIL_CLOSED = (".nfs", ".fuse_hidden")  # names that file systems give to deleted files that are still open
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a folder's entries (new files, renamed ones) on stable storage. Raises OSError."""
+    """Put a folder's entries (new files, renamed ones) on stable storage. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -31,7 +31,7 @@ def has_name(fd: int, path: str | Path) -> bool:
 
 
 def identity(path: Path) -> tuple[int, int]:
-    """Return what tells a folder from another under its name; (0, 0) if there is none."""
+    """Return what distinguishes a folder from another of its name; (0, 0) if it does not exist."""
     try:
         state = path.stat()
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def identity(path: Path) -> tuple[int, int]:
 def present_path(fd: int) -> str | None:
     """Return where the open file is now; None if it is nowhere: deleted, or never in a folder (a memfd).
 
-    A deleted file that has another link is nowhere as well: nobody knows where that link is.
+    A deleted file that has another link is nowhere as well: it is not known where that link is.
     """
     path = str(Path(f"/proc/self/fd/{fd}").readlink())
     if path.rpartition("/")[2].startswith(_KEPT_UNTIL_CLOSED):
@@ -51,7 +51,7 @@ def present_path(fd: int) -> str | None:
 
 
 def is_nameless(fd: int) -> bool:
-    """Whether nobody will find the open file again when all who have it open have ended."""
+    """Whether the open file cannot be found again when all processes that have it open have ended."""
     try:
         return present_path(fd) is None
     except OSError:

@@ -1,9 +1,9 @@
 """Group commit: a ring's file is synced in a thread, one sync at a time, and one sync serves all that came before it.
 
-With durability ``fsync`` a sync follows whenever somebody waits for one; with ``disk`` one follows every
-``sync_interval`` in which something changed. A sync that fails is told at once and tried again until one succeeds;
-everything is written anew before that, for after a failure the kernel may take pages for written that are not. The ring
-remembers the failure, for whoever opens it next.
+With durability ``fsync`` a sync follows whenever a response waits for one; with ``disk`` one follows every
+``sync_interval`` in which something changed. A sync that fails is reported at once and retried until one succeeds; all
+is written again before that, because after a failure the kernel may take pages for written that are not. The ring
+remembers the failure, for the process that opens it next.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ log = logs.get()
 
 
 def make_safe(ring: PacketRing, fd: int, *, write_again: bool = True) -> bool:
-    """Have all of a ring, mapped from ``fd``, on stable storage; return whether that worked.
+    """Put all of a ring, mapped from ``fd``, on stable storage; return whether that worked.
 
     What a process that was killed has left in the pages is not: not yet, or never, for it may have been killed after a
-    sync that failed, which the kernel reports once. So for a ring that was taken over, what no sync is known to have
+    sync that failed, which the kernel reports once. So for a ring of an earlier process, what no sync is known to have
     covered is written again.
     """
     if write_again:
@@ -49,13 +49,13 @@ def make_safe(ring: PacketRing, fd: int, *, write_again: bool = True) -> bool:
 
 
 class Syncer:
-    """Syncs ``ring``, mapped from ``fd``; ``on_synced(position)`` or ``on_failed(error)`` tells, in the event loop.
+    """Syncs ``ring``, mapped from ``fd``; ``on_synced(position)`` or ``on_failed(error)`` is called in the event loop.
 
     With a ``path`` a sync counts only if the file is found there after it: FileNotFoundError then. ``failing``: whether
     the last one, which was not the syncer's, did.
     """
 
-    def __init__(  # noqa: PLR0913  (what is synced, and who hears of it)
+    def __init__(  # noqa: PLR0913  (what is synced, and the callbacks)
         self,
         ring: PacketRing,
         fd: int,
@@ -73,7 +73,7 @@ class Syncer:
         self._retry: asyncio.TimerHandle | None = None
 
     def want(self) -> None:
-        """Have what is in the ring at the end of this event-loop iteration synced."""
+        """Request a sync of what is in the ring at the end of this event-loop iteration."""
         self._wanted = True
         if not self._running and not self._scheduled:
             self._scheduled = True

@@ -1,7 +1,7 @@
-"""Locks of whole files (flock), and who holds them.
+"""Locks of whole files (flock), and the processes that hold them.
 
-A lock belongs to the open file, not to the process: whoever inherits the descriptor holds it as well, and it stays
-through renaming. It ends with the last descriptor.
+A lock belongs to the open file, not to the process: a process that inherits the descriptor holds it as well, and it
+stays through renaming. It ends with the last descriptor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOCKS = Path("/proc/locks")
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Lock an open file, for ourselves or with others who only read; return whether that was possible at once."""
+    """Lock an open file, exclusively or shared with other readers; return whether that was possible at once."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -49,7 +49,7 @@ def open_locked(path: Path, flags: int, lock: Callable[[int], None]) -> int:
 
 
 def is_only_read(fd: int) -> bool:
-    """Whether those who keep us from locking the file for ourselves have locked it for reading."""
+    """Whether the processes that hold the file have locked it for reading only."""
     if not try_lock(fd, shared=True):
         return False
     fcntl.flock(fd, fcntl.LOCK_UN)
@@ -57,7 +57,7 @@ def is_only_read(fd: int) -> bool:
 
 
 def holder(fd: int) -> int | None:
-    """Return the pid of a process that has locked the file; None where the system does not tell.
+    """Return the pid of a process that has locked the file; None where the system does not show it.
 
     It is the process that asked for the lock. That one may have ended, and others may have inherited the descriptor.
     """
@@ -70,7 +70,7 @@ def holder(fd: int) -> int | None:
 
 
 def write_pid(fd: int) -> None:
-    """Have a file that we have locked say so."""
+    """Write our pid into a file that we have locked."""
     with contextlib.suppress(OSError):  # on a full disk: it is only for people
         os.pwrite(fd, f"{os.getpid():<16}".encode(), 0)
 
@@ -102,7 +102,7 @@ def is_alive(pid: int) -> bool:
 
 
 def describe(pid: int | None) -> str:
-    """Return what a person is told of a process."""
+    """Return how messages name a process."""
     if pid is None:
         return "an unknown process"
     try:
