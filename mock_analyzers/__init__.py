@@ -1,4 +1,4 @@
-"""Mock analyzers: HTTP servers that take packets, misbehave when told to, and count what was really delivered.
+"""Mock analyzers: HTTP servers that take packets, misbehave on request, and count what was really delivered.
 
 ``python -m mock_analyzers`` starts A1..A4 on ports 3001..3004. Tests use them as the ledger outside fastdist, so the
 counts are the point: see :mod:`mock_analyzers.ledger` for what each of them means. Two rules hold throughout:

@@ -54,7 +54,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     interim: Annotated[bool, Meta(description="Send 100 Continue or 103 Early Hints before each response.")] = False
     unhealthy: Annotated[bool, Meta(description="GET /health answers 503.")] = False
     health_hang: Annotated[bool, Meta(description="GET /health is not answered.")] = False
-    refuse: Annotated[bool, Meta(description="Refuse connections until told otherwise on the control port.")] = False
+    refuse: Annotated[bool, Meta(description="Refuse connections until the control port allows them again.")] = False
     verify: Annotated[bool, Meta(description="Check that bodies are JSON and keep a digest of each packet.")] = False
     keep: Annotated[bool, Meta(description="The same, and keep the packets themselves.")] = False
 

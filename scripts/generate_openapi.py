@@ -79,7 +79,7 @@ PARAMETERS = {
         "Idempotency-Key",
         "header",
         'An id for the packet, in place of a UUIDv7: 1 to 64 visible ASCII characters other than `" , ; \\`, bare or '
-        "in double quotes. It is passed on, not remembered: analyzers tell repetitions by it.",
+        "in double quotes. It is passed on, not remembered: analyzers recognise repetitions by it.",
         f'^({ID}|"{ID}")$',
         bare="order-4711-log-1",
         quoted='"order-4711-log-1"',
@@ -155,7 +155,7 @@ ROUTES = [
         "getDashboardFile",
         "dashboard",
         "A file of the dashboard",
-        "Static; the same for everybody.",
+        "Static; the same for all clients.",
         {200: "PageFile", 304: "NotModified", 404: "UnknownFile"},
         ("IfNoneMatch",),
     ),
@@ -269,7 +269,7 @@ ROUTES = [
         },
         security="adminToken",
         body=takes(
-            "What is to change.",
+            "The changes.",
             "Change",
             weight={"weight": 0.2},
             drain={"state": "draining"},

@@ -30,12 +30,12 @@ HEAD = """\
 # Durations and sizes are numbers (seconds, bytes) or strings with a unit: us ms s m h d, B KB KiB MB MiB GB GiB TB TiB.
 # What is no list can also come from the environment: FASTDIST_<SECTION>__<KEY>, as in FASTDIST_QUEUE__DURABILITY=fsync.
 # {live} change on SIGHUP or POST /admin/reload; the other sections need a restart.
-# docs/settings.md tells more of each setting. This file is made by `make generated` from src/fastdist/settings.py.
+# docs/settings.md describes each setting. This file is made by `make generated` from src/fastdist/settings.py.
 """
 
 
 def documents() -> dict[Path, str]:
-    """Return what is to be in which file."""
+    """Return the content of each generated file."""
     by_hand = PAGE.read_text().partition(MARK)[0]
     return {EXAMPLE: example(), PAGE: by_hand + MARK + reference()}
 

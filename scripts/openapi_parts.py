@@ -78,7 +78,7 @@ HEADERS = {
     "ETag": header("Stands for the file's content.", '"0123456789abcdef0123456789abcdef"', pattern='^"[0-9a-f]{32}"$'),
     "PageCacheControl": fixed("Kept by browsers, but asked for again each time.", "no-cache"),
     "PagePolicy": fixed("Nothing is loaded from elsewhere, and nothing runs inline.", POLICY),
-    "Referrer-Policy": fixed("Other sites are not told of it.", "no-referrer"),
+    "Referrer-Policy": fixed("Other sites do not learn of it.", "no-referrer"),
     "Cross-Origin-Resource-Policy": fixed("Not for pages of other sites.", "same-origin"),
 }
 IN_ALL = {name: name for name in list(HEADERS)[: list(HEADERS).index("Retry-After")]}

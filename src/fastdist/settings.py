@@ -3,7 +3,7 @@
 This is the one place for all of that. ``make generated`` writes ``fastdist.example.toml`` and ``docs/settings.md`` from
 it, the command line takes help texts from it, and ``config`` checks values by it. The annotation of a setting holds
 
-- ``about(text)``: a summary on a line of its own, without a link, and then what else there is to know. It is Markdown,
+- ``about(text)``: a summary on a line of its own, without a link, and then the details. It is Markdown,
   with links as in a page of ``docs/``. So is the docstring of a section, which stands above its settings;
 - ``Meta``: bounds or a pattern, ``examples`` where the default shows nothing, and in ``extra`` other ``config.Facts``.
 
@@ -96,7 +96,7 @@ class Server(Struct, frozen=True, kw_only=True):
         about("""The address to listen on.
         It is one of this machine, or a name that resolves to one. `0.0.0.0` is all of IPv4, `::` all of IPv6 too,
         whatever `net.ipv6.bindv6only` says (IPv4 clients then have addresses such as `::ffff:192.0.2.1`). Set
-        `127.0.0.1` where only a proxy on this machine is to reach it."""),
+        `127.0.0.1` where only a proxy on this machine may reach it."""),
     ] = "0.0.0.0"  # noqa: S104  (a service for other machines)
     port: Annotated[
         int,
@@ -154,8 +154,8 @@ class Server(Struct, frozen=True, kw_only=True):
         about("""How long the queue may drain after SIGTERM.
         What is left then stays on disk (`memory`: goes to the dead letters). Until then requests on connections that
         are open are accepted, each as the last of its connection; connections that are idle are closed after a second.
-        Whatever stops the service has to wait longer than that before killing it: systemd is told, Docker and
-        Kubernetes have to be ([containers](operations.md#containers))."""),
+        What stops the service must wait longer than that before killing it: systemd is notified, Docker and
+        Kubernetes must be configured ([containers](operations.md#containers))."""),
     ] = 30.0
     validation: Annotated[
         Literal["none", "schema", "strict"],
@@ -356,7 +356,7 @@ class Retry(Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=10**6),
         about("""Attempts before a packet becomes a dead letter; 0 is until it is delivered.
-        The reason of that dead letter is `exhausted`; each sending counts. Set it where a packet that crashes its
+        The reason of that dead letter is `exhausted`; each attempt counts. Set it where a packet that crashes its
         analyzer must not go round forever."""),
     ] = 0
 
@@ -403,7 +403,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     rate: Annotated[
         Rate,
         about("""Requests a second, of all emitters together; 0 is off.
-        To turn away early what the analyzers cannot take."""),
+        Rejects early what the analyzers cannot take."""),
     ] = 0.0
     burst: Annotated[Burst, about("Requests that may come at once, beyond the even pace; 0 is one second's worth.")] = 0
     client_rate: Annotated[
@@ -415,7 +415,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Security(Struct, frozen=True, kw_only=True):
-    """Who may do what.
+    """Which clients may do what.
 
     Tokens are compared in constant time and appear in no log and no message;
     [SECURITY.md](../SECURITY.md#running-it-safely) says what else to do.

@@ -77,9 +77,9 @@ def send(
     the metadata of a message, any other line its text. Only empty lines are left out. Lines that are not UTF-8 are
     sent with their bytes beside them, and lines longer than an eighth of --batch-bytes in parts.
 
-    Each packet has an id made from the log, the place in it and the bytes: analyzers can tell what is sent again after
-    a failure, or after kill -9 with --offset-file. Busy or unreachable distributors are tried again, as Retry-After
-    says; what a distributor refuses ends it.
+    Each packet has an id made from the log, the place in it and the bytes: analyzers can recognise what is sent again
+    after a failure, or after kill -9 with --offset-file. Busy or unreachable distributors are tried again, as
+    Retry-After says; what a distributor refuses ends it.
 
     \b
     Exit status:
@@ -158,7 +158,7 @@ def _send(shipper: Shipper, sources: Sources, offset_file: Path | None, view: Se
 
 @contextlib.contextmanager
 def _signals_noted(shipper: Shipper, caught: list[int]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM end it in good order, and a second one at once."""
+    """Make SIGINT and SIGTERM end it in good order, and a second one at once."""
 
     def note(number: int, _: FrameType | None) -> None:
         caught.append(number)

@@ -1,6 +1,6 @@
 """The configuration in force, for a person: as TOML that can be read again, with where each value comes from.
 
-Tokens are masked. Warnings beyond those of a start are for who asks for a check: some concern the defaults as well.
+Tokens are masked. Warnings beyond those of a start are for ``check`` only: some concern the defaults as well.
 """
 
 from __future__ import annotations

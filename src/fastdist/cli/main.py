@@ -55,7 +55,7 @@ DeadLettersPath = Annotated[
 ]
 QueuePath = Annotated[Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), or one file of it.")]
 Reason = Literal["refused", "exhausted", "oversized", "shutdown"]  # why a packet is a dead letter
-LineReason = Literal[Reason, "unreadable"]  # the same, and what a line is listed under that is none
+LineReason = Literal[Reason, "unreadable"]  # the same, and that of a line that is not one
 REASONS_HELP = (
     "Only those with this reason: an analyzer refused it; retry.max_attempts is used up; too large for the queue as it "
     "is now; left in memory at the end"
@@ -283,7 +283,7 @@ def dead_letters_purge(
     from fastdist.storage import dead_letters
 
     if not yes and not sys.stdin.isatty():
-        fail("there is nobody to ask (stdin is no terminal); say --yes if they are to be deleted")
+        fail("cannot ask for confirmation (stdin is no terminal); use --yes to delete them")
     with problems_shown():
         selection = dead_letters.Selection(reason=reason, until=ago(older_than, "--older-than"))
         files = dead_letters.find_files(path)
@@ -302,7 +302,7 @@ def dead_letters_purge(
 def queue_group() -> None:
     """Verify or show a queue that is not in use.
 
-    Nothing is changed. What a running fastdist has queued is told by its GET /queue.
+    Nothing is changed. What a running fastdist has queued is in its GET /queue.
 
     \b
     Examples:

@@ -56,7 +56,7 @@ def problems_shown(prefix: str = "") -> Iterator[None]:
     """End with a line that says what is wrong with a path or a value that was given."""
     try:
         yield
-    except BrokenPipeError:  # whoever read this had enough
+    except BrokenPipeError:  # the reader closed the pipe
         raise
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))

@@ -72,7 +72,7 @@ class HeldFile:
 
     @classmethod
     def hold_or_skip(cls, path: Path, note: Callable[[str], None]) -> HeldFile | None:
-        """Do the same; None also when a worker goes on writing to it, which ``note`` is told."""
+        """Do the same; None also when a worker still writes to it, which ``note`` reports."""
         try:
             return cls.hold(path, LOCK_PATIENCE)
         except BlockingIOError:

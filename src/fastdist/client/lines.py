@@ -21,8 +21,8 @@ _MAX_TAIL = 3  # bytes of a character behind its first one
 class Line(NamedTuple):
     """A line, or a part of one.
 
-    ``offset`` and ``end`` say where it lies, its line end included; ``raw`` is without the line end; ``whole`` tells a
-    line from a part. The parts of a line follow each other: where one has ended (``offset`` + the length of ``raw``)
+    ``offset`` and ``end`` say where it lies, its line end included; ``raw`` is without the line end; ``whole``: a line,
+    not a part. The parts of a line follow each other: where one has ended (``offset`` + the length of ``raw``)
     the next begins.
     """
 
@@ -63,7 +63,7 @@ class LineCutter:
     def finish(self) -> list[Line]:
         """Return the rest as a last line: there are no more bytes.
 
-        Bytes that may as well be the first part of a long line count as a part: later they cannot be told apart.
+        Bytes that may as well be the first part of a long line count as a part: later they cannot be distinguished.
         """
         rest, self._rest = self._rest, b""
         if not rest:

@@ -9,7 +9,7 @@ The rules:
    rotation late.
 4. Whenever more is read, the bytes before it have to be those that were read. Else the log was truncated, whatever
    size it has by now, and is sent from its beginning.
-5. What has been read from a stream cannot be read again: when told to stop, a stream still yields all of it.
+5. What has been read from a stream cannot be read again: when asked to stop, a stream still yields all of it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Log:
                 yield from self._with_tails(packer.finish())
                 return
             time.sleep(IDLE)
-        if follow:  # what was read is to be sent; a line without an end is not
+        if follow:  # what was read must be sent; a line without an end is not
             yield from self._with_tails(packer.flush())
 
     def _packer(self, recipe: Recipe, *, all_in_one: bool = False) -> Packer:
@@ -213,7 +213,7 @@ class Stream:
 
     def packets(self, stopping: Callable[[], bool], *, follow: bool = False) -> Iterator[Packet | None]:  # noqa: ARG002
         """Yield packets; None when there is nothing more for now. Raises OSError."""
-        due = 0.0  # when lines that wait are to be sent, whether they fill a packet or not
+        due = 0.0  # when waiting lines must be sent, whether they fill a packet or not
         left = MAX_LEFT_IN_PIPE
         while left > 0:
             ending = stopping()
@@ -238,7 +238,7 @@ class Stream:
 class Trail:
     """The logs that have had one name: which of them to send, one after another.
 
-    ``note`` is told what a person should know: that a log was rotated, truncated or exchanged, or cannot be sent.
+    ``note`` gets what the user should know: that a log was rotated, truncated or exchanged, or cannot be sent.
     """
 
     def __init__(self, path: Path, recipe: Recipe, note: Callable[[str], None]) -> None:
@@ -248,7 +248,7 @@ class Trail:
         self._told: set[tuple[int, int]] = set()  # of these compressed logs
 
     def sources(self, offsets: OffsetFile | None, stopping: Callable[[], bool]) -> Iterator[Log | Stream]:
-        """Yield what is to be sent, open; each is closed when the next one is asked for. Raises as ``begin`` does."""
+        """Yield what must be sent, open; each is closed when the next one is asked for. Raises as ``begin`` does."""
         source: Log | Stream | None = self.begin(offsets)
         while source is not None:
             try:
@@ -259,7 +259,7 @@ class Trail:
             source = after
 
     def begin(self, offsets: OffsetFile | None) -> Log | Stream:
-        """Return what is to be sent first, open. Raises OSError, and ValueError if the offsets are another log's."""
+        """Return what must be sent first, open. Raises OSError, and ValueError if the offsets are another log's."""
         before = offsets.position if offsets else None
         current = self._rotation.current()
         self._goal = current.key if current else None
@@ -297,7 +297,7 @@ class Trail:
         return log
 
     def following(self, log: Log, stopping: Callable[[], bool]) -> Log | None:
-        """Return what comes after a log that ended; None when nothing does, or told to stop. Raises OSError."""
+        """Return what comes after a log that ended; None when nothing does, or asked to stop. Raises OSError."""
         before = log.reached(None, [])
         if log.outcome == "truncated":
             self._note(f"{self.path} was truncated; sending it from its beginning; what was not read before is lost")
@@ -308,14 +308,14 @@ class Trail:
 
     def _awaited(self, before: Position, stopping: Callable[[], bool]) -> Log | None:
         """Return what comes after a log that was followed, as soon as it is there and may be read."""
-        told = False
+        noted = False
         while not stopping():
             try:
                 log = self._next(before)
             except PermissionError as error:
-                if not told:
+                if not noted:
                     self._note(f"{error.filename}: {error.strerror}; waiting until it can be read")
-                told, log = True, None
+                noted, log = True, None
             if log is not None:
                 now = "the new one" if log.name == self.path.name else f"{log.name}, which came next"
                 self._note(f"{self.path} was rotated; going on with {now}")
@@ -324,7 +324,7 @@ class Trail:
         return None
 
     def _next(self, before: Position, *, gone: bool = False) -> Log | None:
-        """Return what came next after a log; tell of what cannot be sent. Raises OSError."""
+        """Return what came next after a log; report what cannot be sent. Raises OSError."""
         while True:
             chain, packed = self._rotation.after(before, gone=gone)
             for file in packed:

@@ -46,7 +46,7 @@ def count(files: list[Found], selection: Selection) -> Census:
 
 
 def purge(files: list[Found], selection: Selection, note: Callable[[str], None]) -> Census:
-    """Remove what is selected; return what is gone. ``note`` is told of files that were skipped. Raises OSError."""
+    """Remove what is selected; return what is gone. ``note`` gets the files that were skipped. Raises OSError."""
     tidy(files)
     removed = Census()
     for found in files:

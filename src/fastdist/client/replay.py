@@ -3,7 +3,7 @@
 The rules:
 
 1. A dead letter goes from its file only once the distributor has accepted it. At worst it is replayed twice, under its
-   own id, so that an analyzer can tell.
+   own id, so that an analyzer can recognise it.
 2. What is accepted is noted at once (see ``held_file``), so a replay that is killed repeats no more than the dead
    dead letters in flight. The file is not rewritten before the distributor has had the time to sync what it accepted
    (``disk``): until then the dead letters are safer in the file, noted as replayed.
@@ -104,7 +104,7 @@ class Replay(retry.Run):
             with ThreadPoolExecutor(len(connections)) as pool:
                 try:
                     list(pool.map(self._work, connections, repeat(held), repeat(lines)))
-                except BaseException:  # Ctrl-C, or a fault in a thread: the others are to end as well
+                except BaseException:  # Ctrl-C, or a fault in a thread: the others must end as well
                     self.halt.set()
                     raise
         finally:
@@ -136,7 +136,7 @@ class Replay(retry.Run):
         return 2 * interval if interval <= MAX_INTERVAL else math.inf
 
     def _is_synced(self, moment: float) -> bool:
-        """Wait until then; say whether the distributor has synced what it has accepted, as far as that can be told."""
+        """Wait until then; say whether the distributor has synced what it has accepted, as far as that is known."""
         why = f"the distributor syncs its queue less often than every {MAX_INTERVAL:g} s"
         if moment < math.inf:
             if self._time_to_sync == 0.0:

@@ -99,7 +99,7 @@ class Run:
     ) -> None:
         self.target, self._waiting, self._max_failures = target, waiting, max_failures
         self.lock = threading.RLock()
-        self.halt = threading.Event()  # nothing more is to be sent
+        self.halt = threading.Event()  # nothing more may be sent
         self._pauses = Pauses(patience)
 
     def end(self, why: str | None = None, *, permanent: bool = False) -> None:

@@ -42,7 +42,7 @@ class File(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
-        """What tells it from all others, while its birth is known."""
+        """What identifies it among all others, while its birth is known."""
         return self.inode, self.birth
 
     @property

@@ -5,10 +5,10 @@ The rules:
 1. A packet counts as sent once the distributor has accepted it. What counts for the log is the offset up to which all
    packets are sent, without a gap.
 2. Where offsets are recorded, a packet's end is recorded before the packet is sent (see ``offsets``).
-3. What is tried again and when to give up is decided in ``retry``. A packet that is refused ends the run: somebody has
-   to look at it, and nothing is skipped.
-4. Told to stop, it lets the requests in flight finish and begins no other. But what has been read of a stream, or of
-   a log that is followed, is sent nevertheless: it may not be there to be read again.
+3. What is tried again and when to give up is decided in ``retry``. A packet that is refused ends the run: it must be
+   looked at, and nothing is skipped.
+4. When asked to stop, it lets the requests in flight finish and begins no other. But what has been read of a stream,
+   or of a log that is followed, is sent nevertheless: it may not be there to be read again.
 5. Memory is bounded: packets in flight or waiting are at most ``WINDOW`` for each connection.
 """
 
@@ -84,7 +84,7 @@ class _Slot:
 
     @property
     def plan(self) -> tuple[int, int]:
-        """Its end and how it was cut, as an offset file has it: a refused one is to be cut again."""
+        """Its end and how it was cut, as an offset file has it: a refused one must be cut again."""
         return self.packet.end, 0 if self.response and not self.response.accepted else self.packet.cut
 
 
@@ -102,7 +102,7 @@ class Shipper(retry.Run):
         self.stopping = self._stop_shown = False
         self._source: Log | Stream
         self._offsets: OffsetFile | None
-        self._must_finish = False  # also when told to stop: what was read is sent
+        self._must_finish = False  # also when asked to stop: what was read is sent
         self._record_at = 0.0  # time.monotonic()
         self._last: Packet | None = None  # up to which everything is sent
         self._window: deque[_Slot] = deque()  # in the log's order, from the first packet that is not sent
@@ -111,7 +111,7 @@ class Shipper(retry.Run):
         self._done: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
 
     def is_stopping(self) -> bool:
-        """Whether it was told to stop."""
+        """Whether it was asked to stop."""
         return self.stopping
 
     def run(self, sources: Iterable[Log | Stream], offsets: OffsetFile | None, *, follow: bool) -> Summary:
@@ -187,7 +187,7 @@ class Shipper(retry.Run):
         self.summary.offset = self._last.end if self._last else source.start
 
     def _hand_out(self, group: list[_Slot]) -> None:
-        """Have packets sent once there is room for them and their ends are recorded."""
+        """Queue packets for the threads once there is room for them and their ends are recorded."""
         room = self.connections * WINDOW - len(group)
         self._wait_for(lambda: len(self._window) <= room)
         if self.halt.is_set() and self._offsets:
@@ -201,13 +201,13 @@ class Shipper(retry.Run):
                 self._todo.put(slot)
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition holds, or nothing more is to be sent."""
+        """Wait until a condition holds, or nothing more may be sent."""
         while not condition() and not self.halt.is_set():
             self._settle(LOOK_EVERY)
             self._keep_up()
 
     def _keep_up(self) -> None:
-        """Do what is to be done every now and then; begin to stop when told to."""
+        """Do the periodic work; begin to stop when asked to."""
         self._settle(0)
         if time.monotonic() >= self._record_at:
             self._record()

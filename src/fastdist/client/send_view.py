@@ -1,4 +1,4 @@
-"""How sending goes, for a person: a bar with rates and why nothing moves."""
+"""The progress of ``send``: a bar with rates and why nothing moves."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _columns(width: int) -> list[ProgressColumn | str]:
 
 
 class SendView(View):
-    """Shows what a ``send.Shipper`` tells. ``follow``: it is not known how much there will be.
+    """Shows what a ``send.Shipper`` reports. ``follow``: it is not known how much there will be.
 
     Called by several threads, but by one at a time.
     """

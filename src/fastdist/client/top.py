@@ -1,4 +1,4 @@
-"""``fastdist top``: asks a distributor again and again, and shows what it says until somebody has seen enough.
+"""``fastdist top``: polls a distributor and shows its figures until it is interrupted.
 
 A thread asks, so that keys are heard while a server takes its time. A server that is away is asked on; its last
 figures stay, and say how old they are.
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 TIMEOUT = 5.0  # seconds without a response
 MAX_RESPONSE = 1 << 24  # bytes
 REDRAW = 0.25  # seconds, at most
-PLAIN_WIDTH = 160  # columns where there is no terminal to tell
+PLAIN_WIDTH = 160  # columns where no terminal says
 ENDING_KEYS = {b"q", b"Q", b"\x04", b""}  # Ctrl-D; nothing: the terminal is gone
 
 Kind = TypeVar("Kind", Health, Stats, Queue, Analyzers)
 
 
 class NoAnswerError(Exception):
-    """The server does not answer, or not as a distributor does; its text says why."""
+    """The server does not answer, or not as a distributor does; the text says why."""
 
 
 class Watcher:

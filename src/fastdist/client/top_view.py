@@ -1,7 +1,7 @@
 """What ``fastdist top`` shows: one frame, made of what /health, /stats, /queue and /analyzers answered.
 
 Nothing here asks a server or waits; a frame is values in, text out. The figures are those of the server, only rounded
-for reading; counts are whole. Colours repeat what words say, so that nothing is lost where there are none.
+for reading; counts are whole. Colours repeat what words say, so that nothing is lost without them.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _head(frame: Frame) -> Text:
 
 
 def _warnings(frame: Frame) -> Iterable[str]:
-    """Yield what somebody should look at, the worst first."""
+    """Yield what needs attention, the worst first."""
     answers = frame.answers
     if frame.trouble:
         last = f"; the figures are of {frame.seen:%H:%M:%SZ}" if frame.seen else ""

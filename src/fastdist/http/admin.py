@@ -1,4 +1,4 @@
-"""Changes while the service runs: who may ask for them, and what they ask. The supervisor carries them out."""
+"""Changes while the service runs: which clients may request them, and their bodies. The supervisor applies them."""
 
 from __future__ import annotations
 

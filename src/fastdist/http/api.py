@@ -96,7 +96,7 @@ def problem(
 ) -> Response:
     """Return an RFC 9457 document; ``errors`` are ``{"pointer", "detail"}`` of the fields at fault, if any.
 
-    Any text can be told, also what is no Unicode: see ``printable``.
+    Any text is allowed, also what is not Unicode: see ``printable``.
     """
     faults = [FieldError(**{name: printable(text) for name, text in error.items()}) for error in errors or ()]
     document = Problem(title=reason(status), status=status, detail=printable(detail), errors=faults or UNSET)

@@ -6,7 +6,7 @@
   has 36,000 lines; each is one formatting here. (prometheus_client, whose parsers read in the tests what is written
   here, would take up to ten times as long.)
 - A bucket's ``le`` is always an exact bound of the histograms in shared memory. Every octave of those is one bucket
-  here, from 16 µs to 137 s; the eight steps of an octave would cost scrapers more than they tell.
+  here, from 16 µs to 137 s; the eight steps of an octave would cost scrapers more than they show.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _families(it: Snapshot) -> Iterator[Family]:
 def _packets(it: Snapshot) -> Iterator[Family]:
     yield _counter("packets_received", "Packets that emitters sent: accepted or rejected.", it.received)
     yield _counter("packets_accepted", "Packets that were stored and acknowledged.", it.accepted)
-    yield _counter("packets_rejected", "Packets that were turned away.", it.rejected, by="reason")
+    yield _counter("packets_rejected", "Packets that were rejected.", it.rejected, by="reason")
     yield _counter("packets_recovered", "Packets found in the queue at the start.", it.total("recovered"))
     yield _counter("packets_spilled", "Packets that left a busy analyzer for another.", it.total("spilled"))
     yield _counter("packets_corrupt", "Damaged records found in the queue and skipped.", it.total("corrupt"))
@@ -106,7 +106,7 @@ def _analyzers(it: Snapshot) -> Iterator[Family]:
         ("inflight_packets", "in_flight", "Packets sent to the analyzer and not answered yet."),
         ("analyzer_up", "online", "Whether the analyzer is online (1) or offline (0)."),
         ("analyzer_probation", "on_probation", "Whether it gets one packet at a time (1) until it takes one."),
-        ("analyzer_draining", "draining", "Whether the analyzer is told to drain (1): it gets no new packets."),
+        ("analyzer_draining", "draining", "Whether the analyzer is set to drain (1): it gets no new packets."),
         ("analyzer_connections", "connections", "Open connections to the analyzer."),
         ("analyzer_target_share", "target_share", "The share (0 to 1) that its weight gives the analyzer."),
         ("analyzer_effective_share", "effective_share", "The share (0 to 1) of new packets it gets right now."),

@@ -149,7 +149,7 @@ class Ready(Model, kw_only=True):
 
 
 class Percentiles(Model, kw_only=True):
-    """Milliseconds, since the service started; null as long as there is nothing to tell."""
+    """Milliseconds, since the service started; null while there are no values."""
 
     p50: Annotated[Number | None, doc("50 % took no longer.")] = None
     p90: Annotated[Number | None, doc("90 % took no longer.")] = None
@@ -226,9 +226,7 @@ class AnalyzerInShort(Model, kw_only=True):
     """An analyzer's shares and counts."""
 
     id: Annotated[str, Meta(description="Its name.", min_length=1)]
-    state: Annotated[
-        str, _words("online", "offline", "draining"), doc("What it was told to do comes before what it is able to do.")
-    ]
+    state: Annotated[str, _words("online", "offline", "draining"), doc("`draining` takes precedence over the others.")]
     target_share: Annotated[Share, doc("What its weight makes of the whole.")]
     actual_share: Annotated[Share, doc("What it has had of all that was delivered, by `distribution.by`.")]
     delivered: Annotated[Count, doc("Packets it has taken.")]
@@ -376,7 +374,7 @@ class Analyzers(Model, kw_only=True):
 
 
 class Change(Model, kw_only=True, forbid_unknown_fields=True):
-    """What is to change."""
+    """The changes."""
 
     weight: Annotated[
         Annotated[Number, Meta(le=MAX_WEIGHT)] | UnsetType, doc("Its new weight, relative to the others'.")

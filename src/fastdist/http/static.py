@@ -1,6 +1,6 @@
 """The dashboard's files: what ``GET /`` and the paths below /dashboard/ answer.
 
-- Static: read once from the package, the same for everybody. What is live the page fetches from the API itself.
+- Static: read once from the package, the same for all clients. The page fetches live figures from the API itself.
 - Nothing is loaded from elsewhere and nothing runs inline; the policy below holds browsers to that.
 - Kept by browsers, but asked for again each time (``no-cache`` and an ETag), so that a page is never older than the
   service it shows.

@@ -180,7 +180,7 @@ def _analyzer(snapshot: Snapshot, figures: AnalyzerFigures) -> models.Analyzer:
         health=models.Checks(
             last_check=_iso(word(AnalyzerWord.LAST_CHECK_NS)),
             last_status=word(AnalyzerWord.LAST_STATUS) or None,
-            # Checks and deliveries are counted apart, and either row takes it offline: the longer one tells.
+            # Checks and deliveries are counted apart, and either row takes it offline: the longer one is shown.
             consecutive_failures=max(word(AnalyzerWord.CHECK_FAILURES), word(AnalyzerWord.DELIVERY_FAILURES)),
             consecutive_successes=word(AnalyzerWord.CHECK_SUCCESSES),
         ),
