@@ -42,8 +42,8 @@ class Drain:
         self._intake.closed = True
         self._reject()
         self._dispatcher.stop()
-        dead_letters, ring = self._dispatcher.dead_letters, self._queue.ring
-        while dead_letters.syncing:  # noqa: ASYNC110  (an event would exist for this alone)
+        dead_letter_writer, ring = self._dispatcher.dead_letter_writer, self._queue.ring
+        while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would exist for this alone)
             await asyncio.sleep(TICK)
         if ring.undone and is_nameless(self._queue.fd):
             self._save_the_rest()

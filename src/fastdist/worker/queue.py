@@ -88,7 +88,7 @@ class Queue:
         if self.syncer is not None:
             self.syncer.want_if_changed()
 
-    def migrate(self, most: int, letters: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
+    def migrate(self, most: int, dead_letter_writer: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
         """Move up to ``most`` packets of each old ring, whatever happens to the others. Raises the last one's error.
 
         What the ring cannot take becomes a dead letter. ``deleted(path)`` is called when an old ring is empty and gone.

@@ -44,27 +44,6 @@ SHORT_PAUSE = 0.5  # seconds until a connection that failed for want of a descri
 log = logs.get()
 
 
-class PoolOwner(Protocol):
-    """Decides what becomes of packets; see ``fastdist.worker.dispatch.Dispatcher`` for what each call means."""
-
-    poller: Poller
-    names: Names
-    room: int  # for connections, of all pools
-    openings: int  # connections that may be begun to open now
-
-    def delivered(self, pool: AnalyzerPool, sequences: list[int]) -> None: ...  # noqa: D102
-    def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None: ...  # noqa: D102
-    def failed(  # noqa: D102
-        self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
-    ) -> None: ...
-    def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None: ...  # noqa: D102
-    def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None: ...  # noqa: D102
-    def short_of(self, lacking: OSError) -> None: ...  # noqa: D102
-    def schedule(self) -> None: ...  # noqa: D102
-    def wake(self, pool: AnalyzerPool) -> None: ...  # noqa: D102
-    def went_wrong(self, error: Exception) -> None: ...  # noqa: D102
-
-
 class AnalyzerConnection(ReplyBase, asyncio.Protocol):
     """One connection to an analyzer."""
 
@@ -182,7 +161,7 @@ class AnalyzerPool(PoolBase):
 
     def _unreachable(self, error: str) -> None:
         """Fail the packets of a request for which no connection could be made."""
-        self.hand_over(self.failed, self.take_request(), f"cannot connect: {error}", True, None)  # noqa: FBT003
+        self.hand_over(self.owner.failed, self.take_request(), f"cannot connect: {error}", counted=True)
 
     def _wait_out(self, lacking: OSError) -> None:
         """Open no connection for a moment: this process lacks something, which is no failure of the analyzer."""
@@ -238,14 +217,6 @@ class AnalyzerPool(PoolBase):
 
     # ---- called by ReplyBase
 
-    def claim_more(self) -> None:
-        """There is room again, and something in the ring to claim."""
-        self.owner.schedule()
-
-    def lingering(self) -> None:
-        """There is room, but what waits leaves only when its batch is full or its time is over."""
-        self.owner.wake(self)
-
     def unasked(self, beginning: bytes) -> None:
         """Warn of an analyzer that sends an unsolicited reply: with pipelining, that may settle the wrong request."""
         if beginning.startswith((b"HTTP/1.1 408", b"HTTP/1.0 408")):  # how some servers close an idle connection
@@ -258,27 +229,3 @@ class AnalyzerPool(PoolBase):
                 analyzer=self.analyzer.id,
                 beginning=beginning.decode("latin-1"),
             )
-
-    def delivered(self, sequences: list[int]) -> None:
-        """Watched packets were delivered."""
-        self.owner.delivered(self, sequences)
-
-    def refused(self, handles: list[int], status: int, batch: bool) -> None:  # noqa: FBT001
-        """Report a reply that says the request is at fault."""
-        self.owner.refused(self, handles, status, batch=batch)
-
-    def failed(self, handles: list[int], error: str, counted: bool, status: int | None) -> None:  # noqa: FBT001
-        """Report a request that failed and may be sent again."""
-        self.owner.failed(self, handles, error, counted=counted, status=status)
-
-    def paused_for(self, handles: list[int], status: int, value: str) -> None:
-        """Report a 429 or 503 with Retry-After."""
-        self.owner.paused_for(self, handles, status, value)
-
-    def not_sent(self, handles: list[int]) -> None:
-        """Report packets that the analyzer did not look at."""
-        self.owner.not_sent(self, handles)
-
-    def went_wrong(self, error: Exception) -> None:
-        """Report an error of the program."""
-        self.owner.went_wrong(error)
