@@ -97,7 +97,7 @@ def test_one_analyzer_closely(page, fastdist):
     wait_until(lambda: not page.one("#analyzer-clear").is_displayed(), "there is no override left to remove")
 
 
-def test_the_token_is_asked_for_when_one_is_needed(page, mocks, serve):
+def test_token_is_requested_when_needed(page, mocks, serve):
     page.forgiven = [r"/analyzers/\w+ .* 401 "]
     fastdist = serve(mocks, {"security": {"admin_tokens": [TOKEN]}})
     page.open(fastdist.port)
@@ -130,7 +130,7 @@ def test_the_token_is_asked_for_when_one_is_needed(page, mocks, serve):
     assert TOKEN not in fastdist.output
 
 
-def test_where_no_token_would_help_the_reason_is_told(page, fastdist):
+def test_reason_is_shown_if_no_token_helps(page, fastdist):
     page.forgiven = [r"/analyzers/A1 .* 403 "]
     page.open(fastdist.port, ELSEWHERE)
     page.click(drain("A1"))

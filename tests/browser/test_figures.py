@@ -102,7 +102,7 @@ def assert_the_rest(page, stats):
     assert reasons == {"malformed": "2", "unsupported media type": "1"}
 
 
-def test_the_figures_shown_are_those_of_the_service(page, mocks, fresh):
+def test_figures_are_those_of_the_service(page, mocks, fresh):
     page.open(fresh.port)
     Emitter(fresh.port, connections=8).send(1500)
     assert [fresh.post(b"{")[0] for _ in range(2)] == [400, 400]
@@ -125,7 +125,7 @@ def test_the_figures_shown_are_those_of_the_service(page, mocks, fresh):
     assert_the_rest(page, stats)
 
 
-def test_the_rates_and_lines_are_those_of_the_traffic(page, fastdist):
+def test_rates_and_lines_follow_the_traffic(page, fastdist):
     page.open(fastdist.port)
     emitter = Emitter(fastdist.port, connections=4, pause=0.02).start()
 
@@ -230,7 +230,7 @@ def test_a_service_that_hangs(page, fresh):
     page.wait_for_level("ok")
 
 
-def test_a_page_that_nobody_sees_asks_for_nothing(page, fastdist):
+def test_hidden_page_requests_nothing(page, fastdist):
     page.open(fastdist.port)
     hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
     page.run(hide % "true" + "document.dispatchEvent(new Event('visibilitychange'))")

@@ -91,7 +91,7 @@ def test_an_analyzer_is_drained_by_keyboard(page, fastdist):
     fastdist.wait_for_state("A1", "online")
 
 
-def test_a_dialog_keeps_the_focus_and_gives_it_back(page, fastdist):
+def test_dialog_keeps_and_returns_the_focus(page, fastdist):
     page.open(fastdist.port)
     page.run("document.querySelector('[data-analyzer=A2] .weight').focus()")
     opener = page.focused
@@ -146,7 +146,7 @@ def test_a_long_name_fits_on_a_phone(page, single, serve):
     assert page.run("const d = document.getElementById('analyzer'); return d.scrollWidth <= d.clientWidth")
 
 
-def test_what_is_to_be_touched_is_large_enough(page, fastdist):
+def test_touch_targets_are_large_enough(page, fastdist):
     chromium.resize(page.driver, *PHONE, mobile=True)
     page.open(fastdist.port)
     for button in page.all("main button"):
@@ -199,7 +199,7 @@ def test_tables_stay_tables(page, fastdist, size):
     assert {("region", "Throughput"), ("region", "Analyzers"), ("main", ""), ("banner", "")} <= names
 
 
-def test_the_banner_is_told_once(page, mocks, fastdist):
+def test_the_banner_is_announced_once(page, mocks, fastdist):
     page.open(fastdist.port)
     page.wait_for_level("ok")
     page.run(

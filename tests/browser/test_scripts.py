@@ -147,7 +147,7 @@ def history(scripts, body, *documents):
     )
 
 
-def test_rates_are_differences_on_the_clock_of_the_service(scripts):
+def test_rates_use_the_clock_of_the_service(scripts):
     samples = (sample(10), sample(11, 100, 80), sample(13, 300, 90, queued=7), sample(13, 300, 90))
     points = history(scripts, "return [h.throughput(), h.depth().at(-1)]", *samples)
     assert points[0] == [{"ago": 2, "values": [100, 80]}, {"ago": 0, "values": [100, 5]}]
@@ -161,7 +161,7 @@ def test_no_line_is_drawn_over_what_was_not_seen(scripts):
     assert [point["values"] is None for point in depth] == [False, False, True, False, False]
 
 
-def test_a_service_that_was_restarted_begins_anew(scripts):
+def test_restarted_service_resets_its_figures(scripts):
     assert history(scripts, "return h.throughput()", sample(500, 1000, 1000), sample(2, 3), sample(3, 4)) == [
         {"ago": 0, "values": [1, 0]}
     ]
@@ -172,7 +172,7 @@ def test_five_minutes_are_kept(scripts):
     assert kept == list(range(696, 1000, 4))
 
 
-def test_the_rate_of_an_analyzer_is_that_of_the_last_seconds(scripts):
+def test_analyzer_rate_is_of_the_last_seconds(scripts):
     samples = [sample(at, each=(0 if at < 20 else 10 * (at - 20), 3)) for at in range(41)]
     body = "return [h.rateOf('A1'), h.rateOf('A2'), h.rateOf('new')]"
     assert history(scripts, body, *samples) == [10, 0, None]
@@ -254,7 +254,7 @@ def test_what_is_wrong_is_said(scripts, members, level, words):
     assert any(words in f"{text}$" for _, text in found), found  # $: the end
 
 
-def test_what_has_grown_lately_is_said_for_a_minute(scripts):
+def test_recent_growth_shows_for_a_minute(scripts):
     worse = changed(stats__uptimeSeconds=101.0, stats__packets__deadLettered=2, stats__rejected__tooLarge=1)
     found = conditions(scripts, GOOD, worse)
     assert found[0][1].startswith("Packets became dead letters within the last minute.")

@@ -81,7 +81,7 @@ def test_workers_are_stopped_for_a_moment(experiment):
 
 
 @pytest.mark.parametrize("durability", form(["disk"], ["memory", "disk", "fsync"]))
-def test_the_supervisor_is_killed_and_started_again_at_once(experiment, durability):
+def test_supervisor_is_killed_and_restarted(experiment, durability):
     times = form(1, 4)
     experiment.analyzers("--latency", "0.002")
     settings = {"queue": {"durability": durability}}
@@ -104,7 +104,7 @@ def test_the_supervisor_is_killed_and_started_again_at_once(experiment, durabili
 
 
 @pytest.mark.parametrize(("durability", "mode"), form([("disk", "single"), ("fsync", "batch")], EVERY_WAY[2:]))
-def test_everything_is_killed_and_started_with_other_numbers_of_workers(experiment, durability, mode):
+def test_all_killed_and_worker_count_changed(experiment, durability, mode):
     delivery = MODES[mode]
     experiment.analyzers("--latency", "0.002")
     queue = {"durability": durability}
@@ -128,7 +128,7 @@ def test_everything_is_killed_and_started_with_other_numbers_of_workers(experime
 
 
 @pytest.mark.parametrize("durability", form(["fsync"], ["disk", "fsync"]))
-def test_everything_is_killed_while_packets_become_dead_letters(experiment, durability):
+def test_all_killed_while_writing_dead_letters(experiment, durability):
     """A dead letter is written before its packet is removed: at worst twice, for a packet that was still queued."""
     experiment.analyzers("--latency", "0.002").set_all(rejects=SOME)
     settings = {"queue": {"durability": durability}}

@@ -14,7 +14,7 @@ DRAIN = {"drain_timeout": "1s"}
 
 
 @pytest.mark.parametrize("delivery", [DELIVERY, BATCHES], ids=["single", "batch"])
-def test_memory_leaves_the_rest_in_the_dead_letters(experiment, delivery):
+def test_memory_moves_rest_to_dead_letters(experiment, delivery):
     """The analyzers are too slow for what is queued to be delivered in time."""
     experiment.analyzers("--latency", "1.5")
     fastdist = experiment.serve({"queue": {"durability": "memory"}, "delivery": delivery, "server": DRAIN})

@@ -152,7 +152,7 @@ def storage(fastdist) -> str:
         return "unknown"
 
 
-def test_an_old_ring_that_stays_stops_nothing_else(experiment, tmp_path):
+def test_remaining_old_ring_blocks_nothing(experiment, tmp_path):
     """It cannot be deleted (an immutable folder, a read-only file system): the rest of the upkeep goes on."""
     source, library, flag, syncs = (tmp_path / name for name in ("stay.c", "stay.so", "stay", "syncs"))
     source.write_text(OLD_RINGS_STAY)
@@ -255,7 +255,7 @@ def watched_sync(tmp_path):
 
 
 @pytest.mark.parametrize("durability", ["disk", "fsync"])
-def test_dead_letters_are_synced_many_at_a_time_and_before_the_ring(experiment, watched_sync, durability):
+def test_dead_letters_sync_grouped_before_ring(experiment, watched_sync, durability):
     environment, synced = watched_sync
     experiment.analyzers().set_all(rejects=SOME)
     fastdist = experiment.serve({"queue": {"durability": durability}, "server": {"workers": 1}}, **environment)
@@ -300,7 +300,7 @@ def whole_lines(path) -> bytes:
 
 
 @pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
-def test_files_of_dead_letters_are_deleted_again_and_again(experiment, durability):
+def test_dead_letter_files_are_deleted_often(experiment, durability):
     """By somebody who knows nothing of their writers. What had been in them is read at that moment; nothing else is."""
     experiment.analyzers().set_all(rejects=SOME)
     fastdist = experiment.serve({"queue": {"durability": durability}})
@@ -372,7 +372,7 @@ def test_a_queue_that_the_disk_has_no_room_for(experiment, tmp_path):
         experiment.judge("disk full at the start (exit 3), then enough room")
 
 
-def test_dead_letters_that_cannot_be_written_stay_queued(experiment, tmp_path):
+def test_unwritten_dead_letters_stay_queued(experiment, tmp_path):
     with small_disk(tmp_path / "data", "6M") as disk:
         mocks = experiment.analyzers()
         settings = {"queue": {"capacity": "2MiB"}}

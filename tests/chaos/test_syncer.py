@@ -74,7 +74,7 @@ def disk(monkeypatch):
     return Disk(monkeypatch)
 
 
-def test_one_sync_covers_all_that_came_in_one_turn_of_the_loop(disk):
+def test_one_sync_covers_one_iteration(disk):
     async def run() -> None:
         bench = Bench()
         bench.push()
@@ -89,7 +89,7 @@ def test_one_sync_covers_all_that_came_in_one_turn_of_the_loop(disk):
     asyncio.run(run())
 
 
-def test_what_comes_during_a_sync_waits_for_the_next(disk):
+def test_arrivals_during_a_sync_wait_for_next(disk):
     async def run() -> None:
         bench = Bench()
         disk.go.clear()
@@ -105,7 +105,7 @@ def test_what_comes_during_a_sync_waits_for_the_next(disk):
     asyncio.run(run())
 
 
-def test_a_sync_that_fails_is_told_and_tried_again_until_one_succeeds(disk):
+def test_failed_sync_retries_until_success(disk):
     async def run() -> None:
         bench = Bench()
         disk.broken = True
@@ -126,7 +126,7 @@ def test_a_sync_that_fails_is_told_and_tried_again_until_one_succeeds(disk):
     asyncio.run(run())
 
 
-def test_a_failure_is_tried_again_once_however_many_ask(disk):
+def test_failure_retries_once_for_all_waiting(disk):
     """With durability disk somebody asks every sync_interval in which something has changed."""
 
     async def run() -> None:
@@ -145,7 +145,7 @@ def test_a_failure_is_tried_again_once_however_many_ask(disk):
     asyncio.run(run())
 
 
-def test_everything_is_written_anew_after_a_failure(disk):
+def test_all_is_written_again_after_a_failure(disk):
     """The kernel may take pages for clean that it could not write."""
 
     async def run() -> None:
@@ -177,7 +177,7 @@ def test_everything_is_written_anew_after_a_failure(disk):
 
 @pytest.mark.usefixtures("disk")
 @pytest.mark.parametrize("error", [None, OSError(errno.EIO, "Input/output error")])
-def test_other_work_is_done_before_the_sync_that_is_wanted_next(error):
+def test_other_work_precedes_the_next_sync(error):
     async def run() -> None:
         bench = Bench()
 
@@ -218,7 +218,7 @@ def test_a_real_descriptor_that_cannot_be_synced():
     asyncio.run(run())
 
 
-def test_what_is_taken_over_is_safe_only_once_it_is_synced(disk):
+def test_migrated_is_safe_only_once_synced(disk):
     bench = Bench()
     bench.ring.push(b"x")
     successor = PacketRing(bench.fd, claims_wait_for_sync=True)
@@ -231,7 +231,7 @@ def test_what_is_taken_over_is_safe_only_once_it_is_synced(disk):
 
 
 @pytest.mark.parametrize("end", ["killed", "closed"])
-def test_whoever_opens_a_ring_after_a_sync_that_failed_writes_everything_anew(disk, end):
+def test_open_after_failed_sync_rewrites_all(disk, end):
     """The kernel tells of the failure once: the predecessor has heard of it, and its successor's sync succeeds."""
 
     async def run() -> None:
@@ -254,7 +254,7 @@ def test_whoever_opens_a_ring_after_a_sync_that_failed_writes_everything_anew(di
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_closing_syncs_once_more_and_then_never_again(disk, broken):
+def test_closing_syncs_once_and_never_again(disk, broken):
     async def run() -> None:
         bench = Bench()
         bench.push()
@@ -271,7 +271,7 @@ def test_closing_syncs_once_more_and_then_never_again(disk, broken):
     asyncio.run(run())
 
 
-def test_a_sync_of_a_file_without_its_name_does_not_count(disk, tmp_path):
+def test_sync_without_the_name_does_not_count(disk, tmp_path):
     """What waits for it is to be taken back; nothing is wrong with the disk, so nothing is tried again."""
 
     async def run() -> None:

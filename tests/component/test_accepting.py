@@ -57,7 +57,7 @@ def test_closing_accepts_all_that_are_connected(listener):
         connection.close()
 
 
-def test_who_comes_while_it_finishes_is_not_led_on(listener):
+def test_late_client_is_refused_on_finish(listener):
     """That client is refused when the listener is closed; a connection would be made for nothing."""
     taken = []
 
@@ -95,7 +95,7 @@ def server(listener):
     return tls.TlsServer(listener, context, Echo, lambda _: True, 60.0, poller=poller), trusting
 
 
-def test_handshakes_begun_before_the_end_are_finished(listener):
+def test_handshakes_before_the_end_complete(listener):
     async def finish():
         it, trusting = server(listener)
         it.finish()

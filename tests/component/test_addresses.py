@@ -107,7 +107,7 @@ def test_checks_reach_the_next_address_of_a_name(resolver, tls, how):
 
 
 @pytest.mark.parametrize("tls", ["tls"], indirect=True)  # without, only the reply that does not come tells
-def test_an_address_where_nobody_speaks_is_tried_last(tmp_path, resolver, tls):
+def test_silent_address_is_tried_last(tmp_path, resolver, tls):
     """It takes connections and leaves the handshake unanswered: that fails once, not each time."""
     resolver.addresses = [FIRST, SECOND]
 
@@ -147,7 +147,7 @@ def test_a_name_that_hangs_keeps_no_other_waiting(tmp_path):
     run(scenario())
 
 
-def test_kept_connections_follow_a_name_that_moves(tmp_path, resolver, monkeypatch, tls):
+def test_kept_connections_follow_a_moved_name(tmp_path, resolver, monkeypatch, tls):
     """Blue-green: the old address would still answer. No packet is cut off, or sent twice."""
     monkeypatch.setattr(names, "FRESH", 0.02)
 
@@ -180,7 +180,7 @@ def test_kept_connections_follow_a_name_that_moves(tmp_path, resolver, monkeypat
 
 
 @pytest.mark.parametrize("pipeline", [1, 4])
-def test_connections_are_replaced_between_requests(tmp_path, pipeline):
+def test_connections_change_between_requests(tmp_path, pipeline):
     """However busy they are: each request that was sent on one is answered on it."""
 
     async def scenario():

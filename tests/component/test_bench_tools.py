@@ -33,7 +33,7 @@ def compiled(tmp_path_factory):
     return folder
 
 
-def test_the_analyzers_of_the_race_count_packets_by_port(compiled):
+def test_race_analyzers_count_packets_by_port(compiled):
     ports = tools.free_ports(3)
     with tools.Sink(compiled, ports) as sink:
         for port, headers in ((ports[0], {}), (ports[2], {"X-Packet-Count": "64"}), (ports[2], {})):
@@ -43,7 +43,7 @@ def test_the_analyzers_of_the_race_count_packets_by_port(compiled):
         assert sink.packets() == 66
 
 
-def test_packets_have_the_size_they_are_said_to_have():
+def test_packets_have_the_stated_size():
     assert len(tools.packet(2)) == 452
     assert 18_000 <= len(tools.packet(100)) <= 20_000
 
@@ -67,7 +67,7 @@ class StallingServer:
             writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
 
 
-def test_a_stall_is_charged_to_everything_that_was_due_meanwhile(compiled):
+def test_stall_is_charged_to_all_due_meanwhile(compiled):
     """A closed loop would send nothing while it waits, and see one slow answer in a hundred."""
 
     async def scenario():
@@ -122,7 +122,7 @@ def measured(**figures):
     return {BATCH.run(kinds[name]): [{"per_cpu": each} for each in rounds] for name, rounds in figures.items()}
 
 
-def test_aims_are_judged_by_medians_against_the_best_that_ran():
+def test_aims_compare_medians_with_the_best():
     rows = report.summary([BATCH], measured(fastdist=[100, 900, 210], nginx=[100, 100], HAProxy=[50, 60, 120]), {})
     best, express, itself = rows["one"]["aims"]
     assert (best["against"], best["value"], best["met"], best["absent"]) == ("nginx", 2.1, True, ["Envoy"])
@@ -142,12 +142,12 @@ def test_works_are_compared_with_each_other():
     assert (rows["other"]["aims"][2]["value"], rows["other"]["aims"][2]["met"]) == (0.8, False)
 
 
-def test_peers_share_a_run_between_works_that_let_them_do_the_same():
+def test_peers_share_runs_of_equal_work():
     assert BATCH.run(contestants.Nginx) == OTHER.run(contestants.Nginx)
     assert BATCH.run(contestants.Fastdist) != OTHER.run(contestants.Fastdist)
 
 
-def test_a_contestant_that_fails_ends_nothing_and_is_shown(compiled, tmp_path, capsys):
+def test_failed_contestant_is_shown_only(compiled, tmp_path, capsys):
     class Broken(contestants.Limit):
         def command(self):
             return ["sh", "-c", "echo it is broken; exit 1"]
@@ -164,7 +164,7 @@ def test_a_contestant_that_fails_ends_nothing_and_is_shown(compiled, tmp_path, c
     assert "Envoy did not run: not there" in shown
 
 
-def test_every_work_and_aim_of_the_race_refers_to_something():
+def test_each_work_and_aim_refers_to_something():
     names = {work.name for work in works.WORKS}
     assert len(names) == len(works.WORKS)
     for work in works.WORKS:

@@ -89,7 +89,7 @@ def answers_that_wait(moves):
             moves.during(connection.protocol, connection.lose)
 
 
-def test_each_move_of_an_emitters_connection_exists():
+def test_each_emitter_connection_move_exists():
     moves = Moves()
     for data in (*GOOD, head("GET /health", "Connection: close")):
         moves.bytewise(Service().connect().protocol, data)
@@ -140,7 +140,7 @@ def replies_that_come_early(moves):
             moves.during(connection, connection.connection_lost, None)
 
 
-def test_each_move_of_an_analyzers_connection_exists():
+def test_each_analyzer_connection_move_exists():
     moves = Moves()
     replies(moves)
     replies_that_come_early(moves)
@@ -161,7 +161,7 @@ class Broken(IngestProtocol):
 
 
 @pytest.mark.parametrize("begun", [b"", post()[:9], post()[:-1], post_chunked(BODY)[:-1]])
-def test_a_move_that_is_none_costs_the_connection(begun):
+def test_invalid_move_closes_connection(begun):
     service = Service(protocol=Broken)
     connection, other = service.ask(keyed("a") + begun), service.connect()
     connection.protocol.let_go()

@@ -257,7 +257,7 @@ class Emitters(RuleBasedStateMachine):
         self.service.intake.draining, self.service.intake.closed = draining, closed
 
 
-def test_emitters_connections_stay_in_their_tables():
+def test_emitter_connections_keep_to_tables():
     Emitters.seen = set(), set()
     run_state_machine_as_test(Emitters, settings=settings(stateful_step_count=40))
     life = Service().connect().protocol.life
@@ -379,7 +379,7 @@ class Analyzers(RuleBasedStateMachine):
         self.desk.pool.check(self.now)
 
 
-def test_analyzers_connections_stay_in_their_tables():
+def test_analyzer_connections_keep_to_tables():
     Analyzers.seen = set(), set()
     run_state_machine_as_test(Analyzers, settings=settings(stateful_step_count=40))
     life = Desk().connect().life

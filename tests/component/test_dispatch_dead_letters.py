@@ -18,7 +18,7 @@ def send_all(bench):
 
 
 @pytest.mark.parametrize("status", [400, 402, 406, 409, 411, 413, 415, 418, 422, 431, 499])
-def test_what_an_analyzer_refuses_is_a_dead_letter(tmp_path, status):
+def test_refused_packet_is_a_dead_letter(tmp_path, status):
     with Bench(tmp_path, (1, 1)) as bench:
         bench.push(b'{"a":"\xc3\xa9"}', messages=7)
         slot = 0 if bench.busy(0) else 1
@@ -43,7 +43,7 @@ def test_what_an_analyzer_refuses_is_a_dead_letter(tmp_path, status):
         assert bench.states.error(slot) == f"HTTP {status}"
 
 
-def test_a_packet_refused_after_failures_tells_how_often_it_was_sent(tmp_path):
+def test_dead_letter_has_its_attempt_count(tmp_path):
     with Bench(tmp_path, (1, 1, 1)) as bench:
         bench.push(b"x")
         bench.answer_all(reply(500))
@@ -54,7 +54,7 @@ def test_a_packet_refused_after_failures_tells_how_often_it_was_sent(tmp_path):
         assert bench.dispatcher.retrying == {}
 
 
-def test_of_a_refused_batch_only_the_packet_at_fault_is_refused(tmp_path):
+def test_only_the_packet_at_fault_is_refused(tmp_path):
     with Bench(tmp_path, (1,), delivery={"mode": "batch", "connections": 1, "pipeline": 3, "linger": 0}) as bench:
         bench.push(*[b"%d" % number for number in range(1, 11)])
         (connection,) = bench.busy(0)
@@ -79,7 +79,7 @@ def test_of_a_refused_batch_only_the_packet_at_fault_is_refused(tmp_path):
         assert bench.delivered == 9
 
 
-def test_a_refused_batch_of_one_is_retried_as_single_too(tmp_path):
+def test_refused_batch_of_1_retries_as_single(tmp_path):
     with Bench(tmp_path, (1,), delivery={"mode": "batch"}) as bench:
         bench.push(b"1")
         bench.answer_all(reply(400))
@@ -106,7 +106,7 @@ def test_a_packet_alone_stays_alone_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("how", ["500", "429", "pause", "reset", "garbage", "stale"])
-def test_after_max_attempts_a_packet_is_a_dead_letter(tmp_path, most, how):
+def test_max_attempts_ends_in_a_dead_letter(tmp_path, most, how):
     fast = {"base": 0.001, "cap": 0.001, "max_attempts": most}
     with Bench(tmp_path, (1, 1, 1), retry=fast, health={"fall": 10_000}) as bench:
         if how == "stale":
@@ -165,7 +165,7 @@ def test_attempts_of_an_earlier_life_count(tmp_path):
         assert bench.dead_letters()[0]["attempts"] == 5
 
 
-def test_a_connection_that_does_not_come_about_is_no_sending(tmp_path):
+def test_failed_connect_is_no_attempt(tmp_path):
     with Bench(tmp_path, (1,), retry={"base": 0.01, "cap": 0.01, "max_attempts": 1}, health={"fall": 1000}) as bench:
         bench.pool(0).reachable = False
         bench.push(b"x")
@@ -179,7 +179,7 @@ def test_a_connection_that_does_not_come_about_is_no_sending(tmp_path):
         assert bench.sent(0)[0].headers["X-Attempt"] == "1"
 
 
-def test_without_a_limit_a_packet_is_sent_until_it_is_delivered(tmp_path):
+def test_no_limit_retries_until_delivered(tmp_path):
     with Bench(tmp_path, (1,), retry={"base": 0.001, "cap": 0.001}, health={"fall": 10_000}) as bench:
         bench.push(b"x")
         for _ in range(300):
@@ -213,7 +213,7 @@ class Obstacle:
 
 @pytest.mark.parametrize("kind", ["a file in its place", "full", "broken"])
 @pytest.mark.parametrize("reason", ["refused", "exhausted"])
-def test_a_dead_letter_that_cannot_be_written_stays_queued_and_is_written_later(tmp_path, monkeypatch, kind, reason):
+def test_unwritten_dead_letter_stays_queued(tmp_path, monkeypatch, kind, reason):
     with Bench(tmp_path, (1, 1), retry={"max_attempts": 1 if reason == "exhausted" else 0}) as bench:
         obstacle = Obstacle(kind, bench, monkeypatch)
         bench.push(b"1", b"2", b"3")
@@ -267,7 +267,7 @@ def test_half_a_dead_letter_is_taken_back(tmp_path, monkeypatch):
         assert [dead_letter["id"] for dead_letter in bench.dead_letters()] == ["p1", "p2"]
 
 
-def test_dead_letters_keep_their_order_when_storage_recovers(tmp_path, monkeypatch):
+def test_dead_letters_keep_order_over_disk_faults(tmp_path, monkeypatch):
     with Bench(tmp_path, (1,), delivery={"connections": 1, "pipeline": 10}) as bench:
         obstacle = Obstacle("full", bench, monkeypatch)
         bench.push(*[b"x"] * 5)
@@ -282,7 +282,7 @@ def test_dead_letters_keep_their_order_when_storage_recovers(tmp_path, monkeypat
 # ---- what is left at the end
 
 
-def test_all_that_is_left_is_buried(tmp_path, monkeypatch):
+def test_remaining_become_dead_letters(tmp_path, monkeypatch):
     weights = (1, 1, 1)
     with Bench(tmp_path, weights, delivery={"connections": 2, "pipeline": 2}, health={"fall": 100}) as bench:
         obstacle = Obstacle("full", bench, monkeypatch)
@@ -313,7 +313,7 @@ def test_all_that_is_left_is_buried(tmp_path, monkeypatch):
         assert bench.count("shutdown") == len(dead_letters) - 1
 
 
-def test_what_cannot_be_buried_is_an_error(tmp_path, monkeypatch):
+def test_unwritable_dead_letter_is_an_error(tmp_path, monkeypatch):
     with Bench(tmp_path, (1,)) as bench:
         Obstacle("full", bench, monkeypatch)
         bench.push(b"x")

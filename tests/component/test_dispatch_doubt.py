@@ -25,7 +25,7 @@ def refuse(bench, slot, count=1):
         bench.answer(bench.busy(slot)[0], REFUSED)
 
 
-def test_what_one_in_doubt_refuses_is_tried_elsewhere(tmp_path):
+def test_doubtful_refusal_is_tried_elsewhere(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
         refuse(bench, 0, 3)
         assert len(bench.dead_letters()) == 3
@@ -40,7 +40,7 @@ def test_what_one_in_doubt_refuses_is_tried_elsewhere(tmp_path):
         assert (bench.count("refused"), bench.count("retried"), bench.delivered) == (3, 1, 1)
 
 
-def test_one_that_refuses_what_others_take_goes_offline(tmp_path):
+def test_refusing_what_others_take_is_offline(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
         refuse(bench, 0, 3)
         for _ in range(3):
@@ -53,7 +53,7 @@ def test_one_that_refuses_what_others_take_goes_offline(tmp_path):
         assert bench.count("refused") == 3
 
 
-def test_a_backlog_at_one_that_refuses_all_is_saved(tmp_path):
+def test_backlog_of_a_refusing_one_is_saved(tmp_path):
     """Of what waits for it and what is under way there, only the first few are dead letters."""
     with Bench(tmp_path, (1, 1, 1), health={"fall": 3}, delivery={"connections": 4}) as bench:
         bench.push(*[b"x"] * 300)
@@ -66,7 +66,7 @@ def test_a_backlog_at_one_that_refuses_all_is_saved(tmp_path):
         assert bench.dispatcher.retrying == {}
 
 
-def test_what_another_refuses_too_is_a_dead_letter(tmp_path):
+def test_refused_by_another_is_a_dead_letter(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         refuse(bench, 0)
         for number in range(2, 8):
@@ -82,7 +82,7 @@ def test_what_another_refuses_too_is_a_dead_letter(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["batch", "single"])
-def test_a_refusal_does_not_hide_why_deliveries_fail(tmp_path, mode):
+def test_refusal_keeps_reason_of_failures(tmp_path, mode):
     with Bench(tmp_path, (1,), health={"fall": 3}, delivery={"mode": mode, "connections": 1}) as bench:
         for _ in range(4):
             bench.states.delivery_refused(0)  # it is in doubt
@@ -127,7 +127,7 @@ def test_failures_of_one_in_doubt_stay_in_a_row(tmp_path):
         assert not bench.states.is_online(0)
 
 
-def test_with_nobody_else_online_a_refusal_holds(tmp_path):
+def test_refusal_holds_without_another_online(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         bench.go_offline(1)
         for _ in range(5):
@@ -137,14 +137,14 @@ def test_with_nobody_else_online_a_refusal_holds(tmp_path):
         assert bench.states.is_online(0)
 
 
-def test_what_was_sent_often_enough_is_not_tried_elsewhere(tmp_path):
+def test_last_attempt_is_not_tried_elsewhere(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}, retry={"max_attempts": 1}) as bench:
         refuse(bench, 0, 3)
         assert [dead_letter["reason"] for dead_letter in bench.dead_letters()] == ["refused"] * 3
         assert bench.sent(1) == []
 
 
-def test_the_one_with_weight_0_is_asked_where_there_is_no_other(tmp_path):
+def test_weight_0_is_asked_without_another(tmp_path):
     with Bench(tmp_path, (1, 0), health={"fall": 2}) as bench:
         for _ in range(2):
             bench.push(b"x")
@@ -158,7 +158,7 @@ def test_the_one_with_weight_0_is_asked_where_there_is_no_other(tmp_path):
         assert len(bench.dead_letters()) == 2
 
 
-def test_who_is_not_in_doubt_is_asked_first(tmp_path):
+def test_undoubted_analyzer_is_asked_first(tmp_path):
     with Bench(tmp_path, (1, 50, 1), health={"fall": 1}) as bench:
         refuse(bench, 1)
         bench.states.delivery_refused(1)  # and one more: in doubt itself
@@ -171,7 +171,7 @@ def test_who_is_not_in_doubt_is_asked_first(tmp_path):
             bench.states.set(2, AnalyzerWord.REFUSALS, 0)
 
 
-def test_what_waits_for_one_that_pauses_is_tried_there_later(tmp_path):
+def test_paused_one_is_tried_after_its_pause(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}, retry={"base": 0.01, "cap": 0.01}) as bench:
         refuse(bench, 0)
         bench.states.pause(1, bench.clock.monotonic_ns() + 5 * SECOND)
@@ -187,7 +187,7 @@ def test_what_waits_for_one_that_pauses_is_tried_there_later(tmp_path):
         assert bench.settled[-1] == (2, "A2")
 
 
-def test_a_failure_elsewhere_leaves_the_question_open(tmp_path):
+def test_failure_elsewhere_decides_nothing(tmp_path):
     with Bench(tmp_path, (1, 1, 1), health={"fall": 2}) as bench:
         refuse(bench, 0, 3)
         (asked,) = (slot for slot in (1, 2) if bench.busy(slot))
@@ -197,7 +197,7 @@ def test_a_failure_elsewhere_leaves_the_question_open(tmp_path):
         assert bench.states.error(0) == f"HTTP 422, but A{4 - asked} took the packet"
 
 
-def test_of_a_batch_one_in_doubt_refuses_each_is_tried_elsewhere(tmp_path):
+def test_refused_batch_is_tried_one_by_one(tmp_path):
     delivery = {"mode": "batch", "connections": 1, "linger": 0}
     with Bench(tmp_path, (1, 1), delivery=delivery, health={"fall": 2}) as bench:
         send_all_to(bench, 0)
@@ -212,7 +212,7 @@ def test_of_a_batch_one_in_doubt_refuses_each_is_tried_elsewhere(tmp_path):
         assert not bench.states.is_online(0)
 
 
-def test_sticky_packets_are_tried_with_the_next_in_order(tmp_path):
+def test_sticky_packets_try_the_next_in_order(tmp_path):
     with Bench(tmp_path, (1, 1, 1), distribution={"strategy": "sticky"}, health={"fall": 10}) as bench:
         asked = set()
         for _ in range(19):
@@ -224,7 +224,7 @@ def test_sticky_packets_are_tried_with_the_next_in_order(tmp_path):
         assert len(asked) == 1
 
 
-def test_a_doubtful_analyzer_is_named_in_the_log_once(tmp_path):
+def test_doubtful_analyzer_is_logged_once(tmp_path):
     with Bench(tmp_path, (1,), health={"fall": 2}) as bench, capture_logs() as lines:
         refuse(bench, 0, 2)
         assert lines == []
@@ -237,7 +237,7 @@ def test_a_doubtful_analyzer_is_named_in_the_log_once(tmp_path):
     assert line["analyzer"] == "A1"
 
 
-def test_a_former_endpoint_is_not_held_responsible(tmp_path):
+def test_former_endpoint_is_not_judged(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         refuse(bench, 0, 2)
         bench.add(0, 1.0, endpoint="http://elsewhere.test/")
@@ -250,7 +250,7 @@ def test_a_former_endpoint_is_not_held_responsible(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["draining", "offline"])
-def test_a_late_refusal_of_one_that_left_is_judged_as_ever(tmp_path, state):
+def test_late_refusal_of_a_removed_one_counts(tmp_path, state):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         send_all_to(bench, 0)
         bench.push(b"1", b"2")

@@ -95,7 +95,7 @@ def test_whatever_is_thrown_packets_go_again(tmp_path, monkeypatch, way, mode):
         assert len(told) <= 3, "once for each place, not for each packet"
 
 
-def test_what_has_waited_is_told_though_a_callback_throws(tmp_path):
+def test_waiters_settle_despite_callback_error(tmp_path):
     with Bench(tmp_path, (1,), retry={"base": 0.001, "cap": 0.001}, health={"fall": 9}) as bench:
         bench.push(b"1", b"2", b"3")
         bench.answer_all(reply(500), [0])
@@ -129,7 +129,7 @@ class Throwing(Owner):
 
 
 @pytest.mark.parametrize("data", [reply(500), reply(422), reply(503, "Retry-After: 1"), b"\0"])
-def test_a_connection_whose_outcome_throws_is_closed(data):
+def test_outcome_error_closes_its_connection(data):
     desk = Desk(pipeline=3)
     desk.pool.owner = owner = Throwing()
     connection = desk.connect()
@@ -178,7 +178,7 @@ def give_back(pool, handles):
         pool.ring.release(handles.pop())
 
 
-def test_a_request_that_cannot_connect_goes_again_though_its_outcome_throws(tmp_path, monkeypatch):
+def test_unconnected_retries_despite_its_error(tmp_path, monkeypatch):
     with Bench(tmp_path, (1, 1), health={"fall": 10_000}) as bench:
         for slot in range(2):
             bench.pool(slot).reachable = False
@@ -193,7 +193,7 @@ def test_a_request_that_cannot_connect_goes_again_though_its_outcome_throws(tmp_
         settle_all(bench)
 
 
-def test_what_was_not_sent_for_an_error_is_sent_later(tmp_path):
+def test_unsent_after_an_error_is_sent_later(tmp_path):
     with Bench(tmp_path, (1,)) as bench:
 
         def throw():
@@ -205,7 +205,7 @@ def test_what_was_not_sent_for_an_error_is_sent_later(tmp_path):
         settle_all(bench)
 
 
-def test_a_time_out_that_throws_keeps_no_other_from_being_seen(tmp_path):
+def test_failed_timeout_hides_no_other(tmp_path):
     with Bench(tmp_path, (1, 1, 1), delivery={"timeout": 5.0}, health={"fall": 10_000}) as bench:
         bench.push(*[b"x"] * 9)
         broken = bench.busy(0)[0]

@@ -81,7 +81,7 @@ def test_a_failure_is_retried_at_once_elsewhere(tmp_path, how):
         assert bench.delivered == 1
 
 
-def test_a_packet_backs_off_when_it_has_failed_everywhere(tmp_path, monkeypatch):
+def test_packet_failed_everywhere_backs_off(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(outcomes.random, "uniform", lambda low, high: drawn.append((low, high)) or high)
     with Bench(tmp_path, (1, 2, 3, 4), retry={"base": 0.1, "cap": 1.0}, health={"fall": 10_000}) as bench:
@@ -142,7 +142,7 @@ def test_the_alternative_is_picked_by_weight(tmp_path):
         assert 690 < one < 810
 
 
-def test_a_failed_packet_goes_before_those_that_wait(tmp_path):
+def test_failed_packet_precedes_waiting_ones(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 1}) as bench:
         bench.push(*[b"x"] * 10)
         victim = bench.sent_ids(0)[0]
@@ -151,7 +151,7 @@ def test_a_failed_packet_goes_before_those_that_wait(tmp_path):
         assert bench.sent_ids(1)[1] == victim
 
 
-def test_a_batch_that_fails_is_spread_over_the_others(tmp_path):
+def test_failed_batch_spreads_over_the_others(tmp_path):
     with Bench(tmp_path, (1, 1, 1), delivery={"mode": "batch", "connections": 1}, health={"fall": 2}) as bench:
         bench.dispatcher.set_table(dispatch.AliasTable([0], [1.0]), None)
         bench.push(*[b"%d" % number for number in range(1, 41)])
@@ -167,7 +167,7 @@ def test_a_batch_that_fails_is_spread_over_the_others(tmp_path):
             assert numbers == sorted(numbers)
 
 
-def test_sticky_packets_of_an_emitter_fail_over_together(tmp_path):
+def test_sticky_packets_fail_over_together(tmp_path):
     with Bench(tmp_path, (1, 1, 1, 1), distribution={"strategy": "sticky"}, health={"fall": 100}) as bench:
         for emitter in range(1, 41):
             bench.push(b"x", emitter=emitter * 7919)
@@ -207,7 +207,7 @@ def test_a_stale_connection_is_no_failure(tmp_path):
 
 
 @pytest.mark.parametrize("error", [None, ConnectionResetError(104, "reset")])
-def test_a_kept_connection_that_breaks_a_second_after_the_request_is_a_failure(tmp_path, error):
+def test_break_after_a_second_is_a_failure(tmp_path, error):
     """Whoever closes an idle connection is not that late: the analyzer had begun to work on the request."""
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         bench.push(*[b"x"] * 40)
@@ -225,7 +225,7 @@ def test_a_kept_connection_that_breaks_a_second_after_the_request_is_a_failure(t
         assert bench.delivered == 48
 
 
-def test_requests_behind_a_failed_one_are_not_counted(tmp_path):
+def test_requests_behind_a_failed_do_not_count(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"pipeline": 8, "connections": 1}, health={"fall": 3}) as bench:
         bench.dispatcher.set_table(dispatch.AliasTable([0], [1.0]), None)
         bench.push(*[b"x"] * 8)
@@ -237,7 +237,7 @@ def test_requests_behind_a_failed_one_are_not_counted(tmp_path):
         assert bench.sent_ids(0)[8:] == [f"p{number}" for number in range(2, 9)]
 
 
-def test_what_was_not_sent_to_one_that_is_gone_is_picked_anew(tmp_path):
+def test_unsent_to_a_removed_one_picks_again(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"pipeline": 4, "connections": 1}) as bench:
         bench.dispatcher.set_table(dispatch.AliasTable([0], [1.0]), None)
         bench.push(*[b"x"] * 4)
@@ -257,7 +257,7 @@ def pause(bench, slot, value, status=503):
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_pauses_an_analyzer_that_stays_online(tmp_path, status, form):
+def test_retry_after_pauses_but_stays_online(tmp_path, status, form):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         bench.push(*[b"x"] * 10)
         in_time = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=20)
@@ -286,7 +286,7 @@ def test_retry_after_pauses_an_analyzer_that_stays_online(tmp_path, status, form
         assert bench.pool(0).paused is False
 
 
-def test_what_waits_for_an_analyzer_that_pauses_goes_elsewhere(tmp_path):
+def test_packets_of_a_paused_one_go_elsewhere(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 1}) as bench:
         bench.push(*[b"x"] * 20)
         assert bench.pool(0).waiting >= 8
@@ -314,7 +314,7 @@ def test_packets_wait_when_every_analyzer_pauses(tmp_path):
         assert bench.delivered == 11
 
 
-def test_sticky_packets_wait_for_an_analyzer_that_pauses(tmp_path):
+def test_sticky_packets_wait_for_a_paused_one(tmp_path):
     with Bench(tmp_path, (1, 1), distribution={"strategy": "sticky"}) as bench:
         bench.push(b"x", emitter=1)
         ((slot,),) = [where(bench, "p1")]
@@ -342,7 +342,7 @@ def answer_503(bench, value):
 
 
 @pytest.mark.parametrize("value", ["0", "00", "Thu, 01 Jan 1970 00:00:00 GMT", "a second ago"])
-def test_a_retry_after_of_now_is_a_pause_of_a_second(tmp_path, value):
+def test_retry_after_0_is_a_pause_of_a_second(tmp_path, value):
     if value == "a second ago":
         value = (dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)).strftime("%a, %d %b %Y %H:%M:%S GMT")
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
@@ -357,7 +357,7 @@ def test_a_retry_after_of_now_is_a_pause_of_a_second(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", ["", "soon", "\xb2", "-3", "1.5"])
-def test_a_retry_after_that_says_nothing_is_a_failure(tmp_path, value):
+def test_invalid_retry_after_is_a_failure(tmp_path, value):
     with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
         slot = answer_503(bench, value)
         assert bench.states.get(slot, AnalyzerWord.DELIVERY_FAILURES) == 1

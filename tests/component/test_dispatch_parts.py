@@ -108,7 +108,7 @@ def test_back_offs_that_end_together_end_in_parts(tmp_path):
         assert bench.delivered == 240
 
 
-def test_candidates_are_not_gone_through_for_each_packet(tmp_path):
+def test_candidates_are_not_built_per_packet(tmp_path):
     class Counted(dict):
         looks = 0
 
@@ -132,7 +132,7 @@ def test_candidates_are_not_gone_through_for_each_packet(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["even", "random", "sticky"])
-def test_an_alternative_is_never_one_that_has_failed(tmp_path, strategy):
+def test_alternative_is_never_a_failed_one(tmp_path, strategy):
     for_ever = {"base": 1e7, "cap": 1e7}
     with crowd(tmp_path, distribution={"strategy": strategy}, retry=for_ever) as bench:
         while bench.answer_all(reply(500)):
@@ -205,7 +205,7 @@ def test_what_happens_between_parts_loses_nothing(tmp_path, what):
         assert bench.dispatcher.retrying == {}
 
 
-def test_what_has_no_place_yet_is_among_what_is_left(tmp_path):
+def test_unplaced_packets_are_among_the_rest(tmp_path):
     with crowd(tmp_path) as bench:
         fail_all(bench)
         bench.loop.held_up = 30
@@ -217,7 +217,7 @@ def test_what_has_no_place_yet_is_among_what_is_left(tmp_path):
         bench.loop.held_up = None
 
 
-def test_a_trial_that_fails_counts_before_its_packet_has_a_place(tmp_path):
+def test_failed_trial_counts_before_placement(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1, "rise": 1}) as bench:
         bench.dispatcher.set_table(dispatch.AliasTable([0], [1.0]), None)
         bench.push(b"x")
@@ -238,7 +238,7 @@ def test_a_trial_that_fails_counts_before_its_packet_has_a_place(tmp_path):
         assert bench.ring.undone == 0
 
 
-def test_many_connections_are_opened_some_at_a_time(tmp_path, monkeypatch):
+def test_connections_are_opened_in_portions(tmp_path, monkeypatch):
     begun, most = [], []
 
     async def open_nothing(pool):
@@ -260,7 +260,7 @@ def test_many_connections_are_opened_some_at_a_time(tmp_path, monkeypatch):
     assert 0 < max(most) <= 16
 
 
-def test_what_many_packets_spill_to_is_found_in_parts(tmp_path):
+def test_spill_targets_are_found_in_portions(tmp_path):
     delivery = {"connections": 30, "spill_after": 1.0, "timeout": 1000.0}
     with Bench(tmp_path, (1, 1, 1), delivery=delivery) as bench:
         bench.dispatcher.set_table(dispatch.AliasTable([0], [1.0]), None)

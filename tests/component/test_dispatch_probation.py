@@ -55,7 +55,7 @@ def test_checks_alone_do_not_bring_it_back(tmp_path):
         assert bench.dispatcher.weights == {1: 1.0}
 
 
-def test_one_that_checks_took_offline_comes_back_at_once(tmp_path):
+def test_offline_by_checks_returns_at_once(tmp_path):
     with Ward(tmp_path) as bench:
         bench.go_offline(0)
         bench.check_well()
@@ -81,7 +81,7 @@ def test_the_packet_of_a_trial_does_not_spill(tmp_path):
         bench.answer_all()
 
 
-def test_before_its_checks_are_good_it_gets_nothing(tmp_path):
+def test_no_packets_before_checks_are_good(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         sent = len(bench.sent(0))
@@ -109,7 +109,7 @@ def test_it_gets_one_packet_until_that_is_taken(tmp_path):
         bench.answer_all()
 
 
-def test_a_trial_begun_by_another_worker_is_the_only_one(tmp_path):
+def test_other_workers_trial_is_the_only_one(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -137,7 +137,7 @@ def test_a_long_trial_is_held_on_to(tmp_path):
         assert bench.states.is_online(0)
 
 
-def test_the_wait_doubles_with_each_trial_that_fails(tmp_path):
+def test_each_failed_trial_doubles_the_wait(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -208,7 +208,7 @@ def test_a_trial_is_a_request_with_one_packet(tmp_path, mode):
 # ---- with nobody else
 
 
-def test_with_nobody_else_packets_wait_for_the_trial(tmp_path):
+def test_packets_wait_for_the_only_ones_trial(tmp_path):
     with Ward(tmp_path, (1,)) as bench:
         bench.fail()
         bench.push(*[b"x"] * 30)
@@ -229,7 +229,7 @@ def test_with_nobody_else_packets_wait_for_the_trial(tmp_path):
         assert bench.dispatcher.retrying == {}
 
 
-def test_a_packet_nobody_takes_does_not_keep_the_others(tmp_path):
+def test_failing_packet_spares_later_trials(tmp_path):
     """What was sent least often is tried first: else one poisonous packet would be every trial's."""
     with Ward(tmp_path, (1,)) as bench:
         bench.push(b"poison")
@@ -314,7 +314,7 @@ def test_a_draining_one_is_not_tried(tmp_path):
         bench.answer_all()
 
 
-def test_a_trial_of_a_sticky_one_is_one_of_its_own(tmp_path):
+def test_sticky_trial_takes_its_own_packet(tmp_path):
     with Ward(tmp_path, (1, 1, 1), distribution={"strategy": "sticky"}) as bench:
         owner = Rendezvous(["A1", "A2", "A3"], [0, 1, 2], [1.0] * 3).pick
         mine = next(emitter for emitter in range(1, 1000) if owner(emitter) == 0)
@@ -387,7 +387,7 @@ def test_a_stale_connection_is_no_failed_trial(tmp_path):
         assert bench.states.is_online(0)
 
 
-def test_a_connection_that_cannot_be_opened_is_a_failed_trial(tmp_path):
+def test_failed_connect_is_a_failed_trial(tmp_path):
     with Ward(tmp_path) as bench:
         bench.pool(0).reachable = False
         bench.push(*[b"x"] * 9)
@@ -440,7 +440,7 @@ def test_one_removed_in_its_trial_leaves_nothing(tmp_path):
 # ---- refused trials
 
 
-def test_a_refused_trial_that_another_takes_has_failed(tmp_path):
+def test_refused_but_taken_elsewhere_is_failed(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -471,7 +471,7 @@ def test_a_trial_that_all_refuse_is_a_dead_letter(tmp_path):
         assert bench.states.is_online(0)
 
 
-def test_a_trial_refused_with_nobody_else_is_one_dead_letter(tmp_path):
+def test_trial_refused_alone_is_a_dead_letter(tmp_path):
     with Ward(tmp_path, (1,)) as bench:
         bench.fail()
         bench.push(*[b"x"] * 10)

@@ -31,7 +31,7 @@ class Router:
         self.dispatcher = DispatchBase(self.loop, self.ring, self.block.analyzers, config)
         self.dispatcher.seen_epoch = self.block.analyzers.epoch
         for slot in range(len(weights)):
-            pool = ListPool(self.ring, self.block.rows[0], self.block.analyzers, slot)
+            pool = ListPool(self.ring, self.block.rows[0], self.block.analyzers, slot, None)
             pool.configure(b"", 1, 1, False, 1, 1, 0.0)
             self.dispatcher.pools[slot] = pool
         if phase is not None:
@@ -92,7 +92,7 @@ def test_short_windows_are_nearly_exact():
             assert all(abs(got[slot] - WEIGHTS[slot] * length) <= 3.5 for slot in range(4))
 
 
-def test_two_dispatchers_start_at_different_places():
+def test_dispatchers_start_at_different_points():
     starts = {Router().dispatcher.phase for _ in range(5)}
     assert len(starts) == 5
 
@@ -114,7 +114,7 @@ def test_a_long_backlog_is_claimed_in_parts():
     assert router.ring.claimed == 20_000
 
 
-def test_a_claim_limit_leaves_the_rest_in_the_ring():
+def test_claim_limit_leaves_the_rest_in_ring():
     router = Router()
     router.dispatcher.claim_limit = 30
     for _ in range(100):
@@ -139,7 +139,7 @@ def test_without_a_table_nothing_is_claimed():
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, (1, 1, 1, 1), (1, 2, 3, 4)])
-def test_random_picks_are_independent_and_follow_the_weights(weights):
+def test_random_picks_follow_the_weights(weights):
     count = 40_000
     slots = Router("random", weights=weights, phase=2024).route(plain(count))
     shares = [weight / sum(weights) for weight in weights]
@@ -174,7 +174,7 @@ def test_an_emitter_stays_with_its_analyzer():
 
 
 @pytest.mark.parametrize("gone", range(4))
-def test_only_the_emitters_of_one_that_leaves_move_and_they_return(gone):
+def test_leaving_moves_only_its_own_emitters(gone):
     router = Router("sticky")
     packets = [(1, 1, emitter) for emitter in EMITTERS]
     before = router.route(packets)
@@ -192,7 +192,7 @@ def test_only_the_emitters_of_one_that_leaves_move_and_they_return(gone):
     assert router.route(packets) == before
 
 
-def test_a_weight_that_grows_takes_emitters_and_moves_no_others():
+def test_grown_weight_only_takes_emitters():
     router = Router("sticky")
     packets = [(1, 1, emitter) for emitter in EMITTERS]
     before = router.route(packets)
@@ -240,7 +240,7 @@ SIZES = {
         ("random", "bytes", WEIGHTS),
     ],
 )
-def test_shares_of_units_follow_the_weights_whatever_the_order(sizes, strategy, by, weights):
+def test_unit_shares_ignore_the_order(sizes, strategy, by, weights):
     units = [SIZES[sizes](index) for index in range(COUNT)]
     packets = [(1, size, 0) if by == "messages" else (size, 1, 0) for size in units]
     phase = 0 if strategy == "even" else 77
@@ -272,7 +272,7 @@ def test_packets_without_units_are_spread_too():
     assert all(abs(got[slot] / 1000 - weight) < 0.05 for slot, weight in enumerate(WEIGHTS))
 
 
-def test_a_new_table_forgets_who_was_ahead():
+def test_new_table_forgets_former_credit():
     router = Router(by="bytes", weights=(1, 1), phase=0)
     router.route([(100_000, 1, 0)])
     router.set({0: 1.0, 1: 1.0})

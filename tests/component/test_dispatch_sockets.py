@@ -76,7 +76,7 @@ WHOLE = ("none", "chunked", "interim", "latency", "204")  # with these every pac
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whatever_an_analyzer_does_nothing_is_lost(tmp_path, fault, mode):
+def test_no_analyzer_behaviour_loses_packets(tmp_path, fault, mode):
     async def scenario():
         bad, good = start_mock("A1", verify=True, **FAULTS[fault]), start_mock("A2", verify=True)
         retry = {"base": 0.005, "cap": 0.02}
@@ -103,7 +103,7 @@ def test_whatever_an_analyzer_does_nothing_is_lost(tmp_path, fault, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_analyzer_that_hangs_loses_its_packets_to_the_others(tmp_path, mode):
+def test_hanging_analyzer_loses_its_packets(tmp_path, mode):
     async def scenario():
         stuck, good = start_mock("A1", hang=True), start_mock("A2")
         delivery = {"timeout": 0.2, "connections": 4} | MODES[mode]
@@ -217,7 +217,7 @@ def test_retry_after_pauses_and_ends_in_time(tmp_path):
 
 
 @pytest.mark.parametrize(("connections", "pipeline"), [(1, 1), (3, 1), (2, 4), (8, 2)])
-def test_no_more_requests_are_in_flight_than_allowed(tmp_path, connections, pipeline):
+def test_in_flight_requests_stay_within_limit(tmp_path, connections, pipeline):
     async def scenario():
         mock = start_mock("A1", latency=0.01)
         most = 0
@@ -256,7 +256,7 @@ def test_one_connection_delivers_in_order(tmp_path):
     run(scenario())
 
 
-def test_a_slow_analyzer_does_not_hold_up_the_others(tmp_path):
+def test_slow_analyzer_does_not_delay_others(tmp_path):
     async def scenario():
         mocks = {"A1": start_mock("A1", latency=0.7), "A2": start_mock("A2"), "A3": start_mock("A3")}
         delivery = {"connections": 2, "spill_after": 2.0}
@@ -297,7 +297,7 @@ def test_a_batch_lingers_no_longer_than_it_may(tmp_path):
     run(scenario())
 
 
-def test_a_lingering_batch_is_waited_for_and_not_looked_at_again_and_again(tmp_path):
+def test_lingering_batch_is_not_polled(tmp_path):
     """uvloop takes a timer of less than half a millisecond for one of none."""
 
     async def scenario():

@@ -45,7 +45,7 @@ def test_packets_wait_for_their_analyzer_in_order(tmp_path):
         assert bench.count("spilled") == 0
 
 
-def test_what_has_waited_for_a_slow_analyzer_goes_to_those_with_room(tmp_path):
+def test_long_waiting_spill_to_those_with_room(tmp_path):
     with stuck(tmp_path) as bench:
         waiting = bench.pool(0).waiting
         pass_time(bench, 0.9)
@@ -80,7 +80,7 @@ def test_spilled_packets_go_to_all_that_have_room(tmp_path):
         assert one > 5 < two
 
 
-def test_only_what_has_waited_long_enough_is_spilled(tmp_path):
+def test_only_long_waiting_packets_spill(tmp_path):
     with stuck(tmp_path) as bench:
         pass_time(bench, 0.9)
         time.sleep(0.01)
@@ -139,7 +139,7 @@ def test_nothing_spills_to_one_that_gets_nothing(tmp_path, state):
         assert len(bench.sent(1)) == before
 
 
-def test_packets_wait_longer_for_one_that_is_as_fast_as_the_others(tmp_path):
+def test_packets_wait_longer_for_a_fast_one(tmp_path):
     """Where none is slower than the others, it is mostly the machine that is busy."""
     with Bench(tmp_path, (8, 1, 1), delivery={"connections": 4, "spill_after": 1.0, "timeout": 1000.0}) as bench:
         bench.push(*[b"x"] * 20)  # none of them is answered
@@ -162,7 +162,7 @@ def test_a_hiccup_does_not_make_an_analyzer_slow(tmp_path):
         assert bench.pool(0).waiting >= waiting - 3
 
 
-def test_one_that_cannot_be_reached_is_waited_for_no_longer(tmp_path):
+def test_unreachable_one_is_not_waited_for(tmp_path):
     with stuck(tmp_path) as bench:
         for connection in bench.connections(0):
             connection.transport.lose()
@@ -173,7 +173,7 @@ def test_one_that_cannot_be_reached_is_waited_for_no_longer(tmp_path):
         assert bench.delivered == 30
 
 
-def test_a_reply_that_makes_room_lets_the_next_go_at_once(tmp_path):
+def test_reply_making_room_sends_the_next(tmp_path):
     with stuck(tmp_path, spill_after=0.002) as bench:
         waiting = bench.pool(0).waiting
         time.sleep(0.01)  # the compiled half's own clock
@@ -214,7 +214,7 @@ def test_while_another_has_room_nothing_old_waits(steps):
 
 
 @pytest.mark.parametrize("by", ["packets", "messages", "bytes"])
-def test_what_spills_is_split_by_the_weights_of_the_others(tmp_path, by):
+def test_spill_is_split_by_the_others_weights(tmp_path, by):
     """In the unit whose shares follow the weights, though every fourth packet is a large one."""
     units = Counter()
     with Bench(
@@ -240,7 +240,7 @@ def test_what_spills_is_split_by_the_weights_of_the_others(tmp_path, by):
     assert abs(units[1] - (units[1] + units[2]) / 4) <= 2 * largest
 
 
-def test_those_without_room_are_asked_again_until_nothing_old_waits(tmp_path):
+def test_full_pools_are_asked_while_any_is_old(tmp_path):
     def spill():
         bench.dispatcher.spill_at(time.monotonic_ns() + 2 * SECOND)
         bench.rest()
@@ -288,7 +288,7 @@ def failed_by_the_first(tmp_path, weights):
     return bench, failed
 
 
-def test_a_retry_spills_to_one_it_has_not_failed_on(tmp_path):
+def test_retry_spills_to_one_it_has_not_failed(tmp_path):
     bench, failed = failed_by_the_first(tmp_path, (1, 1, 1))
     with bench:
         (holder,) = [slot for slot in (1, 2) if bench.pool(slot).waiting]
@@ -301,7 +301,7 @@ def test_a_retry_spills_to_one_it_has_not_failed_on(tmp_path):
         bench.answer_all()
 
 
-def test_a_retry_spills_to_who_has_room_if_nobody_else_has(tmp_path):
+def test_retry_spills_to_a_failed_one_at_last(tmp_path):
     bench, failed = failed_by_the_first(tmp_path, (1, 1))
     with bench:
         pass_time(bench, 5)
@@ -309,7 +309,7 @@ def test_a_retry_spills_to_who_has_room_if_nobody_else_has(tmp_path):
         bench.answer_all()
 
 
-def test_what_lingers_for_its_batch_does_not_spill(tmp_path):
+def test_lingering_packets_do_not_spill(tmp_path):
     batches = {"mode": "batch", "linger": 10.0, "spill_after": 0.0, "connections": 4}
     with Bench(tmp_path, (1, 1), delivery=batches) as bench:
         while not all(bench.busy(slot) for slot in (0, 1)):
@@ -332,7 +332,7 @@ def test_room_is_counted_in_bytes_as_well(tmp_path):
         assert bench.pool(1).waiting <= 1
 
 
-def test_an_error_with_one_pool_leaves_the_others_be(tmp_path):
+def test_error_in_one_pool_spares_the_others(tmp_path):
     def no_memory():
         raise MemoryError
 
@@ -377,7 +377,7 @@ def test_while_overloaded_only_so_much_is_claimed(tmp_path):
         assert bench.delivered == 500
 
 
-def test_while_overloaded_packets_wait_for_one_that_is_as_fast_as_the_others(tmp_path):
+def test_overload_still_waits_for_a_fast_one(tmp_path):
     with Bench(tmp_path, (8, 1, 1), delivery={"connections": 4, "spill_after": 1.0, "timeout": 1000.0}) as bench:
         bench.push(*[b"x"] * 20)
         overload(bench)
@@ -385,7 +385,7 @@ def test_while_overloaded_packets_wait_for_one_that_is_as_fast_as_the_others(tmp
         assert bench.count("spilled") == 0
 
 
-def test_a_slow_analyzer_spills_and_holds_up_nobody_while_overloaded(tmp_path):
+def test_overloaded_slow_one_delays_no_other(tmp_path):
     with stuck(tmp_path, count=60) as bench:
         overload(bench)
         pass_time(bench, 0.3)
@@ -428,7 +428,7 @@ def measure(work, seconds=0.15):
 
 
 @pytest.mark.parametrize("schedstat", [True, False])
-def test_the_load_is_the_part_of_the_time_that_was_used(monkeypatch, schedstat):
+def test_load_is_the_used_part_of_the_time(monkeypatch, schedstat):
     if not schedstat:
         monkeypatch.setattr(Path, "read_bytes", lambda _path: (_ for _ in ()).throw(FileNotFoundError))
     busy, idle = measure(lambda: sum(range(1000))), measure(lambda: time.sleep(0.03))
@@ -436,7 +436,7 @@ def test_the_load_is_the_part_of_the_time_that_was_used(monkeypatch, schedstat):
 
 
 @pytest.mark.parametrize("text", [b"", b"1 2", b"1 2 3 4", b"a b c"])
-def test_a_schedstat_that_makes_no_sense_is_not_used(monkeypatch, text):
+def test_invalid_schedstat_is_not_used(monkeypatch, text):
     monkeypatch.setattr(Path, "read_bytes", lambda _path: text)
     assert 0 <= measure(lambda: time.sleep(0.01), 0.03) < 2
 

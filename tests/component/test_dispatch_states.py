@@ -26,7 +26,7 @@ def in_flight(bench, slot):
 
 @pytest.mark.parametrize("fall", [1, 3, 7])
 @pytest.mark.parametrize("how", ["500", "garbage", "reset", "unreachable"])
-def test_failures_in_a_row_take_an_analyzer_offline_at_once(tmp_path, fall, how):
+def test_consecutive_failures_mean_offline(tmp_path, fall, how):
     with Bench(tmp_path, (1, 1), health={"fall": fall}, delivery={"connections": 20}) as bench:
         bench.pool(0).reachable = how != "unreachable"
         send_all_to(bench, 0)
@@ -58,7 +58,7 @@ def test_failures_in_a_row_take_an_analyzer_offline_at_once(tmp_path, fall, how)
         assert bench.count_of(1, "delivered") == 60
 
 
-def test_a_success_in_between_starts_the_row_anew(tmp_path):
+def test_success_restarts_the_failure_row(tmp_path):
     with Bench(tmp_path, (1,), health={"fall": 3}, retry={"base": 0.01, "cap": 0.01}) as bench:
         for _ in range(5):
             bench.push(b"1", b"2", b"3")
@@ -92,7 +92,7 @@ def test_failures_of_other_workers_count_too(tmp_path):
         assert not bench.states.is_online(0)
 
 
-def test_another_worker_or_a_check_may_take_an_analyzer_offline(tmp_path):
+def test_other_worker_or_check_may_set_offline(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 2}) as bench:
         send_all_to(bench, 0)
         bench.push(*[b"x"] * 10)
@@ -110,7 +110,7 @@ def test_another_worker_or_a_check_may_take_an_analyzer_offline(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["even", "random", "sticky"])
-def test_nothing_is_claimed_while_nobody_is_there_and_all_of_it_is_delivered_later(tmp_path, strategy):
+def test_no_claims_while_all_are_offline(tmp_path, strategy):
     with Bench(tmp_path, (1, 1), distribution={"strategy": strategy}, delivery={"connections": 2}) as bench:
         bench.push(*[b"x"] * 20, emitter=5)
         for slot in range(2):
@@ -132,7 +132,7 @@ def test_nothing_is_claimed_while_nobody_is_there_and_all_of_it_is_delivered_lat
         assert bench.dispatcher.retrying == {}
 
 
-def test_the_last_to_fail_leaves_its_packets_in_the_ring(tmp_path):
+def test_last_failure_leaves_packets_in_ring(tmp_path):
     with Bench(tmp_path, (1,), health={"fall": 3}) as bench:
         bench.push(b"1", b"2", b"3", b"4")
         while bench.answer_all(reply(500)):
@@ -218,7 +218,7 @@ def test_a_draining_analyzer_gets_nothing_new(tmp_path):
         assert in_flight(bench, 0) > 0
 
 
-def test_a_stale_connection_of_a_draining_analyzer_moves_its_packet(tmp_path):
+def test_draining_stale_one_moves_its_packet(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 1}) as bench:
         send_all_to(bench, 0)
         bench.push(b"x")
@@ -230,7 +230,7 @@ def test_a_stale_connection_of_a_draining_analyzer_moves_its_packet(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["draining", "offline", "paused"])
-def test_a_refused_batch_is_not_sent_again_to_one_that_gets_nothing(tmp_path, state):
+def test_refused_batch_avoids_ineligible_ones(tmp_path, state):
     with Bench(tmp_path, (1, 1), delivery={"mode": "batch", "connections": 2}) as bench:
         send_all_to(bench, 0)
         bench.push(b"1", b"2", b"3")
@@ -260,7 +260,7 @@ def test_a_new_analyzer_gets_its_share(tmp_path):
         bench.answer_all()
 
 
-def test_what_waits_for_an_analyzer_that_is_removed_moves_and_what_is_under_way_finishes(tmp_path):
+def test_removal_moves_waiting_ends_in_flight(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 2}) as bench:
         send_all_to(bench, 0)
         bench.push(*[b"x"] * 10)
@@ -283,7 +283,7 @@ def test_what_waits_for_an_analyzer_that_is_removed_moves_and_what_is_under_way_
         assert (bench.count_of(0, "delivered"), bench.count_of(1, "delivered")) == (1, 9)
 
 
-def test_failures_at_a_former_endpoint_do_not_count_against_the_new_one(tmp_path):
+def test_former_endpoint_failures_do_not_count(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         send_all_to(bench, 0)
         bench.push(b"1", b"2", b"3")
@@ -301,7 +301,7 @@ def test_failures_at_a_former_endpoint_do_not_count_against_the_new_one(tmp_path
 
 
 @pytest.mark.parametrize("how", ["refused batch", "stale"])
-def test_what_a_former_endpoint_is_to_get_again_goes_to_whoever_is_picked(tmp_path, how):
+def test_former_endpoint_retries_pick_again(tmp_path, how):
     with Bench(tmp_path, (1, 1), delivery={"mode": "batch", "connections": 1, "linger": 0}) as bench:
         send_all_to(bench, 0)
         bench.push(b"0")
@@ -319,7 +319,7 @@ def test_what_a_former_endpoint_is_to_get_again_goes_to_whoever_is_picked(tmp_pa
         assert bench.delivered == 3
 
 
-def test_another_weight_or_id_leaves_the_connections_alone(tmp_path):
+def test_new_weight_or_id_keeps_connections(tmp_path):
     with Bench(tmp_path, (1, 1)) as bench:
         bench.push(*[b"x"] * 10)
         pools, endpoint = list(bench.dispatcher.pools), bench.analyzers[0].endpoint
@@ -336,7 +336,7 @@ def test_another_weight_or_id_leaves_the_connections_alone(tmp_path):
 # ---- slow start
 
 
-def test_an_analyzer_that_has_recovered_starts_with_a_tenth_and_has_all_in_the_end(tmp_path):
+def test_recovery_ramps_from_a_tenth_to_all(tmp_path):
     with Bench(tmp_path, (1, 1), health={"slow_start": 100.0}, capacity=1 << 22) as bench:
         bench.go_offline(0)
         bench.push(b"x")
@@ -359,7 +359,7 @@ def test_an_analyzer_that_has_recovered_starts_with_a_tenth_and_has_all_in_the_e
 
 
 @pytest.mark.parametrize("late", [0.1, 1, 1000])
-def test_a_ramp_ends_at_the_whole_weight_however_late_that_is_seen(tmp_path, late):
+def test_late_ramp_step_ends_at_full_weight(tmp_path, late):
     """A loop that was held up at its last step left the analyzer with what it had, for good."""
     with Bench(tmp_path, (1, 1), health={"slow_start": 100.0}) as bench:
         bench.go_offline(0)
@@ -375,7 +375,7 @@ def test_a_ramp_ends_at_the_whole_weight_however_late_that_is_seen(tmp_path, lat
         assert bench.dispatcher.seen_epoch == epoch
 
 
-def test_the_ramp_does_not_move_the_weights_of_those_that_never_left(tmp_path):
+def test_ramp_does_not_change_other_weights(tmp_path):
     with Bench(tmp_path, (1, 3), health={"slow_start": 100.0}) as bench:
         assert bench.dispatcher.weights == {0: 1.0, 1: 3.0}
         epoch = bench.dispatcher.seen_epoch

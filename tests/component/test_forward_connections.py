@@ -47,7 +47,7 @@ def test_the_connection_used_last_is_used_next():
     desk.check()
 
 
-def test_requests_in_flight_never_pass_connections_times_pipeline():
+def test_in_flight_is_at_most_the_product():
     desk = Desk(connections=3, pipeline=2)
     for _ in range(3):
         desk.connect()
@@ -69,7 +69,7 @@ def test_requests_in_flight_never_pass_connections_times_pipeline():
     assert sent == list(range(1, 21))
 
 
-def test_more_connections_are_asked_for_only_when_none_is_free_and_within_the_limit():
+def test_connection_opens_only_if_none_is_free():
     desk = Desk(connections=2)
     desk.push(b"1")
     desk.pool.pump()
@@ -122,7 +122,7 @@ def test_room_is_what_could_be_sent_at_once(delivery, in_flight, waiting, room):
 # ---- time
 
 
-def test_idle_connections_are_closed_after_a_minute_and_busy_ones_are_not():
+def test_only_idle_connections_expire():
     desk = Desk(timeout=1000.0, max_age=1000.0)
     idle, busy = desk.connect(), desk.connect()
     desk.push(b"1")
@@ -143,7 +143,7 @@ def test_idle_connections_are_closed_after_a_minute_and_busy_ones_are_not():
     assert desk.owner.events == []
 
 
-def test_the_connections_of_a_retired_pool_end_with_their_last_reply():
+def test_retired_pool_ends_with_its_last_reply():
     desk = Desk()
     idle, busy = desk.connect(), desk.connect()
     desk.push(b"1")
@@ -158,7 +158,7 @@ def test_the_connections_of_a_retired_pool_end_with_their_last_reply():
     assert desk.ring.undone == 0
 
 
-def test_a_reply_that_does_not_come_in_time_is_a_failure_of_the_first_request_only():
+def test_overdue_reply_fails_only_the_first():
     desk = Desk(timeout=5.0, pipeline=3)
     connection = desk.connect()
     desk.push(b"1", b"2", b"3")
@@ -180,7 +180,7 @@ def test_a_reply_that_does_not_come_in_time_is_a_failure_of_the_first_request_on
     desk.check()
 
 
-def test_the_clock_of_a_pipelined_request_starts_with_the_reply_before_it():
+def test_pipelined_clock_starts_at_prior_reply():
     desk = Desk(timeout=60.0, pipeline=2)
     connection = desk.connect()
     desk.push(b"1", b"2")
@@ -204,7 +204,7 @@ def test_the_clock_of_a_pipelined_request_starts_with_the_reply_before_it():
         b"HTTP/1.1 200 OK\r\n\r\n",
     ],
 )
-def test_a_body_that_does_not_end_costs_the_connection_and_nothing_else(start):
+def test_endless_body_costs_its_connection(start):
     desk = Desk(timeout=5.0)
     connection = desk.connect()
     desk.push(b"1")
@@ -217,7 +217,7 @@ def test_a_body_that_does_not_end_costs_the_connection_and_nothing_else(start):
     assert desk.ring.undone == 0
 
 
-def test_a_connection_without_requests_is_never_overdue():
+def test_unused_connection_is_never_overdue():
     desk = Desk(timeout=1.0)
     connection = desk.connect()
     assert not connection.overdue(time.monotonic_ns() + 3600 * SECOND, SECOND)
@@ -228,7 +228,7 @@ def test_a_connection_without_requests_is_never_overdue():
     assert not connection.overdue(time.monotonic_ns() + 3600 * SECOND, SECOND)
 
 
-def test_latency_is_the_usual_one_or_that_of_the_reply_now_awaited():
+def test_latency_includes_the_awaited_reply():
     desk = Desk()
     connection = desk.connect()
     assert desk.pool.latency(time.monotonic_ns()) == 0
@@ -247,7 +247,7 @@ def test_latency_is_the_usual_one_or_that_of_the_reply_now_awaited():
 # ---- ends
 
 
-def test_a_connection_that_is_closed_while_idle_costs_nothing():
+def test_closed_idle_connection_costs_nothing():
     desk = Desk()
     fresh, used = desk.connect(), desk.connect()
     desk.push(b"1")
@@ -261,7 +261,7 @@ def test_a_connection_that_is_closed_while_idle_costs_nothing():
     assert desk.owner.wakes == 4
 
 
-def test_an_end_is_told_once():
+def test_end_is_reported_only_once():
     desk = Desk(pipeline=2)
     connection = desk.connect()
     desk.push(b"1", b"2")
@@ -275,7 +275,7 @@ def test_an_end_is_told_once():
     desk.check()
 
 
-def test_closing_does_not_wait_for_bytes_that_will_be_sent_elsewhere():
+def test_close_drops_bytes_sent_elsewhere():
     """An analyzer that refuses early and reads no further would hold the connection for ever."""
     desk = Desk(pipeline=2)
     connection = desk.connect()
@@ -340,7 +340,7 @@ def test_errors_are_described_in_few_words(error, text):
 # ---- on real sockets
 
 
-def test_connections_are_opened_on_demand_and_never_more_than_the_limit(tmp_path):
+def test_connections_open_on_demand_in_limits(tmp_path):
     async def scenario():
         held = []
         server = await ScriptServer(lambda _n, transport, _data: held.append(transport)).start()
@@ -378,7 +378,7 @@ def test_one_connection_is_enough_for_a_trickle(tmp_path):
     run(scenario())
 
 
-def test_a_connection_that_cannot_be_opened_in_time_is_a_failure(tmp_path):
+def test_connect_timeout_is_a_failure(tmp_path):
     async def scenario():
         blackhole = socket.create_server(("127.0.0.1", 0), backlog=0)
         port = blackhole.getsockname()[1]
@@ -421,7 +421,7 @@ def test_a_refused_connection_is_a_failure(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["accepted", "requested"])
-def test_a_server_that_hangs_up_is_a_failure_but_not_a_loss(tmp_path, when):
+def test_server_hangup_is_a_failure_not_a_loss(tmp_path, when):
     async def scenario():
         def hang_up(_number, transport, _data=None):
             transport.close()
@@ -439,7 +439,7 @@ def test_a_server_that_hangs_up_is_a_failure_but_not_a_loss(tmp_path, when):
     run(scenario())
 
 
-def test_a_keep_alive_connection_that_went_stale_is_no_failure(tmp_path):
+def test_stale_keep_alive_is_no_failure(tmp_path):
     async def scenario():
         def answer_twice(number, transport, data):
             requests = [each for at, each in server.received if at == number]
@@ -460,7 +460,7 @@ def test_a_keep_alive_connection_that_went_stale_is_no_failure(tmp_path):
     run(scenario())
 
 
-def test_what_is_behind_a_reply_without_end_goes_again(tmp_path):
+def test_requests_behind_endless_reply_retry(tmp_path):
     """The analyzer gives no length, and leaves the end of the connection to us: no more is looked at there."""
 
     async def scenario():
@@ -476,7 +476,7 @@ def test_what_is_behind_a_reply_without_end_goes_again(tmp_path):
     run(scenario())
 
 
-def test_a_connection_that_is_to_close_frees_its_slot(tmp_path, tls):
+def test_closing_connection_frees_its_slot(tmp_path, tls):
     """The analyzer says that it closes, leaves that to us, and does not listen any more."""
 
     async def scenario():
@@ -498,7 +498,7 @@ def test_a_connection_that_is_to_close_frees_its_slot(tmp_path, tls):
 
 
 @pytest.mark.parametrize("how", ["closed by us", "left to us"])
-def test_the_end_of_a_tls_connection_is_told(tmp_path, trusted, how):
+def test_tls_end_sends_close_notify(tmp_path, trusted, how):
     """Whoever reads hears that it was no cut (close_notify)."""
 
     async def scenario():
@@ -516,7 +516,7 @@ def test_the_end_of_a_tls_connection_is_told(tmp_path, trusted, how):
     run(scenario())
 
 
-def test_an_early_refusal_does_not_hold_the_connection(tmp_path):
+def test_early_refusal_frees_the_connection(tmp_path):
     """The analyzer refuses a body it does not read, and says that it closes, but does not."""
 
     async def scenario():
@@ -536,7 +536,7 @@ def test_an_early_refusal_does_not_hold_the_connection(tmp_path):
     run(scenario())
 
 
-def test_a_certificate_nobody_vouches_for_is_a_failure(tmp_path, certificate):
+def test_untrusted_certificate_is_a_failure(tmp_path, certificate):
     async def scenario():
         server = await ScriptServer().start(tls=certificate[1])
         mock = start_mock("A2")

@@ -84,7 +84,7 @@ def test_an_early_2xx_counts_when_all_is_written(kind):
         assert desk.owner.events == []
 
 
-def test_an_early_2xx_waits_for_its_own_request_only():
+def test_early_2xx_waits_only_for_its_request():
     desk, connection = at_work(b"1", b"2", b"3", unwritten=0)
     one, two, three = (len(request.head + request.body) for request in connection.transport.requests)
     connection.transport.unflushed = two + three
@@ -105,7 +105,7 @@ def test_an_early_2xx_waits_for_its_own_request_only():
     assert one == two == three
 
 
-def test_a_connection_answered_early_takes_no_more():
+def test_answered_early_takes_no_more_requests():
     """Nor is it offered to the pool, which would ask it again and again."""
     desk, connection = at_work(b"1", unwritten=1, limit=4)
     connection.data_received(OK)
@@ -128,7 +128,7 @@ def test_a_connection_answered_early_takes_no_more():
     ],
 )
 @pytest.mark.parametrize("kind", EARLY)
-def test_an_early_2xx_that_is_cut_off_was_no_delivery(kind, how, error):
+def test_early_2xx_cut_off_is_no_delivery(kind, how, error):
     data, kept = EARLY[kind]
     desk, connection = at_work(b"1", b"2", unwritten=1000, timeout=5.0)
     connection.data_received(data)
@@ -150,7 +150,7 @@ def test_an_early_2xx_that_is_cut_off_was_no_delivery(kind, how, error):
     desk.check()
 
 
-def test_what_is_behind_an_early_last_reply_goes_at_once():
+def test_requests_behind_early_last_reply_move():
     desk, connection = at_work(b"1", b"2", b"3", unwritten=1000)
     connection.data_received(CLOSE[:-1])
     assert desk.owner.events == [("not sent", ["p3"]), ("not sent", ["p2"])]
@@ -164,7 +164,7 @@ def test_what_is_behind_an_early_last_reply_goes_at_once():
     desk.check()
 
 
-def test_an_end_of_input_leaves_an_early_2xx_as_it_is():
+def test_end_of_input_keeps_an_early_2xx():
     desk, connection = at_work(b"1", b"2", unwritten=1000)
     connection.data_received(OK)
     assert connection.eof_received() is False  # the transport closes when it has written all
@@ -177,7 +177,7 @@ def test_an_end_of_input_leaves_an_early_2xx_as_it_is():
     desk.check()
 
 
-def test_a_retired_connection_ends_its_early_request_first():
+def test_retired_one_ends_early_request_first():
     desk, connection = at_work(b"1", unwritten=1000)
     connection.data_received(OK)
     desk.pool.retired = True
@@ -191,7 +191,7 @@ def test_a_retired_connection_ends_its_early_request_first():
 
 @pytest.mark.parametrize("status", [400, 413, 422, 500, 503])
 @pytest.mark.parametrize("closes", [False, True])
-def test_an_early_status_that_is_no_2xx_counts_at_once(status, closes):
+def test_early_non_2xx_counts_at_once(status, closes):
     desk, connection = at_work(b"1", unwritten=1000)
     connection.data_received(reply(status, *["Connection: close"] * closes))
     ((what, ids, *_),) = desk.owner.events
@@ -232,7 +232,7 @@ def early_connections(world):
 
 
 @pytest.mark.parametrize("kind", ["kept", "close", "HTTP/1.0"])
-def test_the_rest_of_a_request_answered_early_is_sent(tmp_path, tls, kind):
+def test_rest_of_an_early_answered_is_sent(tmp_path, tls, kind):
     async def scenario():
         server = await Early(EARLY[kind][0]).start(tls, room=1 << 16)
         async with World(tmp_path, {"A1": endpoint(server.port, tls)}, capacity=1 << 25) as w:
@@ -251,7 +251,7 @@ def test_the_rest_of_a_request_answered_early_is_sent(tmp_path, tls, kind):
 
 
 @pytest.mark.parametrize("kind", ["kept", "close"])
-def test_a_request_answered_early_and_cut_off_goes_again(tmp_path, tls, kind):
+def test_early_answered_and_cut_off_retries(tmp_path, tls, kind):
     async def scenario():
         server = await Early(EARLY[kind][0], lambda transport: transport.abort()).start(tls, room=1 << 16)
         mock = start_mock("A2")
@@ -310,7 +310,7 @@ def half_closing_tls(context):
         yield listener, taken
 
 
-def test_an_analyzer_with_tls_may_end_its_side_too(tmp_path, trusted):
+def test_tls_analyzer_may_end_its_side_too(tmp_path, trusted):
     async def scenario():
         with half_closing_tls(trusted) as (listener, taken):
             async with World(tmp_path, {"A1": endpoint(listener.getsockname()[1], trusted)}, capacity=1 << 25) as w:
@@ -323,7 +323,7 @@ def test_an_analyzer_with_tls_may_end_its_side_too(tmp_path, trusted):
     run(scenario())
 
 
-def test_an_early_413_counts_though_a_reset_follows(tmp_path, tls):
+def test_early_413_counts_despite_a_reset(tmp_path, tls):
     async def scenario():
         answer = reply(413, "Connection: close")
         server = await Early(answer, lambda transport: transport.close()).start(tls, room=1 << 16)

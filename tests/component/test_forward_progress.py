@@ -146,7 +146,7 @@ def test_replies_that_lie_there_are_read_first(tmp_path, tls):
     run(scenario())
 
 
-def test_time_that_nobody_looked_is_not_counted():
+def test_unobserved_time_does_not_count():
     desk = Desk(timeout=5.0)
     connection = desk.connect()
     desk.push(b"1")
@@ -161,7 +161,7 @@ def test_time_that_nobody_looked_is_not_counted():
     assert connection.transport.ended == "abort"
 
 
-def test_a_check_that_was_answered_meanwhile_is_good():
+def test_check_answered_meanwhile_is_good():
     async def scenario():
         with late_server() as server:
             states = shared_block().analyzers
@@ -193,7 +193,7 @@ def test_a_check_that_was_answered_meanwhile_is_good():
     ],
     ids=["head", "interim head", "chunks", "no length"],
 )
-def test_a_reply_without_end_holds_nothing_up_for_ever(tmp_path, pipeline, beginning, more, failed):
+def test_endless_reply_blocks_nothing_for_ever(tmp_path, pipeline, beginning, more, failed):
     """Every byte is progress; the first connection would never be free again, nor what is behind it delivered."""
 
     async def scenario():

@@ -289,7 +289,7 @@ class Trials:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_reply_has_its_outcome_and_has_it_however_it_is_split(case):
+def test_reply_outcome_is_same_however_split(case):
     data, end, expected = CASES[case]
     trials = Trials()
     assert trials.run([data] if data else [], end) == expected
@@ -299,7 +299,7 @@ def test_a_reply_has_its_outcome_and_has_it_however_it_is_split(case):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_replies_of_all_kinds_in_a_row_however_they_are_split(seed):
+def test_mixed_replies_are_same_however_split(seed):
     source = random.Random(seed)
     trials = Trials()
     names = [name for name in CASES if CASES[name][2].delivered == 1 and CASES[name][2] == Outcome(1, [])]
@@ -342,7 +342,7 @@ def test_a_head_counts_before_its_body_has_come():
     desk.check()
 
 
-def test_nothing_is_sent_on_a_connection_that_is_about_to_close():
+def test_nothing_is_sent_before_a_close():
     desk = Desk(connections=1, pipeline=4)
     connection = desk.connect()
     desk.push(b"1")
@@ -380,7 +380,7 @@ def test_a_reply_to_a_batch_is_one_for_all_in_it():
     assert desk.counters.get_of(1, "delivered") == 2
 
 
-def test_watched_packets_are_told_of_when_they_are_delivered():
+def test_watched_packets_report_delivery():
     desk = Desk(pipeline=4)
     connection = desk.connect()
     handles = desk.push(b"1", b"2") + desk.push(b"3", flags=1)  # its emitter waits
@@ -491,7 +491,7 @@ def test_no_bytes_crash_it_or_lose_a_packet(pieces, data, way, packets, end):
 
 @given(st.lists(PIECES, max_size=8), st.lists(st.integers(0, 400), max_size=8), ENDS)
 @settings(max_examples=2 * settings().max_examples)
-def test_any_bytes_mean_the_same_however_they_are_split(pieces, cuts, end):
+def test_any_bytes_are_the_same_however_split(pieces, cuts, end):
     data = b"".join(pieces)
     cuts = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
     parts = [data[a:b] for a, b in pairwise(cuts)]
@@ -502,7 +502,7 @@ def test_any_bytes_mean_the_same_however_they_are_split(pieces, cuts, end):
         assert trials.run([data[at : at + 1] for at in range(len(data))], end) == whole
 
 
-def test_what_nobody_asked_for_is_told_once_a_minute(monkeypatch):
+def test_unrequested_reply_logs_once_a_minute(monkeypatch):
     desk = Desk()
     with capture_logs() as logged:
         for data in (b"HTTP/1.1 408 Request Timeout\r\n", OK, b"!\xff", OK):

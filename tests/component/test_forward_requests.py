@@ -38,7 +38,7 @@ def batch(ids, bodies, attempt=1):
 # ---- one packet a request
 
 
-def test_a_single_request_is_what_the_contract_says():
+def test_single_request_follows_the_contract():
     desk = Desk()
     connection = desk.connect()
     desk.push(b'{"emitterId":"e"}')
@@ -198,7 +198,7 @@ def test_ids_of_any_length_share_a_batch():
     assert connection.transport.sent == batch(keys, [b"7"] * 500)
 
 
-def test_the_largest_batch_that_is_not_warned_of_has_a_head_below_8_kib():
+def test_largest_silent_batch_has_8_kib_head():
     desk = Desk(mode="batch", batch_packets=SAFE_BATCH)
     connection = desk.connect()
     desk.push(*[b"7"] * SAFE_BATCH, keys=[f"{number:064}" for number in range(SAFE_BATCH)])
@@ -238,7 +238,7 @@ def test_a_batch_has_at_most_batch_packets(count):
         ([99, 2, 98], [1, 2]),
     ],
 )
-def test_a_batch_has_at_most_batch_bytes_or_one_packet(sizes, groups):
+def test_batch_is_within_batch_bytes_or_one(sizes, groups):
     desk = Desk(mode="batch", batch_bytes=100, linger=0, pipeline=8)
     connection = desk.connect()
     bodies = [b"x" * size for size in sizes]
@@ -257,7 +257,7 @@ def test_a_batch_has_at_most_batch_bytes_or_one_packet(sizes, groups):
     st.integers(1, 4),
     st.sampled_from(["single", "batch"]),
 )
-def test_whatever_the_limits_every_packet_is_sent_once_and_in_order(sizes, batch_packets, batch_bytes, pipeline, mode):
+def test_limits_keep_order_and_send_each_once(sizes, batch_packets, batch_bytes, pipeline, mode):
     desk = Desk(
         mode=mode, batch_packets=batch_packets, batch_bytes=batch_bytes, pipeline=pipeline, linger=0, capacity=1 << 16
     )
@@ -279,7 +279,7 @@ def test_whatever_the_limits_every_packet_is_sent_once_and_in_order(sizes, batch
     assert desk.ring.undone == 0
 
 
-def test_a_packet_marked_alone_goes_alone_and_as_single():
+def test_packet_marked_alone_goes_as_single():
     desk = Desk(mode="batch", pipeline=8, linger=0)
     handles = desk.push(b"1", b"2", b"3")
     assert desk.pool.take_request() == handles
@@ -292,7 +292,7 @@ def test_a_packet_marked_alone_goes_alone_and_as_single():
     desk.check()
 
 
-def test_a_batch_ends_before_a_packet_marked_alone():
+def test_batch_ends_before_one_marked_alone():
     desk = Desk(mode="batch", pipeline=8, linger=0)
     first, second, third = desk.push(b"1", b"2", b"3")
     assert desk.pool.take_request() == [first, second, third]
@@ -320,7 +320,7 @@ def busy_desk(**delivery):
     return desk, *sorted((first, second), key=lambda each: -each.in_flight())
 
 
-def test_an_idle_analyzer_gets_a_batch_of_one_at_once():
+def test_idle_analyzer_gets_one_at_once():
     desk, busy, _ = busy_desk(linger=0.5)
     assert busy.transport.sent == batch(["p1"], [b"first"])
     busy.data_received(OK)
@@ -330,7 +330,7 @@ def test_an_idle_analyzer_gets_a_batch_of_one_at_once():
     assert busy.transport.sent.endswith(batch(["p2"], [b"second"]))
 
 
-def test_an_analyzer_counts_as_busy_for_a_linger_after_each_batch():
+def test_analyzer_is_busy_a_linger_per_batch():
     """However fast it answers: it would get the packets of every event-loop iteration one by one."""
     desk, busy, _ = busy_desk()
     busy.data_received(OK)
@@ -342,7 +342,7 @@ def test_an_analyzer_counts_as_busy_for_a_linger_after_each_batch():
     assert busy.transport.writes[1] == batch(["p2", "p3", "p4", "p5"], [b"2", b"3", b"4", b"5"])
 
 
-def test_a_batch_waits_for_more_while_the_analyzer_is_busy():
+def test_batch_waits_while_analyzer_is_busy():
     desk, busy, spare = busy_desk()
     for body in (b"2", b"3", b"4"):
         desk.push(body)
@@ -365,7 +365,7 @@ def test_a_batch_leaves_when_it_has_its_bytes():
     assert spare.transport.writes == [batch(["p2", "p3"], [b"x" * 99, b"y"])]
 
 
-def test_a_batch_leaves_when_its_first_packet_has_lingered():
+def test_batch_leaves_when_first_has_lingered():
     desk, _, spare = busy_desk(linger=0.5)
     desk.push(b"2")
     desk.pool.pump()
@@ -383,7 +383,7 @@ def test_a_linger_of_nothing_waits_for_nothing():
     assert spare.transport.writes == [batch(["p2"], [b"2"])]
 
 
-def test_a_reply_sends_what_has_waited_long_enough():
+def test_reply_sends_what_waited_long_enough():
     desk, busy, spare = busy_desk(linger=0.5)
     desk.push(b"2")
     desk.pool.pump()
@@ -393,7 +393,7 @@ def test_a_reply_sends_what_has_waited_long_enough():
     assert busy.transport.writes[1] == batch(["p2"], [b"2"])
 
 
-def test_a_batch_left_lingering_by_a_reply_is_looked_after():
+def test_batch_left_by_a_reply_is_sent_later():
     """All connections were busy when it came, so that no timer runs; the one that is free now is not to forget it."""
     desk = Desk(mode="batch", linger=NEVER, batch_packets=2, connections=2)
     for _ in range(2):
@@ -437,7 +437,7 @@ def test_a_paused_pool_sends_nothing():
     assert len(connection.transport.writes) == 2
 
 
-def test_waiting_packets_and_bytes_follow_the_list():
+def test_waiting_counts_follow_the_list():
     desk = Desk()
     first, second = desk.push(b"12345", b"678")
     assert (desk.pool.waiting, desk.pool.waiting_bytes) == (2, 8)

@@ -112,7 +112,7 @@ def test_the_state_is_what_a_model_says(checks, rise, fall):
         assert (ward.get("CHECK_SUCCESSES"), ward.get("CHECK_FAILURES")) == (max(row, 0), max(-row, 0))
 
 
-def test_a_check_is_noted_with_its_time_and_status():
+def test_check_records_its_time_and_status():
     ward = Ward()
     before = time.time_ns()
     feed(ward, "-")
@@ -123,7 +123,7 @@ def test_a_check_is_noted_with_its_time_and_status():
     assert (ward.get("LAST_STATUS"), ward.get("CHECK_FAILURES"), ward.get("CHECK_SUCCESSES")) == (200, 0, 1)
 
 
-def test_a_change_of_state_tells_the_workers():
+def test_change_of_state_notifies_workers():
     ward = Ward()
     epoch = ward.states.epoch
     feed(ward, "--")
@@ -153,7 +153,7 @@ def test_checks_and_deliveries_are_counted_apart():
     assert not ward.online()
 
 
-def test_one_that_answers_checks_but_fails_deliveries_goes_and_comes():
+def test_bad_deliveries_flap_with_good_checks():
     ward = Ward(rise=2)
     feed(ward, "+++++")
     ward.states.go_offline(0, by_deliveries=True)  # a worker has seen enough
@@ -168,7 +168,7 @@ def test_one_that_answers_checks_but_fails_deliveries_goes_and_comes():
     assert ward.get("DELIVERY_FAILURES") == 0
 
 
-def test_since_tells_when_probation_began():
+def test_since_is_when_probation_began():
     ward = Ward(rise=2)
     ward.states.go_offline(0, by_deliveries=True)
     offline_since = ward.get("SINCE_NS")
@@ -189,7 +189,7 @@ def test_since_tells_when_probation_began():
 # ---- what counts as an answer
 
 
-def test_the_request_is_what_any_server_understands():
+def test_check_request_suits_any_server():
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
         async with ward_of(analyzer(server.port, health="/up?x=1")):
@@ -269,7 +269,7 @@ async def status_of(*pieces):
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_means_the_same_however_it_is_split(name):
+def test_check_response_is_same_however_split(name):
     data, status, _ = ANSWERS[name]
 
     async def scenario():
@@ -428,7 +428,7 @@ def test_new_analyzers_add_and_remove_checks():
     run(scenario())
 
 
-def test_the_same_analyzers_again_disturb_no_check():
+def test_unchanged_analyzers_disturb_no_check():
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
         async with ward_of(analyzer(server.port), interval=30.0) as ward:
@@ -462,7 +462,7 @@ def test_checks_leave_no_connections_behind():
 # ---- TLS
 
 
-def test_a_certificate_nobody_vouches_for_is_a_failed_check(certificate):
+def test_untrusted_certificate_fails_a_check(certificate):
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start(certificate[1])
         async with ward_of(analyzer(server.port, scheme="https")) as ward:
@@ -476,7 +476,7 @@ def test_a_certificate_nobody_vouches_for_is_a_failed_check(certificate):
     run(scenario())
 
 
-def test_a_certificate_that_is_vouched_for_is_a_good_one(certificate):
+def test_trusted_certificate_passes_a_check(certificate):
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start(certificate[1])
         async with ward_of() as ward:

@@ -89,7 +89,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_connection_that_is_of_no_use_is_not_kept(certificate, name):
+def test_unusable_connection_is_not_kept(certificate, name):
     async def scenario():
         async with Checked(certificate, lambda _n, transport, _data: transport.write(UNFIT[name])) as it:
             await it.asked(5)
@@ -99,7 +99,7 @@ def test_a_connection_that_is_of_no_use_is_not_kept(certificate, name):
     run(scenario())
 
 
-def test_a_bad_answer_counts_on_a_kept_connection_too(certificate):
+def test_bad_response_counts_on_kept_one_too(certificate):
     answers = itertools.chain([OK, OK, OK], itertools.repeat(reply(503)))
 
     async def scenario():
@@ -120,7 +120,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_what_a_kept_connection_fails_with_is_asked_anew(certificate, how):
+def test_failed_kept_connection_checks_again(certificate, how):
     """Behind its address there may be another server by now, or it lets nobody stay for long."""
     answered = set()
 
@@ -140,7 +140,7 @@ def test_what_a_kept_connection_fails_with_is_asked_anew(certificate, how):
     run(scenario())
 
 
-def test_one_that_is_closed_between_checks_is_replaced(certificate):
+def test_closed_connection_is_replaced(certificate):
     def answer(_number, transport, _data):
         transport.write(OK)
         asyncio.get_running_loop().call_soon(transport.close)
@@ -163,7 +163,7 @@ def test_a_kept_connection_has_a_greatest_age(certificate):
     run(scenario())
 
 
-def test_a_name_that_moves_is_followed_by_checks_too(certificate):
+def test_checks_follow_a_moved_name(certificate):
     """The old server goes on answering."""
 
     async def scenario():
@@ -208,7 +208,7 @@ def test_no_more_are_kept_than_there_is_room_for(certificate):
     run(scenario())
 
 
-def test_analyzers_that_are_checked_alike_leave_nothing_open(certificate):
+def test_same_checks_leave_no_connection_open(certificate):
     async def scenario():
         async with Checked(certificate, lambda _n, transport, _data: transport.write(OK)) as it:
             url = f"https://127.0.0.1:{it.server.port}/analyze"

@@ -91,7 +91,7 @@ def test_a_broken_head_request_gets_no_body():
     ("broken", "status"),
     [(b"GET /health\r\n\r\n", 400), (b"GET /health\n", 400), (b"X" * 2000, 431), (b"GET /health", 408)],
 )
-def test_what_is_broken_gets_its_answer_whatever_came_before(broken, status):
+def test_malformed_after_any_gets_a_response(broken, status):
     """The last one: HEAD, refused, from a listed origin."""
     service = Service(max_header=1024, security={"cors_origins": (SITE,)})
     connection = service.ask(head("HEAD /logs", f"Origin: {SITE}"), broken)
@@ -107,7 +107,7 @@ def test_what_is_broken_gets_its_answer_whatever_came_before(broken, status):
 MEBIBYTE = bytes(2**20)
 
 
-def test_a_body_of_other_requests_is_read_up_to_a_mebibyte():
+def test_other_requests_bodies_read_to_a_mib():
     service = Service(max_body=2**30)
     assert service.ask(post(MEBIBYTE, first="PUT /nowhere"), keyed("next")).statuses == [404, 202]
     for data, detail in (
@@ -156,7 +156,7 @@ GOOD = ("Authorization: Bearer t", f"Origin: {SITE}")
         (head("POST /logs", *GOOD, "Transfer-Encoding: chunked") + b"x\r\n", 400),
     ],
 )
-def test_every_answer_is_shared_with_listed_origins_only(sharing, data, status):
+def test_response_names_only_listed_origins(sharing, data, status):
     with sharing.timers() as loop:
         listed = sharing.ask(data)
         loop.advance(0)
@@ -177,7 +177,7 @@ def test_every_answer_is_shared_with_listed_origins_only(sharing, data, status):
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_delivery_is_shared_with_the_origin_that_waits_for_it(sharing, waits):
+def test_delivery_response_names_its_origin(sharing, waits):
     """With the one whose request it answers, whatever comes after it on the connection."""
     with sharing.timers() as loop:
         connection = sharing.ask(post(BODY, *GOOD, "Prefer: wait=9"), post(BODY, *GOOD[:1]))
@@ -215,7 +215,7 @@ def test_a_preflight(sharing):
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/", "text/html"), ("/dashboard/app.js", "text/javascript")])
-def test_files_are_kept_by_browsers_and_asked_for_again(service, path, kind):
+def test_static_files_are_cached_and_validated(service, path, kind):
     connection = service.ask(head(f"GET {path}"), head(f"HEAD {path}"))
     full, empty = connection.answers("GET", "HEAD")
     assert full.headers["content-type"].startswith(kind)
@@ -233,7 +233,7 @@ def test_files_are_kept_by_browsers_and_asked_for_again(service, path, kind):
 
 
 @pytest.mark.parametrize("part", ["a view", "the check"])
-def test_whoever_meets_a_fault_gets_an_answer(monkeypatch, part):
+def test_faulty_request_gets_a_response(monkeypatch, part):
     """And others on the same connection theirs."""
 
     def fail(*_arguments, **_options):
@@ -251,7 +251,7 @@ def test_whoever_meets_a_fault_gets_an_answer(monkeypatch, part):
 
 
 @pytest.mark.parametrize("body", [rb'{"\ud800":1}', rb'{"weight":1,"a\udfffb":{"\ud800":"\ud800"}}'])
-def test_half_a_surrogate_in_a_key_is_told(service, body):
+def test_half_a_surrogate_in_key_is_reported(service, body):
     request = head("PATCH /analyzers/A1", f"Content-Length: {len(body)}") + body
     answer = service.connect("127.0.0.1").send(request).answer("PATCH")
     assert answer.status == 400

@@ -61,7 +61,7 @@ def test_a_body_that_comes_steadily_may_take_long():
     assert connection.written == b""
 
 
-def test_time_in_which_nothing_is_read_is_not_a_bodys():
+def test_pause_of_reading_is_not_body_time():
     connection = begun(Service(capacity=ROOMY), stands=0)
     connection.protocol.pause_writing()
     connection.age(40)
@@ -109,7 +109,7 @@ def test_bodies_of_other_requests_count_as_well():
 
 
 @pytest.mark.parametrize("end", ["time out", "broken", "too large", "eof"])
-def test_however_a_body_ends_its_memory_is_free_again(end):
+def test_ended_body_frees_its_memory(end):
     service = Service(capacity=ROOMY)
     connection = begun(service, chunked=True, stands=0)
     assert service.intake.bodies == HALF
@@ -142,7 +142,7 @@ def test_small_bodies_have_a_reserve_of_their_own():
 # ---- who goes when it is used up
 
 
-def test_who_comes_is_not_refused_for_who_is_slow():
+def test_slow_body_refuses_no_new_client():
     service = Service(capacity=ROOMY)
     service.intake.most_bodies = 10 * HALF
     connections = [begun(service) for _ in range(10)]
@@ -170,7 +170,7 @@ def test_first_goes_what_takes_most_for_longest():
     assert [each.open for each in (little, less, most, long)] == [True, True, False, False]
 
 
-def test_who_drips_does_not_keep_others_out():
+def test_dripping_body_keeps_no_other_out():
     """All the memory there is, a byte each now and then: for those who send in segments there was none."""
     service = Service(capacity=ROOMY, max_body=2**20)
     service.intake.most_bodies = 26 * 100_000
@@ -189,7 +189,7 @@ def test_who_drips_does_not_keep_others_out():
     assert service.intake.bodies == 0
 
 
-def test_each_gets_its_own_answer_when_one_makes_room():
+def test_each_body_gets_its_own_response():
     service = Service(capacity=ROOMY)
     service.intake.most_bodies = 2 * HALF
     victim, other = begun(service, stands=5), begun(service)

@@ -178,7 +178,7 @@ def test_codings_that_are_read(service, value):
 
 
 @pytest.mark.parametrize("value", ["9" * 18, "9" * 19, "9223372036854775808", "18446744073709551615"])
-def test_lengths_beyond_all_bounds_are_too_large_and_wrap_around_nothing(service, value):
+def test_huge_lengths_do_not_wrap_around(service, value):
     connection = service.ask(head("POST /logs", f"Content-Length: {value}"), BODY)
     assert connection.answer().status == 413
     assert connection.transport.half_closed
@@ -186,7 +186,7 @@ def test_lengths_beyond_all_bounds_are_too_large_and_wrap_around_nothing(service
 
 
 @pytest.mark.parametrize("value", ["18446744073709551616", "9" * 20, "9" * 400])
-def test_lengths_of_more_than_64_bits_are_none(service, value):
+def test_lengths_above_64_bits_are_invalid(service, value):
     assert_refused(service, head("POST /logs", f"Content-Length: {value}"), PARSERS_WORDS)
 
 
@@ -195,7 +195,7 @@ def test_lengths_of_more_than_64_bits_are_none(service, value):
 
 @pytest.mark.parametrize("byte", CONTROLS)
 @pytest.mark.parametrize("place", ["value", "start of a value", "name", "target", "method", "version", "host"])
-def test_a_control_character_anywhere_in_a_head_is_refused(service, place, byte):
+def test_control_character_in_head_is_refused(service, place, byte):
     control = chr(byte)
     data = {
         "value": head("POST /logs", f"X: a{control}b"),
@@ -247,11 +247,11 @@ def test_bare_cr_and_bare_lf_are_refused(service, data):
         *[([f"A{character}: c"], PARSERS_WORDS) for character in '"(),/;<=>?@[\\]{}\x80\xe9\xff'],
     ],
 )
-def test_header_lines_that_are_none(service, lines, detail):
+def test_invalid_header_lines_are_refused(service, lines, detail):
     assert_refused(service, head("POST /logs", *lines), detail)
 
 
-def test_white_space_before_the_first_header_is_refused(service):
+def test_space_before_first_header_is_refused(service):
     for space in (" ", "\t"):
         data = f"POST /logs HTTP/1.1\r\n{space}Host: x\r\n\r\n".encode()
         assert_refused(service, data, PARSERS_WORDS)
@@ -262,7 +262,7 @@ def test_header_values_that_are_read(service, value):
     assert_read(service, post(BODY, f"X-Any:{value}"))
 
 
-def test_every_token_character_may_be_in_a_header_name(service):
+def test_header_name_takes_any_token_character(service):
     assert_read(service, post(BODY, "!#$%&'*+-.^_`|~09azAZ: x"))
 
 
@@ -332,11 +332,11 @@ def test_request_lines_that_are_refused(service, line, status):
 
 
 @pytest.mark.parametrize("empty_lines", [1, 2, 50])
-def test_empty_lines_before_a_request_are_passed_over(service, empty_lines):
+def test_leading_empty_lines_are_skipped(service, empty_lines):
     assert_read(service, b"\r\n" * empty_lines + post() + b"\r\n" * empty_lines)
 
 
-def test_nothing_but_empty_lines_is_an_idle_connection(service):
+def test_empty_lines_alone_are_idle(service):
     connection = service.ask(b"\r\n", b"\r", b"\n", b"\r\n\r\n")
     assert connection.protocol.idle()
     connection.send(b"\r")
@@ -401,11 +401,11 @@ def test_hosts_that_are_read(service, host):
     assert_read(service, post(first=f"POST http://{host}/logs"))
 
 
-def test_an_empty_host_is_that_of_a_target_without_one(service):
+def test_empty_host_suits_target_without_one(service):
     assert_read(service, post(host=""))
 
 
-def test_http_1_0_needs_no_host_but_may_not_have_two(service):
+def test_http_1_0_has_at_most_one_host(service):
     assert_read(service, post(BODY, "Connection: keep-alive", first="POST /logs HTTP/1.0", host=None))
     assert_refused(service, post(BODY, "Host: y", first="POST /logs HTTP/1.0"), "more than one Host header")
 
@@ -477,7 +477,7 @@ def test_chunks_that_are_refused(service, chunks):
         b"%x\r\n%b\r\n0\r\nIdempotency-Key: trailer\r\nAuthorization: Bearer x\r\n\r\n" % (len(BODY), BODY),
     ],
 )
-def test_chunks_that_are_read_without_extensions_and_trailers(service, chunks):
+def test_chunks_without_extensions_or_trailers(service, chunks):
     assert_read(service, head("POST /logs", "Transfer-Encoding: chunked") + chunks)
 
 
@@ -491,7 +491,7 @@ def test_a_trailer_is_no_header(service):
 @pytest.mark.parametrize(
     "line", [b"Connection: close", b"Proxy-Connection: close", b"Connection: upgrade\r\nUpgrade: h2c"]
 )
-def test_a_body_is_read_behind_one_whose_trailer_would_end_the_connection(service, line):
+def test_body_after_a_fatal_trailer_is_read(service, line):
     data = post_chunked(BODY, end=b"0\r\n" + line + b"\r\n\r\n")
     assert service.ask(data * 2 + post()).statuses == [202, 202, 202]
     assert service.ask(data, data, post()).statuses == [202, 202, 202]

@@ -256,7 +256,7 @@ def recording():
 @example([head("CONNECT `.b:80")], [])
 @example([head("DELETE z/stats")], [])
 @given(st.lists(st.sampled_from(STREAMS), min_size=1, max_size=3), st.lists(MUTATIONS, max_size=4))
-def test_whatever_we_read_llhttp_reads_as_well_and_the_same(recording, streams, mutations):
+def test_llhttp_reads_all_we_read_the_same(recording, streams, mutations):
     data = mutated(b"".join(streams), mutations)
     connection = recording.ask(data)
     requests, second = requests_read(recording, connection), SecondOpinion(data)
@@ -299,7 +299,7 @@ def spoil(chance, data):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_20000_malformed_requests_leave_no_trace_but_their_answers(seed):
+def test_20000_malformed_leave_only_responses(seed):
     chance = random.Random(seed)
     service = Service(max_header=1024, max_body=4096, protocol=Recorder, security={"cors_origins": ("*",)})
     accepted = 0
@@ -327,7 +327,7 @@ def test_20000_malformed_requests_leave_no_trace_but_their_answers(seed):
     assert service.ask(post()).answer().status == 202
 
 
-def test_random_bytes_after_any_prefix_of_a_good_request():
+def test_random_bytes_after_a_valid_prefix():
     """The parser is in every state it has when the garbage comes."""
     chance = random.Random(5)
     service = Service(max_header=1024, max_body=4096, protocol=Recorder)

@@ -32,7 +32,7 @@ def assert_refused(connection, status, detail, *, closes=True):
 
 
 @pytest.mark.parametrize("excess", [1, 1000, 2**40])
-def test_a_body_too_long_is_refused_before_it_comes(service, excess):
+def test_too_long_body_is_refused_before_it(service, excess):
     connection = service.ask(head("POST /logs", f"Content-Length: {MAX_BODY + excess}"))
     assert_refused(connection, 413, f"the body is {MAX_BODY + excess} bytes, more than the {MAX_BODY} allowed")
     assert service.rejected == {"too_large": 1}
@@ -62,7 +62,7 @@ SIZES = [MAX_BODY + 1, 2**31, 2**32 + 5, 2**60 - 1, 2**60, 2**63 - 1, 2**63, 2**
 
 @pytest.mark.parametrize("size", [*SIZES, *(16**n - 1 for n in range(3, 20))], ids=hex)
 @pytest.mark.parametrize("zeros", [0, 1, 8])
-def test_the_size_of_a_chunk_that_is_over_is_enough(service, size, zeros):
+def test_oversized_chunk_size_is_enough(service, size, zeros):
     """It is refused at the first digit that says so, in however many reads the digits come."""
     digits = b"0" * zeros + b"%x" % size
     whole = service.ask(head("POST /logs", "Transfer-Encoding: chunked") + digits)
@@ -110,7 +110,7 @@ def test_large_heads_are_not_kept():
     assert max(map(len, kept)) < 3000
 
 
-def test_a_head_that_never_ends_is_refused_at_its_limit(service):
+def test_endless_head_is_refused_at_its_limit(service):
     start = b"POST /logs HTTP/1.1\r\nX:"
     connection = service.ask(start, *[b"x"] * (MAX_HEADER - len(start)))
     assert connection.written == b""
@@ -138,7 +138,7 @@ def test_extensions_and_trailers_are_bounded(service, what, excess):
 
 
 @pytest.mark.parametrize("excess", [-2, -1, 0, 1])
-def test_the_bound_of_a_last_chunk_is_the_same_however_it_arrives(service, excess):
+def test_last_chunk_bound_ignores_splits(service, excess):
     start = head("POST /logs", "Transfer-Encoding: chunked") + b"1\r\na\r\n0;" + b"x" * (MAX_HEADER - 4 + excess)
     whole, in_two = service.ask(start + b"\r\n\r\n"), service.ask(start + b"\r\n", b"\r\n")
     assert whole.statuses == in_two.statuses == ([202] if excess <= 0 else [431])
@@ -246,7 +246,7 @@ def test_tokens_that_are_not(value):
     assert service.rejected == {"unauthorized": 1}
 
 
-def test_two_tokens_are_none():
+def test_two_tokens_are_malformed():
     """Whoever is in front may have looked at the other."""
     service = Service(security={"tokens": ("secret",)})
     connection = service.ask(post(BODY, "Authorization: Bearer wrong", "authorization: Bearer secret"))
@@ -266,7 +266,7 @@ def test_a_token_is_asked_for():
     assert service.ask(head("GET /health") + head("GET /logs")).statuses == [200, 405]
 
 
-def test_a_token_of_one_request_is_none_of_the_next():
+def test_token_is_not_kept_for_next_request():
     service = Service(security={"tokens": ("secret",)})
     assert service.ask(authorized("Bearer secret") + post()).statuses == [202, 401]
 
@@ -282,7 +282,7 @@ def test_without_a_token_no_body_is_invited(line):
     assert CONTINUE not in connection.written
 
 
-def test_limits_come_first_then_tokens_then_the_rest():
+def test_limits_are_checked_before_tokens():
     """Each request has all the faults that are left; each answer names the first."""
     service = Service(security={"tokens": ("secret",)}, limits={"rate": 0.001, "burst": 1}, max_body=100)
     good = [
@@ -333,7 +333,7 @@ def test_a_full_queue():
 
 
 @pytest.mark.parametrize("fsync", [False, True])
-def test_the_next_request_is_the_last_while_it_drains(fsync):
+def test_next_request_is_last_while_draining(fsync):
     service = Service(fsync=fsync)
     kept, midway, viewer = service.connect(), service.connect().send(post()[:-1]), service.connect()
     for connection in (kept, viewer):
@@ -351,7 +351,7 @@ def test_the_next_request_is_the_last_while_it_drains(fsync):
     assert service.accepted == service.ring.undone == 2
 
 
-def test_nothing_is_accepted_once_the_time_to_drain_is_over():
+def test_nothing_is_accepted_after_the_drain():
     service = Service()
     midway = service.connect().send(post()[:-1])
     service.intake.draining = service.intake.closed = True
@@ -396,7 +396,7 @@ def test_too_many_connections():
     assert second.send(post()).statuses == [202]
 
 
-def test_who_was_turned_away_takes_nobodys_place():
+def test_rejected_client_takes_no_slot():
     """Nor more than so many descriptors, while it reads why."""
     service = Service(max_connections=1)
     inside = service.connect()
@@ -439,7 +439,7 @@ def test_a_body_that_makes_no_progress(service):
     assert not service.ring.undone
 
 
-def test_a_body_that_was_answered_already_gets_no_408(service):
+def test_answered_body_gets_no_408(service):
     connection = service.connect().send(post(BODY, "Content-Type: text/plain")[:-1])
     connection.wait(30.1)
     assert connection.statuses == [415]
@@ -448,7 +448,7 @@ def test_a_body_that_was_answered_already_gets_no_408(service):
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", head("GET /health"), post()])
-def test_an_idle_connection_is_closed_without_a_word(service, sent):
+def test_idle_connection_closes_silently(service, sent):
     connection = service.connect().send(sent)
     written = connection.written
     connection.wait(74.9)
@@ -461,7 +461,7 @@ def test_an_idle_connection_is_closed_without_a_word(service, sent):
 
 
 @pytest.mark.parametrize("sent", [b"", post()[:9], post()[:-1], post()])
-def test_time_when_nobody_could_read_does_not_count(service, sent):
+def test_time_without_reading_does_not_count(service, sent):
     connection = service.connect().send(sent)
     connection.protocol.excuse(time.monotonic_ns() + 100 * SECOND, 100 * SECOND)
     written = connection.written
@@ -480,7 +480,7 @@ def test_an_answer_under_way_is_no_idleness():
     assert connection.statuses == [202]
 
 
-def test_an_emitter_that_does_not_read_its_answers_is_cut_off(service):
+def test_emitter_not_reading_is_cut_off(service):
     connection = service.ask(post())
     connection.protocol.pause_writing()
     connection.wait(29.9)
@@ -539,7 +539,7 @@ def test_a_long_last_answer_may_be_read_slowly(service):
     assert connection.transport.aborted
 
 
-def test_an_emitter_that_is_told_the_end_and_agrees(service):
+def test_emitters_end_after_ours_closes(service):
     connection = service.ask(b"broken\r\n\r\n")
     assert connection.transport.half_closed
     connection.end()
@@ -551,7 +551,7 @@ def test_an_emitter_that_is_told_the_end_and_agrees(service):
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /lo", post()[:-1], post_chunked(BODY)[:-1], b"\r\n"])
-def test_a_request_cut_short_by_the_end_gets_no_answer(service, sent):
+def test_end_inside_a_request_has_no_response(service, sent):
     connection = service.connect().send(sent)
     connection.end()
     assert connection.transport.closed
@@ -560,7 +560,7 @@ def test_a_request_cut_short_by_the_end_gets_no_answer(service, sent):
     assert service.rejected == {}
 
 
-def test_answers_under_way_leave_after_the_end_of_what_is_sent():
+def test_pending_responses_leave_after_the_end():
     service = Service()
     with service.timers() as loop:
         connection = service.ask(keyed("a", BODY, "Prefer: wait=5") + keyed("b") + keyed("c")[:-1])
@@ -595,7 +595,7 @@ def resident():
     return psutil.Process().memory_info().rss
 
 
-def test_ten_thousand_connections_leave_nothing_behind():
+def test_10_000_connections_leave_nothing():
     service = Service(fsync=True)
     sent = (
         [post()],
@@ -629,7 +629,7 @@ def test_ten_thousand_connections_leave_nothing_behind():
 
 
 @pytest.mark.parametrize("how", ["whole", "chunked", "cut short", "refused", "lost"])
-def test_a_large_body_is_kept_no_longer_than_needed(how):
+def test_large_body_is_freed_when_not_needed(how):
     service = Service(max_body=2**26, capacity=2**16)
     body = bytes(2**25)
     data = {"chunked": post_chunked(body)}.get(how, post(body))

@@ -70,7 +70,7 @@ def test_a_dead_letter_while_somebody_waits():
     assert connection.open
 
 
-def test_without_validation_the_answer_has_no_messages():
+def test_unvalidated_response_has_no_messages():
     service = Service(validation="none")
     with service.timers() as loop:
         delivered, late = waiting(service, "Idempotency-Key: k"), waiting(service, "Idempotency-Key: l")
@@ -151,7 +151,7 @@ def test_preferences_that_are_ignored(service, value):
     assert [packet.flags for packet in service.packets()] == [0]
 
 
-def test_the_last_answer_of_a_connection_may_wait_as_well():
+def test_last_response_may_wait_as_well():
     service = Service()
     with service.timers() as loop:
         connection = waiting(service, "Connection: close")
@@ -164,7 +164,7 @@ def test_the_last_answer_of_a_connection_may_wait_as_well():
     assert service.accepted == 1
 
 
-def test_an_http_1_0_emitter_that_waits_is_told_that_it_is_kept():
+def test_waiting_http_1_0_gets_keep_alive():
     service = Service()
     with service.timers():
         data = post(BODY, "Connection: keep-alive", "Prefer: wait=5", first="POST /logs HTTP/1.0")
@@ -247,7 +247,7 @@ def test_100_waits_for_its_turn():
 # ---- durability fsync
 
 
-def test_answers_wait_for_the_sync_of_their_packets():
+def test_responses_wait_for_their_sync():
     service = Service(fsync=True)
     connection = service.ask(keyed("a"))
     middle = service.ring.tail_position
@@ -274,7 +274,7 @@ def test_other_answers_do_not_wait_for_a_sync():
     assert not service.syncs_wanted
 
 
-def test_the_time_an_answer_takes_includes_the_wait_for_its_sync():
+def test_response_time_includes_the_sync():
     service = Service(fsync=True)
     with service.timers():
         service.ask(keyed("a") + keyed("b", BODY, "Prefer: wait=60"))
@@ -290,7 +290,7 @@ def test_the_time_an_answer_takes_includes_the_wait_for_its_sync():
     assert service.ingest.cumulative()[-1] == 2
 
 
-def test_no_time_is_told_of_an_answer_whose_sync_fails():
+def test_failed_sync_counts_no_response_time():
     service = Service(fsync=True)
     with service.timers():
         connection = service.ask(keyed("a", BODY, "Prefer: wait=60"))
@@ -305,7 +305,7 @@ def test_no_time_is_told_of_an_answer_whose_sync_fails():
 
 
 @pytest.mark.parametrize("fsync", [False, True])
-def test_the_time_an_answer_takes_does_not_include_how_slowly_its_request_came(fsync):
+def test_response_time_excludes_slow_arrival(fsync):
     service, request = Service(fsync=fsync), keyed("a")
     connection = service.ask(request[:-10])
     time.sleep(0.02)
@@ -317,7 +317,7 @@ def test_the_time_an_answer_takes_does_not_include_how_slowly_its_request_came(f
     assert service.ingest.cumulative()[-1] == 1
 
 
-def test_when_the_sync_fails_nobody_is_told_202():
+def test_failed_sync_sends_no_202():
     service = Service(fsync=True)
     connection, other = service.ask(keyed("a") + head("GET /health") + keyed("b")), service.ask(keyed("c"))
     service.ring.withdraw_unsynced()
@@ -335,7 +335,7 @@ def test_when_the_sync_fails_nobody_is_told_202():
     assert [packet.id for packet in service.packets()] == ["d"]
 
 
-def test_an_answer_to_a_failed_sync_is_as_its_request_asked_for_it():
+def test_failed_sync_keeps_or_closes_as_asked():
     service = Service(fsync=True)
     connections = [service.ask(post(BODY, "Connection: close")), service.ask(post(first="POST /logs HTTP/1.0"))]
     connections.append(service.ask(post(BODY, "Connection: keep-alive", first="POST /logs HTTP/1.0")))
@@ -346,7 +346,7 @@ def test_an_answer_to_a_failed_sync_is_as_its_request_asked_for_it():
     assert [each.open for each in connections] == [False, False, True]
 
 
-def test_who_waits_for_a_delivery_waits_for_the_sync_first():
+def test_delivery_wait_waits_for_sync_first():
     service = Service(fsync=True)
     with service.timers() as loop:
         connection = waiting(service, "Idempotency-Key: k")
@@ -366,7 +366,7 @@ def test_who_waits_for_a_delivery_waits_for_the_sync_first():
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_who_waits_for_a_delivery_is_told_when_the_sync_fails(late):
+def test_delivery_wait_reports_failed_sync(late):
     """Before and after the time is up; what had been synced is not concerned."""
     service = Service(fsync=True)
     with service.timers() as loop:
@@ -443,7 +443,7 @@ def test_many_answers_of_one_read_wait_together():
     assert len(connection.transport.writes) == 2
 
 
-def test_a_long_answer_is_made_when_the_one_before_is_read():
+def test_long_response_waits_for_prior_read():
     """A read holds thousands of requests for it: all at once they were a gigabyte."""
     service = Service()
     connection = service.connect()
@@ -468,7 +468,7 @@ def test_a_long_answer_is_made_when_the_one_before_is_read():
     assert [packet.id for packet in service.packets()] == ["last", "behind"]
 
 
-def test_long_answers_behind_one_that_waits_are_not_made_yet():
+def test_long_responses_wait_behind_a_waiting():
     service = Service()
     with service.timers():
         connection = waiting(service).send(head("GET /openapi.json") * 100 + keyed("last"))
@@ -482,7 +482,7 @@ def test_long_answers_behind_one_that_waits_are_not_made_yet():
 
 
 @pytest.mark.parametrize("how", ["lost", "ended", "timed out"])
-def test_what_is_held_back_goes_with_its_connection(how):
+def test_held_input_goes_with_its_connection(how):
     service = Service()
     service.budget(0, 1)
     connection = service.connect()
@@ -498,7 +498,7 @@ def test_what_is_held_back_goes_with_its_connection(how):
     assert service.ring.undone == 0
 
 
-def test_an_emitter_that_does_not_read_is_not_read():
+def test_emitter_not_reading_is_not_read():
     service = Service()
     connection = service.ask(keyed("a"))
     connection.protocol.pause_writing()
@@ -511,7 +511,7 @@ def test_an_emitter_that_does_not_read_is_not_read():
     assert connection.statuses == [202, 202]
 
 
-def test_reading_goes_on_when_both_reasons_to_pause_are_gone():
+def test_reading_resumes_after_both_pauses():
     service = Service(fsync=True, capacity=2**22)
     connection = service.ask(b"".join(keyed(f"k{number}") for number in range(600)))
     connection.protocol.pause_writing()

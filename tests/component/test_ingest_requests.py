@@ -47,7 +47,7 @@ def assert_problem(service, data, status, detail, reason=None):
 # ---- 202
 
 
-def test_a_packet_is_stored_as_it_came_and_answered(service):
+def test_packet_is_stored_unchanged(service):
     accepts = service.accepts
     before = {name: service.counters.get(name) for name in ("accepted", "messages_accepted", "bytes_accepted")}
     connection = service.ask(post(BODY, "Content-Type: application/json"))
@@ -65,7 +65,7 @@ def test_a_packet_is_stored_as_it_came_and_answered(service):
     assert connection.protocol.idle()
 
 
-def test_packets_that_arrive_together_are_one_write_and_one_call(service):
+def test_packets_together_are_one_write(service):
     accepts = service.accepts
     connection = service.ask(b"".join(keyed(f"k{number}") for number in range(200)))
     assert [answer.id for answer in connection.answers()] == [f"k{number}" for number in range(200)]
@@ -74,7 +74,7 @@ def test_packets_that_arrive_together_are_one_write_and_one_call(service):
     assert service.accepts == accepts + 1
 
 
-def test_ids_are_uuids_of_version_7_in_the_order_of_time(service):
+def test_ids_are_uuid_7_in_order_of_time(service):
     start = time.time_ns() // 10**6
     connection = service.connect()
     for _ in range(20):
@@ -147,7 +147,7 @@ def test_targets_that_are_not_logs(service, target):
 
 
 @pytest.mark.parametrize("target", ["/", "http://h", "http://h?x=/logs", "http://h?/logs"])
-def test_targets_that_are_the_dashboard_take_no_packets(service, target):
+def test_dashboard_targets_take_no_packets(service, target):
     assert_problem(service, post(first=f"POST {target}"), 405, "GET, HEAD, OPTIONS are what this path takes")
 
 
@@ -290,7 +290,7 @@ def test_strict_wants_timestamps_and_levels():
     assert service.bodies() == [right]
 
 
-def test_none_lets_any_bytes_pass_and_counts_no_messages():
+def test_validation_none_takes_any_bytes():
     service = Service(validation="none")
     for body in (b"\x00", b"not json", bytes(range(256)), b"{"):
         connection = service.ask(post(body))
@@ -349,7 +349,7 @@ def test_keys_become_ids(service, value, key):
         "'\xa0'",
     ],
 )
-def test_keys_that_are_none(service, value):
+def test_invalid_keys_are_refused(service, value):
     assert_problem(service, post(BODY, f"Idempotency-Key: {value}"), 400, KEY_FAULT, "invalid")
 
 
@@ -391,7 +391,7 @@ def test_keys_are_not_remembered(service):
     ],
 )
 @pytest.mark.parametrize("what", ["packet", "error", "view"])
-def test_the_connection_is_kept_or_closed_as_asked(service, what, version, lines, header):
+def test_connection_is_kept_or_closed_as_asked(service, what, version, lines, header):
     kept = header != "close"
     data = {
         "packet": post(BODY, *lines, first=f"POST /logs {version}"),
@@ -452,7 +452,7 @@ def test_100_is_not_for_http_1_0(service):
     assert service.bodies() == [BODY]
 
 
-def test_100_also_invites_the_body_of_other_requests(service):
+def test_100_invites_other_requests_bodies(service):
     connection = service.ask(head("PUT /nowhere", "Expect: 100-continue", "Content-Length: 3"))
     assert connection.written == CONTINUE
     connection.send(b"abc", keyed("next"))
@@ -470,7 +470,7 @@ def test_100_also_invites_the_body_of_other_requests(service):
     ],
 )
 @pytest.mark.parametrize("coming", [b"", BODY], ids=["waits", "does not wait"])
-def test_what_is_refused_gets_its_answer_instead_of_100(line, status, reason, coming):
+def test_refusal_replaces_a_100_response(line, status, reason, coming):
     """Nobody knows whether the body still comes, so nothing more is read."""
     service = Service()
     connection = service.ask(

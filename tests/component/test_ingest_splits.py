@@ -145,7 +145,7 @@ def test_the_corpus_holds_what_it_says(service):
     [keyed("k", BODY, "Expect: 100-continue"), post_chunked(BODY, lines=("Expect: 100-continue",))],
     ids=["length", "chunked"],
 )
-def test_100_is_sent_just_when_the_body_has_not_begun(service, data):
+def test_100_is_sent_only_before_the_body(service, data):
     body_at = data.index(b"\r\n\r\n") + 4
     for place in range(1, len(data)):
         connection = service.connect().send(*pieces(data, place))
@@ -156,7 +156,7 @@ def test_100_is_sent_just_when_the_body_has_not_begun(service, data):
     service.packets()
 
 
-def test_100_comes_with_the_head_and_before_the_body(service):
+def test_100_comes_at_the_head_before_the_body(service):
     data = keyed("k", BODY, "Expect: 100-continue")
     body_at = data.index(b"\r\n\r\n") + 4
     connection = service.connect(ADDRESS).send(data[:body_at])

@@ -60,7 +60,7 @@ def sent(service, data):
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_a_costly_answer_waits_its_turn_and_no_packet_does(name):
+def test_only_costly_responses_wait_their_turn(name):
     status, request = COSTLY[name]
     service = busy()
     connection = sent(service, request)
@@ -121,7 +121,7 @@ def test_costly_answers_are_made_in_turn_over_all():
         service.turn()
 
 
-def test_packets_of_one_read_are_taken_in_turn_with_others():
+def test_packets_of_one_read_take_turns():
     service = Service()
     service.budget(0, 1)
     one, other = (sent(service, b"".join(keyed(f"{name}{number}") for number in range(5))) for name in "ab")
@@ -165,7 +165,7 @@ def test_waiting_for_a_turn_changes_no_answer(name, fsync):
     assert seen[0] == seen[1]
 
 
-def test_what_comes_while_input_is_held_back_waits_behind_it():
+def test_input_behind_held_input_waits():
     """Nothing should, but a transport may have had it already (TLS)."""
     service = busy()
     connection = sent(service, keyed("a") + post(b"{") + keyed("b")[:-10])
@@ -178,7 +178,7 @@ def test_what_comes_while_input_is_held_back_waits_behind_it():
     assert [packet.id for packet in service.packets()] == ["a", "b", "c"]
 
 
-def test_connections_the_loop_reads_share_a_budget_too():
+def test_loops_connections_share_a_budget():
     """With TLS the loop calls for each that has something, however many there are."""
     service = Service()
     service.budget(0, 1, loop=0)
@@ -189,7 +189,7 @@ def test_connections_the_loop_reads_share_a_budget_too():
         service.turn()
 
 
-def test_what_was_held_back_takes_nothing_from_who_comes_now():
+def test_held_input_takes_nothing_from_new():
     """Over TLS as well: who always has more does not stand before the silent."""
     service = Service()
     service.budget(0, 1, loop=1)
@@ -201,7 +201,7 @@ def test_what_was_held_back_takes_nothing_from_who_comes_now():
     assert flood.statuses == [202] * 5
 
 
-def test_packets_that_wait_for_their_turn_are_taken_at_the_end():
+def test_packets_in_queue_are_taken_at_the_end():
     """Behind the end of a TLS connection nothing can be written: what is held back would be lost with its answers."""
     service = Service()
     service.intake.slice_ns = 0
@@ -212,7 +212,7 @@ def test_packets_that_wait_for_their_turn_are_taken_at_the_end():
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_large_packets_come_in_turn_and_small_ones_before(pieces):
+def test_large_packets_queue_small_ones_pass(pieces):
     """To scan one takes milliseconds, or a hundred; many may be whole at the same moment."""
     service = Service()
     service.budget(0, 1)
@@ -227,7 +227,7 @@ def test_large_packets_come_in_turn_and_small_ones_before(pieces):
     assert all(connection.protocol.idle() for connection in connections)
 
 
-def test_a_large_body_that_is_no_packet_is_answered_in_turn():
+def test_large_non_packet_waits_its_turn():
     service = Service()
     service.budget(0, 1)
     request = post(BODY[:-1] + b',"metadata":' + b" " * 200_000 + b"1}")
@@ -238,7 +238,7 @@ def test_a_large_body_that_is_no_packet_is_answered_in_turn():
     assert [connection.statuses for connection in connections] == [[200], [400], [400], [200]]
 
 
-def test_a_connection_that_is_gone_holds_up_no_queue():
+def test_closed_connection_blocks_no_queue():
     service = busy()
     connections = [sent(service, post(b"{")) for _ in range(3)]
     connections[0].lose()
@@ -248,7 +248,7 @@ def test_a_connection_that_is_gone_holds_up_no_queue():
     assert connections[2].statuses == [400]
 
 
-def test_an_error_in_one_turn_leaves_the_others_theirs():
+def test_error_in_one_turn_spares_the_others():
     class Broken(IngestProtocol):
         def handle(self, method, target, head, body):
             if target == "/error":
@@ -266,7 +266,7 @@ def test_an_error_in_one_turn_leaves_the_others_theirs():
     assert whole.statuses == [200]
 
 
-def test_a_head_that_is_there_unread_did_not_come_late():
+def test_unread_head_did_not_arrive_late():
     service = Service()
     connection = service.connect().send(post()[:10])
     unread = True
@@ -278,7 +278,7 @@ def test_a_head_that_is_there_unread_did_not_come_late():
     assert connection.statuses == [408]
 
 
-def test_who_always_has_more_never_stands_before_the_silent():
+def test_busy_client_never_precedes_the_silent():
     """What comes while a connection waits is read in its turn there, not as that of one who had been silent."""
 
     async def scenario(poller):

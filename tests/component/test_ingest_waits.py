@@ -20,7 +20,7 @@ DAY = 86400
 # ---- emitters that have sent their end
 
 
-def test_who_is_gone_waits_for_some_seconds_only():
+def test_half_closed_wait_ends_in_seconds():
     service = Service()
     with service.timers():
         first, last = keyed("a", BODY, f"Prefer: wait={DAY}"), keyed("c", BODY, "Prefer: wait=9")
@@ -37,7 +37,7 @@ def test_who_is_gone_waits_for_some_seconds_only():
     assert not service.emitters.waiting
 
 
-def test_the_end_counts_behind_a_last_request_as_well():
+def test_end_counts_behind_the_last_request():
     service = Service()
     with service.timers():
         connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}", "Connection: close"))
@@ -60,7 +60,7 @@ def test_a_lost_connection_ends_its_waits_at_once():
 
 
 @pytest.mark.parametrize("lines", [[], ["Prefer: wait=9"]])
-def test_who_is_gone_waits_for_no_sync_that_hangs(lines):
+def test_half_closed_wait_for_a_sync_expires(lines):
     """Nothing can be said: the packet may yet be stored, or not."""
     service = Service(fsync=True)
     with service.timers():
@@ -73,7 +73,7 @@ def test_who_is_gone_waits_for_no_sync_that_hangs(lines):
     assert connection.written == b""
 
 
-def test_who_is_gone_waits_for_no_change_that_hangs():
+def test_half_closed_wait_for_a_change_expires():
     service = Service()
     connection = service.connect("127.0.0.1").send(head("POST /admin/reload"))
     connection.end()
@@ -101,7 +101,7 @@ def test_no_answer_is_waited_for_without_end(fsync, asked):
     assert connection.transport.aborted
 
 
-def test_a_body_behind_an_answer_that_waits_is_bounded():
+def test_body_behind_a_wait_is_bounded():
     service = Service()
     with service.timers():
         connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}"), post()[:-1])
@@ -131,7 +131,7 @@ def test_a_body_is_awaited_from_its_invitation_on():
     assert connection.statuses == [200, 408]
 
 
-def test_an_invitation_that_was_not_awaited_is_none():
+def test_unawaited_invitation_is_not_sent():
     service = Service()
     with service.timers():
         connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}"))
@@ -168,7 +168,7 @@ def test_waits_that_end_together_end_in_parts():
     assert not service.emitters.waiting
 
 
-def test_a_wait_whose_end_throws_keeps_no_other_from_ending():
+def test_failing_wait_lets_the_others_end():
     service = Service()
     with service.timers() as loop:
         broken, whole = (service.ask(post(BODY, "Prefer: wait=5")) for _ in range(2))
@@ -181,7 +181,7 @@ def test_a_wait_whose_end_throws_keeps_no_other_from_ending():
     assert whole.statuses == [202]
 
 
-def test_waits_that_are_over_are_not_remembered_till_their_end():
+def test_ended_waits_are_forgotten_early():
     service = Service()
     with service.timers():
         connection = service.connect()
@@ -195,7 +195,7 @@ def test_waits_that_are_over_are_not_remembered_till_their_end():
 # ---- answers that are read slowly, or not at all: over real sockets, for the kernel has most of them
 
 
-def test_a_few_answers_that_nobody_reads_are_too_many():
+def test_few_unread_responses_are_too_many():
     """Less than what has us pause, which nobody has looked at before."""
     connection = Service().ask(head("GET /health"))
     connection.transport.unwritten = 1000
@@ -272,7 +272,7 @@ def with_emitter(scenario, room=8192, **settings):
 VIEW = head("GET /openapi.json")
 
 
-def test_who_reads_steadily_is_not_cut_off():
+def test_steady_reader_is_not_cut_off():
     async def scenario(emitter):
         await emitter.send(VIEW * 4 + head("GET /openapi.json", "Connection: close"))
         await until(lambda: emitter.protocol.transport.get_write_buffer_size() > 0, "more than the kernel takes")
@@ -284,7 +284,7 @@ def test_who_reads_steadily_is_not_cut_off():
     with_emitter(scenario)
 
 
-def test_who_reads_a_little_now_and_then_is_cut_off():
+def test_slowly_reading_client_is_cut_off():
     async def scenario(emitter):
         await emitter.send(VIEW * 5)
         await until(lambda: emitter.protocol.transport.get_write_buffer_size() > 0, "more than the kernel takes")
@@ -297,7 +297,7 @@ def test_who_reads_a_little_now_and_then_is_cut_off():
     with_emitter(scenario)
 
 
-def test_who_reads_nothing_more_is_cut_off():
+def test_stopped_reader_is_cut_off():
     async def scenario(emitter):
         await emitter.send(VIEW * 5)
         await until(lambda: emitter.protocol.transport.get_write_buffer_size() > 0, "more than the kernel takes")
@@ -312,7 +312,7 @@ def test_who_reads_nothing_more_is_cut_off():
 
 
 @pytest.mark.parametrize("reads", [False, True])
-def test_the_end_is_noticed_though_nothing_is_read(reads):
+def test_end_is_noticed_without_reading(reads):
     """So many answers wait that nothing is read, not the end either."""
 
     async def scenario(emitter):
@@ -334,7 +334,7 @@ def test_the_end_is_noticed_though_nothing_is_read(reads):
     with_emitter(scenario)
 
 
-def test_what_was_sent_before_the_end_is_taken_however_long_its_syncs_take():
+def test_sent_before_end_is_taken_despite_sync():
     """So much that it is read by and by, as answers leave: each of its syncs takes a while, but none hangs."""
 
     async def scenario(emitter):

@@ -43,7 +43,7 @@ def listeners(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_all_of_ipv6_is_ipv4_too_whatever_the_system_says(listeners, address):
+def test_all_of_ipv6_includes_ipv4_always(listeners, address):
     sockets = listeners("::")
     ports = {listener.getsockname()[1] for listener in sockets}
     assert len(ports) == 1

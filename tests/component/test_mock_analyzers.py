@@ -206,7 +206,7 @@ def dashed(name):
     return re.sub("[A-Z]", lambda upper: "-" + upper[0].lower(), name)
 
 
-def test_quiet_prints_nothing_and_a_taken_port_is_reported():
+def test_quiet_prints_only_a_taken_port():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "mock_analyzers", "--quiet", "--ports", f"0,{port}", "--control-port", "0"]
@@ -276,7 +276,7 @@ def test_a_packet_is_acknowledged_and_counted(mock):
     assert totals | {"batches": 0, "duplicates": 0, "ambiguous": 0, "received": 0, "waiting": 0} == totals
 
 
-def test_repeated_ids_are_duplicates_and_the_highest_attempt_is_kept(mock):
+def test_repeated_ids_keep_the_highest_attempt(mock):
     for attempt in ("1", "9", "2"):
         mock.send("p1", attempt=attempt)
     mock.send("p2")
@@ -284,7 +284,7 @@ def test_repeated_ids_are_duplicates_and_the_highest_attempt_is_kept(mock):
     assert mock.totals() | {"duplicates": 2, "ids": 2, "maxAttempt": 9} == mock.totals()
 
 
-def test_a_delivery_after_a_failure_is_no_duplicate(mock):
+def test_redelivery_on_failure_is_no_duplicate(mock):
     mock.configure(status=503)
     mock.send("p1")
     mock.configure(status=None)
@@ -293,7 +293,7 @@ def test_a_delivery_after_a_failure_is_no_duplicate(mock):
     assert mock.totals()["duplicates"] == 0
 
 
-def test_any_post_path_and_a_packet_without_an_id_count(mock):
+def test_any_path_or_packet_without_id_counts(mock):
     assert mock.request("POST", "/other?x=1", b"{}")[0] == 200
     assert mock.request("POST", "/controlled", b"{}")[0] == 200
     assert mock.totals() | {"packets": 2, "anonymous": 2, "ids": 0} == mock.totals()
@@ -317,7 +317,7 @@ def test_a_batch_that_does_not_add_up_is_broken(mock, body, count, verify):
     assert mock.totals()["broken"] == 1
 
 
-def test_verify_finds_bodies_that_are_not_json_or_change(mock):
+def test_verify_finds_bad_or_changed_bodies(mock):
     mock.send("p0", b"not json")
     assert mock.totals()["broken"] == 0
     mock.configure(verify=True)
@@ -329,7 +329,7 @@ def test_verify_finds_bodies_that_are_not_json_or_change(mock):
     assert mock.control("/control/digests") == {"p3": digest(b'{"a": 1}')}
 
 
-def test_digests_of_batches_are_those_of_the_packets(mock):
+def test_batch_digests_are_the_packets_digests(mock):
     mock.configure(verify=True)
     rng = random.Random(7)
     packets = [b'"]\\",["', b' {"a,]":"\\\\"} ', b"\t[ ]", b"{}\n", b'{"k\\"":[[],{"":","}]}', '"ü☃"'.encode(), b"-1e5"]
@@ -343,7 +343,7 @@ def test_digests_of_batches_are_those_of_the_packets(mock):
     assert mock.totals()["broken"] == 0
 
 
-def test_packets_that_are_kept_are_those_that_came(mock):
+def test_kept_packets_are_those_received(mock):
     assert mock.control("/control/bodies") == {}
     mock.configure(keep=True)
     mock.send("p1", b'{"a": 1}')
@@ -381,7 +381,7 @@ def test_pipelined_requests_are_answered_in_order(mock):
     assert mock.totals()["acknowledged"] == 40
 
 
-def test_chunked_bodies_and_requests_in_small_pieces(mock):
+def test_chunked_bodies_in_small_pieces(mock):
     mock.configure(verify=True)
     chunked = (
         b"POST /analyze HTTP/1.1\r\nHost: a\r\nX-Packet-Id: p1\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -397,7 +397,7 @@ def test_chunked_bodies_and_requests_in_small_pieces(mock):
     assert mock.control("/control/digests") == {"p1": digest(b'{"a":1}'), "p2": digest(b"[ ]")}
 
 
-def test_a_client_that_wants_to_close_or_to_be_asked_gets_it(mock):
+def test_close_and_continue_are_honoured(mock):
     got, end = mock.raw(post("p1", extra=b"Connection: close\r\n"))
     assert b"\r\nConnection: close\r\n" in got
     assert end == "closed"
@@ -454,7 +454,7 @@ def test_health(mock):
     assert mock.send("p1")[0] == 200
 
 
-def test_unknown_and_wrong_options_are_named_and_change_nothing(mock):
+def test_invalid_options_change_nothing(mock):
     before = mock.control()["options"]
     status, _, body = mock.request("POST", "/control", b'{"latency":1,"foo":1,"bar":2}')
     problem = json.loads(body)
@@ -471,7 +471,7 @@ def test_unknown_and_wrong_options_are_named_and_change_nothing(mock):
     assert mock.request("GET", "/health", port=mock.desk)[0] == 404
 
 
-def test_analyzers_have_their_own_options_and_ledgers(mock):
+def test_analyzers_have_options_and_ledgers(mock):
     mock.configure(status=500)
     assert mock.send("p1")[0] == 500
     assert mock.send("p1", port=mock.ports[1])[0] == 200
@@ -498,7 +498,7 @@ def test_reset_forgets_everything_but_the_options(mock):
     assert mock.control()["options"]["status"] == 503
 
 
-def test_long_lists_of_ids_come_whole_while_packets_arrive(mock):
+def test_long_id_lists_are_whole_under_load(mock):
     mock.configure(verify=True)
     ids = [f"{number:036d}" for number in range(30_000)]
     for first in range(0, len(ids), 500):
@@ -538,7 +538,7 @@ def test_open_connections_are_counted(mock):
 # Faults.
 
 
-def test_latency_delays_pipelined_requests_side_by_side_and_in_order(mock):
+def test_latency_delays_pipelined_in_parallel(mock):
     mock.configure(latency=0.3, jitter=0.2)
     begin = time.monotonic()
     with mock.connect() as sock:
@@ -558,7 +558,7 @@ def test_jitter_delays_too(mock):
     assert time.monotonic() - begin > 0.25  # the longest of 40 draws from 0..0.5
 
 
-def test_a_client_that_leaves_before_the_answer_was_not_acknowledged(mock):
+def test_client_gone_early_is_not_acknowledged(mock):
     mock.configure(latency=30)
     with mock.connect() as sock:
         sock.sendall(post("p1") + post("p2"))
@@ -569,7 +569,7 @@ def test_a_client_that_leaves_before_the_answer_was_not_acknowledged(mock):
 
 
 @pytest.mark.parametrize("status", [400, 413, 429, 500, 503, 302])
-def test_a_status_that_is_no_success_is_not_acknowledged(mock, status):
+def test_failure_status_is_not_acknowledged(mock, status):
     mock.configure(status=status, retryAfter=1.5)
     got, headers, body = mock.send("p1")
     assert got == status
@@ -580,7 +580,7 @@ def test_a_status_that_is_no_success_is_not_acknowledged(mock, status):
     assert mock.totals()["faults"] == {str(status): 1}
 
 
-def test_packets_that_match_are_rejected_and_others_are_not(mock):
+def test_only_matching_packets_are_rejected(mock):
     mock.configure(rejects="[13579]x")
     assert [mock.send(name, body)[0] for name, body in (("p1", b'"3x"'), ("p2", b'"4x"'))] == [422, 200]
     assert (mock.counts("p1"), mock.counts("p2")) == ((0, 1, 0), (1, 0, 0))
@@ -640,7 +640,7 @@ def test_answers_before_a_reset_still_arrive(mock):
     assert mock.totals()["received"] == 400 - acknowledged
 
 
-def test_a_truncated_answer_is_ambiguous_only_if_its_head_is_whole(mock):
+def test_truncated_after_head_is_ambiguous(mock):
     mock.configure(truncateRate=1)
     outcomes = set()
     for number in range(30):
@@ -659,7 +659,7 @@ def test_a_truncated_answer_is_ambiguous_only_if_its_head_is_whole(mock):
         assert mock.counts(f"q{number}") == (0, 1, 0)
 
 
-def test_garbage_is_not_http_and_leaves_the_connection_open(mock):
+def test_garbage_leaves_the_connection_open(mock):
     mock.configure(garbageRate=1)
     with mock.connect() as sock:
         sock.sendall(post("p1") + post("p2"))
@@ -708,7 +708,7 @@ def test_interim_answers(mock):
     assert mock.totals()["acknowledged"] == 40
 
 
-def test_refuse_closes_everything_and_can_be_taken_back(mock):
+def test_refuse_closes_all_and_is_reversible(mock):
     with mock.connect() as idle:
         assert mock.configure(refuse=True)["options"]["refuse"] is True  # the answer still comes
         assert read(idle)[1] == "closed"
@@ -720,7 +720,7 @@ def test_refuse_closes_everything_and_can_be_taken_back(mock):
     assert mock.send("p1")[0] == 200  # at once: the port listens before the answer says so
 
 
-def test_a_port_that_was_lost_while_refusing_is_reported(mock):
+def test_port_lost_while_refusing_is_reported(mock):
     mock.configure(refuse=True)
     with socket.create_server(("127.0.0.1", mock.ports[0])):
         status, _, body = mock.request("POST", "/control/A1", b'{"refuse":false}', port=mock.desk)

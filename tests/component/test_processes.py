@@ -106,7 +106,7 @@ def test_no_two_processes_ever_have_one_ring(under):
     under(scenario)
 
 
-def test_a_service_that_gets_no_process_for_its_workers_ends(under):
+def test_service_without_worker_processes_ends(under):
     async def scenario(bench):
         bench.spawn_failures = [OSError(errno.E2BIG, "Argument list too long")] * 100
         await asyncio.wait_for(bench.processes.keep(bench.slot), SECONDS)
@@ -116,7 +116,7 @@ def test_a_service_that_gets_no_process_for_its_workers_ends(under):
     under(scenario)
 
 
-def test_once_a_worker_was_ready_others_are_tried_for_as_long_as_it_takes(under):
+def test_workers_restart_for_ever_once_ready(under):
     async def scenario(bench):
         bench.slot.ever_ready = True
         bench.spawn_failures = [OSError(errno.EAGAIN, "no process")] * (2 * FALSE_STARTS)
@@ -140,7 +140,7 @@ def test_a_worker_is_measured_from_its_start(under):
     under(scenario)
 
 
-def test_the_first_figures_are_over_a_workers_life():
+def test_first_figures_cover_the_workers_life():
     class Process:
         used = 0.0
 
@@ -168,7 +168,7 @@ def test_the_first_figures_are_over_a_workers_life():
     [(True, 0, HANG), (True, LARGE, HANG), (False, 0, START), (False, LARGE, 2 * START)],
 )
 @pytest.mark.parametrize("signs", [True, False], ids=["since its last sign", "since it was started"])
-def test_how_long_a_worker_may_give_no_sign(under, ready, ring, limit, signs):
+def test_time_a_worker_may_send_no_heartbeat(under, ready, ring, limit, signs):
     async def scenario(bench):
         file = os.memfd_create("ring")
         os.truncate(file, ring)  # sparse
@@ -185,7 +185,7 @@ def test_how_long_a_worker_may_give_no_sign(under, ready, ring, limit, signs):
     under(scenario)
 
 
-def test_a_pause_of_the_whole_makes_no_worker_hang(under, monkeypatch):
+def test_pause_of_the_whole_hangs_no_worker(under, monkeypatch):
     """A machine that was paused, or a container that was frozen: workers have their time anew, however long it was."""
 
     async def scenario(bench):

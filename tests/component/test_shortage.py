@@ -73,7 +73,7 @@ async def lacks(told):
     return await until(look, "it is told")
 
 
-def test_a_check_without_a_descriptor_is_no_outcome():
+def test_no_descriptor_is_no_check_outcome():
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
         checker, states, analyzers = checks_of(server.endpoint)
@@ -90,7 +90,7 @@ def test_a_check_without_a_descriptor_is_no_outcome():
     run(scenario())
 
 
-def test_packets_wait_while_there_is_no_descriptor(tmp_path):
+def test_packets_wait_without_a_descriptor(tmp_path):
     def answer(_number, transport, data):
         transport.write(OK * len(requests_in(data)))
 
@@ -110,7 +110,7 @@ def test_packets_wait_while_there_is_no_descriptor(tmp_path):
     run(scenario())
 
 
-def test_connections_to_analyzers_leave_some_to_emitters(tmp_path):
+def test_analyzers_leave_emitters_descriptors(tmp_path):
     """And those there may be serve all analyzers in turn."""
 
     def answer(_number, transport, data):
@@ -165,7 +165,7 @@ def test_checks_leave_descriptors_to_others():
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-def test_errors_of_this_machine_are_told_apart(number):
+def test_local_errors_are_distinguished(number):
     error = OSError(number, os.strerror(number))
     assert shortage(error) is error
 
@@ -190,7 +190,7 @@ def test_an_error_without_a_number_is_looked_into():
         assert shortage(TimeoutError()) is None
 
 
-def test_a_thread_that_is_not_to_be_had_is_a_shortage(monkeypatch):
+def test_missing_thread_is_a_shortage(monkeypatch):
     def no_thread(_thread):
         raise RuntimeError("can't start new thread")
 

@@ -119,7 +119,7 @@ def test_what_is_sent_is_received(size):
 
 
 @pytest.mark.parametrize("piece", [1000, 70_000, 400_000])
-def test_all_that_is_written_arrives_in_order_and_the_protocol_is_told_when_to_pause(piece):
+def test_writes_arrive_in_order_with_pauses(piece):
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)
         data = random.Random(piece).randbytes(2_000_000)
@@ -138,7 +138,7 @@ def test_all_that_is_written_arrives_in_order_and_the_protocol_is_told_when_to_p
     run(scenario)
 
 
-def test_a_protocol_may_write_again_when_it_is_told_to_resume():
+def test_protocol_may_write_in_resume():
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)
         resumed = protocol.resume_writing
@@ -168,7 +168,7 @@ def test_a_protocol_may_write_again_when_it_is_told_to_resume():
     run(scenario)
 
 
-def test_our_end_is_shut_only_when_all_is_written_and_what_comes_is_still_read():
+def test_end_is_sent_after_all_and_input_read():
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)
         protocol.transport.write(b"x" * 500_000)
@@ -185,7 +185,7 @@ def test_our_end_is_shut_only_when_all_is_written_and_what_comes_is_still_read()
     run(scenario)
 
 
-def test_the_peers_end_closes_unless_the_protocol_wants_to_go_on():
+def test_peers_end_closes_unless_kept_open():
     async def scenario(poller):
         going, first = pair(poller)
         staying, second = pair(poller, keep_open=True)
@@ -232,7 +232,7 @@ def test_nothing_is_read_while_reading_is_paused():
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_a_reset_is_heard_of_also_while_reading_is_paused(paused):
+def test_reset_is_noticed_while_paused(paused):
     async def scenario(poller):
         protocol, other = pair(poller)
         if paused:
@@ -250,7 +250,7 @@ def test_a_reset_is_heard_of_also_while_reading_is_paused(paused):
     run(scenario)
 
 
-def test_a_peer_that_resets_while_much_is_unwritten_ends_the_stream():
+def test_reset_with_much_unwritten_ends_stream():
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)
         protocol.transport.write(b"x" * 5_000_000)
@@ -263,7 +263,7 @@ def test_a_peer_that_resets_while_much_is_unwritten_ends_the_stream():
     run(scenario)
 
 
-def test_abort_drops_what_is_unwritten_and_the_protocol_hears_of_it_later():
+def test_abort_drops_unwritten_and_calls_later():
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)
         protocol.transport.write(b"x" * 5_000_000)
@@ -279,7 +279,7 @@ def test_abort_drops_what_is_unwritten_and_the_protocol_hears_of_it_later():
     run(scenario)
 
 
-def test_an_error_of_the_protocol_closes_its_connection_only_and_is_told():
+def test_protocol_error_closes_only_its_stream():
     async def scenario(poller):
         told = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["exception"]))
@@ -302,7 +302,7 @@ def test_an_error_of_the_protocol_closes_its_connection_only_and_is_told():
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
-def test_streams_that_end_each_other_within_a_turn_are_not_read_any_more(how):
+def test_streams_ended_in_a_turn_are_not_read(how):
     async def scenario(poller):
         pairs = [pair(poller) for _ in range(40)]
 
@@ -326,7 +326,7 @@ def test_streams_that_end_each_other_within_a_turn_are_not_read_any_more(how):
     run(scenario)
 
 
-def test_many_streams_are_read_in_turn_whatever_one_of_them_sends():
+def test_streams_alternate_whatever_one_sends():
     async def scenario(poller):
         pairs = [pair(poller) for _ in range(200)]
         flood, _ = pairs[0]
@@ -343,7 +343,7 @@ def test_many_streams_are_read_in_turn_whatever_one_of_them_sends():
     run(scenario)
 
 
-def test_a_turn_ends_in_time_and_the_next_goes_round():
+def test_turn_ends_in_time_and_next_rotates():
     async def scenario(poller):
         pairs = [pair(poller) for _ in range(40)]
         poller.turn_ns = 1
@@ -378,7 +378,7 @@ def test_what_is_not_read_yet_is_known():
     run(scenario)
 
 
-def test_a_stream_that_is_lost_is_freed_with_its_protocol():
+def test_lost_stream_and_protocol_are_freed():
     async def scenario(poller):
         protocol, other = pair(poller)
         gone, told = weakref.ref(protocol), protocol.told
@@ -396,7 +396,7 @@ def test_a_stream_that_is_lost_is_freed_with_its_protocol():
     run(scenario)
 
 
-def test_streams_exchange_bytes_as_a_pipe_would_whatever_is_done_in_between():
+def test_streams_act_as_a_pipe_in_any_sequence():
     """Random writes, pauses and reads on both sides, next to what was written."""
 
     async def scenario(poller):
@@ -442,7 +442,7 @@ def noted_in(protocols):
     return protocols[-1]
 
 
-def test_a_listener_that_is_closed_takes_those_who_are_there_and_nobody_else():
+def test_closed_listener_takes_waiting_only():
     async def scenario(poller):
         listener, protocols = socket.create_server(("127.0.0.1", 0)), []
         address = listener.getsockname()
@@ -458,7 +458,7 @@ def test_a_listener_that_is_closed_takes_those_who_are_there_and_nobody_else():
     run(scenario)
 
 
-def test_without_descriptors_who_comes_is_turned_away_at_once_and_later_ones_are_taken():
+def test_no_descriptor_rejects_then_recovers():
     async def scenario(poller):
         listener, protocols = socket.create_server(("127.0.0.1", 0)), []
         acceptor = serve(listener, poller, partial(noted_in, protocols))

@@ -19,7 +19,7 @@ class SlowlyRead(Process):
 
 
 @pytest.mark.processes
-def test_a_process_is_heard_out_before_it_is_given_up():
+def test_process_is_read_before_giving_up():
     process = SlowlyRead([sys.executable, "-c", "print('ready'); print('address already in use'); raise SystemExit(3)"])
     with pytest.raises(AssertionError, match=r"ended \(3\) without saying 'listens'(.|\n)*address already in use"):
         process.line_with("listens")

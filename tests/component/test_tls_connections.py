@@ -93,7 +93,7 @@ def readable(client):
     return False
 
 
-def test_handshakes_have_their_turns_like_all_else():
+def test_handshakes_share_turns_with_the_rest():
     """Each costs a millisecond or more; a thousand in one event-loop iteration would hold up everybody."""
 
     async def scenario(server):
@@ -111,7 +111,7 @@ def test_handshakes_have_their_turns_like_all_else():
     run(scenario)
 
 
-def test_no_handshake_is_made_with_who_has_gone(monkeypatch):
+def test_no_handshake_with_a_gone_client(monkeypatch):
     steps = []
     shake_hands = tls.TlsConnection._go_on
     monkeypatch.setattr(tls.TlsConnection, "_go_on", lambda self: (steps.append(self), shake_hands(self)))
@@ -165,7 +165,7 @@ def test_a_pause_in_reading_loses_nothing():
     run(scenario)
 
 
-def test_what_is_not_read_is_told_and_kept():
+def test_unread_output_pauses_and_is_kept():
     async def scenario(server):
         client, protocol = await server.connect_blocking()
         data = random.Random(2).randbytes(20_000_000)
@@ -182,7 +182,7 @@ def test_what_is_not_read_is_told_and_kept():
     run(scenario)
 
 
-def test_a_client_that_ends_tls_is_heard_to_its_end():
+def test_client_ending_tls_is_read_to_its_end():
     async def scenario(server):
         _, writer, protocol = await server.connect()
         writer.write(b"last words")
@@ -194,7 +194,7 @@ def test_a_client_that_ends_tls_is_heard_to_its_end():
     run(scenario)
 
 
-def test_a_client_that_goes_without_a_word_is_heard_to_its_end():
+def test_silent_close_is_read_to_its_end():
     async def scenario(server):
         _, writer, protocol = await server.connect()
         writer.write(b"last words")
@@ -219,7 +219,7 @@ def test_a_silent_client_does_not_hold_up_the_end():
     run(scenario)
 
 
-def test_what_still_comes_behind_our_end_is_passed_over():
+def test_input_behind_our_end_is_dropped():
     async def scenario(server):
         reader, writer, protocol = await server.connect()
         protocol.on_data = lambda _data: (protocol.transport.write(b"no"), protocol.transport.write_eof())
@@ -233,7 +233,7 @@ def test_what_still_comes_behind_our_end_is_passed_over():
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x00\x05hello", bytes(5000)])
-def test_who_speaks_something_else_is_closed(data):
+def test_client_without_tls_is_closed(data):
     async def scenario(server):
         with clients(server, 1) as (client,):
             client.sendall(data)

@@ -34,14 +34,14 @@ def schema():
     return json.loads((schemas / "compose-spec.json").read_text())
 
 
-def test_it_is_what_the_compose_specification_asks_for():
+def test_file_follows_compose_specification():
     validator = jsonschema.validators.validator_for(schema())(schema())
     assert [error.message for error in validator.iter_errors(COMPOSE)] == []
     wrong = COMPOSE | {"services": SERVICES | {"a5": {"imagee": "x"}}}
     assert list(validator.iter_errors(wrong))
 
 
-def test_the_distributor_four_mock_analyzers_prometheus_and_grafana_are_there():
+def test_all_services_of_the_demo_exist():
     assert set(SERVICES) == {"fastdist", "a1", "a2", "a3", "a4", "prometheus", "grafana"}
     assert set(MOCKS) == {"a1", "a2", "a3", "a4"}
 
@@ -75,7 +75,7 @@ def test_no_two_services_want_the_same_port():
     assert len(set(ports)) == len(ports)
 
 
-def test_what_is_mounted_exists_and_is_read_only_if_it_is_ours():
+def test_mounts_exist_and_ours_are_read_only():
     for service in SERVICES.values():
         for volume in service.get("volumes", []):
             source, _, *mode = volume.split(":")
@@ -92,7 +92,7 @@ def test_the_configuration_passes_the_check():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_analyzers_of_the_configuration_are_the_services():
+def test_configured_analyzers_are_the_services():
     analyzers = load(CONFIG, {}, {}).config.analyzers
     (port, _) = setting("mock-analyzers", "EXPOSE").text.split()
     assert {it.id: it.endpoint for it in analyzers} == {
@@ -110,7 +110,7 @@ def test_there_are_as_many_workers_as_cores():
     assert int(service["environment"]["WORKER_COUNT"]) == service["cpus"]
 
 
-def test_prometheus_scrapes_the_distributor_where_it_listens():
+def test_prometheus_scrapes_the_distributor():
     (job,) = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
     name, port = target.split(":")

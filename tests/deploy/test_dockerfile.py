@@ -39,19 +39,19 @@ def test_the_reader_of_dockerfiles_reads_them():
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_images_that_are_begun_with_are_pinned_to_a_version(stage):
+def test_base_images_are_pinned_to_a_version(stage):
     if stage.image not in STAGES:
         assert re.fullmatch(r"python:\d+\.\d+\.\d+-(slim-)?\w+", stage.image)
 
 
-def test_build_and_final_image_have_the_same_interpreter_and_system():
+def test_both_images_have_one_interpreter():
     images = {stage.image.replace("slim-", "") for stage in STAGES.values() if stage.image not in STAGES}
     assert len(images) == 1
     version = re.search(r":(\d+)\.(\d+)\.", images.pop())
     assert f"Programming Language :: Python :: {version[1]}.{version[2]}" in PROJECT["project"]["classifiers"]
 
 
-def test_the_distributor_is_what_is_built_without_being_asked_for():
+def test_distributor_is_the_default_target():
     assert list(STAGES)[-1] == "fastdist"
 
 
@@ -70,14 +70,14 @@ def test_an_image_is_slim_and_has_no_compiler(name):
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_an_image_runs_as_a_user_that_is_not_root_from_its_last_run_on(name):
+def test_image_runs_as_non_root_from_last_run(name):
     words = [each for stage in lineage(name) for each in stage.instructions if each.word in {"RUN", "USER"}]
     assert words[-1].word == "USER"
     assert re.fullmatch(r"[1-9]\d{4,}:[1-9]\d{4,}", words[-1].text)  # a number: Kubernetes cannot tell of a name
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_an_image_starts_stops_and_is_checked_by_programs_not_by_shells(name):
+def test_image_runs_programs_not_shells(name):
     assert setting(name, "ENTRYPOINT").words
     assert setting(name, "CMD").words
     assert setting(name, "STOPSIGNAL").text == "SIGTERM"
@@ -87,7 +87,7 @@ def test_an_image_starts_stops_and_is_checked_by_programs_not_by_shells(name):
     assert not re.search(r"curl|wget", check.text)
 
 
-def test_nothing_is_added_from_elsewhere_or_without_need():
+def test_nothing_foreign_or_unneeded_is_added():
     for stage in STAGES.values():
         assert not stage.all("ADD")
         assert not any(copy.text.startswith(". ") for copy in stage.all("COPY"))
@@ -105,7 +105,7 @@ def test_the_queue_is_a_volume():
     assert setting("fastdist", "VOLUME").words == [environment("fastdist")["FASTDIST_QUEUE__PATH"]]
 
 
-def test_the_mock_analyzers_get_the_parser_that_the_service_uses():
+def test_mock_analyzers_use_the_same_parser():
     (run,) = STAGES["build-mock-analyzers"].all("RUN")
     wanted = next(entry for entry in PROJECT["project"]["dependencies"] if entry.startswith("httptools"))
     assert f'"{wanted}"' in run.text
@@ -120,7 +120,7 @@ def test_no_secret_is_set():
 # ---------------------------------------------------------------------------------------------------------- the context
 
 
-def test_all_that_is_copied_is_let_in_and_all_that_is_let_in_is_copied():
+def test_copied_files_are_the_files_let_in():
     files = context()
     sources = {source for stage in STAGES.values() for copy in stage.all("COPY") for source in copy.text.split()[:-1]}
     sources -= {"/opt/fastdist"}
@@ -130,7 +130,7 @@ def test_all_that_is_copied_is_let_in_and_all_that_is_let_in_is_copied():
         assert any(name == source or name.startswith(f"{source}/") for source in sources), name
 
 
-def test_all_of_the_source_is_let_in_and_nothing_that_was_built():
+def test_only_sources_are_let_in():
     files = context()
     if shutil.which("git"):
         tracked = subprocess.run(  # nothing, where this is no clone

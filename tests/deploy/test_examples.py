@@ -69,17 +69,17 @@ def assert_answer_is_as_shown(answer, shown):
 
 @with_curl
 @pytest.mark.parametrize(("command", "shown"), list(examples()), ids=lambda text: text[:60])
-def test_a_request_of_the_api_page_is_answered_as_shown(service, command, shown):
+def test_api_page_requests_respond_as_shown(service, command, shown):
     local = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
     done = subprocess.run(["sh", "-c", local], capture_output=True, text=True, check=False, timeout=30)
     assert_answer_is_as_shown(done.stdout, shown)
 
 
-def test_every_request_of_the_page_is_one_of_these():
+def test_each_page_request_is_among_the_tested():
     assert len(list(examples())) == API.count("$ curl")
 
 
-def test_the_analyzers_of_the_quick_start_do_what_it_says(tmp_path):
+def test_quick_start_analyzers_work_as_stated(tmp_path):
     """The program and the file as they stand there, with other ports."""
     (program,) = re.findall(r"```python\n(.*?)```", QUICKSTART, re.DOTALL)
     (text,) = re.findall(r"```toml\n(.*?)```", QUICKSTART, re.DOTALL)
@@ -108,7 +108,7 @@ def test_the_analyzers_of_the_quick_start_do_what_it_says(tmp_path):
 
 
 @with_curl
-def test_the_requests_of_the_quick_start_are_taken(service):
+def test_quick_start_requests_are_accepted(service):
     """Those to the distributor, as they stand there."""
     commands = re.findall(r"^curl (?:[^\n]*\\\n)*[^\n]*", QUICKSTART, re.MULTILINE)
     logs = [command for command in commands if "3000/logs" in command]

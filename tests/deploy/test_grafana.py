@@ -40,7 +40,7 @@ def test_a_panel_asks_for_what_there_is(panel, families):
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_a_panel_says_what_it_shows_and_in_what_unit(panel):
+def test_panel_has_description_and_unit(panel):
     assert panel["title"]
     assert panel["description"].endswith(".")
     assert panel["fieldConfig"]["defaults"]["unit"] in UNITS
@@ -55,7 +55,7 @@ def test_every_metric_is_on_the_dashboard(families):
         assert names & drawn or names <= NOT_DRAWN, family.name
 
 
-def test_no_two_panels_share_an_id_a_title_or_a_place():
+def test_panels_share_no_id_title_or_position():
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     titles = [panel["title"] for panel in DASHBOARD["panels"]]
@@ -69,14 +69,14 @@ def test_no_two_panels_share_an_id_a_title_or_a_place():
         taken |= cells
 
 
-def test_all_of_it_reads_the_data_source_that_is_chosen():
+def test_all_panels_read_the_chosen_source():
     variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
     found = re.findall(r'"uid": "([^"]*)"', json.dumps([DASHBOARD["panels"], DASHBOARD["annotations"], variables]))
     assert set(found) == {"${datasource}"}
 
 
-def test_what_is_asked_for_beside_the_panels_exists(families):
+def test_queries_beside_the_panels_exist(families):
     known = vocabulary(families)
     for annotation in DASHBOARD["annotations"]["list"]:
         assert faults(plain(annotation["expr"]), families) == []
@@ -96,7 +96,7 @@ def test_promtool_takes_every_expression(promtool, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_it_is_provisioned_where_it_is_mounted_with_the_data_source_it_can_use():
+def test_provisioning_matches_its_mounts():
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
     grafana = compose["services"]["grafana"]
     mounts = dict(volume.split(":")[:2] for volume in grafana["volumes"])

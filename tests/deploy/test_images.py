@@ -98,7 +98,7 @@ def run(builder, tmp_path, volume, analyzer):
 # ------------------------------------------------------------------------------------------------------------ the build
 
 
-def test_the_build_makes_one_wheel_from_what_is_let_in(builder):
+def test_build_makes_one_wheel_of_its_context(builder):
     image = builder.build("build")
     (wheel,) = (image.layer / BUILD[1:] / "dist").iterdir()
     assert re.fullmatch(r"fastdist-[\d.]+-cp\d+-cp\d+-linux_\w+\.whl", wheel.name)
@@ -108,7 +108,7 @@ def test_the_build_makes_one_wheel_from_what_is_let_in(builder):
 
 
 @pytest.mark.parametrize("name", ["fastdist", "mock-analyzers"])
-def test_the_final_image_has_no_sources_and_nothing_that_installs_or_compiles(builder, name):
+def test_final_image_has_no_sources_or_tools(builder, name):
     layer = builder.build(name).layer
     packages = {path.name for path in layer.glob("opt/fastdist/lib/python*/site-packages/*")}
     assert {"fastdist", "uvloop", "orjson"} <= packages
@@ -121,12 +121,12 @@ def test_the_final_image_has_no_sources_and_nothing_that_installs_or_compiles(bu
     assert not list(layer.glob("root/.cache/pip/*"))
 
 
-def test_the_mock_analyzers_are_only_in_their_own_image(builder):
+def test_mock_analyzers_have_their_own_image(builder):
     assert not (builder.build("fastdist").layer / "opt/fastdist/mock").exists()
     assert (builder.build("mock-analyzers").layer / "opt/fastdist/mock/mock_analyzers/cli.py").exists()
 
 
-def test_what_is_installed_belongs_to_root_and_only_the_queue_to_the_user(builder):
+def test_only_the_queue_belongs_to_the_user(builder):
     layer = builder.build("fastdist").layer
     user = int(dockerfile.setting("fastdist", "USER").text.split(":")[0])
     mine = {path.relative_to(layer).as_posix() for path in layer.rglob("*") if path.lstat().st_uid == user}
@@ -137,7 +137,7 @@ def test_what_is_installed_belongs_to_root_and_only_the_queue_to_the_user(builde
 # --------------------------------------------------------------------------------------------------- the distributor
 
 
-def test_it_takes_packets_delivers_them_and_ends_when_it_is_stopped(run, volume):
+def test_container_takes_delivers_and_stops(run, volume):
     container = run()
     wait_until(lambda: container.health().returncode == 0, "healthy")
     emitter = Emitter(container.port).send(100)
@@ -157,7 +157,7 @@ def test_it_has_the_dashboards_files(run):
         assert request(container.port, "GET", f"/{name.decode().lstrip('/')}")[0] == 200, name
 
 
-def test_what_was_queued_is_there_in_the_next_container(run):
+def test_queued_packets_are_in_next_container(run):
     nobody = CONFIG.format(free_port()).replace("20s", "100ms")
     first = run(nobody)
     first.line_with("fastdist is ready")
@@ -168,14 +168,14 @@ def test_what_was_queued_is_there_in_the_next_container(run):
     wait_until(lambda: get_json(second.port, "/stats")["packets"]["delivered"] == 50, "all delivered")
 
 
-def test_the_health_check_follows_the_configuration(run):
+def test_health_check_follows_the_config(run):
     container = run(FASTDIST_SERVER__HOST="127.0.0.1")
     container.line_with("fastdist is ready")
     done = container.health()
     assert (done.returncode, json.loads(done.stdout)["status"]) == (0, "ok")
 
 
-def test_the_health_check_speaks_tls_where_the_distributor_does(run, volume):
+def test_health_check_speaks_tls_as_configured(run, volume):
     words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=elsewhere -keyout key.pem -out cert.pem"
     subprocess.run(["openssl", *shlex.split(words)], cwd=volume, check=True, capture_output=True)
     for name in ("key.pem", "cert.pem"):
@@ -186,7 +186,7 @@ def test_the_health_check_speaks_tls_where_the_distributor_does(run, volume):
     assert container.health().returncode == 0
 
 
-def test_the_health_check_fails_when_nobody_answers(run):
+def test_health_check_fails_without_response(run):
     container = run()
     container.line_with("fastdist is ready")
     container.signal(signal.SIGSTOP)
@@ -197,7 +197,7 @@ def test_the_health_check_fails_when_nobody_answers(run):
     assert "no answer" in done.stderr
 
 
-def test_the_health_check_says_what_is_wrong_with_the_configuration(run):
+def test_health_check_explains_a_bad_config(run):
     container = run()
     container.line_with("fastdist is ready")
     container.variables["PORT"] = "none"
@@ -206,19 +206,19 @@ def test_the_health_check_says_what_is_wrong_with_the_configuration(run):
     assert "server.port" in done.stderr
 
 
-def test_a_configuration_that_is_wrong_ends_it_with_its_problems(run):
+def test_invalid_config_ends_it_with_problems(run):
     container = run("[server]\nworkers = -1\n")
     assert container.wait() == 2
     assert "server.workers: must be >= 0" in container.output
 
 
-def test_without_a_configuration_of_ones_own_it_has_the_defaults(builder, volume):
+def test_missing_config_means_the_defaults(builder, volume):
     container = Container(builder, "fastdist", ["check", "/etc/fastdist/fastdist.toml"], {"/var/lib/fastdist": volume})
     assert container.wait() == 0
     assert "4 analyzers" in container.output
 
 
-def test_its_commands_are_there_for_whoever_looks_inside(run):
+def test_commands_are_available_inside(run):
     container = run()
     container.line_with("fastdist is ready")
     done = container.run("fastdist", "dead-letters", "list", "/var/lib/fastdist")
@@ -226,7 +226,7 @@ def test_its_commands_are_there_for_whoever_looks_inside(run):
     assert container.run("sleep", "0").returncode == 0  # Kubernetes' preStop
 
 
-def test_it_is_not_root_and_cannot_write_but_to_its_volume(run, volume):
+def test_non_root_writes_only_to_its_volume(run, volume):
     container = run()
     container.line_with("fastdist is ready")
     user = dockerfile.setting("fastdist", "USER").text
@@ -240,7 +240,7 @@ def test_it_is_not_root_and_cannot_write_but_to_its_volume(run, volume):
 # -------------------------------------------------------------------------------------------------- the mock analyzers
 
 
-def test_a_mock_analyzer_takes_packets_and_ends_when_it_is_stopped(builder):
+def test_mock_analyzer_takes_packets_and_stops(builder):
     port, control = free_port(), free_port()
     container = Container(
         builder, "mock-analyzers", ["--ids", "A7", "--ports", str(port), "--control-port", str(control)]
@@ -253,7 +253,7 @@ def test_a_mock_analyzer_takes_packets_and_ends_when_it_is_stopped(builder):
         assert container.wait() == 0
 
 
-def test_the_mock_analyzers_health_check_asks_the_port_it_has(builder):
+def test_mock_health_check_uses_its_port(builder):
     entry = dockerfile.setting("mock-analyzers", "ENTRYPOINT").words
     port = entry[entry.index("--ports") + 1]
     check = dockerfile.setting("mock-analyzers", "HEALTHCHECK").text

@@ -154,7 +154,7 @@ def test_the_configuration_passes_the_check():
     assert generator["files"] == [CONFIG.name]
 
 
-def test_the_configuration_is_mounted_where_the_image_reads_it():
+def test_config_is_mounted_where_it_is_read():
     (mount,) = [each for each in CONTAINER["volumeMounts"] if each["name"] == "config"]
     assert f"{mount['mountPath']}/{CONFIG.name}" == environment("fastdist")["FASTDIST_CONFIG"]
 
@@ -170,11 +170,11 @@ def test_the_queue_is_on_the_volume():
     assert kept == {"whenDeleted": "Retain", "whenScaled": "Retain"}
 
 
-def test_there_are_as_many_workers_as_processors_asked_for():
+def test_workers_match_requested_processors():
     assert settings().server.workers == int(CONTAINER["resources"]["requests"]["cpu"])
 
 
-def test_the_analyzers_of_the_configuration_are_the_mock_analyzers_of_the_demo():
+def test_configured_analyzers_are_the_demos():
     expected = {}
     for analyzer in settings().analyzers:
         name, port = re.fullmatch(r"http://([\w-]+):(\d+)/analyze", analyzer.endpoint).groups()
@@ -189,7 +189,7 @@ def test_the_analyzers_of_the_configuration_are_the_mock_analyzers_of_the_demo()
 # ------------------------------------------------------------------------------------------------------ life and probes
 
 
-def test_there_is_time_to_drain_before_it_is_killed():
+def test_drain_ends_before_the_kill():
     pause = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
     assert CONTAINER["lifecycle"]["preStop"]["exec"]["command"][0] == "sleep"
     assert POD["terminationGracePeriodSeconds"] >= pause + settings().server.drain_timeout + LATE
@@ -204,7 +204,7 @@ def test_probes_ask_for_what_they_are_for():
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 3 * START
 
 
-def test_the_pause_before_the_end_is_longer_than_a_readiness_probe_takes_to_fail():
+def test_pre_stop_outlasts_the_readiness_probe():
     probe = CONTAINER["readinessProbe"]
     pause = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pause > probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"]
@@ -234,7 +234,7 @@ def test_selectors_select_the_pods_they_mean():
     assert spread["labelSelector"]["matchLabels"] == labels
 
 
-def test_the_autoscaler_alone_decides_how_many_pods_there_are():
+def test_only_the_autoscaler_sets_replicas():
     spec = find("HorizontalPodAutoscaler")["spec"]
     target = spec["scaleTargetRef"]
     assert f"{target['kind']}/{target['name']}" == identity(STATEFUL)

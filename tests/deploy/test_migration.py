@@ -110,7 +110,7 @@ def assert_split(mocks, packets):
 
 
 @pytest.mark.parametrize("peer", [nginx, haproxy], ids=lambda peer: peer.__name__)
-def test_the_peer_splits_by_weight_and_passes_over_an_analyzer_that_fails(peer, mocks, tmp_path):
+def test_peer_splits_by_weight_and_fails_over(peer, mocks, tmp_path):
     if not shutil.which(peer.__name__, path=PATHS):
         pytest.skip(f"{peer.__name__} is not installed; scripts/peers.sh installs it")
     port = free_port()
@@ -127,7 +127,7 @@ def test_the_peer_splits_by_weight_and_passes_over_an_analyzer_that_fails(peer, 
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_our_file_splits_the_same_packets_in_the_same_way(name, mocks, tmp_path):
+def test_our_file_splits_the_same_way(name, mocks, tmp_path):
     process = fastdist(name, tmp_path, mocks)
     with running(process):
         port = port_of(process)
@@ -144,7 +144,7 @@ def test_our_file_splits_the_same_packets_in_the_same_way(name, mocks, tmp_path)
 
 
 @pytest.mark.parametrize("peer", ["nginx", "haproxy"])
-def test_the_reserve_gets_packets_when_all_others_are_away(peer, mocks, tmp_path):
+def test_reserve_gets_packets_if_others_fail(peer, mocks, tmp_path):
     process = fastdist(f"{peer}.fastdist.toml", tmp_path, mocks)
     with running(process):
         port = port_of(process)
@@ -195,7 +195,7 @@ def as_vector_posts(events, sink):
 
 
 @pytest.mark.usefixtures("mocks")
-def test_what_vector_is_told_to_post_is_a_packet(ours):
+def test_vector_posts_what_is_a_packet(ours):
     sink = tomllib.loads((FOLDER / "vector-to-fastdist.toml").read_text())["sinks"]["fastdist"]
     assert sink["encoding"] == {"codec": "json"}  # with no framing: application/json, with commas
     assert "compression" not in sink  # none
@@ -204,7 +204,7 @@ def test_what_vector_is_told_to_post_is_a_packet(ours):
     assert json.loads(body)["messages"] == len(EVENTS)
 
 
-def test_vector_and_fluent_bit_are_refused_what_the_pages_say_is_refused(ours):
+def test_documented_refusals_are_refused(ours):
     array = as_vector_posts(EVENTS, {})
     assert post(ours, array)[0] == 400
     assert post(ours, b'[{"date":1767323045.678901,"log":"a line"}]')[0] == 400
@@ -213,7 +213,7 @@ def test_vector_and_fluent_bit_are_refused_what_the_pages_say_is_refused(ours):
     assert post(ours, gzip.compress(array), Content_Encoding="gzip")[0] == 415
 
 
-def test_without_validation_an_array_of_records_travels_on_as_it_is(mocks, tmp_path):
+def test_unvalidated_array_is_passed_unchanged(mocks, tmp_path):
     settings = tomllib.loads((FOLDER / RAW).read_text())
     assert settings == {"server": {"validation": "none"}}
     mocks.set_all(verify=True)
@@ -249,7 +249,7 @@ def test_the_filter_for_fluent_bit_makes_packets(ours, record):
     assert post(ours, made["body"].encode())[0] == 200
 
 
-def test_the_filter_for_fluent_bit_draws_analyzers_by_weight():
+def test_fluent_bit_filter_draws_by_weight():
     lua = LuaRuntime()
     lua.execute((FOLDER / "fluent-bit-split.lua").read_text())
     drawn = Counter(lua.globals().draw("packets", 0.0, lua.table())[2]["analyzer"] for _ in range(20_000))
@@ -264,7 +264,7 @@ def fluent_bit(name):
     return yaml.safe_load((FOLDER / name).read_text())["pipeline"]
 
 
-def test_fluent_bit_is_told_where_body_and_headers_are():
+def test_fluent_bit_knows_body_and_headers():
     pipeline = fluent_bit("fluent-bit-to-fastdist.yaml")
     (output,) = pipeline["outputs"]
     assert (output["name"], output["uri"], output["body_key"], output["headers_key"]) == (
@@ -275,7 +275,7 @@ def test_fluent_bit_is_told_where_body_and_headers_are():
         assert f"function {script['call']}(tag, timestamp, record)" in (FOLDER / script["script"]).read_text()
 
 
-def test_the_send_command_takes_the_place_of_a_forwarder(ours, tmp_path):
+def test_send_command_replaces_a_forwarder(ours, tmp_path):
     """As the pages show it: follows, notes how far it is, and delivers what is appended."""
     log, offsets = tmp_path / "app.log", tmp_path / "app.offset"
     log.write_text("one\ntwo\n")

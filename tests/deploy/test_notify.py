@@ -72,7 +72,7 @@ def serve(tmp_path, mocks, manager):
 
 
 @pytest.mark.parametrize("manager", ["path", "abstract"], indirect=True)
-def test_a_life_is_told_in_order_and_by_the_supervisor_alone(serve, manager):
+def test_only_supervisor_notifies_in_order(serve, manager):
     distributor = serve()
     wait_until(lambda: manager.states() == ["READY=1"], "ready")
     distributor.signal(signal.SIGHUP)
@@ -104,7 +104,7 @@ def test_the_end_may_take_as_long_as_draining_may(serve, manager):
     assert extended > 100 + LATE
 
 
-def test_the_status_tells_of_an_analyzer_that_goes_and_comes(serve, manager, mocks):
+def test_status_follows_analyzer_changes(serve, manager, mocks):
     serve()
     all_well = "STATUS=2 of 2 workers running, 4 of 4 analyzers online"
     wait_until(lambda: "READY=1" in manager.messages, "ready")
@@ -115,7 +115,7 @@ def test_the_status_tells_of_an_analyzer_that_goes_and_comes(serve, manager, moc
     wait_until(lambda: manager.messages[-1] == all_well, "all well again")
 
 
-def test_the_watchdog_gets_signs_while_a_worker_serves(serve, manager):
+def test_watchdog_has_heartbeat_while_serving(serve, manager):
     distributor = serve(WATCHDOG_USEC="600000")
     wait_until(lambda: manager.count("WATCHDOG=1") > 5, "heartbeats")
     os.kill(distributor.worker_pids()[0], signal.SIGKILL)  # one of two
@@ -123,7 +123,7 @@ def test_the_watchdog_gets_signs_while_a_worker_serves(serve, manager):
     wait_until(lambda: manager.count("WATCHDOG=1") > before + 5, "heartbeats")
 
 
-def test_the_watchdog_gets_no_sign_while_every_worker_hangs(serve, manager):
+def test_hanging_workers_send_no_heartbeat(serve, manager):
     distributor = serve(WATCHDOG_USEC="300000")
     wait_until(lambda: manager.count("WATCHDOG=1") > 2, "heartbeats")
     workers = distributor.worker_pids()
@@ -147,13 +147,13 @@ def test_the_watchdog_gets_no_sign_while_every_worker_hangs(serve, manager):
     wait_until(lambda: manager.count("WATCHDOG=1") > before + 5, "heartbeats of their successors")
 
 
-def test_a_watchdog_for_another_process_gets_no_sign(serve, manager):
+def test_foreign_watchdog_gets_no_heartbeat(serve, manager):
     distributor = serve(WATCHDOG_USEC="100000", WATCHDOG_PID="1")
     assert distributor.stop() == 0
     assert manager.count("WATCHDOG=1") == 0
 
 
-def test_a_service_that_cannot_start_is_never_ready(tmp_path, manager, mocks):
+def test_failing_start_is_never_ready(tmp_path, manager, mocks):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -162,7 +162,7 @@ def test_a_service_that_cannot_start_is_never_ready(tmp_path, manager, mocks):
     assert manager.states() == []
 
 
-def test_a_manager_that_is_not_there_changes_nothing(tmp_path, mocks):
+def test_missing_manager_changes_nothing(tmp_path, mocks):
     distributor = Distributor(tmp_path, mocks, NOTIFY_SOCKET=str(tmp_path / "nobody"))
     with running(distributor):
         assert distributor.post()[0] == 202
@@ -170,7 +170,7 @@ def test_a_manager_that_is_not_there_changes_nothing(tmp_path, mocks):
         assert distributor.stop() == 0
 
 
-def test_workers_do_not_see_the_managers_variables(serve):
+def test_workers_lack_the_managers_variables(serve):
     distributor = serve(WATCHDOG_USEC="600000")
     for pid in distributor.worker_pids():
         assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & psutil.Process(pid).environ().keys()

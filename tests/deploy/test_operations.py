@@ -40,7 +40,7 @@ def test_the_version_is_the_same_everywhere():
     assert tags == {f"fastdist:{VERSION}", f"fastdist-mock-analyzers:{VERSION}"}
 
 
-def test_docker_run_is_told_what_the_image_wants():
+def test_docker_run_has_what_the_image_needs():
     block = next(block for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) if "docker run" in block)
     (queue,) = setting("fastdist", "VOLUME").words
     assert f"--volume queue:{queue} " in block
@@ -48,7 +48,7 @@ def test_docker_run_is_told_what_the_image_wants():
     assert f"--publish {port}:{port}" in block
 
 
-def test_what_the_unit_is_installed_from_and_to_is_what_it_says():
+def test_installation_matches_the_unit():
     block = next(block for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) if "systemctl enable" in block)
     unit = (ROOT / "deploy" / "systemd" / "fastdist.service").read_text()
     (program, file) = re.search(r"^ExecStart=(\S+)/bin/fastdist serve --config (\S+)$", unit, re.MULTILINE).groups()
@@ -57,7 +57,7 @@ def test_what_the_unit_is_installed_from_and_to_is_what_it_says():
 
 
 @pytest.mark.skipif(NGINX is None, reason="nginx is not installed; scripts/peers.sh installs it")
-def test_the_proxy_that_is_shown_lets_packets_through_and_nothing_else(live, tmp_path):
+def test_shown_proxy_passes_only_packets(live, tmp_path):
     (shown,) = re.findall(r"```nginx\n(.*?)```", TEXT, re.DOTALL)
     port = free_port()
     shown = shown.replace("127.0.0.1:3000", f"127.0.0.1:{live.port}").replace("listen 8080", f"listen 127.0.0.1:{port}")

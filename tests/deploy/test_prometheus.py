@@ -36,7 +36,7 @@ OTHER_UNITS = re.compile(r"_(ms|milliseconds|us|ns|minutes|hours|kb|mb|kib|mib|p
 # -------------------------------------------------------------------------------------------------------- the metrics
 
 
-def test_metrics_have_the_names_and_units_of_prometheus_conventions(families):
+def test_metrics_follow_naming_conventions(families):
     assert families
     for family in families:
         name = family.name + ("_total" if family.type == "counter" else "")
@@ -52,7 +52,7 @@ def test_metrics_have_the_names_and_units_of_prometheus_conventions(families):
             assert not name.endswith("_share") or 0 <= sample.value <= 1
 
 
-def test_metrics_have_a_help_text_each_and_no_two_the_same(families):
+def test_metrics_have_unique_help_texts(families):
     assert all(re.fullmatch(r"[A-Z].{10,}\.", family.documentation) for family in families)
     assert max(Counter(family.documentation for family in families).values()) == 1
 
@@ -87,7 +87,7 @@ def test_what_alerts_must_not_ask_for_is_found(families):
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
-def test_an_alert_says_how_bad_it_is_what_it_is_and_what_to_do(alert):
+def test_alert_has_severity_summary_and_action(alert):
     assert set(alert) <= {"alert", "expr", "for", "labels", "annotations"}
     assert re.fullmatch(r"Fastdist([A-Z][a-z]+)+", alert["alert"])
     assert alert["labels"] in ({"severity": "critical"}, {"severity": "warning"})
@@ -101,7 +101,7 @@ def test_no_two_alerts_have_the_same_name():
     assert len(set(NAMES)) == len(NAMES)
 
 
-def test_every_alert_and_no_other_has_its_place_in_the_documentation():
+def test_alerts_and_documentation_agree():
     text = OPERATIONS.read_text()
     headings = re.findall(r"^### (Fastdist\w+)$", text, re.MULTILINE)
     assert headings == NAMES
@@ -110,7 +110,7 @@ def test_every_alert_and_no_other_has_its_place_in_the_documentation():
         assert re.search(r"^\*Means:\* .*^\*Do:\* ", section, re.MULTILINE | re.DOTALL), name
 
 
-def test_every_alert_is_tested_to_fire_and_not_to_fire():
+def test_each_alert_is_tested_both_ways():
     cases = [case for test in yaml.safe_load(CASES.read_text())["tests"] for case in test["alert_rule_test"]]
     assert {case["alertname"] for case in cases if case["exp_alerts"]} == set(NAMES)
     assert {case["alertname"] for case in cases if not case["exp_alerts"]} == set(NAMES)
@@ -121,7 +121,7 @@ def test_alerts_fire_on_what_they_are_for(promtool):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_promtool_takes_the_configuration_and_the_rules(promtool):
+def test_promtool_accepts_config_and_rules(promtool):
     for words in (["config", str(PROMETHEUS / "prometheus.yml")], ["rules", "--lint-fatal", str(RULES)]):
         done = subprocess.run([promtool, "check", *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -131,7 +131,7 @@ def test_promtool_takes_the_configuration_and_the_rules(promtool):
 # --------------------------------------------------------------------------------------------------- the configuration
 
 
-def test_the_configuration_reads_the_rules_and_scrapes_the_job_they_expect():
+def test_config_reads_rules_and_scrapes_job():
     configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     assert configuration["rule_files"] == [RULES.name]
     (job,) = configuration["scrape_configs"]

@@ -101,7 +101,7 @@ def test_alerts_are_evaluated_without_errors(everything):
     assert [rule for rule in found if rule["health"] != "ok"] == []
 
 
-def test_alerts_fire_on_a_live_service_that_is_in_trouble(everything):
+def test_alerts_fire_on_a_service_in_trouble(everything):
     prometheus, distributor, _ = everything
     for expected in ("FastdistAnalyzerFailing", "FastdistDeadLetters"):
         wait_until(lambda name=expected: name in prometheus.firing(), expected, 60)

@@ -75,7 +75,7 @@ def test_links_and_anchors_lead_somewhere(site, pages):
     assert broken == []
 
 
-def test_nothing_is_loaded_from_elsewhere_and_what_is_loaded_is_there(site, pages):
+def test_site_loads_only_its_own_files(site, pages):
     for name, page in pages.items():
         for source in page.loaded:
             parts = urlsplit(source)
@@ -86,7 +86,7 @@ def test_nothing_is_loaded_from_elsewhere_and_what_is_loaded_is_there(site, page
         assert not re.search(r"(?:url\(|@import )[\"']?(?:https?:)?//", path.read_text()), path
 
 
-def test_the_site_has_the_texts_that_stand_elsewhere(site):
+def test_site_includes_the_shared_texts(site):
     for document, page in (
         ("CHANGELOG.md", "changelog"),
         ("CONTRIBUTING.md", "contributing"),
@@ -129,7 +129,7 @@ def test_links_out_of_the_site_lead_to_its_pages(outside, text, becomes):
     assert outside.rewrite(text, page, page) == becomes
 
 
-def test_links_of_an_included_text_are_made_relative_to_its_page(outside):
+def test_included_links_are_relative_to_page(outside):
     source, page = ROOT / "bench" / "README.md", DOCS / "performance.md"
     assert outside.rewrite("[x](#results)", source, page) == "[x](#results)"
     assert outside.rewrite("[x](#the-race)", source, page) == "[x](measuring.md#the-race)"
@@ -137,7 +137,7 @@ def test_links_of_an_included_text_are_made_relative_to_its_page(outside):
     assert outside.rewrite("![x](../docs/top.svg)", source, page) == "![x](top.svg)"
 
 
-def test_a_picture_that_was_not_drawn_yet_becomes_a_note(outside):
+def test_missing_picture_becomes_a_note(outside):
     source, page = ROOT / "bench" / "README.md", DOCS / "performance.md"
     assert "not drawn yet: the race" in outside.rewrite("![the race](../docs/nobody-drew-it.svg)", source, page)
     html = (

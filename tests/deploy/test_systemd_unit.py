@@ -60,7 +60,7 @@ def analyze():
 # ----------------------------------------------------------------------------------------------------------------- read
 
 
-def test_systemd_finds_nothing_wrong_with_the_unit(analyze, tmp_path):
+def test_systemd_verifies_the_unit(analyze, tmp_path):
     """But for the program, which is not installed where this is tested."""
     installed = Path(sys.executable).with_name("fastdist")
     unit = tmp_path / UNIT.name
@@ -79,7 +79,7 @@ def test_the_sandbox_is_tight(analyze):
     assert float(re.search(r"exposure level for fastdist.service: ([\d.]+)", done.stdout)[1]) <= EXPOSURE
 
 
-def test_the_service_manager_is_told_by_the_supervisor_alone():
+def test_only_the_supervisor_notifies_systemd():
     assert (SERVICE["Type"], SERVICE["NotifyAccess"]) == ("notify", "main")
     assert seconds(SERVICE["WatchdogSec"]) > 0
 
@@ -89,21 +89,21 @@ def test_draining_is_the_supervisors_business():
     assert seconds(SERVICE["TimeoutStopSec"]) > Config().server.drain_timeout
 
 
-def test_a_worker_out_of_memory_does_not_end_the_service():
+def test_worker_out_of_memory_keeps_service():
     assert SERVICE["OOMPolicy"] == "continue"
 
 
-def test_what_a_restart_does_not_help_is_not_restarted():
+def test_permanent_errors_are_not_restarted():
     assert (SERVICE["Restart"], SERVICE["RestartPreventExitStatus"]) == ("on-failure", "2")
 
 
-def test_there_are_descriptors_for_the_connections_that_are_allowed():
+def test_descriptors_suffice_for_connections():
     config = Config()
     most = config.server.max_connections + len(config.analyzers) * config.delivery.connections
     assert int(SERVICE["LimitNOFILE"]) > most
 
 
-def test_a_reload_checks_the_file_that_is_served_first():
+def test_reload_checks_the_served_file_first():
     (start,) = [value for name, value in entries("Service") if name == "ExecStart"]
     check, hang_up = [value for name, value in entries("Service") if name == "ExecReload"]
     assert start == f"/opt/fastdist/bin/fastdist serve --config {CONFIG}"
@@ -196,7 +196,7 @@ def service(machine, mocks):
 
 
 @pytest.mark.slow
-def test_started_means_that_packets_are_taken_and_stopped_that_they_are_delivered(service):
+def test_started_accepts_and_stopped_delivered(service):
     assert service.show("ActiveState") == "active"
     assert Emitter(service.port).send(200).count(202) == 200
     service.systemctl("stop")
@@ -205,7 +205,7 @@ def test_started_means_that_packets_are_taken_and_stopped_that_they_are_delivere
 
 
 @pytest.mark.slow
-def test_it_works_within_its_sandbox_as_a_user_of_its_own(service):
+def test_works_in_its_sandbox_as_its_own_user(service):
     supervisor, *workers = service.processes()
     assert len(workers) == 2
     user = int(service.machine.run("id", "-u", "fastdist"))
@@ -233,7 +233,7 @@ def test_the_status_line_says_how_it_is(service):
 
 
 @pytest.mark.slow
-def test_a_reload_changes_what_it_can_without_a_new_process(service):
+def test_reload_changes_without_a_new_process(service):
     pid = service.show("MainPID")
     service.mocks.set("A2", refuse=True)
     text = service.machine.run("cat", CONFIG)
@@ -249,7 +249,7 @@ def test_a_reload_changes_what_it_can_without_a_new_process(service):
 
 
 @pytest.mark.slow
-def test_a_reload_of_a_wrong_file_fails_says_why_and_leaves_all_as_it_was(service):
+def test_failed_reload_says_why_and_keeps_all(service):
     service.configure(workers=-1)
     said = service.systemctl("reload", check=False)
     assert "failed" in said
@@ -259,7 +259,7 @@ def test_a_reload_of_a_wrong_file_fails_says_why_and_leaves_all_as_it_was(servic
 
 
 @pytest.mark.slow
-def test_a_wrong_configuration_fails_at_once_and_is_not_tried_again(service):
+def test_wrong_config_fails_without_restart(service):
     service.systemctl("stop")
     service.configure(workers=-1)
     service.systemctl("start", check=False)
@@ -268,7 +268,7 @@ def test_a_wrong_configuration_fails_at_once_and_is_not_tried_again(service):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_the_supervisors_business_a_killed_supervisor_systemds(service):
+def test_killed_processes_are_restarted(service):
     supervisor, worker, _ = service.processes()
     worker.kill()
     wait_until(lambda: sum(row["restarts"] for row in get_json(service.port, "/stats")["workers"]), "replaced")
@@ -279,7 +279,7 @@ def test_a_killed_worker_is_the_supervisors_business_a_killed_supervisor_systemd
 
 
 @pytest.mark.slow
-def test_a_supervisor_that_hangs_is_replaced_by_the_watchdog(service):
+def test_hanging_supervisor_is_replaced(service):
     before = service.processes()[0]
     os.kill(before.pid, signal.SIGSTOP)
     wait_until(lambda: service.show("NRestarts") == "1" and service.show("ActiveState") == "active", "replaced", 90)
@@ -288,7 +288,7 @@ def test_a_supervisor_that_hangs_is_replaced_by_the_watchdog(service):
 
 
 @pytest.mark.slow
-def test_draining_may_take_longer_than_systemd_would_have_given_it(service):
+def test_draining_may_exceed_systemd_default(service):
     """The supervisor asks for the time that its configuration says."""
     service.systemctl("stop")
     service.machine.run(

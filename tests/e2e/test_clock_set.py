@@ -102,7 +102,7 @@ def test_setting_the_clock_changes_no_span(mocks, serve, clock, days):
     assert mocks.delivered() == dict.fromkeys(before.accepted | after.accepted, 1)
 
 
-def test_times_are_those_of_the_clock_as_it_is_set(mocks, serve, clock):
+def test_times_follow_the_set_clock(mocks, serve, clock):
     mocks.set_all(refuse=True)
     fastdist = start(serve, mocks, clock)
     fastdist.wait_for_states("offline")
@@ -119,7 +119,7 @@ def test_times_are_those_of_the_clock_as_it_is_set(mocks, serve, clock):
         assert clock.says(row["health"]["lastCheck"])
 
 
-def test_packets_from_a_later_time_of_an_earlier_run_have_no_age(mocks, serve, clock):
+def test_future_packets_of_old_run_have_no_age(mocks, serve, clock):
     mocks.set_all(refuse=True)
     fastdist = start(serve, mocks, clock)
     fastdist.wait_for_states("offline")

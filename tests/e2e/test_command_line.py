@@ -72,7 +72,7 @@ def started(process):
 
 
 @pytest.mark.parametrize("command", ["check", "serve"])
-def test_a_bad_configuration_is_told_in_full_and_exits_2(run, tmp_path, command):
+def test_bad_config_lists_all_and_exits_2(run, tmp_path, command):
     file = tmp_path / "bad.toml"
     file.write_text(BAD)
     process = run(*COMMAND, command, *([] if command == "check" else ["--config"]), file)
@@ -140,14 +140,14 @@ def test_a_queue_that_cannot_be_allocated_exits_3(run, config, tmp_path):
         assert "Traceback" not in process.output
 
 
-def test_an_address_that_is_none_exits_3(run, config):
+def test_invalid_address_exits_3(run, config):
     process = run(*COMMAND, "serve", "--config", config, "--host", "not a host")
     assert process.wait() == 3
     assert f'cannot listen on "not a host" port {port_in(config)}: ' in process.output
 
 
 @pytest.mark.parametrize("command", ["check", "serve"])
-def test_a_certificate_that_cannot_be_used_is_told_by_check_and_serve_alike(run, config, tmp_path, command):
+def test_check_and_serve_report_bad_cert(run, config, tmp_path, command):
     text = config.read_text()
     config.write_text(f'{text}[security]\ntls_cert = "{tmp_path}/cert.pem"\ntls_key = "{tmp_path}/key.pem"\n')
     process = run(*COMMAND, command, *([] if command == "check" else ["--config"]), config)
@@ -188,7 +188,7 @@ def test_the_installed_command_is_the_same(run, config):
     assert version.output.startswith("fastdist ")
 
 
-def test_what_lies_in_the_working_directory_is_not_run(run, config, tmp_path):
+def test_working_directory_code_is_not_run(run, config, tmp_path):
     for name in ("uvloop.py", "random.py", "fastdist.py"):
         (tmp_path / name).write_text("raise SystemExit('this is not the module you are looking for')\n")
     process = run(PYTHON, "-P", "-m", "fastdist", "serve", "--config", config, cwd=tmp_path)

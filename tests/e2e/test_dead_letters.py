@@ -45,7 +45,7 @@ def refuse(fastdist, mocks, count, prefix="p"):
     return emitter.accepted
 
 
-def test_refused_packets_are_listed_and_replayed_to_the_same_distributor(mocks, serve, command, tmp_path):
+def test_refused_is_listed_and_replayed(mocks, serve, command, tmp_path):
     """Also while it runs: its workers let go of a file when it has been idle."""
     fastdist = serve(mocks)
     names = refuse(fastdist, mocks, 100)
@@ -82,7 +82,7 @@ def test_bodies_come_through_byte_for_byte(start, serve, command):
         assert digests[f"again-{name}"] == digests[f"direct-{name}"]
 
 
-def test_what_is_refused_again_becomes_a_dead_letter_again_and_is_not_sent_in_circles(mocks, serve, command, tmp_path):
+def test_a_replay_sends_nothing_in_circles(mocks, serve, command, tmp_path):
     fastdist = serve(mocks)
     names = refuse(fastdist, mocks, 20)
     mocks.set_all(**REFUSING)
@@ -92,7 +92,7 @@ def test_what_is_refused_again_becomes_a_dead_letter_again_and_is_not_sent_in_ci
     assert fastdist.stats()["packets"]["accepted"] == 40
 
 
-def test_what_a_service_could_not_deliver_before_its_end_is_replayed_to_the_next(mocks, serve, command, tmp_path):
+def test_next_service_gets_undelivered_packets(mocks, serve, command, tmp_path):
     fastdist = serve(mocks, {"server": {"drain_timeout": "0s"}})
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -108,7 +108,7 @@ def test_what_a_service_could_not_deliver_before_its_end_is_replayed_to_the_next
 
 
 @pytest.mark.slow
-def test_a_replay_that_is_killed_repeats_only_what_was_under_way(mocks, serve, run, command, tmp_path):
+def test_killed_replay_repeats_only_in_flight(mocks, serve, run, command, tmp_path):
     fastdist = serve(mocks)
     names = refuse(fastdist, mocks, 3000)
     fastdist.stop()
@@ -131,7 +131,7 @@ def test_a_replay_that_is_killed_repeats_only_what_was_under_way(mocks, serve, r
 
 
 @pytest.mark.slow
-def test_a_distributor_that_ends_meanwhile_costs_nothing(mocks, serve, run, command, tmp_path):
+def test_distributor_ending_costs_nothing(mocks, serve, run, command, tmp_path):
     fastdist = serve(mocks, {"queue": {"durability": "disk"}})
     names = refuse(fastdist, mocks, 3000)
     fastdist.stop()
@@ -176,7 +176,7 @@ def test_a_distributor_that_wants_a_token(mocks, serve, command):
     assert command(*replay_to(fastdist), FASTDIST_TOKEN="secret") == (0, "replayed 10, refused 0, left 0")
 
 
-def test_what_the_distributor_itself_refuses_is_shown_with_its_reason(mocks, serve, command, tmp_path):
+def test_distributors_refusal_shows_its_reason(mocks, serve, command, tmp_path):
     fastdist = serve(mocks, {"server": {"validation": "none"}})
     mocks.set_all(**REFUSING)
     fastdist.post(b'{"emitterId":"e","messages":[]}', Idempotency_Key="empty")
@@ -210,7 +210,7 @@ def test_where_nobody_listens(mocks, serve, command):
     ]
 
 
-def test_they_are_purged_and_replayed_while_more_keep_coming(mocks, serve, command, tmp_path):
+def test_purge_and_replay_while_more_arrive(mocks, serve, command, tmp_path):
     """A worker that is writing to a file gives it up when it is asked for it."""
     fastdist = serve(mocks, {"server": {"workers": 1}})
     for name in WEIGHTS:
@@ -231,7 +231,7 @@ def test_they_are_purged_and_replayed_while_more_keep_coming(mocks, serve, comma
 # ---- the queue
 
 
-def test_a_look_at_the_queue_of_a_service_that_was_killed(mocks, serve, command, tmp_path):
+def test_queue_command_after_a_kill(mocks, serve, command, tmp_path):
     disk = {"queue": {"durability": "disk", "capacity": "16MiB"}}
     fastdist = serve(mocks, disk)
     mocks.set_all(refuse=True)
@@ -256,7 +256,7 @@ def test_a_look_at_the_queue_of_a_service_that_was_killed(mocks, serve, command,
     assert mocks.delivered() == dict.fromkeys(emitter.accepted, 1)
 
 
-def test_damage_in_the_queue_of_a_service_that_was_killed(mocks, serve, command, tmp_path):
+def test_queue_damage_after_a_kill(mocks, serve, command, tmp_path):
     disk = {"queue": {"durability": "disk", "capacity": "16MiB"}, "server": {"workers": 1}}
     fastdist = serve(mocks, disk)
     mocks.set_all(refuse=True)

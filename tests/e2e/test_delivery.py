@@ -40,7 +40,7 @@ def check_shares(stats, unit="delivered"):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_packet_is_delivered_once_and_the_weights_hold(mocks, serve, mode):
+def test_each_packet_once_and_weights_hold(mocks, serve, mode):
     fastdist = serve(mocks, {"delivery": MODES[mode]})
     emitter = Emitter(fastdist.port, connections=64).send(20_000)
     assert emitter.count(202) == 20_000
@@ -99,7 +99,7 @@ def test_the_weights_hold_while_a_backlog_waits(mocks, serve, mode):
     check_shares(stats)
 
 
-def test_a_slow_analyzer_loses_part_of_its_share_rather_than_everybodys_time(mocks, serve):
+def test_slow_analyzer_loses_part_of_its_share(mocks, serve):
     mocks.set("A2", latency=0.5)
     fastdist = serve(mocks, {"delivery": {"spill_after": "300ms", "connections": 8}})
     emitter = Emitter(fastdist.port, connections=16).send(3000)
@@ -111,7 +111,7 @@ def test_a_slow_analyzer_loses_part_of_its_share_rather_than_everybodys_time(moc
     assert fastdist.analyzers()["A2"]["state"] == "online"
 
 
-def test_sticky_keeps_every_emitter_at_one_analyzer(mocks, serve):
+def test_sticky_keeps_emitter_at_one_analyzer(mocks, serve):
     fastdist = serve(mocks, {"distribution": {"strategy": "sticky"}})
     emitters = [f"host-{number}" for number in range(300)]
     bodies = [json.dumps({"emitterId": name, "messages": [{"message": "m"}]}).encode() for name in emitters]
@@ -128,7 +128,7 @@ def test_sticky_keeps_every_emitter_at_one_analyzer(mocks, serve):
 
 
 @pytest.mark.slow
-def test_200_000_packets_of_a_foreign_load_generator(mocks, serve, tmp_path):
+def test_200_000_packets_of_a_load_generator(mocks, serve, tmp_path):
     """The emitter is not ours: wrk, whose every answer must be 202."""
     if not shutil.which("wrk"):
         pytest.skip("wrk is not installed (scripts/peers.sh installs it)")
@@ -201,7 +201,7 @@ class EarlyAnalyzer:
 
 
 @pytest.mark.parametrize("connection", ["close", "keep-alive"])
-def test_a_packet_answered_early_is_delivered_whole(serve, connection):
+def test_packet_answered_early_is_sent_whole(serve, connection):
     """What the analyzer cut off after its 200 was no delivery, and goes again."""
     answer = f"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: {connection}\r\n\r\nok".encode()
     analyzer = EarlyAnalyzer(answer, cuts=2)

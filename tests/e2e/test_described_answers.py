@@ -177,7 +177,7 @@ def reloads(fastdist, ask):
 
 
 @pytest.mark.slow
-def test_every_answer_that_is_described_is_given_as_it_is_described(mocks, serve, ask, seen):
+def test_each_described_response_is_given(mocks, serve, ask, seen):
     timeouts = {"header_timeout": "10s", "body_timeout": "500ms", "max_connections": 20, "workers": 1}
     settings = {"server": timeouts, "security": {"cors_origins": ["https://ops.example"]}}
     fastdist = serve(mocks, settings)
@@ -206,7 +206,7 @@ def test_every_answer_that_is_described_is_given_as_it_is_described(mocks, serve
     assert seen == DESCRIBED
 
 
-def test_undescribed_paths_and_methods_are_answered_as_the_text_says(mocks, serve):
+def test_undescribed_routes_follow_the_text(mocks, serve):
     fastdist = serve(mocks)
     assert request(fastdist.port, "GET", "/nothing")[0] == 404
     for path, item in DOCUMENT["paths"].items():

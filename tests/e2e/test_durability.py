@@ -36,7 +36,7 @@ def descriptors(pid):
 
 
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
-def test_what_is_queued_is_delivered_after_a_restart(mocks, serve, settings):
+def test_queued_is_delivered_after_restart(mocks, serve, settings):
     mocks.set_all(refuse=True, verify=True)
     fastdist = serve(mocks, settings)
     fastdist.wait_for_states("offline")
@@ -71,7 +71,7 @@ def test_a_deleted_old_ring_takes_up_no_disk(mocks, serve):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
-def test_kill_9_of_everything_under_load_three_times(mocks, serve, settings):
+def test_three_kills_of_all_under_load(mocks, serve, settings):
     """With a backlog in the queue, requests on their way in and out, and new emitters after each restart."""
     emitters, fastdist = [], None
     most_duplicates = 0
@@ -99,7 +99,7 @@ def test_kill_9_of_everything_under_load_three_times(mocks, serve, settings):
     compare(everything, mocks, most_duplicates=most_duplicates)
 
 
-def test_figures_of_a_restart_are_exact_while_new_packets_come(mocks, serve):
+def test_restart_figures_are_exact_under_load(mocks, serve):
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK)
     fastdist.wait_for_states("offline")
@@ -137,7 +137,7 @@ def test_a_normal_end_leaves_the_rest_on_disk(mocks, serve):
     compare(emitter, mocks)
 
 
-def test_what_stays_queued_is_told_beside_a_deleted_ring(mocks, serve):
+def test_queued_is_logged_with_a_deleted_ring(mocks, serve):
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK | {"server": {"drain_timeout": "500ms"}})
     fastdist.wait_for_states("offline")
@@ -149,7 +149,7 @@ def test_what_stays_queued_is_told_beside_a_deleted_ring(mocks, serve):
     assert 0 < told["packets"] < 500
 
 
-def test_a_killed_worker_is_no_restart_of_the_whole(mocks, serve):
+def test_killed_worker_restarts_no_service(mocks, serve):
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK)
     fastdist.wait_for_states("offline")
@@ -194,7 +194,7 @@ def test_a_deleted_lock_lets_no_second_service_in(mocks, serve, run, tmp_path):
     assert run(os.sys.executable, "-m", "fastdist", "queue", "verify", tmp_path / "data").wait() == 0
 
 
-def test_a_start_that_waits_for_a_reader_can_be_ended(mocks, serve, run, tmp_path):
+def test_start_waiting_for_a_reader_can_end(mocks, serve, run, tmp_path):
     fastdist = serve(mocks, DISK)
     assert fastdist.stop() == 0
     with (tmp_path / "data" / "ring-0.fdq").open() as ring:
@@ -219,7 +219,7 @@ def test_files_are_for_their_owner_only(mocks, serve):
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
-def test_awaited_packets_of_a_service_that_is_killed_are_not_answered_as_delivered(mocks, serve):
+def test_killed_service_confirms_no_delivery(mocks, serve):
     """The emitter's connection breaks; the packet is delivered after the restart."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, FSYNC)
@@ -238,7 +238,7 @@ def test_awaited_packets_of_a_service_that_is_killed_are_not_answered_as_deliver
 
 
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
-def test_a_queue_that_is_deleted_takes_nothing_more_and_loses_nothing(mocks, serve, settings):
+def test_deleted_queue_rejects_and_loses_none(mocks, serve, settings):
     """What is in a deleted file would be gone at the end: what cannot be delivered until then goes to a new file."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
@@ -261,7 +261,7 @@ def test_a_queue_that_is_deleted_takes_nothing_more_and_loses_nothing(mocks, ser
 
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
 @pytest.mark.parametrize("what", ["folder", "files"])
-def test_a_renamed_queue_takes_nothing_until_it_is_back(mocks, serve, settings, what):
+def test_renamed_queue_accepts_again_when_back(mocks, serve, settings, what):
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
     fastdist.wait_for_states("offline")
@@ -305,7 +305,7 @@ def test_a_renamed_queue_takes_nothing_until_it_is_back(mocks, serve, settings, 
     compare(emitter, mocks)
 
 
-def test_dead_letters_wait_until_a_renamed_folder_is_back(mocks, serve):
+def test_dead_letters_wait_for_a_renamed_folder(mocks, serve):
     """In a new folder they would be in its way."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK)
@@ -323,7 +323,7 @@ def test_dead_letters_wait_until_a_renamed_folder_is_back(mocks, serve):
 
 
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
-def test_a_deleted_ring_with_another_link_loses_nothing(mocks, serve, settings):
+def test_deleted_linked_ring_loses_nothing(mocks, serve, settings):
     """Nobody knows where that link is: what is left goes to the dead letters."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
@@ -339,7 +339,7 @@ def test_a_deleted_ring_with_another_link_loses_nothing(mocks, serve, settings):
     assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
 
 
-def test_an_old_ring_that_is_deleted_loses_nothing(mocks, serve):
+def test_deleted_old_ring_loses_nothing(mocks, serve):
     """While its packets are taken over: nothing more is accepted then, and what is left goes to the dead letters."""
     mocks.set_all(refuse=True)
     one = {"server": {"workers": 1, "drain_timeout": "500ms"}}

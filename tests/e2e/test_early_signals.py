@@ -67,27 +67,27 @@ def port_of(fastdist):
 
 @pytest.mark.parametrize("module", [FIRST, LAST])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_end_ends_a_start_that_has_just_begun(run, config, at_import, number, module):
+def test_signal_ends_a_start_just_begun(run, config, at_import, number, module):
     fastdist = run(*SERVE, config, **at_import(number, module))
     assert (fastdist.wait(), fastdist.output) == (0, "")
 
 
 @pytest.mark.parametrize("module", [FIRST, LAST])
-def test_process_1_hears_a_signal_to_end_from_the_start_on(run, config, at_import, module):
+def test_process_1_handles_sigterm_from_start(run, config, at_import, module):
     need_namespaces()
     fastdist = run(*AS_PROCESS_1, *SERVE, config, **at_import(signal.SIGTERM, module))
     assert (fastdist.wait(), fastdist.output) == (0, "")
 
 
 @pytest.mark.parametrize("module", [FIRST, LAST])
-def test_a_hangup_during_a_start_is_a_reload_after_it(run, config, at_import, module):
+def test_hangup_during_start_reloads_after_it(run, config, at_import, module):
     fastdist = run(*SERVE, config, **at_import(signal.SIGHUP, module))
     port = port_of(fastdist)
     fastdist.line_with("the configuration was read again")
     assert get_json(port, "/health")["workers"] == {"running": 2, "configured": 2}
 
 
-def test_a_signal_ends_a_start_that_waits_for_its_queue(run, config, tmp_path):
+def test_signal_ends_start_waiting_for_queue(run, config, tmp_path):
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # somebody reads the queue, which is waited for
@@ -104,14 +104,14 @@ def test_a_signal_ends_a_start_that_waits_for_its_queue(run, config, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["HUP", "INT"])
-def test_a_worker_that_starts_outlives_a_signal_to_the_group(run, config, at_import, number):
+def test_starting_worker_survives_group_signal(run, config, at_import, number):
     fastdist = run(*SERVE, config, **at_import(number, "asyncio", "fastdist.worker.main"))
     port_of(fastdist)
     assert "worker exited, restarting" not in fastdist.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
-def test_commands_other_than_serve_end_by_a_signal_as_ever(run, config, at_import, number):
+def test_other_commands_end_by_a_signal(run, config, at_import, number):
     check = run(*SERVE[:3], "check", config, **at_import(number, FIRST, "check"))
     assert check.wait() in {-number, 128 + number}
 
@@ -119,7 +119,7 @@ def test_commands_other_than_serve_end_by_a_signal_as_ever(run, config, at_impor
 # ---- process 1
 
 
-def test_process_1_reaps_what_others_have_left_behind(run, config):
+def test_process_1_reaps_orphaned_children(run, config):
     need_namespaces()
     fastdist = run(*AS_PROCESS_1, *SERVE, config)
     port = port_of(fastdist)
@@ -139,7 +139,7 @@ def test_process_1_reaps_what_others_have_left_behind(run, config):
 
 
 @pytest.mark.parametrize("closed", ["0", "2", "0 1 2"])
-def test_it_serves_with_standard_descriptors_closed(run, config, closed):
+def test_serves_with_standard_streams_closed(run, config, closed):
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -161,6 +161,6 @@ def test_it_serves_with_standard_descriptors_closed(run, config, closed):
 
 
 @pytest.mark.parametrize("closed", ["1", "0 1 2"])
-def test_commands_run_with_standard_descriptors_closed(run, config, closed):
+def test_commands_run_with_streams_closed(run, config, closed):
     redirections = " ".join(f"{number}<&-" for number in closed.split())
     assert run("sh", "-c", f'exec "$@" {redirections}', "sh", *SERVE[:3], "check", config).wait() == 0

@@ -81,7 +81,7 @@ def test_every_worker_says_the_same(busy):
     assert said[0] == said[1]
 
 
-def test_stats_tell_what_was_done(busy):
+def test_stats_count_what_was_done(busy):
     stats = busy.stats_at_rest
     assert stats["packets"] == {
         "received": 2008,
@@ -143,7 +143,7 @@ def test_the_use_of_processors_is_measured(mocks, serve):
     emitter.stop()
 
 
-def test_analyzers_tell_where_they_are(busy):
+def test_analyzers_show_their_state(busy):
     rows = busy.analyzers()
     assert list(rows) == list(WEIGHTS)
     for name, row in rows.items():
@@ -199,7 +199,7 @@ def test_metrics_agree_with_stats(busy):
     assert same["fastdist_packets_accepted_total",] == stats["packets"]["accepted"]
 
 
-def test_health_tells_what_is_missing(mocks, serve):
+def test_health_names_what_is_missing(mocks, serve):
     fastdist = serve(mocks)
 
     def health():

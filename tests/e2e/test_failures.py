@@ -78,7 +78,7 @@ def test_an_analyzer_ends_and_returns_three_times(fleet, serve):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", COUNTED)
-def test_an_analyzer_that_fails_every_delivery_goes_offline_and_returns(mocks, serve, fault):
+def test_failing_analyzer_is_offline_and_back(mocks, serve, fault):
     """Its health check is answered all the while (unless it refuses): deliveries alone take it offline."""
     options, error = COUNTED[fault]
     patient = {"interval": "100ms", "rise": 2 if "refuse" in options else 20}  # time to look before it is tried again
@@ -103,7 +103,7 @@ def test_an_analyzer_that_fails_every_delivery_goes_offline_and_returns(mocks, s
 
 
 @pytest.mark.slow
-def test_a_stopped_analyzer_process_is_given_up_and_taken_back(fleet, serve):
+def test_stopped_analyzer_is_offline_and_back(fleet, serve):
     """SIGSTOP: the kernel still accepts connections, but nobody answers. What it reads later it delivers twice."""
     fastdist = serve(fleet, QUICK)
     emitter = Emitter(fastdist.port).start().wait_for(200)
@@ -119,7 +119,7 @@ def test_a_stopped_analyzer_process_is_given_up_and_taken_back(fleet, serve):
     compare(emitter, fleet, most_duplicates=2 * 2 * 32)  # all connections of two workers, twice
 
 
-def test_retry_after_pauses_an_analyzer_that_stays_online(mocks, serve):
+def test_retry_after_pauses_but_stays_online(mocks, serve):
     fastdist = serve(mocks, {"health": {"fall": 2}})
     emitter = Emitter(fastdist.port).start().wait_for(200)
     mocks.set(VICTIM, status=503, retryAfter=2)
@@ -139,7 +139,7 @@ def test_retry_after_pauses_an_analyzer_that_stays_online(mocks, serve):
     assert "analyzer offline" not in fastdist.output
 
 
-def test_a_reply_whose_body_is_cut_short_counts_as_delivered(mocks, serve):
+def test_reply_with_cut_body_is_delivered(mocks, serve):
     """The head of a 2xx is enough; the connection is not used again."""
     mocks.set(VICTIM, wrongLengthRate=1)
     fastdist = serve(mocks)
@@ -164,7 +164,7 @@ def test_a_reply_whose_body_is_cut_short_counts_as_delivered(mocks, serve):
     ],
     ids=" and ".join,
 )
-def test_analyzers_that_all_fail_now_and_then_still_get_everything(mocks, serve, options):
+def test_flaky_analyzers_get_everything(mocks, serve, options):
     mocks.set_all(**options)
     fastdist = serve(mocks, QUICK | {"delivery": {"timeout": "500ms", "pipeline": 4}})
     emitter = Emitter(fastdist.port).send(5000)
@@ -176,7 +176,7 @@ def test_analyzers_that_all_fail_now_and_then_still_get_everything(mocks, serve,
     assert stats["packets"]["deadLettered"] == 0
 
 
-def test_refused_packets_become_dead_letters_and_hurt_no_other(mocks, serve):
+def test_refused_packets_hurt_no_other(mocks, serve):
     mocks.set_all(rejects="bad")
     fastdist = serve(mocks, {"delivery": {"mode": "batch", "connections": 2}})
     emitter = Emitter(fastdist.port, body=lambda name: own_body(name + "bad" * name.endswith("7"))).send(1000)
@@ -201,7 +201,7 @@ SWALLOWS = {
 
 @pytest.mark.parametrize("mode", ["single", "batch"])
 @pytest.mark.parametrize("how", SWALLOWS)
-def test_an_analyzer_that_takes_nothing_swallows_nothing(mocks, serve, how, mode):
+def test_refusing_analyzer_loses_nothing(mocks, serve, how, mode):
     options, most, reason = SWALLOWS[how]
     mocks.set(VICTIM, **options)
     fastdist = serve(mocks, {"delivery": {"mode": mode}})
@@ -225,7 +225,7 @@ def test_an_analyzer_that_takes_nothing_swallows_nothing(mocks, serve, how, mode
     compare(emitter, mocks, refused=dead_letters)
 
 
-def test_a_packet_that_all_refuse_is_a_dead_letter_of_a_doubtful_analyzer_too(mocks, serve):
+def test_refused_by_all_is_a_dead_letter(mocks, serve):
     mocks.set_all(rejects="bad")
     fastdist = serve(mocks)
     emitter = Emitter(fastdist.port, connections=4, body=lambda name: own_body(f"bad {name}")).send(50)
@@ -236,7 +236,7 @@ def test_a_packet_that_all_refuse_is_a_dead_letter_of_a_doubtful_analyzer_too(mo
     assert "refuses packet after packet" in fastdist.output
 
 
-def test_an_analyzer_comes_back_though_a_trying_worker_was_killed(mocks, serve):
+def test_analyzer_returns_despite_killed_trial(mocks, serve):
     mocks.set(VICTIM, status=404)
     fastdist = serve(mocks, {"server": {"workers": 1}, "delivery": {"timeout": "60s"}})
     emitter = Emitter(fastdist.port).start().wait_for(100)
@@ -252,7 +252,7 @@ def test_an_analyzer_comes_back_though_a_trying_worker_was_killed(mocks, serve):
     compare(emitter, mocks, most_duplicates=200)
 
 
-def test_with_all_analyzers_at_fault_packets_wait_and_nothing_is_lost(mocks, serve):
+def test_all_analyzers_failing_loses_nothing(mocks, serve):
     mocks.set_all(status=404)
     fastdist = serve(mocks)
     emitter = Emitter(fastdist.port).send(500)
@@ -264,7 +264,7 @@ def test_with_all_analyzers_at_fault_packets_wait_and_nothing_is_lost(mocks, ser
     compare(emitter, mocks)
 
 
-def test_a_packet_that_nobody_takes_is_a_dead_letter_after_max_attempts(mocks, serve):
+def test_max_attempts_ends_in_a_dead_letter(mocks, serve):
     mocks.set_all(status=500)
     fastdist = serve(mocks, {"retry": {"max_attempts": 6, "base": "10ms"}, "health": {"fall": 1_000}})
     emitter = Emitter(fastdist.port).send(20)
@@ -275,7 +275,7 @@ def test_a_packet_that_nobody_takes_is_a_dead_letter_after_max_attempts(mocks, s
     assert stats["packets"]["deadLettered"] == 20
 
 
-def test_an_awaited_packet_is_answered_with_who_took_it(mocks, serve):
+def test_awaited_packet_names_its_analyzer(mocks, serve):
     fastdist = serve(mocks)
     started = time.monotonic()
     status, _, body = fastdist.post(Prefer="wait=10")

@@ -95,7 +95,7 @@ class Drip:
             connection.close()
 
 
-def test_heads_that_drip_in_are_cut_off_and_hold_up_nobody(mocks, serve):
+def test_slow_heads_are_cut_off(mocks, serve):
     fastdist = serve(mocks, {"server": {"header_timeout": "1s"}})
     drip = Drip(fastdist.port, 100, b"POST /logs HTTP/1.1\r\nHost: x\r\n" + b"X-Slow: y\r\n" * 1000)
     emitter = Emitter(fastdist.port, connections=8).send(2000)
@@ -108,7 +108,7 @@ def test_heads_that_drip_in_are_cut_off_and_hold_up_nobody(mocks, serve):
     assert_unharmed(fastdist)
 
 
-def test_bodies_that_stop_coming_are_cut_off_and_hold_up_nobody(mocks, serve):
+def test_stalled_bodies_are_cut_off(mocks, serve):
     fastdist = serve(mocks, {"server": {"body_timeout": "1s"}})
     whole = post()
     connections = [connect(fastdist.port) for _ in range(100)]
@@ -167,7 +167,7 @@ class Flood:
 
 
 @pytest.mark.parametrize("asked", [post(b'{"emitterId":1}'), GET_STATS], ids=["invalid", "view"])
-def test_pipelined_requests_of_many_hold_up_nobody(mocks, serve, asked):
+def test_pipelined_requests_delay_no_other(mocks, serve, asked):
     """200 connections stopped a worker for seconds: analyzers went offline, and it was killed as one that hangs."""
     fastdist = serve(mocks, {"server": {"workers": 1}})
     flood = Flood(fastdist.port, 200, asked)
@@ -185,7 +185,7 @@ def test_pipelined_requests_of_many_hold_up_nobody(mocks, serve, asked):
     assert_unharmed(fastdist)
 
 
-def test_bodies_that_drip_keep_nobody_else_out(mocks, serve):
+def test_dripping_bodies_keep_no_other_out(mocks, serve):
     """They have announced all the memory there is for bodies, and sent nearly as much."""
     fastdist = serve(mocks, {"server": {"workers": 1, "body_timeout": "3s"}})
     size, count, left = 10 * 2**20, 26, 1000
@@ -221,7 +221,7 @@ def test_bodies_that_drip_keep_nobody_else_out(mocks, serve):
 
 
 @pytest.mark.parametrize("asked", [GET_STATS, GET_DESCRIPTION], ids=["short", "long"])
-def test_answers_that_nobody_reads_stop_the_reading_and_end_the_connection(mocks, serve, asked):
+def test_unread_responses_end_the_connection(mocks, serve, asked):
     """It asks for more and more, and reads nothing: what waits for it must not grow, and it is given up in the end."""
     fastdist = serve(mocks, {"server": {"workers": 1, "body_timeout": "2s"}})
     worker = fastdist.stats()["workers"][0]
@@ -245,7 +245,7 @@ def test_answers_that_nobody_reads_stop_the_reading_and_end_the_connection(mocks
     assert_unharmed(fastdist)
 
 
-def test_many_costly_requests_of_one_read_leave_others_their_turn(mocks, serve):
+def test_costly_requests_let_others_take_turns(mocks, serve):
     """A worker that does nothing else for ten seconds is taken for hung: such a read was enough for that."""
     fastdist = serve(mocks, {"server": {"workers": 1}})
     answers = b""
@@ -261,7 +261,7 @@ def test_many_costly_requests_of_one_read_leave_others_their_turn(mocks, serve):
     assert_unharmed(fastdist)
 
 
-def test_a_thousand_idle_connections_hold_up_nobody(mocks, serve):
+def test_idle_connections_delay_no_other(mocks, serve):
     fastdist = serve(mocks, {"server": {"keepalive_timeout": "2s"}})
     idle = [connect(fastdist.port) for _ in range(1000)]
     emitter = Emitter(fastdist.port, connections=8).send(2000)
@@ -303,7 +303,7 @@ def test_headers_without_end_come_to_an_end(mocks, serve, lines, status):
     assert_unharmed(fastdist)
 
 
-def test_headers_that_never_end_are_refused_at_the_limit(mocks, serve):
+def test_endless_headers_are_refused_at_limit(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     for flood in (b"A: b\r\n", b"A" * 4096, b"\t", b"A: " + b"b" * 4096 + b"\r\n"):
         with connect(fastdist.port) as connection:
@@ -315,7 +315,7 @@ def test_headers_that_never_end_are_refused_at_the_limit(mocks, serve):
     assert_unharmed(fastdist)
 
 
-def test_chunks_of_one_byte_with_extensions_are_only_slow(mocks, serve):
+def test_tiny_extended_chunks_are_only_slow(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     chunks = b"".join(b"1;a=%b\r\n%c\r\n" % (b"b" * 100, byte) for byte in BODY)
     with connect(fastdist.port) as connection:
@@ -334,7 +334,7 @@ def nested(levels, opening, closing):
 @pytest.mark.parametrize(
     "brackets", [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")], ids=["array", "object", "both"]
 )
-def test_deep_json_is_read_up_to_128_levels_and_costs_no_stack(mocks, serve, brackets):
+def test_json_depth_limit_costs_no_stack(mocks, serve, brackets):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     step = 2 if len(brackets[1]) == 2 else 1
     assert fastdist.post(nested(126 // step, *brackets))[0] == 202
@@ -504,7 +504,7 @@ def attack(port, data):
         return ids_in(read_all(attacker))
 
 
-def test_nothing_is_smuggled_past_what_is_in_front(front, mocks):
+def test_nothing_is_smuggled_past_a_proxy(front, mocks):
     """Every packet is one that somebody was answered for, and everybody gets the answer to his own request."""
     fastdist, port, proxied = front
     answered = set()

@@ -36,7 +36,7 @@ def test_the_rate_holds_over_both_workers(mocks, serve):
     compare(emitter, mocks)
 
 
-def test_each_client_has_a_rate_of_its_own_over_both_workers(mocks, serve):
+def test_client_rate_holds_over_both_workers(mocks, serve):
     fastdist = serve(mocks, {"limits": {"client_rate": 50, "client_burst": 10}})
     started = time.monotonic()
     clients = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
@@ -86,7 +86,7 @@ def test_tokens(mocks, serve):
     assert "secret" not in fastdist.output
 
 
-def test_connections_beyond_the_limit_are_answered_503_and_closed(mocks, serve):
+def test_excess_connections_get_503_and_close(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1, "max_connections": 10}})
     inside = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(10)]
     for connection in inside:
@@ -108,7 +108,7 @@ def test_connections_beyond_the_limit_are_answered_503_and_closed(mocks, serve):
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
-def test_who_is_gone_takes_nobodys_place(mocks, serve, how):
+def test_gone_client_takes_no_slot(mocks, serve, how):
     """They would have waited a day for a delivery that never comes."""
     mocks.set_all(status=503)
     fastdist = serve(mocks, {"server": {"workers": 1, "max_connections": 10}, "retry": {"cap": "300ms"}})
@@ -126,7 +126,7 @@ def test_who_is_gone_takes_nobodys_place(mocks, serve, how):
     assert fastdist.wait_at_rest()["packets"]["delivered"] == 11
 
 
-def test_who_is_gone_without_a_word_is_asked_for(mocks, serve):
+def test_silently_gone_client_is_probed(mocks, serve):
     """An emitter whose power failed sends no end: the system has to probe each connection that waits."""
     fastdist = serve(mocks, {"server": {"workers": 1}})
     with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
@@ -141,7 +141,7 @@ def test_who_is_gone_without_a_word_is_asked_for(mocks, serve):
         wait_until(lambda: timer() == ["02"], "the timer of the connection is that of keep-alive probes")
 
 
-def test_a_low_limit_of_open_files_is_told_and_kept_to(mocks, serve):
+def test_low_file_limit_is_logged_and_kept(mocks, serve):
     prefix = ("sh", "-c", 'ulimit -n 900 && exec "$@"', "sh")
     fastdist = serve(mocks, {"server": {"workers": 1}}, prefix=prefix)
     warning = json.loads(fastdist.line_with("limit on open files"))
@@ -164,7 +164,7 @@ def test_a_low_limit_of_open_files_is_told_and_kept_to(mocks, serve):
 
 
 @pytest.mark.slow
-def test_more_analyzers_than_descriptors_end_nothing(mocks, serve):
+def test_more_analyzers_than_descriptors(mocks, serve):
     """Neither the supervisor's checks nor a worker's connections take what others need, and nobody goes offline."""
     endpoints = list(mocks.endpoints.values())
     analyzers = {f"B{number}": endpoints[number % 4] for number in range(400)}
@@ -205,7 +205,7 @@ def test_slow_and_silent_clients_are_shown_out(mocks, serve):
     assert fastdist.stats()["rejected"]["timeout"] == 2
 
 
-def test_a_pause_of_the_machine_is_no_time_emitters_had(mocks, serve):
+def test_pause_of_machine_is_no_emitter_time(mocks, serve):
     """What came before the pause and during it makes whole requests; all time-outs were over when it ended."""
     timeouts = {"header_timeout": "3s", "body_timeout": "3s", "keepalive_timeout": "3s", "workers": 1}
     fastdist = serve(mocks, {"server": timeouts})

@@ -58,7 +58,7 @@ def check_table(done):
 
 
 @compiler
-def test_a_load_of_its_own_distributor_is_delivered(tool):
+def test_load_of_own_distributor_is_delivered(tool):
     done = load("--tool", tool, "DELIVERY__MODE=batch", FASTDIST_QUEUE__DURABILITY="memory")
     check_table(done)
     assert "QUEUE__DURABILITY=memory DELIVERY__MODE=batch" in done.stdout.splitlines()[0]
@@ -76,7 +76,7 @@ def test_a_distributor_that_runs_is_loaded(tool, mocks, serve, tmp_path):
     assert fastdist.wait_at_rest()["packets"]["delivered"] == all_delivered(done) == len(mocks.delivered())
 
 
-def test_answers_other_than_202_are_counted_with_why(tool, mocks, serve):
+def test_non_202_responses_count_with_reason(tool, mocks, serve):
     fastdist = serve(mocks, {"limits": {"client_rate": 50, "client_burst": 20}})
     done = load("--tool", tool, "--url", f"http://127.0.0.1:{fastdist.port}/logs")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -98,7 +98,7 @@ def test_what_stays_queued_is_said_to_be(tool, mocks, serve):
     assert figures(done)["A1"][0] == "offline"
 
 
-def test_others_that_send_too_do_not_keep_it_waiting(tool, mocks, serve):
+def test_other_senders_do_not_keep_it_waiting(tool, mocks, serve):
     fastdist = serve(mocks, {"queue": {"capacity": "256MiB"}})
     others = Emitter(fastdist.port, connections=8).start()
     others.wait_for(100)
@@ -111,21 +111,21 @@ def test_others_that_send_too_do_not_keep_it_waiting(tool, mocks, serve):
 # -------------------------------------------------------------------------------------------------- when it cannot load
 
 
-def test_without_wrk_and_ab_it_says_how_to_get_them(tmp_path):
+def test_missing_wrk_and_ab_are_explained(tmp_path):
     done = load(PATH=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr == "load: this needs wrk or ab (apt-get install wrk apache2-utils, or sh scripts/peers.sh)\n"
 
 
 @EITHER
-def test_an_address_where_nobody_is_is_named():
+def test_address_without_server_is_named():
     url = f"http://127.0.0.1:{free_port()}"
     done = load("--url", url)
     assert (done.returncode, done.stderr) == (2, f"load: {url} cannot be reached: [Errno 111] Connection refused\n")
 
 
 @EITHER
-def test_who_is_no_distributor_is_not_loaded(mocks):
+def test_foreign_server_is_not_loaded(mocks):
     url = mocks.endpoints["A1"].removesuffix("/analyze")
     done = load("--url", url)
     assert (done.returncode, done.stderr) == (
@@ -148,7 +148,7 @@ def test_a_token_that_is_asked_for_is_named(mocks, serve, token, said):
 
 
 @EITHER
-def test_a_packet_that_is_refused_is_not_sent_again(mocks, serve, tmp_path):
+def test_refused_packet_is_not_sent_again(mocks, serve, tmp_path):
     (tmp_path / "packet.json").write_text('{"emitterId": "web-42"}')
     fastdist = serve(mocks)
     done = load("--url", f"http://127.0.0.1:{fastdist.port}", "--packet", str(tmp_path / "packet.json"))

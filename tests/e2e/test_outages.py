@@ -13,7 +13,7 @@ def held(packets):
 @pytest.mark.parametrize(
     "fault", [{"refuse": True}, {"status": 500, "unhealthy": True}, {"hang": True, "healthHang": True}]
 )
-def test_packets_wait_while_all_analyzers_are_down(mocks, serve, fault):
+def test_packets_wait_while_all_are_down(mocks, serve, fault):
     fastdist = serve(mocks, {"delivery": {"timeout": "300ms"}, "retry": {"cap": "1s"}})
     mocks.set_all(**fault)
     fastdist.wait_for_states("offline")
@@ -37,7 +37,7 @@ def test_packets_wait_while_all_analyzers_are_down(mocks, serve, fault):
     assert get_json(fastdist.port, "/queue")["oldestAgeSeconds"] == 0
 
 
-def test_nothing_is_lost_when_no_analyzer_was_ever_there(fleet, serve):
+def test_never_present_analyzers_lose_nothing(fleet, serve):
     for name in WEIGHTS:
         fleet.end(name)
     fastdist = serve(fleet)
@@ -50,7 +50,7 @@ def test_nothing_is_lost_when_no_analyzer_was_ever_there(fleet, serve):
     compare(emitter, fleet)
 
 
-def test_a_full_queue_refuses_until_there_is_room_and_drops_nothing(mocks, serve):
+def test_full_queue_refuses_and_drops_nothing(mocks, serve):
     fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}})
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -76,7 +76,7 @@ def test_a_full_queue_refuses_until_there_is_room_and_drops_nothing(mocks, serve
     assert fastdist.post()[0] == 202
 
 
-def test_a_queue_that_was_full_is_ready_again_although_nobody_sends_and_its_first_packet_stays(mocks, serve):
+def test_full_queue_recovers_without_traffic(mocks, serve):
     """What nobody takes keeps the room behind it until the next packet comes: that one is to be sent here."""
     settings = {"queue": {"capacity": "1MiB"}, "server": {"workers": 1}}
     fastdist = serve(mocks, settings | {"delivery": {"connections": 1, "timeout": "100s"}})
@@ -99,7 +99,7 @@ def test_a_queue_that_was_full_is_ready_again_although_nobody_sends_and_its_firs
     wait_until(lambda: held(fastdist.stats()["packets"]) == 0, "nothing is left")
 
 
-def test_a_packet_over_half_of_a_workers_part_is_too_large(mocks, serve):
+def test_packet_over_half_a_part_is_too_large(mocks, serve):
     fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}})
     large = b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 300_000)
     assert fastdist.post(large)[0] == 413
@@ -110,7 +110,7 @@ def test_a_packet_over_half_of_a_workers_part_is_too_large(mocks, serve):
 
 
 @pytest.mark.slow
-def test_an_outage_under_load_longer_than_the_queue_lasts(mocks, serve):
+def test_outage_beyond_the_queue_under_load(mocks, serve):
     """Emitters go on through all of it and see only 202 and 503."""
     fastdist = serve(mocks, {"queue": {"capacity": "2MiB"}, "retry": {"cap": "500ms"}})
     emitter = Emitter(fastdist.port, connections=32, pause=0).start().wait_for(500)

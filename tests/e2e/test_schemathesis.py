@@ -52,7 +52,7 @@ def of_a_service_with_tokens():
     return document
 
 
-def test_an_open_service_is_what_its_description_says(mocks, serve, run, tmp_path):
+def test_open_service_matches_its_description(mocks, serve, run, tmp_path):
     fastdist = serve(mocks)
     assert schemathesis(run, tmp_path, DOCUMENT, fastdist.port, "--max-examples", "12") > 300
     stats = fastdist.wait_at_rest()
@@ -62,7 +62,7 @@ def test_an_open_service_is_what_its_description_says(mocks, serve, run, tmp_pat
     assert not [line for line in fastdist.lines if json.loads(line)["level"] == "error"]
 
 
-def test_a_service_with_tokens_lets_nobody_in_without(mocks, serve, run, tmp_path):
+def test_service_with_tokens_requires_one(mocks, serve, run, tmp_path):
     fastdist = serve(mocks, {"security": {"tokens": [TOKEN], "admin_tokens": [TOKEN]}})
     options = ("--header", f"Authorization: Bearer {TOKEN}", "--max-examples", "5")
     assert schemathesis(run, tmp_path, of_a_service_with_tokens(), fastdist.port, *options) > 200

@@ -84,7 +84,7 @@ def test_every_line_arrives_once(keeping, serve, run, log):
     assert fastdist.stats()["messages"]["delivered"] == QUIET_LINES
 
 
-def test_the_emitter_and_the_place_in_the_log_travel_on(keeping, serve, run, log):
+def test_emitter_and_position_are_passed_on(keeping, serve, run, log):
     fastdist = serve(keeping, {"server": {"validation": "strict"}})
     log.write_text('plain\n{"message":"own","level":"warn","n":1}\n')
     send = run(*arguments(fastdist, log, "--emitter", "web-42", "--level", "info", "--source", "shop", "--stamp"))
@@ -125,9 +125,7 @@ def test_a_pipe_whose_lines_trickle(keeping, serve):
 
 
 @pytest.mark.slow
-def test_a_distributor_that_is_stopped_and_started_again_loses_and_doubles_nothing(
-    keeping, serve, run, log, offset_file
-):
+def test_distributor_restart_loses_nothing(keeping, serve, run, log, offset_file):
     """SIGTERM lets requests under way finish: no packet is in doubt."""
     disk = {"queue": {"durability": "disk"}}
     fastdist = serve(keeping, disk)
@@ -150,7 +148,7 @@ def test_a_distributor_that_is_stopped_and_started_again_loses_and_doubles_nothi
 
 
 @pytest.mark.slow
-def test_a_distributor_that_is_killed_costs_at_most_repetitions_under_the_same_ids(keeping, serve, run, log):
+def test_killed_distributor_repeats_same_ids(keeping, serve, run, log):
     disk = {"queue": {"durability": "disk"}}
     fastdist = serve(keeping, disk)
     port = fastdist.port
@@ -193,7 +191,7 @@ def test_a_full_queue_is_waited_for(keeping, serve, run, log):
 
 
 @pytest.mark.slow
-def test_a_send_that_is_killed_goes_on_where_it_was(keeping, serve, run, log, offset_file):
+def test_killed_send_resumes_where_it_was(keeping, serve, run, log, offset_file):
     """Whatever was under way when it was killed may be there twice: under the same ids, and that is all."""
     fastdist = serve(keeping)
     count = 0
@@ -231,7 +229,7 @@ def test_what_is_appended_is_sent_by_the_next_run(keeping, serve, run, log, offs
     assert arrived(keeping) == (expected(2100), {})
 
 
-def test_a_rotation_between_two_runs_loses_nothing(keeping, serve, run, log, offset_file):
+def test_rotation_between_runs_loses_nothing(keeping, serve, run, log, offset_file):
     fastdist = serve(keeping)
     fill(log, 500)
     assert run(*arguments(fastdist, log, "--offset-file", offset_file)).wait() == 0
@@ -247,7 +245,7 @@ def test_a_rotation_between_two_runs_loses_nothing(keeping, serve, run, log, off
 
 
 @pytest.mark.slow
-def test_a_log_is_followed_over_rotations_until_it_is_told_to_stop(keeping, serve, run, log, offset_file):
+def test_log_is_followed_over_rotations(keeping, serve, run, log, offset_file):
     fastdist = serve(keeping)
     fill(log, 100)
     send = run(*arguments(fastdist, log, "--follow", "--offset-file", offset_file))
@@ -268,7 +266,7 @@ def test_a_log_is_followed_over_rotations_until_it_is_told_to_stop(keeping, serv
 
 
 @pytest.mark.slow
-def test_a_log_rotated_twice_between_two_looks_is_not_passed_by(keeping, serve, run, log, offset_file):
+def test_two_rotations_between_looks_are_seen(keeping, serve, run, log, offset_file):
     fastdist = serve(keeping)
     fill(log, 100)
     send = run(*arguments(fastdist, log, "--follow", "--offset-file", offset_file))
@@ -341,7 +339,7 @@ def test_a_second_ctrl_c_ends_it_at_once(run, log, offset_file):
     assert json.loads(offset_file.read_text()) | {"offset": 0, "planned": [4]} == json.loads(offset_file.read_text())
 
 
-def test_what_was_read_of_a_pipe_is_sent_before_it_ends(keeping, serve):
+def test_pipe_is_sent_before_it_ends(keeping, serve):
     fastdist = serve(keeping)
     send = subprocess.Popen(
         [*map(str, arguments(fastdist, "-"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -358,7 +356,7 @@ def test_what_was_read_of_a_pipe_is_sent_before_it_ends(keeping, serve):
     assert arrived(keeping)[0].keys() == {f"line {number}" for number in range(100)} | {"the last"}
 
 
-def test_what_the_distributor_refuses_is_told_and_ends_it(keeping, serve, run, log, offset_file):
+def test_distributors_refusal_ends_send(keeping, serve, run, log, offset_file):
     fastdist = serve(keeping, {"server": {"validation": "strict"}})
     stamped = '{"message":"m","level":"info","timestamp":"2026-01-02T03:04:05Z"}\n'
     log.write_text(stamped * 10 + "no time\n" + stamped * 10)
@@ -372,7 +370,7 @@ def test_what_the_distributor_refuses_is_told_and_ends_it(keeping, serve, run, l
     assert sum(arrived(keeping)[0].values()) == 10
 
 
-def test_packets_that_are_too_large_for_the_distributor(keeping, serve, run, log, offset_file):
+def test_packets_too_large_for_distributor(keeping, serve, run, log, offset_file):
     fastdist = serve(keeping, {"server": {"max_body": "80KiB"}})
     fill(log, 5000)
     send = run(*arguments(fastdist, log, "--batch", "5000", "--offset-file", offset_file))

@@ -20,7 +20,7 @@ def exchange(connection, path="/ready"):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_all_that_was_accepted_is_delivered_before_it_ends(mocks, serve, number):
+def test_accepted_is_delivered_before_the_end(mocks, serve, number):
     mocks.set_all(latency=0.02)  # so that a backlog waits
     fastdist = serve(mocks, {"delivery": {"connections": 8}})
     emitter = Emitter(fastdist.port, connections=32, pause=0).start().wait_for(3000)
@@ -35,7 +35,7 @@ def test_all_that_was_accepted_is_delivered_before_it_ends(mocks, serve, number)
     assert fastdist.dead_letters() == []
 
 
-def test_requests_under_way_finish_and_new_ones_are_refused_while_it_drains(mocks, serve):
+def test_drain_finishes_old_and_refuses_new(mocks, serve):
     mocks.set_all(latency=1.5)
     fastdist = serve(mocks, {"server": {"workers": 1}, "delivery": {"connections": 1}})
     under_way = socket.create_connection(("127.0.0.1", fastdist.port), timeout=20)
@@ -68,7 +68,7 @@ def test_requests_under_way_finish_and_new_ones_are_refused_while_it_drains(mock
 
 
 @pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
-def test_no_kept_connection_breaks_under_a_request(mocks, serve, durability):
+def test_kept_connections_break_no_request(mocks, serve, durability):
     """As in a rolling update: what emitters see is a last answer, then a refused connection."""
     settings = {"queue": {"durability": durability}}
     fastdist = serve(mocks, settings)
@@ -117,7 +117,7 @@ def statuses(connections):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sent", ["before", "after"])
-def test_what_the_system_has_accepted_is_answered_at_the_end(mocks, serve, workers, sent):
+def test_backlog_is_answered_at_the_end(mocks, serve, workers, sent):
     """Connections that nobody has read from are not idle: requests that are there, or just coming, are accepted."""
     fastdist = serve(mocks, {"server": {"workers": workers}})
     emitter, names = Emitter(fastdist.port), [f"p-{number}" for number in range(600)]
@@ -135,7 +135,7 @@ def test_what_the_system_has_accepted_is_answered_at_the_end(mocks, serve, worke
     compare(emitter, mocks)
 
 
-def test_connections_too_many_are_told_so_at_the_end_too(mocks, serve):
+def test_excess_connections_get_503_at_the_end(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1, "max_connections": 50}})
     emitter, names = Emitter(fastdist.port), [f"p-{number}" for number in range(200)]
     stalled = Stalled(fastdist)
@@ -149,7 +149,7 @@ def test_connections_too_many_are_told_so_at_the_end_too(mocks, serve):
     compare(emitter, mocks)
 
 
-def test_what_waits_when_the_time_is_up_already_is_told_so(mocks, serve):
+def test_waiting_past_the_deadline_is_answered(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1, "drain_timeout": "0s"}})
     stalled = Stalled(fastdist)
     connections = connect(fastdist.port, 200)
@@ -162,7 +162,7 @@ def test_what_waits_when_the_time_is_up_already_is_told_so(mocks, serve):
     assert len(fastdist.dead_letters()) + sum(mocks.delivered().values()) == found.count(202)
 
 
-def test_emitters_without_kept_connections_get_an_answer_or_none_begun(mocks, serve):
+def test_unkept_emitters_get_response_or_none(mocks, serve):
     """Each request has a connection of its own; at the end each is answered, or its connection is refused."""
     fastdist = serve(mocks)
     emitter = Emitter(fastdist.port, connections=60, pause=0, headers="Connection: close\r\n").start().wait_for(2000)
@@ -189,7 +189,7 @@ def test_ready_says_503_while_it_drains(mocks, serve):
     assert fastdist.wait() == 0
 
 
-def test_what_cannot_be_delivered_in_time_becomes_dead_letters(mocks, serve):
+def test_undeliverable_becomes_dead_letters(mocks, serve):
     """Durability memory. Half of the packets are delivered before, half find no analyzer."""
     fastdist = serve(mocks, {"server": {"drain_timeout": "1s"}})
     first = Emitter(fastdist.port, prefix="first").send(500)
@@ -211,7 +211,7 @@ def test_what_cannot_be_delivered_in_time_becomes_dead_letters(mocks, serve):
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
 
 
-def test_packets_that_cannot_become_dead_letters_are_told_by_the_exit_status(mocks, serve):
+def test_unwritten_dead_letters_set_status(mocks, serve):
     """Durability memory: they are lost."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, {"server": {"drain_timeout": "0s"}})
@@ -223,7 +223,7 @@ def test_packets_that_cannot_become_dead_letters_are_told_by_the_exit_status(moc
     assert "packets are lost" in fastdist.output
 
 
-def test_packets_in_flight_when_time_is_up_become_dead_letters_too(mocks, serve):
+def test_in_flight_at_deadline_is_dead_letter(mocks, serve):
     mocks.set_all(hang=True)
     fastdist = serve(mocks, {"server": {"drain_timeout": "500ms"}, "delivery": {"timeout": "60s"}})
     emitter = Emitter(fastdist.port).send(100)
@@ -231,7 +231,7 @@ def test_packets_in_flight_when_time_is_up_become_dead_letters_too(mocks, serve)
     assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
 
 
-def test_packets_that_back_off_when_time_is_up_become_dead_letters_too(mocks, serve):
+def test_back_off_at_deadline_is_dead_letter(mocks, serve):
     mocks.set_all(status=500)
     settings = {"server": {"drain_timeout": "500ms"}, "retry": {"base": "20s"}, "health": {"fall": 10_000}}
     fastdist = serve(mocks, settings)
@@ -257,7 +257,7 @@ def test_a_second_signal_ends_it_at_once(mocks, serve, number):
     assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted, "at once, but not at any cost"
 
 
-def test_packets_of_a_worker_that_is_down_at_the_end_are_not_forgotten(mocks, serve):
+def test_packets_of_a_down_worker_are_kept(mocks, serve):
     """Durability memory: its ring is in the supervisor's hands until a successor has it."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, {"server": {"drain_timeout": "1s", "workers": 1}})
@@ -283,7 +283,7 @@ def test_a_signal_while_it_starts_ends_it(run, tmp_path):
         assert fastdist.wait(20) in (0, -signal.SIGTERM)  # the latter: before there was a handler
 
 
-def test_an_idle_service_ends_promptly_with_idle_connections_open(mocks, serve):
+def test_idle_service_ends_promptly(mocks, serve):
     fastdist = serve(mocks)
     connections = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(20)]
     assert [exchange(connection) for connection in connections] == [200] * 20
@@ -296,7 +296,7 @@ def test_an_idle_service_ends_promptly_with_idle_connections_open(mocks, serve):
     assert set(WEIGHTS) == set(mocks.ids)
 
 
-def test_an_emitter_that_keeps_its_end_open_after_its_last_answer_is_not_waited_for(mocks, serve):
+def test_drain_ignores_an_emitters_open_end(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
         connection.sendall(b"no HTTP\r\n\r\n")

@@ -93,7 +93,7 @@ def handshake(port, context):
 # ---- what is spoken
 
 
-def test_packets_come_in_over_tls_and_go_their_way(secure, mocks):
+def test_packets_over_tls_are_delivered(secure, mocks):
     fastdist = secure()
     assert json.loads(fastdist.line_with("fastdist is ready"))["url"].startswith("https://")
     connection = fastdist.connect()
@@ -117,7 +117,7 @@ def test_alpn_agrees_on_http_1_1(secure):
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_modern_versions_are_spoken_with_ciphers_that_keep_the_past_secret(secure, version):
+def test_modern_tls_has_forward_secrecy(secure, version):
     fastdist = secure()
     context = client_context()
     context.minimum_version = context.maximum_version = version
@@ -168,7 +168,7 @@ def handshake_with_a_lax_server(folder, version, ciphers):
         (ssl.TLSVersion.TLSv1_2, "kRSA+AESGCM"),  # whoever gets the key later reads it all
     ],
 )
-def test_old_versions_and_weak_ciphers_are_refused(secure, tmp_path, version, ciphers):
+def test_old_versions_and_ciphers_are_refused(secure, tmp_path, version, ciphers):
     fastdist = secure()
     assert isinstance(handshake_with_a_lax_server(tmp_path, version, ciphers), ssl.SSLSocket), "this tests nothing"
     failure = handshake(fastdist.port, weak_context(client_context(), version, ciphers))
@@ -176,7 +176,7 @@ def test_old_versions_and_weak_ciphers_are_refused(secure, tmp_path, version, ci
     assert fastdist.once("GET", "/health")[0] == 200
 
 
-def test_plain_http_and_garbage_on_the_port_hurt_nobody(secure):
+def test_plain_http_or_garbage_hurts_no_other(secure):
     fastdist = secure()
     for data in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(3000), bytes(range(256))):
         with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
@@ -195,7 +195,7 @@ def reload(fastdist, connection):
     return fastdist.ask(connection, "POST", "/admin/reload")
 
 
-def test_a_new_certificate_is_used_from_then_on_and_open_connections_go_on(secure, tmp_path):
+def test_new_certificate_keeps_connections(secure, tmp_path):
     fastdist = secure()
     before = [fastdist.connect() for _ in range(16)]  # over both workers
     for connection in before:
@@ -221,7 +221,7 @@ def test_a_new_certificate_is_used_from_then_on_and_open_connections_go_on(secur
 
 
 @pytest.mark.parametrize("fault", ["no file", "garbage", "another key"])
-def test_a_certificate_that_cannot_be_used_leaves_the_old_one(secure, tmp_path, fault):
+def test_unusable_certificate_keeps_the_old(secure, tmp_path, fault):
     fastdist = secure()
     if fault == "no file":
         (tmp_path / "cert.pem").unlink()
@@ -243,7 +243,7 @@ def test_a_certificate_that_cannot_be_used_leaves_the_old_one(secure, tmp_path, 
 
 
 @pytest.mark.parametrize("fault", ["another key", "no key", "an encrypted key"])
-def test_a_start_without_a_usable_certificate_tells_why_and_asks_nobody(run, tmp_path, fault):
+def test_start_without_certificate_says_why(run, tmp_path, fault):
     write_pair(tmp_path)
     key = tmp_path / "key.pem"
     if fault == "another key":
@@ -271,7 +271,7 @@ def expired_pair():
     return {"not_before": begin, "not_after": end}
 
 
-def test_an_expired_certificate_is_refused_at_a_reload(secure, tmp_path):
+def test_expired_certificate_fails_reload(secure, tmp_path):
     fastdist = secure()
     write_pair(tmp_path, NEXT, **expired_pair())
     status, body = reload(fastdist, fastdist.connect())
@@ -282,7 +282,7 @@ def test_an_expired_certificate_is_refused_at_a_reload(secure, tmp_path):
         assert fastdist.once("GET", "/health")[0] == 200
 
 
-def test_an_expired_certificate_is_warned_of_at_a_start(start, run, tmp_path, mocks):
+def test_expired_certificate_warns_at_start(start, run, tmp_path, mocks):
     fastdist = start(Secure, tmp_path, mocks, dates=expired_pair())
     assert "2020-02-03 04:05:06" in fastdist.line_with("has expired on")
     context = client_context()
@@ -311,7 +311,7 @@ def test_a_replaced_worker_has_the_pair_in_force(secure, tmp_path):
     assert fastdist.once("POST", "/logs", BODY)[0] == 202
 
 
-def test_what_one_worker_cannot_take_over_none_keeps(secure, tmp_path):
+def test_change_one_worker_rejects_none_keeps(secure, tmp_path):
     """One has no descriptor left for a moment, which loading a certificate takes."""
     fastdist = secure()
     connections = [fastdist.connect() for _ in range(16)]  # over both workers
@@ -338,7 +338,7 @@ def test_what_one_worker_cannot_take_over_none_keeps(secure, tmp_path):
     assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0, 0]
 
 
-def test_files_that_change_during_a_reload_harm_no_worker(secure, tmp_path):
+def test_file_change_in_reload_harms_no_worker(secure, tmp_path):
     fastdist = secure({"server": {"workers": 1}})
     over = threading.Event()
 
@@ -369,7 +369,7 @@ def test_files_that_change_during_a_reload_harm_no_worker(secure, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["silent", "half a hello"])
-def test_a_handshake_that_does_not_come_ends_like_a_head_that_does_not(secure, sent):
+def test_missing_handshake_ends_like_a_head(secure, sent):
     fastdist = secure({"server": {"workers": 1, "header_timeout": "500ms"}})
     with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
         connection.sendall(sent)
@@ -390,7 +390,7 @@ def test_time_outs_are_those_of_plain_connections(secure):
             assert received[:13] == status
 
 
-def test_a_long_answer_may_be_read_slowly_over_tls(secure):
+def test_long_response_may_be_read_slowly(secure):
     """The kernel takes some megabytes of it, and takes more only when a good part of them is gone."""
     fastdist = secure({"server": {"body_timeout": "1s", "workers": 1}})
     view = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n"
@@ -412,7 +412,7 @@ def test_a_long_answer_may_be_read_slowly_over_tls(secure):
     assert len(answers) > 30 * length
 
 
-def test_who_ends_tls_is_answered_what_is_true_by_then(secure, mocks):
+def test_client_ending_tls_gets_true_response(secure, mocks):
     mocks.set_all(status=503)
     fastdist = secure({"server": {"workers": 1}, "retry": {"cap": "300ms"}})
     connection = handshake(fastdist.port, client_context())
@@ -427,7 +427,7 @@ def test_who_ends_tls_is_answered_what_is_true_by_then(secure, mocks):
     assert "has no effect when using ssl" not in fastdist.output
 
 
-def test_connections_beyond_the_limit_are_answered_over_tls_too(secure):
+def test_excess_connections_get_503_over_tls(secure):
     fastdist = secure({"server": {"workers": 1, "max_connections": 5}})
     inside = [handshake(fastdist.port, client_context()) for _ in range(5)]
     for connection in inside:
@@ -439,7 +439,7 @@ def test_connections_beyond_the_limit_are_answered_over_tls_too(secure):
         connection.close()
 
 
-def test_handshakes_that_never_end_leave_descriptors_for_others(secure):
+def test_endless_handshakes_leave_descriptors(secure):
     """Beyond the limit, and some that could be told so, connections are closed before they cost anything."""
     fastdist = secure({"server": {"workers": 1, "max_connections": 20, "header_timeout": "3s"}})
     silent = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(500)]
@@ -455,7 +455,7 @@ def test_handshakes_that_never_end_leave_descriptors_for_others(secure):
     assert [row["state"] for row in json.loads(fastdist.once("GET", "/analyzers")[1])["analyzers"]] == ["online"] * 4
 
 
-def test_handshakes_that_wait_in_the_system_are_finished_at_the_end(secure):
+def test_waiting_handshakes_finish_at_the_end(secure):
     """The workers do not run while clients connect and SIGTERM comes."""
     fastdist = secure({"server": {"workers": 1}})
     (worker,) = fastdist.worker_pids()
@@ -480,7 +480,7 @@ def test_handshakes_that_wait_in_the_system_are_finished_at_the_end(secure):
     assert fastdist.wait() == 0
 
 
-def test_a_handshake_that_never_ends_does_not_hold_up_the_end(secure):
+def test_endless_handshake_does_not_delay_end(secure):
     fastdist = secure({"server": {"workers": 1, "header_timeout": "10m", "drain_timeout": "10m"}})
     with socket.create_connection(("127.0.0.1", fastdist.port), timeout=60) as silent:
         fastdist.once("GET", "/health")
@@ -488,7 +488,7 @@ def test_a_handshake_that_never_ends_does_not_hold_up_the_end(secure):
         assert silent.recv(1) == b""
 
 
-def test_who_keeps_a_connection_for_later_does_not_hold_up_the_end(secure):
+def test_kept_connection_does_not_delay_end(secure):
     """It does not look at the connection until then, and so does not agree to the end of TLS."""
     fastdist = secure({"server": {"workers": 1, "drain_timeout": "10m"}})
     with handshake(fastdist.port, client_context()) as kept:

@@ -164,7 +164,7 @@ def terminal():
 @pytest.mark.parametrize(
     "key", [b"q", b"Q", b"\x04", None, signal.SIGTERM], ids=["q", "Q", "Ctrl-D", "Ctrl-C", "SIGTERM"]
 )
-def test_it_ends_when_it_is_told_to_and_leaves_the_terminal_as_it_was(mocks, serve, terminal, key):
+def test_ends_on_request_restoring_terminal(mocks, serve, terminal, key):
     fastdist = serve(mocks)
     top = terminal("--url", f"http://127.0.0.1:{fastdist.port}")
     top.wait_for("A4")
@@ -176,7 +176,7 @@ def test_it_ends_when_it_is_told_to_and_leaves_the_terminal_as_it_was(mocks, ser
 
 
 @pytest.mark.slow
-def test_figures_move_and_a_server_may_go_away_and_come_back(mocks, serve, terminal):
+def test_figures_survive_a_server_restart(mocks, serve, terminal):
     fastdist = serve(mocks)
     top = terminal("--url", f"http://127.0.0.1:{fastdist.port}")
     top.wait_for("received 0 ")
@@ -194,7 +194,7 @@ def test_figures_move_and_a_server_may_go_away_and_come_back(mocks, serve, termi
     assert top.end() == 0
 
 
-def test_it_waits_for_a_server_that_is_not_there_yet(terminal):
+def test_waits_for_a_server_not_there_yet(terminal):
     top = terminal("--url", "http://127.0.0.1:1")
     top.wait_for("UNREACHABLE: Connection refused")
     os.write(top.master, b"q")

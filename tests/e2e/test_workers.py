@@ -93,7 +93,7 @@ def test_killed_workers_lose_nothing(mocks, serve, delivery):
     assert stats["messages"]["delivered"] == stats["messages"]["accepted"] == 2 * stats["packets"]["accepted"]
 
 
-def test_figures_survive_the_worker_that_counted_them(mocks, serve):
+def test_figures_survive_their_worker(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     Emitter(fastdist.port).send(1000)
     assert fastdist.post(b"{}")[0] == 400
@@ -109,7 +109,7 @@ def test_figures_survive_the_worker_that_counted_them(mocks, serve):
     assert get_json(fastdist.port, "/health")["status"] == "ok"
 
 
-def test_packets_queued_by_a_killed_worker_are_delivered_by_its_successor(mocks, serve):
+def test_successor_delivers_the_queued_packets(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -125,7 +125,7 @@ def test_packets_queued_by_a_killed_worker_are_delivered_by_its_successor(mocks,
     compare(emitter, mocks)
 
 
-def test_connections_queued_on_a_dead_workers_socket_are_served_by_its_successor(mocks, serve):
+def test_successor_serves_queued_connections(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     victim = fastdist.worker_pids()[0]
     os.kill(victim, signal.SIGSTOP)  # it accepts nothing: all wait in the socket's queue
@@ -162,7 +162,7 @@ def test_a_worker_that_hangs_is_replaced(mocks, serve):
     compare(emitter, mocks, most_duplicates=4 * 32)
 
 
-def test_workers_end_when_the_supervisor_is_killed(mocks, serve):
+def test_workers_end_with_a_killed_supervisor(mocks, serve):
     fastdist = serve(mocks)
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -177,7 +177,7 @@ def test_workers_end_when_the_supervisor_is_killed(mocks, serve):
     assert {row["reason"] for row in dead_letters} == {"shutdown"}
 
 
-def test_a_service_whose_workers_cannot_start_ends_with_their_error(mocks, run, tmp_path):
+def test_unstartable_workers_end_service(mocks, run, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(CANNOT_IMPORT)
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(tmp_path), *([inherited] if inherited else [])])
@@ -196,7 +196,7 @@ def test_a_service_whose_workers_cannot_start_ends_with_their_error(mocks, run, 
 
 
 @pytest.mark.slow
-def test_a_worker_that_waits_for_a_slow_disk_is_not_taken_for_one_that_hangs(mocks, serve, tmp_path):
+def test_worker_on_a_slow_disk_is_not_hanging(mocks, serve, tmp_path):
     """The time to get ready begins anew when what was found in the queue is on the disk."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     inherited = os.environ.get("PYTHONPATH")
@@ -207,7 +207,7 @@ def test_a_worker_that_waits_for_a_slow_disk_is_not_taken_for_one_that_hangs(moc
     assert fastdist.post()[0] == 202
 
 
-def test_a_worker_that_dies_again_and_again_is_replaced_with_back_off(mocks, serve):
+def test_dying_worker_restarts_with_back_off(mocks, serve):
     """It got ready each time: that is no reason to give up."""
     fastdist = serve(mocks, {"server": {"workers": 1}})
     for _ in range(4):

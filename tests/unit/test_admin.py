@@ -144,7 +144,7 @@ def test_changes_that_make_no_sense(body, status, pointers):
     assert [fault["pointer"] for fault in error.value.errors] == pointers
 
 
-def test_an_override_is_in_force_kept_and_taken_back(block, tmp_path):
+def test_override_is_applied_stored_and_undone(block, tmp_path):
     (tmp_path / "queue").mkdir()
     it = changes(block, tmp_path / "queue", 1, 1)
     epoch = block.analyzers.epoch
@@ -166,7 +166,7 @@ def test_an_override_is_in_force_kept_and_taken_back(block, tmp_path):
     assert json.loads((tmp_path / "queue" / "overrides.json").read_text()) == {}
 
 
-def test_somebody_has_to_be_left(block, tmp_path):
+def test_last_analyzer_cannot_be_removed(block, tmp_path):
     it = changes(block, tmp_path, 1, 0)
     assert it.apply(Action("override", "A2", None, True))[0] == 200
     assert it.apply(Action("override", "A1", None, True))[0] == 422
@@ -176,7 +176,7 @@ def test_somebody_has_to_be_left(block, tmp_path):
     assert it.apply(Action("override", "A9", 1.0, None))[0] == 404
 
 
-def test_an_override_that_cannot_be_stored_is_not_in_force(block, tmp_path):
+def test_unstored_override_is_not_applied(block, tmp_path):
     (tmp_path / "file").write_text("")
     it = changes(block, tmp_path / "file", 1, 1)
     status, why = it.apply(Action("override", "A1", 5.0, None))
@@ -210,7 +210,7 @@ def test_overrides_outlive_the_file_they_were_in(block, tmp_path, how):
     assert (folder / "overrides.json").read_text() == "{}\n", "what somebody writes into our file is theirs to know"
 
 
-def test_no_override_is_put_where_the_queue_is_not(block, tmp_path):
+def test_no_override_file_without_a_queue(block, tmp_path):
     """A folder made anew would be in the way of the one that was renamed."""
     folder = tmp_path / "queue"
     it = changes(block, folder, 1, 1)
@@ -220,7 +220,7 @@ def test_no_override_is_put_where_the_queue_is_not(block, tmp_path):
     assert it.apply(Action("override", "A1", 4.0, None))[0] == 200
 
 
-def test_overrides_in_the_folder_of_another_service_stay(block, tmp_path):
+def test_other_services_overrides_are_kept(block, tmp_path):
     """Ours was renamed, and a second service began in a new one of the same name, which it has locked."""
     folder = tmp_path / "queue"
     folder.mkdir()
@@ -249,7 +249,7 @@ def test_services_do_not_fight_over_overrides(block, tmp_path):
     assert json.loads(path.read_text()) == {"A1": {"weight": 4.0}}
 
 
-def test_a_damaged_file_of_overrides_is_passed_over(block, tmp_path):
+def test_damaged_override_file_is_skipped(block, tmp_path):
     (tmp_path / "overrides.json").write_text('{"A1": {"weight": ')
     changes(block, tmp_path, 1, 1)
     assert block.analyzers.weight(0) == 1.0
@@ -267,7 +267,7 @@ def test_reload_adds_removes_and_brings_back(block, tmp_path):
     assert block.analyzers.weight(2) == 9.0  # an override outlives its analyzer's absence
 
 
-def test_a_reload_has_to_leave_somebody_too(block, tmp_path):
+def test_reload_must_leave_an_analyzer(block, tmp_path):
     it = changes(block, tmp_path, 1, 1)
     it.apply(Action("override", "A1", None, True))
     with pytest.raises(ConfigError, match="nothing would be left"):
@@ -304,7 +304,7 @@ def certificate(folder, name: str, ends: datetime | None = None) -> Security:
 
 
 @pytest.mark.parametrize("turned", ["on", "off"])
-def test_tls_is_turned_on_and_off_by_a_restart_only(block, tmp_path, turned):
+def test_tls_on_or_off_needs_a_restart(block, tmp_path, turned):
     """What workers get, and their successors, is what the others speak."""
     with_tls, without = certificate(tmp_path, "one"), Security()
     before, after = (without, with_tls) if turned == "on" else (with_tls, without)
@@ -321,7 +321,7 @@ def test_tls_is_turned_on_and_off_by_a_restart_only(block, tmp_path, turned):
         assert block.analyzers.weight(0) == 2.0
 
 
-def test_a_certificate_is_exchanged_without_a_restart(block, tmp_path):
+def test_certificate_changes_without_restart(block, tmp_path):
     one, two = certificate(tmp_path, "one"), certificate(tmp_path, "two")
     it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, read_pair(one))
     it.begin()
@@ -329,7 +329,7 @@ def test_a_certificate_is_exchanged_without_a_restart(block, tmp_path):
     assert (it.config.security, it.pair) == (two, read_pair(two))
 
 
-def test_the_pair_in_force_stays_whatever_its_files_hold(block, tmp_path):
+def test_loaded_pair_outlives_its_files(block, tmp_path):
     """TLS is still on, until a restart: workers that are replaced meanwhile get what the others have."""
     one = certificate(tmp_path, "one")
     pair = read_pair(one)
@@ -341,7 +341,7 @@ def test_the_pair_in_force_stays_whatever_its_files_hold(block, tmp_path):
     assert block.analyzers.weight(0) == 2.0
 
 
-def test_an_expired_certificate_is_not_taken_over(block, tmp_path):
+def test_expired_certificate_is_not_loaded(block, tmp_path):
     one, two = certificate(tmp_path, "one"), certificate(tmp_path, "two", LONG_AGO)
     it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, read_pair(one))
     it.begin()
@@ -350,7 +350,7 @@ def test_an_expired_certificate_is_not_taken_over(block, tmp_path):
     assert (it.pair, it.config.security, block.analyzers.weight(0)) == (read_pair(one), one, 1.0)
 
 
-def test_a_certificate_that_expires_in_force_bars_no_change(block, tmp_path):
+def test_expired_certificate_blocks_no_change(block, tmp_path):
     old = certificate(tmp_path, "old", LONG_AGO)
     it = Changes(Config(analyzers=analyzers(1), security=old), block, tmp_path, read_pair(old))
     it.begin()
@@ -362,7 +362,7 @@ def named(*names: str) -> Config:
     return Config(analyzers=tuple(Analyzer(id=name, endpoint="http://127.0.0.1:4000/", weight=1) for name in names))
 
 
-def test_a_new_analyzer_begins_at_nothing_in_a_slot_another_has_had(block, tmp_path):
+def test_reused_slot_starts_with_zero_counters(block, tmp_path):
     it = Changes(named("old", *"bcdefgh"), block, tmp_path)  # all the slots there are
     it.begin()
     for row in block.rows:
@@ -385,7 +385,7 @@ def test_a_new_analyzer_begins_at_nothing_in_a_slot_another_has_had(block, tmp_p
     assert snapshot.delivery().cumulative()[-1] == 3
 
 
-def test_an_analyzer_that_comes_back_to_its_slot_keeps_its_figures(block, tmp_path):
+def test_returning_analyzer_keeps_its_counters(block, tmp_path):
     it = Changes(named("a", "b"), block, tmp_path)
     it.begin()
     block.rows[0].add_to(0, "delivered", 40)
@@ -395,7 +395,7 @@ def test_an_analyzer_that_comes_back_to_its_slot_keeps_its_figures(block, tmp_pa
     assert figures["a"].delivered == 40
 
 
-def test_a_slot_that_still_awaits_replies_is_the_last_to_be_given_away(block, tmp_path):
+def test_slot_awaiting_replies_is_reused_last(block, tmp_path):
     it = Changes(named(*"abcdefgh"), block, tmp_path)
     it.begin()
     it.reload(named(*"defgh"))
@@ -404,7 +404,7 @@ def test_a_slot_that_still_awaits_replies_is_the_last_to_be_given_away(block, tm
     assert it.slots_in_use()["x"] == 1
 
 
-def test_being_told_to_be_online_ends_a_pause(block, tmp_path):
+def test_online_override_ends_a_pause(block, tmp_path):
     it = changes(block, tmp_path, 1, 1)
     later = 2**62
     for slot in (0, 1):

@@ -74,7 +74,7 @@ def assert_problem(response, status):
 
 @pytest.mark.parametrize("path", [*VIEWS, "/metrics"])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_there_can_be_looked_at_and_no_more(api, path, method):
+def test_reading_routes_are_read_only(api, path, method):
     response = ask(api, method, path)
     if method in {"GET", "HEAD"}:
         assert response.status == 200
@@ -143,7 +143,7 @@ def test_routes_can_be_added(api):
     assert header(ask(api, "GET", "/admin/reload"), "Allow") == "POST, OPTIONS"
 
 
-def test_pages_of_others_change_nothing_where_there_is_no_token(api):
+def test_tokenless_api_rejects_other_origins(api):
     """A browser on this machine sends what any page tells it to."""
 
     def reload(**headers):
@@ -298,7 +298,7 @@ ANY_TEXT = st.text(st.characters())  # halves of surrogate pairs too
 
 
 @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
-def test_a_problem_can_be_told_of_any_text(detail, pointer, fault):
+def test_problem_detail_takes_any_text(detail, pointer, fault):
     document = orjson.loads(problem(422, detail, errors=[{"pointer": pointer, "detail": fault}]).body)
     for told, text in (
         (document["detail"], detail),
@@ -312,7 +312,7 @@ def broken_snapshot():
 
 
 @pytest.mark.parametrize(("method", "target"), [("GET", "/stats"), ("GET", "/metrics"), ("PATCH", "/analyzers/A1")])
-def test_an_exception_is_answered_500_and_told(method, target):
+def test_exception_gets_500_and_is_logged(method, target):
     with capture_logs() as lines:
         response = ask(Api(broken_snapshot), method, target)
     assert_problem(response, 500)
@@ -320,7 +320,7 @@ def test_an_exception_is_answered_500_and_told(method, target):
     assert isinstance(lines[0]["exc_info"], ZeroDivisionError)
 
 
-def test_exceptions_of_a_kind_are_told_once_in_a_while(monkeypatch):
+def test_same_exceptions_are_logged_rarely(monkeypatch):
     def other():
         raise ZeroDivisionError("of another place")
 

@@ -79,7 +79,7 @@ def test_no_arguments_show_the_help(run):
         ["queue", "show", "--help"],
     ],
 )
-def test_every_help_has_an_example_on_a_line_of_its_own(run, arguments):
+def test_each_help_has_an_example_line(run, arguments):
     result = run(*arguments)
     assert result.exit_code == (0 if arguments[-1].startswith("-") else 2)
     assert any(line.strip().startswith("fastdist ") for line in result.output.splitlines())
@@ -99,7 +99,7 @@ def test_check_normalises_the_weights(run, file):
     assert run("check", str(file)).stdout == f"{file}: ok (1 analyzer: a 100 %)\n"
 
 
-def test_check_prints_every_problem_on_a_line_of_its_own(run, file):
+def test_check_prints_one_problem_per_line(run, file):
     file.write_text("[server]\nport = -1\nprot = 1\n")
     result = run("check", str(file))
     assert result.exit_code == 2
@@ -122,7 +122,7 @@ def test_check_judges_the_environment_too(run, file):
     assert result.stderr == 'server.port: expected an integer, got string "x" (environment PORT)\n'
 
 
-def test_check_takes_the_file_it_is_given_not_that_of_the_environment(run, file):
+def test_check_prefers_its_file_argument(run, file):
     assert run("check", str(file), FASTDIST_CONFIG="/nowhere").exit_code == 0
 
 
@@ -161,18 +161,18 @@ def test_serve_remembers_the_flags_for_a_reload(run, file, supervisor):
     assert (server.host, server.port, server.workers) == ("new", 1, 4)
 
 
-def test_serve_takes_the_file_that_the_environment_names(run, file, supervisor):
+def test_serve_reads_the_environments_file(run, file, supervisor):
     assert run("serve", FASTDIST_CONFIG=str(file)).exit_code == 0
     assert supervisor.loaded.config.server.port == 2000
 
 
 @pytest.mark.parametrize("status", [0, 1, 3])
-def test_serve_exits_with_the_status_of_the_supervisor(run, supervisor, status):
+def test_serve_exits_with_supervisor_status(run, supervisor, status):
     supervisor.outcome = status
     assert run("serve").exit_code == status
 
 
-def test_serve_with_problems_prints_them_and_never_starts(run, file, supervisor):
+def test_serve_with_problems_never_starts(run, file, supervisor):
     file.write_text("[server]\nport = -1\n[zzz]\n")
     result = run("serve", "--config", str(file))
     assert result.exit_code == 2
@@ -187,7 +187,7 @@ def test_serve_with_a_flag_out_of_bounds(run, supervisor):
     assert supervisor.loaded is None
 
 
-def test_serve_that_cannot_start_says_why_without_a_traceback(run, supervisor):
+def test_failed_serve_prints_no_traceback(run, supervisor):
     supervisor.outcome = StartError("port 3000 is in use")
     result = run("serve")
     assert result.exit_code == 3
@@ -195,7 +195,7 @@ def test_serve_that_cannot_start_says_why_without_a_traceback(run, supervisor):
     assert result.stdout == ""
 
 
-def test_check_looks_at_the_certificate_as_serve_does(run, file):
+def test_check_validates_certificate_as_serve(run, file):
     file.write_text("[security]\ntls_cert = '/nowhere.pem'\ntls_key = '/nowhere.pem'\n")
     result = run("check", str(file))
     assert result.exit_code == 2
@@ -278,7 +278,7 @@ def test_dead_letters_where_there_are_none(run, tmp_path, command):
 
 
 @pytest.mark.parametrize("command", [["list"], ["replay"], ["purge", "--yes"]])
-def test_dead_letters_of_a_path_that_cannot_be_used(run, tmp_path, file, command):
+def test_dead_letters_at_an_unusable_path(run, tmp_path, file, command):
     result = run("dead-letters", command[0], str(tmp_path / "nowhere"), *command[1:])
     assert result.exit_code == 2
     assert result.stderr == f"fastdist: {tmp_path / 'nowhere'}: No such file or directory\n"
@@ -289,14 +289,14 @@ def test_dead_letters_of_a_path_that_cannot_be_used(run, tmp_path, file, command
 
 
 @pytest.mark.parametrize("arguments", [["list", "--since", "1x"], ["purge", "--yes", "--older-than", "-3d"]])
-def test_dead_letters_with_a_duration_that_is_none(run, dead_letters, arguments):
+def test_dead_letters_with_a_bad_duration(run, dead_letters, arguments):
     result = run("dead-letters", arguments[0], str(dead_letters), *arguments[1:])
     assert result.exit_code == 2
     assert f"fastdist: {arguments[-2]}: expected a duration such as" in result.stderr
     assert "2 dead letters" in run("dead-letters", "list", str(dead_letters)).stdout
 
 
-def test_replay_with_a_url_that_is_none(run, dead_letters):
+def test_replay_with_an_invalid_url(run, dead_letters):
     result = run("dead-letters", "replay", str(dead_letters), "--url", "localhost:3000")
     assert (result.exit_code, result.stderr) == (2, "fastdist: --url: must be an http:// or https:// URL\n")
 
@@ -361,7 +361,7 @@ def test_a_token_is_not_shown(run, dead_letters):
     assert "secret" not in result.output
 
 
-def test_purge_without_a_terminal_needs_to_be_told(run, dead_letters):
+def test_purge_without_terminal_needs_yes(run, dead_letters):
     result = run("dead-letters", "purge", str(dead_letters))
     assert result.exit_code == 2
     assert "say --yes" in result.stderr
@@ -375,7 +375,7 @@ def test_purge_without_a_terminal_needs_to_be_told(run, dead_letters):
     assert list(dead_letters.glob("dead-letters/*")) == []
 
 
-def test_lines_that_are_no_dead_letters_are_called_so(run, tmp_path):
+def test_foreign_lines_are_called_unreadable(run, tmp_path):
     (tmp_path / "a.ndjson").write_text("{torn\n\n{torn too\n")
     assert "\n2 unreadable lines, 16 B, the oldest of" in run("dead-letters", "list", str(tmp_path)).stdout
     result = run("dead-letters", "purge", str(tmp_path), "--yes", "--reason", "unreadable")
@@ -390,7 +390,7 @@ def test_the_reasons_are_those_that_there_are():
 @pytest.mark.parametrize(
     ("command", "reason"), [("list", "bogus"), ("purge", "bogus"), ("replay", "bogus"), ("replay", "unreadable")]
 )
-def test_a_reason_that_nothing_has_is_refused_with_those_there_are(run, dead_letters, command, reason):
+def test_unknown_reason_lists_the_known_ones(run, dead_letters, command, reason):
     result = run("dead-letters", command, str(dead_letters), "--reason", reason)
     assert result.exit_code == 2
     assert "--reason" in result.stderr

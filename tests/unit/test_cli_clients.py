@@ -29,12 +29,12 @@ def test_config_prints_what_serve_would_use(run, file):
     assert run("config", FASTDIST_CONFIG=str(file)).stdout == run("config", str(file)).stdout
 
 
-def test_config_prints_only_what_is_set_when_asked_to(run, file):
+def test_config_can_print_only_what_is_set(run, file):
     assert tomllib.loads(run("config", str(file), "--changed").stdout) == {"server": {"port": 2000, "workers": 2}}
     assert tomllib.loads(run("config", "--changed").stdout) == {}
 
 
-def test_config_with_problems_prints_them_and_nothing_else(run, file):
+def test_config_with_problems_prints_only_them(run, file):
     file.write_text("[server]\nport = -1\n")
     result = run("config", str(file))
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", "server.port: must be >= 0\n")
@@ -183,13 +183,13 @@ def test_send_exits_with_what_became_of_it(run, log, monkeypatch, summary, statu
     assert ("read but NOT sent: 5 messages at least" in result.stdout) == ("unsent" in summary)
 
 
-def test_top_where_nobody_answers(run):
+def test_top_without_any_response(run):
     result = run("top", "--once", "--url", "http://127.0.0.1:1")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "fastdist: http://127.0.0.1:1: Connection refused\n"
 
 
-def test_top_without_a_terminal_shows_one_frame_only(run):
+def test_top_without_terminal_prints_one_frame(run):
     result = run("top")
     assert result.exit_code == 2
     assert "say --once" in result.stderr

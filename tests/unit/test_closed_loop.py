@@ -50,7 +50,7 @@ def test_latencies_of_wrk_are_milliseconds(shown, milliseconds):
     assert read_wrk(WRK.format(p50=shown, p99="1.00h", more="")).p50 == pytest.approx(milliseconds)
 
 
-def test_answers_of_wrk_that_were_errors_are_not_taken():
+def test_wrk_error_responses_do_not_count():
     more = "  Socket errors: connect 1, read 0, write 3, timeout 20\n  Non-2xx or 3xx responses: 64\n"
     said = WRK.format(p50="1.51ms", p99="12.61ms", more=more)
     errors = {"connections refused": 1, "write errors": 3, "time-outs": 20}
@@ -58,7 +58,7 @@ def test_answers_of_wrk_that_were_errors_are_not_taken():
     assert read_wrk(WRK.format(p50="1.51ms", p99="12.61ms", more="")) == Answers(5664, 0, {}, 1.51, 12.61)
 
 
-def test_answers_of_ab_that_were_errors_are_not_taken():
+def test_ab_error_responses_do_not_count():
     assert read_ab(AB.format(failed=0, more=""), PERCENTILES) == Answers(6384, 0, {}, 0.21, 13.275)
     more = (
         "   (Connect: 1, Receive: 80, Length: 0, Exceptions: 5)\nWrite errors:           2\nNon-2xx responses:      3\n"

@@ -159,7 +159,7 @@ def problems_of(write):
 # ---- defaults and types
 
 
-def test_without_a_file_everything_has_its_default():
+def test_empty_config_has_all_defaults():
     loaded = load(None, {}, {})
     assert loaded.config == Config()
     assert loaded.path is None
@@ -225,7 +225,7 @@ def test_values_at_their_bounds(config_of, setting, value, expected):
     assert getattr(getattr(config, section), key) == expected
 
 
-def test_the_queue_has_room_for_a_ring_of_every_worker(config_of, problems_of, monkeypatch):
+def test_queue_has_room_for_each_workers_ring(config_of, problems_of, monkeypatch):
     assert round_capacity(1) == MIN_PART
     text = "[server]\nworkers = {}\n[queue]\ncapacity = '1MiB'\n"
     assert config_of(text.format(16)).queue.capacity == 2**20
@@ -355,7 +355,7 @@ def test_a_configuration_is_frozen():
         ("[security]\ncors_origins = ['http://a', '*']", 'security.cors_origins: "*" must be alone'),
     ],
 )
-def test_each_problem_is_reported_in_one_line_that_begins_with_its_path(problems_of, text, problem):
+def test_problem_is_one_line_after_its_path(problems_of, text, problem):
     found = problems_of(text)
     assert len(found) == 1
     assert "\n" not in found[0]
@@ -468,7 +468,7 @@ def test_problems_of_analyzers(problems_of, text, problems):
     assert problems_of(text) == problems
 
 
-def test_every_problem_is_reported_in_the_order_of_the_sections(problems_of):
+def test_problems_follow_the_section_order(problems_of):
     assert problems_of(
         "[securty]\n"
         "[security]\ntokens = 1\n"
@@ -491,11 +491,11 @@ def test_every_problem_is_reported_in_the_order_of_the_sections(problems_of):
     ]
 
 
-def test_a_rule_over_two_settings_is_silent_while_one_of_them_is_wrong(problems_of):
+def test_joint_rule_is_silent_on_invalid_parts(problems_of):
     assert problems_of("[retry]\nbase = '1h'\ncap = 0\n") == ["retry.cap: must be >= 1ms"]
 
 
-def test_long_and_odd_values_are_shown_short_and_on_one_line(problems_of):
+def test_long_values_are_shortened_to_one_line(problems_of):
     (problem,) = problems_of(f'[delivery]\nmode = "{"x" * 10_000}\\n"')
     assert len(problem) < 200
     (problem,) = problems_of('[delivery]\nmode = "a\\nb"')
@@ -571,7 +571,7 @@ def test_no_file_is_looked_for(tmp_path, monkeypatch):
     assert load(None, {}, {}).config == Config()
 
 
-def test_the_environment_names_the_file_unless_a_path_is_given(write, tmp_path):
+def test_path_argument_beats_environment_file(write, tmp_path):
     named = tmp_path / "named.toml"
     named.write_text("[server]\nport = 1\n")
     environ = {"FASTDIST_CONFIG": str(named)}
@@ -581,7 +581,7 @@ def test_the_environment_names_the_file_unless_a_path_is_given(write, tmp_path):
     assert load(None, {"FASTDIST_CONFIG": ""}, {}).path is None
 
 
-def test_a_problem_with_the_file_says_that_the_environment_named_it():
+def test_file_problem_names_the_environment():
     with pytest.raises(ConfigError) as caught:
         load(None, {"FASTDIST_CONFIG": "/nowhere"}, {})
     assert caught.value.problems == [
@@ -592,7 +592,7 @@ def test_a_problem_with_the_file_says_that_the_environment_named_it():
 # ---- precedence
 
 
-def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(write):
+def test_flag_beats_environment_file_default(write):
     path = write("[server]\nport = 2\nworkers = 2\nhost = 'file'\n")
     loaded = load(path, {"PORT": "3", "WORKER_COUNT": "3"}, {"port": 4, "workers": None, "host": None})
     assert (loaded.config.server.port, loaded.config.server.workers, loaded.config.server.host) == (4, 3, "file")
@@ -700,7 +700,7 @@ def test_empty_and_foreign_variables_are_ignored():
     assert load(None, environ, {}).config == Config()
 
 
-def test_a_section_that_is_no_table_is_reported_along_with_the_environment(problems_of):
+def test_non_table_section_is_also_reported(problems_of):
     assert problems_of("server = 1", {"PORT": "1"}) == ["server: expected a table, got integer"]
 
 
@@ -710,14 +710,14 @@ def test_a_section_that_is_no_table_is_reported_along_with_the_environment(probl
 @pytest.mark.parametrize(
     ("mode", "packets", "warned"), [("batch", 120, False), ("batch", 121, True), ("single", 1000, False)]
 )
-def test_batches_whose_head_may_be_too_long_are_warned_of(mode, packets, warned):
+def test_overlong_batch_head_warns(mode, packets, warned):
     assert [text.split(":")[0] for text in warnings(Config(delivery=Delivery(mode=mode, batch_packets=packets)))] == [
         "delivery.batch_packets"
     ] * warned
 
 
 @pytest.mark.parametrize(("mode", "most", "warned"), [("batch", 1, True), ("batch", 2, False), ("single", 1, False)])
-def test_batches_of_which_nothing_may_be_sent_again_are_warned_of(mode, most, warned):
+def test_batch_without_resends_warns(mode, most, warned):
     config = Config(delivery=Delivery(mode=mode), retry=Retry(max_attempts=most))
     assert [text.split(":")[0] for text in warnings(config)] == ["retry.max_attempts"] * warned
 
@@ -725,7 +725,7 @@ def test_batches_of_which_nothing_may_be_sent_again_are_warned_of(mode, most, wa
 # ---- reloading
 
 
-def test_reload_reads_the_same_file_under_the_same_flags_and_environment(write):
+def test_reload_reads_same_file_flags_and_env(write):
     path = write("[server]\nport = 1\n[limits]\nrate = 1\n")
     first = load(None, {"FASTDIST_CONFIG": str(path), "WORKER_COUNT": "2"}, {"host": "flag"})
     write("[server]\nport = 5\n[limits]\nrate = 2\n")
@@ -743,7 +743,7 @@ def test_ids_that_are_path_segments_are_taken(write, name):
     assert load(path, {}, {}).config.analyzers[0].id == name
 
 
-def test_reload_of_what_has_become_invalid_raises_and_leaves_the_old_one(write):
+def test_invalid_reload_keeps_the_old_config(write):
     loaded = load(write("[server]\nport = 1\n"), {}, {})
     write("[server]\nport = -1\n")
     with pytest.raises(ConfigError):
@@ -764,7 +764,7 @@ def test_reloadable_names_what_needs_a_restart(config_of):
     assert reloadable(new, new) == []
 
 
-def test_what_changes_while_running_needs_no_restart(config_of):
+def test_live_settings_need_no_restart(config_of):
     new = config_of("[limits]\nrate = 1\n[security]\ntokens = ['a']\ntls_cert = 'c'\ntls_key = 'k'\n" + ANALYZERS)
     assert reloadable(Config(), new) == []
 
@@ -880,7 +880,7 @@ VALUES = st.recursive(
 @given(document=st.dictionaries(st.sampled_from(NAMES) | st.text(), VALUES, max_size=5))
 @example(document={"analyzers": [{"id": "a", "endpoint": "http://a", "weight": 10**400}]})
 @example(document={"server": {"host": "a" * 10**6, "port": 10**400, "x" * 10**5: 1, "header_timeout": [10**400]}})
-def test_no_document_raises_anything_but_config_error(document):
+def test_document_raises_only_config_error(document):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tomllib, "loads", lambda _: document)
         patch.setattr(Path, "read_bytes", lambda _: b"")
@@ -904,7 +904,7 @@ def test_no_document_raises_anything_but_config_error(document):
         max_size=3,
     )
 )
-def test_no_environment_raises_anything_but_config_error(environ):
+def test_environment_raises_only_config_error(environ):
     environ.pop("FASTDIST_CONFIG", None)
     with contextlib.suppress(ConfigError):
         load(None, environ, {})

@@ -53,7 +53,7 @@ def problems_of(reload):
         (f'{ANALYZERS}[security]\nadmin_tokens = ["secret-two"]\n', ["security.tokens"]),
     ],
 )
-def test_a_reload_leaves_nothing_to_its_default_that_was_given(file, text, left_out):
+def test_reload_keeps_every_given_setting(file, text, left_out):
     before = loaded(file, ANALYZERS + TOKENS)
     file.write_text(text)
     assert problems_of(before.reload) == left_out
@@ -74,17 +74,17 @@ def test_what_was_never_given_may_stay_left_out(file):
     assert before.reload().config.limits.rate == 0.0
 
 
-def test_a_start_takes_the_defaults_of_an_empty_file(file):
+def test_start_takes_defaults_of_empty_file(file):
     assert len(loaded(file, "").config.analyzers) == 4
 
 
-def test_a_file_written_while_it_is_read_is_read_again(file, written_while_read):
+def test_file_written_while_read_is_reread(file, written_while_read):
     file.write_text("[limits]\nrate = 1\n")
     written_while_read(lambda: file.write_text("[limits]\nrate = 1\nburst = 7\n"))
     assert load(file, {}, {}).config.limits.burst == 7
 
 
-def test_a_file_replaced_while_it_is_read_is_read_again(file, tmp_path, written_while_read):
+def test_file_replaced_while_read_is_reread(file, tmp_path, written_while_read):
     """By another of the same length and time: only its inode tells."""
 
     def replace():
@@ -98,7 +98,7 @@ def test_a_file_replaced_while_it_is_read_is_read_again(file, tmp_path, written_
     assert load(file, {}, {}).config.limits.rate == 2
 
 
-def test_a_file_that_never_rests_is_told_and_not_used(file, written_while_read):
+def test_ever_changing_file_is_not_used(file, written_while_read):
     texts = ("#" * number for number in range(1000))  # times may be too coarse to tell them apart, lengths are not
     file.write_text("")
     written_while_read(*[lambda: file.write_text(next(texts))] * 1000)

@@ -66,26 +66,26 @@ def target(distributor, **options):
     return Target.parse(f"http://logs.test:{distributor.server_port}", None, **options)
 
 
-def test_an_address_that_refuses_gives_way_to_the_next(distributor, resolve, monkeypatch):
+def test_refusing_address_yields_to_the_next(distributor, resolve, monkeypatch):
     """At once: nobody waits for the delay."""
     monkeypatch.setattr(connection, "ATTEMPT_DELAY", 3600)
     resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
     assert Connection(target(distributor)).post("x", b"{}").accepted
 
 
-def test_an_address_that_hangs_gives_way_to_the_next(distributor, resolve, hanging):
+def test_hanging_address_yields_to_the_next(distributor, resolve, hanging):
     hanging("127.0.0.66", distributor.server_port)
     resolve("127.0.0.66", "127.0.0.1")
     assert Connection(target(distributor)).post("x", b"{}").accepted
 
 
-def test_an_address_that_cannot_be_reached_gives_way(distributor, resolve):
+def test_unreachable_address_yields_to_next(distributor, resolve):
     """Such as one of a family that is off."""
     resolve("2001:db8::1", "255.255.255.255", "127.0.0.1")
     assert Connection(target(distributor)).post("x", b"{}").accepted
 
 
-def test_when_no_address_takes_it_the_reason_is_told(resolve):
+def test_failure_of_all_addresses_has_a_reason(resolve):
     resolve("127.0.0.66", "127.0.0.67")
     with pytest.raises(ConnectionRefusedError, match="Connection refused"):
         connect("logs.test", 1, TIMEOUT)
@@ -150,7 +150,7 @@ def test_retry_after_as_a_date():
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:3000", "ftp://a", "http://user:secret@a", "http://a:99999"])
-def test_a_url_that_is_none(url):
+def test_an_invalid_url_is_refused(url):
     with pytest.raises(ValueError, match="must"):
         Target.parse(url, None)
 

@@ -38,13 +38,13 @@ def memfd():
     os.close(fd)
 
 
-def test_what_was_written_last_is_read_also_when_it_is_shorter(memfd):
+def test_last_write_is_read_even_if_shorter(memfd):
     for generation, count in enumerate((1, 50, 2)):
         write_settings(memfd, settings(generation, count))
         assert read_settings(memfd) == settings(generation, count)
 
 
-def test_settings_that_are_not_whole_are_waited_for(memfd):
+def test_partial_settings_are_waited_for(memfd):
     write_settings(memfd, settings(1, 20))
     whole = os.pread(memfd, os.fstat(memfd).st_size, 0)
     write_settings(memfd, settings(2, 30))
@@ -62,7 +62,7 @@ def test_an_empty_file_holds_no_settings(memfd):
         read_settings(memfd, 0.0)
 
 
-def test_settings_are_whole_while_others_are_being_written(memfd):
+def test_settings_are_whole_during_writes(memfd):
     each = [settings(1, 10), settings(2, 200)]
     write_settings(memfd, each[0])
     done = threading.Event()
@@ -82,7 +82,7 @@ def test_settings_are_whole_while_others_are_being_written(memfd):
         writer.join()
 
 
-def test_problems_are_shortened_only_when_they_are_many_or_long():
+def test_only_many_or_long_problems_are_cut():
     few = [f"analyzers[{number}].weight: must be >= 0" for number in range(MAX_PROBLEMS)]
     assert shorten(few) == few
     *first, last = shorten([*few, "one", "two", "three"])

@@ -117,7 +117,7 @@ def test_every_field_has_a_word_of_its_own():
 @example(255)
 @example(256)
 @example(2**62)
-def test_a_value_falls_into_the_bucket_whose_bounds_hold_it(ns):
+def test_value_falls_into_its_buckets_bounds(ns):
     counters, words = row()
     counters.observe_ingest(ns)
     histogram = words[COUNTER_WORDS : COUNTER_WORDS + WORDS_PER_HISTOGRAM].tolist()
@@ -129,7 +129,7 @@ def test_a_value_falls_into_the_bucket_whose_bounds_hold_it(ns):
     assert histogram[HISTOGRAM_BUCKETS : HISTOGRAM_BUCKETS + 3] == [1, seen, seen]
 
 
-def test_bounds_grow_by_an_eighth_at_most_and_reach_a_quarter_of_an_hour():
+def test_bounds_grow_by_eighths_to_15_minutes():
     assert len(BOUNDS) == HISTOGRAM_BUCKETS
     assert BOUNDS[:9] == [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2304]
     assert all(1 < after / before <= 1.125 for before, after in itertools.pairwise(BOUNDS[7:]))
@@ -137,14 +137,14 @@ def test_bounds_grow_by_an_eighth_at_most_and_reach_a_quarter_of_an_hour():
     assert BOUNDS[-1] > 15 * 60 * 10**9
 
 
-def test_rows_are_whole_cache_lines_and_grow_by_the_slot():
+def test_rows_are_cache_lines_and_grow_by_slot():
     words = [row_words(slots) for slots in range(5)]
     assert all(count % 8 == 0 for count in words)
     assert words[0] == COUNTER_WORDS + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
     assert {after - before for before, after in itertools.pairwise(words)} == {ANALYZER_WORDS + WORDS_PER_HISTOGRAM}
 
 
-def test_two_rows_in_one_buffer_do_not_touch_each_other():
+def test_rows_in_one_buffer_do_not_overlap():
     size = 8 * row_words(SLOTS)
     memory = memoryview(bytearray(2 * size))
     first, second = Counters(memory[:size], SLOTS), Counters(memory[size:], SLOTS)

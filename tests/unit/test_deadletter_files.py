@@ -28,7 +28,7 @@ def run(distributor):
 # ---- a file and those who want it
 
 
-def test_a_file_is_its_workers_until_it_has_been_idle(tmp_path):
+def test_file_is_its_workers_until_idle(tmp_path):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     dead_letters.write(packet(), "refused", "A1", 400, None)
     (found,) = find_files(tmp_path)
@@ -64,7 +64,7 @@ def test_rare_dead_letters_share_a_file(tmp_path):
     assert ids(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_worker_takes_a_file_up_again_only_if_nobody_has_or_had_it(tmp_path):
+def test_worker_reopens_only_an_unowned_file(tmp_path):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     idle(dead_letters)
@@ -79,7 +79,7 @@ def test_a_worker_takes_a_file_up_again_only_if_nobody_has_or_had_it(tmp_path):
     assert ids(tmp_path) == ["a", "c"]
 
 
-def test_a_worker_goes_on_in_a_file_that_was_rewritten(tmp_path, distributor, run):
+def test_worker_appends_to_a_rewritten_file(tmp_path, distributor, run):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     dead_letters.write(packet("b"), "refused", "A1", 400, None)
@@ -91,7 +91,7 @@ def test_a_worker_goes_on_in_a_file_that_was_rewritten(tmp_path, distributor, ru
     assert len(find_files(tmp_path)) == 1
 
 
-def test_whoever_waited_for_a_lock_looks_whether_the_file_is_still_the_same(tmp_path):
+def test_lock_holder_checks_file_is_the_same(tmp_path):
     path = fill(tmp_path, "ab")
     with HeldFile.hold(path, 0) as held:
         taken = []
@@ -103,7 +103,7 @@ def test_whoever_waited_for_a_lock_looks_whether_the_file_is_still_the_same(tmp_
     assert [line.dead_letter.id for line in taken[0].lines()] == ["b"]
 
 
-def test_whoever_waited_for_the_lock_of_a_file_that_is_deleted_gets_none(tmp_path):
+def test_lock_of_a_deleted_file_is_not_taken(tmp_path):
     path = fill(tmp_path, "a")
     with HeldFile.hold(path, 0) as held:
         taken = []
@@ -114,7 +114,7 @@ def test_whoever_waited_for_the_lock_of_a_file_that_is_deleted_gets_none(tmp_pat
     assert taken == [None]
 
 
-def test_nobody_finds_a_new_file_before_its_worker_has_locked_it(tmp_path, monkeypatch):
+def test_new_file_is_locked_before_visible(tmp_path, monkeypatch):
     seen = []
     flock = fcntl.flock
 
@@ -136,7 +136,7 @@ def sync(dead_letters):
     return dead_letters.settle()
 
 
-def test_nothing_is_appended_to_dead_letters_that_can_neither_be_synced_nor_taken_back(tmp_path, monkeypatch):
+def test_nothing_is_appended_behind_a_failed_sync(tmp_path, monkeypatch):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     assert sync(dead_letters)
@@ -152,7 +152,7 @@ def test_nothing_is_appended_to_dead_letters_that_can_neither_be_synced_nor_take
     assert ids(second.path) == ["b"], "better twice than never"
 
 
-def test_files_that_cannot_be_made_durable_do_not_pile_up(tmp_path, monkeypatch):
+def test_files_that_never_sync_do_not_pile_up(tmp_path, monkeypatch):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     with monkeypatch.context() as disk:
         disk.setattr(module.os, "fsync", broken)
@@ -209,7 +209,7 @@ def test_every_body_comes_back_byte_for_byte(tmp_path, body):
     path.unlink()
 
 
-def test_paths_of_a_queue_its_dead_letters_and_a_file(tmp_path):
+def test_paths_of_queue_dead_letters_and_file(tmp_path):
     path = fill(tmp_path, "a")
     for name in (tmp_path, path.parent, path):
         assert [found.path for found in find_files(name)] == [path]
@@ -238,7 +238,7 @@ def test_paths_of_a_queue_its_dead_letters_and_a_file(tmp_path):
         WHOLE.replace(b"05Z", b"05") + b"\n",
     ],
 )
-def test_what_is_no_dead_letter_is_unreadable_but_fatal_to_nobody(tmp_path, line):
+def test_a_foreign_line_is_only_unreadable(tmp_path, line):
     path = fill(tmp_path, "a")
     with path.open("ab") as file:
         file.write(line)
@@ -246,7 +246,7 @@ def test_what_is_no_dead_letter_is_unreadable_but_fatal_to_nobody(tmp_path, line
     assert [line.reason for line in read_file(find_files(path)[0])] == ["refused", "unreadable"]
 
 
-def test_a_dead_letter_whose_line_feed_is_missing_is_a_dead_letter_still(tmp_path):
+def test_a_missing_line_feed_loses_no_dead_letter(tmp_path):
     path = tmp_path / "a.ndjson"
     path.write_bytes(b"\n  \n" + WHOLE)
     assert ids(path) == ["x"]

@@ -108,7 +108,7 @@ def names(first, last):
     return [f"p{number}" for number in range(first, last + 1)]
 
 
-def test_without_syncs_a_packet_leaves_the_ring_when_its_dead_letter_is_written(tmp_path):
+def test_without_syncs_written_is_enough(tmp_path):
     site = Site(tmp_path, syncs=False)
     site.add(3)
     assert site.gone == [1, 2, 3]
@@ -119,7 +119,7 @@ def test_without_syncs_a_packet_leaves_the_ring_when_its_dead_letter_is_written(
 # ---- syncs
 
 
-def test_with_syncs_a_packet_stays_in_the_ring_until_its_dead_letter_is_synced(site):
+def test_with_syncs_the_ring_keeps_until_synced(site):
     site.add()
     assert site.written() == ["p1"]
     assert site.gone == []
@@ -128,7 +128,7 @@ def test_with_syncs_a_packet_stays_in_the_ring_until_its_dead_letter_is_synced(s
     assert site.gone == [1]
 
 
-def test_dead_letters_gather_while_a_sync_runs_and_the_next_covers_them_all(site):
+def test_a_sync_covers_all_that_gathered(site):
     site.add(100)
     assert site.written() == ["p1"]
     site.end_sync()
@@ -139,7 +139,7 @@ def test_dead_letters_gather_while_a_sync_runs_and_the_next_covers_them_all(site
     assert site.syncs == []
 
 
-def test_with_a_delay_dead_letters_are_synced_together_and_stay_queued(tmp_path):
+def test_with_a_delay_dead_letters_stay_queued(tmp_path):
     site = Site(tmp_path, syncs=True, delay=0.5)
     site.add(10)
     site.writer.tick(0)
@@ -154,13 +154,13 @@ def test_with_a_delay_dead_letters_are_synced_together_and_stay_queued(tmp_path)
 
 
 @pytest.mark.parametrize(("count", "size"), [(MANY, 10), (1, 200_000)])
-def test_what_takes_much_room_in_the_ring_is_synced_at_once(tmp_path, count, size):
+def test_much_ring_space_triggers_a_sync(tmp_path, count, size):
     site = Site(tmp_path, syncs=True, delay=3600.0)
     site.add(count, size)
     assert len(site.syncs) == 1
 
 
-def test_a_part_whose_sync_fails_is_taken_back_and_written_later(site):
+def test_part_failing_its_sync_is_rewritten(site):
     site.add()
     site.end_sync()
     site.add(5)
@@ -179,7 +179,7 @@ def test_a_part_whose_sync_fails_is_taken_back_and_written_later(site):
     assert site.written() == names(1, 6)
 
 
-def test_syncs_go_on_after_one_has_failed_and_its_file_was_deleted(site):
+def test_syncs_go_on_after_failed_deleted_file(site):
     site.add()
     site.end_sync(EIO)
     site.remove()
@@ -192,7 +192,7 @@ def test_syncs_go_on_after_one_has_failed_and_its_file_was_deleted(site):
     assert not site.writer.failed
 
 
-def test_what_was_written_before_the_disk_was_full_is_synced_and_leaves(site, monkeypatch):
+def test_written_before_disk_full_is_synced(site, monkeypatch):
     site.add()
     real = DeadLetters.write
 
@@ -214,7 +214,7 @@ def test_what_was_written_before_the_disk_was_full_is_synced_and_leaves(site, mo
     assert not site.writer.failed
 
 
-def test_at_the_end_what_waits_for_its_sync_is_synced(tmp_path, monkeypatch):
+def test_shutdown_syncs_pending_dead_letters(tmp_path, monkeypatch):
     site = Site(tmp_path, syncs=True, delay=3600.0)
     site.add(3)
     with monkeypatch.context() as disk:
@@ -229,7 +229,7 @@ def test_at_the_end_what_waits_for_its_sync_is_synced(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("syncs", [True, False])
-def test_what_is_left_in_memory_is_written_synced_or_not(tmp_path, monkeypatch, syncs):
+def test_remaining_in_memory_is_written(tmp_path, monkeypatch, syncs):
     site = Site(tmp_path, syncs=syncs, delay=3600.0)
     site.add(2)
     for number in (3, 4):
@@ -241,7 +241,7 @@ def test_what_is_left_in_memory_is_written_synced_or_not(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("syncs", [True, False])
-def test_what_is_left_leaves_the_ring_when_it_is_synced(tmp_path, monkeypatch, syncs):
+def test_remaining_leaves_ring_when_synced(tmp_path, monkeypatch, syncs):
     """Also where nobody has set up syncs: it may be the supervisor, and a ring that was deleted from the disk."""
     site = Site(tmp_path, syncs=syncs)
     site.ring.push(b"x", "p1")
@@ -257,7 +257,7 @@ def test_what_is_left_leaves_the_ring_when_it_is_synced(tmp_path, monkeypatch, s
 
 @pytest.mark.parametrize("how", ["delete", "rename", "cut short", "exchange the folder"])
 @pytest.mark.parametrize("syncs", [True, False])
-def test_a_file_that_was_taken_away_is_not_written_on(tmp_path, syncs, how):
+def test_removed_file_is_not_written_again(tmp_path, syncs, how):
     """What was written since its packets could leave the ring is in a file of its name when they do."""
     site = Site(tmp_path, syncs=syncs)
     site.add()
@@ -273,7 +273,7 @@ def test_a_file_that_was_taken_away_is_not_written_on(tmp_path, syncs, how):
     site.check()
 
 
-def test_a_file_deleted_during_its_sync_is_written_again(site):
+def test_file_deleted_during_sync_is_rewritten(site):
     site.add(1)
     site.remove()
     site.end_sync()

@@ -143,7 +143,7 @@ def test_times_are_rfc_3339(ns, text):
 # ---- their files
 
 
-def test_dead_letters_follow_each_other_in_one_file_of_the_owners(dead_letters, tmp_path):
+def test_dead_letters_share_a_file_of_the_owner(dead_letters, tmp_path):
     for number in range(50):
         write(dead_letters, name=f"p{number}")
     (file,) = files_in(tmp_path)
@@ -151,7 +151,7 @@ def test_dead_letters_follow_each_other_in_one_file_of_the_owners(dead_letters, 
     assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == [f"p{number}" for number in range(50)]
 
 
-def test_nobody_else_can_read_them(tmp_path):
+def test_only_the_owner_can_read_them(tmp_path):
     old = os.umask(0)
     try:
         dead_letters = DeadLetters(tmp_path / "new" / "data", "w0")
@@ -165,7 +165,7 @@ def test_nobody_else_can_read_them(tmp_path):
     dead_letters.close()
 
 
-def test_nothing_is_made_before_there_is_a_dead_letter(tmp_path):
+def test_no_file_before_the_first_dead_letter(tmp_path):
     dead_letters = DeadLetters(tmp_path / "data", "w0")
     dead_letters.tick(1)
     dead_letters.close()
@@ -192,7 +192,7 @@ def test_a_new_file_is_begun_when_one_has_grown(dead_letters, tmp_path, monkeypa
     assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == [f"p{number}" for number in range(20)]
 
 
-def test_a_dead_letter_larger_than_a_file_has_one_of_its_own(dead_letters, tmp_path, monkeypatch):
+def test_a_huge_dead_letter_has_its_own_file(dead_letters, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_FILE", 2000)
     for size in (10, 5000, 10, 5000, 5000):
         write(dead_letters, b"x" * size)
@@ -200,7 +200,7 @@ def test_a_dead_letter_larger_than_a_file_has_one_of_its_own(dead_letters, tmp_p
     assert len(files_in(tmp_path)) == 5
 
 
-def test_a_file_is_open_only_while_dead_letters_come(dead_letters, tmp_path):
+def test_an_idle_file_of_dead_letters_is_closed(dead_letters, tmp_path):
     def open_files():
         links = (link for link in Path("/proc/self/fd").iterdir() if link.is_symlink())  # one is that of the listing
         return [link for link in links if link.resolve().is_relative_to(tmp_path)]
@@ -223,7 +223,7 @@ def test_a_file_is_open_only_while_dead_letters_come(dead_letters, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["locked", "deleted", "replaced"])
-def test_a_file_somebody_has_or_had_is_left_alone(dead_letters, tmp_path, what):
+def test_locked_or_replaced_file_is_left_alone(dead_letters, tmp_path, what):
     write(dead_letters)
     dead_letters.settle()
     dead_letters.tick(1)
@@ -289,7 +289,7 @@ def test_a_file_is_given_up_when_it_is_asked_for(dead_letters, tmp_path):
     assert [len(each.read_bytes().splitlines()) for each in files_in(tmp_path)] == [2, 1]
 
 
-def test_who_asked_for_a_file_and_died_asks_no_more(dead_letters, tmp_path):
+def test_dead_requester_does_not_get_the_file(dead_letters, tmp_path):
     write(dead_letters)
     dead_letters.settle()
     (file,) = files_in(tmp_path)
@@ -299,7 +299,7 @@ def test_who_asked_for_a_file_and_died_asks_no_more(dead_letters, tmp_path):
     assert is_locked(file)
 
 
-def test_a_file_is_written_to_for_a_minute_at_most(dead_letters, tmp_path):
+def test_file_is_written_for_at_most_a_minute(dead_letters, tmp_path):
     for now in range(1, MAX_OPEN_NS + 2, IDLE_NS // 2):
         write(dead_letters, name=f"p{now}")
         dead_letters.settle()
@@ -310,7 +310,7 @@ def test_a_file_is_written_to_for_a_minute_at_most(dead_letters, tmp_path):
     assert len(files_in(tmp_path)) == 2
 
 
-def test_a_file_that_cannot_be_written_to_is_given_up(dead_letters, tmp_path, monkeypatch):
+def test_unwritable_file_is_given_up(dead_letters, tmp_path, monkeypatch):
     """Purging it may be what makes room."""
     write(dead_letters)
     dead_letters.settle()
@@ -326,7 +326,7 @@ def test_a_file_that_cannot_be_written_to_is_given_up(dead_letters, tmp_path, mo
     assert files_in(tmp_path) == [file]
 
 
-def test_at_the_limit_of_file_sizes_a_new_one_is_begun(tmp_path):
+def test_file_size_limit_starts_a_new_file(tmp_path):
     """Of the process (RLIMIT_FSIZE), which the kernel tells by a signal, too."""
     script = """
 import resource, sys
@@ -353,7 +353,7 @@ dead_letters.write(Packet(1, "small", b"x", 1, 0, 1, 0, 0), "refused", "A1", 400
     assert len(files_in(tmp_path)) == 5 + 1, "four to each; one for the large one, and then for the small one"
 
 
-def test_an_error_when_a_file_is_closed_closes_no_other(dead_letters, tmp_path, monkeypatch):
+def test_close_error_closes_no_other_file(dead_letters, tmp_path, monkeypatch):
     """The number is free and may be somebody else's when it is closed once more."""
     real, closed = os.close, []
 
@@ -404,7 +404,7 @@ def broken(*_):
     raise OSError(errno.EIO, "Input/output error")
 
 
-def test_one_sync_covers_all_dead_letters_and_at_first_the_names_of_file_and_folder(dead_letters, tmp_path, calls):
+def test_a_sync_covers_names_and_dead_letters(dead_letters, tmp_path, calls):
     assert sync(dead_letters)
     assert calls == []
     for _ in range(3):
@@ -420,7 +420,7 @@ def test_one_sync_covers_all_dead_letters_and_at_first_the_names_of_file_and_fol
     assert calls[3:] == [("data", *sizes_in(tmp_path))]
 
 
-def test_the_name_of_a_file_is_synced_even_if_it_was_closed_before(dead_letters, tmp_path, calls, monkeypatch):
+def test_name_of_a_closed_file_is_synced(dead_letters, tmp_path, calls, monkeypatch):
     with monkeypatch.context() as disk:
         disk.setattr(module.os, "write", broken)
         with pytest.raises(OSError, match="Input/output"):
@@ -430,7 +430,7 @@ def test_the_name_of_a_file_is_synced_even_if_it_was_closed_before(dead_letters,
     assert calls == [("data", *sizes_in(tmp_path)), ("folder", FOLDER), ("folder", tmp_path.name)]
 
 
-def test_a_file_that_is_full_is_synced_all_the_same(dead_letters, tmp_path, calls, monkeypatch):
+def test_full_file_is_synced_as_well(dead_letters, tmp_path, calls, monkeypatch):
     monkeypatch.setattr(module, "MAX_FILE", 1000)
     for _ in range(3):
         write(dead_letters, b"x" * 600)
@@ -439,7 +439,7 @@ def test_a_file_that_is_full_is_synced_all_the_same(dead_letters, tmp_path, call
     assert len(calls) == 3 + 2
 
 
-def test_a_file_is_not_closed_before_it_is_settled(dead_letters, tmp_path):
+def test_file_is_closed_only_when_settled(dead_letters, tmp_path):
     write(dead_letters)
     (file,) = files_in(tmp_path)
     for now in range(1, 5):
@@ -477,7 +477,7 @@ def test_what_could_not_be_synced_is_taken_back(dead_letters, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("how", ["deleted", "renamed", "replaced", "cut short", "with its folder"])
-def test_what_was_written_to_a_file_taken_away_is_not_safe(dead_letters, tmp_path, how):
+def test_writes_to_a_removed_file_are_not_safe(dead_letters, tmp_path, how):
     write(dead_letters)
     assert dead_letters.settle()
     (file,) = files_in(tmp_path)
@@ -500,7 +500,7 @@ def test_what_was_written_to_a_file_taken_away_is_not_safe(dead_letters, tmp_pat
     assert all(each.stat().st_size < len(whole) or each.read_bytes() == whole for each in files_in(tmp_path))
 
 
-def test_a_renamed_queue_folder_is_not_made_anew(tmp_path):
+def test_renamed_queue_folder_is_not_recreated(tmp_path):
     """It would be in the way of giving the folder its name back. One that was deleted is made, to lose no packet."""
     (queue := tmp_path / "data").mkdir()
     ring = os.open(queue / "ring-0.fdq", os.O_RDWR | os.O_CREAT)
@@ -522,7 +522,7 @@ def test_a_renamed_queue_folder_is_not_made_anew(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["write", "open", "mkdir"])
-def test_what_cannot_be_written_is_an_error_and_leaves_no_trace(tmp_path, monkeypatch, call):
+def test_failed_write_is_error_without_trace(tmp_path, monkeypatch, call):
     dead_letters = DeadLetters(tmp_path, "w0")
     if call == "write":
         write(dead_letters)  # the first goes well
@@ -576,7 +576,7 @@ def test_short_writes_are_continued(dead_letters, tmp_path, monkeypatch):
     assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p2"]
 
 
-def test_half_a_line_that_cannot_be_taken_back_is_followed_by_nothing(dead_letters, tmp_path, monkeypatch):
+def test_nothing_follows_unremovable_half_line(dead_letters, tmp_path, monkeypatch):
     write(dead_letters)
     real, sizes = os.write, [50]
 

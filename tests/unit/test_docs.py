@@ -97,7 +97,7 @@ def test_the_metrics_that_are_named_exist():
         assert set(named) <= names, NAMES[document]
 
 
-def test_the_counters_of_the_excerpt_are_those_of_stats():
+def test_excerpt_has_the_counters_of_stats():
     shown = re.search(r'"packets": \{(.*?)\}', README, re.DOTALL)
     assert shown
     known = {"received", "rejected", "delivered", "queued", "inFlight", "deadLettered", *FIELDS}
@@ -114,7 +114,7 @@ def commands():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
-def test_the_commands_that_are_named_exist_with_their_options(document):
+def test_named_commands_and_options_exist(document):
     known = commands()
     groups = {name.split()[0] for name in known if " " in name}
     for line in code(document.read_text()).splitlines():
@@ -148,7 +148,7 @@ def test_every_part_of_the_core_is_described():
     assert described == re.findall(r'^include "(.*)"$', (PACKAGE / "_core.pyx").read_text(), re.MULTILINE)
 
 
-def test_every_package_that_is_needed_has_its_reason():
+def test_each_required_package_has_a_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = [entry for group in project["dependency-groups"].values() for entry in group if isinstance(entry, str)]
     needed = [*project["project"]["dependencies"], *groups, *project["build-system"]["requires"]]

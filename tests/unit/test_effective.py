@@ -84,7 +84,7 @@ def test_tokens_are_masked_and_counted(file):
     assert "admin_tokens = []" in effective.as_toml(config.load(file, {}, {}))
 
 
-def test_what_is_changed_is_all_that_is_shown_when_asked_for(file):
+def test_changed_only_shows_just_the_changes(file):
     text = effective.as_toml(config.load(file, {"PORT": "1"}, {}), changed=True)
     document = tomllib.loads(text)
     assert document.keys() == {"server", "analyzers", "security"}
@@ -122,13 +122,13 @@ def test_ordinary_settings_are_not_warned_of(tmp_path):
     assert warned(tmp_path, "[server]\nworkers = 4\n") == []
 
 
-def test_a_part_of_the_queue_that_is_too_small_for_a_body_is_warned_of(tmp_path):
+def test_queue_part_too_small_for_body_warns(tmp_path):
     (warning,) = warned(tmp_path, "[server]\nworkers = 16\n")
     assert warning.startswith("server.max_body: packets over 8MiB are answered 413 all the same")
     assert warned(tmp_path, "[server]\nworkers = 16\nmax_body = '8MiB'\n") == []
 
 
-def test_one_endpoint_for_two_analyzers_is_warned_of(tmp_path):
+def test_shared_analyzer_endpoint_warns(tmp_path):
     text = "[server]\nworkers = 1\n" + "".join(
         f"[[analyzers]]\nid = '{name}'\nendpoint = 'http://{host}/'\nweight = 1\n"
         for name, host in zip("abc", "xyx", strict=True)
@@ -136,6 +136,6 @@ def test_one_endpoint_for_two_analyzers_is_warned_of(tmp_path):
     assert warned(tmp_path, text) == ["analyzers[2].endpoint: the same as analyzers[0].endpoint"]
 
 
-def test_batches_of_what_may_not_be_json_are_warned_of(tmp_path):
+def test_batching_possible_non_json_warns(tmp_path):
     text = "[server]\nworkers = 1\nvalidation = 'none'\n[delivery]\nmode = 'batch'\nbatch_packets = 200\n"
     assert [line.split(":")[0] for line in warned(tmp_path, text)] == ["delivery.batch_packets", "server.validation"]

@@ -135,7 +135,7 @@ def check(template, other, parser):
 
 
 @given(varied(REQUESTS))
-def test_a_template_of_requests_takes_what_httptools_takes(pair):
+def test_request_template_matches_httptools(pair):
     template = RequestHead(pair[0])
     if template.status == 0:
         assert template.filled_by(pair[0]) is not None
@@ -143,7 +143,7 @@ def test_a_template_of_requests_takes_what_httptools_takes(pair):
 
 
 @given(varied(REPLIES))
-def test_a_template_of_replies_takes_what_httptools_takes(pair):
+def test_reply_template_matches_httptools(pair):
     template = ReplyHead(pair[0])
     if template.fault is None:
         assert template.filled_by(pair[0]) is not None
@@ -161,7 +161,7 @@ def test_a_template_of_replies_takes_what_httptools_takes(pair):
         (b"Bearer sesame", b"Bearer \xe4"),
     ],
 )
-def test_other_values_where_nothing_is_decided_are_taken(old, new):
+def test_values_that_decide_nothing_may_differ(old, new):
     other = REQUEST.replace(old, new)
     assert other != REQUEST
     assert RequestHead(REQUEST).filled_by(other) == RequestHead(other).filled_by(other)
@@ -185,7 +185,7 @@ def test_other_values_where_nothing_is_decided_are_taken(old, new):
         (b"agent/1.2", b"agent\r\n folded"),
     ],
 )
-def test_other_values_where_something_is_decided_are_not(old, new):
+def test_values_that_decide_must_match(old, new):
     other = REQUEST.replace(old, new)
     assert other != REQUEST
     assert RequestHead(REQUEST).filled_by(other) is None
@@ -197,7 +197,7 @@ def test_a_reply_of_another_second_is_taken():
     assert ReplyHead(REPLY).filled_by(other.replace(b"200", b"503")) is None
 
 
-def test_more_fields_than_there_are_holes_have_to_be_the_same():
+def test_fields_beyond_the_holes_must_match():
     fields = b"".join(b"X-%d: a\r\n" % number for number in range(100))
     head = b"POST /logs HTTP/1.1\r\nHost: a\r\n" + fields + b"Content-Length: 5\r\n\r\n"
     template = RequestHead(head)
@@ -215,7 +215,7 @@ def test_any_field_may_be_there_very_often(name):
 
 
 @pytest.mark.parametrize("before", range(26))
-def test_fields_that_are_handed_out_may_stand_among_very_many(before):
+def test_extracted_fields_among_very_many(before):
     fields = b"X: a\r\n" * before + b"Idempotency-Key: k\r\n" + b"Y: b\r\n" * 200 + b"Content-Length: 7\r\n"
     head = b"POST /logs HTTP/1.1\r\nHost: a\r\n" + fields + b"\r\n"
     assert RequestHead(head).filled_by(head) == (len(head), 7, b"k", b"")
@@ -226,7 +226,7 @@ def test_a_part_of_a_head_is_not_taken(length):
     assert RequestHead(REQUEST).filled_by(REQUEST[:length]) is None
 
 
-def test_a_field_that_is_repeated_very_often_is_read_as_fast_as_others():
+def test_repeated_field_is_read_as_fast():
     def cost(names):
         head = b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"%b:\r\n" % name for name in names) + b"\r\n"
         began = time.process_time()

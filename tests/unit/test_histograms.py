@@ -34,7 +34,7 @@ def test_merging_is_counting_all_in_one(parts):
     assert merged.max_ns == max(durations, default=0)
 
 
-def test_merging_carries_nothing_from_one_word_into_the_next():
+def test_merging_carries_nothing_between_words():
     words = memoryview(bytearray(8 * WORDS_PER_HISTOGRAM)).cast("q")
     for index in range(len(words)):
         words[index] = 2**60 + index
@@ -43,7 +43,7 @@ def test_merging_carries_nothing_from_one_word_into_the_next():
 
 
 @given(st.lists(DURATIONS, min_size=1, max_size=200), st.sampled_from([*PERCENTILES.values(), 0.0, 0.1, 1.0]))
-def test_percentiles_are_within_a_bucket_of_the_truth(durations, fraction):
+def test_percentiles_are_within_one_bucket(durations, fraction):
     truth = sorted(durations)[max(math.ceil(fraction * len(durations)), 1) - 1]
     (estimate,) = merge([words_of(durations)]).percentiles(fraction)
     bucket = min(bisect_right(BOUNDS, truth), len(BOUNDS) - 1)
@@ -70,12 +70,12 @@ def test_nothing_has_no_percentiles():
     assert merge([]).milliseconds() == merge([words_of([])]).milliseconds() == nothing
 
 
-def test_milliseconds_are_rounded_to_a_microsecond():
+def test_milliseconds_round_to_a_microsecond():
     assert merge([words_of([123_456_789])]).milliseconds()["max"] == 123.457
 
 
 @given(st.lists(DURATIONS, min_size=1, max_size=30), st.lists(DURATIONS, max_size=30))
-def test_what_was_added_since_is_what_was_counted_since(before, after):
+def test_difference_is_what_was_counted_since(before, after):
     earlier, now = merge([words_of(before)]), merge([words_of(before + after)])
     added, alone = now.since(earlier), merge([words_of(after)])
     assert (added.buckets, added.sum_ns) == (alone.buckets, alone.sum_ns)

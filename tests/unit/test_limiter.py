@@ -98,7 +98,7 @@ def test_it_does_what_the_model_does(rate, burst, client_rate, client_burst, req
 
 
 @given(st.floats(0.01, 1e5), bursts, arrivals(clients=1))
-def test_who_waits_as_long_as_told_passes_and_who_is_earlier_does_not(rate, burst, requests):
+def test_client_passes_after_the_stated_wait(rate, burst, requests):
     assume(requests)
     now = requests[-1][1]
     for early in (0, 1):
@@ -114,7 +114,7 @@ def test_who_waits_as_long_as_told_passes_and_who_is_earlier_does_not(rate, burs
 @pytest.mark.parametrize(
     ("rate", "burst", "allowed"), [(10, 3, 3), (10, 0, 10), (0.5, 0, 1), (1000, 1, 1), (5, 0.1, 1)]
 )
-def test_a_burst_passes_at_once_and_then_one_an_interval(rate, burst, allowed):
+def test_burst_passes_then_one_per_interval(rate, burst, allowed):
     real, start = limiter(rate, burst), 7 * SECOND
     assert [real.check("a", start) for _ in range(allowed)] == [0.0] * allowed
     interval = int(1e9 / rate)
@@ -126,20 +126,20 @@ def test_a_burst_passes_at_once_and_then_one_an_interval(rate, burst, allowed):
     assert [real.check("a", later) for _ in range(allowed + 1)].count(0.0) == allowed
 
 
-def test_clients_have_limits_of_their_own_within_that_of_all():
+def test_client_limits_are_within_the_total():
     real = limiter(rate=1, burst=5, client_rate=1, client_burst=2)
     passed = [client for client in "aaabbbccc" if real.check(client, SECOND) == 0.0]
     assert passed == ["a", "a", "b", "b", "c"]
 
 
-def test_what_the_limit_of_all_refuses_does_not_count_for_the_client():
+def test_total_refusal_spares_client_budget():
     real = limiter(rate=1, burst=1, client_rate=1, client_burst=3)
     assert [real.check("a", SECOND) > 0 for _ in range(50)] == [False] + [True] * 49
     real.configure(0, 0, 1, 3)
     assert [real.check("a", SECOND) > 0 for _ in range(3)] == [False, False, True]
 
 
-def test_what_the_client_limit_refuses_does_not_count_for_all():
+def test_client_refusal_spares_total_budget():
     real = limiter(rate=1, burst=3, client_rate=1, client_burst=1)
     for _ in range(50):
         real.check("greedy", SECOND)
@@ -239,23 +239,23 @@ def shared():
     os.close(fd)
 
 
-def test_two_processes_in_standing_time_share_one_burst_to_the_last_request(shared):
+def test_processes_share_one_burst_exactly(shared):
     passed, _ = hammer(shared, 200_000, SECOND, 0, 10, 150_000, 0, 0)
     assert passed == 150_000
 
 
-def test_two_processes_in_passing_time_get_no_more_than_one_would(shared):
+def test_processes_share_the_rate_over_time(shared):
     # A million checks a virtual second each; a thousand a second pass, and 500 at once.
     passed, _ = hammer(shared, 200_000, SECOND, 1000, 1000, 500, 1000, 500)
     assert 500 + 199 <= passed <= 500 + 200
 
 
-def test_two_processes_in_real_time_get_no_more_than_one_would(shared):
+def test_processes_share_the_rate_in_real_time(shared):
     passed, elapsed = hammer(shared, 100_000, -1, 0, 10_000, 50, 0, 0)
     assert 50 <= passed <= 50 + elapsed / 100_000 + 1
 
 
-def test_two_processes_leave_nothing_counted_for_a_client_that_did_not_pass(shared):
+def test_refused_client_uses_no_shared_budget(shared):
     # The client's word is moved on and back again whenever the limit of all refuses; the two moves must cancel out.
     passed, _ = hammer(shared, 100_000, SECOND, 0, 10, 20_000, 10, 50_000)
     assert passed == 20_000
@@ -287,7 +287,7 @@ def test_overcrowded_the_limit_of_all_still_holds(rate, burst, client_rate, clie
     assert memory[:64] == memory[-64:] == guard
 
 
-def test_overcrowded_clients_share_and_a_place_is_taken_over_once_its_client_is_silent():
+def test_crowded_clients_share_until_one_idles():
     real = limiter(client_rate=1, client_burst=1, slots=8)
     first = [real.check(f"c{i}", SECOND) == 0.0 for i in range(8)]
     assert all(first)
@@ -304,7 +304,7 @@ def test_how_much_memory_it_takes():
 
 
 @pytest.mark.parametrize("slots", [0, 1, 4, 7, 9, 24, 1000])
-def test_the_number_of_slots_is_a_power_of_two_from_8_on(slots):
+def test_slot_count_is_a_power_of_two_from_8(slots):
     with pytest.raises(ValueError, match="power of two"):
         limiter(slots=slots)
 
@@ -320,7 +320,7 @@ def test_memory_that_cannot_be_written_is_refused():
         RateLimiter(bytes(8 * limiter_words(8)))
 
 
-def test_a_limit_that_is_loosened_lets_in_who_the_old_one_kept_out():
+def test_loosened_limit_admits_refused_clients():
     real = limiter(0.01, 1, 0.01, 1)
     assert real.check("a") == 0
     assert real.check("a") > 90

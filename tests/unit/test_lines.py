@@ -43,7 +43,7 @@ def test_nothing_is_lost(data):
 
 
 @given(TEXT)
-def test_no_line_is_too_long_and_a_part_ends_between_characters(data):
+def test_parts_are_short_cut_at_characters(data):
     for line in cut(data):
         assert len(line.raw) <= MAX_LENGTH
         if not line.whole and line.offset + len(line.raw) == line.end < len(data):
@@ -56,7 +56,7 @@ def test_no_line_is_too_long_and_a_part_ends_between_characters(data):
 
 
 @given(TEXT, st.data())
-def test_who_begins_again_behind_a_line_or_part_finds_the_same(data, draw):
+def test_resuming_at_a_boundary_finds_the_same(data, draw):
     lines = cut(data)
     begin = draw.draw(st.integers(0, len(lines)))
     offset = lines[begin - 1].end if begin else 0
@@ -66,7 +66,7 @@ def test_who_begins_again_behind_a_line_or_part_finds_the_same(data, draw):
 
 @given(TEXT, st.data())
 @example(b"123456789abc", None)
-def test_what_is_cut_out_of_a_log_is_cut_as_it_was(data, draw):
+def test_recut_of_a_log_gives_the_same_parts(data, draw):
     """A range from the end of one line or part to that of another, without anything behind it, has the same lines."""
     lines = cut(data)
     end = draw.draw(st.integers(0, len(lines))) if draw else 1
@@ -95,13 +95,13 @@ def test_a_long_line_comes_in_parts():
     assert [line.raw for line in cut(b"\x80" * 12)] == [b"\x80" * 9, b"\x80" * 3]
 
 
-def test_what_goes_on_in_the_middle_of_a_line_is_a_part():
+def test_start_inside_a_line_is_a_part():
     assert cut(b"rest\nnext\n", 100, at_start=False) == [
         Line(100, 105, b"rest", whole=False),
         Line(105, 110, b"next", whole=True),
     ]
 
 
-def test_lines_that_could_not_be_cut_between_characters_are_refused():
+def test_unsplittable_limits_are_refused():
     with pytest.raises(ValueError, match="3 bytes"):
         LineCutter(3)

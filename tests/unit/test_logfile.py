@@ -123,7 +123,7 @@ def test_a_log_that_is_not_there(trail, offsets):
 
 
 @pytest.mark.parametrize("accepted", range(5))
-def test_what_was_planned_is_made_again_under_the_same_ids(path, trail, offsets, notes, accepted):
+def test_planned_packets_keep_their_ids(path, trail, offsets, notes, accepted):
     """Also when the log has grown meanwhile in the middle of what was its last line."""
     path.write_bytes(lines(0, 10) + b"unfinished")
     file = offsets()
@@ -144,7 +144,7 @@ def test_what_was_planned_is_made_again_under_the_same_ids(path, trail, offsets,
     assert notes == []
 
 
-def test_other_limits_do_not_change_what_was_planned(path, trail, offsets, notes):
+def test_new_limits_do_not_change_the_plan(path, trail, offsets, notes):
     path.write_bytes(lines(0, 10))
     file = offsets()
     log = trail.begin(file)
@@ -158,7 +158,7 @@ def test_other_limits_do_not_change_what_was_planned(path, trail, offsets, notes
     assert [packet.messages for packet in all_of(other.begin(offsets()))] == [3, 3, 1, 1, 1]
 
 
-def test_planned_parts_of_a_line_are_cut_as_they_were(path, trail, offsets, notes):
+def test_planned_parts_keep_their_cuts(path, trail, offsets, notes):
     """Where a line comes in parts depends on the most bytes of a packet: those it was planned with."""
     path.write_bytes(b"x" * (RECIPE.max_line * 5 + 7) + b"\n" + lines(0, 3))
     file = offsets()
@@ -169,7 +169,7 @@ def test_planned_parts_of_a_line_are_cut_as_they_were(path, trail, offsets, note
     assert all_of(other.begin(offsets())) == packets[1:]
 
 
-def test_what_was_refused_is_cut_anew_and_the_rest_as_planned(path, offsets, notes):
+def test_only_the_refused_part_is_cut_again(path, offsets, notes):
     path.write_bytes(lines(0, 12))
     file = offsets()
     log = Trail(path, RECIPE, notes.append).begin(file)
@@ -181,7 +181,7 @@ def test_what_was_refused_is_cut_anew_and_the_rest_as_planned(path, offsets, not
     assert [packet.id for packet in again if packet.messages == 3] == [packets[n].id for n in (0, 2, 3)]
 
 
-def test_a_part_of_an_over_long_line_is_made_again(path, trail, offsets):
+def test_part_of_an_overlong_line_is_repeated(path, trail, offsets):
     path.write_bytes(b"x" * (RECIPE.max_line * 5 + 7) + b"\n" + lines(0, 3))
     file = offsets()
     log = trail.begin(file)
@@ -193,7 +193,7 @@ def test_a_part_of_an_over_long_line_is_made_again(path, trail, offsets):
         file = offsets()
 
 
-def test_nothing_is_sent_of_a_log_that_has_not_grown(path, trail, offsets):
+def test_unchanged_log_sends_nothing(path, trail, offsets):
     path.write_bytes(lines(0, 4))
     file = offsets()
     log = trail.begin(file)
@@ -228,7 +228,7 @@ def half_sent(path, trail, offsets):
     return packets
 
 
-def test_the_rest_of_a_rotated_log_is_sent_before_the_new_one(path, trail, offsets, notes, half_sent):
+def test_rotated_logs_rest_is_sent_first(path, trail, offsets, notes, half_sent):
     path.rename(path.with_name("app.log.1"))
     path.write_bytes(lines(100, 102))
     old = trail.begin(offsets())
@@ -246,7 +246,7 @@ def test_a_rotated_log_without_a_new_one_is_sent(path, trail, offsets, notes, ha
     assert "is not there" in only(notes)
 
 
-def test_a_log_behind_a_link_that_was_exchanged_is_found(path, tmp_path, offsets, notes):
+def test_log_behind_a_changed_link_is_found(path, tmp_path, offsets, notes):
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "monday").write_bytes(lines(0, 9))
@@ -264,7 +264,7 @@ def test_a_log_behind_a_link_that_was_exchanged_is_found(path, tmp_path, offsets
     assert text_of(all_of(following(trail, old))) == 2
 
 
-def test_a_new_log_is_sent_from_its_beginning_when_the_old_one_is_gone(path, trail, offsets, notes, half_sent):
+def test_new_log_starts_at_0_if_old_is_gone(path, trail, offsets, notes, half_sent):
     held = path.open("rb")  # so that its inode is not used again
     path.unlink()
     path.write_bytes(lines(0, 12))
@@ -276,7 +276,7 @@ def test_a_new_log_is_sent_from_its_beginning_when_the_old_one_is_gone(path, tra
 
 
 @pytest.mark.parametrize("now", [b"", lines(0, 1), lines(50, 90)], ids=["empty", "shorter", "longer"])
-def test_a_truncated_log_is_sent_from_its_beginning_under_new_ids(  # noqa: PLR0913
+def test_truncated_log_restarts_with_new_ids(  # noqa: PLR0913
     path, trail, offsets, notes, half_sent, *, now
 ):
     with path.open("r+b") as file:
@@ -289,7 +289,7 @@ def test_a_truncated_log_is_sent_from_its_beginning_under_new_ids(  # noqa: PLR0
 
 
 @pytest.mark.usefixtures("half_sent")
-def test_the_same_lines_written_anew_are_no_repetitions(path, trail, offsets):
+def test_rewritten_same_lines_get_new_ids(path, trail, offsets):
     """An analyzer that drops repetitions would drop the new lines."""
     with path.open("r+b") as file:
         file.truncate(0)
@@ -363,7 +363,7 @@ def test_a_line_that_is_not_ended_is_waited_for(path, trail):
     assert [(each.offset, each.end) for each in follower.step()] == [(4, 8)]
 
 
-def test_it_ends_when_it_is_told_to(path, trail):
+def test_following_ends_on_request(path, trail):
     path.write_bytes(b"one\ntw")
     follower = Follower(trail)
     follower.step()
@@ -372,7 +372,7 @@ def test_it_ends_when_it_is_told_to(path, trail):
     assert follower.trail.following(follower.log, lambda: True) is None
 
 
-def test_a_rotated_log_is_followed_until_writers_have_left_it(path, trail, notes):
+def test_rotated_log_is_read_while_written(path, trail, notes):
     path.write_bytes(lines(0, 2))
     follower = Follower(trail)
     assert text_of(follower.step()) == 2
@@ -390,7 +390,7 @@ def test_a_rotated_log_is_followed_until_writers_have_left_it(path, trail, notes
     assert notes == [f"{path} was rotated; going on with the new one"]
 
 
-def test_a_truncated_log_begins_anew(path, trail, notes):
+def test_truncated_log_starts_again(path, trail, notes):
     path.write_bytes(lines(0, 2) + b"unfinished")
     follower = Follower(trail)
     first = follower.step()
@@ -404,7 +404,7 @@ def test_a_truncated_log_begins_anew(path, trail, notes):
 
 
 @pytest.mark.parametrize("more", [0, 1, 500], ids=["as long", "longer", "more than a block"])
-def test_a_truncated_log_that_has_regrown_begins_anew(path, trail, notes, more):
+def test_truncated_and_regrown_log_restarts(path, trail, notes, more):
     """Its length does not tell: the bytes before do."""
     path.write_bytes(lines(100, 200))
     follower = Follower(trail)
@@ -417,7 +417,7 @@ def test_a_truncated_log_that_has_regrown_begins_anew(path, trail, notes, more):
     assert "was truncated" in only(notes)
 
 
-def test_a_log_regrown_during_an_outage_is_noted_by_what_was_read(path, trail, offsets, notes):
+def test_regrown_log_is_known_by_what_was_read(path, trail, offsets, notes):
     """What is recorded then is of the bytes that were read, not of those that are in their place by now."""
     path.write_bytes(lines(100, 110))
     file = offsets()
@@ -430,7 +430,7 @@ def test_a_log_regrown_during_an_outage_is_noted_by_what_was_read(path, trail, o
     assert "was truncated" in only(notes)
 
 
-def test_a_log_truncated_and_then_renamed_is_sent_from_its_beginning(path, trail, offsets, half_sent):
+def test_truncated_then_renamed_log_restarts(path, trail, offsets, half_sent):
     os.truncate(path, 0)
     append(path, lines(200, 230))
     path.rename(path.with_name("app.log.1"))
@@ -441,7 +441,7 @@ def test_a_log_truncated_and_then_renamed_is_sent_from_its_beginning(path, trail
     assert half_sent
 
 
-def test_a_log_deleted_and_made_again_is_another_one(path, trail, offsets, half_sent, monkeypatch):
+def test_deleted_and_recreated_log_is_another(path, trail, offsets, half_sent, monkeypatch):
     """It may have the inode of the old one, and lines without a time look alike."""
     file = offsets()
     file.save(msgspec.structs.replace(file.position, birth=1))
@@ -453,7 +453,7 @@ def test_a_log_deleted_and_made_again_is_another_one(path, trail, offsets, half_
     assert not {each.id for each in again} & {each.id for each in half_sent}
 
 
-def test_a_successor_that_cannot_be_read_yet_is_waited_for(path, trail, notes, monkeypatch):
+def test_unreadable_successor_is_waited_for(path, trail, notes, monkeypatch):
     path.write_bytes(lines(0, 2))
     follower = Follower(trail)
     follower.step()
@@ -499,7 +499,7 @@ def test_the_next_log_may_be_long_in_coming(path, trail):
     assert text_of(follower.next().step()) == 1
 
 
-def test_the_rest_of_a_rotated_log_is_followed_under_its_name(path, trail, offsets, half_sent):
+def test_rotated_logs_rest_is_sent_by_its_name(path, trail, offsets, half_sent):
     """There is no new log yet: whoever still writes to the old one is heard, and the new one is found."""
     old = path.rename(path.with_name("app.log.1"))
     follower = Follower(trail, offsets())
@@ -554,7 +554,7 @@ def test_lines_of_a_stream_do_not_wait_for_long(pipe):
     assert b"not ended" in next(packets).body
 
 
-def test_lines_that_trickle_do_not_put_off_those_before_them(pipe):
+def test_trickling_lines_do_not_delay_earlier(pipe):
     stream, write = pipe
     recipe = Recipe(RECIPE.style, 100_000, MIN_PACKET_BYTES)
     stream._packer = logfile.Packer(recipe, "x")
@@ -567,7 +567,7 @@ def test_lines_that_trickle_do_not_put_off_those_before_them(pipe):
     assert seen[0].messages >= 1
 
 
-def test_a_stream_that_is_stopped_yields_what_is_in_it(pipe):
+def test_stopped_stream_yields_its_rest(pipe):
     stream, write = pipe
     stopping = False
     packets = stream.packets(lambda: stopping)
@@ -579,7 +579,7 @@ def test_a_stream_that_is_stopped_yields_what_is_in_it(pipe):
     assert b"not ended" in rest[-1].body
 
 
-def test_standard_input_is_a_stream_with_ids_of_its_own():
+def test_standard_input_has_ids_of_its_own():
     first, second = (Stream(os.dup(0), RECIPE) for _ in range(2))
     assert first._packer._identity != second._packer._identity
     first.close()

@@ -94,7 +94,7 @@ HISTOGRAMS = (
 )
 
 
-def test_families_have_the_promised_names_and_types(block):
+def test_families_have_documented_names_types(block):
     kinds, _ = scrape(block)
     expected = dict.fromkeys(COUNTERS, "counter") | dict.fromkeys(GAUGES, "gauge")
     expected |= dict.fromkeys(HISTOGRAMS, "histogram")
@@ -102,7 +102,7 @@ def test_families_have_the_promised_names_and_types(block):
     assert all(text.endswith(".") for _, text in kinds.values())
 
 
-def test_counters_end_in_total_and_tell_no_creation_time(block):
+def test_counters_end_in_total_without_created(block):
     text = metrics.text(Snapshot(block, Config(), ANALYZERS, "1.2.3", AT)).decode()
     assert "_created" not in text
     for name in COUNTERS:
@@ -166,7 +166,7 @@ def test_workers_and_build(block):
     assert "fastdist_build_info" in kinds
 
 
-def test_what_keeps_packets_from_being_taken_shows(block):
+def test_reasons_for_refusing_packets_show(block):
     block.worker(0)[WorkerWord.STATE] = WorkerState.RUNNING
     _, it = scrape(block)
     assert (it["fastdist_worker_up", "0"], it["fastdist_worker_up", "1"], it["fastdist_ready",]) == (1, 0, 1)

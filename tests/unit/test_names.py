@@ -77,7 +77,7 @@ def test_names_that_hang_hold_up_no_other_name(resolver, monkeypatch):
     asyncio.run(scenario())
 
 
-def test_one_look_up_is_for_all_who_ask(resolver):
+def test_one_lookup_serves_all_requests(resolver):
     resolver.answers = {"a.test": threading.Event()}
 
     async def scenario():
@@ -94,7 +94,7 @@ def test_one_look_up_is_for_all_who_ask(resolver):
     asyncio.run(scenario())
 
 
-def test_a_name_that_hangs_is_told_by_its_name(resolver):
+def test_hanging_lookup_is_logged_by_name(resolver):
     resolver.answers = {"a.test": threading.Event()}
 
     async def scenario():
@@ -199,7 +199,7 @@ def test_an_address_that_failed_is_tried_last(resolver, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), UnicodeError("label too long")], ids=str)
-def test_whatever_fails_a_look_up_is_an_error_of_it(resolver, monkeypatch, error):
+def test_any_failed_lookup_is_a_lookup_error(resolver, monkeypatch, error):
     resolver.answers = {"a.test": error}
     if isinstance(error, RuntimeError):
         monkeypatch.setattr(threading.Thread, "start", lambda _thread: (_ for _ in ()).throw(error))

@@ -36,7 +36,7 @@ def test_what_is_saved_is_there_the_next_time(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_of_one_process_is_not_another_ones(path):
+def test_file_is_locked_to_one_process(path):
     with OffsetFile(path) as offsets:
         with pytest.raises(InUseError, match="in use by another"):
             OffsetFile(path)
@@ -46,7 +46,7 @@ def test_a_file_of_one_process_is_not_another_ones(path):
     OffsetFile(path).__exit__()
 
 
-def test_a_file_that_is_replaced_while_one_waits_is_read_anew(path, monkeypatch):
+def test_file_replaced_during_wait_is_reread(path, monkeypatch):
     first = OffsetFile(path)
     first.save(position(offset=1))
     opened = os.open
@@ -71,7 +71,7 @@ def test_a_process_that_is_killed_leaves_no_lock(path):
     OffsetFile(path).__exit__()
 
 
-def test_what_cannot_be_written_leaves_what_was_there(path):
+def test_failed_write_leaves_the_old_content(path):
     with OffsetFile(path) as offsets:
         offsets.save(position(offset=1))
         (path.parent / "log.offset.tmp").mkdir()
@@ -107,14 +107,14 @@ def test_a_torn_temporary_file_does_not_matter(path):
         "\udcff",
     ],
 )
-def test_what_is_no_offset_file_is_refused_and_left_as_it_is(path, content):
+def test_foreign_file_is_refused_unchanged(path, content):
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match="delete it to send the log from its beginning"):
         OffsetFile(path)
     assert path.read_bytes() == content.encode(errors="surrogateescape")
 
 
-def test_a_folder_that_is_not_there_is_an_error_that_names_it(tmp_path):
+def test_missing_folder_is_named_in_the_error(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         OffsetFile(tmp_path / "nowhere" / "x")
     assert caught.value.filename == str(tmp_path / "nowhere" / "x")
@@ -164,7 +164,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("what", ["deleted", "renamed", "exchanged", "folder exchanged"])
-def test_a_file_taken_away_is_not_written_on_unseen(tmp_path, what):
+def test_removed_file_is_noticed_when_written(tmp_path, what):
     path = tmp_path / "state" / "log.offset"
     path.parent.mkdir()
     with OffsetFile(path) as offsets:
@@ -187,7 +187,7 @@ def test_a_file_taken_away_is_not_written_on_unseen(tmp_path, what):
     assert read(path).offset == 2
 
 
-def test_a_file_that_became_anothers_is_left_to_it(path):
+def test_file_taken_by_another_is_left_alone(path):
     with OffsetFile(path) as first:
         first.save(position(offset=1))
         path.unlink()
@@ -198,7 +198,7 @@ def test_a_file_that_became_anothers_is_left_to_it(path):
     assert read(path).offset == 5
 
 
-def test_a_link_stays_and_what_it_leads_to_is_replaced(path, tmp_path):
+def test_link_stays_and_its_target_is_replaced(path, tmp_path):
     (tmp_path / "state").mkdir()
     path.symlink_to("state/offset")
     for offset in (1, 2):
@@ -226,7 +226,7 @@ def mounted(monkeypatch):
 
 @pytest.mark.usefixtures("mounted")
 @pytest.mark.parametrize("before", [b"", b"as it was replaced"])
-def test_a_file_that_cannot_be_replaced_is_written_in_place(path, before):
+def test_unreplaceable_file_written_in_place(path, before):
     path.write_bytes(before and msgspec.json.format(msgspec.json.encode(position(offset=1))) + b"\n")
     inode = path.stat().st_ino
     for offset in range(2, 400):
@@ -269,7 +269,7 @@ def test_a_torn_line_leaves_the_one_before_it(path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
-def test_a_file_that_alone_is_mounted_keeps_its_offsets(tmp_path):
+def test_mounted_single_file_keeps_offsets(tmp_path):
     (tmp_path / "state").touch()
     (tmp_path / "offset").touch()
     code = (

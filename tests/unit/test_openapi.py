@@ -51,7 +51,7 @@ def test_it_is_what_its_sources_say():
 # ---- complete
 
 
-def test_every_route_is_described_with_every_method_it_takes_and_no_other():
+def test_each_route_describes_just_its_methods():
     api = Api(lambda: pytest.fail("no figure is needed"))
     taken = {path: set(api._methods(concrete(path))) for path in (*api.routes, *api.ELSEWHERE)}
     described = {
@@ -107,7 +107,7 @@ def test_every_status_in_the_code_is_described():
 
 
 @pytest.mark.parametrize(("method", "operation"), [each[1:] for each in OPERATIONS], ids=NAMES)
-def test_what_can_happen_to_any_request_is_described_for_each(method, operation):
+def test_common_responses_are_on_every_route(method, operation):
     assert operation["responses"].keys() >= EVERYWHERE
     for status, answer in ((status, resolved(each)) for status, each in operation["responses"].items()):
         assert answer["description"]
@@ -121,7 +121,7 @@ def test_what_can_happen_to_any_request_is_described_for_each(method, operation)
 
 
 @pytest.mark.parametrize(("path", "operation"), [each[::2] for each in OPERATIONS], ids=NAMES)
-def test_operations_can_be_told_apart(path, operation):
+def test_operations_have_distinct_ids(path, operation):
     assert operation["summary"]
     assert operation["description"]
     assert operation["tags"]
@@ -173,7 +173,7 @@ def test_examples_are_what_their_schemas_say(schema, value):
     assert errors_of(schema, value) == []
 
 
-def test_every_body_parameter_and_header_has_an_example():
+def test_all_inputs_and_headers_have_examples():
     contents = [
         (name, status, media)
         for name, (_, _, operation) in zip(NAMES, OPERATIONS, strict=True)

@@ -61,7 +61,7 @@ def test_facts_of_the_documented_packet(strict):
 
 
 @pytest.mark.parametrize("emitter", ["web-1", "x", "п" * 256, "\U0001f600" * 256, 'quo"te\\', "tab\t", "\0", "é/~1"])
-def test_the_hash_is_over_the_decoded_emitter_however_it_is_written(emitter):
+def test_hash_is_over_the_decoded_emitter(emitter):
     hashes = {check(json.dumps(packet(emitterId=emitter), ensure_ascii=a).encode()).emitter_hash for a in (True, False)}
     assert hashes == {hash_text(emitter.encode())}
     assert 0 <= hashes.pop() < 2**64
@@ -198,7 +198,7 @@ def test_every_fault_is_pointed_at(body, expected):
     assert faults(body) == expected
 
 
-def test_the_detail_names_the_first_fault_and_how_many_follow():
+def test_detail_has_first_fault_and_the_count():
     assert refusal({"messages": [{}]}).detail == "/emitterId: is required (and 1 more)"
     assert refusal([]).detail == "the body: expected an object, got an array"
 
@@ -260,7 +260,7 @@ REFUSED_TIMESTAMPS += [
 
 
 @pytest.mark.parametrize("timestamp", ACCEPTED_TIMESTAMPS)
-def test_strict_accepts_the_timestamps_of_rfc_3339(timestamp):
+def test_strict_accepts_rfc_3339_timestamps(timestamp):
     assert check(encode(one_message(level="info", timestamp=timestamp)), strict=True).messages == 1
 
 
@@ -360,7 +360,7 @@ def whole(body: bytes, monkeypatch: pytest.MonkeyPatch, *, strict: bool = False)
         return refusal(body, strict=strict)
 
 
-def test_large_packets_are_accepted_as_small_ones_are():
+def test_large_packets_are_accepted_like_small():
     for body in (large(), large(emitter=b'"\\u0065"'), large(behind=b',"x":' + b"[" * 127 + b"]" * 127 + b"\n")):
         assert check(body) == Facts(3 * ROOM + 1, hash_text(b"e"))
 
@@ -397,7 +397,7 @@ def test_large_packets_are_accepted_as_small_ones_are():
     ],
     ids=map(str, itertools.count()),
 )
-def test_the_first_fault_of_a_large_body_is_pointed_at(body, monkeypatch):
+def test_first_fault_of_large_body_is_located(body, monkeypatch):
     error, expected = refusal(body), whole(body, monkeypatch)
     assert error.reason == expected.reason == "invalid"
     assert error.errors[0] == expected.errors[0]
@@ -410,7 +410,7 @@ def test_the_first_fault_of_a_large_body_is_pointed_at(body, monkeypatch):
         (large(emitter=b'"%b"' % (b"x" * 2 * MAX_EXPLAINED)), "/emitterId"),
     ],
 )
-def test_what_holds_a_fault_too_far_behind_is_named(body, pointer):
+def test_fault_too_far_behind_names_its_parent(body, pointer):
     error = refusal(body)
     assert error.reason == "invalid"
     assert error.detail == f"{pointer}: what is wrong is over {MAX_EXPLAINED} bytes behind its beginning"
@@ -418,7 +418,7 @@ def test_what_holds_a_fault_too_far_behind_is_named(body, pointer):
 
 
 @pytest.mark.parametrize("level", ["nonsense", "\\u0000"])
-def test_the_first_strict_fault_of_a_large_body_is_pointed_at(level, monkeypatch):
+def test_strict_fault_of_large_body_is_located(level, monkeypatch):
     good = b'{"message":"m","timestamp":"2026-01-31T12:34:56Z","level":"%b"}'
     messages = b",".join([*[good % b"info"] * ROOM, good % level.encode()])
     body = b'{"emitterId":"e","messages":[%b]}' % messages
@@ -439,7 +439,7 @@ def test_the_first_strict_fault_of_a_large_body_is_pointed_at(level, monkeypatch
         (b"1]};", "not JSON: expected the end of the body", 4),
     ],
 )
-def test_what_is_malformed_in_a_large_body_is_told_with_its_place(end, what, column):
+def test_malformed_large_body_has_its_position(end, what, column):
     """Before what keeps it from being a packet, and wherever it stands."""
     before = b'{"emitterId":7,"x":["%b",\n' % ("é".encode() * MAX_EXPLAINED)
     error = refusal(before + end)
@@ -472,7 +472,7 @@ def test_what_is_malformed_in_a_large_body_is_told_with_its_place(end, what, col
     ],
     ids=map(str, itertools.count()),
 )
-def test_to_be_told_what_is_wrong_takes_no_more_of_a_large_body_than_a_piece(body):
+def test_large_body_diagnosis_uses_one_piece(body):
     """To decode ten megabytes took two seconds and 400 MB, while the worker did nothing else."""
     tracemalloc.start()
     try:
@@ -504,7 +504,7 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 30))
-def test_any_large_body_is_judged_as_if_it_were_decoded_whole(pieces, where, gone):
+def test_large_body_is_judged_as_if_decoded(pieces, where, gone):
     body = large(b'{"message":"m","metadata":{"a":[1,{}]}}', behind=b',"x":[{"y":"z"}]')
     at = int(where * len(body))
     body = body[:at] + b"".join(pieces) + body[at + gone :]

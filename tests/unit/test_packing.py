@@ -44,12 +44,12 @@ def test_a_line_of_text_is_a_message():
     assert messages_of('GET /cart 200 "ü"\t😀\x00\n'.encode()) == ([{"message": 'GET /cart 200 "ü"\t😀\x00'}], {})
 
 
-def test_a_log_message_in_json_travels_on_byte_for_byte():
+def test_json_log_message_is_passed_unchanged():
     line = b' { "message":"caf\\u00e9", "level" : "info","n":1e2, "big":12345678901234567890, "m\\u00fc":[null] }'
     assert Encoder(STYLE).encode(lines_of(line)[0], Counter()) == line
 
 
-def test_an_object_of_another_make_travels_on_in_metadata():
+def test_other_json_object_goes_to_metadata():
     pino = b'{"level":30,"time":1531171074631,"msg":"hello","pid":657}'
     docker = b'{"log":"a line\\n","stream":"stderr","time":"2026-01-02T03:04:05.1Z"}'
     logstash = b'{"@timestamp":"2026-01-02T03:04:05Z","severity":"WARN","logger":"db","message":"slow","level":4}'
@@ -70,7 +70,7 @@ def test_an_object_of_another_make_travels_on_in_metadata():
     assert tally == {"wrapped": 4}
 
 
-def test_times_and_levels_that_the_schema_does_not_know_stay_in_metadata():
+def test_unknown_times_levels_stay_in_metadata():
     (message,), _ = messages_of(b'{"msg":"x","time":"yesterday","severity":"loud"}')
     assert message.keys() == {"message", "metadata"}
 
@@ -96,7 +96,7 @@ def test_what_is_no_usable_json_object_is_text(line):
     assert messages_of(line, format=Format.NDJSON) == ([{"message": line.decode()}], {"not JSON": 1})
 
 
-def test_members_that_appear_twice_are_no_log_message():
+def test_duplicate_members_are_no_log_message():
     (message,), tally = messages_of(b'{"message":"a","message":"b"}')
     assert message["message"] == "b"
     assert tally == {"wrapped": 1}
@@ -107,7 +107,7 @@ def test_json_is_text_where_that_is_asked_for():
     assert messages_of(line, format=Format.TEXT) == ([{"message": line.decode()}], {})
 
 
-def test_lines_that_are_not_utf8_come_with_their_bytes():
+def test_non_utf8_lines_carry_their_bytes():
     for line in (b"caf\xe9 au lait", b"\xff\xfe", b"\xed\xa0\x80", b'{"message":"\xff"}'):
         (message,), tally = messages_of(line)
         assert message["message"] == line.decode(errors="replace")
@@ -115,11 +115,11 @@ def test_lines_that_are_not_utf8_come_with_their_bytes():
         assert tally == {"not UTF-8": 1}
 
 
-def test_empty_lines_are_left_out_and_blank_ones_are_not():
+def test_only_empty_lines_are_left_out():
     assert messages_of(b"\n\r\n \na\n\n") == ([{"message": " "}, {"message": "a"}], {"empty": 3})
 
 
-def test_a_byte_order_mark_is_not_part_of_the_first_line():
+def test_byte_order_mark_is_not_in_first_line():
     messages, _ = messages_of(b'\xef\xbb\xbf{"message":"a"}\n\xef\xbb\xbfb\n')
     assert messages == [{"message": "a"}, {"message": "\ufeffb"}]
 
@@ -141,7 +141,7 @@ def test_the_parts_of_a_long_line_make_the_line(alphabet, times):
     assert whole == line
 
 
-def test_given_members_are_for_messages_that_have_none():
+def test_given_members_only_fill_missing_ones():
     messages, _ = messages_of(
         b'a\n{"message":"b","level":"warn"}\n{"msg":"c","level":"error"}\n', level="info", source="s"
     )
@@ -183,7 +183,7 @@ def test_the_schema_takes_every_packet(data, kind):
 
 
 @pytest.mark.parametrize("byte", [b"\x00", b"\xff", b'"', b"x", b"\x1f\xff"])
-def test_no_line_whatever_is_in_it_is_too_large_for_a_packet(byte):
+def test_any_line_fits_into_a_packet(byte):
     recipe = Recipe(Style("\x7f" * 256, "\x01" * 255), 500, MIN_PACKET_BYTES)
     data = (byte * recipe.max_line)[: recipe.max_line] + b"\n"
     (made,) = packets_of(data * 1, recipe)
@@ -216,16 +216,16 @@ def test_what_is_tallied_has_words_for_it():
 # ------------------------------------------------------------------------------------------------------------------ ids
 
 
-def test_an_id_is_a_key_that_the_distributor_takes_and_a_person_can_look_up():
+def test_id_is_a_valid_and_readable_key():
     for made in packets_of(b"a\n" * 10):
         assert re.fullmatch(rf"[0-9a-f]{{24}}-{made.offset}", made.id)
 
 
-def test_the_same_lines_of_the_same_log_have_the_same_ids():
+def test_same_lines_of_a_log_have_same_ids():
     assert [made.id for made in packets_of(b"a\nb\nc\nd\n")] == [made.id for made in packets_of(b"a\nb\nc\nd\n")]
 
 
-def test_ids_differ_by_all_that_makes_a_packet_another():
+def test_ids_differ_by_every_input():
     data = b"a\na\na\na\na\na\n"
     ids = [made.id for made in packets_of(data)]
     ids += [made.id for made in packets_of(data, identity="you")]

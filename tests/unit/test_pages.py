@@ -119,7 +119,7 @@ def test_the_query_is_no_part_of_a_file(api):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_what_a_browser_has_already_is_not_sent_again(api, path):
+def test_cached_page_is_not_sent_again(api, path):
     fresh = ask(api, "GET", path)
     tag = headers_of(fresh)["ETag"]
     assert re.fullmatch('"[0-9a-f]{32}"', tag)
@@ -178,7 +178,7 @@ def test_everything_the_page_names_is_there():
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path.endswith(".js")])
-def test_scripts_import_what_is_there_and_make_no_markup(path):
+def test_script_imports_exist_and_no_markup(path):
     source = PATHS[path].read_text()
     imported = re.findall(r'\bfrom "(.+?)"', source)
     assert len(imported) == len(re.findall(r"^import\b", source, re.MULTILINE))

@@ -46,7 +46,7 @@ def chi_square_p(counts, shares):
 @pytest.mark.parametrize(
     ("x", "freedom"), [(3.841459, 1), (5.991465, 2), (7.814728, 3), (9.487729, 4), (24.99579, 15), (67.50481, 50)]
 )
-def test_the_chi_square_helper_knows_the_five_percent_points_of_the_tables(x, freedom):
+def test_chi_square_helper_matches_the_tables(x, freedom):
     # Two classes far enough off, the others exact: the statistic is then x.
     n, share = 1_000_000, 1 / (freedom + 1)
     off = math.sqrt(x * n * share / 2)
@@ -73,7 +73,7 @@ def test_shares_are_the_normalised_weights(weights):
 @given(weight_lists)
 @example([1e-300, 1.0])
 @example([1e308, 1e307])
-def test_a_sweep_over_the_unit_interval_finds_each_slot_in_proportion(weights):
+def test_unit_interval_sweep_is_proportional(weights):
     table, points = table_of(weights), 4096
     counts = Counter(table.pick(i * WORD // points) for i in range(points))
     for slot, share in enumerate(normalised(weights)):
@@ -99,7 +99,7 @@ def test_the_same_slot_twice_has_both_shares():
     assert AliasTable([3, 3, 5], [1, 2, 1]).shares() == pytest.approx({3: 0.75, 5: 0.25}, abs=1e-12)
 
 
-def test_a_vanishing_weight_gets_nothing_in_practice():
+def test_vanishing_weight_gets_no_picks():
     table, u, counts = table_of([1e-300, 1.0]), 0, Counter()
     for _ in range(100_000):
         u = (u + GOLDEN_RATIO_STEP) % WORD
@@ -201,7 +201,7 @@ def fibonacci_blocks(n):
 
 @pytest.mark.parametrize("n", [10, 100, 1000, 10_000])
 @pytest.mark.parametrize("weights", [ANALYZERS, [1, 1], [1, 2, 3], [5, 1, 1, 1, 1, 1, 1], [0.7, 0.001, 0.299]])
-def test_every_window_keeps_to_what_number_theory_proves(weights, n):
+def test_each_window_keeps_the_proven_bound(weights, n):
     # A block of F(k) consecutive steps puts exactly one point into each of F(k) equal cells of the circle (a step is
     # F(k-1)/F(k) plus less than 1/(F(k)F(k+1)), so over the block no point drifts as far as the next cell): an interval
     # sees its share of them give or take 2. A window is a sum of Fibonacci blocks, a slot one of intervals.
@@ -214,7 +214,7 @@ def test_every_window_keeps_to_what_number_theory_proves(weights, n):
 
 @pytest.mark.parametrize("n", [10, 100, 1000, 10_000])
 @pytest.mark.parametrize("phase", [0, 1, WORD // 3, WORD - 1])
-def test_every_window_over_the_four_analyzers_is_split_within_a_handful(n, phase):
+def test_four_analyzer_windows_nearly_exact(n, phase):
     # The proven bound takes the worst of everything at once. What happens grows with log n just as slowly, from lower:
     # 2 to 5 packets were seen over 300,000 windows of each length (independent draws: up to 200 at n = 10,000).
     picks = even_picks(table_of(ANALYZERS), 40_000, phase)
@@ -222,7 +222,7 @@ def test_every_window_over_the_four_analyzers_is_split_within_a_handful(n, phase
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 16, 32, 64])
-def test_every_window_over_random_weights_is_split_within_a_few(size):
+def test_random_weight_windows_nearly_exact(size):
     # Errors of a slot's intervals add up like independent ones, so many intervals cost little: 2.8 .. 4.2 packets were
     # seen for n = 10, 6 for 100, 7.5 for 1000, 10.6 for 10,000 over a hundred such tables.
     rng = random.Random(size)
@@ -232,7 +232,7 @@ def test_every_window_over_random_weights_is_split_within_a_few(size):
             assert max(worst_deviations(picks, normalised(weights), n)) < 2 + 1.5 * math.log(n)
 
 
-def test_the_step_is_the_golden_section_of_the_circle():
+def test_step_is_the_golden_section():
     assert GOLDEN_RATIO_STEP % 2 == 1  # odd: the sequence visits all 2**64 fractions
     # step**2 + step * 2**64 = 2**128 for the exact section; a step off by less than 1 is off by less than 2**66 there.
     assert abs(GOLDEN_RATIO_STEP**2 + GOLDEN_RATIO_STEP * WORD - WORD**2) < 2**66
@@ -287,13 +287,13 @@ def test_the_winner_is_that_of_the_race(weights, keys):
 
 @pytest.mark.parametrize("weights", [ANALYZERS, [1, 1], [1, 10, 100], [1 + i % 5 for i in range(50)]])
 @pytest.mark.parametrize("key_of", [lambda i: hash_text(b"emitter-%d" % i), lambda i: i, lambda i: i << 40])
-def test_keys_are_won_in_proportion_to_the_weights(weights, key_of):
+def test_keys_are_won_in_proportion_to_weight(weights, key_of):
     table = rendezvous({f"analyzer-{slot}": (slot, weight) for slot, weight in enumerate(weights)})
     counts = Counter(table.pick(key_of(i)) for i in range(30_000))
     assert chi_square_p([counts[slot] for slot in range(len(weights))], normalised(weights)) > 1e-6
 
 
-def test_who_wins_depends_on_names_not_on_places():
+def test_winner_depends_on_names_not_slots():
     keys = emitters(5000)
     one = rendezvous(FOUR)
     other = rendezvous({name: (slot + 10, weight) for name, (slot, weight) in reversed(FOUR.items())})
@@ -301,7 +301,7 @@ def test_who_wins_depends_on_names_not_on_places():
 
 
 @pytest.mark.parametrize("leaver", FOUR)
-def test_when_a_slot_leaves_only_its_keys_move_and_when_it_joins_only_to_it(leaver):
+def test_leaving_or_joining_moves_its_keys(leaver):
     with_it, without = rendezvous(FOUR), rendezvous({name: FOUR[name] for name in FOUR if name != leaver})
     slot, moved = FOUR[leaver][0], Counter()
     for key in emitters(20_000):
@@ -318,7 +318,7 @@ def test_when_a_slot_leaves_only_its_keys_move_and_when_it_joins_only_to_it(leav
 
 @pytest.mark.parametrize("name", FOUR)
 @pytest.mark.parametrize("factor", [0.1, 0.99, 1.01, 3.0])
-def test_a_changed_weight_moves_keys_only_to_or_from_its_slot(name, factor):
+def test_changed_weight_moves_only_its_keys(name, factor):
     slot, weight = FOUR[name]
     old, new = rendezvous(FOUR), rendezvous({**FOUR, name: (slot, weight * factor)})
     moved = [(old.pick(key), new.pick(key)) for key in emitters(20_000)]

@@ -55,7 +55,7 @@ def test_a_file_under_a_steady_trickle_is_purged(tmp_path):
     assert set(ids(tmp_path)) <= {"later"}
 
 
-def test_purge_removes_what_is_selected_and_keeps_the_rest(tmp_path):
+def test_purge_removes_only_what_is_selected(tmp_path):
     fill(tmp_path, "ab", reason="refused")
     path = fill(tmp_path, "cd", reason="shutdown")
     with path.open("ab") as file:
@@ -81,7 +81,7 @@ def test_purge_by_age(tmp_path):
     assert ids(path) == ["new"]
 
 
-def test_purge_skips_what_a_worker_writes_to_and_what_came_later(tmp_path, monkeypatch):
+def test_purge_skips_open_files_and_newer_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.05)
     dead_letters = DeadLetters(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)

@@ -96,7 +96,7 @@ def test_one_of_two_headers(run, queue):
 
 
 @pytest.mark.parametrize("copy", [0, SECOND_HEADER])
-def test_one_of_two_position_copies_half_written_by_a_kill_is_no_damage(run, queue, copy):
+def test_one_torn_position_copy_is_no_damage(run, queue, copy):
     spoil(queue / "ring-0.fdq", copy + 80)
     result = run("verify", queue, folder=queue)
     assert result.exit_code == 0
@@ -186,7 +186,7 @@ def test_a_queue_in_use(run, queue, command):
 
 
 @pytest.mark.parametrize("lock", ["is free", "was deleted"])
-def test_a_ring_in_use_tells_of_a_queue_in_use(run, queue, lock):
+def test_ring_in_use_means_queue_in_use(run, queue, lock):
     if lock == "was deleted":
         (queue / "lock").unlink()
     with (queue / "ring-1.fdq").open("r+") as ring:
@@ -217,7 +217,7 @@ def test_a_queue_that_may_only_be_read(run, queue):
     assert run("show", queue, folder=queue).exit_code == 0
 
 
-def test_show_tells_what_waits(run, queue):
+def test_show_lists_what_waits(run, queue):
     result = run("show", queue, folder=queue)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()

@@ -62,7 +62,7 @@ def no_patience(monkeypatch):
 
 
 @pytest.mark.parametrize("most", [1 << 30, 1 << 21, 1 << 16])
-def test_rings_in_memory_are_cleared_before_they_are_used_but_not_without_end(tmp_path, monkeypatch, most):
+def test_memory_rings_are_cleared_boundedly(tmp_path, monkeypatch, most):
     written, real = {}, os.pwrite
 
     def pwrite(fd, data, at):
@@ -83,7 +83,7 @@ def test_rings_in_memory_are_cleared_before_they_are_used_but_not_without_end(tm
         os.close(fd)
 
 
-def test_what_cannot_be_made_ends_the_start_with_the_reason(tmp_path):
+def test_failed_creation_reason_ends_start(tmp_path):
     folder = QueueFolder(tmp_path)
     (tmp_path / "ring-0.new").mkdir()  # as where the disk has no room for one more name, or is read-only
     with pytest.raises(StartError, match=r"cannot make the queue in .*ring-0\.new: Is a directory"):
@@ -91,7 +91,7 @@ def test_what_cannot_be_made_ends_the_start_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ring-0.fdq", "adopt-00.fdq"])
-def test_a_pipe_in_place_of_a_queue_file_is_not_waited_for(tmp_path, name):
+def test_pipe_as_queue_file_does_not_block(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(StartError, match=f"{name}: not a regular file"):
         QueueFolder(tmp_path).rings(1, CAPACITY)
@@ -126,7 +126,7 @@ def test_no_ring_ever_has_two_services(tmp_path, ring):
 
 
 @pytest.mark.parametrize("file", ["lock", "ring-0.fdq"])
-def test_who_has_the_queue_is_named(tmp_path, another, file):
+def test_owner_of_the_queue_is_named(tmp_path, another, file):
     folder, rings = opened(tmp_path)
     for fd in (*folder.held, *rings):
         os.close(fd)
@@ -205,7 +205,7 @@ def test_one_ring_under_two_names_is_no_two_rings(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["renamed", "in a renamed folder", "replaced", "deleted", "deleted, with another link"])
-def test_a_ring_that_loses_its_name_is_told_of(tmp_path, how):
+def test_ring_that_loses_its_name_is_logged(tmp_path, how):
     folder = tmp_path / "queue"
     _, (fd,) = opened(folder)
     path = ring_path(folder, 0)
@@ -292,7 +292,7 @@ def test_only_an_old_ring_itself_is_deleted(tmp_path):
     assert (tmp_path / "kept").exists()
 
 
-def test_an_old_ring_that_lost_its_name_is_told(tmp_path):
+def test_old_ring_without_name_is_logged(tmp_path):
     it, own, counters = migration(tmp_path)
     names = RingNames(own, it.old.fd, None)
     ring_path(tmp_path / "old", 0).unlink()

@@ -61,7 +61,7 @@ def statuses(text):
 IN_COMMON = statuses(sections(API_PAGE, 2)["What all have in common"])
 
 
-def test_the_table_and_the_sections_have_every_request():
+def test_table_and_sections_have_each_request():
     assert [row[0].strip("`") for row in table(API_PAGE, "request")] != []
     assert {row[0].strip("`") for row in table(API_PAGE, "request")} == {" ".join(request) for request in OWN}
     found = {heading for heading in sections(API_PAGE, 2) if re.match("[A-Z]+ /", heading)}
@@ -69,7 +69,7 @@ def test_the_table_and_the_sections_have_every_request():
 
 
 @pytest.mark.parametrize("request_", OWN, ids=" ".join)
-def test_a_section_has_every_status_and_an_example(request_):
+def test_section_has_each_status_and_example(request_):
     parts = API_PAGE.split(f"\n## {' '.join(request_)}\n")
     text = re.split(r"^## ", parts[1], maxsplit=1, flags=re.MULTILINE)[0]
     shown = statuses(text)
@@ -105,7 +105,7 @@ def test_every_command_has_its_section():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_section_has_every_option_with_its_default(name):
+def test_section_has_each_option_and_default(name):
     text = sections(COMMANDS_PAGE, 2)[f"fastdist {name}"]
     shown = {tuple(re.findall(r"`(-[\w-]+)", row[0])): row for row in table(text, "option")}
     options = {tuple(each.opts): each for each in COMMANDS[name].params if each.param_type_name == "option"}

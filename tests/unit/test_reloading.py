@@ -87,7 +87,7 @@ def service(tmp_path):
     os.close(service.supervisor.block.fd)
 
 
-def test_a_reload_waits_for_no_worker_that_is_gone(service):
+def test_reload_waits_for_no_ended_worker(service):
     async def scenario():
         task = await service.begin(2)
         service.says(0, "reloaded")
@@ -103,7 +103,7 @@ def test_a_reload_waits_for_no_worker_that_is_gone(service):
     assert service.weight == 2
 
 
-def test_who_asks_during_a_reload_has_the_next_with_all_others(service):
+def test_requests_during_reload_share_the_next(service):
     """Each would take its time: a hundred signals, and nobody is answered for seconds."""
 
     async def scenario():
@@ -124,7 +124,7 @@ def test_who_asks_during_a_reload_has_the_next_with_all_others(service):
     assert service.weight == 3
 
 
-def test_what_a_worker_cannot_take_over_is_taken_back(service):
+def test_change_a_worker_rejects_is_undone(service):
     async def scenario():
         task = await service.begin(2)
         assert service.weight == 2
@@ -151,7 +151,7 @@ def test_what_a_worker_cannot_take_over_is_taken_back(service):
     asyncio.run(scenario())
 
 
-def test_an_answer_to_an_earlier_reload_counts_for_nothing(service):
+def test_response_to_an_old_reload_is_ignored(service):
     async def scenario():
         task = await service.begin(2)
         late = Message("reloaded", id=service.supervisor.changes.generation - 1, body="could not")
@@ -166,7 +166,7 @@ def test_an_answer_to_an_earlier_reload_counts_for_nothing(service):
     assert asyncio.run(scenario()) == 200
 
 
-def test_a_change_that_fails_is_answered_all_the_same(service, monkeypatch):
+def test_failed_change_is_answered_as_well(service, monkeypatch):
     def fails(_action):
         raise ZeroDivisionError("of a test")
 

@@ -35,7 +35,7 @@ def run(distributor, events):
     return partial(replayed, distributor, events)
 
 
-def test_what_is_accepted_goes_under_its_id_byte_for_byte(tmp_path, distributor, run, events):
+def test_accepted_keeps_its_bytes_and_id(tmp_path, distributor, run, events):
     bodies = {"plain": b'{"a": 1}\n', "umlaut": '{"ü":"€"}'.encode(), "binary": b"\xff\x00\xfe"}
     for name, body in bodies.items():
         fill(tmp_path, [name], body=body)
@@ -86,7 +86,7 @@ def test_unreadable_lines_stay_and_count_as_left(tmp_path, run, events):
     fates=st.lists(st.lists(st.sampled_from(["accepted", "refused", "unreadable", "blank"]), max_size=6), max_size=4),
     limit=st.none() | st.integers(1, 12),
 )
-def test_what_was_not_accepted_is_left_and_in_its_order(tmp_path, distributor, fates, limit):
+def test_unaccepted_is_kept_in_order(tmp_path, distributor, fates, limit):
     folder = tmp_path / "dead-letters"
     folder.mkdir(exist_ok=True)
     distributor.accepted.clear()
@@ -143,7 +143,7 @@ def test_dead_letters_are_posted_at_the_same_time(tmp_path, distributor, run):
     assert run(tmp_path, connections=3).replayed == 3
 
 
-def test_a_connection_that_was_closed_meanwhile_is_opened_anew(tmp_path, distributor, run):
+def test_closed_connection_is_reopened(tmp_path, distributor, run):
     fill(tmp_path, "abc")
     distributor.script["b"] = [None, ACCEPTED]
     assert run(tmp_path, connections=1).replayed == 3
@@ -151,7 +151,7 @@ def test_a_connection_that_was_closed_meanwhile_is_opened_anew(tmp_path, distrib
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_a_busy_distributor_is_asked_again_when_it_permits(tmp_path, distributor, run, events, status):
+def test_busy_distributor_is_retried_when_due(tmp_path, distributor, run, events, status):
     fill(tmp_path, "ab")
     distributor.script["a"] = [problem(status, "later", Retry_After="0")] * 3 + [ACCEPTED]
     summary = run(tmp_path)
@@ -169,7 +169,7 @@ def test_retry_after_holds_for_all_connections(tmp_path, distributor, run):
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) > 0.5
 
 
-def test_patience_with_a_busy_distributor_has_an_end(tmp_path, distributor, run, monkeypatch):
+def test_patience_with_busy_distributor_ends(tmp_path, distributor, run, monkeypatch):
     monkeypatch.setattr(replay, "PATIENCE", 0.3)
     fill(tmp_path, "abc")
     distributor.script["b"] = distributor.script["c"] = [problem(503, "the queue is full", Retry_After="0")]
@@ -179,7 +179,7 @@ def test_patience_with_a_busy_distributor_has_an_end(tmp_path, distributor, run,
     assert ids(tmp_path) == ["b", "c"]
 
 
-def test_nobody_waits_for_longer_than_patience_allows(tmp_path, distributor, run):
+def test_no_wait_exceeds_the_patience(tmp_path, distributor, run):
     fill(tmp_path, "abc")
     distributor.otherwise = problem(429, "slow down", Retry_After="3600")
     summary = run(tmp_path)
@@ -187,7 +187,7 @@ def test_nobody_waits_for_longer_than_patience_allows(tmp_path, distributor, run
     assert ids(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_distributor_that_cannot_be_reached_ends_it_and_keeps_everything(tmp_path, distributor, run):
+def test_unreachable_distributor_keeps_all(tmp_path, distributor, run):
     path = fill(tmp_path, "abc")
     before = path.read_bytes()
     distributor.server_close()
@@ -223,7 +223,7 @@ def test_a_distributor_that_is_silent_ends_it(tmp_path, distributor, run, monkey
         (301, "of a distributor?"),
     ],
 )
-def test_a_wrong_door_is_no_refusal_of_a_dead_letter(tmp_path, distributor, run, status, advice):
+def test_a_wrong_url_refuses_no_dead_letter(tmp_path, distributor, run, status, advice):
     fill(tmp_path, "abc")
     distributor.otherwise = problem(status, "who is there?")
     summary = run(tmp_path, connections=1)
@@ -234,7 +234,7 @@ def test_a_wrong_door_is_no_refusal_of_a_dead_letter(tmp_path, distributor, run,
     assert ids(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_file_that_a_worker_writes_to_is_skipped(tmp_path, run, events, monkeypatch):
+def test_file_in_use_by_a_worker_is_skipped(tmp_path, run, events, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.1)
     fill(tmp_path, "a")
     busy = DeadLetters(tmp_path, "w1-1")
@@ -247,14 +247,14 @@ def test_a_file_that_a_worker_writes_to_is_skipped(tmp_path, run, events, monkey
     assert "skipped" in events.notes[0]
 
 
-def test_a_file_that_is_given_up_in_time_is_replayed(tmp_path, run):
+def test_file_released_in_time_is_replayed(tmp_path, run):
     busy = DeadLetters(tmp_path, "w1-1")
     busy.write(packet("b"), "refused", "A1", 400, None)
     threading.Timer(0.3, busy.close).start()
     assert run(tmp_path).replayed == 1
 
 
-def test_dead_letters_that_die_while_it_runs_are_left_for_the_next_time(tmp_path, distributor):
+def test_new_dead_letters_are_left_for_later(tmp_path, distributor):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     idle(dead_letters)
@@ -310,7 +310,7 @@ replay.Replay(find_files(Path(sys.argv[1])), Selection(), target, Killer()).run(
 
 
 @pytest.mark.parametrize("after", [1, 30, 75])
-def test_killed_it_has_lost_nothing_and_repeats_no_more_than_what_was_under_way(tmp_path, distributor, run, after):
+def test_killed_replay_repeats_only_in_flight(tmp_path, distributor, run, after):
     names = [f"p-{i}" for i in range(80)]
     path = fill(tmp_path, names[:40])
     fill(tmp_path, names[40:])
@@ -327,7 +327,7 @@ def test_killed_it_has_lost_nothing_and_repeats_no_more_than_what_was_under_way(
     assert names_in(path.parent) == [path.name]
 
 
-def test_a_journal_whose_last_entry_is_torn_is_gone_on_with(tmp_path, distributor, run):
+def test_journal_with_torn_entry_is_continued(tmp_path, distributor, run):
     path = fill(tmp_path, "abc")
     first, second, _ = read_file(find_files(path)[0])
     journal_of(path).write_text(
@@ -342,7 +342,7 @@ def test_a_journal_whose_last_entry_is_torn_is_gone_on_with(tmp_path, distributo
     assert names_in(path.parent) == []
 
 
-def test_a_journal_left_behind_hides_no_other_dead_letter_of_the_same_key(tmp_path, run, distributor):
+def test_an_old_journal_hides_no_dead_letter(tmp_path, run, distributor):
     """The replay was killed between the rename of the new file and the deletion of the journal."""
     dead_letters = DeadLetters(tmp_path, "w0-1")
     for body in (b'{"first":1}', b'{"second":2}'):
@@ -360,13 +360,13 @@ def test_a_journal_left_behind_hides_no_other_dead_letter_of_the_same_key(tmp_pa
     assert names_in(found.path.parent) == []
 
 
-def test_a_journal_that_belongs_to_the_file_before_hides_nothing(tmp_path):
+def test_previous_files_journal_hides_nothing(tmp_path):
     path = fill(tmp_path, "abc")
     journal_of(path).write_text("0 z\n17 b\n")
     assert ids(path) == ["a", "b", "c"]
 
 
-def test_what_killed_ones_left_of_files_that_are_gone_is_cleared_away(tmp_path, run):
+def test_journals_of_missing_files_are_removed(tmp_path, run):
     path = fill(tmp_path, "a")
     folder = path.parent
     for name in ("gone.ndjson.replayed", "gone.ndjson.tmp", path.name + ".tmp", "mine.txt"):
@@ -375,7 +375,7 @@ def test_what_killed_ones_left_of_files_that_are_gone_is_cleared_away(tmp_path, 
     assert names_in(folder) == ["mine.txt"]
 
 
-def test_a_file_that_cannot_be_rewritten_is_kept_and_its_progress_too(tmp_path, distributor, run, monkeypatch):
+def test_unrewritable_file_keeps_its_progress(tmp_path, distributor, run, monkeypatch):
     path = fill(tmp_path, "abc")
     before = path.read_bytes()
     distributor.script["b"] = [problem(400, "no")]
@@ -407,7 +407,7 @@ def test_it_stops_when_progress_cannot_be_noted(tmp_path, distributor, run, monk
     assert distributor.accepted == {"a": 2, "b": 1, "c": 1}
 
 
-def test_what_could_not_be_noted_is_removed_if_that_is_possible(tmp_path, run, monkeypatch):
+def test_unnoted_progress_is_removed_if_it_can(tmp_path, run, monkeypatch):
     fill(tmp_path, "abc")
     with monkeypatch.context() as disk:
         disk.setattr(held_file, "journal_of", lambda path: path.with_name("no folder") / "x")
@@ -469,7 +469,7 @@ class Says(dict):
 DISK = {"durability": "disk", "syncIntervalSeconds": 0.01}
 
 
-def test_dead_letters_are_removed_only_when_the_distributor_has_synced_them(tmp_path, distributor, run):
+def test_replayed_dead_letters_go_when_synced(tmp_path, distributor, run):
     paths = [fill(tmp_path, "ab"), fill(tmp_path, "c", owner="w1-1")]
     seen = []
     distributor.says = Says(
@@ -488,7 +488,7 @@ def test_dead_letters_are_removed_only_when_the_distributor_has_synced_them(tmp_
         {"queue": DISK | {"syncIntervalSeconds": 3600}, "health": {"storage": "ok"}},
     ],
 )
-def test_dead_letters_that_may_not_be_synced_stay_noted(tmp_path, distributor, run, events, says):
+def test_unsynced_dead_letters_stay_noted(tmp_path, distributor, run, events, says):
     path = fill(tmp_path, "ab")
     fill(tmp_path, "c", owner="w1-1")
     distributor.says = Says(lambda _: None, **says)
@@ -504,7 +504,7 @@ def test_dead_letters_that_may_not_be_synced_stay_noted(tmp_path, distributor, r
 
 
 @pytest.mark.parametrize("durability", ["memory", "fsync", None])
-def test_where_no_sync_is_to_come_none_is_waited_for(tmp_path, distributor, run, durability):
+def test_no_sync_expected_means_no_wait(tmp_path, distributor, run, durability):
     """Nothing is asked of who syncs before it answers; who says nothing of itself is not distrusted for ever."""
     fill(tmp_path, "ab")
     asked = []

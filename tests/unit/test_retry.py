@@ -28,7 +28,7 @@ def test_pauses_get_longer_without_end_to_them():
     assert all(min(10, 0.1 * 2**i) / 2 - 0.01 <= length <= min(10, 0.1 * 2**i) for i, length in enumerate(lengths))
 
 
-def test_what_others_meet_during_a_pause_does_not_lengthen_it():
+def test_failures_in_a_pause_do_not_extend_it():
     pauses = Pauses(60.0)
     assert pauses.begin(5.0) == pytest.approx(5, abs=0.1)
     for _ in range(20):

@@ -264,13 +264,13 @@ test_any_life_of_a_ring_is_that_of_the_model = RingAgainstModel.TestCase
     ("asked", "rounded"),
     [(-1, 65536), (0, 65536), (1, 65536), (65536, 65536), (65537, 131072), (2**30 + 1, 2**30 + 65536)],
 )
-def test_capacities_are_whole_pages_of_the_largest_size(asked, rounded):
+def test_capacity_is_whole_largest_pages(asked, rounded):
     assert round_capacity(asked) == rounded
     assert file_size(asked) == HEADER_SIZE + rounded
 
 
 @pytest.mark.parametrize("key_length", [0, 1, 7, 8, 9, 63, 64])
-def test_bodies_and_keys_of_every_alignment_come_back(fd, key_length):
+def test_any_alignment_of_body_and_key_works(fd, key_length):
     ring, key = PacketRing(fd, CAPACITY, volatile=True), "k" * key_length or None
     for size in [*range(18), 4095, 4096, 4097]:
         body, before = body_of(size, size), ring.tail_position
@@ -282,7 +282,7 @@ def test_bodies_and_keys_of_every_alignment_come_back(fd, key_length):
         ring.done(handle)
 
 
-def test_the_largest_packet_takes_half_the_ring_and_no_byte_more(fd):
+def test_largest_packet_is_half_the_ring(fd):
     ring = PacketRing(fd, CAPACITY, volatile=True)
     largest = CAPACITY // 2 - RECORD
     for key in (None, "key"):
@@ -316,7 +316,7 @@ def test_what_cannot_be_pushed_changes_nothing(fd, arguments, options, error):
     assert image_of(fd) == before
 
 
-def test_what_is_not_given_gets_the_time_and_a_message(fd):
+def test_missing_values_get_time_and_message(fd):
     ring = PacketRing(fd, CAPACITY)
     ring.push(b"body")
     packet = ring.packet(ring.claim())
@@ -325,7 +325,7 @@ def test_what_is_not_given_gets_the_time_and_a_message(fd):
 
 
 @pytest.mark.parametrize("days", [-1, 1])
-def test_a_packet_tells_its_time_by_the_clock_as_it_is_now(fd, days):
+def test_packet_time_follows_the_current_clock(fd, days):
     """Its stamp stays on the clock of the run, which ``clock_offset`` makes of the monotonic one."""
     ring = PacketRing(fd, CAPACITY)
     ring.clock_offset += days * DAY_NS  # the clock was set by as much since the run has begun, the other way
@@ -336,7 +336,7 @@ def test_a_packet_tells_its_time_by_the_clock_as_it_is_now(fd, days):
 
 
 @pytest.mark.parametrize("handle", [0, 1, 1023, 1024, 2**32 - 1])
-def test_handles_that_are_none_are_refused(fd, handle):
+def test_invalid_handles_are_refused(fd, handle):
     ring = PacketRing(fd, CAPACITY)
     ring.push(b"unclaimed")
     for call in (
@@ -404,7 +404,7 @@ def test_a_full_ring_refuses_and_stays_as_it_is(fd, volatile):
 @pytest.mark.parametrize("volatile", [True, False])
 @pytest.mark.parametrize("first", [0, 1000, CAPACITY // 8 - RECORD])
 @pytest.mark.parametrize("opened_anew", [False, True])
-def test_a_packet_nobody_takes_pins_no_ring_that_was_filled_before_it_was_claimed(fd, volatile, first, opened_anew):
+def test_unclaimed_packet_pins_no_filled_ring(fd, volatile, first, opened_anew):
     """After an outage: what waits is claimed only now, and all is taken but the first."""
     ring = PacketRing(fd, CAPACITY, volatile=volatile)
     assert ring.push(bytes(first), "first")
@@ -428,7 +428,7 @@ def test_a_packet_nobody_takes_pins_no_ring_that_was_filled_before_it_was_claime
     assert ring.packet(pinned).id == "first"
 
 
-def test_laps_beyond_counting_keep_every_packet_whole(fd):
+def test_countless_laps_keep_packets_whole(fd):
     ring, rng, queue = PacketRing(fd, CAPACITY, volatile=True), random.Random(7), deque()
     sequence = 0
     while ring.tail_position < 300 * CAPACITY:
@@ -451,7 +451,7 @@ def test_laps_beyond_counting_keep_every_packet_whole(fd):
 
 @pytest.mark.parametrize("volatile", [True, False])
 @pytest.mark.parametrize("size", [0, 100, 5000, 15_000, 20_000, 26_000])
-def test_a_packet_nobody_takes_lets_thousands_pass(fd, volatile, size):
+def test_unclaimed_packet_lets_thousands_pass(fd, volatile, size):
     ring = PacketRing(fd, CAPACITY, volatile=volatile)
     ring.push(body_of(0, size), "the-old-one", accepted_ns=5, messages=3, emitter=9, attempts=2, flags=FLAG_WAITED)
     old = ring.claim()
@@ -482,7 +482,7 @@ def test_a_packet_nobody_takes_lets_thousands_pass(fd, volatile, size):
     assert (ring.undone, ring.undone_bytes, ring.used, ring.oldest_ns) == (0, 0, 0, 0)
 
 
-def test_many_that_stay_behind_move_out_of_the_way_together(fd):
+def test_many_left_behind_are_moved_together(fd):
     ring = PacketRing(fd, CAPACITY, volatile=True)
     held = {}
     for i in range(1, 101):
@@ -500,7 +500,7 @@ def test_many_that_stay_behind_move_out_of_the_way_together(fd):
     assert ring.used == 0
 
 
-def test_a_moved_packet_is_the_oldest_also_for_whoever_takes_over(fd):
+def test_moved_packet_stays_oldest_on_recovery(fd):
     ring = PacketRing(fd, CAPACITY, volatile=True)
     ring.push(b"oldest", accepted_ns=5)
     ring.claim()
@@ -521,7 +521,7 @@ def test_a_moved_packet_is_the_oldest_also_for_whoever_takes_over(fd):
 
 
 @pytest.mark.parametrize("volatile", [True, False])
-def test_a_crowd_that_stays_behind_needs_few_syncs_to_be_passed(fd, volatile):
+def test_passing_many_moved_needs_few_syncs(fd, volatile):
     ring = PacketRing(fd, CAPACITY, volatile=volatile)
     held, passed = {}, 0
     for i in range(40):
@@ -540,7 +540,7 @@ def test_a_crowd_that_stays_behind_needs_few_syncs_to_be_passed(fd, volatile):
     assert sorted(packet.body for packet in drain(PacketRing(fd))) == sorted(body_of(i, 50) for i in range(40))
 
 
-def test_the_old_place_is_kept_until_the_new_one_is_on_stable_storage(fd):
+def test_old_copy_is_kept_until_new_is_synced(fd):
     ring = PacketRing(fd, CAPACITY)
     ring.push(body_of(0, 1000))
     old = ring.claim()
@@ -564,7 +564,7 @@ def test_the_old_place_is_kept_until_the_new_one_is_on_stable_storage(fd):
 # ---- packets that wait for a sync
 
 
-def test_with_claims_that_wait_only_what_is_synced_can_be_claimed(fd):
+def test_waiting_claims_take_synced_packets(fd):
     ring = PacketRing(fd, CAPACITY, claims_wait_for_sync=True)
     assert ring.push(b"one") == 1
     first = ring.tail_position
@@ -583,7 +583,7 @@ def test_with_claims_that_wait_only_what_is_synced_can_be_claimed(fd):
     assert ring.claim() == 0
 
 
-def test_what_is_taken_over_is_claimable_at_once_and_never_withdrawn(fd):
+def test_recovered_packet_is_claimable_at_once(fd):
     ring = PacketRing(fd, CAPACITY, claims_wait_for_sync=True)
     ring.push(b"one")
     ring.push(b"two")
@@ -594,7 +594,7 @@ def test_what_is_taken_over_is_claimable_at_once_and_never_withdrawn(fd):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_only_what_was_pushed_since_the_last_sync_is_withdrawn(fd, moved):
+def test_only_pushes_since_sync_are_withdrawn(fd, moved):
     ring = PacketRing(fd, CAPACITY, claims_wait_for_sync=True)
     ring.push(b"old")
     ring.mark_synced(ring.tail_position)
@@ -619,7 +619,7 @@ def test_only_what_was_pushed_since_the_last_sync_is_withdrawn(fd, moved):
     assert sorted(packet.body for packet in drain(PacketRing(fd))) == [b"old", b"synced"]
 
 
-def test_what_is_to_be_claimed_shows(fd):
+def test_claimable_packets_are_shown(fd):
     ring = PacketRing(fd, CAPACITY, claims_wait_for_sync=True)
     assert not ring.has_more
     ring.push(b"one")

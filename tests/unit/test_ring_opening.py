@@ -47,7 +47,7 @@ def pages_of(fd, act):
 
 
 @pytest.mark.parametrize("kind", ["new", "claimed", "moved"])
-def test_of_a_full_ring_only_the_positions_are_written_by_opening_it(kind):
+def test_opening_a_full_ring_writes_positions(kind):
     with full_ring(kind) as fd:
         view = PacketRing(fd, private=True)
         assert view.undone > 800
@@ -76,7 +76,7 @@ def test_what_waits_is_what_would_be_claimed():
         assert list(view.waiting()) == []
 
 
-def test_only_what_no_sync_is_known_to_have_covered_is_written_anew():
+def test_only_possibly_unsynced_is_rewritten():
     with full_ring() as fd:
         ring = PacketRing(fd)
         for _ in range(20):
@@ -94,7 +94,7 @@ def test_only_what_no_sync_is_known_to_have_covered_is_written_anew():
         assert pages_of(fd, PacketRing.write_again) - HEADER_PAGES + 2 >= everything - 4
 
 
-def test_damage_to_what_a_header_says_is_written_has_everything_written_anew():
+def test_damaged_header_claim_rewrites_all():
     with full_ring() as fd:
         ring = PacketRing(fd)
         ring.mark_synced(ring.tail_position)
@@ -103,7 +103,7 @@ def test_damage_to_what_a_header_says_is_written_has_everything_written_anew():
         assert pages_of(fd, PacketRing.write_again) > 200
 
 
-def test_a_moved_packet_counts_in_its_old_place_until_its_copy_is_synced():
+def test_moved_packet_counts_old_until_synced():
     fd = os.memfd_create("ring")
     os.ftruncate(fd, file_size(65536))
     ring = PacketRing(fd, 65536)

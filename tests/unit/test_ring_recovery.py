@@ -153,7 +153,7 @@ def record_at(disk, place):
 # ---- crashes
 
 
-def test_whoever_takes_over_finds_what_was_there(disk):
+def test_successor_finds_all_packets(disk):
     ring = disk.fill().open()
     assert (ring.corrupt, ring.damage, ring.claimed) == (0, [], 0)
     assert ring.next_sequence_number == disk.ring.next_sequence_number
@@ -162,7 +162,7 @@ def test_whoever_takes_over_finds_what_was_there(disk):
     assert_in_order(ring, disk.packets())
 
 
-def test_a_death_in_the_middle_of_a_push_leaves_nothing_or_the_packet(disk):
+def test_death_in_push_leaves_all_or_nothing(disk):
     before = disk.fill().image
     disk.push(bytes(range(250)), "the last one")
     disk.save()
@@ -209,7 +209,7 @@ def expected_after(place, relative):
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
-def test_a_changed_byte_costs_no_packet_but_its_own(disk, mask):
+def test_changed_byte_costs_only_its_packet(disk, mask):
     disk.fill()
     for index, place in enumerate(disk.places):
         for relative in range(place.size):
@@ -232,7 +232,7 @@ def test_a_changed_byte_costs_no_packet_but_its_own(disk, mask):
                 assert what.startswith(report)
 
 
-def test_after_recovery_the_damage_is_passed_over_and_not_reported_again(disk):
+def test_damage_is_reported_only_once(disk):
     disk.fill()
     hurt = disk.places[3], disk.places[4], disk.places[10]
     ring = disk.open(disk.flip(hurt[0].byte(56)), disk.flip(hurt[1].byte(9)), disk.flip(hurt[2].byte(RECORD)))
@@ -249,7 +249,7 @@ def test_after_recovery_the_damage_is_passed_over_and_not_reported_again(disk):
     assert (again.undone, again.used) == (0, 0)
 
 
-def test_a_gap_with_a_damaged_length_swallows_nothing(disk):
+def test_gap_with_damaged_length_loses_nothing(disk):
     disk.fill()
     hurt = disk.places[5]
     disk.open(disk.flip(hurt.byte(0)))
@@ -261,7 +261,7 @@ def test_a_gap_with_a_damaged_length_swallows_nothing(disk):
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**32 - 1])
-def test_a_damaged_length_hides_nothing_that_is_behind_it(disk, length):
+def test_damaged_length_hides_no_later_packet(disk, length):
     disk.fill()
     for hurt in (place for place in disk.places if len(place.packet.body) != length):
         ring = disk.open(*((hurt.byte(56 + i), length.to_bytes(4, "little")[i : i + 1]) for i in range(4)))
@@ -287,7 +287,7 @@ def assert_only_the_hurt_are_missing(ring, places, touched):
 
 
 @pytest.mark.parametrize("content", ["zeros", "ones", "noise", "the lap before"])
-def test_a_lost_page_costs_no_packet_that_does_not_touch_it(disk, content):
+def test_lost_page_costs_only_packets_on_it(disk, content):
     lost = {"zeros": bytes(CAPACITY), "ones": b"\xff" * CAPACITY, "noise": random.Random(1).randbytes(CAPACITY)}
     if content == "the lap before":  # the write of the page never reached the disk
         for size in random.Random(1).choices((300, 700), k=100):
@@ -324,7 +324,7 @@ def spoil(patches, seed=0):
 
 @given(damages, st.integers(0, 2**32))
 @settings(max_examples=2 * settings().max_examples, deadline=None)
-def test_whatever_is_damaged_nothing_is_altered_and_nothing_else_is_lost(patches, seed):
+def test_damage_alters_and_loses_nothing_else(patches, seed):
     disk = Disk(os.memfd_create("ring")).fill(packets=120, sizes=(0, 40, 300, 1000), start=CAPACITY - 20_000)
     spoilt = list(spoil(patches, seed))
     hit = set().union(*(range(offset, offset + len(data)) for offset, data in spoilt))
@@ -342,7 +342,7 @@ def test_whatever_is_damaged_nothing_is_altered_and_nothing_else_is_lost(patches
 # ---- the header
 
 
-def test_a_changed_byte_of_a_header_copy_costs_nothing(disk):
+def test_changed_header_byte_costs_nothing(disk):
     disk.fill()
     for copy, relative in product(COPIES, range(HEADER)):
         ring = disk.open(disk.flip(copy + relative))
@@ -366,7 +366,7 @@ def test_either_copy_of_the_header_is_enough(disk, copy, content):
     assert drain(disk.reopen((other, content)))[:-1] == disk.packets()
 
 
-def test_without_positions_everything_there_is_is_looked_through(disk):
+def test_missing_positions_scan_everything(disk):
     disk.fill()
     for garbage in (bytes(24), b"\xff" * 24, POSITIONS.pack(8, 16, 99)):
         ring = disk.open(*((copy + FIXED.size, garbage) for copy in COPIES))
@@ -405,7 +405,7 @@ def test_a_newer_format_is_named_and_left_alone(disk):
 
 
 @pytest.mark.parametrize("copy", [0, 1])
-def test_one_header_copy_of_a_newer_format_is_enough_to_leave_it_alone(disk, copy):
+def test_newer_format_copy_leaves_ring_alone(disk, copy):
     """A newer version may have been killed between the two."""
     disk.fill()
     patch = reheaded(disk.image, version=FORMAT_VERSION + 1)[copy]
@@ -417,7 +417,7 @@ def test_one_header_copy_of_a_newer_format_is_enough_to_leave_it_alone(disk, cop
 
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("capacity", [CAPACITY, 2 * CAPACITY])
-def test_a_header_copy_of_another_ring_costs_nothing(disk, copy, capacity):
+def test_foreign_header_copy_costs_nothing(disk, copy, capacity):
     """Sound in itself, and with more packets behind it: a disk has written it to the wrong place."""
     disk.fill()
     fd = os.memfd_create("other")
@@ -473,7 +473,7 @@ def container_for(position, record):
     return bytes(position - RECORD) + record + bytes(64)
 
 
-def test_a_record_of_another_ring_in_a_body_is_not_taken_for_one_even_at_its_very_place(disk):
+def test_foreign_record_in_a_body_is_ignored(disk):
     twin = Disk(os.memfd_create("twin"))
     twin.push(bytes(400))
     twin.push(b"a packet of another ring")
@@ -488,7 +488,7 @@ def test_a_record_of_another_ring_in_a_body_is_not_taken_for_one_even_at_its_ver
     assert_in_order(ring, disk.packets()[1:])
 
 
-def test_only_who_knows_the_salt_could_forge_a_record(disk):
+def test_forging_a_record_needs_the_salt(disk):
     """The same with the ring's own seal and place, which no emitter can make: this is all that keeps the two apart."""
     empty = disk.save().image
     disk.push(bytes(400))
@@ -502,7 +502,7 @@ def test_only_who_knows_the_salt_could_forge_a_record(disk):
     assert [packet.body for packet in drain(ring)] == [b"forged"]
 
 
-def test_an_earlier_record_of_the_same_ring_in_a_body_is_not_taken_for_one(disk):
+def test_earlier_own_record_in_body_is_ignored(disk):
     disk.push(b"the first")
     first = record_at(disk.save(), disk.places[0])
     disk.push(b"x" * 8 + first + b"y" * 8)
@@ -512,7 +512,7 @@ def test_an_earlier_record_of_the_same_ring_in_a_body_is_not_taken_for_one(disk)
     assert_in_order(ring, disk.packets(without=[disk.places[1]]))
 
 
-def test_a_record_of_an_earlier_lap_in_a_body_at_its_old_place_is_not_taken_for_one(disk):
+def test_earlier_lap_record_in_body_is_ignored(disk):
     disk.go_round(1000)
     disk.push(b"of the lap before")
     old, place = record_at(disk.save(), disk.places[0]), disk.places[0]
@@ -549,7 +549,7 @@ def moved(disk):
     return packet, original, copy
 
 
-def test_a_moved_packet_comes_once_and_either_place_is_enough(disk):
+def test_moved_packet_comes_once_from_either(disk):
     packet, original, copy = moved(disk)
     assert record_at(disk, original)[RECORD:] == record_at(disk, copy)[RECORD:]
     assert_in_order(disk.open(), [packet])
@@ -566,7 +566,7 @@ def test_a_moved_packet_comes_once_and_either_place_is_enough(disk):
         assert ring.corrupt == hurt
 
 
-def test_a_copy_that_was_damaged_never_stands_for_its_original(disk):
+def test_damaged_copy_never_replaces_original(disk):
     """The power fails once more before it reaches the disk that the original counts again."""
     packet, original, copy = moved(disk)
     assert drain(disk.open(disk.flip(copy.byte(RECORD)))) == [packet]
@@ -574,7 +574,7 @@ def test_a_copy_that_was_damaged_never_stands_for_its_original(disk):
     assert drain(disk.reopen((state, disk.image[state : state + 4]))) == [packet]
 
 
-def test_a_copy_that_was_done_does_not_stand_for_a_later_one(disk):
+def test_finished_copy_never_replaces_a_later(disk):
     """Of a packet that counts again after a power cut, and is moved again."""
     packet, original, copy = moved(disk)
     words = {name: struct.pack("<I", word) for word, name in STATES.items()}
@@ -595,7 +595,7 @@ def test_a_copy_that_was_done_does_not_stand_for_a_later_one(disk):
 # ---- one ring's packets in another
 
 
-def test_an_adopted_packet_keeps_all_but_its_sequence(disk):
+def test_migrated_packet_changes_only_sequence(disk):
     source = Disk(os.memfd_create("other"))
     other = source.ring
     for i, key in enumerate([None, "key", "k" * 64]):
@@ -615,7 +615,7 @@ def test_an_adopted_packet_keeps_all_but_its_sequence(disk):
         ring.adopt(other, 99)
 
 
-def test_what_does_not_fit_is_not_adopted(disk):
+def test_oversized_packet_is_not_migrated(disk):
     large = os.memfd_create("large")
     os.ftruncate(large, file_size(2 * CAPACITY))
     other = PacketRing(large, 2 * CAPACITY)
@@ -629,7 +629,7 @@ def test_what_does_not_fit_is_not_adopted(disk):
     assert (ring.undone, other.undone) == (3, 2)
 
 
-def test_what_was_adopted_is_not_withdrawn(disk):
+def test_migrated_packet_is_not_withdrawn(disk):
     other = Disk(os.memfd_create("other")).ring
     other.push(b"adopted")
     ring = PacketRing(disk.fd, CAPACITY, claims_wait_for_sync=True)
@@ -643,7 +643,7 @@ def test_what_was_adopted_is_not_withdrawn(disk):
 # ---- looking at a ring
 
 
-def test_a_private_view_recovers_a_copy_and_leaves_the_file_alone(tmp_path):
+def test_private_view_recovers_without_writing(tmp_path):
     path = tmp_path / "ring.fdq"
     disk = Disk(os.open(path, os.O_RDWR | os.O_CREAT, 0o600)).fill()
     hurt = disk.places[0], disk.places[3]

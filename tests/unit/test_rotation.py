@@ -155,7 +155,7 @@ STEPS = ["write", "write", "rotate", "rotate_by_date", "compress", "truncate", "
 
 @settings(max_examples=40, deadline=None)
 @given(steps=st.lists(st.sampled_from(STEPS), max_size=14))
-def test_whatever_happens_between_two_looks_every_line_is_sent(steps):
+def test_change_between_looks_loses_no_line(steps):
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if not has_births(folder):
             pytest.skip("the file system keeps no time of birth")
@@ -170,7 +170,7 @@ def test_whatever_happens_between_two_looks_every_line_is_sent(steps):
 
 @pytest.mark.parametrize("how", ["rotate", "rotate_by_date"])
 @pytest.mark.parametrize("then", ["look", "restart"])
-def test_a_log_rotated_twice_between_looks_is_not_passed_by(world, how, then):
+def test_two_rotations_between_looks_are_seen(world, how, then):
     world.write()
     world.look()
     for _ in range(3):
@@ -182,7 +182,7 @@ def test_a_log_rotated_twice_between_looks_is_not_passed_by(world, how, then):
     assert world.sent == world.written, "in order, too"
 
 
-def test_without_a_time_of_birth_the_chain_is_that_of_changes(tmp_path, monkeypatch):
+def test_chain_without_birth_time_uses_changes(tmp_path, monkeypatch):
     for module in (logfile, rotation):
         monkeypatch.setattr(module, "birth_ns", lambda _: 0)
     world = World(tmp_path)
@@ -197,7 +197,7 @@ def test_without_a_time_of_birth_the_chain_is_that_of_changes(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("then", ["settle", "restart"])
-def test_a_compressed_log_in_between_is_named_once(world, then):
+def test_skipped_compressed_log_is_logged_once(world, then):
     world.write()
     world.settle()
     for _ in range(3):
@@ -212,7 +212,7 @@ def test_a_compressed_log_in_between_is_named_once(world, then):
     assert set(range(42, 62)) <= set(world.sent), "the one behind it is sent"
 
 
-def test_copies_and_what_was_restored_are_no_successors(world):
+def test_copies_and_restores_are_no_successors(world):
     """Whoever changes from copying and truncating to renaming has older copies beside the log."""
     world.write(6)
     for number in (3, 2):
@@ -258,7 +258,7 @@ def test_a_rotated_log_is_known_by_its_name(tmp_path, name, is_rotated):
     assert [file.path.name for file in Rotation(tmp_path / "app.log").rotated()] == [name] * is_rotated
 
 
-def test_rotated_logs_behind_a_link_are_those_of_its_target(tmp_path):
+def test_link_targets_rotated_logs_are_found(tmp_path):
     """As a container's log is: its name is a link to 0.log, beside which lie those that were rotated."""
     pod = tmp_path / "pod"
     pod.mkdir()
@@ -270,7 +270,7 @@ def test_rotated_logs_behind_a_link_are_those_of_its_target(tmp_path):
     assert Rotation(link).current().inode == (pod / "0.log").stat().st_ino
 
 
-def test_a_folder_that_cannot_be_listed_has_no_rotated_logs(tmp_path, monkeypatch):
+def test_unlistable_folder_has_no_rotated_logs(tmp_path, monkeypatch):
     def refuse(_):
         raise PermissionError
 
@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_be_listed_has_no_rotated_logs(tmp_path, monkeypatc
     assert Rotation(tmp_path / "app.log").rotated() == []
 
 
-def test_what_is_renamed_during_a_look_is_not_missed(tmp_path, monkeypatch):
+def test_rename_during_a_look_is_not_missed(tmp_path, monkeypatch):
     (tmp_path / "app.log.1").touch()
     looks = iter([[]])  # the first one comes just between two names
     look = Rotation._look

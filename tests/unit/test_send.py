@@ -123,7 +123,7 @@ def test_the_request_is_that_of_an_emitter(rig, distributor):
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_what_may_get_better_is_tried_again_under_the_same_id(rig, distributor, status):
+def test_transient_failure_retries_same_id(rig, distributor, status):
     distributor.script = {}
     distributor.otherwise = ACCEPTED
     first = threading.Event()
@@ -157,7 +157,7 @@ def test_a_connection_that_breaks_is_opened_again(rig, distributor):
     assert sum(distributor.accepted.values()) == 50 + summary.retries
 
 
-def test_retry_after_is_honoured_by_all_connections(rig, distributor):
+def test_retry_after_holds_all_connections(rig, distributor):
     """The clock of pauses is watched, not that on the wall: nothing is asked while they say so."""
     distributor.otherwise = problem(429, "too many", Retry_After="1")
     numbers, all_have_asked = iter(range(1000)), threading.Barrier(4, timeout=30)
@@ -183,7 +183,7 @@ def test_retry_after_is_honoured_by_all_connections(rig, distributor):
     assert any(0.9 < seconds <= 1 for _, seconds in rig.events.waits)
 
 
-def test_a_distributor_that_stays_away_is_given_up(rig):
+def test_absent_distributor_is_given_up(rig):
     rig.fill(10)
     summary = rig.send(url="http://127.0.0.1:1", patience=0.1)
     assert summary.stopped == "http://127.0.0.1:1 cannot be reached: Connection refused; given up, try again later"
@@ -191,14 +191,14 @@ def test_a_distributor_that_stays_away_is_given_up(rig):
     assert summary.messages == 0
 
 
-def test_a_retry_after_beyond_all_patience_is_not_waited_for(rig, distributor):
+def test_retry_after_beyond_patience_gives_up(rig, distributor):
     distributor.otherwise = problem(503, "maintenance", Retry_After="3600")
     summary = rig.fill(10).send(patience=60)
     assert "answers 503 (maintenance) and asks to wait 3600 s; given up" in summary.stopped
 
 
 @pytest.mark.parametrize("status", [400, 413, 415, 422])
-def test_what_is_refused_ends_it_and_nothing_is_passed_over(rig, distributor, status):
+def test_refusal_ends_send_and_skips_nothing(rig, distributor, status):
     answer = distributor.answer
 
     def one(path, headers, body):
@@ -235,7 +235,7 @@ def test_a_wrong_door_is_not_knocked_at_twice(rig, distributor, answer, advice):
 # -------------------------------------------------------------------------------------------------------------- offsets
 
 
-def test_what_was_too_large_is_cut_anew_by_the_next_run(rig, distributor):
+def test_too_large_part_is_recut_next_run(rig, distributor):
     """A packet that was refused is no longer planned, nor is what was planned and never posted."""
     answer, largest = distributor.answer, 400
 
@@ -254,7 +254,7 @@ def test_what_was_too_large_is_cut_anew_by_the_next_run(rig, distributor):
     assert set(distributor.accepted.values()) == {1}
 
 
-def test_what_was_accepted_beyond_a_refusal_keeps_its_id(rig, distributor):
+def test_accepted_after_refusal_keeps_its_id(rig, distributor):
     """The packets behind the refused one are in doubt only for the log: analyzers have them under their ids."""
     answer = distributor.answer
     others = threading.Event()
@@ -277,7 +277,7 @@ def test_what_was_accepted_beyond_a_refusal_keeps_its_id(rig, distributor):
     assert len(distributor.accepted) == 7, "the first in two, the others as they were"
 
 
-def test_an_offset_file_taken_away_is_written_again(rig, monkeypatch):
+def test_removed_offset_file_is_rewritten(rig, monkeypatch):
     """Also when there is nothing new to record."""
     monkeypatch.setattr(send, "RECORD_EVERY", 0.05)
     thread = rig.fill(5).in_background(offsets=True, follow=True)
@@ -289,7 +289,7 @@ def test_an_offset_file_taken_away_is_written_again(rig, monkeypatch):
     thread.join(30)
 
 
-def test_an_offset_file_that_became_anothers_ends_it(rig, monkeypatch):
+def test_offset_file_of_another_ends_send(rig, monkeypatch):
     monkeypatch.setattr(send, "RECORD_EVERY", 0.05)
     thread = rig.fill(5).in_background(offsets=True, follow=True)
     wait_until(lambda: rig.offset_path.exists() and rig.noted["offset"], "it is recorded")
@@ -346,7 +346,7 @@ def test_the_offset_has_no_gap(rig, distributor):
     assert set(distributor.accepted.values()) == {1}
 
 
-def test_an_offset_file_that_cannot_be_written_ends_it(rig, distributor):
+def test_unwritable_offset_file_ends_send(rig, distributor):
     rig.fill(100)
     rig.offset_path.with_name("app.offset.tmp").mkdir()
     summary = rig.send(offsets=True)
@@ -354,7 +354,7 @@ def test_an_offset_file_that_cannot_be_written_ends_it(rig, distributor):
     assert distributor.requests == [], "nothing is sent that was not planned"
 
 
-def test_offsets_are_recorded_now_and_then_while_a_log_is_followed(rig, monkeypatch):
+def test_following_records_offsets_regularly(rig, monkeypatch):
     monkeypatch.setattr(send, "RECORD_EVERY", 0.05)
     thread = rig.fill(5).in_background(offsets=True, follow=True)
     size = rig.path.stat().st_size
@@ -368,7 +368,7 @@ def test_offsets_are_recorded_now_and_then_while_a_log_is_followed(rig, monkeypa
 # ------------------------------------------------------------------------------------------------------------- stopping
 
 
-def test_told_to_stop_it_finishes_what_is_in_flight(rig, distributor):
+def test_stop_finishes_what_is_in_flight(rig, distributor):
     go_on = threading.Event()
     distributor.before_answer = lambda: go_on.wait(30)
     thread = rig.fill(1000).in_background(offsets=True, connections=2)
@@ -384,7 +384,7 @@ def test_told_to_stop_it_finishes_what_is_in_flight(rig, distributor):
     assert set(distributor.accepted.values()) == {1}
 
 
-def test_a_log_that_is_followed_is_sent_as_far_as_it_was_read(rig, distributor):
+def test_followed_log_is_sent_as_far_as_read(rig, distributor):
     go_on = threading.Event()
     distributor.before_answer = lambda: go_on.wait(30)
     thread = rig.fill(11).in_background(follow=True, connections=1)

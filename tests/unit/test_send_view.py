@@ -35,7 +35,7 @@ def bar(view, width=150):
     return console.file.getvalue()
 
 
-def test_the_bar_shows_how_much_of_the_log_is_sent(terminal):
+def test_bar_shows_the_part_of_log_sent(terminal):
     with SendView(console=terminal) as view:
         view.begin(log(size=2048, start=512))
         assert " 25%" in bar(view)
@@ -73,7 +73,7 @@ def test_a_log_that_grows_makes_the_bar_longer(terminal):
 
 
 @pytest.mark.parametrize(("follow", "size"), [(True, 100), (False, None)])
-def test_nothing_is_said_of_an_end_that_nobody_knows(terminal, follow, size):
+def test_unknown_end_shows_no_estimate(terminal, follow, size):
     with SendView(console=terminal, follow=follow) as view:
         view.begin(log(size=size))
         view.accepted(packet(0, 50))
@@ -81,7 +81,7 @@ def test_nothing_is_said_of_an_end_that_nobody_knows(terminal, follow, size):
         assert "50/? bytes" in bar(view)
 
 
-def test_why_nothing_moves_is_shown_until_something_does(terminal):
+def test_stall_reason_shows_until_progress(terminal):
     with SendView(console=terminal) as view:
         view.begin(log())
         view.waiting("answers 429 (too many)", 1.25)
@@ -90,7 +90,7 @@ def test_why_nothing_moves_is_shown_until_something_does(terminal):
         assert "429" not in bar(view)
 
 
-def test_without_a_terminal_the_same_reason_is_told_once(capsys):
+def test_plain_output_reports_a_reason_once(capsys):
     with SendView() as view:
         view.begin(log())
         for _ in range(50):
@@ -105,7 +105,7 @@ def test_without_a_terminal_the_same_reason_is_told_once(capsys):
     ]
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
+def test_plain_output_has_a_line_regularly(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with SendView() as view:
         view.begin(log(size=4096))
@@ -118,7 +118,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
     ]
 
 
-def test_quiet_is_quiet_but_for_what_a_person_should_know(capsys, monkeypatch):
+def test_quiet_still_shows_what_matters(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with SendView(quiet=True) as view:
         view.begin(log())

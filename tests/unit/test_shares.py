@@ -63,11 +63,11 @@ def by_slot(block, analyzers):
         ([(0, "paused"), (0.4, "offline"), (0, "online")], {6: 1.0}),
     ],
 )
-def test_who_gets_packets(block, analyzers, expected):
+def test_analyzers_that_get_packets(block, analyzers, expected):
     assert effective_weights(block.analyzers, by_slot(block, analyzers), Health(), NOW) == expected
 
 
-def test_the_weight_in_force_counts_not_the_configured_one(block):
+def test_share_follows_the_effective_weight(block):
     slots = by_slot(block, [(0.1, "online")])
     block.analyzers.set_weight(0, 7.0)
     assert effective_weights(block.analyzers, slots, Health(), NOW) == {0: 7.0}
@@ -85,7 +85,7 @@ def test_slow_start_ramps_from_a_tenth(block, online_since, part):
     assert effective_weights(block.analyzers, slots, Health(), NOW) == {0: 2.0, 3: 1.0}
 
 
-def test_a_weight_too_small_to_ramp_stays_positive(block):
+def test_tiny_ramp_weight_stays_positive(block):
     slots = by_slot(block, [(5e-324, "online")])
     block.analyzers.set(0, AnalyzerWord.ONLINE_SINCE_NS, NOW)
     assert effective_weights(block.analyzers, slots, Health(slow_start=10.0), NOW) == {0: 5e-324}

@@ -55,7 +55,7 @@ def test_there_are_as_many_slots_as_rows(block):
 
 
 @given(st.integers(0, SLOTS - 1), st.sampled_from(list(AnalyzerWord)[:-1]), st.integers(-(2**63), 2**63 - 1))
-def test_get_and_set_mean_the_words_of_the_enumeration(slot, word, value):
+def test_get_and_set_use_enumeration_words(slot, word, value):
     block = Fixture()
     block.states.set(slot, word, value)
     expected = [0] * (ROW * SLOTS)
@@ -64,7 +64,7 @@ def test_get_and_set_mean_the_words_of_the_enumeration(slot, word, value):
     assert block.states.get(slot, word) == value
 
 
-def test_going_offline_writes_state_since_and_successes(block):
+def test_offline_writes_state_since_successes(block):
     block.put(1, AnalyzerWord.CHECK_SUCCESSES, 5)
     went, wall, _ = wall_and_monotonic(lambda: block.states.go_offline(1))
     assert went
@@ -76,7 +76,7 @@ def test_going_offline_writes_state_since_and_successes(block):
     assert block.row(0) == block.row(2) == [0] * ROW
 
 
-def test_going_online_forgets_failures_and_pause_and_says_since_when(block):
+def test_online_resets_failures_pause_since(block):
     for word in (
         AnalyzerWord.DELIVERY_FAILURES,
         AnalyzerWord.CHECK_FAILURES,
@@ -110,7 +110,7 @@ def test_the_weight_is_a_double_in_its_word(block):
     assert block.states.weight(1) == 0.0
 
 
-def test_failed_deliveries_and_errors_have_their_words(block):
+def test_failed_deliveries_have_error_words(block):
     (first, wall, _), second = wall_and_monotonic(lambda: block.states.delivery_failed(0, "boom")), block.states
     assert first == 1
     assert second.delivery_failed(0, "boom again") == 2
@@ -141,7 +141,7 @@ def test_pause_and_epoch_have_their_words(block):
     assert block.states.epoch == block.head[HeadWord.EPOCH] == 42
 
 
-def test_in_the_block_that_processes_share_the_words_are_the_same():
+def test_shared_block_uses_the_same_words():
     block = SharedBlock.create(workers=2, slots=SLOTS)
     other = SharedBlock.attach(block.fd)
     block.analyzers.set_weight(1, 0.25)
@@ -161,7 +161,7 @@ def test_in_the_block_that_processes_share_the_words_are_the_same():
 @pytest.mark.parametrize("in_use", [0, 1])
 @pytest.mark.parametrize("state", AnalyzerState)
 @pytest.mark.parametrize("draining", [0, 1])
-def test_pickable_is_configured_online_and_not_draining(block, in_use, state, draining):
+def test_pickable_is_online_and_not_draining(block, in_use, state, draining):
     block.put(1, AnalyzerWord.IN_USE, in_use)
     block.put(1, AnalyzerWord.STATE, state)
     block.put(1, AnalyzerWord.DRAINING, draining)
@@ -170,7 +170,7 @@ def test_pickable_is_configured_online_and_not_draining(block, in_use, state, dr
     assert not block.states.is_pickable(0)
 
 
-def test_only_one_caller_turns_an_analyzer_and_only_that_tells_the_workers(block):
+def test_one_caller_changes_state_and_notifies(block):
     states = block.states
     assert states.is_online(0)
     assert [states.go_offline(0), states.go_offline(0)] == [True, False]
@@ -180,7 +180,7 @@ def test_only_one_caller_turns_an_analyzer_and_only_that_tells_the_workers(block
     assert states.is_online(0)
 
 
-def test_going_online_means_nothing_for_one_that_is(block):
+def test_online_is_no_change_when_online(block):
     block.states.pause(1, 10**18)
     block.states.delivery_failed(1, "")
     before = block.row(1)
@@ -203,7 +203,7 @@ def on_probation(checks=RISE):
     return block
 
 
-def test_what_deliveries_took_offline_needs_a_trial():
+def test_offline_by_deliveries_needs_a_trial():
     block = on_probation(checks=0)
     assert block.states.needs_trial(0)
     assert not block.states.is_on_probation(0, RISE)
@@ -229,14 +229,14 @@ def test_only_one_begins_a_trial_until_it_is_over():
 
 
 @pytest.mark.parametrize("word", [AnalyzerWord.IN_USE, AnalyzerWord.DRAINING, AnalyzerWord.CHECK_SUCCESSES])
-def test_who_may_not_get_packets_is_not_tried(word):
+def test_ineligible_analyzer_has_no_trial(word):
     block = on_probation()
     block.put(0, word, int(word == AnalyzerWord.DRAINING))
     assert not block.states.may_try(0, RISE, NOW)
     assert not block.states.begin_trial(0, RISE, NOW, NOW + 5)
 
 
-def test_failed_trials_double_the_wait_up_to_a_half_minute():
+def test_failed_trials_double_the_wait_to_30_s():
     states, now, waits = on_probation().states, NOW, []
     for _ in range(7):
         states.fail_trial(0, now)
@@ -257,7 +257,7 @@ def test_a_trial_put_off_has_not_failed():
 
 
 @pytest.mark.parametrize("checks", [0, RISE])
-def test_a_trial_that_is_passed_leaves_the_rest_to_the_checks(checks):
+def test_passed_trial_leaves_rest_to_checks(checks):
     states = on_probation(checks).states
     epoch = states.epoch
     states.pass_trial(0, RISE)
@@ -266,7 +266,7 @@ def test_a_trial_that_is_passed_leaves_the_rest_to_the_checks(checks):
     assert states.epoch == epoch + (checks == RISE)
 
 
-def test_going_offline_again_forgets_earlier_trials():
+def test_offline_again_forgets_old_trials():
     states = on_probation().states
     states.fail_trial(0, NOW)
     states.go_online(0)
@@ -298,7 +298,7 @@ def test_errors_are_kept_as_far_as_there_is_room(text):
     assert block.row(2) == [9] + [0] * (ROW - 1)  # the next row is out of its reach
 
 
-def test_a_torn_or_unterminated_error_is_read_to_the_end_of_its_room(block):
+def test_torn_error_text_is_read_to_its_limit(block):
     start = 8 * AnalyzerWord.ERROR
     block.bytes[start : 8 * ROW] = b"\xff" * ERROR_BYTES
     block.put(1, AnalyzerWord.STATE, 0x4141414141414141)

@@ -88,7 +88,7 @@ def count(block, worker, outcome, slot, *, recovered):
 
 
 @given(EVENTS)
-def test_at_rest_every_packet_is_somewhere_exactly_once(events):
+def test_packets_at_rest_are_counted_once(events):
     block = new_block()
     for worker, outcome, recovered, slot in events:
         count(block, worker, outcome, slot, recovered=recovered)
@@ -233,7 +233,7 @@ def test_workers(block):
         (HUNG, "it hung and was killed"),
     ],
 )
-def test_a_worker_tells_how_the_process_before_it_ended(block, status, error):
+def test_worker_shows_its_predecessors_exit(block, status, error):
     block.worker(1)[WorkerWord.END_STATUS], block.worker(1)[WorkerWord.END_NS] = status, WALL - SECOND
     first, second = shown(stats.stats, block)["workers"]
     assert (first["lastError"], first["lastErrorAt"]) == (None, None)
@@ -322,7 +322,7 @@ def test_ready(block):
 
 
 @pytest.mark.parametrize(("used", "ready"), [(2**20, False), (2**19 + 1, False), (2**19, True), (0, True)])
-def test_a_full_queue_is_full_until_half_of_it_is_free(block, used, ready):
+def test_full_queue_is_full_until_half_free(block, used, ready):
     block.worker(1)[WorkerWord.FULL] = 1
     block.rows[1].set("queue_bytes", used)
     assert (snapshot_of(block).obstacle == "") is ready
@@ -362,7 +362,7 @@ def test_when_the_queue_will_be_drained(block):
     assert shown(stats.queue, block)["estimatedDrainSeconds"] is None
 
 
-def test_the_age_of_a_packet_from_an_earlier_run_is_not_negative(block):
+def test_age_across_runs_is_not_negative(block):
     block.rows[0].set("oldest_ns", WALL + SECOND)
     assert shown(stats.queue, block)["oldestAgeSeconds"] == 0.0
 
@@ -434,7 +434,7 @@ def test_an_analyzer_in_trouble(block):
     assert analyzer(block, A2)["effectiveShare"] == 0.5  # of what is left, 0.4 of 0.8
 
 
-def test_probation_is_shown_and_online_until_a_trial_fails(block):
+def test_probation_is_online_until_trial_fails(block):
     states = block.analyzers
     assert states.go_offline(A2, by_deliveries=True)
     assert (analyzer(block, A2)["state"], analyzer(block, A2)["probation"]) == ("offline", None)
@@ -449,7 +449,7 @@ def test_probation_is_shown_and_online_until_a_trial_fails(block):
     assert shown(stats.health, block)["status"] == "degraded"
 
 
-def test_what_was_changed_while_running_shows_as_an_override(block):
+def test_runtime_change_shows_as_an_override(block):
     block.analyzers.set_weight(A2, 1.4)
     block.analyzers.set(A2, AnalyzerWord.WEIGHT_OVERRIDDEN, 1)
     block.analyzers.set(A4, AnalyzerWord.DRAINING, 1)
@@ -462,7 +462,7 @@ def test_what_was_changed_while_running_shows_as_an_override(block):
     assert analyzer(block, A4)["targetShare"] == 0.15
 
 
-def test_a_draining_analyzer_is_draining_also_when_it_is_offline(block):
+def test_offline_draining_analyzer_is_draining(block):
     block.analyzers.set(A4, AnalyzerWord.DRAINING, 1)
     block.analyzers.set(A4, AnalyzerWord.STATE, AnalyzerState.OFFLINE)
     assert analyzer(block, A4)["state"] == "draining"
@@ -471,7 +471,7 @@ def test_a_draining_analyzer_is_draining_also_when_it_is_offline(block):
 @pytest.mark.parametrize(
     ("unit", "field"), [("packets", "delivered"), ("messages", "messages_delivered"), ("bytes", "bytes_delivered")]
 )
-def test_actual_shares_are_of_the_unit_that_is_split(block, unit, field):
+def test_actual_shares_are_of_the_split_unit(block, unit, field):
     config = replace(CONFIG, distribution=Distribution(by=unit))
     assert analyzer(block, A1, config)["actualShare"] == 0.0
     for other in ("delivered", "messages_delivered", "bytes_delivered"):
@@ -487,7 +487,7 @@ def test_shares_add_up(block):
         assert sum(analyzer(block, slot)[view] for slot in ANALYZERS) == pytest.approx(1.0)
 
 
-def test_the_short_form_in_stats_agrees_with_the_long_one(block):
+def test_short_stats_agree_with_long_form(block):
     block.rows[0].add_to(A1, "delivered", 3)
     short = shown(stats.stats, block)["analyzers"][0]
     assert set(short) == {

@@ -48,7 +48,7 @@ def service(manager, **environment):
     return ServiceManager({"NOTIFY_SOCKET": manager.name} | environment)
 
 
-def test_readiness_is_told_once(manager):
+def test_readiness_is_notified_once(manager):
     it = service(manager)
     assert manager.messages() == []
     it.ready()
@@ -66,7 +66,7 @@ def reload(it, meanwhile=lambda: None):
     asyncio.run(reload())
 
 
-def test_a_reload_begins_with_its_time_and_ends_ready_again(manager):
+def test_reload_sends_its_time_then_ready(manager):
     it = service(manager)
     it.ready()
     before = time.monotonic_ns() // 1000
@@ -77,7 +77,7 @@ def test_a_reload_begins_with_its_time_and_ends_ready_again(manager):
     assert after == ["STATUS=in the middle", "READY=1"]
 
 
-def test_a_reload_that_goes_wrong_ends_ready_as_well(manager):
+def test_failed_reload_sends_ready_as_well(manager):
     it = service(manager)
     it.ready()
 
@@ -89,12 +89,12 @@ def test_a_reload_that_goes_wrong_ends_ready_as_well(manager):
     assert manager.messages()[-1] == "READY=1"
 
 
-def test_nothing_is_ready_by_a_reload_that_was_not_before(manager):
+def test_reload_before_ready_sends_no_ready(manager):
     reload(service(manager))
     assert manager.messages() == []
 
 
-def test_nothing_is_ready_again_after_the_end_has_begun(manager):
+def test_nothing_is_ready_after_stopping(manager):
     it = service(manager)
     it.ready()
     reload(it, lambda: it.stopping(1.5))
@@ -102,14 +102,14 @@ def test_nothing_is_ready_again_after_the_end_has_begun(manager):
     assert manager.messages()[2:] == ["STOPPING=1\nEXTEND_TIMEOUT_USEC=1500000"]
 
 
-def test_a_status_is_one_line_and_sent_when_it_is_new(manager):
+def test_status_is_one_line_sent_when_new(manager):
     it = service(manager)
     for text in ("all is well", "all is well", "one\nis missing", "all is well"):
         it.status(text)
     assert manager.messages() == ["STATUS=all is well", "STATUS=one is missing", "STATUS=all is well"]
 
 
-def test_the_watchdog_gets_three_signs_in_the_time_it_allows(manager, monkeypatch):
+def test_watchdog_gets_three_heartbeats(manager, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(systemd.time, "monotonic", lambda: now)
     it = service(manager, WATCHDOG_USEC="30000000", WATCHDOG_PID=str(os.getpid()))
@@ -121,7 +121,7 @@ def test_the_watchdog_gets_three_signs_in_the_time_it_allows(manager, monkeypatc
 
 
 @pytest.mark.parametrize("environment", [{}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}])
-def test_a_watchdog_that_expects_no_sign_of_us_gets_none(manager, environment):
+def test_foreign_watchdog_gets_no_heartbeat(manager, environment):
     it = service(manager, **environment)
     it.heartbeat()
     assert manager.messages() == []
@@ -133,7 +133,7 @@ def test_the_variables_do_not_reach_the_workers(manager):
     assert environment == {"A": "1"}
 
 
-def test_without_a_manager_nothing_is_sent_or_complained_of(monkeypatch):
+def test_no_manager_means_no_message_or_log(monkeypatch):
     monkeypatch.setattr(systemd.socket, "socket", None)
     for environment in ({}, {"NOTIFY_SOCKET": ""}):
         with capture_logs() as lines:
@@ -145,14 +145,14 @@ def test_without_a_manager_nothing_is_sent_or_complained_of(monkeypatch):
         assert lines == []
 
 
-def test_an_address_that_is_none_is_told_and_not_used():
+def test_invalid_address_is_logged_not_used():
     with capture_logs() as lines:
         it = ServiceManager({"NOTIFY_SOCKET": "vsock:2:1234"})
         it.ready()
     assert [line["value"] for line in lines] == ["vsock:2:1234"]
 
 
-def test_a_manager_that_is_gone_is_told_of_once_and_may_come_back(tmp_path):
+def test_lost_manager_is_logged_once(tmp_path):
     name = str(tmp_path / "notify")
     with capture_logs() as lines:
         it = ServiceManager({"NOTIFY_SOCKET": name})
@@ -166,7 +166,7 @@ def test_a_manager_that_is_gone_is_told_of_once_and_may_come_back(tmp_path):
         assert len(lines) == 2
 
 
-def test_a_manager_that_reads_nothing_does_not_hold_the_service_up(manager, monkeypatch):
+def test_blocked_manager_blocks_no_service(manager, monkeypatch):
     monkeypatch.setattr(systemd, "PATIENCE", 0.001)
     it = service(manager)
     with capture_logs() as lines:

@@ -73,7 +73,7 @@ def place():
     os.close(made.old_fd)
 
 
-def test_a_packet_that_was_pushed_and_not_counted_is_counted(place):
+def test_pushed_uncounted_packet_is_counted(place):
     place.accept()
     place.accept(counted=False)
     place.start()
@@ -88,7 +88,7 @@ def test_a_packet_that_was_pushed_and_not_counted_is_counted(place):
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_copies_of_an_old_ring_are_never_counted_as_accepted(place, counted):
+def test_old_ring_copies_are_never_accepted(place, counted):
     """The death may come between the copies and their being counted. They are copied once more, and delivered twice."""
     place.accept()
     assert place.copy(4, counted=counted) == 4
@@ -100,7 +100,7 @@ def test_copies_of_an_old_ring_are_never_counted_as_accepted(place, counted):
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_packets_that_wait_for_their_sync_are_told_from_copies(place, counted):
+def test_unsynced_packets_differ_from_copies(place, counted):
     """With fsync packets are counted when they are synced; copies come before them, among them and after them."""
     place.copy(2)
     place.accept(counted=False)
@@ -116,7 +116,7 @@ def test_packets_that_wait_for_their_sync_are_told_from_copies(place, counted):
     place.assert_accounts()
 
 
-def test_a_death_in_the_middle_of_copying_is_no_different(place):
+def test_death_during_copy_changes_nothing(place):
     place.accept()
     copied = iter([True, True, False])
 

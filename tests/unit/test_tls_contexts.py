@@ -67,7 +67,7 @@ def test_without_a_certificate_there_is_no_tls():
     assert server_context(None, Security()) is None
 
 
-def test_a_pair_once_read_is_served_whatever_the_files_hold(files):
+def test_loaded_pair_is_served_without_files(files):
     first = files.write()
     pair = read_pair(files.security)
     second = files.write()
@@ -97,7 +97,7 @@ def test_what_cannot_be_used_is_not_taken(files, fault):
     assert str(files.cert.parent) in str(caught.value)
 
 
-def test_a_key_leaves_no_file_and_no_descriptor_behind(files):
+def test_key_leaves_no_file_or_descriptor(files):
     files.write()
     before = sorted(Path("/proc/self/fd").iterdir())
     assert context_of(files) is not None
@@ -108,7 +108,7 @@ def test_a_key_leaves_no_file_and_no_descriptor_behind(files):
     assert sorted(files.cert.parent.iterdir()) == [files.cert, files.key]
 
 
-def test_an_encrypted_key_is_refused_with_its_reason(files):
+def test_encrypted_key_is_refused_with_reason(files):
     files.write()
     key = serialization.load_pem_private_key(files.key.read_bytes(), None)
     lock = serialization.BestAvailableEncryption(b"word")
@@ -152,7 +152,7 @@ def test_the_dates_of_a_certificate_are_read(files, begins, ends, fault):
 
 
 @given(st.binary(max_size=300))
-def test_dates_that_cannot_be_made_out_are_no_fault(der):
+def test_unreadable_dates_are_no_fault(der):
     text = base64.b64encode(der)
     for cut in (text, text[:-1]):
         begins, ends = validity(b"-----BEGIN CERTIFICATE-----\n" + cut + b"\n-----END CERTIFICATE-----\n")

@@ -179,7 +179,7 @@ def test_the_last_error_of_a_worker_is_shown():
     assert line_with(text, "0 ").endswith(" killed by SIGKILL")
 
 
-def test_the_last_figures_stay_while_the_server_is_away():
+def test_last_figures_stay_without_server():
     gone = frame()._replace(trouble="Connection refused", at=NOON.replace(minute=5))
     text = shown(gone)
     assert "unreachable" in text.splitlines()[0]
@@ -194,7 +194,7 @@ def test_there_may_be_no_figures_yet():
     assert len(text.splitlines()) == 2
 
 
-def test_what_is_rejected_is_told_by_reason():
+def test_rejections_are_shown_by_reason():
     text = shown(frame(rejected={"malformed": 0, "queueFull": 1234, "rateLimited": 5}))
     assert squeezed(line_with(text, "rejected")) == "rejected rate limited 5 queue full 1,234"
 
@@ -205,7 +205,7 @@ def test_a_queue_that_does_not_drain_says_so():
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 160, 300])
-def test_it_fits_in_and_what_matters_most_is_there(width):
+def test_view_fits_and_keeps_what_matters(width):
     text = shown(frame(analyzers=[analyzer("A1", 1, 1, lastError="x" * 500)]), width)
     assert max(map(len, text.splitlines())) <= width
     for word in ("A1", "online", "100.0 %") if width >= 80 else ("A1",):
@@ -213,7 +213,7 @@ def test_it_fits_in_and_what_matters_most_is_there(width):
 
 
 @pytest.mark.parametrize("width", [46, 50, 60, 70, 72, 79, 80, 99])
-def test_in_a_narrow_terminal_columns_are_left_out_and_none_is_cut(width):
+def test_narrow_terminal_drops_whole_columns(width):
     rows = [analyzer("A1", 0.25, 0.25), analyzer("A2", 0.75, 0.75, state="draining", lastError="x" * 500)]
     table = shown(frame(analyzers=rows), width).split("rates")[0]
     assert max(map(len, table.splitlines())) <= width
@@ -223,7 +223,7 @@ def test_in_a_narrow_terminal_columns_are_left_out_and_none_is_cut(width):
 
 
 @pytest.mark.parametrize("width", [100, 120, 160])
-def test_in_a_wide_terminal_there_is_room_for_the_last_error(width):
+def test_wide_terminal_shows_the_last_error(width):
     text = shown(frame(analyzers=[analyzer("A" * 64, 1, 1, state="offline", lastError="connection refused")]), width)
     (row,) = [line for line in text.splitlines() if line.startswith(" AAA")]
     assert "connection" in row
@@ -240,7 +240,7 @@ def test_workers_that_do_not_fit_in_are_counted(lines):
         assert f"… and {40 - len(rows)} more" in text
 
 
-def test_members_that_are_not_known_are_passed_over_and_missing_ones_named():
+def test_unknown_members_pass_missing_named():
     row = msgspec.convert(analyzer("A1", 1, 1, new=[1], state="resting"), Analyzer)
     assert row.state == "resting"
     with pytest.raises(msgspec.ValidationError, match="targetShare"):

@@ -127,7 +127,7 @@ def test_refuses_what_is_no_size(written, text):
     assert str(caught.value) == text
 
 
-def test_an_error_shows_the_beginning_of_a_long_value():
+def test_error_shows_start_of_a_long_value():
     with pytest.raises(ValueError, match="got 'xxx") as caught:
         parse_duration("x" * 10_000)
     assert len(str(caught.value)) < 200
@@ -186,7 +186,7 @@ def test_a_formatted_size_reads_back_exactly(size):
     assert parse_size(format_size(size)) == size
 
 
-def test_an_integer_too_long_to_be_printed_is_too_large():
+def test_unprintable_integer_is_too_large():
     for parse in (parse_duration, parse_size):
         with pytest.raises(ValueError, match="is too large"):
             parse(1 << 100_000)

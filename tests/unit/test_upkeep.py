@@ -48,7 +48,7 @@ def test_a_failing_step_keeps_no_other_from_work(monkeypatch, words, error):
     assert len(done) == 203
 
 
-def test_a_step_that_fails_now_and_then_is_told_once(words):
+def test_recurring_step_failure_is_logged_once(words):
     it = Upkeep(words, WorkerWord.FAILING)
 
     def fails():
@@ -137,7 +137,7 @@ def test_time_outs_of_many_are_looked_at_in_parts(monkeypatch):
     assert len(them.checked) == 10
 
 
-def test_a_sweep_that_comes_far_too_late_ends_no_connection(monkeypatch):
+def test_late_sweep_ends_no_connection(monkeypatch):
     them = Connections(monkeypatch, 2)
     sweep = Sweep(them.intake, Server())
     them.now += 5 * 10**9
@@ -147,7 +147,7 @@ def test_a_sweep_that_comes_far_too_late_ends_no_connection(monkeypatch):
     assert len(them.excused) == 2
 
 
-def test_a_connection_that_is_gone_is_not_looked_at(monkeypatch):
+def test_closed_connection_is_not_checked(monkeypatch):
     them = Connections(monkeypatch, 3)
     next(iter(them.intake.connections)).transport = None
     sweep = Sweep(them.intake, Server())
