@@ -283,7 +283,7 @@ def dead_letters_purge(
     from fastdist.storage import dead_letters
 
     if not yes and not sys.stdin.isatty():
-        fail("cannot ask for confirmation (stdin is no terminal); use --yes to delete them")
+        fail("cannot ask for confirmation (stdin is no terminal); say --yes to delete them")
     with problems_shown():
         selection = dead_letters.Selection(reason=reason, until=ago(older_than, "--older-than"))
         files = dead_letters.find_files(path)

@@ -41,7 +41,7 @@ CANNOT_REPLACE = {errno.EBUSY, errno.EXDEV, errno.EROFS, errno.EACCES, errno.EPE
 
 
 class InUseError(FastdistError):
-    """Somebody else has the file."""
+    """Another run has the file."""
 
 
 class Position(msgspec.Struct, rename="camel", forbid_unknown_fields=True):

@@ -8,7 +8,7 @@ const MANY = 8; // from here on there is a search
 const LOOKS = { online: "ok", draining: "draining", offline: "error" };
 const SCALES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1];
 const UNEVEN = 0.01; // a gap from here on, or from a tenth of the target on, is shown in another colour
-const NOTABLE = 0.05; // by how much of its target another share for the moment has to differ to be told
+const NOTABLE = 0.05; // by how much of its target another share for the moment has to differ to be shown
 const FEW = 100; // packets: before that shares are noise
 const LIST = [
   ["weight", "Weight"],

@@ -166,7 +166,7 @@ export class Chart {
     return point;
   }
 
-  /** Tell screen readers. Not by the second while they are here, only when the cursor moves. */
+  /** Update screen readers. Not by the second while they are here, only when the cursor moves. */
   say(point) {
     const values = this.series.map(({ name, format }, index) => `${name} ${point ? format(point.values[index]) : "–"}`);
     setAttribute(this.svg, "aria-valuenow", point ? -Math.round(point.ago) : 0);

@@ -91,7 +91,7 @@ function ofQueue(queue, stats, history) {
   return found;
 }
 
-/** What is to be said about an answered service. */
+/** What the banner says about a service that responds. */
 export function conditions({ health, ready, stats, queue, analyzers }, history) {
   const found = [...ofAnalyzers(analyzers), ...ofWorkers(health.workers, stats.workers), ...ofQueue(queue, stats, history)];
   if (ready.status === 503) {
@@ -115,7 +115,7 @@ export function conditions({ health, ready, stats, queue, analyzers }, history) 
   return found;
 }
 
-/** What is to be said when there is no answer; `answered` is the Date of the last one, if there ever was one. */
+/** What the banner says without a response; `answered` is the Date of the last one, if there was one. */
 export function silence(error, answered) {
   const why =
     error instanceof Unreachable

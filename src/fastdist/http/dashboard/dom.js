@@ -1,5 +1,5 @@
 // Small helpers for a page that is drawn again every second: only what differs is touched, so that the focus stays
-// where it is and screen readers are told of changes only.
+// where it is and screen readers read changes only.
 
 const SVG = "http://www.w3.org/2000/svg";
 

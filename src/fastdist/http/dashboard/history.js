@@ -1,4 +1,4 @@
-// The last minutes, as this page has seen them: a sample a second, and what can be told from two of them.
+// The last minutes, as this page has seen them: a sample a second, and what two of them show.
 // Times are the service's own (its uptime), so that a late or slow answer bends no rate.
 
 export const WINDOW = 300; // seconds that are kept and drawn
@@ -10,7 +10,7 @@ export class History {
     this.samples = [];
   }
 
-  /** Take in what everything() has brought. A service that was restarted begins anew. */
+  /** Take in what everything() has brought. A service that was restarted begins again. */
   add({ stats, queue }) {
     const latest = this.samples.at(-1);
     if (latest && stats.uptimeSeconds < latest.at) this.samples = [];
