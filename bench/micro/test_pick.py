@@ -41,7 +41,7 @@ def fractions():
 
 
 def check(counts, size):
-    """Whoever picks, what was picked is there."""
+    """Every picked slot exists."""
     assert len(counts) == PICKS
     assert all(0 <= slot < size for slot in counts)
 

@@ -122,7 +122,7 @@ class Loaded:
         """Read the same file again under the same environment and flags; raises ConfigError as ``load`` does.
 
         It also raises one when analyzers or tokens are left out that are given now: their defaults would be other
-        analyzers, and open to all. The file may be being written, so this waits a moment until it stays unchanged.
+        analyzers, and open to all. The file may not be complete yet, so this waits until it stays unchanged.
         """
         loaded = load(self.path, self.environ, self.flags, quiet=QUIET)
         given = [path for path in _KEPT if self.sources[path] != "default" and attrgetter(path)(self.config)]

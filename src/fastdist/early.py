@@ -2,7 +2,7 @@
 
 - A signal to end during a start ends it at once, with exit status 0: there is nothing to drain yet, and the queue may
   be left at any moment. A signal to reload is kept until the service can act on it.
-- A file opened later must not become standard input, output or error: the event loop aborts if its own does.
+- A file opened later must not become standard input, output or error: the event loop aborts if one of its own does.
 """
 
 from __future__ import annotations

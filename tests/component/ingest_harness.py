@@ -483,7 +483,7 @@ class Service:
         return [packet.body for packet in self.packets()]
 
     def deliver(self, analyzer: str | None = "A2") -> None:
-        """Take all packets out of the ring; tell whoever waits that they were delivered (None: died)."""
+        """Take all packets out of the ring; answer waiting emitters: delivered to ``analyzer`` (None: dead letter)."""
         for taken in self.packets():
             self.emitters.settled(taken.sequence, analyzer)
 

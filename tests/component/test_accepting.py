@@ -1,4 +1,4 @@
-"""The end of accepting: whoever the system has connected is served, and nobody else is led on."""
+"""The end of accepting: every connection that the system has completed is served, and no other is begun."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def listener():
 
 @contextmanager
 def clients(listener, count=CLIENTS):
-    """Connect so many; the system does it, whoever listens."""
+    """Connect so many; the system does it, whether accepted or not."""
     made = [socket.create_connection(listener.getsockname(), timeout=20) for _ in range(count)]
     try:
         yield made

@@ -49,7 +49,7 @@ def dead(how, port):
     with contextlib.ExitStack() as stack:
         if how != "refuses":
             listener = stack.enter_context(socket.create_server((FIRST, port), backlog=0 if how == "swallows" else 100))
-            for _ in range(4 if how == "swallows" else 0):  # its queue is full: whoever comes now is not answered
+            for _ in range(4 if how == "swallows" else 0):  # its backlog is full: new connections are not completed
                 filler = stack.enter_context(socket.socket())
                 filler.setblocking(False)
                 filler.connect_ex(listener.getsockname())

@@ -13,7 +13,7 @@ REFUSED = reply(422)
 
 
 def send_all_to(bench, slot):
-    """Have the table name one analyzer only, until it is built anew."""
+    """Have the table name one analyzer only, until it is rebuilt."""
     bench.dispatcher.set_table(dispatch.AliasTable([slot], [1.0]), None)
 
 
@@ -32,7 +32,7 @@ def test_doubtful_refusal_is_tried_elsewhere(tmp_path):
         refuse(bench, 0)
         assert bench.sent_ids(1) == ["p4"]
         assert len(bench.dead_letters()) == 3
-        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0, "nobody knows yet whose fault it was"
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0, "which one was at fault is not known yet"
         bench.answer_all()
         assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 1
         assert bench.states.error(0) == "HTTP 422, but A2 took the packet"
@@ -90,7 +90,7 @@ def test_refusal_keeps_reason_of_failures(tmp_path, mode):
         bench.push(b"x", b"x", b"x")
         while bench.busy(0):
             bench.answer_all(REFUSED)
-        assert len(bench.dead_letters()) == 3, "there is nobody else to ask"
+        assert len(bench.dead_letters()) == 3, "no other analyzer is left to ask"
         assert bench.states.error(0) == "HTTP 422, but A2 took the packet"
 
 
@@ -115,7 +115,7 @@ def test_refusals_in_other_workers_count_too(tmp_path):
 
 
 def test_failures_of_one_in_doubt_stay_in_a_row(tmp_path):
-    """Its refusals end no row of failures once nobody believes them."""
+    """Its refusals do not reset the count of failures once it is in doubt."""
     with Bench(tmp_path, (1, 1), health={"fall": 2}) as bench:
         refuse(bench, 0, 2)
         refuse(bench, 0)

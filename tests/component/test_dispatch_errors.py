@@ -147,7 +147,7 @@ def test_outcome_error_closes_its_connection(data):
 @pytest.mark.parametrize("pipeline", [1, 3])
 @pytest.mark.parametrize("first", [True, False], ids=["the first write", "a later one"])
 def test_nothing_follows_what_could_not_be_sent(first, pipeline):
-    """Of a write that throws nobody knows how much has left: what came behind it would be taken for its rest."""
+    """How much of a write that throws was sent is unknown: what follows would be taken for its rest."""
     desk = Desk(connections=1, pipeline=pipeline)
     desk.pool.owner = owner = Throwing()
     owner.failed = lambda pool, handles, *_, **__: give_back(pool, handles)

@@ -45,7 +45,7 @@ def test_what_is_answered_2xx_is_delivered(tmp_path):
         assert bench.answer_all() == 30
         assert bench.delivered == 30
         assert bench.ring.undone == bench.ring.claimed == 0
-        assert bench.settled == []  # nobody waits for them, and none had failed
+        assert bench.settled == []  # no emitter waits for them, and none had failed
         assert [bench.count_of(slot, "delivered") for slot in range(3)] == [
             len(bench.sent_ids(slot)) for slot in range(3)
         ]
@@ -207,8 +207,8 @@ def test_a_stale_connection_is_no_failure(tmp_path):
 
 
 @pytest.mark.parametrize("error", [None, ConnectionResetError(104, "reset")])
-def test_break_after_a_second_is_a_failure(tmp_path, error):
-    """Whoever closes an idle connection is not that late: the analyzer had begun to work on the request."""
+def test_a_kept_connection_that_breaks_a_second_after_the_request_is_a_failure(tmp_path, error):
+    """An idle connection is not closed that late: the analyzer had begun to work on the request."""
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         bench.push(*[b"x"] * 40)
         bench.answer_all()

@@ -125,7 +125,7 @@ def test_candidates_are_not_built_per_packet(tmp_path):
             Counted(bench.dispatcher.weights),
             Counted(bench.dispatcher.analyzers),
         )
-        for _ in range(MANY):  # the last finds nobody left
+        for _ in range(MANY):  # the last finds no other left
             bench.answer_all(reply(500))
         assert bench.count("retried") == 240 * MANY
         assert weights.looks + analyzers.looks < 240
@@ -176,14 +176,14 @@ def change(bench, slot, what):
         bench.states.go_offline(slot)
 
 
-@pytest.mark.parametrize("what", ["removed", "moved", "offline", "draining", "nobody left"])
+@pytest.mark.parametrize("what", ["removed", "moved", "offline", "draining", "none left"])
 def test_what_happens_between_parts_loses_nothing(tmp_path, what):
     with crowd(tmp_path) as bench:
         fail_all(bench)
         bench.loop.held_up = 30
         bench.rest()
         assert 0 < to_place(bench) < 240
-        for slot in range(MANY if what == "nobody left" else 3):
+        for slot in range(MANY if what == "none left" else 3):
             change(bench, slot, what)
         bench.dispatcher.set_analyzers(bench.analyzers)
         bench.tick()
@@ -193,7 +193,7 @@ def test_what_happens_between_parts_loses_nothing(tmp_path, what):
         for pool in bench.dispatcher.retired:
             for connection in tuple(pool.connections):
                 connection.data_received(OK)
-        if what == "nobody left":
+        if what == "none left":
             while bench.answer_all(reply(500)):
                 pass
             assert bench.ring.claimed == 0

@@ -205,7 +205,7 @@ def test_a_trial_is_a_request_with_one_packet(tmp_path, mode):
             pass
 
 
-# ---- with nobody else
+# ---- with no other analyzer
 
 
 def test_packets_wait_for_the_only_ones_trial(tmp_path):

@@ -316,7 +316,7 @@ def test_lingering_batch_is_not_polled(tmp_path):
                     return later(delay, callback)
 
             w.push(1)
-            await until(lambda: server.received, "one request is under way, which nobody answers")
+            await until(lambda: server.received, "one request is under way, without a reply")
             w.dispatcher.loop = Loop
 
             def looked_at_again():

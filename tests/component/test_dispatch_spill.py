@@ -158,7 +158,7 @@ def test_a_hiccup_does_not_make_an_analyzer_slow(tmp_path):
         assert bench.count("spilled") == 0  # it has to be slow for a while
         bench.answer(bench.busy(0)[0])
         assert bench.pool(0).waiting == waiting - 1
-        pass_time(bench, 0.3)  # not yet: the stretch began anew
+        pass_time(bench, 0.3)  # not yet: the stretch began again
         assert bench.pool(0).waiting >= waiting - 3
 
 
@@ -193,7 +193,7 @@ def test_the_only_analyzer_keeps_its_packets(tmp_path):
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([(0,), (1,), (0, 1), ()])), min_size=5, max_size=40))
 @settings(max_examples=30)
 def test_while_another_has_room_nothing_old_waits(steps):
-    """Whatever comes, and whoever is stuck: the others, who answer at once, get what is older than ``spill_after``."""
+    """Whichever analyzers are stuck: the others, which reply at once, get what is older than ``spill_after``."""
     with (
         tempfile.TemporaryDirectory() as folder,
         Bench(Path(folder), (2, 1, 1), delivery={"connections": 2, "spill_after": 0.5, "timeout": 1e6}) as bench,

@@ -13,7 +13,7 @@ from fastdist.worker import dispatch
 
 
 def send_all_to(bench, slot):
-    """Have the table name one analyzer only, until it is built anew."""
+    """Have the table name one analyzer only, until it is rebuilt."""
     bench.dispatcher.set_table(dispatch.AliasTable([slot], [1.0]), None)
 
 
@@ -106,7 +106,7 @@ def test_other_worker_or_check_may_set_offline(tmp_path):
         assert bench.delivered == 10
 
 
-# ---- nobody is there
+# ---- no analyzer is online
 
 
 @pytest.mark.parametrize("strategy", ["even", "random", "sticky"])

@@ -120,8 +120,8 @@ ENDS = {
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_failed_kept_connection_checks_again(certificate, how):
-    """Behind its address there may be another server by now, or it lets nobody stay for long."""
+def test_what_a_kept_connection_fails_with_is_asked_anew(certificate, how):
+    """Behind its address there may be another server by now, or it closes connections soon."""
     answered = set()
 
     def answer(number, transport, _data):
@@ -192,11 +192,11 @@ def test_checks_that_end_leave_no_connection(certificate):
 
 
 def test_no_more_are_kept_than_there_is_room_for(certificate):
-    """The others are opened anew for each check."""
+    """The others are opened for each check."""
 
     async def scenario():
         async with Checked(certificate, lambda _n, transport, _data: transport.write(OK)) as it:
-            it.checker._most = 2
+            it.checker._max_connections = 2
             url = f"https://127.0.0.1:{it.server.port}/"
             analyzers = {slot: Analyzer(id=f"A{slot}", endpoint=url, weight=1, health=f"/{slot}") for slot in range(5)}
             it.checker.set_analyzers(analyzers)

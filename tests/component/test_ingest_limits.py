@@ -412,7 +412,7 @@ def test_rejected_client_takes_no_slot():
         assert connection.transport.closed
         connection.lose()
     assert service.counters.get("emitters") == 1
-    assert not service.emitters.turned_away
+    assert not service.emitters.rejected
 
 
 # ---- times

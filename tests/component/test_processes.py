@@ -132,7 +132,7 @@ def test_a_worker_is_measured_from_its_start(under):
         words = bench.processes.block.worker(0)
         keeping = asyncio.ensure_future(bench.processes.keep(bench.slot))
         async with asyncio.timeout(SECONDS):
-            while not words[WorkerWord.RSS]:  # noqa: ASYNC110  (nobody calls ``measure``)
+            while not words[WorkerWord.RSS]:  # noqa: ASYNC110  (``measure`` is not called)
                 await asyncio.sleep(0.001)
         bench.processes.stop(0.0)
         await asyncio.wait_for(keeping, SECONDS)
@@ -185,8 +185,8 @@ def test_time_a_worker_may_send_no_heartbeat(under, ready, ring, limit, signs):
     under(scenario)
 
 
-def test_pause_of_the_whole_hangs_no_worker(under, monkeypatch):
-    """A machine that was paused, or a container that was frozen: workers have their time anew, however long it was."""
+def test_a_pause_of_the_whole_makes_no_worker_hang(under, monkeypatch):
+    """After a pause of the machine, or a frozen container, workers have their whole time again, however long it was."""
 
     async def scenario(bench):
         clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)

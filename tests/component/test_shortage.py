@@ -119,7 +119,7 @@ def test_analyzers_leave_emitters_descriptors(tmp_path):
     async def scenario():
         servers = {f"A{number}": await ScriptServer(answer).start() for number in range(6)}
         async with World(tmp_path, servers, health={"fall": 1}, delivery={"spill_after": math.inf}) as w:
-            w.dispatcher._most = w.dispatcher.room = 2
+            w.dispatcher._max_connections = w.dispatcher.room = 2
             w.push(60)
             most = 0
 
@@ -137,7 +137,7 @@ def test_analyzers_leave_emitters_descriptors(tmp_path):
 
 
 def test_checks_leave_descriptors_to_others():
-    """However many analyzers there are, and however slow: here they let everybody in and say nothing."""
+    """However many analyzers there are, and however slow: here they accept every connection and say nothing."""
 
     async def scenario():
         with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:

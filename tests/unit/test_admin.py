@@ -200,18 +200,18 @@ def test_overrides_outlive_the_file_they_were_in(block, tmp_path, how):
             (folder / "other").rename(folder / "overrides.json")
         else:
             folder.rename(tmp_path / f"moved-{len(list(tmp_path.iterdir()))}")
-            it.look_after_file()
+            it.check_file()
             assert not folder.exists(), "it may yet come back"
             folder.mkdir()
-        it.look_after_file()
+        it.check_file()
         assert (folder / "overrides.json").read_text() == written
     (folder / "overrides.json").write_text("{}\n")
-    it.look_after_file()
+    it.check_file()
     assert (folder / "overrides.json").read_text() == "{}\n", "what somebody writes into our file is theirs to know"
 
 
-def test_no_override_file_without_a_queue(block, tmp_path):
-    """A folder made anew would be in the way of the one that was renamed."""
+def test_no_override_is_put_where_the_queue_is_not(block, tmp_path):
+    """A new folder would be in the way of the one that was renamed."""
     folder = tmp_path / "queue"
     it = changes(block, folder, 1, 1)
     assert it.apply(Action("override", "A1", 4.0, None))[0] == 503
@@ -230,22 +230,22 @@ def test_other_services_overrides_are_kept(block, tmp_path):
     folder.mkdir()
     second = changes(block, folder, 1, 1)
     assert second.apply(Action("override", "A1", 9.0, None))[0] == 200
-    first.look_after_file()
+    first.check_file()
     assert json.loads((folder / "overrides.json").read_text()) == {"A1": {"weight": 9.0}}
 
 
 def test_services_do_not_fight_over_overrides(block, tmp_path):
-    """With durability memory nobody has the folder locked: the file there may be another's."""
+    """With durability memory the folder is not locked: the file there may be another service's."""
     it = changes(block, tmp_path, 1, 1)
     it.config = msgspec.structs.replace(it.config, queue=msgspec.structs.replace(it.config.queue, durability="memory"))
     assert it.apply(Action("override", "A1", 4.0, None))[0] == 200
     path = tmp_path / "overrides.json"
     (tmp_path / "other").write_text("{}")
     (tmp_path / "other").rename(path)
-    it.look_after_file()
+    it.check_file()
     assert path.read_text() == "{}"
     path.unlink()
-    it.look_after_file()
+    it.check_file()
     assert json.loads(path.read_text()) == {"A1": {"weight": 4.0}}
 
 
@@ -274,7 +274,7 @@ def test_reload_must_leave_an_analyzer(block, tmp_path):
         it.reload(Config(analyzers=analyzers(1)))
     assert it.slots_in_use() == {"A1": 0, "A2": 1}
     later = SharedBlock.create(2, 8)
-    changes(later, tmp_path, 1)  # a restart with that configuration: rather without the override than with nobody
+    changes(later, tmp_path, 1)  # a restart with that configuration: rather without the override than without analyzers
     assert later.analyzers.is_pickable(0)
 
 

@@ -1,4 +1,4 @@
-"""Settings for workers are read whole or not at all, and no message is too long for whoever gets it."""
+"""Settings for workers are read whole or not at all, and no message is too long for its receiver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look-ups of names: shared, kept for a moment, and in nobody's way."""
+"""Look-ups of names: shared, kept for a moment, and blocking no other."""
 
 from __future__ import annotations
 
@@ -186,13 +186,13 @@ def test_an_address_that_failed_is_tried_last(resolver, monkeypatch):
 
     async def scenario():
         known = Names()
-        known.put_behind("b.test", "127.0.0.1")  # not a name that is in use
+        known.deprioritize("b.test", "127.0.0.1")  # not a name that is in use
         await known.infos("a.test", 0, SECONDS)
-        known.put_behind("a.test", "127.0.0.1")
+        known.deprioritize("a.test", "127.0.0.1")
         found = await known.infos("a.test", 0, SECONDS)
         assert [address for address, _ in addresses(found)] == ["127.0.0.2", "127.0.0.3", "127.0.0.1"]
         monkeypatch.setattr(names, "BEHIND", -1.0)
-        known.put_behind("a.test", "127.0.0.1")
+        known.deprioritize("a.test", "127.0.0.1")
         assert addresses(await known.infos("a.test", 0, SECONDS))[0] == ("127.0.0.1", 0)
 
     asyncio.run(scenario())

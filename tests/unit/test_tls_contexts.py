@@ -1,4 +1,4 @@
-"""TLS contexts: what cannot be used changes nothing, and nobody is asked for a passphrase."""
+"""TLS contexts: what cannot be used changes nothing, and there is no prompt for a passphrase."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ async def connect(  # noqa: PLR0913  (protocol, address and transport)
     with connection:  # a stream takes its descriptor, and the loop keeps a reference
         peer = connection.getpeername()
         for info in itertools.takewhile(lambda info: info[4][0] != peer[0], infos):
-            names.put_behind(endpoint.host, info[4][0])
+            names.deprioritize(endpoint.host, info[4][0])
         if poller is not None and tls is None:
             assert isinstance(protocol, Receiver)  # noqa: S101
             Stream(poller, connection, peer, protocol)
@@ -92,7 +92,7 @@ async def connect(  # noqa: PLR0913  (protocol, address and transport)
             async with timeouts.running(patience):
                 await _connect_by_loop(protocol, connection, tls, endpoint.host)
         except Exception:
-            names.put_behind(endpoint.host, peer[0])  # it accepts connections, but does not respond
+            names.deprioritize(endpoint.host, peer[0])  # it accepts connections, but does not respond
             raise
     return str(peer[0])
 
@@ -113,7 +113,7 @@ def descriptors() -> int:
     return limit if limit != resource.RLIM_INFINITY else 2**20
 
 
-def most_to_analyzers(emitters: int) -> int:
+def max_upstream_connections(emitters: int) -> int:
     """Return how many connections to analyzers leave descriptors for so many emitters, but at least half of all."""
     return max(descriptors() // 2, descriptors() - emitters - DESCRIPTORS_BESIDES)
 

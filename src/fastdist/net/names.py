@@ -102,7 +102,7 @@ class Names:
         self._refresh(host, name)
         return name.addresses
 
-    def put_behind(self, host: str, address: str) -> None:
+    def deprioritize(self, host: str, address: str) -> None:
         """Try this address of a name after its others for a while."""
         if host in self._names:
             self._names[host].behind[address] = time.monotonic() + BEHIND
@@ -114,7 +114,7 @@ class Names:
     async def _look_up(self, host: str, name: Name) -> None:
         try:
             async with self._limit:
-                answer = _in_a_thread(host)
+                answer = _in_thread(host)
                 await asyncio.wait({answer}, timeout=LONG)
             name.answered(await answer)
         except Exception as error:  # noqa: BLE001  (no address, no thread, or a name that cannot be one)
@@ -123,7 +123,7 @@ class Names:
             name.looked, name.look_up = time.monotonic(), None
 
 
-def _in_a_thread(host: str) -> asyncio.Future[Sequence[AddressInfo]]:
+def _in_thread(host: str) -> asyncio.Future[Sequence[AddressInfo]]:
     """Look a name up in a daemon thread. Raises RuntimeError when no thread can be started."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Sequence[AddressInfo]] = loop.create_future()

@@ -136,8 +136,8 @@ class HealthChecker:
         self._analyzers: dict[int, Analyzer] = {}
         self._tls = ssl.create_default_context()
         self._names = Names()
-        self._most = max(1, descriptors() // 4)
-        self._limit = asyncio.Semaphore(self._most)
+        self._max_connections = max(1, descriptors() // 4)
+        self._limit = asyncio.Semaphore(self._max_connections)
         self._kept: dict[str, Probe] = {}  # by health_url, while no check uses it
         self.shortage = Shortage()  # that kept checks from being made
 
@@ -225,7 +225,7 @@ class HealthChecker:
         except BaseException:
             probe.transport.abort()  # without waiting for the end of TLS
             raise
-        if keep and analyzer.health_url not in self._kept and len(self._kept) < self._most:
+        if keep and analyzer.health_url not in self._kept and len(self._kept) < self._max_connections:
             self._kept[analyzer.health_url] = probe
         else:
             probe.transport.close()

@@ -78,7 +78,7 @@ class Supervisor:
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, str] = {}
-        self._behind: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
+        self._applying: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
         self._next_reload: asyncio.Task[tuple[int, object]] | None = None  # that has not begun to read
@@ -194,7 +194,7 @@ class Supervisor:
         for task in helpers:
             task.cancel()
         self.health.close()
-        saved = self._save_the_rest()
+        saved = self._dead_letter_rest()
         return CANNOT_START if self.processes.gave_up else 0 if saved else LOST
 
     async def _announce(self, host: str, port: int) -> None:
@@ -212,7 +212,7 @@ class Supervisor:
             analyzers=len(self.config.analyzers),
             durability=self.config.queue.durability,
         )
-        self.manager.status(_in_a_line(self._snapshot()))
+        self.manager.status(_status_line(self._snapshot()))
         self.manager.ready()
         if sys.stderr.isatty():
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
@@ -241,7 +241,7 @@ class Supervisor:
                 self.block.head[HeadWord.DRAINING] = 1
                 self.processes.stop(time.monotonic() + seconds)
 
-    def _save_the_rest(self) -> bool:
+    def _dead_letter_rest(self) -> bool:
         """Log what stays queued; make dead letters of what dead workers have left in memory.
 
         Return whether all of that could be written.
@@ -288,16 +288,16 @@ class Supervisor:
         if message.verb == "ready" and message.body != self.changes.generation:
             slot.send(Message("reload"))  # settings were changed while it started
         elif message.verb == "reloaded" and message.id == self.changes.generation:
-            self._follows(slot, f"worker {slot.name}: {message.body}" if message.body else "")
+            self._applied(slot, f"worker {slot.name}: {message.body}" if message.body else "")
         elif message.verb == "gone":  # its successor starts with the settings in force then
-            self._follows(slot, "")
+            self._applied(slot, "")
         elif message.verb == "migrated":
             slot.migrated(message.body)
         elif message.verb == "request" and message.action is not None:
             self._begin(self._carry_out(slot, message))
 
-    def _follows(self, slot: WorkerSlot, fault: str) -> None:
-        if awaited := self._behind.pop(slot, None):
+    def _applied(self, slot: WorkerSlot, fault: str) -> None:
+        if awaited := self._applying.pop(slot, None):
             awaited.set_result(fault)
 
     def _begin(self, work: Coroutine[Any, Any, object]) -> None:
@@ -340,10 +340,10 @@ class Supervisor:
             try:
                 loaded, pair = await asyncio.to_thread(self._read_again)  # which may wait until the file is written
                 need_restart = self.changes.reload(loaded.config, pair)
-                problems = await self._have_workers_follow()
+                problems = await self._apply_settings()
                 if problems:
                     self.changes.put_in_force(*before)
-                    await self._have_workers_follow()
+                    await self._apply_settings()
             except (ConfigError, StartError) as error:
                 problems = getattr(error, "problems", [str(error)])
             if problems:
@@ -357,17 +357,17 @@ class Supervisor:
         loaded = self.loaded.reload()
         return loaded, tls.read_pair(loaded.config.security)
 
-    async def _have_workers_follow(self) -> list[str]:
+    async def _apply_settings(self) -> list[str]:
         """Apply the settings in force to workers and checks; return the workers' errors."""
         self._write_settings()
         self.health.set_analyzers(self.changes.analyzers)
         loop = asyncio.get_running_loop()
-        self._behind = {slot: loop.create_future() for slot in self.processes.slots if slot.send(Message("reload"))}
-        if not self._behind:
+        self._applying = {slot: loop.create_future() for slot in self.processes.slots if slot.send(Message("reload"))}
+        if not self._applying:
             return []
-        done, _ = await asyncio.wait(self._behind.values(), timeout=APPLIED)
-        if self._behind:
-            late = sorted(slot.name for slot in self._behind)
+        done, _ = await asyncio.wait(self._applying.values(), timeout=APPLIED)
+        if self._applying:
+            late = sorted(slot.name for slot in self._applying)
             log.warning("not all workers have applied the new settings yet", workers=late)
         return sorted(filter(None, (each.result() for each in done)))
 
@@ -423,7 +423,7 @@ class Supervisor:
             run = self.upkeep.run
             run(Step.FIGURES, self._keep_figures)
             run(Step.QUEUE_FILES, self._keep_lock)
-            run(Step.OVERRIDES, self.changes.look_after_file)
+            run(Step.OVERRIDES, self.changes.check_file)
             await asyncio.sleep(1.0)
 
     def _keep_figures(self) -> None:
@@ -432,14 +432,14 @@ class Supervisor:
         for slot in self.processes.slots:
             slot.measure()
         if not self.processes.stopping:
-            self.manager.status(_in_a_line(snapshot))
+            self.manager.status(_status_line(snapshot))
 
     def _keep_lock(self) -> None:
         self.folder.renew_lock()
         self.processes.held = self.folder.held
 
 
-def _in_a_line(snapshot: Snapshot) -> str:
+def _status_line(snapshot: Snapshot) -> str:
     """Return the status line that the service manager shows."""
     states = [figures.state for figures in snapshot.analyzers]
     running = sum(worker.running for worker in snapshot.workers)

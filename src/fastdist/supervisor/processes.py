@@ -277,9 +277,9 @@ class Processes:
                 slot.kill()
         if deadline:
             late = max(0.0, deadline - time.monotonic()) + LATE
-            asyncio.get_running_loop().call_later(late, self._end_the_late)
+            asyncio.get_running_loop().call_later(late, self._kill_remaining)
 
-    def _end_the_late(self) -> None:
+    def _kill_remaining(self) -> None:
         for slot in self.slots:
             if slot.alive:
                 log.error("worker exceeded drain timeout, sending SIGKILL", worker=slot.name)

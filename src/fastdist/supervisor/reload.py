@@ -70,10 +70,10 @@ class Changes:
             self.overrides = {}
         self._set_analyzers(self.config)
 
-    def lower_connections(self, most: int) -> None:
+    def lower_connections(self, limit: int) -> None:
         """Limit emitters' connections, whatever is configured."""
         self.config = msgspec.structs.replace(
-            self.config, server=msgspec.structs.replace(self.config.server, max_connections=most)
+            self.config, server=msgspec.structs.replace(self.config.server, max_connections=limit)
         )
 
     def slots_in_use(self) -> dict[str, int]:
@@ -210,7 +210,7 @@ class Changes:
             self._file = os.dup(file.fileno())
         sync_folder(self._folder)
 
-    def look_after_file(self) -> None:
+    def check_file(self) -> None:
         """Write the overrides again if their file was deleted or replaced: a restart must find it. Raises OSError.
 
         Nothing is written while the folder is missing. One that is not locked (durability memory), or not the one of

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdist._core import UNLIMITED, AliasTable, Rendezvous
-from fastdist.net.connect import Shortage, most_to_analyzers
+from fastdist.net.connect import Shortage, max_upstream_connections
 from fastdist.net.names import Names
 from fastdist.shm.block import AnalyzerWord
 from fastdist.shm.weights import effective_weights
@@ -73,8 +73,8 @@ class Dispatcher(Outcomes):
             states, config, counters=counters, dead_letters=dead_letters, settled=settled, run_in_thread=run_in_thread
         )
         self.poller, self.names = poller, Names()
-        self._most = most_to_analyzers(config.server.max_connections)
-        self.room = self._most  # for connections that may still be opened, till the next check
+        self._max_connections = max_upstream_connections(config.server.max_connections)
+        self.room = self._max_connections  # for connections that may still be opened, till the next check
         self.shortage = Shortage()  # that kept connections from being opened
         self._short = False  # since the last check
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
@@ -198,8 +198,8 @@ class Dispatcher(Outcomes):
             self._short = False
             for pool in pools:
                 pool.close_idle()
-        self.room = self._most
-        if len(pools) * self.config.delivery.connections > self._most:
+        self.room = self._max_connections
+        if len(pools) * self.config.delivery.connections > self._max_connections:
             self.room -= sum(pool.open_connections + pool.opening for pool in pools)
 
     def dead_letter_all(self) -> int:

@@ -46,7 +46,7 @@ class Drain:
         while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would exist for this alone)
             await asyncio.sleep(TICK)
         if ring.undone and is_nameless(self._queue.fd):
-            self._save_the_rest()
+            self._dead_letter_rest()
         else:
             dead_letter_writer.finish()
         self._emitters.end_waiting()
@@ -63,7 +63,7 @@ class Drain:
         self._server.finish()
         idle: Counter[IngestProtocol] = Counter()  # looks at a connection that has nothing under way
         for look in itertools.count():
-            self._close_what_is_over(idle)
+            self._close_finished(idle)
             done = not (self._queue.undone or self._intake.connections or self._server.busy)
             if done or time.monotonic() >= deadline:
                 break
@@ -72,7 +72,7 @@ class Drain:
             await asyncio.sleep(TICK)
         self._server.close()
 
-    def _close_what_is_over(self, idle: Counter[IngestProtocol]) -> None:
+    def _close_finished(self, idle: Counter[IngestProtocol]) -> None:
         """Close connections whose last response was read, or had the time to be, and those ``idle`` at enough looks."""
         whole = self._poller.turn()  # else a request may have arrived that was not read yet
         for connection in tuple(self._intake.connections):
@@ -91,7 +91,7 @@ class Drain:
         while (not self._poller.turn() or self._intake.holds_back) and time.monotonic() < end:
             self._intake.go_on()
 
-    def _save_the_rest(self) -> None:
+    def _dead_letter_rest(self) -> None:
         """Make dead letters of what would be lost with this process; the supervisor retries what cannot be written."""
         try:
             count = self._dispatcher.dead_letter_all()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastdist.ipc import Action
 
 UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although the request is unknown
-MAX_TURNED_AWAY = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
+MAX_REJECTED = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
 PART_NS = 2_000_000  # of an event-loop iteration, for waits that end
 FEW = 1000  # waits that are over and may still be remembered
 CLOCK = 0.001  # seconds: what the event loop's clock counts in
@@ -60,7 +60,7 @@ class Emitters:
         self.part_ns = PART_NS
         self._ends: list[tuple[float, int]] = []  # a heap of those and of some that are over: (end, sequence)
         self._timer: tuple[float, asyncio.TimerHandle] | None = None  # for the first of them, and when
-        self.turned_away: set[IngestProtocol] = set()  # connections too many, and not closed yet
+        self.rejected: set[IngestProtocol] = set()  # connections too many, and not closed yet
 
     def configure(self, tokens: Sequence[str], cors_origins: Sequence[str]) -> None:
         """Put tokens and origins in force."""
@@ -71,7 +71,7 @@ class Emitters:
 
     def has_room_besides(self, coming: int) -> bool:
         """Whether one more connection may be accepted beside so many in a handshake: to be served, or to get a 503."""
-        return len(self.intake.connections) + coming < self.intake.max_connections + MAX_TURNED_AWAY
+        return len(self.intake.connections) + coming < self.intake.max_connections + MAX_REJECTED
 
     def wait(self, sequence: int, seconds: float, waiting: Waiting) -> None:
         """Register an emitter that waits for a packet's delivery, so many seconds at most."""
@@ -163,11 +163,11 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self.address = str(peer[0]) if peer else ""
         self.set_client(self.address)
         self.intake.connections.add(self)
-        turned_away = self.emitters.turned_away
-        if len(self.intake.connections) - len(turned_away) > self.intake.max_connections:
-            turned_away.add(self)
+        rejected = self.emitters.rejected
+        if len(self.intake.connections) - len(rejected) > self.intake.max_connections:
+            rejected.add(self)
             response = problem(503, "too many connections; try again shortly", headers=retry_after())
-            self.turn_away(self._compose(response, close=True), len(turned_away) <= MAX_TURNED_AWAY)
+            self.turn_away(self._compose(response, close=True), len(rejected) <= MAX_REJECTED)
         self._count()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
@@ -175,12 +175,12 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self.let_go()
         self.transport = None
         self.intake.connections.discard(self)
-        self.emitters.turned_away.discard(self)
+        self.emitters.rejected.discard(self)
         self.emitters.forget(self)
         self._count()
 
     def _count(self) -> None:
-        self.intake.counters.set("emitters", len(self.intake.connections) - len(self.emitters.turned_away))
+        self.intake.counters.set("emitters", len(self.intake.connections) - len(self.emitters.rejected))
 
     def eof_received(self) -> bool:
         """Let pending responses still be sent; a request cut short gets none."""

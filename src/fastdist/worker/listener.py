@@ -65,7 +65,7 @@ class Acceptor:
     def finish(self) -> None:
         """Stop new connections; accept those that were begun, then close."""
         _drop_syn(self.listener)
-        self.loop.call_later(HANDSHAKE, self._accept_the_last)
+        self.loop.call_later(HANDSHAKE, self._accept_remaining)
 
     def close(self) -> None:
         """Accept all connections that are there, now, and no more."""
@@ -80,9 +80,9 @@ class Acceptor:
         if self._reserve is not None:
             os.close(self._reserve)
 
-    def _accept_the_last(self) -> None:
+    def _accept_remaining(self) -> None:
         if self._accept():
-            self.loop.call_soon(self._accept_the_last)
+            self.loop.call_soon(self._accept_remaining)
         else:
             Acceptor.close(self)  # a subclass may close more
 

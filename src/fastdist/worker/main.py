@@ -226,9 +226,9 @@ class Worker:
     def _migrate(self) -> None:
         """Move some packets of old rings: of each, at a time, as many as may be in flight."""
         if self.queue.migrations:
-            most = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.analyzers))
+            limit = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.analyzers))
             self.dispatcher.schedule()
-            self.queue.migrate(most, self.dead_letter_writer, self._report_deleted)
+            self.queue.migrate(limit, self.dead_letter_writer, self._report_deleted)
 
     def _report_deleted(self, path: str) -> None:
         ipc.send(self.control, Message("migrated", body=path))

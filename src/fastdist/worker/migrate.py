@@ -34,25 +34,27 @@ class Migration:
         """Packets that are still to be moved (a copy that is not synced counts in the new ring)."""
         return self.ring.undone - len(self._copied)
 
-    def step(self, target: PacketRing, counters: Counters, most: int) -> tuple[int, list[int]]:
-        """Copy up to ``most`` packets; return how many were copied, and handles of packets too large for ``target``.
+    def step(self, target: PacketRing, counters: Counters, limit: int) -> tuple[int, list[int]]:
+        """Copy up to ``limit`` packets; return how many were copied, and handles of packets too large for ``target``.
 
-        What is copied and not yet synced is copied again after a kill: ``most`` is how many may be sent twice then.
+        What is copied and not yet synced is copied again after a kill: ``limit`` is how many may be sent twice then.
         """
         if not self.settle(target):
             return 0, []
         # Until ``end_migrating`` nothing but copies is pushed.
         counters.set("adopting", target.next_sequence_number - counters.get("adopted"))
         try:
-            oversized = self._copy(target, most)
+            oversized = self._copy(target, limit)
         finally:
             end_migrating(target, counters)
         self._position = target.tail_position
         return len(self._copied), oversized
 
-    def _copy(self, target: PacketRing, most: int) -> list[int]:
+    def _copy(self, target: PacketRing, limit: int) -> list[int]:
         oversized = []
-        while len(self._copied) < most and target.undone_bytes < target.capacity // 2 and (handle := self.ring.claim()):
+        while (
+            len(self._copied) < limit and target.undone_bytes < target.capacity // 2 and (handle := self.ring.claim())
+        ):
             try:
                 if not target.adopt(self.ring, handle):
                     self.ring.release(handle)

@@ -33,11 +33,11 @@ def reconcile(ring: PacketRing, migrations: Sequence[Migration], counters: Count
         counters.add("corrupt", ring.corrupt + sum(migration.ring.corrupt for migration in migrations))
         return
     counters.add("corrupt", ring.corrupt)
-    _count_the_pushed(ring, counters)
-    _count_the_delivered(undone, counters)
+    _count_pushed(ring, counters)
+    _count_delivered(undone, counters)
 
 
-def _count_the_pushed(ring: PacketRing, counters: Counters) -> None:
+def _count_pushed(ring: PacketRing, counters: Counters) -> None:
     end_migrating(ring, counters)
     pushed = ring.next_sequence_number - counters.get("sequence_base") - counters.get("adopted")
     missing = pushed - counters.get("accepted") - counters.get("withdrawn")
@@ -48,7 +48,7 @@ def _count_the_pushed(ring: PacketRing, counters: Counters) -> None:
         counters.add("bytes_accepted", body_bytes)
 
 
-def _count_the_delivered(undone: int, counters: Counters) -> None:
+def _count_delivered(undone: int, counters: Counters) -> None:
     slots = range(counters.slots)
     for slot in slots:
         for gauge in ("connections", "requests_in_flight", "packets_in_flight"):

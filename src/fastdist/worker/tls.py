@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_RECORD = 16384  # bytes
 TURN_NS = 1_000_000  # of an event-loop iteration for handshakes; one step in any case
-ENDED_AT_ONCE = 64  # expired handshakes, before the loop runs other callbacks
+EXPIRED_AT_ONCE = 64  # expired handshakes, before the loop runs other callbacks
 
 
 class TlsServer(Acceptor):
@@ -102,19 +102,19 @@ class TlsServer(Acceptor):
             return
         self._handshakes[connection] = self.loop.time() + self.patience
         if self._timer is None:
-            self._timer = self.loop.call_later(self.patience, self._end_the_late)
+            self._timer = self.loop.call_later(self.patience, self._abort_expired)
 
-    def _end_the_late(self) -> None:
+    def _abort_expired(self) -> None:
         """Abort expired handshakes, some at a time: there may be very many."""
         self._timer = None
-        for connection, end in tuple(itertools.islice(self._handshakes.items(), ENDED_AT_ONCE)):
+        for connection, end in tuple(itertools.islice(self._handshakes.items(), EXPIRED_AT_ONCE)):
             if end > self.loop.time():
-                self._timer = self.loop.call_at(end, self._end_the_late)
+                self._timer = self.loop.call_at(end, self._abort_expired)
                 return
             self.leave(connection)
             connection.abort()
         if self._handshakes:
-            self._timer = self.loop.call_soon(self._end_the_late)
+            self._timer = self.loop.call_soon(self._abort_expired)
 
 
 class TlsConnection(Receiver):
@@ -130,7 +130,7 @@ class TlsConnection(Receiver):
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = server.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._protocol: asyncio.Protocol | None = None  # None before the handshake is over
-        self._paused = self._over = self._told_of_end = False
+        self._paused = self._over = self._eof_reported = False
 
     # ---- called by the stream
 
@@ -208,8 +208,8 @@ class TlsConnection(Receiver):
         self._protocol.connection_made(cast("asyncio.Transport", self))
 
     def _end(self) -> None:
-        if self._protocol is not None and not self._told_of_end:
-            self._told_of_end = True
+        if self._protocol is not None and not self._eof_reported:
+            self._eof_reported = True
             self._protocol.eof_received()
         self.close()
 

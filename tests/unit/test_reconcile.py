@@ -1,4 +1,4 @@
-"""Taking over: what a killed predecessor had changed in its rings and not counted is counted all the same."""
+"""Reconciling: what a killed predecessor had changed in its rings without counting it is counted."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def killed_before_counting():
     return mock.patch.object(migrate, "end_migrating")
 
 
-class Place:
-    """A worker's ring and counters, with an old ring of some packets that it adopts; ``start`` is a fresh process."""
+class Site:
+    """A worker's ring and counters, with an old ring of some packets that it migrates; ``start`` is a fresh process."""
 
     def __init__(self, old_packets=0):
         block = SharedBlock.create(1, 4)
@@ -49,9 +49,9 @@ class Place:
             self.counters.add("messages_accepted", 2)
             self.counters.add("bytes_accepted", 2)
 
-    def copy(self, most, *, counted=True):
+    def copy(self, limit, *, counted=True):
         with nullcontext() if counted else killed_before_counting():
-            moved, oversized = self.migration.step(self.ring, self.counters, most)
+            moved, oversized = self.migration.step(self.ring, self.counters, limit)
         assert not oversized
         return moved
 
@@ -66,58 +66,58 @@ class Place:
 
 
 @pytest.fixture
-def place():
-    made = Place(old_packets=10)
+def site():
+    made = Site(old_packets=10)
     yield made
     os.close(made.fd)
     os.close(made.old_fd)
 
 
-def test_pushed_uncounted_packet_is_counted(place):
-    place.accept()
-    place.accept(counted=False)
-    place.start()
-    assert place.figures() == {
+def test_a_packet_that_was_pushed_and_not_counted_is_counted(site):
+    site.accept()
+    site.accept(counted=False)
+    site.start()
+    assert site.figures() == {
         "accepted": 2,
         "messages_accepted": 4,
         "bytes_accepted": 4,
         "adopted": 0,
         "recovered": 10,
     }
-    place.assert_accounts()
+    site.assert_accounts()
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_old_ring_copies_are_never_accepted(place, counted):
+def test_copies_of_an_old_ring_are_never_counted_as_accepted(site, counted):
     """The death may come between the copies and their being counted. They are copied once more, and delivered twice."""
-    place.accept()
-    assert place.copy(4, counted=counted) == 4
-    place.start()
-    figures = place.figures()
+    site.accept()
+    assert site.copy(4, counted=counted) == 4
+    site.start()
+    figures = site.figures()
     assert (figures["accepted"], figures["messages_accepted"], figures["bytes_accepted"]) == (1, 2, 2)
     assert (figures["adopted"], figures["recovered"]) == (4, 14)
-    place.assert_accounts()
+    site.assert_accounts()
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_unsynced_packets_differ_from_copies(place, counted):
+def test_packets_that_wait_for_their_sync_are_told_from_copies(site, counted):
     """With fsync packets are counted when they are synced; copies come before them, among them and after them."""
-    place.copy(2)
-    place.accept(counted=False)
-    place.ring.mark_synced(place.ring.tail_position)
-    place.copy(3)
-    place.accept(counted=False)
-    place.ring.mark_synced(place.ring.tail_position)
-    place.copy(1, counted=counted)
-    place.start()
-    figures = place.figures()
+    site.copy(2)
+    site.accept(counted=False)
+    site.ring.mark_synced(site.ring.tail_position)
+    site.copy(3)
+    site.accept(counted=False)
+    site.ring.mark_synced(site.ring.tail_position)
+    site.copy(1, counted=counted)
+    site.start()
+    figures = site.figures()
     assert (figures["accepted"], figures["messages_accepted"], figures["bytes_accepted"]) == (2, 4, 4)
     assert (figures["adopted"], figures["recovered"]) == (6, 11)
-    place.assert_accounts()
+    site.assert_accounts()
 
 
-def test_death_during_copy_changes_nothing(place):
-    place.accept()
+def test_a_death_in_the_middle_of_copying_is_no_different(site):
+    site.accept()
     copied = iter([True, True, False])
 
     class Killed(BaseException):
@@ -127,16 +127,16 @@ def test_death_during_copy_changes_nothing(place):
         """The worker's ring until the process is killed."""
 
         def __getattr__(self, name):
-            return getattr(place.ring, name)
+            return getattr(site.ring, name)
 
         def adopt(self, other, handle):
             if not next(copied):
                 raise Killed
-            return place.ring.adopt(other, handle)
+            return site.ring.adopt(other, handle)
 
     with pytest.raises(Killed), killed_before_counting():
-        place.migration.step(Dying(), place.counters, 5)
-    place.start()
-    figures = place.figures()
+        site.migration.step(Dying(), site.counters, 5)
+    site.start()
+    figures = site.figures()
     assert (figures["accepted"], figures["adopted"], figures["recovered"]) == (1, 2, 12)
-    place.assert_accounts()
+    site.assert_accounts()
