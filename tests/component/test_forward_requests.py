@@ -95,7 +95,7 @@ def test_an_id_is_the_uuid_unless_there_is_a_key():
 
 
 @pytest.mark.parametrize("before", [0, 1, 8, 9, 98, 99, 4_294_967_294])
-def test_the_attempt_counts_every_sending(before):
+def test_every_attempt_is_counted(before):
     desk = Desk()
     connection = desk.connect()
     desk.push(b"{}", attempts=before)

@@ -185,7 +185,7 @@ def test_time_a_worker_may_send_no_heartbeat(under, ready, ring, limit, signs):
     under(scenario)
 
 
-def test_a_pause_of_the_whole_makes_no_worker_hang(under, monkeypatch):
+def test_pause_of_the_whole_hangs_no_worker(under, monkeypatch):
     """After a pause of the machine, or a frozen container, workers have their whole time again, however long it was."""
 
     async def scenario(bench):

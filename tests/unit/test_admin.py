@@ -210,7 +210,7 @@ def test_overrides_outlive_the_file_they_were_in(block, tmp_path, how):
     assert (folder / "overrides.json").read_text() == "{}\n", "what somebody writes into our file is theirs to know"
 
 
-def test_no_override_is_put_where_the_queue_is_not(block, tmp_path):
+def test_no_override_file_without_a_queue(block, tmp_path):
     """A new folder would be in the way of the one that was renamed."""
     folder = tmp_path / "queue"
     it = changes(block, folder, 1, 1)

@@ -73,7 +73,7 @@ def site():
     os.close(made.old_fd)
 
 
-def test_a_packet_that_was_pushed_and_not_counted_is_counted(site):
+def test_pushed_uncounted_packet_is_counted(site):
     site.accept()
     site.accept(counted=False)
     site.start()
@@ -88,7 +88,7 @@ def test_a_packet_that_was_pushed_and_not_counted_is_counted(site):
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_copies_of_an_old_ring_are_never_counted_as_accepted(site, counted):
+def test_old_ring_copies_are_never_accepted(site, counted):
     """The death may come between the copies and their being counted. They are copied once more, and delivered twice."""
     site.accept()
     assert site.copy(4, counted=counted) == 4
@@ -100,7 +100,7 @@ def test_copies_of_an_old_ring_are_never_counted_as_accepted(site, counted):
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_packets_that_wait_for_their_sync_are_told_from_copies(site, counted):
+def test_unsynced_packets_are_no_copies(site, counted):
     """With fsync packets are counted when they are synced; copies come before them, among them and after them."""
     site.copy(2)
     site.accept(counted=False)
@@ -116,7 +116,7 @@ def test_packets_that_wait_for_their_sync_are_told_from_copies(site, counted):
     site.assert_accounts()
 
 
-def test_a_death_in_the_middle_of_copying_is_no_different(site):
+def test_death_during_copy_changes_nothing(site):
     site.accept()
     copied = iter([True, True, False])
 

@@ -103,7 +103,7 @@ def test_reload_waits_for_no_ended_worker(service):
     assert service.weight == 2
 
 
-def test_who_asks_during_a_reload_has_the_next_with_all_others(service):
+def test_requests_during_a_reload_share_the_next(service):
     """Each would take its time: a hundred signals, and no request is answered for seconds."""
 
     async def scenario():

@@ -88,7 +88,7 @@ class Queue:
         if self.syncer is not None:
             self.syncer.want_if_changed()
 
-    def migrate(self, limit: int, letters: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
+    def migrate(self, limit: int, dead_letter_writer: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
         """Move up to ``limit`` packets of each old ring, whatever happens to the others. Raises the last one's error.
 
         What the ring cannot take becomes a dead letter. ``deleted(path)`` is called when an old ring is empty and gone.
@@ -96,7 +96,7 @@ class Queue:
         failure = None
         for migration in tuple(self.migrations) if self.is_ready else ():
             try:
-                self._migrate(migration, limit, dead_letters)
+                self._migrate(migration, limit, dead_letter_writer)
                 if migration.finished and time.monotonic() >= migration.next_deletion:
                     migration.delete()
                     self.migrations.remove(migration)
@@ -108,8 +108,8 @@ class Queue:
         if failure is not None:
             raise failure
 
-    def _migrate(self, migration: Migration, limit: int, dead_letters: DeadLetterWriter) -> None:
-        moved, oversized = migration.step(self.ring, dead_letters.counters, limit)
+    def _migrate(self, migration: Migration, limit: int, dead_letter_writer: DeadLetterWriter) -> None:
+        moved, oversized = migration.step(self.ring, dead_letter_writer.counters, limit)
         if oversized:
             why = "larger than the queue takes now"
             dead_letter_writer.add(
