@@ -10,10 +10,16 @@ import time
 from typing import TYPE_CHECKING, cast
 
 import orjson
-import structlog
+
+sys.modules.setdefault("rich", cast("ModuleType", None))  # structlog.dev would import it: 0.1 s of each start
+import structlog  # noqa: E402
+
+if sys.modules["rich"] is None:
+    del sys.modules["rich"]
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+    from types import ModuleType
     from typing import TextIO
 
 

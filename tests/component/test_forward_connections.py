@@ -509,7 +509,7 @@ def test_tls_end_sends_close_notify(tmp_path, trusted, how):
         async with World(tmp_path, {"A1": endpoint(server.port, trusted)}) as w:
             w.push(1)
             await w.until_empty()
-            w.dispatcher.close()
+            w.dispatcher.stop()
             await until(lambda: ends == [0])
         server.stop()
 
