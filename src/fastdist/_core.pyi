@@ -229,7 +229,7 @@ class RequestHead(Head):
     """A request's head. What httptools lets pass and RFC 9110 or 9112 does not is a fault too."""
 
     status: Final[int]
-    """What a fault is to be answered with; 0: there is none."""
+    """What a fault is to be answered with; 0: no fault."""
     method: Final[str]
     target: Final[bytes]
     is_log: Final[bool]
@@ -630,7 +630,7 @@ class DispatchCalls(Protocol):
     def failed_on(self, handle: int, /) -> Retrying | None:
         """Return what is remembered of a packet that has failed."""
     def make_takers(self) -> Rendezvous | None:
-        """Return those that take packets now, None when there is none."""
+        """Return those that take packets now, None without any."""
     def went_wrong(self, error: Exception, /) -> None:
         """Tell of an error of the program; no packet is lost by it."""
 

@@ -137,7 +137,7 @@ def load(
 ) -> Loaded:
     """Return the configuration out of file, environment and flags (``host``, ``port``, ``workers``; None: not given).
 
-    Without a ``path`` the file is the one FASTDIST_CONFIG names; without that there is none. The file must not have
+    Without a ``path`` the file is the one FASTDIST_CONFIG names; without that no file is read. The file must not have
     changed for ``quiet`` seconds after it was read. Raises ConfigError.
     """
     named = environ.get("FASTDIST_CONFIG") if path is None else None

@@ -120,7 +120,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_a_kept_connection_that_fails_is_rechecked(certificate, how):
+def test_a_failing_kept_connection_is_rechecked(certificate, how):
     """Behind its address there may be another server by now, or it closes connections soon."""
     answered = set()
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from fastdist._core import RequestHead
-from fastdist.http.api import COMPLAINT_SECONDS, Api, Response, accepts, cors_headers, problem, reason
+from fastdist.http.api import LOG_INTERVAL, Api, Response, accepts, cors_headers, problem, reason
 from fastdist.http.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
 from fastdist.ipc import Action
 from fastdist.settings import Config, Security
@@ -331,7 +331,7 @@ def test_same_exceptions_are_logged_rarely(monkeypatch):
             assert_problem(ask(api, "GET", "/stats"), 500)
     assert [line["error"] for line in lines] == ["of a test", "of another place"]
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + COMPLAINT_SECONDS)
+    monkeypatch.setattr(time, "monotonic", lambda: now + LOG_INTERVAL)
     with capture_logs() as lines:
         ask(api, "GET", "/stats")
     assert [line["error"] for line in lines] == ["of another place"]

@@ -23,7 +23,7 @@ cdef class ChunkedBody:
     """Reads chunked bodies, one after the other; ``reply``: of replies. Extensions and trailers are read and dropped."""
 
     cdef bint reply
-    cdef object parser               # None where there is none to go on with; the two refer to one another
+    cdef object parser               # None where no body is under way; the two refer to one another
     cdef ChunkPart part
     cdef bint over
     cdef ChunkEvent failed           # what is wrong; CHUNK_MORE: nothing

@@ -110,7 +110,7 @@ cdef class DispatchBase:
     cdef Py_ssize_t slots
     cdef const int64_t *epoch
     cdef AnalyzerStates states       # keeps `epoch` alive
-    cdef bint unplaced               # packets have waited that long and nobody has room
+    cdef bint unplaced               # packets have waited that long and no analyzer has room
     cdef public int64_t seen_epoch
     cdef list touched                # pools that got packets since the last flush
     cdef list lingering
@@ -189,7 +189,7 @@ cdef class DispatchBase:
         if self.unit == BY_PACKETS:
             return self.table.at(self.advance())
         # Of the next few the table names, take the first that has had no more than its share of the units so far; if
-        # each is ahead, the one of all that is furthest behind. Sizes may then come in any order: nobody ever has more
+        # each is ahead, the one of all that is furthest behind. Sizes may then come in any order: no analyzer ever has more
         # than one packet too much.
         units = self.units(record)
         for i in range(DRAWS):
@@ -369,9 +369,9 @@ cdef class DispatchBase:
         return 0
 
     cdef PoolBase relief(self, PoolBase waiting, uint32_t handle):
-        """Return who is to take a packet that waits there, None if nobody has room: in turn, by weight.
+        """Return the pool that takes a packet that waits there, None if no analyzer has room: in turn, by weight.
 
-        One that it has failed on only when nobody else has room.
+        One that it has failed on only when no other has room.
         """
         cdef PoolBase pool, best = None
         cdef double start, begun = 0
@@ -432,7 +432,7 @@ cdef class DispatchBase:
         self.schedule()
 
     def another(self, uint32_t handle, Retrying retrying):
-        """Return the slot of one that a packet has not failed on in this round, by weight; -1 if there is none.
+        """Return the slot of one that a packet has not failed on in this round, by weight; -1 without any.
 
         With the strategy ``sticky`` it is the next in the packet's own order.
         """

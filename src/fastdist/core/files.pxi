@@ -1,6 +1,6 @@
 """What Python does not tell of files: when one was made.
 
-An inode's number may be that of a deleted file soon after; together with the time of its birth it is nobody else's.
+An inode's number may be that of a deleted file soon after; together with the time of its birth it is unique.
 """
 
 

@@ -30,7 +30,7 @@ cdef class ReplyBase(Connection):
     cdef readonly PoolBase pool
     cdef Group *groups           # a circle of `pipeline` requests in flight
     cdef int first_group, group_count
-    cdef Group early             # answered with a 2xx before it was written whole; no packets: there is none
+    cdef Group early             # answered with a 2xx before it was written whole; without packets: no such reply
     cdef int64_t given           # bytes to be written since the connection was opened
     cdef int64_t body_left
     cdef ChunkedBody chunks
@@ -106,11 +106,11 @@ cdef class ReplyBase(Connection):
         than ``timeout`` ns.
 
         What the analyzer's system has acknowledged counts, since a large request may take long; and what it has sent and
-        nobody has read yet, since it may be us who are late.
+        was not read yet, since this process may be late.
         """
         cdef int64_t moved, silent = now - max(self.waiting_since, self.moved_ns)
         if self.early.packets and self.stream is None:
-            self.settle_early(now)  # nobody else tells how far it is written
+            self.settle_early(now)  # nothing else says how far it is written
         if self.writing == CLOSED or (self.in_flight() == 0 and self.reading == REPLY_HEAD):
             return False
         if silent <= timeout and now - max(self.waiting_since, self.looked_ns) < timeout // LOOKS:
@@ -127,14 +127,14 @@ cdef class ReplyBase(Connection):
         return self.begun_ns != 0 and now - self.begun_ns > limit and not self.early.packets
 
     def close_endless(self, str error):
-        """Close the connection: its reply does not end. If its head is there, it was one, and nobody has failed."""
+        """Close the connection: its reply does not end. If its head is there, it was a reply, and that is no failure."""
         self.close_after(error if self.reading == REPLY_HEAD else "", True)
 
     cdef int64_t bytes_moved(self) except -1:
         return bytes_moved(self.descriptor())
 
     def excuse(self, int64_t now, int64_t late):
-        """Count ``late`` ns before ``now`` not as time that the analyzer had: nobody looked."""
+        """Count ``late`` ns before ``now`` not as time that the analyzer had: no check ran."""
         self.moved_ns = min(now, max(self.waiting_since, self.moved_ns) + late)
         if self.begun_ns:
             self.begun_ns = min(now, self.begun_ns + late)
@@ -183,7 +183,7 @@ cdef class ReplyBase(Connection):
                 self.withdraw()
             self.used_ns = now
             self.transmit(start, out - start)
-        except Exception as error:  # nobody knows how much of it is written: nothing may follow it
+        except Exception as error:  # how much of it is written is unknown: nothing may follow it
             pool.owner.went_wrong(error)
             self.close_after("an error in fastdist, when it sent a request", False)
         finally:
@@ -230,7 +230,7 @@ cdef class ReplyBase(Connection):
             if self.pool.waiting and not self.pool.paused:
                 self.send_waiting(now)
                 if self.pool.waiting and self.has_room():
-                    self.pool.owner.wake(self.pool)  # nobody else may look before its time is over
+                    self.pool.owner.wake(self.pool)  # else its time may pass without a check
             self.offer()
         if self.pool.ring.has_unclaimed() or self.pool.wanted:
             self.pool.owner.schedule()

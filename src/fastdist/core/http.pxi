@@ -98,7 +98,7 @@ cdef Span trim(const uchar *p, const uchar *end) noexcept nogil:
 
 
 cdef Span unquoted_key(Span value) noexcept nogil:
-    """Return an Idempotency-Key without the double quotes it may be in; of no bytes if it is none that can be an id."""
+    """Return an Idempotency-Key without the double quotes it may be in; empty if it cannot be an id."""
     cdef Py_ssize_t i
     if value.n >= 2 and value.p[0] == c'"' and value.p[value.n - 1] == c'"':
         value.p += 1
@@ -239,7 +239,7 @@ cdef class Head:
                 if at == start:
                     return 0
             else:
-                # Mostly it is the same. How long that takes to see is to tell nobody of credentials that another has sent.
+                # Mostly it is the same. How long that takes to see must not reveal credentials that another client has sent.
                 if hole.kind == ANYTHING and end - at > size and memcmp(at, text + hole.start, size) == 0:
                     at += size
                 while at < end and IN_VALUES[at[0]]:
@@ -377,7 +377,7 @@ cdef class RequestHead(Head):
             valid = names_host(self.target)
         elif absolute is not None:
             valid = names_host(absolute[1])  # nor is there a user in it (RFC 9110, 4.2.4)
-            # No path: the root, or for OPTIONS the server as a whole (its query is nobody's).
+            # No path: the root, or for OPTIONS the server as a whole (its query has no meaning).
             self.target = absolute[2] if absolute[2].startswith(b"/") else b"*" if options else b"/"
         else:
             valid = self.target.startswith(b"/") or (options and self.target == b"*")
@@ -423,7 +423,7 @@ cdef reply_parser(protocol, bint of_heads):
 
 @cython.final
 cdef class UnfinishedHead:
-    """What has come of a head whose end is not there: whoever speaks another protocol learns so at once."""
+    """What has come of a head whose end is not there: a client of another protocol gets its error at once."""
 
     cdef object parser               # None: a request's method is not whole
     cdef bytes method                # how it begins

@@ -22,7 +22,7 @@ cdef enum:
     RESERVE = 8              # what fraction of that for all
     LARGE_BODY = 128 << 10   # bytes of one that takes a millisecond or more to scan, and so is scanned in its turn
     NS_A_BYTE = 976562       # the least rate of a body and of what is written: 1 KiB/s
-    NS_A_BYTE_FAST = 15259   # the rate at which a body is ended for nobody: 64 KiB/s
+    NS_A_BYTE_FAST = 15259   # the rate at which a body is never cut off: 64 KiB/s
     MAX_ANSWERS = 512       # waiting on one connection, before it is read no further
     MAX_WAITING = 256 << 10  # bytes of them
     MAX_WAIT = 86400     # seconds of Prefer: wait
@@ -154,7 +154,7 @@ cdef class IngestBase(Connection):
             return 0
         self.moved_ns = mono_ns()
         if unlikely(self.stream is None and self.intake.loop_left <= 0 and not self.held):
-            self.held = HELD_PACKET  # the loop calls for each connection that has something: nobody else counts the time
+            self.held = HELD_PACKET  # the loop calls for each connection that has something: nothing else counts the time
         if likely(self.partial.end == 0 and not self.held):
             return self.read_from(p, n, NULL)
         keep(&self.partial, p, n)
@@ -251,7 +251,7 @@ cdef class IngestBase(Connection):
     cdef int read_on(self) except -1:
         """Read what was held back, unless the reason for it is back, and what has come meanwhile.
 
-        Whoever always has more stays in the queues like that, and never stands before those who had been silent.
+        A connection that always has more stays in the queues like that, and never stands before those who had been silent.
         """
         if self.transport is None or self.transport.is_closing() or not self.held or self.is_full():
             return 0
@@ -792,8 +792,8 @@ cdef class IngestBase(Connection):
         return self.stream is not None and self.stream.has_unread()
 
     cdef bint waited_enough(self, int64_t now) except -1:
-        """Whether nobody can be waiting for the next answer any more, or what it depends on does not come."""
-        if not self.ended_ns and self.unread_ns and peer_ended(self.descriptor()):  # it is not read, so nobody has told
+        """Whether no client can be waiting for the next answer, or what it depends on does not come."""
+        if not self.ended_ns and self.unread_ns and peer_ended(self.descriptor()):  # it is not read, so its end was not seen
             self.ended_ns = now
         if self.ended_ns:
             return now - self.ended_ns > LINGER
@@ -837,7 +837,7 @@ cdef class IngestBase(Connection):
         return count
 
     def excuse(self, int64_t now, int64_t late):
-        """For ``late`` ns until ``now`` nobody here could read: that is no time the emitter had."""
+        """For ``late`` ns until ``now`` this process could not read: that does not count as the emitter's time."""
         self.moved_ns = min(now, self.moved_ns + late)
         self.forgive(late)
         self.answer_due += late

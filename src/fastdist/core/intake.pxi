@@ -1,7 +1,7 @@
 """What all emitters' connections of a worker share, and answers that have to wait.
 
 ``Intake.go_on`` goes round among the connections that are held back (see ingest.pxi), once in every event-loop iteration,
-packets before costly answers. So no turn takes longer the more connections there are, and nobody waits for all that
+packets before costly answers. So no turn takes longer the more connections there are, and no connection waits for all that
 another has sent.
 """
 
@@ -12,7 +12,7 @@ cdef enum:
 
 cdef int64_t STALL = 1000000000   # ns that a body may send nothing before it is slow
 
-# ns of one event-loop iteration. Together, and with what Poller takes, far below the 20 ms that nobody is to wait.
+# ns of one event-loop iteration. Together, and with what Poller takes, far below the 20 ms that a connection may wait.
 cdef int64_t SLICE = 150000     # for the packets of one connection
 cdef int64_t PACKETS = 2000000  # for all that are held back
 cdef int64_t LOOP = 2000000     # for those that the loop reads from, not Poller (TLS)
@@ -80,7 +80,7 @@ cdef class Intake:
     cdef object on_sync_wanted
     cdef uint64_t noise
     cdef Buffer out                    # the answers of one read
-    cdef RequestHead head              # of the last packet, whoever sent it: a template for new connections
+    cdef RequestHead head              # of the last packet, from any client: a template for new connections
     cdef int64_t dated_second
     cdef int64_t wall                  # ns: when the packet at hand was accepted
     cdef bytes date
@@ -204,7 +204,7 @@ cdef class Intake:
             self.go_round(self.waiting, began + self.packets_ns, False)
             self.go_round(self.costly, mono_ns() + self.costly_ns, True)
         finally:
-            self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for who comes now
+            self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for new connections
             self.await_turn()
             self.longest_ns = max(self.longest_ns, mono_ns() - began)
 
@@ -257,7 +257,7 @@ cdef class Intake:
         self.counters.words[BYTES_ACCEPTED] += body_bytes
 
     def sync_failed(self, int status, str reason, bytes headers, bytes body):
-        """The last sync failed: whoever waited for it gets this answer instead (their packets are withdrawn)."""
+        """The last sync failed: clients that waited for it get this answer instead (their packets are withdrawn)."""
         cdef IngestBase connection
         cdef Answer waiting
         connections, self.unsynced = self.unsynced, []
@@ -274,7 +274,7 @@ cdef class Intake:
         """End slow bodies until no more than ``room`` bytes are kept; say whether that was possible.
 
         First goes what has kept most memory for longest without moving: bytes times time. One that moves as it should is
-        ended for nobody, else many that are under way would end each other, and none would arrive.
+        never cut off, else many that are under way would end each other, and none would arrive.
         """
         cdef IngestBase connection, slowest
         cdef int64_t now = coming.moved_ns, next_slow

@@ -42,7 +42,7 @@ static inline fd_stop_bits fd_stops(const unsigned char *p) {
 
 static inline unsigned fd_first(fd_stop_bits stops) { return (unsigned)__builtin_ctzll(stops) / FD_STRIDE; }
 
-/* The first byte of [p, end) that is not plain text, `end` if there is none. The last few bytes are looked at together
+/* The first byte of [p, end) that is not plain text, `end` without one. The last few bytes are looked at together
  * with those before p, so there must be FD_BLOCK bytes of the body before `end`. */
 static inline const unsigned char *fd_plain_end(const unsigned char *p, const unsigned char *end) {
     fd_stop_bits stops;
@@ -55,7 +55,7 @@ static inline const unsigned char *fd_plain_end(const unsigned char *p, const un
     return stops ? p + fd_first(stops) : end;
 }
 
-/* Where and why something was last not JSON. Whoever scans holds the GIL. */
+/* Where and why something was last not JSON. The scanning thread holds the GIL. */
 typedef struct {
     const unsigned char *at;
     const char *why;

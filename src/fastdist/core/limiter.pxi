@@ -21,7 +21,7 @@ def limiter_words(client_slots):
 cdef class RateLimiter:
     """Limits in ``buffer`` (writable, zeroed, 8-byte aligned, ``8 * limiter_words(n)`` bytes, n a power of two).
 
-    More clients at once than there is room for share the limit of whoever was least busy: the limit of all still holds.
+    More clients at once than there is room for share the limit of the least busy one: the limit of all still holds.
     """
 
     cdef object buffer
@@ -50,7 +50,7 @@ cdef class RateLimiter:
         self.forgive()
 
     cdef void forgive(self) noexcept nogil:
-        """Nobody is further ahead than one that just passed: a limit that was tighter until now binds nobody any more."""
+        """Put no client further ahead than one that just passed: a limit that was tighter before no longer counts."""
         cdef int64_t now = mono_ns()
         cdef int64_t i
         bring_down(self.everyone, now + self.tolerance + self.interval)

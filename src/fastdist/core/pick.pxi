@@ -1,6 +1,6 @@
 """Which analyzer gets a packet: the alias method (Walker 1977, Vose 1991) and weighted rendezvous hashing.
 
-Both tables are immutable: whoever changes a weight or sees an analyzer go builds a new one and swaps the reference.
+Both tables are immutable: a change of weights or analyzers builds a new one and swaps the reference.
 ``AliasTable`` maps a 64-bit fraction u of the unit interval to a slot, and the share of the interval that maps to a slot
 is that slot's weight. What feeds it decides the character of the split: the additive recurrence u += GOLDEN spreads any
 run of packets evenly (the golden ratio is the number hardest to approximate by fractions, so no window of the sequence

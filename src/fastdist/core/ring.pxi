@@ -11,10 +11,10 @@ Facts it rests on:
 5. Both header copies carry the positions, each with a checksum of its own; either copy is enough. They are written one
    after the other, so whenever the process dies one of them is whole. All checksums are seeded with the ring's salt, so
    neither another ring's records nor a body that looks like a record is ever taken for one.
-6. What is synced is a position: ``mark_synced`` tells that all before it is on stable storage. Whoever syncs reads
-   ``tail_position`` first. After a sync that failed nobody knows what reached the disk: what was not synced before is
-   withdrawn, and everything is written anew (``write_again``). The header keeps that position, or that a sync has failed
-   (``forget_synced``), for whoever opens the ring next: a process that was killed cannot tell.
+6. What is synced is a position: ``mark_synced`` tells that all before it is on stable storage. A sync reads
+   ``tail_position`` first. After a sync that failed it is unknown what reached the disk: what was not synced before is
+   withdrawn, and everything is written again (``write_again``). The header keeps that position, or that a sync has failed
+   (``forget_synced``), for the process that opens the ring next: a process that was killed cannot tell.
 7. Opening a ring writes only what has to change: a backlog is not to be copied, or written back, for being looked at.
 8. Packets are stamped with the monotonic clock plus ``clock_offset``: the wall clock, but that it does not jump when that
    is set. So spans are right within a run, whose processes all have one offset, and as good as the clocks over restarts.
@@ -149,7 +149,7 @@ class NewerFormatError(RingError):
 cdef class PacketRing:
     """A ring over the open file ``fd`` (of ``file_size(capacity)`` bytes, read-write; not closed here).
 
-    ``capacity``: make a new ring; None: open the one that is there (RingError if there is none) and recover it.
+    ``capacity``: make a new ring; None: open the one that is there (RingError without one) and recover it.
     ``claims_wait_for_sync``: records can be claimed once ``mark_synced`` has covered them (durability fsync).
     ``volatile``: nothing outlives the kernel, so nothing ever waits for a sync (durability memory).
     ``private``: look at a ring without changing it, on a copy (``fd`` may be read-only).
@@ -498,10 +498,10 @@ cdef class PacketRing:
             copy.trusted_crc = crc32c(self.seed, &self.trusted, 8)
 
     cdef bint make_room(self, int64_t size) noexcept nogil:
-        """Move claimed records from the head to the tail, some at a time, lest they pin the ring; say whether ``size`` fits.
+        """Move claimed records from the head to the tail, some at a time, so they do not pin the ring; say whether ``size`` fits.
 
         With a file, their old places are free once the copies are synced. Room for one copy is left
-        once they are, lest a packet that nobody takes pins for good a ring that was filled while nothing was claimed. (One
+        once they are: else a packet that no analyzer takes pins for good a ring that was filled while nothing was claimed. (One
         of more than an eighth of the ring still may: to keep room for any would be to do with half of the ring.)
         """
         cdef int64_t spare, moving, reserve, position = max(self.head, self.settled)
@@ -545,7 +545,7 @@ cdef class PacketRing:
         return self.released_first != 0 or self.cursor < (self.answered if self.claims_wait_for_sync and self.answered < self.tail else self.tail)
 
     cdef uint32_t claim_next(self) except? 0:
-        """Return a handle on the oldest record nobody has claimed, 0 if there is none."""
+        """Return a handle on the oldest unclaimed record, 0 without one."""
         cdef Record *record
         cdef uint32_t handle = self.released_first
         cdef int64_t limit = self.tail
@@ -629,13 +629,13 @@ cdef class PacketRing:
             self.publish()
 
     cdef int64_t past_gaps(self, int64_t position, int64_t end) noexcept nogil:
-        """Return where the next record is, from ``position`` on, where one or a gap begins; ``end`` if there is none before."""
+        """Return where the next record is, from ``position`` on, where one or a gap begins; ``end`` without one before."""
         while position < end and self.at(position).magic == GAP_MAGIC:
             position += gap_bytes(self.at(position))
         return position
 
     cdef int64_t oldest(self) noexcept nogil:
-        """Return when the oldest packet not done was accepted (see ``clock_offset``), 0 if there is none."""
+        """Return when the oldest packet not done was accepted (see ``clock_offset``), 0 without any."""
         cdef int64_t position = max(self.head, self.settled), first = 0, moved = FOREVER
         cdef Record *record
         if self.undone == 0:
@@ -714,7 +714,7 @@ cdef class PacketRing:
         return self.next_sequence - 1
 
     def claim(self):
-        """Return a handle on the oldest packet nobody has claimed, 0 if there is none."""
+        """Return a handle on the oldest unclaimed packet, 0 without one."""
         return self.claim_next()
 
     def done(self, uint32_t handle):
@@ -758,7 +758,7 @@ cdef class PacketRing:
                 yield packet_of(self, record)
 
     def totals_of_latest(self, int64_t count):
-        """Return (messages, bytes of bodies) of the latest ``count`` packets that were pushed; copies are none."""
+        """Return (messages, bytes of bodies) of the latest ``count`` packets that were pushed; copies do not count."""
         cdef int64_t position, turn, skip = 0, messages = 0, body_bytes = 0
         cdef Record *record
         for turn in range(2):  # first count all there are
@@ -797,7 +797,7 @@ cdef class PacketRing:
     def withdraw_unsynced(self):
         """Take back what was pushed since the last sync; return (packets, messages, bytes of bodies).
 
-        Only for a ring whose claims wait for a sync: nobody has these packets yet. Copies stay: what they are copies of
+        Only for a ring whose claims wait for a sync: no analyzer has these packets yet. Copies stay: what they are copies of
         was answered for long ago.
         """
         cdef int64_t position = self.past_gaps(max(self.answered, self.head), self.tail)
@@ -817,7 +817,7 @@ cdef class PacketRing:
         return packets, messages, body_bytes
 
     def write_again(self):
-        """Have the kernel write anew with the next sync what may not have reached the disk though its pages are clean.
+        """Have the kernel write again with the next sync what may not have reached the disk though its pages are clean.
 
         That is all behind the position that a sync is known to have covered; after one that failed, all that counts.
         """
@@ -837,7 +837,7 @@ cdef class PacketRing:
         self.advance()
 
     def forget_synced(self):
-        """A sync has failed: until one succeeds, nobody is to take for written what is in this ring."""
+        """A sync has failed: until one succeeds, what is in this ring does not count as written."""
         self.trusted = -1
         self.publish_trusted()
 
@@ -868,7 +868,7 @@ cdef class PacketRing:
 
     @property
     def oldest_ns(self):
-        """When the oldest packet not done was accepted (monotonic ns + ``clock_offset``), 0 if there is none."""
+        """When the oldest packet not done was accepted (monotonic ns + ``clock_offset``), 0 without any."""
         return self.oldest()
 
     def _checked(self, uint32_t handle):

@@ -8,8 +8,8 @@ the same functions say, in words of our own and with the place (``malformed``). 
 Hence the rules:
 
 1. Sound: a yes implies that ``packet.check`` accepts the same bytes with the same facts. Therefore the whole body is
-   checked against RFC 8259, the parts nobody looks at as well: the escapes, the numbers, the UTF-8.
-2. Complete: a no implies that ``packet.check`` refuses, for of a large body nobody else is asked. What hardly occurs in
+   checked against RFC 8259, the parts that are not used as well: the escapes, the numbers, the UTF-8.
+2. Complete: a no implies that ``packet.check`` refuses, for a large body is not checked otherwise. What hardly occurs in
    good packets (escapes in keys, in the emitterId, in what strict looks at) may be slow, but not by more than its length.
 3. No byte outside the body is read (it may end where a mapping ends), nothing is allocated, nothing calls itself.
 
@@ -28,12 +28,12 @@ at what deserves a look.
 cdef struct PacketFacts:
     uint32_t messages      # how many log messages the packet holds
     uint64_t emitter_hash  # hash_bytes over the UTF-8 of its emitterId
-    # If it is none:
+    # If it is not one:
     const unsigned char *reached  # the member or message that is at fault
     bint in_messages       # it is a message, and so many came before: `messages`
     unsigned int seen      # members of the packet that came before
 
-# Whether the body is a log packet. What is wrong if it is none says packet.check.
+# Whether the body is a log packet. packet.check says what is wrong if not.
 
 ctypedef const unsigned char *cursor
 
@@ -329,7 +329,7 @@ cdef bint is_level(cursor p, cursor end) noexcept nogil:
     if not 4 <= end - p <= 8 or (end - 1)[0] == c' ':
         return False
     memcpy(&lower, p, end - p)
-    # Of all bytes only a letter's two cases come out as that letter, and what is beyond the end comes out as spaces.
+    # Of all bytes only the two cases of a character come out as it, and what is beyond the end comes out as spaces.
     lower |= 0x2020202020202020u
     for i in range(0, 64, 8):
         if memcmp(&lower, LEVELS + i, 8) == 0:
@@ -615,7 +615,7 @@ cdef bint scan_packet(const unsigned char *p, size_t n, bint strict, PacketFacts
 # ------------------------------------------------------------------------------------------------------- for Python
 
 def scan(const unsigned char[::1] body not None, bint strict=False):
-    """``(messages, emitter_hash)`` of a log packet; None if it is none."""
+    """``(messages, emitter_hash)`` of a log packet; else None."""
     cdef PacketFacts facts
     if not len(body) or not scan_packet(&body[0], len(body), strict, &facts):
         return None

@@ -163,7 +163,7 @@ cdef class AnalyzerStates:
         return load(self.row(slot) + PROBATION_WAIT) > FIRST_PROBATION
 
     def may_try(self, Py_ssize_t slot, int64_t rise, int64_t now_ns):
-        """Whether a trial is due and nobody has begun it."""
+        """Whether a trial is due and not begun."""
         cdef int64_t *row = self.row(slot)
         return (self.is_on_probation(slot, rise) and load(row + IN_USE) == 1 and load(row + SLOT_DRAINING) == 0
                 and load(row + NEXT_TRIAL) <= now_ns and load(row + TRIAL_UNTIL) <= now_ns)

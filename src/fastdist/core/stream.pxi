@@ -77,7 +77,7 @@ cdef int bytes_unacked(int fd) noexcept nogil:
 
 
 cdef bint peer_ended(int fd) noexcept nogil:
-    """Whether the other side has ended or reset the connection, which is else told only to whoever reads."""
+    """Whether the other side has ended or reset the connection, which is else seen only by reading."""
     cdef int64_t[INFO_WORDS] info
     return look_at(fd, info) and TCP_CLOSE <= (<uchar *>info)[0] <= TCP_LAST_ACK
 
@@ -128,7 +128,7 @@ cdef class Poller:
     cdef int epoll
     cdef list left               # (stream, events) told of in a turn that had no time for them
     cdef uchar *room             # what one read brings
-    cdef public int64_t turn_ns      # after which a turn ends, whoever is ready
+    cdef public int64_t turn_ns      # after which a turn ends, whatever is ready
     cdef public int64_t longest_ns   # of a turn, until somebody sets it back
 
     def __cinit__(self, loop):

@@ -42,7 +42,7 @@ PROBLEM = b"Content-Type: application/problem+json\r\n"
 PREFLIGHT_SECONDS = 600  # how long a browser may go by the response to its preflight
 REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
 
-COMPLAINT_SECONDS = 60.0  # between tracebacks of one kind
+LOG_INTERVAL = 60.0  # between tracebacks of one kind
 
 log = logs.get()
 
@@ -107,7 +107,7 @@ class Faults:
     """Answers requests that have met a fault of this program, whose traceback is logged once a minute."""
 
     def __init__(self) -> None:
-        self._complain_at: dict[tuple[type, str, int], float] = {}  # kind of fault, and where -> time.monotonic()
+        self._log_at: dict[tuple[type, str, int], float] = {}  # kind of fault, and where -> time.monotonic()
 
     def answer(self, error: Exception) -> Response:
         """Return the response; ``error`` is logged unless one like it just was."""
@@ -116,8 +116,8 @@ class Faults:
             trace = trace.tb_next
         where = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("", 0)
         kind = (type(error), *where)
-        if now >= self._complain_at.get(kind, 0.0):
-            self._complain_at[kind] = now + COMPLAINT_SECONDS
+        if now >= self._log_at.get(kind, 0.0):
+            self._log_at[kind] = now + LOG_INTERVAL
             log.error("a request could not be answered", error=str(error), exc_info=error)
         return problem(500, "a fault in fastdist; its log has the traceback")
 

@@ -250,7 +250,7 @@ class Dispatcher(Outcomes):
         self._judge(now_ns)
 
     def check_next(self) -> bool:
-        """Check the next of the connections to be checked; False if there is none."""
+        """Check the next of the connections to be checked; False without any."""
         if not self._to_check:
             return False
         connection = self._to_check.popleft()

@@ -261,7 +261,7 @@ class Outcomes(DispatchBase):
         self.counters.add_to(pool.slot, "retries", packets)
 
     def requeue_next(self) -> bool:
-        """Requeue a packet that failed, or those of a request no analyzer looked at; False if there is none."""
+        """Requeue a packet that failed, or those of a request no analyzer looked at; False without any."""
         if not self.returned:
             return False
         pool, handles, reason, status, failed = self.returned[0]
@@ -347,7 +347,7 @@ class Outcomes(DispatchBase):
             self.go_on()
 
     def end_next_back_off(self) -> bool:
-        """Release a packet whose back-off has expired; False if there is none."""
+        """Release a packet whose back-off has expired; False without any."""
         if self.backed_off:
             heap = self.backed_off[0]
         elif self.backing_off and self.backing_off[0][0] <= time.monotonic_ns():

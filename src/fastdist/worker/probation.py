@@ -82,7 +82,7 @@ class Probation:
         return slot in self._trials and not self._trials[slot].refused
 
     def _take(self, pool: AnalyzerPool, sequence: int) -> bool:
-        """End the trial with this packet at this analyzer; False if there is none."""
+        """End the trial with this packet at this analyzer; False without one."""
         trial = self._trials.get(pool.slot)
         if trial is None or trial.pool is not pool or trial.sequence != sequence:
             return False

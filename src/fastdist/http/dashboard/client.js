@@ -5,7 +5,7 @@
 const PATIENCE = 4000; // ms for an answer
 const KEY = "fastdist-admin-token";
 
-/** An answer that is none of those wanted: `status`, and what the problem document says. */
+/** An unexpected response: `status`, and what the problem document says. */
 export class Problem extends Error {
   constructor(status, document) {
     const faults = (document.errors ?? []).map((fault) => `${fault.pointer} ${fault.detail}`.trim());

@@ -83,6 +83,6 @@ export function clock(time) {
 }
 
 /** camelCase as words. */
-export const words = (name) => name.replace(/[A-Z]/g, (letter) => ` ${letter.toLowerCase()}`);
+export const words = (name) => name.replace(/[A-Z]/g, (capital) => ` ${capital.toLowerCase()}`);
 
 export const several = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
