@@ -116,7 +116,7 @@ int fdatasync(int fd) {
     ssize_t n = readlink(link, name, sizeof name - 1);
     name[n > 0 ? n : 0] = 0;
     if (strstr(name, ".ndjson") != NULL) {
-        close(open(getenv("LETTERS_ARE_SYNCED"), O_WRONLY | O_CREAT, 0600));
+        close(open(getenv("DEAD_LETTERS_ARE_SYNCED"), O_WRONLY | O_CREAT, 0600));
         usleep(1500000);
         errno = EIO;
         return -1;
