@@ -43,7 +43,7 @@ class Drain:
         self._reject()
         self._dispatcher.stop()
         dead_letter_writer, ring = self._dispatcher.dead_letter_writer, self._queue.ring
-        while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would exist for this alone)
+        while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would be set for this alone)
             await asyncio.sleep(TICK)
         if ring.undone and is_nameless(self._queue.fd):
             self._dead_letter_rest()

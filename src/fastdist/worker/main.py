@@ -227,8 +227,12 @@ class Worker:
         """Move some packets of old rings: of each, at a time, as many as may be in flight."""
         if self.queue.migrations:
             limit = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.analyzers))
-            self.dispatcher.schedule()
-            self.queue.migrate(limit, self.dead_letter_writer, self._report_deleted)
+            tail = self.queue.ring.tail_position
+            try:
+                self.queue.migrate(limit, self.dead_letter_writer, self._report_deleted)
+            finally:
+                if self.queue.ring.tail_position != tail:
+                    self.dispatcher.schedule()
 
     def _report_deleted(self, path: str) -> None:
         ipc.send(self.control, Message("migrated", body=path))
