@@ -19,7 +19,7 @@ help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 build:  ## build everything into .venv/
-	@$(MAKE) --no-print-directory --jobs=2 .venv/.tools $(BUILT)
+	@$(MAKE) --no-print-directory --jobs=2 --quiet .venv/.tools $(BUILT)
 
 .venv/.made:
 	$(PYTHON) -c 'import sys; sys.exit("python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
