@@ -5,7 +5,8 @@ BIN := .venv/bin
 # What is compiled once need not be compiled by every process of a test.
 unexport PYTHONDONTWRITEBYTECODE
 CORE := src/fastdist/_core.pyx $(wildcard src/fastdist/core/*)
-BUILT := .venv/.built
+# How the core was built last: a build of another kind, debug and sanitize too, begins by removing this.
+BUILT := .venv/.built-$(or $(FASTDIST_BUILD),release)
 DEPENDENCIES := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'])
 PYTEST := $(BIN)/python -m pytest --durations=25
 # Processes of tests: one for each core, or two where tests mostly wait.
@@ -33,7 +34,9 @@ build:  ## build everything into .venv/
 	touch $@
 
 # Without what fastdist needs at run time: that is installed with the tools, while the core is compiled.
+# Without the C file Cython and the compiler begin again, whatever kind it was of.
 $(BUILT): .venv/.made setup.py pyproject.toml $(CORE)
+	rm -f .venv/.built* src/fastdist/_core.c
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
@@ -100,13 +103,11 @@ types: build  ## types, and the stubs of the compiled core against what was comp
 	$(BIN)/mypy
 	$(BIN)/python tests/stubs.py
 
-debug: .venv/.tools  ## build the core with bounds checks and line tracing
-	FASTDIST_BUILD=debug $(BIN)/python setup.py build_ext --inplace --force
-	rm -f $(BUILT) src/fastdist/_core.c
+debug:  ## build the core with bounds checks and line tracing
+	@$(MAKE) --no-print-directory build FASTDIST_BUILD=debug
 
-sanitize: .venv/.tools  ## run the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	FASTDIST_BUILD=sanitize $(BIN)/python setup.py build_ext --inplace --force
-	rm -f $(BUILT) src/fastdist/_core.c
+sanitize:  ## run the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(MAKE) --no-print-directory build FASTDIST_BUILD=sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest tests/unit tests/component -m 'not processes'
 
