@@ -96,7 +96,7 @@ def _explained(key: str, value: object, about: Facts) -> str:
     """Return the lines of a setting in the example."""
     such_as = f"; such as {written(about.examples[0], about)}" if about.examples and not value else ""
     comment = textwrap.wrap(about.summary + such_as, WIDTH - COMMENTS - 2, break_on_hyphens=False)
-    return f"{f'{key} = {written(value, about)}':<{COMMENTS}}# " + f"\n{' ' * COMMENTS}# ".join(comment)
+    return f"{f'{key} = {written(value, about)}':<{COMMENTS - 1}} # " + f"\n{' ' * COMMENTS}# ".join(comment)
 
 
 def _table(*cells: Any) -> str:

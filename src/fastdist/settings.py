@@ -114,9 +114,9 @@ class Server(Struct, frozen=True, kw_only=True):
     ] = 0
     max_body: Annotated[
         BodySize,
-        about("""The largest body that is taken; a larger one is 413.
-        It is not read if its length is known. A packet also has to fit into half of a worker's part of
-        [`queue.capacity`](#queuecapacity). As low as your packets allow is best."""),
+        about("""The largest body; a larger one is 413, as is a packet over half of a part of `queue.capacity`.
+        It is not read if its length is known. What a part is stands at [`queue.capacity`](#queuecapacity). As low as
+        your packets allow is best."""),
     ] = 10 * 2**20
     max_header: Annotated[
         int,
@@ -223,11 +223,11 @@ class Distribution(Struct, frozen=True, kw_only=True):
 
     strategy: Annotated[
         Literal["even", "random", "sticky"],
-        about("""How an analyzer is picked: `even`, `random`, or `sticky` (by emitterId).
+        about("""How an analyzer is picked: `even`, `random`, or `sticky` (by emitterId; needs validation).
         `even`: every run of packets is split by weight, not only the long run; right for nearly all. `random`:
         independent draws, where a pattern in the order of packets must not meet a pattern in ours. `sticky`: all
         packets of one `emitterId` go to one analyzer while it is online, for analyzers that keep state of an emitter;
-        nothing spills then, and shares are those of emitters. Needs `server.validation` to be `schema` or `strict`.
+        nothing spills then, and shares are those of emitters. `server.validation` then has to be `schema` or `strict`.
         """),
     ] = "even"
     by: Annotated[
@@ -259,9 +259,9 @@ class Queue(Struct, frozen=True, kw_only=True):
     capacity: Annotated[
         int,
         Meta(ge=2**20, le=2**46, extra=_SIZE),
-        about("""The size of the queue, over all workers, allocated at the start.
-        Each worker has an equal part, of at least 64 KiB. A packet may take half of a part: with 16 workers the default
-        leaves each 16 MiB, so that no packet over 8 MiB is taken, whatever [`server.max_body`](#servermax_body) says.
+        about("""The size of the queue, allocated at the start; each worker has a part, half of which a packet may take.
+        Parts are equal, and of at least 64 KiB. With 16 workers the default leaves each 16 MiB, so that no packet over
+        8 MiB is taken, whatever [`server.max_body`](#servermax_body) says.
         How much you need is a [matter of arithmetic](operations.md#sizing)."""),
     ] = 256 * 2**20
     sync_interval: Annotated[
@@ -284,7 +284,7 @@ class Delivery(Struct, frozen=True, kw_only=True):
     batch_packets: Annotated[
         int,
         Meta(ge=1, le=1000, extra={"why": ": X-Packet-Ids has the id of each, and servers refuse long heads"}),
-        about("""A batch is sent when it has this many packets.
+        about("""A batch is sent when it has this many packets: at most 1000; over 120 make long heads.
         Above 120 the head, with an id for each packet, may be over 8 KiB, which many servers refuse."""),
     ] = 64
     batch_bytes: Annotated[
@@ -311,7 +311,7 @@ class Delivery(Struct, frozen=True, kw_only=True):
     ] = 1
     spill_after: Annotated[
         DurationOrNever,
-        about("""How long a packet waits for a slow analyzer before it goes to another that has room.
+        about("""How long a packet waits for a slow analyzer before it goes to another that has room; or `"never"`.
         Slow is one that is slower than the others; for one as quick as they are it is four times as long. `"never"`:
         the weights hold whatever it costs. `sticky` never spills."""),
     ] = 1.0
@@ -444,8 +444,8 @@ class Security(Struct, frozen=True, kw_only=True):
     ] = ()
     tls_cert: Annotated[
         PemFile,
-        about("""The certificate, with its chain, as PEM; with `tls_key`: HTTPS instead of HTTP.
-        A renewed file is taken over on reload, without dropping a connection. Turning TLS on or off needs a restart.
+        about("""The certificate, with its chain, as PEM; with `tls_key` (both or neither): HTTPS instead of HTTP.
+        A renewed file is used from a reload on, without dropping a connection. Turning TLS on or off needs a restart.
 
         The two files are read once, at a start and at a reload, and tried together; all workers, also those that are
         replaced later, use what was read then. Where they do not fit together (the one was renewed, the other not yet)
@@ -455,7 +455,7 @@ class Security(Struct, frozen=True, kw_only=True):
     ] = ""
     tls_key: Annotated[
         PemFile,
-        about("The key of the certificate, as PEM, not encrypted."),
+        about("The key of the certificate, as PEM, not encrypted; both or neither."),
         Meta(examples=["/etc/fastdist/key.pem"]),
     ] = ""
 
