@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -417,6 +418,18 @@ def test_purge_skips_files_in_use(run, tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert "skipped, a worker is writing to it" in result.stderr
     assert result.stdout == "no dead letters removed\n"
+
+
+def test_purge_notes_what_it_skips_at_once(run, dead_letters, monkeypatch):
+    def purge(files, _selection, note):
+        note("skipped")
+        raise OSError(errno.EIO, "Input/output error", files[0].path.name)
+
+    monkeypatch.setattr("fastdist.client.purge.purge", purge)
+    result = run("dead-letters", "purge", str(dead_letters), "--yes")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[0] == "skipped"
+    assert "Input/output error" in result.stderr
 
 
 def at_a_terminal(*arguments, columns="120"):

@@ -291,9 +291,12 @@ def dead_letters_purge(
         if census.lines and not yes and not typer.confirm(f"Delete {output.census_text(census)}?", err=True):
             fail("nothing was deleted", INCOMPLETE)
         skipped: list[str] = []
-        removed = purge.purge(files, selection, skipped.append)
-    for note in skipped:
-        typer.echo(note, err=True)
+
+        def skip(note: str) -> None:
+            skipped.append(note)
+            typer.echo(note, err=True)
+
+        removed = purge.purge(files, selection, skip)
     typer.echo(f"removed {output.lines_text(removed)}" if removed.lines else "no dead letters removed")
     raise typer.Exit(INCOMPLETE if skipped else 0)
 
