@@ -74,6 +74,7 @@ def check(body: bytes, *, strict: bool = False) -> Facts:
         position = locate(body, strict)
         if position is not None:
             _refuse_if_any(_faults_of_large(body, *position, strict=strict))
+            _refuse_if_any([_Fault("", "does not conform to the schema")])  # for certain: the scanner refused it
         return Facts(*cast("tuple[int, int]", scan(body, strict)))
     packet = _DECODER.decode(body.decode())
     _refuse_if_any(_faults(packet, "", _PACKET[strict]))
@@ -251,12 +252,12 @@ def _faults_of_large(body: bytes, at: int, message: int | None, seen: list[str],
             yield from _faults(_value(text, dict), pointer, _MESSAGE[strict])
         else:
             key, end = _DECODER.raw_decode(text)
-            pointer, member = f"/{key}", packet[key]
+            pointer = f"/{key}"
             if key in seen:
                 yield _Fault(pointer, "appears twice")
-            else:
-                value = _value(piece(len(body) - len(body[at + end :].lstrip(_COLON))), member.type)
-                yield from _faults({key: value}, "", {key: member})
+            elif key in packet:
+                value = _value(piece(len(body) - len(body[at + end :].lstrip(_COLON))), packet[key].type)
+                yield from _faults({key: value}, "", {key: packet[key]})
     except json.JSONDecodeError:  # the piece ends within its first value
         yield _Fault(pointer, f"what is wrong is over {MAX_EXPLAINED} bytes behind its beginning")
 

@@ -417,6 +417,13 @@ def test_fault_too_far_behind_names_its_parent(body, pointer):
     assert [fault["pointer"] for fault in error.errors] == [pointer]
 
 
+@pytest.mark.parametrize(("what", "message"), [(b'"emitterId"', None), (b'"x"', None), (b'{"message"', 0)])
+def test_large_body_without_a_fault_is_refused(what, message, monkeypatch):
+    body = large(before=b'"x":1,')
+    monkeypatch.setattr("fastdist.packet.locate", lambda body, _strict: (body.index(what), message, []))
+    assert faults(body) == [("", "does not conform to the schema")]
+
+
 @pytest.mark.parametrize("level", ["nonsense", "\\u0000"])
 def test_strict_fault_of_large_body_is_located(level, monkeypatch):
     good = b'{"message":"m","timestamp":"2026-01-31T12:34:56Z","level":"%b"}'
