@@ -13,7 +13,6 @@ No sockets and no waiting here, so that tests need neither. What the module sees
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from functools import cache
 from http import HTTPStatus
@@ -107,17 +106,15 @@ class Faults:
     """Answers requests that have met a fault of this program, whose traceback is logged once a minute."""
 
     def __init__(self) -> None:
-        self._log_at: dict[tuple[type, str, int], float] = {}  # kind of fault, and where -> time.monotonic()
+        self._log_limit = logs.Throttle(LOG_INTERVAL)  # by kind and line
 
     def answer(self, error: Exception) -> Response:
         """Return the response; ``error`` is logged unless one like it just was."""
-        trace, now = error.__traceback__, time.monotonic()
+        trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
         where = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("", 0)
-        kind = (type(error), *where)
-        if now >= self._log_at.get(kind, 0.0):
-            self._log_at[kind] = now + LOG_INTERVAL
+        if self._log_limit.allow((type(error), *where)):
             log.error("a request could not be answered", error=str(error), exc_info=error)
         return problem(500, "a fault in fastdist; its log has the traceback")
 

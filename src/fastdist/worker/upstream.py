@@ -91,7 +91,7 @@ class AnalyzerPool(PoolBase):
         self.connections: set[AnalyzerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.retired = False
-        self._next_warning = 0.0  # time.monotonic()
+        self._warnings = logs.Throttle(LOG_INTERVAL)  # of unsolicited replies
         self.looked_ns = 0  # monotonic: the time of the check that is under way
         self.late_ns = 0  # by how much it is too late
         self._addresses: frozenset[str] = frozenset()  # of the analyzer's name, at that time
@@ -221,9 +221,7 @@ class AnalyzerPool(PoolBase):
         """Warn of an analyzer that sends an unsolicited reply: with pipelining, that may settle the wrong request."""
         if beginning.startswith((b"HTTP/1.1 408", b"HTTP/1.0 408")):  # how some servers close an idle connection
             return
-        now = time.monotonic()
-        if now >= self._next_warning:
-            self._next_warning = now + LOG_INTERVAL
+        if self._warnings.allow():
             log.warning(
                 "an analyzer sent more than the replies it was asked for; the connection is closed",
                 analyzer=self.analyzer.id,
