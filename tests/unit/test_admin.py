@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 
-import msgspec
 import pytest
 import trustme
 
@@ -200,13 +199,13 @@ def test_overrides_outlive_the_file_they_were_in(block, tmp_path, how):
             (folder / "other").rename(folder / "overrides.json")
         else:
             folder.rename(tmp_path / f"moved-{len(list(tmp_path.iterdir()))}")
-            it.check_file()
+            it.overrides.check_file()
             assert not folder.exists(), "it may yet come back"
             folder.mkdir()
-        it.check_file()
+        it.overrides.check_file()
         assert (folder / "overrides.json").read_text() == written
     (folder / "overrides.json").write_text("{}\n")
-    it.check_file()
+    it.overrides.check_file()
     assert (folder / "overrides.json").read_text() == "{}\n", "what somebody writes into our file is theirs to know"
 
 
@@ -216,7 +215,7 @@ def test_no_override_file_without_a_queue(block, tmp_path):
     it = changes(block, folder, 1, 1)
     assert it.apply(Action("override", "A1", 4.0, None))[0] == 503
     assert not folder.exists()
-    it.config = msgspec.structs.replace(it.config, queue=msgspec.structs.replace(it.config.queue, durability="memory"))
+    it.overrides.locked = False  # as with durability memory
     assert it.apply(Action("override", "A1", 4.0, None))[0] == 200
 
 
@@ -230,22 +229,22 @@ def test_other_services_overrides_are_kept(block, tmp_path):
     folder.mkdir()
     second = changes(block, folder, 1, 1)
     assert second.apply(Action("override", "A1", 9.0, None))[0] == 200
-    first.check_file()
+    first.overrides.check_file()
     assert json.loads((folder / "overrides.json").read_text()) == {"A1": {"weight": 9.0}}
 
 
 def test_services_do_not_fight_over_overrides(block, tmp_path):
     """With durability memory the folder is not locked: the file there may be another service's."""
     it = changes(block, tmp_path, 1, 1)
-    it.config = msgspec.structs.replace(it.config, queue=msgspec.structs.replace(it.config.queue, durability="memory"))
+    it.overrides.locked = False  # as with durability memory
     assert it.apply(Action("override", "A1", 4.0, None))[0] == 200
     path = tmp_path / "overrides.json"
     (tmp_path / "other").write_text("{}")
     (tmp_path / "other").rename(path)
-    it.check_file()
+    it.overrides.check_file()
     assert path.read_text() == "{}"
     path.unlink()
-    it.check_file()
+    it.overrides.check_file()
     assert json.loads(path.read_text()) == {"A1": {"weight": 4.0}}
 
 

@@ -423,7 +423,7 @@ class Supervisor:
             run = self.upkeep.run
             run(Step.FIGURES, self._keep_figures)
             run(Step.QUEUE_FILES, self._keep_lock)
-            run(Step.OVERRIDES, self.changes.check_file)
+            run(Step.OVERRIDES, self.changes.overrides.check_file)
             await asyncio.sleep(1.0)
 
     def _keep_figures(self) -> None:
