@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from fastdist._core import FORMAT_VERSION, PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_writer
-from fastdist.storage.dead_letter_writer import DeadLetter, DeadLetterWriter
+from fastdist.storage.dead_letter_writer import DeadLetterWriter, PendingDeadLetter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -218,7 +218,7 @@ class PowerCuts(RuleBasedStateMachine):
         """Have packets become dead letters; with durability disk their sync comes later."""
         for handle in sorted(self.claimed)[n % len(self.claimed) :][:most]:
             self.refused[handle] = self.claimed.pop(handle)
-            self.writer.add(DeadLetter(self.ring, handle, "refused", "A1", 422, None))
+            self.writer.add(PendingDeadLetter(self.ring, handle, "refused", "A1", 422, None))
         self.note_dead_letters()
 
     @rule(size=st.integers(0, 3000))

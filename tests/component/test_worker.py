@@ -15,7 +15,7 @@ from fastdist._core import PacketRing, file_size
 from fastdist.config import load
 from fastdist.ipc import Settings
 from fastdist.shm.block import SharedBlock, Step, WorkerWord
-from fastdist.storage.dead_letter_writer import DeadLetter
+from fastdist.storage.dead_letter_writer import PendingDeadLetter
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.worker.main import Assignment, Worker
 
@@ -54,7 +54,7 @@ def dead_letter_of_an_old_ring():
     ring = PacketRing(fd, CAPACITY)
     os.close(fd)
     assert ring.push(b"{}", "p1")
-    return DeadLetter(ring, ring.claim(), "oversized", None, None, "larger than the queue takes now")
+    return PendingDeadLetter(ring, ring.claim(), "oversized", None, None, "larger than the queue takes now")
 
 
 def test_dead_letters_despite_failed_deliveries(build, monkeypatch):

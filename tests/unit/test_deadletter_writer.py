@@ -12,7 +12,7 @@ import pytest
 from fastdist._core import PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_writer
-from fastdist.storage.dead_letter_writer import MANY, DeadLetter, DeadLetterWriter, what_is_left
+from fastdist.storage.dead_letter_writer import MANY, DeadLetterWriter, PendingDeadLetter, what_is_left
 from fastdist.storage.dead_letters import FOLDER, DeadLetters
 
 EIO = OSError(errno.EIO, "Input/output error")
@@ -56,7 +56,7 @@ class Site:
     def dead_letter(self, size=10):
         self.pushed += 1
         assert self.ring.push(bytes(size), f"p{self.pushed}")
-        return DeadLetter(self.ring, self.ring.claim(), "refused", "A1", 400, "HTTP 400")
+        return PendingDeadLetter(self.ring, self.ring.claim(), "refused", "A1", 400, "HTTP 400")
 
     def add(self, count=1, size=10):
         for _ in range(count):

@@ -38,7 +38,7 @@ SHARE = 8  # nor do those of more than this part of a ring
 log = logs.get()
 
 
-class DeadLetter(NamedTuple):
+class PendingDeadLetter(NamedTuple):
     """A dead letter to be written: the packet, why, and the last analyzer that saw it with what it said."""
 
     ring: PacketRing
@@ -49,11 +49,11 @@ class DeadLetter(NamedTuple):
     error: str | None
 
 
-def what_is_left(ring: PacketRing) -> list[DeadLetter]:
+def what_is_left(ring: PacketRing) -> list[PendingDeadLetter]:
     """Claim all unclaimed packets of a ring that ends with this service; return their dead letters."""
     dead_letters = []
     while handle := ring.claim():
-        dead_letters.append(DeadLetter(ring, handle, "shutdown", None, None, None))
+        dead_letters.append(PendingDeadLetter(ring, handle, "shutdown", None, None, None))
     return dead_letters
 
 
@@ -75,14 +75,14 @@ class DeadLetterWriter:
     ) -> None:
         self.files, self.counters, self.gone = files, counters, gone
         self._run, self._sync_delay = run, int(min(sync_delay, MAX_DELAY) * 1e9)  # ns
-        self.unwritten: deque[DeadLetter] = deque()
-        self.written: list[DeadLetter] = []  # and not known to be safe
+        self.unwritten: deque[PendingDeadLetter] = deque()
+        self.written: list[PendingDeadLetter] = []  # and not known to be safe
         self.syncing = False
         self.failed = False  # what was tried last
         self._sync_at = self._retry_at = 0  # monotonic ns
         self._problem: Exception | None = None  # with what was written last
 
-    def add(self, *dead_letters: DeadLetter) -> None:
+    def add(self, *dead_letters: PendingDeadLetter) -> None:
         """Make dead letters of claimed packets."""
         self.unwritten += dead_letters
         if len(self.unwritten) <= max(FEW, len(dead_letters)):
@@ -107,7 +107,7 @@ class DeadLetterWriter:
         if self.written:
             self._settle(self._sync_now())
 
-    def write_all(self, dead_letters: Iterable[DeadLetter]) -> None:
+    def write_all(self, dead_letters: Iterable[PendingDeadLetter]) -> None:
         """Write these and all others now: their ring ends with this process. Raises OSError; some may be written then.
 
         A sync is tried, but its failure is only logged: a dead letter that is not synced is better than none. No sync

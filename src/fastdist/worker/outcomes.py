@@ -26,7 +26,7 @@ from fastdist._core import DispatchBase, Rendezvous, Retrying
 from fastdist.retry_after import parse_retry_after
 from fastdist.shm.block import AnalyzerWord
 from fastdist.shm.weights import effective_weights
-from fastdist.storage.dead_letter_writer import DeadLetter, DeadLetterWriter
+from fastdist.storage.dead_letter_writer import DeadLetterWriter, PendingDeadLetter
 from fastdist.worker.probation import Probation
 from fastdist.worker.upstream import LOG_INTERVAL
 
@@ -376,7 +376,7 @@ class Outcomes(DispatchBase):
     # ---- dead letters
 
     def _dead_letter(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
-        self.dead_letter_writer.add(DeadLetter(self.ring, handle, reason, pool.analyzer.id, status, error))
+        self.dead_letter_writer.add(PendingDeadLetter(self.ring, handle, reason, pool.analyzer.id, status, error))
 
     def _dead_lettered(self, ring: PacketRing, sequence: int) -> None:
         if ring is self.ring:  # not an old one

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fastdist import logs
 from fastdist._core import PacketRing
 from fastdist.shm.block import HeadWord, WorkerWord
-from fastdist.storage.dead_letter_writer import DeadLetter
+from fastdist.storage.dead_letter_writer import PendingDeadLetter
 from fastdist.storage.directory import OldRing, ring_path
 from fastdist.storage.files import has_name, present_path
 from fastdist.storage.group_commit import Syncer, make_safe
@@ -113,7 +113,7 @@ class Queue:
         if oversized:
             why = "larger than the queue takes now"
             dead_letter_writer.add(
-                *(DeadLetter(migration.ring, each, "oversized", None, None, why) for each in oversized)
+                *(PendingDeadLetter(migration.ring, each, "oversized", None, None, why) for each in oversized)
             )
         if moved and self.syncer is not None:
             self.syncer.want()
