@@ -4,9 +4,9 @@ The rules:
 
 1. A dead letter goes from its file only once the distributor has accepted it. At worst it is replayed twice, under its
    own id, so that an analyzer can recognise it.
-2. What is accepted is noted at once (see ``held_file``), so a replay that is killed repeats no more than the dead
-   dead letters in flight. The file is not rewritten before the distributor has had the time to sync what it accepted
-   (``disk``): until then the dead letters are safer in the file, noted as replayed.
+2. What is accepted is noted at once (see ``held_file``), so a replay that is killed repeats no more than
+   the dead letters in flight. The file is not rewritten before the distributor has had the time to sync what it
+   accepted (``disk``): until then the dead letters are safer in the file, noted as replayed.
 3. Packets that become dead letters while a replay runs are left alone: what is refused again is not sent in circles.
 """
 
