@@ -11,7 +11,8 @@ unset PYTHONPATH
 echo "wheel: building"
 # A copy of what belongs to the project: nothing that was built before gets into the wheel, or is left behind, but for the
 # core, which was compiled from the same files with the same flags; setuptools sees whether it is older than these. Not in
-# an environment of its own: there Cython is newer than what it wrote, and all begins again.
+# an environment of its own: there Cython is newer than what it wrote, and all begins again. That is tested where the
+# Dockerfile is (tests/deploy/test_images.py).
 mkdir "$work/source"
 cp "$root/pyproject.toml" "$root/setup.py" "$root/LICENSE" "$root/README.md" "$work/source/"
 (cd "$root" && find src -type f ! -name '*.so' ! -path '*/__pycache__/*' ! -path 'src/build/*' ! -path '*.egg-info/*') |

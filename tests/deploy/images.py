@@ -38,9 +38,9 @@ def obstacle(folder: Path) -> str:
     command = Image(folder / "probe").command(["sleep", "1"])
     tried = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]  # one root, two containers
     for process in tried:
-        _, complaint = process.communicate()
+        _, error = process.communicate()
         if process.returncode:
-            return f"no overlay over this machine's root: {complaint.strip()}"
+            return f"no overlay over this machine's root: {error.strip()}"
     return ""
 
 
@@ -101,13 +101,15 @@ class Image:
 
 
 class Builder:
-    """Makes images, each stage once."""
+    """Makes images, each stage once.
+
+    That of ``build`` is where the release is compiled from clean sources, in an isolated build as pip does it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.images: dict[str, Image] = {}
         self.variables = {key: value for key, value in os.environ.items() if PASSED_ON.fullmatch(key)}
-        self.variables["FASTDIST_BUILD"] = "quick"  # how fast it is, nobody asks here
 
     def build(self, name: str) -> Image:
         """Return the image of a stage."""
