@@ -30,7 +30,6 @@ EXAMPLE = ROOT / "fastdist.example.toml"
 DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "bench" / "README.md"])
 NAMES = {path: path.relative_to(ROOT).as_posix() for path in DOCUMENTS}
-NO_FLAGS: dict[str, object] = {}
 
 
 def rows(text, heading):

@@ -14,7 +14,6 @@ import fastdist
 from fastdist.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
-SETTINGS_PAGE = (ROOT / "docs" / "settings.md").read_text()
 API_PAGE = (ROOT / "docs" / "api.md").read_text()
 COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text()
 DESCRIPTION = json.loads((Path(fastdist.__file__).parent / "http" / "openapi.json").read_text())
