@@ -65,7 +65,7 @@ explore: build  ## look for what no test has thought of: other, and ten times as
 bare: .venv/.made  ## make run and make test on a bare Debian 12 and 13 (needs root and debootstrap); ARGS="bookworm", ARGS="--unit"
 	$(BIN)/python scripts/bare.py $(ARGS)
 
-screenshots: build  ## take the pictures of the dashboard and the commands for the docs anew
+screenshots: build  ## take the pictures of the dashboard and the commands for the docs again
 	$(BIN)/python scripts/screenshots.py
 	$(BIN)/python scripts/terminal_pictures.py
 

@@ -1,6 +1,6 @@
 """wrk and ab: load in a closed loop over keep-alive connections, each with one request under way.
 
-Both are run as anybody would by hand, and what they print is read. Mind that wrk counts as a time-out what was answered
+Both are run as one would by hand, and what they print is read. Mind that wrk counts as a time-out what was answered
 late, not what never was, and that ab counts a request whose connection broke among the complete ones.
 """
 

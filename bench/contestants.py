@@ -1,6 +1,6 @@
 """Who runs in the race: fastdist, its peers and the limit, each with the same analyzers behind it, 10/40/20/30.
 
-The peers are set up as somebody would who wants them fast: keep-alive on both sides, a process or thread for each
+The peers are set up to be fast: keep-alive on both sides, a process or thread for each
 core, no access log, no limit that the load could reach.
 """
 
@@ -27,7 +27,7 @@ CORES = os.cpu_count() or 1
 
 
 def program(name: str) -> str:
-    """Return a program's path, "" if there is none. Servers are in sbin, which is not on everybody's path."""
+    """Return a program's path, "" if it is not installed. Servers are in sbin, which is not on every user's path."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin") or ""
 
 
@@ -115,7 +115,7 @@ class Contestant:
         return cpu_of(self.pids())
 
     def memory(self) -> int:
-        """Return the bytes of memory its processes hold and share with nobody."""
+        """Return the bytes of memory its processes hold and do not share."""
         return private_memory(self.pids())
 
 
@@ -351,4 +351,4 @@ class Limit(Contestant):
 
 PROXIES: tuple[type[Contestant], ...] = (Nginx, Haproxy, Envoy)
 PEERS: tuple[type[Contestant], ...] = (*PROXIES, Express, Limit)
-EVERYBODY: tuple[type[Contestant], ...] = (Fastdist, *PEERS)
+CONTESTANTS: tuple[type[Contestant], ...] = (Fastdist, *PEERS)

@@ -24,7 +24,7 @@ from rich.table import Table
 from tools import Sink, Wrk, compile_tools, free_ports, packet
 
 SETTINGS = {"DELIVERY__MODE": "batch", "QUEUE__DURABILITY": "memory"}
-FREQUENCY = 1999  # samples a second; not a round figure, lest it beats with anything
+FREQUENCY = 1999  # samples a second; not a round figure, so that it does not beat with anything
 ROW = re.compile(r"\s*([\d.]+)%\s+(\S+)\s+\[(.)\]\s+(.+?)\s*$")
 CALL = re.compile(r"\s*([\d.]+)%\s+\[k\]\s+(?:__x64_sys|__arm64_sys|__sys|ksys)_(\w+)")
 

@@ -124,7 +124,7 @@ static void receive(struct connection *c) {
     ssize_t got = recv(c->fd, c->head + c->kept, HEAD_ROOM - 1 - c->kept, MSG_DONTWAIT);
     if (got < 0 && errno == EAGAIN) return;
     if (got <= 0) fail("the server closed a connection");
-    if (c->packet < 0) fail("an answer nobody asked for");
+    if (c->packet < 0) fail("an answer to no request");
     c->kept += (size_t)got;
     if (c->body_left < 0) {
         c->head[c->kept] = 0;

@@ -150,7 +150,7 @@ def load(target: Target, order: Order, tool: str, sink: Sink | None, patience: f
     idle, at_end, ended = idle_seconds() - idle, target.stats(), time.monotonic()
     after = drain(target, at_end, patience)
     if after["uptimeSeconds"] < before["uptimeSeconds"]:
-        raise CannotError(f"{target.base} was started anew meanwhile, and its figures with it")
+        raise CannotError(f"{target.base} was started again meanwhile, and its figures with it")
     drained, counted = time.monotonic() - ended, sink.packets() if sink else None
     return Outcome(answers, before, at_end, after, drained, counted, idle / answers.seconds)
 

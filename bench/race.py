@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from contestants import CORES, EVERYBODY, Contestant, Fastdist, first_line
+from contestants import CONTESTANTS, CORES, Contestant, Fastdist, first_line
 from measure import MEASURES, Scene, held_back
 from report import FIGURES, show, summary
 from tools import HERE, compile_tools
@@ -43,7 +43,7 @@ class Results(NamedTuple):
 
 
 def race(works: list[Work], present: Sequence[type[Contestant]], options: argparse.Namespace) -> Results:
-    """Run everybody, round after round. Ctrl-C ends it with what there is."""
+    """Run all contestants, round after round. Ctrl-C ends it with what there is."""
     most: dict[Run, int] = {}
     for work in works:
         for run in work.runs:
@@ -107,7 +107,7 @@ def commit() -> str:
 
 
 def versions(present: Sequence[type[Contestant]]) -> dict[str, str]:
-    """Return the versions of everybody who runs, and of the load."""
+    """Return the versions of all that run, and of the load."""
     return {kind.name: kind.version() for kind in present} | {"wrk": first_line("wrk", "-v").split(" Copyright")[0]}
 
 
@@ -131,7 +131,7 @@ def arguments() -> argparse.Namespace:
         chosen.rounds = chosen.seconds = 1
     if chosen.rounds < 1 or chosen.seconds < 1:
         options.error("there is at least one round of one second")
-    names = {kind.name.lower() for kind in EVERYBODY}
+    names = {kind.name.lower() for kind in CONTESTANTS}
     for name in chosen.contestant or []:
         if name.lower() not in names:
             options.error(f"no contestant is called {name}: there are {', '.join(sorted(names))}")
@@ -140,7 +140,7 @@ def arguments() -> argparse.Namespace:
 
 def entrants(chosen: Sequence[str] | None) -> tuple[list[type[Contestant]], dict[str, str]]:
     """Return who runs, and who is missing with the reason."""
-    wanted = [kind for kind in EVERYBODY if not chosen or kind.name.lower() in {name.lower() for name in chosen}]
+    wanted = [kind for kind in CONTESTANTS if not chosen or kind.name.lower() in {name.lower() for name in chosen}]
     missing = {kind.name: kind.missing() for kind in wanted if kind.missing()}
     return [kind for kind in wanted if kind.name not in missing], missing
 

@@ -65,7 +65,7 @@ def _of_rounds(rounds: list[Document], failures: list[str]) -> Document:
 
 
 def figure_of(rows: Document, work: str, contestant: str, figure: str) -> float | None:
-    """Return a median, None if there is none."""
+    """Return a median, None if there are no values."""
     found = rows.get(work, {}).get("contestants", {}).get(contestant, {}).get("median", {}).get(figure)
     return None if found is None else float(found)
 

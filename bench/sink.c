@@ -9,7 +9,7 @@
  * One thread a process, epoll. GET /count answers "<packets> <requests>" of the port, GET /total the same of all ports,
  * GET /each the packets of each port, in the order they were given; GET anything else (a health check) answers as well.
  * A request without X-Packet-Count carries one packet. Only what clients of this benchmark send is understood; a body
- * without a Content-Length ends the program, lest it be counted wrong.
+ * without a Content-Length ends the program, so that it is not counted wrong.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -105,7 +105,7 @@ static void answer_late(struct connection *c) {
     c->pending++;
 }
 
-/* Gives the late answers that are due; returns for how many milliseconds there is none, -1 for ever. */
+/* Gives the late answers that are due; returns for how many milliseconds no other is due, -1 for ever. */
 static int give_late_answers(void) {
     while (late_count) {
         struct answer first = late[late_first];

@@ -44,9 +44,9 @@ def weight_of(index: int) -> int:
 
 
 def free_ports(count: int) -> tuple[int, ...]:
-    """Return that many ports that are free now, of those the kernel gives to nobody who connects.
+    """Return that many ports that are free now, of those the kernel gives to no client that connects.
 
-    With one of the others a client that tries to connect while nobody listens may get that very port, and itself.
+    With one of the others a client that tries to connect while nothing listens may get that very port, and itself.
     """
     found: list[int] = []
     while len(found) < count:
@@ -106,7 +106,7 @@ def cpu_of(pids: Sequence[int]) -> tuple[float, float]:
 
 
 def private_memory(pids: Sequence[int]) -> int:
-    """Return the bytes of memory that these processes hold and share with nobody."""
+    """Return the bytes of memory that these processes hold and do not share."""
     total = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():

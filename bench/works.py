@@ -1,14 +1,14 @@
 """The works of the race and the aims they have. What a figure means stands in ``measure.py``, and in README.md.
 
-A work has fastdist run under some settings, and others beside it. Two works that let somebody do the same thing share
-the run: nginx does not know what fastdist's durability is.
+A work has fastdist run under some settings, and others beside it. Two works that let a contestant do the same thing
+share the run: nginx does not know what fastdist's durability is.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from contestants import EVERYBODY, PEERS, Contestant, Fastdist, Haproxy, Nginx
+from contestants import CONTESTANTS, PEERS, Contestant, Fastdist, Haproxy, Nginx
 
 
 class Load(NamedTuple):
@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 class Aim(NamedTuple):
-    """What fastdist's figure, divided by somebody else's of the same name, has to be.
+    """What fastdist's figure, divided by another's of the same name, has to be.
 
     ``against``: a contestant; "best", the best of nginx, HAProxy and Envoy that ran; the name of another work, for
     fastdist's figure there; or "", for the figure as it is.
@@ -86,7 +86,9 @@ class Work(NamedTuple):
     @property
     def runs(self) -> list[Run]:
         """All runs that it takes."""
-        return [self.run(contestant) for contestant in EVERYBODY if contestant is Fastdist or contestant in self.peers]
+        return [
+            self.run(contestant) for contestant in CONTESTANTS if contestant is Fastdist or contestant in self.peers
+        ]
 
 
 def settings(mode: str, durability: str = "memory", **more: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of everything that reads bytes of others, under AddressSanitizer: ``make fuzz``.
 
-The core is built anew, by clang and with its sanitizers, into build/fuzz; libFuzzer is loaded into Python with it
+The core is built by clang and with its sanitizers, into build/fuzz; libFuzzer is loaded into Python with it
 (``engine.pxi``), sees which branches of the C code an input takes, and keeps those that take new ones. A run begins
 with the corpus in this folder and the inputs of the tests. It ends with an error at the first input for which a target
 (``targets.py``) does not hold or a sanitizer objects; that input is kept in build/fuzz/findings.

@@ -2,7 +2,7 @@
 
 A target raises if it does not hold. The sockets, loops and analyzers around the code are those of the component tests.
 Whatever a target needs to choose (where to cut, how a connection ends) follows from a checksum of the input, so that
-inputs are plain requests, packets and replies, fit to be read and to be taken over into the tests.
+inputs are plain requests, packets and replies, fit to be read and to be copied into the tests.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _ids(text: str, count: int) -> list[str]:
     if len(ids) != count or len(set(ids)) != count:
         raise typer.BadParameter(f"{text!r} has to be {count} different ids, one for each port")
     if not all(_ID.fullmatch(name) for name in ids):
-        raise typer.BadParameter("an id is made of letters, digits, dots, dashes and underscores")
+        raise typer.BadParameter("an id is made of the characters A-Z a-z 0-9 . _ -")
     return ids
 
 

@@ -2,7 +2,7 @@
 
 A system is made by debootstrap from the mirror that this machine's apt uses, and kept in build/bare/ for the next time.
 Into it go a checkout of what is committed and this machine's way to its package index (pip's settings and folders,
-certificates, names, proxies). There somebody who is not root runs `make build`, `make run` (until a packet has been
+certificates, names, proxies). There a user who is not root runs `make build`, `make run` (until a packet has been
 delivered, then Ctrl-C) and `make test`; the latter two without a network. All of it happens in namespaces of its own:
 whatever ends this, no mount and no process stays. Needs root, debootstrap and git.
 """
@@ -213,7 +213,7 @@ class System:
     # ---- using it
 
     def chroot(self, folder: str) -> list[str]:
-        """Return what has a command run there, as somebody."""
+        """Return what has a command run there, as that user."""
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         folder = folder.replace("~", f"/home/{USER}")
         return ["chroot", f"--userspec={USER}:{USER}", str(self.root), "env", "-i", "-C", folder, *variables]

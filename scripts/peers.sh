@@ -8,7 +8,7 @@ missing=
 for pair in curl:curl wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus \
 	chromium:chromium chromedriver:chromium-driver debootstrap:debootstrap; do
 	program=${pair%%:*}
-	# Servers are in sbin, which is not on everybody's path.
+	# Servers are in sbin, which is not on every user's path.
 	PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$program" >/dev/null || missing="$missing ${pair#*:}"
 done
 # Any version of clang does, but it needs its own libFuzzer.

@@ -1,4 +1,4 @@
-"""Take the pictures of the dashboard in docs/ anew: real mock analyzers, a real distributor, traffic, and chromium.
+"""Take the pictures of the dashboard in docs/ again: real mock analyzers, a real distributor, traffic, and chromium.
 
 Takes about three minutes, most of which is traffic for the charts.
 """
@@ -64,9 +64,9 @@ def take_all(page: Page, mocks: Mocks, fastdist: Distributor) -> None:
     wait_until(lambda: page.run("return window.innerWidth") == PHONE[0], "the page is that of a phone")
     time.sleep(1.5)  # it is drawn again
     take(page, "dashboard-phone", most=1500)
-    complaints = chromium.complaints(page.driver)
-    if complaints:
-        sys.exit("\n".join(complaints))
+    errors = chromium.console_errors(page.driver)
+    if errors:
+        sys.exit("\n".join(errors))
 
 
 def main() -> None:

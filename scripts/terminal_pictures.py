@@ -1,4 +1,4 @@
-"""Draw the pictures of ``fastdist top`` and ``fastdist send`` in docs/ anew: real servers, real traffic, as SVG.
+"""Draw the pictures of ``fastdist top`` and ``fastdist send`` in docs/ again: real servers, real traffic, as SVG.
 
 What is drawn is what the commands show, made by the code that shows it. Takes about a minute.
 """
@@ -43,7 +43,7 @@ FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # which rich would have
 
 
 def recorder(width: int) -> Console:
-    """Return a terminal that remembers what it shows, and shows it to nobody."""
+    """Return a terminal that remembers what it shows, and shows it nowhere."""
     return Console(record=True, force_terminal=True, width=width, highlight=False, file=io.StringIO())
 
 

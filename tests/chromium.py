@@ -74,8 +74,8 @@ def prefer(driver: Chrome, scheme: str) -> None:
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
-def complaints(driver: Chrome) -> list[str]:
-    """Return what the console and the policy had to complain about since the last call."""
+def console_errors(driver: Chrome) -> list[str]:
+    """Return what the console and the policy have reported since the last call."""
     logged = [str(entry["message"]) for entry in driver.get_log("browser") if entry["level"] != "INFO"]
     violations: list[Any] = driver.execute_script("return window.violations.splice(0)")
     return [*logged, *map(str, violations)]

@@ -18,7 +18,7 @@ TOGETHER = {
     "tests/deploy/test_site.py": "site",
 }
 
-# What hypothesis makes up is the same in every run: a tree passes or fails twice. `make explore` looks for what nobody
+# What hypothesis makes up is the same in every run: a tree passes or fails twice. `make explore` looks for what no test
 # has thought of: other examples each time, ten times as many; those that failed stay in .hypothesis/. No profile has a
 # deadline or looks at how long examples take to make, for no test asserts a time.
 settings.register_profile(

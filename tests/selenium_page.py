@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
     from selenium.webdriver.remote.webelement import WebElement
 
-# A name that leads here and is none of this machine's own: what a page of somebody else can claim (DNS rebinding).
+# A name that leads here and is not one of this machine's own: what another's page can claim (DNS rebinding).
 ELSEWHERE = "dashboard.example"
 
 
 class Page:
-    """A dashboard in a browser. ``forgiven``: patterns of what the console may complain about in this test."""
+    """A dashboard in a browser. ``forgiven``: patterns of what the console may report in this test."""
 
     def __init__(self, driver: Chrome) -> None:
         self.driver = driver
@@ -29,7 +29,7 @@ class Page:
         return self
 
     def leave(self) -> None:
-        """Leave nothing behind for whoever comes next."""
+        """Leave nothing behind for the next test."""
         for command in ("Emulation.clearDeviceMetricsOverride", "Emulation.setEmulatedMedia"):
             self.driver.execute_cdp_cmd(command, {})
         self.run("sessionStorage.clear()")

@@ -50,7 +50,7 @@ def wait_until(
 ) -> Any:
     """Return what ``condition`` returns once it is true; fail, saying ``what`` was awaited, after ``seconds``.
 
-    The time begins anew whenever ``progress`` has become another: how long much work takes is the machine's affair.
+    The time begins again whenever ``progress`` has become another: how long much work takes is the machine's affair.
     """
     end, last = time.monotonic() + seconds, progress()
     while True:
@@ -68,10 +68,10 @@ GIVEN: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, and that no connection is given as its own while nobody does.
+    """Return a port that nothing listens on, and that no connection is given as its own while nothing does.
 
-    One from the ephemeral range may be taken by whoever tries to connect, even to itself. Nothing keeps others from
-    taking it before we do.
+    One from the ephemeral range may be taken by a client that tries to connect, even to itself. Nothing keeps
+    others from taking it before we do.
     """
     while True:
         port = random.SystemRandom().randrange(12_000, 30_000)
@@ -333,7 +333,7 @@ class Distributor(Process):
         wait_until(lambda: {row["state"] for row in self.analyzers().values()} == {state}, f"all {state}", seconds)
 
     def dead_letters(self) -> list[dict[str, Any]]:
-        """Return all dead letters, of any worker; a line that is just being written is none yet."""
+        """Return all dead letters, of any worker; a line that is just being written does not count yet."""
         files = sorted((self.folder / "data" / "dead-letters").glob("*.ndjson"))
         return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
 
@@ -517,7 +517,7 @@ def compare(
 ) -> None:
     """Compare the ledgers of emitters and analyzers: nothing lost, nothing invented, few sent twice.
 
-    ``refused``: what became dead letters, which nobody is to have taken.
+    ``refused``: what became dead letters, which no analyzer may have taken.
     """
     delivered = mocks.delivered()
     assert not refused & delivered.keys(), "a dead letter that was delivered"

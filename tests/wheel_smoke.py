@@ -1,4 +1,4 @@
-"""Use an installed fastdist as somebody would who has nothing else of this project: ``wheel_smoke.py COMMAND``.
+"""Use an installed fastdist where nothing else of this project is: ``wheel_smoke.py COMMAND``.
 
 Only the standard library is there, and the current folder is for us to write in.
 """
@@ -35,7 +35,7 @@ weight = 1
 
 
 class Analyzer(BaseHTTPRequestHandler):
-    """Takes everything, and hands it to whoever looks."""
+    """Takes everything, and keeps it for the test."""
 
     taken: queue.Queue[bytes] = queue.Queue()
 

@@ -50,7 +50,7 @@ def post(messages: int) -> bytes:
 
 
 class Transport:
-    """Notes who has written, in ``written``, and keeps nothing."""
+    """Notes which connections have written, in ``written``, and keeps nothing."""
 
     def __init__(self, connection: object, written: list[object] | deque[object]) -> None:
         self.connection, self.written = connection, written

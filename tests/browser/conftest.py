@@ -28,14 +28,14 @@ def driver():
 
 @pytest.fixture
 def page(driver, serve):  # noqa: ARG001  (what it shows is ended after it)
-    """A dashboard to be opened; whatever the console or the policy complains about at the end fails the test."""
+    """A dashboard to be opened; whatever the console or the policy reports at the end fails the test."""
     page = Page(driver)
     yield page
-    complaints = [
-        line for line in chromium.complaints(driver) if not any(re.search(each, line) for each in page.forgiven)
+    errors = [
+        line for line in chromium.console_errors(driver) if not any(re.search(each, line) for each in page.forgiven)
     ]
     page.leave()
-    assert complaints == []
+    assert errors == []
 
 
 @pytest.fixture

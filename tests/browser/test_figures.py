@@ -11,7 +11,7 @@ from support import BODY, WEIGHTS, Emitter, get_json, request, wait_until
 
 MILLISECONDS = {"µs": 0.001, "ms": 1, "s": 1000, "min": 60_000}
 SIZES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-NOBODY = "No analyzer is online."
+NONE_ONLINE = "No analyzer is online."
 
 
 def number(text):
@@ -171,7 +171,7 @@ def test_no_analyzer_at_all(page, mocks, fastdist):
     page.open(fastdist.port)
     mocks.set_all(refuse=True)
     page.wait_for_level("error")
-    page.wait_for_text("#conditions", NOBODY)
+    page.wait_for_text("#conditions", NONE_ONLINE)
     assert fastdist.post()[0] == 202
     page.wait_for_text("[data-figure='stats:packets.queued']", "1")
     page.wait_for_text("[data-figure='queue:estimatedDrainSeconds']", "nothing is delivered")
@@ -188,7 +188,7 @@ def test_a_full_queue(page, mocks, serve):
     large = b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 100_000)
     wait_until(lambda: fastdist.post(large)[0] == 503, "the queue is full")
     page.wait_for_text("#conditions", "No packets are taken. The queue is full.")
-    page.wait_for_text("#conditions", NOBODY)
+    page.wait_for_text("#conditions", NONE_ONLINE)
     page.wait_for_text("#conditions", "Requests were rejected within the last minute: queue full.")
     wait_until(lambda: percent(page.text("#fill-percent")) > 80, "the fill is shown")
     assert page.attribute("#banner", "data-level") == "error"

@@ -1,4 +1,4 @@
-"""The dashboard for everybody: by keyboard, on a phone, for screen readers, in the dark, with one analyzer or many."""
+"""The dashboard for all users: by keyboard, on a phone, for screen readers, in the dark, with one analyzer or many."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def single():
 
 
 def test_the_policy_is_in_force(page, fastdist):
-    """That no test complains means something only if what is forbidden would be noticed."""
+    """That no test reports an error means something only if what is forbidden would be noticed."""
     page.open(fastdist.port)
-    assert chromium.complaints(page.driver) == []
+    assert chromium.console_errors(page.driver) == []
     page.run(
         "const script = document.createElement('script'); script.textContent = 'window.ran = true';"
         "document.body.append(script);"
@@ -51,7 +51,7 @@ def test_the_policy_is_in_force(page, fastdist):
     seen = []
 
     def all_noticed():
-        seen.extend(chromium.complaints(page.driver))
+        seen.extend(chromium.console_errors(page.driver))
         return all(
             any(f"{what}: " in line for line in seen) for what in ("script-src-elem", "img-src", "style-src-attr")
         )

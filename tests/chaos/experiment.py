@@ -8,8 +8,8 @@ everything come to rest, and compares what emitters were answered with what anal
 - phantom: acknowledged by an analyzer, but never sent, or answered with an error;
 - duplicates: acknowledged more than once; no more than what was in flight when harm was done.
 
-Where an emitter's connection broke before the answer, a packet may or may not have been accepted: that is for nobody to
-know, and it counts as neither lost nor phantom.
+Where an emitter's connection broke before the answer, a packet may or may not have been accepted: that cannot be
+known, and it counts as neither lost nor phantom.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def digest_of(body: bytes) -> str:
 
 
 def on_free_ports(start: Callable[[], Started]) -> Started:
-    """Return what ``start`` does, and have it done again where somebody else has taken a port."""
+    """Return what ``start`` does, and have it done again where another process has taken a port."""
     while True:
         try:
             return start()

@@ -126,7 +126,7 @@ def test_analyzers_end_and_start_again(experiment):
 
 
 def test_analyzers_are_stopped(experiment):
-    """SIGSTOP: connections are accepted and requests taken, but nobody is there until later."""
+    """SIGSTOP: connections are accepted and requests taken, but answered only later."""
     fleet = experiment.fleet()
     fastdist = experiment.serve({"delivery": DELIVERY | SHORT_TIMEOUT})
     emitter = experiment.emitter().start().wait_for(200)

@@ -82,7 +82,7 @@ def test_overrides_under_load_are_kept(experiment):
     expected: dict[str, dict[str, object]] = {}
     for _ in range(form(2, 6)):
         for _ in range(form(15, 60)):
-            name = rng.choice(ANALYZERS[1:])  # A1 stays, so that somebody is always left
+            name = rng.choice(ANALYZERS[1:])  # A1 stays, so that one is always left
             kind = rng.choice(["weight", "state", "clear"])
             if kind == "clear":
                 assert change(experiment, "DELETE", f"/analyzers/{name}/override") == 200

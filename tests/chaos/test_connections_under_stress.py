@@ -63,7 +63,7 @@ def test_slow_loris(experiment, many_files):
 
 
 def test_emitters_that_do_not_read_their_answers(experiment, many_files):
-    """They send until nobody reads them any more: that costs them, not the worker's memory."""
+    """They send until they are read no more: that costs them, not the worker's memory."""
     assert many_files > 500
     experiment.analyzers()
     fastdist = experiment.serve({"server": {"body_timeout": "2s"}, "queue": {"capacity": "256MiB"}})

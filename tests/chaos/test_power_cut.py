@@ -4,7 +4,7 @@ What the disk holds of each block after the cut is any state that block was in s
 the kernel may write a page back at any time, or never. ``Disk`` keeps all those states. From any choice among them the
 ring must give every packet that a finished sync covered and that was not done, and no packet that was never pushed.
 A packet that becomes a dead letter is done in the ring as the real ``DeadLetterWriter`` says, and must be in one of the
-two after the cut: ``Letters`` is the worst disk for their files, which writes nothing that no sync asks it to.
+two after the cut: ``DeadLetterFiles`` is the worst disk for their files, which writes nothing that no sync asks it to.
 
 Blocks are pages of 4 KiB, or sectors of 512 bytes for a disk that tears pages.
 """
@@ -81,13 +81,12 @@ class Disk:
         os.close(self.fd)
 
 
-class DeadLetters:
+class DeadLetterFiles:
     """The files of dead letters as a writer sees them: ids that were written, and those that no cut can take."""
 
     def __init__(self) -> None:
         self.cached: set[str] = set()
         self.synced: set[str] = set()
-        self._syncing: set[str] = set()
 
     @property
     def unsettled(self) -> int:
@@ -130,7 +129,7 @@ class PowerCuts(RuleBasedStateMachine):
         self.claimed: dict[int, str] = {}
         self.syncing: int | None = None  # the position the sync under way will cover
         self.number = 0
-        self.dead_letters = DeadLetters()  # outlive processes
+        self.dead_letters = DeadLetterFiles()  # outlive processes
         self.only_dead_letters: set[str] = set()  # were safe in the ring until it let go of them for their dead letters
         block = SharedBlock.create(1, 1)
         os.close(block.fd)

@@ -74,7 +74,7 @@ def test_workers_are_stopped_for_a_moment(experiment):
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
         emitter.wait_for(200)
-    # Replies that came while nobody could read them count, so nothing is sent again.
+    # Replies that came while no process could read them count, so nothing is sent again.
     experiment.judge("workers SIGSTOP for a moment", bound=0)
     assert {*emitter.answers.values()} == {202}
     assert sum(row["restarts"] for row in fastdist.stats()["workers"]) == 0

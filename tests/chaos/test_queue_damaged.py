@@ -1,4 +1,4 @@
-"""Queue files that were damaged while nobody used them: what is intact is delivered, what is not is counted.
+"""Queue files that were damaged while not in use: what is intact is delivered, what is not is counted.
 
 One queue is made by a distributor that is killed with packets waiting; each experiment damages a copy of it.
 """
@@ -108,13 +108,13 @@ class Damaged:
                 if place.file == name and touches and offset >= HEADER_SIZE:
                     self.struck.add(place.name)
 
-    def somebody(self, file) -> Place:
+    def any_record(self, file) -> Place:
         """Return a packet that waits in this file."""
         return self.chance.choice([place for place in self.queue.places if place.file == file.name])
 
     def somewhere(self, file) -> int:
         """Return the offset of a byte in the record of a packet that waits."""
-        place = self.somebody(file)
+        place = self.any_record(file)
         return HEADER_SIZE + (place.offset - HEADER_SIZE + self.chance.randrange(place.size)) % self.queue.capacity
 
 
@@ -151,7 +151,7 @@ def cut_the_files(damaged: Damaged) -> None:
     """Cut where a packet that waits begins: behind the last of them there is nothing to be lost."""
     for file in damaged.files:
         size = file.stat().st_size
-        offset = damaged.somebody(file).offset
+        offset = damaged.any_record(file).offset
         with file.open("r+b") as opened:
             opened.truncate(offset)
         damaged.note(file.name, offset, size - offset)
@@ -190,7 +190,7 @@ def put_foreign_files_beside_it(damaged: Damaged) -> None:
     (damaged.data / "adopt-0123abcd.fdq").write_bytes(damaged.chance.randbytes(300_000))
     (damaged.data / "ring-7.fdq").write_bytes(b"")
     (damaged.data / "backup.fdq").write_bytes(b"not a queue")
-    (damaged.data / "notes.txt").write_text("left by somebody")
+    (damaged.data / "notes.txt").write_text("left by another program")
 
 
 def put_a_ring_under_another_name(damaged: Damaged) -> None:

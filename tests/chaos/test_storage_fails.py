@@ -301,7 +301,7 @@ def whole_lines(path) -> bytes:
 
 @pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
 def test_dead_letter_files_are_deleted_often(experiment, durability):
-    """By somebody who knows nothing of their writers. What had been in them is read at that moment; nothing else is."""
+    """By another process. What had been in them is read at that moment; nothing else is."""
     experiment.analyzers().set_all(rejects=SOME)
     fastdist = experiment.serve({"queue": {"durability": durability}})
     emitter = experiment.emitter().start()

@@ -20,7 +20,7 @@ HEADER_PAGES = 16
 
 
 def pages_written_again(fd: int) -> int:
-    """Return how many pages whoever opens the ring has the kernel write anew: those of a private view get copied."""
+    """Return how many pages are written again when the ring is opened: those of a private view get copied."""
     ring = PacketRing(fd, private=True)
     ring.write_again()
     return copied_pages("memfd:ring")
@@ -114,7 +114,7 @@ def test_failed_sync_retries_until_success(disk):
         assert bench.told == [errno.EIO] * 3
         assert bench.syncer.failing
         assert bench.ring.synced_position == 0
-        assert bench.ring.claim() == 0, "nobody gets what is not synced"
+        assert bench.ring.claim() == 0, "what is not synced is not delivered"
         disk.broken = False
         await bench.until(4)
         assert bench.told[3] == end
@@ -127,7 +127,7 @@ def test_failed_sync_retries_until_success(disk):
 
 
 def test_failure_retries_once_for_all_waiting(disk):
-    """With durability disk somebody asks every sync_interval in which something has changed."""
+    """With durability disk a sync is asked for every sync_interval in which something has changed."""
 
     async def run() -> None:
         bench = Bench()

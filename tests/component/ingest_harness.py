@@ -48,7 +48,7 @@ TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110; P
 
 
 def head(first: str, *lines: str, host: str | None = "logs.example") -> bytes:
-    """Return a request head: its first line (a version is added if there is none), then Host, then ``lines``."""
+    """Return a request head: its first line (a version is added if it has none), then Host, then ``lines``."""
     if " HTTP/" not in first:
         first += " HTTP/1.1"
     return "\r\n".join([first, *([f"Host: {host}"] if host is not None else []), *lines, "", ""]).encode("latin-1")

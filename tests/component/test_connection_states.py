@@ -152,7 +152,7 @@ def test_each_analyzer_connection_move_exists():
     moves.are_those_of(connection.life)
 
 
-# ---- a move that is none
+# ---- a move that is not allowed
 
 
 class Broken(IngestProtocol):

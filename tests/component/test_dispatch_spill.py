@@ -30,7 +30,7 @@ def stuck(tmp_path, slots=(0,), weights=(1, 1, 1), count=30, **delivery):
 
 
 def pass_time(bench, seconds, step=0.1):
-    """Let time pass a tick at a time, without anybody answering."""
+    """Let time pass a tick at a time, without any response."""
     for _ in range(round(seconds / step)):
         bench.pass_time(step)
 

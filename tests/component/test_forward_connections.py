@@ -383,7 +383,7 @@ def test_connect_timeout_is_a_failure(tmp_path):
         blackhole = socket.create_server(("127.0.0.1", 0), backlog=0)
         port = blackhole.getsockname()[1]
         fillers = []
-        for _ in range(4):  # its queue is full: whoever comes now is not answered
+        for _ in range(4):  # its queue is full: a client that comes now is not answered
             filler = socket.socket()
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.1", port))
@@ -499,7 +499,7 @@ def test_closing_connection_frees_its_slot(tmp_path, tls):
 
 @pytest.mark.parametrize("how", ["closed by us", "left to us"])
 def test_tls_end_sends_close_notify(tmp_path, trusted, how):
-    """Whoever reads hears that it was no cut (close_notify)."""
+    """The reader is told that it was no cut (close_notify)."""
 
     async def scenario():
         ends = []

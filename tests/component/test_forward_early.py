@@ -142,7 +142,7 @@ def test_early_2xx_cut_off_is_no_delivery(kind, how, error):
     if kept or how != "a second reply":
         assert desk.owner.events == [("not sent", ["p2"]), ("failed", ["p1"], error, True, None)]
         assert desk.ring.undone == 2
-    else:  # what comes behind the last reply is nobody's
+    else:  # what comes behind the last reply is ignored
         connection.transport.unflushed = 0
         look(desk)
         assert desk.owner.events == [("not sent", ["p2"])]

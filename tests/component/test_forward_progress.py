@@ -1,4 +1,4 @@
-"""What counts as no progress of an analyzer: not that it takes a large request slowly, nor that nobody looked."""
+"""What counts as no progress of an analyzer: not that it takes a large request slowly, nor that no check ran."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ def test_what_an_answer_means(name):
 
 
 async def status_of(*pieces):
-    """Return the status that a check reads from these pieces, 0 if there is none."""
+    """Return the status that a check reads from these pieces, 0 if no head is complete."""
     probe = Probe(60.0)
     probe.connection_made(Mock(spec=asyncio.Transport))
     asking = asyncio.ensure_future(probe.ask(b""))

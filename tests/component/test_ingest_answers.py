@@ -126,8 +126,6 @@ def test_other_requests_bodies_read_to_a_mib():
 
 # ---- CORS
 
-EXPOSED = {"access-control-allow-origin", "access-control-expose-headers"}
-
 
 @pytest.fixture(scope="module", params=["exact", "any"])
 def sharing(request):

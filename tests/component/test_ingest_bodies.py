@@ -77,7 +77,7 @@ def test_pause_of_reading_is_not_body_time():
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_bodies_have_so_much_memory_and_no_more(chunked):
-    """While all of them move as they should, who comes late is refused: else each would end another."""
+    """While all of them move as they should, one that comes late is refused: else each would end another."""
     service = Service(capacity=ROOMY)
     service.intake.most_bodies = 10 * HALF + 5
     connections = [begun(service, chunked=chunked) for _ in range(10)]

@@ -1,4 +1,4 @@
-"""What nobody should send: no exception, no packet without its 202, and no request that another parser reads otherwise.
+"""What no client should send: no exception, no packet without its 202, no request that another parser reads otherwise.
 
 The second opinion is llhttp (by way of httptools). Where it is the stricter one without need, HARMLESS says so.
 """

@@ -119,14 +119,14 @@ def test_endless_head_is_refused_at_its_limit(service):
 
 
 @pytest.mark.parametrize("excess", [0, 1])
-@pytest.mark.parametrize("what", ["extension", "long trailer", "many trailers", "one-letter trailers"])
+@pytest.mark.parametrize("what", ["extension", "long trailer", "many trailers", "short trailers"])
 def test_extensions_and_trailers_are_bounded(service, what, excess):
     room = MAX_HEADER + excess
     body = {
         "extension": b"1;" + b"x" * (room - 4) + b"\r\na\r\n0\r\n\r\n",
         "long trailer": b"1\r\na\r\n0\r\nA: " + b"x" * (room - 7) + b"\r\n\r\n",
         "many trailers": b"1\r\na\r\n0\r\n" + b"A: b\r\n" * (170 + excess) + b"\r\n",
-        "one-letter trailers": b"1\r\na\r\n0\r\n" + b"A:\r\n" * (255 + excess) + b"\r\n",
+        "short trailers": b"1\r\na\r\n0\r\n" + b"A:\r\n" * (255 + excess) + b"\r\n",
     }[what]
     connection = service.ask(head("POST /logs", "Transfer-Encoding: chunked") + body)
     if excess:
@@ -195,7 +195,7 @@ def test_the_rate_of_each_client():
 
 
 def test_only_packets_count_for_the_rate():
-    """Not what goes elsewhere, and not what nobody can read; but a packet that turns out to be none does."""
+    """Not what goes elsewhere, and not what cannot be read; but a packet that turns out to be none does."""
     service = Service(limits={"rate": 0.1, "burst": 2})
     service.ask(head("GET /health") * 5 + head("GET /logs") * 5 + head("POST /nowhere") * 5 + b"x\r\n\r\n")
     assert service.ask(post(b"{"), post(), post()).statuses == [400, 202, 429]
@@ -247,7 +247,7 @@ def test_tokens_that_are_not(value):
 
 
 def test_two_tokens_are_malformed():
-    """Whoever is in front may have looked at the other."""
+    """A proxy in front may have looked at the other."""
     service = Service(security={"tokens": ("secret",)})
     connection = service.ask(post(BODY, "Authorization: Bearer wrong", "authorization: Bearer secret"))
     answer = connection.answer()
@@ -347,7 +347,7 @@ def test_next_request_is_last_while_draining(fsync):
     assert [(answer.status, answer.closes) for answer in midway.answers()] == [(202, True)]
     assert [(answer.status, answer.closes) for answer in viewer.answers()] == [(200, False), (200, True)]
     for connection in (kept, midway, viewer):
-        assert connection.transport.half_closed  # and read on, lest a reset destroys the answer
+        assert connection.transport.half_closed  # and read on, so that no reset destroys the response
     assert service.accepted == service.ring.undone == 2
 
 

@@ -57,7 +57,7 @@ def test_not_delivered_within_the_time():
     assert not service.emitters.waiting
 
 
-def test_a_dead_letter_while_somebody_waits():
+def test_dead_letter_while_others_wait():
     service = Service()
     with service.timers() as loop:
         connection = waiting(service, "Idempotency-Key: k")

@@ -471,7 +471,7 @@ def test_100_invites_other_requests_bodies(service):
 )
 @pytest.mark.parametrize("coming", [b"", BODY], ids=["waits", "does not wait"])
 def test_refusal_replaces_a_100_response(line, status, reason, coming):
-    """Nobody knows whether the body still comes, so nothing more is read."""
+    """It is not known whether the body still comes, so nothing more is read."""
     service = Service()
     connection = service.ask(
         head("POST /logs", "Expect: 100-continue", line, "Content-Length: 70") + coming, keyed("next")

@@ -44,7 +44,7 @@ COSTLY = {  # status -> what brings it
 
 
 def busy(packets=10**18, **settings):
-    """Return a service whose budget for costly answers is used up: somebody waits for his turn."""
+    """Return a service whose budget for costly answers is used up: a connection waits for its turn."""
     service = Service(max_header=1024, max_body=4096, **settings)
     service.budget(packets, 1)
     for _ in range(2):
@@ -295,7 +295,7 @@ def test_busy_client_never_precedes_the_silent():
         while service.turns:
             service.turn()
         flood.sendall(keyed("f6"))
-        await until(lambda: service.ring.undone == 8, "the flood is read as anybody else")
+        await until(lambda: service.ring.undone == 8, "the flood is read like the others")
         assert [packet.id for packet in service.packets()] == ["f0", "f1", "f2", "f3", "s", "f4", "f5", "f6"]
         for peer in (flood, silent):
             peer.close()

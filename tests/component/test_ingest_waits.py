@@ -1,4 +1,4 @@
-"""Nobody waits without end: for a delivery, the disk, a change, for an emitter that is gone or reads nothing."""
+"""No wait is without end: for a delivery, the disk, a change, for an emitter that is gone or reads nothing."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_ended_waits_are_forgotten_early():
 
 
 def test_few_unread_responses_are_too_many():
-    """Less than what has us pause, which nobody has looked at before."""
+    """Less than what has us pause, which no check has seen before."""
     connection = Service().ask(head("GET /health"))
     connection.transport.unwritten = 1000
     connection.wait(0)

@@ -1,4 +1,4 @@
-"""TLS with emitters, on streams: its bytes, its ends, and that it takes its turn like everybody."""
+"""TLS with emitters, on streams: its bytes, its ends, and that it takes its turn like the others."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def readable(client):
 
 
 def test_handshakes_share_turns_with_the_rest():
-    """Each costs a millisecond or more; a thousand in one event-loop iteration would hold up everybody."""
+    """Each costs a millisecond or more; a thousand in one event-loop iteration would hold up all others."""
 
     async def scenario(server):
         with clients(server, 40) as connected:

@@ -20,7 +20,7 @@ class Instruction:
 
     @property
     def words(self) -> list[str] | None:
-        """The exec form; None if it is none."""
+        """The exec form; None if it is the shell form."""
         return json.loads(self.text) if self.text.startswith("[") else None
 
 
@@ -65,7 +65,7 @@ def stages(path: Path = ROOT / "Dockerfile") -> dict[str, Stage]:
 
 
 def lineage(name: str) -> list[Stage]:
-    """Return the stages that an image is made of, from the one on an image of somebody else's to the one asked for."""
+    """Return the stages that an image is made of, from the one on another's image to the one asked for."""
     known = stages()
     chain = [known[name]]
     while chain[0].image in known:

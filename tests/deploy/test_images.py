@@ -158,8 +158,8 @@ def test_it_has_the_dashboards_files(run):
 
 
 def test_queued_packets_are_in_next_container(run):
-    nobody = CONFIG.format(free_port()).replace("20s", "100ms")
-    first = run(nobody)
+    unreachable = CONFIG.format(free_port()).replace("20s", "100ms")
+    first = run(unreachable)
     first.line_with("fastdist is ready")
     assert Emitter(first.port).send(50).count(202) == 50
     first.kill_all()
@@ -191,7 +191,7 @@ def test_health_check_fails_without_response(run):
     container.line_with("fastdist is ready")
     container.signal(signal.SIGSTOP)
     for pid in [row["pid"] for row in get_json(container.port, "/stats")["workers"]]:
-        os.kill(pid, signal.SIGKILL)  # and nobody replaces them
+        os.kill(pid, signal.SIGKILL)  # and nothing replaces them
     done = container.health()
     assert done.returncode == 1
     assert "no answer" in done.stderr

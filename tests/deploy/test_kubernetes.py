@@ -240,6 +240,6 @@ def test_only_the_autoscaler_sets_replicas():
     assert f"{target['kind']}/{target['name']}" == identity(STATEFUL)
     assert target["apiVersion"] == STATEFUL["apiVersion"]
     assert "replicas" not in STATEFUL["spec"]
-    assert spec["minReplicas"] >= 2  # a disruption budget of one, and still somebody there
+    assert spec["minReplicas"] >= 2  # a disruption budget of one, and still one there
     down = spec["behavior"]["scaleDown"]
     assert sum(policy["value"] for policy in down["policies"]) == 1

@@ -92,7 +92,7 @@ def wait_for_port(port):
         with contextlib.suppress(OSError):
             return socket.create_connection(("127.0.0.1", port), timeout=1)
 
-    wait_until(answers, "somebody listens").close()
+    wait_until(answers, "a server listens").close()
 
 
 def counts(mocks):

@@ -163,7 +163,7 @@ def test_failing_start_is_never_ready(tmp_path, manager, mocks):
 
 
 def test_missing_manager_changes_nothing(tmp_path, mocks):
-    distributor = Distributor(tmp_path, mocks, NOTIFY_SOCKET=str(tmp_path / "nobody"))
+    distributor = Distributor(tmp_path, mocks, NOTIFY_SOCKET=str(tmp_path / "absent"))
     with running(distributor):
         assert distributor.post()[0] == 202
         assert sum("service manager cannot be notified" in line for line in distributor.lines) == 1

@@ -81,7 +81,7 @@ def test_a_panel_shows_something(panel, everything):
 
     def shown() -> bool:
         assert distributor.post(b"[]")[0] == 400
-        # Of a target that shows whom something is true of (== 1) there is the figure, and perhaps nobody.
+        # Of a target that shows whom something is true of (== 1) there is the figure, and perhaps no analyzer.
         expressions = [plain(target["expr"]).removesuffix(" == 1") for target in panel["targets"]]
         return all(map(prometheus.ask, expressions))
 

@@ -139,12 +139,12 @@ def test_included_links_are_relative_to_page(outside):
 
 def test_missing_picture_becomes_a_note(outside):
     source, page = ROOT / "bench" / "README.md", DOCS / "performance.md"
-    assert "not drawn yet: the race" in outside.rewrite("![the race](../docs/nobody-drew-it.svg)", source, page)
+    assert "not drawn yet: the race" in outside.rewrite("![the race](../docs/not-there.svg)", source, page)
     html = (
         '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="../docs/{dark}.svg">\n'
         '  <img alt="the race" src="../docs/{light}.svg">\n</picture>'
     )
-    made = outside.rewrite(html.format(dark="nobody-drew-it", light="nobody-drew-it"), source, page)
+    made = outside.rewrite(html.format(dark="not-there", light="not-there"), source, page)
     assert "not drawn yet: the race" in made
     assert "<" not in made
     made = outside.rewrite(html.format(dark="send", light="top"), source, page)

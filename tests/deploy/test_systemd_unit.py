@@ -45,7 +45,7 @@ def seconds(text):
 
 @pytest.fixture
 def analyze():
-    """Return ``analyze(*words)``: run systemd-analyze; skip where there is none."""
+    """Return ``analyze(*words)``: run systemd-analyze; skip where it is not installed."""
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("systemd is not installed")

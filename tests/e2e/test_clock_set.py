@@ -93,7 +93,7 @@ def test_setting_the_clock_changes_no_span(mocks, serve, clock, days):
     check_spans(fastdist)
     (victim,) = fastdist.worker_pids()
     os.kill(victim, signal.SIGKILL)
-    wait_until(lambda: fastdist.worker_pids() != [victim], "a successor, which reads the clock anew")
+    wait_until(lambda: fastdist.worker_pids() != [victim], "a successor, which reads the clock again")
     wait_until(lambda: get_json(fastdist.port, "/queue")["oldestAgeSeconds"] > 0, "it tells of the queue")
     check_spans(fastdist)
     mocks.set_all(refuse=False)

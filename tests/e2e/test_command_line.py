@@ -50,7 +50,7 @@ def is_free(port):
 
 @pytest.fixture
 def config(tmp_path):
-    """A configuration file that names port and workers, and nobody to deliver to."""
+    """A configuration file that names port and workers, and no analyzer that is there."""
     file = tmp_path / "fastdist.toml"
     file.write_text(
         f'[server]\nhost = "127.0.0.1"\nport = {free_port()}\nworkers = 1\n'

@@ -194,7 +194,7 @@ def test_distributors_refusal_shows_its_reason(mocks, serve, command, tmp_path):
     assert command("dead-letters", "list", tmp_path / "data") == (0, "no dead letters")
 
 
-def test_where_nobody_listens(mocks, serve, command):
+def test_where_nothing_listens(mocks, serve, command):
     fastdist = serve(mocks)
     refuse(fastdist, mocks, 10)
     fastdist.stop()

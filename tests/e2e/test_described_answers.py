@@ -79,7 +79,7 @@ def broken_in_every_way(port, seen):
 
 
 def too_many(port, seen):
-    """What whoever comes too late gets, whatever was to be asked."""
+    """What a client that comes too late gets, whatever it asks."""
     inside = []
     try:
         for _ in range(20):

@@ -274,7 +274,7 @@ def test_renamed_queue_accepts_again_when_back(mocks, serve, settings, what):
         for name, moved in names:
             name.rename(moved)
         if settings is FSYNC:
-            assert {fastdist.post()[0] for _ in range(20)} == {503}, "a sync of what has no name is none"
+            assert {fastdist.post()[0] for _ in range(20)} == {503}, "a sync of what has no name is worth nothing"
         wait_until(lambda: get_json(fastdist.port, "/health")["storage"] == "failing", "/health tells")
         fastdist.wait_for_lines("the queue's file was renamed", 2 * times)
         before = emitter.count(503)
@@ -324,7 +324,7 @@ def test_dead_letters_wait_for_a_renamed_folder(mocks, serve):
 
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
 def test_deleted_linked_ring_loses_nothing(mocks, serve, settings):
-    """Nobody knows where that link is: what is left goes to the dead letters."""
+    """It is not known where that link is: what is left goes to the dead letters."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
     fastdist.wait_for_states("offline")
@@ -340,7 +340,7 @@ def test_deleted_linked_ring_loses_nothing(mocks, serve, settings):
 
 
 def test_deleted_old_ring_loses_nothing(mocks, serve):
-    """While its packets are taken over: nothing more is accepted then, and what is left goes to the dead letters."""
+    """While its packets are migrated: nothing more is accepted then, and what is left goes to the dead letters."""
     mocks.set_all(refuse=True)
     one = {"server": {"workers": 1, "drain_timeout": "500ms"}}
     fastdist = serve(mocks, one | {"queue": {"durability": "disk", "capacity": "8MiB"}})

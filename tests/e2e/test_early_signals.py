@@ -90,7 +90,7 @@ def test_hangup_during_start_reloads_after_it(run, config, at_import, module):
 def test_signal_ends_start_waiting_for_queue(run, config, tmp_path):
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # somebody reads the queue, which is waited for
+        fcntl.flock(lock, fcntl.LOCK_SH)  # a reader of the queue, which is waited for
         fastdist = run(*SERVE, config)
 
         def waits():
@@ -130,7 +130,7 @@ def test_process_1_reaps_orphaned_children(run, config):
     subprocess.run(enter, check=True, stdout=subprocess.DEVNULL)
     wait_until(lambda: {child.pid for child in first.children()} == workers, "only workers are left")
     victim = min(workers)
-    os.kill(victim, signal.SIGKILL)  # its end is still the keeper's to see
+    os.kill(victim, signal.SIGKILL)  # its end is still the supervisor's to see
     fastdist.line_with("worker exited, restarting")
     wait_until(lambda: get_json(port, "/health")["workers"]["running"] == 2, "a successor runs")
 

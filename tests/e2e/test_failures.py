@@ -104,7 +104,7 @@ def test_failing_analyzer_is_offline_and_back(mocks, serve, fault):
 
 @pytest.mark.slow
 def test_stopped_analyzer_is_offline_and_back(fleet, serve):
-    """SIGSTOP: the kernel still accepts connections, but nobody answers. What it reads later it delivers twice."""
+    """SIGSTOP: the kernel still accepts connections, but nothing answers. What it reads later it delivers twice."""
     fastdist = serve(fleet, QUICK)
     emitter = Emitter(fastdist.port).start().wait_for(200)
     fleet.each[VICTIM].signal(signal.SIGSTOP)

@@ -505,7 +505,7 @@ def attack(port, data):
 
 
 def test_nothing_is_smuggled_past_a_proxy(front, mocks):
-    """Every packet is one that somebody was answered for, and everybody gets the answer to his own request."""
+    """Every packet is one that was answered, and every client gets the response to its own request."""
     fastdist, port, proxied = front
     answered = set()
     for attacked, (name, data) in enumerate(SMUGGLED.items()):
@@ -519,11 +519,11 @@ def test_nothing_is_smuggled_past_a_proxy(front, mocks):
                 victim.sendall(post(BODY, f"Idempotency-Key: {key.decode()}", "Connection: close"))
                 answer = read_all(victim)
             assert answer.startswith(b"HTTP/1.1 202 "), (name, answer)
-            assert ids_in(answer) == [key], f"{name}: an answer to somebody else's request"
+            assert ids_in(answer) == [key], f"{name}: a response to another client's request"
             ids.append(key)
         answered |= {each.decode() for each in ids}
         packets = fastdist.stats()["packets"]
-        assert packets["accepted"] == len(answered), f"{name}: a packet that nobody was answered for"
+        assert packets["accepted"] == len(answered), f"{name}: a packet without a response"
     fastdist.wait_at_rest()
     assert set(mocks.delivered()) == answered
     assert_unharmed(fastdist)

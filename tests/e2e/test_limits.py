@@ -165,7 +165,7 @@ def test_low_file_limit_is_logged_and_kept(mocks, serve):
 
 @pytest.mark.slow
 def test_more_analyzers_than_descriptors(mocks, serve):
-    """Neither the supervisor's checks nor a worker's connections take what others need, and nobody goes offline."""
+    """Neither the supervisor's checks nor a worker's connections take what others need; no analyzer goes offline."""
     endpoints = list(mocks.endpoints.values())
     analyzers = {f"B{number}": endpoints[number % 4] for number in range(400)}
     settings = {

@@ -77,7 +77,7 @@ def test_full_queue_refuses_and_drops_nothing(mocks, serve):
 
 
 def test_full_queue_recovers_without_traffic(mocks, serve):
-    """What nobody takes keeps the room behind it until the next packet comes: that one is to be sent here."""
+    """What no analyzer takes keeps the room behind it until the next packet comes: that one is to be sent here."""
     settings = {"queue": {"capacity": "1MiB"}, "server": {"workers": 1}}
     fastdist = serve(mocks, settings | {"delivery": {"connections": 1, "timeout": "100s"}})
     mocks.set_all(refuse=True)

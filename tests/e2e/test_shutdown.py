@@ -118,7 +118,7 @@ def statuses(connections):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sent", ["before", "after"])
 def test_backlog_is_answered_at_the_end(mocks, serve, workers, sent):
-    """Connections that nobody has read from are not idle: requests that are there, or just coming, are accepted."""
+    """Connections that were not read from yet are not idle: requests that are there, or just coming, are accepted."""
     fastdist = serve(mocks, {"server": {"workers": workers}})
     emitter, names = Emitter(fastdist.port), [f"p-{number}" for number in range(600)]
     stalled = Stalled(fastdist)

@@ -41,7 +41,7 @@ def client_context(authority=AUTHORITY):
 
 
 class Secure(Distributor):
-    """A distributor with a certificate; ``authority`` is who has signed it."""
+    """A distributor with a certificate; ``authority`` has signed it."""
 
     def __init__(self, folder, mocks, settings=None, *, dates=None, **options):
         self.authority = AUTHORITY
@@ -165,7 +165,7 @@ def handshake_with_a_lax_server(folder, version, ciphers):
         (ssl.TLSVersion.TLSv1, "ALL"),
         (ssl.TLSVersion.TLSv1_1, "ALL"),
         (ssl.TLSVersion.TLSv1_2, "ECDHE+AES:!AESGCM:!AESCCM"),  # text and its check apart
-        (ssl.TLSVersion.TLSv1_2, "kRSA+AESGCM"),  # whoever gets the key later reads it all
+        (ssl.TLSVersion.TLSv1_2, "kRSA+AESGCM"),  # who gets the key later reads it all
     ],
 )
 def test_old_versions_and_ciphers_are_refused(secure, tmp_path, version, ciphers):

@@ -197,7 +197,7 @@ def test_unstartable_workers_end_service(mocks, run, tmp_path):
 
 @pytest.mark.slow
 def test_worker_on_a_slow_disk_is_not_hanging(mocks, serve, tmp_path):
-    """The time to get ready begins anew when what was found in the queue is on the disk."""
+    """The time to get ready begins again when what was found in the queue is on the disk."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(tmp_path), *([inherited] if inherited else [])])

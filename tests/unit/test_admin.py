@@ -206,7 +206,7 @@ def test_overrides_outlive_the_file_they_were_in(block, tmp_path, how):
         assert (folder / "overrides.json").read_text() == written
     (folder / "overrides.json").write_text("{}\n")
     it.overrides.check_file()
-    assert (folder / "overrides.json").read_text() == "{}\n", "what somebody writes into our file is theirs to know"
+    assert (folder / "overrides.json").read_text() == "{}\n", "what another program writes into our file stays"
 
 
 def test_no_override_file_without_a_queue(block, tmp_path):
@@ -399,7 +399,7 @@ def test_slot_awaiting_replies_is_reused_last(block, tmp_path):
     it.begin()
     it.reload(named(*"defgh"))
     block.rows[1].add_to(0, "packets_in_flight", 1)
-    it.reload(named(*"efgh", "x"))  # d is removed in the same step: workers have yet to hear of it
+    it.reload(named(*"efgh", "x"))  # d is removed in the same step: workers do not know it yet
     assert it.slots_in_use()["x"] == 1
 
 

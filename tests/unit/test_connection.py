@@ -67,7 +67,7 @@ def target(distributor, **options):
 
 
 def test_refusing_address_yields_to_the_next(distributor, resolve, monkeypatch):
-    """At once: nobody waits for the delay."""
+    """At once: without waiting for the delay."""
     monkeypatch.setattr(connection, "ATTEMPT_DELAY", 3600)
     resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
     assert Connection(target(distributor)).post("x", b"{}").accepted

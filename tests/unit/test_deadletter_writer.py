@@ -242,7 +242,7 @@ def test_remaining_in_memory_is_written(tmp_path, monkeypatch, syncs):
 
 @pytest.mark.parametrize("syncs", [True, False])
 def test_remaining_leaves_ring_when_synced(tmp_path, monkeypatch, syncs):
-    """Also where nobody has set up syncs: it may be the supervisor, and a ring that was deleted from the disk."""
+    """Also where no syncs were set up: it may be the supervisor, and a ring that was deleted from the disk."""
     site = Site(tmp_path, syncs=syncs)
     site.ring.push(b"x", "p1")
     gone_before = []
@@ -252,7 +252,7 @@ def test_remaining_leaves_ring_when_synced(tmp_path, monkeypatch, syncs):
     assert site.gone == [1]
 
 
-# ---- files that somebody takes away
+# ---- files that are taken away
 
 
 @pytest.mark.parametrize("how", ["delete", "rename", "cut short", "exchange the folder"])

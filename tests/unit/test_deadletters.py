@@ -354,7 +354,7 @@ dead_letters.write(Packet(1, "small", b"x", 1, 0, 1, 0, 0), "refused", "A1", 400
 
 
 def test_close_error_closes_no_other_file(dead_letters, tmp_path, monkeypatch):
-    """The number is free and may be somebody else's when it is closed once more."""
+    """The number is free and may be another file's when it is closed once more."""
     real, closed = os.close, []
 
     def close(fd):

@@ -44,7 +44,7 @@ def trail(path, notes):
 
 @pytest.fixture
 def offsets(tmp_path):
-    """Return the offset file, opened anew at each call."""
+    """Return the offset file, opened again at each call."""
     opened = []
 
     def offsets():
@@ -500,7 +500,7 @@ def test_the_next_log_may_be_long_in_coming(path, trail):
 
 
 def test_rotated_logs_rest_is_sent_by_its_name(path, trail, offsets, half_sent):
-    """There is no new log yet: whoever still writes to the old one is heard, and the new one is found."""
+    """There is no new log yet: what is still written to the old one is sent, and the new one is found."""
     old = path.rename(path.with_name("app.log.1"))
     follower = Follower(trail, offsets())
     assert follower.step() == half_sent[1:]

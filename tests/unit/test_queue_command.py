@@ -23,7 +23,7 @@ def make(path, bodies=(), **options):
         os.ftruncate(file.fileno(), file_size(CAPACITY))
         ring = PacketRing(file.fileno(), CAPACITY)
         for i, body in enumerate(bodies):
-            # Not now, lest an age rounds up.
+            # Not now, so that no age is rounded up.
             assert ring.push(body, f"{path.stem}-{i}", accepted_ns=time.time_ns() - (3600 - i) * 10**9, **options)
     return ring
 

@@ -26,7 +26,7 @@ weight = {weight}
 
 
 class Slot:
-    """A worker that hears and says nothing; the test speaks for it."""
+    """A worker that sends nothing; the test sends for it."""
 
     def __init__(self, name):
         self.name, self.alive, self.heard = name, True, []

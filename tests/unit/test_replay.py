@@ -455,7 +455,7 @@ def test_ctrl_c_ends_it_in_good_order(tmp_path, distributor, run):
 
 
 class Says(dict):
-    """What a distributor says of itself; ``asked`` hears of each question."""
+    """What a distributor says of itself; ``asked`` is called for each question."""
 
     def __init__(self, asked, **says):
         super().__init__({f"/{name}": said for name, said in says.items()})

@@ -58,7 +58,7 @@ sizes = st.one_of(st.integers(0, 40), st.integers(0, 2000), st.integers(2000, 20
 
 
 class RingAgainstModel(RuleBasedStateMachine):
-    """Packets by sequence, as the emitter gave them; who has claimed them; in what order the others come."""
+    """Packets by sequence, as the emitter gave them; which side has claimed them; in what order the others come."""
 
     def __init__(self):
         super().__init__()

@@ -90,7 +90,7 @@ def test_only_possibly_unsynced_is_rewritten():
         assert 1 <= pages_of(fd, PacketRing.write_again) - (HEADER_PAGES - 2) <= 3
         ring.forget_synced()
         assert pages_of(fd, PacketRing.write_again) - HEADER_PAGES + 2 >= everything - 4
-        PacketRing(fd)  # somebody who was killed at once
+        PacketRing(fd)  # a process that was killed at once
         assert pages_of(fd, PacketRing.write_again) - HEADER_PAGES + 2 >= everything - 4
 
 

@@ -39,7 +39,7 @@ def has_births(folder):
 
 
 class World:
-    """A log that is written to, rotated, compressed and truncated; and whoever follows it."""
+    """A log that is written to, rotated, compressed and truncated; and a reader that follows it."""
 
     def __init__(self, folder):
         self.path = folder / "app.log"
@@ -213,7 +213,7 @@ def test_skipped_compressed_log_is_logged_once(world, then):
 
 
 def test_copies_and_restores_are_no_successors(world):
-    """Whoever changes from copying and truncating to renaming has older copies beside the log."""
+    """After a change from copying and truncating to renaming there are older copies beside the log."""
     world.write(6)
     for number in (3, 2):
         shutil.copy(world.path, world.path.with_name(f"app.log.{number}"))

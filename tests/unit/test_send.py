@@ -99,8 +99,8 @@ def rig(tmp_path, distributor):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(retry, "MIN_PAUSE", 0.01)
-    monkeypatch.setattr(retry, "MAX_PAUSE", 0.05)
+    monkeypatch.setattr(retry, "MIN_BACK_OFF", 0.01)
+    monkeypatch.setattr(retry, "MAX_BACK_OFF", 0.05)
     monkeypatch.setattr(send, "LOOK_EVERY", 0.02)
 
 
@@ -158,25 +158,25 @@ def test_a_connection_that_breaks_is_opened_again(rig, distributor):
 
 
 def test_retry_after_holds_all_connections(rig, distributor):
-    """The clock of pauses is watched, not that on the wall: nothing is asked while they say so."""
+    """The clock of the back-off is watched, not that on the wall: nothing is asked while it says so."""
     distributor.otherwise = problem(429, "too many", Retry_After="1")
     numbers, all_have_asked = iter(range(1000)), threading.Barrier(4, timeout=30)
     answer = distributor.answer
 
     def together(path, headers, body):
         if next(numbers) < 4:
-            all_have_asked.wait()  # else one might be told to pause when the pause of another is over
+            all_have_asked.wait()  # else one might be told to wait when the back-off of another is over
         return answer(path, headers, body)
 
     distributor.answer = together
     thread = rig.fill(40).in_background(connections=4)
-    wait_until(lambda: rig.events.waits if rig.shipper else None, "a pause")
+    wait_until(lambda: rig.events.waits if rig.shipper else None, "a back-off")
     distributor.otherwise = ACCEPTED
     asked = len(distributor.requests)
-    pauses = rig.shipper._pauses
+    back_off = rig.shipper._back_off
     assert asked <= 4
-    while pauses._until > time.monotonic():
-        assert len(distributor.requests) <= 4, "some were under way when the pause began"
+    while back_off._until > time.monotonic():
+        assert len(distributor.requests) <= 4, "some were under way when the back-off began"
         time.sleep(0.01)
     thread.join(30)
     assert rig.is_whole()

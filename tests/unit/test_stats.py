@@ -286,13 +286,13 @@ def test_health(block, offline, draining, workers, expected):
     for slot in draining:
         block.analyzers.set(slot, AnalyzerWord.DRAINING, 1)
     states = dict(zip("SRDX", WorkerState, strict=True))
-    for index, letter in enumerate(workers):
-        block.worker(index)[WorkerWord.STATE] = states[letter]
+    for index, code in enumerate(workers):
+        block.worker(index)[WorkerWord.STATE] = states[code]
     assert shown(stats.health, block) == {
         "status": status,
         "version": "1.2.3",
         "uptimeSeconds": 90.0,
-        "workers": {"running": sum(letter in "RD" for letter in workers), "configured": 2},
+        "workers": {"running": sum(code in "RD" for code in workers), "configured": 2},
         "analyzers": {"online": online, "total": 4},
         "storage": "ok",
         "failing": [],

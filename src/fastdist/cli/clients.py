@@ -1,4 +1,4 @@
-"""The commands that talk to a running distributor over HTTP, as anybody may: ``send`` and ``top``."""
+"""The commands that talk to a running distributor over HTTP: ``send`` and ``top``."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ class Trail:
         self.path, self._recipe, self._note = path, recipe, note
         self._rotation = Rotation(path)
         self._goal: tuple[int, int] | None = None  # the log that ends it, if it is not followed
-        self._told: set[tuple[int, int]] = set()  # of these compressed logs
+        self._noted: set[tuple[int, int]] = set()  # of these compressed logs
 
     def sources(self, offsets: OffsetFile | None, stopping: Callable[[], bool]) -> Iterator[Log | Stream]:
         """Yield what must be sent, open; each is closed when the next one is asked for. Raises as ``begin`` does."""
@@ -328,8 +328,8 @@ class Trail:
         while True:
             chain, packed = self._rotation.after(before, gone=gone)
             for file in packed:
-                if file.key not in self._told:
-                    self._told.add(file.key)
+                if file.key not in self._noted:
+                    self._noted.add(file.key)
                     self._note(f"{file.path.name} is compressed and is NOT sent; unpack it to fastdist send -")
             if not chain:
                 return None

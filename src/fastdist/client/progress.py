@@ -30,7 +30,7 @@ class View:
     def __init__(self, bar: Progress, *, quiet: bool = False) -> None:
         self.bar, self._quiet = bar, quiet
         self._task = bar.add_task("", total=None, messages=0, state="")
-        self._told = ""  # why nothing is sent
+        self._last_reason = ""  # why nothing is sent
         self._next_line = time.monotonic() + LINE_EVERY
 
     def __enter__(self) -> Self:
@@ -47,8 +47,8 @@ class View:
     def waiting(self, why: str, seconds: float) -> None:
         """Show why nothing is sent; as a line only when that is new."""
         self.bar.update(self._task, state=f"{why}; again in {seconds:.1f} s")
-        if why != self._told:
-            self._told = why
+        if why != self._last_reason:
+            self._last_reason = why
             self.note(f"the distributor {why}; trying again")
 
     def take_line(self) -> bool:

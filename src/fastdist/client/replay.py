@@ -67,7 +67,7 @@ class Replay(retry.Run):
         self.files, self.selection, self.view = files, selection, view
         self.summary: Summary = Summary()
         self._room = 0  # dead letters that may still be sent
-        self._told_to_keep = False
+        self._noted_unsynced = False
         self._done: deque[tuple[float, HeldFile]] = deque()  # to be rewritten after that moment (time.monotonic())
 
     def run(self, connections: int, limit: int | None = None) -> Summary:
@@ -145,8 +145,8 @@ class Replay(retry.Run):
             if self._ask("/health").storage == "ok":
                 return True
             why = "the distributor does not say that it can write to its disk"
-        if not self._told_to_keep:
-            self._told_to_keep = True
+        if not self._noted_unsynced:
+            self._noted_unsynced = True
             self.view.note(f"{why}: what it has accepted stays in the files, hidden, until the next replay")
         return False
 

@@ -1,10 +1,10 @@
-"""The retry policy of ``send`` and ``replay``: which responses are final, how long to pause, when to give up.
+"""The retry policy of ``send`` and ``replay``: which responses are final, how long to back off, when to give up.
 
 The rules:
 
 1. 2xx accepts a packet. What may get better is tried again, with the same id: no response, 408, 425, 429 and 5xx.
-2. All connections pause together: as long as Retry-After says, else exponentially with jitter. A run is given up when
-   no packet was accepted for ``patience`` seconds, or would not be until a pause is over.
+2. All connections back off together: as long as Retry-After says, else exponentially with jitter. A run is given up
+   when no packet was accepted for ``patience`` seconds, or would not be until a back-off is over.
 3. What is about the URL, the token or the certificate, and not about the packet, ends the run at once. Any other
    response refuses that one packet.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fastdist.client.connection import Connection, Response, Target
 
-MIN_PAUSE, MAX_PAUSE = 0.1, 10.0  # seconds of the first and the longest pause without a Retry-After
+MIN_BACK_OFF, MAX_BACK_OFF = 0.1, 10.0  # seconds of the first and the longest without a Retry-After
 BUSY = {408, 425, 429}  # and every 5xx
 REDIRECTION, CLIENT_ERROR, SERVER_ERROR = 300, 400, 500  # redirections are not followed
 
@@ -41,15 +41,15 @@ class Summary(msgspec.Struct, kw_only=True):
     permanent: bool = False
 
 
-class Pauses:
+class BackOff:
     """When to leave a distributor alone, for all connections together. Not for two threads at once, but for ``left``.
 
-    One pause begins at a time: what the other connections meet meanwhile has the same cause.
+    One begins at a time: what the other connections meet meanwhile has the same cause.
     """
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
-        self._in_a_row = 0  # pauses without a success in between
+        self._in_a_row = 0  # without a success in between
         self._failing_since = 0.0  # time.monotonic(); while there are any
         self._until = 0.0
 
@@ -59,15 +59,15 @@ class Pauses:
         return left + random.uniform(0, 0.1 * left) if left > 0 else 0.0  # noqa: S311  (no secret)
 
     def begin(self, asked: float | None) -> float | None:
-        """Begin a pause, as long as was asked for; return its seconds, or None when patience would be over by then."""
+        """Begin one, as long as was asked for; return its seconds, or None when patience would be over by then."""
         now = time.monotonic()
         if now >= self._until:
             self._failing_since = self._failing_since if self._in_a_row else now
             self._in_a_row += 1
-            longest = min(MAX_PAUSE, MIN_PAUSE * 2 ** min(self._in_a_row - 1, 20))
+            longest = min(MAX_BACK_OFF, MIN_BACK_OFF * 2 ** min(self._in_a_row - 1, 20))
             self._until = now if asked is not None else now + random.uniform(longest / 2, longest)  # noqa: S311
         if asked is not None:
-            self._until = max(self._until, now + max(asked, MIN_PAUSE))
+            self._until = max(self._until, now + max(asked, MIN_BACK_OFF))
         return None if self._until - self._failing_since > self._patience else self._until - now
 
     def end(self) -> None:
@@ -87,9 +87,9 @@ def _advice(status: int) -> str:
 class Run:
     """Posts packets over several connections, each in a thread, until they are accepted or the run ends.
 
-    ``waiting`` is called with the reason for a pause and its seconds. ``max_failures``: attempts at a packet without a
-    response, after which the run is given up before ``patience`` ends. ``lock`` (reentrant) is held for what is shown,
-    and for all that the threads share.
+    ``waiting`` is called with the reason for a back-off and its seconds. ``max_failures``: attempts at a packet without
+    a response, after which the run is given up before ``patience`` ends. ``lock`` (reentrant) is held for what is
+    shown, and for all that the threads share.
     """
 
     summary: Summary
@@ -100,7 +100,7 @@ class Run:
         self.target, self._waiting, self._max_failures = target, waiting, max_failures
         self.lock = threading.RLock()
         self.halt = threading.Event()  # nothing more may be sent
-        self._pauses = Pauses(patience)
+        self._back_off = BackOff(patience)
 
     def end(self, why: str | None = None, *, permanent: bool = False) -> None:
         """End the run, for the reason that came first; without one because all is done."""
@@ -112,7 +112,7 @@ class Run:
     def post(self, connection: Connection, packet_id: str, body: bytes) -> Response | None:
         """Post a packet until it is accepted or refused; None when the run ends before that."""
         failures = 0
-        while not self.halt.wait(self._pauses.left()):
+        while not self.halt.wait(self._back_off.left()):
             reused = connection.is_open
             try:
                 response = connection.post(packet_id, body)
@@ -122,7 +122,7 @@ class Run:
             except (OSError, HTTPException) as error:
                 if not reused:  # else it may only have been idle for too long
                     failures += 1
-                    self._pause(f"cannot be reached: {describe(error)}", None, give_up=failures >= self._max_failures)
+                    self._failed(f"cannot be reached: {describe(error)}", None, give_up=failures >= self._max_failures)
             else:
                 if advice := _advice(response.status):
                     self.end(f"{self.target.url} answers {response.text}; {advice}", permanent=True)
@@ -130,17 +130,17 @@ class Run:
                 if response.status not in BUSY and response.status < SERVER_ERROR:
                     if response.accepted:
                         with self.lock:
-                            self._pauses.end()
+                            self._back_off.end()
                     return response
-                self._pause(f"answers {response.text}", response.pause)
+                self._failed(f"answers {response.text}", response.pause)
             with self.lock:
                 self.summary.retries += 1
         return None
 
-    def _pause(self, why: str, asked: float | None, *, give_up: bool = False) -> None:
-        """Pause all connections; end the run when it has lasted for too long."""
+    def _failed(self, why: str, asked: float | None, *, give_up: bool = False) -> None:
+        """Have all connections back off; end the run when that has lasted for too long."""
         with self.lock:
-            seconds = self._pauses.begin(asked)
+            seconds = self._back_off.begin(asked)
             if give_up or seconds is None:
                 asks = f" and asks to wait {asked:.0f} s" if asked else ""
                 self.end(f"{self.target.url} {why}{asks}; given up, try again later")

@@ -95,7 +95,7 @@ class SendView(View):
         """Move the bar."""
         self._done += packet.end - packet.offset
         self._messages += packet.messages
-        self._told = ""
+        self._last_reason = ""
         total = self._total()
         self.bar.update(self._task, completed=self._done, total=total, messages=self._messages, state="")
         if self.take_line():
