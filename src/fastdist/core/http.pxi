@@ -457,6 +457,8 @@ cdef class UnfinishedHead:
             self.parser, data = HttpRequestParser(None), shown(self.method, rest)
         try:
             self.parser.feed_data(data)
+        except HttpParserUpgrade:  # CONNECT, and for httptools its head is whole
+            self.judged = True
         except HttpParserError as error:
             if status_for(self.parser) == 400:
                 return str(error)
