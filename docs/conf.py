@@ -10,11 +10,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
-sys.path.insert(0, str(HERE / "_ext"))
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent / "src")]
+
+from fastdist import __version__  # noqa: E402
 
 project = PROJECT["name"]
 author = PROJECT["authors"][0]["name"]
-release = version = PROJECT["version"]
+release = version = __version__
 copyright = author  # noqa: A001  (Sphinx calls it that)
 
 extensions = ["myst_parser", "outside"]

@@ -6,16 +6,16 @@ import os
 import re
 import shutil
 import subprocess
-import tomllib
 
 import pytest
 import yaml
 from dockerfile import ROOT, setting
 from support import BODY, Process, free_port, request, running, wait_until
 
+from fastdist import __version__
+
 TEXT = (ROOT / "docs" / "operations.md").read_text()
 README = (ROOT / "README.md").read_text()
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 NGINX = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
 
 
@@ -27,7 +27,7 @@ def test_the_files_that_are_named_exist(text):
 
 
 def test_the_version_is_the_same_everywhere():
-    """Where it cannot be read from pyproject.toml: images have it as their tag."""
+    """Where it cannot be read from the package: images have it as their tag."""
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
     tags = {
         service["image"] for service in compose["services"].values() if service.get("image", "").startswith("fastdist")
@@ -37,7 +37,7 @@ def test_the_version_is_the_same_everywhere():
         tags |= {f"{image['newName']}:{image['newTag']}" for image in kustomization["images"]}
     for text in (TEXT, README, (ROOT / "Dockerfile").read_text()):
         tags |= set(re.findall(r"\bfastdist(?:-mock-analyzers)?:\d[\w.]*\w", text))
-    assert tags == {f"fastdist:{VERSION}", f"fastdist-mock-analyzers:{VERSION}"}
+    assert tags == {f"fastdist:{__version__}", f"fastdist-mock-analyzers:{__version__}"}
 
 
 def test_docker_run_has_what_the_image_needs():
