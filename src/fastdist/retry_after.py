@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from datetime import UTC
-from email.utils import parsedate_to_datetime
 
 MAX_SECONDS = 1e9  # larger numbers are cut, not an error
 
@@ -15,6 +14,8 @@ def parse_retry_after(value: str) -> float | None:
     if value.isdecimal():
         seconds = float(value)
     else:
+        from email.utils import parsedate_to_datetime  # noqa: PLC0415  (takes a while; most name a number)
+
         try:
             date = parsedate_to_datetime(value)
         except (ValueError, TypeError, IndexError, OverflowError):

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from http import HTTPStatus
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -249,7 +249,7 @@ class Api:
 @cache
 def description() -> bytes:
     """Return what describes this API: OpenAPI 3.1."""
-    return files("fastdist.http").joinpath("openapi.json").read_bytes()
+    return Path(__file__).with_name("openapi.json").read_bytes()
 
 
 def template(path: str) -> str:

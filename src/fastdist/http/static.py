@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -49,8 +49,8 @@ class Page(Struct, frozen=True):
 def pages() -> Mapping[str, Page]:
     """Return all files by their path."""
     found = {}
-    for file in files("fastdist.http").joinpath("dashboard").iterdir():
-        kind = TYPES.get(file.name[file.name.rfind(".") :])
+    for file in Path(__file__).with_name("dashboard").iterdir():
+        kind = TYPES.get(file.suffix)
         if kind is not None:
             found["/" if file.name == FIRST else FOLDER + file.name] = _page(file.read_bytes(), kind)
     return found

@@ -12,8 +12,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from fastdist.storage.files import has_name
 
 if TYPE_CHECKING:
@@ -95,6 +93,8 @@ def _locks() -> Iterator[tuple[int, str]]:
 
 def is_alive(pid: int) -> bool:
     """Whether there is such a process."""
+    import psutil  # noqa: PLC0415  (takes a while, and is needed only when another process is in the way)
+
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (ValueError, psutil.Error):
@@ -105,6 +105,8 @@ def describe(pid: int | None) -> str:
     """Return how messages name a process."""
     if pid is None:
         return "an unknown process"
+    import psutil  # noqa: PLC0415  (as above)
+
     try:
         return f"{psutil.Process(pid).name()} (pid {pid})"
     except psutil.Error:
