@@ -10,10 +10,16 @@ from hypothesis import HealthCheck, settings
 from support import Mocks, running
 from xdist.scheduler import LoadScopeScheduling
 
-# Tests that share what is dear to make: images, a Prometheus, the site. One process runs all of them.
+# Tests that share what is dear to make: a browser, images, a Prometheus, the site. One process runs all of them.
 TOGETHER = {
+    "tests/browser/test_changes.py": "browser",
+    "tests/browser/test_figures.py": "browser",
+    "tests/browser/test_reading.py": "browser",
+    "tests/browser/test_scripts.py": "browser",
+    "tests/deploy/test_grafana.py": "metrics",
     "tests/deploy/test_images.py": "images",
     "tests/deploy/test_systemd_unit.py": "images",
+    "tests/deploy/test_prometheus.py": "metrics",
     "tests/deploy/test_prometheus_server.py": "prometheus",
     "tests/deploy/test_site.py": "site",
 }

@@ -52,7 +52,7 @@ def wait_until(
 
     The time begins again whenever ``progress`` has become another: how long much work takes is the machine's affair.
     """
-    end, last = time.monotonic() + seconds, progress()
+    end, last, pause = time.monotonic() + seconds, progress(), 0.005
     while True:
         result = condition()
         if result:
@@ -61,7 +61,8 @@ def wait_until(
             end, last = time.monotonic() + seconds, now
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds:g} s: {what}")
-        time.sleep(0.02)
+        time.sleep(pause)  # longer and longer: to look takes processor time from what is awaited
+        pause = min(0.05, 1.5 * pause)
 
 
 GIVEN: set[int] = set()

@@ -64,7 +64,7 @@ def fresh(mocks, serve) -> Distributor:
     return serve(mocks)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not for longer: what idles takes processor time from others
 def lasting_fastdist(lasting_mocks, tmp_path_factory):
     fastdist = Distributor(tmp_path_factory.mktemp("lasting"), lasting_mocks)
     with running(fastdist):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from support import Distributor, Fleet, Mocks, Process
 
@@ -68,6 +70,41 @@ def serve(start, tmp_path, request):
         for distributor in distributors:
             if distributor.process.poll() is None:
                 distributor.wait_at_rest()
+
+
+@pytest.fixture(scope="module")
+def lasting():
+    """Distributors for the tests of a module, by their settings."""
+    distributors: dict[str, Distributor] = {}
+    yield distributors
+    for distributor in distributors.values():
+        distributor.kill_all()
+
+
+@pytest.fixture
+def shared(lasting, mocks, tmp_path, request):
+    """Return ``shared(settings)``: a distributor that has seen other tests, for those that neither end it nor count.
+
+    Its analyzers are online. It must come to rest after the test; one with which a test has failed is not used again.
+    """
+    used: list[str] = []
+
+    def shared(settings=None):
+        key = json.dumps(settings)
+        used.append(key)
+        if key not in lasting:
+            lasting[key] = Distributor(tmp_path, mocks, settings)
+        request.node.stash.setdefault(PROCESSES, []).append(lasting[key])
+        lasting[key].wait_for_states("online")
+        lasting[key].lines.clear()  # of other tests
+        return lasting[key]
+
+    yield shared
+    for key in used:
+        if request.node.stash.get(PASSED, False):
+            lasting[key].wait_at_rest()
+        else:
+            lasting.pop(key).kill_all()
 
 
 @pytest.fixture

@@ -245,9 +245,9 @@ def test_unread_responses_end_the_connection(mocks, serve, asked):
     assert_unharmed(fastdist)
 
 
-def test_costly_requests_let_others_take_turns(mocks, serve):
+def test_costly_requests_let_others_take_turns(shared):
     """A worker that does nothing else for ten seconds is taken for hung: such a read was enough for that."""
-    fastdist = serve(mocks, {"server": {"workers": 1}})
+    fastdist = shared({"server": {"workers": 1}})
     answers = b""
     with connect(fastdist.port) as connection:
         connection.sendall(b"HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
@@ -293,8 +293,8 @@ def test_idle_connections_delay_no_other(mocks, serve):
     ],
     ids=lambda value: f"{len(value)} x {value[0][:16]}" if isinstance(value, list) else str(value),
 )
-def test_headers_without_end_come_to_an_end(mocks, serve, lines, status):
-    fastdist = serve(mocks, {"server": {"workers": 1}})
+def test_headers_without_end_come_to_an_end(shared, lines, status):
+    fastdist = shared({"server": {"workers": 1}})
     if any("wait=" in line for line in lines):
         status = 200  # it is delivered before all those seconds are over
     with connect(fastdist.port) as connection:
@@ -303,8 +303,8 @@ def test_headers_without_end_come_to_an_end(mocks, serve, lines, status):
     assert_unharmed(fastdist)
 
 
-def test_endless_headers_are_refused_at_limit(mocks, serve):
-    fastdist = serve(mocks, {"server": {"workers": 1}})
+def test_endless_headers_are_refused_at_limit(shared):
+    fastdist = shared({"server": {"workers": 1}})
     for flood in (b"A: b\r\n", b"A" * 4096, b"\t", b"A: " + b"b" * 4096 + b"\r\n"):
         with connect(fastdist.port) as connection:
             connection.sendall(b"POST /logs HTTP/1.1\r\nHost: x\r\n")
@@ -315,8 +315,8 @@ def test_endless_headers_are_refused_at_limit(mocks, serve):
     assert_unharmed(fastdist)
 
 
-def test_tiny_extended_chunks_are_only_slow(mocks, serve):
-    fastdist = serve(mocks, {"server": {"workers": 1}})
+def test_tiny_extended_chunks_are_only_slow(shared):
+    fastdist = shared({"server": {"workers": 1}})
     chunks = b"".join(b"1;a=%b\r\n%c\r\n" % (b"b" * 100, byte) for byte in BODY)
     with connect(fastdist.port) as connection:
         connection.sendall(head("Transfer-Encoding: chunked", "Connection: close") + chunks + b"0\r\n\r\n")
@@ -334,8 +334,8 @@ def nested(levels, opening, closing):
 @pytest.mark.parametrize(
     "brackets", [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")], ids=["array", "object", "both"]
 )
-def test_json_depth_limit_costs_no_stack(mocks, serve, brackets):
-    fastdist = serve(mocks, {"server": {"workers": 1}})
+def test_json_depth_limit_costs_no_stack(shared, brackets):
+    fastdist = shared({"server": {"workers": 1}})
     step = 2 if len(brackets[1]) == 2 else 1
     assert fastdist.post(nested(126 // step, *brackets))[0] == 202
     for levels in (130, 1000, 100_000, 1_000_000):

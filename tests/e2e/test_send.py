@@ -98,8 +98,8 @@ def test_emitter_and_position_are_passed_on(keeping, serve, run, log):
     assert (own["message"], own["level"], own["n"]) == ("own", "warn", 1)
 
 
-def test_standard_input(keeping, serve, log):
-    fastdist = serve(keeping)
+def test_standard_input(keeping, shared, log):
+    fastdist = shared()
     fill(log, 2000)
     with log.open("rb") as stdin:
         done = subprocess.run(
@@ -111,8 +111,8 @@ def test_standard_input(keeping, serve, log):
     assert arrived(keeping) == (expected(2000), {})
 
 
-def test_a_pipe_whose_lines_trickle(keeping, serve):
-    fastdist = serve(keeping)
+def test_a_pipe_whose_lines_trickle(keeping, shared):
+    fastdist = shared()
     send = subprocess.Popen([*map(str, arguments(fastdist, "-"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     send.stdin.write(b"first\n")
     send.stdin.flush()
@@ -191,9 +191,9 @@ def test_a_full_queue_is_waited_for(keeping, serve, run, log):
 
 
 @pytest.mark.slow
-def test_killed_send_resumes_where_it_was(keeping, serve, run, log, offset_file):
+def test_killed_send_resumes_where_it_was(keeping, shared, run, log, offset_file):
     """Whatever was under way when it was killed may be there twice: under the same ids, and that is all."""
-    fastdist = serve(keeping)
+    fastdist = shared()
     count = 0
     for kill in range(3):
         fill(log, 20_000, count)
@@ -217,8 +217,8 @@ def test_killed_send_resumes_where_it_was(keeping, serve, run, log, offset_file)
     assert len(doubled) <= 3 * 4 * 4, "no more than the windows of three runs"
 
 
-def test_what_is_appended_is_sent_by_the_next_run(keeping, serve, run, log, offset_file):
-    fastdist = serve(keeping)
+def test_what_is_appended_is_sent_by_the_next_run(keeping, shared, run, log, offset_file):
+    fastdist = shared()
     for run_number in range(3):
         fill(log, 700, run_number * 700)
         send = run(*arguments(fastdist, log, "--offset-file", offset_file))
@@ -229,8 +229,8 @@ def test_what_is_appended_is_sent_by_the_next_run(keeping, serve, run, log, offs
     assert arrived(keeping) == (expected(2100), {})
 
 
-def test_rotation_between_runs_loses_nothing(keeping, serve, run, log, offset_file):
-    fastdist = serve(keeping)
+def test_rotation_between_runs_loses_nothing(keeping, shared, run, log, offset_file):
+    fastdist = shared()
     fill(log, 500)
     assert run(*arguments(fastdist, log, "--offset-file", offset_file)).wait() == 0
     fill(log, 500, 500)
@@ -245,8 +245,8 @@ def test_rotation_between_runs_loses_nothing(keeping, serve, run, log, offset_fi
 
 
 @pytest.mark.slow
-def test_log_is_followed_over_rotations(keeping, serve, run, log, offset_file):
-    fastdist = serve(keeping)
+def test_log_is_followed_over_rotations(keeping, shared, run, log, offset_file):
+    fastdist = shared()
     fill(log, 100)
     send = run(*arguments(fastdist, log, "--follow", "--offset-file", offset_file))
     wait_until(lambda: len(arrived(keeping)[0]) == 100, "what is there")
@@ -266,8 +266,8 @@ def test_log_is_followed_over_rotations(keeping, serve, run, log, offset_file):
 
 
 @pytest.mark.slow
-def test_two_rotations_between_looks_are_seen(keeping, serve, run, log, offset_file):
-    fastdist = serve(keeping)
+def test_two_rotations_between_looks_are_seen(keeping, shared, run, log, offset_file):
+    fastdist = shared()
     fill(log, 100)
     send = run(*arguments(fastdist, log, "--follow", "--offset-file", offset_file))
     wait_until(lambda: len(arrived(keeping)[0]) == 100, "what is there")
@@ -284,8 +284,8 @@ def test_two_rotations_between_looks_are_seen(keeping, serve, run, log, offset_f
     assert arrived(keeping) == (expected(500), {})
 
 
-def test_names_that_are_no_utf_8_are_no_trouble(keeping, serve, run, tmp_path):
-    fastdist = serve(keeping)
+def test_names_that_are_no_utf_8_are_no_trouble(keeping, shared, run, tmp_path):
+    fastdist = shared()
     log, offset_file = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9.log", b"caf\xe9.offset"))
     fill(log, 100)
     for _ in range(2):
@@ -297,8 +297,8 @@ def test_names_that_are_no_utf_8_are_no_trouble(keeping, serve, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_in_good_order(keeping, serve, run, log, offset_file):
-    fastdist = serve(keeping)
+def test_ctrl_c_ends_it_in_good_order(keeping, shared, run, log, offset_file):
+    fastdist = shared()
     fill(log, 30_000)
     send = run(*arguments(fastdist, log, "--batch", "20", "--concurrency", "2", "--offset-file", offset_file))
     wait_until(lambda: offset_in(offset_file) > 0, "it has come some way")
@@ -339,8 +339,8 @@ def test_a_second_ctrl_c_ends_it_at_once(run, log, offset_file):
     assert json.loads(offset_file.read_text()) | {"offset": 0, "planned": [4]} == json.loads(offset_file.read_text())
 
 
-def test_pipe_is_sent_before_it_ends(keeping, serve):
-    fastdist = serve(keeping)
+def test_pipe_is_sent_before_it_ends(keeping, shared):
+    fastdist = shared()
     send = subprocess.Popen(
         [*map(str, arguments(fastdist, "-"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -399,7 +399,7 @@ def test_tokens(keeping, serve, run, log):
     assert set(doubled.values()) == {2}, "a log that is sent again is sent under the same ids"
 
 
-def test_hostile_lines_arrive_without_loss(keeping, serve, run, log):
+def test_hostile_lines_arrive_without_loss(keeping, shared, run, log):
     """What is not UTF-8, over-long, or nearly JSON: the bytes can be had back from what an analyzer is given."""
     import base64  # noqa: PLC0415  (here only)
 
@@ -416,7 +416,7 @@ def test_hostile_lines_arrive_without_loss(keeping, serve, run, log):
         b"\xff" * 200_000,
     ]
     log.write_bytes(b"\r\n".join(lines) + b"\n")
-    fastdist = serve(keeping)
+    fastdist = shared()
     send = run(*arguments(fastdist, log))
     assert send.wait() == 0, send.output
     fastdist.wait_at_rest()

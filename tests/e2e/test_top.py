@@ -77,8 +77,8 @@ def test_a_frame_has_the_figures_of_stats(mocks, serve, run):
     )
 
 
-def test_a_frame_says_what_is_wrong(mocks, serve, run):
-    fastdist = serve(mocks)
+def test_a_frame_says_what_is_wrong(mocks, shared, run):
+    fastdist = shared()
     mocks.set("A2", refuse=True)
     fastdist.wait_for_state("A2", "offline")
     top = once(run, fastdist)
@@ -164,8 +164,8 @@ def terminal():
 @pytest.mark.parametrize(
     "key", [b"q", b"Q", b"\x04", None, signal.SIGTERM], ids=["q", "Q", "Ctrl-D", "Ctrl-C", "SIGTERM"]
 )
-def test_ends_on_request_restoring_terminal(mocks, serve, terminal, key):
-    fastdist = serve(mocks)
+def test_ends_on_request_restoring_terminal(shared, terminal, key):
+    fastdist = shared()
     top = terminal("--url", f"http://127.0.0.1:{fastdist.port}")
     top.wait_for("A4")
     if isinstance(key, bytes):
