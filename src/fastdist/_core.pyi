@@ -380,6 +380,7 @@ class Check(Protocol):
 
 VALIDATIONS: Final[dict[str, int]]
 SAFETY_HEADERS: Final[bytes]
+HTTP_DATE: Final[str]
 
 def call_soon(callback: Callable[[], None]) -> None: ...
 

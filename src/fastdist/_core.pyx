@@ -40,8 +40,8 @@ import asyncio
 import os
 import re
 import socket
+import time
 from collections import deque, namedtuple
-from email.utils import formatdate
 from http import HTTPStatus
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, HttpResponseParser
 

@@ -5,6 +5,8 @@ packets before costly answers. So no turn takes longer the more connections ther
 another has sent.
 """
 
+HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"  # in English: no process sets a locale
+
 cdef enum:
     MIN_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
     MAX_ENDED = 16          # bodies that are ended to make room for a read
@@ -135,7 +137,7 @@ cdef class Intake:
         cdef int64_t second = wall // 1000000000
         if second != self.dated_second:
             self.dated_second = second
-            self.date = formatdate(second, usegmt=True).encode()
+            self.date = time.strftime(HTTP_DATE, time.gmtime(second)).encode()
         return self.date
 
     def http_date(self):
