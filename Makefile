@@ -46,8 +46,10 @@ run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-
 	$(BIN)/fastdist serve
 
 check: build  ## what is quick to tell: lint, types, unit and component tests, on all cores
-	@$(MAKE) --no-print-directory lint types
-	$(PYTEST) $(CORES) tests/unit tests/component
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types & types=$$!; \
+	$(PYTEST) $(CORES) tests/unit tests/component; tests=$$?; \
+	wait $$types && exit $$tests
 
 system: build  ## all other tests: e2e, deploy, browser, chaos; most of their time is waiting
 	$(PYTEST) $(TWICE) tests/e2e tests/deploy tests/browser tests/chaos
