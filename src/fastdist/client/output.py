@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fastdist.client.purge import Census, selected
 
@@ -67,6 +64,10 @@ def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> No
     """Print rows below their columns' names; those of a name that ends in ``>`` are aligned to the right."""
     names = [name.removesuffix(">") for name in columns]
     if sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415  (rich takes a while, and only a terminal needs it)
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
         console = Console(highlight=False)
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
         for i, (name, column) in enumerate(zip(names, columns, strict=True)):
