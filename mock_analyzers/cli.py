@@ -70,5 +70,5 @@ def _ids(text: str, count: int) -> list[str]:
     if len(ids) != count or len(set(ids)) != count:
         raise argparse.ArgumentTypeError(f"{text!r} has to be {count} different ids, one for each port")
     if not all(_ID.fullmatch(name) for name in ids):
-        raise argparse.ArgumentTypeError("an id is made of letters, digits, dots, dashes and underscores")
+        raise argparse.ArgumentTypeError('an id consists of a-z, A-Z, 0-9, ".", "-" and "_"')
     return ids
