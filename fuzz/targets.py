@@ -11,9 +11,9 @@ import zlib
 from typing import TYPE_CHECKING
 
 from ingest_harness import Service, corpus
-from test_forward_replies import CASES, FIN, OPEN, RST, Trials
 from test_ingest_hostile import TRAILERS, Recorder, SecondOpinion, requests_read
 from test_schema_scanner import ACCEPTED, REFUSED, bodies_with, is_json
+from test_upstream_replies import CASES, FIN, OPEN, RST, Trials
 
 from fastdist._core import malformed
 from fastdist.errors import PacketError

@@ -379,7 +379,6 @@ class Check(Protocol):
     def __call__(self, body: bytes, *, strict: bool) -> tuple[int, int]: ...
 
 VALIDATIONS: Final[dict[str, int]]
-SAFETY_HEADERS: Final[bytes]
 HTTP_DATE: Final[str]
 
 def call_soon(callback: Callable[[], None]) -> None: ...
@@ -489,17 +488,17 @@ class PoolOwner(Protocol):
     """
 
     def delivered(self, pool: Any, sequences: list[int], /) -> None:
-        """Hear that packets with the flag WAITED, or that were watched, are delivered."""
+        """Called when packets with the flag WAITED, or that were watched, are delivered."""
     def refused(self, pool: Any, handles: list[int], status: int, /, *, batch: bool) -> None:
-        """Hear that the request is at fault (4xx)."""
+        """Called when the request is at fault (4xx)."""
     def failed(
         self, pool: Any, handles: list[int], error: str, /, *, counted: bool, status: int | None = None
     ) -> None:
-        """Hear that the analyzer is at fault; ``counted``: as one more failure of its."""
+        """Called when the analyzer is at fault; ``counted``: as one more failure of its."""
     def paused_for(self, pool: Any, handles: list[int], status: int, value: str, /) -> None:
-        """Hear of a 429 or 503 with Retry-After ``value``."""
+        """Called for a 429 or 503 with Retry-After ``value``."""
     def not_sent(self, pool: Any, handles: list[int], /) -> None:
-        """Hear that the analyzer has certainly not looked at the request."""
+        """Called when the analyzer has certainly not looked at the request."""
     def schedule(self) -> None:
         """Claim from the ring soon: there is room again."""
     def wake(self, pool: Any, /) -> None:
@@ -514,7 +513,7 @@ class PoolCalls(Protocol):
     def open_more(self) -> None:
         """Open connections: something waits, and the limit allows it."""
     def unasked(self, beginning: bytes, /) -> None:
-        """Hear that an analyzer sends what no request asked for."""
+        """Called when an analyzer sends what no request asked for."""
     def lost(self, connection: Any, /) -> None:
         """Forget a connection that has ended."""
 

@@ -5,7 +5,7 @@ the protocol, ``IngestBase`` (ingest.pxi). That finds the request's head (http.p
 over its bytes (schema.pxi), and pushes it to the ``PacketRing`` (ring.pxi): one record, which is queue, store and
 in-flight table at once, and 202 is written into a buffer of answers. Once in an event-loop iteration ``DispatchBase``
 (dispatch.pxi) claims what was pushed, has an analyzer picked for each packet (pick.pxi), and lets it join the waiting
-list of that analyzer's ``PoolBase`` (pool.pxi). ``ReplyBase`` (forward.pxi) writes requests with the bodies out of the
+list of that analyzer's ``PoolBase`` (pool.pxi). ``ReplyBase`` (upstream.pxi) writes requests with the bodies out of the
 ring, and a 2xx has the record finished.
 
 Memory. A ring's records and entries, counters, states and limits lie in mappings that other processes see too; a packet
@@ -61,5 +61,5 @@ include "core/stream.pxi"
 include "core/intake.pxi"
 include "core/ingest.pxi"
 include "core/pool.pxi"
-include "core/forward.pxi"
+include "core/upstream.pxi"
 include "core/dispatch.pxi"

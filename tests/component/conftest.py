@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 
 import pytest
-from forward_harness import self_signed
+from upstream_harness import self_signed
 
 
 @pytest.fixture(scope="session")

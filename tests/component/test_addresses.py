@@ -9,7 +9,7 @@ import socket
 import threading
 
 import pytest
-from forward_harness import OK, ScriptServer, World, endpoint, requests_in, run, shared_block, until
+from upstream_harness import OK, ScriptServer, World, endpoint, requests_in, run, shared_block, until
 
 from fastdist.net import names
 from fastdist.settings import Analyzer, Health

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from forward_harness import OK, SECOND, Desk, reply
 from ingest_harness import BODY, Service, Transport, head, keyed, post, post_chunked
+from upstream_harness import OK, SECOND, Desk, reply
 
 from fastdist.worker.ingest import IngestProtocol
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 
-from forward_harness import OK, SECOND, Desk, reply
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,6 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from ingest_harness import BODY, CONTINUE, Service, head, keyed, post, post_chunked, read_answers
+from upstream_harness import OK, SECOND, Desk, reply
 
 from fastdist.http.api import problem
 

@@ -6,7 +6,7 @@ import errno
 import os
 
 import pytest
-from forward_harness import Bench, reply
+from upstream_harness import Bench, reply
 
 from fastdist.storage.dead_letters import FOLDER
 

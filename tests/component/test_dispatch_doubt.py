@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from forward_harness import SECOND, Bench, reply
 from structlog.testing import capture_logs
+from upstream_harness import SECOND, Bench, reply
 
 from fastdist.shm.block import AnalyzerWord
 from fastdist.worker import dispatch

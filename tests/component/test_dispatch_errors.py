@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from forward_harness import OK, Bench, Desk, Owner, reply
 from structlog.testing import capture_logs
+from upstream_harness import OK, Bench, Desk, Owner, reply
 
 from fastdist.storage.dead_letters import DeadLetters
 from fastdist.worker.dispatch import Dispatcher

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from forward_harness import OK, SECOND, Bench, reply
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from upstream_harness import OK, SECOND, Bench, reply
 
 from fastdist.shm.block import AnalyzerWord
 

@@ -7,9 +7,9 @@ import time
 from collections import Counter
 
 import pytest
-from forward_harness import Bench, reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from upstream_harness import Bench, reply
 
 from fastdist._core import Rendezvous
 from fastdist.shm.block import AnalyzerWord

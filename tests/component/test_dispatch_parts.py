@@ -6,7 +6,7 @@ import asyncio
 from itertools import pairwise
 
 import pytest
-from forward_harness import OK, SECOND, Bench, World, reply, run
+from upstream_harness import OK, SECOND, Bench, World, reply, run
 
 from fastdist.shm.block import AnalyzerWord
 from fastdist.worker import dispatch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from forward_harness import Bench, reply
+from upstream_harness import Bench, reply
 
 from fastdist._core import Rendezvous
 from fastdist.shm.block import AnalyzerWord

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 
 import pytest
-from forward_harness import Loop, memory_ring, settings, shared_block
+from upstream_harness import Loop, memory_ring, settings, shared_block
 
 from fastdist._core import GOLDEN_RATIO_STEP, AliasTable, DispatchBase, PoolBase, Rendezvous
 

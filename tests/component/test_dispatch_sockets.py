@@ -8,7 +8,7 @@ import time
 import uuid
 
 import pytest
-from forward_harness import OK, ScriptServer, World, requests_in, run, start_mock, until
+from upstream_harness import OK, ScriptServer, World, requests_in, run, start_mock, until
 
 WEIGHTS = {"A1": 0.1, "A2": 0.4, "A3": 0.2, "A4": 0.3}
 MODES = {

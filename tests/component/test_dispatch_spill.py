@@ -10,10 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from forward_harness import OK, SECOND, Bench, reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
+from upstream_harness import OK, SECOND, Bench, reply
 
 from fastdist.worker.dispatch import CLAIMS_AHEAD, LoadMeter, median_of_others
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from forward_harness import SECOND, Bench, reply
+from upstream_harness import SECOND, Bench, reply
 
 from fastdist.settings import Analyzer
 from fastdist.shm.block import AnalyzerWord

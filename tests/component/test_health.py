@@ -9,9 +9,9 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from forward_harness import ScriptServer, reply, run, shared_block, start_mock, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from upstream_harness import ScriptServer, reply, run, shared_block, start_mock, until
 
 from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerState, AnalyzerWord

@@ -7,7 +7,7 @@ import itertools
 from unittest.mock import Mock
 
 import pytest
-from forward_harness import ScriptServer, reply, run, self_signed, shared_block, until
+from upstream_harness import ScriptServer, reply, run, self_signed, shared_block, until
 
 from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerWord

@@ -10,8 +10,8 @@ import socket
 
 import pytest
 import uvloop
-from forward_harness import until
 from ingest_harness import BODY, Service, corpus, head, keyed, normalised, post, post_chunked
+from upstream_harness import until
 
 from fastdist._core import Poller, Stream
 from fastdist.worker.ingest import IngestProtocol

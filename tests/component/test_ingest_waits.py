@@ -9,8 +9,8 @@ import time
 
 import pytest
 import uvloop
-from forward_harness import until
 from ingest_harness import BODY, CONTINUE, SECOND, Service, head, keyed, post, read_answers
+from upstream_harness import until
 
 from fastdist._core import Poller, Stream
 

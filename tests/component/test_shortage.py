@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohappyeyeballs
 import pytest
-from forward_harness import ScriptServer, World, reply, requests_in, run, shared_block, until
+from upstream_harness import ScriptServer, World, reply, requests_in, run, shared_block, until
 
 from fastdist.net.connect import connect, shortage
 from fastdist.net.names import Names

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from forward_harness import until
+from upstream_harness import until
 
 from fastdist._core import Poller, Receiver, Stream
 from fastdist.worker.listener import serve

@@ -11,8 +11,8 @@ import ssl
 import pytest
 import trustme
 import uvloop
-from forward_harness import until
 from test_streams import Noted
+from upstream_harness import until
 
 from fastdist._core import Poller
 from fastdist.worker import tls

@@ -48,7 +48,7 @@ cdef class ChunkedBody:
         return 0
 
     def on_message_complete(self):
-        """Hear that the body is over, from httptools."""
+        """Called by httptools when the body is over."""
         self.over, self.spent = True, not self.parser.should_keep_alive()
 
     cdef int read(self, const uchar **at, const uchar *end, Span *piece) except -1:

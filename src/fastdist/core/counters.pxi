@@ -188,7 +188,7 @@ cdef class Counters:
     cdef object buffer
     cdef int64_t *words             # of the worker
     cdef int64_t *ingest            # histogram: request read to answer ready
-    cdef int64_t *queue_wait        # histogram: accepted to first sending
+    cdef int64_t *queue_wait        # histogram: accepted to first attempt
     cdef int64_t *loop_lag          # histogram: how long the event loop kept others waiting
     cdef int64_t *analyzers         # ANALYZER_COUNTERS words a slot
     cdef int64_t *delivery          # a histogram a slot

@@ -165,13 +165,13 @@ cdef class Head:
         return objection
 
     def on_header(self, bytes name, bytes value):
-        """Hear of a field, from httptools."""
+        """Called by httptools for each field."""
         lower = name.lower()
         self.find_hole(name, HANDED_OUT.get(lower, ANYTHING), lower in DECISIVE)
         self.take(lower, value.strip(b" \t"))
 
     def on_headers_complete(self):
-        """Hear that the head is whole, from httptools, which forgets its flags when the message is over."""
+        """Called when the head is whole, by httptools, which forgets its flags when the message is over."""
         self.keep_alive = self.parser.should_keep_alive() and not self.closes
 
     cdef int find_hole(self, bytes name, HoleKind kind, bint decisive) except -1:
@@ -300,7 +300,7 @@ cdef class RequestHead(Head):
         self.fields = None if self.is_log else {name: ", ".join(values) for name, values in self.fields.items()}
 
     def on_url(self, bytes url):
-        """Hear of the target, from httptools."""
+        """Called by httptools with the target."""
         self.target += url
 
     cdef int take(self, bytes name, bytes value) except -1:

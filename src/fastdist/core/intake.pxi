@@ -38,7 +38,6 @@ cdef bytes NOSNIFF = b"X-Content-Type-Options: nosniff\r\n"
 cdef bytes NO_STORE = b"Cache-Control: no-store\r\n"
 cdef bytes NO_PAGE = b"Content-Security-Policy: default-src 'none'; frame-ancestors 'none'\r\n"
 cdef bytes SAFETY = NOSNIFF + NO_STORE
-SAFETY_HEADERS = SAFETY
 
 cdef bytes ACCEPTED_HEAD = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\n" + SAFETY + b"Date: "
 cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
@@ -95,7 +94,7 @@ cdef class Intake:
     cdef public object later           # call_soon
     cdef public int64_t slice_ns, packets_ns, loop_ns, costly_ns
     cdef int64_t loop_left, costly_left  # of this turn
-    cdef public int64_t longest_ns     # of `go_on`, until somebody sets it back
+    cdef public int64_t longest_ns     # of `go_on`, until it is set back
 
     def __cinit__(self, PacketRing ring, Counters counters, RateLimiter limiter, server, check, on_accepted,
                   on_sync_wanted=None):

@@ -24,7 +24,7 @@ is WRITTEN our side is shut down (or the connection closed), and only the emitte
 ``held``: before DISCARDING only. ``answered`` (the request was refused by its head, and its body is passed over): in BODY and
 CHUNKS. ``invites`` (the body is asked for by a 100 that waits): in BODY and CHUNKS while WAITING.
 
-An analyzer's connection sends requests and reads replies (forward.pxi). Reading goes round from HEAD through a body, whose
+An analyzer's connection sends requests and reads replies (upstream.pxi). Reading goes round from HEAD through a body, whose
 length is known (also if it is 0), or which is chunked (CHUNKED before its first byte, CHUNKS in it), or ends with the
 connection (TO_CLOSE). OVER is behind the last reply: what follows was not asked for. Writing is OPEN for requests while there is
 room. A 2xx that comes before its request is written whole counts when it is (EARLY until then: no more may be sent, since

@@ -11,7 +11,7 @@ cdef enum:
 cdef enum:
     # Flags of an entry.
     ALONE = 1                # send this packet as single, its batch was refused
-    WATCHED = 2              # the pool's owner wants to hear of its delivery
+    WATCHED = 2              # the pool's owner wants to be told of its delivery
 
 cdef enum Pumped:
     NOTHING_TO_DO = 0
@@ -48,7 +48,7 @@ cdef class PoolBase:
     cdef bint batching
     cdef uint32_t batch_packets
     cdef int64_t batch_bytes, linger_ns
-    cdef int64_t sent_ns         # monotonic: the last sending
+    cdef int64_t sent_ns         # monotonic: of the last request
     cdef readonly int pipeline, connection_limit
     cdef readonly list idle      # connections with room for a request, the last used last
     cdef readonly int open_connections

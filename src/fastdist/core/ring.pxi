@@ -54,7 +54,7 @@ cdef struct Record:
     uint32_t body_crc        # of key and body
     # Changed in place during the record's life.
     uint32_t state
-    uint32_t attempts        # sendings begun
+    uint32_t attempts        # begun
     uint32_t handle          # while claimed; else 0 or stale (is_claimed tells). Of a moved one: 8-byte words to its copy's end
     uint32_t moved           # 1: a copy: of a record that stood in the way, or that another ring held
 
@@ -357,7 +357,7 @@ cdef class PacketRing:
                 position = found
         for position in moved.values():  # its copy never made it
             count_undone(self, self.at(position))
-        self.answered = max(self.answered, self.tail)  # what is taken over is claimable and never to be withdrawn
+        self.answered = max(self.answered, self.tail)  # what was found is claimable and never to be withdrawn
         self.trusted = min(self.trusted, self.tail)
         self.synced = max(self.synced, max(self.trusted, self.head))
         self.publish()
@@ -738,11 +738,11 @@ cdef class PacketRing:
         return record_id(self.record_of(self._checked(handle)))
 
     def attempts(self, uint32_t handle):
-        """Return how many sendings of the claimed packet were begun."""
+        """Return how many attempts to send the claimed packet were begun."""
         return self.record_of(self._checked(handle)).attempts
 
     def count_attempt(self, uint32_t handle):
-        """Note in the record that a sending begins; return the new number of attempts."""
+        """Note in the record that an attempt begins; return the new number of attempts."""
         cdef Record *record = self.record_of(self._checked(handle))
         record.attempts += 1
         return record.attempts

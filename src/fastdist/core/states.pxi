@@ -169,7 +169,7 @@ cdef class AnalyzerStates:
                 and load(row + NEXT_TRIAL) <= now_ns and load(row + TRIAL_UNTIL) <= now_ns)
 
     def begin_trial(self, Py_ssize_t slot, int64_t rise, int64_t now_ns, int64_t until_ns):
-        """Take the one trial there may be, until ``until_ns`` (monotonic) unless it is held on; True for who got it.
+        """Take the one trial there may be, until ``until_ns`` (monotonic) unless it is held on; True if this process got it.
 
         It has an end so that the trial of a worker that was killed, or hangs, is not waited for.
         """

@@ -3,7 +3,7 @@
 ``Poller`` has an epoll set of its own, which is one descriptor in the loop's: an event-loop iteration asks it for some
 connections at a time, and deals with no more once ``turn_ns`` are over, so that however many have something to read, and
 whatever that brings with it (a large body that is whole), timers and all else have their turn. What is left is still ready
-then, and the kernel goes round: who was told of comes last (epoll_wait(2)), so those that there was no time for are kept in
+then, and the kernel goes round: the connections it has told of come last (epoll_wait(2)), so those that there was no time for are kept in
 mind. ``Stream`` is one connection; it behaves as the loop's own transports do (writes
 at once what the kernel takes; ``pause_writing`` above 64 KiB that it does not, ``resume_writing`` at 16; ``connection_lost``
 comes from the loop, never from within a call). ``Receiver`` is what a protocol derives from to be read into without an
@@ -104,7 +104,7 @@ cdef class Receiver:
         return 0
 
     cdef int flushed(self) except -1:
-        """Hear that the kernel has taken more of what a ``Stream`` could not write at once."""
+        """The kernel has taken more of what a ``Stream`` could not write at once."""
         return 0
 
     def data_received(self, bytes data):
@@ -129,7 +129,7 @@ cdef class Poller:
     cdef list left               # (stream, events) told of in a turn that had no time for them
     cdef uchar *room             # what one read brings
     cdef public int64_t turn_ns      # after which a turn ends, whatever is ready
-    cdef public int64_t longest_ns   # of a turn, until somebody sets it back
+    cdef public int64_t longest_ns   # of a turn, until it is set back
 
     def __cinit__(self, loop):
         self.epoll = -1
@@ -203,7 +203,7 @@ cdef class Poller:
 
 @cython.final
 cdef class Stream:
-    """The connected socket ``connection`` (taken over), read for ``protocol`` from now on. ``peer``: its address."""
+    """The connected socket ``connection`` (which it closes), read for ``protocol`` from now on. ``peer``: its address."""
 
     cdef readonly Poller poller
     cdef readonly Receiver protocol

@@ -141,7 +141,7 @@ class Syncer:
             return True
 
     def run(self, work: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
-        """Do other work with the disk in the thread, before the next sync; ``done`` hears of it in the event loop."""
+        """Do other work with the disk in the thread, before the next sync; ``done`` gets the outcome in the loop."""
 
         def finish(future: asyncio.Future[None]) -> None:
             error = None if future.cancelled() else future.exception()

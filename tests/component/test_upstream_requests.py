@@ -8,9 +8,9 @@ import time
 import uuid
 
 import pytest
-from forward_harness import OK, SECOND, Desk, requests_in
 from hypothesis import given
 from hypothesis import strategies as st
+from upstream_harness import OK, SECOND, Desk, requests_in
 
 from fastdist._core import COUNTER_WORDS, HISTOGRAM_BUCKETS, WORDS_PER_HISTOGRAM
 from fastdist.config import SAFE_BATCH

@@ -8,10 +8,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from forward_harness import OK, Desk, reply
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
+from upstream_harness import OK, Desk, reply
 
 from fastdist.shm.block import AnalyzerWord
 

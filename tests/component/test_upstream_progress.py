@@ -9,7 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from forward_harness import (
+from upstream_harness import (
     SECOND,
     Desk,
     ScriptServer,

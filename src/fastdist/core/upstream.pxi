@@ -43,7 +43,7 @@ cdef class ReplyBase(Connection):
     cdef Buffer partial          # of it
     cdef Py_ssize_t scanned      # of it, by find_head_end
     cdef readonly int64_t replies
-    cdef readonly int64_t used_ns        # monotonic: last sending or reply
+    cdef readonly int64_t used_ns        # monotonic: last attempt or reply
     cdef int64_t waiting_since
     cdef int64_t moved, moved_ns         # bytes both ways, and when they were last seen to have become more
     cdef int64_t looked_ns
@@ -415,7 +415,7 @@ cdef class ReplyBase(Connection):
         return not self.transport.is_closing() and self.given - self.transport.get_write_buffer_size() >= group.end
 
     cdef int flushed(self) except -1:
-        """Hear that more is written."""
+        """More is written."""
         return self.settle_early(mono_ns()) if self.early.packets else 0
 
     cdef int settle_early(self, int64_t now) except -1:
@@ -495,7 +495,7 @@ cdef class ReplyBase(Connection):
 
 
 cdef str in_words(int status, bytes location):
-    """Return what a status about the endpoint says, to who has to mend the configuration."""
+    """Return what a status about the endpoint says, for the operator to mend the configuration."""
     cdef str words = f"HTTP {status}"
     if status in PHRASES:
         words += f" {PHRASES[status]}"

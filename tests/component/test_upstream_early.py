@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from forward_harness import (
+from upstream_harness import (
     OK,
     SECOND,
     Desk,

@@ -9,7 +9,7 @@ import ssl
 import time
 
 import pytest
-from forward_harness import (
+from upstream_harness import (
     OK,
     SECOND,
     Desk,
