@@ -165,6 +165,7 @@ def test_nothing_is_lost_while_all_are_away(tmp_path):
             await until(lambda: w.ring.claimed == 0)
             assert w.ring.undone == 300
             mocks["A2"].configure({"refuse": False})
+            await until(lambda: not w.dispatcher.pools[1].opening)  # or a late refusal takes it offline again
             w.states.go_online(1)
             await w.until_empty()
             assert w.delivered(1) == 300
