@@ -203,7 +203,7 @@ def test_a_worker_that_was_killed(page, fastdist):
     page.wait_for_level("ok")
 
 
-def test_a_service_that_is_gone_and_comes_back(page, mocks, fresh, serve):
+def test_service_gone_and_back_is_shown(page, mocks, fresh, serve):
     page.forgiven = ["ERR_CONNECTION", "ERR_EMPTY_RESPONSE"]
     page.open(fresh.port)
     fresh.kill_all()

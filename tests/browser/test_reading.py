@@ -220,7 +220,7 @@ def test_the_banner_is_announced_once(page, mocks, fastdist):
 # ---- many of them
 
 
-def test_64_analyzers_can_be_found_and_ordered(page, many, serve):
+def test_64_analyzers_are_found_and_ordered(page, many, serve):
     many.start_anew()
     fastdist = serve(many, weights=WEIGHTS)
     page.open(fastdist.port)

@@ -104,7 +104,7 @@ def conditions(scripts, *documents):
         ("words", {"queueFull": "queue full", "malformed": "malformed"}),
     ],
 )
-def test_figures_are_written_as_people_read_them(scripts, name, cases):
+def test_figures_are_written_for_people(scripts, name, cases):
     shown = scripts.run_module("format", f"return a[0].map(m.{name})", list(cases))
     assert dict(zip(cases, shown, strict=True)) == cases
 
@@ -154,14 +154,14 @@ def test_rates_use_the_clock_of_the_service(scripts):
     assert points[1] == {"ago": 0, "values": [7, 0]}
 
 
-def test_no_line_is_drawn_over_what_was_not_seen(scripts):
+def test_no_line_is_drawn_over_a_gap(scripts):
     samples = (sample(10), sample(11, 5), sample(60, 500), sample(61, 505))
     points, depth = history(scripts, "return [h.throughput(), h.depth()]", *samples)
     assert [point["values"] for point in points] == [[5, 0], None, [5, 0]]
     assert [point["values"] is None for point in depth] == [False, False, True, False, False]
 
 
-def test_restarted_service_resets_its_figures(scripts):
+def test_restarted_service_resets_figures(scripts):
     assert history(scripts, "return h.throughput()", sample(500, 1000, 1000), sample(2, 3), sample(3, 4)) == [
         {"ago": 0, "values": [1, 0]}
     ]
@@ -172,7 +172,7 @@ def test_five_minutes_are_kept(scripts):
     assert kept == list(range(696, 1000, 4))
 
 
-def test_analyzer_rate_is_of_the_last_seconds(scripts):
+def test_analyzer_rate_is_of_last_seconds(scripts):
     samples = [sample(at, each=(0 if at < 20 else 10 * (at - 20), 3)) for at in range(41)]
     body = "return [h.rateOf('A1'), h.rateOf('A2'), h.rateOf('new')]"
     assert history(scripts, body, *samples) == [10, 0, None]

@@ -54,7 +54,7 @@ def test_reloads_twice_a_second(experiment, delivery):
     assert sum(row["restarts"] for row in fastdist.stats()["workers"]) == 0
 
 
-def test_reloads_of_a_configuration_that_is_wrong(experiment):
+def test_reloads_of_a_wrong_configuration(experiment):
     experiment.analyzers()
     fastdist = experiment.serve()
     emitter = experiment.emitter().start().wait_for(100)

@@ -62,7 +62,7 @@ def test_slow_loris(experiment, many_files):
     assert sum(row["restarts"] for row in fastdist.stats()["workers"]) == 0
 
 
-def test_emitters_that_do_not_read_their_answers(experiment, many_files):
+def test_emitters_that_read_no_responses(experiment, many_files):
     """They send until they are read no more: that costs them, not the worker's memory."""
     assert many_files > 500
     experiment.analyzers()

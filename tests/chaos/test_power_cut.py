@@ -385,7 +385,7 @@ def test_the_model_loses_what_is_not_synced():
     assert FORMAT_VERSION == 1, "is the model still that of the format?"
 
 
-def test_the_model_loses_unsynced_dead_letters():
+def test_model_loses_unsynced_dead_letters():
     """Here the writer lets packets go when their dead letters are written."""
     fd = os.memfd_create("ring")
     os.ftruncate(fd, SIZE)

@@ -128,7 +128,7 @@ def test_all_killed_and_worker_count_changed(experiment, durability, mode):
 
 
 @pytest.mark.parametrize("durability", form(["fsync"], ["disk", "fsync"]))
-def test_all_killed_while_writing_dead_letters(experiment, durability):
+def test_all_killed_writing_dead_letters(experiment, durability):
     """A dead letter is written before its packet is removed: at worst twice, for a packet that was still queued."""
     experiment.analyzers("--latency", "0.002").set_all(rejects=SOME)
     settings = {"queue": {"durability": durability}}

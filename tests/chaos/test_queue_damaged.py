@@ -258,7 +258,7 @@ def test_all_that_is_intact_is_delivered(experiment, queue, tmp_path, damage, tu
         assert missing == packets["corrupt"] == 0
 
 
-def test_newer_version_file_is_left_unchanged(experiment, queue, tmp_path):
+def test_newer_version_file_stays_unchanged(experiment, queue, tmp_path):
     damaged = Damaged(queue, tmp_path)
     start_with(experiment, queue, damaged)
     experiment.fastdist.kill_all()

@@ -30,7 +30,7 @@ def test_memory_moves_rest_to_dead_letters(experiment, delivery):
 
 
 @pytest.mark.parametrize("durability", ["disk", "fsync"])
-def test_disk_keeps_the_rest_for_the_next_start(experiment, durability):
+def test_disk_keeps_the_rest_for_next_start(experiment, durability):
     mocks = experiment.analyzers("--latency", "0.2")
     settings = {"queue": {"durability": durability}, "server": DRAIN}
     times = form(1, 4)

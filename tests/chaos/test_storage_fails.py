@@ -255,7 +255,7 @@ def watched_sync(tmp_path):
 
 
 @pytest.mark.parametrize("durability", ["disk", "fsync"])
-def test_dead_letters_sync_grouped_before_ring(experiment, watched_sync, durability):
+def test_dead_letters_sync_before_ring(experiment, watched_sync, durability):
     environment, synced = watched_sync
     experiment.analyzers().set_all(rejects=SOME)
     fastdist = experiment.serve({"queue": {"durability": durability}, "server": {"workers": 1}}, **environment)
@@ -275,7 +275,7 @@ def test_dead_letters_sync_grouped_before_ring(experiment, watched_sync, durabil
         wait_until(lambda: synced()[-1].endswith(".fdq"), "and then the ring")
 
 
-def test_a_failed_last_sync_loses_no_dead_letter(experiment, slowly_failing_dead_letters):
+def test_failed_last_sync_loses_nothing(experiment, slowly_failing_dead_letters):
     """The queue's file was deleted, so all that is left has to become dead letters, while some are being synced."""
     environment, begun = slowly_failing_dead_letters
     mocks = experiment.analyzers()
@@ -355,7 +355,7 @@ def fill(folder) -> None:
                 continue
 
 
-def test_a_queue_that_the_disk_has_no_room_for(experiment, tmp_path):
+def test_queue_that_the_disk_cannot_hold(experiment, tmp_path):
     with small_disk(tmp_path / "data", "3M") as disk:
         experiment.analyzers()
         settings = {"queue": {"capacity": "1MiB"}}

@@ -89,7 +89,7 @@ def test_one_sync_covers_one_iteration(disk):
     asyncio.run(run())
 
 
-def test_arrivals_during_a_sync_wait_for_next(disk):
+def test_arrivals_during_sync_wait_for_next(disk):
     async def run() -> None:
         bench = Bench()
         disk.go.clear()
@@ -126,7 +126,7 @@ def test_failed_sync_retries_until_success(disk):
     asyncio.run(run())
 
 
-def test_failure_retries_once_for_all_waiting(disk):
+def test_failure_retries_once_for_all(disk):
     """With durability disk a sync is asked for every sync_interval in which something has changed."""
 
     async def run() -> None:
@@ -145,7 +145,7 @@ def test_failure_retries_once_for_all_waiting(disk):
     asyncio.run(run())
 
 
-def test_all_is_written_again_after_a_failure(disk):
+def test_all_is_written_again_after_failure(disk):
     """The kernel may take pages for clean that it could not write."""
 
     async def run() -> None:
@@ -199,7 +199,7 @@ def test_other_work_precedes_the_next_sync(error):
     asyncio.run(run())
 
 
-def test_a_real_descriptor_that_cannot_be_synced():
+def test_real_descriptor_that_cannot_sync():
     """A pipe: the kernel itself refuses."""
 
     async def run() -> None:
@@ -271,7 +271,7 @@ def test_closing_syncs_once_and_never_again(disk, broken):
     asyncio.run(run())
 
 
-def test_sync_without_the_name_does_not_count(disk, tmp_path):
+def test_sync_without_name_does_not_count(disk, tmp_path):
     """What waits for it is to be taken back; nothing is wrong with the disk, so nothing is tried again."""
 
     async def run() -> None:
@@ -298,7 +298,7 @@ def test_sync_without_the_name_does_not_count(disk, tmp_path):
     asyncio.run(run())
 
 
-def test_closing_while_a_sync_runs_waits_for_it(disk):
+def test_closing_waits_for_a_running_sync(disk):
     async def run() -> None:
         bench = Bench()
         disk.go.clear()

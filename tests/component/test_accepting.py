@@ -44,7 +44,7 @@ async def ended(server):
         await asyncio.sleep(0.01)
 
 
-def test_closing_accepts_all_that_are_connected(listener):
+def test_closing_accepts_all_connected(listener):
     taken = []
 
     async def close_at_once():
@@ -113,7 +113,7 @@ def test_handshakes_before_the_end_complete(listener):
         run(finish)
 
 
-def test_closing_ends_handshakes_that_never_end(listener):
+def test_closing_ends_endless_handshakes(listener):
     async def close():
         it, _ = server(listener)
         it.finish()

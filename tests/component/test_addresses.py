@@ -68,7 +68,7 @@ async def answering(tls=None, host=SECOND, port=0):
 
 
 @pytest.mark.parametrize("how", ["refuses", "swallows"])
-def test_packets_reach_the_next_address_of_a_name(tmp_path, resolver, tls, how):
+def test_packets_reach_next_address_of_name(tmp_path, resolver, tls, how):
     resolver.addresses = [FIRST, SECOND]
 
     async def scenario():
@@ -86,7 +86,7 @@ def test_packets_reach_the_next_address_of_a_name(tmp_path, resolver, tls, how):
 
 
 @pytest.mark.parametrize("how", ["refuses", "swallows"])
-def test_checks_reach_the_next_address_of_a_name(resolver, tls, how):
+def test_checks_reach_next_address_of_name(resolver, tls, how):
     resolver.addresses = [FIRST, SECOND]
 
     async def scenario():
@@ -126,7 +126,7 @@ def test_silent_address_is_tried_last(tmp_path, resolver, tls):
 
 
 @pytest.mark.usefixtures("resolver")
-def test_a_name_that_hangs_keeps_no_other_waiting(tmp_path):
+def test_name_that_hangs_delays_no_other(tmp_path):
     """As many of them as the loop has threads for all of its look-ups, and more."""
 
     async def scenario():
@@ -147,7 +147,7 @@ def test_a_name_that_hangs_keeps_no_other_waiting(tmp_path):
     run(scenario())
 
 
-def test_kept_connections_follow_a_moved_name(tmp_path, resolver, monkeypatch, tls):
+def test_kept_connections_follow_moved_name(tmp_path, resolver, monkeypatch, tls):
     """Blue-green: the old address would still answer. No packet is cut off, or sent twice."""
     monkeypatch.setattr(names, "FRESH", 0.02)
 

@@ -33,7 +33,7 @@ def compiled(tmp_path_factory):
     return folder
 
 
-def test_race_analyzers_count_packets_by_port(compiled):
+def test_race_analyzers_count_by_port(compiled):
     ports = tools.free_ports(3)
     with tools.Sink(compiled, ports) as sink:
         for port, headers in ((ports[0], {}), (ports[2], {"X-Packet-Count": "64"}), (ports[2], {})):
@@ -67,7 +67,7 @@ class StallingServer:
             writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
 
 
-def test_stall_is_charged_to_all_due_meanwhile(compiled):
+def test_stall_is_charged_to_all_due_then(compiled):
     """A closed loop would send nothing while it waits, and see one slow answer in a hundred."""
 
     async def scenario():
@@ -131,7 +131,7 @@ def test_aims_compare_medians_with_the_best():
     assert rows["one"]["contestants"]["fastdist"]["spread"]["per_cpu"] == [100, 900]
 
 
-def test_an_aim_is_missed_when_it_is_not_reached():
+def test_aim_not_reached_is_missed():
     rows = report.summary([BATCH], measured(fastdist=[199], HAProxy=[100], Express=[1]), {})
     assert [aim["met"] for aim in rows["one"]["aims"]] == [False, True, True]
 
@@ -164,7 +164,7 @@ def test_failed_contestant_is_shown_only(compiled, tmp_path, capsys):
     assert "Envoy did not run: not there" in shown
 
 
-def test_each_work_and_aim_refers_to_something():
+def test_works_and_aims_refer_to_something():
     names = {work.name for work in works.WORKS}
     assert len(names) == len(works.WORKS)
     for work in works.WORKS:

@@ -140,7 +140,7 @@ def replies_that_come_early(moves):
             moves.during(connection, connection.connection_lost, None)
 
 
-def test_each_analyzer_connection_move_exists():
+def test_analyzer_connection_moves_exist():
     moves = Moves()
     replies(moves)
     replies_that_come_early(moves)

@@ -79,7 +79,7 @@ def test_only_the_packet_at_fault_is_refused(tmp_path):
         assert bench.delivered == 9
 
 
-def test_refused_batch_of_1_retries_as_single(tmp_path):
+def test_refused_batch_of_1_retries_single(tmp_path):
     with Bench(tmp_path, (1,), delivery={"mode": "batch"}) as bench:
         bench.push(b"1")
         bench.answer_all(reply(400))
@@ -89,7 +89,7 @@ def test_refused_batch_of_1_retries_as_single(tmp_path):
         assert len(bench.dead_letters()) == 1
 
 
-def test_a_packet_alone_stays_alone_elsewhere(tmp_path):
+def test_single_packet_stays_single(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"mode": "batch", "connections": 1}) as bench:
         bench.push(b"1")
         first = 0 if bench.busy(0) else 1
@@ -144,7 +144,7 @@ def test_max_attempts_ends_in_a_dead_letter(tmp_path, most, how):
 
 
 @pytest.mark.parametrize(("most", "reason"), [(1, "exhausted"), (2, "refused"), (3, "refused")])
-def test_what_was_sent_in_a_refused_batch_counts(tmp_path, most, reason):
+def test_refused_batch_counts_as_an_attempt(tmp_path, most, reason):
     """A packet is sent on its own afterwards only if it may be sent once more."""
     with Bench(tmp_path, (1,), delivery={"mode": "batch"}, retry={"max_attempts": most}) as bench:
         bench.push(b"1", b"2", b"3")
@@ -267,7 +267,7 @@ def test_half_a_dead_letter_is_taken_back(tmp_path, monkeypatch):
         assert [dead_letter["id"] for dead_letter in bench.dead_letters()] == ["p1", "p2"]
 
 
-def test_dead_letters_keep_order_over_disk_faults(tmp_path, monkeypatch):
+def test_dead_letters_keep_order_over_faults(tmp_path, monkeypatch):
     with Bench(tmp_path, (1,), delivery={"connections": 1, "pipeline": 10}) as bench:
         obstacle = Obstacle("full", bench, monkeypatch)
         bench.push(*[b"x"] * 5)

@@ -40,7 +40,7 @@ def test_doubtful_refusal_is_tried_elsewhere(tmp_path):
         assert (bench.count("refused"), bench.count("retried"), bench.delivered) == (3, 1, 1)
 
 
-def test_refusing_what_others_take_is_offline(tmp_path):
+def test_refusing_alone_takes_it_offline(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 3}) as bench:
         refuse(bench, 0, 3)
         for _ in range(3):
@@ -114,7 +114,7 @@ def test_refusals_in_other_workers_count_too(tmp_path):
         bench.answer_all()
 
 
-def test_failures_of_one_in_doubt_stay_in_a_row(tmp_path):
+def test_doubted_failures_stay_in_a_row(tmp_path):
     """Its refusals do not reset the count of failures once it is in doubt."""
     with Bench(tmp_path, (1, 1), health={"fall": 2}) as bench:
         refuse(bench, 0, 2)
@@ -127,7 +127,7 @@ def test_failures_of_one_in_doubt_stay_in_a_row(tmp_path):
         assert not bench.states.is_online(0)
 
 
-def test_refusal_holds_without_another_online(tmp_path):
+def test_refusal_holds_with_no_other_online(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         bench.go_offline(1)
         for _ in range(5):
@@ -212,7 +212,7 @@ def test_refused_batch_is_tried_one_by_one(tmp_path):
         assert not bench.states.is_online(0)
 
 
-def test_sticky_packets_try_the_next_in_order(tmp_path):
+def test_sticky_packets_try_next_in_order(tmp_path):
     with Bench(tmp_path, (1, 1, 1), distribution={"strategy": "sticky"}, health={"fall": 10}) as bench:
         asked = set()
         for _ in range(19):
@@ -250,7 +250,7 @@ def test_former_endpoint_is_not_judged(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["draining", "offline"])
-def test_late_refusal_of_a_removed_one_counts(tmp_path, state):
+def test_late_refusal_of_removed_one_counts(tmp_path, state):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         send_all_to(bench, 0)
         bench.push(b"1", b"2")

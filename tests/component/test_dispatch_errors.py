@@ -95,7 +95,7 @@ def test_whatever_is_thrown_packets_go_again(tmp_path, monkeypatch, way, mode):
         assert len(told) <= 3, "once for each place, not for each packet"
 
 
-def test_waiters_settle_despite_callback_error(tmp_path):
+def test_waiters_settle_on_callback_error(tmp_path):
     with Bench(tmp_path, (1,), retry={"base": 0.001, "cap": 0.001}, health={"fall": 9}) as bench:
         bench.push(b"1", b"2", b"3")
         bench.answer_all(reply(500), [0])
@@ -146,7 +146,7 @@ def test_outcome_error_closes_its_connection(data):
 
 @pytest.mark.parametrize("pipeline", [1, 3])
 @pytest.mark.parametrize("first", [True, False], ids=["the first write", "a later one"])
-def test_nothing_follows_what_could_not_be_sent(first, pipeline):
+def test_nothing_follows_a_failed_write(first, pipeline):
     """How much of a write that throws was sent is unknown: what follows would be taken for its rest."""
     desk = Desk(connections=1, pipeline=pipeline)
     desk.pool.owner = owner = Throwing()
@@ -178,7 +178,7 @@ def give_back(pool, handles):
         pool.ring.release(handles.pop())
 
 
-def test_unconnected_retries_despite_its_error(tmp_path, monkeypatch):
+def test_unconnected_retries_despite_error(tmp_path, monkeypatch):
     with Bench(tmp_path, (1, 1), health={"fall": 10_000}) as bench:
         for slot in range(2):
             bench.pool(slot).reachable = False

@@ -178,7 +178,7 @@ class Happenings(RuleBasedStateMachine):
         self.bench.loop.run()
 
 
-def test_each_packet_is_in_one_place_till_sent(tmp_path):
+def test_packet_is_in_one_place_until_sent(tmp_path):
     machine = type("HappeningsHere", (Happenings,), {"folder": tmp_path})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=3 * settings().max_examples // 2, stateful_step_count=40, deadline=None)

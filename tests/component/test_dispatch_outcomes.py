@@ -56,7 +56,7 @@ FAILURES = (408, 425, 429, 500, 502, 503, 504, 599, *OF_THE_ENDPOINT, "garbage",
 
 
 @pytest.mark.parametrize("how", FAILURES)
-def test_a_failure_is_retried_at_once_elsewhere(tmp_path, how):
+def test_failure_retries_elsewhere_at_once(tmp_path, how):
     with Bench(tmp_path, (1, 1, 1), delivery={"timeout": 5.0}) as bench:
         bench.push(b"x")
         (first,) = where(bench, "p1")
@@ -151,7 +151,7 @@ def test_failed_packet_precedes_waiting_ones(tmp_path):
         assert bench.sent_ids(1)[1] == victim
 
 
-def test_failed_batch_spreads_over_the_others(tmp_path):
+def test_failed_batch_spreads_over_others(tmp_path):
     with Bench(tmp_path, (1, 1, 1), delivery={"mode": "batch", "connections": 1}, health={"fall": 2}) as bench:
         bench.dispatcher.set_table(dispatch.AliasTable([0], [1.0]), None)
         bench.push(*[b"%d" % number for number in range(1, 41)])
@@ -225,7 +225,7 @@ def test_break_after_a_second_is_a_failure(tmp_path, error):
         assert bench.delivered == 48
 
 
-def test_requests_behind_a_failed_do_not_count(tmp_path):
+def test_requests_behind_failed_do_not_count(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"pipeline": 8, "connections": 1}, health={"fall": 3}) as bench:
         bench.dispatcher.set_table(dispatch.AliasTable([0], [1.0]), None)
         bench.push(*[b"x"] * 8)
@@ -286,7 +286,7 @@ def test_retry_after_pauses_but_stays_online(tmp_path, status, form):
         assert bench.pool(0).paused is False
 
 
-def test_packets_of_a_paused_one_go_elsewhere(tmp_path):
+def test_packets_of_paused_one_go_elsewhere(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 1}) as bench:
         bench.push(*[b"x"] * 20)
         assert bench.pool(0).waiting >= 8
@@ -298,7 +298,7 @@ def test_packets_of_a_paused_one_go_elsewhere(tmp_path):
         assert len(bench.sent_ids(0)) == 1
 
 
-def test_packets_wait_when_every_analyzer_pauses(tmp_path):
+def test_packets_wait_when_all_are_paused(tmp_path):
     with Bench(tmp_path, (1, 1), retry={"base": 0.1, "cap": 0.1}) as bench:
         bench.push(b"x")
         for _ in range(2):
@@ -314,7 +314,7 @@ def test_packets_wait_when_every_analyzer_pauses(tmp_path):
         assert bench.delivered == 11
 
 
-def test_sticky_packets_wait_for_a_paused_one(tmp_path):
+def test_sticky_packets_wait_for_paused_one(tmp_path):
     with Bench(tmp_path, (1, 1), distribution={"strategy": "sticky"}) as bench:
         bench.push(b"x", emitter=1)
         ((slot,),) = [where(bench, "p1")]
@@ -342,7 +342,7 @@ def answer_503(bench, value):
 
 
 @pytest.mark.parametrize("value", ["0", "00", "Thu, 01 Jan 1970 00:00:00 GMT", "a second ago"])
-def test_retry_after_0_is_a_pause_of_a_second(tmp_path, value):
+def test_retry_after_0_pauses_for_a_second(tmp_path, value):
     if value == "a second ago":
         value = (dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)).strftime("%a, %d %b %Y %H:%M:%S GMT")
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:

@@ -71,7 +71,7 @@ def test_many_time_outs_are_seen_in_parts(tmp_path):
         assert bench.delivered == 240
 
 
-def test_packets_that_fail_find_places_in_parts(tmp_path):
+def test_failed_packets_are_placed_in_parts(tmp_path):
     with crowd(tmp_path) as bench:
         fail_all(bench)
         assert in_flight(bench) == 0
@@ -83,7 +83,7 @@ def test_packets_that_fail_find_places_in_parts(tmp_path):
         assert bench.count("retried") == 240
 
 
-def test_back_offs_that_end_together_end_in_parts(tmp_path):
+def test_back_offs_ending_together_in_parts(tmp_path):
     with crowd(tmp_path, retry={"base": 100.0, "cap": 100.0}) as bench:
         while bench.answer_all(reply(500)):
             pass
@@ -145,7 +145,7 @@ def test_alternative_is_never_a_failed_one(tmp_path, strategy):
         assert len(bench.dispatcher.backing_off) == 240
 
 
-def test_a_list_that_is_released_keeps_its_order(tmp_path):
+def test_released_list_keeps_its_order(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 1}) as bench:
         bench.push(*[b"x"] * 60)
         waiting = [f"p{n}" for n in range(1, 61) if f"p{n}" not in bench.sent_ids(0) + bench.sent_ids(1)]
@@ -177,7 +177,7 @@ def change(bench, slot, what):
 
 
 @pytest.mark.parametrize("what", ["removed", "moved", "offline", "draining", "none left"])
-def test_what_happens_between_parts_loses_nothing(tmp_path, what):
+def test_events_between_parts_lose_nothing(tmp_path, what):
     with crowd(tmp_path) as bench:
         fail_all(bench)
         bench.loop.held_up = 30
@@ -217,7 +217,7 @@ def test_unplaced_packets_are_among_the_rest(tmp_path):
         bench.loop.held_up = None
 
 
-def test_failed_trial_counts_before_placement(tmp_path):
+def test_failed_trial_counts_before_placing(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1, "rise": 1}) as bench:
         bench.dispatcher.set_table(dispatch.AliasTable([0], [1.0]), None)
         bench.push(b"x")

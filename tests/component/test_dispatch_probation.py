@@ -63,7 +63,7 @@ def test_offline_by_checks_returns_at_once(tmp_path):
         assert bench.dispatcher.weights == {0: 1.0, 1: 1.0}
 
 
-def test_the_packet_of_a_trial_does_not_spill(tmp_path):
+def test_trial_packet_does_not_spill(tmp_path):
     """Another that takes it says nothing of the analyzer, which would be tried again at once, for ever."""
     with Ward(tmp_path, delivery={"spill_after": 0.5}) as bench:
         bench.fail()
@@ -92,7 +92,7 @@ def test_no_packets_before_checks_are_good(tmp_path):
         bench.answer_all()
 
 
-def test_it_gets_one_packet_until_that_is_taken(tmp_path):
+def test_gets_one_packet_until_it_is_taken(tmp_path):
     with Ward(tmp_path, delivery={"connections": 64}) as bench:
         bench.fail()
         bench.check_well()
@@ -176,7 +176,7 @@ def test_a_failed_check_ends_probation(tmp_path):
         assert bench.states.is_online(0)
 
 
-def test_with_no_packets_it_waits_for_the_next(tmp_path):
+def test_waits_for_next_without_packets(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -189,7 +189,7 @@ def test_with_no_packets_it_waits_for_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["single", "batch"])
-def test_a_trial_is_a_request_with_one_packet(tmp_path, mode):
+def test_trial_is_a_request_with_one_packet(tmp_path, mode):
     with Ward(tmp_path, delivery={"mode": mode}) as bench:
         bench.fail()
         bench.check_well()
@@ -208,7 +208,7 @@ def test_a_trial_is_a_request_with_one_packet(tmp_path, mode):
 # ---- with no other analyzer
 
 
-def test_packets_wait_for_the_only_ones_trial(tmp_path):
+def test_packets_wait_for_trial_of_only_one(tmp_path):
     with Ward(tmp_path, (1,)) as bench:
         bench.fail()
         bench.push(*[b"x"] * 30)
@@ -257,7 +257,7 @@ def test_all_of_several_that_fail_come_back(tmp_path):
         assert bench.delivered == 30
 
 
-def test_a_loop_with_nothing_to_try_comes_to_rest(tmp_path):
+def test_loop_rests_with_nothing_to_try(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -270,7 +270,7 @@ def test_a_loop_with_nothing_to_try_comes_to_rest(tmp_path):
 # ---- who may be tried
 
 
-def test_one_with_weight_0_is_tried_only_in_need(tmp_path):
+def test_weight_0_is_tried_only_in_need(tmp_path):
     with Ward(tmp_path, (1, 0)) as bench:
         bench.go_offline(0)
         bench.fail(1)
@@ -366,7 +366,7 @@ def test_a_pause_is_no_failed_trial(tmp_path):
         assert bench.states.is_online(0)
 
 
-def test_a_stale_connection_is_no_failed_trial(tmp_path):
+def test_stale_connection_is_no_failed_trial(tmp_path):
     with Ward(tmp_path, health={"fall": 2}) as bench:
         bench.push(*[b"x"] * 10)
         bench.answer_all()
@@ -400,7 +400,7 @@ def test_failed_connect_is_a_failed_trial(tmp_path):
         assert bench.delivered == 10
 
 
-def test_a_change_does_not_end_a_trial_on_its_way(tmp_path):
+def test_change_does_not_end_trial_in_flight(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -417,7 +417,7 @@ def test_a_change_does_not_end_a_trial_on_its_way(tmp_path):
         assert bench.states.is_online(0)
 
 
-def test_one_removed_in_its_trial_leaves_nothing(tmp_path):
+def test_removed_in_trial_leaves_nothing(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -440,7 +440,7 @@ def test_one_removed_in_its_trial_leaves_nothing(tmp_path):
 # ---- refused trials
 
 
-def test_refused_but_taken_elsewhere_is_failed(tmp_path):
+def test_refused_but_taken_elsewhere_failed(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -456,7 +456,7 @@ def test_refused_but_taken_elsewhere_is_failed(tmp_path):
         bench.answer_all()
 
 
-def test_a_trial_that_all_refuse_is_a_dead_letter(tmp_path):
+def test_trial_refused_by_all_is_dead_letter(tmp_path):
     with Ward(tmp_path) as bench:
         bench.fail()
         bench.check_well()
@@ -471,7 +471,7 @@ def test_a_trial_that_all_refuse_is_a_dead_letter(tmp_path):
         assert bench.states.is_online(0)
 
 
-def test_trial_refused_alone_is_a_dead_letter(tmp_path):
+def test_trial_refused_alone_is_dead_letter(tmp_path):
     with Ward(tmp_path, (1,)) as bench:
         bench.fail()
         bench.push(*[b"x"] * 10)

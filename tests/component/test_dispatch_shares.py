@@ -92,7 +92,7 @@ def test_short_windows_are_nearly_exact():
             assert all(abs(got[slot] - WEIGHTS[slot] * length) <= 3.5 for slot in range(4))
 
 
-def test_dispatchers_start_at_different_points():
+def test_dispatchers_start_at_other_points():
     starts = {Router().dispatcher.phase for _ in range(5)}
     assert len(starts) == 5
 
@@ -256,7 +256,7 @@ def test_unit_shares_ignore_the_order(sizes, strategy, by, weights):
     assert least >= -3.01 * largest
 
 
-def test_the_phase_makes_no_difference_to_that():
+def test_phase_does_not_change_the_shares():
     units = [SIZES["the golden ratio's"](index) for index in range(3000)]
     for phase in range(0, 2**64, 2**64 // 23):
         slots = Router(by="bytes", phase=phase).route([(size, 1, 0) for size in units])
@@ -266,7 +266,7 @@ def test_the_phase_makes_no_difference_to_that():
             assert abs(got - weight * total) < 3.01 * 1000
 
 
-def test_packets_without_units_are_spread_too():
+def test_packets_without_units_spread_too():
     slots = Router(by="messages").route([(1, 0, 0)] * 1000)
     got = Counter(slots)
     assert all(abs(got[slot] / 1000 - weight) < 0.05 for slot, weight in enumerate(WEIGHTS))

@@ -174,7 +174,7 @@ def test_nothing_is_lost_while_all_are_away(tmp_path):
     run(scenario())
 
 
-def test_an_analyzer_that_flaps_loses_nothing(tmp_path):
+def test_flapping_analyzer_loses_nothing(tmp_path):
     async def scenario():
         mocks = {name: start_mock(name) for name in ("A1", "A2", "A3")}
         async with World(tmp_path, mocks, delivery={"pipeline": 2}, health={"fall": 2}) as w:
@@ -218,7 +218,7 @@ def test_retry_after_pauses_and_ends_in_time(tmp_path):
 
 
 @pytest.mark.parametrize(("connections", "pipeline"), [(1, 1), (3, 1), (2, 4), (8, 2)])
-def test_in_flight_requests_stay_within_limit(tmp_path, connections, pipeline):
+def test_in_flight_requests_stay_in_limit(tmp_path, connections, pipeline):
     async def scenario():
         mock = start_mock("A1", latency=0.01)
         most = 0
@@ -274,7 +274,7 @@ def test_slow_analyzer_does_not_delay_others(tmp_path):
     run(scenario())
 
 
-def test_a_batch_lingers_no_longer_than_it_may(tmp_path):
+def test_batch_lingers_no_longer_than_max(tmp_path):
     """One connection hangs, the other is free: what came while both were busy leaves when its time is over."""
 
     async def scenario():

@@ -35,7 +35,7 @@ def pass_time(bench, seconds, step=0.1):
         bench.pass_time(step)
 
 
-def test_packets_wait_for_their_analyzer_in_order(tmp_path):
+def test_packets_wait_for_analyzer_in_order(tmp_path):
     with stuck(tmp_path) as bench:
         assert 8 <= bench.pool(0).waiting <= 10
         mine = set(bench.sent_ids(0)) | {f"p{n}" for n in range(1, 31)} - set(bench.sent_ids(1) + bench.sent_ids(2))
@@ -45,7 +45,7 @@ def test_packets_wait_for_their_analyzer_in_order(tmp_path):
         assert bench.count("spilled") == 0
 
 
-def test_long_waiting_spill_to_those_with_room(tmp_path):
+def test_long_waiting_spill_to_those_free(tmp_path):
     with stuck(tmp_path) as bench:
         waiting = bench.pool(0).waiting
         pass_time(bench, 0.9)
@@ -68,7 +68,7 @@ def test_long_waiting_spill_to_those_with_room(tmp_path):
         assert bench.delivered == 30
 
 
-def test_spilled_packets_go_to_all_that_have_room(tmp_path):
+def test_spilled_go_to_all_with_room(tmp_path):
     with stuck(tmp_path, weights=(4, 1, 3), count=400, connections=64, pipeline=1) as bench:
         waiting = bench.pool(0).waiting
         before = [len(bench.sent(slot)) for slot in (1, 2)]
@@ -124,7 +124,7 @@ def test_nothing_spills_to_one_without_room(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["offline", "draining", "paused"])
-def test_nothing_spills_to_one_that_gets_nothing(tmp_path, state):
+def test_nothing_spills_to_ineligible_ones(tmp_path, state):
     with stuck(tmp_path, weights=(1, 1, 1)) as bench:
         if state == "offline":
             bench.go_offline(1)
@@ -151,7 +151,7 @@ def test_packets_wait_longer_for_a_fast_one(tmp_path):
         assert bench.count("spilled") > 0
 
 
-def test_a_hiccup_does_not_make_an_analyzer_slow(tmp_path):
+def test_hiccup_makes_no_analyzer_slow(tmp_path):
     with stuck(tmp_path, spill_after=0.1) as bench:
         waiting = bench.pool(0).waiting
         pass_time(bench, 0.3)
@@ -192,7 +192,7 @@ def test_the_only_analyzer_keeps_its_packets(tmp_path):
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([(0,), (1,), (0, 1), ()])), min_size=5, max_size=40))
 @settings(max_examples=30)
-def test_while_another_has_room_nothing_old_waits(steps):
+def test_no_old_packet_waits_beside_room(steps):
     """Whichever analyzers are stuck: the others, which reply at once, get what is older than ``spill_after``."""
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -214,7 +214,7 @@ def test_while_another_has_room_nothing_old_waits(steps):
 
 
 @pytest.mark.parametrize("by", ["packets", "messages", "bytes"])
-def test_spill_is_split_by_the_others_weights(tmp_path, by):
+def test_spill_is_split_by_others_weights(tmp_path, by):
     """In the unit whose shares follow the weights, though every fourth packet is a large one."""
     units = Counter()
     with Bench(
@@ -240,7 +240,7 @@ def test_spill_is_split_by_the_others_weights(tmp_path, by):
     assert abs(units[1] - (units[1] + units[2]) / 4) <= 2 * largest
 
 
-def test_full_pools_are_asked_while_any_is_old(tmp_path):
+def test_full_pools_are_asked_while_any_old(tmp_path):
     def spill():
         bench.dispatcher.spill_at(time.monotonic_ns() + 2 * SECOND)
         bench.rest()
@@ -258,7 +258,7 @@ def test_full_pools_are_asked_while_any_is_old(tmp_path):
         assert not bench.pool(1).wanted
 
 
-def test_retries_in_front_do_not_hide_what_is_old(tmp_path):
+def test_retries_in_front_hide_nothing_old(tmp_path):
     with stuck(tmp_path, weights=(1, 1), spill_after=3.0) as bench:
         old, then = bench.pool(0).waiting, time.monotonic_ns()
         while bench.pool(0).waiting == old or not bench.busy(1):
@@ -288,7 +288,7 @@ def failed_by_the_first(tmp_path, weights):
     return bench, failed
 
 
-def test_retry_spills_to_one_it_has_not_failed(tmp_path):
+def test_retry_spills_to_one_not_failed(tmp_path):
     bench, failed = failed_by_the_first(tmp_path, (1, 1, 1))
     with bench:
         (holder,) = [slot for slot in (1, 2) if bench.pool(slot).waiting]
@@ -301,7 +301,7 @@ def test_retry_spills_to_one_it_has_not_failed(tmp_path):
         bench.answer_all()
 
 
-def test_retry_spills_to_a_failed_one_at_last(tmp_path):
+def test_retry_spills_to_failed_one_at_last(tmp_path):
     bench, failed = failed_by_the_first(tmp_path, (1, 1))
     with bench:
         pass_time(bench, 5)
@@ -357,7 +357,7 @@ def overload(bench, load=1.0):
     bench.dispatcher._load.measure = lambda _now: load
 
 
-def test_while_overloaded_only_so_much_is_claimed(tmp_path):
+def test_overload_limits_what_is_claimed(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 2, "pipeline": 3, "spill_after": 1.0}) as bench:
         overload(bench)
         pass_time(bench, 0.2)
@@ -396,7 +396,7 @@ def test_overloaded_slow_one_delays_no_other(tmp_path):
         assert bench.count("spilled") == 2
 
 
-def test_the_claim_limit_never_strands_packets(tmp_path):
+def test_claim_limit_strands_no_packets(tmp_path):
     """The limit falls below what is claimed, and everything is delivered all the same."""
     with Bench(tmp_path, (1, 1), delivery={"connections": 1, "spill_after": 1.0}, health={"fall": 3}) as bench:
         bench.push(*[b"x"] * 200)

@@ -92,7 +92,7 @@ def test_failures_of_other_workers_count_too(tmp_path):
         assert not bench.states.is_online(0)
 
 
-def test_other_worker_or_check_may_set_offline(tmp_path):
+def test_other_worker_or_check_sets_offline(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 2}) as bench:
         send_all_to(bench, 0)
         bench.push(*[b"x"] * 10)
@@ -146,7 +146,7 @@ def test_last_failure_leaves_packets_in_ring(tmp_path):
         assert bench.delivered == 4
 
 
-def test_an_analyzer_that_comes_ends_the_back_off(tmp_path):
+def test_new_analyzer_ends_the_back_off(tmp_path):
     with Bench(tmp_path, (1, 1), retry={"base": 3600.0, "cap": 3600.0}, health={"fall": 100}) as bench:
         bench.go_offline(1)
         bench.push(*[b"x"] * 5)
@@ -161,7 +161,7 @@ def test_an_analyzer_that_comes_ends_the_back_off(tmp_path):
 # ---- weight 0
 
 
-def test_weight_0_is_for_when_no_other_is_online(tmp_path):
+def test_weight_0_is_for_no_other_online(tmp_path):
     with Bench(tmp_path, (1, 0, 0), health={"fall": 2}) as bench:
         bench.push(*[b"x"] * 6)
         assert [in_flight(bench, slot) for slot in range(3)] == [6, 0, 0]
@@ -198,7 +198,7 @@ def test_a_pause_does_not_call_for_weight_0(tmp_path):
 # ---- draining
 
 
-def test_a_draining_analyzer_gets_nothing_new(tmp_path):
+def test_draining_analyzer_gets_nothing_new(tmp_path):
     with Bench(tmp_path, (1, 1, 1), delivery={"connections": 2}) as bench:
         bench.push(*[b"x"] * 30)
         assert bench.pool(0).waiting
@@ -230,7 +230,7 @@ def test_draining_stale_one_moves_its_packet(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["draining", "offline", "paused"])
-def test_refused_batch_avoids_ineligible_ones(tmp_path, state):
+def test_refused_batch_avoids_ineligible(tmp_path, state):
     with Bench(tmp_path, (1, 1), delivery={"mode": "batch", "connections": 2}) as bench:
         send_all_to(bench, 0)
         bench.push(b"1", b"2", b"3")
@@ -260,7 +260,7 @@ def test_a_new_analyzer_gets_its_share(tmp_path):
         bench.answer_all()
 
 
-def test_removal_moves_waiting_ends_in_flight(tmp_path):
+def test_removal_requeues_all_but_in_flight(tmp_path):
     with Bench(tmp_path, (1, 1), delivery={"connections": 2}) as bench:
         send_all_to(bench, 0)
         bench.push(*[b"x"] * 10)
@@ -283,7 +283,7 @@ def test_removal_moves_waiting_ends_in_flight(tmp_path):
         assert (bench.count_of(0, "delivered"), bench.count_of(1, "delivered")) == (1, 9)
 
 
-def test_former_endpoint_failures_do_not_count(tmp_path):
+def test_former_endpoint_failures_are_void(tmp_path):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
         send_all_to(bench, 0)
         bench.push(b"1", b"2", b"3")

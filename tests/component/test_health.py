@@ -139,7 +139,7 @@ def test_change_of_state_notifies_workers():
     assert ward.get("STATE") == AnalyzerState.ONLINE
 
 
-def test_checks_and_deliveries_are_counted_apart():
+def test_checks_and_deliveries_count_apart():
     ward = Ward(fall=3)
     ward.states.delivery_failed(0, "HTTP 500")
     ward.states.delivery_failed(0, "HTTP 500")
@@ -153,7 +153,7 @@ def test_checks_and_deliveries_are_counted_apart():
     assert not ward.online()
 
 
-def test_bad_deliveries_flap_with_good_checks():
+def test_bad_deliveries_flap_on_good_checks():
     ward = Ward(rise=2)
     feed(ward, "+++++")
     ward.states.go_offline(0, by_deliveries=True)  # a worker has seen enough
@@ -269,7 +269,7 @@ async def status_of(*pieces):
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_check_response_is_same_however_split(name):
+def test_check_response_is_same_when_split(name):
     data, status, _ = ANSWERS[name]
 
     async def scenario():
@@ -303,7 +303,7 @@ MUTE = {
 
 @pytest.mark.parametrize("how", MUTE)
 @pytest.mark.parametrize("on_arrival", [False, True])
-def test_a_server_that_does_not_answer_is_unwell(how, on_arrival):
+def test_silent_server_is_unhealthy(how, on_arrival):
     late = how in ("silent", "half a line", "only a line", "an empty line", "dripping")
 
     async def scenario():
@@ -325,7 +325,7 @@ def test_a_server_that_does_not_answer_is_unwell(how, on_arrival):
     run(scenario())
 
 
-def test_a_server_that_is_not_there_is_unwell():
+def test_missing_server_is_unhealthy():
     async def scenario():
         mock = start_mock(refuse=True)
         async with ward_of(analyzer(mock.listener.port)) as ward:
@@ -339,7 +339,7 @@ def test_a_server_that_is_not_there_is_unwell():
     run(scenario())
 
 
-def test_a_host_that_has_no_address_is_unwell():
+def test_host_without_address_is_unhealthy():
     async def scenario():
         nowhere = Analyzer(id="A1", endpoint="http://no-such-host.invalid/x", weight=1)
         async with ward_of(nowhere, timeout=5.0, fall=1) as ward:
@@ -349,7 +349,7 @@ def test_a_host_that_has_no_address_is_unwell():
     run(scenario())
 
 
-def test_analyzers_fall_and_rise_each_for_itself():
+def test_analyzers_fall_and_rise_apart():
     async def scenario():
         mocks = [start_mock(f"A{number}") for number in (1, 2, 3)]
         async with ward_of(*(analyzer(mock.listener.port, mock.id) for mock in mocks), timeout=0.5) as ward:
@@ -384,7 +384,7 @@ def test_the_check_may_be_elsewhere():
     run(scenario())
 
 
-def test_checks_go_on_whatever_one_of_them_meets(monkeypatch):
+def test_checks_go_on_whatever_one_meets(monkeypatch):
     async def scenario():
         mock = start_mock()
         async with ward_of(analyzer(mock.listener.port)) as ward:
@@ -428,7 +428,7 @@ def test_new_analyzers_add_and_remove_checks():
     run(scenario())
 
 
-def test_unchanged_analyzers_disturb_no_check():
+def test_unchanged_analyzers_keep_checks():
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
         async with ward_of(analyzer(server.port), interval=30.0) as ward:
@@ -489,7 +489,7 @@ def test_trusted_certificate_passes_a_check(certificate):
     run(scenario())
 
 
-def test_a_server_without_tls_is_a_failed_check():
+def test_server_without_tls_fails_check():
     async def scenario():
         mock = start_mock()
         async with ward_of(analyzer(mock.listener.port, scheme="https")) as ward:

@@ -120,7 +120,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_a_failing_kept_connection_is_rechecked(certificate, how):
+def test_failed_kept_connection_rechecks(certificate, how):
     """Behind its address there may be another server by now, or it closes connections soon."""
     answered = set()
 
@@ -154,7 +154,7 @@ def test_closed_connection_is_replaced(certificate):
     run(scenario())
 
 
-def test_a_kept_connection_has_a_greatest_age(certificate):
+def test_kept_connection_has_a_max_age(certificate):
     async def scenario():
         async with Checked(certificate, lambda _n, transport, _data: transport.write(OK), max_age=0.05) as it:
             await until(lambda: it.connections >= 4, "new connections")
@@ -191,7 +191,7 @@ def test_checks_that_end_leave_no_connection(certificate):
     run(scenario())
 
 
-def test_no_more_are_kept_than_there_is_room_for(certificate):
+def test_kept_connections_are_limited(certificate):
     """The others are opened for each check."""
 
     async def scenario():
@@ -208,7 +208,7 @@ def test_no_more_are_kept_than_there_is_room_for(certificate):
     run(scenario())
 
 
-def test_same_checks_leave_no_connection_open(certificate):
+def test_same_checks_leave_nothing_open(certificate):
     async def scenario():
         async with Checked(certificate, lambda _n, transport, _data: transport.write(OK)) as it:
             url = f"https://127.0.0.1:{it.server.port}/analyze"

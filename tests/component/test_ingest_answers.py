@@ -57,7 +57,7 @@ def test_405_says_what_is_allowed(service, first, allow):
 
 
 @pytest.mark.parametrize("first", ["CONNECT logs.example:443", "CONNECT [::1]:443"])
-def test_a_connect_asks_the_server_as_a_whole(service, first):
+def test_connect_asks_the_whole_server(service, first):
     answer = service.ask(head(first)).answer()
     assert answer.status == 405
     assert {*answer.headers["allow"].split(", ")} >= {"GET", "HEAD", "POST", "OPTIONS"}
@@ -188,7 +188,7 @@ def test_delivery_response_names_its_origin(sharing, waits):
     assert "access-control-allow-origin" not in second.headers
 
 
-def test_an_origin_does_not_outlive_its_request(sharing):
+def test_origin_ends_with_its_request(sharing):
     first, second = sharing.ask(head("GET /health", *GOOD), b"x y z\r\n\r\n").answers()
     assert (first.status, second.status) == (200, 400)
     assert not any(name.startswith("access-control") for name in second.headers)
@@ -213,7 +213,7 @@ def test_a_preflight(sharing):
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/", "text/html"), ("/dashboard/app.js", "text/javascript")])
-def test_static_files_are_cached_and_validated(service, path, kind):
+def test_static_files_cache_and_validate(service, path, kind):
     connection = service.ask(head(f"GET {path}"), head(f"HEAD {path}"))
     full, empty = connection.answers("GET", "HEAD")
     assert full.headers["content-type"].startswith(kind)

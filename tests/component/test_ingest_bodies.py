@@ -31,7 +31,7 @@ def in_two_segments(service, body=BODY):
 
 @pytest.mark.parametrize("how", ["length", "chunked", "refused already"])
 @pytest.mark.parametrize("rate", [1, 100, 900])
-def test_a_body_has_a_least_rate_all_the_time(how, rate):
+def test_body_has_a_min_rate_all_the_time(how, rate):
     """Not only a byte now and then, and not only on the average: much at first is no credit for later."""
     service = Service(capacity=ROOMY)
     lines = {"length": ["Content-Length: 9000000"], "chunked": ["Transfer-Encoding: chunked"]}
@@ -50,7 +50,7 @@ def test_a_body_has_a_least_rate_all_the_time(how, rate):
     assert service.intake.bodies == 0
 
 
-def test_a_body_that_comes_steadily_may_take_long():
+def test_steady_body_may_take_long():
     service = Service(capacity=ROOMY)
     connection = service.ask(head("POST /logs", "Content-Length: 2000000"))
     for _ in range(1000):
@@ -76,7 +76,7 @@ def test_pause_of_reading_is_not_body_time():
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_bodies_have_so_much_memory_and_no_more(chunked):
+def test_bodies_have_limited_memory(chunked):
     """While all of them move as they should, one that comes late is refused: else each would end another."""
     service = Service(capacity=ROOMY)
     service.intake.most_bodies = 10 * HALF + 5
@@ -99,7 +99,7 @@ def test_bodies_have_so_much_memory_and_no_more(chunked):
     assert service.bodies() == [LARGE] * 10
 
 
-def test_bodies_of_other_requests_count_as_well():
+def test_bodies_of_other_requests_count_too():
     service = Service(capacity=ROOMY)
     service.intake.most_bodies = 10
     connection = service.ask(head("PATCH /analyzers/A1", "Content-Length: 20"), b"x" * 12)
@@ -125,7 +125,7 @@ def test_ended_body_frees_its_memory(end):
     assert service.intake.bodies == 0
 
 
-def test_small_bodies_have_a_reserve_of_their_own():
+def test_small_bodies_have_a_reserve():
     service = Service(capacity=ROOMY)
     service.intake.most_bodies = 8 * HALF
     large = [begun(service) for _ in range(8)]
@@ -159,7 +159,7 @@ def test_slow_body_refuses_no_new_client():
     assert late.send(LARGE[HALF:]).answer().status == 202
 
 
-def test_first_goes_what_takes_most_for_longest():
+def test_largest_and_longest_goes_first():
     service = Service(capacity=ROOMY)
     little, less = begun(service, kept=10, stands=300), begun(service, kept=HALF // 4, stands=8)
     most, long = begun(service, kept=HALF * 3 // 2, stands=9), begun(service, stands=20)

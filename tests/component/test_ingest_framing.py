@@ -158,7 +158,7 @@ LENGTH = f"Content-Length: {len(BODY)}"
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
-def test_lengths_and_codings_that_are_refused(service, lines, status, detail):
+def test_refused_lengths_and_codings(service, lines, status, detail):
     assert_refused(service, head("POST /logs", *lines) + chunk(BODY) + b"0\r\n\r\n", detail, status)
 
 
@@ -195,7 +195,7 @@ def test_lengths_above_64_bits_are_invalid(service, value):
 
 @pytest.mark.parametrize("byte", CONTROLS)
 @pytest.mark.parametrize("place", ["value", "start of a value", "name", "target", "method", "version", "host"])
-def test_control_character_in_head_is_refused(service, place, byte):
+def test_control_character_in_head_refused(service, place, byte):
     control = chr(byte)
     data = {
         "value": head("POST /logs", f"X: a{control}b"),
@@ -251,7 +251,7 @@ def test_invalid_header_lines_are_refused(service, lines, detail):
     assert_refused(service, head("POST /logs", *lines), detail)
 
 
-def test_space_before_first_header_is_refused(service):
+def test_space_before_header_is_refused(service):
     for space in (" ", "\t"):
         data = f"POST /logs HTTP/1.1\r\n{space}Host: x\r\n\r\n".encode()
         assert_refused(service, data, PARSERS_WORDS)
@@ -262,7 +262,7 @@ def test_header_values_that_are_read(service, value):
     assert_read(service, post(BODY, f"X-Any:{value}"))
 
 
-def test_header_name_takes_any_token_character(service):
+def test_header_name_takes_any_token_char(service):
     assert_read(service, post(BODY, "!#$%&'*+-.^_`|~09azAZ: x"))
 
 
@@ -352,7 +352,7 @@ def test_half_an_empty_line_is_no_request(service, pieces):
 
 
 @pytest.mark.parametrize("pieces", [[b"\r\n" * 101], [b"\r\n"] * 101, [b"\r", b"\n"] * 101])
-def test_empty_lines_without_end_are_no_request(service, pieces):
+def test_endless_empty_lines_are_no_request(service, pieces):
     connection = service.ask(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n" * 100, post(), *pieces)
     assert connection.statuses == [404, 202, 400]
     assert len(service.bodies()) == 1
@@ -477,7 +477,7 @@ def test_chunks_that_are_refused(service, chunks):
         b"%x\r\n%b\r\n0\r\nIdempotency-Key: trailer\r\nAuthorization: Bearer x\r\n\r\n" % (len(BODY), BODY),
     ],
 )
-def test_chunks_without_extensions_or_trailers(service, chunks):
+def test_chunks_have_no_extensions_trailers(service, chunks):
     assert_read(service, head("POST /logs", "Transfer-Encoding: chunked") + chunks)
 
 

@@ -76,7 +76,7 @@ def test_oversized_chunk_size_is_enough(service, size, zeros):
 
 
 @pytest.mark.parametrize("size", [1, 7, 499, 500])
-def test_the_sizes_of_all_chunks_count_together(service, size):
+def test_sizes_of_all_chunks_count_together(service, size):
     fitting = [chunk(bytes(size))] * (MAX_BODY // size)
     rest = b"%x\r\n" % (MAX_BODY % size + 1)
     connection = service.ask(head("POST /logs", "Transfer-Encoding: chunked"), *fitting)
@@ -110,7 +110,7 @@ def test_large_heads_are_not_kept():
     assert max(map(len, kept)) < 3000
 
 
-def test_endless_head_is_refused_at_its_limit(service):
+def test_endless_head_is_refused_at_limit(service):
     start = b"POST /logs HTTP/1.1\r\nX:"
     connection = service.ask(start, *[b"x"] * (MAX_HEADER - len(start)))
     assert connection.written == b""
@@ -151,7 +151,7 @@ def test_endless_trailers_come_to_an_end(service):
     assert_refused(connection, 431, "the trailers of the body are too large")
 
 
-def test_a_packet_over_half_the_ring_is_too_large():
+def test_packet_over_half_ring_is_too_large():
     service = Service(capacity=2**16, validation="none")
     half = service.ring.capacity // 2
     connection = service.ask(post(bytes(half)), keyed("next"))
@@ -497,7 +497,7 @@ def test_one_that_reads_again_is_not(service):
     assert connection.open
 
 
-def test_the_last_answer_is_given_time_to_be_read(service):
+def test_last_response_has_time_to_be_read(service):
     """A connection is closed while the emitter sends: the kernel would reset it, and the answer might be lost."""
     connection = service.ask(head("POST /logs", "Content-Length: 99999"), bytes(500))
     assert connection.transport.half_closed
@@ -526,7 +526,7 @@ def test_a_408_is_given_time_as_well(service):
     assert connection.transport.aborted
 
 
-def test_a_long_last_answer_may_be_read_slowly(service):
+def test_long_last_response_is_read_slowly(service):
     connection = service.ask(head("GET /metrics", "Connection: close"))
     connection.protocol.pause_writing()
     connection.wait(29.9)
@@ -551,7 +551,7 @@ def test_emitters_end_after_ours_closes(service):
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /lo", post()[:-1], post_chunked(BODY)[:-1], b"\r\n"])
-def test_end_inside_a_request_has_no_response(service, sent):
+def test_end_inside_request_has_no_response(service, sent):
     connection = service.connect().send(sent)
     connection.end()
     assert connection.transport.closed
@@ -560,7 +560,7 @@ def test_end_inside_a_request_has_no_response(service, sent):
     assert service.rejected == {}
 
 
-def test_pending_responses_leave_after_the_end():
+def test_pending_responses_leave_after_end():
     service = Service()
     with service.timers() as loop:
         connection = service.ask(keyed("a", BODY, "Prefer: wait=5") + keyed("b") + keyed("c")[:-1])
@@ -573,7 +573,7 @@ def test_pending_responses_leave_after_the_end():
     assert [packet.id for packet in service.packets()] == ["a", "b"]
 
 
-def test_a_sync_may_come_after_the_end_or_never():
+def test_sync_may_come_after_end_or_never():
     service = Service(fsync=True)
     connection, gone = service.ask(post()), service.ask(post())
     connection.end()

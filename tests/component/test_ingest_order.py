@@ -70,7 +70,7 @@ def test_dead_letter_while_others_wait():
     assert connection.open
 
 
-def test_unvalidated_response_has_no_messages():
+def test_unvalidated_has_no_messages():
     service = Service(validation="none")
     with service.timers() as loop:
         delivered, late = waiting(service, "Idempotency-Key: k"), waiting(service, "Idempotency-Key: l")
@@ -173,7 +173,7 @@ def test_waiting_http_1_0_gets_keep_alive():
     assert connection.answer().headers["connection"] == "keep-alive"
 
 
-def test_an_emitter_that_is_gone_waits_no_more():
+def test_lost_emitter_waits_no_more():
     service = Service()
     with service.timers() as loop:
         connection, late = waiting(service), waiting(service)
@@ -189,7 +189,7 @@ def test_an_emitter_that_is_gone_waits_no_more():
 # ---- order
 
 
-def test_answers_keep_the_order_of_their_requests():
+def test_responses_keep_order_of_requests():
     service = Service()
     with service.timers():
         connection = service.ask(
@@ -267,7 +267,7 @@ def test_responses_wait_for_their_sync():
     assert not service.intake.unsynced
 
 
-def test_other_answers_do_not_wait_for_a_sync():
+def test_other_responses_wait_for_no_sync():
     service = Service(fsync=True)
     connection = service.ask(head("GET /health") + post(b"{") + post(BODY, "Content-Type: a/b"))
     assert connection.statuses == [200, 400, 415]
@@ -335,7 +335,7 @@ def test_failed_sync_sends_no_202():
     assert [packet.id for packet in service.packets()] == ["d"]
 
 
-def test_failed_sync_keeps_or_closes_as_asked():
+def test_failed_sync_keeps_or_closes():
     service = Service(fsync=True)
     connections = [service.ask(post(BODY, "Connection: close")), service.ask(post(first="POST /logs HTTP/1.0"))]
     connections.append(service.ask(post(BODY, "Connection: keep-alive", first="POST /logs HTTP/1.0")))
@@ -395,7 +395,7 @@ class Eager(Service):
         self.sync()
 
 
-def test_a_sync_at_once_is_as_good_as_a_late_one():
+def test_sync_at_once_is_as_good_as_late():
     service = Eager(fsync=True)
     with service.timers():
         connection = service.ask(
@@ -412,7 +412,7 @@ def test_a_sync_at_once_is_as_good_as_a_late_one():
 # ---- back-pressure
 
 
-def test_too_many_waiting_answers_pause_reading():
+def test_waiting_responses_pause_reading():
     service = Service(fsync=True, capacity=2**22)
     connection = service.connect()
     sent = 0
@@ -430,7 +430,7 @@ def test_too_many_waiting_answers_pause_reading():
     assert [answer.id for answer in connection.answers()] == [*(f"k{number}" for number in range(513)), "late"]
 
 
-def test_many_answers_of_one_read_wait_together():
+def test_responses_of_one_read_wait_together():
     service = Service(fsync=True, capacity=2**22)
     connection = service.ask(b"".join(keyed(f"k{number}") for number in range(1000)))
     assert not connection.transport.reading
@@ -468,7 +468,7 @@ def test_long_response_waits_for_prior_read():
     assert [packet.id for packet in service.packets()] == ["last", "behind"]
 
 
-def test_long_responses_wait_behind_a_waiting():
+def test_long_responses_wait_behind_waiting():
     service = Service()
     with service.timers():
         connection = waiting(service).send(head("GET /openapi.json") * 100 + keyed("last"))

@@ -105,7 +105,7 @@ def test_ids_do_not_repeat_over_processes():
 @pytest.mark.parametrize(
     "name", ["chunked", "chunk extensions, trailers", "expect, chunked", "h2c", "absolute form", "odd spacing"]
 )
-def test_the_body_is_the_same_however_it_comes(service, name):
+def test_body_is_same_however_it_is_split(service, name):
     service.ask(CORPUS[name])
     assert service.bodies()[0] == BODY
 
@@ -391,7 +391,7 @@ def test_keys_are_not_remembered(service):
     ],
 )
 @pytest.mark.parametrize("what", ["packet", "error", "view"])
-def test_connection_is_kept_or_closed_as_asked(service, what, version, lines, header):
+def test_connection_is_kept_or_closed(service, what, version, lines, header):
     kept = header != "close"
     data = {
         "packet": post(BODY, *lines, first=f"POST /logs {version}"),

@@ -51,7 +51,7 @@ def test_two_reads_are_as_good_as_one(service, name):
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_single_bytes_are_as_good_as_one_read(service, name):
+def test_single_bytes_equal_one_read(service, name):
     data = CORPUS[name]
     assert outcome(service, *pieces(data, *range(1, len(data)))) == outcome(service, data)
 
@@ -156,7 +156,7 @@ def test_100_is_sent_only_before_the_body(service, data):
     service.packets()
 
 
-def test_100_comes_at_the_head_before_the_body(service):
+def test_100_comes_after_head_before_body(service):
     data = keyed("k", BODY, "Expect: 100-continue")
     body_at = data.index(b"\r\n\r\n") + 4
     connection = service.connect(ADDRESS).send(data[:body_at])
@@ -166,7 +166,7 @@ def test_100_comes_at_the_head_before_the_body(service):
     assert service.bodies() == [BODY]
 
 
-def test_100_stands_in_the_order_of_the_requests(service):
+def test_100_keeps_the_order_of_requests(service):
     waiting = head("POST /logs", "Expect: 100-continue", f"Content-Length: {len(BODY)}")
     connection = service.connect().send(keyed("first") + waiting, BODY + keyed("third"))
     first, second, third = connection.answers()

@@ -60,7 +60,7 @@ def sent(service, data):
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_only_costly_responses_wait_their_turn(name):
+def test_only_costly_responses_wait(name):
     status, request = COSTLY[name]
     service = busy()
     connection = sent(service, request)
@@ -98,7 +98,7 @@ def test_turning_packets_away_waits_its_turn(status, settings, state):
     assert connection.statuses == [status]
 
 
-def test_a_request_that_waits_is_admitted_once():
+def test_waiting_request_is_admitted_once():
     service = busy(security={"tokens": ("secret",)}, limits={"rate": 0.001, "burst": 3})
     connections = [sent(service, post()) for _ in range(3)]
     for _ in range(10):
@@ -110,7 +110,7 @@ def test_a_request_that_waits_is_admitted_once():
     assert service.rejected == {"unauthorized": 3, "rate_limited": 1}
 
 
-def test_costly_answers_are_made_in_turn_over_all():
+def test_costly_responses_are_fair_to_all():
     service = Service()
     service.budget(0, 1)
     connections = [sent(service, post(b"{") * 50) for _ in range(20)]
@@ -149,7 +149,7 @@ def test_packets_go_on_beside_costly_answers():
 
 @pytest.mark.parametrize("fsync", [False, True])
 @pytest.mark.parametrize("name", CORPUS)
-def test_waiting_for_a_turn_changes_no_answer(name, fsync):
+def test_waiting_in_turn_changes_no_response(name, fsync):
     seen = []
     for short in (False, True):
         service = Service(max_header=1024, max_body=4096, fsync=fsync)
@@ -201,7 +201,7 @@ def test_held_input_takes_nothing_from_new():
     assert flood.statuses == [202] * 5
 
 
-def test_packets_in_queue_are_taken_at_the_end():
+def test_queued_packets_are_taken_at_the_end():
     """Behind the end of a TLS connection nothing can be written: what is held back would be lost with its answers."""
     service = Service()
     service.intake.slice_ns = 0
@@ -278,7 +278,7 @@ def test_unread_head_did_not_arrive_late():
     assert connection.statuses == [408]
 
 
-def test_busy_client_never_precedes_the_silent():
+def test_busy_client_never_precedes_silent():
     """What comes while a connection waits is read in its turn there, not as that of one who had been silent."""
 
     async def scenario(poller):

@@ -49,7 +49,7 @@ def test_end_counts_behind_the_last_request():
     assert connection.transport.closed
 
 
-def test_a_lost_connection_ends_its_waits_at_once():
+def test_lost_connection_ends_its_waits():
     service = Service()
     with service.timers():
         connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}"))
@@ -73,7 +73,7 @@ def test_half_closed_wait_for_a_sync_expires(lines):
     assert connection.written == b""
 
 
-def test_half_closed_wait_for_a_change_expires():
+def test_half_closed_change_wait_expires():
     service = Service()
     connection = service.connect("127.0.0.1").send(head("POST /admin/reload"))
     connection.end()
@@ -115,7 +115,7 @@ def test_body_behind_a_wait_is_bounded():
     assert not connection.open
 
 
-def test_a_body_is_awaited_from_its_invitation_on():
+def test_body_is_awaited_from_100_continue():
     service = Service()
     with service.timers():
         connection = service.ask(keyed("a", BODY, f"Prefer: wait={DAY}"))
@@ -141,7 +141,7 @@ def test_unawaited_invitation_is_not_sent():
     assert [answer.status for answer in connection.answers()] == [200, 408]
 
 
-def test_a_head_is_not_late_while_nothing_is_read():
+def test_head_is_not_late_while_not_read():
     connection = Service().ask(head("POST /logs")[:-2])
     connection.protocol.pause_writing()
     connection.age(20)
@@ -152,7 +152,7 @@ def test_a_head_is_not_late_while_nothing_is_read():
     assert connection.statuses == [408]
 
 
-def test_waits_that_end_together_end_in_parts():
+def test_waits_ending_together_end_in_parts():
     service = Service()
     service.emitters.part_ns = 0
     with service.timers() as loop:
@@ -334,7 +334,7 @@ def test_end_is_noticed_without_reading(reads):
     with_emitter(scenario)
 
 
-def test_sent_before_end_is_taken_despite_sync():
+def test_packets_before_end_outlast_syncs():
     """So much that it is read by and by, as answers leave: each of its syncs takes a while, but none hangs."""
 
     async def scenario(emitter):

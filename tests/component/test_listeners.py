@@ -51,7 +51,7 @@ def test_all_of_ipv6_includes_ipv4_always(listeners, address):
         assert [listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) for listener in sockets] == [0, 0]
 
 
-def test_an_ipv6_address_is_listened_on_alone(listeners):
+def test_ipv6_address_is_listened_on_alone(listeners):
     port = listeners("::1")[0].getsockname()[1]
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=20)

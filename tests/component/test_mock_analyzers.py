@@ -161,7 +161,7 @@ def mock(process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_announces_its_analyzers_and_ends_cleanly(start, number):
+def test_announces_analyzers_ends_cleanly(start, number):
     mock = start("--ids", "left,right")
     assert mock.lines == [
         f"left listens on http://127.0.0.1:{mock.ports[0]}/analyze",
@@ -173,7 +173,7 @@ def test_announces_its_analyzers_and_ends_cleanly(start, number):
         assert read(idle)[1] == "closed"
 
 
-def test_flags_become_options_of_all_analyzers(start):
+def test_flags_are_options_of_all_analyzers(start):
     values = {
         "latency": 0.25,
         "jitter": 0.5,
@@ -265,7 +265,7 @@ def test_a_seed_makes_faults_repeatable(start):
 # Receiving and counting.
 
 
-def test_a_packet_is_acknowledged_and_counted(mock):
+def test_packet_is_acknowledged_and_counted(mock):
     status, headers, body = mock.send("p1", b'{"a":1}')
     assert (status, headers["Content-Type"], headers["Content-Length"]) == (200, "application/json", str(len(body)))
     assert json.loads(body) == {"status": "ok"}
@@ -276,7 +276,7 @@ def test_a_packet_is_acknowledged_and_counted(mock):
     assert totals | {"batches": 0, "duplicates": 0, "ambiguous": 0, "received": 0, "waiting": 0} == totals
 
 
-def test_repeated_ids_keep_the_highest_attempt(mock):
+def test_repeated_ids_keep_highest_attempt(mock):
     for attempt in ("1", "9", "2"):
         mock.send("p1", attempt=attempt)
     mock.send("p2")
@@ -284,7 +284,7 @@ def test_repeated_ids_keep_the_highest_attempt(mock):
     assert mock.totals() | {"duplicates": 2, "ids": 2, "maxAttempt": 9} == mock.totals()
 
 
-def test_redelivery_on_failure_is_no_duplicate(mock):
+def test_retry_after_failure_is_no_duplicate(mock):
     mock.configure(status=503)
     mock.send("p1")
     mock.configure(status=None)
@@ -293,7 +293,7 @@ def test_redelivery_on_failure_is_no_duplicate(mock):
     assert mock.totals()["duplicates"] == 0
 
 
-def test_any_path_or_packet_without_id_counts(mock):
+def test_any_path_or_missing_id_counts(mock):
     assert mock.request("POST", "/other?x=1", b"{}")[0] == 200
     assert mock.request("POST", "/controlled", b"{}")[0] == 200
     assert mock.totals() | {"packets": 2, "anonymous": 2, "ids": 0} == mock.totals()
@@ -311,7 +311,7 @@ def test_a_batch_counts_each_of_its_packets(mock):
 @pytest.mark.parametrize(
     ("body", "count"), [(b"[1,2]", 3), (b"[1]", 2), (b"[1,2,3]", 2), (b"[1,2", 2), (b"{}", 2), (b"", 2), (b"x[1]", 2)]
 )
-def test_a_batch_that_does_not_add_up_is_broken(mock, body, count, verify):
+def test_inconsistent_batch_is_broken(mock, body, count, verify):
     mock.configure(verify=verify)
     assert mock.send_batch(["a", "b"], body, count)[0] == 200
     assert mock.totals()["broken"] == 1
@@ -329,7 +329,7 @@ def test_verify_finds_bad_or_changed_bodies(mock):
     assert mock.control("/control/digests") == {"p3": digest(b'{"a": 1}')}
 
 
-def test_batch_digests_are_the_packets_digests(mock):
+def test_batch_digests_are_its_packets(mock):
     mock.configure(verify=True)
     rng = random.Random(7)
     packets = [b'"]\\",["', b' {"a,]":"\\\\"} ', b"\t[ ]", b"{}\n", b'{"k\\"":[[],{"":","}]}', '"ü☃"'.encode(), b"-1e5"]
@@ -370,7 +370,7 @@ def random_json(rng, depth=0):
 # HTTP.
 
 
-def test_pipelined_requests_are_answered_in_order(mock):
+def test_pipelined_requests_keep_order(mock):
     requests = [
         post(f"p{number}") if number % 3 else b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" for number in range(60)
     ]
@@ -420,7 +420,7 @@ def test_close_and_continue_are_honoured(mock):
         b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
     ],
 )
-def test_what_is_not_http_gets_400_and_a_close(mock, data):
+def test_non_http_gets_400_and_close(mock, data):
     got, end = mock.raw(post("p1") + data + post("p2"))
     assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"400"]
     assert b"Connection: close" in got
@@ -483,7 +483,7 @@ def test_analyzers_have_options_and_ledgers(mock):
     assert [analyzer["options"]["status"] for analyzer in every] == [404, 404]
 
 
-def test_reset_forgets_everything_but_the_options(mock):
+def test_reset_forgets_all_but_options(mock):
     mock.configure(verify=True, status=503)
     mock.send("p1")
     mock.send_batch(["a"], b"[1,2]")
@@ -538,7 +538,7 @@ def test_open_connections_are_counted(mock):
 # Faults.
 
 
-def test_latency_delays_pipelined_in_parallel(mock):
+def test_latency_delays_pipelined_together(mock):
     mock.configure(latency=0.3, jitter=0.2)
     begin = time.monotonic()
     with mock.connect() as sock:
@@ -558,7 +558,7 @@ def test_jitter_delays_too(mock):
     assert time.monotonic() - begin > 0.25  # the longest of 40 draws from 0..0.5
 
 
-def test_client_gone_early_is_not_acknowledged(mock):
+def test_client_gone_early_is_not_acked(mock):
     mock.configure(latency=30)
     with mock.connect() as sock:
         sock.sendall(post("p1") + post("p2"))
@@ -681,7 +681,7 @@ def test_a_wrong_length_promises_too_much(mock, status, expected):
 
 
 @pytest.mark.parametrize(("option", "announced"), [("closeEvery", True), ("silentClose", False)])
-def test_connections_close_after_the_nth_answer(mock, option, announced):
+def test_connections_close_after_nth_reply(mock, option, announced):
     mock.configure(**{option: 3})
     got, end = mock.raw(b"".join(post(str(number)) for number in range(5)))
     assert got.count(b"HTTP/1.1 200") == 3
@@ -720,7 +720,7 @@ def test_refuse_closes_all_and_is_reversible(mock):
     assert mock.send("p1")[0] == 200  # at once: the port listens before the answer says so
 
 
-def test_port_lost_while_refusing_is_reported(mock):
+def test_port_lost_in_refusal_is_reported(mock):
     mock.configure(refuse=True)
     with socket.create_server(("127.0.0.1", mock.ports[0])):
         status, _, body = mock.request("POST", "/control/A1", b'{"refuse":false}', port=mock.desk)

@@ -106,7 +106,7 @@ def test_no_two_processes_ever_have_one_ring(under):
     under(scenario)
 
 
-def test_service_without_worker_processes_ends(under):
+def test_service_without_workers_ends(under):
     async def scenario(bench):
         bench.spawn_failures = [OSError(errno.E2BIG, "Argument list too long")] * 100
         await asyncio.wait_for(bench.processes.keep(bench.slot), SECONDS)
@@ -140,7 +140,7 @@ def test_a_worker_is_measured_from_its_start(under):
     under(scenario)
 
 
-def test_first_figures_cover_the_workers_life():
+def test_first_figures_cover_workers_life():
     class Process:
         used = 0.0
 

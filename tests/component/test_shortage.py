@@ -110,7 +110,7 @@ def test_packets_wait_without_a_descriptor(tmp_path):
     run(scenario())
 
 
-def test_analyzers_leave_emitters_descriptors(tmp_path):
+def test_analyzers_spare_client_descriptors(tmp_path):
     """And those there may be serve all analyzers in turn."""
 
     def answer(_number, transport, data):
@@ -180,11 +180,11 @@ def test_local_errors_are_distinguished(number):
         ZeroDivisionError(),
     ],
 )
-def test_errors_of_the_other_side_are_no_shortage(error):
+def test_errors_of_the_peer_are_no_shortage(error):
     assert shortage(error) is None
 
 
-def test_an_error_without_a_number_is_looked_into():
+def test_error_without_number_is_examined():
     with none_left():
         assert shortage(OSError("several addresses, several errors")).errno == errno.EMFILE
         assert shortage(TimeoutError()) is None
@@ -204,7 +204,7 @@ def test_missing_thread_is_a_shortage(monkeypatch):
 
 
 @pytest.mark.parametrize(("host", "is_ours"), [("127.0.0.1", True), ("255.255.255.255", False)])
-def test_ports_that_are_used_up_are_a_shortage(monkeypatch, host, is_ours):
+def test_ports_used_up_are_a_shortage(monkeypatch, host, is_ours):
     """Nothing is said of an address that there is no way to, which has the same error."""
 
     async def no_port(_infos, **_options):

@@ -168,7 +168,7 @@ def test_protocol_may_write_in_resume():
     run(scenario)
 
 
-def test_end_is_sent_after_all_and_input_read():
+def test_end_follows_all_and_input_is_read():
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)
         protocol.transport.write(b"x" * 500_000)
@@ -209,7 +209,7 @@ def test_peers_end_closes_unless_kept_open():
     run(scenario)
 
 
-def test_nothing_is_read_while_reading_is_paused():
+def test_nothing_is_read_while_paused():
     async def scenario(poller):
         protocol, other = pair(poller)
         protocol.transport.pause_reading()
@@ -250,7 +250,7 @@ def test_reset_is_noticed_while_paused(paused):
     run(scenario)
 
 
-def test_reset_with_much_unwritten_ends_stream():
+def test_reset_with_unwritten_ends_stream():
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)
         protocol.transport.write(b"x" * 5_000_000)
@@ -263,7 +263,7 @@ def test_reset_with_much_unwritten_ends_stream():
     run(scenario)
 
 
-def test_abort_drops_unwritten_and_calls_later():
+def test_abort_drops_unwritten_calls_later():
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)
         protocol.transport.write(b"x" * 5_000_000)
@@ -279,7 +279,7 @@ def test_abort_drops_unwritten_and_calls_later():
     run(scenario)
 
 
-def test_protocol_error_closes_only_its_stream():
+def test_protocol_error_closes_own_stream():
     async def scenario(poller):
         told = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["exception"]))
@@ -302,7 +302,7 @@ def test_protocol_error_closes_only_its_stream():
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
-def test_streams_ended_in_a_turn_are_not_read(how):
+def test_ended_streams_are_not_read(how):
     async def scenario(poller):
         pairs = [pair(poller) for _ in range(40)]
 
@@ -326,7 +326,7 @@ def test_streams_ended_in_a_turn_are_not_read(how):
     run(scenario)
 
 
-def test_streams_alternate_whatever_one_sends():
+def test_streams_alternate_under_any_load():
     async def scenario(poller):
         pairs = [pair(poller) for _ in range(200)]
         flood, _ = pairs[0]
@@ -396,7 +396,7 @@ def test_lost_stream_and_protocol_are_freed():
     run(scenario)
 
 
-def test_streams_act_as_a_pipe_in_any_sequence():
+def test_streams_act_as_a_pipe():
     """Random writes, pauses and reads on both sides, next to what was written."""
 
     async def scenario(poller):

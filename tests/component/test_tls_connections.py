@@ -93,7 +93,7 @@ def readable(client):
     return False
 
 
-def test_handshakes_share_turns_with_the_rest():
+def test_handshakes_share_iterations():
     """Each costs a millisecond or more; a thousand in one event-loop iteration would hold up all others."""
 
     async def scenario(server):
@@ -182,7 +182,7 @@ def test_unread_output_pauses_and_is_kept():
     run(scenario)
 
 
-def test_client_ending_tls_is_read_to_its_end():
+def test_client_ending_tls_is_read_to_end():
     async def scenario(server):
         _, writer, protocol = await server.connect()
         writer.write(b"last words")
@@ -206,7 +206,7 @@ def test_silent_close_is_read_to_its_end():
     run(scenario)
 
 
-def test_a_silent_client_does_not_hold_up_the_end():
+def test_silent_client_delays_no_end():
     """It does not answer the end of TLS."""
 
     async def scenario(server):

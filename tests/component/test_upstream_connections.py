@@ -31,7 +31,7 @@ CLOSE = reply(200, "Connection: close")
 # ---- which connection is used
 
 
-def test_the_connection_used_last_is_used_next():
+def test_connection_used_last_is_used_next():
     desk = Desk()
     one, two, three = (desk.connect() for _ in range(3))
     desk.push(b"1", b"2")
@@ -69,7 +69,7 @@ def test_in_flight_is_at_most_the_product():
     assert sent == list(range(1, 21))
 
 
-def test_connection_opens_only_if_none_is_free():
+def test_connection_opens_when_none_is_free():
     desk = Desk(connections=2)
     desk.push(b"1")
     desk.pool.pump()
@@ -143,7 +143,7 @@ def test_only_idle_connections_expire():
     assert desk.owner.events == []
 
 
-def test_retired_pool_ends_with_its_last_reply():
+def test_retired_pool_ends_with_last_reply():
     desk = Desk()
     idle, busy = desk.connect(), desk.connect()
     desk.push(b"1")
@@ -180,7 +180,7 @@ def test_overdue_reply_fails_only_the_first():
     desk.check()
 
 
-def test_pipelined_clock_starts_at_prior_reply():
+def test_pipelined_clock_starts_at_reply():
     desk = Desk(timeout=60.0, pipeline=2)
     connection = desk.connect()
     desk.push(b"1", b"2")
@@ -247,7 +247,7 @@ def test_latency_includes_the_awaited_reply():
 # ---- ends
 
 
-def test_closed_idle_connection_costs_nothing():
+def test_idle_connection_closes_at_no_cost():
     desk = Desk()
     fresh, used = desk.connect(), desk.connect()
     desk.push(b"1")
@@ -291,7 +291,7 @@ def test_an_end_of_input_ends_the_connection():
     assert Desk().connect().eof_received() is False
 
 
-def test_gauges_add_up_when_a_slot_has_two_pools():
+def test_gauges_add_up_for_slot_of_two_pools():
     """As after a change of an analyzer's endpoint: the old pool's requests finish while the new one is at work."""
     desk = Desk()
     old = desk.connect()
@@ -340,7 +340,7 @@ def test_errors_are_described_in_few_words(error, text):
 # ---- on real sockets
 
 
-def test_connections_open_on_demand_in_limits(tmp_path):
+def test_connections_open_on_demand_to_limit(tmp_path):
     async def scenario():
         held = []
         server = await ScriptServer(lambda _n, transport, _data: held.append(transport)).start()
@@ -365,7 +365,7 @@ def test_connections_open_on_demand_in_limits(tmp_path):
     run(scenario())
 
 
-def test_one_connection_is_enough_for_a_trickle(tmp_path):
+def test_one_connection_serves_a_trickle(tmp_path):
     async def scenario():
         mock = start_mock()
         async with World(tmp_path, {"A1": mock}) as w:
@@ -421,7 +421,7 @@ def test_a_refused_connection_is_a_failure(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["accepted", "requested"])
-def test_server_hangup_is_a_failure_not_a_loss(tmp_path, when):
+def test_server_hangup_is_failure_not_loss(tmp_path, when):
     async def scenario():
         def hang_up(_number, transport, _data=None):
             transport.close()
@@ -578,7 +578,7 @@ def test_packets_travel_over_tls(tmp_path, trusted, host):
     run(scenario())
 
 
-def test_a_server_that_speaks_no_tls_is_a_failure(tmp_path):
+def test_server_without_tls_is_a_failure(tmp_path):
     async def scenario():
         plain = start_mock("A1")
         mock = start_mock("A2")

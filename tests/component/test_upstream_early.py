@@ -64,7 +64,7 @@ def look(desk):
 
 
 @pytest.mark.parametrize("kind", EARLY)
-def test_an_early_2xx_counts_when_all_is_written(kind):
+def test_early_2xx_counts_when_all_written(kind):
     data, kept = EARLY[kind]
     for at in range(1, len(data) + 1):
         desk, connection = at_work(b"1", unwritten=1)
@@ -84,7 +84,7 @@ def test_an_early_2xx_counts_when_all_is_written(kind):
         assert desk.owner.events == []
 
 
-def test_early_2xx_waits_only_for_its_request():
+def test_early_2xx_waits_only_for_request():
     desk, connection = at_work(b"1", b"2", b"3", unwritten=0)
     one, two, three = (len(request.head + request.body) for request in connection.transport.requests)
     connection.transport.unflushed = two + three
@@ -105,7 +105,7 @@ def test_early_2xx_waits_only_for_its_request():
     assert one == two == three
 
 
-def test_answered_early_takes_no_more_requests():
+def test_answered_early_takes_no_requests():
     """Nor is it offered to the pool, which would ask it again and again."""
     desk, connection = at_work(b"1", unwritten=1, limit=4)
     connection.data_received(OK)
@@ -150,7 +150,7 @@ def test_early_2xx_cut_off_is_no_delivery(kind, how, error):
     desk.check()
 
 
-def test_requests_behind_early_last_reply_move():
+def test_requests_behind_early_reply_move():
     desk, connection = at_work(b"1", b"2", b"3", unwritten=1000)
     connection.data_received(CLOSE[:-1])
     assert desk.owner.events == [("not sent", ["p3"]), ("not sent", ["p2"])]
@@ -177,7 +177,7 @@ def test_end_of_input_keeps_an_early_2xx():
     desk.check()
 
 
-def test_retired_one_ends_early_request_first():
+def test_retired_ends_early_request_first():
     desk, connection = at_work(b"1", unwritten=1000)
     connection.data_received(OK)
     desk.pool.retired = True
@@ -268,7 +268,7 @@ def test_early_answered_and_cut_off_retries(tmp_path, tls, kind):
 
 
 @pytest.mark.parametrize("kind", ["kept", "close"])
-def test_an_analyzer_may_end_its_side_and_read_on(tmp_path, kind):
+def test_analyzer_may_half_close_and_read(tmp_path, kind):
     async def scenario():
         server = await Early(EARLY[kind][0], lambda transport: transport.write_eof()).start(room=1 << 16)
         async with World(tmp_path, {"A1": server}, capacity=1 << 25) as w:

@@ -64,7 +64,7 @@ def test_a_large_request_may_take_its_time(tmp_path, tls):
     run(scenario())
 
 
-def test_a_reader_that_stands_still_is_a_failure(tmp_path, tls):
+def test_reader_that_stalls_is_a_failure(tmp_path, tls):
     """However much the system's buffers have taken by then."""
 
     async def scenario():
@@ -132,7 +132,7 @@ async def stop_for(seconds, server):
     await asyncio.sleep(0.02)
 
 
-def test_replies_that_lie_there_are_read_first(tmp_path, tls):
+def test_replies_that_came_are_read_first(tmp_path, tls):
     async def scenario():
         with late_server(tls) as server:
             async with World(tmp_path, {"A1": endpoint(server.server_port, tls)}, delivery={"timeout": 1.0}) as w:
@@ -193,7 +193,7 @@ def test_check_answered_meanwhile_is_good():
     ],
     ids=["head", "interim head", "chunks", "no length"],
 )
-def test_endless_reply_blocks_nothing_for_ever(tmp_path, pipeline, beginning, more, failed):
+def test_endless_reply_does_not_block(tmp_path, pipeline, beginning, more, failed):
     """Every byte is progress; the first connection would never be free again, nor what is behind it delivered."""
 
     async def scenario():

@@ -299,7 +299,7 @@ def test_reply_outcome_is_same_however_split(case):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mixed_replies_are_same_however_split(seed):
+def test_mixed_replies_are_same_when_split(seed):
     source = random.Random(seed)
     trials = Trials()
     names = [name for name in CASES if CASES[name][2].delivered == 1 and CASES[name][2] == Outcome(1, [])]
@@ -324,7 +324,7 @@ def test_a_head_may_have_64_kib_and_no_more(size, pieces):
         assert outcome == Outcome(0, [not_sent("p3"), not_sent("p2"), failed("p1", NOT_HTTP)], "abort")
 
 
-def test_a_head_counts_before_its_body_has_come():
+def test_head_counts_before_its_body():
     desk = Desk(connections=1)
     connection = desk.connect()
     desk.push(b"1", b"2")
@@ -359,7 +359,7 @@ def test_nothing_is_sent_before_a_close():
     desk.check()
 
 
-def test_a_reply_to_a_batch_is_one_for_all_in_it():
+def test_batch_reply_is_one_for_all_in_it():
     desk = Desk(mode="batch", connections=2, linger=0)
     connection = desk.connect()
     for status, event in [
@@ -491,7 +491,7 @@ def test_no_bytes_crash_it_or_lose_a_packet(pieces, data, way, packets, end):
 
 @given(st.lists(PIECES, max_size=8), st.lists(st.integers(0, 400), max_size=8), ENDS)
 @settings(max_examples=2 * settings().max_examples)
-def test_any_bytes_are_the_same_however_split(pieces, cuts, end):
+def test_any_bytes_are_same_however_split(pieces, cuts, end):
     data = b"".join(pieces)
     cuts = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
     parts = [data[a:b] for a, b in pairwise(cuts)]
@@ -502,7 +502,7 @@ def test_any_bytes_are_the_same_however_split(pieces, cuts, end):
         assert trials.run([data[at : at + 1] for at in range(len(data))], end) == whole
 
 
-def test_unrequested_reply_logs_once_a_minute(monkeypatch):
+def test_unasked_reply_logs_once_a_minute(monkeypatch):
     desk = Desk()
     with capture_logs() as logged:
         for data in (b"HTTP/1.1 408 Request Timeout\r\n", OK, b"!\xff", OK):

@@ -60,7 +60,7 @@ def test_single_request_follows_the_contract():
         ("http://ANALYZER.test/Case", "/Case", "analyzer.test"),
     ],
 )
-def test_target_and_host_come_from_the_endpoint(endpoint, target, host):
+def test_target_and_host_are_the_endpoints(endpoint, target, host):
     desk = Desk(endpoint)
     connection = desk.connect()
     desk.push(b"{}")
@@ -80,7 +80,7 @@ def test_bodies_travel_byte_for_byte(mode, body):
     assert connection.transport.sent == (single("p1", body) if mode == "single" else batch(["p1"], [body]))
 
 
-def test_an_id_is_the_uuid_unless_there_is_a_key():
+def test_id_is_the_uuid_unless_key_is_given():
     desk = Desk(pipeline=4)
     connection = desk.connect()
     wanted = uuid.UUID("0190aBcd-ef01-7234-89ab-cdef01234567")
@@ -103,7 +103,7 @@ def test_every_attempt_is_counted(before):
     assert connection.transport.sent == single("p1", b"{}", before + 1)
 
 
-def test_the_attempt_grows_with_every_request():
+def test_attempt_grows_with_every_request():
     desk = Desk()
     (handle,) = desk.push(b"{}")
     for attempt in range(1, 13):
@@ -122,7 +122,7 @@ def test_the_attempt_grows_with_every_request():
 
 
 @pytest.mark.parametrize("pipeline", [1, 2, 3, 7, 16])
-def test_pipelined_requests_leave_in_one_write(pipeline):
+def test_pipelined_requests_leave_at_once(pipeline):
     desk = Desk(pipeline=pipeline)
     connection = desk.connect()
     bodies = [b"%d" % number * number for number in range(1, 11)]
@@ -177,7 +177,7 @@ def test_a_batch_is_what_the_contract_says():
     assert desk.counters.get_of(1, "bytes_delivered") == sum(map(len, bodies))
 
 
-def test_a_batch_says_the_highest_attempt_in_it():
+def test_batch_states_its_highest_attempt():
     desk = Desk(mode="batch", linger=0)
     connection = desk.connect()
     for attempts in (0, 6, 2):
@@ -257,7 +257,7 @@ def test_batch_is_within_batch_bytes_or_one(sizes, groups):
     st.integers(1, 4),
     st.sampled_from(["single", "batch"]),
 )
-def test_limits_keep_order_and_send_each_once(sizes, batch_packets, batch_bytes, pipeline, mode):
+def test_limits_keep_order_and_send_once(sizes, batch_packets, batch_bytes, pipeline, mode):
     desk = Desk(
         mode=mode, batch_packets=batch_packets, batch_bytes=batch_bytes, pipeline=pipeline, linger=0, capacity=1 << 16
     )
@@ -355,7 +355,7 @@ def test_batch_waits_while_analyzer_is_busy():
     desk.check()
 
 
-def test_a_batch_leaves_when_it_has_its_bytes():
+def test_batch_leaves_when_it_has_its_bytes():
     desk, _, spare = busy_desk()
     desk.push(b"x" * 99)
     desk.pool.pump()
@@ -365,7 +365,7 @@ def test_a_batch_leaves_when_it_has_its_bytes():
     assert spare.transport.writes == [batch(["p2", "p3"], [b"x" * 99, b"y"])]
 
 
-def test_batch_leaves_when_first_has_lingered():
+def test_batch_leaves_when_first_lingered():
     desk, _, spare = busy_desk(linger=0.5)
     desk.push(b"2")
     desk.pool.pump()
@@ -376,7 +376,7 @@ def test_batch_leaves_when_first_has_lingered():
     assert spare.transport.writes == [batch(["p2", "p3"], [b"2", b"3"])]
 
 
-def test_a_linger_of_nothing_waits_for_nothing():
+def test_linger_of_0_waits_for_nothing():
     desk, _, spare = busy_desk(linger=0)
     desk.push(b"2")
     desk.pool.pump()
@@ -449,7 +449,7 @@ def test_waiting_counts_follow_the_list():
     assert [desk.ring.claim(), desk.ring.claim()] == [first, second]  # in order
 
 
-def test_a_queue_wait_is_measured_once_a_packet():
+def test_queue_wait_is_measured_once():
     desk = Desk()
     desk.push(b"{}", accepted_ns=time.time_ns() - 3 * SECOND)
     desk.push(b"{}", attempts=1, accepted_ns=time.time_ns() - 3 * SECOND)

@@ -57,7 +57,7 @@ def dead_letter_of_an_old_ring():
     return PendingDeadLetter(ring, ring.claim(), "oversized", None, None, "larger than the queue takes now")
 
 
-def test_dead_letters_despite_failed_deliveries(build, monkeypatch):
+def test_dead_letters_survive_dispatch_error(build, monkeypatch):
     async def check():
         worker = build()
         dead_letter = dead_letter_of_an_old_ring()
@@ -79,7 +79,7 @@ def test_dead_letters_despite_failed_deliveries(build, monkeypatch):
     asyncio.run(check())
 
 
-def test_failed_dead_letters_delay_no_delivery(build, monkeypatch):
+def test_failed_dead_letters_delay_nothing(build, monkeypatch):
     async def check():
         worker = build()
         looked = []
@@ -99,7 +99,7 @@ def test_failed_dead_letters_delay_no_delivery(build, monkeypatch):
 
 
 @pytest.mark.parametrize("deleted", [False, True], ids=["a ring with a name", "a deleted ring"])
-def test_dead_letters_are_finished_at_the_end(build, tmp_path, deleted):
+def test_dead_letters_are_finished_at_end(build, tmp_path, deleted):
     """Also where the worker's own ring has nothing to be saved: the dead letters may be of others."""
 
     async def check():

@@ -56,7 +56,7 @@ def test_images_are_built_here_or_pinned(service):
 
 
 @pytest.mark.parametrize("service", SERVICES.values(), ids=SERVICES)
-def test_a_service_may_do_nothing_but_its_work(service):
+def test_service_may_do_only_its_work(service):
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert "no-new-privileges:true" in service["security_opt"]
@@ -92,7 +92,7 @@ def test_the_configuration_passes_the_check():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_configured_analyzers_are_the_services():
+def test_configured_analyzers_are_services():
     analyzers = load(CONFIG, {}, {}).config.analyzers
     (port, _) = setting("mock-analyzers", "EXPOSE").text.split()
     assert {it.id: it.endpoint for it in analyzers} == {

@@ -27,7 +27,7 @@ def test_hadolint_finds_nothing():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_the_reader_of_dockerfiles_reads_them():
+def test_dockerfile_reader_reads_them():
     text = (
         '# comment\nFROM a AS b\nRUN one \\\n    && two\n# between\nCOPY --from=x --chown=1:2 /a /b\nCMD ["c", "d"]\n'
     )
@@ -56,7 +56,7 @@ def test_distributor_is_the_default_target():
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_an_image_is_slim_and_has_no_compiler(name):
+def test_image_is_slim_without_compiler(name):
     stages_of_it = lineage(name)
     assert "slim" in stages_of_it[0].image
     for stage in stages_of_it:
@@ -70,7 +70,7 @@ def test_an_image_is_slim_and_has_no_compiler(name):
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_image_runs_as_non_root_from_last_run(name):
+def test_image_runs_non_root_from_last_run(name):
     words = [each for stage in lineage(name) for each in stage.instructions if each.word in {"RUN", "USER"}]
     assert words[-1].word == "USER"
     assert re.fullmatch(r"[1-9]\d{4,}:[1-9]\d{4,}", words[-1].text)  # a number: Kubernetes cannot tell of a name
@@ -87,7 +87,7 @@ def test_image_runs_programs_not_shells(name):
     assert not re.search(r"curl|wget", check.text)
 
 
-def test_nothing_foreign_or_unneeded_is_added():
+def test_nothing_foreign_or_unneeded_added():
     for stage in STAGES.values():
         assert not stage.all("ADD")
         assert not any(copy.text.startswith(". ") for copy in stage.all("COPY"))

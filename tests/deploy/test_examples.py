@@ -75,11 +75,11 @@ def test_api_page_requests_respond_as_shown(service, command, shown):
     assert_answer_is_as_shown(done.stdout, shown)
 
 
-def test_each_page_request_is_among_the_tested():
+def test_each_page_request_is_tested():
     assert len(list(examples())) == API.count("$ curl")
 
 
-def test_quick_start_analyzers_work_as_stated(tmp_path):
+def test_quick_start_analyzers_work(tmp_path):
     """The program and the file as they stand there, with other ports."""
     (program,) = re.findall(r"```python\n(.*?)```", QUICKSTART, re.DOTALL)
     (text,) = re.findall(r"```toml\n(.*?)```", QUICKSTART, re.DOTALL)
@@ -120,7 +120,7 @@ def test_quick_start_requests_are_accepted(service):
 
 
 @pytest.mark.parametrize("tool", ["wrk", "ab"])
-def test_a_load_by_hand_is_taken_as_the_page_says(service, tool, tmp_path):
+def test_load_by_hand_works_as_documented(service, tool, tmp_path):
     """The packet, the script and the commands as they stand there, for a shorter time."""
     if not shutil.which(tool):
         pytest.skip(f"{tool} is not installed (scripts/peers.sh installs it)")

@@ -55,7 +55,7 @@ def test_every_metric_is_on_the_dashboard(families):
         assert names & drawn or names <= NOT_DRAWN, family.name
 
 
-def test_panels_share_no_id_title_or_position():
+def test_panels_share_no_id_title_position():
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     titles = [panel["title"] for panel in DASHBOARD["panels"]]

@@ -98,7 +98,7 @@ def run(builder, tmp_path, volume, analyzer):
 # ------------------------------------------------------------------------------------------------------------ the build
 
 
-def test_build_makes_one_wheel_of_its_context(builder):
+def test_build_makes_one_wheel_of_context(builder):
     image = builder.build("build")
     (wheel,) = (image.layer / BUILD[1:] / "dist").iterdir()
     assert re.fullmatch(r"fastdist-[\d.]+-cp\d+-cp\d+-linux_\w+\.whl", wheel.name)
@@ -157,7 +157,7 @@ def test_it_has_the_dashboards_files(run):
         assert request(container.port, "GET", f"/{name.decode().lstrip('/')}")[0] == 200, name
 
 
-def test_queued_packets_are_in_next_container(run):
+def test_queued_packets_in_next_container(run):
     unreachable = CONFIG.format(free_port()).replace("20s", "100ms")
     first = run(unreachable)
     first.line_with("fastdist is ready")
@@ -175,7 +175,7 @@ def test_health_check_follows_the_config(run):
     assert (done.returncode, json.loads(done.stdout)["status"]) == (0, "ok")
 
 
-def test_health_check_speaks_tls_as_configured(run, volume):
+def test_health_check_speaks_tls_if_set(run, volume):
     words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=elsewhere -keyout key.pem -out cert.pem"
     subprocess.run(["openssl", *shlex.split(words)], cwd=volume, check=True, capture_output=True)
     for name in ("key.pem", "cert.pem"):
@@ -206,7 +206,7 @@ def test_health_check_explains_a_bad_config(run):
     assert "server.port" in done.stderr
 
 
-def test_invalid_config_ends_it_with_problems(run):
+def test_invalid_config_ends_with_problems(run):
     container = run("[server]\nworkers = -1\n")
     assert container.wait() == 2
     assert "server.workers: must be >= 0" in container.output
@@ -240,7 +240,7 @@ def test_non_root_writes_only_to_its_volume(run, volume):
 # -------------------------------------------------------------------------------------------------- the mock analyzers
 
 
-def test_mock_analyzer_takes_packets_and_stops(builder):
+def test_mock_analyzer_takes_and_stops(builder):
     port, control = free_port(), free_port()
     container = Container(
         builder, "mock-analyzers", ["--ids", "A7", "--ports", str(port), "--control-port", str(control)]

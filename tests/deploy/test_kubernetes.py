@@ -67,7 +67,7 @@ def test_a_manifest_that_is_wrong_is_found():
         kubernetes_validate.validate(STATEFUL | {"spec": STATEFUL["spec"] | {"replica": 2}}, VERSIONS[-1], strict=True)
 
 
-def test_every_file_is_part_of_a_kustomization():
+def test_every_file_is_in_a_kustomization():
     named = {f"{name}/{file}" for name, it in KUSTOMIZATIONS.items() for file in it["resources"]}
     there = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
     assert there - {"base/kustomization.yaml", "demo/kustomization.yaml"} == named - {"demo/../base"}
@@ -103,7 +103,7 @@ def test_kustomize_builds_it(name):
 
 
 @pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
-def test_a_pod_keeps_to_the_restricted_standard(pod):
+def test_pod_keeps_to_restricted_standard(pod):
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["automountServiceAccountToken"] is False
@@ -117,7 +117,7 @@ def test_a_pod_keeps_to_the_restricted_standard(pod):
         assert context["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_the_namespace_enforces_that_standard():
+def test_namespace_enforces_the_standard():
     assert find("Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
@@ -204,7 +204,7 @@ def test_probes_ask_for_what_they_are_for():
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 3 * START
 
 
-def test_pre_stop_outlasts_the_readiness_probe():
+def test_pre_stop_outlasts_readiness_probe():
     probe = CONTAINER["readinessProbe"]
     pause = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pause > probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"]

@@ -110,7 +110,7 @@ def assert_split(mocks, packets):
 
 
 @pytest.mark.parametrize("peer", [nginx, haproxy], ids=lambda peer: peer.__name__)
-def test_peer_splits_by_weight_and_fails_over(peer, mocks, tmp_path):
+def test_peer_splits_by_weight_with_failover(peer, mocks, tmp_path):
     if not shutil.which(peer.__name__, path=PATHS):
         pytest.skip(f"{peer.__name__} is not installed; scripts/peers.sh installs it")
     port = free_port()
@@ -213,7 +213,7 @@ def test_documented_refusals_are_refused(ours):
     assert post(ours, gzip.compress(array), Content_Encoding="gzip")[0] == 415
 
 
-def test_unvalidated_array_is_passed_unchanged(mocks, tmp_path):
+def test_unvalidated_array_passes_unchanged(mocks, tmp_path):
     settings = tomllib.loads((FOLDER / RAW).read_text())
     assert settings == {"server": {"validation": "none"}}
     mocks.set_all(verify=True)
@@ -236,7 +236,7 @@ RECORDS = [
 
 @pytest.mark.usefixtures("mocks")
 @pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
-def test_the_filter_for_fluent_bit_makes_packets(ours, record):
+def test_fluent_bit_filter_makes_packets(ours, record):
     lua = LuaRuntime()
     lua.execute((FOLDER / "fluent-bit-packet.lua").read_text())
     code, _, made = lua.globals().packet("app", 1767323045.678901, lua.table_from(record))

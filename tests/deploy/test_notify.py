@@ -88,7 +88,7 @@ def test_ready_means_that_packets_are_taken(serve, manager):
     assert distributor.post()[0] == 202
 
 
-def test_a_reload_that_is_refused_ends_as_well(serve, manager):
+def test_refused_reload_notifies_its_end(serve, manager):
     distributor = serve()
     distributor.config.write_text("[server]\nport = 'no port'\n")
     distributor.signal(signal.SIGHUP)
@@ -96,7 +96,7 @@ def test_a_reload_that_is_refused_ends_as_well(serve, manager):
     distributor.line_with("cannot be used")
 
 
-def test_the_end_may_take_as_long_as_draining_may(serve, manager):
+def test_end_may_take_as_long_as_draining(serve, manager):
     distributor = serve({"server": {"drain_timeout": "100s"}})
     distributor.stop()
     (stopping,) = [text for text in manager.messages if text.startswith("STOPPING")]
@@ -115,7 +115,7 @@ def test_status_follows_analyzer_changes(serve, manager, mocks):
     wait_until(lambda: manager.messages[-1] == all_well, "all well again")
 
 
-def test_watchdog_has_heartbeat_while_serving(serve, manager):
+def test_watchdog_has_heartbeat_in_service(serve, manager):
     distributor = serve(WATCHDOG_USEC="600000")
     wait_until(lambda: manager.count("WATCHDOG=1") > 5, "heartbeats")
     os.kill(distributor.worker_pids()[0], signal.SIGKILL)  # one of two

@@ -55,7 +55,7 @@ def pages(site):
     return {path.relative_to(site).as_posix(): Page(path) for path in sorted(site.rglob("*.html"))}
 
 
-def test_every_page_is_in_the_table_of_contents(pages):
+def test_every_page_is_in_the_contents(pages):
     listed = {urlsplit(link).path for link in pages["index.html"].links}
     assert {f"{name}.html" for name in PAGES} - listed - {"index.html"} == set()
 
@@ -124,7 +124,7 @@ def outside():
         ("```sh\n[left](../SECURITY.md)\n```", "```sh\n[left](../SECURITY.md)\n```"),
     ],
 )
-def test_links_out_of_the_site_lead_to_its_pages(outside, text, becomes):
+def test_outgoing_links_lead_to_its_pages(outside, text, becomes):
     page = DOCS / "operations.md"
     assert outside.rewrite(text, page, page) == becomes
 

@@ -79,12 +79,12 @@ def test_the_sandbox_is_tight(analyze):
     assert float(re.search(r"exposure level for fastdist.service: ([\d.]+)", done.stdout)[1]) <= EXPOSURE
 
 
-def test_only_the_supervisor_notifies_systemd():
+def test_only_supervisor_notifies_systemd():
     assert (SERVICE["Type"], SERVICE["NotifyAccess"]) == ("notify", "main")
     assert seconds(SERVICE["WatchdogSec"]) > 0
 
 
-def test_draining_is_the_supervisors_business():
+def test_draining_is_left_to_the_supervisor():
     assert SERVICE["KillMode"] == "mixed"  # SIGTERM to the supervisor only
     assert seconds(SERVICE["TimeoutStopSec"]) > Config().server.drain_timeout
 
@@ -111,7 +111,7 @@ def test_reload_checks_the_served_file_first():
     assert hang_up == "/bin/kill -HUP $MAINPID"
 
 
-def test_user_and_paths_are_those_of_the_image():
+def test_user_and_paths_match_the_image():
     image = dockerfile.environment("fastdist")
     assert SERVICE["Environment"] == f"FASTDIST_QUEUE__PATH={image['FASTDIST_QUEUE__PATH']}"
     assert f"/var/lib/{SERVICE['StateDirectory']}" == image["FASTDIST_QUEUE__PATH"] == SERVICE["WorkingDirectory"]
@@ -196,7 +196,7 @@ def service(machine, mocks):
 
 
 @pytest.mark.slow
-def test_started_accepts_and_stopped_delivered(service):
+def test_started_accepts_stopped_delivered(service):
     assert service.show("ActiveState") == "active"
     assert Emitter(service.port).send(200).count(202) == 200
     service.systemctl("stop")
@@ -205,7 +205,7 @@ def test_started_accepts_and_stopped_delivered(service):
 
 
 @pytest.mark.slow
-def test_works_in_its_sandbox_as_its_own_user(service):
+def test_works_in_sandbox_as_its_own_user(service):
     supervisor, *workers = service.processes()
     assert len(workers) == 2
     user = int(service.machine.run("id", "-u", "fastdist"))
@@ -233,7 +233,7 @@ def test_the_status_line_says_how_it_is(service):
 
 
 @pytest.mark.slow
-def test_reload_changes_without_a_new_process(service):
+def test_reload_changes_without_new_process(service):
     pid = service.show("MainPID")
     service.mocks.set("A2", refuse=True)
     text = service.machine.run("cat", CONFIG)
@@ -249,7 +249,7 @@ def test_reload_changes_without_a_new_process(service):
 
 
 @pytest.mark.slow
-def test_failed_reload_says_why_and_keeps_all(service):
+def test_failed_reload_says_why_keeps_all(service):
     service.configure(workers=-1)
     said = service.systemctl("reload", check=False)
     assert "failed" in said

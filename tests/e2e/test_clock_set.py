@@ -119,7 +119,7 @@ def test_times_follow_the_set_clock(mocks, serve, clock):
         assert clock.says(row["health"]["lastCheck"])
 
 
-def test_future_packets_of_old_run_have_no_age(mocks, serve, clock):
+def test_future_packets_have_age_0(mocks, serve, clock):
     mocks.set_all(refuse=True)
     fastdist = start(serve, mocks, clock)
     fastdist.wait_for_states("offline")
