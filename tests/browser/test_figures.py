@@ -141,7 +141,7 @@ def test_rates_and_lines_follow_the_traffic(page, fastdist):
     emitter.stop()
 
 
-def test_all_well(page, fresh):
+def test_page_says_when_all_is_well(page, fresh):
     fresh.wait_for_states("online")
     page.open(fresh.port)
     page.wait_for_level("ok")
@@ -179,7 +179,7 @@ def test_no_analyzer_at_all(page, mocks, fastdist):
     page.wait_for_level("ok")
 
 
-def test_a_full_queue(page, mocks, serve):
+def test_full_queue_is_shown_on_the_page(page, mocks, serve):
     page.forgiven = [r"/ready .* 503 "]  # the console notes every answer that is an error
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, {"server": {"workers": 1}, "queue": {"capacity": "1MiB"}})

@@ -182,7 +182,7 @@ def test_analyzer_rate_is_of_last_seconds(scripts):
 # ---- the banner
 
 
-def test_all_well(scripts):
+def test_all_well_is_the_only_condition(scripts):
     assert conditions(scripts, GOOD) == [
         ("ok", "All well. 2 of 2 analyzers online, 2 of 2 workers running, packets are taken.")
     ]

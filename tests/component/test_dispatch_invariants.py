@@ -233,7 +233,7 @@ def do(machine, step, source):  # noqa: C901  (each a line)
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_a_long_day(tmp_path, seed):
+def test_long_random_runs_keep_invariants(tmp_path, seed):
     """The same, longer and without shrinking."""
     source = random.Random(seed)
     machine = type("HappeningsHere", (Happenings,), {"folder": tmp_path})()

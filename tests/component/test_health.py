@@ -90,7 +90,7 @@ def feed(ward, results):
         (2, 3, "++++++", True),
     ],
 )
-def test_rise_and_fall(rise, fall, checks, online):
+def test_rise_and_fall_set_the_state(rise, fall, checks, online):
     ward = Ward(rise=rise, fall=fall)
     feed(ward, checks)
     assert ward.online() is online

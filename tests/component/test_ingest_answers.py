@@ -77,7 +77,7 @@ def test_options_of_a_path(service):
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "BREW"])
-def test_404(service, method):
+def test_unknown_path_gets_404(service, method):
     answer = service.ask(head(f"{method} /nowhere")).answer(method)
     assert answer.status == 404
     assert "allow" not in answer.headers
@@ -200,7 +200,7 @@ def test_without_origins_there_is_no_cors(service):
     service.packets()
 
 
-def test_a_preflight(sharing):
+def test_preflight_lists_what_is_allowed(sharing):
     asked = head("OPTIONS /logs", f"Origin: {SITE}", "Access-Control-Request-Method: POST")
     answer = sharing.ask(asked).answer()
     assert answer.status == 204

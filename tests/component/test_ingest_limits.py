@@ -314,7 +314,7 @@ def test_limits_are_checked_before_tokens():
 # ---- room and storage
 
 
-def test_a_full_queue():
+def test_full_queue_is_refused_with_503():
     service = Service(capacity=2**16)
     connection = service.connect()
     accepted = 0

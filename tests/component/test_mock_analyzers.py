@@ -443,7 +443,7 @@ def test_noise_stops_nothing(mock):
 # Control.
 
 
-def test_health(mock):
+def test_health_responds_as_configured(mock):
     status, _, body = mock.request("GET", "/health")
     assert (status, json.loads(body)) == (200, {"status": "ok", "id": "A1"})
     assert mock.request("HEAD", "/health")[2] == b""

@@ -117,7 +117,7 @@ def test_a_port_in_use_exits_3(run, config):
     assert "Traceback" not in process.output
 
 
-def test_the_port_of_another_fastdist_exits_3(run, config):
+def test_port_of_another_fastdist_exits_3(run, config):
     """Workers share their port with SO_REUSEPORT; two services must not."""
     first = run(*COMMAND, "serve", "--config", config)
     port, _ = started(first)
@@ -127,7 +127,7 @@ def test_the_port_of_another_fastdist_exits_3(run, config):
     assert get_json(port, "/health")["workers"] == {"running": 1, "configured": 1}
 
 
-def test_a_queue_that_cannot_be_allocated_exits_3(run, config, tmp_path):
+def test_unallocatable_queue_exits_3(run, config, tmp_path):
     (tmp_path / "data").write_text("a file where the folder should be")
     (tmp_path / "link").symlink_to("nowhere")
     for name, what in (("data", "not a folder"), ("link", "a link to nothing"), ("link/data", "a link to nothing")):
@@ -165,7 +165,7 @@ def test_the_environment_wins_over_the_file(run, config):
     assert started(process) == (port, 2)
 
 
-def test_the_long_names_win_over_the_short_ones(run, config):
+def test_long_names_win_over_short_ones(run, config):
     port = free_port()
     environment = {"PORT": str(free_port()), "FASTDIST_SERVER__PORT": str(port), "WORKER_COUNT": "3"}
     process = run(*COMMAND, "serve", "--config", config, FASTDIST_SERVER__WORKERS="2", **environment)

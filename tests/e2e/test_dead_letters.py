@@ -92,7 +92,7 @@ def test_a_replay_sends_nothing_in_circles(mocks, serve, command, tmp_path):
     assert fastdist.stats()["packets"]["accepted"] == 40
 
 
-def test_next_service_gets_undelivered_packets(mocks, serve, command, tmp_path):
+def test_next_service_gets_undelivered(mocks, serve, command, tmp_path):
     fastdist = serve(mocks, {"server": {"drain_timeout": "0s"}})
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -108,7 +108,7 @@ def test_next_service_gets_undelivered_packets(mocks, serve, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_replay_repeats_only_in_flight(mocks, serve, run, command, tmp_path):
+def test_killed_replay_repeats_in_flight(mocks, serve, run, command, tmp_path):
     fastdist = serve(mocks)
     names = refuse(fastdist, mocks, 3000)
     fastdist.stop()
@@ -176,7 +176,7 @@ def test_a_distributor_that_wants_a_token(mocks, serve, command):
     assert command(*replay_to(fastdist), FASTDIST_TOKEN="secret") == (0, "replayed 10, refused 0, left 0")
 
 
-def test_distributors_refusal_shows_its_reason(mocks, serve, command, tmp_path):
+def test_distributors_refusal_shows_reason(mocks, serve, command, tmp_path):
     fastdist = serve(mocks, {"server": {"validation": "none"}})
     mocks.set_all(**REFUSING)
     fastdist.post(b'{"emitterId":"e","messages":[]}', Idempotency_Key="empty")

@@ -77,7 +77,7 @@ def test_bodies_arrive_byte_for_byte(mocks, serve, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_the_weights_hold_while_a_backlog_waits(mocks, serve, mode):
+def test_weights_hold_while_a_backlog_waits(mocks, serve, mode):
     """Analyzers slower than the emitters, one much more so than the others: with "never" it still gets its share."""
     mocks.set_all(latency=3)  # at first, so that there is a backlog however slowly the emitters come by the processor
     narrow = {
@@ -99,7 +99,7 @@ def test_the_weights_hold_while_a_backlog_waits(mocks, serve, mode):
     check_shares(stats)
 
 
-def test_slow_analyzer_loses_part_of_its_share(mocks, serve):
+def test_slow_analyzer_loses_part_of_share(mocks, serve):
     mocks.set("A2", latency=0.5)
     fastdist = serve(mocks, {"delivery": {"spill_after": "300ms", "connections": 8}})
     emitter = Emitter(fastdist.port, connections=16).send(3000)
@@ -111,7 +111,7 @@ def test_slow_analyzer_loses_part_of_its_share(mocks, serve):
     assert fastdist.analyzers()["A2"]["state"] == "online"
 
 
-def test_sticky_keeps_emitter_at_one_analyzer(mocks, serve):
+def test_sticky_keeps_emitter_at_analyzer(mocks, serve):
     fastdist = serve(mocks, {"distribution": {"strategy": "sticky"}})
     emitters = [f"host-{number}" for number in range(300)]
     bodies = [json.dumps({"emitterId": name, "messages": [{"message": "m"}]}).encode() for name in emitters]

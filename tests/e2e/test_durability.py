@@ -99,7 +99,7 @@ def test_three_kills_of_all_under_load(mocks, serve, settings):
     compare(everything, mocks, most_duplicates=most_duplicates)
 
 
-def test_restart_figures_are_exact_under_load(mocks, serve):
+def test_restart_figures_exact_under_load(mocks, serve):
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK)
     fastdist.wait_for_states("offline")
@@ -120,7 +120,7 @@ def test_restart_figures_are_exact_under_load(mocks, serve):
     assert delivered == dict.fromkeys(old.accepted | new.accepted, 1)
 
 
-def test_a_normal_end_leaves_the_rest_on_disk(mocks, serve):
+def test_normal_end_leaves_the_rest_on_disk(mocks, serve):
     """No dead letters: the queue is kept, and the next start goes on with it."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK | {"server": {"drain_timeout": "500ms"}})
@@ -137,7 +137,7 @@ def test_a_normal_end_leaves_the_rest_on_disk(mocks, serve):
     compare(emitter, mocks)
 
 
-def test_queued_is_logged_with_a_deleted_ring(mocks, serve):
+def test_queued_is_logged_with_deleted_ring(mocks, serve):
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK | {"server": {"drain_timeout": "500ms"}})
     fastdist.wait_for_states("offline")
@@ -172,7 +172,7 @@ def test_two_services_cannot_share_a_queue(mocks, serve, run, tmp_path):
     assert fastdist.post()[0] == 202
 
 
-def test_a_deleted_lock_lets_no_second_service_in(mocks, serve, run, tmp_path):
+def test_deleted_lock_admits_no_second(mocks, serve, run, tmp_path):
     fastdist = serve(mocks, DISK)
     emitter = Emitter(fastdist.port).send(100)
     lock, who = tmp_path / "data" / "lock", f"in use by a running fastdist (pid {fastdist.process.pid})"
@@ -238,7 +238,7 @@ def test_killed_service_confirms_no_delivery(mocks, serve):
 
 
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
-def test_deleted_queue_rejects_and_loses_none(mocks, serve, settings):
+def test_deleted_queue_rejects_loses_none(mocks, serve, settings):
     """What is in a deleted file would be gone at the end: what cannot be delivered until then goes to a new file."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
@@ -261,7 +261,7 @@ def test_deleted_queue_rejects_and_loses_none(mocks, serve, settings):
 
 @pytest.mark.parametrize("settings", [DISK, FSYNC], ids=["disk", "fsync"])
 @pytest.mark.parametrize("what", ["folder", "files"])
-def test_renamed_queue_accepts_again_when_back(mocks, serve, settings, what):
+def test_renamed_queue_accepts_when_back(mocks, serve, settings, what):
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, settings | {"server": {"drain_timeout": "500ms"}})
     fastdist.wait_for_states("offline")
@@ -305,7 +305,7 @@ def test_renamed_queue_accepts_again_when_back(mocks, serve, settings, what):
     compare(emitter, mocks)
 
 
-def test_dead_letters_wait_for_a_renamed_folder(mocks, serve):
+def test_dead_letters_await_renamed_folder(mocks, serve):
     """In a new folder they would be in its way."""
     mocks.set_all(refuse=True)
     fastdist = serve(mocks, DISK)

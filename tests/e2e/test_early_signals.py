@@ -73,14 +73,14 @@ def test_signal_ends_a_start_just_begun(run, config, at_import, number, module):
 
 
 @pytest.mark.parametrize("module", [FIRST, LAST])
-def test_process_1_handles_sigterm_from_start(run, config, at_import, module):
+def test_process_1_takes_sigterm_from_start(run, config, at_import, module):
     need_namespaces()
     fastdist = run(*AS_PROCESS_1, *SERVE, config, **at_import(signal.SIGTERM, module))
     assert (fastdist.wait(), fastdist.output) == (0, "")
 
 
 @pytest.mark.parametrize("module", [FIRST, LAST])
-def test_hangup_during_start_reloads_after_it(run, config, at_import, module):
+def test_hangup_in_start_reloads_after_it(run, config, at_import, module):
     fastdist = run(*SERVE, config, **at_import(signal.SIGHUP, module))
     port = port_of(fastdist)
     fastdist.line_with("the configuration was read again")
@@ -104,7 +104,7 @@ def test_signal_ends_start_waiting_for_queue(run, config, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["HUP", "INT"])
-def test_starting_worker_survives_group_signal(run, config, at_import, number):
+def test_starting_worker_survives_signal(run, config, at_import, number):
     fastdist = run(*SERVE, config, **at_import(number, "asyncio", "fastdist.worker.main"))
     port_of(fastdist)
     assert "worker exited, restarting" not in fastdist.output

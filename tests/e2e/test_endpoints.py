@@ -254,7 +254,7 @@ def test_the_queue_can_be_watched(mocks, serve):
     ("method", "path"),
     [("GET", "/stats"), ("GET", "/nothing"), ("DELETE", "/logs"), ("PUT", "/stats"), ("HEAD", "/health")],
 )
-def test_every_answer_carries_what_suits_an_api(busy, method, path):
+def test_every_response_suits_an_api(busy, method, path):
     status, headers, body = request(busy.port, method, path)
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["cache-control"] == "no-store"

@@ -46,7 +46,7 @@ def wait_until_it_has_its_share_again(fastdist, name=VICTIM):
 
 
 @pytest.mark.slow
-def test_an_analyzer_ends_and_returns_three_times(fleet, serve):
+def test_analyzer_ends_and_returns_3_times(fleet, serve):
     for name in WEIGHTS:
         fleet.set(name, latency=0.002)  # so that requests are under way when it ends
     fastdist = serve(fleet)
@@ -78,7 +78,7 @@ def test_an_analyzer_ends_and_returns_three_times(fleet, serve):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", COUNTED)
-def test_failing_analyzer_is_offline_and_back(mocks, serve, fault):
+def test_failing_analyzer_is_down_and_back(mocks, serve, fault):
     """Its health check is answered all the while (unless it refuses): deliveries alone take it offline."""
     options, error = COUNTED[fault]
     patient = {"interval": "100ms", "rise": 2 if "refuse" in options else 20}  # time to look before it is tried again
@@ -103,7 +103,7 @@ def test_failing_analyzer_is_offline_and_back(mocks, serve, fault):
 
 
 @pytest.mark.slow
-def test_stopped_analyzer_is_offline_and_back(fleet, serve):
+def test_stopped_analyzer_is_down_and_back(fleet, serve):
     """SIGSTOP: the kernel still accepts connections, but nothing answers. What it reads later it delivers twice."""
     fastdist = serve(fleet, QUICK)
     emitter = Emitter(fastdist.port).start().wait_for(200)
@@ -236,7 +236,7 @@ def test_refused_by_all_is_a_dead_letter(mocks, serve):
     assert "refuses packet after packet" in fastdist.output
 
 
-def test_analyzer_returns_despite_killed_trial(mocks, serve):
+def test_analyzer_returns_after_killed_trial(mocks, serve):
     mocks.set(VICTIM, status=404)
     fastdist = serve(mocks, {"server": {"workers": 1}, "delivery": {"timeout": "60s"}})
     emitter = Emitter(fastdist.port).start().wait_for(100)

@@ -245,7 +245,7 @@ def test_unread_responses_end_the_connection(mocks, serve, asked):
     assert_unharmed(fastdist)
 
 
-def test_costly_requests_let_others_take_turns(shared):
+def test_costly_requests_delay_no_other(shared):
     """A worker that does nothing else for ten seconds is taken for hung: such a read was enough for that."""
     fastdist = shared({"server": {"workers": 1}})
     answers = b""
@@ -303,7 +303,7 @@ def test_headers_without_end_come_to_an_end(shared, lines, status):
     assert_unharmed(fastdist)
 
 
-def test_endless_headers_are_refused_at_limit(shared):
+def test_endless_headers_are_refused(shared):
     fastdist = shared({"server": {"workers": 1}})
     for flood in (b"A: b\r\n", b"A" * 4096, b"\t", b"A: " + b"b" * 4096 + b"\r\n"):
         with connect(fastdist.port) as connection:
@@ -346,7 +346,7 @@ def test_json_depth_limit_costs_no_stack(shared, brackets):
     assert_unharmed(fastdist)
 
 
-def test_compressed_bodies_are_refused_unread(mocks, serve):
+def test_compressed_bodies_refused_unread(mocks, serve):
     """A bomb is never unpacked, as nothing is; the answer says that only ``identity`` is taken."""
     fastdist = serve(mocks)
     bomb = gzip.compress(bytes(50_000_000))

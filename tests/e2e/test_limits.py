@@ -61,7 +61,7 @@ def test_rates_count_packets_only(mocks, serve):
     assert [request(fastdist.port, "GET", "/stats")[0] for _ in range(5)] == [200] * 5
 
 
-def test_tokens(mocks, serve):
+def test_only_known_tokens_are_accepted(mocks, serve):
     fastdist = serve(mocks, {"security": TOKENS})
     for token in TOKENS["tokens"]:
         assert fastdist.post(Authorization=f"Bearer {token}")[0] == 202
@@ -86,7 +86,7 @@ def test_tokens(mocks, serve):
     assert "secret" not in fastdist.output
 
 
-def test_excess_connections_get_503_and_close(mocks, serve):
+def test_excess_connections_get_503_and_end(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1, "max_connections": 10}})
     inside = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(10)]
     for connection in inside:
@@ -187,7 +187,7 @@ def test_more_analyzers_than_descriptors(mocks, serve):
     compare(emitter, mocks)
 
 
-def test_slow_and_silent_clients_are_shown_out(mocks, serve):
+def test_slow_and_silent_clients_are_closed(mocks, serve):
     settings = {"header_timeout": "500ms", "body_timeout": "500ms", "keepalive_timeout": "500ms", "workers": 1}
     fastdist = serve(mocks, {"server": settings})
     head = b"POST /logs HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n" % len(BODY)

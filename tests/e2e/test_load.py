@@ -58,7 +58,7 @@ def check_table(done):
 
 
 @compiler
-def test_load_of_own_distributor_is_delivered(tool):
+def test_load_of_own_service_is_delivered(tool):
     done = load("--tool", tool, "DELIVERY__MODE=batch", FASTDIST_QUEUE__DURABILITY="memory")
     check_table(done)
     assert "QUEUE__DURABILITY=memory DELIVERY__MODE=batch" in done.stdout.splitlines()[0]
@@ -98,7 +98,7 @@ def test_what_stays_queued_is_said_to_be(tool, mocks, serve):
     assert figures(done)["A1"][0] == "offline"
 
 
-def test_other_senders_do_not_keep_it_waiting(tool, mocks, serve):
+def test_other_senders_do_not_delay_it(tool, mocks, serve):
     fastdist = serve(mocks, {"queue": {"capacity": "256MiB"}})
     others = Emitter(fastdist.port, connections=8).start()
     others.wait_for(100)

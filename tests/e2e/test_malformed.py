@@ -141,7 +141,7 @@ def test_20_000_broken_requests(mocks, serve):
     assert fastdist.post()[0] == 202
 
 
-def test_request_is_understood_wherever_split(mocks, serve):
+def test_request_is_same_wherever_split(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     body = b'{"emitterId":"e","messages":[{"message":"m"}]}'
 

@@ -37,7 +37,7 @@ def test_packets_wait_while_all_are_down(mocks, serve, fault):
     assert get_json(fastdist.port, "/queue")["oldestAgeSeconds"] == 0
 
 
-def test_never_present_analyzers_lose_nothing(fleet, serve):
+def test_absent_analyzers_lose_nothing(fleet, serve):
     for name in WEIGHTS:
         fleet.end(name)
     fastdist = serve(fleet)
@@ -50,7 +50,7 @@ def test_never_present_analyzers_lose_nothing(fleet, serve):
     compare(emitter, fleet)
 
 
-def test_full_queue_refuses_and_drops_nothing(mocks, serve):
+def test_full_queue_refuses_drops_nothing(mocks, serve):
     fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}})
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -99,7 +99,7 @@ def test_full_queue_recovers_without_traffic(mocks, serve):
     wait_until(lambda: held(fastdist.stats()["packets"]) == 0, "nothing is left")
 
 
-def test_packet_over_half_a_part_is_too_large(mocks, serve):
+def test_packet_over_half_part_is_too_large(mocks, serve):
     fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}})
     large = b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 300_000)
     assert fastdist.post(large)[0] == 413

@@ -19,7 +19,7 @@ def status_of_post(fastdist, **headers):
 @pytest.mark.parametrize(
     "ending", [None, "[[analyzers]]", "[security]"], ids=["empty", "first part", "no last section"]
 )
-def test_a_reload_of_half_a_file_changes_nothing(mocks, serve, ending):
+def test_reload_of_half_a_file_is_refused(mocks, serve, ending):
     fastdist = serve(mocks, SECURITY)
     sections = fastdist.config.read_text().split("[security]")
     tokens, analyzers = sections[1].split("[[analyzers]]", 1)
@@ -35,7 +35,7 @@ def test_a_reload_of_half_a_file_changes_nothing(mocks, serve, ending):
     assert request(fastdist.port, "POST", "/admin/reload")[0] == 200
 
 
-def test_sighup_on_empty_file_changes_nothing(mocks, serve):
+def test_sighup_on_empty_file_is_refused(mocks, serve):
     fastdist = serve(mocks, SECURITY)
     fastdist.config.write_text("")
     fastdist.signal(signal.SIGHUP)
@@ -43,7 +43,7 @@ def test_sighup_on_empty_file_changes_nothing(mocks, serve):
     assert status_of_post(fastdist) == 401
 
 
-def test_tokens_set_to_an_empty_list_are_gone(mocks, serve):
+def test_tokens_set_to_empty_list_are_gone(mocks, serve):
     fastdist = serve(mocks, SECURITY)
     fastdist.config.write_text(fastdist.config.read_text().replace('["a-token-of-a-test"]', "[]"))
     fastdist.signal(signal.SIGHUP)

@@ -52,7 +52,7 @@ def of_a_service_with_tokens():
     return document
 
 
-def test_open_service_matches_its_description(mocks, serve, run, tmp_path):
+def test_open_service_matches_description(mocks, serve, run, tmp_path):
     fastdist = serve(mocks)
     assert schemathesis(run, tmp_path, DOCUMENT, fastdist.port, "--max-examples", "12") > 300
     stats = fastdist.wait_at_rest()

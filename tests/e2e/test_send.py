@@ -98,7 +98,7 @@ def test_emitter_and_position_are_passed_on(keeping, serve, run, log):
     assert (own["message"], own["level"], own["n"]) == ("own", "warn", 1)
 
 
-def test_standard_input(keeping, shared, log):
+def test_standard_input_is_sent(keeping, shared, log):
     fastdist = shared()
     fill(log, 2000)
     with log.open("rb") as stdin:
@@ -217,7 +217,7 @@ def test_killed_send_resumes_where_it_was(keeping, shared, run, log, offset_file
     assert len(doubled) <= 3 * 4 * 4, "no more than the windows of three runs"
 
 
-def test_what_is_appended_is_sent_by_the_next_run(keeping, shared, run, log, offset_file):
+def test_next_run_sends_what_was_appended(keeping, shared, run, log, offset_file):
     fastdist = shared()
     for run_number in range(3):
         fill(log, 700, run_number * 700)
@@ -266,7 +266,7 @@ def test_log_is_followed_over_rotations(keeping, shared, run, log, offset_file):
 
 
 @pytest.mark.slow
-def test_two_rotations_between_looks_are_seen(keeping, shared, run, log, offset_file):
+def test_two_rotations_between_looks_seen(keeping, shared, run, log, offset_file):
     fastdist = shared()
     fill(log, 100)
     send = run(*arguments(fastdist, log, "--follow", "--offset-file", offset_file))
@@ -284,7 +284,7 @@ def test_two_rotations_between_looks_are_seen(keeping, shared, run, log, offset_
     assert arrived(keeping) == (expected(500), {})
 
 
-def test_names_that_are_no_utf_8_are_no_trouble(keeping, shared, run, tmp_path):
+def test_file_names_need_not_be_utf_8(keeping, shared, run, tmp_path):
     fastdist = shared()
     log, offset_file = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9.log", b"caf\xe9.offset"))
     fill(log, 100)
@@ -384,7 +384,7 @@ def test_packets_too_large_for_distributor(keeping, serve, run, log, offset_file
     assert arrived(keeping)[0] == expected(5000)
 
 
-def test_tokens(keeping, serve, run, log):
+def test_wrong_token_is_named_as_the_cause(keeping, serve, run, log):
     fastdist = serve(keeping, {"security": {"tokens": ["secret-token"]}})
     fill(log, 10)
     send = run(*arguments(fastdist, log))
@@ -435,7 +435,7 @@ def test_hostile_lines_arrive_without_loss(keeping, shared, run, log):
         assert got == (json.loads(sent)["message"].encode() if sent.startswith('{"message":"ü'.encode()) else sent)
 
 
-def test_https_with_a_certificate_of_ones_own(keeping, serve, run, log, tmp_path):
+def test_https_with_a_private_certificate(keeping, serve, run, log, tmp_path):
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=logs"
     files = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]

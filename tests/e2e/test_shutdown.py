@@ -20,7 +20,7 @@ def exchange(connection, path="/ready"):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_accepted_is_delivered_before_the_end(mocks, serve, number):
+def test_accepted_is_delivered_before_end(mocks, serve, number):
     mocks.set_all(latency=0.02)  # so that a backlog waits
     fastdist = serve(mocks, {"delivery": {"connections": 8}})
     emitter = Emitter(fastdist.port, connections=32, pause=0).start().wait_for(3000)
@@ -135,7 +135,7 @@ def test_backlog_is_answered_at_the_end(mocks, serve, workers, sent):
     compare(emitter, mocks)
 
 
-def test_excess_connections_get_503_at_the_end(mocks, serve):
+def test_excess_connections_get_503_at_end(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1, "max_connections": 50}})
     emitter, names = Emitter(fastdist.port), [f"p-{number}" for number in range(200)]
     stalled = Stalled(fastdist)
@@ -149,7 +149,7 @@ def test_excess_connections_get_503_at_the_end(mocks, serve):
     compare(emitter, mocks)
 
 
-def test_waiting_past_the_deadline_is_answered(mocks, serve):
+def test_waiting_past_deadline_is_answered(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1, "drain_timeout": "0s"}})
     stalled = Stalled(fastdist)
     connections = connect(fastdist.port, 200)
@@ -162,7 +162,7 @@ def test_waiting_past_the_deadline_is_answered(mocks, serve):
     assert len(fastdist.dead_letters()) + sum(mocks.delivered().values()) == found.count(202)
 
 
-def test_unkept_emitters_get_response_or_none(mocks, serve):
+def test_unkept_get_response_or_refusal(mocks, serve):
     """Each request has a connection of its own; at the end each is answered, or its connection is refused."""
     fastdist = serve(mocks)
     emitter = Emitter(fastdist.port, connections=60, pause=0, headers="Connection: close\r\n").start().wait_for(2000)
@@ -223,7 +223,7 @@ def test_unwritten_dead_letters_set_status(mocks, serve):
     assert "packets are lost" in fastdist.output
 
 
-def test_in_flight_at_deadline_is_dead_letter(mocks, serve):
+def test_in_flight_at_end_is_dead_letter(mocks, serve):
     mocks.set_all(hang=True)
     fastdist = serve(mocks, {"server": {"drain_timeout": "500ms"}, "delivery": {"timeout": "60s"}})
     emitter = Emitter(fastdist.port).send(100)

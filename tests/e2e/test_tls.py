@@ -168,7 +168,7 @@ def handshake_with_a_lax_server(folder, version, ciphers):
         (ssl.TLSVersion.TLSv1_2, "kRSA+AESGCM"),  # who gets the key later reads it all
     ],
 )
-def test_old_versions_and_ciphers_are_refused(secure, tmp_path, version, ciphers):
+def test_old_versions_and_ciphers_refused(secure, tmp_path, version, ciphers):
     fastdist = secure()
     assert isinstance(handshake_with_a_lax_server(tmp_path, version, ciphers), ssl.SSLSocket), "this tests nothing"
     failure = handshake(fastdist.port, weak_context(client_context(), version, ciphers))
@@ -176,7 +176,7 @@ def test_old_versions_and_ciphers_are_refused(secure, tmp_path, version, ciphers
     assert fastdist.once("GET", "/health")[0] == 200
 
 
-def test_plain_http_or_garbage_hurts_no_other(secure):
+def test_plain_http_or_garbage_is_harmless(secure):
     fastdist = secure()
     for data in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(3000), bytes(range(256))):
         with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
@@ -295,7 +295,7 @@ def test_expired_certificate_warns_at_start(start, run, tmp_path, mocks):
     fastdist.kill_all()
 
 
-def test_a_replaced_worker_has_the_pair_in_force(secure, tmp_path):
+def test_replaced_worker_has_current_pair(secure, tmp_path):
     """What the files hold by then does not matter."""
     fastdist = secure({"server": {"workers": 1}})
     write_pair(tmp_path, NEXT)
@@ -311,7 +311,7 @@ def test_a_replaced_worker_has_the_pair_in_force(secure, tmp_path):
     assert fastdist.once("POST", "/logs", BODY)[0] == 202
 
 
-def test_change_one_worker_rejects_none_keeps(secure, tmp_path):
+def test_change_one_worker_rejects_is_void(secure, tmp_path):
     """One has no descriptor left for a moment, which loading a certificate takes."""
     fastdist = secure()
     connections = [fastdist.connect() for _ in range(16)]  # over both workers
@@ -338,7 +338,7 @@ def test_change_one_worker_rejects_none_keeps(secure, tmp_path):
     assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0, 0]
 
 
-def test_file_change_in_reload_harms_no_worker(secure, tmp_path):
+def test_file_change_in_reload_is_harmless(secure, tmp_path):
     fastdist = secure({"server": {"workers": 1}})
     over = threading.Event()
 
@@ -378,7 +378,7 @@ def test_missing_handshake_ends_like_a_head(secure, sent):
     assert fastdist.once("GET", "/health")[0] == 200
 
 
-def test_time_outs_are_those_of_plain_connections(secure):
+def test_timeouts_are_as_without_tls(secure):
     timeouts = {"header_timeout": "500ms", "body_timeout": "500ms", "keepalive_timeout": "500ms", "workers": 1}
     fastdist = secure({"server": timeouts})
     head = b"POST /logs HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
@@ -412,7 +412,7 @@ def test_long_response_may_be_read_slowly(secure):
     assert len(answers) > 30 * length
 
 
-def test_client_ending_tls_gets_true_response(secure, mocks):
+def test_client_ending_tls_gets_response(secure, mocks):
     mocks.set_all(status=503)
     fastdist = secure({"server": {"workers": 1}, "retry": {"cap": "300ms"}})
     connection = handshake(fastdist.port, client_context())
@@ -439,7 +439,7 @@ def test_excess_connections_get_503_over_tls(secure):
         connection.close()
 
 
-def test_endless_handshakes_leave_descriptors(secure):
+def test_endless_handshakes_are_limited(secure):
     """Beyond the limit, and some that could be told so, connections are closed before they cost anything."""
     fastdist = secure({"server": {"workers": 1, "max_connections": 20, "header_timeout": "3s"}})
     silent = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) for _ in range(500)]
@@ -455,7 +455,7 @@ def test_endless_handshakes_leave_descriptors(secure):
     assert [row["state"] for row in json.loads(fastdist.once("GET", "/analyzers")[1])["analyzers"]] == ["online"] * 4
 
 
-def test_waiting_handshakes_finish_at_the_end(secure):
+def test_waiting_handshakes_finish_at_end(secure):
     """The workers do not run while clients connect and SIGTERM comes."""
     fastdist = secure({"server": {"workers": 1}})
     (worker,) = fastdist.worker_pids()
@@ -480,7 +480,7 @@ def test_waiting_handshakes_finish_at_the_end(secure):
     assert fastdist.wait() == 0
 
 
-def test_endless_handshake_does_not_delay_end(secure):
+def test_endless_handshake_delays_no_end(secure):
     fastdist = secure({"server": {"workers": 1, "header_timeout": "10m", "drain_timeout": "10m"}})
     with socket.create_connection(("127.0.0.1", fastdist.port), timeout=60) as silent:
         fastdist.once("GET", "/health")
@@ -498,7 +498,7 @@ def test_kept_connection_does_not_delay_end(secure):
         assert kept.recv(1) == b""
 
 
-def test_a_hello_may_come_in_pieces_of_any_kind(secure):
+def test_client_hello_may_come_in_pieces(secure):
     fastdist = secure({"server": {"workers": 1}})
     for chop in (lambda data: [data], in_pieces, in_records_of_a_byte):
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

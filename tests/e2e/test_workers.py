@@ -56,7 +56,7 @@ def wait_for_successor(fastdist, pid, workers=2):
     wait_until(replaced, f"a successor of {pid} runs")
 
 
-def test_a_worker_that_is_ready_has_its_figures(mocks, serve):
+def test_ready_worker_has_its_figures(mocks, serve):
     fastdist = serve(mocks)
     assert all(row["rssBytes"] > 2**20 for row in fastdist.stats()["workers"])
     (pid, _) = fastdist.worker_pids()
@@ -109,7 +109,7 @@ def test_figures_survive_their_worker(mocks, serve):
     assert get_json(fastdist.port, "/health")["status"] == "ok"
 
 
-def test_successor_delivers_the_queued_packets(mocks, serve):
+def test_successor_delivers_queued_packets(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -162,7 +162,7 @@ def test_a_worker_that_hangs_is_replaced(mocks, serve):
     compare(emitter, mocks, most_duplicates=4 * 32)
 
 
-def test_workers_end_with_a_killed_supervisor(mocks, serve):
+def test_workers_end_with_killed_supervisor(mocks, serve):
     fastdist = serve(mocks)
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -196,7 +196,7 @@ def test_unstartable_workers_end_service(mocks, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_worker_on_a_slow_disk_is_not_hanging(mocks, serve, tmp_path):
+def test_worker_on_slow_disk_is_not_hung(mocks, serve, tmp_path):
     """The time to get ready begins again when what was found in the queue is on the disk."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     inherited = os.environ.get("PYTHONPATH")

@@ -93,7 +93,7 @@ def test_pages_of_the_service_itself(origin, host, own):
         ("Bearer ö", False),
     ],
 )
-def test_tokens(authorization, known):
+def test_only_known_tokens_are_accepted(authorization, known):
     assert has_token(authorization, ["one", "two"]) is known
 
 
@@ -143,7 +143,7 @@ def test_changes_that_make_no_sense(body, status, pointers):
     assert [fault["pointer"] for fault in error.value.errors] == pointers
 
 
-def test_override_is_applied_stored_and_undone(block, tmp_path):
+def test_override_is_applied_stored_undone(block, tmp_path):
     (tmp_path / "queue").mkdir()
     it = changes(block, tmp_path / "queue", 1, 1)
     epoch = block.analyzers.epoch
@@ -185,7 +185,7 @@ def test_unstored_override_is_not_applied(block, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["deleted", "exchanged", "the folder is another one"])
-def test_overrides_outlive_the_file_they_were_in(block, tmp_path, how):
+def test_overrides_outlive_their_file(block, tmp_path, how):
     folder = tmp_path / "queue"
     folder.mkdir()
     changes(block, folder, 1, 1).apply(Action("override", "A1", 4.0, None))
@@ -233,7 +233,7 @@ def test_other_services_overrides_are_kept(block, tmp_path):
     assert json.loads((folder / "overrides.json").read_text()) == {"A1": {"weight": 9.0}}
 
 
-def test_services_do_not_fight_over_overrides(block, tmp_path):
+def test_services_do_not_fight_on_overrides(block, tmp_path):
     """With durability memory the folder is not locked: the file there may be another service's."""
     it = changes(block, tmp_path, 1, 1)
     it.overrides.locked = False  # as with durability memory
@@ -349,7 +349,7 @@ def test_expired_certificate_is_not_loaded(block, tmp_path):
     assert (it.pair, it.config.security, block.analyzers.weight(0)) == (read_pair(one), one, 1.0)
 
 
-def test_expired_certificate_blocks_no_change(block, tmp_path):
+def test_expired_certificate_allows_changes(block, tmp_path):
     old = certificate(tmp_path, "old", LONG_AGO)
     it = Changes(Config(analyzers=analyzers(1), security=old), block, tmp_path, read_pair(old))
     it.begin()
@@ -361,7 +361,7 @@ def named(*names: str) -> Config:
     return Config(analyzers=tuple(Analyzer(id=name, endpoint="http://127.0.0.1:4000/", weight=1) for name in names))
 
 
-def test_reused_slot_starts_with_zero_counters(block, tmp_path):
+def test_reused_slot_starts_counters_at_0(block, tmp_path):
     it = Changes(named("old", *"bcdefgh"), block, tmp_path)  # all the slots there are
     it.begin()
     for row in block.rows:
@@ -384,7 +384,7 @@ def test_reused_slot_starts_with_zero_counters(block, tmp_path):
     assert snapshot.delivery().cumulative()[-1] == 3
 
 
-def test_returning_analyzer_keeps_its_counters(block, tmp_path):
+def test_returning_analyzer_keeps_counters(block, tmp_path):
     it = Changes(named("a", "b"), block, tmp_path)
     it.begin()
     block.rows[0].add_to(0, "delivered", 40)
@@ -394,7 +394,7 @@ def test_returning_analyzer_keeps_its_counters(block, tmp_path):
     assert figures["a"].delivered == 40
 
 
-def test_slot_awaiting_replies_is_reused_last(block, tmp_path):
+def test_slot_awaiting_replies_is_last(block, tmp_path):
     it = Changes(named(*"abcdefgh"), block, tmp_path)
     it.begin()
     it.reload(named(*"defgh"))

@@ -90,7 +90,7 @@ def test_reading_routes_are_read_only(api, path, method):
 
 
 @pytest.mark.parametrize("path", VIEWS)
-def test_views_are_json_objects_of_the_present(api, block, path):
+def test_views_are_current_json_objects(api, block, path):
     assert isinstance(orjson.loads(ask(api, "GET", path).body), dict)
     block.rows[0].add("accepted", 3)
     assert orjson.loads(ask(api, "GET", "/stats").body)["packets"]["accepted"] == 3
@@ -126,7 +126,7 @@ def test_the_server_as_a_whole(api):
     assert_problem(ask(api, "CONNECT", "example.com:443"), 405)
 
 
-def test_head_is_get(api):
+def test_head_responds_as_get(api):
     assert ask(api, "HEAD", "/analyzers") == ask(api, "GET", "/analyzers")
 
 
@@ -162,13 +162,13 @@ def test_tokenless_api_rejects_other_origins(api):
 # ---- readiness
 
 
-def test_ready(api):
+def test_ready_without_an_obstacle(api):
     assert orjson.loads(ask(api, "GET", "/ready").body) == {"status": "ready"}
 
 
 @pytest.mark.parametrize(("what", "word"), [("draining", "draining"), ("storage", "stored"), ("full", "full")])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_not_ready(api, block, what, word, method):
+def test_not_ready_names_the_obstacle(api, block, what, word, method):
     if what == "draining":
         block.head[HeadWord.DRAINING] = 1
     elif what == "storage":
@@ -195,7 +195,7 @@ def test_not_ready(api, block, what, word, method):
         ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2", OPENMETRICS_CONTENT_TYPE),
     ],
 )
-def test_metrics_come_in_the_format_asked_for(api, accept, content_type):
+def test_metrics_come_in_the_format_asked(api, accept, content_type):
     response = ask(api, "GET", "/metrics", Accept=accept)
     assert header(response, "Content-Type") == content_type
     assert b"\nfastdist_packets_accepted_total 0\n" in response.body
@@ -215,14 +215,14 @@ def test_metrics_come_in_the_format_asked_for(api, accept, content_type):
         ("a/bc", False),
     ],
 )
-def test_accepts(accept, named):
+def test_accept_header_names_media_type(accept, named):
     assert accepts(accept, "a/b") is named
 
 
 # ---- CORS
 
 
-def test_preflight(api):
+def test_preflight_lists_what_is_allowed(api):
     response = ask(api, "OPTIONS", "/logs", Origin=SITE, Access_Control_Request_Method="POST")
     assert (response.status, response.body) == (204, b"")
     assert header(response, "Allow") == header(response, "Access-Control-Allow-Methods") == "POST, OPTIONS"
@@ -258,7 +258,7 @@ def test_cors_of_every_origin():
     "origin",
     ["", "null", "*", "http://ops.example", "https://ops.example:444", "https://ops.example.evil", SITE[:-1], "\xff"],
 )
-def test_cors_of_others(origin):
+def test_other_origins_get_no_cors_headers(origin):
     assert cors_headers(origin, (SITE,)) == b""
     assert cors_headers(origin, ()) == b""
 
@@ -278,7 +278,7 @@ def test_problem_documents():
 @pytest.mark.parametrize(
     ("status", "phrase"), [(404, "Not Found"), (413, "Content Too Large"), (422, "Unprocessable Content")]
 )
-def test_reasons(status, phrase):
+def test_status_has_its_reason_phrase(status, phrase):
     assert reason(status) == phrase
 
 

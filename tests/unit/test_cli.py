@@ -48,7 +48,7 @@ def supervisor(monkeypatch):
     return fake
 
 
-def test_version(run):
+def test_version_is_printed_alone(run):
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"fastdist {__version__}\n")
 
@@ -108,7 +108,7 @@ def test_check_prints_one_problem_per_line(run, file):
     assert result.stderr == "server.port: must be >= 0\nserver.prot: unknown key; did you mean 'port'?\n"
 
 
-def test_check_warns_of_what_may_not_be_meant(run, file):
+def test_check_warns_of_likely_mistakes(run, file):
     file.write_text("[delivery]\nmode = 'batch'\nbatch_packets = 121\n")
     result = run("check", str(file))
     assert result.exit_code == 0
@@ -137,7 +137,7 @@ def test_check_needs_a_file(run):
     assert run("check").exit_code == 2
 
 
-def test_check_of_an_empty_name_is_no_success(run):
+def test_check_of_an_empty_name_fails(run):
     assert run("check", "").exit_code == 2
 
 
@@ -149,13 +149,13 @@ def test_serve_hands_over_what_it_loaded(run, file, supervisor):
     assert supervisor.loaded.path == file
 
 
-def test_serve_without_options_uses_the_defaults(run, supervisor):
+def test_serve_without_options_has_defaults(run, supervisor):
     assert run("serve").exit_code == 0
     assert supervisor.loaded.path is None
     assert supervisor.loaded.config.server.port == 3000
 
 
-def test_serve_remembers_the_flags_for_a_reload(run, file, supervisor):
+def test_serve_keeps_the_flags_for_a_reload(run, file, supervisor):
     run("serve", "--config", str(file), "--port", "1", "--workers", "4")
     file.write_text("[server]\nport = 9\nhost = 'new'\n")
     server = supervisor.loaded.reload().config.server
@@ -196,7 +196,7 @@ def test_failed_serve_prints_no_traceback(run, supervisor):
     assert result.stdout == ""
 
 
-def test_check_validates_certificate_as_serve(run, file):
+def test_check_tests_certificate_as_serve(run, file):
     file.write_text("[security]\ntls_cert = '/nowhere.pem'\ntls_key = '/nowhere.pem'\n")
     result = run("check", str(file))
     assert result.exit_code == 2
@@ -232,7 +232,7 @@ def test_list_has_a_line_for_each_and_a_sum(run, dead_letters):
     assert " ".join(lines[4]).startswith("2 dead letters and 1 unreadable line, 19 B, the oldest of 20")
 
 
-def test_list_as_json(run, dead_letters):
+def test_list_as_json_has_one_line_each(run, dead_letters):
     result = run("dead-letters", "list", str(dead_letters), "--json")
     first, second, torn = map(json.loads, result.stdout.splitlines())
     for dead_letter in (first, second):
@@ -254,14 +254,14 @@ def test_list_as_json(run, dead_letters):
     assert torn == {"id": None, "reason": "unreadable", "file": str(path), "bytes": 11}
 
 
-def test_list_of_a_part(run, dead_letters):
+def test_list_selects_by_reason_and_time(run, dead_letters):
     assert "1 dead letter, 1 B" in run("dead-letters", "list", str(dead_letters), "--reason", "shutdown").stdout
     assert "2 dead letters" in run("dead-letters", "list", str(dead_letters), "--since", "1h").stdout
     assert run("dead-letters", "list", str(dead_letters), "--reason", "exhausted", "--json").stdout == ""
     assert "2 dead letters" in run("dead-letters", "list", str(dead_letters), "--since", "99999999d").stdout
 
 
-def test_list_of_many(run, tmp_path):
+def test_list_of_many_shows_each_line(run, tmp_path):
     writer = DeadLetters(tmp_path, "w0-1")
     for i in range(2500):
         writer.write(Packet(1, f"p-{i}", b"", 0, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None)
@@ -383,7 +383,7 @@ def test_foreign_lines_are_called_unreadable(run, tmp_path):
     assert (result.exit_code, result.stdout) == (0, "removed 2 unreadable lines\n")
 
 
-def test_the_reasons_are_those_that_there_are():
+def test_options_reasons_are_all_reasons():
     assert get_args(main.Reason) == DEAD_LETTERS
     assert get_args(main.LineReason) == (*DEAD_LETTERS, UNREADABLE)
 
@@ -491,7 +491,7 @@ def test_main_runs_the_command_line(monkeypatch, capsys):
     assert capsys.readouterr().out == f"fastdist {__version__}\n"
 
 
-def test_check_imports_nothing_of_the_service(run, file):
+def test_check_imports_no_service_module(run, file):
     before = sys.modules.pop("fastdist.supervisor.main", None)
     try:
         run("check", str(file))

@@ -34,7 +34,7 @@ def test_config_can_print_only_what_is_set(run, file):
     assert tomllib.loads(run("config", "--changed").stdout) == {}
 
 
-def test_config_with_problems_prints_only_them(run, file):
+def test_bad_config_prints_only_problems(run, file):
     file.write_text("[server]\nport = -1\n")
     result = run("config", str(file))
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", "server.port: must be >= 0\n")
@@ -44,7 +44,7 @@ def test_config_with_problems_prints_only_them(run, file):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_knows_commands_and_options(shell):
+def test_completion_has_commands_and_options(shell):
     def completed(line, word):
         words = {"COMP_WORDS": line, "COMP_CWORD": str(word), "_TYPER_COMPLETE_ARGS": line}
         environ = (
@@ -86,7 +86,7 @@ def log(tmp_path):
         (["--offset-file", "/nowhere/x"], "/nowhere/x: No such file or directory"),
     ],
 )
-def test_send_with_an_option_that_cannot_be_used(run, log, options, problem):
+def test_send_with_an_unusable_option(run, log, options, problem):
     result = run("send", str(log), "--url", "http://127.0.0.1:1", *options)
     assert result.exit_code == 2
     assert f"fastdist: {problem}" in result.stderr or f"fastdist: --url: {problem}" in result.stderr
@@ -96,7 +96,7 @@ def test_send_with_an_option_that_cannot_be_used(run, log, options, problem):
 @pytest.mark.parametrize(
     "options", [["--format", "xml"], ["--batch", "0"], ["--concurrency", "0"], ["--concurrency", "65"]]
 )
-def test_send_with_a_choice_that_there_is_not(run, log, options):
+def test_send_with_an_unknown_choice(run, log, options):
     assert run("send", str(log), *options).exit_code == 2
 
 
@@ -106,13 +106,13 @@ def test_send_of_what_cannot_be_read(run, tmp_path):
     assert (result.exit_code, result.stderr) == (2, f"fastdist: {tmp_path / 'nowhere'}: No such file or directory\n")
 
 
-def test_send_of_standard_input_has_no_offsets(run, tmp_path):
+def test_send_of_stdin_has_no_offsets(run, tmp_path):
     result = run("send", "-", "--offset-file", str(tmp_path / "x"))
     assert result.exit_code == 2
     assert "standard input cannot be read again" in result.stderr
 
 
-def test_send_with_a_file_that_holds_no_offsets(run, log, tmp_path):
+def test_send_with_a_file_without_offsets(run, log, tmp_path):
     (tmp_path / "x").write_text("something of value")
     result = run("send", str(log), "--offset-file", str(tmp_path / "x"))
     assert result.exit_code == 2
@@ -120,7 +120,7 @@ def test_send_with_a_file_that_holds_no_offsets(run, log, tmp_path):
     assert (tmp_path / "x").read_text() == "something of value"
 
 
-def test_send_with_offsets_that_another_one_holds(run, log, tmp_path):
+def test_send_with_offsets_held_by_another(run, log, tmp_path):
     with OffsetFile(tmp_path / "x"):
         result = run("send", str(log), "--offset-file", str(tmp_path / "x"))
     assert (result.exit_code, result.stderr) == (3, f"fastdist: {tmp_path / 'x'}: in use by another fastdist send\n")
@@ -189,13 +189,13 @@ def test_top_without_any_response(run):
     assert result.stderr == "fastdist: http://127.0.0.1:1: Connection refused\n"
 
 
-def test_top_without_terminal_prints_one_frame(run):
+def test_top_without_terminal_prints_once(run):
     result = run("top")
     assert result.exit_code == 2
     assert "say --once" in result.stderr
 
 
-def test_top_with_an_option_that_cannot_be_used(run):
+def test_top_with_an_unusable_option(run):
     assert run("top", "--once", "--interval", "x").stderr.startswith("fastdist: --interval: expected a duration")
     assert run("top", "--once", "--url", "x").stderr == "fastdist: --url: must be an http:// or https:// URL\n"
 

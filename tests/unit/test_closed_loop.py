@@ -67,7 +67,7 @@ def test_ab_error_responses_do_not_count():
     assert read_ab(AB.format(failed=86, more=more), PERCENTILES) == Answers(6300, 3, errors, 0.21, 13.275)
 
 
-def test_a_load_without_any_answer_has_no_latency():
+def test_load_without_replies_has_no_latency():
     nothing = AB.replace("6384", "0").format(failed=0, more="")
     assert read_ab(nothing, "") == Answers(0, 0, {}, 0.0, 0.0)
     assert read_wrk("  0 requests in 1.00s, 0B read\n") == Answers(0, 0, {}, 0.0, 0.0)

@@ -166,7 +166,7 @@ def test_empty_config_has_all_defaults():
     assert set(loaded.sources.values()) == {"default"}
 
 
-def test_the_documented_values_are_the_defaults(config_of):
+def test_documented_values_are_the_defaults(config_of):
     assert config_of(DOCUMENTED) == Config()
 
 
@@ -225,7 +225,7 @@ def test_values_at_their_bounds(config_of, setting, value, expected):
     assert getattr(getattr(config, section), key) == expected
 
 
-def test_queue_has_room_for_each_workers_ring(config_of, problems_of, monkeypatch):
+def test_queue_has_room_for_each_ring(config_of, problems_of, monkeypatch):
     assert round_capacity(1) == MIN_PART
     text = "[server]\nworkers = {}\n[queue]\ncapacity = '1MiB'\n"
     assert config_of(text.format(16)).queue.capacity == 2**20
@@ -491,11 +491,11 @@ def test_problems_follow_the_section_order(problems_of):
     ]
 
 
-def test_joint_rule_is_silent_on_invalid_parts(problems_of):
+def test_joint_rule_ignores_invalid_parts(problems_of):
     assert problems_of("[retry]\nbase = '1h'\ncap = 0\n") == ["retry.cap: must be >= 1ms"]
 
 
-def test_long_values_are_shortened_to_one_line(problems_of):
+def test_long_values_shorten_to_one_line(problems_of):
     (problem,) = problems_of(f'[delivery]\nmode = "{"x" * 10_000}\\n"')
     assert len(problem) < 200
     (problem,) = problems_of('[delivery]\nmode = "a\\nb"')
@@ -516,7 +516,7 @@ def test_no_problem_shows_a_secret(problems_of, text):
     assert "hush" not in "".join(problems_of(text))
 
 
-def test_a_token_that_is_a_number_is_not_shown(problems_of):
+def test_token_that_is_a_number_is_not_shown(problems_of):
     assert problems_of("[security]\ntokens = [12345]") == ["security.tokens[0]: expected a string, got integer"]
 
 
@@ -571,7 +571,7 @@ def test_no_file_is_looked_for(tmp_path, monkeypatch):
     assert load(None, {}, {}).config == Config()
 
 
-def test_path_argument_beats_environment_file(write, tmp_path):
+def test_path_argument_beats_environment(write, tmp_path):
     named = tmp_path / "named.toml"
     named.write_text("[server]\nport = 1\n")
     environ = {"FASTDIST_CONFIG": str(named)}
@@ -611,7 +611,7 @@ def test_analyzers_and_lists_have_a_source(write):
     assert sources["security.admin_tokens"] == "default"
 
 
-def test_the_long_name_wins_over_the_short_one():
+def test_long_name_wins_over_the_short_one():
     environ = {"FASTDIST_SERVER__PORT": "2", "PORT": "1", "FASTDIST_SERVER__WORKERS": "4", "WORKER_COUNT": "3"}
     loaded = load(None, environ, {})
     assert (loaded.config.server.port, loaded.config.server.workers) == (2, 4)
@@ -640,7 +640,7 @@ def test_only_the_value_that_wins_is_judged():
         ("SECURITY__TLS_CERT", "", ""),
     ],
 )
-def test_scalar_settings_from_the_environment(name, text, value):
+def test_scalar_settings_from_environment(name, text, value):
     section, key = name.lower().split("__")
     result = getattr(getattr(load(None, {f"FASTDIST_{name}": text}, {}).config, section), key)
     assert result == value
@@ -688,7 +688,7 @@ def test_a_flag_at_fault_is_named():
         load(None, {}, {"port": 65536})
 
 
-def test_empty_and_foreign_variables_are_ignored():
+def test_empty_and_foreign_variables_ignored():
     environ = {
         "PORT": "",
         "WORKER_COUNT": "",
@@ -725,7 +725,7 @@ def test_batch_without_resends_warns(mode, most, warned):
 # ---- reloading
 
 
-def test_reload_reads_same_file_flags_and_env(write):
+def test_reload_reads_same_file_flags_env(write):
     path = write("[server]\nport = 1\n[limits]\nrate = 1\n")
     first = load(None, {"FASTDIST_CONFIG": str(path), "WORKER_COUNT": "2"}, {"host": "flag"})
     write("[server]\nport = 5\n[limits]\nrate = 2\n")
@@ -738,7 +738,7 @@ def test_reload_reads_same_file_flags_and_env(write):
 
 
 @pytest.mark.parametrize("name", [".x", "..x", "...", "x.", "x..", "-", "_", "a.b"])
-def test_ids_that_are_path_segments_are_taken(write, name):
+def test_ids_that_are_path_segments_pass(write, name):
     path = write(ANALYZERS.replace('"one"', f'"{name}"'))
     assert load(path, {}, {}).config.analyzers[0].id == name
 
@@ -755,7 +755,7 @@ def test_reload_without_a_file():
     assert load(None, {"PORT": "1"}, {}).reload().config.server.port == 1
 
 
-def test_reloadable_names_what_needs_a_restart(config_of):
+def test_reloadable_names_restart_settings(config_of):
     new = config_of(
         "[server]\nport = 1\nmax_body = 1\n[queue]\ndurability = 'memory'\n"
         "[limits]\nrate = 1\n[security]\ntokens = ['a']\ntls_cert = 'c'\ntls_key = 'k'\n" + ANALYZERS
@@ -904,7 +904,7 @@ def test_document_raises_only_config_error(document):
         max_size=3,
     )
 )
-def test_environment_raises_only_config_error(environ):
+def test_environment_raises_one_error_kind(environ):
     environ.pop("FASTDIST_CONFIG", None)
     with contextlib.suppress(ConfigError):
         load(None, environ, {})

@@ -59,7 +59,7 @@ def test_reload_keeps_every_given_setting(file, text, left_out):
     assert problems_of(before.reload) == left_out
 
 
-def test_tokens_are_taken_away_by_writing_none(file):
+def test_empty_list_removes_tokens(file):
     before = loaded(file, ANALYZERS + TOKENS)
     file.write_text(f"{ANALYZERS}[security]\ntokens = []\nadmin_tokens = []\n")
     without = before.reload()
@@ -68,7 +68,7 @@ def test_tokens_are_taken_away_by_writing_none(file):
     assert without.reload().config.security.tokens == ()
 
 
-def test_what_was_never_given_may_stay_left_out(file):
+def test_setting_never_given_may_be_absent(file):
     before = loaded(file, "[limits]\nrate = 1\n")
     file.write_text("")
     assert before.reload().config.limits.rate == 0.0
@@ -106,7 +106,7 @@ def test_ever_changing_file_is_not_used(file, written_while_read):
         load(file, {}, {})
 
 
-def test_a_configuration_can_come_from_a_pipe():
+def test_configuration_can_come_from_a_pipe():
     reader, writer = os.pipe()
     os.write(writer, b"[limits]\nrate = 3\n")
     os.close(writer)

@@ -85,7 +85,7 @@ def test_unreachable_address_yields_to_next(distributor, resolve):
     assert Connection(target(distributor)).post("x", b"{}").accepted
 
 
-def test_failure_of_all_addresses_has_a_reason(resolve):
+def test_failure_of_all_addresses_is_named(resolve):
     resolve("127.0.0.66", "127.0.0.67")
     with pytest.raises(ConnectionRefusedError, match="Connection refused"):
         connect("logs.test", 1, TIMEOUT)
@@ -121,7 +121,7 @@ def test_the_families_of_a_name_come_in_turn(resolve, monkeypatch):
     ]
 
 
-def test_the_next_address_is_tried_with_tls_too(distributor, resolve, hanging, tmp_path):
+def test_next_address_is_tried_with_tls_too(distributor, resolve, hanging, tmp_path):
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("logs.test").configure_cert(context)
@@ -139,7 +139,7 @@ def test_the_next_address_is_tried_with_tls_too(distributor, resolve, hanging, t
 @pytest.mark.parametrize(
     ("text", "seconds"), [(None, None), ("0", 0.0), ("17", 17.0), ("9" * 400, 1e9), ("soon", None), ("-1", None)]
 )
-def test_retry_after(text, seconds):
+def test_retry_after_becomes_a_pause(text, seconds):
     assert Response(503, b"", text).pause == seconds
 
 
@@ -161,6 +161,6 @@ def test_a_token_that_would_break_the_head():
     assert "secret" not in str(caught.value)
 
 
-def test_https_is_spoken_where_the_url_says_so():
+def test_https_is_spoken_where_url_says_so():
     there = Connection(Target.parse("https://a", None))
     assert type(there._connection).__name__ == "HTTPSConnection"

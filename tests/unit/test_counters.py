@@ -129,7 +129,7 @@ def test_value_falls_into_its_buckets_bounds(ns):
     assert histogram[HISTOGRAM_BUCKETS : HISTOGRAM_BUCKETS + 3] == [1, seen, seen]
 
 
-def test_bounds_grow_by_eighths_to_15_minutes():
+def test_bounds_grow_by_eighths_to_15_min():
     assert len(BOUNDS) == HISTOGRAM_BUCKETS
     assert BOUNDS[:9] == [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2304]
     assert all(1 < after / before <= 1.125 for before, after in itertools.pairwise(BOUNDS[7:]))
@@ -137,7 +137,7 @@ def test_bounds_grow_by_eighths_to_15_minutes():
     assert BOUNDS[-1] > 15 * 60 * 10**9
 
 
-def test_rows_are_cache_lines_and_grow_by_slot():
+def test_rows_are_cache_lines_grown_by_slot():
     words = [row_words(slots) for slots in range(5)]
     assert all(count % 8 == 0 for count in words)
     assert words[0] == COUNTER_WORDS + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
@@ -165,7 +165,7 @@ def test_rows_in_one_buffer_do_not_overlap():
     assert memory[size:] == other
 
 
-def test_the_buffer_outlives_its_other_owners():
+def test_buffer_outlives_its_other_owners():
     counters, words = row()
     words.release()
     counters.add("accepted", 5)

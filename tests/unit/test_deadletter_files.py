@@ -42,7 +42,7 @@ def test_file_is_its_workers_until_idle(tmp_path):
     assert [line.dead_letter.id for line in held.lines()] == ["p-1"]
 
 
-def test_a_dead_letter_starts_the_idle_time_anew(tmp_path):
+def test_dead_letter_restarts_idle_time(tmp_path):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     for second in (5, 6, 7):
         dead_letters.write(packet(), "refused", "A1", 400, None)
@@ -136,7 +136,7 @@ def sync(dead_letters):
     return dead_letters.settle()
 
 
-def test_nothing_is_appended_behind_a_failed_sync(tmp_path, monkeypatch):
+def test_nothing_follows_a_failed_sync(tmp_path, monkeypatch):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     assert sync(dead_letters)
@@ -152,7 +152,7 @@ def test_nothing_is_appended_behind_a_failed_sync(tmp_path, monkeypatch):
     assert ids(second.path) == ["b"], "better twice than never"
 
 
-def test_files_that_never_sync_do_not_pile_up(tmp_path, monkeypatch):
+def test_files_never_synced_do_not_pile_up(tmp_path, monkeypatch):
     dead_letters = DeadLetters(tmp_path, "w0-1")
     with monkeypatch.context() as disk:
         disk.setattr(module.os, "fsync", broken)
@@ -166,7 +166,7 @@ def test_files_that_never_sync_do_not_pile_up(tmp_path, monkeypatch):
     assert ids(tmp_path) == ["a"]
 
 
-def test_files_and_folders_are_their_owners_alone(tmp_path, distributor, run):
+def test_files_and_folders_are_owner_only(tmp_path, distributor, run):
     path = fill(tmp_path / "queue", "ab")
     distributor.script["b"] = [problem(400, "no")]
     run(path)
@@ -178,7 +178,7 @@ def test_files_and_folders_are_their_owners_alone(tmp_path, distributor, run):
 # ---- reading
 
 
-def test_a_dead_letter_is_read_as_it_was_written(tmp_path):
+def test_dead_letter_is_read_as_written(tmp_path):
     fill(tmp_path, ["key~1"], body='{"ü":"\\u0000\u2028"} \n'.encode())
     (line,) = (line for found in find_files(tmp_path) for line in read_file(found))
     dead_letter = line.dead_letter
@@ -209,7 +209,7 @@ def test_every_body_comes_back_byte_for_byte(tmp_path, body):
     path.unlink()
 
 
-def test_paths_of_queue_dead_letters_and_file(tmp_path):
+def test_paths_of_queue_dead_letters_file(tmp_path):
     path = fill(tmp_path, "a")
     for name in (tmp_path, path.parent, path):
         assert [found.path for found in find_files(name)] == [path]
@@ -246,7 +246,7 @@ def test_a_foreign_line_is_only_unreadable(tmp_path, line):
     assert [line.reason for line in read_file(find_files(path)[0])] == ["refused", "unreadable"]
 
 
-def test_a_missing_line_feed_loses_no_dead_letter(tmp_path):
+def test_missing_line_feed_loses_nothing(tmp_path):
     path = tmp_path / "a.ndjson"
     path.write_bytes(b"\n  \n" + WHOLE)
     assert ids(path) == ["x"]
@@ -259,7 +259,7 @@ def test_ids_may_be_all_that_a_key_may_be(tmp_path):
     assert ids(tmp_path) == names
 
 
-def test_a_dead_letter_needs_exactly_one_body():
+def test_dead_letter_needs_exactly_one_body():
     now = datetime.now(UTC)
     with pytest.raises(ValueError, match="one body"):
         DeadLetter(id="a", reason="r", accepted_at=now, dead_lettered_at=now)

@@ -119,7 +119,7 @@ def test_without_syncs_written_is_enough(tmp_path):
 # ---- syncs
 
 
-def test_with_syncs_the_ring_keeps_until_synced(site):
+def test_with_syncs_ring_keeps_until_synced(site):
     site.add()
     assert site.written() == ["p1"]
     assert site.gone == []
@@ -139,7 +139,7 @@ def test_a_sync_covers_all_that_gathered(site):
     assert site.syncs == []
 
 
-def test_with_a_delay_dead_letters_stay_queued(tmp_path):
+def test_with_delay_dead_letters_stay_queued(tmp_path):
     site = Site(tmp_path, syncs=True, delay=0.5)
     site.add(10)
     site.writer.tick(0)
@@ -179,7 +179,7 @@ def test_part_failing_its_sync_is_rewritten(site):
     assert site.written() == names(1, 6)
 
 
-def test_syncs_go_on_after_failed_deleted_file(site):
+def test_syncs_go_on_after_failed_deletion(site):
     site.add()
     site.end_sync(EIO)
     site.remove()
@@ -273,7 +273,7 @@ def test_removed_file_is_not_written_again(tmp_path, syncs, how):
     site.check()
 
 
-def test_file_deleted_during_sync_is_rewritten(site):
+def test_file_deleted_in_sync_is_rewritten(site):
     site.add(1)
     site.remove()
     site.end_sync()

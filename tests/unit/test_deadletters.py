@@ -101,7 +101,7 @@ def test_what_is_not_known_is_null(dead_letters, tmp_path):
         b"x" * 100_000,
     ],
 )
-def test_the_body_is_its_exact_text_or_base64(dead_letters, tmp_path, body):
+def test_body_is_its_exact_text_or_base64(dead_letters, tmp_path, body):
     write(dead_letters, body)
     (line,) = files_in(tmp_path)[0].read_bytes().splitlines(keepends=True)
     assert line.endswith(b"\n")
@@ -143,7 +143,7 @@ def test_times_are_rfc_3339(ns, text):
 # ---- their files
 
 
-def test_dead_letters_share_a_file_of_the_owner(dead_letters, tmp_path):
+def test_dead_letters_share_the_owners_file(dead_letters, tmp_path):
     for number in range(50):
         write(dead_letters, name=f"p{number}")
     (file,) = files_in(tmp_path)
@@ -165,7 +165,7 @@ def test_only_the_owner_can_read_them(tmp_path):
     dead_letters.close()
 
 
-def test_no_file_before_the_first_dead_letter(tmp_path):
+def test_no_file_before_first_dead_letter(tmp_path):
     dead_letters = DeadLetters(tmp_path / "data", "w0")
     dead_letters.tick(1)
     dead_letters.close()
@@ -182,7 +182,7 @@ def test_owners_do_not_share_files(tmp_path):
         owner.close()
 
 
-def test_a_new_file_is_begun_when_one_has_grown(dead_letters, tmp_path, monkeypatch):
+def test_new_file_begins_when_one_has_grown(dead_letters, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_FILE", 2000)
     for number in range(20):
         write(dead_letters, b"x" * 300, f"p{number}")
@@ -200,7 +200,7 @@ def test_a_huge_dead_letter_has_its_own_file(dead_letters, tmp_path, monkeypatch
     assert len(files_in(tmp_path)) == 5
 
 
-def test_an_idle_file_of_dead_letters_is_closed(dead_letters, tmp_path):
+def test_idle_file_of_dead_letters_closes(dead_letters, tmp_path):
     def open_files():
         links = (link for link in Path("/proc/self/fd").iterdir() if link.is_symlink())  # one is that of the listing
         return [link for link in links if link.resolve().is_relative_to(tmp_path)]
@@ -223,7 +223,7 @@ def test_an_idle_file_of_dead_letters_is_closed(dead_letters, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["locked", "deleted", "replaced"])
-def test_locked_or_replaced_file_is_left_alone(dead_letters, tmp_path, what):
+def test_locked_or_replaced_file_is_left(dead_letters, tmp_path, what):
     write(dead_letters)
     dead_letters.settle()
     dead_letters.tick(1)
@@ -268,7 +268,7 @@ def is_locked(file):
     return False
 
 
-def test_a_file_is_given_up_when_it_is_asked_for(dead_letters, tmp_path):
+def test_file_is_given_up_on_request(dead_letters, tmp_path):
     """However steadily dead letters come; what comes then goes to another."""
     write(dead_letters)
     dead_letters.settle()
@@ -289,7 +289,7 @@ def test_a_file_is_given_up_when_it_is_asked_for(dead_letters, tmp_path):
     assert [len(each.read_bytes().splitlines()) for each in files_in(tmp_path)] == [2, 1]
 
 
-def test_dead_requester_does_not_get_the_file(dead_letters, tmp_path):
+def test_dead_requester_gets_no_file(dead_letters, tmp_path):
     write(dead_letters)
     dead_letters.settle()
     (file,) = files_in(tmp_path)
@@ -299,7 +299,7 @@ def test_dead_requester_does_not_get_the_file(dead_letters, tmp_path):
     assert is_locked(file)
 
 
-def test_file_is_written_for_at_most_a_minute(dead_letters, tmp_path):
+def test_file_is_written_for_max_a_minute(dead_letters, tmp_path):
     for now in range(1, MAX_OPEN_NS + 2, IDLE_NS // 2):
         write(dead_letters, name=f"p{now}")
         dead_letters.settle()
@@ -404,7 +404,7 @@ def broken(*_):
     raise OSError(errno.EIO, "Input/output error")
 
 
-def test_a_sync_covers_names_and_dead_letters(dead_letters, tmp_path, calls):
+def test_sync_covers_names_and_dead_letters(dead_letters, tmp_path, calls):
     assert sync(dead_letters)
     assert calls == []
     for _ in range(3):
@@ -459,7 +459,7 @@ def test_file_is_closed_only_when_settled(dead_letters, tmp_path):
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_what_could_not_be_synced_is_taken_back(dead_letters, tmp_path, monkeypatch, files):
+def test_unsynced_lines_are_taken_back(dead_letters, tmp_path, monkeypatch, files):
     write(dead_letters)
     assert sync(dead_letters)
     if files > 1:
@@ -477,7 +477,7 @@ def test_what_could_not_be_synced_is_taken_back(dead_letters, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("how", ["deleted", "renamed", "replaced", "cut short", "with its folder"])
-def test_writes_to_a_removed_file_are_not_safe(dead_letters, tmp_path, how):
+def test_writes_to_removed_file_are_not_safe(dead_letters, tmp_path, how):
     write(dead_letters)
     assert dead_letters.settle()
     (file,) = files_in(tmp_path)
@@ -500,7 +500,7 @@ def test_writes_to_a_removed_file_are_not_safe(dead_letters, tmp_path, how):
     assert all(each.stat().st_size < len(whole) or each.read_bytes() == whole for each in files_in(tmp_path))
 
 
-def test_renamed_queue_folder_is_not_recreated(tmp_path):
+def test_renamed_folder_is_not_recreated(tmp_path):
     """It would be in the way of giving the folder its name back. One that was deleted is made, to lose no packet."""
     (queue := tmp_path / "data").mkdir()
     ring = os.open(queue / "ring-0.fdq", os.O_RDWR | os.O_CREAT)
@@ -576,7 +576,7 @@ def test_short_writes_are_continued(dead_letters, tmp_path, monkeypatch):
     assert [dead_letter["id"] for dead_letter in dead_letters_in(tmp_path)] == ["p1", "p2"]
 
 
-def test_nothing_follows_unremovable_half_line(dead_letters, tmp_path, monkeypatch):
+def test_nothing_follows_unremoved_half_line(dead_letters, tmp_path, monkeypatch):
     write(dead_letters)
     real, sizes = os.write, [50]
 

@@ -137,7 +137,7 @@ def test_owner_of_the_queue_is_named(tmp_path, another, file):
 
 @pytest.mark.usefixtures("no_patience")
 @pytest.mark.parametrize("file", ["lock", "ring-0.fdq"])
-def test_a_start_waits_for_readers_and_names_them(tmp_path, another, file):
+def test_start_waits_for_and_names_readers(tmp_path, another, file):
     folder, rings = opened(tmp_path)
     for fd in (*folder.held, *rings):
         os.close(fd)
@@ -155,7 +155,7 @@ def test_a_start_waits_for_readers_and_names_them(tmp_path, another, file):
     assert f"(pid {reader.pid})" in logs[0]["by"]
 
 
-def test_a_holder_is_found_by_its_files_inode(tmp_path, monkeypatch):
+def test_holder_is_found_by_its_files_inode(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("")
     with path.open() as file:
@@ -171,7 +171,7 @@ def test_a_holder_is_found_by_its_files_inode(tmp_path, monkeypatch):
         assert locks.holder(file.fileno()) == 13
 
 
-def test_a_lock_that_was_deleted_is_there_again(tmp_path):
+def test_deleted_lock_is_there_again(tmp_path):
     folder, _ = opened(tmp_path / "queue")
     path = tmp_path / "queue" / "lock"
     folder.renew_lock()
@@ -192,7 +192,7 @@ def test_a_lock_that_was_deleted_is_there_again(tmp_path):
     assert not path.exists(), "another folder is not ours to lock"
 
 
-def test_one_ring_under_two_names_is_no_two_rings(tmp_path):
+def test_one_ring_of_two_names_counts_once(tmp_path):
     folder, rings = opened(tmp_path)
     for fd in (*folder.held, *rings):
         os.close(fd)
@@ -245,7 +245,7 @@ def test_ring_that_loses_its_name_is_logged(tmp_path, how):
     assert "has its name again" in logs[0]["event"]
 
 
-def test_what_ends_with_its_holders_is_nameless(tmp_path):
+def test_deleted_or_memory_file_is_nameless(tmp_path):
     assert files.is_nameless(os.memfd_create("ring"))
     with (tmp_path / ".nfs0000000000000001").open("w") as deleted, (tmp_path / "ring").open("w") as file:
         assert files.is_nameless(deleted.fileno())
@@ -266,7 +266,7 @@ def migration(tmp_path, packets=3):
     return Migration(OldRing(fd, str(ring_path(tmp_path / "old", 0)))), PacketRing(own), counters
 
 
-def test_old_rings_stay_until_copies_are_synced(tmp_path):
+def test_old_rings_stay_until_copies_sync(tmp_path):
     it, own, counters = migration(tmp_path)
     assert it.step(own, counters, 2) == (2, [])
     for _ in range(3):

@@ -128,7 +128,7 @@ def test_named_commands_and_options_exist(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
-def test_the_targets_of_make_that_are_named_exist(document):
+def test_named_targets_of_make_exist(document):
     makefile = (ROOT / "Makefile").read_text()
     targets = {name for line in re.findall(r"^([a-z][\w -]*):", makefile, re.MULTILINE) for name in line.split()}
     assert set(re.findall(r"\bmake ([a-z]\w*)", code(document.read_text()))) <= targets
@@ -189,6 +189,6 @@ def test_the_modules_that_are_named_exist(document):
         assert gone <= files | {"analyzer.py"}  # one that quickstart.md has its readers write
 
 
-def test_nothing_of_one_machine_is_in_the_docs():
+def test_docs_name_nothing_of_one_machine():
     for document in [*DOCUMENTS, EXAMPLE]:
         assert not re.search(r"(?<![\w.:])/(?:home|root|work|tmp)/", document.read_text()), document

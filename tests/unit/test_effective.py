@@ -49,7 +49,7 @@ def read_again(text, tmp_path):
     return config.load(path, {}, {}).config
 
 
-def test_the_defaults_read_again_are_the_defaults(tmp_path):
+def test_defaults_read_again_are_defaults(tmp_path):
     text = effective.as_toml(config.load(None, {}, {}))
     assert read_again(text, tmp_path) == Config()
     assert text.startswith("# fastdist, no file, only the environment; 0 of ")
@@ -57,14 +57,14 @@ def test_the_defaults_read_again_are_the_defaults(tmp_path):
     assert len(settings) == len(config.SETTINGS) - 1
 
 
-def test_what_is_set_is_read_again_but_for_tokens(file, tmp_path):
+def test_set_values_are_read_but_for_tokens(file, tmp_path):
     loaded = config.load(file, {"FASTDIST_QUEUE__DURABILITY": "fsync", "FASTDIST_RETRY__CAP": "1h"}, {"workers": 3})
     again = read_again(effective.as_toml(loaded), tmp_path)
     masked = msgspec.structs.replace(loaded.config.security, tokens=(effective.MASK,) * 2)
     assert again == msgspec.structs.replace(loaded.config, security=masked)
 
 
-def test_every_value_says_where_it_comes_from(file):
+def test_every_value_says_where_it_is_from(file):
     environ = {"PORT": "1", "WORKER_COUNT": "2", "FASTDIST_SERVER__PORT": "5", "FASTDIST_LIMITS__RATE": "1.5"}
     text = effective.as_toml(config.load(file, environ, {"workers": 7, "host": None, "port": None}))
     origins = {line.split(" = ")[0]: line.partition("#")[2].strip() for line in text.splitlines() if " = " in line}

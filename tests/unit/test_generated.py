@@ -20,7 +20,7 @@ def test_generated_files_are_current(path):
     assert path.read_text() == DOCUMENTS[path], "run `make generated`"
 
 
-def test_the_example_is_the_default_configuration():
+def test_example_is_the_default_config():
     loaded = config.load(ROOT / "fastdist.example.toml", {}, {})
     assert loaded.config == Config()
     assert "default" not in loaded.sources.values()

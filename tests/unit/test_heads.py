@@ -161,7 +161,7 @@ def test_reply_template_matches_httptools(pair):
         (b"Bearer sesame", b"Bearer \xe4"),
     ],
 )
-def test_values_that_decide_nothing_may_differ(old, new):
+def test_values_deciding_nothing_may_differ(old, new):
     other = REQUEST.replace(old, new)
     assert other != REQUEST
     assert RequestHead(REQUEST).filled_by(other) == RequestHead(other).filled_by(other)
@@ -237,7 +237,7 @@ def test_repeated_field_is_read_as_fast():
     assert cost([b"a"] * count) < 3 * cost([b"%x" % number for number in range(count)])
 
 
-def test_values_of_a_repeated_field_are_joined():
+def test_values_of_repeated_field_are_joined():
     assert RequestHead(b"GET / HTTP/1.1\r\nHost: a\r\nX: 1\r\nY:\r\nx: 2\r\n\r\n").fields == {
         "host": "a",
         "x": "1, 2",

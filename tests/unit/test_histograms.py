@@ -34,7 +34,7 @@ def test_merging_is_counting_all_in_one(parts):
     assert merged.max_ns == max(durations, default=0)
 
 
-def test_merging_carries_nothing_between_words():
+def test_merging_carries_not_between_words():
     words = memoryview(bytearray(8 * WORDS_PER_HISTOGRAM)).cast("q")
     for index in range(len(words)):
         words[index] = 2**60 + index
@@ -75,7 +75,7 @@ def test_milliseconds_round_to_a_microsecond():
 
 
 @given(st.lists(DURATIONS, min_size=1, max_size=30), st.lists(DURATIONS, max_size=30))
-def test_difference_is_what_was_counted_since(before, after):
+def test_difference_is_what_counted_since(before, after):
     earlier, now = merge([words_of(before)]), merge([words_of(before + after)])
     added, alone = now.since(earlier), merge([words_of(after)])
     assert (added.buckets, added.sum_ns) == (alone.buckets, alone.sum_ns)

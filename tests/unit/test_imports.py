@@ -37,14 +37,14 @@ def imports(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_what_its_package_may(module):
+def test_module_imports_as_its_package_may(module):
     package = module.split(".")[0] if "." in module else "root"
     for name in imports(module):
         other = name.split(".")[0] if "." in name or name == "_core" else "root"
         assert {name, other} & {package, *RULES[package]} or module == "__main__", f"{module} imports {name}"
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_in_a_circle():
     TopologicalSorter({module: set(imports(module)) for module in MODULES}).prepare()
 
 
@@ -53,6 +53,6 @@ def test_the_core_imports_nothing_of_ours(path):
     assert not re.search(r"^\s*(from\s+|c?import\s+)(fastdist|\.)", path.read_text(), re.MULTILINE)
 
 
-def test_all_parts_of_the_core_are_included_once():
+def test_all_core_parts_are_included_once():
     included = re.findall(r'^include "core/(.*)"$', (ROOT / "_core.pyx").read_text(), re.MULTILINE)
     assert sorted(included) == sorted(path.name for path in (ROOT / "core").glob("*.pxi"))

@@ -96,7 +96,7 @@ def test_only_many_or_long_problems_are_cut():
 
 
 @pytest.mark.parametrize("character", ["a", '"', "é", "\U0001f30d", "\x01"])
-def test_the_longest_list_of_problems_arrives(character):
+def test_longest_list_of_problems_arrives(character):
     """Whatever the encoding makes of it."""
     message = Message("reply", id=7, status=422, body=shorten([character * 10_000] * 10_000))
 

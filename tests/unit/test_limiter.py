@@ -163,13 +163,13 @@ def test_its_own_clock_is_the_monotonic_one():
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(0.01, 1e9), (1.0, 1e18), (1e9, 1e300)])
-def test_a_burst_beyond_all_bounds_is_no_limit(rate, burst):
+def test_burst_beyond_bounds_is_no_limit(rate, burst):
     real = limiter(rate, burst)
     assert all(real.check("a", SECOND) == 0.0 for _ in range(20))
 
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-12, 5e-324])
-def test_a_rate_next_to_nothing_lets_one_pass(rate):
+def test_rate_near_zero_lets_one_pass(rate):
     real = limiter(rate, 1)
     assert real.check("a", SECOND) == 0.0
     assert all(real.check("a", now * SECOND) > 10**8 for now in (1, 2, 3600))
@@ -178,7 +178,7 @@ def test_a_rate_next_to_nothing_lets_one_pass(rate):
 # ---- several views of one memory
 
 
-def test_two_views_of_one_memory_count_together():
+def test_views_of_one_memory_count_together():
     memory = bytearray(8 * limiter_words(SLOTS))
     one, other = RateLimiter(memory), RateLimiter(memory)
     for view in (one, other):
@@ -188,7 +188,7 @@ def test_two_views_of_one_memory_count_together():
 
 
 @given(st.tuples(rates, bursts, rates, bursts), arrivals(clients=4), st.randoms(use_true_random=False))
-def test_any_mixture_of_views_does_what_one_does(limits, requests, rng):
+def test_mixture_of_views_acts_as_one(limits, requests, rng):
     memory, alone = bytearray(8 * limiter_words(SLOTS)), limiter(*limits)
     views = [RateLimiter(memory) for _ in range(3)]
     for view in views:
@@ -250,12 +250,12 @@ def test_processes_share_the_rate_over_time(shared):
     assert 500 + 199 <= passed <= 500 + 200
 
 
-def test_processes_share_the_rate_in_real_time(shared):
+def test_processes_share_rate_in_real_time(shared):
     passed, elapsed = hammer(shared, 100_000, -1, 0, 10_000, 50, 0, 0)
     assert 50 <= passed <= 50 + elapsed / 100_000 + 1
 
 
-def test_refused_client_uses_no_shared_budget(shared):
+def test_refused_client_uses_no_shared_rate(shared):
     # The client's word is moved on and back again whenever the limit of all refuses; the two moves must cancel out.
     passed, _ = hammer(shared, 100_000, SECOND, 0, 10, 20_000, 10, 50_000)
     assert passed == 20_000
@@ -274,7 +274,7 @@ def test_refused_client_uses_no_shared_budget(shared):
     bursts,
     st.lists(st.tuples(st.integers(0, 200), gaps), max_size=200),
 )
-def test_overcrowded_the_limit_of_all_still_holds(rate, burst, client_rate, client_burst, steps):
+def test_crowded_limit_of_all_still_holds(rate, burst, client_rate, client_burst, steps):
     size, guard = 8 * limiter_words(8), b"\xa5" * 64
     memory = bytearray(guard + bytes(size) + guard)
     real, now, admitted = RateLimiter(memoryview(memory)[64 : 64 + size]), SECOND, []
@@ -287,7 +287,7 @@ def test_overcrowded_the_limit_of_all_still_holds(rate, burst, client_rate, clie
     assert memory[:64] == memory[-64:] == guard
 
 
-def test_crowded_clients_share_until_one_idles():
+def test_crowded_clients_share_until_idle():
     real = limiter(client_rate=1, client_burst=1, slots=8)
     first = [real.check(f"c{i}", SECOND) == 0.0 for i in range(8)]
     assert all(first)
@@ -315,12 +315,12 @@ def test_too_little_memory_is_refused(size):
         RateLimiter(bytearray(size))
 
 
-def test_memory_that_cannot_be_written_is_refused():
+def test_read_only_memory_is_refused():
     with pytest.raises((BufferError, TypeError)):
         RateLimiter(bytes(8 * limiter_words(8)))
 
 
-def test_loosened_limit_admits_refused_clients():
+def test_loosened_limit_admits_the_refused():
     real = limiter(0.01, 1, 0.01, 1)
     assert real.check("a") == 0
     assert real.check("a") > 90

@@ -56,7 +56,7 @@ def test_parts_are_short_cut_at_characters(data):
 
 
 @given(TEXT, st.data())
-def test_resuming_at_a_boundary_finds_the_same(data, draw):
+def test_resuming_at_boundary_finds_the_same(data, draw):
     lines = cut(data)
     begin = draw.draw(st.integers(0, len(lines)))
     offset = lines[begin - 1].end if begin else 0

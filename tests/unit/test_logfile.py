@@ -181,7 +181,7 @@ def test_only_the_refused_part_is_cut_again(path, offsets, notes):
     assert [packet.id for packet in again if packet.messages == 3] == [packets[n].id for n in (0, 2, 3)]
 
 
-def test_part_of_an_overlong_line_is_repeated(path, trail, offsets):
+def test_part_of_overlong_line_is_repeated(path, trail, offsets):
     path.write_bytes(b"x" * (RECIPE.max_line * 5 + 7) + b"\n" + lines(0, 3))
     file = offsets()
     log = trail.begin(file)
@@ -240,7 +240,7 @@ def test_rotated_logs_rest_is_sent_first(path, trail, offsets, notes, half_sent)
     assert notes == [f"{path} was rotated; sending the rest of the old one from app.log.1 first"]
 
 
-def test_a_rotated_log_without_a_new_one_is_sent(path, trail, offsets, notes, half_sent):
+def test_rotated_log_without_new_one_is_sent(path, trail, offsets, notes, half_sent):
     path.rename(path.with_name("app.log.1"))
     assert all_of(trail.begin(offsets())) == half_sent[1:]
     assert "is not there" in only(notes)
@@ -303,14 +303,14 @@ def test_rewritten_same_lines_get_new_ids(path, trail, offsets):
 
 
 @pytest.mark.usefixtures("half_sent")
-def test_the_offsets_of_another_log_are_refused(path, offsets, notes):
+def test_offsets_of_another_log_are_refused(path, offsets, notes):
     other = path.with_name("other.log")
     other.write_bytes(lines(0, 3))
     with pytest.raises(ValueError, match=r"these are the offsets of .*/app.log; each log needs a file of its own"):
         Trail(other, RECIPE, notes.append).begin(offsets())
 
 
-def test_a_log_that_was_moved_is_still_that_log(path, tmp_path, offsets, notes, half_sent):
+def test_moved_log_is_still_that_log(path, tmp_path, offsets, notes, half_sent):
     (tmp_path / "elsewhere").mkdir()
     moved = path.rename(tmp_path / "elsewhere" / "moved.log")
     assert all_of(Trail(moved, RECIPE, notes.append).begin(offsets())) == half_sent[1:]
@@ -355,7 +355,7 @@ def test_a_log_that_is_followed_goes_on(path, trail):
     assert [packet.messages for packet in follower.step()] == [2]
 
 
-def test_a_line_that_is_not_ended_is_waited_for(path, trail):
+def test_unended_line_is_waited_for(path, trail):
     path.write_bytes(b"one\ntw")
     follower = Follower(trail)
     assert [(each.offset, each.end) for each in follower.step()] == [(0, 4)]
@@ -417,7 +417,7 @@ def test_truncated_and_regrown_log_restarts(path, trail, notes, more):
     assert "was truncated" in only(notes)
 
 
-def test_regrown_log_is_known_by_what_was_read(path, trail, offsets, notes):
+def test_regrown_log_is_known_by_bytes_read(path, trail, offsets, notes):
     """What is recorded then is of the bytes that were read, not of those that are in their place by now."""
     path.write_bytes(lines(100, 110))
     file = offsets()
@@ -441,7 +441,7 @@ def test_truncated_then_renamed_log_restarts(path, trail, offsets, half_sent):
     assert half_sent
 
 
-def test_deleted_and_recreated_log_is_another(path, trail, offsets, half_sent, monkeypatch):
+def test_deleted_recreated_log_is_another(path, trail, offsets, half_sent, monkeypatch):
     """It may have the inode of the old one, and lines without a time look alike."""
     file = offsets()
     file.save(msgspec.structs.replace(file.position, birth=1))
@@ -475,7 +475,7 @@ def test_unreadable_successor_is_waited_for(path, trail, notes, monkeypatch):
     ]
 
 
-def test_a_log_whose_name_is_no_utf_8_has_offsets(tmp_path, offsets, notes):
+def test_log_with_no_utf_8_name_has_offsets(tmp_path, offsets, notes):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.log"))
     path.write_bytes(lines(0, 4))
     trail = Trail(path, RECIPE, notes.append)
@@ -499,7 +499,7 @@ def test_the_next_log_may_be_long_in_coming(path, trail):
     assert text_of(follower.next().step()) == 1
 
 
-def test_rotated_logs_rest_is_sent_by_its_name(path, trail, offsets, half_sent):
+def test_rest_of_rotated_log_is_sent(path, trail, offsets, half_sent):
     """There is no new log yet: what is still written to the old one is sent, and the new one is found."""
     old = path.rename(path.with_name("app.log.1"))
     follower = Follower(trail, offsets())
@@ -543,7 +543,7 @@ def test_a_stream_is_read_to_its_end(pipe):
     assert not stream.resumable
 
 
-def test_lines_of_a_stream_do_not_wait_for_long(pipe):
+def test_lines_of_a_stream_wait_briefly(pipe):
     stream, write = pipe
     write(lines(0, 1))
     packets = (packet for packet in stream.packets(never) if packet)
@@ -554,7 +554,7 @@ def test_lines_of_a_stream_do_not_wait_for_long(pipe):
     assert b"not ended" in next(packets).body
 
 
-def test_trickling_lines_do_not_delay_earlier(pipe):
+def test_trickling_lines_delay_no_earlier(pipe):
     stream, write = pipe
     recipe = Recipe(RECIPE.style, 100_000, MIN_PACKET_BYTES)
     stream._packer = logfile.Packer(recipe, "x")

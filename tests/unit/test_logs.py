@@ -15,7 +15,7 @@ for number in range(400):
 """
 
 
-def test_processes_on_one_stream_mix_no_lines(tmp_path):
+def test_processes_on_one_stream_mix_no_line(tmp_path):
     """Also where Python does not buffer (as in containers), which writes in as many pieces as it is given."""
     target = tmp_path / "log"
     with target.open("ab") as stream:
@@ -31,7 +31,7 @@ def test_processes_on_one_stream_mix_no_lines(tmp_path):
         assert [line["number"] for line in lines if line["worker"] == f"w{n}"] == list(range(400))
 
 
-def test_line_with_invalid_unicode_is_written(capfd):
+def test_line_of_invalid_unicode_is_written(capfd):
     """A file's name may be any bytes."""
     program = "from fastdist import logs; logs.configure(); logs.get().info('é', file='a\\udcff', number=1 << 70)"
     subprocess.run([sys.executable, "-c", program], check=True)

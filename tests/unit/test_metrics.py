@@ -94,7 +94,7 @@ HISTOGRAMS = (
 )
 
 
-def test_families_have_documented_names_types(block):
+def test_families_have_documented_types(block):
     kinds, _ = scrape(block)
     expected = dict.fromkeys(COUNTERS, "counter") | dict.fromkeys(GAUGES, "gauge")
     expected |= dict.fromkeys(HISTOGRAMS, "histogram")
@@ -102,7 +102,7 @@ def test_families_have_documented_names_types(block):
     assert all(text.endswith(".") for _, text in kinds.values())
 
 
-def test_counters_end_in_total_without_created(block):
+def test_counters_end_in_total_not_created(block):
     text = metrics.text(Snapshot(block, Config(), ANALYZERS, "1.2.3", AT)).decode()
     assert "_created" not in text
     for name in COUNTERS:

@@ -60,7 +60,7 @@ async def until(condition):
             await asyncio.sleep(0.001)
 
 
-def test_names_that_hang_hold_up_no_other_name(resolver, monkeypatch):
+def test_names_that_hang_delay_no_other(resolver, monkeypatch):
     monkeypatch.setattr(names, "LONG", 0.01)
     hanging = [f"slow{number}.test" for number in range(2 * names.AT_ONCE)]
     resolver.answers = {host: threading.Event() for host in hanging} | {"good.test": infos("127.0.0.1")}
@@ -107,7 +107,7 @@ def test_hanging_lookup_is_logged_by_name(resolver):
     asyncio.run(scenario())
 
 
-def test_a_stale_answer_is_used_until_the_next(resolver, monkeypatch):
+def test_stale_answer_is_used_until_the_next(resolver, monkeypatch):
     monkeypatch.setattr(names, "FRESH", 0.0)
     resolver.answers = {"a.test": infos("127.0.0.1")}
 
@@ -150,7 +150,7 @@ def test_an_old_answer_waits_for_the_next(resolver, monkeypatch):
     ],
     ids=["no answer", "no such name"],
 )
-def test_addresses_outlive_name_servers_not_names(resolver, monkeypatch, error, left):
+def test_addresses_outlive_servers_not_names(resolver, monkeypatch, error, left):
     monkeypatch.setattr(names, "FRESH", 0.0)
     monkeypatch.setattr(names, "FAILED", 0.0)
     resolver.answers = {"a.test": infos("127.0.0.1")}
@@ -181,7 +181,7 @@ def test_addresses_are_never_looked_up(resolver, host):
     asyncio.run(scenario())
 
 
-def test_an_address_that_failed_is_tried_last(resolver, monkeypatch):
+def test_failed_address_is_tried_last(resolver, monkeypatch):
     resolver.answers = {"a.test": infos("127.0.0.1", "127.0.0.2", "127.0.0.3")}
 
     async def scenario():

@@ -26,7 +26,7 @@ def position(**members):
     return Position(**{"file": "/var/log/app.log", "device": 1, "inode": 2, "identity": "1:2"} | members)
 
 
-def test_what_is_saved_is_there_the_next_time(path):
+def test_saved_offset_is_there_next_time(path):
     with OffsetFile(path) as offsets:
         assert offsets.position is None
         offsets.save(position(offset=3, planned=[5, 9], tail="x"))
@@ -63,7 +63,7 @@ def test_file_replaced_during_wait_is_reread(path, monkeypatch):
         assert offsets.position.offset == 2
 
 
-def test_a_process_that_is_killed_leaves_no_lock(path):
+def test_killed_process_leaves_no_lock(path):
     code = (
         f"from pathlib import Path; from fastdist.client.offsets import OffsetFile; o = OffsetFile(Path({str(path)!r}))"
     )
@@ -84,7 +84,7 @@ def test_failed_write_leaves_the_old_content(path):
         assert offsets.position.offset == 3
 
 
-def test_a_torn_temporary_file_does_not_matter(path):
+def test_torn_temporary_file_is_harmless(path):
     path.with_name("log.offset.tmp").write_text('{"file":')
     with OffsetFile(path) as offsets:
         assert offsets.position is None
@@ -114,13 +114,13 @@ def test_foreign_file_is_refused_unchanged(path, content):
     assert path.read_bytes() == content.encode(errors="surrogateescape")
 
 
-def test_missing_folder_is_named_in_the_error(tmp_path):
+def test_missing_folder_is_named_in_error(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         OffsetFile(tmp_path / "nowhere" / "x")
     assert caught.value.filename == str(tmp_path / "nowhere" / "x")
 
 
-def test_permissions_are_those_the_user_wants(path):
+def test_permissions_follow_the_umask(path):
     before = os.umask(0o027)
     try:
         with OffsetFile(path) as offsets:
@@ -131,7 +131,7 @@ def test_permissions_are_those_the_user_wants(path):
 
 
 @pytest.mark.parametrize("offset", [0, 1, TAIL - 1, TAIL, TAIL + 1, 3 * TAIL])
-def test_a_position_fits_the_log_it_was_noted_for(tmp_path, offset):
+def test_position_fits_the_log_it_is_of(tmp_path, offset):
     log = tmp_path / "app.log"
     log.write_bytes(bytes(i % 251 for i in range(3 * TAIL)))
     with log.open("r+b") as file:
@@ -164,7 +164,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("what", ["deleted", "renamed", "exchanged", "folder exchanged"])
-def test_removed_file_is_noticed_when_written(tmp_path, what):
+def test_removed_file_is_noticed_in_writing(tmp_path, what):
     path = tmp_path / "state" / "log.offset"
     path.parent.mkdir()
     with OffsetFile(path) as offsets:
@@ -198,7 +198,7 @@ def test_file_taken_by_another_is_left_alone(path):
     assert read(path).offset == 5
 
 
-def test_link_stays_and_its_target_is_replaced(path, tmp_path):
+def test_link_stays_and_target_is_replaced(path, tmp_path):
     (tmp_path / "state").mkdir()
     path.symlink_to("state/offset")
     for offset in (1, 2):
@@ -240,7 +240,7 @@ def test_unreplaceable_file_written_in_place(path, before):
 
 
 @pytest.mark.usefixtures("mounted")
-def test_a_torn_line_leaves_the_one_before_it(path, monkeypatch):
+def test_torn_line_leaves_the_one_before(path, monkeypatch):
     with OffsetFile(path) as offsets:
         for offset in range(1, 4):
             offsets.save(position(offset=offset))

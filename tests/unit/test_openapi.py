@@ -51,7 +51,7 @@ def test_it_is_what_its_sources_say():
 # ---- complete
 
 
-def test_each_route_describes_just_its_methods():
+def test_each_route_describes_its_methods():
     api = Api(lambda: pytest.fail("no figure is needed"))
     taken = {path: set(api._methods(concrete(path))) for path in (*api.routes, *api.ELSEWHERE)}
     described = {
@@ -97,7 +97,7 @@ def statuses_in_the_code():
     return found
 
 
-def test_every_status_in_the_code_is_described():
+def test_every_status_in_code_is_described():
     found = statuses_in_the_code()
     assert {202, 400, 408, 413, 429, 431, 501, 505} <= found.keys(), "the search does not find what is there"
     described = {int(status) for _, _, operation in OPERATIONS for status in operation["responses"]}
@@ -131,7 +131,7 @@ def test_operations_have_distinct_ids(path, operation):
     assert declared == set(re.findall(r"\{(\w+)\}", path))
 
 
-def test_nothing_is_described_that_is_not_used():
+def test_nothing_unused_is_described():
     text = json.dumps(DOCUMENT)
     for kind, names in DOCUMENT["components"].items():
         for name in names:
@@ -173,7 +173,7 @@ def test_examples_are_what_their_schemas_say(schema, value):
     assert errors_of(schema, value) == []
 
 
-def test_all_inputs_and_headers_have_examples():
+def test_inputs_and_headers_have_examples():
     contents = [
         (name, status, media)
         for name, (_, _, operation) in zip(NAMES, OPERATIONS, strict=True)
@@ -198,5 +198,5 @@ def test_examples_of_packets_are_taken():
         check(orjson.dumps(each["value"]))
 
 
-def test_the_reasons_for_rejections_are_all_there():
+def test_all_rejection_reasons_are_listed():
     assert Rejected.__struct_fields__ == REJECTIONS

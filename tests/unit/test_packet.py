@@ -67,7 +67,7 @@ def test_hash_is_over_the_decoded_emitter(emitter):
     assert 0 <= hashes.pop() < 2**64
 
 
-def test_the_hash_stays_the_same_over_versions():
+def test_hash_stays_the_same_over_versions():
     """Sticky packets would change their analyzers otherwise, and queued ones carry the hash over a restart."""
     assert (hash_text(b""), hash_text(b"web-1")) == (3165970993698975659, 5280794028165958626)
 
@@ -198,7 +198,7 @@ def test_every_fault_is_pointed_at(body, expected):
     assert faults(body) == expected
 
 
-def test_detail_has_first_fault_and_the_count():
+def test_detail_has_first_fault_and_count():
     assert refusal({"messages": [{}]}).detail == "/emitterId: is required (and 1 more)"
     assert refusal([]).detail == "the body: expected an object, got an array"
 
@@ -221,7 +221,7 @@ def test_reported_faults_are_limited():
         (b'{"emitterId":"a","messages":[{"message":"","metadata":{},"metadata":{}}]}', "/messages/0/metadata"),
     ],
 )
-def test_a_known_member_must_not_appear_twice(body, pointer):
+def test_known_member_must_not_appear_twice(body, pointer):
     """Parsers take the first or the last: an analyzer might read another packet than the one that was checked."""
     assert faults(body) == [(pointer, "appears twice")]
 
@@ -326,7 +326,7 @@ def test_the_structs_say_the_same_as_check(members, messages):
         assert check(body) == (len(decoded.messages), hash_text(decoded.emitter_id.encode()))
 
 
-def test_keys_are_counted_where_it_matters_only(monkeypatch):
+def test_keys_are_counted_only_as_needed(monkeypatch):
     """Counting those of every object of ten megabytes took five seconds, in which a worker did nothing else."""
     counted = []
     monkeypatch.setattr("fastdist.packet.Counter", lambda keys: counted.append(1) or Counter(keys))
@@ -360,7 +360,7 @@ def whole(body: bytes, monkeypatch: pytest.MonkeyPatch, *, strict: bool = False)
         return refusal(body, strict=strict)
 
 
-def test_large_packets_are_accepted_like_small():
+def test_large_packets_accepted_like_small():
     for body in (large(), large(emitter=b'"\\u0065"'), large(behind=b',"x":' + b"[" * 127 + b"]" * 127 + b"\n")):
         assert check(body) == Facts(3 * ROOM + 1, hash_text(b"e"))
 
@@ -397,7 +397,7 @@ def test_large_packets_are_accepted_like_small():
     ],
     ids=map(str, itertools.count()),
 )
-def test_first_fault_of_large_body_is_located(body, monkeypatch):
+def test_first_large_body_fault_is_located(body, monkeypatch):
     error, expected = refusal(body), whole(body, monkeypatch)
     assert error.reason == expected.reason == "invalid"
     assert error.errors[0] == expected.errors[0]
@@ -410,7 +410,7 @@ def test_first_fault_of_large_body_is_located(body, monkeypatch):
         (large(emitter=b'"%b"' % (b"x" * 2 * MAX_EXPLAINED)), "/emitterId"),
     ],
 )
-def test_fault_too_far_behind_names_its_parent(body, pointer):
+def test_fault_too_far_names_its_parent(body, pointer):
     error = refusal(body)
     assert error.reason == "invalid"
     assert error.detail == f"{pointer}: what is wrong is over {MAX_EXPLAINED} bytes behind its beginning"
@@ -418,14 +418,14 @@ def test_fault_too_far_behind_names_its_parent(body, pointer):
 
 
 @pytest.mark.parametrize(("what", "message"), [(b'"emitterId"', None), (b'"x"', None), (b'{"message"', 0)])
-def test_large_body_without_a_fault_is_refused(what, message, monkeypatch):
+def test_large_body_without_fault_is_refused(what, message, monkeypatch):
     body = large(before=b'"x":1,')
     monkeypatch.setattr("fastdist.packet.locate", lambda body, _strict: (body.index(what), message, []))
     assert faults(body) == [("", "does not conform to the schema")]
 
 
 @pytest.mark.parametrize("level", ["nonsense", "\\u0000"])
-def test_strict_fault_of_large_body_is_located(level, monkeypatch):
+def test_strict_large_body_fault_is_located(level, monkeypatch):
     good = b'{"message":"m","timestamp":"2026-01-31T12:34:56Z","level":"%b"}'
     messages = b",".join([*[good % b"info"] * ROOM, good % level.encode()])
     body = b'{"emitterId":"e","messages":[%b]}' % messages
@@ -446,7 +446,7 @@ def test_strict_fault_of_large_body_is_located(level, monkeypatch):
         (b"1]};", "not JSON: expected the end of the body", 4),
     ],
 )
-def test_malformed_large_body_has_its_position(end, what, column):
+def test_malformed_large_body_has_position(end, what, column):
     """Before what keeps it from being a packet, and wherever it stands."""
     before = b'{"emitterId":7,"x":["%b",\n' % ("é".encode() * MAX_EXPLAINED)
     error = refusal(before + end)

@@ -44,7 +44,7 @@ def test_a_line_of_text_is_a_message():
     assert messages_of('GET /cart 200 "ü"\t😀\x00\n'.encode()) == ([{"message": 'GET /cart 200 "ü"\t😀\x00'}], {})
 
 
-def test_json_log_message_is_passed_unchanged():
+def test_json_log_message_passes_unchanged():
     line = b' { "message":"caf\\u00e9", "level" : "info","n":1e2, "big":12345678901234567890, "m\\u00fc":[null] }'
     assert Encoder(STYLE).encode(lines_of(line)[0], Counter()) == line
 
@@ -70,7 +70,7 @@ def test_other_json_object_goes_to_metadata():
     assert tally == {"wrapped": 4}
 
 
-def test_unknown_times_levels_stay_in_metadata():
+def test_unknown_times_levels_are_metadata():
     (message,), _ = messages_of(b'{"msg":"x","time":"yesterday","severity":"loud"}')
     assert message.keys() == {"message", "metadata"}
 
@@ -91,18 +91,18 @@ def test_unknown_times_levels_stay_in_metadata():
         b"{}x",
     ],
 )
-def test_what_is_no_usable_json_object_is_text(line):
+def test_unusable_json_object_is_text(line):
     assert messages_of(line) == ([{"message": line.decode()}], {})
     assert messages_of(line, format=Format.NDJSON) == ([{"message": line.decode()}], {"not JSON": 1})
 
 
-def test_duplicate_members_are_no_log_message():
+def test_duplicate_members_are_no_message():
     (message,), tally = messages_of(b'{"message":"a","message":"b"}')
     assert message["message"] == "b"
     assert tally == {"wrapped": 1}
 
 
-def test_json_is_text_where_that_is_asked_for():
+def test_json_is_text_if_asked_for():
     line = b'{"message":"a"}'
     assert messages_of(line, format=Format.TEXT) == ([{"message": line.decode()}], {})
 
@@ -119,13 +119,13 @@ def test_only_empty_lines_are_left_out():
     assert messages_of(b"\n\r\n \na\n\n") == ([{"message": " "}, {"message": "a"}], {"empty": 3})
 
 
-def test_byte_order_mark_is_not_in_first_line():
+def test_byte_order_mark_is_not_in_line():
     messages, _ = messages_of(b'\xef\xbb\xbf{"message":"a"}\n\xef\xbb\xbfb\n')
     assert messages == [{"message": "a"}, {"message": "\ufeffb"}]
 
 
 @given(st.lists(st.sampled_from([b"\xff", b"\x00", b"x", "😀".encode(), b'"']), min_size=1), st.integers(1, 4))
-def test_the_parts_of_a_long_line_make_the_line(alphabet, times):
+def test_parts_of_a_long_line_make_the_line(alphabet, times):
     line = b"".join(alphabet) * (RECIPE.max_line * times // len(b"".join(alphabet)) + 1)
     messages, tally = messages_of(b"first\n" + line + b"\nlast\n")
     assert (messages[0], messages[-1]) == ({"message": "first"}, {"message": "last"})
@@ -141,7 +141,7 @@ def test_the_parts_of_a_long_line_make_the_line(alphabet, times):
     assert whole == line
 
 
-def test_given_members_only_fill_missing_ones():
+def test_given_members_only_fill_missing():
     messages, _ = messages_of(
         b'a\n{"message":"b","level":"warn"}\n{"msg":"c","level":"error"}\n', level="info", source="s"
     )
@@ -201,7 +201,7 @@ def test_a_packet_says_where_it_comes_from():
     assert json.loads(second.body)["metadata"]["offset"] == second.offset == 6
 
 
-def test_empty_lines_at_the_end_are_accounted_for():
+def test_empty_lines_at_end_are_accounted():
     (first, second) = packets_of(b"a\nb\nc\n\n\r\n")
     assert (first.messages, first.end) == (3, 6)
     assert (second.messages, second.offset, second.end) == (0, 6, 9)

@@ -46,7 +46,7 @@ def chi_square_p(counts, shares):
 @pytest.mark.parametrize(
     ("x", "freedom"), [(3.841459, 1), (5.991465, 2), (7.814728, 3), (9.487729, 4), (24.99579, 15), (67.50481, 50)]
 )
-def test_chi_square_helper_matches_the_tables(x, freedom):
+def test_chi_square_helper_matches_tables(x, freedom):
     # Two classes far enough off, the others exact: the statistic is then x.
     n, share = 1_000_000, 1 / (freedom + 1)
     off = math.sqrt(x * n * share / 2)
@@ -82,7 +82,7 @@ def test_unit_interval_sweep_is_proportional(weights):
 
 
 @given(weight_lists, st.integers(0, WORD - 1))
-def test_every_fraction_picks_a_slot_there_is(weights, u):
+def test_every_fraction_picks_a_real_slot(weights, u):
     slots = [10 + 3 * i for i in range(len(weights))]
     table = AliasTable(slots, weights)
     assert table.size == len(weights)
@@ -287,7 +287,7 @@ def test_the_winner_is_that_of_the_race(weights, keys):
 
 @pytest.mark.parametrize("weights", [ANALYZERS, [1, 1], [1, 10, 100], [1 + i % 5 for i in range(50)]])
 @pytest.mark.parametrize("key_of", [lambda i: hash_text(b"emitter-%d" % i), lambda i: i, lambda i: i << 40])
-def test_keys_are_won_in_proportion_to_weight(weights, key_of):
+def test_keys_are_won_in_ratio_of_weights(weights, key_of):
     table = rendezvous({f"analyzer-{slot}": (slot, weight) for slot, weight in enumerate(weights)})
     counts = Counter(table.pick(key_of(i)) for i in range(30_000))
     assert chi_square_p([counts[slot] for slot in range(len(weights))], normalised(weights)) > 1e-6
@@ -327,14 +327,14 @@ def test_changed_weight_moves_only_its_keys(name, factor):
     assert all((after if factor > 1 else before) == slot for before, after in moved)
 
 
-def test_the_scale_of_the_weights_does_not_matter():
+def test_scale_of_weights_does_not_matter():
     # A power of two, so that no rounding differs.
     old, new = rendezvous(FOUR), rendezvous({name: (slot, weight * 1024) for name, (slot, weight) in FOUR.items()})
     keys = emitters(5000)
     assert [old.pick(key) for key in keys] == [new.pick(key) for key in keys]
 
 
-def test_the_cache_never_answers_for_another_key():
+def test_cache_never_answers_for_other_keys():
     warm, keys = rendezvous(FOUR), [0, *emitters(10_000)]  # more than twice what it holds
     cold = [rendezvous(FOUR).pick(key) for key in keys]
     assert [warm.pick(key) for key in keys] == cold
@@ -354,6 +354,6 @@ def test_the_cache_never_answers_for_another_key():
         (["a"], [1], [math.nan]),
     ],
 )
-def test_impossible_rendezvous_tables_are_refused(names, slots, weights):
+def test_impossible_rendezvous_is_refused(names, slots, weights):
     with pytest.raises(ValueError, match="weights"):
         Rendezvous(names, slots, weights)

@@ -32,7 +32,7 @@ def test_purging_a_whole_file_needs_no_room(tmp_path, monkeypatch):
     assert names_in(path.parent) == []
 
 
-def test_a_file_under_a_steady_trickle_is_purged(tmp_path):
+def test_file_under_steady_trickle_is_purged(tmp_path):
     """Its worker is asked for it."""
     dead_letters, ended = DeadLetters(tmp_path, "w0-1"), threading.Event()
     dead_letters.write(packet("first"), "refused", "A1", 400, None)
@@ -68,7 +68,7 @@ def test_purge_removes_only_what_is_selected(tmp_path):
     assert names_in(tmp_path / "dead-letters") == []
 
 
-def test_purge_by_age(tmp_path):
+def test_purge_by_age_keeps_newer_ones(tmp_path):
     path = tmp_path / "a.ndjson"
     old = WHOLE.replace(b'"x"', b'"old"')
     new = old.replace(b"old", b"new").replace(b"2026-01-02", datetime.now(UTC).strftime("%Y-%m-%d").encode())
@@ -81,7 +81,7 @@ def test_purge_by_age(tmp_path):
     assert ids(path) == ["new"]
 
 
-def test_purge_skips_open_files_and_newer_ones(tmp_path, monkeypatch):
+def test_purge_skips_open_and_newer_files(tmp_path, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.05)
     dead_letters = DeadLetters(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
@@ -95,7 +95,7 @@ def test_purge_skips_open_files_and_newer_ones(tmp_path, monkeypatch):
     assert ids(tmp_path) == ["b"]
 
 
-def test_purge_does_not_count_what_was_replayed(tmp_path):
+def test_purge_does_not_count_replayed(tmp_path):
     path = fill(tmp_path, "ab")
     with HeldFile.hold(path, 0) as held:
         held.note_replayed(next(iter(held.lines())))
@@ -103,7 +103,7 @@ def test_purge_does_not_count_what_was_replayed(tmp_path):
     assert names_in(path.parent) == []
 
 
-def test_census(tmp_path):
+def test_count_sums_lines_and_sizes(tmp_path):
     path = fill(tmp_path, "ab", body=b"12345")
     with path.open("ab") as file:
         file.write(b"{torn")

@@ -62,7 +62,7 @@ def queue(tmp_path):
     return tmp_path
 
 
-def test_a_sound_queue(run, queue):
+def test_sound_queue_is_verified(run, queue):
     result = run("verify", queue, folder=queue)
     assert result.exit_code == 0
     first, second, summary = result.stdout.splitlines()
@@ -106,7 +106,7 @@ def test_one_torn_position_copy_is_no_damage(run, queue, copy):
     assert shown["files"][0]["notes"] == [{"offset": copy, "what": "positions in a header copy"}]
 
 
-def test_both_position_copies_gone_are_damage(run, queue):
+def test_both_position_copies_lost_is_damage(run, queue):
     for copy in (0, SECOND_HEADER):
         spoil(queue / "ring-0.fdq", copy + 80)
     result = run("verify", queue, folder=queue)
@@ -174,7 +174,7 @@ def test_where_there_is_no_queue(run, tmp_path, command):
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])
-def test_a_queue_in_use(run, queue, command):
+def test_queue_in_use_is_refused(run, queue, command):
     with (queue / "lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for path in (queue, queue / "ring-0.fdq"):

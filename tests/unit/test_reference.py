@@ -60,7 +60,7 @@ def statuses(text):
 IN_COMMON = statuses(sections(API_PAGE, 2)["What all have in common"])
 
 
-def test_table_and_sections_have_each_request():
+def test_table_and_sections_are_complete():
     assert [row[0].strip("`") for row in table(API_PAGE, "request")] != []
     assert {row[0].strip("`") for row in table(API_PAGE, "request")} == {" ".join(request) for request in OWN}
     found = {heading for heading in sections(API_PAGE, 2) if re.match("[A-Z]+ /", heading)}
@@ -80,7 +80,7 @@ def test_what_is_common_is_common_to_all():
     assert frozenset.intersection(*map(frozenset, REQUESTS.values())) == IN_COMMON
 
 
-def test_head_and_options_are_as_the_page_says():
+def test_head_and_options_match_the_page():
     for (method, path), found in REQUESTS.items():
         if method == "HEAD":
             assert found == REQUESTS["GET", path]
@@ -121,7 +121,7 @@ def test_section_has_each_option_and_default(name):
     assert usage == " ".join(["fastdist", name, *arguments, *(["[options]"] if options else [])])
 
 
-def test_the_options_of_the_root_are_all_there():
+def test_options_of_the_root_are_all_there():
     shown = {row[0].strip("`") for row in table(COMMANDS_PAGE, "option of `fastdist` itself")}
     root = typer.main.get_command(main.app)
     assert shown == {opt for each in root.params for opt in each.opts}

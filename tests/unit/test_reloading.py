@@ -103,7 +103,7 @@ def test_reload_waits_for_no_ended_worker(service):
     assert service.weight == 2
 
 
-def test_requests_during_a_reload_share_the_next(service):
+def test_requests_in_a_reload_share_the_next(service):
     """Each would take its time: a hundred signals, and no request is answered for seconds."""
 
     async def scenario():
@@ -151,7 +151,7 @@ def test_change_a_worker_rejects_is_undone(service):
     asyncio.run(scenario())
 
 
-def test_response_to_an_old_reload_is_ignored(service):
+def test_response_to_old_reload_is_ignored(service):
     async def scenario():
         task = await service.begin(2)
         late = Message("reloaded", id=service.supervisor.changes.generation - 1, body="could not")

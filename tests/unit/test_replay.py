@@ -68,7 +68,7 @@ def test_what_is_refused_stays_and_is_shown(tmp_path, distributor, run, events):
     assert names_in(path.parent) == [path.name]
 
 
-def test_unreadable_lines_stay_and_count_as_left(tmp_path, run, events):
+def test_unreadable_lines_count_as_left(tmp_path, run, events):
     path = fill(tmp_path, "ab")
     path.write_bytes(b"garbage\n" + path.read_bytes() + b'{"torn')
     summary = run(tmp_path)
@@ -136,7 +136,7 @@ def test_connections_are_kept_over_files(tmp_path, distributor, run):
     assert distributor.connections == 1
 
 
-def test_dead_letters_are_posted_at_the_same_time(tmp_path, distributor, run):
+def test_dead_letters_are_posted_together(tmp_path, distributor, run):
     fill(tmp_path, "abc")
     meeting = threading.Barrier(3, timeout=20)
     distributor.before_answer = meeting.wait
@@ -151,7 +151,7 @@ def test_closed_connection_is_reopened(tmp_path, distributor, run):
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_busy_distributor_is_retried_when_due(tmp_path, distributor, run, events, status):
+def test_busy_service_is_retried_when_due(tmp_path, distributor, run, events, status):
     fill(tmp_path, "ab")
     distributor.script["a"] = [problem(status, "later", Retry_After="0")] * 3 + [ACCEPTED]
     summary = run(tmp_path)
@@ -160,7 +160,7 @@ def test_busy_distributor_is_retried_when_due(tmp_path, distributor, run, events
     assert set(events.waits) == {f"answers {status} (later)"}
 
 
-def test_retry_after_holds_for_all_connections(tmp_path, distributor, run):
+def test_retry_after_is_for_all_connections(tmp_path, distributor, run):
     fill(tmp_path, "abcdef")
     times = []
     distributor.before_answer = lambda: times.append(time.monotonic())
@@ -206,7 +206,7 @@ def test_a_distributor_that_hangs_up_ends_it(tmp_path, distributor, run):
     assert ids(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_distributor_that_is_silent_ends_it(tmp_path, distributor, run, monkeypatch):
+def test_silent_service_ends_the_replay(tmp_path, distributor, run, monkeypatch):
     monkeypatch.setattr(connection, "TIMEOUT", 0.1)
     fill(tmp_path, "a")
     distributor.before_answer = lambda: time.sleep(0.5)
@@ -310,7 +310,7 @@ replay.Replay(find_files(Path(sys.argv[1])), Selection(), target, Killer()).run(
 
 
 @pytest.mark.parametrize("after", [1, 30, 75])
-def test_killed_replay_repeats_only_in_flight(tmp_path, distributor, run, after):
+def test_killed_replay_repeats_in_flight(tmp_path, distributor, run, after):
     names = [f"p-{i}" for i in range(80)]
     path = fill(tmp_path, names[:40])
     fill(tmp_path, names[40:])
@@ -327,7 +327,7 @@ def test_killed_replay_repeats_only_in_flight(tmp_path, distributor, run, after)
     assert names_in(path.parent) == [path.name]
 
 
-def test_journal_with_torn_entry_is_continued(tmp_path, distributor, run):
+def test_journal_with_torn_entry_goes_on(tmp_path, distributor, run):
     path = fill(tmp_path, "abc")
     first, second, _ = read_file(find_files(path)[0])
     journal_of(path).write_text(
@@ -360,13 +360,13 @@ def test_an_old_journal_hides_no_dead_letter(tmp_path, run, distributor):
     assert names_in(found.path.parent) == []
 
 
-def test_previous_files_journal_hides_nothing(tmp_path):
+def test_old_files_journal_hides_nothing(tmp_path):
     path = fill(tmp_path, "abc")
     journal_of(path).write_text("0 z\n17 b\n")
     assert ids(path) == ["a", "b", "c"]
 
 
-def test_journals_of_missing_files_are_removed(tmp_path, run):
+def test_journals_of_missing_files_go(tmp_path, run):
     path = fill(tmp_path, "a")
     folder = path.parent
     for name in ("gone.ndjson.replayed", "gone.ndjson.tmp", path.name + ".tmp", "mine.txt"):
@@ -375,7 +375,7 @@ def test_journals_of_missing_files_are_removed(tmp_path, run):
     assert names_in(folder) == ["mine.txt"]
 
 
-def test_unrewritable_file_keeps_its_progress(tmp_path, distributor, run, monkeypatch):
+def test_unrewritable_file_keeps_progress(tmp_path, distributor, run, monkeypatch):
     path = fill(tmp_path, "abc")
     before = path.read_bytes()
     distributor.script["b"] = [problem(400, "no")]
@@ -396,7 +396,7 @@ def test_unrewritable_file_keeps_its_progress(tmp_path, distributor, run, monkey
     assert names_in(path.parent) == [path.name]
 
 
-def test_it_stops_when_progress_cannot_be_noted(tmp_path, distributor, run, monkeypatch):
+def test_stops_if_progress_cannot_be_noted(tmp_path, distributor, run, monkeypatch):
     fill(tmp_path, "abc")
     with monkeypatch.context() as disk:
         disk.setattr(HeldFile, "_create", broken)
@@ -407,7 +407,7 @@ def test_it_stops_when_progress_cannot_be_noted(tmp_path, distributor, run, monk
     assert distributor.accepted == {"a": 2, "b": 1, "c": 1}
 
 
-def test_unnoted_progress_is_removed_if_it_can(tmp_path, run, monkeypatch):
+def test_unnoted_progress_is_removed(tmp_path, run, monkeypatch):
     fill(tmp_path, "abc")
     with monkeypatch.context() as disk:
         disk.setattr(held_file, "journal_of", lambda path: path.with_name("no folder") / "x")
@@ -417,7 +417,7 @@ def test_unnoted_progress_is_removed_if_it_can(tmp_path, run, monkeypatch):
     assert ids(tmp_path) == ["b", "c"]
 
 
-def test_a_fault_in_a_thread_is_not_swallowed(tmp_path, run, events):
+def test_fault_in_a_thread_is_not_swallowed(tmp_path, run, events):
     fill(tmp_path, "abc")
 
     def fault():
@@ -469,7 +469,7 @@ class Says(dict):
 DISK = {"durability": "disk", "syncIntervalSeconds": 0.01}
 
 
-def test_replayed_dead_letters_go_when_synced(tmp_path, distributor, run):
+def test_replayed_dead_letters_go_if_synced(tmp_path, distributor, run):
     paths = [fill(tmp_path, "ab"), fill(tmp_path, "c", owner="w1-1")]
     seen = []
     distributor.says = Says(

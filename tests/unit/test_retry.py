@@ -7,7 +7,7 @@ import pytest
 from fastdist.client.retry import BackOff
 
 
-def test_patience_starts_again_with_a_success():
+def test_patience_restarts_with_a_success():
     """Trouble that is over does not count: a back-off after hours of quiet is no reason to give up."""
     back_off = BackOff(10.0)
     assert back_off.begin(1.0) == pytest.approx(1, abs=0.1)
@@ -28,7 +28,7 @@ def test_back_offs_grow_up_to_a_maximum():
     assert all(min(10, 0.1 * 2**i) / 2 - 0.01 <= length <= min(10, 0.1 * 2**i) for i, length in enumerate(lengths))
 
 
-def test_failures_in_a_back_off_do_not_extend_it():
+def test_back_off_failures_do_not_extend_it():
     back_off = BackOff(60.0)
     assert back_off.begin(5.0) == pytest.approx(5, abs=0.1)
     for _ in range(20):

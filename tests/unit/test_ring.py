@@ -308,7 +308,7 @@ def test_largest_packet_is_half_the_ring(fd):
         ((None,), {}, TypeError),
     ],
 )
-def test_what_cannot_be_pushed_changes_nothing(fd, arguments, options, error):
+def test_failed_push_changes_nothing(fd, arguments, options, error):
     ring = PacketRing(fd, CAPACITY)
     before = image_of(fd)
     with pytest.raises(error):
@@ -325,7 +325,7 @@ def test_missing_values_get_time_and_message(fd):
 
 
 @pytest.mark.parametrize("days", [-1, 1])
-def test_packet_time_follows_the_current_clock(fd, days):
+def test_packet_time_follows_current_clock(fd, days):
     """Its stamp stays on the clock of the run, which ``clock_offset`` makes of the monotonic one."""
     ring = PacketRing(fd, CAPACITY)
     ring.clock_offset += days * DAY_NS  # the clock was set by as much since the run has begun, the other way
@@ -353,7 +353,7 @@ def test_invalid_handles_are_refused(fd, handle):
     assert ring.undone == 1
 
 
-def test_tens_of_thousands_may_be_claimed_at_once():
+def test_tens_of_thousands_claimed_at_once():
     fd = memfd(4 << 20)
     ring = PacketRing(fd, 4 << 20)
     for i in range(20_000):
@@ -370,7 +370,7 @@ def test_tens_of_thousands_may_be_claimed_at_once():
     os.close(fd)
 
 
-def test_totals_are_those_of_the_latest_packets(fd):
+def test_totals_are_of_the_latest_packets(fd):
     ring = PacketRing(fd, CAPACITY)
     for i in range(1, 11):
         ring.push(bytes(i), "key", messages=100 + i)
@@ -386,7 +386,7 @@ def test_totals_are_those_of_the_latest_packets(fd):
 
 
 @pytest.mark.parametrize("volatile", [True, False])
-def test_a_full_ring_refuses_and_stays_as_it_is(fd, volatile):
+def test_full_ring_refuses_and_is_unchanged(fd, volatile):
     ring = PacketRing(fd, CAPACITY, volatile=volatile)
     pushed = 0
     while ring.push(body_of(pushed, 1000)):
@@ -404,7 +404,7 @@ def test_a_full_ring_refuses_and_stays_as_it_is(fd, volatile):
 @pytest.mark.parametrize("volatile", [True, False])
 @pytest.mark.parametrize("first", [0, 1000, CAPACITY // 8 - RECORD])
 @pytest.mark.parametrize("opened_anew", [False, True])
-def test_unclaimed_packet_pins_no_filled_ring(fd, volatile, first, opened_anew):
+def test_unclaimed_packet_pins_no_full_ring(fd, volatile, first, opened_anew):
     """After an outage: what waits is claimed only now, and all is taken but the first."""
     ring = PacketRing(fd, CAPACITY, volatile=volatile)
     assert ring.push(bytes(first), "first")
@@ -451,7 +451,7 @@ def test_countless_laps_keep_packets_whole(fd):
 
 @pytest.mark.parametrize("volatile", [True, False])
 @pytest.mark.parametrize("size", [0, 100, 5000, 15_000, 20_000, 26_000])
-def test_unclaimed_packet_lets_thousands_pass(fd, volatile, size):
+def test_unclaimed_packet_lets_others_pass(fd, volatile, size):
     ring = PacketRing(fd, CAPACITY, volatile=volatile)
     ring.push(body_of(0, size), "the-old-one", accepted_ns=5, messages=3, emitter=9, attempts=2, flags=FLAG_WAITED)
     old = ring.claim()
@@ -500,7 +500,7 @@ def test_many_left_behind_are_moved_together(fd):
     assert ring.used == 0
 
 
-def test_moved_packet_stays_oldest_on_recovery(fd):
+def test_moved_packet_is_oldest_on_recovery(fd):
     ring = PacketRing(fd, CAPACITY, volatile=True)
     ring.push(b"oldest", accepted_ns=5)
     ring.claim()
@@ -540,7 +540,7 @@ def test_passing_many_moved_needs_few_syncs(fd, volatile):
     assert sorted(packet.body for packet in drain(PacketRing(fd))) == sorted(body_of(i, 50) for i in range(40))
 
 
-def test_old_copy_is_kept_until_new_is_synced(fd):
+def test_old_copy_stays_until_new_is_synced(fd):
     ring = PacketRing(fd, CAPACITY)
     ring.push(body_of(0, 1000))
     old = ring.claim()
@@ -583,7 +583,7 @@ def test_waiting_claims_take_synced_packets(fd):
     assert ring.claim() == 0
 
 
-def test_recovered_packet_is_claimable_at_once(fd):
+def test_recovered_packet_can_be_claimed(fd):
     ring = PacketRing(fd, CAPACITY, claims_wait_for_sync=True)
     ring.push(b"one")
     ring.push(b"two")
@@ -594,7 +594,7 @@ def test_recovered_packet_is_claimable_at_once(fd):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_only_pushes_since_sync_are_withdrawn(fd, moved):
+def test_only_unsynced_pushes_are_withdrawn(fd, moved):
     ring = PacketRing(fd, CAPACITY, claims_wait_for_sync=True)
     ring.push(b"old")
     ring.mark_synced(ring.tail_position)

@@ -47,14 +47,14 @@ def pages_of(fd, act):
 
 
 @pytest.mark.parametrize("kind", ["new", "claimed", "moved"])
-def test_opening_a_full_ring_writes_positions(kind):
+def test_opening_full_ring_writes_positions(kind):
     with full_ring(kind) as fd:
         view = PacketRing(fd, private=True)
         assert view.undone > 800
         assert copied_pages("full-ring") <= 2
 
 
-def test_looking_at_what_waits_writes_nothing():
+def test_viewing_what_waits_writes_nothing():
     with full_ring("claimed") as fd:
         assert pages_of(fd, lambda view: [packet.messages for packet in view.waiting()].remove(2)) == 0
 
@@ -103,7 +103,7 @@ def test_damaged_header_claim_rewrites_all():
         assert pages_of(fd, PacketRing.write_again) > 200
 
 
-def test_moved_packet_counts_old_until_synced():
+def test_moved_packet_counts_old_until_sync():
     fd = os.memfd_create("ring")
     os.ftruncate(fd, file_size(65536))
     ring = PacketRing(fd, 65536)

@@ -249,7 +249,7 @@ def test_damage_is_reported_only_once(disk):
     assert (again.undone, again.used) == (0, 0)
 
 
-def test_gap_with_damaged_length_loses_nothing(disk):
+def test_gap_of_damaged_length_loses_nothing(disk):
     disk.fill()
     hurt = disk.places[5]
     disk.open(disk.flip(hurt.byte(0)))
@@ -261,7 +261,7 @@ def test_gap_with_damaged_length_loses_nothing(disk):
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**32 - 1])
-def test_damaged_length_hides_no_later_packet(disk, length):
+def test_damaged_length_hides_no_later_one(disk, length):
     disk.fill()
     for hurt in (place for place in disk.places if len(place.packet.body) != length):
         ring = disk.open(*((hurt.byte(56 + i), length.to_bytes(4, "little")[i : i + 1]) for i in range(4)))
@@ -324,7 +324,7 @@ def spoil(patches, seed=0):
 
 @given(damages, st.integers(0, 2**32))
 @settings(max_examples=2 * settings().max_examples, deadline=None)
-def test_damage_alters_and_loses_nothing_else(patches, seed):
+def test_damage_alters_nothing_else(patches, seed):
     disk = Disk(os.memfd_create("ring")).fill(packets=120, sizes=(0, 40, 300, 1000), start=CAPACITY - 20_000)
     spoilt = list(spoil(patches, seed))
     hit = set().union(*(range(offset, offset + len(data)) for offset, data in spoilt))
@@ -394,7 +394,7 @@ def reheaded(image, **changes):
     return [(copy, FIXED.pack(*fields.values())) for copy in COPIES]
 
 
-def test_a_newer_format_is_named_and_left_alone(disk):
+def test_newer_format_is_named_and_left(disk):
     disk.fill()
     patches = reheaded(disk.image, version=FORMAT_VERSION + 41)
     with pytest.raises(RingError, match=r"format 42 by a newer version; this one reads format 1"):
@@ -442,7 +442,7 @@ def test_capacities_no_ring_has_are_refused(disk, capacity):
 
 
 @pytest.mark.parametrize("size", [0, 1, HEADER_SIZE - 1, HEADER_SIZE, file_size(CAPACITY) - 1])
-def test_a_file_that_was_cut_short_is_refused(disk, size):
+def test_file_cut_short_is_refused(disk, size):
     del disk.fill().ring
     os.ftruncate(disk.fd, size)
     what = "a ring's header" if size < HEADER_SIZE else f"the {CAPACITY} bytes its header speaks of"
@@ -452,7 +452,7 @@ def test_a_file_that_was_cut_short_is_refused(disk, size):
 
 @given(st.integers(0, 3 * HEADER_SIZE), st.integers(0, 2**32), damages, st.booleans())
 @settings(max_examples=2 * settings().max_examples, deadline=None)
-def test_garbage_is_refused_or_yields_nothing(size, seed, patches, real_header):
+def test_garbage_is_refused_or_yields_none(size, seed, patches, real_header):
     disk = Disk(os.memfd_create("ring"))
     spoilt = list(spoil(patches, seed))
     if real_header:
@@ -502,7 +502,7 @@ def test_forging_a_record_needs_the_salt(disk):
     assert [packet.body for packet in drain(ring)] == [b"forged"]
 
 
-def test_earlier_own_record_in_body_is_ignored(disk):
+def test_earlier_own_record_is_no_packet(disk):
     disk.push(b"the first")
     first = record_at(disk.save(), disk.places[0])
     disk.push(b"x" * 8 + first + b"y" * 8)
@@ -512,7 +512,7 @@ def test_earlier_own_record_in_body_is_ignored(disk):
     assert_in_order(ring, disk.packets(without=[disk.places[1]]))
 
 
-def test_earlier_lap_record_in_body_is_ignored(disk):
+def test_earlier_lap_record_is_no_packet(disk):
     disk.go_round(1000)
     disk.push(b"of the lap before")
     old, place = record_at(disk.save(), disk.places[0]), disk.places[0]
@@ -566,7 +566,7 @@ def test_moved_packet_comes_once_from_either(disk):
         assert ring.corrupt == hurt
 
 
-def test_damaged_copy_never_replaces_original(disk):
+def test_damaged_copy_replaces_no_original(disk):
     """The power fails once more before it reaches the disk that the original counts again."""
     packet, original, copy = moved(disk)
     assert drain(disk.open(disk.flip(copy.byte(RECORD)))) == [packet]
@@ -574,7 +574,7 @@ def test_damaged_copy_never_replaces_original(disk):
     assert drain(disk.reopen((state, disk.image[state : state + 4]))) == [packet]
 
 
-def test_finished_copy_never_replaces_a_later(disk):
+def test_finished_copy_replaces_no_later_one(disk):
     """Of a packet that counts again after a power cut, and is moved again."""
     packet, original, copy = moved(disk)
     words = {name: struct.pack("<I", word) for word, name in STATES.items()}
@@ -595,7 +595,7 @@ def test_finished_copy_never_replaces_a_later(disk):
 # ---- one ring's packets in another
 
 
-def test_migrated_packet_changes_only_sequence(disk):
+def test_migration_changes_only_sequence(disk):
     source = Disk(os.memfd_create("other"))
     other = source.ring
     for i, key in enumerate([None, "key", "k" * 64]):
@@ -643,7 +643,7 @@ def test_migrated_packet_is_not_withdrawn(disk):
 # ---- looking at a ring
 
 
-def test_private_view_recovers_without_writing(tmp_path):
+def test_private_recovery_writes_nothing(tmp_path):
     path = tmp_path / "ring.fdq"
     disk = Disk(os.open(path, os.O_RDWR | os.O_CREAT, 0o600)).fill()
     hurt = disk.places[0], disk.places[3]

@@ -170,7 +170,7 @@ def test_change_between_looks_loses_no_line(steps):
 
 @pytest.mark.parametrize("how", ["rotate", "rotate_by_date"])
 @pytest.mark.parametrize("then", ["look", "restart"])
-def test_two_rotations_between_looks_are_seen(world, how, then):
+def test_two_rotations_between_looks_seen(world, how, then):
     world.write()
     world.look()
     for _ in range(3):
@@ -182,7 +182,7 @@ def test_two_rotations_between_looks_are_seen(world, how, then):
     assert world.sent == world.written, "in order, too"
 
 
-def test_chain_without_birth_time_uses_changes(tmp_path, monkeypatch):
+def test_chain_without_birth_uses_changes(tmp_path, monkeypatch):
     for module in (logfile, rotation):
         monkeypatch.setattr(module, "birth_ns", lambda _: 0)
     world = World(tmp_path)
@@ -197,7 +197,7 @@ def test_chain_without_birth_time_uses_changes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("then", ["settle", "restart"])
-def test_skipped_compressed_log_is_logged_once(world, then):
+def test_skipped_compressed_log_logs_once(world, then):
     world.write()
     world.settle()
     for _ in range(3):
@@ -212,7 +212,7 @@ def test_skipped_compressed_log_is_logged_once(world, then):
     assert set(range(42, 62)) <= set(world.sent), "the one behind it is sent"
 
 
-def test_copies_and_restores_are_no_successors(world):
+def test_copied_logs_are_no_successors(world):
     """After a change from copying and truncating to renaming there are older copies beside the log."""
     world.write(6)
     for number in (3, 2):
@@ -270,7 +270,7 @@ def test_link_targets_rotated_logs_are_found(tmp_path):
     assert Rotation(link).current().inode == (pod / "0.log").stat().st_ino
 
 
-def test_unlistable_folder_has_no_rotated_logs(tmp_path, monkeypatch):
+def test_unlistable_folder_has_no_rotated(tmp_path, monkeypatch):
     def refuse(_):
         raise PermissionError
 

@@ -198,7 +198,7 @@ WRONG = ["null", "true", "1", '"x"', "[]", "{}", "[{}]", '[""]', "-", ""]
 
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("key", ["emitterId", "messages", "metadata"])
-def test_members_of_the_packet_have_their_types(key, value):
+def test_members_of_packet_have_their_types(key, value):
     members = {"emitterId": '"e"', "messages": '[{"message":"m"}]', "metadata": "{}", key: value}
     for order in itertools.permutations(members):
         body = "{" + ",".join(f'"{name}":{members[name]}' for name in order) + "}"
@@ -207,7 +207,7 @@ def test_members_of_the_packet_have_their_types(key, value):
 
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("key", ["message", "timestamp", "level", "source", "metadata"])
-def test_members_of_a_message_have_their_types(key, value):
+def test_members_of_message_have_their_types(key, value):
     for members in itertools.permutations({"message": '"m"', "source": '"s"', key: value}.items()):
         message = "{" + ",".join(f'"{name}":{text}' for name, text in members) + "}"
         for body in (f'{{"emitterId":"e","messages":[{message}]}}', f'{{"messages":[{message}],"emitterId":"e"}}'):
@@ -225,7 +225,7 @@ def test_a_packet_has_each_known_member_once(key):
 
 
 @pytest.mark.parametrize("key", ["message", "timestamp", "level", "source", "metadata", "other"])
-def test_a_message_has_each_known_member_once(key):
+def test_message_has_each_known_member_once(key):
     value = "{}" if key == "metadata" else '"x"'
     twice = f'{{"emitterId":"a","messages":[{{"message":"m","{key}":{value},"{key}":{value}}}]}}'.encode()
     assert scan(twice) == verdict(twice, strict=False)
@@ -283,7 +283,7 @@ def test_messages_are_counted(count):
 
 
 @pytest.mark.parametrize("shape", ["[", '{"":', '[{"":'])
-def test_depth_is_never_a_matter_of_the_stack(shape):
+def test_depth_does_not_use_the_stack(shape):
     closing = "".join({"[": "]", "{": "}"}[c] for c in reversed(shape) if c in "[{")
     for depth in [*range(20, 140), 100_000]:
         for place in PLACES:
@@ -631,5 +631,5 @@ def test_nothing_outside_the_body_is_read(between_walls, body):
 
 @given(mutations())
 @settings(max_examples=3 * settings().max_examples // 2, deadline=None)
-def test_nothing_outside_a_mutated_body_is_read(between_walls, body):
+def test_nothing_outside_a_body_is_read(between_walls, body):
     assert between_walls(body[:16000]) == scan(body[:16000])

@@ -141,7 +141,7 @@ def test_transient_failure_retries_same_id(rig, distributor, status):
     assert rig.events.waits[0][0] == f"answers {status} (not now)"
 
 
-def test_a_connection_that_breaks_is_opened_again(rig, distributor):
+def test_broken_connection_is_opened_again(rig, distributor):
     """Every fifth answer fails to come: some packets may be there twice, under the same id."""
     numbers = iter(range(1000))
     answer = distributor.answer
@@ -191,7 +191,7 @@ def test_absent_distributor_is_given_up(rig):
     assert summary.messages == 0
 
 
-def test_retry_after_beyond_patience_gives_up(rig, distributor):
+def test_retry_after_over_patience_gives_up(rig, distributor):
     distributor.otherwise = problem(503, "maintenance", Retry_After="3600")
     summary = rig.fill(10).send(patience=60)
     assert "answers 503 (maintenance) and asks to wait 3600 s; given up" in summary.stopped
@@ -224,7 +224,7 @@ def test_refusal_ends_send_and_skips_nothing(rig, distributor, status):
         ((301, {"Location": "http://x/"}, b""), "is that the URL of a distributor?"),
     ],
 )
-def test_a_wrong_door_is_not_knocked_at_twice(rig, distributor, answer, advice):
+def test_permanent_error_is_not_retried(rig, distributor, answer, advice):
     distributor.otherwise = answer
     summary = rig.fill(40).send(connections=1)
     assert summary.permanent
@@ -301,7 +301,7 @@ def test_offset_file_of_another_ends_send(rig, monkeypatch):
         assert rig.noted["file"] == "another"
 
 
-def test_a_packet_is_planned_before_it_is_sent(rig, distributor):
+def test_packet_is_planned_before_it_is_sent(rig, distributor):
     seen = {}
     answer = distributor.answer
 
@@ -317,7 +317,7 @@ def test_a_packet_is_planned_before_it_is_sent(rig, distributor):
         assert {packet.offset, packet.end} <= seen[packet.offset]
 
 
-def test_the_offset_at_the_end_is_that_of_the_log(rig):
+def test_offset_at_end_is_that_of_the_log(rig):
     summary = rig.fill(101).send(offsets=True)
     assert summary.offset == rig.noted["offset"] == rig.path.stat().st_size
     assert rig.noted["planned"] == []
@@ -405,7 +405,7 @@ def test_a_fault_in_a_thread_is_not_hidden(rig, monkeypatch):
         rig.fill(10).send()
 
 
-def test_empty_lines_at_the_end_are_passed_over(rig, distributor):
+def test_empty_lines_at_end_are_passed_over(rig, distributor):
     rig.path.write_bytes(b"one\ntwo\n\n\n\n")
     summary = rig.send(offsets=True)
     assert (summary.packets, summary.bytes, summary.tally) == (1, 11, {"empty": 3})

@@ -63,7 +63,7 @@ def test_the_bar_is_one_line_in_any_terminal(width):
         assert (" messages/s" in line) == (width >= 60)
 
 
-def test_a_log_that_grows_makes_the_bar_longer(terminal):
+def test_growing_log_makes_the_bar_longer(terminal):
     source = log(size=100)
     with SendView(console=terminal) as view:
         view.begin(source)

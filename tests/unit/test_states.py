@@ -64,7 +64,7 @@ def test_get_and_set_use_enumeration_words(slot, word, value):
     assert block.states.get(slot, word) == value
 
 
-def test_offline_writes_state_since_successes(block):
+def test_offline_sets_since_and_successes(block):
     block.put(1, AnalyzerWord.CHECK_SUCCESSES, 5)
     went, wall, _ = wall_and_monotonic(lambda: block.states.go_offline(1))
     assert went
@@ -170,7 +170,7 @@ def test_pickable_is_online_and_not_draining(block, in_use, state, draining):
     assert not block.states.is_pickable(0)
 
 
-def test_one_caller_changes_state_and_notifies(block):
+def test_one_caller_changes_and_notifies(block):
     states = block.states
     assert states.is_online(0)
     assert [states.go_offline(0), states.go_offline(0)] == [True, False]
@@ -217,7 +217,7 @@ def test_offline_by_deliveries_needs_a_trial():
     assert not block.states.needs_trial(0), "it was offline already"
 
 
-def test_only_one_begins_a_trial_until_it_is_over():
+def test_only_one_begins_a_trial_at_a_time():
     states = on_probation().states
     assert [states.begin_trial(0, RISE, NOW, NOW + 5), states.begin_trial(0, RISE, NOW, NOW + 5)] == [True, False]
     assert not states.begin_trial(0, RISE, NOW + 4, NOW + 9)
@@ -236,7 +236,7 @@ def test_ineligible_analyzer_has_no_trial(word):
     assert not block.states.begin_trial(0, RISE, NOW, NOW + 5)
 
 
-def test_failed_trials_double_the_wait_to_30_s():
+def test_failed_trials_double_wait_to_30_s():
     states, now, waits = on_probation().states, NOW, []
     for _ in range(7):
         states.fail_trial(0, now)
@@ -288,7 +288,7 @@ def test_a_pause_is_never_shortened(ends):
 
 
 @given(st.text(max_size=500))
-def test_errors_are_kept_as_far_as_there_is_room(text):
+def test_errors_are_cut_to_their_room(text):
     block = Fixture()
     block.put(2, AnalyzerWord.STATE, 9)
     block.states.set_error(1, "x" * 1000)
@@ -298,14 +298,14 @@ def test_errors_are_kept_as_far_as_there_is_room(text):
     assert block.row(2) == [9] + [0] * (ROW - 1)  # the next row is out of its reach
 
 
-def test_torn_error_text_is_read_to_its_limit(block):
+def test_torn_error_text_is_read_to_limit(block):
     start = 8 * AnalyzerWord.ERROR
     block.bytes[start : 8 * ROW] = b"\xff" * ERROR_BYTES
     block.put(1, AnalyzerWord.STATE, 0x4141414141414141)
     assert block.states.error(0) == "\N{REPLACEMENT CHARACTER}" * ERROR_BYTES
 
 
-def test_a_cleared_row_is_that_of_a_new_analyzer(block):
+def test_cleared_row_is_as_of_a_new_analyzer(block):
     for word in range(ROW):
         block.put(1, word, 5)
     block.put(0, AnalyzerWord.STATE, 3)
@@ -353,7 +353,7 @@ def test_slots_there_are_not(block, slot):
     assert not any(block.bytes)
 
 
-def test_memory_that_cannot_be_written_is_refused():
+def test_read_only_memory_is_refused():
     with pytest.raises((BufferError, TypeError)):
         AnalyzerStates(bytes(8 * ROW), bytearray(8 * HeadWord.HEAD_WORDS))
     with pytest.raises((BufferError, TypeError)):

@@ -132,7 +132,7 @@ def test_cached_page_is_not_sent_again(api, path):
         assert ask(api, "GET", path, If_None_Match=other) == fresh
 
 
-def test_files_that_differ_have_tags_that_differ():
+def test_different_files_differ_in_tags():
     tags = {page.etag for page in static.pages().values()}
     assert len(tags) == len(PATHS)
 
@@ -212,7 +212,7 @@ def test_the_figures_the_page_shows_exist(snapshot):
         assert attributes.get("data-as", "count") in formats
 
 
-def test_every_packet_count_of_stats_is_shown(snapshot):
+def test_every_packet_count_is_shown(snapshot):
     shown = {attributes.get("data-figure") for _, attributes, _ in ELEMENTS}
     assert {f"stats:packets.{name}" for name in msgspec.to_builtins(stats.stats(snapshot).packets)} <= shown
 

@@ -102,7 +102,7 @@ def test_packets_at_rest_are_counted_once(events):
     assert it["inFlight"] == shown(stats.queue, block)["inFlight"] == outcomes.count("in_flight")
 
 
-def test_every_kind_of_rejection_has_its_name(block):
+def test_every_rejection_kind_has_its_name(block):
     for number, reason in enumerate(REJECTIONS, 1):
         block.rows[0].add(reason, number)
         block.rows[1].add(reason, 100)
@@ -127,7 +127,7 @@ def test_queued_is_never_negative(block):
     assert packets(block)["queued"] == 2
 
 
-def test_totals_count_analyzers_that_have_left(block):
+def test_totals_count_analyzers_that_left(block):
     for slot in (A1, LEFT):
         block.rows[0].add_to(slot, "delivered", 5)
         block.rows[1].add_to(slot, "messages_delivered", 6)
@@ -197,7 +197,7 @@ def test_latencies_are_over_all_workers(block):
     assert analyzer(block, A2)["latencyMs"] == latencies["delivery"]
 
 
-def test_workers(block):
+def test_workers_show_their_own_figures(block):
     words = block.worker(1)
     words[WorkerWord.PID], words[WorkerWord.STATE], words[WorkerWord.RESTARTS] = 77, WorkerState.DRAINING, 3
     words[WorkerWord.CPU_PERMILLE], words[WorkerWord.RSS] = 425, 12345678
@@ -252,7 +252,7 @@ def test_worker_shows_its_predecessors_exit(block, status, error):
         ([(age, 0, 0) for age in range(30, 0, -1)], 50, 40, (5.0, 4.0)),
     ],
 )
-def test_rates(block, samples, accepted, delivered, rates):
+def test_rates_are_of_the_last_samples(block, samples, accepted, delivered, rates):
     for age, *totals in samples:
         block.add_sample(AT - int(age * SECOND), *totals)
     block.rows[0].add("accepted", accepted)
@@ -279,7 +279,7 @@ def test_rates(block, samples, accepted, delivered, rates):
         ((A1, A2, A3), (A4,), "RS", ("unavailable", 0)),
     ],
 )
-def test_health(block, offline, draining, workers, expected):
+def test_health_is_of_analyzers_and_workers(block, offline, draining, workers, expected):
     status, online = expected
     for slot in offline:
         block.analyzers.set(slot, AnalyzerWord.STATE, AnalyzerState.OFFLINE)
@@ -299,7 +299,7 @@ def test_health(block, offline, draining, workers, expected):
     }
 
 
-def test_health_shows_what_of_the_upkeep_fails(block):
+def test_health_shows_failing_upkeep(block):
     for index in range(2):
         block.worker(index)[WorkerWord.STATE] = WorkerState.RUNNING
         block.worker(index)[WorkerWord.FAILING] = int(Step.OLD_RINGS)
@@ -315,7 +315,7 @@ def test_health_shows_that_the_disk_fails(block):
     assert "disk" in snapshot_of(block).obstacle
 
 
-def test_ready(block):
+def test_draining_is_not_ready(block):
     assert snapshot_of(block).obstacle == ""
     block.head[HeadWord.DRAINING] = 1
     assert "draining" in snapshot_of(block).obstacle
@@ -331,7 +331,7 @@ def test_full_queue_is_full_until_half_free(block, used, ready):
 # ---- /queue
 
 
-def test_queue(block):
+def test_queue_shows_packets_bytes_and_age(block):
     block.rows[0].set("undone", 30)
     block.rows[0].add_to(A1, "packets_in_flight", 4)
     block.rows[0].add_to(LEFT, "packets_in_flight", 1)
@@ -370,7 +370,7 @@ def test_age_across_runs_is_not_negative(block):
 # ---- /analyzers
 
 
-def test_an_analyzer_that_nothing_has_happened_to(block):
+def test_new_analyzer_has_no_events(block):
     block.analyzers.set(A2, AnalyzerWord.SINCE_NS, 0)
     assert analyzer(block, A2) == {
         "id": "A2",
@@ -434,7 +434,7 @@ def test_an_analyzer_in_trouble(block):
     assert analyzer(block, A2)["effectiveShare"] == 0.5  # of what is left, 0.4 of 0.8
 
 
-def test_probation_is_online_until_trial_fails(block):
+def test_probation_is_online_until_failure(block):
     states = block.analyzers
     assert states.go_offline(A2, by_deliveries=True)
     assert (analyzer(block, A2)["state"], analyzer(block, A2)["probation"]) == ("offline", None)
@@ -462,7 +462,7 @@ def test_runtime_change_shows_as_an_override(block):
     assert analyzer(block, A4)["targetShare"] == 0.15
 
 
-def test_offline_draining_analyzer_is_draining(block):
+def test_offline_draining_one_is_draining(block):
     block.analyzers.set(A4, AnalyzerWord.DRAINING, 1)
     block.analyzers.set(A4, AnalyzerWord.STATE, AnalyzerState.OFFLINE)
     assert analyzer(block, A4)["state"] == "draining"
@@ -482,7 +482,7 @@ def test_actual_shares_are_of_the_split_unit(block, unit, field):
     assert analyzer(block, A2, config)["actualShare"] == 0.75
 
 
-def test_shares_add_up(block):
+def test_shares_add_up_to_one(block):
     for view in ("targetShare", "effectiveShare"):
         assert sum(analyzer(block, slot)[view] for slot in ANALYZERS) == pytest.approx(1.0)
 

@@ -127,7 +127,7 @@ def test_foreign_watchdog_gets_no_heartbeat(manager, environment):
     assert manager.messages() == []
 
 
-def test_the_variables_do_not_reach_the_workers(manager):
+def test_variables_do_not_reach_the_workers(manager):
     environment = {"NOTIFY_SOCKET": manager.name, "WATCHDOG_USEC": "1000", "WATCHDOG_PID": str(os.getpid()), "A": "1"}
     ServiceManager(environment)
     assert environment == {"A": "1"}

@@ -23,7 +23,7 @@ def run(request):
     return run
 
 
-def test_what_came_during_a_pause_is_not_too_late(run, monkeypatch):
+def test_events_during_a_pause_are_in_time(run, monkeypatch):
     monkeypatch.setattr(timeouts, "LATE", 0.1)
 
     async def scenario():

@@ -62,7 +62,7 @@ def context_of(files):
     return server_context(read_pair(files.security), files.security)
 
 
-def test_without_a_certificate_there_is_no_tls():
+def test_without_certificate_there_is_no_tls():
     assert read_pair(Security()) is None
     assert server_context(None, Security()) is None
 
@@ -108,7 +108,7 @@ def test_key_leaves_no_file_or_descriptor(files):
     assert sorted(files.cert.parent.iterdir()) == [files.cert, files.key]
 
 
-def test_encrypted_key_is_refused_with_reason(files):
+def test_encrypted_key_refusal_has_reason(files):
     files.write()
     key = serialization.load_pem_private_key(files.key.read_bytes(), None)
     lock = serialization.BestAvailableEncryption(b"word")

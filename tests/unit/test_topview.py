@@ -125,7 +125,7 @@ def test_all_figures_are_there():
     assert squeezed(line_with(text, "1 ")) == "1 running 4001 0 12.3 % 50.0 MiB 11 21 -"
 
 
-def test_nothing_is_wrong_when_nothing_is_wrong():
+def test_healthy_frame_shows_no_problem():
     text = shown(frame())
     for word in ("DEGRADED", "UNAVAILABLE", "UNREACHABLE", "PAUSED", "FULL"):
         assert word not in text
@@ -230,7 +230,7 @@ def test_wide_terminal_shows_the_last_error(width):
 
 
 @pytest.mark.parametrize("lines", [10, 30, 40, 60])
-def test_workers_that_do_not_fit_in_are_counted(lines):
+def test_workers_that_do_not_fit_are_counted(lines):
     text = shown(frame(workers=[worker(number) for number in range(40)]), 160, lines)
     rows = [line for line in text.splitlines() if " running " in line]
     if lines >= 30:
@@ -260,7 +260,7 @@ def test_a_bar_is_as_long_as_the_share(actual, target, width):
     assert bar.count(GAP) <= max(0, (target - actual) * width) + 1
 
 
-def test_the_gap_shows():
+def test_share_bar_shows_the_gap():
     assert share_bar(0.25, 0.75, 1.0, 8).plain == f"██{GAP * 4}{MARK} "
     assert share_bar(0.75, 0.25, 1.0, 8).plain == f"██{MARK}███  "
     assert share_bar(0.5, 0.5, 1.0, 8).plain == f"████{MARK}   "
@@ -268,7 +268,7 @@ def test_the_gap_shows():
     assert share_bar(0, 0, 0, 4).plain == "    "
 
 
-def test_sparklines_are_scaled_to_their_highest():
+def test_sparklines_scale_to_their_highest():
     assert sparkline([]) == ""
     assert sparkline([0, 0]) == "▁▁"
     assert sparkline([0, 50, 100]) == "▁▅█"

@@ -56,7 +56,7 @@ def test_reads_durations(written, seconds):
         ("2TiB", 2**41),
     ],
 )
-def test_reads_sizes(written, size):
+def test_written_sizes_are_parsed(written, size):
     result = parse_size(written)
     assert result == size
     assert type(result) is int
@@ -169,7 +169,7 @@ def test_formats_durations(seconds, text):
         (1_234_567, "1234567B"),
     ],
 )
-def test_formats_sizes(size, text):
+def test_sizes_are_formatted_with_units(size, text):
     assert format_size(size) == text
 
 
@@ -177,7 +177,7 @@ def test_formats_sizes(size, text):
 @example(5e-324)
 @example(-0.0)
 @example(100.1)
-def test_a_formatted_duration_reads_back_exactly(seconds):
+def test_formatted_duration_reads_back_exact(seconds):
     assert parse_duration(format_duration(seconds)) == seconds
 
 

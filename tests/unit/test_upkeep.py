@@ -20,7 +20,7 @@ def words():
 
 
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system", "/q/x"), ZeroDivisionError("division by zero")])
-def test_a_failing_step_keeps_no_other_from_work(monkeypatch, words, error):
+def test_failing_step_stops_no_other(monkeypatch, words, error):
     monkeypatch.setattr(upkeep, "QUIET", 0.0)
     it, done, broken = Upkeep(words, WorkerWord.FAILING), [], True
 
@@ -48,7 +48,7 @@ def test_a_failing_step_keeps_no_other_from_work(monkeypatch, words, error):
     assert len(done) == 203
 
 
-def test_recurring_step_failure_is_logged_once(words):
+def test_recurring_step_failure_logs_once(words):
     it = Upkeep(words, WorkerWord.FAILING)
 
     def fails():
@@ -82,7 +82,7 @@ def test_each_step_has_a_bit_and_a_word():
     [(7, (1, 2), 3, 7), (0, (8, 2), 3, 8), (-5, (1, 9), 3, 9), (0, (1, 2), 6, 6), (-5, (0, 0), 0, 0)],
     ids=["late", "streams", "held back", "the tick before", "early"],
 )
-def test_the_lag_of_the_loop_is_its_longest_part(monkeypatch, late, parts, took, lag):
+def test_loop_lag_is_its_longest_part(monkeypatch, late, parts, took, lag):
     seen = []
     counters = SimpleNamespace(observe_loop_lag=seen.append)
     poller, intake = SimpleNamespace(longest_ns=0), SimpleNamespace(longest_ns=0)
@@ -122,7 +122,7 @@ class Connection:
         self.notes.excused.append((self, late))
 
 
-def test_time_outs_of_many_are_looked_at_in_parts(monkeypatch):
+def test_many_timeouts_are_checked_in_parts(monkeypatch):
     them = Connections(monkeypatch, 10)
     sweep = Sweep(them.intake, Server())
     parts = []

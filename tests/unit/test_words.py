@@ -42,4 +42,4 @@ def test_names_of_tests_are_short():
     names = [
         name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     ]
-    assert [name for name in names if len(name) > 45] == []
+    assert [name for name in names if len(name) > 40] == []
