@@ -59,7 +59,7 @@ def test_completion_has_commands_and_options(shell):
     assert "--offset-file" in completed("fastdist send --off", 2)
 
 
-# ---- send and top (what becomes of them: test_send.py, test_topview.py, e2e)
+# ---- send and top (what becomes of them: test_sender.py, test_topview.py, e2e)
 
 
 @pytest.fixture

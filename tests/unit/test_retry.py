@@ -1,4 +1,4 @@
-"""Back-offs: how long they are, and when patience ends. What becomes of responses: test_send.py, test_replay.py."""
+"""Back-offs: how long they are, and when patience ends. What becomes of responses: test_sender.py, test_replay.py."""
 
 from __future__ import annotations
 
