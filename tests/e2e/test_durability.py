@@ -76,7 +76,7 @@ def test_three_kills_of_all_under_load(mocks, serve, settings):
     emitters, fastdist = [], None
     most_duplicates = 0
     for round_number in range(3):
-        mocks.set_all(latency=0.01)
+        mocks.set_all(latency=0.05)
         fastdist = serve(mocks, settings | {"delivery": {"connections": 8}})
         before = fastdist.stats()["packets"]["recovered"]
         emitter = Emitter(fastdist.port, connections=32, prefix=f"round{round_number}", pause=0).start().wait_for(1500)
