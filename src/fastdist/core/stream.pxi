@@ -3,9 +3,9 @@
 ``Poller`` has an epoll set of its own, which is one descriptor in the loop's: an event-loop iteration asks it for some
 connections at a time, and deals with no more once ``turn_ns`` are over, so that however many have something to read, and
 whatever that brings with it (a large body that is whole), timers and all else have their turn. What is left is still ready
-then, and the kernel goes round: the connections it has told of come last (epoll_wait(2)), so those that there was no time for are kept in
-mind. ``Stream`` is one connection; it behaves as the loop's own transports do (writes
-at once what the kernel takes; ``pause_writing`` above 64 KiB that it does not, ``resume_writing`` at 16; ``connection_lost``
+then, and the kernel goes round: the connections it has told of come last (epoll_wait(2)), so those that there was no time
+for are kept in mind. ``Stream`` is one connection; it behaves as the loop's own transports do (writes at once what the kernel
+takes; ``pause_writing`` above 64 KiB that it does not, ``resume_writing`` at 16; ``connection_lost``
 comes from the loop, never from within a call). ``Receiver`` is what a protocol derives from to be read into without an
 object for each read, and to write without one; under any other transport (TLS) it is fed with bytes.
 """
