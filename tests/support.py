@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import http.client
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -540,3 +542,26 @@ def copied_pages(name: str) -> int:
         elif ours and first == "Anonymous:":
             total += int(rest[0]) * 1024 // os.sysconf("SC_PAGE_SIZE")
     return total
+
+
+def sync_address(sync: Callable[[int], int]) -> int:
+    """Return the address of a C function that calls this one, for ``SyncThread``; it lasts as long as the process."""
+    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(sync)
+    _lasting.append(function)
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+_lasting: list[object] = []
+
+
+@contextlib.contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """Have every write behind this offset of a file fail, in the midst if need be."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

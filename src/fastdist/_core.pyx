@@ -3,15 +3,19 @@
 The way of a packet. ``Poller`` (stream.pxi) reads a connection's bytes into a buffer that all share, and hands them to
 the protocol, ``IngestBase`` (ingest.pxi). That finds the request's head (http.pxi), has the body checked by one pass
 over its bytes (schema.pxi), and pushes it to the ``PacketRing`` (ring.pxi): one record, which is queue, store and
-in-flight table at once, and 202 is written into a buffer of answers. Once in an event-loop iteration ``DispatchBase``
-(dispatch.pxi) claims what was pushed, has an analyzer picked for each packet (pick.pxi), and lets it join the waiting
-list of that analyzer's ``PoolBase`` (pool.pxi). ``ReplyBase`` (upstream.pxi) writes requests with the bodies out of the
-ring, and a 2xx has the record finished.
+in-flight table at once, and 202 is written into a buffer of answers. When all connections have been read the records
+are written to the ring's file (ringfile.pxi) in one piece, and the answers leave (outbox.pxi), with durability fsync
+when a ``SyncThread`` (syncing.pxi) has synced them. Once in an event-loop iteration ``DispatchBase`` (dispatch.pxi)
+claims what was pushed and written, has an analyzer picked for each packet (pick.pxi), and lets it join the waiting list
+of that analyzer's ``PoolBase`` (pool.pxi). ``ReplyBase`` (upstream.pxi) writes requests with the bodies out of the ring,
+and a 2xx has the record finished.
 
-Memory. A ring's records and entries, counters, states and limits lie in mappings that other processes see too; a packet
-is known by its handle, the number of its entry, and lists are chained through the entries. Shared words have one writer
-each, or are changed by an atomic operation of bits.h. Everything else belongs to one object of one process and is freed
-with it. A ``Span`` points into a buffer of its caller's and is good for that call only.
+Memory. A ring's records and marks, counters, states and limits lie in mappings that other processes see too. A ring's
+file is mapped for reading only and may be damaged at any time: what is needed of a claimed packet is in its entry, in
+this process's own memory. A packet is known by its handle, the number of its entry, and lists are chained through the
+entries. Shared words have one writer each, or are changed by an atomic operation of bits.h. Everything else belongs to
+one object of one process and is freed with it. A ``Span`` points into a buffer of its caller's and is good for that
+call only.
 
 Python. What happens for every packet makes no Python object and calls nothing of Python; ``nogil`` and ``noexcept``
 functions cannot raise, and return what happened. What is seldom (an answer that is an error, a failure of an analyzer)
@@ -26,11 +30,12 @@ from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_R
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EINTR, errno
+from cpython.ref cimport Py_XDECREF, Py_XINCREF
+from libc.errno cimport EAGAIN, EFBIG, EINTR, EIO, errno
 from libc.math cimport INFINITY, log
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memchr, memcmp, memcpy, memset
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 from posix.mman cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, mmap, munmap,
 )
@@ -50,14 +55,19 @@ include "core/buffers.pxi"
 include "core/counters.pxi"
 include "core/limiter.pxi"
 include "core/pick.pxi"
+include "core/ringfile.pxi"
 include "core/ring.pxi"
+include "core/recovery.pxi"
 include "core/states.pxi"
 include "core/files.pxi"
+include "core/syncing.pxi"
+include "core/checksum.pxi"
 include "core/http.pxi"
 include "core/chunks.pxi"
 include "core/schema.pxi"
 include "core/life.pxi"
 include "core/stream.pxi"
+include "core/outbox.pxi"
 include "core/intake.pxi"
 include "core/ingest.pxi"
 include "core/pool.pxi"

@@ -260,15 +260,15 @@ class Queue(Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=2**20, le=2**46, extra=_SIZE),
         about("""The size of the queue, allocated at the start; each worker has a part, half of which a packet may take.
-        Parts are equal, and of at least 64 KiB. With 16 workers the default leaves each 16 MiB, so that no packet over
-        8 MiB is taken, whatever [`server.max_body`](#servermax_body) says.
+        Its files are a sixteenth larger. Parts are equal, and of at least 64 KiB. With 16 workers the default leaves
+        each 16 MiB, so that no packet over 8 MiB is taken, whatever [`server.max_body`](#servermax_body) says.
         How much you need is a [matter of arithmetic](operations.md#sizing)."""),
     ] = 256 * 2**20
     sync_interval: Annotated[
         Interval,
         about("""With `disk`: how often what has changed is synced, and so what a crash of the system may cost.
-        Dead letters are synced as often, at least once a second, and only then leave the queue. No effect with `memory`
-        and `fsync`."""),
+        It is synced sooner when the queue is short of room and that would free some. Dead letters are synced as often,
+        at least once a second, and only then leave the queue. No effect with `memory` and `fsync`."""),
     ] = 0.5
 
 

@@ -22,8 +22,9 @@ from experiment import form
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from ring_disk import redirect
 
-from fastdist._core import FORMAT_VERSION, PacketRing, file_size
+from fastdist._core import FORMAT_VERSION, HEADER_SIZE, PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_writer
 from fastdist.storage.dead_letter_writer import DeadLetterWriter, PendingDeadLetter
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
 
 CAPACITY = 65536
 SIZE = file_size(CAPACITY)
-RECORD = 88  # bytes of a record besides key and body
-POSITIONS = (72, 32768 + 72)  # where the header's two copies keep head and tail
+RECORD = 80  # bytes of a record besides key and body
+POSITIONS = (72, 32768 + 72)  # where the header's two copies keep head, tail and the like
+DATA = slice(HEADER_SIZE, HEADER_SIZE + CAPACITY)
+MARKS = slice(DATA.stop, SIZE)
 
 
 class Disk:
@@ -126,6 +129,7 @@ class PowerCuts(RuleBasedStateMachine):
         self.undone: dict[str, int] = {}  # not done: where the record of the push ends
         self.times: dict[str, int] = {}  # not done: how often it is in the ring (more than once only after a cut)
         self.safe: set[str] = set()  # covered by a sync that has finished
+        self.delivered: set[str] = set()  # at least once
         self.claimed: dict[int, str] = {}
         self.syncing: int | None = None  # the position the sync under way will cover
         self.number = 0
@@ -196,6 +200,7 @@ class PowerCuts(RuleBasedStateMachine):
         handle = sorted(self.claimed)[n % len(self.claimed)]
         name = self.claimed.pop(handle)
         self.ring.done(handle)
+        self.delivered.add(name)
         self.times[name] -= 1
         if self.times[name] == 0:
             del self.undone[name], self.times[name]
@@ -290,6 +295,29 @@ class PowerCuts(RuleBasedStateMachine):
             self.begin_sync()
         self.end_sync()
 
+    @precondition(lambda self: not self.refused)
+    @rule(seed=st.integers(0, 2**32), newness=st.sampled_from([0.0, 0.5, 0.9]))
+    def fail_to_sync(self, seed: int, newness: float) -> None:
+        """Any page that the kernel takes for written may not be on the disk: all that counts is written again."""
+        self.syncing = self.disk._since_sync = None
+        if self.waits:
+            self.ring.withdraw_unsynced()
+            left = self.look()
+            assert self.safe & self.undone.keys() <= left.keys()
+            self.take_over_but_claims(left)
+        self.ring.forget_synced()
+        image = self.disk.after_a_cut(random.Random(seed), newness)
+        on_disk = os.memfd_create("disk")
+        os.pwrite(on_disk, image, 0)
+        cache = redirect(self.disk.fd, on_disk)  # what the ring writes goes there, while it sees the page cache
+        self.ring.write_again()
+        assert self.look() == self.look(cache)
+        os.close(redirect(self.disk.fd, cache))
+        os.close(cache)
+        os.close(on_disk)
+        self.ring.write_again()
+        self.disk.note()
+
     # ---- the worst
 
     @rule(seed=st.integers(0, 2**32), newness=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]))
@@ -303,7 +331,7 @@ class PowerCuts(RuleBasedStateMachine):
         chance = random.Random(seed)
         image = bytearray(self.disk.after_a_cut(chance, newness))
         for offset in POSITIONS:
-            image[offset : offset + 28] = chance.randbytes(28)
+            image[offset : offset + 52] = chance.randbytes(52)
         self.start_again(bytes(image))
 
     @rule(synced=st.booleans())
@@ -322,7 +350,7 @@ class PowerCuts(RuleBasedStateMachine):
 
     def start_again(self, image: bytes) -> None:
         self.dead_letters.cached = set(self.dead_letters.synced)
-        expected = (self.safe & self.undone.keys() | self.only_dead_letters) - self.dead_letters.synced
+        expected = (self.safe & self.undone.keys() | self.only_dead_letters) - self.dead_letters.synced - self.delivered
         self.disk.close()
         self.syncing = None
         self.open(image)
@@ -332,9 +360,30 @@ class PowerCuts(RuleBasedStateMachine):
         self.take_over(found)
         self.safe = set(found)  # they come from the disk
 
-    def look(self) -> dict[str, int]:
+    @rule(size=sizes, part=st.floats(0.0, 1.0))
+    def kill_the_process_in_a_push(self, size: int, part: float) -> None:
+        """Of the last write only the beginning was made."""
+        before = os.pread(self.disk.fd, SIZE, 0)
+        known = dict(self.times)
+        self.push(size)
+        after = os.pread(self.disk.fd, SIZE, 0)
+        new = self.times.keys() - known.keys()
+        if new and before[MARKS] == after[MARKS]:  # else there was more than one write
+            (name,) = new
+            end = (self.undone[name] - 1) % CAPACITY + 1 + HEADER_SIZE
+            start = max(DATA.start, end - RECORD - len(name) - size)
+            cut = start + int(part * (end - start))
+            os.pwrite(self.disk.fd, before[cut:end], cut)
+            del self.times[name], self.undone[name]
+            found = self.look()
+            if name in found:
+                self.times[name], self.undone[name] = 1, self.ring.tail_position
+        self.kill_the_process(synced=False)
+        assert not self.ring.damage
+
+    def look(self, fd: int | None = None) -> dict[str, int]:
         """Return what a copy of the file gives, by id: how often."""
-        copy = PacketRing(self.disk.fd, private=True)
+        copy = PacketRing(self.disk.fd if fd is None else fd, private=True)
         found: dict[str, int] = {}
         while handle := copy.claim():
             packet = copy.packet(handle)
@@ -346,6 +395,9 @@ class PowerCuts(RuleBasedStateMachine):
     def take_over(self, found: dict[str, int]) -> None:
         """Go on with what is there; what was done before and is there again is to be delivered again."""
         self.claimed.clear()
+        self.take_over_but_claims(found)
+
+    def take_over_but_claims(self, found: dict[str, int]) -> None:
         self.times = dict(found)
         self.undone = {name: self.undone.get(name, self.ring.tail_position) for name in found}
 
@@ -382,7 +434,7 @@ def test_the_model_loses_what_is_not_synced():
         assert PacketRing(fd, private=True).undone == 20
     os.close(fd)
     disk.close()
-    assert FORMAT_VERSION == 1, "is the model still that of the format?"
+    assert FORMAT_VERSION == 2, "is the model still that of the format?"
 
 
 def test_model_loses_unsynced_dead_letters():

@@ -421,3 +421,73 @@ def test_purging_makes_room_on_a_full_disk(experiment, tmp_path):
         stats = fastdist.wait_at_rest()
         check_identity(stats)
         assert stats["packets"]["deadLettered"] == purged + len(fastdist.dead_letters())
+
+
+WRITES_FAIL = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* While there is the flag, one in three writes to a ring fails, and one in three stops halfway. */
+static int limit(int fd, size_t *n) {
+    static unsigned turn;
+    char link[64], name[4096];
+    if (access(getenv("WRITES_FAIL_WHILE_THERE_IS"), F_OK) != 0) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, name, sizeof name - 1);
+    name[length > 0 ? length : 0] = 0;
+    if (strstr(name, ".fdq") == NULL) return 0;
+    switch (turn++ % 3) {
+    case 0:
+        errno = EIO;
+        return -1;
+    case 1:
+        *n = (*n + 1) / 2;
+    }
+    return 0;
+}
+ssize_t pwrite(int fd, const void *data, size_t n, off_t offset) {
+    static ssize_t (*next)(int, const void *, size_t, off_t);
+    if (next == NULL) next = (ssize_t (*)(int, const void *, size_t, off_t))dlsym(RTLD_NEXT, "pwrite");
+    return limit(fd, &n) ? -1 : next(fd, data, n, offset);
+}
+ssize_t pwrite64(int fd, const void *data, size_t n, off_t offset) { return pwrite(fd, data, n, offset); }
+ssize_t pwritev(int fd, const struct iovec *pieces, int count, off_t offset) {
+    static ssize_t (*next)(int, const struct iovec *, int, off_t);
+    size_t n = pieces[0].iov_len;
+    if (next == NULL) next = (ssize_t (*)(int, const struct iovec *, int, off_t))dlsym(RTLD_NEXT, "pwritev");
+    if (limit(fd, &n)) return -1;
+    return n == pieces[0].iov_len ? next(fd, pieces, count, offset) : pwrite(fd, pieces[0].iov_base, n, offset);
+}
+ssize_t pwritev64(int fd, const struct iovec *pieces, int count, off_t offset) {
+    return pwritev(fd, pieces, count, offset);
+}
+"""
+
+
+@pytest.mark.parametrize("durability", form(["disk"], ["disk", "fsync"]))
+def test_writes_fail_and_work_again(experiment, tmp_path, durability):
+    source, library, flag = tmp_path / "shim.c", tmp_path / "shim.so", tmp_path / "writes-fail"
+    source.write_text(WRITES_FAIL)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    experiment.analyzers()
+    shim = {"LD_PRELOAD": str(library), "WRITES_FAIL_WHILE_THERE_IS": str(flag)}
+    fastdist = experiment.serve({"queue": {"durability": durability}}, **shim)
+    emitter = experiment.emitter().start()
+    for _ in range(form(2, 6)):
+        emitter.wait_for(200)
+        flag.touch()
+        wait_until(lambda: storage(fastdist) == "failing", "the failure shows in /health")
+        time.sleep(form(1.5, 3))
+        flag.unlink()
+        emitter.wait_for(200)
+        wait_until(lambda: storage(fastdist) == "ok", "it heals by itself")
+    experiment.judge(f"writes fail, or stop halfway ({durability})")
+    assert emitter.count(503) > 0
+    assert {*emitter.answers.values()} == {202, 503}
+    assert fastdist.output.count("cannot write to the queue") <= 2 * form(2, 6) * 5, "once a second at most"

@@ -8,54 +8,80 @@ import os
 import threading
 
 import pytest
-from support import copied_pages
+from ring_disk import pages_written_again
+from support import sync_address
 
-from fastdist._core import PacketRing, file_size
+from fastdist._core import PacketRing, SyncThread, file_size
 from fastdist.storage import group_commit
 from fastdist.storage.group_commit import Syncer, make_safe
 
 CAPACITY = 65536
 PAGE = 4096
-HEADER_PAGES = 16
-
-
-def pages_written_again(fd: int) -> int:
-    """Return how many pages are written again when the ring is opened: those of a private view get copied."""
-    ring = PacketRing(fd, private=True)
-    ring.write_again()
-    return copied_pages("memfd:ring")
+HEADER_PAGES = 2
 
 
 class Disk:
-    """``os.fdatasync`` for the syncer: fails while ``broken``, takes until ``go`` is set, counts."""
+    """In place of fdatasync, in the thread and at the end: fails while ``broken``, waits while ``held``, counts."""
 
     def __init__(self, monkeypatch) -> None:
-        self.broken = False
-        self.go = threading.Event()
-        self.go.set()
-        self.begun = threading.Semaphore(0)
+        self.broken = self.held = False
+        self.begun, self._permits = threading.Semaphore(0), threading.Semaphore(0)
         self.syncs = 0
-        monkeypatch.setattr(group_commit.os, "fdatasync", self)
+        self.threads: list[SyncThread] = []
+        self._address = sync_address(self.sync)
+        monkeypatch.setattr(group_commit, "SyncThread", self.thread)
+        monkeypatch.setattr(group_commit.os, "fdatasync", self.sync_here)
 
-    def __call__(self, fd: int) -> None:
+    def thread(self, fd: int) -> SyncThread:
+        self.threads.append(SyncThread(fd, self._address))
+        return self.threads[-1]
+
+    def sync(self, fd: int) -> int:
         assert fd > 2
         self.syncs += 1
         self.begun.release()
-        assert self.go.wait(10)
-        if self.broken:
-            raise OSError(errno.EIO, "Input/output error")
+        assert not self.held or self._permits.acquire(timeout=10)
+        return errno.EIO if self.broken else 0
+
+    def sync_here(self, fd: int) -> None:
+        if error := self.sync(fd):
+            raise OSError(error, os.strerror(error))
+
+    def let_one_end(self) -> None:
+        self._permits.release()
+
+    def let_go(self) -> None:
+        self.held = False
+        self._permits.release()
+
+
+class Watched:
+    """A ring, and after how many syncs it was written again."""
+
+    def __init__(self, ring: PacketRing, disk: Disk) -> None:
+        self.written_again: list[int] = []
+        self._ring, self._disk = ring, disk
+
+    def __getattr__(self, name):
+        return getattr(self._ring, name)
+
+    def write_again(self) -> None:
+        self.written_again.append(self._disk.syncs)
+        self._ring.write_again()
 
 
 class Bench:
-    """A syncer on a ring in memory, and what it tells."""
+    """A syncer on a ring in memory (or in the file ``path``), and what it tells."""
 
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("ring")
-        os.ftruncate(self.fd, file_size(CAPACITY))
-        PacketRing(self.fd, CAPACITY)
-        self.ring = PacketRing(self.fd, claims_wait_for_sync=True)
+    def __init__(self, path=None, on_failed=None) -> None:
+        ring_fd = os.memfd_create("ring") if path is None else os.open(path, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(ring_fd, file_size(CAPACITY))
+        PacketRing(ring_fd, CAPACITY)
+        self.ring = PacketRing(ring_fd, claims_wait_for_sync=True)
+        self.fd = os.dup(ring_fd)
         self.told: list[object] = []
-        self.syncer = Syncer(self.ring, self.fd, self.told.append, lambda error: self.told.append(error.errno))
+        on_failed = on_failed or (lambda error: self.told.append(error.errno))
+        self.syncer = Syncer(self.ring, self.fd, self.told.append, on_failed, path=path)
 
     def push(self, size: int = 100) -> int:
         assert self.ring.push(bytes(size))
@@ -71,7 +97,11 @@ class Bench:
 @pytest.fixture
 def disk(monkeypatch):
     monkeypatch.setattr(group_commit, "RETRY_SECONDS", 0.05)
-    return Disk(monkeypatch)
+    disk = Disk(monkeypatch)
+    yield disk
+    disk.let_go()
+    for thread in disk.threads:
+        thread.close()
 
 
 def test_one_sync_covers_one_iteration(disk):
@@ -92,15 +122,62 @@ def test_one_sync_covers_one_iteration(disk):
 def test_arrivals_during_sync_wait_for_next(disk):
     async def run() -> None:
         bench = Bench()
-        disk.go.clear()
+        disk.held = True
         first = bench.push()
         await asyncio.to_thread(disk.begun.acquire)
         second = [bench.push() for _ in range(5)][-1]
         assert bench.ring.synced_position < first
-        disk.go.set()
+        disk.let_one_end()
+        await bench.until(1)
+        disk.let_one_end()
         await bench.until(2)
         assert bench.told == [first, second]
         assert disk.syncs == 2
+
+    asyncio.run(run())
+
+
+def test_next_sync_begins_without_the_loop(disk):
+    """However long the loop is busy; it then gets the results of both syncs at once."""
+
+    async def run() -> None:
+        bench = Bench()
+        disk.held = True
+        bench.push()
+        await asyncio.to_thread(disk.begun.acquire)
+        end = bench.push()
+        await asyncio.sleep(0)
+        disk.let_one_end()
+        assert disk.begun.acquire(timeout=10), "the loop does nothing meanwhile"
+        disk.let_one_end()
+        disk.threads[0].close()
+        await bench.until(1)
+        assert (bench.told, bench.ring.synced_position, disk.syncs) == ([end], end, 2)
+
+    asyncio.run(run())
+
+
+def test_no_sync_begins_before_a_failure_is_known(disk, monkeypatch):
+    """Not even what was requested already: everything has to be written again before."""
+    monkeypatch.setattr(group_commit, "RETRY_SECONDS", 0.2)
+
+    async def run() -> None:
+        bench = Bench()
+        disk.held = True
+        bench.push()
+        await asyncio.to_thread(disk.begun.acquire)
+        disk.broken = True
+        bench.push()
+        await asyncio.sleep(0)
+        disk.let_one_end()
+        await bench.until(1)
+        bench.syncer.want()  # this waits for the retry, too
+        await asyncio.sleep(0.05)
+        assert (bench.told, disk.syncs, bench.syncer.failing) == ([errno.EIO], 1, True)
+        disk.broken = False
+        disk.let_go()
+        await bench.until(2)
+        assert (bench.told[1], disk.syncs) == (bench.ring.tail_position, 2)
 
     asyncio.run(run())
 
@@ -150,46 +227,39 @@ def test_all_is_written_again_after_failure(disk):
 
     async def run() -> None:
         bench = Bench()
-        written = []
-        original = PacketRing.write_again
-
-        class Watched:
-            """The ring, watched."""
-
-            def __getattr__(self, name):
-                if name == "write_again":
-                    return lambda: (written.append(disk.syncs), original(bench.ring))
-                return getattr(bench.ring, name)
-
-        bench.syncer.ring = Watched()
+        bench.syncer.ring = ring = Watched(bench.ring, disk)
         bench.push()
         await bench.until(1)
-        assert written == []
+        assert ring.written_again == []
         disk.broken = True
         bench.push()
         await bench.until(2)
         disk.broken = False
         await bench.until(3)
-        assert written == [2], "before the third sync, the first after the one that failed"
+        assert ring.written_again == [2], "before the third sync, the first after the one that failed"
 
     asyncio.run(run())
 
 
-@pytest.mark.usefixtures("disk")
 @pytest.mark.parametrize("error", [None, OSError(errno.EIO, "Input/output error")])
-def test_other_work_precedes_the_next_sync(error):
+def test_other_work_is_done_beside_syncs(disk, error):
     async def run() -> None:
         bench = Bench()
+        go = threading.Event()
 
         def work() -> None:
             assert threading.current_thread() is not threading.main_thread()
+            assert go.wait(10)
             if error is not None:
                 raise error
 
         bench.syncer.run(work, lambda problem: bench.told.append(("work", problem)))
         end = bench.push()
+        await bench.until(1)
+        go.set()
         await bench.until(2)
-        assert bench.told == [("work", error), end]
+        assert bench.told == [end, ("work", error)]
+        assert disk.syncs == 1
         assert not bench.syncer.failing, "that is about the ring"
         bench.syncer.close()
         bench.syncer.run(work, bench.told.append)
@@ -204,30 +274,34 @@ def test_real_descriptor_that_cannot_sync():
 
     async def run() -> None:
         bench = Bench()
-        reading, writing = os.pipe()
-        bench.syncer.fd = writing
+        ring, (reading, writing) = os.dup(bench.fd), os.pipe()
+        os.dup2(writing, bench.fd)
         end = bench.push()
         await bench.until(1)
         assert bench.told == [errno.EINVAL]
-        bench.syncer.fd = bench.fd
+        os.dup2(ring, bench.fd)
         await bench.until(2)
         assert bench.told[1] == end
-        os.close(reading)
-        os.close(writing)
+        for fd in (ring, reading, writing):
+            os.close(fd)
+        bench.syncer.close()
 
     asyncio.run(run())
 
 
 def test_migrated_is_safe_only_once_synced(disk):
-    bench = Bench()
-    bench.ring.push(b"x")
-    successor = PacketRing(bench.fd, claims_wait_for_sync=True)
-    disk.broken = True
-    assert not make_safe(successor, bench.fd)
-    assert successor.synced_position == 0
-    disk.broken = False
-    assert make_safe(successor, bench.fd)
-    assert successor.synced_position == successor.tail_position
+    async def run() -> None:
+        bench = Bench()
+        bench.ring.push(b"x")
+        successor = PacketRing(bench.fd, claims_wait_for_sync=True)
+        disk.broken = True
+        assert not make_safe(successor, bench.fd)
+        assert successor.synced_position == 0
+        disk.broken = False
+        assert make_safe(successor, bench.fd)
+        assert successor.synced_position == successor.tail_position
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("end", ["killed", "closed"])
@@ -245,7 +319,7 @@ def test_open_after_failed_sync_rewrites_all(disk, end):
         await bench.until(2)
         if end == "closed":
             bench.syncer.close()
-        assert pages_written_again(bench.fd) == HEADER_PAGES + 21 * 1088 // PAGE + 1
+        assert pages_written_again(bench.fd) == HEADER_PAGES + 21 * 1080 // PAGE + 1 + 1, "the marks too"
         disk.broken = False
         assert make_safe(PacketRing(bench.fd), bench.fd)
         assert pages_written_again(bench.fd) == HEADER_PAGES
@@ -275,10 +349,8 @@ def test_sync_without_name_does_not_count(disk, tmp_path):
     """What waits for it is to be taken back; nothing is wrong with the disk, so nothing is tried again."""
 
     async def run() -> None:
-        bench = Bench()
         path = tmp_path / "ring"
-        bench.syncer.fd, bench.syncer.path = os.open(path, os.O_RDWR | os.O_CREAT), path
-        bench.syncer._on_failed = lambda error: bench.told.append((error.errno, bench.ring.withdraw_unsynced()[0]))
+        bench = Bench(path, lambda error: bench.told.append((error.errno, bench.ring.withdraw_unsynced()[0])))
         stays = bench.push()
         await bench.until(1)
         path.rename(tmp_path / "elsewhere")
@@ -301,13 +373,40 @@ def test_sync_without_name_does_not_count(disk, tmp_path):
 def test_closing_waits_for_a_running_sync(disk):
     async def run() -> None:
         bench = Bench()
-        disk.go.clear()
+        disk.held = True
         bench.push()
         await asyncio.to_thread(disk.begun.acquire)
         end = bench.push()
-        threading.Timer(0.1, disk.go.set).start()
+        threading.Timer(0.1, disk.let_go).start()
         bench.syncer.close()
         assert bench.ring.synced_position == end
         await bench.until(1)
+
+    asyncio.run(run())
+
+
+def test_closing_while_a_sync_fails_rewrites_all(disk):
+    """The kernel has told of the failure: the last sync would succeed without what was not written."""
+
+    async def run() -> None:
+        bench = Bench()
+        bench.syncer.ring = ring = Watched(bench.ring, disk)
+        disk.held = disk.broken = True
+        bench.push()
+        await asyncio.to_thread(disk.begun.acquire)
+        end = bench.push()
+
+        def heal() -> None:
+            disk.let_one_end()
+            disk.begun.acquire(timeout=10)  # by the last sync
+            disk.broken = False
+            disk.let_go()
+
+        healing = threading.Thread(target=heal)
+        healing.start()
+        bench.syncer.close()
+        healing.join()
+        assert (bench.told, ring.written_again) == ([errno.EIO], [1])
+        assert bench.ring.synced_position == end
 
     asyncio.run(run())

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from fastdist import packet
 from fastdist._core import Intake, PacketRing, file_size
-from fastdist.http.api import Api
+from fastdist.http.api import Api, problem
 from fastdist.settings import Config, Limits, Security, Server
 from fastdist.shm.block import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.snapshot import REJECTIONS, Snapshot
@@ -398,14 +398,15 @@ class Connection:
 class Service:
     """A worker's ingest. Keywords are settings of ``[server]``; ``security`` and ``limits`` those of their sections.
 
-    ``fsync``: answers wait for ``synced``, as with durability fsync.
+    ``fsync``: answers wait for ``synced``, as with durability fsync; ``disk``: until their packets are written.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (settings of a service)
         self,
         *,
         capacity: int = 2**20,
         fsync: bool = False,
+        disk: bool = False,
         security: dict | None = None,
         limits: dict | None = None,
         protocol: type[IngestProtocol] = IngestProtocol,
@@ -416,7 +417,7 @@ class Service:
             Config(), server=Server(**server), security=Security(**security or {}), limits=Limits(**limits or {})
         )
         self.block = SharedBlock.create(1, 8)
-        os.close(self.block.fd)  # the mappings stay, here and below
+        os.close(self.block.fd)  # the mappings stay
         self.block.worker(0)[WorkerWord.STATE] = WorkerState.RUNNING
         self.analyzers = dict(enumerate(self.config.analyzers))
         for slot in self.analyzers:
@@ -424,12 +425,11 @@ class Service:
             self.block.analyzers.set_weight(slot, 1.0)
         fd = os.memfd_create("ring", os.MFD_CLOEXEC)
         os.ftruncate(fd, file_size(capacity))
-        self.ring = PacketRing(fd, capacity, claims_wait_for_sync=fsync, volatile=not fsync)
-        os.close(fd)
+        self.ring = PacketRing(fd, capacity, claims_wait_for_sync=fsync, volatile=not (fsync or disk))
         self.counters = self.block.rows[0]
         limiter = self.block.limiter()
         limiter.configure(*(float(value) for value in (getattr(self.config.limits, name) for name in LIMITS)))
-        self.accepts = self.syncs_wanted = 0
+        self.accepts = self.syncs_wanted = self.unwritten = 0
         self.intake = Intake(
             self.ring,
             self.counters,
@@ -438,6 +438,8 @@ class Service:
             packet.check,
             self._accepted,
             self._sync_wanted if fsync else None,
+            self._not_written,
+            answers_after_sync=fsync,
         )
         api = Api(lambda: Snapshot(self.block, self.config, self.analyzers, "1.2.3", at=0))
         self.emitters = Emitters(api, self.intake, lambda _action, _done: None)
@@ -452,6 +454,11 @@ class Service:
 
     def _sync_wanted(self) -> None:
         self.syncs_wanted += 1
+
+    def _not_written(self, code: int) -> None:
+        self.unwritten = code
+        fault = problem(503, "the packet could not be written to disk", headers=b"Retry-After: 1\r\n")
+        self.intake.not_stored(self.ring.tail_position, fault.status, "Service Unavailable", fault.headers, fault.body)
 
     def connect(self, address: str | None = ADDRESS) -> Connection:
         return Connection(self, address)
@@ -491,7 +498,7 @@ class Service:
         """Have everything up to ``position`` (all there is) synced."""
         position = self.ring.tail_position if position is None else position
         self.ring.mark_synced(position)
-        self.intake.synced(position)
+        self.intake.synced()
 
     @property
     def rejected(self) -> dict[str, int]:

@@ -240,7 +240,8 @@ class Emitters(RuleBasedStateMachine):
     @rule()
     def fail_to_sync(self):
         self.service.ring.withdraw_unsynced()
-        self.service.intake.sync_failed(FAULT.status, "Service Unavailable", FAULT.headers, FAULT.body)
+        response = (FAULT.status, "Service Unavailable", FAULT.headers, FAULT.body)
+        self.service.intake.not_stored(self.service.ring.synced_position, *response)
 
     @rule()
     def deliver(self):

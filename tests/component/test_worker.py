@@ -52,7 +52,6 @@ def dead_letter_of_an_old_ring():
     fd = os.memfd_create("old")
     os.ftruncate(fd, file_size(CAPACITY))
     ring = PacketRing(fd, CAPACITY)
-    os.close(fd)
     assert ring.push(b"{}", "p1")
     return PendingDeadLetter(ring, ring.claim(), "oversized", None, None, "larger than the queue takes now")
 

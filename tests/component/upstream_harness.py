@@ -46,9 +46,7 @@ PATIENCE = 20.0  # seconds: only a broken test waits so long
 def memory_ring(capacity=1 << 20):
     fd = os.memfd_create("ring")
     os.ftruncate(fd, file_size(capacity))
-    ring = PacketRing(fd, capacity, volatile=True)
-    os.close(fd)  # the mapping stays
-    return ring
+    return PacketRing(fd, capacity, volatile=True)
 
 
 def shared_block(slots=8):

@@ -6,6 +6,7 @@ import os
 
 import pytest
 from fakes import Distributor
+from ring_disk import Disk
 from typer.testing import CliRunner
 
 from fastdist.cli import main
@@ -34,3 +35,11 @@ def distributor():
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(params=["memfd", "file"])
+def disk(request, tmp_path):
+    """A ring's file of 64 KiB, and what was pushed to it."""
+    if request.param == "memfd":
+        return Disk(os.memfd_create("ring"))
+    return Disk(os.open(tmp_path / "ring.fdq", os.O_RDWR | os.O_CREAT, 0o600))

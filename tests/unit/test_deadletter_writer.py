@@ -27,7 +27,6 @@ class Site:
         fd = os.memfd_create("ring")
         os.ftruncate(fd, file_size(1 << 20))
         self.ring = PacketRing(fd, 1 << 20, volatile=True)
-        os.close(fd)
         block = SharedBlock.create(1, 4)
         os.close(block.fd)
         self.counters = block.rows[0]

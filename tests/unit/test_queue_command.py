@@ -263,9 +263,11 @@ def test_show_as_json(run, queue):
 
 
 def test_show_leaves_out_what_was_delivered(run, tmp_path):
-    ring = make(tmp_path / "ring-0.fdq", [b"a", b"b", b"c"])
-    ring.claim()
-    ring.done(ring.claim())
+    make(tmp_path / "ring-0.fdq", [b"a", b"b", b"c"])
+    with (tmp_path / "ring-0.fdq").open("r+b") as file:
+        ring = PacketRing(file.fileno())
+        ring.claim()
+        ring.done(ring.claim())
     view = json.loads(run("show", tmp_path, "--json").stdout)
     assert [packet["id"] for packet in view["packets"]] == ["ring-0-0", "ring-0-2"]
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import contextmanager
 
 import pytest
+from ring_disk import is_marked, pages_written_again
 from support import copied_pages
 
 from fastdist._core import PacketRing, file_size
 
 CAPACITY = 1 << 20
-HEADER_PAGES = 16
-MOVED = (0x2CC32CC3).to_bytes(4, sys.byteorder)
+HEADER_PAGES = 2
+MARKS_PAGES = 4  # of a full ring, at most one more
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def full_ring(kind="new"):
     while ring.push(bytes(450), messages=2):
         if kind != "new":
             ring.claim()
-    assert kind != "moved" or MOVED in os.pread(fd, file_size(CAPACITY), 0)
+    assert kind != "moved" or is_marked(fd, "moved")
     yield fd
     os.close(fd)
 
@@ -51,7 +51,13 @@ def test_opening_full_ring_writes_positions(kind):
     with full_ring(kind) as fd:
         view = PacketRing(fd, private=True)
         assert view.undone > 800
-        assert copied_pages("full-ring") <= 2
+        assert copied_pages("full-ring") == 0
+        before = os.pread(fd, file_size(CAPACITY), 0)
+        assert PacketRing(fd).undone == view.undone
+        after = os.pread(fd, file_size(CAPACITY), 0)
+        assert after[4096:32768] + after[36864:] == before[4096:32768] + before[36864:], (
+            "but for the header's two copies"
+        )
 
 
 def test_viewing_what_waits_writes_nothing():
@@ -82,25 +88,24 @@ def test_only_possibly_unsynced_is_rewritten():
         for _ in range(20):
             ring.done(ring.claim())
         everything = CAPACITY // os.sysconf("SC_PAGE_SIZE")
-        written = pages_of(fd, PacketRing.write_again)
-        assert everything - 4 <= written - HEADER_PAGES + 2 <= everything
+        assert everything - 4 <= pages_written_again(fd) - HEADER_PAGES - MARKS_PAGES <= everything + 1
         ring.mark_synced(ring.tail_position)
-        assert pages_of(fd, PacketRing.write_again) <= HEADER_PAGES
+        assert pages_written_again(fd) == HEADER_PAGES
         assert ring.push(bytes(5000))
-        assert 1 <= pages_of(fd, PacketRing.write_again) - (HEADER_PAGES - 2) <= 3
+        assert 2 <= pages_written_again(fd) - HEADER_PAGES <= 4
         ring.forget_synced()
-        assert pages_of(fd, PacketRing.write_again) - HEADER_PAGES + 2 >= everything - 4
+        assert pages_written_again(fd) - HEADER_PAGES - MARKS_PAGES >= everything - 4
         PacketRing(fd)  # a process that was killed at once
-        assert pages_of(fd, PacketRing.write_again) - HEADER_PAGES + 2 >= everything - 4
+        assert pages_written_again(fd) - HEADER_PAGES - MARKS_PAGES >= everything - 4
 
 
 def test_damaged_header_claim_rewrites_all():
     with full_ring() as fd:
         ring = PacketRing(fd)
         ring.mark_synced(ring.tail_position)
-        assert pages_of(fd, PacketRing.write_again) <= HEADER_PAGES
-        os.pwrite(fd, b"\x7f", 104 + 7)  # of one copy: far behind the tail
-        assert pages_of(fd, PacketRing.write_again) > 200
+        assert pages_written_again(fd) == HEADER_PAGES
+        os.pwrite(fd, b"\x7f", 112 + 7)  # of one copy: far behind the tail
+        assert pages_written_again(fd) > 200
 
 
 def test_moved_packet_counts_old_until_sync():
@@ -109,7 +114,7 @@ def test_moved_packet_counts_old_until_sync():
     ring = PacketRing(fd, 65536)
     ring.push(b"held")
     ring.claim()
-    while MOVED not in os.pread(fd, file_size(65536), 0):
+    while not is_marked(fd, "moved"):
         ring.push(bytes(1000))
         ring.done(ring.claim())
     successor = PacketRing(fd)

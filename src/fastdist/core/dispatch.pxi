@@ -250,6 +250,7 @@ cdef class DispatchBase:
             # In whole milliseconds, upwards: the loop takes less than half of one for none, and would come back at once
             # until the time is over.
             self.linger_timer = self.loop.call_later((linger + 999999) // 1000000 / 1e3, self.linger_over)
+        self.ring.file.write_marks()  # of the attempts that were begun
 
     cdef int64_t pump_touched(self, int64_t now, int64_t linger) except -1:
         """Have the pools that got packets send them; return for how many ns (``linger`` at most) some would wait for more."""

@@ -53,7 +53,8 @@ cdef class IngestBase(Connection):
     cdef Held held
     cdef bint output_paused            # by the transport
     cdef bint queued                   # in `intake.waiting` or `intake.costly`
-    cdef bint awaits_sync              # in `intake.unsynced`
+    cdef bint awaits_sync              # in `intake.unsafe`
+    cdef int parts                     # of its answers in `intake.outbox`
     cdef int64_t costly_since          # when a costly answer was begun; 0: none is being made
     # the request being read: see begin_request
     cdef Reading after                 # what follows it: IDLE, DISCARDING or ENDED
@@ -196,8 +197,8 @@ cdef class IngestBase(Connection):
             self.balance_input()
         if self.intake.ring.next_sequence != before:
             self.intake.on_accepted()
-            if self.intake.answers_after_sync:
-                self.intake.on_sync_wanted()
+        if unlikely(self.stream is None):  # no Poller will call it
+            self.intake.events_over()
         return 0
 
     cdef const uchar *read(self, const uchar *p, const uchar *end, int64_t now) except? NULL:
@@ -232,8 +233,8 @@ cdef class IngestBase(Connection):
 
     cdef bint is_full(self) except -1:
         """Whether the emitter does not read its answers, or too many of them wait."""
-        return self.output_paused or (
-            self.answers is not None and (len(self.answers) > MAX_ANSWERS or self.answers_size > MAX_WAITING))
+        return (self.output_paused or self.parts > MAX_ANSWERS or self.answers_size > MAX_WAITING
+                or (self.answers is not None and len(self.answers) > MAX_ANSWERS))
 
     cdef bint may_answer(self) except -1:
         """Whether an answer that Python makes may be made now. If not, the request is held back: nothing may have changed."""
@@ -307,7 +308,7 @@ cdef class IngestBase(Connection):
             self.answer_whole(NULL, 0)
         elif self.reading < DISCARDING and head.expects_continue and p + length == end and not self.answered:
             self.emit(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.invites = self.answers is not None
+            self.invites = self.has_waiting()
         return p + length
 
     cdef const uchar *read_unfinished(self, const uchar *p, Py_ssize_t n, bint broken) except NULL:
@@ -521,21 +522,34 @@ cdef class IngestBase(Connection):
         pushed = intake.ring.push_packet(p, n, <const uchar *>self.key, self.key_length, packet_id, messages, emitter,
                                          mono_ns() + intake.ring.clock_offset, WAITED if self.wait_seconds >= 0 else 0)
         if unlikely(pushed != PUSHED):
+            if pushed == NOT_WRITTEN:
+                self.flush_to_answers()
+                intake.write_failed(EIO)
             if not self.may_answer():
                 return False
-            if pushed == TOO_BIG:
+            if pushed == NOT_WRITTEN:
+                self.reject(self.not_stored(False))
+            elif pushed == TOO_BIG:
                 self.reject(self.refuse(413, "too_large", f"a packet of {n} bytes is over half of what a worker's part of "
                                                f"the queue holds ({intake.ring.capacity} bytes)"))
             else:
                 self.reject(self.not_stored(True))
             return True
         intake.full = False
-        if not intake.answers_after_sync:  # what may yet be withdrawn is counted when it is synced
+        if intake.holds:  # what may yet be withdrawn is counted when it is safe
+            if (self.answers is not None or self.wait_seconds >= 0 or self.is_special() or not intake.fresh.packets
+                    or intake.ring.file.written >= intake.fresh.position):  # those before it are written, it may not be
+                self.flush_to_answers()  # what is in the buffer is another part
+            intake.fresh.position = intake.ring.tail
+            intake.fresh.packets += 1
+            intake.fresh.messages += messages
+            intake.fresh.body_bytes += n
+        else:
             counters[ACCEPTED] += 1
             counters[MESSAGES_ACCEPTED] += messages
             counters[BYTES_ACCEPTED] += n
         self.answer_accepted(packet_id, messages)
-        if not intake.answers_after_sync:  # else its answer is written, and its time is up, when it is synced
+        if not intake.holds:  # else its answer is written, and its time is up, when it is safe
             observe(intake.counters.ingest, mono_ns() - self.moved_ns, 1)
         return True
 
@@ -560,6 +574,10 @@ cdef class IngestBase(Connection):
             return False
         return True
 
+    cdef bint is_special(self) noexcept:
+        """Whether an answer has to be remembered with what its request asked of it, in case that it becomes another."""
+        return self.extra is not None or self.old_client
+
     cdef int answer_accepted(self, unsigned char *packet_id, uint32_t messages) except -1:
         cdef Intake intake = self.intake
         cdef char[ID_TEXT] text
@@ -572,16 +590,20 @@ cdef class IngestBase(Connection):
             write_uuid(packet_id, text)
             length = 36
         if likely(self.wait_seconds < 0):
-            if intake.answers_after_sync or self.answers is not None:
-                self.flush_to_answers()
+            if self.answers is None and not (intake.holds and self.is_special()):
+                write_accepted(intake, text, length, messages, self.extra, self.after == IDLE, self.old_client)
+                return 0
+            self.flush_to_answers()
             write_accepted(intake, text, length, messages, self.extra, self.after == IDLE, self.old_client)
-            if not intake.answers_after_sync:
+            if not intake.holds:
                 return 0
             data = intake.take_out()
         answer = self.hold_place()
-        if intake.answers_after_sync:
+        if intake.holds:
             answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
             self.await_sync()
+            intake.outbox.add(&intake.fresh, NULL)
+            memset(&intake.fresh, 0, sizeof(Part))
         if data is not None:
             answer.take(data)
             return 0
@@ -613,6 +635,8 @@ cdef class IngestBase(Connection):
 
     cdef int emit(self, bytes data) except -1:
         """Write an answer in its turn."""
+        if self.intake.fresh.packets:
+            self.flush_to_answers()  # it does not depend on packets, as those before it do
         if self.answers is None:
             return keep(&self.intake.out, PyBytes_AS_STRING(data), len(data))
         self.flush_to_answers()
@@ -640,18 +664,51 @@ cdef class IngestBase(Connection):
             answer.ready = True
         if self.answers is None:
             self.answers = []
-            self.set_writing(WAITING)
+            if self.parts == 0:
+                self.set_writing(WAITING)
         self.answers.append(answer)
         return answer
 
     cdef int flush_to_answers(self) except -1:
         """What is in the common buffer came first: write it, or let it wait its turn."""
-        cdef Py_ssize_t n = self.intake.out.end
-        if n and self.answers is not None:
-            self.line_up(self.intake.take_out())
-        elif n:
-            self.intake.out.end = 0
-            self.transmit(<char *>self.intake.out.data, n)
+        cdef Intake intake = self.intake
+        cdef Py_ssize_t n = intake.out.end
+        if n == 0:
+            return 0
+        if self.answers is not None:
+            self.line_up(intake.take_out())
+        elif intake.fresh.packets or self.parts:
+            self.put_by(n)
+        else:
+            intake.out.end = 0
+            self.transmit(<char *>intake.out.data, n)
+        return 0
+
+    cdef int put_by(self, Py_ssize_t n) except -1:
+        """Let what is in the common buffer wait until its packets, and those before it, are safe."""
+        cdef Intake intake = self.intake
+        cdef Part *fresh = &intake.fresh
+        fresh.connection, fresh.read_ns = <PyObject *>self, self.moved_ns
+        if not fresh.packets:
+            fresh.position = intake.ring.tail
+        fresh.size, fresh.close = n, self.after != IDLE
+        intake.out.end = 0
+        if self.parts == 0:
+            self.set_writing(WAITING)
+        self.parts += 1
+        self.answers_size += n
+        intake.outbox.add(fresh, intake.out.data)
+        memset(fresh, 0, sizeof(Part))
+        return 0
+
+    cdef int leave(self, const char *data, Py_ssize_t n) except -1:
+        """Its packets are safe: write a part of the answers."""
+        self.parts -= 1
+        self.answers_size -= n
+        if self.writing == WAITING:
+            self.transmit(data, n)
+        if self.parts == 0:
+            self.release_ready()
         return 0
 
     cdef int flush(self) except -1:
@@ -673,10 +730,10 @@ cdef class IngestBase(Connection):
     cdef await_sync(self):
         if not self.awaits_sync:
             self.awaits_sync = True
-            self.intake.unsynced.append(self)
+            self.intake.unsafe.append(self)
 
     cdef bint release(self, int64_t position) except -1:
-        """Let go of the answers whose packets are synced up to ``position``; say whether those were all."""
+        """Let go of the answers whose packets are safe up to ``position``; say whether those were all."""
         cdef Answer answer
         cdef int64_t now = mono_ns()
         cdef bint all_of_them = True
@@ -697,9 +754,13 @@ cdef class IngestBase(Connection):
         cdef Answer answer
         cdef list ready = []
         cdef bytes data
-        if self.answers is None:
+        if self.parts:
+            if self.unread_ns or self.is_full():
+                self.balance_input()
             return 0
-        for answer in self.answers:
+        if self.answers is None and self.writing != WAITING:
+            return 0
+        for answer in self.answers or ():
             if not answer.ready:
                 break
             ready.append(answer.data)
@@ -754,6 +815,10 @@ cdef class IngestBase(Connection):
         """The emitter reads its answers again."""
         self.output_paused, self.output_due, self.moved_ns = False, 0, mono_ns()
         self.balance_input()
+
+    def has_waiting(self):
+        """Whether there are answers that have yet to be written."""
+        return self.answers is not None or self.parts > 0
 
     def idle(self):
         """Whether nothing is under way: no part of a request, no answer."""

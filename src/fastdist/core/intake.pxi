@@ -49,11 +49,13 @@ def call_soon(callback):
 
 
 @cython.final
-cdef class Intake:
+cdef class Intake(AfterEvents):
     """What the emitters' connections of one worker share: the ring they push to, limits, time-outs, the answers' buffer.
 
     ``server``: the section of the configuration. ``check(body, strict=...)`` returns (messages, emitter hash) or raises
-    PacketError. ``on_accepted()`` is called when packets were pushed, ``on_sync_wanted()`` when answers wait for a sync.
+    PacketError. ``on_accepted()`` is called when packets were pushed, ``on_sync_wanted()`` when a sync would let answers leave
+    or free space in the ring, ``on_not_written(errno)`` when packets could not be written: it is to call ``not_stored``.
+    ``answers_after_sync``: answers leave when their packets are synced.
     """
 
     cdef readonly PacketRing ring
@@ -67,8 +69,10 @@ cdef class Intake:
     cdef public bint open_to_all       # no token is asked for
     cdef public bint shares_origins    # CORS is on
     cdef bint answers_after_sync
-    cdef int64_t counted               # position of the ring: what was pushed before it is counted as accepted
-    cdef readonly list unsynced        # connections with answers that wait for a sync
+    cdef bint holds                    # answers wait until their packets are written at least
+    cdef Outbox outbox
+    cdef Part fresh                    # what the answers in `out` are about
+    cdef list unsafe                   # connections with an `Answer` that waits for its packet to be written, or synced
     cdef int validation
     cdef int64_t max_body, max_header
     cdef int64_t header_timeout, body_timeout, keepalive_timeout
@@ -79,6 +83,7 @@ cdef class Intake:
     cdef object check                  # packet.check
     cdef object on_accepted
     cdef object on_sync_wanted
+    cdef object on_not_written
     cdef uint64_t noise
     cdef Buffer out                    # the answers of one read
     cdef RequestHead head              # of the last packet, from any client: a template for new connections
@@ -97,11 +102,12 @@ cdef class Intake:
     cdef public int64_t longest_ns     # of `go_on`, until it is set back
 
     def __cinit__(self, PacketRing ring, Counters counters, RateLimiter limiter, server, check, on_accepted,
-                  on_sync_wanted=None):
+                  on_sync_wanted=None, on_not_written=None, bint answers_after_sync=False):
         self.ring, self.counters, self.limiter = ring, counters, limiter
         self.check, self.on_accepted, self.on_sync_wanted = check, on_accepted, on_sync_wanted
-        self.answers_after_sync = on_sync_wanted is not None
-        self.counted = ring.tail
+        self.answers_after_sync, self.on_not_written = answers_after_sync, on_not_written
+        self.holds = not ring.file.direct
+        self.outbox = Outbox()
         self.validation = VALIDATIONS[server.validation]
         self.max_body, self.max_header = server.max_body, server.max_header
         self.header_timeout = <int64_t>(server.header_timeout * 1e9)
@@ -109,7 +115,7 @@ cdef class Intake:
         self.keepalive_timeout = <int64_t>(server.keepalive_timeout * 1e9)
         self.max_connections = server.max_connections
         self.most_bodies = max(MIN_FOR_BODIES, 2 * self.max_body)
-        self.connections, self.unsynced = set(), []
+        self.connections, self.unsafe = set(), []
         self.waiting, self.costly = deque(), deque()
         self.slice_ns, self.packets_ns, self.loop_ns, self.costly_ns = SLICE, PACKETS, LOOP, COSTLY
         self.loop_left, self.costly_left = LOOP, COSTLY
@@ -205,6 +211,7 @@ cdef class Intake:
             self.go_round(self.waiting, began + self.packets_ns, False)
             self.go_round(self.costly, mono_ns() + self.costly_ns, True)
         finally:
+            self.events_over()
             self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for new connections
             self.await_turn()
             self.longest_ns = max(self.longest_ns, mono_ns() - began)
@@ -237,39 +244,101 @@ cdef class Intake:
             self.later(self.go_on)
         return 0
 
-    def synced(self, int64_t position):
-        """All packets up to ``position`` of the ring are on stable storage: their answers may leave."""
+    # ---- answers that wait for the disk
+
+    @property
+    def held(self):
+        """How many reads' answers wait, and connections with an ``Answer`` that does."""
+        return self.outbox.end - self.outbox.first + len(self.unsafe)
+
+    cdef int64_t safe(self) noexcept:
+        """Return the position up to which packets are as safe as they have to be for their answers to leave."""
+        return self.ring.synced if self.answers_after_sync else self.ring.file.written
+
+    cdef int events_over(self) except -1:
+        """Write what was accepted, and let the answers leave."""
+        cdef int failed
+        if not self.holds:
+            return 0
+        failed = self.ring.write()
+        if unlikely(failed):
+            self.write_failed(failed)
+        if self.answers_after_sync and self.outbox.first < self.outbox.end or self.ring.wants_sync:
+            if self.on_sync_wanted is not None:
+                self.on_sync_wanted()
+        self.let_leave()
+        return 0
+
+    cdef int write_failed(self, int code) except -1:
+        """Packets could not be written, and are gone. They were not acknowledged."""
+        if self.on_not_written is None:
+            raise OSError(code, os.strerror(code))
+        self.on_not_written(code)
+        return 0
+
+    cdef int let_leave(self) except -1:
+        """Have all answers leave whose packets are safe."""
+        cdef Part part
         cdef IngestBase connection
-        self.count_until(position)
-        connections, self.unsynced = self.unsynced, []
-        for connection in connections:
-            connection.awaits_sync = False
-            if not connection.release(position):
-                connection.await_sync()  # it has answers that a later sync covers
+        cdef int64_t position = self.safe(), now = mono_ns()
+        cdef int64_t *counters = self.counters.words
+        if unlikely(len(self.unsafe)):
+            connections, self.unsafe = self.unsafe, []
+            for connection in connections:
+                connection.awaits_sync = False
+                if not connection.release(position):
+                    connection.await_sync()  # it has answers whose packets become safe later
+        while self.outbox.has_until(position):
+            part = self.outbox.take()
+            counters[ACCEPTED] += part.packets
+            counters[MESSAGES_ACCEPTED] += part.messages
+            counters[BYTES_ACCEPTED] += part.body_bytes
+            try:
+                if part.connection != NULL:
+                    if part.packets:
+                        observe(self.counters.ingest, now - part.read_ns, part.packets)
+                    (<IngestBase>part.connection).leave(self.outbox.data(), part.size)
+            finally:
+                self.outbox.taken(&part)
+        return 0
 
-    cdef count_until(self, int64_t position):
-        """Count as accepted what was pushed before ``position``: counters never go back, but an unsynced packet may."""
-        if not self.answers_after_sync or position <= self.counted:
-            return
-        packets, messages, body_bytes = self.ring.pushed_between(self.counted, position)
-        self.counted = position
-        self.counters.words[ACCEPTED] += packets
-        self.counters.words[MESSAGES_ACCEPTED] += messages
-        self.counters.words[BYTES_ACCEPTED] += body_bytes
+    def synced(self):
+        """More packets are on stable storage: their answers may leave."""
+        self.let_leave()
 
-    def sync_failed(self, int status, str reason, bytes headers, bytes body):
-        """The last sync failed: clients that waited for it get this answer instead (their packets are withdrawn)."""
+    def not_stored(self, int64_t position, int status, str reason, bytes headers, bytes body):
+        """What was pushed behind ``position`` was withdrawn: clients that wait for it get this answer instead, in their turn.
+
+        Return how many packets that were.
+        """
         cdef IngestBase connection
         cdef Answer waiting
-        connections, self.unsynced = self.unsynced, []
-        for connection in connections:
-            connection.awaits_sync = False
+        cdef Part part, kept
+        cdef Outbox before = self.outbox
+        cdef int64_t packets = 0
+        cdef bytes answer
+        for connection in self.unsafe:
             for waiting in connection.answers or ():
-                if waiting.position > self.ring.synced and not waiting.ready:
+                if waiting.position > position and not waiting.ready:
                     waiting.take(waiting.compose(status, reason, headers, body))
                     waiting.ready = True
                     waiting.read_ns = 0
-            connection.release_ready()
+        self.outbox = Outbox()
+        while before.first < before.end:
+            part = kept = before.take()
+            answer = before.data()[:part.size]
+            if part.position > position:  # what is answered now keeps its place: what comes before it may have to wait on
+                packets += part.packets
+                if part.packets and part.connection != NULL:
+                    answer = self.compose(status, reason, headers, body, close=False) * (part.packets - 1)
+                    answer += self.compose(status, reason, headers, body, close=part.close)
+                    (<IngestBase>part.connection).answers_size += len(answer) - part.size
+                kept.position, kept.size = position, len(answer)
+                kept.packets = kept.messages = kept.body_bytes = 0
+            self.outbox.add(&kept, PyBytes_AS_STRING(answer))
+            before.taken(&part)
+        self.let_leave()
+        return packets
 
     cdef bint make_room(self, IngestBase coming, int64_t room) except -1:
         """End slow bodies until no more than ``room`` bytes are kept; say whether that was possible.
@@ -357,7 +426,7 @@ cdef class Answer:
 
     def complete_after_sync(self, bytes data):
         """The answer is known, and true once its packet is synced."""
-        if self.position <= self.connection.intake.ring.synced:
+        if self.position <= self.connection.intake.safe():
             self.complete(data)
         elif not self.ready:
             self.take(data)

@@ -97,7 +97,7 @@ cdef class PoolBase:
             self.first = handle
         self.last = handle
         self.waiting += 1
-        self.waiting_bytes += self.ring.record_of(handle).body_length
+        self.waiting_bytes += self.ring.entries[handle].length
 
     cdef void join_front(self, uint32_t handle, int64_t now) noexcept nogil:
         cdef Entry *entry = &self.ring.entries[handle]
@@ -107,14 +107,14 @@ cdef class PoolBase:
         if not self.waiting:
             self.last = handle
         self.waiting += 1
-        self.waiting_bytes += self.ring.record_of(handle).body_length
+        self.waiting_bytes += self.ring.entries[handle].length
 
     cdef uint32_t leave(self) noexcept nogil:
         """Take the first out of the list (which must not be empty)."""
         cdef uint32_t handle = self.first
         self.first = self.ring.entries[handle].next
         self.waiting -= 1
-        self.waiting_bytes -= self.ring.record_of(handle).body_length
+        self.waiting_bytes -= self.ring.entries[handle].length
         return handle
 
     cdef uint32_t leave_behind(self, uint32_t prior) noexcept nogil:
@@ -127,7 +127,7 @@ cdef class PoolBase:
         if self.last == handle:
             self.last = prior
         self.waiting -= 1
-        self.waiting_bytes -= self.ring.record_of(handle).body_length
+        self.waiting_bytes -= self.ring.entries[handle].length
         return handle
 
     cdef uint32_t before_oldest(self) noexcept nogil:
@@ -170,8 +170,8 @@ cdef class PoolBase:
         """Take what the next request would carry out of the list; return its handles."""
         if not self.waiting:
             return []
-        cdef Group group = self.form(mono_ns())
-        return self.handles(group.first)
+        cdef Group group
+        return self.handles(group.first) if self.form(&group, mono_ns()) else []
 
     def waiting_since(self):
         """Return since when (monotonic ns) the first has waited here, 0 if none does."""
@@ -216,26 +216,35 @@ cdef class PoolBase:
         """Return for how many ns the first that waits may still wait."""
         return max(0, self.ring.entries[self.first].since_ns + self.linger_ns - now) if self.waiting else 0
 
-    cdef Group form(self, int64_t now) noexcept nogil:
-        """Take a request's packets out of the list, which must not be empty."""
-        cdef Group group
-        cdef uint32_t last, handle = self.leave()
-        group.first, group.packets, group.sent_ns = handle, 1, now
-        group.bytes = self.ring.record_of(handle).body_length
+    cdef bint form(self, Group *group, int64_t now) except -1:
+        """Take a request's packets out of the list, and say whether there were any."""
+        cdef uint32_t last, handle
+        if not self.has_intact():
+            return False
+        last = handle = self.leave()
+        group.first, group.packets, group.sent_ns, group.end = handle, 1, now, 0
+        group.bytes = self.ring.entries[handle].length
         group.batch = self.batching and not self.ring.entries[handle].flags & ALONE
-        last = handle
-        while group.batch and self.waiting and group.packets < self.batch_packets:
+        while group.batch and group.packets < self.batch_packets and self.has_intact():
             handle = self.first
-            if (group.bytes + self.ring.record_of(handle).body_length > self.batch_bytes
+            if (group.bytes + self.ring.entries[handle].length > self.batch_bytes
                     or self.ring.entries[handle].flags & ALONE):
                 break
             self.leave()
-            group.bytes += self.ring.record_of(handle).body_length
+            group.bytes += self.ring.entries[handle].length
             group.packets += 1
             self.ring.entries[last].next = handle
             last = handle
         self.ring.entries[last].next = 0
-        return group
+        return True
+
+    cdef inline bint has_intact(self) except -1:
+        """Whether a packet waits and is as it was accepted; those that were damaged in the file are lost."""
+        while self.waiting:
+            if likely(self.ring.intact(self.first)):
+                return True
+            self.ring.lose(self.leave())
+        return False
 
     cdef int64_t room_for(self, Group *group) noexcept:
         """Return an upper bound of the request's size."""
@@ -244,7 +253,7 @@ cdef class PoolBase:
     cdef char *write_request(self, Group *group, char *out, int64_t now) noexcept:
         """Write the request, note the sending in its records, and return where it ends."""
         cdef uint32_t handle = group.first
-        cdef uint32_t attempts = 0
+        cdef uint32_t attempts = 0, begun
         cdef Record *record
         out = append(out, PyBytes_AS_STRING(self.head), len(self.head))
         if group.batch:
@@ -255,10 +264,10 @@ cdef class PoolBase:
             out = append(out, b"X-Packet-Id: ", 13)
         while handle:
             record = self.ring.record_of(handle)
-            if record.attempts == 0:
+            begun = self.ring.begin_attempt(handle)
+            if begun == 1:
                 observe(self.counters.queue_wait, now + self.ring.clock_offset - record.accepted_ns, 1)
-            record.attempts += 1
-            attempts = max(attempts, record.attempts)
+            attempts = max(attempts, begun)
             out += write_id(record, out)
             handle = self.ring.entries[handle].next
             if handle:
@@ -281,7 +290,7 @@ cdef class PoolBase:
                 out[0] = separator
                 out += 1
                 separator = c','
-            out = append(out, <const char *>record_body(record), record.body_length)
+            out = append(out, <const char *>record_body(record), self.ring.entries[handle].length)
             handle = self.ring.entries[handle].next
         if group.batch:
             out[0] = c']'

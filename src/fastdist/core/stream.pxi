@@ -119,6 +119,13 @@ cdef class Receiver:
         return -1 if socket is None else socket.fileno()
 
 
+cdef class AfterEvents:
+    """What is done for all connections together once some of them have been read."""
+
+    cdef int events_over(self) except -1:
+        return 0
+
+
 @cython.final
 cdef class Poller:
     """The streams of one event loop (uvloop's, or any with ``add_reader``), until ``close``."""
@@ -128,6 +135,7 @@ cdef class Poller:
     cdef int epoll
     cdef list left               # (stream, events) told of in a turn that had no time for them
     cdef uchar *room             # what one read brings
+    cdef public AfterEvents after    # None: nothing is to be done
     cdef public int64_t turn_ns      # after which a turn ends, whatever is ready
     cdef public int64_t longest_ns   # of a turn, until it is set back
 
@@ -168,6 +176,7 @@ cdef class Poller:
                 if taken >= self.turn_ns and i + 1 < len(told):
                     self.left = told[i + 1:]
                     break
+            self.events_over()
         while count == EVENTS and taken < self.turn_ns:
             count = epoll_wait(self.epoll, events, EVENTS, 0)
             for i in range(count):
@@ -180,8 +189,14 @@ cdef class Poller:
                     for i in range(i + 1, count):
                         self.left.append((<Stream>events[i].data.ptr, events[i].events))
                     break
+            self.events_over()
         self.longest_ns = max(self.longest_ns, taken)
         return count < EVENTS and self.left is None
+
+    cdef int events_over(self) except -1:
+        if self.after is not None:
+            self.after.events_over()
+        return 0
 
     cdef int deal(self, Stream stream, uint32_t events) except -1:
         try:

@@ -162,7 +162,8 @@ cdef class ReplyBase(Connection):
             self.waiting_since = now
         while pool.waiting and self.has_room() and pool.due(now):
             group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
-            group[0] = pool.form(now)
+            if not pool.form(group, now):
+                break
             pool.leaves(group, now)
             pool.sent_ns = now
             room += pool.room_for(group)

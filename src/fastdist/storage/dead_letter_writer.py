@@ -18,6 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
+from fastdist._core import DamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -147,6 +148,10 @@ class DeadLetterWriter:
             ring, handle, reason, analyzer, status, error = self.unwritten[0]
             try:
                 self.files.write(ring.packet(handle), reason, analyzer, status, error)
+            except DamagedError:
+                self.unwritten.popleft()
+                ring.discard(handle)
+                continue
             except Exception as problem:  # noqa: BLE001  (OSError, nearly always; whatever it is, the dead letter waits)
                 self._problem = problem
                 return

@@ -16,14 +16,25 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
-from fastdist._core import CutShortError, NewerFormatError, PacketRing, RingError, file_size, round_capacity
+from fastdist._core import (
+    CutShortError,
+    NewerFormatError,
+    PacketRing,
+    RingError,
+    file_size,
+    record_bytes,
+    round_capacity,
+)
 from fastdist.errors import StartError
-from fastdist.storage import locks
+from fastdist.storage import format1, locks
 from fastdist.storage.files import has_name, identity, is_irregular, sync_folder
 from fastdist.storage.locks import try_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
@@ -197,6 +208,9 @@ class QueueFolder:
         """
         if (in_the_way := self._try_lock_rings()) is not None:  # a file that is here since the folder was locked
             raise StartError(f"the queue file {in_the_way.path} is in use by {locks.describe(in_the_way.pid)}")
+        for path, fd in self._rings.items():
+            if format1.is_format1(fd):
+                _convert(path, fd, self._rings)
         found = {path: _look_at(path, fd) for path, fd in self._rings.items()}
         for path, ring in found.items():
             if isinstance(ring, str):
@@ -249,7 +263,36 @@ def _look_at(path: Path, fd: int) -> int | str:
         raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
 
 
-def _make_file(path: Path, capacity: int) -> int:
+def _convert(path: Path, fd: int, rings: dict[Path, int]) -> None:
+    """Replace a ring of format 1, open as ``fd``, by one of the present format with the packets that wait in it.
+
+    A damaged one is kept beside it.
+    """
+
+    def copy(new: int) -> None:
+        ring = PacketRing(new)
+        for packet in format1.read(fd).waiting():
+            ring.push(**packet._replace(flags=0)._asdict())
+
+    try:
+        old, size, largest = format1.read(fd), 0, 0
+        for packet in old.waiting():
+            record = record_bytes(len(packet.key or ""), len(packet.body))
+            size, largest = size + record, max(largest, record)
+        if old.damage:
+            aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+            aside.hardlink_to(path)
+            log.error("a queue file is damaged and is kept", file=str(aside), packets=old.undone, lost=old.corrupt)
+        rings[path] = _make_file(path, size + 2 * largest, copy)
+    except RingError:
+        return  # it is set aside
+    except OSError as error:
+        raise StartError(f"cannot convert the queue file {path} to the present format: {error.strerror}") from error
+    os.close(fd)
+    log.info("a queue file of an older version was converted", file=str(path), packets=old.undone)
+
+
+def _make_file(path: Path, capacity: int, fill: Callable[[int], None] | None = None) -> int:
     """Make a ring under another name, then rename it: a ring with its name is whole, and locked. Return it open."""
     beside = path.with_suffix(".new")
     fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -260,6 +303,9 @@ def _make_file(path: Path, capacity: int) -> int:
         undo.callback(beside.unlink, missing_ok=True)  # what was allocated is needed by others
         os.truncate(fd, 0)  # only now: it may have been another's
         _make(fd, capacity, str(path))
+        if fill is not None:
+            fill(fd)
+            os.fsync(fd)
         beside.rename(path)
         undo.pop_all()
     return fd

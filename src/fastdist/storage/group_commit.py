@@ -1,4 +1,4 @@
-"""Group commit: a ring's file is synced in a thread, one sync at a time, and one sync serves all that came before it.
+"""Group commit: a thread syncs a ring's file, one sync at a time, and one sync serves all that came before it.
 
 With durability ``fsync`` a sync follows whenever a response waits for one; with ``disk`` one follows every
 ``sync_interval`` in which something changed. A sync that fails is reported at once and retried until one succeeds; all
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from fastdist import logs
+from fastdist._core import SyncThread
 from fastdist.storage.files import has_name
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ def make_safe(ring: PacketRing, fd: int, *, write_again: bool = True) -> bool:
     sync that failed, which the kernel reports once. So for a ring of an earlier process, what no sync is known to have
     covered is written again.
     """
-    if write_again:
-        ring.write_again()
-    position = ring.tail_position
     try:
+        ring.write_out()
+        if write_again:
+            ring.write_again()
+        position = ring.tail_position
         os.fdatasync(fd)
     except OSError as error:
         log.error("the queue cannot be synced", error=str(error))
@@ -67,81 +69,85 @@ class Syncer:
     ) -> None:
         self.ring, self.fd, self.path, self.failing = ring, fd, path, failing
         self._on_synced, self._on_failed = on_synced, on_failed
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._wanted = self._running = self._scheduled = self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._thread = SyncThread(fd)
+        self._loop.add_reader(self._thread.fileno(), self._take)
+        self._executor = ThreadPoolExecutor(1)  # for ``run``; has no thread before that
+        self._scheduled = self._closed = False
+        self._write_again = failing  # before the next sync
         self._seen = (-1, -1, -1)
         self._retry: asyncio.TimerHandle | None = None
 
     def want(self) -> None:
-        """Request a sync of what is in the ring at the end of this event-loop iteration."""
-        self._wanted = True
-        if not self._running and not self._scheduled:
+        """Request a sync of what is in the ring at the end of this iteration; after a failure, with the next try."""
+        if not self._scheduled and self._retry is None:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._start)
+            self._loop.call_soon(self._request)
 
     def want_if_changed(self) -> None:
-        """Do the same if anything has changed since the last sync began."""
+        """Do the same if anything has changed since the last sync was requested."""
         if self._state() != self._seen:
             self.want()
 
     def _state(self) -> tuple[int, int, int]:
         return self.ring.tail_position, self.ring.used, self.ring.undone
 
-    def _start(self) -> None:
+    def _request(self) -> None:
         self._scheduled = False
-        if self._running or self._closed or not self._wanted:
+        if self._closed:
             return
-        self._running, self._wanted = True, False
-        if self._retry is not None:
-            self._retry.cancel()
-        if self.failing:
-            self.ring.write_again()
+        if self._write_again:
+            try:
+                self.ring.write_again()
+            except OSError as error:
+                self._fail(error)
+                return
+            self._write_again = False
         self._seen = self._state()
-        position = self.ring.tail_position
-        future = asyncio.get_running_loop().run_in_executor(self._thread, os.fdatasync, self.fd)
-        future.add_done_callback(lambda done: self._finish(position, done))
+        self._thread.request(self._seen[0])
 
-    def _finish(self, position: int, done: asyncio.Future[None]) -> None:
-        self._running = False
-        if done.cancelled():
-            return
-        error = done.exception()
-        if error is None:
-            if self.failing:
-                self.failing = False
-                log.info("the queue can be written to disk again")
-            found = self._is_found()
-            if not found:  # it is on the disk, and yet the next start will know nothing of it
-                self._on_failed(FileNotFoundError(errno.ENOENT, "the queue's file was deleted or renamed"))
-            self.ring.mark_synced(position)
-            if found:
-                self._on_synced(position)
-            if self._wanted:
-                self._start()
-            return
-        if not isinstance(error, OSError):
-            raise error
+    def _take(self) -> None:
+        position, error = self._thread.take()
+        if position >= 0:
+            self._succeed(position)
+        if error:
+            self._fail(OSError(error, os.strerror(error)))
+
+    def _succeed(self, position: int) -> None:
+        if self.failing:
+            self.failing = False
+            log.info("the queue can be written to disk again")
+        found = self._is_found()
+        if not found:  # it is on the disk, and yet the next start will know nothing of it
+            self._on_failed(FileNotFoundError(errno.ENOENT, "the queue's file was deleted or renamed"))
+        self.ring.mark_synced(position)
+        if found:
+            self._on_synced(position)
+
+    def _fail(self, error: OSError) -> None:
         if not self.failing:
             log.error(
                 "cannot write the queue to disk; nothing can be accepted until that is possible", error=str(error)
             )
-        self.failing = True
+        self.failing = self._write_again = True
         self.ring.forget_synced()
         self._on_failed(error)
-        self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self.want)
+        if self._retry is None:
+            self._retry = self._loop.call_later(RETRY_SECONDS, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self.want()
 
     def _is_found(self) -> bool:
-        """Whether the file is what is found under ``path``, as far as can be seen.
-
-        Not in the thread: each system call there has to get hold of the interpreter again, which a busy loop has.
-        """
+        """Whether the file is what is found under ``path``, as far as can be seen."""
         try:
             return self.path is None or has_name(self.fd, self.path)
         except OSError:
             return True
 
     def run(self, work: Callable[[], None], done: Callable[[OSError | None], None]) -> None:
-        """Do other work with the disk in the thread, before the next sync; ``done`` gets the outcome in the loop."""
+        """Do other work with the disk in a thread, beside syncs; ``done`` gets the outcome in the event loop."""
 
         def finish(future: asyncio.Future[None]) -> None:
             error = None if future.cancelled() else future.exception()
@@ -150,10 +156,13 @@ class Syncer:
             done(error)
 
         if not self._closed:
-            asyncio.get_running_loop().run_in_executor(self._thread, work).add_done_callback(finish)
+            self._loop.run_in_executor(self._executor, work).add_done_callback(finish)
 
     def close(self) -> None:
-        """Sync once more, here and now, and end the thread."""
+        """End the threads, and sync once more, here and now."""
         self._closed = True
-        self._thread.shutdown(wait=True)
+        self._executor.shutdown()
+        self._loop.remove_reader(self._thread.fileno())
+        self._thread.close()
+        self._take()
         make_safe(self.ring, self.fd, write_again=self.failing)

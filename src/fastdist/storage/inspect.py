@@ -17,7 +17,7 @@ import msgspec
 
 from fastdist._core import PacketRing, RingError
 from fastdist.errors import FastdistError
-from fastdist.storage import locks
+from fastdist.storage import format1, locks
 from fastdist.storage.directory import LOCK, SUFFIX
 from fastdist.storage.files import is_irregular
 
@@ -135,6 +135,8 @@ def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPac
     with file.open("rb") as opened:
         if not locks.try_lock(opened.fileno(), shared=True):  # though the folder's lock was free, or deleted
             raise _in_use(file.parent, locks.holder(opened.fileno()))
+        if format1.is_format1(opened.fileno()):
+            return _look_at_format1(report, opened.fileno(), most_packets)
         try:
             ring = PacketRing(opened.fileno(), private=True)
         except RingError as error:
@@ -145,6 +147,33 @@ def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPac
         report.damage = [Damage(offset, what) for offset, what in ring.damage]
         report.notes = [Damage(offset, what) for offset, what in ring.notes]
         packets = heapq.nsmallest(most_packets, _packets(file.name, ring), key=_age) if most_packets else []
+    return report, packets
+
+
+def _look_at_format1(report: RingReport, fd: int, most_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
+    try:
+        ring = format1.read(fd)
+    except RingError as error:
+        report.error = str(error)
+        return report, []
+    waiting = (
+        WaitingPacket(
+            file=report.file,
+            id=packet.id,
+            accepted_at=datetime.fromtimestamp(packet.accepted_ns / 1e9, UTC),
+            attempts=packet.attempts,
+            messages=packet.messages,
+            bytes=len(packet.body),
+        )
+        for packet in ring.waiting()
+    )
+    packets = heapq.nsmallest(most_packets, waiting, key=_age)
+    for _ in waiting:
+        pass  # what was found is known when all has been read
+    report.packets, report.bytes, report.capacity_bytes = ring.undone, ring.undone_bytes, ring.capacity
+    report.corrupt = ring.corrupt
+    report.damage = [Damage(offset, what) for offset, what in ring.damage]
+    report.notes = [Damage(offset, what) for offset, what in ring.notes]
     return report, packets
 
 

@@ -51,7 +51,7 @@ class Drain:
             dead_letter_writer.finish()
         self._emitters.end_waiting()
         self._queue.close()
-        self._intake.synced(ring.synced_position)
+        self._intake.synced()
         for connection in tuple(self._intake.connections):
             if connection.transport is not None:
                 connection.transport.close()

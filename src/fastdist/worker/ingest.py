@@ -189,7 +189,8 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if not self.transport.can_write_eof():  # TLS, which ends both sides: responses have to be sent now
             self.end_waits()
             return False
-        return self.answers is not None
+        waits: bool = self.has_waiting()
+        return waits
 
     def end_waits(self) -> None:
         """Answer 202 to all waits on this connection: their packets are stored."""
@@ -220,7 +221,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             self.time_out("the request's body came too slowly")
         elif late == "wait":
             self.end_waits()
-            if self.answers is not None and self.is_stuck(now_ns):  # what it depends on does not come
+            if self.has_waiting() and self.is_stuck(now_ns):  # what it depends on does not come
                 self.transport.abort()
         elif late == "idle" and not self.transport.is_closing():  # or its last responses are not read
             self.transport.close()

@@ -87,8 +87,12 @@ class Worker:
             config.server,
             packet.check,
             self.dispatcher.schedule,
-            syncer.want if syncer is not None and self.fsync else None,
+            syncer.want if syncer is not None else None,
+            self._not_written,
+            answers_after_sync=self.fsync,
         )
+        self.poller.after = self.intake
+        self.queue.ring.on_damage = self._damaged
         api = Api(self.snapshot)
         self.admin = AdminRequests(control, api)
         self.emitters = Emitters(api, self.intake, self.admin.send)
@@ -220,7 +224,7 @@ class Worker:
         self.lag.end(now)
 
     def _look_for_files(self) -> None:
-        self.queue.names.look(self.queue.migrations)
+        self.queue.look()
         self.intake.broken_storage = self.queue.is_broken
 
     def _migrate(self) -> None:
@@ -251,9 +255,9 @@ class Worker:
 
     # ---- called by the syncer
 
-    def _synced(self, position: int) -> None:
+    def _synced(self, _position: int) -> None:
         self.intake.broken_storage = self.queue.is_broken
-        self.intake.synced(position)
+        self.intake.synced()
         self.dispatcher.schedule()
         self.upkeep.run(Step.OLD_RINGS, self._migrate)
 
@@ -265,9 +269,29 @@ class Worker:
             return
         packets, _, _ = self.queue.ring.withdraw_unsynced()
         self.counters.add("withdrawn", packets)
-        self.counters.add("storage", packets)
+        self._reject_behind(self.queue.ring.synced_position, error)
+
+    # ---- called by the core
+
+    def _not_written(self, code: int) -> None:
+        """Reject what was accepted in this event-loop iteration: it could not be written, and is withdrawn."""
+        error = OSError(code, os.strerror(code))
+        self.queue.not_written(error)
+        self.intake.broken_storage = True
+        self._reject_behind(self.queue.ring.tail_position, error)
+
+    def _reject_behind(self, position: int, error: OSError) -> None:
         response = problem(503, f"the packet could not be written to disk: {error.strerror}", headers=retry_after())
-        self.intake.sync_failed(response.status, reason(response.status), response.headers, response.body)
+        rejected = self.intake.not_stored(
+            position, response.status, reason(response.status), response.headers, response.body
+        )
+        self.counters.add("storage", rejected)
+
+    def _damaged(self, offset: int, what: str, lost: int) -> None:
+        """Count packets that were damaged in the queue's file while they waited."""
+        log.error("damage in the queue; skipped", ring="the worker's own", offset=offset, what=what, packets=lost)
+        self.counters.add("corrupt", max(1, lost))
+        self.counters.add("recovered", -lost)
 
 
 def main() -> int:

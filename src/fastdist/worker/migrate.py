@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdist._core import PacketRing
+from fastdist._core import DamagedError, PacketRing
 from fastdist.storage.files import has_name
 
 if TYPE_CHECKING:
@@ -61,6 +61,11 @@ class Migration:
                     break
             except ValueError:
                 oversized.append(handle)
+            except DamagedError:
+                self.ring.discard(handle)
+            except OSError:
+                self.ring.release(handle)
+                raise
             else:
                 self._copied.append(handle)
         return oversized

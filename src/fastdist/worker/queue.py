@@ -14,7 +14,7 @@ from fastdist.shm.block import HeadWord, WorkerWord
 from fastdist.storage.dead_letter_writer import PendingDeadLetter
 from fastdist.storage.directory import OldRing, ring_path
 from fastdist.storage.files import has_name, present_path
-from fastdist.storage.group_commit import Syncer, make_safe
+from fastdist.storage.group_commit import RETRY_SECONDS, Syncer, make_safe
 from fastdist.worker.migrate import Migration
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Queue:
         self.migrations = [Migration(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
         path = None if durability == "memory" else ring_path(config.queue.path, assignment.index)
         self.names = RingNames(self.ring, self.fd, path)
+        self._unwritable = False
+        self._next_try = 0.0  # at writing, time.monotonic()
         self.syncer = None
         if path is not None:
             self.syncer = Syncer(
@@ -75,13 +77,30 @@ class Queue:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the worker's own ring may be written to: it can be synced, and the next start will find it."""
-        return not (self.names.misplaced or (self.syncer is not None and self.syncer.failing))
+        """Whether the worker's own ring takes writes and syncs, and will be found by the next start."""
+        return not (self.names.misplaced or self._unwritable or (self.syncer is not None and self.syncer.failing))
 
     @property
     def is_broken(self) -> bool:
         """Whether nothing may be accepted: for the same reasons, or because an old ring is not where it should be."""
         return not self.is_ready or self.names.misplaced_old
+
+    def not_written(self, error: OSError) -> None:
+        """Accept nothing until writing works again, which is tried once a second."""
+        if not self._unwritable:
+            log.error("cannot write to the queue; packets are rejected", error=error.strerror)
+        self._unwritable = True
+        self._next_try = time.monotonic() + RETRY_SECONDS
+
+    def look(self) -> None:
+        """Look whether files are under their names, and a ring that could not be written to can be. Raises OSError."""
+        self.names.look(self.migrations)
+        if self._unwritable and time.monotonic() >= self._next_try:
+            self._next_try = time.monotonic() + RETRY_SECONDS
+            with contextlib.suppress(OSError):
+                self.ring.try_to_write()
+                self._unwritable = False
+                log.info("the queue can be written to again")
 
     def sync(self) -> None:
         """Sync the ring if anything has changed."""

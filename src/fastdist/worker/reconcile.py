@@ -32,9 +32,8 @@ def reconcile(ring: PacketRing, migrations: Sequence[Migration], counters: Count
         counters.add("recovered", undone)
         counters.add("corrupt", ring.corrupt + sum(migration.ring.corrupt for migration in migrations))
         return
-    counters.add("corrupt", ring.corrupt)
     _count_pushed(ring, counters)
-    _count_delivered(undone, counters)
+    _count_delivered(undone, counters, ring.corrupt)
 
 
 def _count_pushed(ring: PacketRing, counters: Counters) -> None:
@@ -48,7 +47,7 @@ def _count_pushed(ring: PacketRing, counters: Counters) -> None:
         counters.add("bytes_accepted", body_bytes)
 
 
-def _count_delivered(undone: int, counters: Counters) -> None:
+def _count_delivered(undone: int, counters: Counters, corrupt: int) -> None:
     slots = range(counters.slots)
     for slot in slots:
         for gauge in ("connections", "requests_in_flight", "packets_in_flight"):
@@ -56,7 +55,10 @@ def _count_delivered(undone: int, counters: Counters) -> None:
     gone = counters.get("accepted") + counters.get("recovered") - undone
     gone -= sum(counters.get(reason) for reason in DEAD_LETTERS)
     uncounted = gone - sum(counters.get_of(slot, "delivered") for slot in slots)
-    if uncounted > 0:  # all of one request, the one that was being settled
+    if corrupt:  # what is neither here nor known to be delivered was damaged
+        counters.add("corrupt", max(corrupt, uncounted))
+        counters.add("recovered", -uncounted)
+    elif uncounted > 0:  # all of one request, the one that was being settled
         counters.add_to(max(0, counters.get("settling") - 1), "delivered", uncounted)
     else:  # copied from an old ring, and not marked done there: they will be copied once more
         counters.add("recovered", -uncounted)
