@@ -58,6 +58,18 @@ def test_failed_write_rejects_no_earlier_packet():
     assert [packet.id for packet in service.packets()] == ["a", "d"]
 
 
+def test_what_is_done_stays_done_while_marks_cannot_be_written():
+    """A packet that was withdrawn, or delivered from a copy, is behind the cursor: its mark has to be known."""
+    service = Service(fsync=True)
+    connection = service.ask(keyed("a") + keyed("b"))
+    with files_end_at(HEADER_SIZE + service.ring.capacity):  # the marks are behind it
+        service.ring.withdraw_unsynced()
+        connection.send(keyed("c"))
+        service.sync()
+        assert [packet.id for packet in service.packets()] == ["c"]
+    assert service.ring.undone == 0
+
+
 @pytest.mark.parametrize("filled", range(200, 490, 2))
 def test_failed_move_rejects_unwritten_ones(filled):
     """To make room for a packet, one at the head is to be copied behind those of the same read: these come first."""

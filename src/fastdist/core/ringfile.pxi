@@ -365,9 +365,14 @@ cdef class RingFile:
         return mark
 
     cdef Mark read_mark(self, const Record *record) noexcept nogil:
-        """Return the record's mark in the file, or that of a new record."""
+        """Return the record's mark, or that of a new record."""
         cdef Mark mark = self.marks[record.number % self.slots]
-        cdef Mark sealed = self.mark_for(record.number, record.position, mark.state, mark.attempts)
+        cdef Mark sealed
+        cdef int i
+        for i in range(self.change_count):  # none, unless the last could not be written
+            if self.changes[i].number == record.number % self.slots:
+                mark = self.changes[i].mark
+        sealed = self.mark_for(record.number, record.position, mark.state, mark.attempts)
         if mark.check == sealed.check and (mark.state == QUEUED or mark.state == MOVED or mark.state == DONE):
             return mark
         return self.mark_for(record.number, record.position, QUEUED, 0)
