@@ -157,7 +157,7 @@ def test_next_sync_begins_without_the_loop(disk):
     asyncio.run(run())
 
 
-def test_no_sync_begins_before_a_failure_is_known(disk, monkeypatch):
+def test_no_sync_before_a_failure_is_known(disk, monkeypatch):
     """Not even what was requested already: everything has to be written again before."""
     monkeypatch.setattr(group_commit, "RETRY_SECONDS", 0.2)
 
@@ -385,7 +385,7 @@ def test_closing_waits_for_a_running_sync(disk):
     asyncio.run(run())
 
 
-def test_closing_while_a_sync_fails_rewrites_all(disk):
+def test_closing_in_a_failed_sync_rewrites(disk):
     """The kernel has told of the failure: the last sync would succeed without what was not written."""
 
     async def run() -> None:

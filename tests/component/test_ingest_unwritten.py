@@ -20,7 +20,7 @@ def service_of(fsync, **options) -> Service:
 
 @DURABILITIES
 @pytest.mark.parametrize("fits", [0, 100, SMALL_RECORD, PAGE, PAGE + 100])
-def test_read_whose_packets_cannot_all_be_written(fsync, fits):
+def test_read_that_is_written_in_part(fsync, fits):
     """The large packet has the small ones before it written, each is there or not, and answered so."""
     service = service_of(fsync)
     with files_end_at(HEADER_SIZE + fits):
@@ -34,7 +34,7 @@ def test_read_whose_packets_cannot_all_be_written(fsync, fits):
 
 
 @DURABILITIES
-def test_packets_written_earlier_are_accepted(fsync):
+def test_packets_written_before_are_accepted(fsync):
     service = service_of(fsync)
     with files_end_at(HEADER_SIZE + SMALL_RECORD + LARGE_RECORD):
         connection = service.ask(keyed("a") + keyed("b", LARGE) + keyed("c") + keyed("d"))
@@ -44,7 +44,7 @@ def test_packets_written_earlier_are_accepted(fsync):
     assert [packet.id for packet in service.packets()] == ["a", "b"]
 
 
-def test_failed_write_rejects_no_earlier_packet():
+def test_failed_write_rejects_no_earlier_one():
     service = Service(fsync=True)
     connection = service.ask(keyed("a"))
     with files_end_at(HEADER_SIZE + SMALL_RECORD):
@@ -58,7 +58,7 @@ def test_failed_write_rejects_no_earlier_packet():
     assert [packet.id for packet in service.packets()] == ["a", "d"]
 
 
-def test_what_is_done_stays_done_while_marks_cannot_be_written():
+def test_done_stays_done_without_marks():
     """A packet that was withdrawn, or delivered from a copy, is behind the cursor: its mark has to be known."""
     service = Service(fsync=True)
     connection = service.ask(keyed("a") + keyed("b"))

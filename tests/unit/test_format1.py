@@ -110,7 +110,7 @@ def test_checksum_is_crc32c():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_its_own_version_recovers_is_read(case, name):
+def test_what_its_version_recovers_is_read(case, name):
     file = case(name)
     expected = file.expected
     assert format1.is_format1(file.fd)
@@ -134,7 +134,7 @@ def test_packets_come_in_order_of_the_ring(case, name):
     assert [described(packet) for packet in format1.read(file.fd).waiting()] == file.expected["packets"]
 
 
-def test_packet_whose_copy_is_lost_comes_last(case):
+def test_packet_of_a_lost_copy_comes_last(case):
     file = case("moved-copy-damaged")
     first, *others = file.expected["packets"]
     assert [described(packet) for packet in format1.read(file.fd).waiting()] == [*others, first]
@@ -169,7 +169,7 @@ def test_size_of_the_window_changes_nothing(case, name, window, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"fdring\r\n", bytes(131072), b"\xff" * 131072])
-def test_anything_else_is_no_ring_of_format_1(content):
+def test_anything_else_is_no_format_1(content):
     fd = os.memfd_create("other")
     os.pwrite(fd, content, 0)
     assert not format1.is_format1(fd)
@@ -179,7 +179,7 @@ def test_anything_else_is_no_ring_of_format_1(content):
 
 
 @pytest.mark.parametrize("copies", [COPIES[:1], COPIES[1:], COPIES])
-def test_ring_of_newer_format_is_not_of_format_1(case, copies):
+def test_newer_format_is_not_format_1(case, copies):
     """Though it be one copy: a newer version may have been killed while it changed them."""
     file = case("plain")
     file.patch(*((copy, sealed(file.image[copy : copy + 72], version=2)) for copy in copies))
@@ -195,14 +195,14 @@ def test_capacities_no_ring_has_are_refused(case, capacity):
 
 
 @pytest.mark.parametrize("capacity", [0, -65536, 1, 65544, 1 << 46])
-def test_foreign_header_may_have_any_capacity(case, capacity):
+def test_foreign_header_has_any_capacity(case, capacity):
     file = case("foreign-header")
     file.patch((0, sealed(file.image[:72], capacity=capacity)))
     assert [described(packet) for packet in format1.read(file.fd).waiting()] == file.expected["packets"]
 
 
 @pytest.mark.parametrize("size", [104, 32768, 65536, 65537])
-def test_file_without_records_yields_damage_only(case, size):
+def test_file_without_records_is_damage_only(case, size):
     file = case("plain")
     os.ftruncate(file.fd, size)
     ring = format1.read(file.fd)
@@ -216,7 +216,7 @@ def test_file_without_records_yields_damage_only(case, size):
 
 
 @pytest.mark.parametrize("all_or_nothing", [False, True])
-def test_unreadable_page_costs_only_its_packets(case, unreadable, all_or_nothing):
+def test_unreadable_page_costs_its_packets(case, unreadable, all_or_nothing):
     file = case("wrapped")
     unreadable.all_or_nothing = all_or_nothing
     lost = 0
@@ -237,7 +237,7 @@ def test_unreadable_page_costs_only_its_packets(case, unreadable, all_or_nothing
     assert lost >= len(file.expected["packets"])
 
 
-def test_unreadable_pages_in_a_row_are_one_damage(case, unreadable):
+def test_unreadable_pages_are_one_damage(case, unreadable):
     file = case("plain")
     unreadable.pages |= set(range(16, 32))
     ring = format1.read(file.fd)
@@ -247,7 +247,7 @@ def test_unreadable_pages_in_a_row_are_one_damage(case, unreadable):
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_unreadable_header_copy_costs_nothing(case, unreadable, copy):
+def test_unreadable_copy_costs_nothing(case, unreadable, copy):
     file = case("plain")
     unreadable.pages.add(copy // 4096)
     assert format1.is_format1(file.fd)
@@ -286,7 +286,7 @@ def test_the_next_start_delivers_its_packets(tmp_path, name):
     assert [file.read_bytes() for file in kept] == ([image] if report.damage else [])
 
 
-def test_format_1_without_room_to_convert_stays(tmp_path, monkeypatch):
+def test_format_1_without_room_stays(tmp_path, monkeypatch):
     path = tmp_path / "ring-0.fdq"
     path.write_bytes(gzip.decompress((DATA / "plain.fdq.gz").read_bytes()))
     before = path.read_bytes()

@@ -79,7 +79,7 @@ def age(disk, headers, count, size=500):
 
 
 @pytest.mark.parametrize("count", [0, 1, 30, 90, 105, 112, 200, 250])
-def test_old_header_with_newer_data_is_no_damage(disk, count):
+def test_old_header_with_newer_data_is_sound(disk, count):
     """Of laps that a later one has overwritten nothing counts any more, and nothing of it is missed."""
     disk.fill()
     for handle, place in zip(disk.handles, disk.places, strict=True):
@@ -94,7 +94,7 @@ def test_old_header_with_newer_data_is_no_damage(disk, count):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_leftovers_of_a_power_cut_are_never_met(seed):
+def test_leftovers_of_a_power_cut_are_unseen(seed):
     """Records and marks that the header does not know of lie where the successor's records come to lie."""
     disk = Disk(os.memfd_create("ring"))
     rng = random.Random(seed)
@@ -117,7 +117,7 @@ def test_leftovers_of_a_power_cut_are_never_met(seed):
 
 
 @pytest.mark.parametrize("state", ["done", "attempted"])
-def test_left_over_mark_is_of_no_other_record(state):
+def test_left_over_mark_counts_for_no_other(state):
     """The same place in the file, the same place in the lap: but the record is another."""
     disk = Disk(os.memfd_create("ring"))
     empty = disk.save().image
@@ -157,7 +157,7 @@ def test_unwritten_packet_was_never_there(tmp_path, size):
         assert_in_order(successor, disk.packets())
 
 
-def test_ring_goes_on_with_one_writable_header(tmp_path):
+def test_one_writable_header_is_enough(tmp_path):
     disk = Disk(os.open(tmp_path / "ring.fdq", os.O_RDWR | os.O_CREAT, 0o600))
     disk.fill()
     with files_end_at(COPIES[1]):
@@ -180,7 +180,7 @@ def test_unwritten_mark_is_written_later():
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("known", [True, False])
-def test_after_a_failed_sync_all_is_written_again(seed, known):
+def test_failed_sync_writes_all_again(seed, known):
     """The kernel takes pages for written that are not: the disk (here another file) has any of them as before."""
     rng = random.Random(seed)
     disk = Disk(os.memfd_create("ring"))
@@ -231,7 +231,7 @@ def change(disk, offset, data=b"\xee"):
 
 
 @pytest.mark.parametrize("relative", [0, 4, 8, 16, 24, BODY_LENGTH, RECORD - 1])
-def test_damaged_heads_are_passed_and_reported(disk, relative):
+def test_damaged_heads_are_reported(disk, relative):
     heard, handles = in_use(disk)
     hurt = disk.places[3], disk.places[4], disk.places[8]
     for place in hurt:
@@ -251,7 +251,7 @@ def test_damaged_heads_are_passed_and_reported(disk, relative):
     assert (successor.damage, successor.undone) == ([], 0)
 
 
-def test_page_of_zeros_costs_only_what_was_on_it(disk):
+def test_page_of_zeros_costs_only_itself(disk):
     heard, handles = in_use(disk, count=60)
     change(disk, HEADER_SIZE + PAGE, bytes(PAGE))
     hurt = [place for place in disk.places if place.offset + place.size > HEADER_SIZE + PAGE]
@@ -269,7 +269,7 @@ def test_page_of_zeros_costs_only_what_was_on_it(disk):
 
 
 @pytest.mark.parametrize("relative", [0, BODY_LENGTH, RECORD, RECORD + 199])
-def test_packet_damaged_when_claimed_is_discarded(disk, relative):
+def test_damaged_packet_is_never_claimed(disk, relative):
     heard, handles = in_use(disk)
     hurt = disk.places[1]
     change(disk, hurt.byte(relative))
@@ -370,7 +370,7 @@ def stored(path):
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_unreadable_pages_cost_what_is_on_them(shim, path, stored, private):
+def test_unreadable_pages_cost_what_is_there(shim, path, stored, private):
     pages = [HEADER_SIZE, HEADER_SIZE + PAGE, HEADER_SIZE + CAPACITY - 2 * PAGE]
     touched = [
         place for place in stored.places if any(place.byte(i) // PAGE * PAGE in pages for i in range(0, place.size, 8))
@@ -393,14 +393,14 @@ def test_unreadable_marks_repeat_at_most(shim, path, stored):
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_unreadable_header_copy_costs_nothing(shim, path, stored, copy):
+def test_unreadable_copy_costs_nothing(shim, path, stored, copy):
     unreadable, damage, names = read_with_faults(shim, path, [copy])
     assert unreadable == [(copy, PAGE, errno.EIO)]
     assert damage == [(copy, "header copy: Input/output error")]
     assert names == [packet.sequence for packet in stored.packets()]
 
 
-def test_ring_with_unreadable_pages_takes_nothing(shim, path, stored):
+def test_unreadable_ring_takes_nothing(shim, path, stored):
     """What was written there could not be read again."""
     assert stored.places
     act = dedent("""

@@ -68,7 +68,7 @@ def changes(before, after):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_death_in_a_write_leaves_what_was_written(disk, known):
+def test_death_in_a_write_leaves_the_written(disk, known):
     """What is pushed in an iteration is one ``pwrite``, of which a kill leaves the beginning."""
     before = disk.fill(known=known).image
     first = len(disk.places)
@@ -91,7 +91,7 @@ def test_death_in_a_write_leaves_what_was_written(disk, known):
         assert_in_order(again, disk.packets(without=[place for place in written if place not in there]))
 
 
-def test_death_in_a_header_write_costs_nothing(disk):
+def test_death_in_a_header_costs_nothing(disk):
     before = disk.fill(known=False).image
     disk.ring.mark_synced(disk.ring.tail_position)
     after = disk.save().image
@@ -159,7 +159,7 @@ def test_changed_byte_costs_only_its_packet(disk, mask):
                 assert what.startswith(report)
 
 
-def test_changed_unknown_last_record_is_the_end(disk):
+def test_changed_last_record_is_the_end(disk):
     """What a kill leaves of a write cannot be told from that."""
     last = disk.fill(known=False).places[-1]
     for relative in range(RECORD):
@@ -381,7 +381,7 @@ def test_newer_format_copy_leaves_ring_alone(disk, copy):
     assert os.pread(disk.fd, file_size(CAPACITY), 0) == disk.image[:offset] + data + disk.image[offset + len(data) :]
 
 
-def test_an_older_format_is_named_and_left_alone(disk):
+def test_older_format_is_named_and_left(disk):
     disk.fill()
     patches = reheaded(disk.image, version=FORMAT_VERSION - 1)
     with pytest.raises(OtherFormatError, match="written in format 1 by an older version") as raised:

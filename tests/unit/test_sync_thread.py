@@ -186,7 +186,7 @@ print("end")
 """
 
 
-def test_a_process_ends_with_a_sync_that_hangs():
+def test_process_ends_with_a_hanging_sync():
     done = subprocess.run([sys.executable, "-c", HANGS], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
