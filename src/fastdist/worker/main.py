@@ -149,11 +149,11 @@ class Worker:
         reconcile(self.queue.ring, self.queue.migrations, self.counters)
         self.dispatcher.set_analyzers(self.analyzers)
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
-        self.tick()
-        ipc.send(self.control, Message("ready", body=self.generation))
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
+        self.tick()
+        ipc.send(self.control, Message("ready", body=self.generation))
         obeying = self.loop.create_task(self._obey(commands))
         obeying.add_done_callback(lambda _: self._stopped.set())
         await self._stopped.wait()
