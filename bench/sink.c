@@ -7,7 +7,9 @@
  *   sink -l PROCESSES PORT   the limit: as many processes on one port that answer 202 as a distributor does, no more
  *
  * One thread a process, epoll. GET /count answers "<packets> <requests>" of the port, GET /total the same of all ports,
- * GET /each the packets of each port, in the order they were given; GET anything else (a health check) answers as well.
+ * GET /each the packets of each port, in the order they were given. GET /close/INDEX has that analyzer refuse
+ * connections and resets those it has, as if it were killed; GET /open/INDEX has it listen again; ask another one.
+ * GET anything else (a health check) answers as well.
  * A request without X-Packet-Count carries one packet. Only what clients of this benchmark send is understood; a body
  * without a Content-Length ends the program, so that it is not counted wrong.
  */
@@ -34,19 +36,21 @@ static const char ACCEPTED[] =
     "HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: 84\r\n\r\n"
     "{\"status\":\"accepted\",\"packetId\":\"01a209d3-2da8-7d29-8a7b-0aa3a6533672\",\"messages\":2}";
 
-struct listener { int fd; long packets, requests; };
+struct listener { int fd; long packets, requests; const char *port; struct connection *connections; };
 struct connection {
     int fd;
     int pending;            /* answers that are still to be given, or a connection that is gone would be */
     int gone;
     struct listener *on;
+    struct connection *next, **before;   /* of those on the same listener */
     size_t body_left;
     size_t kept;            /* bytes of a head that is not whole */
     char *head;
 };
 
 static struct listener *listeners;
-static int ports;
+static int ports, poll_fd;
+static struct connection *dropped;         /* to be freed once no event of this turn can be about them */
 static const char *yes = OK;
 static size_t yes_length = sizeof OK - 1;
 static long step = -1;
@@ -73,6 +77,73 @@ static long field(const char *head, size_t n, const char *name, long missing) {
     return missing;
 }
 
+static void listen_on(struct listener *on) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(on->port))};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int one = 1;
+    on->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    setsockopt(on->fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    setsockopt(on->fd, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one);
+    if (bind(on->fd, (struct sockaddr *)&address, sizeof address) || listen(on->fd, 4096)) {
+        perror(on->port);
+        exit(1);
+    }
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)(on - listeners)};
+    epoll_ctl(poll_fd, EPOLL_CTL_ADD, on->fd, &event);
+}
+
+static void take(struct listener *on) {
+    int fd, one = 1;
+    while ((fd = accept4(on->fd, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        struct connection *c = calloc(1, sizeof *c);
+        c->fd = fd;
+        c->on = on;
+        c->next = on->connections;
+        c->before = &on->connections;
+        if (c->next) c->next->before = &c->next;
+        on->connections = c;
+        struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
+        epoll_ctl(poll_fd, EPOLL_CTL_ADD, fd, &event);
+    }
+}
+
+static void drop(struct connection *c) {
+    close(c->fd);
+    free(c->head);
+    c->head = NULL;
+    c->gone = 1;
+    *c->before = c->next;
+    if (c->next) c->next->before = c->before;
+    if (c->pending) return;
+    c->next = dropped;
+    dropped = c;
+}
+
+static void free_dropped(void) {
+    while (dropped) {
+        struct connection *c = dropped;
+        dropped = c->next;
+        free(c);
+    }
+}
+
+static void close_analyzer(int index) {
+    struct linger reset = {.l_onoff = 1, .l_linger = 0};
+    if (index < 0 || index >= ports || listeners[index].fd < 0) return;
+    struct listener *on = &listeners[index];
+    close(on->fd);
+    on->fd = -1;
+    while (on->connections) {
+        setsockopt(on->connections->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
+        drop(on->connections);
+    }
+}
+
+static void open_analyzer(int index) {
+    if (index >= 0 && index < ports && listeners[index].fd < 0) listen_on(&listeners[index]);
+}
+
 static size_t figures(struct connection *c, const char *path, char *out) {
     static char text[REPLIES / 2];
     size_t length = 0;
@@ -81,6 +152,8 @@ static size_t figures(struct connection *c, const char *path, char *out) {
         all.packets += listeners[i].packets;
         all.requests += listeners[i].requests;
     }
+    if (strncmp(path, "/close/", 7) == 0) close_analyzer(atoi(path + 7));
+    else if (strncmp(path, "/open/", 6) == 0) open_analyzer(atoi(path + 6));
     struct listener *one = memcmp(path, "/total ", 7) == 0 ? &all : c->on;
     if (memcmp(path, "/each ", 6) == 0)
         for (int i = 0; i < ports && length < sizeof text - 32; i++)
@@ -186,31 +259,6 @@ static int serve(struct connection *c) {
     return out && write(c->fd, output, out) != (ssize_t)out ? -1 : 0;
 }
 
-static int listen_on(const char *port) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port))};
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    int one = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one);
-    if (bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, 4096)) {
-        perror(port);
-        exit(1);
-    }
-    return fd;
-}
-
-static void take(int poll, struct listener *on) {
-    int fd, one = 1;
-    while ((fd = accept4(on->fd, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-        struct connection *c = calloc(1, sizeof *c);
-        c->fd = fd;
-        c->on = on;
-        struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
-        epoll_ctl(poll, EPOLL_CTL_ADD, fd, &event);
-    }
-}
-
 int main(int argc, char **argv) {
     int option, processes = 1;
     while ((option = getopt(argc, argv, "r:d:l:s:")) != -1) {
@@ -235,30 +283,24 @@ int main(int argc, char **argv) {
         }
     ports = argc - optind;
     listeners = calloc((size_t)ports, sizeof *listeners);
-    int poll = epoll_create1(0);
+    poll_fd = epoll_create1(0);
     for (int i = 0; i < ports; i++) {
-        listeners[i].fd = listen_on(argv[optind + i]);
-        struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)i};
-        epoll_ctl(poll, EPOLL_CTL_ADD, listeners[i].fd, &event);
+        listeners[i].port = argv[optind + i];
+        listen_on(&listeners[i]);
     }
     puts("ready");
     fflush(stdout);
     for (;;) {
         struct epoll_event events[512];
-        int n = epoll_wait(poll, events, 512, give_late_answers());
+        int n = epoll_wait(poll_fd, events, 512, give_late_answers());
         for (int k = 0; k < n; k++) {
             if (events[k].data.u64 < (uint64_t)ports) {
-                take(poll, &listeners[events[k].data.u64]);
+                take(&listeners[events[k].data.u64]);
                 continue;
             }
             struct connection *c = events[k].data.ptr;
-            if (serve(c) < 0) {
-                close(c->fd);
-                free(c->head);
-                c->head = NULL;
-                c->gone = 1;
-                if (c->pending == 0) free(c);
-            }
+            if (!c->gone && serve(c) < 0) drop(c);
         }
+        free_dropped();
     }
 }
