@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 TYPE = "application/json"
@@ -28,7 +28,8 @@ class Answers(NamedTuple):
 
     ``taken``: requests that were answered 2xx; ``refused``: answered otherwise; ``errors``: {kind: how many} of the
     rest; ``p50``, ``p99``: milliseconds until the answer, 0 if there was none. ``seconds``: how long it ran; ``busy``:
-    the share of the processors it could use (one for each of its threads) that it did use.
+    the share of the processors it could use (one for each of its threads) that it did use. ``p999``, ``max``:
+    milliseconds, of wrk only.
     """
 
     taken: int
@@ -38,13 +39,16 @@ class Answers(NamedTuple):
     p99: float
     seconds: float = 0.0
     busy: float = 0.0
+    p999: float = 0.0
+    max: float = 0.0
 
 
 class Order(NamedTuple):
     """What a load generator is to do.
 
     Of ``wrk`` only: ``timeout``, seconds from which an answer is late; ``step``, by how much the
-    traceparent of a request is above that of the one before (None: it has none).
+    traceparent of a request is above that of the one before (None: it has none); ``others``: bodies that are sent in
+    turn with ``body`` (with them there is no ``step``).
     """
 
     url: str
@@ -55,6 +59,7 @@ class Order(NamedTuple):
     headers: Mapping[str, str] = {}
     timeout: float = 2.0
     step: int | None = None
+    others: Sequence[bytes] = ()
 
 
 # ----------------------------------------------------------------------------------------------------------------- wrk
@@ -76,6 +81,21 @@ function request()
   return wrk.format()
 end
 """
+IN_TURN = """local requests, count = {}, 0
+function init()
+  for place = 1, %d do
+    requests[place] = wrk.format(nil, nil, nil, assert(io.open(%s .. place, "rb")):read("*a"))
+  end
+end
+function request()
+  count = count %% #requests + 1
+  return requests[count]
+end
+"""
+SLOWEST = """function done(_, latency)
+  print(string.format("p99.9 and max, us: %.0f %.0f", latency:percentile(99.9), latency.max))
+end
+"""
 
 
 def _post_script(folder: Path, order: Order) -> Path:
@@ -88,8 +108,18 @@ def _post_script(folder: Path, order: Order) -> Path:
         f'wrk.method = "POST"\nwrk.body = assert(io.open({json.dumps(str(body))}, "rb")):read("*a")\n'
         + "".join(f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}\n" for name, value in headers.items())
         + (TRACED % order.step if order.step is not None else "")
+        + (_in_turn(folder, order) if order.others else "")
+        + SLOWEST
     )
     return script
+
+
+def _in_turn(folder: Path, order: Order) -> str:
+    """Write the bodies into files of their own; return the part of the script that sends them."""
+    bodies = (order.body, *order.others)
+    for place, body in enumerate(bodies, 1):
+        (folder / f"body-{place}").write_bytes(body)
+    return IN_TURN % (len(bodies), json.dumps(str(folder / "body-")))
 
 
 def read_wrk(said: str) -> Answers:
@@ -101,10 +131,13 @@ def read_wrk(said: str) -> Answers:
     names = {"connect": "connections refused", "read": "read errors", "write": "write errors", "timeout": "time-outs"}
     errors = {names[kind]: int(count) for kind, count in counted if int(count)}
     latency = {percent: float(value) * UNITS[unit] for percent, value, unit in LATENCY.findall(said)}
-    return Answers(answered - refused, refused, errors, latency.get("50", 0.0), latency.get("99", 0.0))
+    slowest = re.search(r"p99\.9 and max, us: (\d+) (\d+)", said)
+    p999, longest = (float(us) / 1e3 for us in slowest.groups()) if slowest else (0.0, 0.0)
+    taken = answered - refused
+    return Answers(taken, refused, errors, latency.get("50", 0.0), latency.get("99", 0.0), p999=p999, max=longest)
 
 
-LATENCY = re.compile(r"^\s+(\d+)%\s+([\d.]+)(us|ms|s|m|h)$", re.MULTILINE)
+LATENCY = re.compile(r"^\s+(\d+)%\s+([\d.]+)(us|ms|s|m|h) *$", re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------------------------------ ab

@@ -43,7 +43,7 @@ PERCENTILES = "Percentage served,Time in ms\n0,0.020\n50,0.210\n98,11.302\n99,13
 
 @pytest.mark.parametrize(
     ("shown", "milliseconds"),
-    [("795.00us", 0.795), ("1.51ms", 1.51), ("1.20s", 1200.0), ("1.50m", 90_000.0), ("0.00us", 0.0)],
+    [("795.00us", 0.795), ("1.51ms", 1.51), ("1.20s ", 1200.0), ("1.50m", 90_000.0), ("0.00us", 0.0)],
 )
 def test_latencies_of_wrk_are_milliseconds(shown, milliseconds):
     assert read_wrk(WRK.format(p50="0.00us", p99=shown, more="")).p99 == pytest.approx(milliseconds)
@@ -65,6 +65,11 @@ def test_ab_error_responses_do_not_count():
     )
     errors = {"connections refused": 1, "read errors": 80, "broken connections": 5, "write errors": 2}
     assert read_ab(AB.format(failed=86, more=more), PERCENTILES) == Answers(6300, 3, errors, 0.21, 13.275)
+
+
+def test_slowest_answers_of_wrk_are_read():
+    said = WRK.format(p50="1.51ms", p99="12.61ms", more="") + "p99.9 and max, us: 15020 21870\n"
+    assert read_wrk(said) == Answers(5664, 0, {}, 1.51, 12.61, p999=15.02, max=21.87)
 
 
 def test_load_without_replies_has_no_latency():
