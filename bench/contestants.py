@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from tools import HERE, cpu_of, family, free_ports, get, private_memory, wait_for_port, weight_of
+from tools import HERE, charged_memory, cpu_of, family, free_ports, get, private_memory, wait_for_port, weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +37,13 @@ def first_line(*command: str) -> str:
     return next(iter((done.stdout + done.stderr).strip().splitlines()), "?").strip()
 
 
+def commit_of(tree: str) -> str:
+    """Return the commit that a working tree is at, with a + if there are changes beside it."""
+    command = ["git", "-C", tree, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "?"
+
+
 class Contestant:
     """A server under test: ``start`` it in a folder of its own, ``stop`` it; ``cpu`` is what its processes used.
 
@@ -46,7 +53,7 @@ class Contestant:
 
     name = ""
     counts_itself = False  # packets end with it, there is nothing behind it
-    warm_up = 1  # seconds of load before it is measured
+    warm_up = 0  # seconds of load before it is measured, beside the packets that open its connections
 
     def __init__(
         self, tools: Path, folder: Path, ports: tuple[int, ...], settings: Mapping[str, str] | None = None
@@ -118,12 +125,16 @@ class Contestant:
         """Return the bytes of memory its processes hold and do not share."""
         return private_memory(self.pids())
 
+    def charged_memory(self) -> int:
+        """Return the bytes of memory it is charged for: its processes', and the page cache of its queue."""
+        return charged_memory(self.pids(), self.folder)
+
 
 class Fastdist(Contestant):
     """fastdist, with settings as environment variables."""
 
     name = "fastdist"
-    warm_up = 8  # a lap through the queue, whose pages are new until then
+    python: ClassVar[str] = sys.executable
 
     @classmethod
     def version(cls) -> str:
@@ -138,7 +149,7 @@ class Fastdist(Contestant):
         config.write_text(
             f'[server]\nhost = "127.0.0.1"\nport = {self.port}\n[queue]\npath = "{self.folder}/data"\n{analyzers}'
         )
-        return [sys.executable, "-m", "fastdist", "serve", "--config", str(config)]
+        return [self.python, "-m", "fastdist", "serve", "--config", str(config)]
 
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FASTDIST_")}
@@ -149,6 +160,26 @@ class Fastdist(Contestant):
     def start(self) -> None:
         super().start()
         get(self.port, "/ready")
+
+
+class Before(Fastdist):
+    """fastdist as another working tree has it, built there with an environment of its own: ``use`` says which."""
+
+    name = "before"
+    python: ClassVar[str] = ""
+    tree: ClassVar[str] = ""
+
+    @classmethod
+    def use(cls, tree: Path) -> None:
+        """Take this tree. Raises ValueError if there is no fastdist to run in it."""
+        python = tree.resolve() / ".venv" / "bin" / "python"
+        if not python.exists():
+            raise ValueError(f"{python} is not there: `make build` in {tree} makes it")
+        cls.tree, cls.python = str(tree), str(python)
+
+    @classmethod
+    def version(cls) -> str:
+        return f"fastdist {commit_of(cls.tree)}"
 
 
 class Nginx(Contestant):
@@ -351,4 +382,4 @@ class Limit(Contestant):
 
 PROXIES: tuple[type[Contestant], ...] = (Nginx, Haproxy, Envoy)
 PEERS: tuple[type[Contestant], ...] = (*PROXIES, Express, Limit)
-CONTESTANTS: tuple[type[Contestant], ...] = (Fastdist, *PEERS)
+CONTESTANTS: tuple[type[Contestant], ...] = (Fastdist, Before, *PEERS)

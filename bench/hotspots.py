@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from contestants import Fastdist
+from measure import WARM_UP
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tools import Sink, Wrk, compile_tools, free_ports, packet
+from tools import Load, Sink, Wrk, compile_tools, free_ports, packet
 
 SETTINGS = {"DELIVERY__MODE": "batch", "QUEUE__DURABILITY": "memory"}
 FREQUENCY = 1999  # samples a second; not a round figure, so that it does not beat with anything
@@ -57,12 +58,13 @@ def profile(options: argparse.Namespace, folder: Path) -> Profile:
     with Sink(folder, ports) as sink:
         try:
             contestant.start()
-            Wrk(folder, contestant.port, body, contestant.warm_up, options.connections)
+            with Load(folder, "count", contestant.port, body, options.connections, WARM_UP) as load:
+                load.line()
             workers = contestant.pids()[1:]
             command = ["perf", "record", "-q", "-g", "-F", str(FREQUENCY), "-o", str(record)]
             perf = subprocess.Popen([*command, "-p", ",".join(map(str, workers))], stderr=subprocess.PIPE, text=True)
             before, cpu = sink.packets(), contestant.cpu()
-            Wrk(folder, contestant.port, body, options.seconds, options.connections)
+            Wrk(folder, contestant.port, [body], options.seconds, options.connections)
             packets = sink.packets() - before
             user, system = (now - then for now, then in zip(contestant.cpu(), cpu, strict=True))
             perf.terminate()

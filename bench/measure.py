@@ -2,16 +2,22 @@
 
 Throughput: packets delivered per second of processor (user and system) that all processes of the contestant used, from
 the first packet until its queue is empty, under wrk's closed loop. The other measures say what they do below.
+
+Every run has a new process with a new queue, and before it is measured no more packets than open its connections.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from closed_loop import Order, wrk
 from contestants import CORES, Contestant
-from tools import WEIGHTS, Load, Sink, Wrk, free_ports, get, idle_seconds, memory_available, packet
+from tools import WEIGHTS, Load, Sink, Wrk, free_ports, get, idle_seconds, memory_available
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,10 +27,14 @@ if TYPE_CHECKING:
 
 RATE = 10_000  # packets a second of the open loop
 EMITTERS = 256  # connections of the open loop: enough for one to be free whenever a packet is due
+WARM_UP = 1000  # packets: enough to open all connections, to analyzers too
 FIRST_CHECKS = 4.0  # seconds: two rounds of health checks
 BACKLOG = 1_000_000
 BACKLOG_RATE = 15_000  # packets a second while the backlog stays
 BACKLOG_MEMORY = 5 << 30
+OUTAGE = (3, 7, 12)  # seconds: when an analyzer goes, when it is back, the end
+GONE = 1  # index of that analyzer, which has 40 % of the weights
+PAUSE = 60  # seconds
 Figures = dict[str, Any]
 
 
@@ -43,6 +53,10 @@ class Scene(NamedTuple):
     def load(self, mode: str, contestant: Contestant, body: bytes, connections: int, *more: float) -> Load:
         """Start ``load.c``."""
         return Load(self.tools, mode, contestant.port, body, connections, *more)
+
+    def shorter(self, seconds: float) -> float:
+        """Return the seconds, or a sixth of them in a short run."""
+        return seconds / 6 if self.short else seconds
 
     def smaller(self, count: int) -> int:
         """Return the count, or a hundredth of it in a short run."""
@@ -100,32 +114,35 @@ def wait_until_delivered(contestant: Contestant, sink: Sink, before: int, answer
 
 def throughput(scene: Scene, run: Run) -> Figures:
     """Load it in a closed loop; count until everything is delivered."""
-    body = packet(run.load.messages)
     ports = free_ports(run.load.analyzers)
     step = run.load.step
     with Sink(scene.tools, ports, step=step) as sink, started(scene.contestant(run, ports)) as contestant:
-        _warm_up(scene, run, contestant, sink, body)
-        with open_and_idle(scene, contestant, body, scene.smaller(run.load.idle)):
+        _warm_up(scene, run, contestant, sink)
+        with open_and_idle(scene, contestant, run.load.bodies[0], scene.smaller(run.load.idle)):
             settle(sink)
-            return _closed_loop(scene, contestant, sink, body, run)
+            return _closed_loop(contestant, sink, run, scene.folder, scene.seconds)
 
 
-def _warm_up(scene: Scene, run: Run, contestant: Contestant, sink: Sink, body: bytes) -> None:
-    """Load it for a little. Where there are many analyzers let it first find all of them well, and connect after."""
-    seconds = 1 if scene.short else contestant.warm_up
+def _warm_up(scene: Scene, run: Run, contestant: Contestant, sink: Sink) -> None:
+    """Have it open its connections. Where there are many analyzers let it first find all of them well."""
+    bodies, connections, seconds = run.load.bodies, run.load.connections, contestant.warm_up
     if run.load.analyzers > len(WEIGHTS):
         _wait_until_online(contestant, run.load.analyzers)
         time.sleep(1 if scene.short else FIRST_CHECKS)
         seconds = 2
-    wrk = Wrk(scene.folder, contestant.port, body, seconds, run.load.connections)
+    if seconds:
+        answered = Wrk(scene.folder, contestant.port, bodies, seconds, connections).answered
+    else:
+        with scene.load("count", contestant, bodies[0], connections, WARM_UP) as load:
+            answered = load.line()["answered"]
     if not contestant.counts_itself:
-        wait_until_delivered(contestant, sink, 0, wrk.answered)
+        wait_until_delivered(contestant, sink, 0, answered)
 
 
-def _closed_loop(scene: Scene, contestant: Contestant, sink: Sink, body: bytes, run: Run) -> Figures:
+def _closed_loop(contestant: Contestant, sink: Sink, run: Run, folder: Path, seconds: float) -> Figures:
     before, cpu, sink_cpu, idle = sink.each(), contestant.cpu(), sink.cpu(), idle_seconds()
     began = time.monotonic()
-    wrk = Wrk(scene.folder, contestant.port, body, scene.seconds, run.load.connections, step=run.load.step)
+    wrk = Wrk(folder, contestant.port, run.load.bodies, seconds, run.load.connections, step=run.load.step)
     idle, sink_cpu = idle_seconds() - idle, sink.cpu() - sink_cpu
     delivered = wrk.answered
     if not contestant.counts_itself:
@@ -140,6 +157,8 @@ def _closed_loop(scene: Scene, contestant: Contestant, sink: Sink, body: bytes, 
         "wrk_busy": wrk.busy,
         "sink_busy": sink_cpu / wrk.seconds,
         "idle_cores": idle / wrk.seconds,
+        "charged_mib": contestant.charged_memory() / 2**20,
+        **wrk.latency,
     }
     if len(before) == len(WEIGHTS) and not contestant.counts_itself:
         gained = [now - then for now, then in zip(sink.each(), before, strict=True)]
@@ -150,7 +169,7 @@ def _closed_loop(scene: Scene, contestant: Contestant, sink: Sink, body: bytes, 
 def latency(scene: Scene, run: Run) -> Figures:
     """Send at a fixed rate, whatever the answers do; milliseconds from when a packet was due until its answer."""
     ports = free_ports(run.load.analyzers)
-    body, rate = packet(run.load.messages), RATE // 10 if scene.short else RATE
+    body, rate = run.load.bodies[0], RATE // 10 if scene.short else RATE
     with Sink(scene.tools, ports) as sink, started(scene.contestant(run, ports)) as contestant:
         with scene.load("rate", contestant, body, EMITTERS, rate, 1) as load:  # warm-up
             load.line()
@@ -168,6 +187,83 @@ def latency(scene: Scene, run: Run) -> Figures:
         }
 
 
+def outage(scene: Scene, run: Run) -> Figures:
+    """Load it in a closed loop while an analyzer is killed and comes back; milliseconds of the longest answer.
+
+    ``errors``: answers other than 2xx, and requests whose connection broke. An answer that never came is not seen.
+    """
+    ports, (gone, back, end) = free_ports(run.load.analyzers), map(scene.shorter, OUTAGE)
+    body, *others = run.load.bodies
+    with Sink(scene.tools, ports) as sink, started(scene.contestant(run, ports)) as contestant:
+        _warm_up(scene, run, contestant, sink)
+        before = sink.packets()
+        order = Order(f"http://127.0.0.1:{contestant.port}/logs", body, end, run.load.connections, timeout=60)
+        with ThreadPoolExecutor(1) as pool:
+            loaded = pool.submit(wrk, scene.folder, order._replace(others=others))
+            time.sleep(gone)
+            sink.close(GONE)
+            time.sleep(back - gone)
+            sink.open(GONE)
+            answers = loaded.result()
+        wait_until_delivered(contestant, sink, before, answers.taken)
+        return {
+            "worst": answers.max,
+            "errors": answers.refused + sum(answers.errors.values()),
+            "accepted_per_second": answers.taken / answers.seconds,
+            "p50": answers.p50,
+            "p99": answers.p99,
+            "p999": answers.p999,
+        }
+
+
+def pause(scene: Scene, run: Run) -> Figures:
+    """Load it in a closed loop; milliseconds of the longest time for which a worker's event loop did one thing."""
+    ports = free_ports(run.load.analyzers)
+    with Sink(scene.tools, ports) as sink, started(scene.contestant(run, ports)) as contestant:
+        _warm_up(scene, run, contestant, sink)
+        before = loop_lags(contestant.port)
+        figures = _closed_loop(contestant, sink, run, scene.folder, scene.shorter(PAUSE))
+        return figures | {"pause": longest_since(before, loop_lags(contestant.port))}
+
+
+class Lag(NamedTuple):
+    """A worker's event loop since its start: the longest lag, and {upper bound: how many}, in milliseconds."""
+
+    max: float
+    buckets: dict[float, int]
+
+
+def loop_lags(port: int) -> list[Lag]:
+    """Return what /stats and /metrics say of each worker's event loop."""
+    workers = json.loads(get(port, "/stats"))["workers"]
+    found = LAG.findall(get(port, "/metrics"))
+    result = []
+    for worker in workers:
+        below = {float(bound) * 1e3: int(count) for name, bound, count in found if int(name) == worker["id"]}
+        counts = [now - then for now, then in zip(below.values(), [0, *below.values()], strict=False)]
+        result.append(Lag(worker["loopLagMs"]["max"] or 0.0, dict(zip(below, counts, strict=True))))
+    return result
+
+
+LAG = re.compile(r'^fastdist_worker_loop_lag_seconds_bucket\{worker="(\d+)",le="([^"]+)"\} (\d+)$', re.MULTILINE)
+
+
+def longest_since(before: list[Lag], after: list[Lag]) -> float:
+    """Return the longest lag between two looks.
+
+    It is exact if it is a worker's longest since its start. Otherwise no more is known than the bucket it is in: then
+    that one's upper bound, a power of two of nanoseconds.
+    """
+    longest = 0.0
+    for then, now in zip(before, after, strict=True):
+        if now.max > then.max:
+            longest = max(longest, now.max)
+        else:
+            grown = [bound for bound, count in now.buckets.items() if count > then.buckets[bound]]
+            longest = max(longest, min(max(grown, default=0.0), now.max))
+    return longest
+
+
 def _steady(scene: Scene, run: Run, backlog: int) -> Figures:
     """Packets come and go at the same rate, with a backlog and without.
 
@@ -175,7 +271,7 @@ def _steady(scene: Scene, run: Run, backlog: int) -> Figures:
     packets a second in all, and emitters send as many: the backlog stays what it is. Without a backlog everything else
     is the same. What is compared is packets through (the mean of accepted and delivered) per second of processor.
     """
-    body, ports = packet(run.load.messages), free_ports(run.load.analyzers)
+    body, ports = run.load.bodies[0], free_ports(run.load.analyzers)
     rate = BACKLOG_RATE // 5 if scene.short else BACKLOG_RATE
     if backlog and not scene.short and memory_available() < BACKLOG_MEMORY:
         raise RuntimeError(f"{BACKLOG_MEMORY >> 30} GiB of memory have to be available")
@@ -234,12 +330,12 @@ def memory(scene: Scene, run: Run) -> Figures:
 
     Each connection has sent a packet. What the kernel keeps for a socket is not part of it.
     """
-    ports, body, connections = free_ports(run.load.analyzers), packet(run.load.messages), scene.smaller(run.load.idle)
+    ports, bodies, connections = free_ports(run.load.analyzers), run.load.bodies, scene.smaller(run.load.idle)
     with Sink(scene.tools, ports) as sink, started(scene.contestant(run, ports)) as contestant:
-        wrk = Wrk(scene.folder, contestant.port, body, 1, run.load.connections)
+        wrk = Wrk(scene.folder, contestant.port, bodies, 1, run.load.connections)
         wait_until_delivered(contestant, sink, 0, wrk.answered)
         before = contestant.memory()
-        with open_and_idle(scene, contestant, body, connections):
+        with open_and_idle(scene, contestant, bodies[0], connections):
             settle(sink, 1.0)
             with_them = contestant.memory()
         return {"bytes_each": (with_them - before) / connections, "connections": connections, "bytes_before": before}
@@ -248,6 +344,8 @@ def memory(scene: Scene, run: Run) -> Figures:
 MEASURES: dict[str, Callable[[Scene, Run], Figures]] = {
     "throughput": throughput,
     "latency": latency,
+    "outage": outage,
+    "pause": pause,
     "empty": empty,
     "backlog": backlog,
     "memory": memory,

@@ -34,8 +34,15 @@ SMALL = {
     "batch, fsync": "batch, fsync",
     "single, pipeline 8": "single, pipeline 8, memory",
     "single": "single, memory",
+    "single, disk (the default)": "single, disk (the default)",
 }
-LARGE = {"18 KB, batch": "batch, memory", "18 KB, batch, validation none": "batch, memory, unchecked"}
+LARGE = {
+    "18 KB, batch": "batch, memory",
+    "18 KB, batch, disk": "batch, disk",
+    "18 KB, batch, validation none": "batch, memory, unchecked",
+    "18 KB, batch, disk, validation none": "batch, disk, unchecked",
+}
+MIXED = {"0.2-60 KB, batch, memory": "batch, memory", "0.2-60 KB, batch, disk": "batch, disk"}
 LATENCIES = {
     "latency, batch, memory": ("fastdist", "fastdist, batch, memory"),
     "latency, single, disk (the default)": ("fastdist", "fastdist, single, disk"),
@@ -128,7 +135,11 @@ def tidy(axes: Axes, theme: Theme) -> None:
 
 def race_plot(rows: dict[str, Any], theme: Theme) -> Figure | None:
     """Packets per CPU-second, by contestant and work."""
-    panels = {"452-byte packets": (SMALL, "batch, memory"), "18 KB packets": (LARGE, "18 KB, batch")}
+    panels = {
+        "452-byte packets": (SMALL, "batch, memory"),
+        "18 KB packets": (LARGE, "18 KB, batch"),
+        "packets of 0.2 to 60 KB": (MIXED, "0.2-60 KB, batch, memory"),
+    }
     drawn = {title: (bars_of(rows, ours), work) for title, (ours, work) in panels.items()}
     drawn = {title: (bars, work) for title, (bars, work) in drawn.items() if bars}
     if not drawn:

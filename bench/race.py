@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from contestants import CONTESTANTS, CORES, Contestant, Fastdist, first_line
+from contestants import CONTESTANTS, CORES, Before, Contestant, Fastdist, commit_of, first_line
 from measure import MEASURES, Scene, held_back
 from report import FIGURES, show, summary
 from tools import HERE, compile_tools
@@ -99,13 +99,6 @@ def machine() -> dict[str, str]:
     }
 
 
-def commit() -> str:
-    """Return the commit that is measured, with a + if there are changes beside it."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "?"
-
-
 def versions(present: Sequence[type[Contestant]]) -> dict[str, str]:
     """Return the versions of all that run, and of the load."""
     return {kind.name: kind.version() for kind in present} | {"wrk": first_line("wrk", "-v").split(" Copyright")[0]}
@@ -117,13 +110,16 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=5, help="rounds (5)")
     options.add_argument("--seconds", type=int, default=3, help="seconds of load in each run (3)")
     options.add_argument(
-        "--minutes", type=float, default=25, help="begin no round that would not end within so many minutes (25)"
+        "--minutes", type=float, default=60, help="begin no round that would not end within so many minutes (60)"
     )
     options.add_argument(
         "--quick", action="store_true", help="one round of one second, counts a hundredth: does it work?"
     )
     options.add_argument("--work", action="append", metavar="NAME", help="only works whose name contains this")
     options.add_argument("--contestant", action="append", metavar="NAME", help="only these")
+    options.add_argument(
+        "--before", type=Path, metavar="TREE", help="fastdist as built in that working tree takes part too"
+    )
     options.add_argument("--results", type=Path, default=HERE / "results", metavar="FOLDER", help="where to write to")
     options.add_argument("--list", action="store_true", help="name the works and end")
     chosen = options.parse_args()
@@ -131,16 +127,23 @@ def arguments() -> argparse.Namespace:
         chosen.rounds = chosen.seconds = 1
     if chosen.rounds < 1 or chosen.seconds < 1:
         options.error("there is at least one round of one second")
-    names = {kind.name.lower() for kind in CONTESTANTS}
+    names = {kind.name.lower() for kind in CONTESTANTS if kind is not Before}
     for name in chosen.contestant or []:
         if name.lower() not in names:
             options.error(f"no contestant is called {name}: there are {', '.join(sorted(names))}")
+    if chosen.before:
+        try:
+            Before.use(chosen.before)
+        except ValueError as error:
+            options.error(str(error))
     return chosen
 
 
 def entrants(chosen: Sequence[str] | None) -> tuple[list[type[Contestant]], dict[str, str]]:
     """Return who runs, and who is missing with the reason."""
-    wanted = [kind for kind in CONTESTANTS if not chosen or kind.name.lower() in {name.lower() for name in chosen}]
+    names = {name.lower() for name in chosen} if chosen else {kind.name.lower() for kind in CONTESTANTS}
+    names = names | {Before.name} if Before.tree else names - {Before.name}
+    wanted = [kind for kind in CONTESTANTS if kind.name.lower() in names]
     missing = {kind.name: kind.missing() for kind in wanted if kind.missing()}
     return [kind for kind in wanted if kind.name not in missing], missing
 
@@ -177,7 +180,7 @@ def main() -> int:
     document = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "took_seconds": round(time.time() - began),
-        "commit": commit(),
+        "commit": commit_of(str(HERE)),
         "options": {name: getattr(chosen, name) for name in ("rounds", "seconds", "quick", "work", "contestant")},
         "machine": machine(),
         "versions": versions(present),
@@ -189,7 +192,7 @@ def main() -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written to {target}")
-    whole = len(works) == len(WORKS) and not chosen.contestant
+    whole = len(works) == len(WORKS) and not chosen.contestant and not chosen.before
     if whole and max(map(len, results.measured.values()), default=0) >= ENOUGH_ROUNDS:
         draw(target)
     return 0 if Fastdist not in present or any(run.contestant is Fastdist for run in results.measured) else 1

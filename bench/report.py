@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 Document = dict[str, Any]
 PROXIES = ("nginx", "HAProxy", "Envoy")
-COLUMNS = ("fastdist", *PROXIES, "Express", "limit")
+COLUMNS = ("fastdist", "before", *PROXIES, "Express", "limit")
 FIGURES = {
+    "worst": ("longest answer, ms", "{:,.1f}"),
+    "errors": ("errors that emitters saw", "{:,.0f}"),
+    "pause": ("longest pause, ms", "{:,.1f}"),
     "per_cpu": ("packets per CPU-second", "{:,.0f}"),
     "accepted_per_second": ("packets accepted per second", "{:,.0f}"),
     "p99": ("latency p99, ms", "{:,.2f}"),
+    "p999": ("latency p99.9, ms", "{:,.2f}"),
+    "charged_mib": ("MiB of memory", "{:,.0f}"),
     "bytes_each": ("bytes per connection", "{:,.0f}"),
 }
 
@@ -49,7 +54,9 @@ def summary(works: list[Work], measured: dict[Run, list[Document]], failures: di
             "contestants": contestants,
         }
     for work in works:
-        rows[work.name]["aims"] = [_judged(aim, work, rows) for aim in work.aims]
+        with_before = "before" in rows[work.name]["contestants"]
+        aims = [aim for aim in work.aims if with_before or aim.against != "before"]
+        rows[work.name]["aims"] = [_judged(aim, work, rows) for aim in aims]
     return rows
 
 
@@ -104,17 +111,25 @@ def tables(document: Document) -> list[tuple[str, list[str], list[list[str]]]]:
     rows = document["works"]
     peers = {name: row for name, row in rows.items() if row["figure"] == "per_cpu" and _has_peers(row)}
     others = {name: row for name, row in rows.items() if name not in peers}
+    ran = {name for row in rows.values() for name in row["contestants"]}
+    columns = [name for name in COLUMNS if name != "before" or name in ran]
+    few = [name for name in columns if name in {"fastdist", "before", *PROXIES[:2]}]
     return [
         (
             "Packets per CPU-second, and how many times that fastdist delivers",
-            ["work", *COLUMNS],
-            [[name, *(_cell(row, column) for column in COLUMNS)] for name, row in peers.items()],
+            ["work", *columns],
+            [[name, *(_cell(row, column) for column in columns)] for name, row in peers.items()],
+        ),
+        (
+            "Answers meanwhile, p50, p99 and p99.9 in ms",
+            ["work", *columns],
+            [[name, *(_answers(row, column) for column in columns)] for name, row in peers.items()],
         ),
         (
             "Everything else",
-            ["work", "figure", "fastdist", *PROXIES[:2]],
+            ["work", "figure", *few],
             [
-                [name, FIGURES[row["figure"]][0], *(_cell(row, column) for column in ("fastdist", *PROXIES[:2]))]
+                [name, FIGURES[row["figure"]][0], *(_cell(row, column) for column in few)]
                 for name, row in others.items()
             ],
         ),
@@ -123,7 +138,7 @@ def tables(document: Document) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def _has_peers(row: Document) -> bool:
-    return any(name in row["contestants"] for name in PROXIES)
+    return any(name in row["contestants"] for name in ("before", *PROXIES))
 
 
 def _cell(row: Document, contestant: str) -> str:
@@ -142,6 +157,12 @@ def _cell(row: Document, contestant: str) -> str:
         return f"{text} ({form.format(low)}-{form.format(high)})" if len(found["rounds"]) > 1 else text
     ours = row["contestants"].get("fastdist", {}).get("median", {}).get(figure)
     return f"{text} (x{ours / value:.2f})" if ours and value else text
+
+
+def _answers(row: Document, contestant: str) -> str:
+    """Return how long answers took: medians of the rounds."""
+    found = row["contestants"].get(contestant, {}).get("median", {})
+    return " / ".join(f"{found[name]:.1f}" for name in ("p50", "p99", "p999") if name in found)
 
 
 def _aims(rows: Document) -> list[list[str]]:
@@ -174,6 +195,8 @@ def remarks(document: Document) -> list[str]:
             late = figures.get("median", {}).get("late_p99", 0)
             if late > figures.get("median", {}).get("p99", 0) / 2:
                 found.append(f"{name}: with {contestant} the load itself was late (p99 {late:.1f} ms): a busy machine")
+            if errors := figures.get("median", {}).get("errors", 0):
+                found.append(f"{name}: emitters of {contestant} saw {errors:g} errors")
             if any(each.get("held_back") for each in figures.get("rounds", [])):
                 found.append(f"{name}: wrk could not keep {contestant} busy; it might do better")
     return list(dict.fromkeys(found))

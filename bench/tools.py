@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import mmap
 import os
 import random
 import shlex
 import socket
+import stat
 import subprocess
 import time
 import urllib.request
@@ -35,6 +38,23 @@ MESSAGE = {
 def packet(messages: int) -> bytes:
     """Return a packet of that many messages (2: 452 bytes, 100: about 18 KB)."""
     document = {"emitterId": "web-42", "messages": [MESSAGE] * messages, "metadata": {"host": "web-42.example"}}
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def mix() -> tuple[bytes, ...]:
+    """Return packets of 48 sizes from 200 to 60,000 bytes, as many in each octave; the order is always the same."""
+    sizes = [round(200 * 300 ** (place / 47)) for place in range(48)]
+    random.Random(48).shuffle(sizes)
+    return tuple(map(_sized, sizes))
+
+
+def _sized(size: int) -> bytes:
+    """Return a packet of that many bytes: as many messages as fit, and one of text."""
+    message = len(json.dumps(MESSAGE, separators=(",", ":"))) + 1
+    fitting = max(0, size - 60) // message
+    document: dict[str, Any] = {"emitterId": "web-42", "messages": [*[MESSAGE] * fitting, {"message": ""}]}
+    missing = size - len(json.dumps(document, separators=(",", ":")))
+    document["messages"][-1] = {"message": "x" * missing}
     return json.dumps(document, separators=(",", ":")).encode()
 
 
@@ -115,6 +135,49 @@ def private_memory(pids: Sequence[int]) -> int:
     return total
 
 
+def charged_memory(pids: Sequence[int], folder: Path) -> int:
+    """Return the bytes of memory that these processes are charged for, each page once.
+
+    That is what is theirs alone or shared among them, memfds, and what the page cache holds of files in ``folder`` that
+    they have open. Programs and libraries are not part of it.
+    """
+    total, seen = 0, set()
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss_Anon:"):
+                total += int(line.split()[1]) * 1024
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found, target = path.stat(), str(path.readlink())
+                ours = target.startswith(("/memfd:", f"{folder.resolve()}/"))
+                if not ours or not stat.S_ISREG(found.st_mode) or (found.st_dev, found.st_ino) in seen:
+                    continue
+                seen.add((found.st_dev, found.st_ino))
+                total += found.st_blocks * 512 if target.startswith("/memfd:") else _in_page_cache(path, found.st_size)
+    return total
+
+
+def _in_page_cache(path: Path, size: int) -> int:
+    """Return how many bytes of a file are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    pages = -(-size // mmap.PAGESIZE)
+    if not pages:
+        return 0
+    with path.open("rb") as file:
+        length, nowhere = ctypes.c_size_t(size), ctypes.c_long(0)
+        at = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), nowhere)
+    if at == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), f"cannot map {path}")
+    there = ctypes.create_string_buffer(pages)
+    failed = libc.mincore(ctypes.c_void_p(at), length, there)
+    error = ctypes.get_errno()
+    libc.munmap(ctypes.c_void_p(at), length)
+    if failed:
+        raise OSError(error, f"cannot tell what of {path} is in memory")
+    return sum(page & 1 for page in there.raw) * mmap.PAGESIZE
+
+
 def idle_seconds() -> float:
     """Return for how long the machine's processors have been idle since it was started, over all of them."""
     fields = Path("/proc/stat").read_text().splitlines()[0].split()
@@ -171,25 +234,42 @@ class Sink:
         """Return the seconds of processor it has used."""
         return sum(cpu_of([self.process.pid]))
 
+    def close(self, index: int) -> None:
+        """Have an analyzer (from 1: the first is asked) refuse connections, and reset those it has."""
+        get(self.ports[0], f"/close/{index}")
+
+    def open(self, index: int) -> None:
+        """Have it listen again."""
+        get(self.ports[0], f"/open/{index}")
+
 
 # -------------------------------------------------------------------------------------------------------------- load
 
 
 class Wrk:
-    """A run of wrk: a closed loop over keep-alive connections, one thread.
+    """A run of wrk: a closed loop over keep-alive connections, one thread; ``bodies`` are sent in turn.
 
-    ``answered``: requests; ``seconds``: that it took; ``busy``: the share of one processor that wrk itself used.
-    ``step``: by how much its traceparent grows (None: it has none).
+    ``answered``: requests; ``seconds``: that it took; ``busy``: the share of one processor that wrk itself used;
+    ``latency``: milliseconds until the answer, p50 to max. ``step``: by how much its traceparent grows (None: it has
+    none).
     """
 
     def __init__(  # noqa: PLR0913
-        self, folder: Path, port: int, body: bytes, seconds: float, connections: int, *, step: int | None = None
+        self,
+        folder: Path,
+        port: int,
+        bodies: Sequence[bytes],
+        seconds: float,
+        connections: int,
+        *,
+        step: int | None = None,
     ) -> None:
-        url = f"http://127.0.0.1:{port}/logs"
-        answers = wrk(folder, Order(url, body, seconds, connections, timeout=20, step=step))
+        url, (body, *others) = f"http://127.0.0.1:{port}/logs", bodies
+        answers = wrk(folder, Order(url, body, seconds, connections, timeout=20, step=step, others=others))
         if answers.refused or answers.errors:
             raise RuntimeError(f"wrk at {url}: {answers.refused} answers were errors, {answers.errors or 'no'} others")
         self.answered, self.seconds, self.busy = answers.taken, answers.seconds, answers.busy
+        self.latency = {name: getattr(answers, name) for name in ("p50", "p99", "p999", "max")}
 
 
 class Load:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from contestants import CONTESTANTS, PEERS, Contestant, Fastdist, Haproxy, Nginx
+from tools import mix, packet
 
 
 class Load(NamedTuple):
     """What is sent, by how many, to how many analyzers, and how many connections are open beside and idle.
 
     ``step``: every request has a traceparent, every reply a Date and an id; by how much they grow (None: no such).
+    ``mixed``: packets of 0.2 to 60 KB in turn, whatever ``messages`` is.
     """
 
     messages: int = 2
@@ -22,6 +24,17 @@ class Load(NamedTuple):
     analyzers: int = 4
     idle: int = 0
     step: int | None = None
+    mixed: bool = False
+
+    @property
+    def bodies(self) -> tuple[bytes, ...]:
+        """What is sent, in turn."""
+        return mix() if self.mixed else (packet(self.messages),)
+
+    @property
+    def size(self) -> str:
+        """How large packets are, in short."""
+        return "0.2-60 KB" if self.mixed else "452 B" if self.messages == 2 else "18 KB"
 
 
 class Run(NamedTuple):
@@ -34,7 +47,7 @@ class Run(NamedTuple):
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name.partition('__')[2].lower()}={value}" for name, value in self.settings)
-        load = f"{'452 B' if self.load.messages == 2 else '18 KB'} x {self.load.connections}"
+        load = f"{self.load.size} x {self.load.connections}"
         more = [f"{self.load.analyzers} analyzers"] * (self.load.analyzers != 4) + [f"{self.load.idle} idle"] * (
             self.load.idle > 0
         )
@@ -45,8 +58,8 @@ class Run(NamedTuple):
 class Aim(NamedTuple):
     """What fastdist's figure, divided by another's of the same name, has to be.
 
-    ``against``: a contestant; "best", the best of nginx, HAProxy and Envoy that ran; the name of another work, for
-    fastdist's figure there; or "", for the figure as it is.
+    ``against``: a contestant ("before": where it runs); "best", the best of nginx, HAProxy and Envoy that ran; the name
+    of another work, for fastdist's figure there; or "", for the figure as it is.
     """
 
     against: str
@@ -80,14 +93,16 @@ class Work(NamedTuple):
 
     def run(self, contestant: type[Contestant]) -> Run:
         """Return what a contestant does in this work."""
-        ours = tuple(sorted(self.settings.items())) if contestant is Fastdist else ()
+        ours = tuple(sorted(self.settings.items())) if issubclass(contestant, Fastdist) else ()
         return Run(self.measure, self.load, contestant, ours)
 
     @property
     def runs(self) -> list[Run]:
         """All runs that it takes."""
         return [
-            self.run(contestant) for contestant in CONTESTANTS if contestant is Fastdist or contestant in self.peers
+            self.run(contestant)
+            for contestant in CONTESTANTS
+            if issubclass(contestant, Fastdist) or contestant in self.peers
         ]
 
 
@@ -96,7 +111,8 @@ def settings(mode: str, durability: str = "memory", **more: str) -> dict[str, st
     return {"DELIVERY__MODE": mode, "QUEUE__DURABILITY": durability, **more}
 
 
-SMALL, LARGE, MANY = Load(), Load(messages=100), Load(connections=256)
+SMALL, LARGE, MANY, MIXED = Load(), Load(messages=100), Load(connections=256), Load(mixed=True)
+DEFAULT = "single, disk (the default)"
 ENOUGH_FOR_A_MILLION = {"QUEUE__CAPACITY": "2GiB", "HEALTH__INTERVAL": "200ms", "DELIVERY__CONNECTIONS": "4"}
 OVER_EXPRESS = Aim("Express", at_least=20)
 
@@ -112,10 +128,18 @@ def _against_peers() -> list[Work]:
             SMALL,
             settings("batch", "disk"),
             PEERS,
-            (Aim("best", at_least=1.8), OVER_EXPRESS, *_cost("batch, memory", 0.9)),
+            (Aim("best", at_least=1.8), OVER_EXPRESS, *_cost("batch, memory", 0.95, 0.9), *_slowest("batch, memory")),
         ),
         Work("batch, fsync", "throughput", SMALL, settings("batch", "fsync"), PEERS, (OVER_EXPRESS,)),
         Work("single", "throughput", SMALL, settings("single"), PEERS, (Aim("best", at_least=1.0), OVER_EXPRESS)),
+        Work(
+            DEFAULT,
+            "throughput",
+            SMALL,
+            settings("single", "disk"),
+            PEERS,
+            (Aim("best", at_least=1.1), OVER_EXPRESS, Aim("single", at_least=0.95), *_slowest("single")),
+        ),
         Work(
             "single, pipeline 8",
             "throughput",
@@ -144,35 +168,86 @@ def _against_peers() -> list[Work]:
             PEERS,
             (Aim("best", at_least=1.0), OVER_EXPRESS),
         ),
+        Work("18 KB, batch, disk", "throughput", LARGE, settings("batch", "disk"), PEERS, best_18),
+        Work(
+            "18 KB, batch, disk, validation none",
+            "throughput",
+            LARGE,
+            settings("batch", "disk", SERVER__VALIDATION="none"),
+            PEERS,
+            (Aim("nginx", at_least=1.0), OVER_EXPRESS),
+        ),
+        Work("0.2-60 KB, batch, memory", "throughput", MIXED, large, PEERS, (OVER_EXPRESS,)),
+        Work(
+            "0.2-60 KB, batch, disk",
+            "throughput",
+            MIXED,
+            settings("batch", "disk"),
+            PEERS,
+            (Aim("best", at_least=1.3), OVER_EXPRESS),
+        ),
     ]
+
+
+def _modes() -> dict[str, dict[str, str]]:
+    """Return the settings of each mode with each durability, by name."""
+    pairs = [(mode, durability) for mode in ("batch", "single") for durability in ("memory", "disk", "fsync")]
+    names = {pair: ", ".join(pair) for pair in pairs} | {("single", "disk"): DEFAULT}
+    return {names[pair]: settings(*pair) for pair in pairs}
 
 
 def _latency() -> list[Work]:
-    aims = (Aim("nginx", at_most=1.0, figure="p99"),)
+    p99, p999 = (Aim("nginx", at_most=1.0, figure=figure) for figure in ("p99", "p999"))
+    aims = {"memory": (p99,), "disk": (p99, p999), "fsync": ()}
     return [
-        Work(f"latency, {name}", "latency", SMALL, chosen, (Nginx, Haproxy), aims, figure="p99")
-        for name, chosen in {
-            "batch, memory": settings("batch"),
-            "single, disk (the default)": settings("single", "disk"),
-        }.items()
+        Work(
+            f"latency, {name}",
+            "latency",
+            SMALL,
+            chosen,
+            (Nginx, Haproxy),
+            aims[chosen["QUEUE__DURABILITY"]],
+            figure="p99",
+        )
+        for name, chosen in _modes().items()
     ]
 
 
-def _cost(against: str, least: float) -> tuple[Aim, ...]:
+def _stalls() -> list[Work]:
+    modes = _modes()
+    worst = (Aim("nginx", at_most=3.0, figure="worst"), Aim("", at_most=0, figure="errors"))
+    paused = (Aim("", at_most=5.0, figure="pause"),)
+    charged = (Aim("before", at_most=1.1, figure="charged_mib"),)
+    stalls = [
+        Work(f"an analyzer killed, {name}", "outage", SMALL, modes[name], (Nginx, Haproxy), worst, figure="worst")
+        for name in ("batch, disk", DEFAULT)
+    ]
+    for name in ("single, memory", "batch, disk", DEFAULT):
+        aims = paused if "disk" in name else ()
+        stalls.append(Work(f"pause, {name}", "pause", SMALL, modes[name], aims=aims, figure="pause"))
+        stalls.append(Work(f"memory, {name}", "pause", SMALL, modes[name], aims=charged, figure="charged_mib"))
+    return stalls
+
+
+def _cost(against: str, least: float, accepted: float) -> tuple[Aim, ...]:
     """Return the aims of durability: of processor time, and of what is accepted in a second."""
     return (
         Aim(against, at_least=least),
-        Aim(against, at_least=least, figure="accepted_per_second"),
+        Aim(against, at_least=accepted, figure="accepted_per_second"),
     )
+
+
+def _slowest(memory: str) -> tuple[Aim, ...]:
+    """Return the aims of the answers' p99 at saturation, on disk."""
+    return Aim(memory, at_most=1.3, figure="p99"), Aim("nginx", at_most=1.0, figure="p99")
 
 
 def _durability() -> list[Work]:
     memory = "256 connections, memory"
-    fsync = (Aim(memory, at_least=0.6, figure="accepted_per_second"),)
     return [
         Work(memory, "throughput", MANY, settings("batch")),
-        Work("256 connections, disk", "throughput", MANY, settings("batch", "disk"), aims=_cost(memory, 0.9)),
-        Work("256 connections, fsync", "throughput", MANY, settings("batch", "fsync"), aims=fsync),
+        Work("256 connections, disk", "throughput", MANY, settings("batch", "disk"), aims=_cost(memory, 0.9, 0.9)),
+        Work("256 connections, fsync", "throughput", MANY, settings("batch", "fsync"), aims=_cost(memory, 0.6, 0.6)),
     ]
 
 
@@ -213,4 +288,4 @@ def _size() -> list[Work]:
     ]
 
 
-WORKS = [*_against_peers(), *_latency(), *_durability(), *_size()]
+WORKS = [*_against_peers(), *_latency(), *_stalls(), *_durability(), *_size()]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from support import ROOT, request
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
 import contestants
+import measure
 import race
 import report
 import tools
@@ -43,9 +47,99 @@ def test_race_analyzers_count_by_port(compiled):
         assert sink.packets() == 66
 
 
+def test_closed_analyzer_resets_and_refuses(compiled):
+    """As one that is killed: its port is closed, its connections are reset; the others go on."""
+    ports = tools.free_ports(2)
+    with tools.Sink(compiled, ports) as sink, socket.create_connection(("127.0.0.1", ports[1])) as before:
+        before.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert before.recv(100).startswith(b"HTTP/1.1 200 OK\r\n")
+        sink.close(1)
+        with pytest.raises(ConnectionResetError):
+            before.recv(100)
+        with pytest.raises(ConnectionRefusedError):
+            request(ports[1], "POST", "/analyze", tools.packet(2))
+        assert request(ports[0], "POST", "/analyze", tools.packet(2))[0] == 200
+        sink.open(1)
+        assert request(ports[1], "POST", "/analyze", tools.packet(2))[0] == 200
+        assert sink.each() == [1, 1]
+
+
 def test_packets_have_the_stated_size():
     assert len(tools.packet(2)) == 452
     assert 18_000 <= len(tools.packet(100)) <= 20_000
+
+
+def test_mix_is_packets_of_all_sizes():
+    sizes = [len(body) for body in tools.mix()]
+    assert (min(sizes), max(sizes), len(sizes)) == (200, 60_000, 48)
+    assert sorted(sizes)[23] < 200 * 300**0.5 < sorted(sizes)[24]  # as many below the geometric mean as above
+    assert tools.mix() == tools.mix()
+    for body in tools.mix():
+        assert all(message["message"] for message in json.loads(body)["messages"])
+
+
+def test_bodies_are_sent_in_turn(tmp_path):
+    if not shutil.which("wrk"):
+        pytest.skip("wrk is not installed (scripts/peers.sh installs it)")
+    lengths = []
+
+    async def serve(reader, writer):
+        while True:
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+                lengths.append(len(await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0]))))
+            except (OSError, EOFError):
+                return
+            writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
+
+    async def scenario():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            return await asyncio.to_thread(tools.Wrk, tmp_path, port, tools.mix(), 1, 1)
+
+    answers = asyncio.run(scenario())
+    expected = [len(body) for body in tools.mix()]
+    first = expected.index(lengths[0])  # wrk looks at one request before it sends any
+    assert lengths[:96] == (expected * 3)[first : first + 96]
+    assert 0 < answers.latency["p50"] <= answers.latency["p99"] <= answers.latency["p999"] <= answers.latency["max"]
+
+
+def test_charged_memory_counts_a_page_once(tmp_path):
+    def charged():
+        return tools.charged_memory([os.getpid(), os.getpid()], tmp_path) / 2**20
+
+    before = charged()
+    memory = os.memfd_create("ring")
+    os.posix_fallocate(memory, 0, 16 << 20)
+    again = os.dup(memory)
+    with (tmp_path / "ring").open("wb") as file:
+        file.write(bytes(8 << 20))
+        file.flush()
+        assert charged() - before == pytest.approx(24, abs=4)
+    assert charged() - before == pytest.approx(16, abs=4)
+    os.close(memory)
+    os.close(again)
+
+
+def lag(longest, **counts):
+    bounds = {"low": 1.0, "high": 8.4, "over": float("inf")}
+    return measure.Lag(longest, {bound: counts.get(name, 0) for name, bound in bounds.items()})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "longest"),
+    [
+        (lag(3.0, low=9, high=1), lag(5.5, low=20, high=2), 5.5),
+        (lag(5.5, low=9, high=1), lag(5.5, low=20, high=1), 1.0),
+        (lag(40.0, low=9, over=1), lag(40.0, low=20, high=1, over=1), 8.4),
+        (lag(7.0, low=9, high=1), lag(7.0, low=9, high=2), 7.0),
+        (lag(7.0, high=1), lag(7.0, high=1), 0.0),
+    ],
+)
+def test_pause_is_that_of_the_interval(before, after, longest):
+    """What came before, such as the worker's start, is no part of it."""
+    assert measure.longest_since([before], [after]) == longest
+    assert measure.longest_since([lag(1.0), before], [lag(1.0), after]) == longest
 
 
 class StallingServer:
@@ -147,6 +241,36 @@ def test_peers_share_runs_of_equal_work():
     assert BATCH.run(contestants.Fastdist) != OTHER.run(contestants.Fastdist)
 
 
+def test_figures_of_before_are_judged():
+    aim = works.Aim("before", at_most=1.1, figure="charged_mib")
+    work = BATCH._replace(aims=(aim,))
+    runs = {work.run(contestants.Fastdist): [{"per_cpu": 300, "charged_mib": 60}]}
+    document = {"works": report.summary([work], runs, {}), "missing": {}}
+    assert document["works"]["one"]["aims"] == []
+    runs |= {work.run(contestants.Before): [{"per_cpu": 200, "charged_mib": 50}]}
+    document = {"works": report.summary([work], runs, {}), "missing": {}}
+    (judged,) = document["works"]["one"]["aims"]
+    assert (judged["value"], judged["met"]) == (1.2, False)
+    (_, columns, ((_, ours, before, *_),)), *_ = report.tables(document)
+    assert columns[:3] == ["work", "fastdist", "before"]
+    assert (ours, before) == ("300", "200 (x1.50)")
+
+
+def test_before_has_the_settings_of_fastdist():
+    assert BATCH.run(contestants.Before).settings == BATCH.run(contestants.Fastdist).settings
+
+
+def test_tree_that_is_not_built_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"\.venv/bin/python is not there: `make build` in .* makes it"):
+        contestants.Before.use(tmp_path)
+
+
+def test_errors_of_emitters_are_remarked():
+    found = {"median": {"worst": 12.0, "errors": 4}, "rounds": [{}]}
+    document = {"missing": {}, "works": {"one": {"contestants": {"nginx": found}}}}
+    assert report.remarks(document) == ["one: emitters of nginx saw 4 errors"]
+
+
 def test_failed_contestant_is_shown_only(compiled, tmp_path, capsys):
     class Broken(contestants.Limit):
         def command(self):
@@ -171,5 +295,6 @@ def test_works_and_aims_refer_to_something():
         assert work.figure in report.FIGURES
         for aim in work.aims:
             ran = {kind.name for kind in work.peers} | ({"best"} if contestants.Envoy in work.peers else set())
-            assert aim.against in names | ran | {""}, (work.name, aim)
+            assert aim.against in names | ran | {"", "before"}, (work.name, aim)
+            assert aim.figure in report.FIGURES
             assert (aim.at_least is None) != (aim.at_most is None)

@@ -24,6 +24,7 @@ def test_a_tiny_race_writes_what_it_measured(tmp_path):
     (written,) = tmp_path.glob("*.json")
     document = json.loads(written.read_text())
     assert document["works"].keys() == {
+        "0.2-60 KB, batch, memory",
         "batch, memory",
         "batch, memory, long heads that stay",
         "batch, memory, long heads that vary",
@@ -34,6 +35,7 @@ def test_a_tiny_race_writes_what_it_measured(tmp_path):
     throughput = document["works"]["batch, memory"]["contestants"]["fastdist"]
     (figures,) = throughput["rounds"]
     assert throughput["median"]["per_cpu"] > 0
+    assert 0 < throughput["median"]["p99"] <= throughput["median"]["p999"] <= throughput["median"]["max"]
     assert figures["shares"] == pytest.approx(list(WEIGHTS.values()), abs=0.02)
     latency = document["works"]["latency, batch, memory"]["contestants"]["fastdist"]["median"]
     assert latency["answered"] == latency["sent"] == 1000
@@ -52,3 +54,28 @@ def test_race_runs_the_rounds_time_allows(tmp_path, minutes, rounds):
     (written,) = tmp_path.glob("*.json")
     (work,) = json.loads(written.read_text())["works"].values()
     assert len(work["contestants"]["fastdist"]["rounds"]) == rounds
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed (scripts/peers.sh installs it)")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_race_compares_with_another_tree(tmp_path):
+    python = tmp_path / "tree" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    command = [sys.executable, str(ROOT / "bench" / "race.py"), "--quick", "--contestant", "fastdist"]
+    command += ["--work", "an analyzer killed, batch", "--work", "memory, batch", "--before", str(tmp_path / "tree")]
+    done = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("*.json")
+    works = json.loads(written.read_text())["works"]
+    for name in ("fastdist", "before"):
+        killed = works["an analyzer killed, batch, disk"]["contestants"][name]["median"]
+        assert killed["worst"] >= killed["p99"] > 0
+        assert killed["errors"] == 0
+        paused = works["memory, batch, disk"]["contestants"][name]["median"]
+        assert paused["charged_mib"] > 10
+        assert paused["pause"] > 0
+    (aim,) = works["memory, batch, disk"]["aims"]
+    assert aim["against"] == "before"
+    assert 0.5 < aim["value"] < 2
