@@ -227,7 +227,20 @@ def in_use(disk, count=12):
 
 
 def change(disk, offset, data=b"\xee"):
+    """Damage what was written so long ago that it is not in memory any more."""
+    disk.ring.forget_kept()
     os.pwrite(disk.fd, data, offset)
+
+
+def test_what_was_written_last_is_undamaged(disk):
+    """It is delivered from memory, whatever happens to the file."""
+    for number in range(20):
+        disk.push(bytes([65 + number]) * (200 if number % 2 else 3000))
+    claimed = [disk.ring.claim() for _ in range(10)]
+    for place in disk.places:
+        os.pwrite(disk.fd, b"\xee" * place.size, place.offset)
+    found = [disk.ring.packet(handle) for handle in claimed] + drain(disk.ring)
+    assert found == disk.packets()
 
 
 @pytest.mark.parametrize("relative", [0, 4, 8, 16, 24, BODY_LENGTH, RECORD - 1])

@@ -1,4 +1,9 @@
-"""What is put together or kept of bytes: a buffer that grows, and text appended where there is room for it."""
+"""What is put together or kept of bytes: a buffer that grows, text appended where there is room, pieces sent in one call."""
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
 
 ctypedef unsigned char uchar
 
@@ -59,3 +64,44 @@ cdef char *append_number(char *out, int64_t number) noexcept nogil:
         number //= 10
         if number == 0:
             return append(out, digits + n, 20 - n)
+
+
+cdef enum:
+    PIECES = 1024            # that the kernel takes in one call
+    APART = 4096             # bytes from which on it is cheaper to send something from where it is than to copy it first
+
+cdef struct Pieces:          # bytes that are sent in one call
+    char *begun              # of the piece that is being put together
+    char *end
+    int64_t size             # of those that are whole
+    int count
+    iovec[PIECES] parts
+
+
+cdef inline void begin_pieces(Pieces *pieces, char *room) noexcept nogil:
+    """Begin, with room for all that is not sent from where it is."""
+    pieces.begun = pieces.end = room
+    pieces.size, pieces.count = 0, 0
+
+
+cdef inline int64_t size_of_pieces(Pieces *pieces) noexcept nogil:
+    return pieces.size + (pieces.end - pieces.begun)
+
+
+cdef void end_pieces(Pieces *pieces) noexcept nogil:
+    """What was put together is a piece of its own."""
+    pieces.parts[pieces.count].iov_base, pieces.parts[pieces.count].iov_len = pieces.begun, pieces.end - pieces.begun
+    pieces.size += pieces.end - pieces.begun
+    pieces.count += 1
+    pieces.begun = pieces.end
+
+
+cdef inline void add_piece(Pieces *pieces, const void *p, int64_t n) noexcept nogil:
+    """Add bytes, which stay where they are until all is sent."""
+    if n < APART or pieces.count + 3 > PIECES:
+        pieces.end = append(pieces.end, p, n)
+        return
+    end_pieces(pieces)
+    pieces.parts[pieces.count].iov_base, pieces.parts[pieces.count].iov_len = <void *>p, n
+    pieces.size += n
+    pieces.count += 1

@@ -250,11 +250,12 @@ cdef class PoolBase:
         """Return an upper bound of the request's size."""
         return len(self.head) + FIELD_ROOM + group.bytes + group.packets * (ID_TEXT + 2)
 
-    cdef char *write_request(self, Group *group, char *out, int64_t now) noexcept:
-        """Write the request, note the sending in its records, and return where it ends."""
+    cdef void write_request(self, Group *group, Pieces *pieces, int64_t now) noexcept:
+        """Write the request, and note the sending in its records."""
         cdef uint32_t handle = group.first
         cdef uint32_t attempts = 0, begun
         cdef Record *record
+        cdef char *out = pieces.end
         out = append(out, PyBytes_AS_STRING(self.head), len(self.head))
         if group.batch:
             out = append(out, b"X-Packet-Count: ", 16)
@@ -277,25 +278,22 @@ cdef class PoolBase:
         out = append_number(out, attempts)
         out = append(out, b"\r\nContent-Length: ", 18)
         out = append_number(out, group.bytes + (group.packets + 1 if group.batch else 0))
-        out = append(out, b"\r\n\r\n", 4)
-        return self.write_bodies(group, out)
+        pieces.end = append(out, b"\r\n\r\n", 4)
+        self.write_bodies(group, pieces)
 
-    cdef char *write_bodies(self, Group *group, char *out) noexcept nogil:
+    cdef void write_bodies(self, Group *group, Pieces *pieces) noexcept nogil:
         cdef uint32_t handle = group.first
-        cdef Record *record
         cdef char separator = c'['
         while handle:
-            record = self.ring.record_of(handle)
             if group.batch:
-                out[0] = separator
-                out += 1
+                pieces.end[0] = separator
+                pieces.end += 1
                 separator = c','
-            out = append(out, <const char *>record_body(record), self.ring.entries[handle].length)
+            add_piece(pieces, record_body(self.ring.record_of(handle)), self.ring.entries[handle].length)
             handle = self.ring.entries[handle].next
         if group.batch:
-            out[0] = c']'
-            out += 1
-        return out
+            pieces.end[0] = c']'
+            pieces.end += 1
 
     cdef void leaves(self, Group *group, int64_t now) noexcept nogil:
         if self.requests_in_flight == 0:

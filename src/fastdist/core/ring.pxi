@@ -12,8 +12,8 @@ Facts it rests on:
    runs short, they are copied to the tail (same sequence, id, time, attempts). The old one counts until the copy is synced.
 5. Either copy of the header is enough, and whenever the process dies one of them is whole. All checksums are seeded with
    the ring's salt, so neither another ring's records nor a body that looks like a record is ever taken for one.
-6. A file may be damaged while it is in use. So a record's head is checked when it is claimed and all of it when it is sent;
-   in between only what was noted of it is relied on.
+6. A file may be damaged while it is in use. So a record's head is checked when it is claimed and all of it when it is sent
+   (unless it is still in memory that the file cannot change); in between only what was noted of it is relied on.
 7. What is synced is a position: ``mark_synced`` tells that all before it is on stable storage. A sync reads
    ``tail_position`` first. After a sync that failed it is unknown what reached the disk: what was not synced before is
    withdrawn, and everything is written again (``write_again``). The header keeps that position, or that a sync has failed
@@ -158,7 +158,8 @@ cdef class PacketRing:
     cdef readonly list notes           # the same of what is no damage: a process was killed while it wrote there
 
     cdef inline Record *record_of(self, uint32_t handle) noexcept nogil:
-        return self.at(self.entries[handle].position)
+        cdef Record *record = self.file.kept_at(self.entries[handle].position)
+        return record if record != NULL else self.at(self.entries[handle].position)
 
     cdef inline Record *at(self, int64_t position) noexcept nogil:
         return self.file.at(position)
@@ -269,7 +270,7 @@ cdef class PacketRing:
         self.next_number += 1
         self.tail += size
         # What it had to be written for may have been staged before it.
-        self.staged = self.staged + 1 if self.file.staged_bytes > size else 1 if self.file.staged_bytes else 0
+        self.staged = self.staged + 1 if self.file.staged() > size else 1 if self.file.staged() else 0
         return PUSHED
 
     cdef int write(self) noexcept nogil:
@@ -297,7 +298,7 @@ cdef class PacketRing:
         self.next_number -= self.staged
         self.tail = self.file.written
         self.staged = 0
-        self.file.staged_bytes = 0
+        self.file.forget_staged()
         while self.late_count > self.first_late and self.late[self.late_count - 1].position >= self.tail:
             self.late_count -= 1
 
@@ -306,7 +307,7 @@ cdef class PacketRing:
 
         The next record's mark keeps its place, so no two of a lap ever share one.
         """
-        cdef uint64_t least = max(self.next_number + STAGED // SMALLEST + 1, <uint64_t>wall_ns())
+        cdef uint64_t least = max(self.next_number + KEPT // SMALLEST + 1, <uint64_t>wall_ns())
         self.next_number += (least - self.next_number + self.file.slots - 1) // self.file.slots * self.file.slots
 
     cdef bint make_room(self, int64_t size) noexcept nogil:
@@ -411,13 +412,15 @@ cdef class PacketRing:
                 self.link(handle, False)
                 self.cursor += self.size_of_entry(&self.entries[handle])
                 continue
-            record = self.at(self.cursor)
-            if unlikely(record.magic == GAP_MAGIC and 0 < gap_bytes(record) <= self.file.written - self.cursor):
-                self.cursor += gap_bytes(record)
-                continue
-            if unlikely(not self.file.direct and not self.file.sound(record, self.cursor, self.file.written)):
-                self.pass_damage()
-                continue
+            record = self.file.kept_at(self.cursor)
+            if record == NULL:
+                record = self.at(self.cursor)
+                if unlikely(record.magic == GAP_MAGIC and 0 < gap_bytes(record) <= self.file.written - self.cursor):
+                    self.cursor += gap_bytes(record)
+                    continue
+                if unlikely(not self.file.direct and not self.file.sound(record, self.cursor, self.file.written)):
+                    self.pass_damage()
+                    continue
             attempts = 0
             if unlikely(record.copied or self.cursor < self.marked):
                 self.file.write_marks()
@@ -516,8 +519,10 @@ cdef class PacketRing:
         """Whether a claimed record is in the file as it was when it was claimed."""
         cdef Entry *entry = &self.entries[handle]
         cdef Record *record = self.at(entry.position)
-        return self.file.direct or (self.file.sound(record, entry.position, self.file.written)
-                                    and record.body_length == entry.length and self.file.body_sound(record))
+        if self.file.direct or self.file.kept_at(entry.position) != NULL:
+            return True
+        return (self.file.sound(record, entry.position, self.file.written) and record.body_length == entry.length
+                and self.file.body_sound(record))
 
     cdef int lose(self, uint32_t handle) except -1:
         """A claimed record is damaged: its packet is lost."""
@@ -853,6 +858,11 @@ cdef class PacketRing:
         """Write again what was written last, and the header, to see whether that is possible. Raises OSError."""
         raise_errno(self.file.write_again(max(self.head, self.file.written - PAGE), self.file.written, 0, 0))
         raise_errno(self.save())
+
+    def forget_kept(self):
+        """Read what was written last from the file again, as what was written earlier is. Raises OSError as ``write_out`` does."""
+        raise_errno(self.write())
+        self.file.forget_kept()
 
     def mark_synced(self, int64_t position):
         """All bytes up to ``position`` (a former ``tail_position``) are on stable storage."""

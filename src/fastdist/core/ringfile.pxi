@@ -6,7 +6,8 @@ for each, by the record's number. Facts it rests on:
    each sync, and a fault that meets a commit of the file system waits for it; what was written is seen in the mapping at
    once, and survives the process as a store does.
 2. What is appended is collected, and written once in an event-loop iteration (``write``), before any of it is
-   acknowledged. A large record is written where it lies.
+   acknowledged. A large record is written from where it lies. What was written last is kept (``kept_at``): it is sent from
+   there, since nothing that happens to the file changes it.
 3. Marks are collected and written in runs in the same way. A mark is sealed with the number and position of its record,
    which no two records have in common, so a stale or damaged one does not count; the packet counts then as it was
    accepted, rather twice than never.
@@ -18,9 +19,6 @@ for each, by the record's number. Facts it rests on:
 """
 
 cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
     ssize_t pwritev(int fd, const iovec *pieces, int count, int64_t offset)
 
 cdef extern from "<unistd.h>" nogil:
@@ -90,7 +88,7 @@ cdef enum:
     RECORD_MAGIC = 0xFD5EC0DE
     GAP_MAGIC = 0xFD5E0FF5   # followed by the gap's length in 8-byte words
     SMALLEST = 128           # bytes of a record at least, so that there is a mark for each that has room
-    STAGED = 256 << 10       # bytes that are collected at most
+    KEPT = 256 << 10         # bytes that are collected at most, and of each half of what is kept
     LARGE = 32 << 10         # bytes of a record from which on it is written at once, from where it is
     RUN = 2048               # marks written at a time
     CHANGES = 4096           # marks collected at most
@@ -129,8 +127,9 @@ cdef class RingFile:
     cdef uint32_t seed
     cdef int64_t written           # position: what is before it is in the file
     cdef int64_t saved_head, limit # as the header has them
-    cdef uchar *staged             # STAGED bytes: what comes from `written` on
-    cdef Py_ssize_t staged_bytes
+    cdef uchar *kept               # two halves of KEPT bytes, filled in turn with what is appended
+    cdef int64_t[2] begins, ends   # positions of what is in them
+    cdef int half                  # that is being filled; what comes from `written` on is in it
     cdef Change *changes           # CHANGES of them
     cdef int change_count
     cdef int64_t readable_marks    # offset of the page of marks that was last seen to be readable
@@ -147,7 +146,7 @@ cdef class RingFile:
         self.unmap()
         if self.fd >= 0:
             close(self.fd)
-        free(self.staged)
+        free(self.kept)
         free(self.changes)
 
     # ---- mapping
@@ -179,15 +178,27 @@ cdef class RingFile:
         if table == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
         self.marks = <Mark *>table
-        if not self.direct and self.staged == NULL:
-            self.staged = <uchar *>malloc(STAGED)
+        if not self.direct and self.kept == NULL:
+            self.kept = <uchar *>malloc(2 * KEPT)
             self.changes = <Change *>malloc(CHANGES * sizeof(Change))
-            if self.staged == NULL or self.changes == NULL:
+            if self.kept == NULL or self.changes == NULL:
                 raise MemoryError
         return 0
 
     cdef inline Record *at(self, int64_t position) noexcept nogil:
         return <Record *>(self.data + position % self.capacity)
+
+    cdef inline Record *kept_at(self, int64_t position) noexcept nogil:
+        """Return the record at a position as it was appended, NULL if it is not kept any more."""
+        cdef int half
+        for half in range(2):
+            if self.begins[half] <= position < self.ends[half]:
+                return <Record *>(self.kept + half * KEPT + (position - self.begins[half]))
+        return NULL
+
+    cdef inline int64_t staged(self) noexcept nogil:
+        """Return how many bytes are collected and not written yet."""
+        return max(0, self.ends[self.half] - self.written)
 
     # ---- reading what may be damaged
 
@@ -281,19 +292,22 @@ cdef class RingFile:
         """Put a record behind the last; return 0, or an errno. It is in the file when ``write`` has returned 0."""
         cdef int64_t size = record_size(head)
         cdef int64_t n = <int64_t>sizeof(Record) + head.key_length
+        cdef bint wraps = head.position % self.capacity + size > self.capacity
         cdef uchar *at
         cdef int failed
         if self.direct:
             at = self.data + head.position % self.capacity
-        elif size < LARGE or head.position % self.capacity + size > self.capacity:
-            if self.staged_bytes + size > STAGED:
+        elif size < LARGE or (wraps and size <= KEPT):
+            if head.position != self.ends[self.half] or head.position + size - self.begins[self.half] > KEPT:
                 failed = self.write(head.position)
                 if failed:
                     return failed
-            if size > STAGED:  # one that goes over the end of the file, in pieces
-                return self._put_in_pieces(head, key, body, size)
-            at = self.staged + self.staged_bytes
-            self.staged_bytes += size
+                self.half ^= 1
+                self.begins[self.half] = head.position
+            at = self.kept + self.half * KEPT + (head.position - self.begins[self.half])
+            self.ends[self.half] = head.position + size
+        elif wraps:
+            return self._put_in_pieces(head, key, body, size)
         else:
             return self._append_large(head, key, body, size)
         if head.key_length:
@@ -326,7 +340,7 @@ cdef class RingFile:
 
     cdef int _put_in_pieces(self, const Record *head, const uchar *key, const uchar *body, int64_t size) noexcept nogil:
         cdef int64_t at = head.position + <int64_t>sizeof(Record)
-        cdef int failed = self.put(at, key, head.key_length)
+        cdef int failed = self.write(head.position) or self.put(at, key, head.key_length)
         failed = failed or self.put(at + head.key_length, body, head.body_length) or self.put(head.position, head, sizeof(Record))
         if failed == 0:
             self.written = head.position + size
@@ -336,23 +350,33 @@ cdef class RingFile:
         """Write what was collected, up to ``tail``; return 0, or an errno: then it is given up, as if it had never come."""
         cdef iovec[2] pieces
         cdef int64_t offset = self.written % self.capacity
-        cdef int64_t n = self.staged_bytes, pad = -tail & (PAGE - 1)
+        cdef int64_t n = self.staged(), pad = -tail & (PAGE - 1)
+        cdef uchar *staged = self.kept + self.half * KEPT + (self.written - self.begins[self.half])
         cdef int failed
         if n == 0:
             return 0
-        self.staged_bytes = 0
         if offset + n > self.capacity:
-            failed = self.put(self.written, self.staged, n)
+            failed = self.put(self.written, staged, n)
         else:
-            pieces[0].iov_base, pieces[0].iov_len = self.staged, n
+            pieces[0].iov_base, pieces[0].iov_len = staged, n
             pieces[1].iov_base, pieces[1].iov_len = ZEROS, pad
             # Only into a page that nothing was written to, and where no record can be: the rest of it is free.
             if (offset % PAGE and offset // PAGE == (offset + n - 1) // PAGE) or tail + pad > self.saved_head + self.capacity:
                 pieces[1].iov_len = 0
             failed = write_pieces(self.fd, pieces, 2, HEADER_BYTES + offset)
-        if failed == 0:
+        if failed:
+            self.forget_staged()
+        else:
             self.written = tail
         return failed
+
+    cdef void forget_staged(self) noexcept nogil:
+        """Forget what was collected and is not written."""
+        self.ends[self.half] = min(self.ends[self.half], self.written)
+
+    cdef void forget_kept(self) noexcept nogil:
+        """Forget what is kept of what was written."""
+        self.begins[0] = self.begins[1] = self.ends[0] = self.ends[1] = 0
 
     # ---- marks
 

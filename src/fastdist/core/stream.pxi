@@ -32,6 +32,10 @@ cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
     ssize_t recv(int fd, void *room, size_t n, int flags)
     ssize_t c_send "send"(int fd, const void *data, size_t n, int flags)
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
     int shutdown(int fd, int how)
     int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
 
@@ -101,6 +105,17 @@ cdef class Receiver:
         if likely(self.stream is not None):
             return self.stream.send(p, n)
         self.transport.write(PyBytes_FromStringAndSize(p, n))
+        return 0
+
+    cdef int transmit_pieces(self, Pieces *pieces) except -1:
+        """Write pieces in a row; changes them."""
+        cdef int i
+        if likely(self.stream is not None):
+            return self.stream.send_pieces(pieces)
+        self.transport.write(b"".join([
+            PyBytes_FromStringAndSize(<char *>pieces.parts[i].iov_base, pieces.parts[i].iov_len)
+            for i in range(pieces.count)
+        ]))
         return 0
 
     cdef int flushed(self) except -1:
@@ -371,6 +386,39 @@ cdef class Stream:
                     return self.fail(errno)
                 taken = 0
         keep(&self.output, p + taken, n - taken)
+        return self.has_kept()
+
+    cdef int send_pieces(self, Pieces *pieces) except -1:
+        cdef msghdr message
+        cdef ssize_t taken = 0
+        cdef iovec *part
+        cdef int i
+        if pieces.count == 1:
+            return self.send(<char *>pieces.parts[0].iov_base, pieces.parts[0].iov_len)
+        if unlikely(self.over or self.end_wanted or self.closing):
+            return 0
+        if likely(self.output.end == 0):
+            memset(&message, 0, sizeof(msghdr))
+            message.msg_iov, message.msg_iovlen = pieces.parts, pieces.count
+            taken = sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if likely(taken == pieces.size):
+                return 0
+            if taken < 0:
+                if errno != EAGAIN and errno != EINTR:
+                    return self.fail(errno)
+                taken = 0
+        make_room(&self.output, pieces.size - taken)
+        for i in range(pieces.count):
+            part = &pieces.parts[i]
+            if taken < <ssize_t>part.iov_len:
+                keep(&self.output, <char *>part.iov_base + taken, part.iov_len - taken)
+                taken = 0
+            else:
+                taken -= part.iov_len
+        return self.has_kept()
+
+    cdef int has_kept(self) except -1:
+        """Some of it the kernel did not take."""
         self.rewatch()
         if not self.output_paused and self.unwritten() > HIGH_WATER:
             self.output_paused = True

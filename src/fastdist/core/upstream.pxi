@@ -156,8 +156,8 @@ cdef class ReplyBase(Connection):
         cdef Group *group
         cdef int made = 0, i
         cdef int64_t room = 0
+        cdef Pieces pieces
         cdef char *start
-        cdef char *out
         if self.group_count == 0 and self.reading == REPLY_HEAD:
             self.waiting_since = now
         while pool.waiting and self.has_room() and pool.due(now):
@@ -171,19 +171,21 @@ cdef class ReplyBase(Connection):
             made += 1
         if made == 0:
             return 0
-        start = out = <char *>malloc(room)
+        start = <char *>malloc(room)
         try:
             if start == NULL:
                 raise MemoryError
+            begin_pieces(&pieces, start)
             for i in range(self.group_count - made, self.group_count):
                 group = &self.groups[(self.first_group + i) % pool.pipeline]
-                out = pool.write_request(group, out, now)
-                group.end = self.given + (out - start)
-            self.given += out - start
+                pool.write_request(group, &pieces, now)
+                group.end = self.given + size_of_pieces(&pieces)
+            self.given += size_of_pieces(&pieces)
             if not self.has_room():
                 self.withdraw()
             self.used_ns = now
-            self.transmit(start, out - start)
+            end_pieces(&pieces)
+            self.transmit_pieces(&pieces)
         except Exception as error:  # how much of it is written is unknown: nothing may follow it
             pool.owner.went_wrong(error)
             self.close_after("an error in fastdist, when it sent a request", False)
