@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, Emitter, free_port, get_json
+from support import ROOT, Emitter, free_port
 
 pytestmark = pytest.mark.processes
+
+CONNECTIONS = 8
 
 compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 EITHER = pytest.mark.skipif(
@@ -27,7 +29,8 @@ def tool(request):
 
 
 def load(*options, **environment):
-    command = [sys.executable, str(ROOT / "bench" / "load.py"), "--seconds", "1", "--connections", "8", *options]
+    own = ["--seconds", "1", "--connections", str(CONNECTIONS)]
+    command = [sys.executable, str(ROOT / "bench" / "load.py"), *own, *options]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTDIST_")}
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, env={**inherited, **environment}
@@ -57,6 +60,11 @@ def check_table(done):
     assert sum(int(table[name][3].replace(",", "")) for name in ("A1", "A2", "A3", "A4")) == all_delivered(done)
 
 
+def check_rest(done, delivered):
+    """What was under way when the tool stopped may be accepted when all else is delivered and counted."""
+    assert 0 <= delivered - all_delivered(done) <= CONNECTIONS
+
+
 @compiler
 def test_load_of_own_service_is_delivered(tool):
     done = load("--tool", tool, "DELIVERY__MODE=batch", FASTDIST_QUEUE__DURABILITY="memory")
@@ -73,7 +81,8 @@ def test_a_distributor_that_runs_is_loaded(tool, mocks, serve, tmp_path):
     done = load("--tool", tool, "--url", url, "--packet", str(packet), FASTDIST_TOKEN="secret")
     check_table(done)
     assert f"packets of {len(packet.read_bytes())} bytes" in done.stdout
-    assert fastdist.wait_at_rest()["packets"]["delivered"] == all_delivered(done) == len(mocks.delivered())
+    assert fastdist.wait_at_rest()["packets"]["delivered"] == len(mocks.delivered())
+    check_rest(done, len(mocks.delivered()))
 
 
 def test_non_202_responses_count_with_reason(tool, mocks, serve):
@@ -81,7 +90,7 @@ def test_non_202_responses_count_with_reason(tool, mocks, serve):
     done = load("--tool", tool, "--url", f"http://127.0.0.1:{fastdist.port}/logs")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"errors +[\d,]+ +[\d,]+ answers other than 202 \(rateLimited [\d,]+\)", done.stdout), done.stdout
-    assert all_delivered(done) == get_json(fastdist.port, "/stats")["packets"]["delivered"]
+    check_rest(done, fastdist.wait_at_rest()["packets"]["delivered"])
 
 
 def test_what_stays_queued_is_said_to_be(tool, mocks, serve):
