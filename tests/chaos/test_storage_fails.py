@@ -126,6 +126,22 @@ int fdatasync(int fd) {
 }
 """
 
+HANGS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+int fdatasync(int fd) {
+    static int (*next)(int);
+    if (next == NULL) next = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
+    close(open(getenv("SYNC_HAS_BEGUN"), O_WRONLY | O_CREAT, 0600));
+    while (access(getenv("SYNC_HANGS_WHILE_THERE_IS"), F_OK) == 0) usleep(1000);
+    return next(fd);
+}
+"""
+
 
 @pytest.fixture
 def slowly_failing_dead_letters(tmp_path):
@@ -150,6 +166,34 @@ def storage(fastdist) -> str:
         return get_json(fastdist.port, "/health")["storage"]
     except OSError:  # asked a worker that was killed
         return "unknown"
+
+
+def test_sync_that_hangs_holds_up_nothing(experiment, tmp_path):
+    """With "disk" packets are accepted and delivered while it lasts, however long that is."""
+    source, library, flag, begun = (tmp_path / name for name in ("hangs.c", "hangs.so", "sync-hangs", "sync-begun"))
+    source.write_text(HANGS)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    shim = {"LD_PRELOAD": str(library), "SYNC_HANGS_WHILE_THERE_IS": str(flag), "SYNC_HAS_BEGUN": str(begun)}
+    experiment.analyzers()
+    settings = {"server": {"workers": 1}, "queue": {"capacity": "64MiB", "sync_interval": "100ms"}}
+    fastdist = experiment.serve(settings, **shim)
+    worker = fastdist.worker_pids()
+    flag.touch()
+    begun.unlink(missing_ok=True)
+    emitter = experiment.emitter().start()
+    wait_until(begun.exists, "a sync has begun")
+    before = get_json(fastdist.port, "/stats")["packets"]
+    time.sleep(2)
+    emitter.wait_for(200)
+    wait_until(
+        lambda: get_json(fastdist.port, "/stats")["packets"]["delivered"] >= before["delivered"] + 200,
+        "what is accepted meanwhile is delivered",
+    )
+    assert request(fastdist.port, "GET", "/ready")[0] == 200
+    assert emitter.count(202) == len(emitter.answers)
+    flag.unlink()
+    experiment.judge("a sync hangs")
+    assert fastdist.worker_pids() == worker
 
 
 def test_remaining_old_ring_blocks_nothing(experiment, tmp_path):
