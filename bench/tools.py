@@ -42,8 +42,8 @@ def packet(messages: int) -> bytes:
 
 
 def mix() -> tuple[bytes, ...]:
-    """Return packets of 48 sizes from 200 to 60,000 bytes, as many in each octave; the order is always the same."""
-    sizes = [round(200 * 300 ** (place / 47)) for place in range(48)]
+    """Return 48 packets of 200 to 60,000 bytes: half below 410, 4.2 KB in the mean; the order is always the same."""
+    sizes = [round(200 * 300 ** ((place / 47) ** 3)) for place in range(48)]
     random.Random(48).shuffle(sizes)
     return tuple(map(_sized, sizes))
 
