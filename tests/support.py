@@ -372,10 +372,11 @@ class Distributor(Process):
 
 
 def check_identity(stats: Any) -> None:
-    """accepted + recovered = delivered + queued + inFlight + deadLettered, and received = accepted + rejected."""
+    """accepted + recovered = delivered + queued + inFlight + deadLettered + lost; received = accepted + rejected."""
     packets = stats["packets"]
     left = packets["accepted"] + packets["recovered"]
     right = packets["delivered"] + packets["queued"] + packets["inFlight"] + packets["deadLettered"]
+    right += packets["lost"]
     assert left == right, packets
     assert packets["received"] == packets["accepted"] + packets["rejected"], packets
     assert packets["delivered"] == sum(row["delivered"] for row in stats["analyzers"]), stats

@@ -3,7 +3,7 @@
 The way of a packet. ``Poller`` (stream.pxi) reads a connection's bytes into a buffer that all share, and hands them to
 the protocol, ``IngestBase`` (ingest.pxi). That finds the request's head (http.pxi), has the body checked by one pass
 over its bytes (schema.pxi), and pushes it to the ``PacketRing`` (ring.pxi): one record, which is queue, store and
-in-flight table at once, and 202 is written into a buffer of answers. When all connections have been read the records
+in-flight table at once, and 202 is written into a buffer of answers. When some connections have been read their records
 are written to the ring's file (ringfile.pxi) in one piece, and the answers leave (outbox.pxi), with durability fsync
 when a ``SyncThread`` (syncing.pxi) has synced them. Once in an event-loop iteration ``DispatchBase`` (dispatch.pxi)
 claims what was pushed and written, has an analyzer picked for each packet (pick.pxi), and lets it join the waiting list
@@ -31,7 +31,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_XDECREF, Py_XINCREF
-from libc.errno cimport EAGAIN, EFBIG, EINTR, EIO, errno
+from libc.errno cimport EAGAIN, EBUSY, EFAULT, EFBIG, EINTR, EIO, errno
 from libc.math cimport INFINITY, log
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc, realloc

@@ -64,6 +64,8 @@ class Assignment(msgspec.Struct, frozen=True):
     control: int
     settings: int  # a memfd, see ``ipc.Settings``
     old_rings: dict[str, int]  # to migrate: path -> descriptor
+    renewed: bool = False  # the ring is in the place of one that could not be read
+    irreplaceable: bool = False  # the ring cannot be read in part, and no other could be made
 
 
 def write_settings(fd: int, settings: Settings) -> None:

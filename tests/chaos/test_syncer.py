@@ -65,9 +65,30 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self._ring, name)
 
+    def begin_writing_again(self):
+        self.written_again.append(self._disk.syncs)
+        return self._ring.begin_writing_again()
+
     def write_again(self) -> None:
         self.written_again.append(self._disk.syncs)
         self._ring.write_again()
+
+
+class Slow(Watched):
+    """A ring that is written again when it is told to, or fails to be."""
+
+    def __init__(self, ring: PacketRing, disk: Disk) -> None:
+        super().__init__(ring, disk)
+        self.begun, self.go = threading.Semaphore(0), threading.Event()
+        self.error: OSError | None = None
+
+    def go_on_writing_again(self, span) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.begun.release()
+        assert self.go.wait(10)
+        if self.error is not None:
+            raise self.error
+        self._ring.go_on_writing_again(span)
 
 
 class Bench:
@@ -241,6 +262,51 @@ def test_all_is_written_again_after_failure(disk):
     asyncio.run(run())
 
 
+def test_loop_goes_on_while_written_again(disk):
+    """However long that takes; what is pushed and done meanwhile is synced with it."""
+
+    async def run() -> None:
+        bench = Bench()
+        bench.syncer.ring = ring = Slow(bench.ring, disk)
+        bench.push()
+        await bench.until(1)
+        disk.broken = True
+        bench.push()
+        await bench.until(2)
+        disk.broken = False
+        await asyncio.to_thread(ring.begun.acquire)
+        bench.ring.done(bench.ring.claim())
+        end = bench.push()
+        bench.syncer.want()
+        await asyncio.sleep(0.2)
+        assert (len(bench.told), disk.syncs, bench.syncer.failing) == (2, 2, True)
+        ring.go.set()
+        await bench.until(3)
+        assert (bench.told[2], disk.syncs) == (end, 3)
+        found = PacketRing(bench.fd, private=True)
+        assert (found.undone, found.damage) == (2, [])
+
+    asyncio.run(run())
+
+
+def test_failed_writing_again_is_retried(disk):
+    async def run() -> None:
+        bench = Bench()
+        bench.syncer.ring = ring = Slow(bench.ring, disk)
+        disk.broken = True
+        bench.push()
+        await bench.until(1)
+        disk.broken, ring.error = False, OSError(errno.ENOSPC, "No space left on device")
+        ring.go.set()
+        await bench.until(2)
+        assert (bench.told[1], bench.syncer.error.errno) == (errno.ENOSPC, errno.ENOSPC)
+        ring.error = None
+        await bench.until(3)
+        assert (bench.told[2], bench.syncer.failing) == (bench.ring.tail_position, False)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("error", [None, OSError(errno.EIO, "Input/output error")])
 def test_other_work_is_done_beside_syncs(disk, error):
     async def run() -> None:
@@ -295,10 +361,10 @@ def test_migrated_is_safe_only_once_synced(disk):
         bench.ring.push(b"x")
         successor = PacketRing(bench.fd, claims_wait_for_sync=True)
         disk.broken = True
-        assert not make_safe(successor, bench.fd)
+        assert make_safe(successor, bench.fd).errno == errno.EIO
         assert successor.synced_position == 0
         disk.broken = False
-        assert make_safe(successor, bench.fd)
+        assert make_safe(successor, bench.fd) is None
         assert successor.synced_position == successor.tail_position
 
     asyncio.run(run())
@@ -321,7 +387,7 @@ def test_open_after_failed_sync_rewrites_all(disk, end):
             bench.syncer.close()
         assert pages_written_again(bench.fd) == HEADER_PAGES + 21 * 1080 // PAGE + 1 + 1, "the marks too"
         disk.broken = False
-        assert make_safe(PacketRing(bench.fd), bench.fd)
+        assert make_safe(PacketRing(bench.fd), bench.fd) is None
         assert pages_written_again(bench.fd) == HEADER_PAGES
 
     asyncio.run(run())

@@ -459,6 +459,7 @@ class Service:
         self.unwritten = code
         fault = problem(503, "the packet could not be written to disk", headers=b"Retry-After: 1\r\n")
         self.intake.not_stored(self.ring.tail_position, fault.status, "Service Unavailable", fault.headers, fault.body)
+        self.emitters.forget_from(self.ring.next_sequence_number)
 
     def connect(self, address: str | None = ADDRESS) -> Connection:
         return Connection(self, address)

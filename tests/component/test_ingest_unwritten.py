@@ -50,12 +50,29 @@ def test_failed_write_rejects_no_earlier_one():
     with files_end_at(HEADER_SIZE + SMALL_RECORD):
         connection.send(keyed("b"))
         other = service.ask(keyed("c"))
+    assert other.statuses == [503]
     connection.send(keyed("d"))
     assert connection.written == b""
     service.sync()
     assert (connection.statuses, other.statuses) == ([202, 503, 202], [503])
     assert service.accepted == 2
     assert [packet.id for packet in service.packets()] == ["a", "d"]
+
+
+def test_rejection_waits_for_no_others():
+    """What cannot be written is known at once; only what comes before it on its connection has to wait for the sync."""
+    service = Service(fsync=True)
+    first, behind = service.ask(keyed("a")), service.ask(keyed("b"))
+    with files_end_at(HEADER_SIZE + service.ring.used):
+        free = service.ask(keyed("c") + keyed("d"))
+        behind.send(keyed("e"))
+    assert free.statuses == [503, 503]
+    assert (first.written, behind.written) == (b"", b"")
+    free.send(keyed("g"))
+    service.sync()
+    assert (first.statuses, behind.statuses, free.statuses) == ([202], [202, 503], [503, 503, 202])
+    assert [packet.id for packet in service.packets()] == ["a", "b", "g"]
+    assert service.intake.held == 0
 
 
 def test_done_stays_done_without_marks():

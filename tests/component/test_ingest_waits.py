@@ -10,9 +10,10 @@ import time
 import pytest
 import uvloop
 from ingest_harness import BODY, CONTINUE, SECOND, Service, head, keyed, post, read_answers
+from support import files_end_at
 from upstream_harness import until
 
-from fastdist._core import Poller, Stream
+from fastdist._core import HEADER_SIZE, Poller, Stream
 
 DAY = 86400
 
@@ -47,6 +48,22 @@ def test_end_counts_behind_the_last_request():
         connection.wait(5.1)
     assert connection.answer().id == "a"
     assert connection.transport.closed
+
+
+def test_unwritten_packet_has_no_wait():
+    """The next packet gets its sequence, and is waited for by another connection."""
+    service = Service(disk=True)
+    with service.timers():
+        with files_end_at(HEADER_SIZE):
+            first = service.ask(keyed("a", BODY, "Prefer: wait=5"))
+        assert first.statuses == [503]
+        assert not service.emitters.waiting
+        second = service.ask(keyed("b", BODY, f"Prefer: wait={DAY}"))
+        first.lose()
+        second.wait(6)
+        assert second.written == b""
+        service.emitters.settled(1, "A1")
+    assert second.statuses == [200]
 
 
 def test_lost_connection_ends_its_waits():

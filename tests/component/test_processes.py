@@ -47,7 +47,8 @@ class Bench:
         self.spawn_failures: list[OSError] = []
         self.connect_failures: list[OSError] = []
         self.started = asyncio.Event()
-        self.processes = Processes(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None)
+        self.renewed: list[WorkerSlot] = []
+        self.processes = Processes(SharedBlock.create(1, 8), os.memfd_create("test"), lambda *_: None, self.renew)
         self.slot = WorkerSlot(
             self.processes.block, 0, socket.create_server(("127.0.0.1", 0)), os.memfd_create("test"), []
         )
@@ -71,6 +72,9 @@ class Bench:
         monkeypatch.setattr(ipc, "connect", connect_or_fail)
         monkeypatch.setattr(asyncio, "create_subprocess_exec", spawn_or_fail)
         monkeypatch.setattr(processes, "FIRST_DELAY", 0.001)
+
+    async def renew(self, slot):
+        self.renewed.append(slot)
 
     async def run_until(self, event):
         """Keep the slot until ``event`` is set, then stop."""
@@ -123,6 +127,26 @@ def test_workers_restart_for_ever_once_ready(under):
         await bench.run_until(bench.started)
         assert not bench.processes.gave_up
         assert len(bench.alive_before) == 2 * FALSE_STARTS + 1
+        assert bench.renewed == []
+
+    under(scenario)
+
+
+def test_false_starts_have_rings_renewed(under):
+    """Of a worker that has run before: its ring may have been damaged since."""
+
+    async def scenario(bench):
+        bench.slot.ever_ready = True
+        keeping = asyncio.ensure_future(bench.processes.keep(bench.slot))
+        for start in range(1, 2 * FALSE_STARTS + 1):
+            await asyncio.wait_for(bench.started.wait(), SECONDS)
+            bench.started.clear()
+            assert len(bench.renewed) == (start - 1) // FALSE_STARTS
+            bench.workers[-1].kill()
+        await asyncio.wait_for(bench.started.wait(), SECONDS)
+        assert bench.renewed == [bench.slot] * 2
+        bench.processes.stop(0.0)
+        await asyncio.wait_for(keeping, SECONDS)
 
     under(scenario)
 

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 TARGET = {"job", "instance"}  # labels that Prometheus adds
 COUNTING = {"rate", "irate", "increase"}  # functions that only make sense of counters
-AT_THE_START = {"fastdist_packets_recovered_total", "fastdist_packets_corrupt_total"}  # counted then, read as they are
+AT_THE_START = {
+    "fastdist_packets_recovered_total",
+    "fastdist_packets_corrupt_total",
+    "fastdist_packets_lost_total",
+}  # counted then, read as they are
 OF_PROMETHEUS = {"up": ("gauge", set(), {})}
 
 

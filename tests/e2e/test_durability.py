@@ -55,8 +55,12 @@ def test_queued_is_delivered_after_restart(mocks, serve, settings):
 
 def test_a_deleted_old_ring_takes_up_no_disk(mocks, serve):
     """No process has it open any more, nor does one that starts later get it."""
-    fastdist = serve(mocks, DISK)
+    mocks.set_all(refuse=True)
+    fastdist = serve(mocks, DISK | {"server": {"drain_timeout": "0s"}})
+    fastdist.wait_for_states("offline")
+    Emitter(fastdist.port, connections=16).send(200)
     assert fastdist.stop() == 0
+    mocks.set_all(refuse=False)
     fastdist = serve(mocks, DISK | {"server": {"workers": 1}})
 
     def deleted_rings():

@@ -95,6 +95,7 @@ def test_stats_count_what_was_done(busy):
         "deadLettered": 5,
         "recovered": 0,
         "corrupt": 0,
+        "lost": 0,
     }
     assert {reason: count for reason, count in stats["rejected"].items() if count} == {
         "malformed": 1,
@@ -165,7 +166,7 @@ def test_metrics_agree_with_stats(busy):
     status, headers, text = request(busy.port, "GET", "/metrics")
     assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
     found = samples_of(text.decode())
-    for name in ("received", "accepted", "recovered", "spilled", "corrupt"):
+    for name in ("received", "accepted", "recovered", "spilled", "corrupt", "lost"):
         assert found[f"fastdist_packets_{name}_total",] == stats["packets"][name]
     for reason, count in stats["rejected"].items():
         snake = re.sub("[A-Z]", lambda upper: f"_{upper[0].lower()}", reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import WEIGHTS, Emitter, compare, get_json, request, wait_until
+from support import WEIGHTS, Emitter, compare, get_json, own_body, request, wait_until
 
 
 def held(packets):
@@ -76,9 +76,42 @@ def test_full_queue_refuses_drops_nothing(mocks, serve):
     assert fastdist.post()[0] == 202
 
 
+@pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
+def test_post_ready_and_queue_agree(mocks, serve, durability):
+    """At every moment, however seldom the queue is synced; room that has become free stays while nothing is posted."""
+    fastdist = serve(
+        mocks,
+        {"queue": {"capacity": "1MiB", "durability": durability, "sync_interval": "1h"}, "server": {"workers": 1}},
+    )
+    mocks.set_all(refuse=True)
+    fastdist.wait_for_states("offline")
+
+    def look():
+        full = get_json(fastdist.port, "/queue")["full"]
+        ready, headers, _ = request(fastdist.port, "GET", "/ready")
+        posted, post_headers, _ = fastdist.post(body)
+        return full, ready == 503, posted == 503, headers.get("retry-after"), post_headers.get("retry-after")
+
+    body = own_body("e").replace(b"caf", 10_000 * b"x")
+    for _ in range(200):
+        if (seen := look())[2]:
+            break
+        assert seen == (False, False, False, None, None)
+    for _ in range(3):
+        assert look() == (True, True, True, "30", "30"), "nothing leaves: not soon"
+    mocks.set_all(refuse=False, latency=0.02)
+    for _ in range(200):
+        full, unready, refused, _, wait = look()
+        assert full >= unready >= refused, (full, unready, refused)
+        assert wait is None or 1 <= int(wait) <= 30
+    wait_until(lambda: not held(fastdist.stats()["packets"]), "all is delivered")
+    assert look()[:3] == (False, False, False)
+    wait_until(lambda: get_json(fastdist.port, "/queue")["bytes"] == 0, "what is delivered takes no room", 1)
+
+
 def test_full_queue_recovers_without_traffic(mocks, serve):
-    """What no analyzer takes keeps the room behind it until the next packet comes: that one is to be sent here."""
-    settings = {"queue": {"capacity": "1MiB"}, "server": {"workers": 1}}
+    """What no analyzer takes is moved out of the way of the room behind it, and that is synced at once."""
+    settings = {"queue": {"capacity": "1MiB", "sync_interval": "1h"}, "server": {"workers": 1}}
     fastdist = serve(mocks, settings | {"delivery": {"connections": 1, "timeout": "100s"}})
     mocks.set_all(refuse=True)
     fastdist.wait_for_states("offline")
@@ -91,8 +124,7 @@ def test_full_queue_recovers_without_traffic(mocks, serve):
     for name in ("A2", "A3", "A4"):
         mocks.set(name, refuse=False)
     wait_until(lambda: held(fastdist.stats()["packets"]) == 1, "the others take the rest")
-    queue = get_json(fastdist.port, "/queue")
-    assert queue["bytes"] > queue["capacityBytes"] / 2, "the room is not free yet"
+    wait_until(lambda: get_json(fastdist.port, "/queue")["bytes"] < 5000, "the room is free")
     wait_until(lambda: request(fastdist.port, "GET", "/ready")[0] == 200, "ready again")
     assert fastdist.post(Prefer="wait=20")[0] == 200
     mocks.set("A1", refuse=True)  # which breaks the connection: another gets the packet, under its id

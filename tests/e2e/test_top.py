@@ -27,6 +27,7 @@ COUNTERS = {
     "dead letters": "deadLettered",
     "recovered": "recovered",
     "corrupt": "corrupt",
+    "lost": "lost",
 }
 
 

@@ -174,9 +174,7 @@ def test_not_ready_names_the_obstacle(api, block, what, word, method):
     elif what == "storage":
         block.worker(1)[WorkerWord.STORAGE_FAULT] = 1
     else:
-        block.worker(1)[WorkerWord.FULL] = 1
-        block.rows[1].set("queue_bytes", 100)
-        block.rows[1].set("queue_capacity", 100)
+        block.worker(1)[WorkerWord.LACKING] = 100
     response = ask(api, method, "/ready")
     assert word in assert_problem(response, 503)["detail"]
     assert header(response, "Retry-After") == "1"

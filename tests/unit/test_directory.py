@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from structlog.testing import capture_logs
-from support import wait_until
+from support import files_end_at, wait_until
 
-from fastdist._core import PacketRing, file_size
+from fastdist._core import HEADER_SIZE, PacketRing, file_size
 from fastdist.errors import StartError
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import directory, files, locks
@@ -110,6 +110,7 @@ def test_no_ring_ever_has_two_services(tmp_path, ring):
     if ring == "renamed by an operator":
         path.rename(tmp_path / "ring-7.fdq")
     elif ring == "to be migrated":
+        assert PacketRing(rings[0]).push(b"x")  # an empty one is deleted
         first.retire_all()
         assert [old.fd for old in first.old_rings()] == rings
     elif ring == "being made":
@@ -255,12 +256,12 @@ def test_deleted_or_memory_file_is_nameless(tmp_path):
 # ---- old rings
 
 
-def migration(tmp_path, packets=3):
+def migration(tmp_path, packets=3, body=b"x"):
     """Return an old ring's migration, the ring that is to take its packets, and the counters of that."""
     _, (fd,) = opened(tmp_path / "old")
     made = PacketRing(fd)
     for _ in range(packets):
-        assert made.push(b"x")
+        assert made.push(body)
     _, (own,) = opened(tmp_path / "own")
     (counters,) = SharedBlock.create(1, 4).rows
     return Migration(OldRing(fd, str(ring_path(tmp_path / "old", 0)))), PacketRing(own), counters
@@ -280,6 +281,21 @@ def test_old_rings_stay_until_copies_sync(tmp_path):
     assert it.finished
     it.delete()
     assert not ring_path(tmp_path / "old", 0).exists()
+
+
+def test_copies_before_a_failure_need_a_sync(tmp_path):
+    """What was copied before the new ring could not be written to stays in the old one until its copy is synced."""
+    it, own, counters = migration(tmp_path, packets=5, body=bytes(1500))
+    own.mark_synced(own.tail_position)
+    with files_end_at(HEADER_SIZE + 4096), pytest.raises(OSError, match="File too large"):
+        it.step(own, counters, 5)
+    assert (own.undone, it.undone) == (2, 3)
+    assert not it.settle(own)
+    assert it.ring.undone == 5
+    own.mark_synced(own.tail_position)
+    assert it.settle(own)
+    assert it.ring.undone == 3
+    assert it.step(own, counters, 5) == (3, [])
 
 
 def test_only_an_old_ring_itself_is_deleted(tmp_path):

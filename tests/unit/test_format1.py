@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fastdist._core import PacketRing, RingError, checksum, file_size
 from fastdist.errors import StartError
-from fastdist.storage import format1
+from fastdist.storage import directory, format1
 from fastdist.storage.directory import QueueFolder
 from fastdist.storage.inspect import look
 
@@ -301,3 +302,16 @@ def test_format_1_without_room_stays(tmp_path, monkeypatch):
         folder.rings(1, 1 << 20)
     assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lock", "ring-0.fdq"]
+
+
+def test_packet_that_does_not_fit_ends_start(tmp_path, monkeypatch):
+    path = tmp_path / "ring-0.fdq"
+    path.write_bytes(gzip.decompress((DATA / "plain.fdq.gz").read_bytes()))
+    before = path.read_bytes()
+    full = SimpleNamespace(push=lambda **_: 0)
+    monkeypatch.setattr(directory, "PacketRing", lambda *_: full)
+    folder = QueueFolder(tmp_path)
+    folder.lock()
+    with pytest.raises(StartError, match="do not fit"):
+        folder.rings(1, 1 << 20)
+    assert path.read_bytes() == before

@@ -55,6 +55,7 @@ COUNTERS = (
     "packets_recovered",
     "packets_spilled",
     "packets_corrupt",
+    "packets_lost",
     "packets_rejected",
     "packets_delivered",
     "packets_failed",

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from fastdist._core import PacketRing, file_size
+from fastdist._core import HEADER_SIZE, PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage.directory import OldRing
 from fastdist.worker import migrate
@@ -62,6 +62,7 @@ class Site:
     def assert_accounts(self):
         gone = sum(self.counters.get_of(slot, "delivered") for slot in range(self.counters.slots))
         undone = self.ring.undone + self.migration.undone
+        gone += self.counters.get("lost")
         assert self.counters.get("accepted") + self.counters.get("recovered") == undone + gone
 
 
@@ -113,6 +114,30 @@ def test_unsynced_packets_are_no_copies(site, counted):
     figures = site.figures()
     assert (figures["accepted"], figures["messages_accepted"], figures["bytes_accepted"]) == (2, 4, 4)
     assert (figures["adopted"], figures["recovered"]) == (6, 11)
+    site.assert_accounts()
+
+
+@pytest.mark.parametrize("ring", ["own", "old"])
+def test_damaged_meanwhile_is_lost(site, ring):
+    for _ in range(3):
+        site.accept()
+    fd = site.fd if ring == "own" else site.old_fd
+    os.pwrite(fd, b"?", HEADER_SIZE + 128 + 80)  # the second record's body
+    site.start()
+    assert [site.counters.get(name) for name in ("lost", "corrupt", "accepted", "recovered")] == [1, 1, 3, 10]
+    site.assert_accounts()
+    site.start()
+    assert [site.counters.get(name) for name in ("lost", "corrupt")] == [1, 1]
+    site.assert_accounts()
+
+
+def test_damage_found_at_start_is_not_lost(site):
+    for _ in range(2):
+        site.accept()
+    os.pwrite(site.fd, b"?", HEADER_SIZE + 80)
+    site.counters = SharedBlock.create(1, 4).rows[0]
+    site.start()
+    assert [site.counters.get(name) for name in ("lost", "corrupt", "recovered")] == [0, 1, 11]
     site.assert_accounts()
 
 

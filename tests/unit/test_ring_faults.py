@@ -30,13 +30,16 @@ from fastdist._core import HEADER_SIZE, DamagedError, PacketRing, file_size
 
 SIZE = file_size(CAPACITY)
 PAGE = 4096
-# An error of the disk: pread of what overlaps a range that FAULTS names ("first-last,...") fails.
+EIO = f"Input/output error (errno {errno.EIO})"
+# An error of the disk: pread of what overlaps a range that FAULTS names ("first-last,...") fails, and to touch its
+# pages in a mapping ends the process.
 SHIM = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 static int is_faulty(off_t offset, size_t n) {
@@ -60,6 +63,23 @@ ssize_t pread(int fd, void *room, size_t n, off_t offset) {
     if (is_faulty(offset, n))
         return errno = EIO, -1;
     return real(fd, room, n, offset);
+}
+
+void *mmap(void *place, size_t n, int protection, int flags, int fd, off_t offset) {
+    static void *(*real)(void *, size_t, int, int, int, off_t);
+    if (!real)
+        real = dlsym(RTLD_NEXT, "mmap");
+    char *mapped = real(place, n, protection, flags, fd, offset);
+    if (fd < 0 || mapped == MAP_FAILED || !getenv("FAULTS"))
+        return mapped;
+    for (size_t at = 0; at < n; at += 4096)
+        if (is_faulty(offset + at, 4096) && mprotect(mapped + at, 4096, PROT_NONE))
+            abort();
+    return mapped;
+}
+
+void *mmap64(void *place, size_t n, int protection, int flags, int fd, off64_t offset) {
+    return mmap(place, n, protection, flags, fd, offset);
 }
 
 ssize_t pread64(int fd, void *room, size_t n, off64_t offset) { return pread(fd, room, n, offset); }
@@ -232,6 +252,29 @@ def change(disk, offset, data=b"\xee"):
     os.pwrite(disk.fd, data, offset)
 
 
+def test_damage_hides_nothing_kept_in_memory():
+    """Large packets are not kept in memory: between them lie small ones that can still be delivered."""
+    fd = os.memfd_create("ring")
+    os.ftruncate(fd, file_size(1 << 20))
+    ring, heard = PacketRing(fd, 1 << 20), []
+    ring.on_damage = lambda offset, what, lost: heard.append((offset, what, lost))
+    sizes = [40_000, *[200] * 5, 40_000, *[200] * 7]
+    assert all(ring.push(bytes([size % 251]) * size) for size in sizes)
+    os.pwrite(fd, bytes(1 << 20), HEADER_SIZE)
+    assert [len(packet.body) for packet in drain(ring)] == [200] * 12
+    assert sum(lost for _, _, lost in heard) == 2
+    assert ring.undone == 12
+    os.close(fd)
+
+
+def test_damaged_packet_is_known_by_claim(disk):
+    disk.push(b"claimed " * 100)
+    handle = disk.ring.claim()
+    before = disk.ring.sequence(handle), disk.ring.oldest_ns
+    change(disk, disk.places[0].offset, b"\xff" * RECORD)
+    assert (disk.ring.sequence(handle), disk.ring.oldest_ns) == before
+
+
 def test_what_was_written_last_is_undamaged(disk):
     """It is delivered from memory, whatever happens to the file."""
     for number in range(20):
@@ -324,12 +367,12 @@ def test_damaged_packet_is_not_adopted(disk):
 
 
 @pytest.mark.parametrize("content", [b"\0", b"\xff", b"\x51"])
-def test_damaged_marks_in_use_repeat_at_most(disk, content):
-    """Those of a predecessor's packets count: what it has done comes once more."""
+def test_damaged_marks_in_use_cost_nothing(disk, content):
+    """They are in memory, and written whole pages at a time."""
     disk.fill()
     ring = disk.open()
     change(disk, MARKS, content * (CAPACITY // SMALLEST * MARK))
-    assert drain(ring) == [place.packet._replace(attempts=0) for place in disk.places]
+    assert drain(ring) == disk.packets()
     for handle in range(1, ring.claimed + 1):
         ring.done(handle)
     assert ring.claim() == 0
@@ -401,7 +444,7 @@ def test_unreadable_pages_cost_what_is_there(shim, path, stored, private):
 def test_unreadable_marks_repeat_at_most(shim, path, stored):
     unreadable, damage, names = read_with_faults(shim, path, [MARKS])
     assert unreadable == [(MARKS, PAGE, errno.EIO)]
-    assert damage == []
+    assert damage == [(MARKS, f"{PAGE} bytes that cannot be read: {EIO}")]
     assert names == [place.packet.sequence for place in stored.places]
 
 
@@ -409,7 +452,7 @@ def test_unreadable_marks_repeat_at_most(shim, path, stored):
 def test_unreadable_copy_costs_nothing(shim, path, stored, copy):
     unreadable, damage, names = read_with_faults(shim, path, [copy])
     assert unreadable == [(copy, PAGE, errno.EIO)]
-    assert damage == [(copy, "header copy: Input/output error")]
+    assert damage == [(copy, f"header copy that cannot be read: {EIO}")]
     assert names == [packet.sequence for packet in stored.packets()]
 
 

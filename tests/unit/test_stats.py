@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import msgspec
@@ -177,6 +178,7 @@ def test_stats_has_the_names_of_the_api(block):
         "deadLettered",
         "recovered",
         "corrupt",
+        "lost",
     }
     assert view["uptimeSeconds"] == 90.0
     assert view["supervisor"] == {"pid": 4711}
@@ -309,10 +311,14 @@ def test_health_shows_failing_upkeep(block):
 
 
 def test_health_shows_that_the_disk_fails(block):
-    block.worker(1)[WorkerWord.STORAGE_FAULT] = 1
+    assert "storageError" not in shown(stats.health, block)
+    block.worker(1)[WorkerWord.STORAGE_FAULT] = errno.ENOSPC
     assert shown(stats.health, block)["status"] == "degraded"
     assert shown(stats.health, block)["storage"] == "failing"
-    assert "disk" in snapshot_of(block).obstacle
+    assert shown(stats.health, block)["storageError"] == "No space left on device"
+    assert snapshot_of(block).obstacle == "packets cannot be stored: No space left on device"
+    block.worker(1)[WorkerWord.STORAGE_FAULT] = errno.ENOENT
+    assert "renamed" in shown(stats.health, block)["storageError"]
 
 
 def test_draining_is_not_ready(block):
@@ -321,11 +327,26 @@ def test_draining_is_not_ready(block):
     assert "draining" in snapshot_of(block).obstacle
 
 
-@pytest.mark.parametrize(("used", "ready"), [(2**20, False), (2**19 + 1, False), (2**19, True), (0, True)])
-def test_full_queue_is_full_until_half_free(block, used, ready):
-    block.worker(1)[WorkerWord.FULL] = 1
-    block.rows[1].set("queue_bytes", used)
-    assert (snapshot_of(block).obstacle == "") is ready
+@pytest.mark.parametrize("lacking", [0, 1, 2**20])
+def test_full_queue_is_said_alike_everywhere(block, lacking):
+    block.worker(1)[WorkerWord.LACKING] = lacking
+    assert snapshot_of(block).obstacle == ("the queue is full" if lacking else "")
+    queue = shown(stats.queue, block)
+    assert [queue["full"], *(worker["full"] for worker in queue["workers"])] == [lacking > 0, False, lacking > 0]
+
+
+@pytest.mark.parametrize(
+    ("delivered", "undone", "seconds"),
+    [(1000, 20, 1), (100, 20, 1), (10, 20, 4), (2, 20, 20), (1, 20, 30), (0, 20, 30), (0, 0, 1)],
+)
+def test_full_queue_says_when_there_is_room(block, delivered, undone, seconds):
+    """20 records of 50 bytes wait; two of them have to go. Each of two workers delivers half of it all, in 10 s."""
+    block.worker(1)[WorkerWord.LACKING] = 100
+    block.rows[1].set("undone", undone)
+    block.rows[1].set("queue_bytes", 1000)
+    block.add_sample(AT - 10 * SECOND, 0, 0)
+    block.rows[1].add_to(A1, "delivered", delivered)
+    assert snapshot_of(block).retry_after == seconds
 
 
 # ---- /queue
@@ -343,6 +364,7 @@ def test_queue_shows_packets_bytes_and_age(block):
         "packets": 25,
         "bytes": 4096,
         "capacityBytes": 2**21,
+        "full": False,
         "inFlight": 5,
         "oldestAgeSeconds": 2.5,
         "durability": "fsync",
@@ -350,8 +372,8 @@ def test_queue_shows_packets_bytes_and_age(block):
         "drainRatePerSecond": 5.0,
         "estimatedDrainSeconds": 5.0,
         "workers": [
-            {"id": 0, "packets": 25, "bytes": 4096, "capacityBytes": 2**20, "oldestAgeSeconds": 2.5},
-            {"id": 1, "packets": 0, "bytes": 0, "capacityBytes": 2**20, "oldestAgeSeconds": 0.0},
+            {"id": 0, "packets": 25, "bytes": 4096, "capacityBytes": 2**20, "full": False, "oldestAgeSeconds": 2.5},
+            {"id": 1, "packets": 0, "bytes": 0, "capacityBytes": 2**20, "full": False, "oldestAgeSeconds": 0.0},
         ],
     }
 

@@ -45,8 +45,9 @@ COUNTERS = {
     "dead_lettered": "dead letters",
     "recovered": "recovered",
     "corrupt": "corrupt",
+    "lost": "lost",
 }
-WRONG = {"rejected", "dead_lettered", "corrupt"}  # coloured when there are any
+WRONG = {"rejected", "dead_lettered", "corrupt", "lost"}  # coloured when there are any
 
 
 class Answers(NamedTuple):
@@ -148,7 +149,8 @@ def _warnings(frame: Frame) -> Iterable[str]:
 
 def _failures(health: Health) -> Iterable[str]:
     if health.storage != "ok":
-        yield "DEGRADED: packets cannot be stored, and are answered 503"
+        why = f" ({health.storage_error})" if health.storage_error else ""
+        yield f"DEGRADED: packets cannot be stored{why}, and are answered 503"
     if health.failing:
         yield f"DEGRADED: {', '.join(health.failing)} cannot be done, again and again; the log says why"
 

@@ -38,6 +38,8 @@ cdef enum:
     WITHDRAWN
     SETTLING
     EMITTERS
+    OLD_BYTES
+    LOST_PACKETS
     COUNTERS = 40  # how many words a worker's counters take
 
 cdef enum:
@@ -95,6 +97,8 @@ FIELDS = {
     "withdrawn": WITHDRAWN,
     "settling": SETTLING,
     "emitters": EMITTERS,
+    "old_bytes": OLD_BYTES,
+    "lost": LOST_PACKETS,
 }
 ANALYZER_FIELDS = {
     "delivered": DELIVERED,

@@ -180,18 +180,18 @@ cdef class DispatchBase:
                 at = slot
                 self.share[at] = share
 
-    cdef int32_t pick(self, Record *record) noexcept nogil:
+    cdef int32_t pick(self, Entry *entry) noexcept nogil:
         cdef double units
         cdef int32_t slot
         cdef int i
         if self.strategy == STICKY:
-            return self.rendezvous.best(record.emitter)
+            return self.rendezvous.best(entry.emitter)
         if self.unit == BY_PACKETS:
             return self.table.at(self.advance())
         # Of the next few the table names, take the first that has had no more than its share of the units so far; if
         # each is ahead, the one of all that is furthest behind. Sizes may then come in any order: no analyzer ever has more
         # than one packet too much.
-        units = self.units(record)
+        units = self.units(entry)
         for i in range(DRAWS):
             slot = self.table.at(self.advance())
             if self.lead(slot) <= 0:
@@ -202,8 +202,8 @@ cdef class DispatchBase:
         self.total += units
         return slot
 
-    cdef inline double units(self, Record *record) noexcept nogil:
-        return 1 if self.unit == BY_PACKETS else record.messages if self.unit == BY_MESSAGES else record.body_length
+    cdef inline double units(self, Entry *entry) noexcept nogil:
+        return 1 if self.unit == BY_PACKETS else entry.messages if self.unit == BY_MESSAGES else entry.length
 
     cdef int32_t furthest_behind(self) noexcept nogil:
         cdef int32_t slot, best = -1
@@ -291,7 +291,7 @@ cdef class DispatchBase:
             handle = self.ring.claim_next()
             if handle == 0:
                 return 0
-            pool = <PoolBase>self.pools[self.pick(self.ring.record_of(handle))]
+            pool = <PoolBase>self.pools[self.pick(&self.ring.entries[handle])]
             pool.join(handle, now)
             if not pool.touched:
                 pool.touched = True
@@ -396,7 +396,7 @@ cdef class DispatchBase:
                 best, begun, best_again = pool, start, again
         if best is not None:
             self.spill_clock = begun
-            self.finish[best.slot] = begun + self.units(waiting.ring.record_of(handle)) / self.share[best.slot]
+            self.finish[best.slot] = begun + self.units(&waiting.ring.entries[handle]) / self.share[best.slot]
         return best
 
     def judge(self, bint steady):
@@ -453,11 +453,10 @@ cdef class DispatchBase:
 
     def pick_from(self, Rendezvous candidates, uint32_t handle, Retrying retrying):
         """Return the slot of one of the candidates as ``another`` does."""
-        cdef Record *record = self.ring.record_of(handle)
         cdef uint64_t digest = retrying.mark(self.marks, True)
         cdef int32_t slot
         if self.strategy == STICKY:
-            slot = candidates.best_besides(record.emitter, self.marks, digest)
+            slot = candidates.best_besides(self.ring.entries[handle].emitter, self.marks, digest)
         else:
             self.chance += GOLDEN
             slot = candidates.race(mix(self.chance), self.marks)
@@ -466,4 +465,4 @@ cdef class DispatchBase:
 
     def choose(self, uint32_t handle):
         """Return the slot the table gives a claimed packet, which moves the sequence on."""
-        return self.pick(self.ring.record_of(handle))
+        return self.pick(&self.ring.entries[handle])

@@ -524,7 +524,7 @@ cdef class IngestBase(Connection):
         if unlikely(pushed != PUSHED):
             if pushed == NOT_WRITTEN:
                 self.flush_to_answers()
-                intake.write_failed(EIO)
+                intake.write_failed(intake.ring.file.failed)
             if not self.may_answer():
                 return False
             if pushed == NOT_WRITTEN:
@@ -535,7 +535,6 @@ cdef class IngestBase(Connection):
             else:
                 self.reject(self.not_stored(True))
             return True
-        intake.full = False
         if intake.holds:  # what may yet be withdrawn is counted when it is safe
             if (self.answers is not None or self.wait_seconds >= 0 or self.is_special() or not intake.fresh.packets
                     or intake.ring.file.written >= intake.fresh.position):  # those before it are written, it may not be

@@ -64,8 +64,7 @@ cdef class Intake(AfterEvents):
     cdef readonly set connections
     cdef public bint draining          # every answer is the last on its connection
     cdef public bint closed            # nothing is accepted any more
-    cdef public bint full              # the last push found no room
-    cdef public bint broken_storage
+    cdef public int broken_storage     # errno of what keeps packets from being stored; 0: nothing
     cdef public bint open_to_all       # no token is asked for
     cdef public bint shares_origins    # CORS is on
     cdef bint answers_after_sync
@@ -283,11 +282,15 @@ cdef class Intake(AfterEvents):
         cdef int64_t position = self.safe(), now = mono_ns()
         cdef int64_t *counters = self.counters.words
         if unlikely(len(self.unsafe)):
-            connections, self.unsafe = self.unsafe, []
-            for connection in connections:
-                connection.awaits_sync = False
-                if not connection.release(position):
-                    connection.await_sync()  # it has answers whose packets become safe later
+            connections, self.unsafe = deque(self.unsafe), []
+            try:
+                while connections:
+                    connection = connections.popleft()
+                    connection.awaits_sync = False
+                    if not connection.release(position):
+                        connection.await_sync()  # it has answers whose packets become safe later
+            finally:
+                self.unsafe += connections
         while self.outbox.has_until(position):
             part = self.outbox.take()
             counters[ACCEPTED] += part.packets
@@ -307,16 +310,17 @@ cdef class Intake(AfterEvents):
         self.let_leave()
 
     def not_stored(self, int64_t position, int status, str reason, bytes headers, bytes body):
-        """What was pushed behind ``position`` was withdrawn: clients that wait for it get this answer instead, in their turn.
+        """What was pushed behind ``position`` was withdrawn: clients that wait for it get this answer instead.
 
-        Return how many packets that were.
+        At once, unless answers that come before it on their connection have to wait on. Return how many packets that were.
         """
         cdef IngestBase connection
         cdef Answer waiting
         cdef Part part, kept
-        cdef Outbox before = self.outbox
+        cdef Outbox before = self.outbox, leaving = Outbox(), to
         cdef int64_t packets = 0
         cdef bytes answer
+        cdef set behind = set()  # connections with answers that wait on
         for connection in self.unsafe:
             for waiting in connection.answers or ():
                 if waiting.position > position and not waiting.ready:
@@ -327,7 +331,10 @@ cdef class Intake(AfterEvents):
         while before.first < before.end:
             part = kept = before.take()
             answer = before.data()[:part.size]
-            if part.position > position:  # what is answered now keeps its place: what comes before it may have to wait on
+            to = self.outbox
+            if part.position > position:
+                if part.connection == NULL or <object>part.connection not in behind:
+                    to = leaving
                 packets += part.packets
                 if part.packets and part.connection != NULL:
                     answer = self.compose(status, reason, headers, body, close=False) * (part.packets - 1)
@@ -335,8 +342,17 @@ cdef class Intake(AfterEvents):
                     (<IngestBase>part.connection).answers_size += len(answer) - part.size
                 kept.position, kept.size = position, len(answer)
                 kept.packets = kept.messages = kept.body_bytes = 0
-            self.outbox.add(&kept, PyBytes_AS_STRING(answer))
+            if to is not leaving and part.connection != NULL:
+                behind.add(<object>part.connection)
+            to.add(&kept, PyBytes_AS_STRING(answer))
             before.taken(&part)
+        while leaving.has_until(FOREVER):
+            part = leaving.take()
+            try:
+                if part.connection != NULL:
+                    (<IngestBase>part.connection).leave(leaving.data(), part.size)
+            finally:
+                leaving.taken(&part)
         self.let_leave()
         return packets
 

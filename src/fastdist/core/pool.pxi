@@ -309,16 +309,16 @@ cdef class PoolBase:
         """The analyzer has taken the request: its packets are done."""
         cdef uint32_t next_handle, handle = group.first
         cdef int64_t messages = 0
-        cdef Record *record
+        cdef Entry *entry
         cdef list watched = None
         self.counters.words[SETTLING] = self.slot + 1
         while handle:
-            next_handle = self.ring.entries[handle].next
-            record = self.ring.record_of(handle)
-            messages += record.messages
-            if unlikely(record.flags & WAITED or self.ring.entries[handle].flags & WATCHED):
+            entry = &self.ring.entries[handle]
+            next_handle = entry.next
+            messages += entry.messages
+            if unlikely(entry.waited or entry.flags & WATCHED):
                 watched = watched or []
-                watched.append(record.sequence)
+                watched.append(entry.sequence)
             self.ring.finish(handle)
             handle = next_handle
         self.mine[DELIVERED] += group.packets

@@ -50,7 +50,8 @@ cdef int open_header(PacketRing ring) except -1:
     if formats:  # though it be one copy: another version may have been killed while it changed them
         raise (NewerFormatError if max(formats) > FORMAT else OtherFormatError)(max(formats))
     if header == NULL:
-        raise RingError("no intact ring header")
+        whys = [f"; at {i * SECOND_COPY}: {whys[i]}" for i in range(2) if ring.file.unreadable]
+        raise RingError("no intact ring header" + "".join(whys))
     if header.capacity != round_capacity(header.capacity):
         raise RingError(f"a capacity of {header.capacity} bytes, which no ring has")
     ring.use(header)
@@ -77,7 +78,8 @@ cdef str read_header(RingFile file, int64_t offset, Header *header):
         image = os.pread(file.fd, sizeof(Header), offset)
     except OSError as error:
         file.unreadable.append((offset, PAGE, error.errno))
-        why = f"header copy: {error.strerror}"
+        file.broken = True
+        why = f"header copy that cannot be read: {error.strerror} (errno {error.errno})"
     image = image.ljust(sizeof(Header), b"\0")
     memcpy(header, PyBytes_AS_STRING(image), sizeof(Header))
     return why
@@ -110,6 +112,7 @@ cdef int64_t count_records(PacketRing ring, const Header *header) except -1:
     cdef int64_t offset, count = 0
     cdef RingFile file = ring.file
     cdef list unreadable = list(file.unreadable)
+    cdef bint broken = file.broken
     if header.capacity != round_capacity(header.capacity) or os.fstat(file.fd).st_size < file_size(header.capacity):
         return 0
     ring.use(header)
@@ -117,7 +120,7 @@ cdef int64_t count_records(PacketRing ring, const Header *header) except -1:
     for offset in range(0, ring.capacity, 8):
         count += record_at(file, offset) != NULL
     file.unmap()
-    file.readable, file.unreadable, file.broken = 0, unreadable, False
+    file.readable, file.unreadable, file.broken = 0, unreadable, broken
     return count
 
 
@@ -203,7 +206,7 @@ cdef int recover(PacketRing ring) except -1:
         walk(ring, number, moved, gaps)
     file.written = ring.marked = ring.tail
     for position, size in gaps:
-        ring.put_gap(position, size)
+        file.put_gap(position, size)
     for position in moved.values():  # its copy never made it
         record = file.at(position)
         file.mark(record.number, position, QUEUED, file.read_mark(record).attempts)
@@ -215,7 +218,24 @@ cdef int recover(PacketRing ring) except -1:
     ring.synced = max(ring.synced, max(ring.trusted, ring.head))
     ring.cursor = ring.next_unclaimed(ring.head)
     ring.advance()
-    raise_errno(ring.save())
+    if ring.save() != 0:
+        file.limit = 0  # nothing can be pushed before it is
+    report_unreadable(ring)
+    return 0
+
+
+cdef int report_unreadable(PacketRing ring) except -1:
+    """List what cannot be read as damage, one entry for pages in a row. (Header copies are listed already.)"""
+    cdef list spans = []
+    for offset, size, code in sorted(ring.file.unreadable):
+        if offset < HEADER_BYTES:
+            continue
+        if spans and spans[-1][0] + spans[-1][1] == offset and spans[-1][2] == code:
+            spans[-1][1] += size
+        else:
+            spans.append([offset, size, code])
+    for offset, size, code in spans:
+        ring.damage.append((offset, f"{size} bytes that cannot be read: {os.strerror(code)} (errno {code})"))
     return 0
 
 
@@ -265,7 +285,7 @@ cdef int walk(PacketRing ring, uint64_t number, dict moved, list gaps) except -1
 cdef int take_over(PacketRing ring, Record *record, int64_t position, dict moved, list gaps) except -1:
     cdef Mark mark
     cdef int64_t old
-    ring.file.look_at_mark(record.number)
+    ring.file.load_mark(record.number)
     mark = ring.file.read_mark(record)
     ring.next_sequence = max(ring.next_sequence, record.sequence + 1)
     ring.next_number = max(ring.next_number, record.number + 1)

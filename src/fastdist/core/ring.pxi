@@ -35,7 +35,7 @@ cdef enum:
 cdef enum:
     ID_TEXT = 64         # the longest id, in characters
 
-cdef struct Entry:           # of a claimed packet
+cdef struct Entry:           # of a claimed packet: with what is relied on later, as its record may be damaged then
     int64_t position         # of the record, which may be moved while it is claimed; -1: the entry is free
     int64_t since_ns         # monotonic clock: when it joined the list it is in
     uint32_t next            # handle of the next in that list; 0 ends it
@@ -43,8 +43,13 @@ cdef struct Entry:           # of a claimed packet
     uint32_t attempts        # begun
     uint32_t length          # bytes of the body
     uint32_t before, after   # neighbours among the claimed, by position
-    uint64_t number          # of the record
+    uint64_t number          # of the record, as all that follows
+    uint64_t sequence
+    uint64_t emitter
+    int64_t accepted_ns
+    uint32_t messages
     uint8_t key_length
+    uint8_t waited           # WAITED, or 0
     bint copied
 
 cdef struct Move:
@@ -57,6 +62,7 @@ cdef struct Late:
 
 cdef enum:
     MOVES_A_PUSH = 16
+    USUAL = 16               # what part of a ring a packet takes at most that is unlike few others
     A_COPY = 0x100           # beside the flags of a push: of a packet another ring holds
     AHEAD = 4 << 20          # bytes that may be written until the header has to be
     A_STEP = 1000000000      # ns by which the wall clock has to differ from what it was to have been set
@@ -140,6 +146,9 @@ cdef class PacketRing:
     cdef readonly int64_t corrupt      # records (or what was taken for one) that were lost
     cdef public object on_damage       # called with (offset in the file, what, packets lost) while the ring is in use
     cdef int64_t largest               # bytes of the largest record since the ring was empty, at least
+    cdef int64_t last_size             # bytes of the record that was pushed last (see USUAL), or found no room; 0: none
+    cdef int64_t reserved              # bytes that are kept free of packets, for copies of what other rings hold,
+    cdef int64_t reserved_largest      # and of the largest record among these
     cdef int64_t synced                # position: on stable storage up to
     cdef int64_t answered              # position: packets before it are not withdrawn any more
     cdef int64_t trusted               # as the header has it
@@ -158,11 +167,11 @@ cdef class PacketRing:
     cdef readonly list notes           # the same of what is no damage: a process was killed while it wrote there
 
     cdef inline Record *record_of(self, uint32_t handle) noexcept nogil:
-        cdef Record *record = self.file.kept_at(self.entries[handle].position)
-        return record if record != NULL else self.at(self.entries[handle].position)
+        return self.at(self.entries[handle].position)
 
     cdef inline Record *at(self, int64_t position) noexcept nogil:
-        return self.file.at(position)
+        cdef Record *record = self.file.kept_at(position)
+        return record if record != NULL else self.file.at(position)
 
     cdef inline int64_t size_of_entry(self, Entry *entry) noexcept nogil:
         return size_of(entry.key_length, entry.length)
@@ -217,15 +226,19 @@ cdef class PacketRing:
         """Write the header, for ``coming`` bytes more; return 0, or an errno."""
         cdef Positions positions
         memset(&positions, 0, sizeof(Positions))
-        positions.head, positions.tail, positions.trusted = self.head, self.file.written, self.trusted
-        positions.limit = min(self.head + self.capacity, self.tail + coming + min(self.capacity // 8, AHEAD))
+        positions.head = min(self.head, self.file.rewriting)  # so that nothing is written where another thread writes
+        positions.tail, positions.trusted = self.file.written, self.trusted
+        positions.limit = min(positions.head + self.capacity, self.tail + coming + min(self.capacity // 8, AHEAD))
         positions.next_sequence = self.next_sequence - self.staged
         positions.next_number = self.next_number - self.staged
         return self.file.save(&positions)
 
     cdef inline bint may_reach(self, int64_t size) noexcept nogil:
         """Whether the header says that there may be a record of this size at the tail; make it say so."""
-        return likely(self.tail + size <= self.file.limit) or (self.save(size) == 0 and self.tail + size <= self.file.limit)
+        if likely(self.tail + size <= self.file.limit and not self.file.broken):
+            return True
+        self.file.failed = EIO if self.file.broken else EBUSY  # that it is being written again is the only other reason
+        return not self.file.broken and self.save(size) == 0 and self.tail + size <= self.file.limit
 
     # ---- the writer's side
 
@@ -234,12 +247,16 @@ cdef class PacketRing:
                          int flags) noexcept nogil:
         """Append a packet: PUSHED, RING_FULL, TOO_BIG, or NOT_WRITTEN: then what was not written before is gone as well."""
         cdef int64_t size = size_of(key_length, length), tail = self.tail
+        cdef int64_t kept = 0 if flags & A_COPY else self.reserved
         cdef Record record
         if unlikely(2 * size > self.capacity):
             return TOO_BIG
-        # Looked after from half full on: the largest record there may be has to find room for its copy.
-        if unlikely(self.capacity - (self.tail - self.head) < size + self.capacity // 2) and not self.make_room(size):
-            return RING_FULL if self.tail >= tail else NOT_WRITTEN
+        if unlikely(self.is_half_full(size + kept)):
+            self.make_room(size)
+            if self.lacking(size, kept):
+                if not flags & A_COPY:
+                    self.last_size = size
+                return RING_FULL if self.tail >= tail else NOT_WRITTEN
         if unlikely(self.tail < tail):  # a record was to be moved behind what was pushed, and that could not be written
             return NOT_WRITTEN
         if unlikely(not self.may_reach(size)):
@@ -264,6 +281,8 @@ cdef class PacketRing:
             return NOT_WRITTEN
         self.note_age(&record)
         self.largest = max(self.largest, size)
+        if likely(not flags & A_COPY):
+            self.last_size = min(size, self.capacity // USUAL)
         self.undone += 1
         self.undone_bytes += size
         self.next_sequence += 1
@@ -280,6 +299,8 @@ cdef class PacketRing:
             self.roll_back()
         self.staged = 0
         self.file.write_marks()
+        if unlikely(self.file.gap_count):
+            self.file.write_gaps(self.head)
         return failed
 
     cdef void roll_back(self) noexcept nogil:
@@ -310,13 +331,27 @@ cdef class PacketRing:
         cdef uint64_t least = max(self.next_number + KEPT // SMALLEST + 1, <uint64_t>wall_ns())
         self.next_number += (least - self.next_number + self.file.slots - 1) // self.file.slots * self.file.slots
 
-    cdef bint make_room(self, int64_t size) noexcept nogil:
-        """Move claimed records from the head to the tail, some at a time, so they do not pin the ring; say whether ``size`` fits.
+    cdef inline bint is_half_full(self, int64_t size) noexcept nogil:
+        """Whether room has to be looked after: the largest record there may be has to find room for its copy."""
+        return self.capacity - (self.tail - self.head) < size + self.capacity // 2
 
-        With a file, their old places are free once the copies are synced. Room for one copy of the largest record is left
-        once they are: else a packet that no analyzer takes pins for good a ring that was filled while nothing was claimed.
+    cdef int64_t lacking(self, int64_t size, int64_t kept) noexcept nogil:
+        """Return how far the head has to move on until a record of ``size`` finds room, with ``kept`` left; 0: it does.
+
+        Room for one copy of the largest record is left once the old places of moved ones are free: else a packet that no
+        analyzer takes pins for good a ring that was filled while nothing was claimed.
         """
-        cdef int64_t spare, moving, pinned
+        cdef int64_t spare = self.capacity - (self.tail - self.head)
+        cdef int64_t pinned = self.entries[self.first].position if self.first else self.cursor
+        cdef int64_t largest = max(self.largest, size, self.reserved_largest if kept else 0)
+        return max(0, size + kept - spare, size + kept + largest - (spare + pinned - self.head))
+
+    cdef void make_room(self, int64_t size) noexcept nogil:
+        """Move claimed records from the head to the tail, some at a time, so they do not pin the ring.
+
+        With a file, their old places are free once the copies are synced.
+        """
+        cdef int64_t spare, moving
         cdef Entry *entry
         cdef int moves = 0
         while self.first and self.undone_bytes <= self.capacity // 4 * 3 and moves < MOVES_A_PUSH:
@@ -330,10 +365,7 @@ cdef class PacketRing:
             if not self.move(self.first, moving):
                 break
             moves += 1
-        spare = self.capacity - (self.tail - self.head)
-        pinned = self.entries[self.first].position if self.first else self.cursor
         self.wants_sync = self.move_count > self.first_move
-        return spare >= size and spare + pinned - self.head >= size + max(self.largest, size)
 
     cdef bint move(self, uint32_t handle, int64_t size) noexcept nogil:
         cdef Entry *entry = &self.entries[handle]
@@ -350,7 +382,7 @@ cdef class PacketRing:
         self.file.mark(entry.number, entry.position, MOVED, entry.attempts)
         if entry.attempts:
             self.file.mark(copy.number, copy.position, QUEUED, entry.attempts)
-        if self.file.write_marks() != 0 or self.file.put(
+        if self.file.write_marks() != 0 or self.file.noted_count or self.file.put(
                 self.tail + sizeof(Record), <uchar *>old + sizeof(Record), size - sizeof(Record)) != 0 or self.file.put(
                 self.tail, &copy, sizeof(Record)) != 0:
             self.file.mark(entry.number, entry.position, QUEUED, entry.attempts)
@@ -397,6 +429,7 @@ cdef class PacketRing:
         cdef Record *record
         cdef Entry *entry
         cdef uint32_t handle = self.released_first, attempts
+        cdef int64_t gap
         cdef Mark mark
         if handle:
             self.released_first = self.entries[handle].next
@@ -412,18 +445,17 @@ cdef class PacketRing:
                 self.link(handle, False)
                 self.cursor += self.size_of_entry(&self.entries[handle])
                 continue
-            record = self.file.kept_at(self.cursor)
-            if record == NULL:
-                record = self.at(self.cursor)
-                if unlikely(record.magic == GAP_MAGIC and 0 < gap_bytes(record) <= self.file.written - self.cursor):
-                    self.cursor += gap_bytes(record)
+            record = self.at(self.cursor)
+            if unlikely(record.magic == GAP_MAGIC or self.file.gap_count):
+                gap = self.file.gap_at(self.cursor, self.file.written)
+                if gap:
+                    self.cursor += gap
                     continue
-                if unlikely(not self.file.direct and not self.file.sound(record, self.cursor, self.file.written)):
-                    self.pass_damage()
-                    continue
+            if unlikely(not self.file.direct and not self.file.sound(record, self.cursor, self.file.written)):
+                self.pass_damage()
+                continue
             attempts = 0
             if unlikely(record.copied or self.cursor < self.marked):
-                self.file.write_marks()
                 mark = self.file.read_mark(record)
                 if mark.state != QUEUED:
                     self.cursor += record_size(record)
@@ -433,6 +465,8 @@ cdef class PacketRing:
             entry = &self.entries[handle]
             entry.position, entry.number, entry.next, entry.flags, entry.attempts = self.cursor, record.number, 0, 0, attempts
             entry.length, entry.key_length, entry.copied = record.body_length, record.key_length, record.copied
+            entry.sequence, entry.emitter, entry.accepted_ns = record.sequence, record.emitter, record.accepted_ns
+            entry.messages, entry.waited = record.messages, record.flags & WAITED
             if unlikely(record.copied):
                 self.count_copy(record.accepted_ns)
             self.link(handle, False)
@@ -527,7 +561,7 @@ cdef class PacketRing:
     cdef int lose(self, uint32_t handle) except -1:
         """A claimed record is damaged: its packet is lost."""
         cdef int64_t position = self.entries[handle].position
-        self.put_gap(position, self.size_of_entry(&self.entries[handle]))
+        self.file.put_gap(position, self.size_of_entry(&self.entries[handle]))
         self.drop(handle)
         self.found(position, "a damaged packet", 1)
         return 0
@@ -540,7 +574,8 @@ cdef class PacketRing:
             found = self.file.written
         if self.ahead_first:
             found = min(found, self.entries[self.ahead_first].position)
-        self.put_gap(begun, found - begun)
+        found = min(found, self.file.next_kept(begun))
+        self.file.put_gap(begun, found - begun)
         self.cursor = found
         self.found(begun, f"{found - begun} bytes that are no record", count_again(self))
         return 0
@@ -551,17 +586,6 @@ cdef class PacketRing:
         if self.on_damage is not None:
             self.on_damage(HEADER_BYTES + position % self.capacity, what, lost)
         return 0
-
-    cdef void put_gap(self, int64_t position, int64_t size) noexcept nogil:
-        """Have what lies there passed over from now on."""
-        cdef uint32_t[2] gap
-        cdef int64_t part
-        while size > 0:
-            part = min(size, 8 * <int64_t>0xFFFFFFFF)
-            gap[0], gap[1] = GAP_MAGIC, <uint32_t>(part // 8)
-            self.file.put(position, gap, sizeof(gap))
-            position += part
-            size -= part
 
     cdef void advance(self) noexcept nogil:
         """Move the head over all that is done."""
@@ -579,17 +603,17 @@ cdef class PacketRing:
 
     cdef int64_t past_gaps(self, int64_t position, int64_t end) noexcept nogil:
         """Return where the next sound record is, from ``position`` on; ``end`` without one before."""
-        cdef Record *record
+        cdef int64_t gap, found
         while position < end:
-            record = self.at(position)
-            if record.magic == GAP_MAGIC and gap_bytes(record) > 0:
-                position += gap_bytes(record)
-            elif self.file.sound(record, position, self.file.written):
+            gap = self.file.gap_at(position, FOREVER)
+            if gap:
+                position += gap
+            elif self.file.sound(self.at(position), position, self.file.written):
                 return position
             else:
-                position = next_sound(self.file, position + 8, end, 0)
-                return end if position < 0 else position
-        return end
+                found = next_sound(self.file, position + 8, end, 0)
+                position = min(self.file.next_kept(position), end if found < 0 else found)
+        return min(position, end)
 
     cdef void count_copy(self, int64_t accepted_ns) noexcept nogil:
         if self.copies_claimed == 0 or (self.oldest_copy_ns and accepted_ns < self.oldest_copy_ns):
@@ -600,15 +624,15 @@ cdef class PacketRing:
         """Return when the oldest packet not done was accepted (see ``clock_offset``), 0 without any."""
         cdef int64_t first = FOREVER, position
         cdef uint32_t handle
+        self.file.write_marks()
         if self.undone == 0:
             return 0
         if self.first:
-            first = self.record_of(self.first).accepted_ns
+            first = self.entries[self.first].accepted_ns
         position = self.first_unclaimed()
         if position < self.file.written:
             first = min(first, self.at(position).accepted_ns)
-        while self.first_late < self.late_count and self.late[self.first_late].position < self.cursor:
-            self.first_late += 1
+        self.drop_claimed_late()
         if self.first_late < self.late_count:
             first = min(first, self.late[self.first_late].accepted_ns)
         if self.copies_claimed and self.oldest_copy_ns == 0:
@@ -621,7 +645,7 @@ cdef class PacketRing:
         cdef int64_t oldest = FOREVER
         while handle:
             if self.entries[handle].copied:
-                oldest = min(oldest, self.record_of(handle).accepted_ns)
+                oldest = min(oldest, self.entries[handle].accepted_ns)
             handle = self.entries[handle].after
         return oldest
 
@@ -633,8 +657,7 @@ cdef class PacketRing:
             return
         while self.late_count > self.first_late and self.late[self.late_count - 1].accepted_ns >= record.accepted_ns:
             self.late_count -= 1
-        if self.first_late == self.late_count:
-            self.first_late = self.late_count = 0
+        self.drop_claimed_late()
         if self.late_count == self.late_room:
             grown = <Late *>realloc(self.late, 2 * (self.late_room + 32) * sizeof(Late))
             if grown == NULL:
@@ -643,9 +666,23 @@ cdef class PacketRing:
         self.late[self.late_count].position, self.late[self.late_count].accepted_ns = record.position, record.accepted_ns
         self.late_count += 1
 
+    cdef void drop_claimed_late(self) noexcept nogil:
+        """Forget those that were claimed since; give memory back that so few do not need."""
+        cdef Late *shrunk
+        while self.first_late < self.late_count and self.late[self.first_late].position < self.cursor:
+            self.first_late += 1
+        if self.first_late <= self.late_count // 2 and self.late_count:
+            return
+        self.late_count -= self.first_late
+        memmove(self.late, self.late + self.first_late, self.late_count * sizeof(Late))
+        self.first_late = 0
+        if self.late_room > 8 * (self.late_count + 32):
+            shrunk = <Late *>realloc(self.late, 2 * (self.late_count + 32) * sizeof(Late))
+            if shrunk != NULL:
+                self.late, self.late_room = shrunk, 2 * (self.late_count + 32)
+
     cdef int64_t first_unclaimed(self) noexcept nogil:
         """Return where the first unclaimed record is."""
-        self.file.write_marks()
         return self.next_unclaimed(self.cursor)
 
     cdef int64_t next_unclaimed(self, int64_t position) noexcept nogil:
@@ -718,7 +755,7 @@ cdef class PacketRing:
             raise ValueError(f"a packet of {body_length} bytes is over half of a ring of {self.capacity}")
         if result == RING_FULL:
             return 0
-        failed = EIO if result == NOT_WRITTEN else self.write()
+        failed = self.file.failed if result == NOT_WRITTEN else self.write()
         raise_errno(failed)
         if attempts:
             record = self.at(self.tail - size_of(key_length, body_length))
@@ -752,7 +789,7 @@ cdef class PacketRing:
 
     def sequence(self, uint32_t handle):
         """Return the sequence of the claimed packet, which unlike its handle is never used again."""
-        return self.record_of(self._checked(handle)).sequence
+        return self.entries[self._checked(handle)].sequence
 
     def packet_id(self, uint32_t handle):
         """Return the id of the claimed packet."""
@@ -767,6 +804,35 @@ cdef class PacketRing:
         cdef uint32_t attempts = self.begin_attempt(self._checked(handle))
         self.file.write_marks()
         return attempts
+
+    def reserve(self, int64_t size, int64_t largest):
+        """Keep ``size`` bytes free of packets that are pushed, for copies of what other rings hold (see ``adopt``).
+
+        ``largest``: bytes of the largest record among these.
+        """
+        self.reserved, self.reserved_largest = size, min(largest, self.capacity // 2)
+
+    def room_lacking(self):
+        """Return how many bytes have to become free before there is room for one more packet like the last; 0: there is.
+
+        Like one that found no room, or else of a 16th of the ring at most.
+
+        It is what the next push goes by. Raises nothing: what cannot be moved out of the way stays.
+        """
+        cdef int64_t size = self.last_size or min(max(<int64_t>SMALLEST, self.largest), self.capacity // USUAL)
+        # Not while the disk fails: marks that wait to be written would be pushed out by those of moves.
+        if self.staged == 0 and self.is_half_full(size + self.reserved) and self.file.write_marks() == 0:
+            self.make_room(size)
+        return self.lacking(size, self.reserved)
+
+    def free_unused(self):
+        """Give back the file's space between tail and head, as far as the file system can: nothing more is pushed here."""
+        cdef int64_t start = self.tail % self.capacity, size = self.capacity - (self.tail - self.head)
+        cdef int64_t part = min(size, self.capacity - start)
+        if size > part:
+            fallocate(self.file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, HEADER_BYTES, size - part)
+        if part:
+            fallocate(self.file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, HEADER_BYTES + start, part)
 
     def write_out(self):
         """Write what was pushed and noted. Raises OSError: what was pushed since the last time is gone."""
@@ -840,23 +906,61 @@ cdef class PacketRing:
     def write_again(self):
         """Write again what may not have reached the disk though the kernel takes it for written. Raises OSError.
 
-        That is all behind the position that a sync is known to have covered; after one that failed, all that counts.
+        That is all behind the position that a sync is known to have covered; after one that failed, all that counts. It
+        may be the whole ring: see ``begin_writing_again``.
         """
-        cdef int64_t start = max(self.head, self.trusted)
-        cdef int64_t first
+        span = self.begin_writing_again()
+        try:
+            self.go_on_writing_again(span)
+        finally:
+            self.file.rewriting = FOREVER
+        self.end_writing_again()
+
+    def begin_writing_again(self):
+        """Begin to write again; return what ``go_on_writing_again`` is to get, which may be called in another thread.
+
+        Meanwhile the ring can be used; pushes may fail where they would overwrite what is being written. After it, also if
+        it has failed, comes ``end_writing_again``. Raises OSError.
+        """
+        cdef int64_t start = max(self.head, self.trusted), first
         cdef uint64_t number = self.next_number
-        if self.file.direct:
-            return
-        raise_errno(self.write() or self.file.write_marks())
+        raise_errno(self.write())
         first = self.past_gaps(start, self.tail)
         if first < self.tail:
             number = self.at(first).number
-        raise_errno(self.file.write_again(start, self.tail, number, self.next_number))
-        raise_errno(self.save())
+        self.file.rewriting = start
+        return start, self.tail, number, self.next_number
+
+    def go_on_writing_again(self, span):
+        """Write again; see ``begin_writing_again``. Raises OSError."""
+        cdef int64_t start, end
+        cdef uint64_t first, last
+        cdef int failed = 0
+        start, end, first, last = span
+        if not self.file.direct:
+            with nogil:
+                failed = self.file.write_again(start, end, first, last)
+        raise_errno(failed)
+
+    def end_writing_again(self):
+        """Write what had to wait for the writing again. Raises OSError."""
+        self.file.rewriting = FOREVER
+        raise_errno(self.write_rest() or self.save())
+
+    cdef int write_rest(self) noexcept nogil:
+        """Write marks and gaps that could not be written; return 0, or an errno."""
+        return self.file.write_marks() or self.file.write_gaps(self.head)
 
     def try_to_write(self):
-        """Write again what was written last, and the header, to see whether that is possible. Raises OSError."""
+        """Write what was written last, what could not be, and the header, to see whether that is possible. Raises OSError."""
+        if self.file.broken:
+            raise_errno(EIO)
         raise_errno(self.file.write_again(max(self.head, self.file.written - PAGE), self.file.written, 0, 0))
+        raise_errno(self.write_rest() or self.save())
+
+    def continue_at(self, uint64_t sequence):
+        """Have a new ring's first packet get this sequence. Raises OSError."""
+        self.next_sequence = sequence
         raise_errno(self.save())
 
     def forget_kept(self):
@@ -898,6 +1002,11 @@ cdef class PacketRing:
         return self.has_unclaimed()
 
     @property
+    def largest_record(self):
+        """Bytes of the largest record since the ring was empty, or more."""
+        return self.largest
+
+    @property
     def used(self):
         """Bytes between head and tail, including done records that the head has yet to pass."""
         return self.tail - self.head
@@ -911,6 +1020,11 @@ cdef class PacketRing:
     def unreadable(self):
         """List of (offset in the file, bytes, errno): what cannot be read."""
         return self.file.unreadable
+
+    @property
+    def broken(self):
+        """Whether data or a header copy cannot be read: then nothing can be pushed."""
+        return self.file.broken
 
     def _checked(self, uint32_t handle):
         if 0 < handle < self.entry_count and self.entries[handle].position >= 0:

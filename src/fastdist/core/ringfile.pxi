@@ -5,17 +5,20 @@ for each, by the record's number. Facts it rests on:
 1. A file is written with ``pwrite`` and mapped for reading only. A store to a mapping costs a fault for each page after
    each sync, and a fault that meets a commit of the file system waits for it; what was written is seen in the mapping at
    once, and survives the process as a store does.
-2. What is appended is collected, and written once in an event-loop iteration (``write``), before any of it is
+2. What is appended is collected, and written once for all that was read together (``write``), before any of it is
    acknowledged. A large record is written from where it lies. What was written last is kept (``kept_at``): it is sent from
    there, since nothing that happens to the file changes it.
-3. Marks are collected and written in runs in the same way. A mark is sealed with the number and position of its record,
-   which no two records have in common, so a stale or damaged one does not count; the packet counts then as it was
-   accepted, rather twice than never.
+3. Marks are kept in memory, and pages of them that have changed are written whole: so nothing is read for that, and what
+   could not be written is written later. A mark is sealed with the number and position of its record, which no two records
+   have in common, so a stale or damaged one does not count; the packet counts then as it was accepted, rather twice than
+   never.
 4. A page that is written to for the first time in a lap is written to its end: the kernel would have to read the rest.
 5. The header is written seldom. It says where the queue begins at least (``head``), and how far records may reach
    (``limit``); it is written before anything beyond that.
 6. In memory (a memfd), and for a private look at a file, stores go to the mapping at once: then ``direct`` is true, and
    nothing is ever collected.
+7. To touch a page of the mapping that the disk cannot read ends the process. So all that a predecessor has left is read
+   with ``pread`` first (``look``), and zeros cover what cannot be read.
 """
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -24,6 +27,10 @@ cdef extern from "<sys/uio.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_pread "pread"(int fd, void *room, size_t n, int64_t offset)
     ssize_t c_pwrite "pwrite"(int fd, const void *data, size_t n, int64_t offset)
+
+cdef extern from "<fcntl.h>" nogil:
+    int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE
+    int fallocate(int fd, int mode, int64_t offset, int64_t n)
 
 # What has become of a record since it was written. Two of them differ in many bits, and a mark has a checksum.
 cdef enum:
@@ -53,9 +60,9 @@ cdef struct Mark:
     uint16_t attempts        # begun; 65535: so many or more
     uint32_t check           # of the two and the record's position and number
 
-cdef struct Change:
-    uint64_t number
-    Mark mark
+cdef struct Gap:             # that could not be written yet
+    int64_t position
+    int64_t size
 
 cdef struct Positions:       # what changes of the header
     int64_t head             # nothing before it counts
@@ -90,10 +97,15 @@ cdef enum:
     SMALLEST = 128           # bytes of a record at least, so that there is a mark for each that has room
     KEPT = 256 << 10         # bytes that are collected at most, and of each half of what is kept
     LARGE = 32 << 10         # bytes of a record from which on it is written at once, from where it is
-    RUN = 2048               # marks written at a time
-    CHANGES = 4096           # marks collected at most
     PAGE = 4096
+    MARKS_A_PAGE = 512
+    NOTED = 64               # pages of marks with changes that are noted one by one
+    PAGES_AT_ONCE = 2048     # of marks that are written at once
     PIECE = 1 << 20          # bytes that are read, or written again, at a time
+
+cdef enum:                   # what is known of a page of marks
+    LOADED = 1               # it was read, or tried
+    CHANGED = 2              # since it was written
 
 cdef char *HEADER_MAGIC = b"fdring\r\n"
 cdef int64_t FOREVER = 0x7FFFFFFFFFFFFFFF
@@ -119,27 +131,31 @@ cdef class RingFile:
 
     cdef int fd
     cdef bint direct, shared
-    cdef bint broken               # a page of the data cannot be read: what is written there could not be sent
+    cdef bint broken               # a page of the data or the header cannot be read: what is written there may be lost
+    cdef int failed                # errno of the last write that has failed
     cdef uchar *data               # `capacity` bytes, mapped twice in a row: no record is ever split
-    cdef Mark *marks
+    cdef Mark *marks               # mapped from a memfd that is written to directly, else in memory
     cdef int64_t capacity
     cdef uint64_t slots            # marks there are
     cdef uint32_t seed
     cdef int64_t written           # position: what is before it is in the file
     cdef int64_t saved_head, limit # as the header has them
+    cdef int64_t rewriting         # position: from it on records are being written again, by another thread; else FOREVER
     cdef uchar *kept               # two halves of KEPT bytes, filled in turn with what is appended
     cdef int64_t[2] begins, ends   # positions of what is in them
     cdef int half                  # that is being filled; what comes from `written` on is in it
-    cdef Change *changes           # CHANGES of them
-    cdef int change_count
-    cdef int64_t readable_marks    # offset of the page of marks that was last seen to be readable
+    cdef uchar *pages              # for each page of marks: LOADED, CHANGED
+    cdef uint64_t[NOTED] noted     # pages that are CHANGED, `noted_count` of them
+    cdef int noted_count           # above NOTED: `pages` has to tell
+    cdef Gap *gaps                 # by position
+    cdef Py_ssize_t gap_count, gap_room
     cdef int64_t readable          # position: up to it the pages were seen to be readable
     cdef readonly list unreadable  # (offset in the file, bytes, errno) of parts that are not
 
     def __cinit__(self, int fd, bint direct, bint shared):
         self.fd = -1
         self.direct, self.shared = direct, shared
-        self.unreadable, self.readable_marks = [], -1
+        self.unreadable, self.rewriting = [], FOREVER
         self.fd = os.dup(fd)
 
     def __dealloc__(self):
@@ -147,7 +163,7 @@ cdef class RingFile:
         if self.fd >= 0:
             close(self.fd)
         free(self.kept)
-        free(self.changes)
+        free(self.gaps)
 
     # ---- mapping
 
@@ -156,7 +172,8 @@ cdef class RingFile:
             munmap(self.data, 2 * self.capacity)
         if self.marks != NULL:
             munmap(self.marks, self.slots * sizeof(Mark))
-        self.data, self.marks = NULL, NULL
+        free(self.pages)
+        self.data, self.marks, self.pages = NULL, NULL, NULL
 
     cdef int map(self, int64_t capacity) except -1:
         """Map the data and the marks. Raises CutShortError, OSError."""
@@ -174,15 +191,18 @@ cdef class RingFile:
         for half in range(2):
             if mmap(base + half * capacity, capacity, protection, sharing | MAP_FIXED, self.fd, HEADER_BYTES) == MAP_FAILED:
                 raise OSError(errno, os.strerror(errno))
-        table = mmap(NULL, self.slots * sizeof(Mark), protection, sharing, self.fd, HEADER_BYTES + capacity)
+        if self.direct and self.shared:
+            table = mmap(NULL, self.slots * sizeof(Mark), protection, sharing, self.fd, HEADER_BYTES + capacity)
+        else:
+            table = mmap(NULL, self.slots * sizeof(Mark), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if table == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
         self.marks = <Mark *>table
+        self.pages = <uchar *>calloc(self.slots // MARKS_A_PAGE, 1)
         if not self.direct and self.kept == NULL:
             self.kept = <uchar *>malloc(2 * KEPT)
-            self.changes = <Change *>malloc(CHANGES * sizeof(Change))
-            if self.kept == NULL or self.changes == NULL:
-                raise MemoryError
+        if self.pages == NULL or not self.direct and self.kept == NULL:
+            raise MemoryError
         return 0
 
     cdef inline Record *at(self, int64_t position) noexcept nogil:
@@ -196,6 +216,15 @@ cdef class RingFile:
                 return <Record *>(self.kept + half * KEPT + (position - self.begins[half]))
         return NULL
 
+    cdef int64_t next_kept(self, int64_t position) noexcept nogil:
+        """Return where the first record behind a position is that is kept, FOREVER without one."""
+        cdef int64_t found = FOREVER
+        cdef int half
+        for half in range(2):
+            if position < self.begins[half] < self.ends[half]:
+                found = min(found, self.begins[half])
+        return found
+
     cdef inline int64_t staged(self) noexcept nogil:
         """Return how many bytes are collected and not written yet."""
         return max(0, self.ends[self.half] - self.written)
@@ -205,7 +234,6 @@ cdef class RingFile:
     cdef int look(self, int64_t position) except -1:
         """See to it that all before ``position`` can be read: where the disk has an error there are zeros from now on."""
         cdef int64_t start, end, offset
-        cdef int failed
         if self.direct and self.shared:
             return 0
         while self.readable < position:
@@ -213,49 +241,43 @@ cdef class RingFile:
             end = min(self.capacity, (start & ~<int64_t>(PIECE - 1)) + PIECE)
             if self._try_to_read(HEADER_BYTES + start, end - start):
                 for offset in range(start & ~<int64_t>(PAGE - 1), end, PAGE):
-                    failed = self._try_to_read(HEADER_BYTES + offset, PAGE)
-                    if failed and (HEADER_BYTES + offset, PAGE, failed) not in self.unreadable:  # or seen in the lap before
-                        self.unreadable.append((HEADER_BYTES + offset, PAGE, failed))
+                    if self._cannot_read(HEADER_BYTES + offset, self._try_to_read(HEADER_BYTES + offset, PAGE)):
                         self.broken = True
                         self._cover(self.data + offset)
                         self._cover(self.data + self.capacity + offset)
             self.readable += end - start
         return 0
 
-    cdef int look_at_mark(self, uint64_t number) except -1:
-        """See to it that a record's mark can be read."""
-        cdef int64_t offset = <int64_t>(number % self.slots) * <int64_t>sizeof(Mark) & ~<int64_t>(PAGE - 1)
-        cdef int failed
-        if offset == self.readable_marks or (self.direct and self.shared):
+    cdef int load_mark(self, uint64_t number) except -1:
+        """Read the page that has a record's mark; zeros take the place of one that cannot be read."""
+        cdef int64_t page = <int64_t>(number % self.slots // MARKS_A_PAGE)
+        cdef int64_t offset = HEADER_BYTES + self.capacity + page * PAGE
+        if self.pages[page] & LOADED or (self.direct and self.shared):
             return 0
-        self.readable_marks = offset
-        failed = self._try_to_read(HEADER_BYTES + self.capacity + offset, PAGE)
-        if failed:
-            self.unreadable.append((HEADER_BYTES + self.capacity + offset, PAGE, failed))
-            self._cover(<uchar *>self.marks + offset)
+        self.pages[page] |= LOADED
+        self._cannot_read(offset, read_all(self.fd, self.marks + page * MARKS_A_PAGE, PAGE, offset))
         return 0
 
+    cdef bint _cannot_read(self, int64_t offset, int failed) except -1:
+        """Note a page that cannot be read (``failed``: errno); say whether it is news."""
+        if failed == 0 or (offset, PAGE, failed) in self.unreadable:  # it was seen in the lap before
+            return False
+        self.unreadable.append((offset, PAGE, failed))
+        return True
+
     cdef int _try_to_read(self, int64_t offset, int64_t n) except -1:
-        """Return 0, or an errno. What lies behind the end of a file that is cut meanwhile is another matter."""
+        """Return 0, or an errno."""
         cdef uchar *room = <uchar *>malloc(n)
-        cdef ssize_t got
-        cdef int failed = 0
+        cdef int failed
         if room == NULL:
             raise MemoryError
-        while n > 0:
-            got = c_pread(self.fd, room, n, offset)
-            if got < 0 and errno == EINTR:
-                continue
-            if got <= 0:
-                failed = errno if got < 0 else 0
-                break
-            n -= got
-            offset += got
+        with nogil:  # it may take seconds, and other threads have heartbeats to send
+            failed = read_all(self.fd, room, n, offset)
         free(room)
         return failed
 
     cdef int _cover(self, uchar *page) except -1:
-        """Have zeros in the place of a page that cannot be read: to look at that would end the process."""
+        """Have zeros in the place of a page that cannot be read."""
         if mmap(page, PAGE, PROT_READ | (PROT_WRITE if self.direct else 0), MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
                 0) == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
@@ -283,9 +305,15 @@ cdef class RingFile:
         if self.direct:
             memcpy(self.data + offset, p, n)
             return 0
-        failed = write_all(self.fd, p, part, HEADER_BYTES + offset)
+        failed = self._write(p, part, HEADER_BYTES + offset)
         if failed == 0 and part < n:
-            failed = write_all(self.fd, <const uchar *>p + part, n - part, HEADER_BYTES)
+            failed = self._write(<const uchar *>p + part, n - part, HEADER_BYTES)
+        return failed
+
+    cdef int _write(self, const void *p, int64_t n, int64_t offset) noexcept nogil:
+        cdef int failed = write_all(self.fd, p, n, offset)
+        if unlikely(failed):
+            self.failed = failed
         return failed
 
     cdef int append(self, const Record *head, const uchar *key, const uchar *body) noexcept nogil:
@@ -326,7 +354,7 @@ cdef class RingFile:
         cdef int64_t pad = size - sizeof(Record) - head.key_length - head.body_length
         cdef int failed = self.write(head.position)
         if failed == 0 and head.position + size > self.limit:
-            failed = EFBIG  # the header is written before that: see PacketRing.push_packet
+            self.failed = failed = EFBIG  # the header is written before that: see PacketRing.push_packet
         if failed:
             return failed
         pieces[0].iov_base, pieces[0].iov_len = <void *>head, sizeof(Record)
@@ -336,6 +364,8 @@ cdef class RingFile:
         failed = write_pieces(self.fd, pieces, 4, HEADER_BYTES + head.position % self.capacity)
         if failed == 0:
             self.written = head.position + size
+        else:
+            self.failed = failed
         return failed
 
     cdef int _put_in_pieces(self, const Record *head, const uchar *key, const uchar *body, int64_t size) noexcept nogil:
@@ -365,6 +395,7 @@ cdef class RingFile:
                 pieces[1].iov_len = 0
             failed = write_pieces(self.fd, pieces, 2, HEADER_BYTES + offset)
         if failed:
+            self.failed = failed
             self.forget_staged()
         else:
             self.written = tail
@@ -391,49 +422,112 @@ cdef class RingFile:
     cdef Mark read_mark(self, const Record *record) noexcept nogil:
         """Return the record's mark, or that of a new record."""
         cdef Mark mark = self.marks[record.number % self.slots]
-        cdef Mark sealed
-        cdef int i
-        for i in range(self.change_count):  # none, unless the last could not be written
-            if self.changes[i].number == record.number % self.slots:
-                mark = self.changes[i].mark
-        sealed = self.mark_for(record.number, record.position, mark.state, mark.attempts)
+        cdef Mark sealed = self.mark_for(record.number, record.position, mark.state, mark.attempts)
         if mark.check == sealed.check and (mark.state == QUEUED or mark.state == MOVED or mark.state == DONE):
             return mark
         return self.mark_for(record.number, record.position, QUEUED, 0)
 
     cdef void mark(self, uint64_t number, int64_t position, uint16_t state, uint32_t attempts) noexcept nogil:
         """Note what has become of the record with this number and position."""
-        cdef Mark mark = self.mark_for(number, position, state, attempts)
-        if self.direct:
-            self.marks[number % self.slots] = mark
+        cdef uint64_t slot = number % self.slots, page = slot // MARKS_A_PAGE
+        self.marks[slot] = self.mark_for(number, position, state, attempts)
+        if self.direct or self.pages[page] & CHANGED:
             return
-        if self.change_count == CHANGES and self.write_marks() != 0:
-            self.change_count = 0  # they are lost, but nothing else
-        self.changes[self.change_count].number = number % self.slots
-        self.changes[self.change_count].mark = mark
-        self.change_count += 1
+        self.pages[page] |= CHANGED
+        if self.noted_count < NOTED:
+            self.noted[self.noted_count] = page
+        self.noted_count = min(self.noted_count, NOTED) + 1
 
     cdef int write_marks(self) noexcept nogil:
-        """Write the marks that were collected, in runs; return 0, or an errno: then they are kept for the next time."""
-        cdef Mark[RUN] run
-        cdef int failed = 0, i = 0, begun
-        cdef uint64_t low, high, number
-        while i < self.change_count:
-            begun = i
-            low = high = self.changes[i].number
-            while i < self.change_count:
-                number = self.changes[i].number
-                if max(high, number) - min(low, number) >= RUN:
-                    break
-                low, high = min(low, number), max(high, number)
-                i += 1
-            memcpy(run, self.marks + low, (high - low + 1) * sizeof(Mark))
-            for begun in range(begun, i):
-                run[self.changes[begun].number - low] = self.changes[begun].mark
-            failed = write_all(self.fd, run, (high - low + 1) * sizeof(Mark),
-                               HEADER_BYTES + self.capacity + low * sizeof(Mark)) or failed
+        """Write the pages of marks that have changed, PAGES_AT_ONCE at most; return 0, or an errno: the rest is kept for later."""
+        cdef uint64_t page, first, count = self.slots // MARKS_A_PAGE
+        cdef int i, failed = 0, written = 0
+        if self.noted_count == 0:
+            return 0
+        if likely(self.noted_count <= NOTED):
+            for i in range(self.noted_count):
+                failed = self._write_page(self.noted[i], 1) or failed
+            if failed == 0:
+                self.noted_count = 0
+                return 0
+            self.noted_count = NOTED + 1
+            return failed
+        page = 0
+        while page < count and failed == 0 and written < PAGES_AT_ONCE:
+            if not self.pages[page] & CHANGED:
+                page += 1
+                continue
+            first = page
+            while page < count and self.pages[page] & CHANGED and page - first < PIECE // PAGE:
+                page += 1
+            failed = self._write_page(first, page - first)
+            written += <int>(page - first)
+        if failed == 0 and page == count:
+            self.noted_count = 0
+        return failed
+
+    cdef int _write_page(self, uint64_t page, int64_t count) noexcept nogil:
+        """Write so many pages of marks; return 0, or an errno."""
+        cdef int failed = self._write(self.marks + page * MARKS_A_PAGE, count * PAGE,
+                                      HEADER_BYTES + self.capacity + page * PAGE)
+        cdef int64_t i
         if failed == 0:
-            self.change_count = 0
+            for i in range(count):
+                self.pages[page + i] &= ~CHANGED
+        return failed
+
+    # ---- gaps
+
+    cdef void put_gap(self, int64_t position, int64_t size) noexcept nogil:
+        """Have what lies there passed over from now on."""
+        cdef int64_t part
+        while size > 0:
+            part = min(size, 8 * <int64_t>0xFFFFFFFF)
+            if self._write_gap(position, part) != 0:
+                self._keep_gap(position, part)
+            position += part
+            size -= part
+
+    cdef int _write_gap(self, int64_t position, int64_t size) noexcept nogil:
+        cdef uint32_t[2] gap
+        gap[0], gap[1] = GAP_MAGIC, <uint32_t>(size // 8)
+        return EBUSY if position >= self.rewriting else self.put(position, gap, sizeof(gap))
+
+    cdef void _keep_gap(self, int64_t position, int64_t size) noexcept nogil:
+        cdef Gap *grown
+        cdef Py_ssize_t at = self.gap_count
+        if at == self.gap_room:
+            grown = <Gap *>realloc(self.gaps, 2 * (self.gap_room + 8) * sizeof(Gap))
+            if grown == NULL:
+                return  # it is found once more
+            self.gaps, self.gap_room = grown, 2 * (self.gap_room + 8)
+        while at > 0 and self.gaps[at - 1].position > position:
+            self.gaps[at] = self.gaps[at - 1]
+            at -= 1
+        self.gaps[at].position, self.gaps[at].size = position, size
+        self.gap_count += 1
+
+    cdef int64_t gap_at(self, int64_t position, int64_t end) noexcept nogil:
+        """Return the bytes of the gap that is there and ends by ``end``; 0 without one."""
+        cdef Record *record = self.at(position)
+        cdef Py_ssize_t i
+        if record.magic == GAP_MAGIC and 0 < gap_bytes(record) <= end - position:
+            return gap_bytes(record)
+        for i in range(self.gap_count):
+            if self.gaps[i].position == position and self.gaps[i].size <= end - position:
+                return self.gaps[i].size
+        return 0
+
+    cdef int write_gaps(self, int64_t head) noexcept nogil:
+        """Write those that could not be written yet and are not behind the queue; return 0, or an errno."""
+        cdef Py_ssize_t i, kept = 0
+        cdef int failed = 0
+        for i in range(self.gap_count):
+            if self.gaps[i].position >= head and (failed or self._write_gap(self.gaps[i].position, self.gaps[i].size)):
+                failed = failed or self.failed or EBUSY
+                self.gaps[kept] = self.gaps[i]
+                kept += 1
+        self.gap_count = kept
         return failed
 
     # ---- the header
@@ -454,20 +548,25 @@ cdef class RingFile:
             for copy in range(2):
                 failed[copy] = write_all(self.fd, &saved, sizeof(Positions) + sizeof(uint32_t), copy * SECOND_COPY + offset)
         if failed[0] and failed[1]:
+            self.failed = failed[0]
             return failed[0]
-        self.saved_head, self.limit = positions.head, 0 if self.broken else positions.limit
+        self.saved_head, self.limit = positions.head, positions.limit
         return 0
 
     # ---- after a sync that failed
 
     cdef int write_again(self, int64_t start, int64_t end, uint64_t first, uint64_t last) noexcept nogil:
-        """Write again what lies between two positions, and the marks of the records of these numbers; return 0, or an errno."""
+        """Write again what lies between two positions, and the marks of the records of these numbers; return 0, or an errno.
+
+        In any thread: nothing else writes there before ``end`` meanwhile, see ``rewriting``, and marks are of one word each.
+        A page that cannot be read any more stays as it is on the disk.
+        """
         cdef int failed = 0
         cdef int64_t part
         cdef uint64_t at, count
         while start < end and failed == 0:
             part = min(end - start, PIECE, self.capacity - start % self.capacity)
-            failed = write_all(self.fd, self.at(start), part, HEADER_BYTES + start % self.capacity)
+            failed = self._write_piece_again(start % self.capacity, part)
             start += part
         if first < last:  # numbers may be left out, places of marks are not
             last = first + (last - first - 1) % self.slots + 1
@@ -478,6 +577,37 @@ cdef class RingFile:
                                HEADER_BYTES + self.capacity + at * sizeof(Mark))
             first += count
         return failed
+
+    cdef int _write_piece_again(self, int64_t at, int64_t n) noexcept nogil:
+        cdef uchar[PAGE] room
+        cdef int64_t part
+        # In the kernel a page that cannot be read is an error, which ends nothing.
+        cdef int failed = EFAULT if self.broken else write_all(self.fd, self.data + at, n, HEADER_BYTES + at)
+        if likely(failed != EFAULT):
+            return failed
+        failed = 0
+        while n > 0 and failed == 0:
+            part = min(n, PAGE - at % PAGE)
+            if read_all(self.fd, room, part, HEADER_BYTES + at) == 0:
+                failed = write_all(self.fd, room, part, HEADER_BYTES + at)
+            n -= part
+            at += part
+        return failed
+
+
+cdef int read_all(int fd, void *room, int64_t n, int64_t offset) noexcept nogil:
+    """Read bytes from a place in a file; return 0, or an errno: EIO also for what lies behind its end."""
+    cdef ssize_t got
+    while n > 0:
+        got = c_pread(fd, room, n, offset)
+        if got <= 0:
+            if got < 0 and errno == EINTR:
+                continue
+            return errno if got < 0 else EIO
+        room = <uchar *>room + got
+        offset += got
+        n -= got
+    return 0
 
 
 cdef int write_all(int fd, const void *p, int64_t n, int64_t offset) noexcept nogil:

@@ -210,8 +210,9 @@ class Api:
         return Response(200, page.body, page.headers)
 
     def _ready(self, _: Request) -> Response:
-        obstacle = self.snapshot().obstacle
-        return problem(503, obstacle, headers=retry_after()) if obstacle else json_response(Ready())
+        snapshot = self.snapshot()
+        obstacle = snapshot.obstacle
+        return problem(503, obstacle, headers=retry_after(snapshot.retry_after)) if obstacle else json_response(Ready())
 
     def _metrics(self, request: Request) -> Response:
         if accepts(request.headers.get("accept", ""), "application/openmetrics-text"):

@@ -78,6 +78,7 @@ def _packets(it: Snapshot) -> Iterator[Family]:
     yield _counter("packets_recovered", "Packets found in the queue at the start.", it.total("recovered"))
     yield _counter("packets_spilled", "Packets that left a busy analyzer for another.", it.total("spilled"))
     yield _counter("packets_corrupt", "Damaged records found in the queue and skipped.", it.total("corrupt"))
+    yield _counter("packets_lost", "Packets that were damaged in the queue while they waited.", it.total("lost"))
     yield _counter("packets_dead_lettered", "Packets given up and kept in a file.", it.dead_lettered, by="reason")
     for unit, what in (("messages", "Log messages"), ("bytes", "Bytes of packet bodies")):
         accepted, delivered = it.total(f"{unit}_accepted"), it.total_of_analyzers(f"{unit}_delivered")
@@ -87,7 +88,7 @@ def _packets(it: Snapshot) -> Iterator[Family]:
 
 def _queue(it: Snapshot) -> Iterator[Family]:
     yield _gauge("queue_packets", "Packets that wait to be sent.", it.queued)
-    yield _gauge("queue_bytes", "Bytes of the queue in use.", it.total("queue_bytes"))
+    yield _gauge("queue_bytes", "Bytes of the queue in use, old rings included.", it.total("queue_bytes"))
     yield _gauge("queue_capacity_bytes", "Bytes the queue can hold.", it.total("queue_capacity"))
     yield _gauge("queue_oldest_age_seconds", "Age of the oldest packet; 0 when the queue is empty.", it.oldest_age)
 

@@ -133,6 +133,7 @@ class Health(Model, kw_only=True):
     workers: RunningWorkers
     analyzers: OnlineAnalyzers
     storage: Annotated[str, _words("ok", "failing"), doc("Whether packets can be stored.")] = "ok"
+    storage_error: Annotated[str | UnsetType, doc("Why they cannot, while they cannot.")] = UNSET
     failing: Annotated[
         list[str],
         doc("Parts of the upkeep that fail at present and are tried again; the log says why. Usually empty."),
@@ -172,6 +173,9 @@ class Packets(Model, kw_only=True):
     dead_lettered: Annotated[Count, doc("Given up, and written to the dead letters.")] = 0
     recovered: Annotated[Count, doc("Found in the queue when the service started.")] = 0
     corrupt: Annotated[Count, doc("Records of the queue that were damaged.")] = 0
+    lost: Annotated[
+        Count, doc("Packets that were accepted or recovered, and then damaged in the queue while they waited.")
+    ] = 0
 
 
 class InAndOut(Model, kw_only=True):
@@ -262,7 +266,7 @@ class Supervisor(Model, kw_only=True):
 class Stats(Model, kw_only=True):
     """What came in, what became of it, how fast, and by which workers and analyzers.
 
-    At rest accepted + recovered = delivered + queued + inFlight + deadLettered, exactly.
+    At rest accepted + recovered = delivered + queued + inFlight + deadLettered + lost, exactly.
     """
 
     uptime_seconds: Annotated[Number, doc("Since the service started.")] = 0.0
@@ -287,8 +291,11 @@ class WorkerQueue(Model, kw_only=True):
 
     id: Annotated[Count, doc("Its number.")]
     packets: Annotated[Count, doc("That wait.")]
-    bytes: Annotated[Count, doc("Used.")]
+    bytes: Annotated[Count, doc("Used, by old rings that it migrates as well.")]
     capacity_bytes: Annotated[Count, doc("Of its part.")]
+    full: Annotated[
+        bool, doc("Whether there is no room in it for one more packet like its last: that would be answered 503.")
+    ] = False
     oldest_age_seconds: Annotated[Number, doc("Of its oldest packet.")]
 
 
@@ -296,8 +303,11 @@ class Queue(Model, kw_only=True):
     """What waits, and when it will have gone if nothing more comes."""
 
     packets: Annotated[Count, doc("That wait, without those in flight.")]
-    bytes: Annotated[Count, doc("Used, by records of any kind.")]
+    bytes: Annotated[
+        Count, doc("Used, by records of any kind, and by old rings: then it may be more than `capacityBytes`.")
+    ]
     capacity_bytes: Annotated[Count, doc("Of all workers together.")]
+    full: Annotated[bool, doc("Whether a worker's part is full. `/ready` is 503 then.")] = False
     in_flight: Annotated[Count, doc("Packets sent, and not answered yet.")]
     oldest_age_seconds: Annotated[Number, doc("Of the oldest packet; 0 when the queue is empty.")]
     durability: Annotated[str, _words("memory", "disk", "fsync"), doc("What the queue survives.")]

@@ -25,15 +25,16 @@ def health(snapshot: Snapshot) -> models.Health:
     workers, analyzers = snapshot.workers, snapshot.analyzers
     running = sum(worker.running for worker in workers)
     online = sum(figures.state == "online" for figures in analyzers)
-    storing, failing = not any(worker.cannot_store for worker in workers), snapshot.failing
+    storage_error, failing = snapshot.storage_error, snapshot.failing
     complete = running == len(workers) and not any(figures.state == "offline" for figures in analyzers)
     return models.Health(
-        status="unavailable" if online == 0 else "ok" if complete and storing and not failing else "degraded",
+        status="unavailable" if online == 0 else "ok" if complete and not storage_error and not failing else "degraded",
         version=snapshot.version,
         uptime_seconds=round(snapshot.uptime, 3),
         workers=models.RunningWorkers(running=running, configured=len(workers)),
         analyzers=models.OnlineAnalyzers(online=online, total=len(analyzers)),
-        storage="ok" if storing else "failing",
+        storage="failing" if storage_error else "ok",
+        storage_error=storage_error or UNSET,
         failing=failing,
     )
 
@@ -54,6 +55,7 @@ def stats(snapshot: Snapshot) -> models.Stats:
             dead_lettered=sum(snapshot.dead_lettered.values()),
             recovered=snapshot.total("recovered"),
             corrupt=snapshot.total("corrupt"),
+            lost=snapshot.total("lost"),
         ),
         messages=_in_and_out(snapshot, "messages"),
         bytes=_in_and_out(snapshot, "bytes"),
@@ -81,6 +83,7 @@ def queue(snapshot: Snapshot) -> models.Queue:
         packets=packets,
         bytes=snapshot.total("queue_bytes"),
         capacity_bytes=snapshot.total("queue_capacity"),
+        full=any(worker.lacking for worker in snapshot.workers),
         in_flight=snapshot.in_flight,
         oldest_age_seconds=round(snapshot.oldest_age, 3),
         durability=snapshot.config.queue.durability,
@@ -93,6 +96,7 @@ def queue(snapshot: Snapshot) -> models.Queue:
                 packets=worker.queued,
                 bytes=worker.queue_bytes,
                 capacity_bytes=worker.capacity_bytes,
+                full=bool(worker.lacking),
                 oldest_age_seconds=round(snapshot.age(worker.oldest_ns), 3),
             )
             for worker in snapshot.workers

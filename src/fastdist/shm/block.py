@@ -104,8 +104,8 @@ class WorkerWord(IntEnum):
     CPU_PERMILLE = 5  # of one core, over the last second; the supervisor
     RSS = 6  # bytes; the supervisor
     STARTED_NS = 7  # wall clock; the supervisor
-    STORAGE_FAULT = 8  # 1: the last write to disk failed, or a ring's file is not under its name; the worker
-    FULL = 9  # 1: the last push found the queue full; the worker
+    STORAGE_FAULT = 8  # errno of the last write to disk; ENOENT: a ring's file is not under its name; the worker
+    LACKING = 9  # bytes to become free until there is room for one more packet like the last, 0: there is; the worker
     END_STATUS = 10  # of the last process that ended here unasked: as in Popen.returncode, or HUNG; the supervisor
     END_NS = 11  # wall clock: when that was, 0 if never; the supervisor
     FAILING = 12  # Steps that fail at present; the worker

@@ -10,6 +10,9 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -49,6 +52,7 @@ REJECTIONS = (
 )
 DEAD_LETTERS = ("refused", "exhausted", "oversized", "shutdown")
 RATE_WINDOW_NS = 10_000_000_000
+MAX_WAIT = 30  # seconds, of Retry-After
 MIN_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not a thousand a second
 
 _INGEST = COUNTER_WORDS  # where the histograms of a row begin
@@ -67,6 +71,7 @@ class Rates(NamedTuple):
 class WorkerFigures(Struct, frozen=True):
     """What is shown of a worker; ``oldest_ns`` is as ``age`` takes it, ``end_ns`` wall clock; 0 for none.
 
+    ``lacking``: bytes that have to become free until there is room for one more packet like the last.
     ``end_status`` and ``end_ns`` are of the process before this one, if there was one: see ``WorkerWord``.
     """
 
@@ -82,9 +87,10 @@ class WorkerFigures(Struct, frozen=True):
     queued: int
     queue_bytes: int
     capacity_bytes: int
+    undone: int
     oldest_ns: int
-    cannot_store: bool
-    full: bool
+    storage_fault: int  # errno, 0: packets can be stored
+    lacking: int
     end_status: int
     end_ns: int
 
@@ -262,7 +268,6 @@ class Snapshot:
 
     def _worker(self, index: int) -> WorkerFigures:
         words, counters = self.block.worker(index), self._counters[index]
-        used, capacity = counters[FIELDS["queue_bytes"]], counters[FIELDS["queue_capacity"]]
         return WorkerFigures(
             id=index,
             pid=words[WorkerWord.PID],
@@ -274,13 +279,12 @@ class Snapshot:
             accepted=counters[FIELDS["accepted"]],
             delivered=self._over_slots(index, "delivered"),
             queued=max(counters[FIELDS["undone"]] - self._over_slots(index, "packets_in_flight"), 0),
-            queue_bytes=used,
-            capacity_bytes=capacity,
+            queue_bytes=counters[FIELDS["queue_bytes"]],
+            capacity_bytes=counters[FIELDS["queue_capacity"]],
+            undone=counters[FIELDS["undone"]],
             oldest_ns=counters[FIELDS["oldest_ns"]],
-            cannot_store=bool(words[WorkerWord.STORAGE_FAULT]),
-            # Only the next push clears the word, and emitters that went elsewhere push nothing. But a packet takes half
-            # of a worker's part at most: there is room for it while the other half is free.
-            full=bool(words[WorkerWord.FULL]) and used > capacity // 2,
+            storage_fault=words[WorkerWord.STORAGE_FAULT],
+            lacking=words[WorkerWord.LACKING],
             end_status=words[WorkerWord.END_STATUS],
             end_ns=words[WorkerWord.END_NS],
         )
@@ -328,12 +332,32 @@ class Snapshot:
         return [step.word for step in Step if step & steps]
 
     @property
+    def storage_error(self) -> str:
+        """Why packets cannot be stored; empty when they can."""
+        fault = next((worker.storage_fault for worker in self.workers if worker.storage_fault), 0)
+        if fault == errno.ENOENT:
+            return "the queue's file was deleted or renamed"
+        return os.strerror(fault) if fault else ""
+
+    @property
     def obstacle(self) -> str:
         """Why the service should get no packets now; empty when it is ready."""
         if self.block.head[HeadWord.DRAINING]:
             return "the service is draining: it is about to end"
-        if any(worker.cannot_store for worker in self.workers):
-            return "packets cannot be stored: writing to disk fails, or the queue's file was deleted or renamed"
-        if any(worker.full for worker in self.workers):
+        if self.storage_error:
+            return f"packets cannot be stored: {self.storage_error}"
+        if any(worker.lacking for worker in self.workers):
             return "the queue is full"
         return ""
+
+    @property
+    def retry_after(self) -> int:
+        """In how many seconds there will be room in the queue, at the present rate of deliveries; 1 to MAX_WAIT."""
+        return max(self._room_in(worker) for worker in self.workers)
+
+    def _room_in(self, worker: WorkerFigures) -> int:
+        if not (worker.lacking and worker.undone):  # or there is room as soon as the file is synced
+            return 1
+        records_per_second = self.rates.delivered / len(self.workers)
+        seconds = worker.lacking / (worker.queue_bytes / worker.undone) / max(records_per_second, 1e-9)
+        return max(1, math.ceil(min(seconds, MAX_WAIT)))

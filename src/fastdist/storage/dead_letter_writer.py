@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
@@ -79,7 +80,7 @@ class DeadLetterWriter:
         self.unwritten: deque[PendingDeadLetter] = deque()
         self.written: list[PendingDeadLetter] = []  # and not known to be safe
         self.syncing = False
-        self.failed = False  # what was tried last
+        self.failed = 0  # errno of what was tried last
         self._sync_at = self._retry_at = 0  # monotonic ns
         self._problem: Exception | None = None  # with what was written last
 
@@ -205,4 +206,4 @@ class DeadLetterWriter:
             if not self.failed:
                 log.error("cannot write dead letters; the packets stay queued", error=str(problem))
             self._retry_at = time.monotonic_ns() + int(RETRY_SECONDS * 1e9)
-        self.failed = problem is not None
+        self.failed = 0 if problem is None else getattr(problem, "errno", None) or errno.EIO

@@ -37,7 +37,7 @@ import msgspec
 import orjson
 
 from fastdist import logs
-from fastdist.storage.files import is_nameless, sync_folder
+from fastdist.storage.files import is_nameless, make_folder, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -240,7 +240,7 @@ class DeadLetters:
         self._last = None
         self._release()
         if self._beside is None or is_nameless(self._beside):
-            self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder.parent)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         path = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{self._owner}{SUFFIX}"
         hidden = path.with_suffix(".new")  # until it is locked: a purge must not find and delete it before

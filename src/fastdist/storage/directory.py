@@ -1,8 +1,11 @@
 """The queue's folder: its lock, a ring file per worker, and old rings to be migrated.
 
 ``ring-<n>.fdq`` belongs to worker n. A ring that does not fit the configuration any more (another capacity, a worker
-that is not there) is renamed ``adopt-<id>.fdq``; a worker moves its packets into its own ring, then deletes it. A file
-without an intact header cannot be read, for its salt is gone; it is set aside for a person to look at, never deleted.
+that is not there) is renamed ``adopt-<id>.fdq``; a worker moves its packets into its own ring, then deletes it. One
+that fits a worker without a ring becomes that worker's. New rings are made, and have their space, before any is
+renamed: so a change that is refused for want of space can be undone. A file without an intact header cannot be read,
+for its salt is gone; it is set aside for a person to look at, never deleted.
+So is one that the disk cannot read in part, and a new ring in its place has the packets that can be read.
 
 Two services must never have one ring. So not only the folder's ``lock`` is locked, which may be deleted, but every ring
 as well, from before it has its name until the last process that has it open has ended.
@@ -20,7 +23,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
 from fastdist._core import (
+    HEADER_SIZE,
     CutShortError,
+    DamagedError,
     NewerFormatError,
     PacketRing,
     RingError,
@@ -30,7 +35,7 @@ from fastdist._core import (
 )
 from fastdist.errors import StartError
 from fastdist.storage import format1, locks
-from fastdist.storage.files import has_name, identity, is_irregular, sync_folder
+from fastdist.storage.files import has_name, identity, is_irregular, make_folder, sync_entry, sync_folder
 from fastdist.storage.locks import try_lock
 
 if TYPE_CHECKING:
@@ -40,7 +45,8 @@ CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the 
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
 AGAIN = 0.02  # seconds between two tries to lock
 LOG_AFTER = 1.0  # seconds that a start waits for a reader of the queue before it logs that
-LOCK, SUFFIX = "lock", ".fdq"
+ID_BYTES = 64  # at most
+LOCK, SUFFIX, NEW, OLD = "lock", ".fdq", ".new", "adopt-"
 
 log = logs.get()
 
@@ -50,6 +56,19 @@ class OldRing(NamedTuple):
 
     fd: int
     path: str
+
+
+class Found(NamedTuple):
+    """A ring as it was found: bytes of its data, packets that wait, whether anything is damaged."""
+
+    capacity: int
+    packets: int
+    damaged: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is lost with it, and nothing is to be reported of it."""
+        return not (self.packets or self.damaged)
 
 
 class InTheWay(NamedTuple):
@@ -68,6 +87,7 @@ class QueueFolder:
         self._lock = -1
         self._identity = (0, 0)  # of the folder that was locked
         self._rings: dict[Path, int] = {}  # open and locked
+        self._capacity = 0  # of each worker's ring
 
     def lock(self) -> None:
         """Make the folder ours, creating it if need be. Raises StartError when another fastdist has it.
@@ -115,7 +135,8 @@ class QueueFolder:
         return self._try_lock_rings()
 
     def _open_lock(self) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.path)
+        sync_entry(self.path)  # it may have been made by a process that was killed before it could do so
         fd = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if self._lock >= 0:
             os.close(self._lock)
@@ -180,7 +201,7 @@ class QueueFolder:
 
     def rings(self, workers: int, capacity: int) -> list[int]:
         """Return the workers' rings as open files: those that are there and fit, new ones otherwise."""
-        capacity = round_capacity(capacity)
+        self._capacity = capacity = round_capacity(capacity)
         try:
             return self._worker_rings(workers, capacity)
         except OSError as error:
@@ -190,44 +211,120 @@ class QueueFolder:
     def _worker_rings(self, workers: int, capacity: int) -> list[int]:
         paths = [ring_path(self.path, index) for index in range(workers)]
         self._sort_out(paths, capacity)
-        for path in paths:
-            if path not in self._rings:
-                self._rings[path] = _make_file(path, capacity)
-            _allocate(self._rings[path], file_size(capacity), str(path))
         sync_folder(self.path)
         return [self._rings[path] for path in paths]
+
+    def ring(self, index: int) -> int:
+        """Return a worker's ring as an open file."""
+        return self._rings[ring_path(self.path, index)]
+
+    def renew(self, index: int, sequence: int) -> list[OldRing] | None:
+        """Do for the ring of a worker that cannot start what a start does; return what is to be migrated to a new one.
+
+        None: it is sound now, as far as can be seen. The first packet of a new one gets ``sequence``. Raises StartError
+        and OSError if there can be no new one: then the old one is where it was, or what can be read of it.
+        """
+        path = ring_path(self.path, index)
+        before = self._rings[path]
+        found = _look_at(path, before, self._rings)
+        if isinstance(found, Found) and self._rings[path] == before:
+            _allocate(before, file_size(found.capacity), str(path))  # there may be holes where it was cut
+            return None
+        moved = self._retire(path) if isinstance(found, Found) else path.rename(_aside(path))
+        try:
+            fd = _make_file(path, self._capacity, lambda fd: PacketRing(fd).continue_at(sequence))
+        except BaseException:
+            self._rings[moved.rename(path)] = self._rings.pop(moved, before)
+            raise
+        self._rings[path] = fd
+        sync_folder(self.path)
+        if isinstance(found, Found):
+            return [OldRing(self._rings[moved], str(moved))]
+        os.close(before)
+        _log_aside(path, moved, found)
+        return []
+
+    def renew_old(self, old: OldRing) -> OldRing | None:
+        """Do so for an old ring; return it, or what can be read of it, and None for nothing. Raises StartError."""
+        path = Path(old.path)
+        found = _look_at(path, old.fd, self._rings)
+        if isinstance(found, str):
+            self._set_aside(path, found)
+            return None
+        return OldRing(self._rings[path], old.path)
 
     def retire_all(self) -> None:
         """Set every ring aside to be migrated (none of the workers' rings is a file now)."""
         self._sort_out([], 0)
 
     def _sort_out(self, wanted: list[Path], capacity: int) -> None:
-        """Keep rings whose name and capacity fit; rename others to be migrated; set aside those that cannot be read.
+        """Have rings of this capacity at the ``wanted`` paths; set others aside to be migrated, unless they are empty.
 
-        Nothing is touched while there is one that only a newer version can read.
+        Nothing is touched while there is one that only a newer version can read, and nothing is renamed before all
+        space is allocated.
+        """
+        found = self._look_at_rings()
+        others = [path for path in found if not (path in wanted and found[path].capacity == capacity)]
+        free = [path for path in wanted if path not in found or path in others]
+        fitting = [path for path in others if found[path].capacity == capacity and found[path].packets][: len(free)]
+        for path in [path for path in others if found[path].is_empty]:
+            with contextlib.suppress(OSError):  # a worker tries it again
+                path.unlink()
+                others.remove(path)
+                os.close(self._rings.pop(path))
+        for path, fd in self._rings.items():  # there may be holes: it was cut, copied, or an old ring
+            size = found[path].capacity
+            old = path in others and path not in fitting  # which needs no space but for marks
+            _allocate(fd, file_size(size), str(path), HEADER_SIZE + size if old else 0)
+        with contextlib.ExitStack() as undo:
+            made = {path: _make_beside(path, capacity, undo) for path in free[len(fitting) :]}
+            for path in others:
+                if path not in fitting and not path.name.startswith(OLD):
+                    self._retire(path)
+            for path, place in zip(fitting, free, strict=False):
+                self._rename(path, place)
+            for path, fd in made.items():
+                _beside(path).rename(path)
+                self._rings[path] = fd
+            undo.pop_all()
+
+    def _retire(self, path: Path) -> Path:
+        """Rename a ring to be migrated; return its new name."""
+        return self._rename(path, path.with_name(f"{OLD}{secrets.token_hex(4)}{SUFFIX}"))
+
+    def _rename(self, path: Path, new: Path) -> Path:
+        self._rings[path.rename(new)] = self._rings.pop(path)
+        return new
+
+    def _look_at_rings(self) -> dict[Path, Found]:
+        """Look at all rings; convert those of the earlier format, set aside those that cannot be read.
+
+        What a start that was killed has left half made is deleted.
         """
         if (in_the_way := self._try_lock_rings()) is not None:  # a file that is here since the folder was locked
             raise StartError(f"the queue file {in_the_way.path} is in use by {locks.describe(in_the_way.pid)}")
         for path, fd in self._rings.items():
             if format1.is_format1(fd):
                 _convert(path, fd, self._rings)
-        found = {path: _look_at(path, fd) for path, fd in self._rings.items()}
+        found = {path: _look_at(path, fd, self._rings) for path, fd in self._rings.items()}
+        for pattern in (f"ring-*{NEW}", f"{OLD}*{NEW}"):
+            for path in self.path.glob(pattern):
+                if path.is_file():
+                    _delete_half_made(path)
         for path, ring in found.items():
             if isinstance(ring, str):
-                aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
-                path.rename(aside)
-                os.close(self._rings.pop(path))
-                log.error("a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), why=ring)
-            elif not path.name.startswith("adopt-") and not (path in wanted and ring == capacity):
-                renamed = path.rename(path.with_name(f"adopt-{secrets.token_hex(4)}{SUFFIX}"))
-                self._rings[renamed] = self._rings.pop(path)
+                self._set_aside(path, ring)
+        return {path: ring for path, ring in found.items() if not isinstance(ring, str)}
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        aside = _aside(path)
+        path.rename(aside)
+        os.close(self._rings.pop(path))
+        _log_aside(path, aside, why)
 
     def old_rings(self) -> list[OldRing]:
         """Return the rings to be migrated."""
-        rings = [OldRing(fd, str(path)) for path, fd in sorted(self._rings.items()) if path.name.startswith("adopt-")]
-        for fd, path in rings:
-            _allocate(fd, os.fstat(fd).st_size, path)  # there may be holes where it was cut, or copied
-        return rings
+        return [OldRing(fd, str(path)) for path, fd in sorted(self._rings.items()) if path.name.startswith(OLD)]
 
 
 def ring_path(folder: str | Path, index: int) -> Path:
@@ -243,24 +340,69 @@ def _in_the_way(fd: int, path: Path) -> InTheWay:
     return InTheWay(path, read, pid)
 
 
-def _look_at(path: Path, fd: int) -> int | str:
-    """Return a ring's capacity, or what is wrong with the file. Raises StartError where that is not ours to fix.
+def _look_at(path: Path, fd: int, rings: dict[Path, int]) -> Found | str:
+    """Return what is known of a ring, or what is wrong with the file. Raises StartError where that is not ours to fix.
 
-    A file that was cut short is given its length again: what is left of it can then be recovered.
+    A file that was cut short is given its length again: what is left of it can then be recovered. One that cannot be
+    read in part is replaced.
     """
     try:
         try:
-            return PacketRing(fd, private=True).capacity
+            ring = PacketRing(fd, private=True)
         except CutShortError as cut:
             log.warning("a queue file was cut short", file=str(path), bytes=os.fstat(fd).st_size)
             os.truncate(fd, file_size(cut.capacity))
-            return PacketRing(fd, private=True).capacity
+            ring = PacketRing(fd, private=True)
+        if ring.broken:
+            ring = _keep_readable(path, ring, rings)
+        return Found(ring.capacity, ring.undone, bool(ring.damage))
     except NewerFormatError as error:
         raise StartError(f"{path}: {error}; it is left as it is") from error
     except RingError as error:
         return str(error)
     except OSError as error:
         raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+
+
+def _log_aside(path: Path, aside: Path, why: str) -> None:
+    log.error("a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), why=why)
+
+
+def _keep_readable(path: Path, broken: PacketRing, rings: dict[Path, int]) -> PacketRing:
+    """Replace a ring by a new one, just large enough, with the packets that can be read; set the file aside.
+
+    Raises OSError, StartError.
+    """
+    sizes = [record_bytes(ID_BYTES, len(packet.body)) for packet in broken.waiting()]
+
+    def copy(new: int) -> None:
+        ring = PacketRing(new)
+        while handle := broken.claim():
+            with contextlib.suppress(DamagedError):
+                if not ring.adopt(broken, handle):
+                    raise OSError(errno.ENOSPC, "its packets do not fit into a new one", str(path))
+
+    aside = _aside(path)
+    aside.hardlink_to(path)
+    try:
+        fd = _make_file(path, sum(sizes) + 2 * max(sizes, default=0), copy)
+    except BaseException:
+        aside.unlink()
+        raise
+    os.close(rings[path])
+    rings[path] = fd
+    log.error(
+        "a queue file cannot be read in part; its other packets are in a new one, and it is set aside",
+        file=str(path),
+        moved_to=str(aside),
+        packets=len(sizes),
+        why="; ".join(f"at {offset}: {what}" for offset, what in broken.damage),
+    )
+    return PacketRing(fd, private=True)
 
 
 def _convert(path: Path, fd: int, rings: dict[Path, int]) -> None:
@@ -272,7 +414,8 @@ def _convert(path: Path, fd: int, rings: dict[Path, int]) -> None:
     def copy(new: int) -> None:
         ring = PacketRing(new)
         for packet in format1.read(fd).waiting():
-            ring.push(**packet._replace(flags=0)._asdict())
+            if not ring.push(**packet._replace(flags=0)._asdict()):
+                raise OSError(errno.ENOSPC, "its packets do not fit into a new one")
 
     try:
         old, size, largest = format1.read(fd), 0, 0
@@ -280,7 +423,7 @@ def _convert(path: Path, fd: int, rings: dict[Path, int]) -> None:
             record = record_bytes(len(packet.key or ""), len(packet.body))
             size, largest = size + record, max(largest, record)
         if old.damage:
-            aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+            aside = _aside(path)
             aside.hardlink_to(path)
             log.error("a queue file is damaged and is kept", file=str(aside), packets=old.undone, lost=old.corrupt)
         rings[path] = _make_file(path, size + 2 * largest, copy)
@@ -292,23 +435,46 @@ def _convert(path: Path, fd: int, rings: dict[Path, int]) -> None:
     log.info("a queue file of an older version was converted", file=str(path), packets=old.undone)
 
 
-def _make_file(path: Path, capacity: int, fill: Callable[[int], None] | None = None) -> int:
-    """Make a ring under another name, then rename it: a ring with its name is whole, and locked. Return it open."""
-    beside = path.with_suffix(".new")
-    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _make_file(path: Path, capacity: int, fill: Callable[[int], None]) -> int:
+    """Make a ring, with what ``fill`` puts into it, in the place of another. Return it open."""
     with contextlib.ExitStack() as undo:
-        undo.callback(os.close, fd)
-        if not try_lock(fd):
-            raise StartError(f"the queue file {path} is being made by another fastdist; give each its own queue.path")
-        undo.callback(beside.unlink, missing_ok=True)  # what was allocated is needed by others
-        os.truncate(fd, 0)  # only now: it may have been another's
-        _make(fd, capacity, str(path))
-        if fill is not None:
-            fill(fd)
-            os.fsync(fd)
-        beside.rename(path)
+        fd = _make_beside(path, capacity, undo)
+        fill(fd)
+        os.fsync(fd)
+        _beside(path).rename(path)
         undo.pop_all()
     return fd
+
+
+def _make_beside(path: Path, capacity: int, undo: contextlib.ExitStack) -> int:
+    """Make a ring under another name: one that is renamed then is whole, and locked. Return it open."""
+    beside = _beside(path)
+    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    undo.callback(os.close, fd)
+    if not try_lock(fd):
+        raise _being_made(path)
+    undo.callback(beside.unlink, missing_ok=True)  # what was allocated is needed by others
+    os.truncate(fd, 0)  # only now: it may have been another's
+    _make(fd, capacity, str(path))
+    return fd
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(NEW)
+
+
+def _delete_half_made(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if not try_lock(fd):
+            raise _being_made(path)
+        path.unlink()
+    finally:
+        os.close(fd)
+
+
+def _being_made(path: Path) -> StartError:
+    return StartError(f"the queue file {path} is being made by another fastdist; give each its own queue.path")
 
 
 def _open(path: Path) -> int:
@@ -329,10 +495,10 @@ def _make(fd: int, capacity: int, what: str) -> None:
         raise StartError(f"cannot make the queue ({what}): {error.strerror}") from error
 
 
-def _allocate(fd: int, size: int, what: str) -> None:
-    """Allocate all of the file's space: a full disk must show here, not in the middle of a write."""
+def _allocate(fd: int, size: int, what: str, begin: int = 0) -> None:
+    """Allocate the file's space from ``begin`` on: a full disk must show here, not in the middle of a write."""
     try:
-        os.posix_fallocate(fd, 0, size)
+        os.posix_fallocate(fd, begin, size - begin)
     except OSError as error:
         raise StartError(
             f"cannot allocate {size} bytes for the queue ({what}): {error.strerror}; make room or lower queue.capacity"

@@ -17,6 +17,24 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, for us alone, and put their entries on stable storage.
+
+    Raises OSError; FileExistsError where there is something that is no folder.
+    """
+    for folder in reversed([each for each in (path, *path.parents) if not each.is_dir()]):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        sync_entry(folder)
+
+
+def sync_entry(path: Path) -> None:
+    """Put the entry of a file or folder on stable storage. Raises OSError."""
+    try:
+        sync_folder(path.parent)
+    except PermissionError:  # a folder of others, which we may not read
+        os.sync()
+
+
 def is_irregular(path: Path) -> bool:
     """Whether there is something that is neither a file nor a folder: a pipe would keep us waiting for ever."""
     return path.exists() and not path.is_file() and not path.is_dir()

@@ -2,8 +2,8 @@
 
 With durability ``fsync`` a sync follows whenever a response waits for one; with ``disk`` one follows every
 ``sync_interval`` in which something changed. A sync that fails is reported at once and retried until one succeeds; all
-is written again before that, because after a failure the kernel may take pages for written that are not. The ring
-remembers the failure, for the process that opens it next.
+is written again before that, in another thread, because after a failure the kernel may take pages for written that are
+not. The ring remembers the failure, for the process that opens it next.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastdist import logs
@@ -29,8 +30,8 @@ RETRY_SECONDS = 1.0  # after a sync that failed
 log = logs.get()
 
 
-def make_safe(ring: PacketRing, fd: int, *, write_again: bool = True) -> bool:
-    """Put all of a ring, mapped from ``fd``, on stable storage; return whether that worked.
+def make_safe(ring: PacketRing, fd: int, *, write_again: bool = True) -> OSError | None:
+    """Put all of a ring, mapped from ``fd``, on stable storage; return why that did not work, None when it has.
 
     What a process that was killed has left in the pages is not: not yet, or never, for it may have been killed after a
     sync that failed, which the kernel reports once. So for a ring of an earlier process, what no sync is known to have
@@ -45,16 +46,16 @@ def make_safe(ring: PacketRing, fd: int, *, write_again: bool = True) -> bool:
     except OSError as error:
         log.error("the queue cannot be synced", error=str(error))
         ring.forget_synced()
-        return False
+        return error
     ring.mark_synced(position)
-    return True
+    return None
 
 
 class Syncer:
     """Syncs ``ring``, mapped from ``fd``; ``on_synced(position)`` or ``on_failed(error)`` is called in the event loop.
 
-    With a ``path`` a sync counts only if the file is found there after it: FileNotFoundError then. ``failing``: whether
-    the last one, which was not the syncer's, did.
+    With a ``path`` a sync counts only if the file is found there after it: FileNotFoundError then. ``error``: why the
+    last sync has failed, None when it has not; at first that of one which was not the syncer's.
     """
 
     def __init__(  # noqa: PLR0913  (what is synced, and the callbacks)
@@ -65,22 +66,28 @@ class Syncer:
         on_failed: Callable[[OSError], None],
         *,
         path: Path | None = None,
-        failing: bool = False,
+        error: OSError | None = None,
     ) -> None:
-        self.ring, self.fd, self.path, self.failing = ring, fd, path, failing
+        self.ring, self.fd, self.path, self.error = ring, fd, path, error
         self._on_synced, self._on_failed = on_synced, on_failed
         self._loop = asyncio.get_running_loop()
         self._thread = SyncThread(fd)
         self._loop.add_reader(self._thread.fileno(), self._take)
         self._executor = ThreadPoolExecutor(1)  # for ``run``; has no thread before that
         self._scheduled = self._closed = False
-        self._write_again = failing  # before the next sync
+        self._write_again = self.failing  # before the next sync
+        self._writing_again = False  # at present
         self._seen = (-1, -1, -1)
         self._retry: asyncio.TimerHandle | None = None
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last sync has failed."""
+        return self.error is not None
+
     def want(self) -> None:
         """Request a sync of what is in the ring at the end of this iteration; after a failure, with the next try."""
-        if not self._scheduled and self._retry is None:
+        if not self._scheduled and not self._writing_again and self._retry is None:
             self._scheduled = True
             self._loop.call_soon(self._request)
 
@@ -98,13 +105,27 @@ class Syncer:
             return
         if self._write_again:
             try:
-                self.ring.write_again()
+                span = self.ring.begin_writing_again()
             except OSError as error:
                 self._fail(error)
                 return
-            self._write_again = False
+            self._writing_again = True
+            self.run(partial(self.ring.go_on_writing_again, span), self._written_again)
+            return
         self._seen = self._state()
         self._thread.request(self._seen[0])
+
+    def _written_again(self, failed: OSError | None) -> None:
+        self._writing_again = False
+        try:
+            self.ring.end_writing_again()
+        except OSError as error:
+            failed = failed or error
+        if failed is not None:
+            self._fail(failed)
+            return
+        self._write_again = False
+        self._request()
 
     def _take(self) -> None:
         position, error = self._thread.take()
@@ -115,7 +136,7 @@ class Syncer:
 
     def _succeed(self, position: int) -> None:
         if self.failing:
-            self.failing = False
+            self.error = None
             log.info("the queue can be written to disk again")
         found = self._is_found()
         if not found:  # it is on the disk, and yet the next start will know nothing of it
@@ -129,7 +150,7 @@ class Syncer:
             log.error(
                 "cannot write the queue to disk; nothing can be accepted until that is possible", error=str(error)
             )
-        self.failing = self._write_again = True
+        self.error, self._write_again = error, True
         self.ring.forget_synced()
         self._on_failed(error)
         if self._retry is None:
@@ -151,9 +172,11 @@ class Syncer:
 
         def finish(future: asyncio.Future[None]) -> None:
             error = None if future.cancelled() else future.exception()
-            if error is not None and not isinstance(error, OSError):
+            if error is None or isinstance(error, OSError):
+                done(error)
+            else:  # an error of the program is reported, and is a failure as well
+                done(OSError(errno.EIO, str(error)))
                 raise error
-            done(error)
 
         if not self._closed:
             self._loop.run_in_executor(self._executor, work).add_done_callback(finish)

@@ -37,6 +37,7 @@ from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.supervisor.health import HealthChecker
 from fastdist.supervisor.processes import LATE, Processes, WorkerSlot
 from fastdist.supervisor.reload import Changes
+from fastdist.supervisor.renewal import renew
 from fastdist.supervisor.systemd import ServiceManager
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Supervisor:
         self.settings = os.memfd_create("fastdist-settings")
         self.folder = QueueFolder(loaded.config.queue.path)
         self.changes = Changes(loaded.config, self.block, self.folder.path, pair)
-        self.processes = Processes(self.block, self.settings, self._heard)
+        self.processes = Processes(self.block, self.settings, self._heard, self._renew)
         self.manager = ServiceManager()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
@@ -246,6 +247,8 @@ class Supervisor:
 
         Return whether all of that could be written.
         """
+        for slot in self.processes.slots:
+            slot.drop_deleted()
         rows = {
             fd: self.block.rows[slot.index]
             for slot in self.processes.slots
@@ -283,6 +286,9 @@ class Supervisor:
         return {path: present_path(fd) for path, fd in rings if not has_name(fd, path)}
 
     # ---- changes
+
+    async def _renew(self, slot: WorkerSlot) -> None:
+        await renew(slot, self.folder, self.block.rows[slot.index])
 
     def _heard(self, slot: WorkerSlot, message: Message) -> None:
         if message.verb == "ready" and message.body != self.changes.generation:

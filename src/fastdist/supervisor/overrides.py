@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fastdist import logs
-from fastdist.storage.files import has_name, identity, sync_folder
+from fastdist.storage.files import has_name, identity, make_folder, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -78,7 +78,7 @@ class Overrides:
     def save(self, by_id: dict[str, Override]) -> None:
         """Put them in force: write a new file, then rename it over the old one. Raises OSError."""
         if not self.locked:  # else the folder exists; if not, it was moved and may come back
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.folder)
         path = self.folder / FILE
         beside = path.with_suffix(".new")
         text = json.dumps(msgspec.to_builtins(by_id), indent=2) + "\n"

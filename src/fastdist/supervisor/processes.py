@@ -24,7 +24,7 @@ from fastdist.ipc import Assignment, Message
 from fastdist.shm.block import HUNG, SharedBlock, WorkerState, WorkerWord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from fastdist.storage.directory import OldRing
 
@@ -58,6 +58,7 @@ class WorkerSlot:
         self.time_to_start = START + rings / READ_RATE
         self.delay = 0.0
         self.false_starts = 0
+        self.renewed = self.irreplaceable = False  # see ipc.Assignment
         self.hung = False  # the process was killed because it gave no heartbeat
         self.cpu_before = 0  # ns, of earlier processes in this slot
 
@@ -86,6 +87,11 @@ class WorkerSlot:
         for old in [old for old in self.old_rings if old.path == path]:
             self.old_rings.remove(old)
             os.close(old.fd)
+
+    def drop_deleted(self) -> None:
+        """Do the same for those of which a worker that was killed could not tell."""
+        for old in [old for old in self.old_rings if os.fstat(old.fd).st_size == 0]:
+            self.migrated(old.path)
 
     def send(self, message: Message) -> bool:
         """Send a message to the worker; False if it is not running."""
@@ -135,15 +141,19 @@ class _Usage:
 
 
 class Processes:
-    """A process for each slot. ``heard(slot, message)`` gets workers' messages; ``gave_up``: they cannot start."""
+    """A process for each slot. ``heard(slot, message)`` gets workers' messages; ``gave_up``: they cannot start.
+
+    ``renew(slot)`` sees to it that a slot has a ring with which a worker can start: after FALSE_STARTS in a row.
+    """
 
     def __init__(
         self,
         block: SharedBlock,
         settings: int,
         heard: Callable[[WorkerSlot, Message], None],
+        renew: Callable[[WorkerSlot], Awaitable[None]],
     ) -> None:
-        self.block, self.settings, self.heard = block, settings, heard
+        self.block, self.settings, self.heard, self._renew = block, settings, heard, renew
         self.slots: list[WorkerSlot] = []
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
         self.stopping = self.gave_up = False
@@ -175,6 +185,8 @@ class Processes:
             slot.ended()
             if not self.stopping:
                 self._after_death(slot, status)
+            if not self.stopping and slot.false_starts and slot.false_starts % FALSE_STARTS == 0:
+                await self._renew(slot)
 
     async def _start(self, slot: WorkerSlot) -> None:
         """Start a process. That is the last step: when another fails, no process is left that holds the ring."""
@@ -192,6 +204,7 @@ class Processes:
         task.add_done_callback(self._listeners.discard)
 
     async def _spawn(self, slot: WorkerSlot, theirs: socket.socket) -> None:
+        slot.drop_deleted()
         old_rings = {ring.path: ring.fd for ring in slot.old_rings}
         assignment = Assignment(
             index=slot.index,
@@ -201,6 +214,8 @@ class Processes:
             control=theirs.fileno(),
             settings=self.settings,
             old_rings=old_rings,
+            renewed=slot.renewed,
+            irreplaceable=slot.irreplaceable,
         )
         passed = (
             self.block.fd,
@@ -233,6 +248,7 @@ class Processes:
             if message.verb == "ready":
                 slot.ready = slot.ever_ready = True
                 slot.false_starts = 0
+                slot.renewed = slot.irreplaceable = False
                 slot.measure()  # so that its figures are not those of its start
                 slot.words[WorkerWord.STATE] = WorkerState.RUNNING
                 if all(other.ready for other in self.slots):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -47,13 +48,18 @@ class Waiting:
 class Emitters:
     """What the connections of a worker share: their ``Intake``, the API, tokens, CORS, and waits for deliveries.
 
-    ``carry_out(action, done)`` requests a change; ``done`` gets the response.
+    ``carry_out(action, done)`` requests a change; ``done`` gets the response. ``found_full()`` is called when there was
+    no room for a packet, and returns in how many seconds there may be.
     """
 
     def __init__(
-        self, api: Api, intake: Intake, carry_out: Callable[[Action, Callable[[Response], None]], None]
+        self,
+        api: Api,
+        intake: Intake,
+        carry_out: Callable[[Action, Callable[[Response], None]], None],
+        found_full: Callable[[], int] = lambda: 1,
     ) -> None:
-        self.api, self.intake, self.carry_out = api, intake, carry_out
+        self.api, self.intake, self.carry_out, self.found_full = api, intake, carry_out, found_full
         self.tokens: Sequence[str] = ()
         self.cors_origins: Sequence[str] = ()
         self.waiting: dict[int, Waiting] = {}  # by sequence
@@ -136,7 +142,15 @@ class Emitters:
     def forget(self, connection: IngestProtocol) -> None:
         """Drop the waits of a connection that is gone."""
         for sequence in tuple(connection.awaited):
-            self._take(sequence)
+            if (waiting := self.waiting.get(sequence)) is not None and waiting.connection is connection:
+                self._take(sequence)
+
+    def forget_from(self, sequence: int) -> None:
+        """Drop the waits for packets from this sequence on: they were never stored, and others will have it."""
+        for unknown in [each for each in self.waiting if each >= sequence]:
+            self._take(unknown)
+        self._ends = [each for each in self._ends if each[1] < sequence]
+        heapq.heapify(self._ends)
 
     def _take(self, sequence: int) -> Waiting | None:
         waiting = self.waiting.pop(sequence, None)
@@ -278,15 +292,17 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def not_stored(self, full: bool) -> bytes:  # noqa: FBT001
         """Answer that the packet cannot be stored now."""
+        seconds = 1
         if full:
-            self.intake.full = True
-            counter, detail = "queue_full", "the queue is full; try again shortly"
+            seconds = self.emitters.found_full()
+            counter, detail = "queue_full", f"the queue is full; try again in {seconds} s"
         elif self.intake.closed:
             counter, detail = "draining", "the service is shutting down"
         else:
-            counter, detail = "storage", "the queue's storage fails; nothing can be stored safely now"
+            why = os.strerror(self.intake.broken_storage)
+            counter, detail = "storage", f"the queue's storage fails ({why}); nothing can be stored safely now"
         self.intake.counters.add(counter)
-        return self._compose(problem(503, detail, headers=retry_after()))
+        return self._compose(problem(503, detail, headers=retry_after(seconds)))
 
     def crowded_out(self) -> bytes:
         """Answer that in-progress bodies take all the memory there is for them."""

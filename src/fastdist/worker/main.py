@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the other imports, which take a while
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C and a hangup reach the whole group; the supervisor decides
 
 import asyncio
+import errno
 import gc
 import os
 import socket
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from fastdist.worker.listener import Acceptor
 
 LOOK_NS = 100_000_000  # between two checks of the names of the rings' files
+CANNOT_START = 3  # exit status
 MIN_MIGRATED = 64  # packets of an old ring that are moved at once, at least
 
 log = logs.get()
@@ -92,16 +94,17 @@ class Worker:
             answers_after_sync=self.fsync,
         )
         self.poller.after = self.intake
-        self.queue.ring.on_damage = self._damaged
+        self.queue.watch_damage(self._damaged)
         api = Api(self.snapshot)
         self.admin = AdminRequests(control, api)
-        self.emitters = Emitters(api, self.intake, self.admin.send)
+        self.emitters = Emitters(api, self.intake, self.admin.send, self._found_full)
         self.sweep = Sweep(self.intake, config.server)
         self.lag = LoopLag(self.counters, self.poller, self.intake)
-        self.intake.broken_storage = self.queue.is_broken
+        self.intake.broken_storage = self.queue.fault
         self.tls = tls.server_context(self.pair, config.security)
         self._put_in_force()
         self._next_sync = self._next_look = 0
+        self._retry_after = (0, 1)  # monotonic ns until which it holds; seconds
         self._stopped = asyncio.Event()
         self._server: Acceptor  # set by ``serve``
 
@@ -146,7 +149,7 @@ class Worker:
 
     async def serve(self, commands: asyncio.StreamReader) -> None:
         """Serve until the supervisor, whose ``commands`` are read, says stop or is gone."""
-        reconcile(self.queue.ring, self.queue.migrations, self.counters)
+        reconcile(self.queue.ring, self.queue.migrations, self.counters, renewed=self.assignment.renewed)
         self.dispatcher.set_analyzers(self.analyzers)
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
         gc.collect()
@@ -225,7 +228,7 @@ class Worker:
 
     def _look_for_files(self) -> None:
         self.queue.look()
-        self.intake.broken_storage = self.queue.is_broken
+        self.intake.broken_storage = self.queue.fault
 
     def _migrate(self) -> None:
         """Move some packets of old rings: of each, at a time, as many as may be in flight."""
@@ -245,18 +248,28 @@ class Worker:
         """Put this worker's gauges into its row."""
         counters, ring = self.counters, self.queue.ring
         counters.set("undone", self.queue.undone)
-        counters.set("queue_bytes", ring.used)
+        counters.set("old_bytes", self.queue.old_bytes)
+        counters.set("queue_bytes", ring.used + self.queue.old_bytes)
         counters.set("queue_capacity", ring.capacity)
-        counters.set("oldest_ns", ring.oldest_ns)
-        if self.intake.full and ring.undone_bytes < ring.capacity // 2:
-            self.intake.full = False
-        self.words[WorkerWord.FULL] = int(self.intake.full)
-        self.words[WorkerWord.STORAGE_FAULT] = int(self.dead_letter_writer.failed or self.intake.broken_storage)
+        counters.set("oldest_ns", self.queue.oldest_ns)
+        self.queue.reserve(self.block.rows, self.assignment.index)
+        self.words[WorkerWord.LACKING] = ring.room_lacking()
+        if ring.wants_sync and self.queue.syncer is not None:
+            self.queue.syncer.want()
+        self.words[WorkerWord.STORAGE_FAULT] = self.intake.broken_storage or self.dead_letter_writer.failed
+
+    def _found_full(self) -> int:
+        """Tell all workers that this one is full; return in how many seconds a client may try again."""
+        self.words[WorkerWord.LACKING] = self.queue.ring.room_lacking()
+        now = time.monotonic_ns()
+        if now >= self._retry_after[0]:
+            self._retry_after = (now + LOOK_NS, self.snapshot().retry_after)
+        return self._retry_after[1]
 
     # ---- called by the syncer
 
     def _synced(self, _position: int) -> None:
-        self.intake.broken_storage = self.queue.is_broken
+        self.intake.broken_storage = self.queue.fault
         self.intake.synced()
         self.dispatcher.schedule()
         self.upkeep.run(Step.OLD_RINGS, self._migrate)
@@ -264,7 +277,7 @@ class Worker:
     def _not_synced(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, withdraw what was not confirmed to any emitter."""
         self._next_look = 0
-        self.intake.broken_storage = True  # until the next look at the file, or the next sync
+        self.intake.broken_storage = error.errno or errno.EIO  # until the next look at the file, or the next sync
         if not self.fsync:
             return
         packets, _, _ = self.queue.ring.withdraw_unsynced()
@@ -277,8 +290,9 @@ class Worker:
         """Reject what was accepted in this event-loop iteration: it could not be written, and is withdrawn."""
         error = OSError(code, os.strerror(code))
         self.queue.not_written(error)
-        self.intake.broken_storage = True
+        self.intake.broken_storage = code
         self._reject_behind(self.queue.ring.tail_position, error)
+        self.emitters.forget_from(self.queue.ring.next_sequence_number)
 
     def _reject_behind(self, position: int, error: OSError) -> None:
         response = problem(503, f"the packet could not be written to disk: {error.strerror}", headers=retry_after())
@@ -287,11 +301,11 @@ class Worker:
         )
         self.counters.add("storage", rejected)
 
-    def _damaged(self, offset: int, what: str, lost: int) -> None:
-        """Count packets that were damaged in the queue's file while they waited."""
-        log.error("damage in the queue; skipped", ring="the worker's own", offset=offset, what=what, packets=lost)
+    def _damaged(self, ring: str, offset: int, what: str, lost: int) -> None:
+        """Count packets that were damaged in one of the queue's files while they waited."""
+        log.error("damage in the queue; skipped", ring=ring, offset=offset, what=what, packets=lost)
         self.counters.add("corrupt", max(1, lost))
-        self.counters.add("recovered", -lost)
+        self.counters.add("lost", lost)
 
 
 def main() -> int:
@@ -303,7 +317,11 @@ def main() -> int:
         commands, control = await ipc.connect(socket.socket(fileno=assignment.control))
         await Worker(assignment, asyncio.get_running_loop(), control).serve(commands)
 
-    uvloop.run(run())
+    try:
+        uvloop.run(run())
+    except StartError as error:
+        log.error("this worker cannot start", error=str(error))
+        return CANNOT_START
     return 0
 
 

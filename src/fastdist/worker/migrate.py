@@ -1,10 +1,12 @@
 """Migrating: a worker moves the packets of old rings into its own, as there is room, and deletes rings that are empty.
 
-A packet is done in the old ring when its copy is synced: at every moment one of the two is safe.
+A packet is done in the old ring when its copy is synced: at every moment one of the two is safe. Room for what old
+rings hold is kept free of new packets (``Queue.reserve``), so it is moved however many of these come.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ class Migration:
         self.ring = PacketRing(old.fd)
         self.next_deletion = 0.0  # time.monotonic()
         self._copied: list[int] = []  # handles in the old ring whose copies are not synced yet
+        self._copied_bytes = 0  # of their records
         self._position = 0  # the sync that covers the copies
 
     @property
@@ -34,27 +37,33 @@ class Migration:
         """Packets that are still to be moved (a copy that is not synced counts in the new ring)."""
         return self.ring.undone - len(self._copied)
 
+    @property
+    def undone_bytes(self) -> int:
+        """Bytes of their records."""
+        return self.ring.undone_bytes - self._copied_bytes
+
     def step(self, target: PacketRing, counters: Counters, limit: int) -> tuple[int, list[int]]:
         """Copy up to ``limit`` packets; return how many were copied, and handles of packets too large for ``target``.
 
         What is copied and not yet synced is copied again after a kill: ``limit`` is how many may be sent twice then.
+        Raises OSError if ``target`` cannot be written to; what was copied before that counts.
         """
         if not self.settle(target):
             return 0, []
         # Until ``end_migrating`` nothing but copies is pushed.
         counters.set("adopting", target.next_sequence_number - counters.get("adopted"))
+        before = target.undone_bytes
         try:
             oversized = self._copy(target, limit)
         finally:
+            self._position = target.tail_position
+            self._copied_bytes = target.undone_bytes - before
             end_migrating(target, counters)
-        self._position = target.tail_position
         return len(self._copied), oversized
 
     def _copy(self, target: PacketRing, limit: int) -> list[int]:
         oversized = []
-        while (
-            len(self._copied) < limit and target.undone_bytes < target.capacity // 2 and (handle := self.ring.claim())
-        ):
+        while len(self._copied) < limit and (handle := self.ring.claim()):
             try:
                 if not target.adopt(self.ring, handle):
                     self.ring.release(handle)
@@ -77,6 +86,7 @@ class Migration:
         for handle in self._copied:
             self.ring.done(handle)
         self._copied.clear()
+        self._copied_bytes = 0
         return True
 
     @property
@@ -85,10 +95,15 @@ class Migration:
         return self.ring.undone == 0
 
     def delete(self) -> None:
-        """Delete the old ring's file, unless its name is another file's by now. Raises OSError."""
+        """Delete the old ring's file, unless its name is another file's by now. Raises OSError.
+
+        Its space is free at once, whichever processes still have it open.
+        """
         self.next_deletion = time.monotonic() + RETRY_SECONDS
         if has_name(self.old.fd, self.old.path):
             Path(self.old.path).unlink(missing_ok=True)
+        if os.fstat(self.old.fd).st_nlink == 0:  # not before: what is cut short and has a name is damaged
+            os.truncate(self.old.fd, 0)
 
 
 def end_migrating(ring: PacketRing, counters: Counters) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist._core import PacketRing
+from fastdist._core import PacketRing, RingError
+from fastdist.errors import StartError
 from fastdist.shm.block import HeadWord, WorkerWord
 from fastdist.storage.dead_letter_writer import PendingDeadLetter
 from fastdist.storage.directory import OldRing, ring_path
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from fastdist._core import Counters
     from fastdist.ipc import Assignment
     from fastdist.settings import Config
     from fastdist.shm.block import SharedBlock
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT = 0.5  # seconds, before the event loop runs
 HEARTBEATS_TILL_LOGGED = 20
+OWN = "the worker's own"  # what the log calls its ring
 
 log = logs.get()
 
@@ -46,12 +51,18 @@ class Queue:
     ) -> None:
         durability = config.queue.durability
         self.fd = assignment.ring
-        self.ring = PacketRing(self.fd, volatile=durability == "memory", claims_wait_for_sync=durability == "fsync")
+        try:
+            self.ring = PacketRing(self.fd, volatile=durability == "memory", claims_wait_for_sync=durability == "fsync")
+            self.migrations = [Migration(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
+        except RingError as error:
+            raise StartError(f"a queue file cannot be read: {error}") from error
+        rings = (self.ring, *(migration.ring for migration in self.migrations))
+        if any(ring.broken for ring in rings) and not assignment.irreplaceable:
+            raise StartError("a queue file cannot be read in part")
         self.ring.clock_offset = block.head[HeadWord.CLOCK_OFFSET_NS]
-        self.migrations = [Migration(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
         path = None if durability == "memory" else ring_path(config.queue.path, assignment.index)
         self.names = RingNames(self.ring, self.fd, path)
-        self._unwritable = False
+        self._unwritable = OSError(errno.EIO, os.strerror(errno.EIO)) if self.ring.broken else None
         self._next_try = 0.0  # at writing, time.monotonic()
         self.syncer = None
         if path is not None:
@@ -61,45 +72,81 @@ class Queue:
                 synced,
                 not_synced,
                 path=path if durability == "fsync" else None,
-                failing=not self._make_safe(block.worker(assignment.index)),
+                error=self._make_safe(block.worker(assignment.index)),
             )
 
-    def _make_safe(self, words: memoryview) -> bool:
-        """Sync what was found in files, each whatever happens to the others; return whether all of it is safe."""
+    def _make_safe(self, words: memoryview) -> OSError | None:
+        """Sync what was found in files, each whatever happens to the others; return why not all of it is safe."""
         rings = [(self.ring, self.fd), *((each.ring, each.old.fd) for each in self.migrations)]
         with _heartbeats(words):
-            return all([make_safe(ring, fd) for ring, fd in rings])  # noqa: C419
+            errors = [make_safe(ring, fd) for ring, fd in rings]
+        for migration, error in zip(self.migrations, errors[1:], strict=True):
+            if error is None:  # else the header on the disk may count what is not needed any more
+                migration.ring.free_unused()
+        return next((error for error in errors if error is not None), None)
 
     @property
     def undone(self) -> int:
         """Packets in the worker's own ring and in those that are migrated."""
         return self.ring.undone + sum(migration.undone for migration in self.migrations)
 
+    def watch_damage(self, damaged: Callable[[str, int, str, int], None]) -> None:
+        """Have ``damaged(ring, offset, what, packets lost)`` called when damage is found while the rings are in use."""
+        self.ring.on_damage = partial(damaged, OWN)
+        for migration in self.migrations:
+            migration.ring.on_damage = partial(damaged, migration.old.path)
+
+    @property
+    def old_bytes(self) -> int:
+        """Bytes of records that old rings still hold."""
+        return sum(migration.undone_bytes for migration in self.migrations)
+
+    @property
+    def oldest_ns(self) -> int:
+        """When the oldest packet was accepted (see ``PacketRing.oldest_ns``), 0 without any."""
+        stamps = (self.ring.oldest_ns, *(migration.ring.oldest_ns for migration in self.migrations))
+        return min(filter(None, stamps), default=0)
+
+    def reserve(self, rows: Sequence[Counters], index: int) -> None:
+        """Keep room for what old rings hold, of all workers, whose counters are ``rows``."""
+        largest = max((migration.ring.largest_record for migration in self.migrations), default=0)
+        self.ring.reserve(share_of_old(rows, index), largest)
+
     @property
     def is_ready(self) -> bool:
         """Whether the worker's own ring takes writes and syncs, and will be found by the next start."""
-        return not (self.names.misplaced or self._unwritable or (self.syncer is not None and self.syncer.failing))
+        return not (self.names.misplaced or self._error)
 
     @property
-    def is_broken(self) -> bool:
-        """Whether nothing may be accepted: for the same reasons, or because an old ring is not where it should be."""
-        return not self.is_ready or self.names.misplaced_old
+    def _error(self) -> OSError | None:
+        """Why the worker's ring takes no writes or syncs."""
+        return self._unwritable or (self.syncer.error if self.syncer is not None else None)
+
+    @property
+    def fault(self) -> int:
+        """Why nothing may be accepted, an errno; 0 if it may. ENOENT: this ring or an old one is not under its name."""
+        if self._error is not None:
+            return self._error.errno or errno.EIO
+        return errno.ENOENT if self.names.misplaced or self.names.misplaced_old else 0
 
     def not_written(self, error: OSError) -> None:
         """Accept nothing until writing works again, which is tried once a second."""
-        if not self._unwritable:
-            log.error("cannot write to the queue; packets are rejected", error=error.strerror)
-        self._unwritable = True
+        if self._unwritable is None:
+            log.error("cannot write to the queue; packets are rejected", error=str(error))
+        self._unwritable = error
         self._next_try = time.monotonic() + RETRY_SECONDS
 
     def look(self) -> None:
         """Look whether files are under their names, and a ring that could not be written to can be. Raises OSError."""
         self.names.look(self.migrations)
-        if self._unwritable and time.monotonic() >= self._next_try:
+        if self._unwritable is not None and time.monotonic() >= self._next_try:
             self._next_try = time.monotonic() + RETRY_SECONDS
-            with contextlib.suppress(OSError):
+            try:
                 self.ring.try_to_write()
-                self._unwritable = False
+            except OSError as error:
+                self._unwritable = error
+            else:
+                self._unwritable = None
                 log.info("the queue can be written to again")
 
     def sync(self) -> None:
@@ -128,14 +175,20 @@ class Queue:
             raise failure
 
     def _migrate(self, migration: Migration, limit: int, dead_letter_writer: DeadLetterWriter) -> None:
-        moved, oversized = migration.step(self.ring, dead_letter_writer.counters, limit)
+        tail = self.ring.tail_position
+        try:
+            _, oversized = migration.step(self.ring, dead_letter_writer.counters, limit)
+        except OSError as error:
+            self.not_written(error)
+            raise
+        finally:
+            if self.ring.tail_position != tail and self.syncer is not None:
+                self.syncer.want()
         if oversized:
             why = "larger than the queue takes now"
             dead_letter_writer.add(
                 *(PendingDeadLetter(migration.ring, each, "oversized", None, None, why) for each in oversized)
             )
-        if moved and self.syncer is not None:
-            self.syncer.want()
 
     def close(self) -> None:
         """Sync once more, and mark migrated packets done whose copies are safe."""
@@ -143,6 +196,20 @@ class Queue:
             self.syncer.close()
         for migration in () if self.names.misplaced else self.migrations:
             migration.settle(self.ring)
+
+
+def share_of_old(rows: Sequence[Counters], index: int) -> int:
+    """Return how many bytes of its ring a worker has to keep free, so that all packets stay below the capacity.
+
+    That is what old rings hold that it migrates, and a part of what is too much for the workers that migrate it.
+    """
+    old = [row.get("old_bytes") for row in rows]
+    if not any(old):
+        return 0
+    room = [row.get("queue_capacity") - row.get("queue_bytes") for row in rows]  # which is less what old rings hold
+    spare = [max(0, each) for each in room]
+    too_much = -sum(min(0, each) for each in room)
+    return old[index] + (too_much * spare[index] // sum(spare) if any(spare) else 0)
 
 
 class RingNames:

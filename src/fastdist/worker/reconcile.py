@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 log = logs.get()
 
 
-def reconcile(ring: PacketRing, migrations: Sequence[Migration], counters: Counters) -> None:
-    """Make ``counters`` agree with the worker's ring and the old rings it migrates."""
+def reconcile(ring: PacketRing, migrations: Sequence[Migration], counters: Counters, *, renewed: bool = False) -> None:
+    """Make ``counters`` agree with the worker's ring and the old rings it migrates.
+
+    ``renewed``: the ring is in the place of one that could not be read, or not all of it.
+    """
     for each, name in ((ring, "the worker's own"), *((migration.ring, migration.old.path) for migration in migrations)):
         for offset, what in each.damage:
             log.warning("damage in the queue; skipped", ring=name, offset=offset, what=what)
@@ -33,7 +36,8 @@ def reconcile(ring: PacketRing, migrations: Sequence[Migration], counters: Count
         counters.add("corrupt", ring.corrupt + sum(migration.ring.corrupt for migration in migrations))
         return
     _count_pushed(ring, counters)
-    _count_delivered(undone, counters, ring.corrupt)
+    corrupt = ring.corrupt + sum(migration.ring.corrupt for migration in migrations)
+    _count_delivered(undone, counters, corrupt + renewed)
 
 
 def _count_pushed(ring: PacketRing, counters: Counters) -> None:
@@ -54,11 +58,12 @@ def _count_delivered(undone: int, counters: Counters, corrupt: int) -> None:
             counters.set_of(slot, gauge, 0)
     gone = counters.get("accepted") + counters.get("recovered") - undone
     gone -= sum(counters.get(reason) for reason in DEAD_LETTERS)
+    gone -= counters.get("lost")
     uncounted = gone - sum(counters.get_of(slot, "delivered") for slot in slots)
-    if corrupt:  # what is neither here nor known to be delivered was damaged
-        counters.add("corrupt", max(corrupt, uncounted))
+    counters.add("corrupt", max(corrupt, uncounted) if corrupt else 0)
+    if uncounted < 0:  # copied from an old ring, and not marked done there: they will be copied once more
         counters.add("recovered", -uncounted)
-    elif uncounted > 0:  # all of one request, the one that was being settled
+    elif corrupt:  # what is neither here nor known to be delivered was damaged
+        counters.add("lost", uncounted)
+    else:  # all of one request, the one that was being settled
         counters.add_to(max(0, counters.get("settling") - 1), "delivered", uncounted)
-    else:  # copied from an old ring, and not marked done there: they will be copied once more
-        counters.add("recovered", -uncounted)
