@@ -671,7 +671,7 @@ cdef class PacketRing:
         cdef Late *shrunk
         while self.first_late < self.late_count and self.late[self.first_late].position < self.cursor:
             self.first_late += 1
-        if self.first_late <= self.late_count // 2 and self.late_count:
+        if self.late == NULL or (self.first_late <= self.late_count // 2 and self.late_count):
             return
         self.late_count -= self.first_late
         memmove(self.late, self.late + self.first_late, self.late_count * sizeof(Late))

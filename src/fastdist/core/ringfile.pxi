@@ -540,7 +540,8 @@ cdef class RingFile:
         cdef Saved saved
         cdef int[2] failed
         cdef int copy
-        cdef int64_t offset = <int64_t>(<char *>&(<Header *>NULL).saved - <char *>NULL)
+        cdef Header header
+        cdef int64_t offset = <char *>&header.saved - <char *>&header
         saved.positions = positions[0]
         saved.check = crc32c(self.seed, positions, sizeof(Positions))
         failed[0] = failed[1] = 0
