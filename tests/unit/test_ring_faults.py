@@ -425,6 +425,7 @@ def stored(path):
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("private", [False, True])
 def test_unreadable_pages_cost_what_is_there(shim, path, stored, private):
     pages = [HEADER_SIZE, HEADER_SIZE + PAGE, HEADER_SIZE + CAPACITY - 2 * PAGE]
@@ -441,6 +442,7 @@ def test_unreadable_pages_cost_what_is_there(shim, path, stored, private):
         assert path.read_bytes() == image
 
 
+@pytest.mark.processes
 def test_unreadable_marks_repeat_at_most(shim, path, stored):
     unreadable, damage, names = read_with_faults(shim, path, [MARKS])
     assert unreadable == [(MARKS, PAGE, errno.EIO)]
@@ -448,6 +450,7 @@ def test_unreadable_marks_repeat_at_most(shim, path, stored):
     assert names == [place.packet.sequence for place in stored.places]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("copy", COPIES)
 def test_unreadable_copy_costs_nothing(shim, path, stored, copy):
     unreadable, damage, names = read_with_faults(shim, path, [copy])
@@ -456,6 +459,7 @@ def test_unreadable_copy_costs_nothing(shim, path, stored, copy):
     assert names == [packet.sequence for packet in stored.packets()]
 
 
+@pytest.mark.processes
 def test_unreadable_ring_takes_nothing(shim, path, stored):
     """What was written there could not be read again."""
     assert stored.places

@@ -144,6 +144,7 @@ def test_lost_marks_end_no_process(tmp_path):
     assert [packet.body for packet in drain(PacketRing(disk.fd))] == [b"copied"] * 2
 
 
+@pytest.mark.processes
 def test_old_packets_take_bounded_memory():
     """Those of another ring, older than what came meanwhile, of which there is always one that waits."""
     script = """
