@@ -25,6 +25,13 @@ MARKS = HEADER_SIZE + CAPACITY
 MARK = 8  # bytes: state, attempts, checksum
 
 
+def memfd(capacity: int = CAPACITY) -> int:
+    """Return a file in memory, open, with room for a ring."""
+    fd = os.memfd_create("ring")
+    os.ftruncate(fd, file_size(capacity))
+    return fd
+
+
 def drain(ring):
     packets = []
     while handle := ring.claim():

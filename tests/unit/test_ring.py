@@ -13,6 +13,7 @@ import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from ring_disk import memfd
 from support import files_end_at
 
 from fastdist._core import FLAG_WAITED, HEADER_SIZE, Packet, PacketRing, file_size, round_capacity
@@ -21,12 +22,6 @@ CAPACITY = 65536  # the smallest there is
 RECORD = 80  # bytes of a record besides key and body
 SMALLEST = 128  # bytes a record takes at least
 DAY_NS = 86_400 * 10**9
-
-
-def memfd(capacity=CAPACITY):
-    fd = os.memfd_create("ring")
-    os.ftruncate(fd, file_size(capacity))
-    return fd
 
 
 @pytest.fixture

@@ -6,16 +6,10 @@ import os
 import random
 
 import pytest
-from ring_disk import CAPACITY, COPIES, FIXED, HEADER, POSITIONS, RECORD, SMALLEST, drain
+from ring_disk import CAPACITY, COPIES, FIXED, HEADER, POSITIONS, RECORD, SMALLEST, drain, memfd
 
 from fastdist._core import HEADER_SIZE, PacketRing, file_size
 from fastdist.storage.format1 import checksum
-
-
-def memfd():
-    made = os.memfd_create("ring")
-    os.ftruncate(made, file_size(CAPACITY))
-    return made
 
 
 @pytest.fixture
