@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -30,6 +29,7 @@ from fastdist.http.admin import RefusedError, authorize, parse_override
 from fastdist.http.models import FieldError, Model, Problem, Ready
 from fastdist.http.static import FOLDER, pages
 from fastdist.ipc import Action
+from fastdist.statuses import reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -44,9 +44,6 @@ REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # tha
 LOG_INTERVAL = 60.0  # between tracebacks of one kind
 
 log = logs.get()
-
-# As RFC 9110 has them; Python called them otherwise before 3.13.
-_REASONS = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 class Request(Struct, frozen=True):
@@ -73,11 +70,6 @@ class Response(Struct, frozen=True):
 
 
 Handler = Callable[[Request], Response | Action]
-
-
-def reason(status: int) -> str:
-    """Return the reason phrase of a status."""
-    return _REASONS.get(status) or HTTPStatus(status).phrase
 
 
 def retry_after(seconds: float = 1) -> bytes:

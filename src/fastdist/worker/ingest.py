@@ -18,8 +18,9 @@ from msgspec import UNSET
 from fastdist._core import Answer, IngestBase, Intake
 from fastdist.errors import PacketError
 from fastdist.http.admin import has_token
-from fastdist.http.api import Response, cors_headers, json_response, problem, reason, retry_after
+from fastdist.http.api import Response, cors_headers, json_response, problem, retry_after
 from fastdist.http.models import Accepted, Delivered
+from fastdist.statuses import reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -27,12 +27,13 @@ import uvloop
 from fastdist import __version__, ipc, logs, packet
 from fastdist._core import Intake, Poller
 from fastdist.errors import StartError
-from fastdist.http.api import Api, problem, reason, retry_after
+from fastdist.http.api import Api, problem, retry_after
 from fastdist.ipc import Assignment, Message
 from fastdist.net import tls
 from fastdist.shm.block import SharedBlock, Step, WorkerWord
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
+from fastdist.statuses import reason
 from fastdist.storage.dead_letters import DeadLetters
 from fastdist.worker.admin import AdminRequests
 from fastdist.worker.dispatch import Dispatcher, max_in_flight

@@ -1,0 +1,246 @@
+"""What protocols are made of: requests, batches of packets, replies, and reasons why there are no packets.
+
+The rules:
+
+1. A batch is stored whole or not at all. Its reply is sent when all of its packets are as safe as the queue has to
+   have them; until then nothing is said.
+2. Every packet is one that strict validation accepts, and no larger than ``Limits.max_packet``.
+3. Nothing here waits, and no step of a conversion is long: see ``SLICE_NS``.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from enum import StrEnum
+from typing import ClassVar
+
+from msgspec import Struct
+
+SLICE_NS = 1_000_000  # of work, after which a conversion yields
+JSON = b"Content-Type: application/json\r\n"
+TEXT = b"Content-Type: text/plain; charset=utf-8\r\n"
+
+
+class Request(Struct, frozen=True):
+    """A request: ``target`` as it came, ``headers`` by lower-case name (repeated ones joined), ``body`` as it was sent.
+
+    ``client`` is its address, ``received_ns`` the time of receipt (wall clock).
+    """
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes = b""
+    client: str = ""
+    received_ns: int = 0
+
+    @property
+    def path(self) -> str:
+        """The target without its query."""
+        return self.target.partition("?")[0]
+
+    @property
+    def query(self) -> str:
+        """The target's query."""
+        return self.target.partition("?")[2]
+
+    @property
+    def media_type(self) -> str:
+        """The content type in lower case, without parameters; empty if not given."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+class Limits(Struct, frozen=True):
+    """Bytes: of a body, as it is sent and decoded, and of a packet."""
+
+    max_body: int
+    max_packet: int
+
+
+class Packet(Struct, frozen=True):
+    """A packet as the ring takes it: its JSON, its number of messages, ``hash_text`` of its emitterId."""
+
+    body: bytes
+    messages: int
+    emitter_hash: int
+
+
+class Reply(Struct, frozen=True):
+    """A response: ``headers`` are lines that each end in CR LF, Content-Type among them if there is a body."""
+
+    status: int
+    body: bytes = b""
+    headers: bytes = b""
+
+
+class Batch(Struct, frozen=True):
+    """What a request has become: packets (none is a success too), their records, the reply once they are stored.
+
+    ``refused`` counts records that were left out, as the reply says.
+    """
+
+    packets: Sequence[Packet]
+    records: int
+    reply: Reply
+    refused: int = 0
+
+
+class Reason(StrEnum):
+    """Why a request is not accepted; most are named as the counter they belong to."""
+
+    MALFORMED = "malformed"
+    INVALID = "invalid"
+    UNAUTHORIZED = "unauthorized"
+    NOT_FOUND = "not_found"
+    METHOD = "method"
+    TIMEOUT = "timeout"
+    TOO_LARGE = "too_large"
+    UNSUPPORTED = "unsupported_media_type"
+    EXPECTATION = "expectation"
+    RATE_LIMITED = "rate_limited"
+    QUEUE_FULL = "queue_full"
+    DRAINING = "draining"
+    STORAGE = "storage"
+    DEAD_LETTER = "dead_letter"
+    FAULT = "fault"
+
+
+STATUSES: Mapping[Reason, int] = {
+    Reason.MALFORMED: 400,
+    Reason.INVALID: 400,
+    Reason.UNAUTHORIZED: 401,
+    Reason.NOT_FOUND: 404,
+    Reason.METHOD: 405,
+    Reason.TIMEOUT: 408,
+    Reason.TOO_LARGE: 413,
+    Reason.UNSUPPORTED: 415,
+    Reason.EXPECTATION: 417,
+    # Not 429, which many clients take for final. All that retry at all retry 503.
+    Reason.RATE_LIMITED: 503,
+    Reason.QUEUE_FULL: 503,
+    Reason.DRAINING: 503,
+    Reason.STORAGE: 503,
+    Reason.DEAD_LETTER: 502,
+    Reason.FAULT: 500,
+}
+BUSY = frozenset((Reason.RATE_LIMITED, Reason.QUEUE_FULL, Reason.DRAINING, Reason.STORAGE))  # try again
+
+
+class Refused(Exception):  # noqa: N818  (a fact of the protocol, not a fault of the program)
+    """A request that is not accepted, and that leaves nothing behind.
+
+    ``detail`` is for a person. ``record`` is the number of the record at fault, from 0. ``retry_after``: seconds after
+    which another try makes sense (of BUSY). ``headers`` are lines for the response (Allow, Accept-Encoding).
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        detail: str,
+        *,
+        record: int | None = None,
+        retry_after: float = 1,
+        headers: bytes = b"",
+    ) -> None:
+        super().__init__(detail)
+        self.reason, self.detail, self.record = reason, detail, record
+        self.retry_after, self.headers = retry_after, headers
+
+
+Work = Generator[None, None, Batch]
+Take = Callable[[Request, Limits], Work]
+Answer = Callable[[Request, str], Reply]  # the text: why nothing can be stored now; empty if it can
+
+
+class Route(Struct, frozen=True):
+    """A path, with ``{name}`` for one segment: what takes records there by method, and what else replies.
+
+    ``for_json``: only where Accept names JSON.
+    """
+
+    path: str
+    take: Mapping[str, Take] = {}
+    reply: Mapping[str, Answer] = {}
+    for_json: bool = False
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods it takes: GET brings HEAD, and every path has OPTIONS."""
+        methods = [name for method in (*self.take, *self.reply) for name in _WITH.get(method, (method,))]
+        return list(dict.fromkeys([*methods, "OPTIONS"]))
+
+
+_WITH = {"GET": ("GET", "HEAD")}
+
+
+class Protocol(ABC):
+    """One protocol: see the package."""
+
+    name: ClassVar[str]
+    routes: Sequence[Route]
+    schemes: ClassVar[Sequence[str]] = ()  # of Authorization, lower case, besides Bearer and Basic
+
+    def tokens(self, headers: Mapping[str, str]) -> list[str]:
+        """Return what may be the token in a request's Authorization; empty if it has none that is understood.
+
+        It is compared by the caller. ``Basic`` has it as the password, of any user.
+        """
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        scheme, given = scheme.lower(), given.strip()
+        if scheme == "basic":
+            return [_decoded(given).partition(":")[2]]
+        return [given] if scheme in ("bearer", *self.schemes) else []
+
+    @abstractmethod
+    def refuse(self, request: Request, refused: Refused) -> Reply:
+        """Return the response to a request that is not accepted. Its body need not have been read."""
+
+
+def finish(work: Work) -> Batch:
+    """Run a conversion to its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            batch: Batch = end.value
+            return batch
+
+
+class Slices:
+    """Tells a conversion when to yield."""
+
+    def __init__(self) -> None:
+        self._until = time.monotonic_ns() + SLICE_NS
+
+    def over(self) -> bool:
+        """Whether this slice is over; the next one begins then."""
+        now = time.monotonic_ns()
+        if now < self._until:
+            return False
+        self._until = now + SLICE_NS
+        return True
+
+
+def retry_after(refused: Refused, most: int = 1 << 30) -> bytes:
+    """Return the header line that asks for another try, in whole seconds, at least one; empty if not BUSY."""
+    if refused.reason not in BUSY:
+        return b""
+    return b"Retry-After: %d\r\n" % min(max(1, math.ceil(refused.retry_after)), most)
+
+
+def challenge(refused: Refused, scheme: bytes = b"Bearer") -> bytes:
+    """Return the WWW-Authenticate line of a 401; empty for others."""
+    if refused.reason is not Reason.UNAUTHORIZED:
+        return b""
+    return b'WWW-Authenticate: %b realm="fastdist"\r\n' % scheme
+
+
+def _decoded(base64: str) -> str:
+    try:
+        return binascii.a2b_base64(base64).decode()
+    except ValueError:
+        return ""
