@@ -117,6 +117,9 @@ cdef inline bint is_hex(cursor p) noexcept nogil:
     return isxdigit(p[0]) and isxdigit(p[1]) and isxdigit(p[2]) and isxdigit(p[3])
 
 
+cdef bint halves = False  # of surrogate pairs are let pass
+
+
 cdef cursor scan_escapes(cursor p) noexcept nogil:
     """The escapes from p on to whatever else follows; at least one."""
     while p[0] == c'\\':
@@ -124,7 +127,7 @@ cdef cursor scan_escapes(cursor p) noexcept nogil:
             p += 2
         elif p[1] != c'u' or not is_hex(p + 2):
             return no(p, NO_ESCAPE)
-        elif p[2] | 0x20 != c'd' or p[3] < c'8':
+        elif p[2] | 0x20 != c'd' or p[3] < c'8' or halves:
             p += 6
         # Half of a surrogate pair, \uD800 to \uDFFF. The grammar lets one stand alone, but it is no character and many
         # parsers refuse it: here the second half must follow the first.

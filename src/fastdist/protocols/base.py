@@ -55,10 +55,11 @@ class Request(Struct, frozen=True):
 
 
 class Limits(Struct, frozen=True):
-    """Bytes: of a body, as it is sent and decoded, and of a packet."""
+    """Bytes: of a body, as it is sent and decoded; of a packet; of all packets of a request."""
 
     max_body: int
     max_packet: int
+    max_batch: int
 
 
 class Packet(Struct, frozen=True):
@@ -146,9 +147,12 @@ class Refused(Exception):  # noqa: N818  (a fact of the protocol, not a fault of
         retry_after: float = 1,
         headers: bytes = b"",
     ) -> None:
-        super().__init__(detail)
+        super().__init__(reason, detail)  # what it is made of again, in another process
         self.reason, self.detail, self.record = reason, detail, record
         self.retry_after, self.headers = retry_after, headers
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 Work = Generator[None, None, Batch]

@@ -6,10 +6,13 @@ Nothing is searched here, and nothing has to be set up: what clients ask for bef
 from __future__ import annotations
 
 import binascii
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import unquote
 
 import orjson
+from msgspec import Struct
 
+from fastdist._core import json_fault
 from fastdist.errors import printable
 from fastdist.protocols.base import (
     BUSY,
@@ -24,9 +27,11 @@ from fastdist.protocols.base import (
     challenge,
     retry_after,
 )
+from fastdist.protocols.encodings import decode
+from fastdist.protocols.records import MAX_DEPTH, Common, Packets, decode_value, encode, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Iterator, Mapping
 
     from fastdist.protocols.base import Answer, Limits, Work
 
@@ -39,6 +44,13 @@ TYPES = {
     Reason.DEAD_LETTER: "exception",
     Reason.TIMEOUT: "timeout_exception",
 }
+ACTIONS = ("index", "create", "update", "delete")
+# What follows an item's id: status last, as Elasticsearch has it.
+_SHARDS = b'"_shards":{"total":1,"successful":1,"failed":0}'
+_REST = b',"_version":1,"result":"%b",' + _SHARDS + b',"_seq_no":0,"_primary_term":1,"status":%d}'
+CREATED, UPDATED = _REST % (b"created", 201), _REST % (b"updated", 200)
+MAX_SEEN = 64  # action lines that are remembered
+PIECE = 65536  # bytes that are cut into lines at once
 SETUP = (
     "/_ilm/policy/{name}",
     "/_index_template/{name}",
@@ -56,12 +68,14 @@ class Elasticsearch(Protocol):
     schemes: ClassVar[tuple[str, ...]] = ("apikey",)
 
     def __init__(self) -> None:
-        bulk, exists, done = {"POST": _take, "PUT": _take}, _constant({}), _constant({"acknowledged": True})
+        bulk, exists, done = {"POST": _take_bulk, "PUT": _take_bulk}, _constant({}), _constant({"acknowledged": True})
+        document = {"PUT": _take_document, "POST": _take_document}
         self.routes = [
             Route("/_bulk", bulk),
             Route("/{index}/_bulk", bulk),
-            Route("/{index}/_doc", {"POST": _take}),
-            Route("/{index}/_create/{id}", {"PUT": _take, "POST": _take}),
+            Route("/{index}/_doc", {"POST": _take_document}),
+            Route("/{index}/_doc/{id}", document),
+            Route("/{index}/_create/{id}", document),
             Route("/", reply={"GET": _constant(ROOT)}, for_json=True),
             Route("/_license", reply={"GET": _constant(LICENSE)}),
             Route("/_cluster/health", reply={"GET": _constant(HEALTH)}),
@@ -137,6 +151,158 @@ def _constant(document: object) -> Answer:
     return lambda _request, _obstacle: reply
 
 
-def _take(_request: Request, _limits: Limits) -> Work:
-    yield
-    raise Refused(Reason.UNSUPPORTED, "not implemented")
+def _content(request: Request, limits: Limits) -> Generator[None, None, bytes]:
+    kind = request.media_type
+    if kind and "json" not in kind:
+        raise Refused(
+            Reason.UNSUPPORTED, f"Content-Type {kind} is not taken; use application/json or application/x-ndjson"
+        )
+    return (yield from decode(request, limits.max_body))
+
+
+# ---------------------------------------------------------------------------------------------------------------- bulk
+
+
+class Action(Struct, frozen=True):
+    """An action: its name, index and id (None if it has none), and the beginning of an item of the response."""
+
+    name: str
+    index: str
+    id: str | None
+    item: bytes
+
+
+def _take_bulk(request: Request, limits: Limits) -> Work:
+    body = yield from _content(request, limits)
+    path = request.path.split("/")
+    bulk = _Bulk(request, limits, unquote(path[1]) if len(path) > 2 else "")  # noqa: PLR2004
+    for batch in _lines(body):
+        for line in batch:
+            bulk.line(line)
+        if bulk.packets.slices.over():
+            yield
+    return (yield from bulk.packets.finish(bulk.reply(), bulk.refused))
+
+
+def _lines(body: bytes) -> Iterator[list[bytes]]:
+    """Yield lines, some at a time. What is behind the last line end is a line too."""
+    at = 0
+    while at < len(body):
+        end = body.find(b"\n", min(at + PIECE, len(body) - 1))
+        end = len(body) if end < 0 else end + 1
+        yield body[at:end].removesuffix(b"\n").split(b"\n")
+        at = end
+
+
+class _Bulk:
+    """A bulk request that is read line by line, and its response as it grows."""
+
+    def __init__(self, request: Request, limits: Limits, index: str) -> None:
+        self.packets = Packets(limits, {"protocol": "elasticsearch"})
+        self.refused = 0
+        self._index, self._request = index, request
+        self._common = Common(request.received_ns, "")
+        self._action: Action | None = None  # whose source comes next
+        self._items: list[bytes] = []
+        self._seen: dict[bytes, Action] = {}  # action lines without an id: most requests repeat one
+
+    def line(self, line: bytes) -> None:
+        """Take the next line."""
+        if self._action is None:
+            if line in (b"", b"\r"):
+                return
+            self._action = self._seen.get(line) or self._read(line)
+            if self._action.name == "delete":
+                self._refuse(self._action, "illegal_argument_exception", "records are forwarded: none can be deleted")
+                self._action = None
+            return
+        action, self._action = self._action, None
+        try:
+            source = _object(line)
+            if action.name == "update":
+                source = next(inner for name in ("doc", "upsert") if type(inner := source.get(name)) is dict)
+        except (ValueError, StopIteration):
+            detail = (
+                "an update has neither doc nor upsert" if action.name == "update" else "the source is no JSON object"
+            )
+            self._refuse(action, "document_parsing_exception", detail)
+            return
+        self._items.append(self._stored(action, self._identify(action)))
+        self.packets.add(*_message(source, action.index, action.id, self._common))
+
+    def _read(self, line: bytes) -> Action:
+        """Read an action line: an object with an action, beside which and in which there may be anything."""
+        number = len(self._items)
+        try:
+            action = _object(line)
+            name, about = next((name, about) for name, about in action.items() if name in ACTIONS)
+            given, index = about.get("_id"), about.get("_index")
+        except (ValueError, StopIteration, AttributeError):
+            detail = f"Malformed action/metadata line [{number + 1}], expected one of {', '.join(ACTIONS)}"
+            raise Refused(Reason.MALFORMED, detail, record=number) from None
+        index = text_of(index) if index is not None else self._index
+        item = b'{"%b":{"_index":%b,"_id":' % (name.encode(), encode(index))
+        read = Action(name, index, None if given is None else text_of(given), item)
+        if given is None and len(self._seen) < MAX_SEEN:
+            self._seen[line] = read
+        return read
+
+    def _identify(self, action: Action) -> bytes:
+        """Return the id of a record, as JSON: a given one, or one that is made up."""
+        return b'"%x-%x"' % (self._request.received_ns, len(self._items)) if action.id is None else encode(action.id)
+
+    def _stored(self, action: Action, identity: bytes) -> bytes:
+        return action.item + identity + (UPDATED if action.name == "update" else CREATED) + b"}"
+
+    def _refuse(self, action: Action, kind: str, detail: str) -> None:
+        error = encode({"status": 400, "error": {"type": kind, "reason": detail}})
+        self._items.append(action.item + self._identify(action) + b"," + error[1:] + b"}")
+        self.refused += 1
+
+    def reply(self) -> Reply:
+        """Return the response. Raises Refused if the request ends too early."""
+        if self._action is not None:
+            detail = f"action line [{len(self._items) + 1}] has no source behind it"
+            raise Refused(Reason.MALFORMED, detail, record=len(self._items))
+        if not self._items:
+            raise Refused(Reason.MALFORMED, "Validation Failed: 1: no requests added;")
+        errors = b"true" if self.refused else b"false"
+        body = b'{"took":0,"errors":%b,"items":[%b]}' % (errors, b",".join(self._items))
+        return Reply(200, body, JSON + PRODUCT)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """Return the object that a line is; ValueError if it is none."""
+    if json_fault(line, MAX_DEPTH) is not None:
+        raise ValueError
+    value = decode_value(line)
+    if type(value) is not dict:
+        raise ValueError
+    return value
+
+
+def _message(source: dict[str, Any], index: str, identity: str | None, common: Common) -> tuple[str, dict[str, Any]]:
+    """Return the emitter and the message of a document; the former is the index if it does not say."""
+    emitter, message = common.message(source)
+    metadata = message.setdefault("metadata", source)
+    for name, value in (("_index", index), ("_id", identity)):
+        if value:
+            metadata[name] = value
+    return emitter or index or "elasticsearch", message
+
+
+# ------------------------------------------------------------------------------------------------------- one document
+
+
+def _take_document(request: Request, limits: Limits) -> Work:
+    body = yield from _content(request, limits)
+    index, _, *given = (unquote(part) for part in request.path.split("/")[1:])
+    try:
+        source = _object(body)
+    except ValueError:
+        raise Refused(Reason.MALFORMED, "the document is no JSON object", record=0) from None
+    packets = Packets(limits, {"protocol": "elasticsearch"})
+    packets.add(*_message(source, index, given[0] if given else None, Common(request.received_ns, "")))
+    identity = encode(given[0]) if given else b'"%x-0"' % request.received_ns
+    reply = Reply(201, b'{"_index":%b,"_id":%b%b' % (encode(index), identity, CREATED), JSON + PRODUCT)
+    return (yield from packets.finish(reply))

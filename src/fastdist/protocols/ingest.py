@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import unquote
 
 import orjson
 
 from fastdist.errors import printable
+from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import (
     JSON,
     STATUSES,
@@ -19,12 +21,24 @@ from fastdist.protocols.base import (
     challenge,
     retry_after,
 )
+from fastdist.protocols.encodings import decode
+from fastdist.protocols.records import Common, Packets, json_values, lines, text_of
 from fastdist.statuses import reason
 
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work
 
 PROBLEM = b"Content-Type: application/problem+json\r\n"
+JSON_TYPES = (
+    "",
+    "application/json",
+    "application/x-ndjson",
+    "application/ndjson",
+    "application/jsonl",
+    "application/jsonlines",
+    "application/x-jsonlines",
+    "application/json-lines",
+)
 
 
 class Json(Protocol):
@@ -51,6 +65,29 @@ def _ready(_request: Request, _obstacle: str) -> Reply:
     return Reply(200, b'{"status":"ok"}', JSON)
 
 
-def _take(_request: Request, _limits: Limits) -> Work:
-    yield
-    raise Refused(Reason.UNSUPPORTED, "not implemented")
+def _take(request: Request, limits: Limits) -> Work:
+    kind = request.media_type
+    as_text = kind.startswith("text/") or kind == "application/x-www-form-urlencoded"  # libcurl's default
+    if kind not in JSON_TYPES and not as_text:
+        detail = f"Content-Type {kind} is not taken; use application/json, application/x-ndjson or text/plain"
+        raise Refused(
+            Reason.UNSUPPORTED, detail, headers=b"Accept: application/json, application/x-ndjson, text/plain\r\n"
+        )
+    body = yield from decode(request, limits.max_body)
+    header = request.headers.get("x-emitter-id", "")
+    metadata = {"protocol": "json", **({"emitterId": header} if len(header) > MAX_EMITTER_ID else {})}
+    packets = Packets(limits, metadata)
+    source = unquote(request.path.removeprefix("/ingest").removeprefix("/"))
+    common = Common(request.received_ns, header or request.client or "unknown", source, fixed_emitter=bool(header))
+    for batch in lines(body) if as_text else json_values(body):
+        for value in batch:
+            if type(value) is dict:
+                packets.add(*common.message(value))
+            elif as_text:
+                packets.add(common.emitter, common.line(*value))
+            else:
+                packets.add(common.emitter, common.line(text_of(value)))
+        if packets.slices.over():
+            yield
+    reply = Reply(200, b'{"status":"accepted","records":%d}' % packets.number, JSON)
+    return (yield from packets.finish(reply))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from msgspec import DecodeError, Raw, Struct
+from msgspec.json import Decoder
+
+from fastdist._core import RecordParts, find_field, json_fault, loki_entries
 from fastdist.errors import printable
 from fastdist.protocols.base import (
     STATUSES,
@@ -17,9 +23,41 @@ from fastdist.protocols.base import (
     challenge,
     retry_after,
 )
+from fastdist.protocols.encodings import decode, snappy_block
+from fastdist.protocols.records import (
+    FLUSH,
+    LEVELS_BYTES,
+    MAX_DEPTH,
+    Common,
+    Packets,
+    decode_value,
+    encode,
+    level_of,
+    not_json,
+    text_of,
+    time_of,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from fastdist.protocols.base import Limits, Work
+
+
+LEVEL_LABELS = ("level", "detected_level", "severity")
+EMITTER_LABELS = ("host", "hostname", "instance", "service_name", "app", "job")
+SOURCE_LABELS = ("filename", "logger", "job")
+PROTOBUF_TYPES = ("application/x-protobuf", "application/protobuf")
+
+
+class Stream:
+    """A stream's labels, and what they say of its records: level, emitter, source."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        self.labels = labels
+        self.level = next((level for name in LEVEL_LABELS if (level := level_of(labels.get(name)))), "info")
+        self.emitter = next((labels[name] for name in EMITTER_LABELS if labels.get(name)), "loki")
+        self.source = next((labels[name] for name in SOURCE_LABELS if labels.get(name)), "")
 
 
 class Loki(Protocol):
@@ -36,6 +74,141 @@ class Loki(Protocol):
         return Reply(STATUSES[refused.reason], printable(refused.detail).encode() + b"\n", headers)
 
 
-def _take(_request: Request, _limits: Limits) -> Work:
-    yield
-    raise Refused(Reason.UNSUPPORTED, "not implemented")
+def _take(request: Request, limits: Limits) -> Work:
+    kind, headers = request.media_type, request.headers
+    if kind not in ("", "application/json", *PROTOBUF_TYPES):
+        detail = f"Content-Type {kind} is not taken; use application/json or application/x-protobuf"
+        raise Refused(Reason.UNSUPPORTED, detail)
+    tenant = headers.get("x-scope-orgid")
+    packets = Packets(limits, {"protocol": "loki", **({"tenant": tenant} if tenant else {})})
+    received = Common(request.received_ns, "").received
+    if kind in PROTOBUF_TYPES:
+        yield from _protobuf(request, limits, packets, received)
+    else:
+        yield from _json((yield from decode(request, limits.max_body)), packets, received)
+    return (yield from packets.finish(Reply(204)))
+
+
+# ------------------------------------------------------------------------------------------------------------ protobuf
+
+
+def _protobuf(request: Request, limits: Limits, packets: Packets, received: str) -> Generator[None, None, None]:
+    """Convert a PushRequest, which is a block of snappy whatever Content-Encoding says of that."""
+    body = yield from decode(request, limits.max_body, meaningless="snappy")
+    body = snappy_block(body, limits.max_body)
+    at = 0
+    try:
+        while (field := find_field(body, at, len(body), 1)) is not None:
+            begin, end, at = field
+            labels = find_field(body, begin, end, 1)
+            text = body[labels[0] : labels[1]].decode(errors="replace") if labels is not None else "{}"
+            stream = _stream(text)
+            parts = RecordParts(
+                received.encode(),
+                LEVELS_BYTES,
+                encode(stream.source) if stream.source else b"",
+                encode(stream.labels)[1:-1],
+                stream.level.encode(),
+                {name.encode() for name in stream.labels},
+            )
+            while begin < end:
+                chunk, count, begin = loki_entries(body, begin, end, parts, FLUSH)
+                packets.add_chunk(stream.emitter, chunk, count)
+                if packets.slices.over():
+                    yield
+    except ValueError as error:
+        raise Refused(Reason.MALFORMED, f"the body is not a PushRequest: {error}", record=packets.records) from None
+
+
+_LABEL = re.compile(
+    r"""\s*(?:"((?:[^"\\]|\\.)*)"|([^\s=,{}"`]+))\s*(?:=|!=)\s*(?:"((?:[^"\\]|\\.)*)"|`([^`]*)`)\s*(,|$)""", re.DOTALL
+)
+_ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[0-7]{3}|.)", re.DOTALL)
+_ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+
+
+@lru_cache(maxsize=1024)
+def _stream(text: str) -> Stream:
+    """Return the stream with these labels, as text: ``{name="value", ...}`` with Go's escapes. Raises Refused."""
+    labels: dict[str, str] = {}
+    inner = text.strip()
+    if not (inner.startswith("{") and inner.endswith("}")):
+        raise Refused(Reason.MALFORMED, f"these are no labels: {text[:100]}")
+    inner, at = inner[1:-1].strip(), 0
+    while at < len(inner):
+        match = _LABEL.match(inner, at)
+        if match is None:
+            raise Refused(Reason.MALFORMED, f"these are no labels from character {at} on: {text[:100]}")
+        quoted, name, value, raw, _ = match.groups()
+        labels[_unescaped(quoted) if name is None else name] = raw if value is None else _unescaped(value)
+        at = match.end()
+    return Stream(labels)
+
+
+def _unescaped(text: str) -> str:
+    """Return what a string of Go says: some of its escapes are bytes."""
+    if "\\" not in text:
+        return text
+    return _ESCAPE.sub(_character, text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _character(match: re.Match[str]) -> str:
+    escape = match[1]
+    if escape[0] in "uU" and len(escape) > 1:
+        code = int(escape[1:], 16)
+        return chr(code) if code < 0xD800 or 0xDFFF < code < 0x110000 else "\ufffd"  # noqa: PLR2004  (no surrogates)
+    if len(escape) == 3:  # noqa: PLR2004  (xhh, ooo)
+        byte = int(escape[1:], 16) if escape[0] == "x" else int(escape, 8) & 0xFF
+        return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)  # noqa: PLR2004  (what surrogateescape makes a byte)
+    return _ESCAPES.get(escape, escape)
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+class _JsonStream(Struct):
+    stream: dict[str, Any] = {}
+    values: list[Raw] = []
+
+
+class _Push(Struct):
+    streams: list[_JsonStream] = []
+
+
+_PUSH = Decoder(_Push)
+
+
+def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None, None]:
+    fault = json_fault(body, MAX_DEPTH)
+    if fault is not None:
+        raise not_json(fault)
+    try:
+        push = _PUSH.decode(body)
+    except (DecodeError, ValueError) as error:
+        raise Refused(Reason.MALFORMED, f"the body is not what is pushed to Loki: {error}") from None
+    for streamed in push.streams:
+        stream = Stream({name: text_of(value) for name, value in streamed.stream.items()})
+        for raw in streamed.values:
+            packets.add(stream.emitter, _entry(decode_value(bytes(raw)), stream, received, packets.number))
+            if packets.slices.over():
+                yield
+
+
+def _entry(entry: Any, stream: Stream, received: str, record: int) -> dict[str, Any]:
+    """Return the message of ``[time, line, structured metadata]``."""
+    if type(entry) is not list or len(entry) < 2:  # noqa: PLR2004
+        raise Refused(Reason.MALFORMED, "an entry of values is not [time, line]", record=record)
+    extra = entry[2] if len(entry) > 2 else {}  # noqa: PLR2004
+    if type(extra) is not dict:
+        raise Refused(Reason.MALFORMED, "the structured metadata of an entry is no object", record=record)
+    level = next((level for name in LEVEL_LABELS if (level := level_of(extra.get(name)))), stream.level)
+    time = time_of(entry[0]) if entry[0] not in ("0", 0) else None
+    message = {"timestamp": time or received, "level": level, "message": text_of(entry[1])}
+    if stream.source:
+        message["source"] = stream.source
+    metadata: dict[str, Any] = {
+        (f"{name}_extracted" if name in stream.labels else name): value for name, value in extra.items()
+    }
+    if time is None and entry[0] not in ("0", 0):
+        metadata["time"] = entry[0]
+    return message | {"metadata": metadata | stream.labels}

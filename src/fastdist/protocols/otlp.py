@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import orjson
+from msgspec import DecodeError, Raw, Struct
+from msgspec.json import Decoder
 
+from fastdist._core import RecordParts, date_time, find_field, json_fault, otlp_attributes, otlp_records
 from fastdist.errors import printable
 from fastdist.protocols.base import (
     JSON,
@@ -19,13 +22,31 @@ from fastdist.protocols.base import (
     challenge,
     retry_after,
 )
+from fastdist.protocols.encodings import decode
+from fastdist.protocols.records import (
+    FLUSH,
+    LEVELS_BYTES,
+    MAX_DEPTH,
+    NS,
+    Common,
+    Packets,
+    decode_value,
+    encode,
+    level_of,
+    not_json,
+    text_of,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from fastdist.protocols.base import Limits, Work
 
 PROTOBUF = b"Content-Type: application/x-protobuf\r\n"
 PROTOBUF_TYPES = ("application/x-protobuf", "application/protobuf")
 MAX_RETRY_AFTER = 5  # seconds: SDKs give up at once when it is more than what is left of their 10
+LEVEL_NUMBERS = ("trace", "debug", "info", "warn", "error", "fatal")  # four severity numbers each
+EMITTERS = ("service.name", "host.name")
 # google.rpc.Code by status.
 CODES = {400: 3, 401: 16, 404: 12, 405: 12, 408: 4, 413: 3, 415: 3, 417: 3, 500: 13, 502: 14, 503: 14}
 
@@ -63,6 +84,185 @@ def _not_taken(_request: Request, _limits: Limits) -> Work:
     yield
 
 
-def _take(_request: Request, _limits: Limits) -> Work:
-    yield
-    raise Refused(Reason.UNSUPPORTED, "not implemented")
+def _take(request: Request, limits: Limits) -> Work:
+    kind = request.media_type
+    if kind != "application/json" and kind not in PROTOBUF_TYPES:
+        detail = f"Content-Type {kind or 'is missing and'} is not taken; use application/x-protobuf or application/json"
+        raise Refused(Reason.UNSUPPORTED, detail)
+    body = yield from decode(request, limits.max_body)
+    packets = Packets(limits, {"protocol": "otlp"})
+    received = Common(request.received_ns, "").received
+    if kind == "application/json":
+        yield from _json(body, packets, received)
+        return (yield from packets.finish(Reply(200, b"{}", JSON)))
+    yield from _protobuf(body, packets, received)
+    return (yield from packets.finish(Reply(200, b"", PROTOBUF)))
+
+
+def _emitter(attributes: dict[str, Any]) -> str:
+    return next((text_of(value) for name in EMITTERS if (value := attributes.get(name))), "otlp")
+
+
+def _parts(received: str, resource: bytes, scope: dict[str, Any], scope_attributes: bytes) -> RecordParts:
+    """Return what all records of a scope have in common: its resource and itself in their metadata."""
+    metadata = b'"resource":%b' % resource if resource != b"{}" else b""
+    if scope or scope_attributes != b"{}":
+        members = [encode(scope)[1:-1]] if scope else []
+        members += [b'"attributes":%b' % scope_attributes] if scope_attributes != b"{}" else []
+        metadata += (b"," if metadata else b"") + b'"scope":{%b}' % b",".join(members)
+    name = scope.get("name")
+    return RecordParts(received.encode(), LEVELS_BYTES, encode(name) if name else b"", metadata)
+
+
+# ------------------------------------------------------------------------------------------------------------ protobuf
+
+
+def _protobuf(body: bytes, packets: Packets, received: str) -> Generator[None, None, None]:
+    """Convert an ExportLogsServiceRequest."""
+    at = 0
+    try:
+        while (field := find_field(body, at, len(body), 1)) is not None:  # ResourceLogs
+            begin, end, at = field
+            resource = find_field(body, begin, end, 1)
+            attributes = otlp_attributes(body, resource[0], resource[1], 1) if resource is not None else b"{}"
+            emitter = _emitter(decode_value(attributes))
+            while (field := find_field(body, begin, end, 2)) is not None:  # ScopeLogs
+                yield from _scope(body, field, packets, (emitter, received, attributes))
+                begin = field[2]
+            if packets.slices.over():
+                yield
+    except ValueError as error:
+        raise Refused(Reason.MALFORMED, f"the body is not an ExportLogsServiceRequest: {error}") from None
+
+
+def _scope(
+    body: bytes, field: tuple[int, int, int], packets: Packets, outer: tuple[str, str, bytes]
+) -> Generator[None, None, None]:
+    """Convert a ScopeLogs; ``outer``: the emitter, the time of receipt, the resource's attributes."""
+    begin, end, _ = field
+    emitter, received, resource = outer
+    scope: dict[str, Any] = {}
+    attributes = b"{}"
+    found = find_field(body, begin, end, 1)
+    if found is not None:
+        for number, name in ((1, "name"), (2, "version")):
+            text = find_field(body, found[0], found[1], number)
+            if text is not None and text[0] < text[1]:
+                scope[name] = body[text[0] : text[1]].decode(errors="replace")
+        attributes = otlp_attributes(body, found[0], found[1], 3)
+    parts = _parts(received, resource, scope, attributes)
+    while begin < end:
+        chunk, count, begin = otlp_records(body, begin, end, parts, FLUSH)
+        packets.add_chunk(emitter, chunk, count)
+        if packets.slices.over():
+            yield
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+class _Resource(Struct):
+    attributes: list[dict[str, Any]] | None = None
+
+
+class _Scope(Struct):
+    name: str | None = None
+    version: str | None = None
+    attributes: list[dict[str, Any]] | None = None
+
+
+class _ScopeLogs(Struct, rename="camel"):
+    scope: _Scope | None = None
+    log_records: list[Raw] | None = None
+
+
+class _ResourceLogs(Struct, rename="camel"):
+    resource: _Resource | None = None
+    scope_logs: list[_ScopeLogs] | None = None
+
+
+class _Export(Struct, rename="camel"):
+    resource_logs: list[_ResourceLogs] | None = None
+
+
+_EXPORT = Decoder(_Export)
+
+
+def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None, None]:
+    fault = json_fault(body, MAX_DEPTH)
+    if fault is not None:
+        raise not_json(fault)
+    try:
+        export = _EXPORT.decode(body)
+        for resource_logs in export.resource_logs or ():
+            resource = _attributes(resource_logs.resource.attributes if resource_logs.resource else None)
+            emitter = _emitter(resource)
+            for scope_logs in resource_logs.scope_logs or ():
+                common = _common(resource, scope_logs.scope or _Scope())
+                source = scope_logs.scope.name if scope_logs.scope else None
+                for raw in scope_logs.log_records or ():
+                    record = decode_value(bytes(raw))
+                    packets.add(emitter, _message(record, received, source, common))
+                    if packets.slices.over():
+                        yield
+    except (DecodeError, ValueError, TypeError, AttributeError) as error:
+        detail = f"the body is not an ExportLogsServiceRequest: {error}"
+        raise Refused(Reason.MALFORMED, detail, record=packets.number) from None
+
+
+def _common(resource: dict[str, Any], scope: _Scope) -> dict[str, Any]:
+    about = {"name": scope.name, "version": scope.version, "attributes": _attributes(scope.attributes)}
+    about = {name: value for name, value in about.items() if value}
+    return ({"resource": resource} if resource else {}) | ({"scope": about} if about else {})
+
+
+def _attributes(pairs: list[dict[str, Any]] | None) -> dict[str, Any]:
+    return {str(pair.get("key", "")): _value(pair.get("value")) for pair in pairs or ()}
+
+
+def _value(value: dict[str, Any] | None) -> Any:
+    """Return what an AnyValue says."""
+    for kind, inner in (value or {}).items():
+        if inner is None:
+            continue
+        if kind == "intValue":
+            return int(inner)
+        if kind == "arrayValue":
+            return [_value(item) for item in inner.get("values") or ()]
+        if kind == "kvlistValue":
+            return _attributes(inner.get("values"))
+        if kind in ("stringValue", "boolValue", "doubleValue", "bytesValue"):
+            return inner
+    return None
+
+
+def _nanoseconds(value: Any) -> int:
+    return int(value) if value else 0
+
+
+def _message(record: dict[str, Any], received: str, source: str | None, common: dict[str, Any]) -> dict[str, Any]:
+    time, observed = (_nanoseconds(record.get(name)) for name in ("timeUnixNano", "observedTimeUnixNano"))
+    number, text = record.get("severityNumber") or 0, record.get("severityText") or ""
+    event = record.get("eventName") or ""
+    body = _value(record.get("body"))
+    known = LEVEL_NUMBERS[(number - 1) // 4] if type(number) is int and 1 <= number <= 24 else level_of(text)  # noqa: PLR2004
+    message: dict[str, Any] = {
+        "timestamp": date_time(*divmod(time or observed, NS)) if time or observed else received,
+        "level": known or "info",
+        "message": event if body is None else text_of(body),
+    }
+    if source:
+        message["source"] = source
+    metadata = {
+        "attributes": _attributes(record.get("attributes")),
+        "body": body if type(body) is not str else None,
+        "observedTimeUnixNano": str(observed) if time and observed else None,
+        "severityNumber": number,
+        "severityText": text,
+        "eventName": event,
+        "traceId": record.get("traceId"),
+        "spanId": record.get("spanId"),
+        "flags": record.get("flags"),
+        "droppedAttributesCount": record.get("droppedAttributesCount"),
+    }
+    return message | {"metadata": {name: value for name, value in metadata.items() if value} | common}

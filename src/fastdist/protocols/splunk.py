@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import parse_qsl
 
 import orjson
 
 from fastdist.errors import printable
+from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import (
     BUSY,
     JSON,
@@ -20,14 +22,19 @@ from fastdist.protocols.base import (
     challenge,
     retry_after,
 )
+from fastdist.protocols.encodings import decode
+from fastdist.protocols.records import Common, Packets, json_values, level_of, lines, text_of, time_of
 
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work
 
+EMITTER = "splunk"  # of events without a host
+TEXTS = ("message", "msg", "log")
+LEVEL_NAMES = ("level", "severity")
 SUCCESS = b'{"text":"Success","code":0}'
 NO_TOKEN, NOT_UNDERSTOOD, UNKNOWN_TOKEN, NO_DATA, INVALID_DATA, INTERNAL, BUSY_CODE = 2, 3, 4, 5, 6, 8, 9
 NO_EVENT, BLANK_EVENT, ACK_OFF, HEALTHY, FULL, LARGE = 12, 13, 14, 17, 18, 27
-TEXTS = {
+MEANINGS = {
     NO_TOKEN: "Token is required",
     NOT_UNDERSTOOD: "Invalid authorization",
     UNKNOWN_TOKEN: "Invalid token",
@@ -49,6 +56,7 @@ class EventError(Refused):
 
     def __init__(self, code: int, detail: str, record: int | None = None) -> None:
         super().__init__(Reason.MALFORMED if code == INVALID_DATA else Reason.INVALID, detail, record=record)
+        self.args = (code, detail, record)
         self.code = code
 
 
@@ -75,11 +83,11 @@ class Splunk(Protocol):
         )
         if code == UNKNOWN_TOKEN:
             status = 403
-        document: dict[str, object] = {"text": TEXTS[code], "code": code}
+        document: dict[str, object] = {"text": MEANINGS[code], "code": code}
         if refused.record is not None:
             document["invalid-event-number"] = refused.record
         document["detail"] = printable(refused.detail)
-        headers = refused.headers + retry_after(refused) + challenge(refused, b"Splunk")
+        headers = refused.headers + retry_after(refused) + (challenge(refused, b"Splunk") if status == 401 else b"")  # noqa: PLR2004
         return Reply(status, orjson.dumps(document), JSON + headers)
 
 
@@ -95,7 +103,7 @@ def _code(request: Request, why: Reason) -> int:
 
 
 def _reply(status: int, code: int) -> Reply:
-    return Reply(status, orjson.dumps({"text": TEXTS[code], "code": code}), JSON)
+    return Reply(status, orjson.dumps({"text": MEANINGS[code], "code": code}), JSON)
 
 
 def _options(_request: Request, _obstacle: str) -> Reply:
@@ -110,9 +118,100 @@ def _no_ack(_request: Request, _obstacle: str) -> Reply:
     return _reply(400, ACK_OFF)
 
 
-def _take(_request: Request, _limits: Limits) -> Work:
-    yield
-    raise Refused(Reason.UNSUPPORTED, "not implemented")
+def _packets(request: Request, limits: Limits) -> Packets:
+    channel = request.headers.get("x-splunk-request-channel")
+    return Packets(limits, {"protocol": "splunk", **({"channel": channel} if channel else {})})
 
 
-_take_raw = _take
+def _take(request: Request, limits: Limits) -> Work:
+    """Convert events; those before one that is wrong are stored, as Splunk does."""
+    body = yield from decode(request, limits.max_body)
+    packets = _packets(request, limits)
+    common = Common(request.received_ns, EMITTER)
+    reply = Reply(200, SUCCESS, JSON)
+    try:
+        for batch in json_values(body):
+            for value in batch:
+                packets.add(*_event(value, common, packets.number))
+            if packets.slices.over():
+                yield
+        if not packets.number:
+            raise EventError(NO_DATA, "there is no event in the body")
+    except Refused as refused:
+        error = refused
+        if not isinstance(refused, EventError) and refused.reason is Reason.MALFORMED:
+            error = EventError(INVALID_DATA, refused.detail, refused.record)
+        if not packets.number or error.reason is Reason.TOO_LARGE:
+            raise error from None
+        reply = PROTOCOL.refuse(request, error)
+    return (yield from packets.finish(reply, refused=int(reply.status != 200)))  # noqa: PLR2004
+
+
+def _event(value: Any, common: Common, number: int) -> tuple[str, dict[str, Any]]:
+    """Return the emitter and the message of an event, which is used up: what is left of it becomes metadata."""
+    if type(value) is not dict:
+        raise EventError(INVALID_DATA, "an event is no object", number)
+    event = value.pop("event", None)
+    if event is None:
+        raise EventError(NO_EVENT, "an event has no member called event", number)
+    if event == "":
+        raise EventError(BLANK_EVENT, "the member called event is empty", number)
+    time = time_of(value.get("time"))
+    if time is not None and time == value.get("time"):
+        del value["time"]
+    level = _level(value.get("fields"), event)
+    text = event if type(event) is str else _text(event)
+    message: dict[str, Any] = {"timestamp": time or common.received, "level": level, "message": text}
+    source = next((value[name] for name in ("source", "sourcetype") if _is_text(value.get(name))), None)
+    if source is not None:
+        message["source"] = source
+        if source is value.get("source"):
+            del value["source"]
+    emitter: str = value["host"] if _is_text(value.get("host")) else common.emitter
+    if emitter is value.get("host") and len(emitter) <= MAX_EMITTER_ID:
+        del value["host"]
+    if type(event) is not str and event not in ({}, []):
+        value["event"] = event
+    if value:
+        message["metadata"] = value
+    return emitter, message
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and value != ""
+
+
+def _text(event: Any) -> str:
+    """Return the text of an event that is no string; a member that is all of it is taken out."""
+    if type(event) is dict:
+        for name in TEXTS:
+            if event.get(name) is not None:
+                return event.pop(name) if type(event[name]) is str else text_of(event[name])
+    return text_of(event)
+
+
+def _level(*objects: Any) -> str:
+    values = [item.get(name) for item in objects if type(item) is dict for name in LEVEL_NAMES]
+    return next((level for value in values if (level := level_of(value)) is not None), "info")
+
+
+def _take_raw(request: Request, limits: Limits) -> Work:
+    """Convert lines; what is common to them stands in the query."""
+    body = yield from decode(request, limits.max_body)
+    packets = _packets(request, limits)
+    query = dict(parse_qsl(request.query, errors="replace"))
+    emitter = query.get("host") or EMITTER
+    common = Common(request.received_ns, emitter, query.get("source") or query.get("sourcetype") or "")
+    names = ("sourcetype", "index", "host") if len(emitter) > MAX_EMITTER_ID else ("sourcetype", "index")
+    metadata = {name: query[name] for name in names if name in query}
+    for batch in lines(body):
+        for text, odd in batch:
+            packets.add(emitter, common.line(text, metadata | odd if odd else metadata))
+        if packets.slices.over():
+            yield
+    if not packets.number:
+        raise EventError(NO_DATA, "there is no line in the body")
+    return (yield from packets.finish(Reply(200, SUCCESS, JSON)))
+
+
+PROTOCOL = Splunk()

@@ -17,7 +17,7 @@ PROTOCOLS: Final[tuple[Protocol, ...]] = (
     ingest.Json(),
     otlp.Otlp(),
     loki.Loki(),
-    splunk.Splunk(),
+    splunk.PROTOCOL,
     elasticsearch.Elasticsearch(),
 )
 NAMES: Final = tuple(protocol.name for protocol in PROTOCOLS)

@@ -1,0 +1,405 @@
+"""How records of any protocol become messages, and messages packets.
+
+The rules:
+
+1. Every record becomes one message. What a message has no member for goes to its metadata under its own name, and so
+   does what was converted, as it came: nothing is lost.
+2. A time is RFC 3339, exact to the nanosecond (a JSON number with a fraction: to the microsecond); one that cannot be
+   read counts as none, and then the time of receipt is taken. A level is one of SPEC's, in lower case, else ``info``.
+3. Messages of one emitter stay in their order, and share a packet as long as it is not too large.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from fastdist._core import JsonValues, date_time, hash_text, is_rfc3339
+from fastdist.packet import MAX_EMITTER_ID
+from fastdist.protocols.base import Batch, Packet, Reason, Refused, Slices
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Mapping
+
+    from fastdist.protocols.base import Limits, Reply
+
+FLUSH: Final = 256  # messages that are encoded together
+MAX_DEPTH: Final = 120  # of a value, so that a packet with it in a message's metadata is not nested too deep
+NS: Final = 1_000_000_000  # of a second
+US: Final = 1_000_000
+# A number is seconds, milliseconds, microseconds or nanoseconds, by its size: (below, units in a second).
+UNITS: Final = ((10**11, 1), (10**14, 1000), (10**17, 1_000_000))
+
+encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def json_values(body: bytes) -> Iterator[list[Any]]:
+    """Yield the values of JSON texts that follow each other, arrays taken apart, some at a time.
+
+    Raises Refused with the number of the value at fault.
+    """
+    values = JsonValues(body, MAX_DEPTH)
+    count = 0
+    while True:
+        try:
+            texts = values.take(FLUSH)
+        except ValueError as error:
+            raise not_json(error.args, count) from None
+        if not texts:
+            return
+        yield [decode_value(text) for text in texts]
+        count += len(texts)
+
+
+def decode_value(text: bytes) -> Any:
+    """Return the value of a JSON text that is known to be one; a number too large for Python is ``msgspec.Raw``."""
+    try:
+        return _decode(text)
+    except (msgspec.DecodeError, ValueError):  # half a surrogate pair, 1e400, an integer of thousands of digits
+        return _without_surrogates(_DECODER.decode(text.decode()))
+
+
+def not_json(fault: tuple[str, int, int, int], record: int | None = None) -> Refused:
+    """Return the refusal of what the core says of a text."""
+    what, line, column, byte = fault
+    return Refused(Reason.MALFORMED, f"{what} at line {line}, column {column} (byte {byte})", record=record)
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return value
+
+
+def _number(text: str) -> float | int | msgspec.Raw:
+    """Return the value of a number, itself if there is no such value."""
+    try:
+        value = float(text) if any(mark in text for mark in ".eE") else int(text)
+    except ValueError:  # thousands of digits
+        return msgspec.Raw(text.encode())
+    return value if abs(value) < float("inf") else msgspec.Raw(text.encode())
+
+
+_DECODER: Final = json.JSONDecoder(parse_float=_number, parse_int=_number)
+
+
+# --------------------------------------------------------------------------------------------------------------- times
+
+_LOOSE: Final = (
+    re.compile(  # of ISO 8601, as loggers write it: a space or T, a comma or dot, a zone of any form or none
+        r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d+))?)?(?: ?(?:([Zz]|UTC|GMT)|([+-]\d\d):?(\d\d)?))?",
+        re.ASCII,
+    )
+)
+_DIGITS: Final = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
+MAX_TIME_TEXT: Final = 100  # characters
+
+
+def time_of(value: Any) -> str | None:
+    """Return a time as RFC 3339; None if it cannot be read. A text that is RFC 3339 stays as it is."""
+    kind = type(value)
+    if kind is str:
+        if is_rfc3339(value):
+            return value  # type: ignore[no-any-return]
+        return _time_of_text(value) if len(value) <= MAX_TIME_TEXT else None
+    if kind is float:
+        scale = _scale(value)
+        microseconds = round(value * (US // scale)) if scale <= US else round(value) // 1000
+        return date_time(microseconds // US, microseconds % US * 1000) if abs(value) < 10**20 else None
+    return epoch(value) if kind is int else None
+
+
+def epoch(number: int, fraction: str = "") -> str | None:
+    """Return a time since 1970 as RFC 3339: a number of units by its size, and decimals."""
+    scale = _scale(number)
+    second, rest = divmod(number, scale)
+    digits = len(str(scale)) - 1  # that the units take of the second's nine decimals
+    nanosecond = rest * (NS // scale)
+    if fraction:
+        part = int(fraction[: 9 - digits].ljust(9 - digits, "0") or "0")
+        nanosecond += part
+    return date_time(second, nanosecond) if abs(second) < NS * NS else None
+
+
+def _scale(number: float) -> int:
+    return next((scale for below, scale in UNITS if abs(number) < below), NS)
+
+
+def _time_of_text(text: str) -> str | None:
+    if _DIGITS.fullmatch(text):
+        number, _, fraction = text.partition(".")
+        return epoch(int(number), "" if number.startswith("-") else fraction)
+    match = _LOOSE.fullmatch(text)
+    if match is None:
+        return None
+    date, minute, second, fraction, _, hours, minutes = match.groups()
+    zone = f"{hours}:{minutes or '00'}" if hours else "Z"
+    rewritten = f"{date}T{minute}:{second or '00'}{'.' + fraction if fraction else ''}{zone}"
+    return rewritten if is_rfc3339(rewritten) else None
+
+
+# -------------------------------------------------------------------------------------------------------------- levels
+
+_NAMES: Final = {
+    "trace": ("trace", "verbose"),
+    "debug": ("debug",),
+    "info": ("info", "information", "informational", "notice"),
+    "warn": ("warn", "warning"),
+    "error": ("error", "err"),
+    "critical": ("crit", "critical"),
+    "fatal": ("fatal", "emerg", "emergency", "alert", "panic"),
+}
+SYSLOG: Final = ("fatal", "fatal", "critical", "error", "warn", "info", "info", "debug")  # by severity
+PINO: Final = {10: "trace", 20: "debug", 30: "info", 40: "warn", 50: "error", 60: "fatal"}
+_NUMBERS: Final = {**dict(enumerate(SYSLOG)), **{n: PINO[n // 10 * 10] for n in range(10, 61)}}
+LEVELS: Final[dict[str, str]] = {
+    **{name: level for level, names in _NAMES.items() for name in names},
+    **{str(number): level for number, level in _NUMBERS.items()},
+}
+LEVELS_BYTES: Final = {name.encode(): level.encode() for name, level in LEVELS.items()}  # for the core
+
+
+def level_of(value: Any) -> str | None:
+    """Return the level that a name or number means; None for an unknown one."""
+    kind = type(value)
+    if kind is str:
+        return LEVELS.get(value) or (LEVELS.get(value.lower()) if len(value) < 16 else None)  # noqa: PLR2004
+    return _NUMBERS.get(value) if kind is int or kind is float else None
+
+
+# --------------------------------------------------------------------------------------------- records that are objects
+
+TEXTS: Final = ("message", "msg", "log", "MESSAGE", "short_message")
+TIMES: Final = ("timestamp", "@timestamp", "time", "date", "ts", "ISODATE")
+LEVEL_NAMES: Final = ("level", "severity", "loglevel", "log.level", "PRIORITY")
+SOURCES: Final = ("source", "logger", "log.file.path", "file", "program", "PROGRAM")
+EMITTERS: Final = ("service.name", "host.name", "hostname", "host", "HOST")
+
+
+def text_of(value: Any) -> str:
+    """Return a value as the text of a message: itself, or its compact JSON."""
+    return value if type(value) is str else encode(value).decode()
+
+
+def member(record: dict[str, Any], name: str) -> Any:
+    """Return a member by its name, which may have dots: flat or nested; None if there is no such member."""
+    value = record.get(name)
+    if value is None and "." in name:
+        value = record
+        for part in name.split("."):
+            value = value.get(part) if type(value) is dict else None
+    return value
+
+
+class Common:
+    """What all records of a request have in common: the time of receipt, and what is taken if they do not say."""
+
+    def __init__(self, received_ns: int, emitter: str, source: str = "", *, fixed_emitter: bool = False) -> None:
+        self.received = date_time(*divmod(received_ns, NS)) or "1970-01-01T00:00:00Z"
+        self.emitter, self.source, self.fixed_emitter = emitter, source, fixed_emitter
+
+    def line(self, text: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the message of a line of text."""
+        message: dict[str, Any] = {"timestamp": self.received, "level": "info", "message": text}
+        if self.source:
+            message["source"] = self.source
+        if metadata:
+            message["metadata"] = metadata
+        return message
+
+    def message(self, record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the emitter and the message of a record, which is used up: what is left of it becomes metadata."""
+        text = _take_text(record)
+        emitter = self.emitter if self.fixed_emitter else _take_emitter(record) or self.emitter
+        message = {
+            "timestamp": _take_time(record) or self.received,
+            "level": _take_level(record) or "info",
+            "message": text,
+        }
+        source = _take_source(record) or self.source
+        if source:
+            message["source"] = source
+        if record:
+            message["metadata"] = record  # type: ignore[assignment]
+        return emitter, message
+
+
+def _take_text(record: dict[str, Any]) -> str:
+    for name in TEXTS:
+        value = record.get(name)
+        if type(value) is str:
+            del record[name]
+            return value
+        if value is not None and not (name == "log" and type(value) is dict):  # which has log.level and the like
+            return text_of(value)
+    return text_of(record)
+
+
+def _take_time(record: dict[str, Any]) -> str | None:
+    for name in TIMES:
+        value = record.get(name)
+        if value is not None:
+            time = time_of(value)
+            if time is not None:
+                if time is value:
+                    del record[name]
+                return time
+    return None
+
+
+def _take_level(record: dict[str, Any]) -> str | None:
+    for name in LEVEL_NAMES:
+        value = record.get(name) if name in record else member(record, name) if name == "log.level" else None
+        if value is not None:
+            level = level_of(value)
+            if level is not None:
+                if level == value and name in record:
+                    del record[name]
+                return level
+    return None
+
+
+def _take_source(record: dict[str, Any]) -> str | None:
+    for name in SOURCES:
+        value = record.get(name) if name in record else member(record, name) if name == "log.file.path" else None
+        if value and type(value) is str:
+            record.pop(name, None)
+            return value
+    return None
+
+
+def _take_emitter(record: dict[str, Any]) -> str | None:
+    for name in EMITTERS:
+        value = record.get(name) if name in record else member(record, name) if "." in name else None
+        if type(value) is dict:
+            value = value.get("name")
+        if value and type(value) is str:
+            if name in record and record[name] is value and len(value) <= MAX_EMITTER_ID:
+                del record[name]
+            return value
+    return None
+
+
+def lines(body: bytes) -> Iterator[list[tuple[str, dict[str, str] | None]]]:
+    """Yield the lines of a text that are not empty, some at a time, each with metadata if it is not UTF-8."""
+    at, size = 0, 65536
+    while at < len(body):
+        end = body.find(b"\n", min(at + size, len(body) - 1))
+        end = len(body) if end < 0 else end + 1
+        yield [_line(raw.removesuffix(b"\r")) for raw in body[at:end].split(b"\n") if raw not in (b"", b"\r")]
+        at = end
+
+
+def _line(raw: bytes) -> tuple[str, dict[str, str] | None]:
+    try:
+        return raw.decode(), None
+    except UnicodeDecodeError:
+        return raw.decode(errors="replace"), {"bytesBase64": base64.b64encode(raw).decode()}
+
+
+# ------------------------------------------------------------------------------------------------------------- packets
+
+
+class Packets:
+    """Gathers the messages of a request, by emitter, and makes packets of them. ``metadata`` is that of all packets."""
+
+    def __init__(self, limits: Limits, metadata: Mapping[str, Any]) -> None:
+        self.limits, self.slices, self.records = limits, Slices(), 0
+        self._metadata = metadata
+        self._waiting: list[tuple[str, dict[str, Any]]] = []
+        self._emitters: dict[str, list[tuple[bytes, int]]] = {}  # chunks: messages with commas between, and how many
+        self._room = limits.max_packet - len(self._body("x" * MAX_EMITTER_ID, [b""])) - 6 * MAX_EMITTER_ID
+        self._left = limits.max_batch
+
+    @property
+    def number(self) -> int:
+        """The number of the next record."""
+        return self.records + len(self._waiting)
+
+    def add(self, emitter: str, message: dict[str, Any]) -> None:
+        """Add a message."""
+        self._waiting.append((emitter, message))
+        if len(self._waiting) >= FLUSH:
+            self.flush()
+
+    def add_chunk(self, emitter: str, chunk: bytes, count: int) -> None:
+        """Add messages that are encoded already, with commas between them."""
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise Refused(Reason.TOO_LARGE, "the records are more than can be stored of one request")
+        chunks = self._emitters.setdefault(emitter, [])
+        if len(chunk) > self._room:
+            chunks.extend(self._split(chunk))
+        elif count:
+            chunks.append((chunk, count))
+        self.records += count
+
+    def flush(self) -> None:
+        """Encode what was added."""
+        waiting, self._waiting = self._waiting, []
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for emitter, message in waiting:
+            groups.setdefault(emitter, []).append(message)
+        for emitter, messages in groups.items():
+            self.add_chunk(emitter, encode(messages)[1:-1], len(messages))
+
+    def _split(self, chunk: bytes) -> Iterator[tuple[bytes, int]]:
+        """Cut messages into chunks that fit into a packet."""
+        texts: list[bytes] = []
+        size = 0
+        for number, raw in enumerate(msgspec.json.decode(b"[%b]" % chunk, type=list[msgspec.Raw])):
+            text = bytes(raw)
+            if len(text) > self._room:
+                detail = f"a record is larger than a packet may be ({self.limits.max_packet} bytes)"
+                raise Refused(Reason.TOO_LARGE, detail, record=self.records + number)
+            if size + len(text) + 1 > self._room:
+                yield b",".join(texts), len(texts)
+                texts, size = [], 0
+            texts.append(text)
+            size += len(text) + 1
+        yield b",".join(texts), len(texts)
+
+    def finish(self, reply: Reply, refused: int = 0) -> Generator[None, None, Batch]:
+        """Make the packets."""
+        self.flush()
+        packets: list[Packet] = []
+        for emitter, chunks in self._emitters.items():
+            texts: list[bytes] = []
+            size = count = 0
+            for text, records in chunks:
+                if texts and size + len(text) + 1 > self._room:
+                    packets.append(self._packet(emitter, texts, count))
+                    texts, size, count = [], 0, 0
+                    if self.slices.over():
+                        yield
+                texts.append(text)
+                size += len(text) + 1
+                count += records
+            if texts:
+                packets.append(self._packet(emitter, texts, count))
+            if self.slices.over():
+                yield
+        return Batch(packets, self.records, reply, refused)
+
+    def _packet(self, emitter: str, chunks: list[bytes], count: int) -> Packet:
+        name = emitter[:MAX_EMITTER_ID]
+        return Packet(self._body(name, chunks), count, hash_text(name.encode()))
+
+    def _body(self, emitter: str, chunks: list[bytes]) -> bytes:
+        return b'{"emitterId":%b,"metadata":%b,"messages":[%b]}' % (
+            encode(emitter),
+            encode(self._metadata),
+            b",".join(chunks),
+        )
