@@ -152,7 +152,7 @@ def test_each_required_package_has_a_reason():
     groups = [entry for group in project["dependency-groups"].values() for entry in group if isinstance(entry, str)]
     needed = [*project["project"]["dependencies"], *groups, *project["build-system"]["requires"]]
     tables = [rows(ARCHITECTURE, heading) for heading in ("at run time", "to build and test", "to measure")]
-    explained = {name for row in chain(*tables) for name in re.findall(r"`([\w-]+)`", row[0])}
+    explained = {name for row in chain(*tables) for name in re.findall(r"`([\w.-]+)`", row[0])}
     assert {re.split(r"[<>=~ \[]", entry)[0] for entry in needed} == explained
 
 

@@ -244,7 +244,8 @@ def _message(record: dict[str, Any], received: str, source: str | None, common: 
     time, observed = (_nanoseconds(record.get(name)) for name in ("timeUnixNano", "observedTimeUnixNano"))
     number, text = record.get("severityNumber") or 0, record.get("severityText") or ""
     event = record.get("eventName") or ""
-    body = _value(record.get("body"))
+    given = record.get("body") or {}
+    body = _value(given)
     known = LEVEL_NUMBERS[(number - 1) // 4] if type(number) is int and 1 <= number <= 24 else level_of(text)  # noqa: PLR2004
     message: dict[str, Any] = {
         "timestamp": date_time(*divmod(time or observed, NS)) if time or observed else received,
@@ -255,7 +256,6 @@ def _message(record: dict[str, Any], received: str, source: str | None, common: 
         message["source"] = source
     metadata = {
         "attributes": _attributes(record.get("attributes")),
-        "body": body if type(body) is not str else None,
         "observedTimeUnixNano": str(observed) if time and observed else None,
         "severityNumber": number,
         "severityText": text,
@@ -265,4 +265,7 @@ def _message(record: dict[str, Any], received: str, source: str | None, common: 
         "flags": record.get("flags"),
         "droppedAttributesCount": record.get("droppedAttributesCount"),
     }
-    return message | {"metadata": {name: value for name, value in metadata.items() if value} | common}
+    kept = {name: value for name, value in metadata.items() if value}
+    if body is not None and "stringValue" not in given:
+        kept["body"] = body
+    return message | {"metadata": kept | common}
