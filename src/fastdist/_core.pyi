@@ -324,6 +324,7 @@ def hash_text(utf8: bytes) -> int: ...
 def date_time(second: int, nanosecond: int) -> str | None: ...
 def is_rfc3339(text: str) -> bool: ...
 
+@final
 class JsonValues:
     """The values of a body: JSON texts one after the other, arrays taken apart."""
 
@@ -332,6 +333,7 @@ class JsonValues:
 
 def json_fault(text: bytes, room: int) -> tuple[str, int, int, int] | None: ...
 
+@final
 class RecordParts:
     """What all records of a scope or a stream have in common, as JSON."""
 
@@ -344,6 +346,21 @@ class RecordParts:
         level: bytes = b"info",
         names: set[bytes] = ...,
     ) -> None: ...
+
+@final
+class RecordMapper:
+    """Writes records that are JSON objects as messages; leaves what is odd to its caller."""
+
+    def __new__(
+        cls,
+        names: tuple[tuple[bytes, ...], ...],
+        levels: dict[bytes, bytes],
+        received: bytes,
+        source: bytes,
+        fixed_emitter: bool,
+    ) -> Self: ...
+    def take(self, values: JsonValues, most: int) -> list[bytes | tuple[str | None, bytes, int]]: ...
+    def one(self, record: bytes, metadata: bytes, room: int) -> tuple[str | None, bytes] | None: ...
 
 def find_field(body: bytes, at: int, end: int, number: int) -> tuple[int, int, int] | None: ...
 def otlp_attributes(body: bytes, at: int, end: int, number: int) -> bytes: ...

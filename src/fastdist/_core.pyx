@@ -33,7 +33,7 @@ from cpython.mem cimport PyMem_Free
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_XDECREF, Py_XINCREF
-from cpython.unicode cimport PyUnicode_AsUTF8AndSize
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
 from libc.errno cimport EAGAIN, EBUSY, EFAULT, EFBIG, EINTR, EIO, errno
 from libc.math cimport INFINITY, log
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
@@ -70,6 +70,7 @@ include "core/chunks.pxi"
 include "core/schema.pxi"
 include "core/values.pxi"
 include "core/wire.pxi"
+include "core/mapping.pxi"
 include "core/life.pxi"
 include "core/stream.pxi"
 include "core/outbox.pxi"

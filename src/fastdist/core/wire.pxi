@@ -366,11 +366,19 @@ cdef const char *level_of(LogRecord *log, dict levels) except NULL:
 
 cdef const char *known_level(Field *text, dict levels, const char *otherwise) except NULL:
     """Return the level that a name means; ``levels``: bytes by lower-case bytes."""
-    cdef PyObject *level
-    if text.end - text.p > MAX_LEVEL_NAME:
-        return otherwise
-    level = PyDict_GetItem(levels, PyBytes_FromStringAndSize(<const char *>text.p, text.end - text.p).lower())
+    cdef PyObject *level = find_level_name(text.p, text.end, levels)
     return otherwise if level == NULL else PyBytes_AS_STRING(<bytes>level)
+
+
+cdef PyObject *find_level_name(cursor p, cursor end, dict levels) except? NULL:
+    """Return the level that a name means, in any case; NULL for an unknown one."""
+    cdef PyObject *level
+    cdef bytes name
+    if not 0 < end - p <= MAX_LEVEL_NAME:
+        return NULL
+    name = PyBytes_FromStringAndSize(<const char *>p, end - p)
+    level = PyDict_GetItem(levels, name)
+    return level if level != NULL else PyDict_GetItem(levels, name.lower())
 
 
 cdef enum:
@@ -469,7 +477,7 @@ cdef int put_text(Buffer *out, Buffer *scratch, LogRecord *log) except -1:
     if last.number == 1:
         return put_unicode(out, last.p, last.end)
     put_any(scratch, log.body.p, log.body.end, 0)
-    if scratch.data[0] == c'"':  # base64, or a number that is none
+    if scratch.data[0] == c'"':  # base64, or NaN
         return keep(out, scratch.data, scratch.end)
     return put_unicode(out, scratch.data, scratch.data + scratch.end)
 

@@ -44,6 +44,7 @@ TYPES = {
     Reason.DEAD_LETTER: "exception",
     Reason.TIMEOUT: "timeout_exception",
 }
+EMITTER = "elasticsearch"  # of records that say neither host nor index
 ACTIONS = ("index", "create", "update", "delete")
 # What follows an item's id: status last, as Elasticsearch has it.
 _SHARDS = b'"_shards":{"total":1,"successful":1,"failed":0}'
@@ -164,12 +165,13 @@ def _content(request: Request, limits: Limits) -> Generator[None, None, bytes]:
 
 
 class Action(Struct, frozen=True):
-    """An action: its name, index and id (None if it has none), and the beginning of an item of the response."""
+    """An action: its name, index and id (None if not given), the beginning of its item, metadata of its record."""
 
     name: str
     index: str
     id: str | None
     item: bytes
+    metadata: bytes
 
 
 def _take_bulk(request: Request, limits: Limits) -> Work:
@@ -202,6 +204,7 @@ class _Bulk:
         self.refused = 0
         self._index, self._request = index, request
         self._common = Common(request.received_ns, "")
+        self._mapper = self._common.mapper()
         self._action: Action | None = None  # whose source comes next
         self._items: list[bytes] = []
         self._seen: dict[bytes, Action] = {}  # action lines without an id: most requests repeat one
@@ -217,6 +220,11 @@ class _Bulk:
                 self._action = None
             return
         action, self._action = self._action, None
+        mapped = self._mapper.one(line, action.metadata, MAX_DEPTH) if action.name != "update" else None
+        if mapped is not None:
+            self._items.append(self._stored(action, self._identify(action)))
+            self.packets.add_chunk(mapped[0] or action.index or EMITTER, mapped[1], 1)
+            return
         try:
             source = _object(line)
             if action.name == "update":
@@ -242,7 +250,8 @@ class _Bulk:
             raise Refused(Reason.MALFORMED, detail, record=number) from None
         index = text_of(index) if index is not None else self._index
         item = b'{"%b":{"_index":%b,"_id":' % (name.encode(), encode(index))
-        read = Action(name, index, None if given is None else text_of(given), item)
+        identity = None if given is None else text_of(given)
+        read = Action(name, index, identity, item, encode(_about(index, identity))[1:-1])
         if given is None and len(self._seen) < MAX_SEEN:
             self._seen[line] = read
         return read
@@ -272,7 +281,7 @@ class _Bulk:
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    """Return the object that a line is; ValueError if it is none."""
+    """Return the object that a line is; ValueError if it is anything else."""
     if json_fault(line, MAX_DEPTH) is not None:
         raise ValueError
     value = decode_value(line)
@@ -284,11 +293,13 @@ def _object(line: bytes) -> dict[str, Any]:
 def _message(source: dict[str, Any], index: str, identity: str | None, common: Common) -> tuple[str, dict[str, Any]]:
     """Return the emitter and the message of a document; the former is the index if it does not say."""
     emitter, message = common.message(source)
-    metadata = message.setdefault("metadata", source)
-    for name, value in (("_index", index), ("_id", identity)):
-        if value:
-            metadata[name] = value
-    return emitter or index or "elasticsearch", message
+    message.setdefault("metadata", source).update(_about(index, identity))
+    return emitter or index or EMITTER, message
+
+
+def _about(index: str, identity: str | None) -> dict[str, str]:
+    """Return what is known of a document besides its source."""
+    return {name: value for name, value in (("_index", index), ("_id", identity)) if value}
 
 
 # ------------------------------------------------------------------------------------------------------- one document

@@ -22,7 +22,7 @@ from fastdist.protocols.base import (
     retry_after,
 )
 from fastdist.protocols.encodings import decode
-from fastdist.protocols.records import Common, Packets, json_values, lines, text_of
+from fastdist.protocols.records import Common, Packets, add_records, lines
 from fastdist.statuses import reason
 
 if TYPE_CHECKING:
@@ -79,15 +79,13 @@ def _take(request: Request, limits: Limits) -> Work:
     packets = Packets(limits, metadata)
     source = unquote(request.path.removeprefix("/ingest").removeprefix("/"))
     common = Common(request.received_ns, header or request.client or "unknown", source, fixed_emitter=bool(header))
-    for batch in lines(body) if as_text else json_values(body):
-        for value in batch:
-            if type(value) is dict:
-                packets.add(*common.message(value))
-            elif as_text:
-                packets.add(common.emitter, common.line(*value))
-            else:
-                packets.add(common.emitter, common.line(text_of(value)))
-        if packets.slices.over():
-            yield
+    if as_text:
+        for batch in lines(body):
+            for text, odd in batch:
+                packets.add(common.emitter, common.line(text, odd))
+            if packets.slices.over():
+                yield
+    else:
+        yield from add_records(body, common, packets)
     reply = Reply(200, b'{"status":"accepted","records":%d}' % packets.number, JSON)
     return (yield from packets.finish(reply))

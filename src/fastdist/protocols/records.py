@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from fastdist._core import JsonValues, date_time, hash_text, is_rfc3339
+from fastdist._core import JsonValues, RecordMapper, date_time, hash_text, is_rfc3339
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import Batch, Packet, Reason, Refused, Slices
 
@@ -186,6 +186,7 @@ TIMES: Final = ("timestamp", "@timestamp", "time", "date", "ts", "ISODATE")
 LEVEL_NAMES: Final = ("level", "severity", "loglevel", "log.level", "PRIORITY")
 SOURCES: Final = ("source", "logger", "log.file.path", "file", "program", "PROGRAM")
 EMITTERS: Final = ("service.name", "host.name", "hostname", "host", "HOST")
+NAMES: Final = tuple(tuple(name.encode() for name in names) for names in (TEXTS, TIMES, LEVEL_NAMES, SOURCES, EMITTERS))
 
 
 def text_of(value: Any) -> str:
@@ -209,6 +210,11 @@ class Common:
     def __init__(self, received_ns: int, emitter: str, source: str = "", *, fixed_emitter: bool = False) -> None:
         self.received = date_time(*divmod(received_ns, NS)) or "1970-01-01T00:00:00Z"
         self.emitter, self.source, self.fixed_emitter = emitter, source, fixed_emitter
+
+    def mapper(self) -> RecordMapper:
+        """Return what does the same as ``message`` for records of the usual kind, without decoding them."""
+        source = encode(self.source) if self.source else b""
+        return RecordMapper(NAMES, LEVELS_BYTES, self.received.encode(), source, self.fixed_emitter)
 
     def line(self, text: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the message of a line of text."""
@@ -292,6 +298,29 @@ def _take_emitter(record: dict[str, Any]) -> str | None:
     return None
 
 
+def add_records(body: bytes, common: Common, packets: Packets) -> Generator[None, None, None]:
+    """Add the records of a body of JSON; a value that is no object is a line. Raises Refused."""
+    values, mapper = JsonValues(body, MAX_DEPTH), common.mapper()
+    while True:
+        try:
+            found = mapper.take(values, FLUSH)
+        except ValueError as error:
+            raise not_json(error.args, packets.number) from None
+        if not found:
+            return
+        for item in found:
+            if type(item) is tuple:
+                packets.add_chunk(item[0] or common.emitter, item[1], item[2])
+                continue
+            value = decode_value(item)  # type: ignore[arg-type]
+            if type(value) is dict:
+                packets.add(*common.message(value))
+            else:
+                packets.add(common.emitter, common.line(text_of(value)))
+        if packets.slices.over():
+            yield
+
+
 def lines(body: bytes) -> Iterator[list[tuple[str, dict[str, str] | None]]]:
     """Yield the lines of a text that are not empty, some at a time, each with metadata if it is not UTF-8."""
     at, size = 0, 65536
@@ -336,6 +365,8 @@ class Packets:
 
     def add_chunk(self, emitter: str, chunk: bytes, count: int) -> None:
         """Add messages that are encoded already, with commas between them."""
+        if self._waiting:
+            self.flush()
         self._left -= len(chunk)
         if self._left < 0:
             raise Refused(Reason.TOO_LARGE, "the records are more than can be stored of one request")

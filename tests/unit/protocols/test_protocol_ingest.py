@@ -87,7 +87,7 @@ def test_syslog_ng_is_mapped_by_its_names():
     }
 
 
-def test_fluent_bits_dates_are_exact_to_the_microsecond():
+def test_fluent_bits_dates_keep_microseconds():
     first, second = messages(convert("/ingest", b"[" + FLUENT_BIT + b"]"))
     assert (first["timestamp"], second["timestamp"]) == ("2023-11-14T22:13:20.123456Z", "2023-11-14T22:13:21Z")
 
@@ -167,7 +167,7 @@ def test_other_types_are_415(kind):
     assert (error.reason, reply.status) == (Reason.UNSUPPORTED, 415)
 
 
-def test_a_record_with_very_many_members_is_kept():
+def test_very_many_members_are_kept():
     record = {f"key{n}": n for n in range(30_000)}
     (one,) = messages(convert("/ingest", json.dumps(record | {"message": "m"}).encode()))
     assert one["metadata"] == record

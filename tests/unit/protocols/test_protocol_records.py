@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
-from agents import LIMITS, RECEIVED, convert, messages, packets, request, route
-from hypothesis import example, given
+from agents import LIMITS, RECEIVED, RECEIVED_NS, convert, messages, packets, request, route
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -144,7 +144,7 @@ def test_values_are_cut_where_they_end(pairs, most):
         (b'{"a":1', 0), (b"nul", 0), (b"{} x", 1), (b'"\xff"', 0), (b"[[1],[2", 1), (b"1\0", 1), (b"[1,,2]", 1),
     ],
 )  # fmt: skip
-def test_faults_come_behind_the_values_before(body, whole):
+def test_faults_come_behind_values_before(body, whole):
     for most in (1, 100):
         cutter, found = JsonValues(body, 128), []
         with pytest.raises(ValueError, match="not"):
@@ -191,7 +191,7 @@ def test_odd_values_are_decoded(text, expected):
 
 
 @pytest.mark.parametrize("number", [b"1e400", b"-1e400", b"9" * 5000, b"1" * 400 + b".5"])
-def test_numbers_of_any_size_stay_as_they_are(number):
+def test_numbers_of_any_size_stay(number):
     (each,) = convert("/ingest", b'{"message":"m","n":%b}' % number).packets
     assert b'"n":%b}' % number in each.body
 
@@ -223,7 +223,7 @@ def test_too_large_packets_are_split(length):
     assert [m["message"].split()[0] for m in messages(batch)] == [str(n) for n in range(300)]
 
 
-def test_a_record_larger_than_a_packet_is_413():
+def test_a_record_over_a_packet_is_413():
     limits = replace(LIMITS, max_packet=8192)
     body = b'{"message":"a"}\n{"message":"%b"}' % (b"\\u0000" * 2000)
     with pytest.raises(Refused) as caught:
@@ -274,7 +274,7 @@ def accounted_for(record, message, emitter):
 
 
 @given(st.lists(objects, max_size=8))
-def test_every_record_comes_out_whatever_it_has(items):
+def test_every_record_comes_out(items):
     body = b"\n".join(msgspec.json.encode(item) for item in items)
     batch = convert("/ingest", body)
     assert batch.records == len(items)
@@ -344,3 +344,58 @@ def test_emitters_are_found(record, emitter):
     assert each["emitterId"] == emitter
     (one,) = each["messages"]
     assert emitter != "x" * 256 or one["metadata"]["host"] == record["host"]
+
+
+# ------------------------------------------------------------------------------ the compiled mapping, against its model
+
+usual = st.dictionaries(
+    st.sampled_from([*NAMES, "b", "trace"]),
+    st.sampled_from(
+        ["info", "WARN", "7", "", "x", "é", 3, 30, 0, 1700000000, 1700000000123456789, 1700000000.123456, None]
+    )
+    | st.sampled_from(
+        ["2024-01-02T03:04:05.5Z", True, {"name": "n"}, {"level": "warn", "file": {"path": "/p"}}, [1], {}]
+    )
+    | st.text(max_size=5)
+    | st.integers(0, 10**20)
+    | st.floats(0, 5e9),
+    max_size=7,
+)
+
+
+def mapped(record, **common):
+    """Return what the core makes of a record: None if it leaves that to Python."""
+    each = records.Common(RECEIVED_NS, "-", **common)
+    one = each.mapper().one(msgspec.json.encode(record), b"", records.MAX_DEPTH)
+    return one and (one[0] or "-", json.loads(one[1]))
+
+
+@given(usual | objects, st.booleans())
+@example({"message": "m", "date": 1700000000.123456, "level": 30, "host": {"name": "h"}}, False)
+@example({"log": "l", "log.level": "warn", "service": {"name": "s"}, "timestamp": 1700000000123456789}, False)
+@settings(max_examples=settings().max_examples * 5)
+def test_compiled_mapping_agrees(record, fixed):
+    common = {"source": "s", "fixed_emitter": fixed}
+    found = mapped(record, **common)
+    expected = records.Common(RECEIVED_NS, "-", **common).message(dict(record))
+    assert found is None or found == (expected[0], json.loads(records.encode(expected[1])))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"message": "m"},
+        {"message": "m\n", "@timestamp": "2024-01-02T03:04:05.123Z", "level": "INFO", "host": {"name": "h"}},
+        {"log": "l", "date": 1700000000.123456, "stream": "stderr", "kubernetes": {"pod": "p"}},
+        {"MESSAGE": "m", "PRIORITY": "err", "HOST": "h", "PROGRAM": "p", "ISODATE": "2024-01-02T03:04:05+00:00"},
+        {"msg": "m", "time": 1700000000123, "level": 30, "pid": 5, "hostname": "h"},
+        {"message": "m", "log": {"level": "warn", "file": {"path": "/p"}}, "service": {"name": "s"}},
+    ],
+)
+def test_usual_records_are_not_left_to_python(record):
+    assert mapped(record) is not None
+
+
+def test_order_is_kept_beside_odd_records():
+    body = b"\n".join(b'{"message":%b,"n":%d}' % (b"5" if n % 3 else b'"m"', n) for n in range(1000))
+    assert [one["metadata"]["n"] for one in messages(convert("/ingest", body))] == list(range(1000))

@@ -62,7 +62,7 @@ def test_a_protocol_that_is_off_has_no_paths():
         ("/_license", ["GET", "HEAD", "OPTIONS"]),
     ],
 )
-def test_a_wrong_method_is_found_with_what_is_allowed(target, allow):
+def test_a_wrong_method_is_told_what_is_right(target, allow):
     found = find("DELETE", target, {}, NAMES)
     assert (found.take, found.reply, found.allow) == (None, None, allow)
 
@@ -88,7 +88,7 @@ def test_tokens_come_in_forms_of_all(name, authorization, tokens):
     assert protocol(name).tokens({"authorization": authorization}) == tokens
 
 
-def test_tokens_come_in_forms_of_their_protocol():
+def test_tokens_come_in_forms_of_protocols():
     key = base64.b64encode(b"id:T").decode()
     assert protocol("splunk").tokens({"authorization": "splunk T"}) == ["T"]
     assert protocol("elasticsearch").tokens({"authorization": "ApiKey T"}) == ["T"]
@@ -109,7 +109,7 @@ def test_every_reason_has_a_response(name, reason):
     assert reply.headers.endswith(b"\r\n")
 
 
-def test_values_can_be_sent_to_another_process():
+def test_values_may_go_to_another_process():
     asked = request("/ingest", b'{"message":"m"}')
     batch = convert("/ingest", b'{"message":"m"}')
     assert pickle.loads(pickle.dumps(asked)) == asked
