@@ -376,40 +376,40 @@ cdef class RecordMapper:
         if not self.run:
             self.run_emitter = self.emitter
         self.run += 1
-        make_room(out, 256)
+        room_for(out, 256)
         if self.time.p != NULL and self.nanosecond < 0:
             put(out, b'{"timestamp":')
-            keep(out, self.time.p, self.time.end - self.time.p)
+            put_bytes(out, self.time.p, self.time.end - self.time.p)
             put(out, b',"level":"')
         else:
             put(out, b'{"timestamp":"')
             if self.time.p != NULL:
                 put_time(out, self.second, self.nanosecond)
             else:
-                keep(out, PyBytes_AS_STRING(self.received), PyBytes_GET_SIZE(self.received))
+                put_bytes(out, PyBytes_AS_STRING(self.received), PyBytes_GET_SIZE(self.received))
             put(out, b'","level":"')
         put(out, self.level)
         put(out, b'","message":')
-        keep(out, self.text.p, self.text.end - self.text.p)
+        put_bytes(out, self.text.p, self.text.end - self.text.p)
         if self.source_here.p != NULL:
             put(out, b',"source":')
-            keep(out, self.source_here.p, self.source_here.end - self.source_here.p)
+            put_bytes(out, self.source_here.p, self.source_here.end - self.source_here.p)
         elif PyBytes_GET_SIZE(self.source):
             put(out, b',"source":')
-            keep(out, PyBytes_AS_STRING(self.source), PyBytes_GET_SIZE(self.source))
+            put_bytes(out, PyBytes_AS_STRING(self.source), PyBytes_GET_SIZE(self.source))
         for i in range(self.count):
             member = &self.members[i]
             if not member.taken:
                 put(out, b',"' if begun else b',"metadata":{"')
                 begun = True
-                keep(out, member.key, member.key_end - member.key)
-                keep(out, b'":', 2)
-                keep(out, member.value, member.end - member.value)
+                put_bytes(out, member.key, member.key_end - member.key)
+                put_bytes(out, b'":', 2)
+                put_bytes(out, member.value, member.end - member.value)
         if PyBytes_GET_SIZE(metadata):
             put(out, b',' if begun else b',"metadata":{')
             begun = True
-            keep(out, PyBytes_AS_STRING(metadata), PyBytes_GET_SIZE(metadata))
-        return keep(out, b"}},", 3) if begun else keep(out, b"},", 2)
+            put_bytes(out, PyBytes_AS_STRING(metadata), PyBytes_GET_SIZE(metadata))
+        return put_bytes(out, b"}},", 3) if begun else put_bytes(out, b"},", 2)
 
 
 cdef inline bint is_named(Member *member, const char *name, Py_ssize_t length) noexcept nogil:

@@ -18,6 +18,7 @@ cdef extern from "Python.h":
 
 cdef enum:
     MAX_NESTED = 60   # arrays and maps within each other, in a value
+    MAX_CHUNK = 1 << 20  # bytes of messages that are written at once, and one message
     VARINT = 0        # wire types
     FIXED64 = 1
     BYTES = 2
@@ -89,33 +90,53 @@ cdef cursor read_field(cursor p, cursor end, Field *field) except NULL:
 
 # ------------------------------------------------------------------------------------------------------ writing JSON
 
+cdef inline int room_for(Buffer *out, Py_ssize_t n) except -1:
+    return make_room(out, n) if unlikely(out.end + n > out.size) else 0
+
+
+cdef inline int put_bytes(Buffer *out, const void *p, Py_ssize_t n) except -1:
+    room_for(out, n)
+    memcpy(out.data + out.end, p, n)
+    out.end += n
+    return 0
+
+
 cdef inline int put(Buffer *out, const char *text) except -1:
-    return keep(out, text, strlen(text))
+    """Write a literal, whose length the compiler knows."""
+    return put_bytes(out, text, strlen(text))
 
 
 cdef int put_unicode(Buffer *out, cursor p, cursor end) except -1:
-    """Write text as a JSON string, quotes included."""
-    cdef cursor plain
+    """Write text as a JSON string, quotes included. There are BLOCK bytes before its end, if only a bytes object's head."""
+    cdef cursor plain = plain_end(p, end)
     cdef cursor after
     cdef uchar *escape
-    make_room(out, end - p + 2)
-    keep(out, b'"', 1)
+    if p == end:
+        return put(out, b'""')
+    room_for(out, end - p + 2)
+    out.data[out.end] = c'"'
+    if likely(plain == end):
+        memcpy(out.data + out.end + 1, p, end - p)
+        out.end += end - p + 2
+        out.data[out.end - 1] = c'"'
+        return 0
+    out.end += 1
     while True:
         plain = plain_end(p, end)
-        keep(out, p, plain - p)
+        put_bytes(out, p, plain - p)
         p = plain
         if p == end:
             break
         if p[0] >= 0x80:
             after = utf8_end(p, end)
             if after == p:
-                keep(out, b"\xef\xbf\xbd", 3)
+                put_bytes(out, b"\xef\xbf\xbd", 3)
                 p += 1
             else:
-                keep(out, p, after - p)
+                put_bytes(out, p, after - p)
                 p = after
             continue
-        make_room(out, 6)
+        room_for(out, 6)
         escape = out.data + out.end
         escape[0] = c'\\'
         escape[1] = short_escape(p[0])
@@ -126,7 +147,7 @@ cdef int put_unicode(Buffer *out, cursor p, cursor end) except -1:
             escape[4], escape[5] = HEX[p[0] >> 4], HEX[p[0] & 15]
             out.end += 6
         p += 1
-    return keep(out, b'"', 1)
+    return put_bytes(out, b'"', 1)
 
 
 cdef uchar short_escape(uchar c) noexcept nogil:
@@ -170,12 +191,12 @@ cdef int put_unsigned(Buffer *out, uint64_t number) except -1:
         digits[n] = <char>(c'0' + number % 10)
         number //= 10
         if number == 0:
-            return keep(out, digits + n, 20 - n)
+            return put_bytes(out, digits + n, 20 - n)
 
 
 cdef int put_integer(Buffer *out, int64_t number) except -1:
     if number < 0:
-        keep(out, b"-", 1)
+        put_bytes(out, b"-", 1)
         return put_unsigned(out, -<uint64_t>number)
     return put_unsigned(out, number)
 
@@ -196,23 +217,23 @@ cdef int put_double(Buffer *out, double number) except -1:
 
 cdef int put_hex(Buffer *out, cursor p, cursor end) except -1:
     cdef uchar *text
-    make_room(out, 2 * (end - p) + 2)
-    keep(out, b'"', 1)
+    room_for(out, 2 * (end - p) + 2)
+    put_bytes(out, b'"', 1)
     text = out.data + out.end
     out.end += 2 * (end - p)
     while p < end:
         text[0], text[1] = HEX[p[0] >> 4], HEX[p[0] & 15]
         p += 1
         text += 2
-    return keep(out, b'"', 1)
+    return put_bytes(out, b'"', 1)
 
 
 cdef int put_base64(Buffer *out, cursor p, cursor end) except -1:
     cdef uchar *text
     cdef uint32_t word
     cdef int n
-    make_room(out, (end - p) // 3 * 4 + 6)
-    keep(out, b'"', 1)
+    room_for(out, (end - p) // 3 * 4 + 6)
+    put_bytes(out, b'"', 1)
     while p < end:
         n = <int>min(<Py_ssize_t>3, end - p)
         word = <uint32_t>p[0] << 16 | (<uint32_t>p[1] << 8 if n > 1 else 0) | (p[2] if n > 2 else 0)
@@ -222,11 +243,11 @@ cdef int put_base64(Buffer *out, cursor p, cursor end) except -1:
         text[3] = BASE64[word & 63] if n > 2 else c'='
         out.end += 4
         p += n
-    return keep(out, b'"', 1)
+    return put_bytes(out, b'"', 1)
 
 
 cdef int put_time(Buffer *out, uint64_t second, int nanosecond) except -1:
-    make_room(out, MAX_RFC3339)
+    room_for(out, MAX_RFC3339)
     out.end = <uchar *>append_date_time(<char *>out.data + out.end, second, nanosecond) - out.data
     return 0
 
@@ -270,15 +291,15 @@ cdef int put_array(Buffer *out, cursor p, cursor end, int nested) except -1:
     cdef bint first = True
     if nested > MAX_NESTED:
         broken(NESTED)
-    keep(out, b"[", 1)
+    put_bytes(out, b"[", 1)
     while p < end:
         p = read_field(p, end, &field)
         if field.number == 1 and field.kind == BYTES:
             if not first:
-                keep(out, b",", 1)
+                put_bytes(out, b",", 1)
             first = False
             put_any(out, field.p, field.end, nested)
-    return keep(out, b"]", 1)
+    return put_bytes(out, b"]", 1)
 
 
 cdef int put_attributes(Buffer *out, cursor p, cursor end, uint64_t number, int nested) except -1:
@@ -287,15 +308,15 @@ cdef int put_attributes(Buffer *out, cursor p, cursor end, uint64_t number, int 
     cdef bint first = True
     if nested > MAX_NESTED:
         broken(NESTED)
-    keep(out, b"{", 1)
+    put_bytes(out, b"{", 1)
     while p < end:
         p = read_field(p, end, &field)
         if field.number == number and field.kind == BYTES:
             if not first:
-                keep(out, b",", 1)
+                put_bytes(out, b",", 1)
             first = False
             put_member(out, field.p, field.end, nested)
-    return keep(out, b"}", 1)
+    return put_bytes(out, b"}", 1)
 
 
 cdef int put_member(Buffer *out, cursor p, cursor end, int nested) except -1:
@@ -312,7 +333,7 @@ cdef int put_member(Buffer *out, cursor p, cursor end, int nested) except -1:
         elif field.kind == BYTES and field.number == 2:
             value, value_end = field.p, field.end
     put_unicode(out, key, key_end)
-    keep(out, b":", 1)
+    put_bytes(out, b":", 1)
     return put_any(out, value, value_end, nested)
 
 
@@ -418,7 +439,7 @@ cdef int put_log_record(Buffer *out, Buffer *scratch, cursor p, cursor end, Reco
     if time:
         put_time(out, time // 1000000000, <int>(time % 1000000000))
     else:
-        keep(out, PyBytes_AS_STRING(parts.received), PyBytes_GET_SIZE(parts.received))
+        put_bytes(out, PyBytes_AS_STRING(parts.received), PyBytes_GET_SIZE(parts.received))
     put(out, b'","level":"')
     put(out, level_of(&log, parts.levels))
     put(out, b'","message":')
@@ -428,11 +449,11 @@ cdef int put_log_record(Buffer *out, Buffer *scratch, cursor p, cursor end, Reco
     if log.has_attributes:
         put(out, b'"attributes":')
         put_attributes(out, p, end, 6, 0)
-        keep(out, b",", 1)
+        put_bytes(out, b",", 1)
     if scratch.end:  # of put_text
         put(out, b'"body":')
-        keep(out, scratch.data, scratch.end)
-        keep(out, b",", 1)
+        put_bytes(out, scratch.data + BLOCK, scratch.end - BLOCK)
+        put_bytes(out, b",", 1)
     if log.time and log.observed:
         put(out, b'"observedTimeUnixNano":"')
         put_unsigned(out, log.observed)
@@ -440,25 +461,25 @@ cdef int put_log_record(Buffer *out, Buffer *scratch, cursor p, cursor end, Reco
     if log.severity:
         put(out, b'"severityNumber":')
         put_integer(out, <int32_t>log.severity)
-        keep(out, b",", 1)
+        put_bytes(out, b",", 1)
     put_named(out, b'"severityText":', &log.severity_text)
     put_named(out, b'"eventName":', &log.event)
     if log.trace.p != log.trace.end:
         put(out, b'"traceId":')
         put_hex(out, log.trace.p, log.trace.end)
-        keep(out, b",", 1)
+        put_bytes(out, b",", 1)
     if log.span.p != log.span.end:
         put(out, b'"spanId":')
         put_hex(out, log.span.p, log.span.end)
-        keep(out, b",", 1)
+        put_bytes(out, b",", 1)
     if log.flags:
         put(out, b'"flags":')
         put_unsigned(out, log.flags)
-        keep(out, b",", 1)
+        put_bytes(out, b",", 1)
     if log.dropped:
         put(out, b'"droppedAttributesCount":')
         put_unsigned(out, log.dropped)
-        keep(out, b",", 1)
+        put_bytes(out, b",", 1)
     return put_end(out, parts)
 
 
@@ -476,10 +497,13 @@ cdef int put_text(Buffer *out, Buffer *scratch, LogRecord *log) except -1:
         return put_unicode(out, log.event.p, log.event.end)
     if last.number == 1:
         return put_unicode(out, last.p, last.end)
+    room_for(scratch, BLOCK)  # which put_unicode asks for
+    memset(scratch.data, c' ', BLOCK)
+    scratch.end = BLOCK
     put_any(scratch, log.body.p, log.body.end, 0)
-    if scratch.data[0] == c'"':  # base64, or NaN
-        return keep(out, scratch.data, scratch.end)
-    return put_unicode(out, scratch.data, scratch.data + scratch.end)
+    if scratch.data[BLOCK] == c'"':  # base64, or NaN
+        return put_bytes(out, scratch.data + BLOCK, scratch.end - BLOCK)
+    return put_unicode(out, scratch.data + BLOCK, scratch.data + scratch.end)
 
 
 cdef int put_named(Buffer *out, const char *name, Field *text) except -1:
@@ -488,22 +512,22 @@ cdef int put_named(Buffer *out, const char *name, Field *text) except -1:
         return 0
     put(out, name)
     put_unicode(out, text.p, text.end)
-    return keep(out, b",", 1)
+    return put_bytes(out, b",", 1)
 
 
 cdef int put_source(Buffer *out, RecordParts parts) except -1:
     if PyBytes_GET_SIZE(parts.source):
         put(out, b',"source":')
-        keep(out, PyBytes_AS_STRING(parts.source), PyBytes_GET_SIZE(parts.source))
+        put_bytes(out, PyBytes_AS_STRING(parts.source), PyBytes_GET_SIZE(parts.source))
     return 0
 
 
 cdef int put_end(Buffer *out, RecordParts parts) except -1:
     """Write the common metadata, and end the message."""
-    keep(out, PyBytes_AS_STRING(parts.metadata), PyBytes_GET_SIZE(parts.metadata))
+    put_bytes(out, PyBytes_AS_STRING(parts.metadata), PyBytes_GET_SIZE(parts.metadata))
     if out.data[out.end - 1] == c',':
         out.end -= 1
-    return keep(out, b"}},", 3)
+    return put_bytes(out, b"}},", 3)
 
 
 # --------------------------------------------------------------------------------------------------------------- Loki
@@ -531,7 +555,7 @@ cdef int put_entry(Buffer *out, cursor p, cursor end, RecordParts parts) except 
     if timed:
         put_time(out, second, nanosecond)
     else:
-        keep(out, PyBytes_AS_STRING(parts.received), PyBytes_GET_SIZE(parts.received))
+        put_bytes(out, PyBytes_AS_STRING(parts.received), PyBytes_GET_SIZE(parts.received))
     put(out, b'","level":"')
     put(out, level)
     put(out, b'","message":')
@@ -594,9 +618,9 @@ cdef int put_pair(Buffer *out, cursor p, cursor end, set names) except -1:
     if names and PyBytes_FromStringAndSize(<const char *>name.p, name.end - name.p) in names:
         out.end -= 1
         put(out, b'_extracted"')
-    keep(out, b":", 1)
+    put_bytes(out, b":", 1)
     put_unicode(out, value.p, value.end)
-    return keep(out, b",", 1)
+    return put_bytes(out, b",", 1)
 
 
 # ------------------------------------------------------------------------------------------------------- for Python
@@ -654,8 +678,8 @@ cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts pa
     memset(&out, 0, sizeof(Buffer))
     memset(&scratch, 0, sizeof(Buffer))
     try:
-        make_room(&out, 4096)
-        while p < until and count < most:
+        room_for(&out, 4096)
+        while p < until and count < most and out.end < MAX_CHUNK:
             p = read_field(p, start + end, &field)
             if field.number != 2 or field.kind != BYTES:
                 continue

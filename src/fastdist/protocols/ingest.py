@@ -38,6 +38,7 @@ JSON_TYPES = (
     "application/jsonlines",
     "application/x-jsonlines",
     "application/json-lines",
+    "text/json",
 )
 
 
@@ -67,8 +68,8 @@ def _ready(_request: Request, _obstacle: str) -> Reply:
 
 def _take(request: Request, limits: Limits) -> Work:
     kind = request.media_type
-    as_text = kind.startswith("text/") or kind == "application/x-www-form-urlencoded"  # libcurl's default
-    if kind not in JSON_TYPES and not as_text:
+    as_text = kind not in JSON_TYPES
+    if as_text and not kind.startswith("text/") and kind != "application/x-www-form-urlencoded":  # libcurl's default
         detail = f"Content-Type {kind} is not taken; use application/json, application/x-ndjson or text/plain"
         raise Refused(
             Reason.UNSUPPORTED, detail, headers=b"Accept: application/json, application/x-ndjson, text/plain\r\n"

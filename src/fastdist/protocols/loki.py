@@ -30,6 +30,7 @@ from fastdist.protocols.records import (
     MAX_DEPTH,
     Common,
     Packets,
+    check_values,
     decode_value,
     encode,
     level_of,
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 LEVEL_LABELS = ("level", "detected_level", "severity")
 EMITTER_LABELS = ("host", "hostname", "instance", "service_name", "app", "job")
 SOURCE_LABELS = ("filename", "logger", "job")
+MAX_LABELS = 65536  # characters of a stream's labels as text
+MAX_CACHED = 4096
 PROTOBUF_TYPES = ("application/x-protobuf", "application/protobuf")
 
 
@@ -100,6 +103,10 @@ def _protobuf(request: Request, limits: Limits, packets: Packets, received: str)
     try:
         while (field := find_field(body, at, len(body), 1)) is not None:
             begin, end, at = field
+            if packets.slices.over():
+                yield
+            if find_field(body, begin, end, 2) is None:
+                continue
             labels = find_field(body, begin, end, 1)
             text = body[labels[0] : labels[1]].decode(errors="replace") if labels is not None else "{}"
             stream = _stream(text)
@@ -127,9 +134,14 @@ _ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[0-7]{
 _ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 
 
-@lru_cache(maxsize=1024)
 def _stream(text: str) -> Stream:
     """Return the stream with these labels, as text: ``{name="value", ...}`` with Go's escapes. Raises Refused."""
+    if len(text) > MAX_LABELS:
+        raise Refused(Reason.MALFORMED, f"the labels of a stream are longer than {MAX_LABELS} characters")
+    return _cached(text) if len(text) <= MAX_CACHED else _parsed(text)
+
+
+def _parsed(text: str) -> Stream:
     labels: dict[str, str] = {}
     inner = text.strip()
     if not (inner.startswith("{") and inner.endswith("}")):
@@ -143,6 +155,9 @@ def _stream(text: str) -> Stream:
         labels[_unescaped(quoted) if name is None else name] = raw if value is None else _unescaped(value)
         at = match.end()
     return Stream(labels)
+
+
+_cached = lru_cache(maxsize=1024)(_parsed)
 
 
 def _unescaped(text: str) -> str:
@@ -179,6 +194,7 @@ _PUSH = Decoder(_Push)
 
 
 def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None, None]:
+    check_values(body)
     fault = json_fault(body, MAX_DEPTH)
     if fault is not None:
         raise not_json(fault)
@@ -188,6 +204,7 @@ def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None,
         raise Refused(Reason.MALFORMED, f"the body is not what is pushed to Loki: {error}") from None
     for streamed in push.streams:
         stream = Stream({name: text_of(value) for name, value in streamed.stream.items()})
+        packets.expect(len(encode(stream.labels)))
         for raw in streamed.values:
             packets.add(stream.emitter, _entry(decode_value(bytes(raw)), stream, received, packets.number))
             if packets.slices.over():
@@ -201,14 +218,19 @@ def _entry(entry: Any, stream: Stream, received: str, record: int) -> dict[str, 
     extra = entry[2] if len(entry) > 2 else {}  # noqa: PLR2004
     if type(extra) is not dict:
         raise Refused(Reason.MALFORMED, "the structured metadata of an entry is no object", record=record)
-    level = next((level for name in LEVEL_LABELS if (level := level_of(extra.get(name)))), stream.level)
+    level = next((level for name in LEVEL_LABELS if (level := level_of(extra.get(name)))), None) if extra else None
     time = time_of(entry[0]) if entry[0] not in ("0", 0) else None
-    message = {"timestamp": time or received, "level": level, "message": text_of(entry[1])}
+    message: dict[str, Any] = {
+        "timestamp": time or received,
+        "level": level or stream.level,
+        "message": text_of(entry[1]),
+    }
     if stream.source:
         message["source"] = stream.source
-    metadata: dict[str, Any] = {
-        (f"{name}_extracted" if name in stream.labels else name): value for name, value in extra.items()
-    }
+    message["metadata"] = stream.labels
     if time is None and entry[0] not in ("0", 0):
-        metadata["time"] = entry[0]
-    return message | {"metadata": metadata | stream.labels}
+        extra = {"time": entry[0]} | extra
+    if extra:
+        own = {f"{name}_extracted" if name in stream.labels else name: value for name, value in extra.items()}
+        message["metadata"] = own | stream.labels
+    return message

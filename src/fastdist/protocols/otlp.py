@@ -30,6 +30,7 @@ from fastdist.protocols.records import (
     NS,
     Common,
     Packets,
+    check_values,
     decode_value,
     encode,
     level_of,
@@ -122,15 +123,19 @@ def _protobuf(body: bytes, packets: Packets, received: str) -> Generator[None, N
     at = 0
     try:
         while (field := find_field(body, at, len(body), 1)) is not None:  # ResourceLogs
+            if packets.slices.over():
+                yield
             begin, end, at = field
+            if begin == end:
+                continue
             resource = find_field(body, begin, end, 1)
             attributes = otlp_attributes(body, resource[0], resource[1], 1) if resource is not None else b"{}"
             emitter = _emitter(decode_value(attributes))
             while (field := find_field(body, begin, end, 2)) is not None:  # ScopeLogs
                 yield from _scope(body, field, packets, (emitter, received, attributes))
                 begin = field[2]
-            if packets.slices.over():
-                yield
+                if packets.slices.over():
+                    yield
     except ValueError as error:
         raise Refused(Reason.MALFORMED, f"the body is not an ExportLogsServiceRequest: {error}") from None
 
@@ -189,6 +194,7 @@ _EXPORT = Decoder(_Export)
 
 
 def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None, None]:
+    check_values(body)
     fault = json_fault(body, MAX_DEPTH)
     if fault is not None:
         raise not_json(fault)
@@ -199,6 +205,7 @@ def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None,
             emitter = _emitter(resource)
             for scope_logs in resource_logs.scope_logs or ():
                 common = _common(resource, scope_logs.scope or _Scope())
+                packets.expect(len(encode(common)))
                 source = scope_logs.scope.name if scope_logs.scope else None
                 for raw in scope_logs.log_records or ():
                     record = decode_value(bytes(raw))
@@ -237,7 +244,9 @@ def _value(value: dict[str, Any] | None) -> Any:
 
 
 def _nanoseconds(value: Any) -> int:
-    return int(value) if value else 0
+    """Return a time, which may be a string; 0 for none, or for one that protobuf could not hold."""
+    number = int(value) if value else 0
+    return number if 0 < number < 1 << 64 else 0
 
 
 def _message(record: dict[str, Any], received: str, source: str | None, common: dict[str, Any]) -> dict[str, Any]:
@@ -255,6 +264,7 @@ def _message(record: dict[str, Any], received: str, source: str | None, common: 
     if source:
         message["source"] = source
     metadata = {
+        "timeUnixNano": record.get("timeUnixNano") if not time and record.get("timeUnixNano") != "0" else None,
         "attributes": _attributes(record.get("attributes")),
         "observedTimeUnixNano": str(observed) if time and observed else None,
         "severityNumber": number,

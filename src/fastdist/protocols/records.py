@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Reply
 
 FLUSH: Final = 256  # messages that are encoded together
+SMALL: Final = 1024  # bytes of a message of which so many are
+MAX_VALUES: Final = 500_000  # that are decoded at once
 MAX_DEPTH: Final = 120  # of a value, so that a packet with it in a message's metadata is not nested too deep
 NS: Final = 1_000_000_000  # of a second
 US: Final = 1_000_000
@@ -61,10 +63,17 @@ def json_values(body: bytes) -> Iterator[list[Any]]:
 
 def decode_value(text: bytes) -> Any:
     """Return the value of a JSON text that is known to be one; a number too large for Python is ``msgspec.Raw``."""
+    check_values(text)
     try:
         return _decode(text)
     except (msgspec.DecodeError, ValueError):  # half a surrogate pair, 1e400, an integer of thousands of digits
         return _without_surrogates(_DECODER.decode(text.decode()))
+
+
+def check_values(text: bytes) -> None:
+    """Refuse a JSON text whose values would take very much more memory than itself."""
+    if len(text) > MAX_VALUES and text.count(b",") > MAX_VALUES:
+        raise Refused(Reason.TOO_LARGE, f"the body has more than {MAX_VALUES} values")
 
 
 def not_json(fault: tuple[str, int, int, int], record: int | None = None) -> Refused:
@@ -348,6 +357,7 @@ class Packets:
         self.limits, self.slices, self.records = limits, Slices(), 0
         self._metadata = metadata
         self._waiting: list[tuple[str, dict[str, Any]]] = []
+        self._flush_at = FLUSH
         self._emitters: dict[str, list[tuple[bytes, int]]] = {}  # chunks: messages with commas between, and how many
         self._room = limits.max_packet - len(self._body("x" * MAX_EMITTER_ID, [b""])) - 6 * MAX_EMITTER_ID
         self._left = limits.max_batch
@@ -360,19 +370,27 @@ class Packets:
     def add(self, emitter: str, message: dict[str, Any]) -> None:
         """Add a message."""
         self._waiting.append((emitter, message))
-        if len(self._waiting) >= FLUSH:
+        if len(self._waiting) >= self._flush_at:
             self.flush()
 
+    def expect(self, size: int) -> None:
+        """Say how many bytes the next messages have in common: of large ones not as many are encoded together."""
+        self._flush_at = max(1, FLUSH * SMALL // max(SMALL, size))
+
     def add_chunk(self, emitter: str, chunk: bytes, count: int) -> None:
-        """Add messages that are encoded already, with commas between them."""
+        """Add messages that are encoded already, with commas between them, and follow each other in the request."""
         if self._waiting:
             self.flush()
+        self._add(emitter, chunk, count, self.records)
+
+    def _add(self, emitter: str, chunk: bytes, count: int, first: int | None) -> None:
+        """Add a chunk; ``first``: the number of its first record, if the others follow it."""
         self._left -= len(chunk)
         if self._left < 0:
             raise Refused(Reason.TOO_LARGE, "the records are more than can be stored of one request")
         chunks = self._emitters.setdefault(emitter, [])
         if len(chunk) > self._room:
-            chunks.extend(self._split(chunk))
+            chunks.extend(self._split(chunk, first))
         elif count:
             chunks.append((chunk, count))
         self.records += count
@@ -384,9 +402,10 @@ class Packets:
         for emitter, message in waiting:
             groups.setdefault(emitter, []).append(message)
         for emitter, messages in groups.items():
-            self.add_chunk(emitter, encode(messages)[1:-1], len(messages))
+            first = self.records if len(groups) == 1 else None
+            self._add(emitter, encode(messages)[1:-1], len(messages), first)
 
-    def _split(self, chunk: bytes) -> Iterator[tuple[bytes, int]]:
+    def _split(self, chunk: bytes, first: int | None) -> Iterator[tuple[bytes, int]]:
         """Cut messages into chunks that fit into a packet."""
         texts: list[bytes] = []
         size = 0
@@ -394,7 +413,7 @@ class Packets:
             text = bytes(raw)
             if len(text) > self._room:
                 detail = f"a record is larger than a packet may be ({self.limits.max_packet} bytes)"
-                raise Refused(Reason.TOO_LARGE, detail, record=self.records + number)
+                raise Refused(Reason.TOO_LARGE, detail, record=None if first is None else first + number)
             if size + len(text) + 1 > self._room:
                 yield b",".join(texts), len(texts)
                 texts, size = [], 0

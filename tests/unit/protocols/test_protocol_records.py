@@ -392,7 +392,7 @@ def test_compiled_mapping_agrees(record, fixed):
         {"message": "m", "log": {"level": "warn", "file": {"path": "/p"}}, "service": {"name": "s"}},
     ],
 )
-def test_usual_records_are_not_left_to_python(record):
+def test_usual_records_need_no_python(record):
     assert mapped(record) is not None
 
 
