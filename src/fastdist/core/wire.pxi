@@ -667,7 +667,12 @@ def loki_entries(bytes body not None, Py_ssize_t at, Py_ssize_t end, RecordParts
     return put_records(body, at, end, parts, most, False)
 
 
+cdef Buffer spare  # what messages were written to last: its pages are there already
+memset(&spare, 0, sizeof(Buffer))
+
+
 cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts parts, int most, bint otlp):
+    global spare
     cdef Buffer out, scratch
     cdef Field field
     cdef int count = 0
@@ -675,10 +680,10 @@ cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts pa
     cdef cursor p = start + at
     cdef cursor until = start + min(end, at + PIECE_BYTES)
     check_bounds(body, at, end)
-    memset(&out, 0, sizeof(Buffer))
+    out = spare
+    memset(&spare, 0, sizeof(Buffer))
     memset(&scratch, 0, sizeof(Buffer))
     try:
-        room_for(&out, 4096)
         while p < until and count < most and out.end < MAX_CHUNK:
             p = read_field(p, start + end, &field)
             if field.number != 2 or field.kind != BYTES:
@@ -690,5 +695,10 @@ cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts pa
             count += 1
         return PyBytes_FromStringAndSize(<char *>out.data, max(out.end - 1, 0)), count, p - start
     finally:
-        release(&out)
         release(&scratch)
+        out.end = 0
+        if out.size <= 2 * MAX_CHUNK:
+            release(&spare)
+            spare = out
+        else:
+            release(&out)

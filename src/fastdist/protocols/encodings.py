@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ACCEPTED: Final = b"Accept-Encoding: gzip, deflate, zstd, snappy\r\n"
 MAX_CODINGS: Final = 3  # of one body, within each other
 MAX_MEMBERS: Final = 4096  # of gzip, or frames of zstd, one after the other
-PIECE: Final = 128 * 1024  # bytes that are decoded at once
+PIECE: Final = 64 * 1024  # bytes that are decoded at once
 FIRST_INPUT: Final = 512  # bytes that a member is begun with: what it leaves of them is copied
 GZIP, ZLIB, RAW_DEFLATE = 31, 15, -15  # window bits
 MIN_WINDOW_LOG: Final = 23  # RFC 8878: what every decoder should support, 8 MiB
@@ -131,14 +131,15 @@ def _members(name: str, body: bytes, max_body: int, decoder: Callable[[], Any], 
     for _ in range(members):
         member, step = decoder(), FIRST_INPUT
         while not member.eof:
-            data = view[at : at + step] if member.needs_input else b""
+            hungry = member.needs_input
+            data = view[at : at + step] if hungry else b""
             at += len(data)
             step = min(step * 2, PIECE)
             try:
                 piece = member.decompress(data, min(PIECE, max_body - size + 1))
             except _ERRORS as error:
                 raise _broken(name, str(error)) from None
-            if not piece and not data and not member.eof:
+            if hungry and not data and not piece and not member.eof:
                 raise _broken(name, "it is cut")
             size += len(piece)
             if size > max_body:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fastdist.protocols.base import Limits, Reply
 
-FLUSH: Final = 256  # messages that are encoded together
+FLUSH: Final = 128  # messages that are encoded together
 SMALL: Final = 1024  # bytes of a message of which so many are
 MAX_VALUES: Final = 500_000  # that are decoded at once
 MAX_DEPTH: Final = 120  # of a value, so that a packet with it in a message's metadata is not nested too deep
