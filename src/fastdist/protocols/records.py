@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Reply
 
 FLUSH: Final = 128  # messages that are encoded together
+FULL: Final = 1 << 20  # bytes of a packet that gets no more messages: a larger one takes long to join, and to split up
 SMALL: Final = 1024  # bytes of a message of which so many are
 MAX_VALUES: Final = 500_000  # that are decoded at once
 MAX_DEPTH: Final = 120  # of a value, so that a packet with it in a message's metadata is not nested too deep
@@ -429,7 +430,7 @@ class Packets:
             texts: list[bytes] = []
             size = count = 0
             for text, records in chunks:
-                if texts and size + len(text) + 1 > self._room:
+                if texts and size + len(text) + 1 > min(self._room, FULL):
                     packets.append(self._packet(emitter, texts, count))
                     texts, size, count = [], 0, 0
                     if self.slices.over():

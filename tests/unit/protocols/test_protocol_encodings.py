@@ -76,6 +76,14 @@ def test_what_was_encoded_comes_out(coding, data):
     assert decode(PACKERS[coding](data), coding) == data
 
 
+@pytest.mark.parametrize("coding", PACKERS)
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_what_ends_with_a_piece_comes_out(coding, pieces):
+    for data in (random.Random(pieces).randbytes(pieces * encodings.PIECE), bytes(pieces * encodings.PIECE)):
+        for size in (len(data) - 1, len(data)):
+            assert decode(PACKERS[coding](data[:size]), coding) == data[:size]
+
+
 @pytest.mark.parametrize("coding", ["", "identity", " Identity , "])
 def test_identity_is_left_alone(coding):
     assert decode(b"\x1f\x8bas it is", coding) == b"\x1f\x8bas it is"

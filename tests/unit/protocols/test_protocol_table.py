@@ -62,7 +62,7 @@ def test_a_protocol_that_is_off_has_no_paths():
         ("/_license", ["GET", "HEAD", "OPTIONS"]),
     ],
 )
-def test_a_wrong_method_is_told_the_right_one(target, allow):
+def test_a_wrong_method_is_told_which(target, allow):
     found = find("DELETE", target, {}, NAMES)
     assert (found.take, found.reply, found.allow) == (None, None, allow)
 
