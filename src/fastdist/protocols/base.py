@@ -16,7 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from msgspec import Struct
 
@@ -155,7 +155,8 @@ class Refused(Exception):  # noqa: N818  (a fact of the protocol, not a fault of
         return self.detail
 
 
-Work = Generator[None, None, Batch]
+# Yields how many bytes of a body it keeps, decoded; None: as many as before. (Any: a bare yield is allowed for that.)
+Work = Generator[Any, None, Batch]
 Take = Callable[[Request, Limits], Work]
 Answer = Callable[[Request, str], Reply]  # the text: why nothing can be stored now; empty if it can
 

@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
     from fastdist.protocols.base import Request
 
-    Decoding = Generator[None, None, bytes]
+    Decoding = Generator[Any, None, bytes]  # yields how many bytes there are, or None: see base.Work
 
 ACCEPTED: Final = b"Accept-Encoding: gzip, deflate, zstd, snappy\r\n"
 MAX_CODINGS: Final = 3  # of one body, within each other
 MAX_MEMBERS: Final = 4096  # of gzip, or frames of zstd, one after the other
+SMALL: Final = 64 * 1024  # bytes by which a body may grow without that being told
 PIECE: Final = 64 * 1024  # bytes that are decoded at once
 FIRST_INPUT: Final = 512  # bytes that a member is begun with: what it leaves of them is copied
 GZIP, ZLIB, RAW_DEFLATE = 31, 15, -15  # window bits
@@ -55,6 +56,8 @@ def decode(request: Request, max_body: int, *, meaningless: str = "") -> Decodin
             body = yield from _DECODERS[name](body, max_body)
     if len(body) > max_body:
         raise too_large(max_body)
+    if len(body) > len(request.body) + SMALL:
+        yield len(body)
     return body
 
 
@@ -146,7 +149,7 @@ def _members(name: str, body: bytes, max_body: int, decoder: Callable[[], Any], 
                 raise too_large(max_body)
             out.append(piece)
             if slices.over():
-                yield
+                yield size
         at -= len(member.unused_data)
         if at == len(body):
             return b"".join(out)
@@ -192,7 +195,7 @@ def _snappy_frames(body: bytes, max_body: int) -> Decoding:
             raise too_large(max_body)
         out.append(piece)
         if slices.over():
-            yield
+            yield size
     return b"".join(out)
 
 
