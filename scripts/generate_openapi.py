@@ -1,7 +1,7 @@
 """Write src/fastdist/http/openapi.json: ``make generated``. With ``--check``: fail unless it is what would be written.
 
 Schemas are those of ``fastdist.http.models``; the rest stands here and in ``openapi_parts`` (responses and their
-headers). HEAD and OPTIONS follow from the routes, as in ``fastdist.http.api``.
+headers), and in ``openapi_agents``. HEAD and OPTIONS follow from the routes, as in ``fastdist.http.api``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import openapi_agents
 from openapi_parts import HEADERS, RESPONSES, Json, content, ref
 
 from fastdist import __version__
@@ -32,16 +33,18 @@ INFO = {
 Emitters post packets of log messages to `/logs`; each is answered as soon as it is safe and handed to exactly one of \
 the analyzers, in proportion to their weights.
 
-Every error is a problem document (RFC 9457). A path that does not exist is answered 404, a method that a path does \
-not take 405 with Allow; HEAD is answered as GET, without the body. Broken HTTP is answered 400 and the connection \
-closed, whatever the path; so are requests that are too slow (408) or too large (413, 431). A fault in the service \
-itself is answered 500, and its log has the traceback. An idle connection is closed without a response.
+Every error is a problem document (RFC 9457), but to log agents, which get it in the shape of their protocol. A \
+path that does not exist is answered 404, a method that a path does not take 405 with Allow; HEAD is answered as \
+GET, without the body. Broken HTTP is answered 400 and the connection closed, whatever the path; so are requests \
+that are too slow (408) or too large (413, 431). A fault in the service itself is answered 500, and its log has the \
+traceback. An idle connection is closed without a response.
 
 Times are RFC 3339 in UTC, latencies milliseconds, shares fractions of 1. Figures are over all workers, whichever \
 answers.""",
 }
 TAGS = {
     "packets": "What emitters do.",
+    openapi_agents.TAG: "What log agents do, in their own protocols: `server.protocols` lists those that are served.",
     "figures": "Looking at the service, without a token.",
     "changes": "Changing it while it runs: for administrators.",
     "dashboard": "For browsers.",
@@ -394,6 +397,7 @@ def document() -> Json:
     for route in ROUTES:
         also_head = {"head": operation(head(route))} if route.method == "get" else {}
         paths[route.path] = {route.method: operation(route), **also_head, "options": operation(options(route))}
+    paths |= openapi_agents.paths()
     return {
         "openapi": "3.1.0",
         "info": INFO,

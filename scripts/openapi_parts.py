@@ -67,6 +67,9 @@ HEADERS = {
         pattern='^Bearer realm="fastdist( admin)?"(, error="invalid_token")?$',
     ),
     "Accept-Encoding": fixed("Where it was the body's coding: what is taken.", "identity", required=False),
+    "AcceptedCodings": fixed(
+        "Where it was the body's coding: what is taken.", "gzip, deflate, zstd, snappy", required=False
+    ),
     "Accept": fixed("Where it was the media type: what is taken.", "application/json", required=False),
     "Access-Control-Allow-Methods": header("To a preflight from a listed origin.", "POST, OPTIONS", required=False),
     "Access-Control-Allow-Headers": header(
@@ -125,7 +128,7 @@ def refuses(
         detail, faults = (each, {}) if isinstance(each, str) else each
         errors = [{"pointer": pointer, "detail": fault} for pointer, fault in faults.items()]
         examples[name] = json.loads(problem(status, detail, errors=errors).body)
-    more = {name: "RetryAfterPerhaps" if perhaps else name for name in headers}
+    more = {_NAMES.get(name, name): "RetryAfterPerhaps" if perhaps else name for name in headers}
     return response(
         description, content("application/problem+json", ref("schemas", "Problem"), examples), IN_ALL | more
     )
@@ -137,6 +140,7 @@ def text(*bodies: tuple[str, str, str]) -> Json:
 
 
 STRING = {"type": "string"}
+_NAMES = {"AcceptedCodings": "Accept-Encoding"}  # of headers that are called otherwise as components
 BROKEN = "the request is not HTTP: no Host header"
 CROWDED = "too many connections; try again shortly"
 NONE_LEFT = "nothing would be left to deliver to"
@@ -193,6 +197,7 @@ STATS = models.Stats(
     messages=models.InAndOut(accepted=200, delivered=200),
     bytes=models.InAndOut(accepted=45200, delivered=45200),
     rejected=models.Rejected(invalid=1),
+    protocols={"otlp": models.ProtocolCounts(requests=12, records=100)},
     rates=models.Rates(accepted_per_second=9.8, delivered_per_second=9.8),
     latency_ms=models.Latencies(
         ingest=models.Percentiles(p50=0.021, p90=0.034, p99=0.09, p999=0.11, max=0.118),
@@ -342,11 +347,11 @@ RESPONSES = {
     ),
     "UnsupportedPacket": refuses(
         415,
-        "Not application/json, or compressed.",
+        "Not application/json, or in a coding that is not taken.",
         "Accept",
-        "Accept-Encoding",
+        "AcceptedCodings",
         type="Content-Type must be application/json",
-        coding="compressed bodies are not understood",
+        coding="Content-Encoding must be gzip, deflate, zstd or snappy",
     ),
     "RateLimited": refuses(
         429,

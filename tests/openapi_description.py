@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DOCUMENT: dict[str, Any] = orjson.loads(description())
+# Without those of log agents, whose formats are not described here.
+PATHS = {
+    path: item
+    for path, item in DOCUMENT["paths"].items()
+    if all("agents" not in each["tags"] for each in item.values())
+}
 METHODS = ("get", "head", "options", "post", "put", "patch", "delete", "trace")
 EVERYWHERE = {"400", "408", "413", "417", "431", "501", "503", "505"}  # whatever the path
 # 404 and 405 also where no operation is described; 500 is a fault of the program; 504 is what the supervisor's silence
@@ -83,7 +89,7 @@ def concrete(path: str) -> str:
 def operation_of(method: str, path: str) -> tuple[str, dict[str, Any]]:
     """Return the described path that a path belongs to, and its operation."""
     path = path.partition("?")[0]
-    for name, item in DOCUMENT["paths"].items():
+    for name, item in PATHS.items():
         if re.fullmatch(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(name)), path):
             return name, item[method.lower()]
     raise AssertionError(f"{path} is not described")

@@ -131,7 +131,7 @@ class Way:
         intake = Intake(self.ring, self.counters, limiter, config.server, packets.check, schedule, None)
         intake.slice_ns = intake.loop_ns = 10**18  # there is no event loop that would go on in its next turn
         intake.go_on()
-        shared_emitters = Emitters(SimpleNamespace(), intake, lambda *_: None)
+        shared_emitters = Emitters(SimpleNamespace(), intake, lambda *_: None, config.server)
         shared_emitters.configure((), ())
         self.emitters = [IngestProtocol(intake, shared_emitters) for _ in range(emitters)]
         answered: deque[object] = deque(maxlen=1)

@@ -4,7 +4,7 @@ import asyncio
 import re
 import socket
 from _typeshed import ReadableBuffer, WriteableBuffer
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import final, type_check_only, Any, Final, NamedTuple, Protocol, Self
 from typing_extensions import disjoint_base
 
@@ -15,6 +15,9 @@ from fastdist.settings import Config, Server
 FIELDS: Final[dict[str, int]]
 ANALYZER_FIELDS: Final[dict[str, int]]
 COUNTER_WORDS: Final[int]
+FIRST_PROTOCOL_WORD: Final[int]
+WORDS_PER_PROTOCOL: Final[int]
+STATUSES_COUNTED: Final[tuple[int, ...]]
 ANALYZER_WORDS: Final[int]
 HISTOGRAM_BUCKETS: Final[int]
 WORDS_PER_HISTOGRAM: Final[int]
@@ -32,6 +35,7 @@ class Counters:
     def add(self, field: str, n: int = 1) -> None: ...
     def get(self, field: str) -> int: ...
     def set(self, field: str, value: int) -> None: ...
+    def add_request(self, protocol: int, status: int, records: int = 0) -> None: ...
     def add_to(self, slot: int, field: str, n: int = 1) -> None: ...
     def get_of(self, slot: int, field: str) -> int: ...
     def set_of(self, slot: int, field: str, value: int) -> None: ...
@@ -288,7 +292,9 @@ class RequestHead(Head):
     keys: Final[int]
     origin: Final[bytes | None]
     fields: Final[dict[str, str] | None]
-    """Values by lower-case name, repeated ones joined by commas; None for POST /logs."""
+    """Values by lower-case name, repeated ones joined by commas; None for POST /logs that is not encoded."""
+    route: Final[object]
+    brings: Final[bool]
     def __init__(self, text: bytes) -> None: ...
     def on_url(self, url: bytes) -> None: ...
 
@@ -454,6 +460,14 @@ class EmitterCalls(Protocol):
     def not_stored(self, full: bool, /) -> bytes: ...
     def crowded_out(self) -> bytes:
         """Say that there is no memory for a body."""
+    def conversion_of(self, body: bytes, /) -> Generator[int | None, None, object]:
+        """Return what makes a batch of an agent's request, or decodes a packet; it may yield its size in bytes."""
+    def stored(self, batch: Any, /) -> bytes:
+        """Describe that a batch is stored."""
+    def withdrawn(self) -> Callable[[Answer], bytes]:
+        """Return what describes that the batch at hand could not be written."""
+    def await_deliveries(self, answer: Answer, sequences: range, seconds: float, batch: Any, /) -> None:
+        """Complete the answer when all packets of the batch are delivered, or after ``seconds``."""
     def share_with(self, origin: bytes, /) -> bytes | None:
         """Return the CORS header lines for an origin, None when it gets none."""
     def await_delivery(
@@ -491,11 +505,14 @@ class Intake(AfterEvents):
     shares_origins: bool
     most_bodies: int
     later: Callable[[Callable[[], None]], object]
+    find: Callable[[str, str, Mapping[str, str]], tuple[object, bool] | None] | None
+    """Tells by method, target and headers what a request is for, and whether it brings an agent's records."""
     slice_ns: int
     packets_ns: int
     loop_ns: int
     costly_ns: int
     longest_ns: int
+    room_wait_ns: int
     @property
     def holds_back(self) -> bool: ...
     @property
@@ -537,6 +554,7 @@ class Intake(AfterEvents):
         old_client: bool = False,
     ) -> bytes: ...
     def go_on(self) -> None: ...
+    def look_for_room(self) -> None: ...
     def synced(self) -> None: ...
     def not_stored(self, position: int, status: int, reason: str, headers: bytes, body: bytes) -> int: ...
 
@@ -552,6 +570,12 @@ class IngestBase(Connection):
     def intake(self) -> Intake: ...
     @property
     def is_log(self) -> bool: ...
+    @property
+    def brings(self) -> bool: ...
+    @property
+    def route(self) -> Any: ...
+    @property
+    def request(self) -> tuple[str, str, Mapping[str, str]] | None: ...
     @property
     def answers(self) -> list[Answer] | None: ...
     def __new__(cls, intake: Intake, *args: object, **kwargs: object) -> Self: ...

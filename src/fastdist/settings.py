@@ -10,7 +10,7 @@ it, the command line takes help texts from it, and ``config`` checks values by i
 Durations are float seconds, sizes int bytes. Whatever is not marked RELOAD needs a restart to change.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -84,6 +84,8 @@ PemFile = Annotated[
     str,
     Meta(extra={"type": "path", "range": "a file; both or neither", "changes": "reload; on or off: restart"}),
 ]
+Protocol = Literal["json", "otlp", "loki", "splunk", "elasticsearch"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)  # of log agents; their places here are their numbers
 RELOAD = Meta(extra={"changes": "reload"})  # of a setting, or of a whole section
 
 
@@ -165,6 +167,13 @@ class Server(Struct, frozen=True, kw_only=True):
         known members of the right type. `strict`: each message also has a `timestamp` (RFC 3339) and a `level`. See
         [the packet](api.md#post-logs)."""),
     ] = "schema"
+    protocols: Annotated[
+        tuple[Protocol, ...],
+        about("""Protocols of log agents that are served besides `POST /logs`; `[]` for none of them.
+        `json` is `/ingest` (Fluent Bit, Vector, Fluentd, Logstash, syslog-ng, rsyslog), `otlp` is `/v1/logs`
+        (OpenTelemetry), `loki` is `/loki/api/v1/push` (Alloy, promtail), `splunk` is `/services/collector` (HEC), and
+        `elasticsearch` is `/_bulk` and what its clients ask for besides (Filebeat). What is not listed is 404."""),
+    ] = PROTOCOLS
 
 
 class Analyzer(Struct, frozen=True, kw_only=True):

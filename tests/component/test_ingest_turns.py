@@ -34,7 +34,7 @@ COSTLY = {  # status -> what brings it
     "a large body of another request": (413, head("PUT /x", "Content-Length: 99999999")),
     "a large chunk": (413, post_chunked(end=b"fffffff\r\n")),
     "a media type": (415, post(BODY, "Content-Type: text/plain")),
-    "an encoding": (415, post(BODY, "Content-Encoding: gzip")),
+    "an encoding": (415, post(BODY, "Content-Encoding: br")),
     "an expectation": (417, post(BODY, "Expect: much")),
     "a large head": (431, head("POST /logs", "X: " + "x" * 2000)),
     "large trailers": (431, post_chunked(BODY, end=b"0\r\n" + b"A: b\r\n" * 300)),

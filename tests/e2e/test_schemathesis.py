@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from openapi_description import DOCUMENT
+from openapi_description import DOCUMENT as WHOLE
+from openapi_description import PATHS
 
 HERE = Path(__file__).parent
 PROGRAM = shutil.which("schemathesis", path=Path(sys.executable).parent) or "schemathesis"
 TOKEN = "for-packets-and-for-changes"
+
+DOCUMENT = WHOLE | {"paths": PATHS}
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 

@@ -18,7 +18,8 @@ from fastdist import ipc
 from fastdist._core import round_capacity
 from fastdist.config import MIN_PART, load, reloadable, warnings
 from fastdist.errors import ConfigError
-from fastdist.settings import Analyzer, Config, Delivery, Retry, Server
+from fastdist.protocols import table
+from fastdist.settings import PROTOCOLS, Analyzer, Config, Delivery, Retry, Server
 
 # The documented configuration, word for word: every value in it is the default.
 DOCUMENTED = """
@@ -34,6 +35,7 @@ keepalive_timeout = "75s"
 max_connections = 10000
 drain_timeout = "30s"
 validation = "schema"
+protocols = ["json", "otlp", "loki", "splunk", "elasticsearch"]
 
 [[analyzers]]
 id = "A1"
@@ -908,3 +910,16 @@ def test_environment_raises_one_error_kind(environ):
     environ.pop("FASTDIST_CONFIG", None)
     with contextlib.suppress(ConfigError):
         load(None, environ, {})
+
+
+def test_unknown_protocols_are_refused(config_of):
+    assert config_of(f'[server]\nprotocols = ["otlp", "json"]\n{ANALYZERS}').server.protocols == ("otlp", "json")
+    assert config_of(f"[server]\nprotocols = []\n{ANALYZERS}").server.protocols == ()
+    with pytest.raises(ConfigError) as caught:
+        config_of(f'[server]\nprotocols = ["otlp", "syslog"]\n{ANALYZERS}')
+    names = "json, otlp, loki, splunk, elasticsearch"
+    assert caught.value.problems == [f'server.protocols[1]: must be one of {names}; got "syslog"']
+
+
+def test_protocols_are_those_of_the_table():
+    assert table.NAMES == PROTOCOLS

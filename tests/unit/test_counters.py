@@ -13,9 +13,12 @@ from fastdist._core import (
     ANALYZER_WORDS,
     COUNTER_WORDS,
     FIELDS,
+    FIRST_PROTOCOL_WORD,
     HISTOGRAM_BUCKETS,
     HISTOGRAMS_PER_ROW,
+    STATUSES_COUNTED,
     WORDS_PER_HISTOGRAM,
+    WORDS_PER_PROTOCOL,
     Counters,
     bucket_bounds,
     row_words,
@@ -94,6 +97,28 @@ def test_the_row_is_that_of_the_model(steps):
     assert all(counters.get(field) == model.words[model.at(field)] for field in FIELDS)
     for slot in range(SLOTS):
         assert all(counters.get_of(slot, field) == model.words[model.at_of(slot, field)] for field in ANALYZER_FIELDS)
+
+
+def test_requests_are_counted_by_protocol_and_status():
+    counters, words = row()
+    seen = set()
+    for protocol in range(8):
+        for status in STATUSES_COUNTED:
+            before = words.tolist()
+            counters.add_request(protocol, status, 5)
+            changed = {
+                at: now - then for at, (then, now) in enumerate(zip(before, words.tolist(), strict=True)) if now != then
+            }
+            records = FIRST_PROTOCOL_WORD + protocol * WORDS_PER_PROTOCOL
+            assert changed == {records: 5, records + 1 + STATUSES_COUNTED.index(status): 1}
+            seen |= changed.keys()
+    assert len(seen) == 8 * (len(STATUSES_COUNTED) + 1)
+    assert min(seen) >= len(FIELDS)
+    assert max(seen) < COUNTER_WORDS
+    assert len(STATUSES_COUNTED) < WORDS_PER_PROTOCOL
+    for protocol, status, error in ((8, 200, IndexError), (-1, 200, IndexError), (0, 299, ValueError)):
+        with pytest.raises(error):
+            counters.add_request(protocol, status)
 
 
 def test_adding_without_a_number_adds_one():

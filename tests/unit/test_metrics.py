@@ -9,7 +9,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastdist.http import metrics
-from fastdist.settings import Analyzer, Config
+from fastdist.settings import PROTOCOLS, Analyzer, Config
 from fastdist.shm.block import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.histograms import BOUNDS
 from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
@@ -61,6 +61,8 @@ COUNTERS = (
     "packets_failed",
     "packets_retried",
     "packets_dead_lettered",
+    "requests",
+    "records",
     "messages_accepted",
     "messages_delivered",
     "bytes_accepted",
@@ -147,6 +149,18 @@ def test_figures_are_sums_over_all_workers(block):
     assert it["fastdist_analyzer_connections", "A1"] == 300
     for name, shares in (("target", (0.25, 0.75)), ("effective", (0, 1)), ("actual", (0.25, 0.75))):
         assert tuple(it[f"fastdist_analyzer_{name}_share", label] for label in ("A1", "a-2_x.y")) == shares
+
+
+def test_agents_requests_by_protocol(block):
+    for index, row in enumerate(block.rows, 1):
+        row.add_request(0, 200, 10 * index)
+        row.add_request(2, 204, 5)
+        row.add_request(2, 503)
+    _, it = scrape(block)
+    records = {key[1]: value for key, value in it.items() if key[0] == "fastdist_records_total"}
+    assert records == dict.fromkeys(PROTOCOLS, 0) | {"json": 30, "loki": 10}
+    requests = {key[1:]: value for key, value in it.items() if key[0] == "fastdist_requests_total"}
+    assert requests == {("json", "200"): 2, ("loki", "204"): 2, ("loki", "503"): 2}
 
 
 def test_workers_and_build(block):

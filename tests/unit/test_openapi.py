@@ -12,20 +12,18 @@ from pathlib import Path
 import openapi_spec_validator
 import orjson
 import pytest
-from openapi_description import ANSWERED_OUTSIDE, DOCUMENT, EVERYWHERE, METHODS, concrete, errors_of, resolved
+from openapi_description import ANSWERED_OUTSIDE, DOCUMENT, EVERYWHERE, METHODS, PATHS, concrete, errors_of, resolved
 
 import fastdist
 from fastdist.http.api import Api, description
 from fastdist.http.models import Rejected
 from fastdist.packet import check
+from fastdist.protocols.table import PROTOCOLS
 from fastdist.shm.snapshot import REJECTIONS
 
 SOURCES = Path(fastdist.__file__).parent
 OPERATIONS = [
-    (path, method, operation)
-    for path, item in DOCUMENT["paths"].items()
-    for method, operation in item.items()
-    if method in METHODS
+    (path, method, operation) for path, item in PATHS.items() for method, operation in item.items() if method in METHODS
 ]
 NAMES = [f"{method} {path}" for path, method, _ in OPERATIONS]
 
@@ -54,10 +52,23 @@ def test_it_is_what_its_sources_say():
 def test_each_route_describes_its_methods():
     api = Api(lambda: pytest.fail("no figure is needed"))
     taken = {path: set(api._methods(concrete(path))) for path in (*api.routes, *api.ELSEWHERE)}
-    described = {
-        path: {method.upper() for method in item if method in METHODS} for path, item in DOCUMENT["paths"].items()
-    }
+    described = {path: {method.upper() for method in item if method in METHODS} for path, item in PATHS.items()}
     assert described == taken
+
+
+def test_each_route_of_agents_describes_its_methods():
+    taken = {
+        route.path: {*route.take, *route.reply}
+        for protocol in PROTOCOLS
+        for route in protocol.routes
+        if not route.for_json
+    }
+    described = {path: {method.upper() for method in item} for path, item in DOCUMENT["paths"].items()}
+    assert {path: methods for path, methods in described.items() if path not in PATHS} == {
+        path: methods for path, methods in taken.items() if path not in ("/v1/traces", "/v1/metrics")
+    }
+    names = [each["operationId"] for item in DOCUMENT["paths"].values() for each in item.values()]
+    assert len(set(names)) == len(names)
 
 
 def statuses_in_python(source: str):
@@ -83,6 +94,7 @@ def statuses_in_the_code():
         "http/api",
         "http/admin",
         "worker/ingest",
+        "worker/waits",
         "worker/main",
         "worker/admin",
         "supervisor/main",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import typer
+from openapi_description import PATHS
 from test_docs import commands
 
-import fastdist
 from fastdist.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 API_PAGE = (ROOT / "docs" / "api.md").read_text()
 COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text()
-DESCRIPTION = json.loads((Path(fastdist.__file__).parent / "http" / "openapi.json").read_text())
 
 
 def sections(text, level):
@@ -43,7 +41,7 @@ def table(text, heading):
 def operations():
     return {
         (method.upper(), path): {int(status) for status in operation["responses"]}
-        for path, methods in DESCRIPTION["paths"].items()
+        for path, methods in PATHS.items()
         for method, operation in methods.items()
         if method in {"get", "head", "options", "post", "patch", "delete", "put"}
     }

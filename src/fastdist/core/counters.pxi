@@ -40,7 +40,10 @@ cdef enum:
     EMITTERS
     OLD_BYTES
     LOST_PACKETS
-    COUNTERS = 40  # how many words a worker's counters take
+    REQUESTS = 40  # from here on: of agents' protocols, which are known by their numbers
+    MAX_PROTOCOLS = 8
+    PROTOCOL_WORDS = 20  # of each: records, then responses by status
+    COUNTERS = 200  # how many words a worker's counters take
 
 cdef enum:
     # Of an analyzer, as one worker sees it.
@@ -100,6 +103,8 @@ FIELDS = {
     "old_bytes": OLD_BYTES,
     "lost": LOST_PACKETS,
 }
+# Of responses to agents, in the order of their words. There are no others.
+STATUSES_COUNTED = (200, 201, 202, 204, 400, 401, 403, 404, 405, 408, 413, 415, 417, 429, 431, 500, 502, 503)
 ANALYZER_FIELDS = {
     "delivered": DELIVERED,
     "messages_delivered": MESSAGES_DELIVERED,
@@ -111,6 +116,8 @@ ANALYZER_FIELDS = {
     "connections": CONNECTIONS,
 }
 COUNTER_WORDS = COUNTERS
+FIRST_PROTOCOL_WORD = REQUESTS
+WORDS_PER_PROTOCOL = PROTOCOL_WORDS
 ANALYZER_WORDS = ANALYZER_COUNTERS
 HISTOGRAM_BUCKETS = BUCKETS
 WORDS_PER_HISTOGRAM = HISTOGRAM_WORDS
@@ -232,6 +239,20 @@ cdef class Counters:
     def set(self, str field, int64_t value):
         """Set a gauge of ``FIELDS``."""
         self.words[<int>FIELDS[field]] = value
+
+    cdef int request_word(self, int protocol, int status) except -1:
+        """Return the word that counts responses of this status to requests of this protocol."""
+        if not 0 <= protocol < MAX_PROTOCOLS:
+            raise IndexError(f"protocol {protocol} of {MAX_PROTOCOLS}")
+        return REQUESTS + protocol * PROTOCOL_WORDS + 1 + <int>STATUSES_COUNTED.index(status)
+
+    def add_request(self, int protocol, int status, int64_t records=0):
+        """Count a request of an agents' protocol by the status of its response, one of ``STATUSES_COUNTED``."""
+        self.count_request(self.request_word(protocol, status), records)
+
+    cdef void count_request(self, int word, int64_t records) noexcept nogil:
+        self.words[word] += 1
+        self.words[word - (word - REQUESTS) % PROTOCOL_WORDS] += records
 
     def add_to(self, Py_ssize_t slot, str field, int64_t n=1):
         """Add ``n`` to a counter of ``ANALYZER_FIELDS`` of the analyzer in ``slot``."""

@@ -279,7 +279,9 @@ cdef class RequestHead(Head):
     cdef readonly int64_t wait       # of Prefer, seconds; -1: none
     cdef readonly int keys           # how many Idempotency-Key fields there are
     cdef readonly bytes origin       # None: none
-    cdef readonly dict fields        # values by lower-case name, repeated ones joined by commas; None: is_log
+    cdef readonly dict fields        # values by lower-case name, repeated ones joined by commas; None: is_log, not encoded
+    cdef readonly object route       # what it is for, as `Intake.find` has said; None: no agent's request
+    cdef readonly bint brings        # records, in an agent's format
     cdef int hosts, credentials      # how many fields
 
     def __init__(self, bytes text not None):
@@ -297,7 +299,19 @@ cdef class RequestHead(Head):
         if self.status:
             self.hole_count = 0
         # Joined only now, as there may be very many of one name.
-        self.fields = None if self.is_log else {name: ", ".join(values) for name, values in self.fields.items()}
+        self.fields = (None if self.is_log and not self.encoded else
+                       {name: ", ".join(values) for name, values in self.fields.items()})
+
+    cdef int use(self, object route, bint brings) except -1:
+        """Take in what it is for. An agent's request is read by all of its fields: a template has them all but two."""
+        cdef int i, kept = 0
+        self.route, self.brings = route, brings
+        for i in range(self.hole_count):
+            if self.holes[i].kind == LENGTH or self.holes[i].kind == CREDENTIALS:
+                self.holes[kept] = self.holes[i]
+                kept += 1
+        self.hole_count = kept
+        return 0
 
     def on_url(self, bytes url):
         """Called by httptools with the target."""

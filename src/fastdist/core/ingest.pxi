@@ -2,7 +2,8 @@
 
 ``IngestBase`` is one connection, ``Intake`` (intake.pxi) what all of a worker share. A request goes head -> body ->
 answer; ``POST /logs`` is dealt with here, all else, and everything that is wrong, in ``fastdist.worker.ingest`` (``handle``,
-``refuse``). The answers of one read leave in one write. Where an answer has to wait (for a sync, a delivery, another
+``refuse``). What an agent sends (``route``) becomes a batch of packets there, in slices (``conversion``), which is stored
+here, whole or not at all; the same way an encoded body is decoded. The answers of one read leave in one write. Where an answer has to wait (for a sync, a delivery, another
 process), it and all behind it become ``Answer`` objects in a list, and leave in order as they get ready.
 
 A short request may have a long answer, or a costly one, and one read holds thousands. So what was read is held back, and
@@ -11,6 +12,7 @@ no more is read from the connection:
 - while its answers are not taken off;
 - when it has had its slice of this event-loop iteration (``slice_ns``), until its next;
 - when its next packet is a large one, of which a turn takes one;
+- while its body is converted, one slice a turn, and while the batch that has become of it waits for room in the ring;
 - when its next answer is one that Python makes (anything but a 202) and such answers have had their share of this turn
   (``costly_ns``): they cost up to a hundred times what a packet does, and packets come first.
 """
@@ -31,9 +33,12 @@ cdef enum Held:              # what was read and has to wait for its turn, in `p
     NOT_HELD = 0
     HELD_PACKET              # requests: the connection has had its slice, or the next is a large one
     HELD_ANSWER              # a request whose answer Python makes
+    HELD_WORK                # a body that is being converted
+    HELD_ROOM                # a batch for which there is no room
 
 cdef dict TURNED_DOWN = {       # (status, counter, detail, header lines)
-    ENCODED: (415, "unsupported_media_type", "compressed bodies are not understood", b"Accept-Encoding: identity\r\n"),
+    ENCODED: (415, "unsupported_media_type", "Content-Encoding must be gzip, deflate, zstd or snappy",
+              b"Accept-Encoding: gzip, deflate, zstd, snappy\r\n"),
     NO_JSON: (415, "unsupported_media_type", "Content-Type must be application/json", b"Accept: application/json\r\n"),
     BAD_KEY: (400, "invalid", "Idempotency-Key must be one value of 1 to 64 visible ASCII characters other than \" , ; \\, "
               "bare or in double quotes"),
@@ -68,7 +73,15 @@ cdef class IngestBase(Connection):
     cdef char[ID_TEXT] key
     cdef int key_length
     cdef bytes extra                   # header lines its answer gets besides the usual
-    cdef tuple request                 # (method, target, headers) of one that is not POST /logs
+    cdef readonly tuple request        # (method, target, headers) of one that is not POST /logs, or encoded
+    cdef readonly object route         # of an agent's request, as `Intake.find` has it
+    cdef readonly bint brings          # records of an agent's
+    cdef bint converts                 # its body is converted or decoded
+    cdef object conversion             # a generator that does so; None: not begun, or done
+    cdef object outcome                # of it: a batch, or the decoded body
+    cdef int64_t batch_size            # bytes of records
+    cdef int64_t room_due              # until when a batch may wait for room; 0: it does not
+    cdef int64_t charged               # bytes that count as a body besides `body`
     # buffers
     cdef RequestHead head              # of the last packet: a template
     cdef UnfinishedHead unfinished     # the head that is being read
@@ -76,6 +89,8 @@ cdef class IngestBase(Connection):
     cdef Py_ssize_t scanned            # of the head, by find_head_end
     cdef int blank_lines               # passed over since the last head
     cdef Buffer body                   # as far as it has come
+    cdef bytes whole                   # what it lies in if it is to be converted, and its length is known: spares a copy
+    cdef bint borrows                  # it does
     # times, monotonic ns
     cdef int64_t moved_ns              # last byte read
     cdef int64_t head_ns               # first byte of the present head
@@ -95,7 +110,8 @@ cdef class IngestBase(Connection):
 
     def __dealloc__(self):
         release(&self.partial)
-        release(&self.body)
+        if not self.borrows:
+            release(&self.body)
 
     def set_client(self, str address):
         """Tell who is at the other end (for the rate limits)."""
@@ -111,8 +127,9 @@ cdef class IngestBase(Connection):
         self.scanned = 0
         self.after = IDLE
         self.is_log = self.answered = self.head_only = self.old_client = self.admitted = self.invites = False
+        self.brings = self.converts = False
         self.key_length, self.wait_seconds = 0, -1
-        self.extra = self.request = None
+        self.extra = self.request = self.route = None
         return 0
 
     cdef int stop_reading(self, Reading state) except -1:
@@ -296,13 +313,17 @@ cdef class IngestBase(Connection):
             if length <= 0:
                 return self.read_unfinished(p, end - p, length == HEAD_BROKEN)
             head = RequestHead(p[:length])
+            if not head.status and (head.encoded if head.is_log else True) and self.intake.find is not None:
+                self.ask_for_route(head)
             head.matches(p, length, &filled)
         self.unfinished = None
         self.judge_head(head, &filled)
         if unlikely(self.held):
             return p
-        if head is not self.head and head.is_log and head.status == 0 and length <= TEMPLATE_ROOM:
-            self.head = self.intake.head = head
+        if head is not self.head and (head.is_log or head.brings) and head.status == 0 and length <= TEMPLATE_ROOM:
+            self.head = head
+            if head.is_log:
+                self.intake.head = head
         self.blank_lines = 0
         if self.reading == HEAD:  # no body
             self.answer_whole(NULL, 0)
@@ -310,6 +331,15 @@ cdef class IngestBase(Connection):
             self.emit(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.invites = self.has_waiting()
         return p + length
+
+    cdef int ask_for_route(self, RequestHead head) except -1:
+        cdef tuple found = self.intake.find(head.method, head.target.decode("latin-1"), head.fields)
+        if found is None:
+            return 0
+        if head.is_log:
+            head.route = found[0]
+            return 0
+        return head.use(found[0], found[1])
 
     cdef const uchar *read_unfinished(self, const uchar *p, Py_ssize_t n, bint broken) except NULL:
         """See to a head whose end is not there: it may be broken or too large already. Return ``p``, or where reading ends."""
@@ -343,7 +373,9 @@ cdef class IngestBase(Connection):
         cdef bint bodiless = head.expects_continue or filled.content_length > self.intake.max_body
         cdef int64_t wait = 0
         cdef Refusal refusal
-        self.is_log = head.is_log
+        self.is_log, self.brings = head.is_log, head.brings
+        if unlikely(not head.is_log or head.encoded):
+            self.note_route(head, filled)
         self.head_only = not head.is_log and head.method == "HEAD"
         refusal = self.intake.judge(self, head, filled, &wait)
         if unlikely(refusal != FINE and not self.may_answer()):
@@ -358,8 +390,6 @@ cdef class IngestBase(Connection):
             self.after = DISCARDING
         if unlikely(self.intake.shares_origins) and head.origin:
             self.extra = self.share_with(head.origin)
-        if unlikely(not self.is_log):
-            self.request = (head.method, head.target.decode("latin-1"), head.fields)
         if unlikely(refusal != FINE):
             self.turn_down(refusal, filled, wait)
             if bodiless:
@@ -377,8 +407,18 @@ cdef class IngestBase(Connection):
             self.body_left = filled.content_length
         return 0
 
+    cdef int note_route(self, RequestHead head, Filled *filled) except -1:
+        """Note what Python is to know of the request."""
+        cdef dict fields = head.fields
+        if head.credentials and not head.is_log:  # the template may have others
+            fields = dict(fields, authorization=filled.credentials.p[:filled.credentials.n].decode("latin-1"))
+        self.request = (head.method, head.target.decode("latin-1"), fields)
+        self.route = None if head.is_log else head.route
+        self.converts = head.brings or head.route is not None and head.is_log
+        return 0
+
     cdef int64_t most_of_body(self) noexcept:
-        return self.intake.max_body if self.is_log else API_BODY
+        return self.intake.max_body if self.is_log or self.brings else API_BODY
 
     cdef int turn_down(self, Refusal refusal, Filled *filled, int64_t wait) except -1:
         """Answer what ``Intake.judge`` has found wrong."""
@@ -390,7 +430,7 @@ cdef class IngestBase(Connection):
             self.reject(self.unauthorized(filled.credentials.p[:filled.credentials.n] if filled.credentials.n else None))
         elif refusal == NOT_STORED:
             self.reject(self.not_stored(False))
-        elif self.is_log:
+        elif self.is_log or self.brings:
             self.fault(413, "too_large",
                        f"the body is {filled.content_length} bytes, more than the {self.intake.max_body} allowed")
         else:
@@ -411,7 +451,11 @@ cdef class IngestBase(Connection):
                 return p
         elif self.has_room_for(n):
             if self.body.data == NULL:  # touched only as it fills
-                make_room(&self.body, n + self.body_left)
+                if unlikely(self.converts):
+                    self.whole, self.borrows = PyBytes_FromStringAndSize(NULL, n + self.body_left), True
+                    self.body.data, self.body.size = <uchar *>PyBytes_AS_STRING(self.whole), n + self.body_left
+                else:
+                    make_room(&self.body, n + self.body_left)
             self.keep_body(p, n)
             if self.body_left == 0:
                 self.answer_whole(self.body.data, self.body.end)
@@ -431,7 +475,7 @@ cdef class IngestBase(Connection):
         elif event != CHUNK_MORE and not self.may_answer():
             return p
         elif event == CHUNK_TOO_LARGE:
-            self.fault(413, "too_large" if self.is_log else "",
+            self.fault(413, "too_large" if self.is_log or self.brings else "",
                        f"the body is larger than the {self.most_of_body()} bytes allowed")
         elif event == CHUNK_BROKEN:
             self.malformed(400, "its chunks are broken")
@@ -465,10 +509,26 @@ cdef class IngestBase(Connection):
         self.intake.bodies += n
         return 0
 
-    cdef int drop_body(self) noexcept:
+    cdef void release_body(self) noexcept:
         self.intake.bodies -= self.body.end
-        release(&self.body)
+        if unlikely(self.borrows):
+            memset(&self.body, 0, sizeof(Buffer))
+            self.whole, self.borrows = None, False
+        else:
+            release(&self.body)
+
+    cdef int drop_body(self) noexcept:
+        self.release_body()
+        if unlikely(self.converts):
+            self.conversion = self.outcome = None
+            self.room_due = 0
+            self.charge(0)
         return 0
+
+    cdef void charge(self, int64_t size) noexcept:
+        """Count so many bytes as a body on its way, instead of those that were counted so before."""
+        self.intake.bodies += size - self.charged
+        self.charged = size
 
     cdef int answer_whole(self, const uchar *p, Py_ssize_t n) except -1:
         """Finish a request whose body does not lie in what is read; be WHOLE while that has to wait for its turn."""
@@ -479,12 +539,14 @@ cdef class IngestBase(Connection):
     cdef bint finish_request(self, const uchar *p, Py_ssize_t n) except -1:
         """The request is whole: answer it, and be ready for the next. False, and nothing done, if that has to wait."""
         if not self.answered:
-            if likely(self.is_log):
+            if unlikely(self.converts):
+                if not self.convert(p, n):
+                    return False
+            elif likely(self.is_log):
                 if unlikely(not self.accept(p, n)):
                     return False
             elif self.may_answer():
                 answer = self.handle(*self.request, p[:n] if n else b"")
-                self.request = None
                 if answer is not None:
                     self.emit(answer)
             else:
@@ -610,6 +672,168 @@ cdef class IngestBase(Connection):
         self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
                             messages if intake.validation else None)
         return 0
+
+    # ---- batches
+
+    cdef bint convert(self, const uchar *p, Py_ssize_t n) except -1:
+        """Convert a body, and store what has become of it; False if that goes on in another turn, or waits for room."""
+        cdef Intake intake = self.intake
+        if intake.draining and self.after == IDLE:
+            self.after = DISCARDING
+        if intake.closed or intake.broken_storage:
+            self.reject(self.not_stored(False))
+            return True
+        if self.outcome is None and not self.converted(p, n):
+            return not self.held
+        if self.is_log:
+            return self.accept(<const uchar *>PyBytes_AS_STRING(self.outcome), len(self.outcome))
+        return self.store(self.outcome)
+
+    cdef bint converted(self, const uchar *p, Py_ssize_t n) except -1:
+        """Do a slice of a conversion; say whether its outcome is there. If not, it is held or answered."""
+        try:
+            if self.conversion is None:
+                self.conversion = self.conversion_of(self.whole if self.borrows else p[:n] if n else b"")
+                self.release_body()
+            size = next(self.conversion)
+        except StopIteration as end:
+            self.conversion, self.outcome = None, end.value
+            return True
+        except Exception as error:
+            self.conversion = None
+            self.reject(self.invalid(error))
+            return False
+        # A conversion tells how many bytes it has decoded, if it does.
+        self.charge(max(self.charged, n) if size is None else size)
+        if self.is_crowded():
+            return False
+        self.held = HELD_WORK
+        return False
+
+    cdef bint is_crowded(self) except -1:
+        """Whether there is no memory for what was charged; then say so."""
+        cdef Intake intake = self.intake
+        if likely(intake.bodies <= intake.most_bodies) or intake.make_room(self, intake.most_bodies):
+            return False
+        self.reject(self.crowded_out())
+        return True
+
+    cdef bint store(self, batch) except -1:
+        """Put a batch into the ring, whole or not at all, and answer; False if it has to wait for room."""
+        cdef Intake intake = self.intake
+        cdef tuple packets = tuple(batch.packets)
+        cdef bytes body
+        cdef int found = RING_FULL
+        if self.room_due == 0:
+            self.batch_size = 0
+            for packet in packets:
+                body = packet.body
+                self.batch_size += size_of(0, len(body))
+        if not packets:
+            found = PUSHED
+        elif not intake.wanting or intake.first_for_room is self:
+            found = intake.ring.room_for(self.batch_size, 0)
+        if likely(found == PUSHED):
+            found = self.push(packets, batch)
+        if likely(found == PUSHED):
+            return True
+        if found == RING_FULL and self.may_wait():
+            self.held = HELD_ROOM
+            return False
+        if found == NOT_WRITTEN:
+            self.flush_to_answers()
+            intake.write_failed(intake.ring.file.failed)
+        if found == TOO_BIG:
+            self.reject(self.refuse(413, "too_large", f"packets of {self.batch_size} bytes are over half of what a worker's "
+                                           f"part of the queue holds ({intake.ring.capacity} bytes)"))
+        elif not self.answered:
+            self.reject(self.not_stored(found == RING_FULL))
+        return True
+
+    cdef bint may_wait(self) except -1:
+        """Whether a batch may wait for room, or go on doing so; answered if there is no memory for it."""
+        if self.room_due == 0:
+            self.room_due = self.moved_ns + self.intake.room_wait_ns
+            self.charge(self.batch_size)
+        return not self.is_crowded() and self.moved_ns < self.room_due
+
+    cdef int push(self, tuple packets, batch) except -1:
+        """Push packets for which there is room, all or none: PUSHED or NOT_WRITTEN. Answer if they were."""
+        cdef Intake intake = self.intake
+        cdef PacketRing ring = intake.ring
+        cdef bytes data = self.stored(batch) if self.wait_seconds < 0 or not packets else None
+        cdef uint64_t first
+        cdef Part part
+        cdef Answer answer = None
+        self.flush_to_answers()
+        first = ring.next_sequence
+        memset(&part, 0, sizeof(Part))
+        part.batch = True
+        if data is not None:  # else it is counted when its answer is known
+            part.request = intake.counters.request_word(self.route.number, batch.reply.status)
+        if not self.push_all(packets, &part):
+            return NOT_WRITTEN
+        if intake.holds and packets:
+            answer = self.hold_place()
+            answer.position, answer.read_ns = part.position, self.moved_ns
+            answer.otherwise = self.withdrawn()
+            self.await_sync()
+            intake.outbox.add(&part, NULL)
+        else:
+            intake.counters.words[ACCEPTED] += part.packets
+            intake.counters.words[MESSAGES_ACCEPTED] += part.messages
+            intake.counters.words[BYTES_ACCEPTED] += part.body_bytes
+            if part.request:
+                intake.counters.count_request(part.request, part.messages)
+            if packets:
+                observe(intake.counters.ingest, mono_ns() - self.moved_ns, 1)
+        if data is None:
+            answer = answer or self.hold_place()
+            self.answer_due = max(self.answer_due, self.moved_ns + self.wait_seconds * 1000000000)
+            self.await_deliveries(answer, range(first, ring.next_sequence), self.wait_seconds, batch)
+        elif answer is not None:
+            answer.take(data)
+        else:
+            self.emit(data)
+        return PUSHED
+
+    cdef bint push_all(self, tuple packets, Part *part) except -1:
+        """Push the packets and sum them up in ``part``; False if one could not be written, and so none was pushed."""
+        cdef Intake intake = self.intake
+        cdef PacketRing ring = intake.ring
+        cdef int64_t start, now = mono_ns() + ring.clock_offset
+        cdef uint64_t first
+        cdef unsigned char[16] packet_id
+        cdef bytes body
+        cdef uint32_t messages
+        cdef uint64_t emitter
+        # If they are collected, they are written with all else in one piece, or nothing of that is. If not, some may be in the
+        # file already when the next cannot be written: so nothing else is to be in it.
+        cdef bint apart = not ring.file.direct and not ring.file.collects(ring.tail, self.batch_size)
+        cdef int pushed = PUSHED
+        for packet in packets:
+            body = packet.body
+            apart = apart or (not ring.file.direct and size_of(0, len(body)) >= LARGE)
+        if apart and ring.write() != 0:
+            return False
+        start, first = ring.tail, ring.next_sequence
+        intake.wall = wall_ns()
+        for packet in packets:
+            body, messages, emitter = packet.body, packet.messages, packet.emitter_hash
+            intake.make_id(intake.wall, packet_id)
+            pushed = ring.put_packet(<const uchar *>PyBytes_AS_STRING(body), len(body), NULL, 0, packet_id, messages, emitter,
+                                     now, WAITED if self.wait_seconds >= 0 else 0)
+            if unlikely(pushed != PUSHED):
+                break
+            part.packets += 1
+            part.messages += messages
+            part.body_bytes += len(body)
+        if pushed != PUSHED or (apart and ring.write() != 0):
+            if ring.tail > start:
+                ring.take_back(start, ring.next_sequence - first)
+            return False
+        part.position = ring.tail
+        return True
 
     # ---- answers
 
@@ -792,7 +1016,8 @@ cdef class IngestBase(Connection):
             return 0
         if self.held and not full and not self.queued:
             self.queued = True
-            (self.intake.costly if self.held == HELD_ANSWER else self.intake.waiting).append(self)
+            (self.intake.costly if self.held == HELD_ANSWER else self.intake.working if self.held == HELD_WORK
+             else self.intake.wanting if self.held == HELD_ROOM else self.intake.waiting).append(self)
             self.intake.await_turn()
         if pause and not self.unread_ns:
             self.unread_ns = mono_ns()

@@ -1,8 +1,8 @@
 """What all emitters' connections of a worker share, and answers that have to wait.
 
-``Intake.go_on`` goes round among the connections that are held back (see ingest.pxi), once in every event-loop iteration,
-packets before costly answers. So no turn takes longer the more connections there are, and no connection waits for all that
-another has sent.
+``Intake.go_on`` goes round among the connections that are held back (see ingest.pxi), once in every event-loop iteration:
+packets, then a slice of one conversion, then costly answers. So no turn takes longer the more connections there are, and no
+connection waits for all that another has sent.
 """
 
 HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"  # in English: no process sets a locale
@@ -19,6 +19,8 @@ cdef int64_t SLICE = 150000     # for the packets of one connection
 cdef int64_t PACKETS = 2000000  # for all that are held back
 cdef int64_t LOOP = 2000000     # for those that the loop reads from, not Poller (TLS)
 cdef int64_t COSTLY = 500000    # for answers that Python makes
+
+cdef int64_t ROOM_WAIT = 2000000000  # ns that a batch waits for room in the ring
 
 cdef enum Refusal:           # of a request, by its head
     FINE = 0
@@ -62,6 +64,7 @@ cdef class Intake(AfterEvents):
     cdef readonly Counters counters
     cdef readonly RateLimiter limiter
     cdef readonly set connections
+    cdef public object find            # (method, target, headers) -> (route, whether it brings records), None: no agent's
     cdef public bint draining          # every answer is the last on its connection
     cdef public bint closed            # nothing is accepted any more
     cdef public int broken_storage     # errno of what keeps packets from being stored; 0: nothing
@@ -78,6 +81,7 @@ cdef class Intake(AfterEvents):
     cdef readonly Py_ssize_t max_connections
     cdef public int64_t most_bodies    # bytes of bodies on their way, of all connections
     cdef readonly int64_t bodies       # as many as there are
+    cdef public int64_t room_wait_ns   # see ROOM_WAIT
     cdef int64_t slow_from             # monotonic ns: before it no body is slow enough to be ended for others
     cdef object check                  # packet.check
     cdef object on_accepted
@@ -91,10 +95,13 @@ cdef class Intake(AfterEvents):
     cdef bytes date
     # what is held back, and what an event-loop iteration may take of it: see the module's text
     cdef object waiting                # connections that have had their slice
+    cdef object working                # those with a conversion under way
+    cdef object wanting                # those whose batch waits for room in the ring, in order
     cdef object costly                 # those whose next answer Python makes
     cdef bint turn_awaited             # `go_on` will be called
     cdef IngestBase having_turn        # it may have a costly answer made
     cdef bint going_round              # among those with packets: a large one may be taken
+    cdef IngestBase first_for_room     # it may push, although others wait for room
     cdef public object later           # call_soon
     cdef public int64_t slice_ns, packets_ns, loop_ns, costly_ns
     cdef int64_t loop_left, costly_left  # of this turn
@@ -115,9 +122,10 @@ cdef class Intake(AfterEvents):
         self.max_connections = server.max_connections
         self.most_bodies = max(MIN_FOR_BODIES, 2 * self.max_body)
         self.connections, self.unsafe = set(), []
-        self.waiting, self.costly = deque(), deque()
+        self.waiting, self.working, self.wanting, self.costly = deque(), deque(), deque(), deque()
         self.slice_ns, self.packets_ns, self.loop_ns, self.costly_ns = SLICE, PACKETS, LOOP, COSTLY
         self.loop_left, self.costly_left = LOOP, COSTLY
+        self.room_wait_ns = ROOM_WAIT
         self.later = call_soon
         self.open_to_all = True
         self.noise = int.from_bytes(os.urandom(8), "little")
@@ -153,7 +161,7 @@ cdef class Intake(AfterEvents):
         cdef Span key
         if head.status:
             return BROKEN
-        if unlikely(not head.is_log):
+        if unlikely(not head.is_log and not head.brings):
             return TOO_LONG if filled.content_length > API_BODY else UNEXPECTED if head.expects_other else FINE
         connection.wait_seconds = min(head.wait, MAX_WAIT)
         if unlikely(self.limiter.active) and not connection.admitted:
@@ -166,7 +174,9 @@ cdef class Intake(AfterEvents):
                 return NO_TOKEN
         if unlikely(self.closed or self.broken_storage):
             return NOT_STORED
-        if head.encoded:
+        if unlikely(head.brings):  # its type and encoding are looked at with its body
+            return TOO_LONG if filled.content_length > self.max_body else UNEXPECTED if head.expects_other else FINE
+        if head.encoded and head.route is None:
             return ENCODED
         if not head.json:
             return NO_JSON
@@ -207,7 +217,10 @@ cdef class Intake(AfterEvents):
         self.turn_awaited = False
         self.loop_left, self.costly_left = self.loop_ns, self.costly_ns
         try:
+            if self.closed:
+                self.go_round(self.wanting, began + self.packets_ns, False)
             self.go_round(self.waiting, began + self.packets_ns, False)
+            self.go_round(self.working, 0, False)
             self.go_round(self.costly, mono_ns() + self.costly_ns, True)
         finally:
             self.events_over()
@@ -218,7 +231,7 @@ cdef class Intake(AfterEvents):
     @property
     def holds_back(self):
         """Whether there are connections with requests that wait for their turn."""
-        return bool(self.waiting or self.costly)
+        return bool(self.waiting or self.working or self.costly or (self.closed and self.wanting))
 
     cdef int go_round(self, queue, int64_t until, bint costly) except -1:
         cdef IngestBase connection
@@ -237,8 +250,27 @@ cdef class Intake(AfterEvents):
                 break
         return 0
 
+    def look_for_room(self):
+        """Have batches that wait for room try again, in order, unless the first would not be done with; to be called often."""
+        cdef IngestBase connection
+        cdef int64_t until = mono_ns() + self.packets_ns
+        if not self.wanting:
+            return
+        try:
+            while self.wanting and mono_ns() < until:
+                connection = self.wanting[0]
+                if connection.held == HELD_ROOM and not (
+                        self.closed or self.broken_storage or mono_ns() >= connection.room_due
+                        or self.ring.room_for(connection.batch_size, 0) != RING_FULL):
+                    break
+                self.first_for_room = connection
+                self.go_round(self.wanting, 0, False)
+        finally:
+            self.first_for_room = None
+            self.events_over()
+
     cdef int await_turn(self) except -1:
-        if not self.turn_awaited and (self.waiting or self.costly):
+        if not self.turn_awaited and (self.waiting or self.working or self.costly):
             self.turn_awaited = True
             self.later(self.go_on)
         return 0
@@ -296,6 +328,8 @@ cdef class Intake(AfterEvents):
             counters[ACCEPTED] += part.packets
             counters[MESSAGES_ACCEPTED] += part.messages
             counters[BYTES_ACCEPTED] += part.body_bytes
+            if unlikely(part.request):
+                self.counters.count_request(part.request, part.messages)
             try:
                 if part.connection != NULL:
                     if part.packets:
@@ -312,7 +346,8 @@ cdef class Intake(AfterEvents):
     def not_stored(self, int64_t position, int status, str reason, bytes headers, bytes body):
         """What was pushed behind ``position`` was withdrawn: clients that wait for it get this answer instead.
 
-        At once, unless answers that come before it on their connection have to wait on. Return how many packets that were.
+        At once, unless answers that come before it on their connection have to wait on. Return how many packets that were;
+        a batch, which has its own answer for that, counts as one.
         """
         cdef IngestBase connection
         cdef Answer waiting
@@ -324,7 +359,8 @@ cdef class Intake(AfterEvents):
         for connection in self.unsafe:
             for waiting in connection.answers or ():
                 if waiting.position > position and not waiting.ready:
-                    waiting.take(waiting.compose(status, reason, headers, body))
+                    waiting.take(waiting.compose(status, reason, headers, body) if waiting.otherwise is None
+                                 else waiting.otherwise(waiting))
                     waiting.ready = True
                     waiting.read_ns = 0
         self.outbox = Outbox()
@@ -335,13 +371,13 @@ cdef class Intake(AfterEvents):
             if part.position > position:
                 if part.connection == NULL or <object>part.connection not in behind:
                     to = leaving
-                packets += part.packets
+                packets += 1 if part.batch else part.packets
                 if part.packets and part.connection != NULL:
                     answer = self.compose(status, reason, headers, body, close=False) * (part.packets - 1)
                     answer += self.compose(status, reason, headers, body, close=part.close)
                     (<IngestBase>part.connection).answers_size += len(answer) - part.size
                 kept.position, kept.size = position, len(answer)
-                kept.packets = kept.messages = kept.body_bytes = 0
+                kept.packets = kept.messages = kept.body_bytes = kept.request = 0
             if to is not leaving and part.connection != NULL:
                 behind.add(<object>part.connection)
             to.add(&kept, PyBytes_AS_STRING(answer))
@@ -372,7 +408,7 @@ cdef class Intake(AfterEvents):
                 return False
             slowest, most, next_slow = None, 0, now + STALL
             for connection in self.connections:
-                if connection.body.end and connection is not coming:
+                if connection.body.end and connection.reading != WHOLE and connection is not coming:
                     waste = <double>(now - connection.body_slow) * connection.body.end
                     if waste > most:
                         slowest, most = connection, waste
@@ -431,6 +467,7 @@ cdef class Answer:
     cdef bytes extra
     cdef int64_t position              # of the ring, that a sync has to reach first; 0: none
     cdef int64_t read_ns               # when its request was read, monotonic; 0: it is not, or no longer, to be counted
+    cdef object otherwise              # called with this if its packets are withdrawn: returns what it is then; None: as others
     cdef IngestBase connection
 
     def complete(self, bytes data):

@@ -12,6 +12,8 @@ cdef struct Part:            # the answers of one read, in the order in which th
     int64_t body_bytes
     Py_ssize_t size          # bytes of answers
     int32_t packets          # accepted by these answers; 0: they are about something else
+    int32_t request          # the word that counts an agent's request; 0: none
+    bint batch               # the packets are of one request
     bint close               # the last is the last on its connection
 
 

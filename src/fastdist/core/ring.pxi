@@ -246,9 +246,15 @@ cdef class PacketRing:
                          const uint8_t *packet_id, uint32_t messages, uint64_t emitter, int64_t now_ns,
                          int flags) noexcept nogil:
         """Append a packet: PUSHED, RING_FULL, TOO_BIG, or NOT_WRITTEN: then what was not written before is gone as well."""
-        cdef int64_t size = size_of(key_length, length), tail = self.tail
+        cdef int found = self.room_for(size_of(key_length, length), flags)
+        if unlikely(found != PUSHED):
+            return found
+        return self.put_packet(body, length, key, key_length, packet_id, messages, emitter, now_ns, flags)
+
+    cdef inline int room_for(self, int64_t size, int flags) noexcept nogil:
+        """Make room for records of so many bytes; return PUSHED, or what keeps them from being pushed (as ``push_packet``)."""
+        cdef int64_t tail = self.tail
         cdef int64_t kept = 0 if flags & A_COPY else self.reserved
-        cdef Record record
         if unlikely(2 * size > self.capacity):
             return TOO_BIG
         if unlikely(self.is_half_full(size + kept)):
@@ -259,6 +265,14 @@ cdef class PacketRing:
                 return RING_FULL if self.tail >= tail else NOT_WRITTEN
         if unlikely(self.tail < tail):  # a record was to be moved behind what was pushed, and that could not be written
             return NOT_WRITTEN
+        return PUSHED
+
+    cdef inline int put_packet(self, const unsigned char *body, size_t length, const unsigned char *key, size_t key_length,
+                               const uint8_t *packet_id, uint32_t messages, uint64_t emitter, int64_t now_ns,
+                               int flags) noexcept nogil:
+        """Append a packet for which there is room: PUSHED or NOT_WRITTEN."""
+        cdef int64_t size = size_of(key_length, length)
+        cdef Record record
         if unlikely(not self.may_reach(size)):
             self.forget_staged()
             return NOT_WRITTEN
@@ -322,6 +336,17 @@ cdef class PacketRing:
         self.file.forget_staged()
         while self.late_count > self.first_late and self.late[self.late_count - 1].position >= self.tail:
             self.late_count -= 1
+
+    cdef void take_back(self, int64_t position, int64_t packets) noexcept nogil:
+        """Forget the latest packets, which begin at ``position``, up to which all is written: no one has claimed them."""
+        self.undone -= packets
+        self.undone_bytes -= self.tail - position
+        self.next_sequence -= packets
+        self.next_number += (self.file.slots - packets % self.file.slots) % self.file.slots  # see skip_numbers
+        self.tail = self.file.written = position
+        self.staged = 0
+        self.file.forget_kept()
+        self.roll_back()
 
     cdef void skip_numbers(self) noexcept nogil:
         """Go on with numbers that no record has ever had: there are fewer than nanoseconds since the epoch.

@@ -229,6 +229,10 @@ cdef class RingFile:
         """Return how many bytes are collected and not written yet."""
         return max(0, self.ends[self.half] - self.written)
 
+    cdef inline bint collects(self, int64_t tail, int64_t size) noexcept nogil:
+        """Whether small records of ``size`` bytes in all, behind ``tail``, are written in one piece with what is collected."""
+        return tail == self.ends[self.half] and tail + size - self.begins[self.half] <= KEPT
+
     # ---- reading what may be damaged
 
     cdef int look(self, int64_t position) except -1:

@@ -172,7 +172,7 @@ class Api:
         if method == "OPTIONS":
             if "{id}" in route:
                 self._analyzer(request)
-            return self._options(request, methods)
+            return self.options(request.headers, methods)
         handler = self.routes.get(route, {}).get("GET" if method == "HEAD" else method)
         if handler is None:
             return problem(405, f"{', '.join(methods)} are what this path takes", headers=_allow(methods))
@@ -187,9 +187,10 @@ class Api:
         with_head = [name for method in methods for name in (("GET", "HEAD") if method == "GET" else (method,))]
         return list(dict.fromkeys([*with_head, "OPTIONS"]))
 
-    def _options(self, request: Request, methods: Iterable[str]) -> Response:
-        headers, lines = request.headers, _allow(methods)
-        if "origin" in headers and "access-control-request-method" in headers:
+    def options(self, headers: Mapping[str, str], methods: Iterable[str]) -> Response:
+        """Answer OPTIONS of a path that takes these methods, and with it preflights."""
+        lines = _allow(methods)
+        if is_preflight(headers):
             allowed = self.snapshot().config.security.cors_origins
             if cors_headers(headers["origin"], allowed):
                 lines += _preflight(methods)
@@ -237,6 +238,11 @@ class Api:
         if name not in names:
             raise RefusedError(404, f"there is no analyzer {name!r}; there are {', '.join(names)}")
         return name
+
+
+def is_preflight(headers: Mapping[str, str]) -> bool:
+    """Whether an OPTIONS request is what browsers send before a request to another origin."""
+    return "origin" in headers and "access-control-request-method" in headers
 
 
 @cache

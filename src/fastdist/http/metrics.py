@@ -80,10 +80,23 @@ def _packets(it: Snapshot) -> Iterator[Family]:
     yield _counter("packets_corrupt", "Damaged records found in the queue and skipped.", it.total("corrupt"))
     yield _counter("packets_lost", "Packets that were damaged in the queue while they waited.", it.total("lost"))
     yield _counter("packets_dead_lettered", "Packets given up and kept in a file.", it.dead_lettered, by="reason")
+    yield Family("requests", "counter", "Requests of log agents, by protocol and status.", _requests(it))
+    records = {name: figures.records for name, figures in it.protocols.items()}
+    yield _counter("records", "Records of log agents that were accepted.", records, by="protocol")
     for unit, what in (("messages", "Log messages"), ("bytes", "Bytes of packet bodies")):
         accepted, delivered = it.total(f"{unit}_accepted"), it.total_of_analyzers(f"{unit}_delivered")
         yield _counter(f"{unit}_accepted", f"{what} in accepted packets.", accepted)
         yield _counter(f"{unit}_delivered", f"{what} in delivered packets.", delivered)
+
+
+def _requests(it: Snapshot) -> str:
+    return "".join(
+        [
+            _sample("requests_total", {"protocol": name, "code": str(status)}, count)
+            for name, figures in it.protocols.items()
+            for status, count in figures.statuses.items()
+        ]
+    )
 
 
 def _queue(it: Snapshot) -> Iterator[Family]:

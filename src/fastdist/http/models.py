@@ -205,6 +205,14 @@ class Rejected(Model, kw_only=True):
     timeout: Annotated[Count, doc("A request that did not arrive in time.")] = 0
 
 
+class ProtocolCounts(Model, kw_only=True):
+    """What has come in one of the log agents' protocols."""
+
+    requests: Annotated[Count, doc("Requests with records, accepted or refused.")] = 0
+    records: Annotated[Count, doc("Records that were accepted: a message each.")] = 0
+    refused: Annotated[Count, doc("Requests that were answered with an error.")] = 0
+
+
 class Rates(Model, kw_only=True):
     """Packets a second, over the last 10 s."""
 
@@ -276,6 +284,9 @@ class Stats(Model, kw_only=True):
     )
     bytes: Annotated[InAndOut, doc("Bytes in accepted and in delivered packets.")] = field(default_factory=InAndOut)
     rejected: Rejected
+    protocols: Annotated[
+        dict[str, ProtocolCounts], doc("By protocol of log agents (`server.protocols`); POST /logs is not among them.")
+    ] = {}
     rates: Rates
     latency_ms: Latencies
     analyzers: Annotated[list[AnalyzerInShort], doc("In the order of the configuration.")] = []

@@ -60,6 +60,10 @@ def stats(snapshot: Snapshot) -> models.Stats:
         messages=_in_and_out(snapshot, "messages"),
         bytes=_in_and_out(snapshot, "bytes"),
         rejected=models.Rejected(**snapshot.rejected),
+        protocols={
+            name: models.ProtocolCounts(requests=counts.requests, records=counts.records, refused=counts.refused)
+            for name, counts in snapshot.protocols.items()
+        },
         rates=models.Rates(
             accepted_per_second=round(snapshot.rates.accepted, 3),
             delivered_per_second=round(snapshot.rates.delivered, 3),

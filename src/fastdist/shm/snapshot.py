@@ -24,9 +24,13 @@ from fastdist._core import (
     ANALYZER_WORDS,
     COUNTER_WORDS,
     FIELDS,
+    FIRST_PROTOCOL_WORD,
     HISTOGRAMS_PER_ROW,
+    STATUSES_COUNTED,
     WORDS_PER_HISTOGRAM,
+    WORDS_PER_PROTOCOL,
 )
+from fastdist.settings import PROTOCOLS
 from fastdist.shm.block import AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
 from fastdist.shm.histograms import Histogram, merge
 from fastdist.shm.weights import effective_weights, normalised, seems_online
@@ -53,6 +57,7 @@ REJECTIONS = (
 DEAD_LETTERS = ("refused", "exhausted", "oversized", "shutdown")
 RATE_WINDOW_NS = 10_000_000_000
 MAX_WAIT = 30  # seconds, of Retry-After
+FIRST_ERROR = 400  # of statuses
 MIN_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not a thousand a second
 
 _INGEST = COUNTER_WORDS  # where the histograms of a row begin
@@ -98,6 +103,23 @@ class WorkerFigures(Struct, frozen=True):
     def running(self) -> bool:
         """Whether it serves."""
         return self.state in {WorkerState.RUNNING, WorkerState.DRAINING}
+
+
+class ProtocolFigures(NamedTuple):
+    """What has come of requests in an agents' protocol: records that were accepted, responses by status."""
+
+    records: int
+    statuses: dict[int, int]
+
+    @property
+    def requests(self) -> int:
+        """All of them."""
+        return sum(self.statuses.values())
+
+    @property
+    def refused(self) -> int:
+        """Those that were answered with an error."""
+        return sum(count for status, count in self.statuses.items() if status >= FIRST_ERROR)
 
 
 class AnalyzerFigures(Struct, frozen=True):
@@ -185,6 +207,18 @@ class Snapshot:
     def rejected(self) -> dict[str, int]:
         """Requests that brought no packet, by reason."""
         return {reason: self.total(reason) for reason in REJECTIONS}
+
+    @cached_property
+    def protocols(self) -> dict[str, ProtocolFigures]:
+        """What has come of requests of log agents, by protocol."""
+        return {name: self._protocol(number) for number, name in enumerate(PROTOCOLS)}
+
+    def _protocol(self, number: int) -> ProtocolFigures:
+        start = FIRST_PROTOCOL_WORD + number * WORDS_PER_PROTOCOL
+        rows = (counters[start : start + WORDS_PER_PROTOCOL] for counters in self._counters)
+        records, *responses = map(sum, zip(*rows, strict=True))
+        counts = zip(STATUSES_COUNTED, responses, strict=False)
+        return ProtocolFigures(records, {status: count for status, count in counts if count})
 
     @cached_property
     def dead_lettered(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import math
 import os
 import time
@@ -17,18 +18,22 @@ from msgspec import UNSET
 
 from fastdist._core import Answer, IngestBase, Intake
 from fastdist.errors import PacketError
-from fastdist.http.admin import has_token
-from fastdist.http.api import Response, cors_headers, json_response, problem, retry_after
-from fastdist.http.models import Accepted, Delivered
+from fastdist.http.admin import has_token, is_token
+from fastdist.http.api import Response, cors_headers, is_preflight, problem, retry_after
+from fastdist.protocols.base import BUSY, STATUSES, Reason, Refused, Request
+from fastdist.protocols.encodings import decode
 from fastdist.statuses import reason
+from fastdist.worker.agents import AgentRequest, Agents, counter_of
+from fastdist.worker.waits import BatchWait, PacketWait
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from msgspec import UnsetType
+    from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 
     from fastdist.http.api import Api
     from fastdist.ipc import Action
+    from fastdist.protocols.base import Batch, Reply
+    from fastdist.settings import Server
+    from fastdist.worker.waits import Waiting
 
 UNREADABLE = ("malformed", "head_too_large", "timeout")  # counted although the request is unknown
 MAX_REJECTED = 256  # connections too many that stay open until their 503 is read; further ones are closed at once
@@ -37,13 +42,8 @@ FEW = 1000  # waits that are over and may still be remembered
 CLOCK = 0.001  # seconds: what the event loop's clock counts in
 
 
-class Waiting:
-    """An emitter that waits for its packet's delivery (``Prefer: wait``)."""
-
-    __slots__ = ("answer", "connection", "messages", "packet_id")
-
-    def __init__(self, connection: IngestProtocol, answer: Answer, packet_id: str, messages: int | UnsetType) -> None:
-        self.connection, self.answer, self.packet_id, self.messages = connection, answer, packet_id, messages
+# What the core finds wrong with a request, by the status it suggests; other statuses have one shape for all.
+REASONS = {400: Reason.MALFORMED, 408: Reason.TIMEOUT, 413: Reason.TOO_LARGE, 417: Reason.EXPECTATION}
 
 
 class Emitters:
@@ -58,14 +58,18 @@ class Emitters:
         api: Api,
         intake: Intake,
         carry_out: Callable[[Action, Callable[[Response], None]], None],
+        server: Server,
         found_full: Callable[[], int] = lambda: 1,
     ) -> None:
         self.api, self.intake, self.carry_out, self.found_full = api, intake, carry_out, found_full
+        self.agents = Agents(server, intake.ring.capacity)
+        intake.find = self.agents.find
         self.tokens: Sequence[str] = ()
         self.cors_origins: Sequence[str] = ()
         self.waiting: dict[int, Waiting] = {}  # by sequence
         self.part_ns = PART_NS
-        self._ends: list[tuple[float, int]] = []  # a heap of those and of some that are over: (end, sequence)
+        self._ends: list[tuple[float, int, Waiting]] = []  # a heap of those and of some that are over, and numbers
+        self._numbers = itertools.count()
         self._timer: tuple[float, asyncio.TimerHandle] | None = None  # for the first of them, and when
         self.rejected: set[IngestProtocol] = set()  # connections too many, and not closed yet
 
@@ -80,13 +84,14 @@ class Emitters:
         """Whether one more connection may be accepted beside so many in a handshake: to be served, or to get a 503."""
         return len(self.intake.connections) + coming < self.intake.max_connections + MAX_REJECTED
 
-    def wait(self, sequence: int, seconds: float, waiting: Waiting) -> None:
-        """Register an emitter that waits for a packet's delivery, so many seconds at most."""
-        self.waiting[sequence] = waiting
+    def wait(self, seconds: float, waiting: Waiting) -> None:
+        """Register an emitter that waits for deliveries, so many seconds at most."""
+        self.waiting.update(dict.fromkeys(waiting.left, waiting))
+        waiting.connection.awaited |= waiting.left
         if len(self._ends) > 2 * len(self.waiting) + FEW:  # most of what is in it is over: waits may be for a day
-            self._ends = [each for each in self._ends if each[1] in self.waiting]
+            self._ends = [each for each in self._ends if each[2].left]
             heapq.heapify(self._ends)
-        heapq.heappush(self._ends, (asyncio.get_running_loop().time() + seconds, sequence))
+        heapq.heappush(self._ends, (asyncio.get_running_loop().time() + seconds, next(self._numbers), waiting))
         self._await_first()
 
     def _await_first(self) -> None:
@@ -106,7 +111,7 @@ class Emitters:
         now, end = asyncio.get_running_loop().time() + CLOCK, time.monotonic_ns() + self.part_ns
         try:
             while self._ends and self._ends[0][0] <= now:
-                self.wait_over(heapq.heappop(self._ends)[1])
+                self._end(heapq.heappop(self._ends)[2])
                 if time.monotonic_ns() >= end:
                     break
         finally:
@@ -114,29 +119,28 @@ class Emitters:
                 self._await_first()
 
     def settled(self, sequence: int, analyzer: str | None) -> None:
-        """Answer the emitter that waits for this packet: delivered to ``analyzer``, or (None) a dead letter."""
-        waiting = self._take(sequence)
+        """Note that a packet was delivered to ``analyzer``, or (None) is a dead letter; answer who waits for that."""
+        waiting = self.waiting.get(sequence)
         if waiting is None:
             return
-        if analyzer is None:
-            detail = f"packet {waiting.packet_id} could not be delivered and is now among the dead letters"
-            response = problem(502, detail)
-        else:
-            response = json_response(
-                Delivered(packet_id=waiting.packet_id, messages=waiting.messages, analyzer=analyzer)
-            )
-        waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
+        self._forget(waiting, (sequence,) if analyzer is not None else tuple(waiting.left))
+        if not waiting.left:
+            response = waiting.dead_letter() if analyzer is None else waiting.delivered(analyzer)
+            waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
 
     def wait_over(self, sequence: int) -> None:
-        """Answer 202: the packet is safe, but was not delivered in the time the emitter was prepared to wait."""
-        waiting = self._take(sequence)
-        if waiting is None:
-            return
-        response = json_response(Accepted(packet_id=waiting.packet_id, messages=waiting.messages), 202)
-        waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
+        """Answer that packets are safe, but were not delivered in the time the emitter was prepared to wait."""
+        waiting = self.waiting.get(sequence)
+        if waiting is not None:
+            self._end(waiting)
+
+    def _end(self, waiting: Waiting) -> None:
+        if waiting.left:
+            self._forget(waiting, tuple(waiting.left))
+            waiting.answer.complete_after_sync(_bytes(waiting.answer, waiting.stored()))
 
     def end_waiting(self) -> None:
-        """Answer 202 to all that still wait: the time of this process is up, not that of their packets."""
+        """Answer so to all that still wait: the time of this process is up, not that of their packets."""
         for sequence in tuple(self.waiting):
             self.wait_over(sequence)
 
@@ -144,23 +148,22 @@ class Emitters:
         """Drop the waits of a connection that is gone."""
         for sequence in tuple(connection.awaited):
             if (waiting := self.waiting.get(sequence)) is not None and waiting.connection is connection:
-                self._take(sequence)
+                self._forget(waiting, (sequence,))
 
     def forget_from(self, sequence: int) -> None:
         """Drop the waits for packets from this sequence on: they were never stored, and others will have it."""
         for unknown in [each for each in self.waiting if each >= sequence]:
-            self._take(unknown)
-        self._ends = [each for each in self._ends if each[1] < sequence]
-        heapq.heapify(self._ends)
+            self._forget(self.waiting[unknown], (unknown,))
 
-    def _take(self, sequence: int) -> Waiting | None:
-        waiting = self.waiting.pop(sequence, None)
-        if waiting is not None:
-            waiting.connection.awaited.discard(sequence)
-        return waiting
+    def _forget(self, waiting: Waiting, sequences: Collection[int]) -> None:
+        for sequence in sequences:
+            if self.waiting.get(sequence) is waiting:  # or the packet was withdrawn, and another has its sequence
+                del self.waiting[sequence]
+        waiting.connection.awaited.difference_update(sequences)
+        waiting.left.difference_update(sequences)
 
 
-def _bytes(answer: Answer, response: Response) -> bytes:
+def _bytes(answer: Answer, response: Response | Reply) -> bytes:
     return answer.compose(response.status, reason(response.status), response.headers, response.body)
 
 
@@ -245,12 +248,14 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     # ---- responses
 
-    def _compose(self, response: Response, *, close: bool = False) -> bytes:
+    def _compose(self, response: Response | Reply, *, close: bool = False) -> bytes:
         data: bytes = self.answer(response.status, reason(response.status), response.headers, response.body, close)
         return data
 
     def handle(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:
-        """Answer a request other than POST /logs; a change that was asked for is answered when it is carried out."""
+        """Answer a request that brings no packets; a change that was asked for is answered when it is carried out."""
+        if self.route is not None:
+            return self._compose(self._without_records(method, headers, body))
         response = self.emitters.api.respond(method, target, headers, body, self.address)
         if isinstance(response, Response):
             return self._compose(response)
@@ -260,56 +265,77 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def refuse(self, status: int, counter: str, detail: str, headers: bytes = b"") -> bytes:
         """Count and describe a fault."""
-        if counter and (self.is_log or counter in UNREADABLE):
+        if counter and (self.is_log or self.brings or counter in UNREADABLE):
             self.intake.counters.add(counter)
+        if self.route is not None and status in REASONS:
+            return self._compose(self._agent().refused(Refused(REASONS[status], detail, headers=headers)))
         return self._compose(problem(status, detail, headers=headers))
+
+    def _turn_down(self, why: Refused) -> bytes:
+        """Count and describe why packets are not taken."""
+        if counter := counter_of(why.reason):
+            self.intake.counters.add(counter)
+        if self.route is not None:
+            return self._compose(self._agent().refused(why))
+        headers = why.headers + (retry_after(why.retry_after) if why.reason in BUSY else b"")
+        if why.reason is Reason.RATE_LIMITED:
+            return self._compose(problem(429, why.detail, headers=headers))
+        return self._compose(problem(STATUSES[why.reason], why.detail, headers=headers))
 
     def limited(self, seconds: float) -> bytes:
         """Answer that the rate is exceeded."""
-        self.intake.counters.add("rate_limited")
         wait = max(1, math.ceil(seconds))
         detail = f"more requests than the limit allows; try again in {wait} s"
-        return self._compose(problem(429, detail, headers=retry_after(wait)))
+        return self._turn_down(Refused(Reason.RATE_LIMITED, detail, retry_after=wait))
 
     def is_authorized(self, authorization: bytes) -> bool:
-        """Whether an Authorization header holds one of the tokens."""
-        return has_token(authorization.decode("latin-1"), self.emitters.tokens)
+        """Whether an Authorization header holds one of the tokens, in one of the forms that are known here."""
+        given, tokens = authorization.decode("latin-1"), self.emitters.tokens
+        if self.route is None:
+            return has_token(given, tokens)
+        forms = self.route.found.protocol.tokens({"authorization": given})
+        return sum(is_token(form, tokens) for form in forms) > 0
 
     def unauthorized(self, authorization: bytes | None) -> bytes:
         """Answer that a token is missing or wrong."""
-        self.intake.counters.add("unauthorized")
+        if self.route is not None:
+            detail = "this token is not known" if authorization is not None else "a token is needed"
+            return self._turn_down(Refused(Reason.UNAUTHORIZED, detail))
         headers = b'WWW-Authenticate: Bearer realm="fastdist"\r\n'
         if authorization is not None:
             headers = b'WWW-Authenticate: Bearer realm="fastdist", error="invalid_token"\r\n'
         detail = "this token is not known" if authorization is not None else "a bearer token is needed"
-        return self._compose(problem(401, detail, headers=headers))
+        return self._turn_down(Refused(Reason.UNAUTHORIZED, detail, headers=headers))
 
     def invalid(self, error: Exception) -> bytes:
-        """Answer that the body is no packet."""
-        if not isinstance(error, PacketError):
-            return self._compose(self.emitters.api.faults.answer(error))
-        self.intake.counters.add(error.reason)
-        return self._compose(problem(400, error.detail, errors=error.errors))
+        """Answer that the body is no packet, or cannot be converted to packets."""
+        if isinstance(error, Refused):
+            return self._turn_down(error)
+        if isinstance(error, PacketError):
+            self.intake.counters.add(error.reason)
+            return self._compose(problem(400, error.detail, errors=error.errors))
+        response = self.emitters.api.faults.answer(error)
+        if self.route is None:
+            return self._compose(response)
+        return self._turn_down(Refused(Reason.FAULT, "a fault in fastdist; its log has the traceback"))
 
     def not_stored(self, full: bool) -> bytes:  # noqa: FBT001
-        """Answer that the packet cannot be stored now."""
-        seconds = 1
+        """Answer that packets cannot be stored now."""
         if full:
             seconds = self.emitters.found_full()
-            counter, detail = "queue_full", f"the queue is full; try again in {seconds} s"
+            why = Refused(Reason.QUEUE_FULL, f"the queue is full; try again in {seconds} s", retry_after=seconds)
         elif self.intake.closed:
-            counter, detail = "draining", "the service is shutting down"
+            why = Refused(Reason.DRAINING, "the service is shutting down")
         else:
-            why = os.strerror(self.intake.broken_storage)
-            counter, detail = "storage", f"the queue's storage fails ({why}); nothing can be stored safely now"
-        self.intake.counters.add(counter)
-        return self._compose(problem(503, detail, headers=retry_after(seconds)))
+            fault = os.strerror(self.intake.broken_storage)
+            why = Refused(Reason.STORAGE, f"the queue's storage fails ({fault}); nothing can be stored safely now")
+        return self._turn_down(why)
 
     def crowded_out(self) -> bytes:
         """Answer that in-progress bodies take all the memory there is for them."""
-        if self.is_log:
-            self.intake.counters.add("queue_full")
         detail = "more bodies are on their way than there is memory for; try again shortly"
+        if self.is_log or self.brings:
+            return self._turn_down(Refused(Reason.QUEUE_FULL, detail))
         return self._compose(problem(503, detail, headers=retry_after()))
 
     def share_with(self, origin: bytes) -> bytes | None:
@@ -320,6 +346,45 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self, answer: Answer, sequence: int, seconds: float, packet_id: str, messages: int | None
     ) -> None:
         """Answer once the packet is delivered, or after ``seconds``."""
-        self.awaited.add(sequence)
-        waiting = Waiting(self, answer, packet_id, UNSET if messages is None else messages)
-        self.emitters.wait(sequence, seconds, waiting)
+        waiting = PacketWait(self, answer, sequence, packet_id, UNSET if messages is None else messages)
+        self.emitters.wait(seconds, waiting)
+
+    # ---- agents' requests, and bodies that are encoded
+
+    def _agent(self, body: bytes = b"") -> AgentRequest:
+        assert self.route is not None  # noqa: S101  (for type checkers)
+        return AgentRequest(self.route, self._request(body), self.intake.counters)
+
+    def _request(self, body: bytes) -> Request:
+        assert self.request is not None  # noqa: S101  (for type checkers)
+        return Request(*self.request, body, self.address, time.time_ns())
+
+    def _without_records(self, method: str, headers: Mapping[str, str], body: bytes) -> Response | Reply:
+        agent, api = self._agent(body), self.emitters.api
+        found = agent.route.found
+        if method == "OPTIONS" and (found.reply is None or is_preflight(headers)):
+            return api.options(headers, found.allow)
+        try:
+            return agent.without_records(api.snapshot().obstacle)
+        except Exception as error:  # noqa: BLE001  (every request gets a response)
+            return api.faults.answer(error)
+
+    def conversion_of(self, body: bytes) -> Generator[int | None, None, Batch | bytes]:
+        """Return what makes packets of the body of an agent's request, or decodes that of a packet."""
+        limits = self.emitters.agents.limits
+        if self.route is None:
+            return decode(self._request(body), limits.max_body)
+        return self._agent(body).work(limits)
+
+    def stored(self, batch: Batch) -> bytes:
+        """Answer that a batch is stored. The core counts it once that is so."""
+        return self._compose(batch.reply)
+
+    def withdrawn(self) -> Callable[[Answer], bytes]:
+        """Return what makes the response if the batch is withdrawn because it could not be written or synced."""
+        agent, why = self._agent(), Refused(Reason.STORAGE, "the records could not be written to disk")
+        return lambda answer: _bytes(answer, agent.refused(why))
+
+    def await_deliveries(self, answer: Answer, sequences: range, seconds: float, batch: Batch) -> None:
+        """Answer once all packets of a batch are delivered, or after ``seconds``."""
+        self.emitters.wait(seconds, BatchWait(self, answer, sequences, self._agent(), batch))

@@ -98,7 +98,7 @@ class Worker:
         self.queue.watch_damage(self._damaged)
         api = Api(self.snapshot)
         self.admin = AdminRequests(control, api)
-        self.emitters = Emitters(api, self.intake, self.admin.send, self._found_full)
+        self.emitters = Emitters(api, self.intake, self.admin.send, config.server, self._found_full)
         self.sweep = Sweep(self.intake, config.server)
         self.lag = LoopLag(self.counters, self.poller, self.intake)
         self.intake.broken_storage = self.queue.fault
@@ -225,6 +225,7 @@ class Worker:
             self.dead_letter_writer.sync_soon()  # so that no packet waits for more of them
         run(Step.GAUGES, self.publish)
         run(Step.TIMEOUTS, self.sweep.go_on, now)
+        run(Step.TIMEOUTS, self.intake.look_for_room)
         self.lag.end(now)
 
     def _look_for_files(self) -> None:

@@ -1,0 +1,97 @@
+"""Agents' requests: what each is for, and what it is answered, which is counted by protocol and status.
+
+All about formats is in ``fastdist.protocols``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from fastdist.protocols.base import Limits, Reason, Refused
+from fastdist.protocols.encodings import codings
+from fastdist.protocols.table import Found, find
+from fastdist.settings import PROTOCOLS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastdist._core import Counters
+    from fastdist.protocols.base import Batch, Reply, Request, Work
+    from fastdist.settings import Server
+
+RECORD = 256  # bytes that a packet takes in the queue besides its body, at most
+# Where counters have other names, or none; all others are called like their reason.
+_COUNTERS = {Reason.EXPECTATION: "invalid"} | dict.fromkeys(
+    (Reason.NOT_FOUND, Reason.METHOD, Reason.DEAD_LETTER, Reason.FAULT), ""
+)
+
+
+class Route(Struct, frozen=True):
+    """What an agent's request is for; ``number``: that of its protocol, for counters."""
+
+    number: int
+    found: Found
+
+
+class Agents:
+    """The protocols that a worker serves. ``capacity``: bytes of its part of the queue."""
+
+    def __init__(self, server: Server, capacity: int) -> None:
+        self.protocols = frozenset(server.protocols)
+        most = capacity // 2
+        self.limits = Limits(server.max_body, min(server.max_body, most - RECORD), most - RECORD)
+
+    def find(self, method: str, target: str, headers: Mapping[str, str]) -> tuple[object, bool] | None:
+        """Return what a request is for, and whether it brings records; None: for no agent.
+
+        Of a POST /logs that is encoded: the codings; None if they are not understood.
+        """
+        if method == "POST" and target.partition("?")[0] == "/logs":
+            try:
+                return codings(headers.get("content-encoding", "")), False
+            except Refused:
+                return None
+        found = find(method, target, headers, self.protocols)
+        return None if found is None else (Route(PROTOCOLS.index(found.protocol.name), found), found.take is not None)
+
+
+class AgentRequest:
+    """A request of an agent, and how it ends; ``counters`` are the worker's."""
+
+    def __init__(self, route: Route, request: Request, counters: Counters) -> None:
+        self.route, self.request, self._counters = route, request, counters
+
+    def work(self, limits: Limits) -> Work:
+        """Return the conversion of its records."""
+        take = self.route.found.take
+        if take is None:
+            raise AssertionError(self.request.target)
+        return take(self.request, limits)
+
+    def refused(self, why: Refused) -> Reply:
+        """Return the response to a request that is refused, in the shape of its protocol."""
+        return self._counted(self.route.found.protocol.refuse(self.request, why))
+
+    def stored(self, batch: Batch) -> Reply:
+        """Return the response to a request that was waiting for the delivery of its packets."""
+        return self._counted(batch.reply, batch.records)
+
+    def without_records(self, obstacle: str) -> Reply:
+        """Return the response to a request that brings nothing. ``obstacle``: why nothing can be stored now, if so."""
+        reply = self.route.found.reply
+        if reply is not None:
+            return reply(self.request, obstacle)
+        methods = ", ".join(self.route.found.allow)
+        detail = f"{methods} are what this path takes"
+        return self.refused(Refused(Reason.METHOD, detail, headers=f"Allow: {methods}\r\n".encode()))
+
+    def _counted(self, reply: Reply, records: int = 0) -> Reply:
+        self._counters.add_request(self.route.number, reply.status, records)
+        return reply
+
+
+def counter_of(reason: Reason) -> str:
+    """Return the counter of rejections that a refusal belongs to; empty: none."""
+    return _COUNTERS.get(reason, reason.value)

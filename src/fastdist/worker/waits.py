@@ -1,0 +1,99 @@
+"""What emitters are answered that wait for deliveries (``Prefer: wait``)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol
+
+from fastdist.http.api import Response, json_response, problem
+from fastdist.http.models import Accepted, Delivered
+from fastdist.protocols.base import Reason, Refused, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from msgspec import UnsetType
+
+    from fastdist._core import Answer
+    from fastdist.protocols.base import Batch
+    from fastdist.worker.agents import AgentRequest
+
+
+class Emitter(Protocol):
+    """A connection; ``awaited``: the sequences of all packets that it waits for."""
+
+    awaited: set[int]
+
+
+class Waiting(ABC):
+    """An emitter that waits for deliveries; ``left``: the sequences of the packets that are not delivered yet."""
+
+    def __init__(self, connection: Emitter, answer: Answer, sequences: Collection[int]) -> None:
+        self.connection, self.answer, self.left = connection, answer, set(sequences)
+
+    @abstractmethod
+    def delivered(self, analyzer: str) -> Response | Reply:
+        """Return the response when all are delivered, the last one to ``analyzer``."""
+
+    @abstractmethod
+    def dead_letter(self) -> Response | Reply:
+        """Return the response when one has become a dead letter."""
+
+    @abstractmethod
+    def stored(self) -> Response | Reply:
+        """Return the response when the time is over, in which they were not delivered."""
+
+
+class PacketWait(Waiting):
+    """The wait for a packet of POST /logs."""
+
+    def __init__(
+        self,
+        connection: Emitter,
+        answer: Answer,
+        sequence: int,
+        packet_id: str,
+        messages: int | UnsetType,
+    ) -> None:
+        super().__init__(connection, answer, (sequence,))
+        self.packet_id, self.messages = packet_id, messages
+
+    def delivered(self, analyzer: str) -> Response:
+        """Return 200."""
+        return json_response(Delivered(packet_id=self.packet_id, messages=self.messages, analyzer=analyzer))
+
+    def dead_letter(self) -> Response:
+        """Return 502."""
+        return problem(502, f"packet {self.packet_id} could not be delivered and is now among the dead letters")
+
+    def stored(self) -> Response:
+        """Return 202."""
+        return json_response(Accepted(packet_id=self.packet_id, messages=self.messages), 202)
+
+
+class BatchWait(Waiting):
+    """The wait for all packets of an agent's request; delivered or stored, its success reads the same."""
+
+    def __init__(
+        self,
+        connection: Emitter,
+        answer: Answer,
+        sequences: Collection[int],
+        agent: AgentRequest,
+        batch: Batch,
+    ) -> None:
+        super().__init__(connection, answer, sequences)
+        self.agent, self.batch = agent, batch
+
+    def delivered(self, analyzer: str) -> Reply:  # noqa: ARG002
+        """Return the success."""
+        return self.agent.stored(self.batch)
+
+    def dead_letter(self) -> Reply:
+        """Return the protocol's 502."""
+        detail = "not all records could be delivered; some are now among the dead letters"
+        return self.agent.refused(Refused(Reason.DEAD_LETTER, detail))
+
+    def stored(self) -> Reply:
+        """Return the success."""
+        return self.agent.stored(self.batch)
