@@ -1,10 +1,10 @@
 """Ingest: what emitters send, from bytes to a packet in the ring and an answer.
 
 ``IngestBase`` is one connection, ``Intake`` (intake.pxi) what all of a worker share. A request goes head -> body ->
-answer; ``POST /logs`` is dealt with here, all else, and everything that is wrong, in ``fastdist.worker.ingest`` (``handle``,
-``refuse``). What an agent sends (``route``) becomes a batch of packets there, in slices (``conversion``), which is stored
-here, whole or not at all; the same way an encoded body is decoded. The answers of one read leave in one write. Where an answer has to wait (for a sync, a delivery, another
-process), it and all behind it become ``Answer`` objects in a list, and leave in order as they get ready.
+answer; ``POST /logs`` is dealt with here, what agents send (``route``) in batches.pxi, all else, and everything that is wrong,
+in ``fastdist.worker.ingest`` (``handle``, ``refuse``). The answers of one read leave in one write. Where an answer has to wait
+(for a sync, a delivery, another process), it and all behind it become ``Answer`` objects in a list, and leave in order as
+they get ready.
 
 A short request may have a long answer, or a costly one, and one read holds thousands. So what was read is held back, and
 no more is read from the connection:
@@ -79,6 +79,7 @@ cdef class IngestBase(Connection):
     cdef bint converts                 # its body is converted or decoded
     cdef object conversion             # a generator that does so; None: not begun, or done
     cdef object outcome                # of it: a batch, or the decoded body
+    cdef int64_t begun_ns              # when its body was whole
     cdef int64_t batch_size            # bytes of records
     cdef int64_t room_due              # until when a batch may wait for room; 0: it does not
     cdef int64_t charged               # bytes that count as a body besides `body`
@@ -540,7 +541,7 @@ cdef class IngestBase(Connection):
         """The request is whole: answer it, and be ready for the next. False, and nothing done, if that has to wait."""
         if not self.answered:
             if unlikely(self.converts):
-                if not self.convert(p, n):
+                if not convert_body(self, p, n):
                     return False
             elif likely(self.is_log):
                 if unlikely(not self.accept(p, n)):
@@ -672,168 +673,6 @@ cdef class IngestBase(Connection):
         self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
                             messages if intake.validation else None)
         return 0
-
-    # ---- batches
-
-    cdef bint convert(self, const uchar *p, Py_ssize_t n) except -1:
-        """Convert a body, and store what has become of it; False if that goes on in another turn, or waits for room."""
-        cdef Intake intake = self.intake
-        if intake.draining and self.after == IDLE:
-            self.after = DISCARDING
-        if intake.closed or intake.broken_storage:
-            self.reject(self.not_stored(False))
-            return True
-        if self.outcome is None and not self.converted(p, n):
-            return not self.held
-        if self.is_log:
-            return self.accept(<const uchar *>PyBytes_AS_STRING(self.outcome), len(self.outcome))
-        return self.store(self.outcome)
-
-    cdef bint converted(self, const uchar *p, Py_ssize_t n) except -1:
-        """Do a slice of a conversion; say whether its outcome is there. If not, it is held or answered."""
-        try:
-            if self.conversion is None:
-                self.conversion = self.conversion_of(self.whole if self.borrows else p[:n] if n else b"")
-                self.release_body()
-            size = next(self.conversion)
-        except StopIteration as end:
-            self.conversion, self.outcome = None, end.value
-            return True
-        except Exception as error:
-            self.conversion = None
-            self.reject(self.invalid(error))
-            return False
-        # A conversion tells how many bytes it has decoded, if it does.
-        self.charge(max(self.charged, n) if size is None else size)
-        if self.is_crowded():
-            return False
-        self.held = HELD_WORK
-        return False
-
-    cdef bint is_crowded(self) except -1:
-        """Whether there is no memory for what was charged; then say so."""
-        cdef Intake intake = self.intake
-        if likely(intake.bodies <= intake.most_bodies) or intake.make_room(self, intake.most_bodies):
-            return False
-        self.reject(self.crowded_out())
-        return True
-
-    cdef bint store(self, batch) except -1:
-        """Put a batch into the ring, whole or not at all, and answer; False if it has to wait for room."""
-        cdef Intake intake = self.intake
-        cdef tuple packets = tuple(batch.packets)
-        cdef bytes body
-        cdef int found = RING_FULL
-        if self.room_due == 0:
-            self.batch_size = 0
-            for packet in packets:
-                body = packet.body
-                self.batch_size += size_of(0, len(body))
-        if not packets:
-            found = PUSHED
-        elif not intake.wanting or intake.first_for_room is self:
-            found = intake.ring.room_for(self.batch_size, 0)
-        if likely(found == PUSHED):
-            found = self.push(packets, batch)
-        if likely(found == PUSHED):
-            return True
-        if found == RING_FULL and self.may_wait():
-            self.held = HELD_ROOM
-            return False
-        if found == NOT_WRITTEN:
-            self.flush_to_answers()
-            intake.write_failed(intake.ring.file.failed)
-        if found == TOO_BIG:
-            self.reject(self.refuse(413, "too_large", f"packets of {self.batch_size} bytes are over half of what a worker's "
-                                           f"part of the queue holds ({intake.ring.capacity} bytes)"))
-        elif not self.answered:
-            self.reject(self.not_stored(found == RING_FULL))
-        return True
-
-    cdef bint may_wait(self) except -1:
-        """Whether a batch may wait for room, or go on doing so; answered if there is no memory for it."""
-        if self.room_due == 0:
-            self.room_due = self.moved_ns + self.intake.room_wait_ns
-            self.charge(self.batch_size)
-        return not self.is_crowded() and self.moved_ns < self.room_due
-
-    cdef int push(self, tuple packets, batch) except -1:
-        """Push packets for which there is room, all or none: PUSHED or NOT_WRITTEN. Answer if they were."""
-        cdef Intake intake = self.intake
-        cdef PacketRing ring = intake.ring
-        cdef bytes data = self.stored(batch) if self.wait_seconds < 0 or not packets else None
-        cdef uint64_t first
-        cdef Part part
-        cdef Answer answer = None
-        self.flush_to_answers()
-        first = ring.next_sequence
-        memset(&part, 0, sizeof(Part))
-        part.batch = True
-        if data is not None:  # else it is counted when its answer is known
-            part.request = intake.counters.request_word(self.route.number, batch.reply.status)
-        if not self.push_all(packets, &part):
-            return NOT_WRITTEN
-        if intake.holds and packets:
-            answer = self.hold_place()
-            answer.position, answer.read_ns = part.position, self.moved_ns
-            answer.otherwise = self.withdrawn()
-            self.await_sync()
-            intake.outbox.add(&part, NULL)
-        else:
-            intake.counters.words[ACCEPTED] += part.packets
-            intake.counters.words[MESSAGES_ACCEPTED] += part.messages
-            intake.counters.words[BYTES_ACCEPTED] += part.body_bytes
-            if part.request:
-                intake.counters.count_request(part.request, part.messages)
-            if packets:
-                observe(intake.counters.ingest, mono_ns() - self.moved_ns, 1)
-        if data is None:
-            answer = answer or self.hold_place()
-            self.answer_due = max(self.answer_due, self.moved_ns + self.wait_seconds * 1000000000)
-            self.await_deliveries(answer, range(first, ring.next_sequence), self.wait_seconds, batch)
-        elif answer is not None:
-            answer.take(data)
-        else:
-            self.emit(data)
-        return PUSHED
-
-    cdef bint push_all(self, tuple packets, Part *part) except -1:
-        """Push the packets and sum them up in ``part``; False if one could not be written, and so none was pushed."""
-        cdef Intake intake = self.intake
-        cdef PacketRing ring = intake.ring
-        cdef int64_t start, now = mono_ns() + ring.clock_offset
-        cdef uint64_t first
-        cdef unsigned char[16] packet_id
-        cdef bytes body
-        cdef uint32_t messages
-        cdef uint64_t emitter
-        # If they are collected, they are written with all else in one piece, or nothing of that is. If not, some may be in the
-        # file already when the next cannot be written: so nothing else is to be in it.
-        cdef bint apart = not ring.file.direct and not ring.file.collects(ring.tail, self.batch_size)
-        cdef int pushed = PUSHED
-        for packet in packets:
-            body = packet.body
-            apart = apart or (not ring.file.direct and size_of(0, len(body)) >= LARGE)
-        if apart and ring.write() != 0:
-            return False
-        start, first = ring.tail, ring.next_sequence
-        intake.wall = wall_ns()
-        for packet in packets:
-            body, messages, emitter = packet.body, packet.messages, packet.emitter_hash
-            intake.make_id(intake.wall, packet_id)
-            pushed = ring.put_packet(<const uchar *>PyBytes_AS_STRING(body), len(body), NULL, 0, packet_id, messages, emitter,
-                                     now, WAITED if self.wait_seconds >= 0 else 0)
-            if unlikely(pushed != PUSHED):
-                break
-            part.packets += 1
-            part.messages += messages
-            part.body_bytes += len(body)
-        if pushed != PUSHED or (apart and ring.write() != 0):
-            if ring.tail > start:
-                ring.take_back(start, ring.next_sequence - first)
-            return False
-        part.position = ring.tail
-        return True
 
     # ---- answers
 
