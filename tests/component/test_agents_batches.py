@@ -88,7 +88,7 @@ def test_write_fails(fsync, fits, batch):
     assert service.ring.undone == 0
 
 
-def test_what_was_taken_back_is_not_found_again():
+def test_what_was_taken_back_stays_away():
     service = Service(disk=True, capacity=2**23)
     with files_end_at(HEADER_SIZE + 300_000):
         ask(service, keyed("a") + many(2000, 300).request() + keyed("b"))
@@ -203,7 +203,7 @@ def test_batches_wait_in_order():
     assert [text[0] for text in texts(service)] == ["0", "1", "2"]
 
 
-def test_waiting_for_room_ends_with_the_connection():
+def test_wait_for_room_ends_with_connection():
     service = full()
     gone, left = (ask(service, many(100, 300).request()) for _ in range(2))
     gone.lose()
@@ -214,7 +214,7 @@ def test_waiting_for_room_ends_with_the_connection():
 
 
 @pytest.mark.parametrize("state", ["closed", "broken_storage"])
-def test_waiting_for_room_ends_with_the_service(state):
+def test_wait_for_room_ends_with_service(state):
     service = full()
     connection = ask(service, many(100, 300).request())
     setattr(service.intake, state, True)
@@ -231,7 +231,7 @@ def test_waiting_for_room_ends_with_the_service(state):
 
 
 @pytest.mark.parametrize("disk", [False, True])
-def test_others_go_on_while_a_large_body_is_converted(disk):
+def test_others_go_on_during_a_conversion(disk):
     service = Service(capacity=2**26, disk=disk)
     busy = sent(service, large().request() + keyed("behind"))
     other, turns = service.connect(), 0
@@ -334,7 +334,7 @@ def test_whole_body_is_not_ended_for_others():
     assert coming.statuses in ([503], [])
 
 
-def test_connection_is_lost_while_its_body_is_converted():
+def test_connection_lost_during_a_conversion():
     service = Service(capacity=2**26)
     gone = sent(service, large().request())
     gone.lose()

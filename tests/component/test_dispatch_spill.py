@@ -143,7 +143,7 @@ def test_packets_wait_longer_for_a_fast_one(tmp_path):
     """Where none is slower than the others, it is mostly the machine that is busy."""
     with Bench(tmp_path, (8, 1, 1), delivery={"connections": 4, "spill_after": 1.0, "timeout": 1000.0}) as bench:
         bench.push(*[b"x"] * 20)  # none of them is answered
-        assert bench.pool(0).waiting >= 11
+        assert bench.pool(0).waiting >= 10
         assert all(bench.pool(slot).requests_in_flight <= 3 for slot in (1, 2))  # they have room
         pass_time(bench, 3.5)
         assert bench.count("spilled") == 0

@@ -155,7 +155,7 @@ def test_every_record_arrives_once(mocks, serve, durability):
     assert b'fastdist_records_total{protocol="json"} 1600\n' in metrics
 
 
-def test_nothing_is_lost_or_doubled_while_the_queue_is_full(mocks, serve):
+def test_each_record_once_with_a_full_queue(mocks, serve):
     mocks.set_all(keep=True)
     fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}, "server": {"workers": 1}, "retry": {"cap": "200ms"}})
     agents = [Agent(fastdist.port, kind, kind) for kind in FORMATS]
@@ -209,7 +209,7 @@ def test_large_bodies_hold_up_no_one(mocks, serve):
     fastdist.wait_at_rest()
 
 
-def test_request_under_way_is_finished_when_the_service_ends(mocks, serve):
+def test_request_is_finished_at_the_end(mocks, serve):
     mocks.set_all(keep=True)
     fastdist = serve(mocks, {"queue": {"capacity": "256MiB"}, "server": {"workers": 1}})
     agent = Agent(fastdist.port, "otlp", "last")

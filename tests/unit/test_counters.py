@@ -99,7 +99,7 @@ def test_the_row_is_that_of_the_model(steps):
         assert all(counters.get_of(slot, field) == model.words[model.at_of(slot, field)] for field in ANALYZER_FIELDS)
 
 
-def test_requests_are_counted_by_protocol_and_status():
+def test_requests_counted_by_protocol():
     counters, words = row()
     seen = set()
     for protocol in range(8):

@@ -56,7 +56,7 @@ def test_each_route_describes_its_methods():
     assert described == taken
 
 
-def test_each_route_of_agents_describes_its_methods():
+def test_agents_routes_describe_methods():
     taken = {
         route.path: {*route.take, *route.reply}
         for protocol in PROTOCOLS

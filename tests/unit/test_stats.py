@@ -160,6 +160,7 @@ def test_stats_has_the_names_of_the_api(block):
         "messages",
         "bytes",
         "rejected",
+        "protocols",
         "rates",
         "latencyMs",
         "analyzers",
