@@ -355,7 +355,7 @@ def test_compressed_bodies(mocks, serve):
         "GZIP": 413,
         "x-gzip": 413,
         "identity, gzip": 413,
-        "gzip, gzip": 400,
+        "gzip, gzip": 413,
         "deflate": 400,
         "zstd": 400,
     }
