@@ -1,6 +1,7 @@
 """Connections that pipeline one kind of request as fast as they can: how long others' packets take beside them.
 
-Kinds: ``invalid`` (a tiny body that is no packet), ``path`` (an unknown one), ``view`` (GET /metrics) and ``valid``.
+Kinds: ``invalid`` (a tiny body that is no packet), ``path`` (an unknown one), ``view`` (GET /metrics), ``valid``, and
+bodies of almost 10 MiB, of records of log agents, one after the other: ``otlp``, ``otlp-json``, ``ndjson``, ``loki``.
 One worker; the others' packets are an open loop whose latencies (ms) are taken with no such connection, then beside
 them. ``answered``: the flood's requests a second. ``lag``: the longest time (ms) for which the event loop let nothing
 else have its turn, as /stats tells it.
@@ -15,26 +16,50 @@ import selectors
 import socket
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+from agents import RECORDS, REQUESTS, export, push
 from contestants import Fastdist
+from google.protobuf import json_format
 from measure import EMITTERS, started
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from tools import WEIGHTS, Load, Sink, compile_tools, free_ports, get, packet
 
 PIECE = 1 << 18  # bytes that a connection of the flood tries to send at once
+LARGE = 9 << 20  # bytes
 FIRST_SECOND = 1.0  # of the flood, before the others' packets are looked at
 
 
-def post(body: bytes) -> bytes:
-    """Return a request that brings a packet."""
-    return b"POST /logs HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+def post(body: bytes, path: str = "/logs", content_type: str = "application/json") -> bytes:
+    """Return a request that brings a body."""
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def large(agent: str) -> bytes:
+    """Return a request of a log agent, as large as the limit allows about."""
+    path, content_type, body, _ = REQUESTS[agent.partition("-")[0]]
+    count = LARGE // len(body)
+    if agent == "otlp":
+        body = export(count * RECORDS)
+    elif agent == "otlp-json":
+        content_type = "application/json"
+        request = ExportLogsServiceRequest.FromString(export(count * RECORDS // 3))
+        body = json_format.MessageToJson(request, indent=None).encode()
+    elif agent == "loki":
+        body = push(4 * count)
+    else:
+        body = body * count
+    return post(body, path, content_type)
 
 
 KINDS = {
-    "invalid": post(b'{"emitterId":1}'),
-    "path": b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n",
-    "view": b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
-    "valid": post(packet(2)),
+    "invalid": lambda: post(b'{"emitterId":1}'),
+    "path": lambda: b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n",
+    "view": lambda: b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
+    "valid": lambda: post(packet(2)),
+    **{agent: partial(large, agent) for agent in ("otlp", "otlp-json", "ndjson", "loki")},
 }
 
 
@@ -77,7 +102,7 @@ def measure(folder: Path, kind: str, connections: int, rate: int, seconds: int) 
     ports = free_ports(len(WEIGHTS))
     settings = {"SERVER__WORKERS": "1", "SERVER__MAX_CONNECTIONS": "2000", "QUEUE__CAPACITY": "2GiB"}
     with Sink(folder, ports), started(Fastdist(folder, folder / "fastdist", ports, settings)) as fastdist:
-        flood = Flood(fastdist.port, KINDS[kind], connections)
+        flood = Flood(fastdist.port, KINDS[kind](), connections)
         try:
             flood.run(FIRST_SECOND)
             before = flood.answered

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from agents import RECORDS, REQUESTS
 from closed_loop import Order, wrk
 from contestants import CORES, Contestant
 from tools import WEIGHTS, Load, Sink, Wrk, free_ports, get, idle_seconds, memory_available
@@ -341,6 +342,45 @@ def memory(scene: Scene, run: Run) -> Figures:
         return {"bytes_each": (with_them - before) / connections, "connections": connections, "bytes_before": before}
 
 
+def records(scene: Scene, run: Run) -> Figures:
+    """Load it with requests of a log agent in a closed loop; count until all is delivered.
+
+    ``of_decoding``: its processor time, divided by what decoding the same requests alone takes.
+    """
+    ports, request = free_ports(run.load.analyzers), REQUESTS[run.load.agent]
+    with Sink(scene.tools, ports), started(scene.contestant(run, ports)) as contestant:
+        url, headers = f"http://127.0.0.1:{contestant.port}{request.path}", {"Content-Type": request.content_type}
+        order = Order(url, request.body, 1, run.load.connections, headers=headers, timeout=20)
+        wrk(scene.folder, order)  # opens the connections, to analyzers too
+        _wait_until_empty(contestant)
+        before, cpu = accepted_messages(contestant), sum(contestant.cpu())
+        answers = wrk(scene.folder, order._replace(seconds=scene.seconds))
+        if answers.refused or answers.errors:
+            raise RuntimeError(f"{url}: {answers.refused} answers were errors, {answers.errors or 'no'} others")
+        _wait_until_empty(contestant)
+        cpu, taken = sum(contestant.cpu()) - cpu, accepted_messages(contestant) - before
+        return {
+            "records_per_cpu": taken / cpu,
+            "of_decoding": cpu / taken * RECORDS / request.decoded_in(),
+            "records_per_second": answers.taken * RECORDS / answers.seconds,
+            "p99": answers.p99,
+        }
+
+
+def accepted_messages(contestant: Contestant) -> int:
+    """Return how many messages fastdist has accepted."""
+    return int(json.loads(get(contestant.port, "/stats"))["messages"]["accepted"])
+
+
+def _wait_until_empty(contestant: Contestant) -> None:
+    """Wait until fastdist has delivered all that it has accepted."""
+    end = time.monotonic() + 30
+    while (packets := json.loads(get(contestant.port, "/stats"))["packets"])["queued"] + packets["inFlight"]:
+        if time.monotonic() > end:
+            raise RuntimeError(f"{contestant.name} does not deliver: {packets}")
+        time.sleep(0.05)
+
+
 MEASURES: dict[str, Callable[[Scene, Run], Figures]] = {
     "throughput": throughput,
     "latency": latency,
@@ -349,6 +389,7 @@ MEASURES: dict[str, Callable[[Scene, Run], Figures]] = {
     "empty": empty,
     "backlog": backlog,
     "memory": memory,
+    "records": records,
 }
 
 

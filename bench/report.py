@@ -26,6 +26,8 @@ FIGURES = {
     "errors": ("errors that emitters saw", "{:,.0f}"),
     "pause": ("longest pause, ms", "{:,.1f}"),
     "per_cpu": ("packets per CPU-second", "{:,.0f}"),
+    "records_per_cpu": ("records per CPU-second", "{:,.0f}"),
+    "of_decoding": ("processor time of decoding alone", "{:,.2f}"),
     "accepted_per_second": ("packets accepted per second", "{:,.0f}"),
     "p99": ("latency p99, ms", "{:,.2f}"),
     "p999": ("latency p99.9, ms", "{:,.2f}"),

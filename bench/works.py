@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from agents import RECORDS, REQUESTS
 from contestants import CONTESTANTS, PEERS, Contestant, Fastdist, Haproxy, Nginx
 from tools import mix, packet
 
@@ -16,7 +17,8 @@ class Load(NamedTuple):
     """What is sent, by how many, to how many analyzers, and how many connections are open beside and idle.
 
     ``step``: every request has a traceparent, every reply a Date and an id; by how much they grow (None: no such).
-    ``mixed``: packets of 0.2 to 60 KB in turn, whatever ``messages`` is.
+    ``mixed``: packets of 0.2 to 60 KB in turn, whatever ``messages`` is. ``agent``: requests of a log agent instead, a
+    key of ``agents.REQUESTS``.
     """
 
     messages: int = 2
@@ -25,6 +27,7 @@ class Load(NamedTuple):
     idle: int = 0
     step: int | None = None
     mixed: bool = False
+    agent: str = ""
 
     @property
     def bodies(self) -> tuple[bytes, ...]:
@@ -34,6 +37,8 @@ class Load(NamedTuple):
     @property
     def size(self) -> str:
         """How large packets are, in short."""
+        if self.agent:
+            return f"{RECORDS} records"
         return "0.2-60 KB" if self.mixed else "452 B" if self.messages == 2 else "18 KB"
 
 
@@ -288,4 +293,20 @@ def _size() -> list[Work]:
     ]
 
 
-WORKS = [*_against_peers(), *_latency(), *_stalls(), *_durability(), *_size()]
+def _agents() -> list[Work]:
+    """Return the works in which log agents send; what they are compared with is decoding alone."""
+    most = dict.fromkeys(("otlp", "ndjson", "loki", "bulk"), (Aim("", at_most=4.0, figure="of_decoding"),))
+    return [
+        Work(
+            name,
+            "records",
+            Load(agent=name, connections=16),
+            settings("batch"),
+            aims=most.get(name, ()),
+            figure="records_per_cpu",
+        )
+        for name in REQUESTS
+    ]
+
+
+WORKS = [*_against_peers(), *_latency(), *_stalls(), *_durability(), *_size(), *_agents()]
