@@ -181,6 +181,7 @@ ROUTES = [
             413: "PacketTooLarge",
             415: "UnsupportedPacket",
             429: "RateLimited",
+            500: "PacketLost",
             502: "DeadLetter",
             503: "PacketNotStored",
         },

@@ -359,6 +359,11 @@ RESPONSES = {
         "Retry-After",
         rate="more requests than the limit allows; try again in 1 s",
     ),
+    "PacketLost": refuses(
+        500,
+        "To `Prefer: wait`: the packet was accepted, and is lost since the queue's file was damaged meanwhile.",
+        damaged=f"packet {PACKET_ID} was accepted, but is lost: the queue's file was damaged; send it again",
+    ),
     "DeadLetter": refuses(
         502,
         "To `Prefer: wait`: the packet could not be delivered, and is now a dead letter.",

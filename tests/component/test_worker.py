@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from types import SimpleNamespace
 
 import pytest
 from structlog.testing import capture_logs
+from upstream_harness import until
 
 from fastdist import ipc
-from fastdist._core import PacketRing, file_size
+from fastdist._core import HEADER_SIZE, PacketRing, Retrying, Stream, file_size
 from fastdist.config import load
 from fastdist.ipc import Settings
 from fastdist.shm.block import SharedBlock, Step, WorkerWord
 from fastdist.storage.dead_letter_writer import PendingDeadLetter
 from fastdist.storage.directory import QueueFolder, ring_path
+from fastdist.worker.ingest import IngestProtocol
 from fastdist.worker.main import Assignment, Worker
 
 CAPACITY = 1 << 20
@@ -110,5 +113,68 @@ def test_dead_letters_are_finished_at_end(build, tmp_path, deleted):
         assert dead_letter.ring.undone == 1, "it is not synced yet"
         await worker._drain(time.monotonic())
         assert dead_letter.ring.undone == 0
+
+    asyncio.run(check())
+
+
+# ---- packets that are damaged in the queue
+
+
+async def ask(worker, name, *lines):
+    """Post a packet on a connection of its own; return the other end of that once the packet is in the ring."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    Stream(worker.poller, theirs, "", IngestProtocol(worker.intake, worker.emitters))
+    body = b'{"emitterId":"e","messages":[{"message":"m"}]}'
+    head = "\r\n".join(
+        ["POST /logs HTTP/1.1", "Host: h", f"Idempotency-Key: {name}", f"Content-Length: {len(body)}", *lines]
+    )
+    before = worker.queue.ring.undone
+    ours.send(head.encode() + b"\r\n\r\n" + body)
+    await until(lambda: worker.queue.ring.undone > before, "the packet is accepted")
+    return ours
+
+
+def damage(worker, position):
+    """Damage a record where nothing of it is in memory any more."""
+    worker.queue.ring.forget_kept()
+    os.pwrite(worker.queue.fd, b"\xee" * 8, HEADER_SIZE + position + 90)  # key and body
+    os.pwrite(worker.queue.fd, b"\xee" * 8, HEADER_SIZE + position)
+
+
+@pytest.mark.parametrize("claimed", [True, False], ids=["claimed", "unclaimed"])
+def test_lost_packet_is_not_waited_for(build, claimed):
+    async def check():
+        worker = build()
+        ring, loop = worker.queue.ring, asyncio.get_running_loop()
+        kept = await ask(worker, "kept", "Prefer: wait=60")
+        position = ring.tail_position
+        lost = await ask(worker, "lost", "Prefer: wait=60")
+        last = await ask(worker, "last", "Prefer: wait=60")
+        assert set(worker.emitters.waiting) == {1, 2, 3}
+        worker.dispatcher.retrying[1] = worker.dispatcher.retrying[2] = Retrying()
+        handles = [ring.claim() for _ in range(3 if claimed else 1)]
+        with capture_logs() as logs:
+            damage(worker, position)
+            if claimed:
+                ring.discard(handles[1])
+            else:
+                assert ring.packet(ring.claim()).id == "last"
+            answer = await loop.sock_recv(lost, 10_000)
+        assert answer.startswith(b"HTTP/1.1 500 ")
+        assert b"application/problem+json" in answer
+        assert b"packet lost was accepted, but is lost" in answer
+        assert set(worker.emitters.waiting) == {1, 3}
+        assert set(worker.dispatcher.retrying) == {1}
+        assert worker.counters.get("lost") == 1
+        assert len(logs) == 1
+        worker.emitters.settled(3, "A1")
+        assert (await loop.sock_recv(last, 10_000)).startswith(b"HTTP/1.1 200 ")
+        with pytest.raises(BlockingIOError):
+            kept.recv(1)
+        for connection in (kept, lost, last):
+            connection.close()
+        await worker._drain(0.0)
 
     asyncio.run(check())

@@ -10,6 +10,8 @@ import pytest
 from openapi_description import METHODS, PATHS, check_answer, concrete
 from support import BODY, request, wait_until
 
+from fastdist.storage.directory import ring_path
+
 OPERATIONS = [(name.upper(), path) for path, item in PATHS.items() for name in item if name in METHODS]
 DESCRIBED = {
     f"{name.upper()} {path} {status}"
@@ -176,10 +178,27 @@ def reloads(fastdist, ask):
         ask(200, port, "DELETE", f"/analyzers/{name}/override")
 
 
+def damaged_in_the_queue(mocks, fastdist, ask):
+    """A packet that waits for its delivery; it is so large that nothing of it is kept in memory."""
+    mocks.set_all(status=503)
+    body = json.dumps({"emitterId": "e", "messages": [{"message": "damaged " * 10_000}]}).encode()
+    headers = {"Content-Type": "application/json", "Prefer": "wait=60"}
+    ring = ring_path(fastdist.folder / "data", 0)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(ask, 500, fastdist.port, "POST", "/logs", body, headers)
+        wait_until(lambda: b"damaged " * 10_000 in ring.read_bytes(), "the packet is queued")
+        with ring.open("r+b") as file:
+            file.seek(ring.read_bytes().index(b"damaged " * 10_000))
+            file.write(b"DAMAGED")
+        answer.result()
+    mocks.set_all(status=200)
+
+
 @pytest.mark.slow
 def test_each_described_response_is_given(mocks, serve, ask, seen):
     timeouts = {"header_timeout": "10s", "body_timeout": "500ms", "max_connections": 20, "workers": 1}
     settings = {"server": timeouts, "security": {"cors_origins": ["https://ops.example"]}}
+    settings["queue"] = {"durability": "disk"}
     fastdist = serve(mocks, settings)
     looks(fastdist.port, ask)
     pages(fastdist.port, ask)
@@ -188,6 +207,7 @@ def test_each_described_response_is_given(mocks, serve, ask, seen):
     reloads(fastdist, ask)
     broken_in_every_way(fastdist.port, seen)
     too_many(fastdist.port, seen)
+    damaged_in_the_queue(mocks, fastdist, ask)
     security = {"tokens": ["for-packets"], "admin_tokens": ["for-changes"]}
     fastdist.config.write_text(
         fastdist.config.read_text()

@@ -276,6 +276,8 @@ class RingAgainstModel(RuleBasedStateMachine):
         assert ring.undone_bytes <= ring.used <= CAPACITY
         assert ring.claimed == len(self.claimed)
         assert ring.next_sequence_number == self.pushed + 1
+        pushed = set(range(1, self.pushed + 1))
+        assert ring.missing(pushed | {self.pushed + 1}) == pushed - self.packets.keys()
         assert ring.oldest_ns == min((packet.accepted_ns for packet in self.packets.values()), default=0)
 
     @invariant()

@@ -235,7 +235,7 @@ def test_failed_sync_writes_all_again(seed, known):
 def damaged(disk):
     """Return the list to which the ring's ``on_damage`` adds what it is told."""
     heard = []
-    disk.ring.on_damage = lambda offset, what, lost: heard.append((offset, what, lost))
+    disk.ring.on_damage = lambda offset, what, lost, _sequence: heard.append((offset, what, lost))
     return heard
 
 
@@ -257,7 +257,7 @@ def test_damage_hides_nothing_kept_in_memory():
     fd = os.memfd_create("ring")
     os.ftruncate(fd, file_size(1 << 20))
     ring, heard = PacketRing(fd, 1 << 20), []
-    ring.on_damage = lambda offset, what, lost: heard.append((offset, what, lost))
+    ring.on_damage = lambda offset, what, lost, _sequence: heard.append((offset, what, lost))
     sizes = [40_000, *[200] * 5, 40_000, *[200] * 7]
     assert all(ring.push(bytes([size % 251]) * size) for size in sizes)
     os.pwrite(fd, bytes(1 << 20), HEADER_SIZE)
@@ -339,6 +339,23 @@ def test_damaged_packet_is_never_claimed(disk, relative):
         without=[hurt]
     )
     assert_in_order(PacketRing(disk.fd), disk.packets(without=[hurt]))
+
+
+def test_lost_packets_are_named(disk):
+    _, handles = in_use(disk)
+    disk.ring.on_damage = lambda *found: sequences.append(found[3])
+    everything, sequences = {place.packet.sequence for place in disk.places}, []
+    assert disk.ring.missing(everything) == set()
+    hurt = [disk.places[number] for number in (1, 6, 7)]
+    for place in hurt:
+        change(disk, place.byte(0))
+    disk.ring.discard(handles[1])
+    assert sequences == [hurt[0].packet.sequence]
+    drain(disk.ring)
+    assert sequences[1:] == [0], "these were not claimed"
+    assert disk.ring.missing(everything) == {place.packet.sequence for place in hurt}
+    disk.ring.done(handles[0])
+    assert disk.ring.missing(everything) == {place.packet.sequence for place in (disk.places[0], *hurt)}
 
 
 def test_damage_leaves_claimed_copies_alone(disk):

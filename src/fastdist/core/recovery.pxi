@@ -338,6 +338,21 @@ cdef int64_t count_again(PacketRing ring) except -1:
     return max(0, lost)
 
 
+cdef set missing_of(PacketRing ring, set sequences):
+    """Return those of these sequences that no packet in the ring has; those that are not written yet are there."""
+    cdef set absent = {each for each in sequences if each < ring.next_sequence - ring.staged}
+    cdef int64_t position = ring.first_unclaimed()
+    cdef uint32_t handle
+    for handle in (ring.first, ring.ahead_first):
+        while handle:
+            absent.discard(ring.entries[handle].sequence)
+            handle = ring.entries[handle].after
+    while absent and position < ring.file.written:
+        absent.discard(ring.at(position).sequence)
+        position = ring.next_unclaimed(position + record_size(ring.at(position)))
+    return absent
+
+
 cdef uint32_t header_crc(const Header *header) noexcept nogil:
     cdef Header fixed = header[0]
     fixed.header_crc = 0

@@ -144,7 +144,7 @@ cdef class PacketRing:
     cdef readonly int64_t undone       # packets pushed and not done
     cdef readonly int64_t undone_bytes # of records, headers included
     cdef readonly int64_t corrupt      # records (or what was taken for one) that were lost
-    cdef public object on_damage       # called with (offset in the file, what, packets lost) while the ring is in use
+    cdef public object on_damage       # called in use with (offset in the file, what, packets lost, sequence if known or 0)
     cdef int64_t largest               # bytes of the largest record since the ring was empty, at least
     cdef int64_t last_size             # bytes of the record that was pushed last (see USUAL), or found no room; 0: none
     cdef int64_t reserved              # bytes that are kept free of packets, for copies of what other rings hold,
@@ -586,9 +586,10 @@ cdef class PacketRing:
     cdef int lose(self, uint32_t handle) except -1:
         """A claimed record is damaged: its packet is lost."""
         cdef int64_t position = self.entries[handle].position
+        cdef uint64_t sequence = self.entries[handle].sequence
         self.file.put_gap(position, self.size_of_entry(&self.entries[handle]))
         self.drop(handle)
-        self.found(position, "a damaged packet", 1)
+        self.found(position, "a damaged packet", 1, sequence)
         return 0
 
     cdef int pass_damage(self) except -1:
@@ -602,14 +603,14 @@ cdef class PacketRing:
         found = min(found, self.file.next_kept(begun))
         self.file.put_gap(begun, found - begun)
         self.cursor = found
-        self.found(begun, f"{found - begun} bytes that are no record", count_again(self))
+        self.found(begun, f"{found - begun} bytes that are no record", count_again(self), 0)
         return 0
 
-    cdef int found(self, int64_t position, str what, int64_t lost) except -1:
+    cdef int found(self, int64_t position, str what, int64_t lost, uint64_t sequence) except -1:
         """Tell of damage that was found while the ring is in use, and cost so many packets."""
         self.corrupt += 1
         if self.on_damage is not None:
-            self.on_damage(HEADER_BYTES + position % self.capacity, what, lost)
+            self.on_damage(HEADER_BYTES + position % self.capacity, what, lost, sequence)
         return 0
 
     cdef void advance(self) noexcept nogil:
@@ -862,6 +863,10 @@ cdef class PacketRing:
     def write_out(self):
         """Write what was pushed and noted. Raises OSError: what was pushed since the last time is gone."""
         raise_errno(self.write())
+
+    def missing(self, set sequences):
+        """Return those of these sequences whose packets are not in the ring (any more)."""
+        return missing_of(self, sequences)
 
     def waiting(self):
         """Yield each packet that is to be claimed, in the ring's order; nothing is claimed by that, or written."""

@@ -128,6 +128,13 @@ class Emitters:
             response = waiting.dead_letter() if analyzer is None else waiting.delivered(analyzer)
             waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
 
+    def lost(self, sequence: int) -> None:
+        """Answer the emitter that waits for this packet, which was damaged in the queue: it will not be delivered."""
+        waiting = self.waiting.get(sequence)
+        if waiting is not None:
+            self._forget(waiting, tuple(waiting.left))
+            waiting.answer.complete(_bytes(waiting.answer, waiting.lost()))
+
     def wait_over(self, sequence: int) -> None:
         """Answer that packets are safe, but were not delivered in the time the emitter was prepared to wait."""
         waiting = self.waiting.get(sequence)

@@ -40,7 +40,7 @@ from fastdist.worker.dispatch import Dispatcher, max_in_flight
 from fastdist.worker.drain import Drain
 from fastdist.worker.ingest import Emitters, IngestProtocol
 from fastdist.worker.listener import serve
-from fastdist.worker.queue import Queue
+from fastdist.worker.queue import OWN, Queue
 from fastdist.worker.reconcile import reconcile
 from fastdist.worker.tls import TlsServer
 from fastdist.worker.upkeep import TICK, LoopLag, Sweep
@@ -303,7 +303,7 @@ class Worker:
         )
         self.counters.add("storage", rejected)
 
-    def _damaged(self, ring: str, offset: int, what: str, lost: int) -> None:
+    def _damaged(self, ring: str, offset: int, what: str, lost: int, sequence: int) -> None:
         """Count packets that were damaged in one of the queue's files while they waited."""
         log.error("damage in the queue; skipped", ring=ring, offset=offset, what=what, packets=lost)
         self.counters.add("corrupt", max(1, lost))
@@ -312,6 +312,15 @@ class Worker:
 
 def main() -> int:
     """Run a worker; the supervisor calls ``python -m fastdist.worker.main ASSIGNMENT``."""
+        if ring == OWN and lost:
+            self.loop.call_soon(self._lost, sequence)  # the core is in the midst of claiming or sending
+
+    def _lost(self, sequence: int) -> None:
+        """Forget a packet that was lost; 0: those of which no record is left. Emitters that wait for one are told."""
+        lost = {sequence} if sequence else self.queue.ring.missing(set(self.emitters.waiting))
+        for each in lost:
+            self.dispatcher.lost(each)
+            self.emitters.lost(each)
     assignment = msgspec.json.decode(sys.argv[1], type=Assignment)
     logs.configure(worker=f"w{assignment.index}")
 

@@ -373,6 +373,11 @@ class Outcomes(DispatchBase):
         while self.end_next_back_off():
             pass
 
+    def lost(self, sequence: int) -> None:
+        """Forget a packet that was damaged in the queue."""
+        self.retrying.pop(sequence, None)
+        self.refused_by.pop(sequence, None)
+
     # ---- dead letters
 
     def _dead_letter(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:

@@ -90,8 +90,11 @@ class Queue:
         """Packets in the worker's own ring and in those that are migrated."""
         return self.ring.undone + sum(migration.undone for migration in self.migrations)
 
-    def watch_damage(self, damaged: Callable[[str, int, str, int], None]) -> None:
-        """Have ``damaged(ring, offset, what, packets lost)`` called when damage is found while the rings are in use."""
+    def watch_damage(self, damaged: Callable[[str, int, str, int, int], None]) -> None:
+        """Have ``damaged(ring, offset, what, packets lost, sequence)`` called when damage is found in rings in use.
+
+        ``ring``: OWN or an old ring's path; ``sequence``: of the packet lost, where it is known, else 0.
+        """
         self.ring.on_damage = partial(damaged, OWN)
         for migration in self.migrations:
             migration.ring.on_damage = partial(damaged, migration.old.path)

@@ -40,6 +40,10 @@ class Waiting(ABC):
         """Return the response when one has become a dead letter."""
 
     @abstractmethod
+    def lost(self) -> Response | Reply:
+        """Return the response when one was damaged in the queue."""
+
+    @abstractmethod
     def stored(self) -> Response | Reply:
         """Return the response when the time is over, in which they were not delivered."""
 
@@ -65,6 +69,11 @@ class PacketWait(Waiting):
     def dead_letter(self) -> Response:
         """Return 502."""
         return problem(502, f"packet {self.packet_id} could not be delivered and is now among the dead letters")
+
+    def lost(self) -> Response:
+        """Return 500."""
+        detail = f"packet {self.packet_id} was accepted, but is lost: the queue's file was damaged; send it again"
+        return problem(500, detail)
 
     def stored(self) -> Response:
         """Return 202."""
@@ -93,6 +102,11 @@ class BatchWait(Waiting):
         """Return the protocol's 502."""
         detail = "not all records could be delivered; some are now among the dead letters"
         return self.agent.refused(Refused(Reason.DEAD_LETTER, detail))
+
+    def lost(self) -> Reply:
+        """Return the protocol's 500."""
+        detail = "the records were accepted, but not all will be delivered: the queue's file was damaged; send them again"
+        return self.agent.refused(Refused(Reason.FAULT, detail))
 
     def stored(self) -> Reply:
         """Return the success."""
