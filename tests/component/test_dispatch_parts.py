@@ -9,7 +9,7 @@ import pytest
 from upstream_harness import OK, SECOND, Bench, World, reply, run
 
 from fastdist.shm.block import AnalyzerWord
-from fastdist.worker import dispatch
+from fastdist.worker import dispatch, upkeep
 from fastdist.worker.upstream import AnalyzerPool
 
 MANY = 8  # analyzers
@@ -52,21 +52,19 @@ def fail_all(bench, data=None):
             connection.data_received(data or reply(500))
 
 
-def test_many_time_outs_are_seen_in_parts(tmp_path):
+def test_many_time_outs_are_seen_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(upkeep, "PART_NS", 0)
+    monkeypatch.setattr(upkeep, "MAX_PART_NS", 0)
     with crowd(tmp_path, delivery={"connections": 60, "timeout": 5.0}) as bench:
         bench.clock.ahead += 5.2
-        bench.loop.held_up = 0
-        bench.tick()
-        assert in_flight(bench) == 240, "a tick closes nothing: the flush does"
-        closed = []
-        while bench.loop.ready:
+        checks, closed, unfinished = bench.dispatcher.tasks[0], [], True
+        while unfinished:
             before = [each for pool in bench.pools for each in pool.connections if not each.transport.ended]
-            bench.loop.turn()
-            bench.check()
+            unfinished = checks.work(bench.clock.monotonic_ns())
             closed.append(sum(each.transport.ended is not None for each in before))
-        assert sum(closed) == 240
-        assert max(closed) == 1
-        bench.loop.held_up = None
+            assert in_flight(bench) == 240 - sum(closed)
+        assert closed == [0, *[1] * 240]
+        bench.rest()
         bench.answer_all()
         assert bench.delivered == 240
 

@@ -71,9 +71,9 @@ def test_dead_letters_survive_dispatch_error(build, monkeypatch):
         worker.dead_letter_writer.add(dead_letter)
         worker.dead_letter_writer.sync_soon()
         with capture_logs() as logs:
-            while dead_letter.ring.undone:
-                worker.tick()
-                await asyncio.sleep(0.01)
+            worker.schedule.start()
+            await until(lambda: not dead_letter.ring.undone, "dead letters are written")
+            await until(lambda: worker.words[WorkerWord.FAILING], "the failure shows")
         assert worker.words[WorkerWord.FAILING] == Step.DELIVERIES
         assert [each["step"] for each in logs] == ["deliveries"]
         await worker._drain(0.0)
@@ -92,8 +92,10 @@ def test_failed_dead_letters_delay_nothing(build, monkeypatch):
         monkeypatch.setattr(worker.dead_letter_writer, "tick", fail)
         monkeypatch.setattr(worker.dispatcher.probation, "tick", looked.append)
         with capture_logs():
-            worker.tick()
-        assert looked
+            worker.schedule.start()
+            await until(lambda: worker.words[WorkerWord.FAILING], "the failure shows")
+            before = len(looked)
+            await until(lambda: len(looked) > before, "deliveries go on")
         assert worker.words[WorkerWord.FAILING] == Step.DEAD_LETTERS
         await worker._drain(0.0)
 

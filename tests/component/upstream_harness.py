@@ -412,7 +412,9 @@ class Bench(Site):
 
     def tick(self):
         now = self.clock.monotonic_ns()
-        self.dispatcher.tick(now)
+        for task in self.dispatcher.tasks:
+            while task.work(now):
+                pass
         self.dispatcher.dead_letter_writer.tick(now)
         self.rest()
 
@@ -634,8 +636,13 @@ class World(Site):
         self.poller.close()
 
     async def _tick(self):
+        due = dict.fromkeys(self.dispatcher.tasks, 0)
         while True:
-            self.dispatcher.tick(time.monotonic_ns())
+            for task in self.dispatcher.tasks:
+                if time.monotonic_ns() >= due[task]:
+                    due[task] = time.monotonic_ns() + int(task.interval * SECOND)
+                    while task.work(time.monotonic_ns()):
+                        pass
             self.dispatcher.dead_letter_writer.tick(time.monotonic_ns())
             for pool in self.pools:
                 self.most_open = max(self.most_open, pool.open_connections + pool.opening)

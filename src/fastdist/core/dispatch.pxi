@@ -404,6 +404,17 @@ cdef class DispatchBase:
         self.steady = steady
         self.next_aged = 0
 
+    def pools_waiting(self):
+        """Return the pools of analyzers that something waits for."""
+        cdef PoolBase pool
+        return [pool for pool in self.pools if pool is not None and pool.waiting]
+
+    def pools_in_use(self, bint idle_too):
+        """Return the pools of analyzers with requests in flight; ``idle_too``: with open connections."""
+        cdef PoolBase pool
+        return [pool for pool in self.pools
+                if pool is not None and (pool.requests_in_flight or (idle_too and pool.open_connections))]
+
     def spill_at(self, int64_t now):
         """Spill what has waited long enough at ``now`` (monotonic ns), though nothing else happens."""
         if self.spill_ns >= 0 and now >= self.next_aged and self.backlog:

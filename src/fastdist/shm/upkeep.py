@@ -14,9 +14,10 @@ from fastdist.shm.block import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import ParamSpec
+    from typing import ParamSpec, TypeVar
 
     P = ParamSpec("P")
+    R = TypeVar("R")
 
 QUIET = 2.0  # seconds: a step may have nothing to do in some runs
 ADVICE = {
@@ -37,10 +38,10 @@ class Upkeep:
         self._failed: dict[Step, float] = {}  # when it last failed, monotonic
         words[word] = 0
 
-    def run(self, step: Step, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Do a part of a step; never raises an Exception."""
+    def run(self, step: Step, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """Do a part of a step; return what it returns, or None if it raises an Exception."""
         try:
-            work(*args, **kwargs)
+            result = work(*args, **kwargs)
         except Exception as error:
             if step not in self._failed:
                 expected = isinstance(error, OSError)
@@ -54,11 +55,12 @@ class Upkeep:
                 )
             self._failed[step] = time.monotonic()
             self._publish()
-        else:
-            if step in self._failed and time.monotonic() - self._failed[step] >= QUIET:
-                del self._failed[step]
-                self._publish()
-                log.info("a part of the upkeep works again", step=step.word)
+            return None
+        if step in self._failed and time.monotonic() - self._failed[step] >= QUIET:
+            del self._failed[step]
+            self._publish()
+            log.info("a part of the upkeep works again", step=step.word)
+        return result
 
     def _publish(self) -> None:
         self._words[self._word] = sum(self._failed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastdist._core import has_name as has_name  # noqa: PLC0414  (for all that deals with files)
+
 _KEPT_UNTIL_CLOSED = (".nfs", ".fuse_hidden")  # names that file systems give to deleted files that are still open
 
 
@@ -38,14 +40,6 @@ def sync_entry(path: Path) -> None:
 def is_irregular(path: Path) -> bool:
     """Whether there is something that is neither a file nor a folder: a pipe would keep us waiting for ever."""
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def has_name(fd: int, path: str | Path) -> bool:
-    """Whether the open file is the one that is found under this path. Raises OSError when that cannot be seen."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))  # noqa: PTH116  (a str as often as not)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def identity(path: Path) -> tuple[int, int]:

@@ -11,22 +11,22 @@ Here is the rest:
 from __future__ import annotations
 
 import math
+import os
 import random
 import ssl
 import time
 from bisect import bisect_left
-from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdist._core import UNLIMITED, AliasTable, Rendezvous
+from fastdist._core import UNLIMITED, AliasTable, Rendezvous, busy_ns
 from fastdist.net.connect import Shortage, max_upstream_connections
 from fastdist.net.names import Names
-from fastdist.shm.block import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord, Step
 from fastdist.shm.weights import effective_weights
 from fastdist.storage.dead_letter_writer import what_is_left
 from fastdist.worker.outcomes import Outcomes
 from fastdist.worker.probation import choose
+from fastdist.worker.upkeep import TICK, Sweep, Task
 from fastdist.worker.upstream import AnalyzerPool
 
 if TYPE_CHECKING:
@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerConnection
 
-RAMP_STEP_NS = 250_000_000  # how often weights are looked at while an analyzer starts slowly
-CHECK_NS = 100_000_000  # how often connections and waiting lists are looked at
+RAMP_STEP = 0.25  # seconds: how often weights are looked at while an analyzer starts slowly
+CHECK = 0.1  # seconds: how often connections and waiting lists are looked at
 PRUNING_NS = 1_000_000_000  # how often idle connections are
 OVERLOAD = 0.85  # of the time busy: this process is the bottleneck
 CLAIMS_AHEAD = 4  # times what can be in flight: how much is claimed then
 MAX_GRACE = 1.0  # seconds that it counts as the bottleneck after it was
+SCHEDSTAT = "/proc/thread-self/schedstat"  # ns that this thread ran and waited for a processor, and how often
 SLOW = 3.0  # times the others' latency
 SLOW_FOR_NS = 400_000_000  # at a stretch: a hiccup does not make an analyzer slow
 
@@ -79,15 +80,20 @@ class Dispatcher(Outcomes):
         self._short = False  # since the last check
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
         self.online: set[int] = set()
-        self._to_check: deque[AnalyzerConnection] = deque()
-        self.parts.append(self.check_next)
         self._tls: ssl.SSLContext | None = None
-        self._next_check = self._next_pruning = self._next_ramp = self._ramp_looked = 0
-        self._resume_at = 0
+        self._next_pruning = self._ramp_looked = self._resume_at = 0
         self._load = LoadMeter()
         self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
         self._judged: tuple[set[int], bool] = (set(), True)
         self._overloaded_at = 0  # monotonic ns: when this process was last overloaded
+        self.tasks = (
+            Task(Step.DELIVERIES, CHECK, Sweep(self._begin_checks, self._check).go_on),
+            Task(Step.DELIVERIES, CHECK, self._measure_load),
+            Task(Step.DELIVERIES, CHECK, self._judge),
+            Task(Step.DELIVERIES, RAMP_STEP, self._ramp),
+            Task(Step.DELIVERIES, CHECK, self._share_descriptors),
+            Task(Step.DELIVERIES, TICK, self.tick),
+        )
 
     def set_analyzers(self, analyzers: Mapping[int, Analyzer]) -> None:
         """Deliver to these analyzers (by slot) from now on."""
@@ -191,16 +197,18 @@ class Dispatcher(Outcomes):
         """Note that this process lacks something for a connection, which the pool retries in a moment."""
         self.shortage.last, self._short = lacking, True
 
-    def _share_descriptors(self) -> None:
+    def _share_descriptors(self, _now_ns: int) -> None:
         """Leave some for emitters; while there are too few for analyzers, close idle connections."""
-        pools = [pool for pool in (*self.pools, *self.retired) if pool is not None]
-        if self._short:
-            self._short = False
-            for pool in pools:
-                pool.close_idle()
         self.room = self._max_connections
-        if len(pools) * self.config.delivery.connections > self._max_connections:
-            self.room -= sum(pool.open_connections + pool.opening for pool in pools)
+        many = (len(self.analyzers) + len(self.retired)) * self.config.delivery.connections > self._max_connections
+        if many or self._short:
+            pools = [pool for pool in (*self.pools, *self.retired) if pool is not None]
+            if self._short:
+                self._short = False
+                for pool in pools:
+                    pool.close_idle()
+            if many:
+                self.room -= sum(pool.open_connections + pool.opening for pool in pools)
 
     def dead_letter_all(self) -> int:
         """Make all packets that are left dead letters (reason ``shutdown``); return how many. Raises OSError."""
@@ -211,7 +219,7 @@ class Dispatcher(Outcomes):
         return undone
 
     def tick(self, now_ns: int) -> None:
-        """Run the timers: back-offs, time-outs, spills, pauses and slow starts that end."""
+        """Run what cannot wait: back-offs, trials, changes of states, pauses that end, and spills."""
         if self.returned or self.backed_off or (self.backing_off and self.backing_off[0][0] <= now_ns):
             self.go_on()
         self.trials_due = self.probation.tick(now_ns)
@@ -221,60 +229,48 @@ class Dispatcher(Outcomes):
             self._resume_at = 0
             self.seen_epoch = -1  # the flush refreshes
             self.schedule()
-        if now_ns >= self._next_check:
-            self._next_check = now_ns + CHECK_NS
-            self._check(now_ns)
         self.spill_at(now_ns)
-        if self.config.health.slow_start and now_ns >= self._next_ramp:
-            self._next_ramp = now_ns + RAMP_STEP_NS
-            looked, self._ramp_looked = self._ramp_looked, now_ns  # however late this look is, the last one counts
-            online_since = [self.analyzer_states.get(slot, AnalyzerWord.ONLINE_SINCE_NS) for slot in self.analyzers]
-            if any(since and looked - since < self.config.health.slow_start * 1e9 for since in online_since):
-                self.seen_epoch = -1
-                self.schedule()
 
-    def _check(self, now_ns: int) -> None:
-        self._second_opinions.clear()
-        if not self._to_check:  # else the last look goes on
-            pools = list(self.retired)
-            self.retired = [pool for pool in pools if pool.open_connections or pool.opening]
-            idle_too = now_ns >= self._next_pruning
-            if idle_too:
-                self._next_pruning = now_ns + PRUNING_NS
-            current = [self.pools[slot] for slot in self.analyzers]
-            pools += [pool for pool in current if pool.requests_in_flight or (idle_too and pool.open_connections)]
-            self._to_check.extend(each for pool in pools for each in pool.look(now_ns))
-        if self._to_check:
-            self.go_on()
-        self._share_descriptors()
-        self._judge(now_ns)
+    def _ramp(self, now_ns: int) -> None:
+        """Give analyzers that start slowly more of their weight."""
+        if not self.config.health.slow_start:
+            return
+        looked, self._ramp_looked = self._ramp_looked, now_ns  # however late this look is, the last one counts
+        online_since = [self.analyzer_states.get(slot, AnalyzerWord.ONLINE_SINCE_NS) for slot in self.analyzers]
+        if any(since and looked - since < self.config.health.slow_start * 1e9 for since in online_since):
+            self.seen_epoch = -1
+            self.schedule()
 
-    def check_next(self) -> bool:
-        """Check the next of the connections to be checked; False without any."""
-        if not self._to_check:
-            return False
-        connection = self._to_check.popleft()
+    def _begin_checks(self, now_ns: int) -> list[AnalyzerConnection]:
+        """Return the connections whose time-outs are to be checked: idle ones seldom."""
+        pools: list[AnalyzerPool] = self.retired
+        self.retired = [pool for pool in pools if pool.open_connections or pool.opening]
+        idle_too = now_ns >= self._next_pruning
+        if idle_too:
+            self._next_pruning = now_ns + PRUNING_NS
+        return [each for pool in (*pools, *self.pools_in_use(idle_too)) for each in pool.look(now_ns)]
+
+    def _check(self, connection: AnalyzerConnection, _now_ns: int) -> None:
         try:
             connection.check()
-        except Exception as error:  # noqa: BLE001  (whatever it is, the others must be checked)
+        except Exception as error:  # noqa: BLE001  (whatever it is, deliveries go on)
             self.went_wrong(error)
-        return True
+
+    def _measure_load(self, now_ns: int) -> None:
+        if self._load.measure(now_ns) > OVERLOAD:
+            self._overloaded_at = now_ns
 
     def _judge(self, now_ns: int) -> None:
         """Find which analyzers are slow, and whether this process is the bottleneck: both decide what spills."""
-        waiting = [self.pools[slot] for slot in self.analyzers if self.pools[slot].waiting]
-        for pool in waiting:
-            if not (pool.requests_in_flight or pool.opening):
-                self.wake(pool)  # as it should be already: after an error they must not wait for ever
-        slow = self._slow_among(waiting, now_ns)
-        self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
-        slow = {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
+        self._second_opinions.clear()
+        slow = self._slow_for_long(now_ns)
         steady = self._limit_claims(now_ns, lift=bool(slow))
         if (slow, steady) != self._judged:
             self._judged = (slow, steady)
             for slot in self.analyzers:
                 self.pools[slot].slow = slot in slow
             self.judge(steady)
+            self.schedule()  # what may go elsewhere now goes at once
 
     def _limit_claims(self, now_ns: int, *, lift: bool) -> bool:
         """Leave the backlog in the ring while this process is the bottleneck, and shortly after; return if it is not.
@@ -282,20 +278,30 @@ class Dispatcher(Outcomes):
         Lists would grow by weight although no analyzer is slow, and packets age in them. ``lift``: an analyzer is slow,
         and must not hold up the claiming for the others.
         """
-        if self._load.measure(now_ns) > OVERLOAD:
-            self._overloaded_at = now_ns
         grace = min(self.config.delivery.spill_after, MAX_GRACE)
         steady = now_ns - self._overloaded_at > grace * 1e9
-        ahead = CLAIMS_AHEAD * max_in_flight(self.config.delivery) * max(1, len(self.weights))
-        self.claim_limit = UNLIMITED if steady or lift else ahead
+        if steady or lift:
+            self.claim_limit = UNLIMITED
+        else:
+            self.claim_limit = CLAIMS_AHEAD * max_in_flight(self.config.delivery) * max(1, len(self.weights))
         if self.ring.has_more:
             self.schedule()
         return steady
 
+    def _slow_for_long(self, now_ns: int) -> set[int]:
+        """Return the slots of analyzers that packets wait for, and that have been slow at a stretch."""
+        waiting = self.pools_waiting()
+        for pool in waiting:
+            if not (pool.requests_in_flight or pool.opening):
+                self.wake(pool)  # as it should be already: after an error they must not wait for ever
+        if not (waiting or self._slow_since):
+            return set()
+        slow = self._slow_among(waiting, now_ns)
+        self._slow_since = {slot: self._slow_since.get(slot, now_ns) for slot in slow}
+        return {slot for slot, since in self._slow_since.items() if now_ns - since >= SLOW_FOR_NS}
+
     def _slow_among(self, waiting: list[AnalyzerPool], now_ns: int) -> set[int]:
         """Return the slots of those that cannot be reached, or take much longer to reply than the others do."""
-        if not waiting:
-            return set()
         latencies = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
         slow = set()
         for pool in waiting:
@@ -331,17 +337,23 @@ def median_of_others(ordered: Sequence[float], one: float | None) -> float:
 
 
 class LoadMeter:
-    """How busy the event loop's thread is: the part of the time it ran or waited for a processor (Linux: schedstat)."""
+    """How busy this thread, the event loop's, is: the part of the time it ran or waited for a processor."""
 
     def __init__(self) -> None:
         self._last = (0, 0)
+        try:
+            self._fd = os.open(SCHEDSTAT, os.O_RDONLY | os.O_CLOEXEC)  # stays open: that takes longer than all else
+        except OSError:  # a kernel without it
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def measure(self, now_ns: int) -> float:
         """Return the load (0..1) since the last call."""
-        try:
-            ran, waited, _ = Path("/proc/thread-self/schedstat").read_bytes().split()
-            busy = int(ran) + int(waited)
-        except (OSError, ValueError):  # a kernel without it
+        busy = busy_ns(self._fd)
+        if busy < 0:
             busy = time.thread_time_ns()
         (then_ns, then_busy), self._last = self._last, (now_ns, busy)
         return (busy - then_busy) / max(1, now_ns - then_ns) if then_ns else 0.0

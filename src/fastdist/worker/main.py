@@ -43,12 +43,13 @@ from fastdist.worker.listener import serve
 from fastdist.worker.queue import OWN, Queue
 from fastdist.worker.reconcile import reconcile
 from fastdist.worker.tls import TlsServer
-from fastdist.worker.upkeep import TICK, LoopLag, Sweep
+from fastdist.worker.upkeep import TICK, EmitterTimeouts, LoopLag, Schedule, Task
 
 if TYPE_CHECKING:
     from fastdist.worker.listener import Acceptor
 
-LOOK_NS = 100_000_000  # between two checks of the names of the rings' files
+LOOK = 0.1  # seconds between two looks at the names of the rings' files, dead-letter files and lack of descriptors
+ROOM_NS = 100_000_000  # that an estimate of when there will be room holds
 CANNOT_START = 3  # exit status
 MIN_MIGRATED = 64  # packets of an old ring that are moved at once, at least
 
@@ -99,12 +100,11 @@ class Worker:
         api = Api(self.snapshot)
         self.admin = AdminRequests(control, api)
         self.emitters = Emitters(api, self.intake, self.admin.send, config.server, self._found_full)
-        self.sweep = Sweep(self.intake, config.server)
-        self.lag = LoopLag(self.counters, self.poller, self.intake)
+        self.schedule = Schedule(loop, self.upkeep, self._tasks())
+        self.lag = LoopLag(self.counters, (self.poller, self.intake, self.schedule))
         self.intake.broken_storage = self.queue.fault
         self.tls = tls.server_context(self.pair, config.security)
         self._put_in_force()
-        self._next_sync = self._next_look = 0
         self._retry_after = (0, 1)  # monotonic ns until which it holds; seconds
         self._stopped = asyncio.Event()
         self._server: Acceptor  # set by ``serve``
@@ -156,7 +156,9 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
-        self.tick()
+        self.upkeep.run(Step.GAUGES, self.publish)
+        self.upkeep.run(Step.OLD_RINGS, self._tend_old_rings)
+        self.schedule.start()
         ipc.send(self.control, Message("ready", body=self.generation))
         obeying = self.loop.create_task(self._obey(commands))
         obeying.add_done_callback(lambda _: self._stopped.set())
@@ -203,34 +205,38 @@ class Worker:
 
     # ---- upkeep
 
-    def tick(self) -> None:
-        """Run every TICK seconds."""
-        self.loop.call_later(TICK, self.tick)
-        now = time.monotonic_ns()
-        self.words[WorkerWord.HEARTBEAT_NS] = now
-        self.lag.begin(now)
-        run = self.upkeep.run
-        if now >= self._next_look:
-            self._next_look = now + LOOK_NS
-            run(Step.QUEUE_FILES, self._look_for_files)
-        run(Step.DELIVERIES, self.dispatcher.tick, now)
-        run(Step.DEAD_LETTERS, self.dead_letter_writer.tick, now)
-        run(Step.CONNECTIONS, self.dispatcher.shortage.raise_once)
-        run(Step.DEAD_LETTERS, self.dead_letter_writer.files.tick, now)
-        run(Step.OLD_RINGS, self._migrate)
-        if now >= self._next_sync:
-            self._next_sync = now + int(self.config.queue.sync_interval * 1e9)
-            run(Step.SYNC, self.queue.sync)
-        if self.intake.draining:
-            self.dead_letter_writer.sync_soon()  # so that no packet waits for more of them
-        run(Step.GAUGES, self.publish)
-        run(Step.TIMEOUTS, self.sweep.go_on, now)
-        run(Step.TIMEOUTS, self.intake.look_for_room)
-        self.lag.end(now)
+    def _tasks(self) -> tuple[Task, ...]:
+        timeouts = EmitterTimeouts(self.intake, self.config.server)
+        return (
+            Task(Step.GAUGES, TICK, self._beat),
+            *self.dispatcher.tasks,
+            Task(Step.CONNECTIONS, LOOK, lambda _now_ns: self.dispatcher.shortage.raise_once()),
+            Task(Step.DEAD_LETTERS, TICK, self._write_dead_letters),
+            Task(Step.DEAD_LETTERS, LOOK, self.dead_letter_writer.files.tick),
+            Task(Step.GAUGES, TICK, self.publish),
+            Task(Step.OLD_RINGS, TICK, self._tend_old_rings),
+            Task(Step.QUEUE_FILES, LOOK, self._look_for_files),
+            Task(Step.SYNC, self.config.queue.sync_interval, self.queue.sync),
+            Task(Step.TIMEOUTS, TICK, lambda _now_ns: self.intake.look_for_room()),
+            Task(Step.TIMEOUTS, timeouts.interval, timeouts.go_on),
+        )
 
-    def _look_for_files(self) -> None:
+    def _beat(self, now_ns: int) -> None:
+        self.words[WorkerWord.HEARTBEAT_NS] = now_ns
+        self.lag.observe(now_ns)
+
+    def _look_for_files(self, _now_ns: int = 0) -> None:
         self.queue.look()
         self.intake.broken_storage = self.queue.fault
+
+    def _write_dead_letters(self, now_ns: int) -> None:
+        if self.intake.draining:
+            self.dead_letter_writer.sync_soon()  # so that no packet waits for more of them
+        self.dead_letter_writer.tick(now_ns)
+
+    def _tend_old_rings(self, _now_ns: int = 0) -> None:
+        self.queue.reserve(self.block.rows, self.assignment.index)
+        self._migrate()
 
     def _migrate(self) -> None:
         """Move some packets of old rings: of each, at a time, as many as may be in flight."""
@@ -246,15 +252,14 @@ class Worker:
     def _report_deleted(self, path: str) -> None:
         ipc.send(self.control, Message("migrated", body=path))
 
-    def publish(self) -> None:
+    def publish(self, _now_ns: int = 0) -> None:
         """Put this worker's gauges into its row."""
-        counters, ring = self.counters, self.queue.ring
+        counters, ring, old_bytes = self.counters, self.queue.ring, self.queue.old_bytes
         counters.set("undone", self.queue.undone)
-        counters.set("old_bytes", self.queue.old_bytes)
-        counters.set("queue_bytes", ring.used + self.queue.old_bytes)
+        counters.set("old_bytes", old_bytes)
+        counters.set("queue_bytes", ring.used + old_bytes)
         counters.set("queue_capacity", ring.capacity)
         counters.set("oldest_ns", self.queue.oldest_ns)
-        self.queue.reserve(self.block.rows, self.assignment.index)
         self.words[WorkerWord.LACKING] = ring.room_lacking()
         if ring.wants_sync and self.queue.syncer is not None:
             self.queue.syncer.want()
@@ -265,7 +270,7 @@ class Worker:
         self.words[WorkerWord.LACKING] = self.queue.ring.room_lacking()
         now = time.monotonic_ns()
         if now >= self._retry_after[0]:
-            self._retry_after = (now + LOOK_NS, self.snapshot().retry_after)
+            self._retry_after = (now + ROOM_NS, self.snapshot().retry_after)
         return self._retry_after[1]
 
     # ---- called by the syncer
@@ -278,8 +283,8 @@ class Worker:
 
     def _not_synced(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, withdraw what was not confirmed to any emitter."""
-        self._next_look = 0
-        self.intake.broken_storage = error.errno or errno.EIO  # until the next look at the file, or the next sync
+        self.loop.call_soon(self.upkeep.run, Step.QUEUE_FILES, self._look_for_files)
+        self.intake.broken_storage = error.errno or errno.EIO  # until that look, or the next sync
         if not self.fsync:
             return
         packets, _, _ = self.queue.ring.withdraw_unsynced()
@@ -308,10 +313,6 @@ class Worker:
         log.error("damage in the queue; skipped", ring=ring, offset=offset, what=what, packets=lost)
         self.counters.add("corrupt", max(1, lost))
         self.counters.add("lost", lost)
-
-
-def main() -> int:
-    """Run a worker; the supervisor calls ``python -m fastdist.worker.main ASSIGNMENT``."""
         if ring == OWN and lost:
             self.loop.call_soon(self._lost, sequence)  # the core is in the midst of claiming or sending
 
@@ -321,6 +322,10 @@ def main() -> int:
         for each in lost:
             self.dispatcher.lost(each)
             self.emitters.lost(each)
+
+
+def main() -> int:
+    """Run a worker; the supervisor calls ``python -m fastdist.worker.main ASSIGNMENT``."""
     assignment = msgspec.json.decode(sys.argv[1], type=Assignment)
     logs.configure(worker=f"w{assignment.index}")
 

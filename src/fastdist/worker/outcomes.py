@@ -90,7 +90,7 @@ class Outcomes(DispatchBase):
     # ---- work that is done in parts
 
     def work_off(self) -> None:
-        """Do some of what concerns very many packets or connections; each of ``parts`` says if there was anything."""
+        """Do some of what concerns very many packets; each of ``parts`` says if there was anything."""
         end = time.monotonic_ns() + self.part_ns
         for part in tuple(self.parts):
             while part():

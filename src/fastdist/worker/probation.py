@@ -55,6 +55,8 @@ class Probation:
 
     def tick(self, now_ns: int) -> bool:
         """Renew the trials that are under way, end the others; return whether one may begin."""
+        if not (self._slots or self._trials):
+            return False
         for slot, trial in list(self._trials.items()):
             if trial.refused:
                 continue

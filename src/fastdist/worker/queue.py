@@ -88,7 +88,7 @@ class Queue:
     @property
     def undone(self) -> int:
         """Packets in the worker's own ring and in those that are migrated."""
-        return self.ring.undone + sum(migration.undone for migration in self.migrations)
+        return self.ring.undone + (sum(migration.undone for migration in self.migrations) if self.migrations else 0)
 
     def watch_damage(self, damaged: Callable[[str, int, str, int, int], None]) -> None:
         """Have ``damaged(ring, offset, what, packets lost, sequence)`` called when damage is found in rings in use.
@@ -102,11 +102,13 @@ class Queue:
     @property
     def old_bytes(self) -> int:
         """Bytes of records that old rings still hold."""
-        return sum(migration.undone_bytes for migration in self.migrations)
+        return sum(migration.undone_bytes for migration in self.migrations) if self.migrations else 0
 
     @property
     def oldest_ns(self) -> int:
         """When the oldest packet was accepted (see ``PacketRing.oldest_ns``), 0 without any."""
+        if not self.migrations:
+            return self.ring.oldest_ns
         stamps = (self.ring.oldest_ns, *(migration.ring.oldest_ns for migration in self.migrations))
         return min(filter(None, stamps), default=0)
 
@@ -152,7 +154,7 @@ class Queue:
                 self._unwritable = None
                 log.info("the queue can be written to again")
 
-    def sync(self) -> None:
+    def sync(self, _now_ns: int = 0) -> None:
         """Sync the ring if anything has changed."""
         if self.syncer is not None:
             self.syncer.want_if_changed()
@@ -220,7 +222,7 @@ class RingNames:
 
     def __init__(self, ring: PacketRing, fd: int, path: Path | None) -> None:
         self.misplaced = False  # the worker's own ring
-        self._ring, self._fd, self._path = ring, fd, path
+        self._ring, self._fd, self._path = ring, fd, None if path is None else str(path)
         self._old = set[str]()
 
     @property
@@ -233,6 +235,8 @@ class RingNames:
         if self._path is not None and self.misplaced == has_name(self._fd, self._path):
             self.misplaced = not self.misplaced
             self._log_misplaced(self._path)
+        if not (migrations or self._old):
+            return
         unfinished = (migration.old for migration in migrations if not migration.finished)
         found = [old for old in unfinished if not has_name(old.fd, old.path)]
         for old in found:
@@ -241,15 +245,15 @@ class RingNames:
                 log.error(what, file=old.path, now=present_path(old.fd))
         self._old = {old.path for old in found}
 
-    def _log_misplaced(self, path: Path) -> None:
+    def _log_misplaced(self, path: str) -> None:
         if not self.misplaced:
-            log.info("the queue's file has its name again; packets are accepted", file=str(path))
+            log.info("the queue's file has its name again; packets are accepted", file=path)
         elif (now := present_path(self._fd)) is None:
             what = "the queue's file was deleted; nothing can be accepted until fastdist is restarted"
-            log.error(what, file=str(path), packets=self._ring.undone)
+            log.error(what, file=path, packets=self._ring.undone)
         else:
             what = "the queue's file was renamed; nothing is accepted until it has its name again"
-            log.error(what, file=str(path), now=now, packets=self._ring.undone)
+            log.error(what, file=path, now=now, packets=self._ring.undone)
 
 
 @contextlib.contextmanager
