@@ -233,6 +233,30 @@ class RingAgainstModel(RuleBasedStateMachine):
             self.claim()
         self.ring.end_writing_again()
 
+    @precondition(lambda self: not self.options["volatile"])
+    @rule(seed=st.integers(0, 1000), most=st.integers(1, 20), byte=st.integers(0, RECORD - 1))
+    def damage_heads(self, seed, most, byte):
+        """Some records are none any more when they are to be claimed: just those are lost."""
+        for _ in range(seed % 20):
+            self.push(seed, None, 0, waited=False, tick=1)
+        self.sync(0)
+        self.ring.forget_kept()
+        known = [sequence for sequence in self.unclaimed if self.ends[sequence]]
+        hurt = random.Random(seed).sample(known, min(most, len(known)))
+        heard = []
+        self.ring.on_damage = lambda _offset, _what, lost: heard.append(lost)
+        for sequence in hurt:
+            offset = HEADER_SIZE + (self.ends[sequence] - self.bytes[sequence] + byte) % CAPACITY
+            os.pwrite(self.fd, bytes([os.pread(self.fd, 1, offset)[0] ^ 0x55]), offset)
+            self.unclaimed.remove(sequence)
+            del self.packets[sequence], self.bytes[sequence], self.ends[sequence]
+        while self.ring.has_more:
+            self.claim()
+        self.claim()
+        event(f"places of damage: {min(len(heard), 3)}")
+        assert sum(heard) == len(hurt)
+        assert len(heard) <= len(hurt)
+
     @rule()
     def reopen(self):
         self.succeed(self.look_at_what_a_successor_would_find())

@@ -22,6 +22,7 @@ from ring_disk import (
     Disk,
     assert_in_order,
     drain,
+    memfd,
     redirect,
 )
 from support import files_end_at
@@ -322,6 +323,29 @@ def test_page_of_zeros_costs_only_itself(disk):
     assert sum(lost for _, _, lost in heard) == len(hurt)
     disk.push(b"behind it")
     assert disk.ring.packet(disk.ring.claim()).body == b"behind it"
+
+
+def test_all_damage_is_counted_at_once():
+    """To count is to go through the queue: that is done once, not for each of many places."""
+    fd = memfd(1 << 20)
+    ring, heard = PacketRing(fd, 1 << 20), []
+    ring.on_damage = lambda offset, what, lost: heard.append((offset, what, lost))
+    assert all(ring.push(b"%d" % number) for number in range(6000))
+    ring.forget_kept()
+    hurt = set(random.Random(1).sample(range(10, 6000), 900))
+    for number in hurt:
+        os.pwrite(fd, b"\xee", HEADER_SIZE + number * SMALLEST)
+    places = [number for number in sorted(hurt) if number - 1 not in hurt]
+    assert [ring.packet(ring.claim()).body for _ in range(min(hurt))] == [b"%d" % number for number in range(min(hurt))]
+    assert heard == []
+    assert ring.claim()
+    assert [offset for offset, _, _ in heard] == [HEADER_SIZE + number * SMALLEST for number in places]
+    assert [lost for _, _, lost in heard] == [900] + [0] * (len(places) - 1)
+    assert (ring.undone, ring.undone_bytes) == (5100, 5100 * SMALLEST)
+    heard.clear()
+    assert len(drain(ring)) == 5100 - min(hurt) - 1
+    assert heard == []
+    os.close(fd)
 
 
 @pytest.mark.parametrize("relative", [0, BODY_LENGTH, RECORD, RECORD + 199])

@@ -319,23 +319,48 @@ cdef void count_undone(PacketRing ring, const Record *record) noexcept nogil:
     ring.undone_bytes += record_size(record)
 
 
-cdef int64_t count_again(PacketRing ring) except -1:
-    """Count what is not done; return how much of it was lost."""
-    cdef int64_t lost, position, undone = ring.staged, size = ring.tail - ring.file.written
-    cdef uint32_t handle
+cdef int pass_damage(PacketRing ring) except -1:
+    """What is at the cursor is no record any more: have it passed over, and all that is damaged behind it.
+
+    What is left is counted once for all of that, as to count is to go through the queue. The first place is reported with
+    all that was lost.
+    """
+    cdef RingFile file = ring.file
+    cdef int64_t position = ring.cursor, end, gap, lost = ring.undone
+    cdef uint32_t handle, ahead = ring.ahead_first
+    cdef Record *record
+    cdef list places = []
+    ring.undone, ring.undone_bytes = ring.staged, ring.tail - file.written
     for handle in (ring.first, ring.ahead_first):
         while handle:
-            undone += 1
-            size += ring.size_of_entry(&ring.entries[handle])
+            ring.undone += 1
+            ring.undone_bytes += ring.size_of_entry(&ring.entries[handle])
             handle = ring.entries[handle].after
-    position = ring.first_unclaimed()
-    while position < ring.file.written:
-        undone += 1
-        size += record_size(ring.at(position))
-        position = ring.next_unclaimed(position + record_size(ring.at(position)))
-    lost = ring.undone - undone
-    ring.undone, ring.undone_bytes = undone, size
-    return max(0, lost)
+    while position < file.written:
+        if ahead and ring.entries[ahead].position == position:
+            position += ring.size_of_entry(&ring.entries[ahead])
+            ahead = ring.entries[ahead].after
+            continue
+        record = ring.at(position)
+        gap = file.gap_at(position, file.written)
+        if gap:
+            position += gap
+        elif file.sound(record, position, file.written):
+            if not (record.copied or position < ring.marked) or file.read_mark(record).state == QUEUED:
+                ring.undone += 1
+                ring.undone_bytes += record_size(record)
+            position += record_size(record)
+        else:
+            end = ring.past_damage(position, min(file.written, ring.entries[ahead].position) if ahead else file.written)
+            file.put_gap(position, end - position)
+            places.append((position, end - position))
+            position = end
+    ring.cursor += places[0][1]
+    lost = max(0, lost - ring.undone)
+    for position, gap in places:
+        ring.found(position, f"{gap} bytes that are no record", lost, 0)
+        lost = 0
+    return 0
 
 
 cdef set missing_of(PacketRing ring, set sequences):

@@ -477,7 +477,7 @@ cdef class PacketRing:
                     self.cursor += gap
                     continue
             if unlikely(not self.file.direct and not self.file.sound(record, self.cursor, self.file.written)):
-                self.pass_damage()
+                pass_damage(self)
                 continue
             attempts = 0
             if unlikely(record.copied or self.cursor < self.marked):
@@ -592,20 +592,6 @@ cdef class PacketRing:
         self.found(position, "a damaged packet", 1, sequence)
         return 0
 
-    cdef int pass_damage(self) except -1:
-        """What is at the cursor is no record any more: go on with the next."""
-        cdef int64_t found = next_sound(self.file, self.cursor + 8, self.file.written, 0)
-        cdef int64_t begun = self.cursor
-        if found < 0:
-            found = self.file.written
-        if self.ahead_first:
-            found = min(found, self.entries[self.ahead_first].position)
-        found = min(found, self.file.next_kept(begun))
-        self.file.put_gap(begun, found - begun)
-        self.cursor = found
-        self.found(begun, f"{found - begun} bytes that are no record", count_again(self), 0)
-        return 0
-
     cdef int found(self, int64_t position, str what, int64_t lost, uint64_t sequence) except -1:
         """Tell of damage that was found while the ring is in use, and cost so many packets."""
         self.corrupt += 1
@@ -629,7 +615,7 @@ cdef class PacketRing:
 
     cdef int64_t past_gaps(self, int64_t position, int64_t end) noexcept nogil:
         """Return where the next sound record is, from ``position`` on; ``end`` without one before."""
-        cdef int64_t gap, found
+        cdef int64_t gap
         while position < end:
             gap = self.file.gap_at(position, FOREVER)
             if gap:
@@ -637,9 +623,15 @@ cdef class PacketRing:
             elif self.file.sound(self.at(position), position, self.file.written):
                 return position
             else:
-                found = next_sound(self.file, position + 8, end, 0)
-                position = min(self.file.next_kept(position), end if found < 0 else found)
+                position = self.past_damage(position, end)
         return min(position, end)
+
+    cdef int64_t past_damage(self, int64_t position, int64_t end) noexcept nogil:
+        """Return where the next record is behind a damaged one; ``end`` without one before."""
+        cdef int64_t found
+        end = min(end, self.file.next_kept(position))
+        found = next_sound(self.file, position + 8, end, 0)
+        return end if found < 0 else found
 
     cdef void count_copy(self, int64_t accepted_ns) noexcept nogil:
         if self.copies_claimed == 0 or (self.oldest_copy_ns and accepted_ns < self.oldest_copy_ns):
