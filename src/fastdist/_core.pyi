@@ -117,6 +117,9 @@ class RingFile:
     def __new__(cls, fd: int, direct: bool, shared: bool) -> Self: ...
 
 @final
+class LateRecords: ...
+
+@final
 class PacketRing:
     clock_offset: int
     on_damage: Callable[[int, str, int, int], object] | None

@@ -52,12 +52,15 @@ class Disk:
         self._cached = self._cut(image)
         self.states = [[block] for block in self._cached]
         self._since_sync: list[list[bytes]] | None = None
+        self.unseen = False  # whether what is written now will turn out not to have been
 
     def _cut(self, image: bytes) -> list[bytes]:
         return [image[at : at + self.block] for at in range(0, SIZE, self.block)]
 
     def note(self) -> None:
         """Note the blocks that have changed: each may be written back as it is now."""
+        if self.unseen:
+            return
         for at, block in enumerate(self._cut(os.pread(self.fd, SIZE, 0))):
             if block != self._cached[at]:
                 self._cached[at] = block
@@ -296,9 +299,12 @@ class PowerCuts(RuleBasedStateMachine):
         self.end_sync()
 
     @precondition(lambda self: not self.refused)
-    @rule(seed=st.integers(0, 2**32), newness=st.sampled_from([0.0, 0.5, 0.9]))
-    def fail_to_sync(self, seed: int, newness: float) -> None:
-        """Any page that the kernel takes for written may not be on the disk: all that counts is written again."""
+    @rule(seed=st.integers(0, 2**32), newness=st.sampled_from([0.0, 0.5, 0.9]), killed=st.booleans())
+    def fail_to_sync(self, seed: int, newness: float, killed: bool) -> None:  # noqa: FBT001
+        """Any page that the kernel takes for written may not be on the disk: all that counts is written again.
+
+        By the process itself, or, if that was ``killed`` just then, by its successor.
+        """
         self.syncing = self.disk._since_sync = None
         if self.waits:
             self.ring.withdraw_unsynced()
@@ -306,6 +312,8 @@ class PowerCuts(RuleBasedStateMachine):
             assert self.safe & self.undone.keys() <= left.keys()
             self.take_over_but_claims(left)
         self.ring.forget_synced()
+        if killed:
+            self.succeed()
         image = self.disk.after_a_cut(random.Random(seed), newness)
         on_disk = os.memfd_create("disk")
         os.pwrite(on_disk, image, 0)
@@ -338,15 +346,19 @@ class PowerCuts(RuleBasedStateMachine):
     def kill_the_process(self, synced: bool) -> None:  # noqa: FBT001
         """The page cache stays as it is. A successor may get to sync what it finds, or meet its end before that."""
         before = dict(self.times)
+        self.succeed()
+        assert self.times == before
+        if synced:
+            self.sync()
+
+    def succeed(self) -> None:
+        """Go on as the successor of a process that was killed."""
         self.syncing = None
         self.ring = PacketRing(self.disk.fd, claims_wait_for_sync=self.waits)
         self.disk.note()
         self.begin_writing()
         self.take_over(self.look())
-        assert self.times == before
         self.safe &= self.times.keys()
-        if synced:
-            self.sync()
 
     def start_again(self, image: bytes) -> None:
         self.dead_letters.cached = set(self.dead_letters.synced)
@@ -380,6 +392,41 @@ class PowerCuts(RuleBasedStateMachine):
                 self.times[name], self.undone[name] = 1, self.ring.tail_position
         self.kill_the_process(synced=False)
         assert not self.ring.damage
+
+    @precondition(lambda self: self.claimed)
+    @rule(size=sizes, most=st.integers(1, 10), marks_first=st.booleans(), part=st.floats(0.0, 1.0))
+    def kill_the_process_between_data_and_marks(
+        self,
+        size: int,
+        most: int,
+        marks_first: bool,  # noqa: FBT001
+        part: float,
+    ) -> None:
+        """A push, which may move records, attempts and deliveries: of the data nothing was written, or of the marks.
+
+        Or of the marks only the beginning. (Marks are written before the copy of a record, and after what is pushed.)
+        """
+        before = os.pread(self.disk.fd, SIZE, 0)
+        known = set(self.times)
+        self.disk.unseen = True
+        self.push(size)
+        left = set(self.times)
+        for handle in sorted(self.claimed)[:most]:
+            self.ring.count_attempt(handle)
+        for _ in range(min(most, len(self.claimed))):
+            self.done(most)
+        after = os.pread(self.disk.fd, SIZE, 0)
+        cut = MARKS.start + int(part * (MARKS.stop - MARKS.start))
+        if marks_first:
+            os.pwrite(self.disk.fd, before[DATA], DATA.start)
+            left = known
+        os.pwrite(self.disk.fd, after[MARKS.start : cut] + before[cut:], MARKS.start)
+        self.disk.unseen = False
+        delivered = left - self.times.keys()
+        self.succeed()
+        assert left - delivered <= self.times.keys() <= left | known
+        if not marks_first and cut == MARKS.start:
+            assert self.times.keys() == left
 
     def look(self, fd: int | None = None) -> dict[str, int]:
         """Return what a copy of the file gives, by id: how often."""

@@ -8,9 +8,17 @@ from support import files_end_at
 
 from fastdist._core import HEADER_SIZE, record_bytes
 
-LARGE = b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 40_000)  # is written by itself
 PAGE = 4096  # is written to its end
-SMALL_RECORD, LARGE_RECORD = record_bytes(1, len(BODY)), record_bytes(1, len(LARGE))
+SMALL_RECORD = record_bytes(1, len(BODY))
+
+
+def large(size: int) -> bytes:
+    return b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * size)
+
+
+# Is written by itself, and behind a small one ends with a page.
+LARGE = large(40_000 + -(SMALL_RECORD + record_bytes(1, len(large(40_000)))) % PAGE)
+LARGE_RECORD = record_bytes(1, len(LARGE))
 DURABILITIES = pytest.mark.parametrize("fsync", [False, True], ids=["disk", "fsync"])
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from fastdist._core import PacketRing, RingError, checksum, file_size
 from fastdist.errors import StartError
-from fastdist.storage import directory, format1
+from fastdist.storage import format1, ring_files
 from fastdist.storage.directory import QueueFolder
 from fastdist.storage.inspect import look
 
@@ -309,7 +309,7 @@ def test_packet_that_does_not_fit_ends_start(tmp_path, monkeypatch):
     path.write_bytes(gzip.decompress((DATA / "plain.fdq.gz").read_bytes()))
     before = path.read_bytes()
     full = SimpleNamespace(push=lambda **_: 0)
-    monkeypatch.setattr(directory, "PacketRing", lambda *_: full)
+    monkeypatch.setattr(ring_files, "PacketRing", lambda *_: full)
     folder = QueueFolder(tmp_path)
     folder.lock()
     with pytest.raises(StartError, match="do not fit"):

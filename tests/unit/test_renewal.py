@@ -11,7 +11,7 @@ import pytest
 
 from fastdist._core import Counters, PacketRing, file_size, row_words
 from fastdist.errors import StartError
-from fastdist.storage import directory
+from fastdist.storage import ring_files
 from fastdist.storage.directory import QueueFolder
 from fastdist.supervisor.renewal import renew
 
@@ -146,8 +146,8 @@ def test_conversion_drops_no_packet(site, monkeypatch):
             return 0
 
     path = site.path / "ring-0.fdq"
-    monkeypatch.setattr(directory, "PacketRing", Full)
+    monkeypatch.setattr(ring_files, "PacketRing", Full)
     with pytest.raises((OSError, StartError), match="do not fit"):
-        directory._keep_readable(path, Broken(), {path: site.fd})
+        ring_files._keep_readable(path, Broken(), {path: site.fd})
     assert os.path.samestat(os.fstat(site.fd), path.stat())
     assert not list(site.path.glob("*.damaged-*"))

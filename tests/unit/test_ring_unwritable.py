@@ -11,7 +11,7 @@ import threading
 from textwrap import dedent
 
 import pytest
-from ring_disk import CAPACITY, MARKS, RECORD, SMALLEST, Disk, assert_in_order, drain, redirect
+from ring_disk import CAPACITY, MARK, MARKS, NUMBER, RECORD, SMALLEST, Disk, assert_in_order, drain, redirect
 from support import files_end_at
 
 from fastdist._core import HEADER_SIZE, DamagedError, PacketRing, file_size
@@ -260,3 +260,44 @@ def test_marks_made_meanwhile_are_written(seed):
     os.close(redirect(disk.fd, cache))
     os.close(cache)
     os.close(other)
+
+
+def mark_in(table, number):
+    at = number * MARK % len(table)
+    return table[at : at + MARK]
+
+
+@pytest.mark.parametrize("cut", ["killed", "power"])
+def test_torn_runs_of_marks_lose_nothing(cut):
+    """What could not be written for a time is written in runs of pages, and of these only a part."""
+    capacity, count = 8 << 20, 40_000
+    fd, ring = made(capacity)
+    start, end, rng = HEADER_SIZE + capacity, file_size(capacity), random.Random(1)
+    for number in range(count):
+        assert ring.push(b"%d" % number)
+    ring.mark_synced(ring.tail_position)
+    first = int.from_bytes(os.pread(fd, 8, HEADER_SIZE + NUMBER), "little")
+    before = os.pread(fd, end - start, start)
+    sent = {number: ring.claim() for number in range(count)}
+    sent = {number: sent[number] for number in rng.sample(range(count), 2000)}
+    done = set(rng.sample(sorted(sent), 1000))
+    with files_end_at(start):
+        for number, handle in sent.items():
+            ring.count_attempt(handle)
+            if number in done:
+                ring.done(handle)
+    ring.write_out()
+    after = os.pread(fd, end - start, start)
+    for _ in range(5):
+        if cut == "killed":  # within a page, and within a mark
+            torn = rng.randrange(len(after))
+            table = after[:torn] + before[torn:]
+        else:
+            pages = range(0, len(after), PAGE)
+            table = b"".join(rng.choice([before, after])[page : page + PAGE] for page in pages)
+        os.pwrite(fd, table, start)
+        found = {int(packet.body): packet.attempts for packet in drain(PacketRing(fd, private=True))}
+        written = {number for number in sent if mark_in(table, first + number) == mark_in(after, first + number)}
+        assert found.keys() == set(range(count)) - (done & written)
+        assert {number for number, attempts in found.items() if attempts} == written - done
+    os.close(fd)

@@ -198,8 +198,8 @@ cdef int recover(PacketRing ring) except -1:
     if head > ring.head:  # start there
         del ring.damage[damages:], ring.notes[notes:], gaps[:]
         moved.clear()
-        ring.corrupt = ring.undone = ring.undone_bytes = ring.largest = ring.newest_ns = 0
-        ring.move_count = ring.late_count = 0
+        ring.corrupt = ring.undone = ring.undone_bytes = ring.largest = ring.move_count = 0
+        ring.late.clear()
         position = sound_behind(file, head, max(known, file.limit), 0 if head < known else number)
         ring.head = position if position >= 0 else max(known, head)
         ring.tail = max(known, ring.head)
@@ -314,7 +314,7 @@ cdef int report(PacketRing ring, int64_t position, str what) except -1:
 
 
 cdef void count_undone(PacketRing ring, const Record *record) noexcept nogil:
-    ring.note_age(record)
+    ring.late.note(record, ring.cursor)
     ring.undone += 1
     ring.undone_bytes += record_size(record)
 

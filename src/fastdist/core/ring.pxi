@@ -56,10 +56,6 @@ cdef struct Move:
     int64_t position         # of a record that was moved
     int64_t end              # of its copy: once that is synced, the old place is free
 
-cdef struct Late:
-    int64_t position         # of an unclaimed record that is older than one before it
-    int64_t accepted_ns
-
 cdef enum:
     MOVES_A_PUSH = 16
     USUAL = 16               # what part of a ring a packet takes at most that is unlike few others
@@ -88,36 +84,6 @@ cdef size_t write_id(const Record *record, char *text) noexcept nogil:
         return length
     write_uuid(record.id, text)
     return 36
-
-
-class RingError(Exception):
-    """The file is no ring, or one that cannot be opened as it is; the text says why."""
-
-
-class CutShortError(RingError):
-    """The header is sound and speaks of ``capacity`` bytes, which the file does not have."""
-
-    def __init__(self, capacity):
-        super().__init__(f"the file is shorter than the {capacity} bytes its header speaks of")
-        self.capacity = capacity
-
-
-class OtherFormatError(RingError):
-    """Another version has written the file, in ``format``."""
-
-    def __init__(self, version):
-        text = f"written in format {version} by a newer version; this one reads format {FORMAT}" if version > FORMAT else (
-            f"written in format {version} by an older version")
-        super().__init__(text)
-        self.format = version
-
-
-class DamagedError(RingError):
-    """A packet in the ring is not as it was written."""
-
-
-class NewerFormatError(OtherFormatError):
-    """A newer version has written the file, and only that can read it."""
 
 
 @cython.final
@@ -158,9 +124,7 @@ cdef class PacketRing:
     cdef int64_t staged                # packets pushed and not written
     cdef Move *moves                   # whose copies are not synced: from first_move on, by position
     cdef Py_ssize_t first_move, move_count, move_room
-    cdef Late *late                    # the oldest of those that are left, then the oldest behind that, and so on
-    cdef Py_ssize_t first_late, late_count, late_room
-    cdef int64_t newest_ns             # when the newest packet was accepted, of those that were pushed
+    cdef LateRecords late
     cdef uint32_t copies_claimed
     cdef int64_t oldest_copy_ns        # of these; 0: to be looked for
     cdef readonly list damage          # (offset in the file, what) of all that was found wrong
@@ -177,7 +141,7 @@ cdef class PacketRing:
         return size_of(entry.key_length, entry.length)
 
     def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False, bint private=False):
-        self.damage, self.notes = [], []
+        self.damage, self.notes, self.late = [], [], LateRecords()
         self.file = RingFile(fd, volatile or private, not private)
         self.claims_wait_for_sync = claims_wait_for_sync
         self.synced = self.answered = FOREVER if volatile else 0
@@ -194,7 +158,6 @@ cdef class PacketRing:
     def __dealloc__(self):
         free(self.entries)
         free(self.moves)
-        free(self.late)
 
     def _create(self, int64_t capacity):
         cdef Header header
@@ -293,7 +256,7 @@ cdef class PacketRing:
         if unlikely(self.file.append(&record, key, body) != 0):
             self.roll_back()
             return NOT_WRITTEN
-        self.note_age(&record)
+        self.late.note(&record, self.cursor)
         self.largest = max(self.largest, size)
         if likely(not flags & A_COPY):
             self.last_size = min(size, self.capacity // USUAL)
@@ -334,8 +297,7 @@ cdef class PacketRing:
         self.tail = self.file.written
         self.staged = 0
         self.file.forget_staged()
-        while self.late_count > self.first_late and self.late[self.late_count - 1].position >= self.tail:
-            self.late_count -= 1
+        self.late.drop_from(self.tail)
 
     cdef void take_back(self, int64_t position, int64_t packets) noexcept nogil:
         """Forget the latest packets, which begin at ``position``, up to which all is written: no one has claimed them."""
@@ -650,9 +612,7 @@ cdef class PacketRing:
         position = self.first_unclaimed()
         if position < self.file.written:
             first = min(first, self.at(position).accepted_ns)
-        self.drop_claimed_late()
-        if self.first_late < self.late_count:
-            first = min(first, self.late[self.first_late].accepted_ns)
+        first = min(first, self.late.oldest(self.cursor))
         if self.copies_claimed and self.oldest_copy_ns == 0:
             self.oldest_copy_ns = min(self.oldest_copy_of(self.first), self.oldest_copy_of(self.ahead_first))
         if self.copies_claimed:
@@ -666,38 +626,6 @@ cdef class PacketRing:
                 oldest = min(oldest, self.entries[handle].accepted_ns)
             handle = self.entries[handle].after
         return oldest
-
-    cdef void note_age(self, const Record *record) noexcept nogil:
-        """Keep in mind an unclaimed record that is older than those before it."""
-        cdef Late *grown
-        if likely(record.accepted_ns >= self.newest_ns):
-            self.newest_ns = record.accepted_ns
-            return
-        while self.late_count > self.first_late and self.late[self.late_count - 1].accepted_ns >= record.accepted_ns:
-            self.late_count -= 1
-        self.drop_claimed_late()
-        if self.late_count == self.late_room:
-            grown = <Late *>realloc(self.late, 2 * (self.late_room + 32) * sizeof(Late))
-            if grown == NULL:
-                return  # it will seem younger than it is
-            self.late, self.late_room = grown, 2 * (self.late_room + 32)
-        self.late[self.late_count].position, self.late[self.late_count].accepted_ns = record.position, record.accepted_ns
-        self.late_count += 1
-
-    cdef void drop_claimed_late(self) noexcept nogil:
-        """Forget those that were claimed since; give memory back that so few do not need."""
-        cdef Late *shrunk
-        while self.first_late < self.late_count and self.late[self.first_late].position < self.cursor:
-            self.first_late += 1
-        if self.late == NULL or (self.first_late <= self.late_count // 2 and self.late_count):
-            return
-        self.late_count -= self.first_late
-        memmove(self.late, self.late + self.first_late, self.late_count * sizeof(Late))
-        self.first_late = 0
-        if self.late_room > 8 * (self.late_count + 32):
-            shrunk = <Late *>realloc(self.late, 2 * (self.late_count + 32) * sizeof(Late))
-            if shrunk != NULL:
-                self.late, self.late_room = shrunk, 2 * (self.late_count + 32)
 
     cdef int64_t first_unclaimed(self) noexcept nogil:
         """Return where the first unclaimed record is."""
@@ -1052,13 +980,6 @@ cdef class PacketRing:
         if 0 < handle < self.entry_count and self.entries[handle].position >= 0:
             return handle
         raise ValueError(f"{handle} is no handle of a claimed packet")
-
-
-cdef int raise_errno(int code) except -1:
-    """Raise OSError for an errno; 0: do not."""
-    if code:
-        raise OSError(code, os.strerror(code))
-    return 0
 
 
 cdef object packet_of(PacketRing ring, Record *record, uint32_t attempts):

@@ -125,6 +125,36 @@ cdef inline int64_t gap_bytes(const Record *record) noexcept nogil:
     return 8 * <int64_t>record.head_crc
 
 
+class RingError(Exception):
+    """The file is no ring, or one that cannot be opened as it is; the text says why."""
+
+
+class CutShortError(RingError):
+    """The header is sound and speaks of ``capacity`` bytes, which the file does not have."""
+
+    def __init__(self, capacity):
+        super().__init__(f"the file is shorter than the {capacity} bytes its header speaks of")
+        self.capacity = capacity
+
+
+class OtherFormatError(RingError):
+    """Another version has written the file, in ``format``."""
+
+    def __init__(self, version):
+        text = f"written in format {version} by a newer version; this one reads format {FORMAT}" if version > FORMAT else (
+            f"written in format {version} by an older version")
+        super().__init__(text)
+        self.format = version
+
+
+class DamagedError(RingError):
+    """A packet in the ring is not as it was written."""
+
+
+class NewerFormatError(OtherFormatError):
+    """A newer version has written the file, and only that can read it."""
+
+
 @cython.final
 cdef class RingFile:
     """The open file of a ring (``fd``, which is duplicated); ``direct``: stores go to the mapping, which is ``shared`` or not."""
@@ -364,7 +394,7 @@ cdef class RingFile:
         pieces[0].iov_base, pieces[0].iov_len = <void *>head, sizeof(Record)
         pieces[1].iov_base, pieces[1].iov_len = <void *>key, head.key_length
         pieces[2].iov_base, pieces[2].iov_len = <void *>body, head.body_length
-        pieces[3].iov_base, pieces[3].iov_len = ZEROS, pad
+        pieces[3].iov_base, pieces[3].iov_len = ZEROS, pad + self.rest_of_page(head.position, head.position + size)
         failed = write_pieces(self.fd, pieces, 4, HEADER_BYTES + head.position % self.capacity)
         if failed == 0:
             self.written = head.position + size
@@ -384,7 +414,7 @@ cdef class RingFile:
         """Write what was collected, up to ``tail``; return 0, or an errno: then it is given up, as if it had never come."""
         cdef iovec[2] pieces
         cdef int64_t offset = self.written % self.capacity
-        cdef int64_t n = self.staged(), pad = -tail & (PAGE - 1)
+        cdef int64_t n = self.staged()
         cdef uchar *staged = self.kept + self.half * KEPT + (self.written - self.begins[self.half])
         cdef int failed
         if n == 0:
@@ -393,10 +423,7 @@ cdef class RingFile:
             failed = self.put(self.written, staged, n)
         else:
             pieces[0].iov_base, pieces[0].iov_len = staged, n
-            pieces[1].iov_base, pieces[1].iov_len = ZEROS, pad
-            # Only into a page that nothing was written to, and where no record can be: the rest of it is free.
-            if (offset % PAGE and offset // PAGE == (offset + n - 1) // PAGE) or tail + pad > self.saved_head + self.capacity:
-                pieces[1].iov_len = 0
+            pieces[1].iov_base, pieces[1].iov_len = ZEROS, self.rest_of_page(self.written, tail)
             failed = write_pieces(self.fd, pieces, 2, HEADER_BYTES + offset)
         if failed:
             self.failed = failed
@@ -404,6 +431,15 @@ cdef class RingFile:
         else:
             self.written = tail
         return failed
+
+    cdef inline int64_t rest_of_page(self, int64_t start, int64_t end) noexcept nogil:
+        """Return how many zeros are to follow what is written between two positions, see 4 above.
+
+        None into a page that was written to before, or where a record can be that still counts.
+        """
+        cdef int64_t rest = -end & (PAGE - 1)
+        cdef bint begun = start % PAGE != 0 and start // PAGE == (end - 1) // PAGE
+        return 0 if begun or end + rest > self.saved_head + self.capacity else rest
 
     cdef void forget_staged(self) noexcept nogil:
         """Forget what was collected and is not written."""
@@ -653,6 +689,13 @@ cdef int write_pieces(int fd, iovec *pieces, int count, int64_t offset) noexcept
             if pieces.iov_len == 0:
                 pieces += 1
                 count -= 1
+    return 0
+
+
+cdef int raise_errno(int code) except -1:
+    """Raise OSError for an errno; 0: do not."""
+    if code:
+        raise OSError(code, os.strerror(code))
     return 0
 
 

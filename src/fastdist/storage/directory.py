@@ -19,34 +19,21 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fastdist import logs
-from fastdist._core import (
-    HEADER_SIZE,
-    CutShortError,
-    DamagedError,
-    NewerFormatError,
-    PacketRing,
-    RingError,
-    file_size,
-    record_bytes,
-    round_capacity,
-)
+from fastdist._core import HEADER_SIZE, PacketRing, file_size, round_capacity
 from fastdist.errors import StartError
-from fastdist.storage import format1, locks
-from fastdist.storage.files import has_name, identity, is_irregular, make_folder, sync_entry, sync_folder
+from fastdist.storage import format1, locks, ring_files
+from fastdist.storage.files import has_name, identity, make_folder, sync_entry, sync_folder
 from fastdist.storage.locks import try_lock
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from fastdist.storage.ring_files import NEW, Found
 
 CLEARED = 1 << 30  # bytes of rings in memory, at most, that are cleared at the start
 ENDING = 10.0  # seconds that the workers of a fastdist which was killed have to end
 AGAIN = 0.02  # seconds between two tries to lock
 LOG_AFTER = 1.0  # seconds that a start waits for a reader of the queue before it logs that
-ID_BYTES = 64  # at most
-LOCK, SUFFIX, NEW, OLD = "lock", ".fdq", ".new", "adopt-"
+LOCK, SUFFIX, OLD = "lock", ".fdq", "adopt-"
 
 log = logs.get()
 
@@ -56,19 +43,6 @@ class OldRing(NamedTuple):
 
     fd: int
     path: str
-
-
-class Found(NamedTuple):
-    """A ring as it was found: bytes of its data, packets that wait, whether anything is damaged."""
-
-    capacity: int
-    packets: int
-    damaged: bool
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is lost with it, and nothing is to be reported of it."""
-        return not (self.packets or self.damaged)
 
 
 class InTheWay(NamedTuple):
@@ -148,7 +122,7 @@ class QueueFolder:
         for path in sorted(self.path.glob(f"*{SUFFIX}")):
             if path in self._rings and has_name(self._rings[path], path):
                 continue
-            fd = _open(path)
+            fd = ring_files.open_ring(path)
             self._refuse_second_name(fd, path)
             if not try_lock(fd):
                 in_the_way = _in_the_way(fd, path)
@@ -194,8 +168,8 @@ class QueueFolder:
         rings = []
         for index in range(workers):
             fd = os.memfd_create(f"fastdist-ring-{index}")
-            _clear(fd, min(file_size(capacity), CLEARED // workers), "memory")
-            _make(fd, capacity, "memory")
+            ring_files.clear(fd, min(file_size(capacity), CLEARED // workers), "memory")
+            ring_files.make(fd, capacity, "memory")
             rings.append(fd)
         return rings
 
@@ -226,13 +200,13 @@ class QueueFolder:
         """
         path = ring_path(self.path, index)
         before = self._rings[path]
-        found = _look_at(path, before, self._rings)
+        found = ring_files.look_at(path, before, self._rings)
         if isinstance(found, Found) and self._rings[path] == before:
-            _allocate(before, file_size(found.capacity), str(path))  # there may be holes where it was cut
+            ring_files.allocate(before, file_size(found.capacity), str(path))  # there may be holes where it was cut
             return None
-        moved = self._retire(path) if isinstance(found, Found) else path.rename(_aside(path))
+        moved = self._retire(path) if isinstance(found, Found) else path.rename(ring_files.name_aside(path))
         try:
-            fd = _make_file(path, self._capacity, lambda fd: PacketRing(fd).continue_at(sequence))
+            fd = ring_files.replace(path, self._capacity, lambda fd: PacketRing(fd).continue_at(sequence))
         except BaseException:
             self._rings[moved.rename(path)] = self._rings.pop(moved, before)
             raise
@@ -241,13 +215,13 @@ class QueueFolder:
         if isinstance(found, Found):
             return [OldRing(self._rings[moved], str(moved))]
         os.close(before)
-        _log_aside(path, moved, found)
+        ring_files.log_aside(path, moved, found)
         return []
 
     def renew_old(self, old: OldRing) -> OldRing | None:
         """Do so for an old ring; return it, or what can be read of it, and None for nothing. Raises StartError."""
         path = Path(old.path)
-        found = _look_at(path, old.fd, self._rings)
+        found = ring_files.look_at(path, old.fd, self._rings)
         if isinstance(found, str):
             self._set_aside(path, found)
             return None
@@ -275,16 +249,16 @@ class QueueFolder:
         for path, fd in self._rings.items():  # there may be holes: it was cut, copied, or an old ring
             size = found[path].capacity
             old = path in others and path not in fitting  # which needs no space but for marks
-            _allocate(fd, file_size(size), str(path), HEADER_SIZE + size if old else 0)
+            ring_files.allocate(fd, file_size(size), str(path), HEADER_SIZE + size if old else 0)
         with contextlib.ExitStack() as undo:
-            made = {path: _make_beside(path, capacity, undo) for path in free[len(fitting) :]}
+            made = {path: ring_files.make_beside(path, capacity, undo) for path in free[len(fitting) :]}
             for path in others:
                 if path not in fitting and not path.name.startswith(OLD):
                     self._retire(path)
             for path, place in zip(fitting, free, strict=False):
                 self._rename(path, place)
             for path, fd in made.items():
-                _beside(path).rename(path)
+                ring_files.beside(path).rename(path)
                 self._rings[path] = fd
             undo.pop_all()
 
@@ -305,22 +279,22 @@ class QueueFolder:
             raise StartError(f"the queue file {in_the_way.path} is in use by {locks.describe(in_the_way.pid)}")
         for path, fd in self._rings.items():
             if format1.is_format1(fd):
-                _convert(path, fd, self._rings)
-        found = {path: _look_at(path, fd, self._rings) for path, fd in self._rings.items()}
+                ring_files.convert(path, fd, self._rings)
+        found = {path: ring_files.look_at(path, fd, self._rings) for path, fd in self._rings.items()}
         for pattern in (f"ring-*{NEW}", f"{OLD}*{NEW}"):
             for path in self.path.glob(pattern):
                 if path.is_file():
-                    _delete_half_made(path)
+                    ring_files.delete_half_made(path)
         for path, ring in found.items():
             if isinstance(ring, str):
                 self._set_aside(path, ring)
         return {path: ring for path, ring in found.items() if not isinstance(ring, str)}
 
     def _set_aside(self, path: Path, why: str) -> None:
-        aside = _aside(path)
+        aside = ring_files.name_aside(path)
         path.rename(aside)
         os.close(self._rings.pop(path))
-        _log_aside(path, aside, why)
+        ring_files.log_aside(path, aside, why)
 
     def old_rings(self) -> list[OldRing]:
         """Return the rings to be migrated."""
@@ -338,180 +312,3 @@ def _in_the_way(fd: int, path: Path) -> InTheWay:
     if pid is None and not read and path.name == LOCK:
         pid = locks.written_pid(fd)
     return InTheWay(path, read, pid)
-
-
-def _look_at(path: Path, fd: int, rings: dict[Path, int]) -> Found | str:
-    """Return what is known of a ring, or what is wrong with the file. Raises StartError where that is not ours to fix.
-
-    A file that was cut short is given its length again: what is left of it can then be recovered. One that cannot be
-    read in part is replaced.
-    """
-    try:
-        try:
-            ring = PacketRing(fd, private=True)
-        except CutShortError as cut:
-            log.warning("a queue file was cut short", file=str(path), bytes=os.fstat(fd).st_size)
-            os.truncate(fd, file_size(cut.capacity))
-            ring = PacketRing(fd, private=True)
-        if ring.broken:
-            ring = _keep_readable(path, ring, rings)
-        return Found(ring.capacity, ring.undone, bool(ring.damage))
-    except NewerFormatError as error:
-        raise StartError(f"{path}: {error}; it is left as it is") from error
-    except RingError as error:
-        return str(error)
-    except OSError as error:
-        raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
-
-
-def _log_aside(path: Path, aside: Path, why: str) -> None:
-    log.error("a queue file cannot be read and is set aside", file=str(path), moved_to=str(aside), why=why)
-
-
-def _keep_readable(path: Path, broken: PacketRing, rings: dict[Path, int]) -> PacketRing:
-    """Replace a ring by a new one, just large enough, with the packets that can be read; set the file aside.
-
-    Raises OSError, StartError.
-    """
-    sizes = [record_bytes(ID_BYTES, len(packet.body)) for packet in broken.waiting()]
-
-    def copy(new: int) -> None:
-        ring = PacketRing(new)
-        while handle := broken.claim():
-            with contextlib.suppress(DamagedError):
-                if not ring.adopt(broken, handle):
-                    raise OSError(errno.ENOSPC, "its packets do not fit into a new one", str(path))
-
-    aside = _aside(path)
-    aside.hardlink_to(path)
-    try:
-        fd = _make_file(path, sum(sizes) + 2 * max(sizes, default=0), copy)
-    except BaseException:
-        aside.unlink()
-        raise
-    os.close(rings[path])
-    rings[path] = fd
-    log.error(
-        "a queue file cannot be read in part; its other packets are in a new one, and it is set aside",
-        file=str(path),
-        moved_to=str(aside),
-        packets=len(sizes),
-        why="; ".join(f"at {offset}: {what}" for offset, what in broken.damage),
-    )
-    return PacketRing(fd, private=True)
-
-
-def _convert(path: Path, fd: int, rings: dict[Path, int]) -> None:
-    """Replace a ring of format 1, open as ``fd``, by one of the present format with the packets that wait in it.
-
-    A damaged one is kept beside it.
-    """
-
-    def copy(new: int) -> None:
-        ring = PacketRing(new)
-        for packet in format1.read(fd).waiting():
-            if not ring.push(**packet._replace(flags=0)._asdict()):
-                raise OSError(errno.ENOSPC, "its packets do not fit into a new one")
-
-    try:
-        old, size, largest = format1.read(fd), 0, 0
-        for packet in old.waiting():
-            record = record_bytes(len(packet.key or ""), len(packet.body))
-            size, largest = size + record, max(largest, record)
-        if old.damage:
-            aside = _aside(path)
-            aside.hardlink_to(path)
-            log.error("a queue file is damaged and is kept", file=str(aside), packets=old.undone, lost=old.corrupt)
-        rings[path] = _make_file(path, size + 2 * largest, copy)
-    except RingError:
-        return  # it is set aside
-    except OSError as error:
-        raise StartError(f"cannot convert the queue file {path} to the present format: {error.strerror}") from error
-    os.close(fd)
-    log.info("a queue file of an older version was converted", file=str(path), packets=old.undone)
-
-
-def _make_file(path: Path, capacity: int, fill: Callable[[int], None]) -> int:
-    """Make a ring, with what ``fill`` puts into it, in the place of another. Return it open."""
-    with contextlib.ExitStack() as undo:
-        fd = _make_beside(path, capacity, undo)
-        fill(fd)
-        os.fsync(fd)
-        _beside(path).rename(path)
-        undo.pop_all()
-    return fd
-
-
-def _make_beside(path: Path, capacity: int, undo: contextlib.ExitStack) -> int:
-    """Make a ring under another name: one that is renamed then is whole, and locked. Return it open."""
-    beside = _beside(path)
-    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    undo.callback(os.close, fd)
-    if not try_lock(fd):
-        raise _being_made(path)
-    undo.callback(beside.unlink, missing_ok=True)  # what was allocated is needed by others
-    os.truncate(fd, 0)  # only now: it may have been another's
-    _make(fd, capacity, str(path))
-    return fd
-
-
-def _beside(path: Path) -> Path:
-    return path.with_suffix(NEW)
-
-
-def _delete_half_made(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        if not try_lock(fd):
-            raise _being_made(path)
-        path.unlink()
-    finally:
-        os.close(fd)
-
-
-def _being_made(path: Path) -> StartError:
-    return StartError(f"the queue file {path} is being made by another fastdist; give each its own queue.path")
-
-
-def _open(path: Path) -> int:
-    try:
-        if is_irregular(path):
-            raise StartError(f"cannot open the queue file {path}: not a regular file")
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise StartError(f"cannot open the queue file {path}: {error.strerror}") from error
-
-
-def _make(fd: int, capacity: int, what: str) -> None:
-    _allocate(fd, file_size(capacity), what)
-    try:
-        PacketRing(fd, capacity)
-        os.fsync(fd)
-    except OSError as error:
-        raise StartError(f"cannot make the queue ({what}): {error.strerror}") from error
-
-
-def _allocate(fd: int, size: int, what: str, begin: int = 0) -> None:
-    """Allocate the file's space from ``begin`` on: a full disk must show here, not in the middle of a write."""
-    try:
-        os.posix_fallocate(fd, begin, size - begin)
-    except OSError as error:
-        raise StartError(
-            f"cannot allocate {size} bytes for the queue ({what}): {error.strerror}; make room or lower queue.capacity"
-        ) from error
-
-
-def _clear(fd: int, size: int, what: str) -> None:
-    """Write zeros: a page of shared memory is cleared when it is first written to, and that is not to be by a push.
-
-    256 MiB take some 60 ms.
-    """
-    _allocate(fd, size, what)
-    zeros = bytes(1 << 20)
-    at = 0
-    while at < size:
-        at += os.pwrite(fd, zeros[: size - at], at)
