@@ -105,7 +105,7 @@ class BatchWait(Waiting):
 
     def lost(self) -> Reply:
         """Return the protocol's 500."""
-        detail = "the records were accepted, but not all will be delivered: the queue's file was damaged; send them again"
+        detail = "not all records will be delivered: the queue's file was damaged; send them again"
         return self.agent.refused(Refused(Reason.FAULT, detail))
 
     def stored(self) -> Reply:
