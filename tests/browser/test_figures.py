@@ -141,6 +141,22 @@ def test_rates_and_lines_follow_the_traffic(page, fastdist):
     emitter.stop()
 
 
+def test_agents_protocols_are_shown_once_they_arrive(page, fresh):
+    page.open(fresh.port)
+    page.wait_for_level("ok")
+    assert page.one("#protocols-card").is_displayed() is False
+    lines = b'{"message":"one"}\n{"message":"two"}\n'
+    assert request(fresh.port, "POST", "/ingest", lines, {"Content-Type": "application/x-ndjson"})[0] == 200
+    page.wait_for_text("#protocols", "json")
+    shown = [cell.text for cell in page.all("[data-protocol=json] td")]
+    assert shown[1:] == ["2", "1", "0"]
+    assert page.all("[data-protocol=otlp]") == []
+    assert request(fresh.port, "POST", "/v1/logs", b"{", {"Content-Type": "application/json"})[0] == 400
+    page.wait_for_text("#protocols", "otlp")
+    assert [cell.text for cell in page.all("[data-protocol=otlp] td")][1:] == ["0", "1", "1"]
+    wait_until(lambda: page.all("[data-protocol=json] td")[0].text == "0", "the rate is of the last seconds")
+
+
 def test_page_says_when_all_is_well(page, fresh):
     fresh.wait_for_states("online")
     page.open(fresh.port)

@@ -18,6 +18,7 @@ GOOD = {
         "uptimeSeconds": 100.0,
         "packets": {"accepted": 0, "delivered": 0, "queued": 0, "deadLettered": 0, "corrupt": 0},
         "rejected": {"queueFull": 0, "tooLarge": 0},
+        "protocols": {"json": {"requests": 0, "records": 0, "refused": 0}},
         "analyzers": [{"id": "A1", "delivered": 0}, {"id": "A2", "delivered": 0}],
         "workers": [{"id": 0, "state": "running"}, {"id": 1, "state": "running"}],
     },
@@ -177,6 +178,16 @@ def test_analyzer_rate_is_of_last_seconds(scripts):
     body = "return [h.rateOf('A1'), h.rateOf('A2'), h.rateOf('new')]"
     assert history(scripts, body, *samples) == [10, 0, None]
     assert history(scripts, body, sample(1)) == [None, None, None]
+
+
+def test_records_rate_is_of_last_seconds(scripts):
+    counts = {"requests": 1, "refused": 0}
+    samples = [
+        changed(stats__uptimeSeconds=at, stats__protocols={"otlp": counts | {"records": 30 * max(0, at - 20)}})
+        for at in range(41)
+    ]
+    assert history(scripts, "return h.recordsOf('otlp')", *samples) == 30
+    assert history(scripts, "return h.recordsOf('otlp')", samples[0]) is None
 
 
 # ---- the banner

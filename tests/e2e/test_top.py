@@ -57,6 +57,7 @@ def test_a_frame_has_the_figures_of_stats(mocks, serve, run):
     packets = line_of(top, "packets")
     assert packets == "packets " + " ".join(f"{name} {count(stats['packets'][key])}" for name, key in COUNTERS.items())
     assert line_of(top, "rejected") == "rejected malformed 3"
+    assert not [line for line in top.lines if line.split()[:1] == ["agents"]]
     for row in get_json(fastdist.port, "/analyzers")["analyzers"]:
         shares = " ".join(f"{row[key] * 100:.1f} %" for key in ("actualShare", "targetShare", "effectiveShare"))
         counts = " ".join(count(row[key]) for key in ("delivered", "failed", "retried", "inFlight"))

@@ -66,6 +66,8 @@ def answers(*, analyzers=None, workers=None, **changes):
             Packets(**{name: 1000 * number for number, name in enumerate(COUNTERS, 1)} | {"rejected": 0, "corrupt": 0})
         ),
         "rejected": {"malformed": 0, "queueFull": 0},
+        "uptimeSeconds": 7205.0,
+        "protocols": {name: {"requests": 0, "records": 0, "refused": 0} for name in ("json", "otlp")},
         "rates": {"acceptedPerSecond": 1234.56, "deliveredPerSecond": 99.94},
         "latencyMs": {"ingest": SOME, "queueWait": NONE_YET, "delivery": SOME},
         "workers": workers,
@@ -199,6 +201,30 @@ def test_rejections_are_shown_by_reason():
     assert squeezed(line_with(text, "rejected")) == "rejected rate limited 5 queue full 1,234"
 
 
+def of_agents(**records):
+    """Return what came by protocol; three requests each, of which one of otlp was refused."""
+    counts = {name: {"requests": 3, "records": number, "refused": int(name == "otlp")} for name, number in records.items()}
+    return {name: counts.get(name, {"requests": 0, "records": 0, "refused": 0}) for name in ("json", "otlp", "loki")}
+
+
+def test_agents_show_only_protocols_with_requests():
+    assert "agents" not in shown(frame())
+    text = shown(frame(protocols=of_agents(json=1234, otlp=0)))
+    assert squeezed(line_with(text, "agents")) == "agents json 1,234 records otlp 0 records otlp refused 1"
+
+
+def test_agents_rate_is_of_the_last_seconds():
+    history = History()
+    for second in range(30):
+        history.add(answers(uptimeSeconds=7000.0 + second, protocols=of_agents(json=50 * max(0, second - 19), loki=7)))
+    text = shown(frame(protocols=of_agents(json=500, loki=7)), history=history)
+    assert squeezed(line_with(text, "agents")) == "agents json 500 records 50.0/s loki 7 records 0.0/s"
+    history.add(answers(uptimeSeconds=1.0, protocols=of_agents(json=2)))  # restarted
+    assert history.records_per_second("json") is None
+    history.add(answers(uptimeSeconds=61.0, protocols=of_agents(json=122)))  # with a long interval
+    assert history.records_per_second("json") == 2
+
+
 def test_a_queue_that_does_not_drain_says_so():
     assert "nothing is delivered" in shown(frame(queue={"packets": 5, "estimatedDrainSeconds": None}))
     assert "drained in 2 min" in shown(frame(queue={"packets": 5, "estimatedDrainSeconds": 120.0}))
@@ -231,7 +257,9 @@ def test_wide_terminal_shows_the_last_error(width):
 
 @pytest.mark.parametrize("lines", [10, 30, 40, 60])
 def test_workers_that_do_not_fit_are_counted(lines):
-    text = shown(frame(workers=[worker(number) for number in range(40)]), 160, lines)
+    rejected, protocols = {"malformed": 1}, of_agents(json=1)
+    workers = [worker(number) for number in range(40)]
+    text = shown(frame(workers=workers, rejected=rejected, protocols=protocols), 160, lines)
     rows = [line for line in text.splitlines() if " running " in line]
     if lines >= 30:
         assert len(text.splitlines()) <= lines

@@ -28,7 +28,8 @@ BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
 SPARKS = "▁▂▃▄▅▆▇█"
 BAR, MIN_BAR, QUEUE_BAR = 26, 14, 12  # cells
 FLOW_INDENT = 10  # columns before figures
-FIXED_LINES = 21  # of a frame: all but warnings, analyzers, workers and what is rejected
+FIXED_LINES = 21  # of a frame: all but warnings, analyzers, workers, what is rejected and what log agents sent
+RECENT = 10.0  # seconds over which records are counted for their rate
 MARK, GAP = "┃", "░"
 BETWEEN = 2  # cells between columns
 STATE_WIDTH = len("draining")
@@ -70,18 +71,30 @@ class Frame(NamedTuple):
 
 
 class History:
-    """The rates of the last frames, for lines that show where they go."""
+    """The rates of the last frames, for lines that show where they go, and log agents' records of the last seconds."""
 
     def __init__(self, length: int = 40) -> None:
         self._length = length
         self.accepted: list[float] = []
         self.delivered: list[float] = []
+        self._records: list[tuple[float, dict[str, int]]] = []  # by protocol, at that uptime
 
     def add(self, answers: Answers) -> None:
         """Remember the rates."""
-        rates = answers.stats.rates
+        rates, uptime = answers.stats.rates, answers.stats.uptime_seconds
         self.accepted = [*self.accepted, rates.accepted_per_second][-self._length :]
         self.delivered = [*self.delivered, rates.delivered_per_second][-self._length :]
+        records = {name: counts.records for name, counts in answers.stats.protocols.items()}
+        before = [sample for sample in self._records if sample[0] < uptime]  # not what was before a restart
+        recent = [sample for sample in before if sample[0] >= uptime - RECENT]
+        self._records = [*(recent or before[-1:]), (uptime, records)]
+
+    def records_per_second(self, protocol: str) -> float | None:
+        """Return how many records were accepted lately in a protocol; None before there are two samples."""
+        if not self._records:
+            return None
+        (begin, first), (end, last) = self._records[0], self._records[-1]
+        return (last.get(protocol, 0) - first.get(protocol, 0)) / (end - begin) if end > begin else None
 
 
 def render(frame: Frame, width: int, lines: int | None = None, history: History | None = None) -> RenderableType:
@@ -96,8 +109,8 @@ def render(frame: Frame, width: int, lines: int | None = None, history: History 
     if (answers := frame.answers) is not None:
         rows = None
         if lines is not None:
-            rejected = bool(_rejected(answers.stats))
-            rows = max(1, lines - FIXED_LINES - len(warnings) - len(answers.analyzers) - rejected)
+            lists = bool(_rejected(answers.stats)) + bool(_agents(answers.stats, history))
+            rows = max(1, lines - FIXED_LINES - len(warnings) - len(answers.analyzers) - lists)
         parts += [
             _analyzers(answers.analyzers, width),
             _flow(answers, width, history),
@@ -272,6 +285,8 @@ def _flow(answers: Answers, width: int, history: History | None) -> Table:
     grid.add_row(Text("packets", style="bold"), _wrapped(packets, width - FLOW_INDENT))
     if rejected := _rejected(stats):
         grid.add_row(Text("rejected", style="bold"), _wrapped(rejected, width - FLOW_INDENT))
+    if agents := _agents(stats, history):
+        grid.add_row(Text("agents", style="bold"), _wrapped(agents, width - FLOW_INDENT))
     grid.add_row(Text("queue", style="bold"), _queue(queue))
     return grid
 
@@ -280,6 +295,18 @@ def _rejected(stats: Stats) -> list[tuple[str, str]]:
     """Return why requests were rejected, and how many, each with its style."""
     counts = msgspec.structs.asdict(stats.rejected)
     return [(f"{reason.replace('_', ' ')} {count:,}", "red") for reason, count in counts.items() if count]
+
+
+def _agents(stats: Stats, history: History | None) -> list[tuple[str, str]]:
+    """Return what log agents sent in each protocol that had a request, each with its style."""
+    found = []
+    for name, counts in stats.protocols.items():
+        if counts.requests:
+            rate = history.records_per_second(name) if history else None
+            found.append((f"{name} {counts.records:,} records" + ("" if rate is None else f" {rate:,.1f}/s"), ""))
+        if counts.refused:
+            found.append((f"{name} refused {counts.refused:,}", "red"))
+    return found
 
 
 def _queue(queue: Queue) -> Text:

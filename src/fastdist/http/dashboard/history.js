@@ -24,6 +24,7 @@ export class History {
       dead: stats.packets.deadLettered,
       rejected: stats.rejected,
       each: new Map(stats.analyzers.map((row) => [row.id, row.delivered])),
+      records: new Map(Object.entries(stats.protocols).map(([name, counts]) => [name, counts.records])),
     });
     const since = stats.uptimeSeconds - WINDOW - 1;
     while (this.samples[0].at < since) this.samples.shift();
@@ -61,10 +62,20 @@ export class History {
 
   /** Packets a second that an analyzer has taken lately; null before there are two samples. */
   rateOf(id) {
+    return this.rate((sample) => sample.each.get(id));
+  }
+
+  /** Records a second that were accepted lately in a protocol of log agents; null before there are two samples. */
+  recordsOf(protocol) {
+    return this.rate((sample) => sample.records.get(protocol));
+  }
+
+  /** How fast a count has grown lately; `pick` takes it out of a sample. */
+  rate(pick) {
     const first = this.since(RECENT);
     const seconds = this.latest.at - first.at;
-    if (seconds <= 0 || !first.each.has(id)) return null;
-    return Math.max(this.latest.each.get(id) - first.each.get(id), 0) / seconds;
+    if (seconds <= 0 || pick(first) === undefined) return null;
+    return Math.max(pick(this.latest) - pick(first), 0) / seconds;
   }
 
   /** By how much a count has grown in the last `seconds`; `pick` takes it out of a sample. */

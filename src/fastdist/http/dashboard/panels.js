@@ -1,4 +1,4 @@
-// The smaller parts of the page: figures by name, latencies, reasons of rejection, workers, the queue's fill.
+// The smaller parts of the page: figures by name, latencies, reasons of rejection, protocols, workers, the queue's fill.
 
 import { byId, make, reconcile, setAttribute, setFacts, setState, setText } from "./dom.js";
 import * as format from "./format.js";
@@ -42,6 +42,30 @@ export function fill({ bytes, capacityBytes }) {
   const part = capacityBytes ? Math.min(bytes / capacityBytes, 1) : 0;
   setAttribute(byId("fill"), "width", `${(part * 100).toFixed(1)}%`);
   setText(byId("fill-percent"), format.percent(part));
+}
+
+const protocolRows = new Map();
+
+/** The protocols of log agents in which there was a request, if any. */
+export function protocols({ stats }, history) {
+  const some = Object.entries(stats.protocols).filter(([, counts]) => counts.requests);
+  byId("protocols-card").hidden = !some.length;
+  reconcile(byId("protocols"), protocolRows, some, ([name]) => name, ([name]) => new ProtocolRow(name));
+  for (const [name, counts] of some) protocolRows.get(name).update(counts, history.recordsOf(name));
+}
+
+class ProtocolRow {
+  constructor(name) {
+    this.rate = make("td", { class: "number" });
+    this.counts = ["records", "requests", "refused"].map((member) => make("td", { class: "number", "data-count": member }));
+    this.element = make("tr", { "data-protocol": name }, make("th", { scope: "row" }, name), this.rate, ...this.counts);
+  }
+
+  update(counts, rate) {
+    setText(this.rate, format.rate(rate));
+    for (const cell of this.counts) setText(cell, format.count(counts[cell.dataset.count]));
+    setAttribute(this.counts.at(-1), "data-some", counts.refused ? "" : null);
+  }
 }
 
 const rows = new Map();
