@@ -19,6 +19,9 @@ def live(tmp_path_factory):
         with running(distributor):
             Emitter(distributor.port).send(200)
             assert distributor.post(b"[]")[0] == 400
+            for kind, status in (("application/json", 200), ("application/msgpack", 415)):
+                assert request(distributor.port, "POST", "/ingest", b"{}", {"Content-Type": kind})[0] == status
+            assert request(distributor.port, "POST", "/ingest", b"{", {"Content-Type": "application/json"})[0] == 400
             distributor.wait_at_rest()
             yield distributor
 

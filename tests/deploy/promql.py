@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,10 @@ def vocabulary(families) -> dict[str, tuple[str, set[str], dict[str, set[str]]]]
     return known
 
 
+def _matches(pattern: str, values: set[str]) -> bool:
+    return any(re.fullmatch(pattern, value) for value in values)
+
+
 def faults(expression: str, families) -> list[str]:
     """Return what an expression asks for that the server does not have, or that makes no sense."""
     tree = promql.parse(expression)
@@ -91,6 +96,7 @@ def faults(expression: str, families) -> list[str]:
             if label not in labels | TARGET:
                 found.append(f"{selector.name} has no label {label}")
             elif label in labels:
-                found += [f"{label} is never {each}" for each in value.split("|") if each not in values[label]]
+                patterns = value.split("|")
+                found += [f"{label} is never {each}" for each in patterns if not _matches(each, values[label])]
     found += [f"nothing has the label {label}" for label in groupings(tree) if label not in usable]
     return found

@@ -48,7 +48,16 @@ def test_metrics_follow_naming_conventions(families):
         if family.type == "histogram":
             assert name.endswith("_seconds")
         for sample in family.samples:
-            assert set(sample.labels) <= {"analyzer", "reason", "worker", "le", "version", "python"}
+            assert set(sample.labels) <= {
+                "analyzer",
+                "reason",
+                "protocol",
+                "code",
+                "worker",
+                "le",
+                "version",
+                "python",
+            }
             assert not name.endswith("_share") or 0 <= sample.value <= 1
 
 
