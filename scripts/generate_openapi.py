@@ -1,7 +1,8 @@
 """Write src/fastdist/http/openapi.json: ``make generated``. With ``--check``: fail unless it is what would be written.
 
 Schemas are those of ``fastdist.http.models``; the rest stands here and in ``openapi_parts`` (responses and their
-headers), and in ``openapi_agents``. HEAD and OPTIONS follow from the routes, as in ``fastdist.http.api``.
+headers), what is for log agents in ``openapi_agents`` and ``openapi_formats``. HEAD and OPTIONS follow from the routes,
+as in ``fastdist.http.api``.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ ROUTES = [
         "dashboard",
         "The dashboard",
         "A live view of /stats, /analyzers, /queue and /health for browsers. Its script, style and picture are below "
-        "/dashboard/.",
+        "/dashboard/. To an Accept that names JSON it is what Elasticsearch says of itself, with X-Elastic-Product, as "
+        "long as `server.protocols` has `elasticsearch`.",
         {200: "Page", 304: "NotModified"},
         ("IfNoneMatch",),
     ),
@@ -170,8 +172,8 @@ ROUTES = [
         "Hand over a packet of log messages",
         "Answered as soon as the packet is safe, or with `Prefer: wait` once it is delivered. It goes to one of the "
         "analyzers, in proportion to their weights; delivery is at least once, under the id in the response.\n\n"
-        "Bodies are taken with Content-Length or chunked, `Expect: 100-continue` is understood, requests may be "
-        "pipelined. Limits are checked first, then the token, then the rest.\n\n"
+        "Bodies are taken with Content-Length or chunked, also with a Content-Encoding of gzip, deflate, zstd or snappy; "
+        "`Expect: 100-continue` is understood, requests may be pipelined. Limits are checked first, then the token, then the rest.\n\n"
         'With `server.validation = "none"` the body may be anything but empty, and is not read.',
         {
             200: "Delivered",
@@ -406,14 +408,16 @@ def document() -> Json:
         "tags": [{"name": name, "description": description} for name, description in TAGS.items()],
         "paths": paths,
         "components": {
-            "schemas": schemas(),
-            "responses": RESPONSES,
-            "parameters": PARAMETERS,
-            "headers": HEADERS,
+            "schemas": schemas() | openapi_agents.SCHEMAS,
+            "responses": RESPONSES | openapi_agents.RESPONSES,
+            "parameters": PARAMETERS | openapi_agents.PARAMETERS,
+            "requestBodies": openapi_agents.BODIES,
+            "headers": HEADERS | openapi_agents.HEADERS,
             "securitySchemes": {
                 name: {"type": "http", "scheme": "bearer", "description": description}
                 for name, description in SECURITY.items()
-            },
+            }
+            | openapi_agents.SECURITY,
         },
     }
 

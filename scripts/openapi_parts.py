@@ -380,6 +380,11 @@ RESPONSES = {
         sync="the packet could not be written to disk: Input/output error",
         connections=CROWDED,
     ),
+    "ProtocolOff": refuses(
+        404,
+        "The protocol is not among `server.protocols`.",
+        off="there is nothing at this path; packets go to POST /logs",
+    ),
     # figures
     "Health": shows("It serves.", usual=HEALTH),
     "Ready": shows("It does.", usual=models.Ready()),

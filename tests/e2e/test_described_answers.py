@@ -7,7 +7,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from openapi_description import METHODS, PATHS, check_answer, concrete
+from openapi_description import AGENTS, METHODS, PATHS, check_answer, concrete, resolved
 from support import BODY, request, wait_until
 
 from fastdist.storage.directory import ring_path
@@ -235,3 +235,58 @@ def test_undescribed_routes_follow_the_text(mocks, serve):
                 status, headers, _ = request(fastdist.port, method, concrete(path))
                 assert status == 405
                 assert headers["allow"].split(", ") == [name.upper() for name in item]
+
+
+# ---- log agents
+
+
+def requests_of_agents():
+    """Yield method, path, body and media type of every request with records that is among the examples."""
+    for path, item in AGENTS.items():
+        for method, operation in item.items():
+            for kind, media in resolved(operation.get("requestBody", {"content": {}}))["content"].items():
+                for each in media.get("examples", {}).values():
+                    value = each["value"]
+                    yield method.upper(), path, value if isinstance(value, str) else json.dumps(value), kind
+
+
+def operations_of_agents():
+    """Yield method, path, and whether the request brings records."""
+    for path, item in AGENTS.items():
+        for method, operation in item.items():
+            yield method.upper(), path, "requestBody" in operation
+
+
+def test_agents_answers_are_as_described(mocks, serve):
+    fastdist = serve(mocks, {"limits": {"rate": 1_000_000}})
+    seen = set()
+
+    def ask(method, path, body=None, headers=None):
+        status, answered, content = request(fastdist.port, method, concrete(path), body, headers)
+        seen.add(check_answer(method, path, status, answered, content))
+        return status
+
+    for method, path, body, kind in requests_of_agents():
+        assert ask(method, path, body.encode(), {"Content-Type": kind}) in {200, 201, 204}
+        assert ask(method, path, body.encode(), {"Content-Type": kind, "Prefer": "wait=5"}) in {200, 201, 204}
+        assert ask(method, path, b"\xff", {"Content-Type": kind, "Content-Encoding": "gzip"}) == 400
+        assert ask(method, path, b"x", {"Content-Type": kind, "Content-Encoding": "br"}) == 415
+        assert ask(method, path, b"x", {"Content-Type": kind, "Expect": "cookies"}) == 417
+        assert ask(method, path, b"", {"Content-Type": kind, "Content-Length": "99999999"}) == 413
+        ask(method, path, b"\x90", {"Content-Type": "application/msgpack"})
+    for kind, body in (("application/x-protobuf", b""), ("application/x-protobuf", b"\xff")):
+        ask("POST", "/v1/logs", body, {"Content-Type": kind})
+        ask("POST", "/loki/api/v1/push", body, {"Content-Type": kind})
+    for method, path, with_records in operations_of_agents():
+        if not with_records:
+            assert ask(method, path) in {200, 400}
+    assert {told.split()[-1] for told in seen} >= {"200", "201", "204", "400", "413", "415", "417"}
+
+
+def test_agents_refusals_are_as_described(mocks, serve):
+    fastdist = serve(mocks, {"security": {"tokens": ["one"]}, "server": {"protocols": ["json", "splunk", "otlp"]}})
+    for method, path, with_records in operations_of_agents():
+        for headers in ({}, {"Authorization": "Splunk wrong"}) if with_records else ():
+            status, answered, content = request(fastdist.port, method, concrete(path), b"{}", headers)
+            assert status in {401, 403, 404}
+            check_answer(method, path, status, answered, content)

@@ -12,13 +12,25 @@ from pathlib import Path
 import openapi_spec_validator
 import orjson
 import pytest
-from openapi_description import ANSWERED_OUTSIDE, DOCUMENT, EVERYWHERE, METHODS, PATHS, concrete, errors_of, resolved
+from openapi_description import (
+    AGENTS,
+    ANSWERED_OUTSIDE,
+    DOCUMENT,
+    EVERYWHERE,
+    METHODS,
+    PATHS,
+    concrete,
+    errors_of,
+    resolved,
+)
 
 import fastdist
 from fastdist.http.api import Api, description
 from fastdist.http.models import Rejected
 from fastdist.packet import check
-from fastdist.protocols.table import PROTOCOLS
+from fastdist.protocols.base import Limits, Request, finish
+from fastdist.protocols.table import NAMES as NAMES_OF_PROTOCOLS
+from fastdist.protocols.table import PROTOCOLS, find
 from fastdist.shm.snapshot import REJECTIONS
 
 SOURCES = Path(fastdist.__file__).parent
@@ -69,6 +81,53 @@ def test_agents_routes_describe_methods():
     }
     names = [each["operationId"] for item in DOCUMENT["paths"].values() for each in item.values()]
     assert len(set(names)) == len(names)
+
+
+AGENTS_OPERATIONS = [(path, method, each) for path, item in AGENTS.items() for method, each in item.items()]
+
+
+@pytest.mark.parametrize(
+    ("path", "operation"), [each[::2] for each in AGENTS_OPERATIONS], ids=[f"{m} {p}" for p, m, _ in AGENTS_OPERATIONS]
+)
+def test_agents_operations_are_described_whole(path, operation):
+    assert operation["summary"]
+    assert operation["description"]
+    assert operation["responses"].keys() >= EVERYWHERE - {"503"} | {"404"}
+    declared = {resolved(each)["name"] for each in operation.get("parameters", []) if resolved(each)["in"] == "path"}
+    assert declared == set(re.findall(r"\{(\w+)\}", path))
+    if "requestBody" not in operation:
+        return
+    assert operation["responses"].keys() >= {"401", "415", "502", "503"}
+    contents = [*resolved(operation["requestBody"])["content"].items()]
+    for status, answer in ((status, resolved(each)) for status, each in operation["responses"].items()):
+        assert answer["description"]
+        assert {"Date", "X-Content-Type-Options", "Cache-Control"} <= answer["headers"].keys()
+        assert status == "204" or any("examples" in media for media in answer["content"].values())
+        contents += answer.get("content", {}).items()
+    for kind, media in contents:
+        assert "schema" in media or kind == "application/x-protobuf"
+
+
+def converted(path, kind, example):
+    """Return what an example of a request becomes."""
+    body = example.encode() if isinstance(example, str) else orjson.dumps(example)
+    asked = Request("POST", concrete(path), {"content-type": kind}, body, "192.0.2.7", 1)
+    found = find(asked.method, asked.target, asked.headers, NAMES_OF_PROTOCOLS)
+    return finish(found.take(asked, Limits(1 << 20, 1 << 20, 1 << 22)))
+
+
+def test_examples_of_agents_requests_are_taken():
+    count = 0
+    for path, method, operation in AGENTS_OPERATIONS:
+        if method != "post" or "requestBody" not in operation:
+            continue
+        for kind, media in resolved(operation["requestBody"])["content"].items():
+            for each in media.get("examples", {}).values():
+                batch = converted(path, kind, each["value"])
+                assert batch.records > 0
+                assert str(batch.reply.status) in operation["responses"]
+                count += 1
+    assert count > 15
 
 
 def statuses_in_python(source: str):

@@ -203,7 +203,9 @@ def test_rejections_are_shown_by_reason():
 
 def of_agents(**records):
     """Return what came by protocol; three requests each, of which one of otlp was refused."""
-    counts = {name: {"requests": 3, "records": number, "refused": int(name == "otlp")} for name, number in records.items()}
+    counts = {
+        name: {"requests": 3, "records": number, "refused": int(name == "otlp")} for name, number in records.items()
+    }
     return {name: counts.get(name, {"requests": 0, "records": 0, "refused": 0}) for name in ("json", "otlp", "loki")}
 
 

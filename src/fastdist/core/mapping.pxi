@@ -105,7 +105,7 @@ cdef class RecordMapper:
             if p == NULL:
                 if count:
                     break
-                raise ValueError(*place_of_fault(values.start, values.end))
+                raise ValueError(*place_of_fault(values.start, values.given_end))
             values.at, values.behind = skip_space(after), True
             count += 1
         self.end_run(found)

@@ -88,7 +88,7 @@ cdef class JsonValues:
     """
 
     cdef bytes body
-    cdef cursor start, at, end
+    cdef cursor start, at, end, given_end    # of the body with spaces behind it, and as it was given
     cdef bint in_array, behind    # behind a value: a comma or the end of the array is next
     cdef int room
 
@@ -96,6 +96,7 @@ cdef class JsonValues:
         self.body = body if len(body) >= BLOCK else body.ljust(BLOCK)  # which plain_end asks for
         self.start = <cursor>PyBytes_AS_STRING(self.body)
         self.end = self.start + len(self.body)
+        self.given_end = self.start + len(body)
         self.at = skip_space(self.start + 3 if body.startswith(b"\xef\xbb\xbf") else self.start)
         self.room = room
 
@@ -117,7 +118,7 @@ cdef class JsonValues:
             if p == NULL:
                 if values:
                     break
-                raise ValueError(*place_of_fault(self.start, self.end))
+                raise ValueError(*place_of_fault(self.start, self.given_end))
             values.append(PyBytes_FromStringAndSize(<const char *>self.at, p - self.at))
             self.at, self.behind = skip_space(p), True
         return values

@@ -161,6 +161,14 @@ def test_malformed_json_points_at_the_record(body, record):
     assert problem["title"] == "Bad Request"
 
 
+@pytest.mark.parametrize(
+    ("target", "body", "byte"), [("/ingest", b"{", 1), ("/ingest", b"[1", 2), ("/services/collector", b'{"event":', 9)]
+)
+def test_fault_of_short_body_is_placed_in_it(target, body, byte):
+    error, _ = refusal(target, body)
+    assert f"column {byte + 1} (byte {byte})" in str(error)
+
+
 @pytest.mark.parametrize("kind", ["application/msgpack", "application/x-protobuf", "image/png", "multipart/form-data"])
 def test_other_types_are_415(kind):
     error, reply = refusal("/ingest", b"{}", content_type=kind)
