@@ -172,8 +172,9 @@ ROUTES = [
         "Hand over a packet of log messages",
         "Answered as soon as the packet is safe, or with `Prefer: wait` once it is delivered. It goes to one of the "
         "analyzers, in proportion to their weights; delivery is at least once, under the id in the response.\n\n"
-        "Bodies are taken with Content-Length or chunked, also with a Content-Encoding of gzip, deflate, zstd or snappy; "
-        "`Expect: 100-continue` is understood, requests may be pipelined. Limits are checked first, then the token, then the rest.\n\n"
+        "Bodies are taken with Content-Length or chunked, also with a Content-Encoding of gzip, deflate, zstd or "
+        "snappy; `Expect: 100-continue` is understood, requests may be pipelined. Limits are checked first, then the "
+        "token, then the rest.\n\n"
         'With `server.validation = "none"` the body may be anything but empty, and is not read.',
         {
             200: "Delivered",

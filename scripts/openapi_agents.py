@@ -289,7 +289,7 @@ OF_FORMATS = {
 }
 BODIES = {
     name: {
-        "required": True,
+        "required": name != "Records",  # of which there may be none
         "description": form.description,
         "content": {
             kind: {} if schema is None else content(kind, schema, examples)[kind]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from openapi_parts import Json
 
 TEXT = {"type": "string"}
+ANYTHING: Json = {}  # where a value of another kind than the usual one is kept as it is
 OBJECT = {"type": "object"}
 LINES = {"type": "string", "minLength": 1}
 
@@ -99,7 +100,7 @@ SCHEMAS: Json = {
                     {
                         "description": "Nanoseconds since 1970 as text, the line, structured metadata.",
                         "type": "array",
-                        "prefixItems": [TEXT, TEXT, OBJECT],
+                        "prefixItems": [ANYTHING, ANYTHING, OBJECT],
                         "minItems": 2,
                     }
                 ),
@@ -109,13 +110,13 @@ SCHEMAS: Json = {
     "SplunkEvent": _object(
         "An event; more follow each other, with or without white space in between.",
         ("event",),
-        time={"type": ["number", "string"], "description": "Seconds since 1970."},
-        host=TEXT,
-        source=TEXT,
-        sourcetype=TEXT,
-        index=TEXT,
+        time={"description": "Seconds since 1970: a number, or the same as text."},
+        host={"description": "The emitter."},
+        source=ANYTHING,
+        sourcetype=ANYTHING,
+        index=ANYTHING,
         event={"description": "The record: text, or anything else but null.", "not": {"enum": [None, ""]}},
-        fields=OBJECT,
+        fields={"description": "An object. `level` or `severity` in it is the record's level."},
     ),
     "SplunkReply": _object(
         "What Splunk's HTTP Event Collector replies.",
