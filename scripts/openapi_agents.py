@@ -105,7 +105,9 @@ PARAMETERS = {
     ),
     "LinesHost": _parameter("query", "host", "The emitter.", "web-42"),
     "LinesSource": _parameter("query", "source", "Where the lines come from.", "/var/log/shop.log"),
-    "LinesSourcetype": _parameter("query", "sourcetype", "Kept in metadata; the source, if there is none.", "access"),
+    "LinesSourcetype": _parameter(
+        "query", "sourcetype", "Kept in metadata; the source, where that is not given.", "access"
+    ),
     "LinesIndex": _parameter("query", "index", "Kept in metadata.", "main"),
     "PreferDelivery": _parameter(
         "header",

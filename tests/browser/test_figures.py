@@ -141,7 +141,7 @@ def test_rates_and_lines_follow_the_traffic(page, fastdist):
     emitter.stop()
 
 
-def test_agents_protocols_are_shown_once_they_arrive(page, fresh):
+def test_protocols_are_shown_once_they_come(page, fresh):
     page.open(fresh.port)
     page.wait_for_level("ok")
     assert page.one("#protocols-card").is_displayed() is False

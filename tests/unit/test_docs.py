@@ -18,6 +18,7 @@ from fastdist._core import FIELDS
 from fastdist.cli import main
 from fastdist.http import metrics
 from fastdist.http.api import Api
+from fastdist.protocols.table import PROTOCOLS
 from fastdist.settings import Config
 from fastdist.shm.block import SharedBlock
 from fastdist.shm.snapshot import Snapshot
@@ -70,9 +71,10 @@ def test_the_settings_that_are_named_exist(document):
 
 def routes():
     api = Api(lambda: None)
+    agents = {route.path: route.methods for protocol in PROTOCOLS for route in protocol.routes}
     return {
         f"{method} {path}"
-        for table in (api.routes, api.ELSEWHERE)
+        for table in (api.routes, api.ELSEWHERE, agents)
         for path, methods in table.items()
         for method in methods
     }

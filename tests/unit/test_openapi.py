@@ -89,7 +89,7 @@ AGENTS_OPERATIONS = [(path, method, each) for path, item in AGENTS.items() for m
 @pytest.mark.parametrize(
     ("path", "operation"), [each[::2] for each in AGENTS_OPERATIONS], ids=[f"{m} {p}" for p, m, _ in AGENTS_OPERATIONS]
 )
-def test_agents_operations_are_described_whole(path, operation):
+def test_agents_operations_are_complete(path, operation):
     assert operation["summary"]
     assert operation["description"]
     assert operation["responses"].keys() >= EVERYWHERE - {"503"} | {"404"}
@@ -116,7 +116,7 @@ def converted(path, kind, example):
     return finish(found.take(asked, Limits(1 << 20, 1 << 20, 1 << 22)))
 
 
-def test_examples_of_agents_requests_are_taken():
+def test_agents_request_examples_are_taken():
     count = 0
     for path, method, operation in AGENTS_OPERATIONS:
         if method != "post" or "requestBody" not in operation:

@@ -209,7 +209,7 @@ def of_agents(**records):
     return {name: counts.get(name, {"requests": 0, "records": 0, "refused": 0}) for name in ("json", "otlp", "loki")}
 
 
-def test_agents_show_only_protocols_with_requests():
+def test_agents_without_requests_are_hidden():
     assert "agents" not in shown(frame())
     text = shown(frame(protocols=of_agents(json=1234, otlp=0)))
     assert squeezed(line_with(text, "agents")) == "agents json 1,234 records otlp 0 records otlp refused 1"
