@@ -104,15 +104,22 @@ def _table(*cells: Any) -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
 
 
+def _words(kind: Any) -> tuple[str, ...]:
+    """Return the words of which a setting is one, or a list; none if it is something else."""
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
 def _type(about: Facts) -> str:
-    if get_origin(about.base) is Literal:
-        return "one of"
+    if _words(about.base):
+        return "list of" if get_origin(about.base) is tuple else "one of"
     return about.type or ("text" if about.base is str else "number")
 
 
 def _range(about: Facts) -> str:
-    if get_origin(about.base) is Literal:
-        return ", ".join(f"`{word}`" for word in get_args(about.base))
+    if words := _words(about.base):
+        return ", ".join(f"`{word}`" for word in words)
     if about.ge is None:
         return about.range
     least = about.show(about.ge)
