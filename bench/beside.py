@@ -19,7 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from agents import RECORDS, REQUESTS, export, push
+from agent_requests import RECORDS, REQUESTS, export, push
 from contestants import Fastdist
 from google.protobuf import json_format
 from measure import EMITTERS, started

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from agents import RECORDS, REQUESTS
+from agent_requests import RECORDS, REQUESTS
 from closed_loop import Order, wrk
 from contestants import CORES, Contestant
 from tools import WEIGHTS, Load, Sink, Wrk, free_ports, get, idle_seconds, memory_available

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from agents import RECORDS, REQUESTS
+from agent_requests import RECORDS, REQUESTS
 from contestants import CONTESTANTS, PEERS, Contestant, Fastdist, Haproxy, Nginx
 from tools import mix, packet
 
@@ -18,7 +18,7 @@ class Load(NamedTuple):
 
     ``step``: every request has a traceparent, every reply a Date and an id; by how much they grow (None: no such).
     ``mixed``: packets of 0.2 to 60 KB in turn, whatever ``messages`` is. ``agent``: requests of a log agent instead, a
-    key of ``agents.REQUESTS``.
+    key of ``agent_requests.REQUESTS``.
     """
 
     messages: int = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 
 import pytest
-from agents import RECORDS, REQUESTS
+from agent_requests import RECORDS, REQUESTS
 
 from fastdist.protocols.base import Limits, Request, finish
 from fastdist.protocols.table import NAMES, find

@@ -244,7 +244,7 @@ class RingAgainstModel(RuleBasedStateMachine):
         known = [sequence for sequence in self.unclaimed if self.ends[sequence]]
         hurt = random.Random(seed).sample(known, min(most, len(known)))
         heard = []
-        self.ring.on_damage = lambda _offset, _what, lost: heard.append(lost)
+        self.ring.on_damage = lambda _offset, _what, lost, _sequence: heard.append(lost)
         for sequence in hurt:
             offset = HEADER_SIZE + (self.ends[sequence] - self.bytes[sequence] + byte) % CAPACITY
             os.pwrite(self.fd, bytes([os.pread(self.fd, 1, offset)[0] ^ 0x55]), offset)

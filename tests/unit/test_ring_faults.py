@@ -329,7 +329,7 @@ def test_all_damage_is_counted_at_once():
     """To count is to go through the queue: that is done once, not for each of many places."""
     fd = memfd(1 << 20)
     ring, heard = PacketRing(fd, 1 << 20), []
-    ring.on_damage = lambda offset, what, lost: heard.append((offset, what, lost))
+    ring.on_damage = lambda offset, what, lost, _sequence: heard.append((offset, what, lost))
     assert all(ring.push(b"%d" % number) for number in range(6000))
     ring.forget_kept()
     hurt = set(random.Random(1).sample(range(10, 6000), 900))

@@ -1,6 +1,6 @@
 """Requests of log agents, 512 records each, and what decoding them costs with the library one would take for it.
 
-Decoding is the least that anybody who converts them has to do: the race and ``micro/test_protocols.py`` compare to it.
+Whoever converts them has to do that at least: the race and ``micro/test_protocols.py`` compare to it.
 """
 
 from __future__ import annotations
