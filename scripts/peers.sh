@@ -1,8 +1,52 @@
 #!/bin/sh
 # Install the programs that only some tests and benchmarks need: curl, other load generators, the servers fastdist is
 # compared with, Prometheus' promtool, a browser, debootstrap for bare systems, and clang for fuzzing. They are Debian
-# packages; elsewhere, or without the right to install, those tests are skipped.
+# packages; elsewhere, or without the right to install, those tests are skipped. Log daemons are unpacked into build/peers,
+# not installed: a system has one of them at most, and keeps it. Clients for Node go to build/node where there is npm.
 set -u
+cd "$(dirname "$0")/.."
+
+# Unpack what these packages and their dependencies lack on this system.
+unpack() {
+	folder=$(mktemp -d)
+	mkdir "$folder/partial"
+	if apt-get -qq -o Debug::NoLocking=1 -o Dir::Cache::archives="$folder" -o APT::Sandbox::User="$(id -un)" \
+		install -y --no-install-recommends --download-only "$@" >"$folder/log" 2>&1; then
+		for file in "$folder"/*.deb; do
+			[ ! -e "$file" ] || dpkg -x "$file" build/peers
+		done
+	else
+		tail -n 5 "$folder/log" >&2
+		echo "peers: no $1; tests that need it are skipped" >&2
+		made=
+	fi
+	rm -rf "$folder"
+}
+
+daemons() {
+	if command -v apt-get >/dev/null && [ ! -e build/peers/.made ]; then
+		echo "peers: unpacking syslog-ng and rsyslog into build/peers"
+		mkdir -p build/peers
+		made=build/peers/.made
+		unpack syslog-ng-core syslog-ng-mod-http
+		unpack rsyslog rsyslog-elasticsearch
+		[ -z "$made" ] || touch "$made"
+	fi
+}
+
+node_clients() {
+	command -v npm >/dev/null || return 0
+	if [ ! -e build/node/.made ] || [ tests/e2e/node/package.json -nt build/node/.made ]; then
+		echo "peers: installing clients for Node into build/node"
+		mkdir -p build/node
+		cp tests/e2e/node/package.json build/node
+		if npm install --prefix build/node --no-audit --no-fund --ignore-scripts --loglevel=error >&2; then
+			touch build/node/.made
+		else
+			echo "peers: they could not be installed; tests that need them are skipped" >&2
+		fi
+	fi
+}
 
 missing=
 for pair in curl:curl wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus \
@@ -16,6 +60,8 @@ if ! ls /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer_no_main-* >/dev
 	missing="$missing clang libclang-rt-dev"
 fi
 if [ -z "$missing" ]; then
+	daemons
+	node_clients
 	echo "peers: curl, wrk, ab, nginx, haproxy, promtool, chromium, debootstrap and clang are there; nothing to do"
 	exit 0
 fi
@@ -44,6 +90,8 @@ fi
 if $as_root apt-get -qq update >"$log" 2>&1 &&
 	$as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing >>"$log" 2>&1; then
 	status=0
+	daemons
+	node_clients
 	echo "peers: done"
 else
 	status=1
