@@ -46,7 +46,7 @@ def find(method: str, target: str, headers: Mapping[str, str], enabled: Collecti
     if found is None or found[0].name not in enabled:
         return None
     protocol, route = found
-    if route.for_json and "json" not in headers.get("accept", "").lower():
+    if route.for_json and (method not in ("GET", "HEAD") or "json" not in headers.get("accept", "json").lower()):
         return None
     reply = route.reply.get("GET" if method == "HEAD" else method)
     return Found(protocol, route, route.take.get(method), reply, route.methods)

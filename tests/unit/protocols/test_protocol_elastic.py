@@ -228,7 +228,9 @@ def test_what_agents_would_set_up_exists(path):
 
 def test_the_root_is_not_for_browsers():
     assert find("GET", "/", {"accept": "text/html,*/*"}, NAMES) is None
-    assert find("GET", "/", {}, NAMES) is None
+    assert find("GET", "/", {"accept": "*/*"}, NAMES) is None
+    assert find("POST", "/", {}, NAMES) is None
+    assert find("GET", "/", {}, NAMES) is not None
 
 
 def test_every_response_names_the_product():
