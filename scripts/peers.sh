@@ -48,6 +48,8 @@ node_clients() {
 	fi
 }
 
+trap 'daemons; node_clients' EXIT # they need no root, but after apt-get update there is more to be had
+
 missing=
 for pair in curl:curl wrk:wrk ab:apache2-utils nginx:nginx haproxy:haproxy promtool:prometheus \
 	chromium:chromium chromedriver:chromium-driver debootstrap:debootstrap; do
@@ -60,8 +62,6 @@ if ! ls /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer_no_main-* >/dev
 	missing="$missing clang libclang-rt-dev"
 fi
 if [ -z "$missing" ]; then
-	daemons
-	node_clients
 	echo "peers: curl, wrk, ab, nginx, haproxy, promtool, chromium, debootstrap and clang are there; nothing to do"
 	exit 0
 fi
@@ -90,8 +90,6 @@ fi
 if $as_root apt-get -qq update >"$log" 2>&1 &&
 	$as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing >>"$log" 2>&1; then
 	status=0
-	daemons
-	node_clients
 	echo "peers: done"
 else
 	status=1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import logging as library
+import logging
 import logging.handlers
 import time
 from urllib.parse import parse_qs
@@ -21,6 +21,7 @@ from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExp
 from opentelemetry.sdk.resources import Resource
 from splunk_handler import SplunkHandler
 
+PYTHON_LEVELS = [logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR]
 SEVERITIES = [SeverityNumber.DEBUG, SeverityNumber.INFO2, SeverityNumber.WARN, SeverityNumber.ERROR4]
 
 
@@ -34,9 +35,7 @@ class OpenTelemetry(Client):
         class Exporter(OTLPLogExporter):
             def export(self, batch):
                 result = super().export(batch)
-                tell(
-                    result is LogRecordExportResult.SUCCESS, [each.log_record.attributes["number"] for each in batch]
-                )
+                tell(result is LogRecordExportResult.SUCCESS, [each.log_record.attributes["number"] for each in batch])
                 return result
 
         exporter = Exporter(endpoint=f"http://127.0.0.1:{port}/v1/logs", compression=Compression.Gzip)
@@ -129,20 +128,21 @@ class ParallelBulk(Bulk):
 
 
 class Logged(Client):
-    """A handler of the standard library's logging; ``handler`` is set by those that inherit."""
+    """A handler of the standard library's logging."""
 
-    handler: library.Handler
+    def __init__(self, name, port):
+        super().__init__(name, port)
+        self.handler = self.make()
+        self.logger = logging.Logger(name)  # noqa: LOG001  (of this test alone)
+        self.logger.addHandler(self.handler)
 
-    def logger(self):
-        logger = library.Logger(self.name)
-        logger.addHandler(self.handler)
-        return logger
+    def make(self):
+        """Return the handler."""
+        raise NotImplementedError
 
     def log(self, numbers):
-        logger = self.logger()
         for number in numbers:
-            level = getattr(library, {"warn": "WARNING"}.get(LEVELS[number % 4], LEVELS[number % 4].upper()))
-            logger.log(level, self.text(number).replace("%", "%%%s"), "", extra=self.extra(number))
+            self.logger.log(PYTHON_LEVELS[number % 4], "%s", self.text(number), extra=self.extra(number))
 
     def extra(self, _number):
         return {}
@@ -157,11 +157,13 @@ class Loki(Logged):
     retries = False
     each = 2
 
-    def __init__(self, name, port):
-        super().__init__(name, port)
-        self.failed = False
-        self.handler = LokiHandler(f"http://127.0.0.1:{port}/loki/api/v1/push", {"service_name": name}, version="1")
-        self.handler.handleError = self.fail
+    failed = False
+
+    def make(self):
+        url = f"http://127.0.0.1:{self.port}/loki/api/v1/push"
+        handler = LokiHandler(url, {"service_name": self.name}, version="1")
+        handler.handleError = self.fail
+        return handler
 
     def fail(self, _record):
         self.handler.emitter.close()
@@ -189,24 +191,19 @@ class Loki(Logged):
 class Splunk(Logged):
     """splunk_handler, which retries five times, by urllib3."""
 
-    def __init__(self, name, port):
-        super().__init__(name, port)
-        self.handler = SplunkHandler(
+    def make(self):
+        handler = SplunkHandler(
             "127.0.0.1",
-            port,
+            self.port,
             "token",
             "main",
             protocol="http",
-            hostname=name,
+            hostname=self.name,
             flush_interval=0.05,
             retry_backoff=0.2,
-            sourcetype="shop",
             source="cart.py",
-            allow_overrides=True,
-            verify=True,
         )
-        self.numbers = []
-        post, session = self.handler.session.post, self.handler.session
+        post = handler.session.post
 
         def ledger(url, data, **rest):
             numbers = [int(each.split()[0]) for each in data.split(f"{self.name}/")[1:]]
@@ -218,7 +215,8 @@ class Splunk(Logged):
             self.tell(response.ok, numbers)
             return response
 
-        session.post = ledger
+        handler.session.post = ledger
+        return handler
 
     def finish(self):
         self.handler.force_flush()
@@ -234,8 +232,7 @@ class Form(Logged):
     retries = False
     each = 2
 
-    def __init__(self, name, port):
-        super().__init__(name, port)
+    def make(self):
         statuses = self.statuses = []
 
         class Connection(http.client.HTTPConnection):
@@ -255,22 +252,21 @@ class Form(Logged):
             def handleError(self, _record):  # noqa: N802
                 statuses.append(0)
 
-        self.handler = Handler(f"127.0.0.1:{port}", "/ingest/shop", "POST")
+        return Handler(f"127.0.0.1:{self.port}", "/ingest/shop", "POST")
 
     def log(self, numbers):
         for number in numbers:
             super().log([number])
             self.tell(self.statuses.pop() == 200, [number])
 
-    def expected(self, number):
+    def expected(self, _number):
         return {"level": "info", "source": "shop", "emitterId": "127.0.0.1"}
 
     def check(self, number, message, emitter):
         super().check(number, {"metadata": {}} | message, emitter)
-        level = {"warn": "WARNING"}.get(LEVELS[number % 4], LEVELS[number % 4].upper())
         assert parse_qs(message["message"], strict_parsing=True) == {
             "text": [self.text(number)],
-            "level": [level],
+            "level": [logging.getLevelName(PYTHON_LEVELS[number % 4])],
             "name": [self.name],
         }
 

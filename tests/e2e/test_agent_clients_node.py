@@ -23,9 +23,7 @@ class Node:
         script = Path(__file__).parent / "node" / "send.mjs"
         command = [NODE, str(script), str(CLIENTS), str(port)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.clients = {
-            kind.name: kind(kind.name, port, self) for kind in (ElasticsearchHelper, PinoLoki, WinstonHttp)
-        }
+        self.clients = {kind.name: kind(kind.name, port, self) for kind in (ElasticsearchHelper, PinoLoki, WinstonHttp)}
         self.finished = set()
         threading.Thread(target=self.read, daemon=True).start()
 

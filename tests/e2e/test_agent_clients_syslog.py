@@ -171,7 +171,9 @@ class Rsyslog(Daemon):
 
     def waiting(self):
         """Return how many records it has not dealt with."""
-        rows = [json.loads(line[line.index("{") :]) for line in (self.folder / "stats").read_text().splitlines() if line.endswith("}")]
+        stats = self.folder / "stats"
+        lines = stats.read_text().splitlines() if stats.exists() else []
+        rows = [json.loads(line[line.index("{") :]) for line in lines if line.endswith("}")]
         queue = [row for row in rows if row.get("name") == "send queue"]
         return self.sent - queue[-1]["enqueued"] + queue[-1]["size"] if queue else self.sent
 

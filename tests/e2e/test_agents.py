@@ -12,7 +12,8 @@ import time
 from collections import Counter
 
 import pytest
-from support import get_json, request, wait_until
+from clients_harness import delivered as messages_delivered
+from support import request, wait_until
 
 EACH = 40  # records of a request
 BUSY = (429, 503)
@@ -116,12 +117,9 @@ class Agent:
 
 def delivered(mocks):
     """Return how often the text of each record arrived in what was acknowledged."""
-    counts, bodies = Counter(), {}
-    for name in mocks.ids:
-        bodies |= get_json(mocks.control_port, f"/control/{name}/bodies")
-    for packet, times in mocks.delivered().items():
-        for message in bodies[packet]["messages"]:
-            counts[message["message"]] += times
+    counts = Counter()
+    for _, message, times in messages_delivered(mocks):
+        counts[message["message"]] += times
     return counts
 
 
