@@ -10,14 +10,17 @@ The rules:
 2. Unknown fields are passed over. Text that is not UTF-8 has U+FFFD where it is not.
 3. Nothing is nested deeper than a packet may be.
 4. A call makes as many records as it is asked for, and says where to go on.
+5. A record that is larger than a packet may be, or of very many values, is an OverflowError as soon as that is seen.
 """
 
 cdef extern from "Python.h":
     char *PyOS_double_to_string(double value, char format, int precision, int flags, int *type) except NULL
     int Py_DTSF_ADD_DOT_0
+    Py_ssize_t PY_SSIZE_T_MAX
 
 cdef enum:
     MAX_NESTED = 60   # arrays and maps within each other, in a value
+    MAX_ANY_VALUES = 200000  # in a record: each takes time, and a record is written at once
     MAX_CHUNK = 1 << 20  # bytes of messages that are written at once, and one message
     VARINT = 0        # wire types
     FIXED64 = 1
@@ -90,8 +93,18 @@ cdef cursor read_field(cursor p, cursor end, Field *field) except NULL:
 
 # ------------------------------------------------------------------------------------------------------ writing JSON
 
+cdef Py_ssize_t most_out = PY_SSIZE_T_MAX  # bytes that a buffer may grow to
+cdef int values_left
+
+
 cdef inline int room_for(Buffer *out, Py_ssize_t n) except -1:
-    return make_room(out, n) if unlikely(out.end + n > out.size) else 0
+    return grow(out, n) if unlikely(out.end + n > out.size) else 0
+
+
+cdef int grow(Buffer *out, Py_ssize_t n) except -1:
+    if out.end + n > most_out:
+        raise OverflowError
+    return make_room(out, n)
 
 
 cdef inline int put_bytes(Buffer *out, const void *p, Py_ssize_t n) except -1:
@@ -256,9 +269,13 @@ cdef int put_time(Buffer *out, uint64_t second, int nanosecond) except -1:
 
 cdef int put_any(Buffer *out, cursor p, cursor end, int nested) except -1:
     """Write an AnyValue; nothing in it is null. Of several kinds the last counts."""
+    global values_left
     cdef Field field, value
     cdef double number
     value.number = 0
+    values_left -= 1
+    if values_left < 0:
+        raise OverflowError
     while p < end:
         p = read_field(p, end, &field)
         if 1 <= field.number <= 7 and field.kind == ANY_KINDS[field.number]:
@@ -416,23 +433,26 @@ cdef class RecordParts:
 
     ``received``: the time for those without one. ``source``: a JSON string, or empty. ``metadata``: members without
     braces, or empty. ``level``: for records without one. ``levels``: names of levels, see known_level. ``names``: of
-    ``metadata``, as bytes: other members must not be called so.
+    ``metadata``, as bytes: other members must not be called so. ``most``: bytes of a message.
     """
 
     cdef bytes received, source, metadata, level
     cdef dict levels
     cdef set names
+    cdef Py_ssize_t most
 
-    def __init__(self, bytes received not None, dict levels not None, bytes source not None=b"",
+    def __init__(self, bytes received not None, dict levels not None, Py_ssize_t most, bytes source not None=b"",
                  bytes metadata not None=b"", bytes level not None=b"info", set names not None=set()):
         self.received, self.levels, self.source, self.metadata = received, levels, source, metadata
-        self.level, self.names = level, names
+        self.level, self.names, self.most = level, names, most
 
 
 cdef int put_log_record(Buffer *out, Buffer *scratch, cursor p, cursor end, RecordParts parts) except -1:
     """Write a LogRecord as a message."""
+    global values_left
     cdef LogRecord log
     cdef uint64_t time
+    values_left = MAX_ANY_VALUES
     read_log_record(p, end, &log)
     put(out, b'{"timestamp":"')
     time = log.time or log.observed
@@ -644,16 +664,19 @@ def find_field(bytes body not None, Py_ssize_t at, Py_ssize_t end, uint64_t numb
     return None
 
 
-def otlp_attributes(bytes body not None, Py_ssize_t at, Py_ssize_t end, uint64_t number):
-    """Return the attributes of a message, which are its fields of that number, as a JSON object."""
+def otlp_attributes(bytes body not None, Py_ssize_t at, Py_ssize_t end, uint64_t number, Py_ssize_t most):
+    """Return the attributes of a message, which are its fields of that number, as a JSON object of ``most`` bytes."""
+    global most_out, values_left
     cdef Buffer out
     cdef cursor start = <cursor>PyBytes_AS_STRING(body)
     check_bounds(body, at, end)
     memset(&out, 0, sizeof(Buffer))
+    most_out, values_left = most, MAX_ANY_VALUES
     try:
         put_attributes(&out, start + at, start + end, number, 0)
         return PyBytes_FromStringAndSize(<char *>out.data, out.end)
     finally:
+        most_out = PY_SSIZE_T_MAX
         release(&out)
 
 
@@ -672,7 +695,7 @@ memset(&spare, 0, sizeof(Buffer))
 
 
 cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts parts, int most, bint otlp):
-    global spare
+    global spare, most_out
     cdef Buffer out, scratch
     cdef Field field
     cdef int count = 0
@@ -683,6 +706,7 @@ cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts pa
     out = spare
     memset(&spare, 0, sizeof(Buffer))
     memset(&scratch, 0, sizeof(Buffer))
+    most_out = MAX_CHUNK + parts.most
     try:
         while p < until and count < most and out.end < MAX_CHUNK:
             p = read_field(p, start + end, &field)
@@ -695,6 +719,7 @@ cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts pa
             count += 1
         return PyBytes_FromStringAndSize(<char *>out.data, max(out.end - 1, 0)), count, p - start
     finally:
+        most_out = PY_SSIZE_T_MAX
         release(&scratch)
         out.end = 0
         if out.size <= 2 * MAX_CHUNK:

@@ -51,7 +51,9 @@ _SHARDS = b'"_shards":{"total":1,"successful":1,"failed":0}'
 _REST = b',"_version":1,"result":"%b",' + _SHARDS + b',"_seq_no":0,"_primary_term":1,"status":%d}'
 CREATED, UPDATED = _REST % (b"created", 201), _REST % (b"updated", 200)
 MAX_SEEN = 64  # action lines that are remembered
-PIECE = 65536  # bytes that are cut into lines at once
+PIECE = 16384  # bytes that are cut into lines at once
+MAX_INDEX = 255  # characters of an index's name: Elasticsearch takes 255 bytes
+ITEM = 64  # bytes that an item of a response takes besides its own
 SETUP = (
     "/_ilm/policy/{name}",
     "/_index_template/{name}",
@@ -177,12 +179,13 @@ class Action(Struct, frozen=True):
 def _take_bulk(request: Request, limits: Limits) -> Work:
     body = yield from _content(request, limits)
     path = request.path.split("/")
-    bulk = _Bulk(request, limits, unquote(path[1]) if len(path) > 2 else "")  # noqa: PLR2004
+    bulk = _Bulk(request, limits, _index(unquote(path[1])) if len(path) > 2 else "")  # noqa: PLR2004
+    bulk.packets.decoded = len(body)
     for batch in _lines(body):
         for line in batch:
             bulk.line(line)
         if bulk.packets.slices.over():
-            yield
+            yield bulk.packets.kept
     return (yield from bulk.packets.finish(bulk.reply(), bulk.refused))
 
 
@@ -222,7 +225,7 @@ class _Bulk:
         action, self._action = self._action, None
         mapped = self._mapper.one(line, action.metadata, MAX_DEPTH) if action.name != "update" else None
         if mapped is not None:
-            self._items.append(self._stored(action, self._identify(action)))
+            self._stored(action)
             self.packets.add_chunk(mapped[0] or action.index or EMITTER, mapped[1], 1)
             return
         try:
@@ -235,7 +238,7 @@ class _Bulk:
             )
             self._refuse(action, "document_parsing_exception", detail)
             return
-        self._items.append(self._stored(action, self._identify(action)))
+        self._stored(action)
         self.packets.add(*_message(source, action.index, action.id, self._common))
 
     def _read(self, line: bytes) -> Action:
@@ -248,7 +251,7 @@ class _Bulk:
         except (ValueError, StopIteration, AttributeError):
             detail = f"Malformed action/metadata line [{number + 1}], expected one of {', '.join(ACTIONS)}"
             raise Refused(Reason.MALFORMED, detail, record=number) from None
-        index = text_of(index) if index is not None else self._index
+        index = _index(text_of(index), number) if index is not None else self._index
         item = b'{"%b":{"_index":%b,"_id":' % (name.encode(), encode(index))
         identity = None if given is None else text_of(given)
         read = Action(name, index, identity, item, encode(_about(index, identity))[1:-1])
@@ -260,12 +263,18 @@ class _Bulk:
         """Return the id of a record, as JSON: a given one, or one that is made up."""
         return b'"%x-%x"' % (self._request.received_ns, len(self._items)) if action.id is None else encode(action.id)
 
-    def _stored(self, action: Action, identity: bytes) -> bytes:
-        return action.item + identity + (UPDATED if action.name == "update" else CREATED) + b"}"
+    def _answer(self, action: Action, rest: bytes) -> None:
+        """Add the item of an action to the response, which is kept as records are."""
+        item = action.item + self._identify(action) + rest
+        self.packets.reserve(len(item) + ITEM)
+        self._items.append(item)
+
+    def _stored(self, action: Action) -> None:
+        self._answer(action, (UPDATED if action.name == "update" else CREATED) + b"}")
 
     def _refuse(self, action: Action, kind: str, detail: str) -> None:
         error = encode({"status": 400, "error": {"type": kind, "reason": detail}})
-        self._items.append(action.item + self._identify(action) + b"," + error[1:] + b"}")
+        self._answer(action, b"," + error[1:] + b"}")
         self.refused += 1
 
     def reply(self) -> Reply:
@@ -278,6 +287,14 @@ class _Bulk:
         errors = b"true" if self.refused else b"false"
         body = b'{"took":0,"errors":%b,"items":[%b]}' % (errors, b",".join(self._items))
         return Reply(200, body, JSON + PRODUCT)
+
+
+def _index(name: str, number: int = 0) -> str:
+    """Return the name of an index. Raises Refused if it is longer than one may be: it is in every item of a response."""
+    if len(name) > MAX_INDEX:
+        detail = f"index name is too long, ({len(name)} > {MAX_INDEX})"
+        raise Refused(Reason.MALFORMED, detail, record=number)
+    return name
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -308,6 +325,7 @@ def _about(index: str, identity: str | None) -> dict[str, str]:
 def _take_document(request: Request, limits: Limits) -> Work:
     body = yield from _content(request, limits)
     index, _, *given = (unquote(part) for part in request.path.split("/")[1:])
+    index = _index(index)
     try:
         source = _object(body)
     except ValueError:

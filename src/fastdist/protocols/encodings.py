@@ -187,13 +187,12 @@ def _snappy_frames(body: bytes, max_body: int) -> Decoding:
         at += length
         if at > len(body) or (kind == 0xFF and chunk != SNAPPY_MAGIC[4:]) or 0x02 <= kind < 0x80:  # noqa: PLR2004
             raise _broken("snappy", f"there is no whole chunk before byte {min(at, len(body))}")
-        if kind > 0x01:  # padding, and what may be skipped
-            continue
-        piece = _chunk(kind, chunk)
-        size += len(piece)
-        if size > max_body:
-            raise too_large(max_body)
-        out.append(piece)
+        if kind <= 0x01:  # else padding, and what may be skipped
+            piece = _chunk(kind, chunk)
+            size += len(piece)
+            if size > max_body:
+                raise too_large(max_body)
+            out.append(piece)
         if slices.over():
             yield size
     return b"".join(out)

@@ -81,11 +81,12 @@ def _take(request: Request, limits: Limits) -> Work:
     source = unquote(request.path.removeprefix("/ingest").removeprefix("/"))
     common = Common(request.received_ns, header or request.client or "unknown", source, fixed_emitter=bool(header))
     if as_text:
+        packets.decoded = len(body)
         for batch in lines(body):
             for text, odd in batch:
                 packets.add(common.emitter, common.line(text, odd))
             if packets.slices.over():
-                yield
+                yield packets.kept
     else:
         yield from add_records(body, common, packets)
     reply = Reply(200, b'{"status":"accepted","records":%d}' % packets.number, JSON)

@@ -95,16 +95,16 @@ def _take(request: Request, limits: Limits) -> Work:
 # ------------------------------------------------------------------------------------------------------------ protobuf
 
 
-def _protobuf(request: Request, limits: Limits, packets: Packets, received: str) -> Generator[None, None, None]:
+def _protobuf(request: Request, limits: Limits, packets: Packets, received: str) -> Generator[int | None, None, None]:
     """Convert a PushRequest, which is a block of snappy whatever Content-Encoding says of that."""
     body = yield from decode(request, limits.max_body, meaningless="snappy")
     body = snappy_block(body, limits.max_body)
-    at = 0
+    packets.decoded, at = len(body), 0
     try:
         while (field := find_field(body, at, len(body), 1)) is not None:
             begin, end, at = field
             if packets.slices.over():
-                yield
+                yield packets.kept
             if find_field(body, begin, end, 2) is None:
                 continue
             labels = find_field(body, begin, end, 1)
@@ -113,6 +113,7 @@ def _protobuf(request: Request, limits: Limits, packets: Packets, received: str)
             parts = RecordParts(
                 received.encode(),
                 LEVELS_BYTES,
+                limits.max_packet,
                 encode(stream.source) if stream.source else b"",
                 encode(stream.labels)[1:-1],
                 stream.level.encode(),
@@ -122,7 +123,9 @@ def _protobuf(request: Request, limits: Limits, packets: Packets, received: str)
                 chunk, count, begin = loki_entries(body, begin, end, parts, FLUSH)
                 packets.add_chunk(stream.emitter, chunk, count)
                 if packets.slices.over():
-                    yield
+                    yield packets.kept
+    except OverflowError:
+        raise packets.record_too_large() from None
     except ValueError as error:
         raise Refused(Reason.MALFORMED, f"the body is not a PushRequest: {error}", record=packets.records) from None
 
@@ -193,11 +196,14 @@ class _Push(Struct):
 _PUSH = Decoder(_Push)
 
 
-def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None, None]:
+def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None, None, None]:
+    packets.decoded = len(body)
     check_values(body)
     fault = json_fault(body, MAX_DEPTH)
     if fault is not None:
         raise not_json(fault)
+    if packets.slices.over():
+        yield packets.kept
     try:
         push = _PUSH.decode(body)
     except (DecodeError, ValueError) as error:
@@ -205,10 +211,12 @@ def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None,
     for streamed in push.streams:
         stream = Stream({name: text_of(value) for name, value in streamed.stream.items()})
         packets.expect(len(encode(stream.labels)))
+        if packets.slices.over():
+            yield packets.kept
         for raw in streamed.values:
             packets.add(stream.emitter, _entry(decode_value(bytes(raw)), stream, received, packets.number))
             if packets.slices.over():
-                yield
+                yield packets.kept
 
 
 def _entry(entry: Any, stream: Stream, received: str, record: int) -> dict[str, Any]:

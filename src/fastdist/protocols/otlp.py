@@ -92,6 +92,7 @@ def _take(request: Request, limits: Limits) -> Work:
         raise Refused(Reason.UNSUPPORTED, detail)
     body = yield from decode(request, limits.max_body)
     packets = Packets(limits, {"protocol": "otlp"})
+    packets.decoded = len(body)
     received = Common(request.received_ns, "").received
     if kind == "application/json":
         yield from _json(body, packets, received)
@@ -104,7 +105,7 @@ def _emitter(attributes: dict[str, Any]) -> str:
     return next((text_of(value) for name in EMITTERS if (value := attributes.get(name))), "otlp")
 
 
-def _parts(received: str, resource: bytes, scope: dict[str, Any], scope_attributes: bytes) -> RecordParts:
+def _parts(received: str, resource: bytes, scope: dict[str, Any], scope_attributes: bytes, most: int) -> RecordParts:
     """Return what all records of a scope have in common: its resource and itself in their metadata."""
     metadata = b'"resource":%b' % resource if resource != b"{}" else b""
     if scope or scope_attributes != b"{}":
@@ -112,37 +113,41 @@ def _parts(received: str, resource: bytes, scope: dict[str, Any], scope_attribut
         members += [b'"attributes":%b' % scope_attributes] if scope_attributes != b"{}" else []
         metadata += (b"," if metadata else b"") + b'"scope":{%b}' % b",".join(members)
     name = scope.get("name")
-    return RecordParts(received.encode(), LEVELS_BYTES, encode(name) if name else b"", metadata)
+    return RecordParts(received.encode(), LEVELS_BYTES, most, encode(name) if name else b"", metadata)
 
 
 # ------------------------------------------------------------------------------------------------------------ protobuf
 
 
-def _protobuf(body: bytes, packets: Packets, received: str) -> Generator[None, None, None]:
+def _protobuf(body: bytes, packets: Packets, received: str) -> Generator[int | None, None, None]:
     """Convert an ExportLogsServiceRequest."""
     at = 0
     try:
         while (field := find_field(body, at, len(body), 1)) is not None:  # ResourceLogs
             if packets.slices.over():
-                yield
+                yield packets.kept
             begin, end, at = field
             if begin == end:
                 continue
             resource = find_field(body, begin, end, 1)
-            attributes = otlp_attributes(body, resource[0], resource[1], 1) if resource is not None else b"{}"
+            attributes = (
+                otlp_attributes(body, *resource[:2], 1, packets.limits.max_packet) if resource is not None else b"{}"
+            )
             emitter = _emitter(decode_value(attributes))
             while (field := find_field(body, begin, end, 2)) is not None:  # ScopeLogs
                 yield from _scope(body, field, packets, (emitter, received, attributes))
                 begin = field[2]
                 if packets.slices.over():
-                    yield
+                    yield packets.kept
+    except OverflowError:
+        raise packets.record_too_large() from None
     except ValueError as error:
         raise Refused(Reason.MALFORMED, f"the body is not an ExportLogsServiceRequest: {error}") from None
 
 
 def _scope(
     body: bytes, field: tuple[int, int, int], packets: Packets, outer: tuple[str, str, bytes]
-) -> Generator[None, None, None]:
+) -> Generator[int | None, None, None]:
     """Convert a ScopeLogs; ``outer``: the emitter, the time of receipt, the resource's attributes."""
     begin, end, _ = field
     emitter, received, resource = outer
@@ -154,13 +159,13 @@ def _scope(
             text = find_field(body, found[0], found[1], number)
             if text is not None and text[0] < text[1]:
                 scope[name] = body[text[0] : text[1]].decode(errors="replace")
-        attributes = otlp_attributes(body, found[0], found[1], 3)
-    parts = _parts(received, resource, scope, attributes)
+        attributes = otlp_attributes(body, found[0], found[1], 3, packets.limits.max_packet)
+    parts = _parts(received, resource, scope, attributes, packets.limits.max_packet)
     while begin < end:
         chunk, count, begin = otlp_records(body, begin, end, parts, FLUSH)
         packets.add_chunk(emitter, chunk, count)
         if packets.slices.over():
-            yield
+            yield packets.kept
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -193,17 +198,23 @@ class _Export(Struct, rename="camel"):
 _EXPORT = Decoder(_Export)
 
 
-def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None, None]:
+def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None, None, None]:
     check_values(body)
     fault = json_fault(body, MAX_DEPTH)
     if fault is not None:
         raise not_json(fault)
+    if packets.slices.over():
+        yield packets.kept
     try:
         export = _EXPORT.decode(body)
         for resource_logs in export.resource_logs or ():
             resource = _attributes(resource_logs.resource.attributes if resource_logs.resource else None)
             emitter = _emitter(resource)
+            if packets.slices.over():
+                yield packets.kept
             for scope_logs in resource_logs.scope_logs or ():
+                if packets.slices.over():
+                    yield packets.kept
                 common = _common(resource, scope_logs.scope or _Scope())
                 packets.expect(len(encode(common)))
                 source = scope_logs.scope.name if scope_logs.scope else None
@@ -211,7 +222,7 @@ def _json(body: bytes, packets: Packets, received: str) -> Generator[None, None,
                     record = decode_value(bytes(raw))
                     packets.add(emitter, _message(record, received, source, common))
                     if packets.slices.over():
-                        yield
+                        yield packets.kept
     except (DecodeError, ValueError, TypeError, AttributeError) as error:
         detail = f"the body is not an ExportLogsServiceRequest: {error}"
         raise Refused(Reason.MALFORMED, detail, record=packets.number) from None

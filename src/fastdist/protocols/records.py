@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 FLUSH: Final = 128  # messages that are encoded together
 FULL: Final = 1 << 20  # bytes of a packet that gets no more messages: a larger one takes long to join, and to split up
 SMALL: Final = 1024  # bytes of a message of which so many are
-MAX_VALUES: Final = 500_000  # that are decoded at once
+MAX_VALUES: Final = 500_000  # of a body that is decoded at once
+MAX_OF_ONE: Final = 200_000  # values of a record
+APART: Final = 512  # bytes that a packet takes besides its own, about
 MAX_DEPTH: Final = 120  # of a value, so that a packet with it in a message's metadata is not nested too deep
 NS: Final = 1_000_000_000  # of a second
 US: Final = 1_000_000
@@ -64,17 +66,18 @@ def json_values(body: bytes) -> Iterator[list[Any]]:
 
 def decode_value(text: bytes) -> Any:
     """Return the value of a JSON text that is known to be one; a number too large for Python is ``msgspec.Raw``."""
-    check_values(text)
+    check_values(text, MAX_OF_ONE)
     try:
         return _decode(text)
     except (msgspec.DecodeError, ValueError):  # half a surrogate pair, 1e400, an integer of thousands of digits
         return _without_surrogates(_DECODER.decode(text.decode()))
 
 
-def check_values(text: bytes) -> None:
-    """Refuse a JSON text whose values would take very much more memory than itself."""
-    if len(text) > MAX_VALUES and text.count(b",") > MAX_VALUES:
-        raise Refused(Reason.TOO_LARGE, f"the body has more than {MAX_VALUES} values")
+def check_values(text: bytes, most: int = MAX_VALUES) -> None:
+    """Refuse a JSON text whose values would take very much more memory than itself, or long to be decoded."""
+    if len(text) > most and text.count(b",") > most:
+        what = "the body" if most == MAX_VALUES else "a record"
+        raise Refused(Reason.TOO_LARGE, f"{what} has more than {most} values")
 
 
 def not_json(fault: tuple[str, int, int, int], record: int | None = None) -> Refused:
@@ -308,9 +311,10 @@ def _take_emitter(record: dict[str, Any]) -> str | None:
     return None
 
 
-def add_records(body: bytes, common: Common, packets: Packets) -> Generator[None, None, None]:
+def add_records(body: bytes, common: Common, packets: Packets) -> Generator[int, None, None]:
     """Add the records of a body of JSON; a value that is no object is a line. Raises Refused."""
     values, mapper = JsonValues(body, MAX_DEPTH), common.mapper()
+    packets.decoded = len(body)
     while True:
         try:
             found = mapper.take(values, FLUSH)
@@ -328,7 +332,7 @@ def add_records(body: bytes, common: Common, packets: Packets) -> Generator[None
             else:
                 packets.add(common.emitter, common.line(text_of(value)))
         if packets.slices.over():
-            yield
+            yield packets.kept
 
 
 def lines(body: bytes) -> Iterator[list[tuple[str, dict[str, str] | None]]]:
@@ -352,7 +356,10 @@ def _line(raw: bytes) -> tuple[str, dict[str, str] | None]:
 
 
 class Packets:
-    """Gathers the messages of a request, by emitter, and makes packets of them. ``metadata`` is that of all packets."""
+    """Gathers the messages of a request, by emitter, and makes packets of them. ``metadata`` is that of all packets.
+
+    ``decoded``: bytes of the body, for ``kept``.
+    """
 
     def __init__(self, limits: Limits, metadata: Mapping[str, Any]) -> None:
         self.limits, self.slices, self.records = limits, Slices(), 0
@@ -362,6 +369,13 @@ class Packets:
         self._emitters: dict[str, list[tuple[bytes, int]]] = {}  # chunks: messages with commas between, and how many
         self._room = limits.max_packet - len(self._body("x" * MAX_EMITTER_ID, [b""])) - 6 * MAX_EMITTER_ID
         self._left = limits.max_batch
+        self._apart = len(self._body("", [b""])) + APART
+        self.decoded = 0
+
+    @property
+    def kept(self) -> int:
+        """How many bytes are kept of the request, for conversions to yield."""
+        return self.decoded + self.limits.max_batch - self._left
 
     @property
     def number(self) -> int:
@@ -386,15 +400,27 @@ class Packets:
 
     def _add(self, emitter: str, chunk: bytes, count: int, first: int | None) -> None:
         """Add a chunk; ``first``: the number of its first record, if the others follow it."""
-        self._left -= len(chunk)
-        if self._left < 0:
-            raise Refused(Reason.TOO_LARGE, "the records are more than can be stored of one request")
-        chunks = self._emitters.setdefault(emitter, [])
+        chunks = self._emitters.get(emitter)
+        if chunks is None:
+            self.reserve(self._apart + len(emitter))
+            chunks = self._emitters[emitter] = []
+        self.reserve(len(chunk))
         if len(chunk) > self._room:
             chunks.extend(self._split(chunk, first))
         elif count:
             chunks.append((chunk, count))
         self.records += count
+
+    def reserve(self, size: int) -> None:
+        """Count bytes that are kept until the end. Raises Refused if they are too many."""
+        self._left -= size
+        if self._left < 0:
+            raise Refused(Reason.TOO_LARGE, "the records, as packets, are more than can be stored of one request")
+
+    def record_too_large(self, number: int | None = None) -> Refused:
+        """Return the refusal of a record that no packet has room for, or of very many values."""
+        detail = f"a record is larger than a packet may be ({self.limits.max_packet} bytes)"
+        return Refused(Reason.TOO_LARGE, detail, record=number)
 
     def flush(self) -> None:
         """Encode what was added."""
@@ -413,8 +439,7 @@ class Packets:
         for number, raw in enumerate(msgspec.json.decode(b"[%b]" % chunk, type=list[msgspec.Raw])):
             text = bytes(raw)
             if len(text) > self._room:
-                detail = f"a record is larger than a packet may be ({self.limits.max_packet} bytes)"
-                raise Refused(Reason.TOO_LARGE, detail, record=None if first is None else first + number)
+                raise self.record_too_large(None if first is None else first + number)
             if size + len(text) + 1 > self._room:
                 yield b",".join(texts), len(texts)
                 texts, size = [], 0
@@ -422,14 +447,16 @@ class Packets:
             size += len(text) + 1
         yield b",".join(texts), len(texts)
 
-    def finish(self, reply: Reply, refused: int = 0) -> Generator[None, None, Batch]:
+    def finish(self, reply: Reply, refused: int = 0) -> Generator[Any, None, Batch]:
         """Make the packets."""
         self.flush()
         packets: list[Packet] = []
-        for emitter, chunks in self._emitters.items():
+        for emitter in list(self._emitters):
+            chunks = self._emitters.pop(emitter)[::-1]
             texts: list[bytes] = []
             size = count = 0
-            for text, records in chunks:
+            while chunks:
+                text, records = chunks.pop()  # so that none is kept beside the packet it is in
                 if texts and size + len(text) + 1 > min(self._room, FULL):
                     packets.append(self._packet(emitter, texts, count))
                     texts, size, count = [], 0, 0

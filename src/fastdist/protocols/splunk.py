@@ -118,15 +118,17 @@ def _no_ack(_request: Request, _obstacle: str) -> Reply:
     return _reply(400, ACK_OFF)
 
 
-def _packets(request: Request, limits: Limits) -> Packets:
+def _packets(request: Request, limits: Limits, body: bytes) -> Packets:
     channel = request.headers.get("x-splunk-request-channel")
-    return Packets(limits, {"protocol": "splunk", **({"channel": channel} if channel else {})})
+    packets = Packets(limits, {"protocol": "splunk", **({"channel": channel} if channel else {})})
+    packets.decoded = len(body)
+    return packets
 
 
 def _take(request: Request, limits: Limits) -> Work:
     """Convert events; those before one that is wrong are stored, as Splunk does."""
     body = yield from decode(request, limits.max_body)
-    packets = _packets(request, limits)
+    packets = _packets(request, limits, body)
     common = Common(request.received_ns, EMITTER)
     reply = Reply(200, SUCCESS, JSON)
     try:
@@ -134,7 +136,7 @@ def _take(request: Request, limits: Limits) -> Work:
             for value in batch:
                 packets.add(*_event(value, common, packets.number))
             if packets.slices.over():
-                yield
+                yield packets.kept
         if not packets.number:
             raise EventError(NO_DATA, "there is no event in the body")
     except Refused as refused:
@@ -198,7 +200,7 @@ def _level(*objects: Any) -> str:
 def _take_raw(request: Request, limits: Limits) -> Work:
     """Convert lines; what is common to them stands in the query."""
     body = yield from decode(request, limits.max_body)
-    packets = _packets(request, limits)
+    packets = _packets(request, limits, body)
     query = dict(parse_qsl(request.query, errors="replace"))
     emitter = query.get("host") or EMITTER
     common = Common(request.received_ns, emitter, query.get("source") or query.get("sourcetype") or "")
@@ -208,7 +210,7 @@ def _take_raw(request: Request, limits: Limits) -> Work:
         for text, odd in batch:
             packets.add(emitter, common.line(text, metadata | odd if odd else metadata))
         if packets.slices.over():
-            yield
+            yield packets.kept
     if not packets.number:
         raise EventError(NO_DATA, "there is no line in the body")
     return (yield from packets.finish(Reply(200, SUCCESS, JSON)))

@@ -36,7 +36,11 @@ class Route(Struct, frozen=True):
 
 
 class Agents:
-    """The protocols that a worker serves. ``capacity``: bytes of its part of the queue."""
+    """The protocols that a worker serves.
+
+    ``capacity``: bytes of its part of the queue, or of what it keeps of bodies, if that is less. A request becomes half
+    of that at most.
+    """
 
     def __init__(self, server: Server, capacity: int) -> None:
         self.protocols = frozenset(server.protocols)

@@ -62,7 +62,7 @@ class Emitters:
         found_full: Callable[[], int] = lambda: 1,
     ) -> None:
         self.api, self.intake, self.carry_out, self.found_full = api, intake, carry_out, found_full
-        self.agents = Agents(server, intake.ring.capacity)
+        self.agents = Agents(server, min(intake.ring.capacity, intake.most_bodies))
         intake.find = self.agents.find
         self.tokens: Sequence[str] = ()
         self.cors_origins: Sequence[str] = ()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
+import time
 import tracemalloc
 
 import cramjam
 import pytest
-from agents import LIMITS, convert, messages, refusal
+from agents import LIMITS, convert, messages, refusal, request, route
 from msgspec.structs import replace
 
 from fastdist.protocols.base import Limits, Reason
@@ -51,7 +53,7 @@ def push_json(label, entries):
         ("/v1/logs", "application/json", export_json("x" * 500_000, 50_000)),
         (PUSH, PROTOBUF, snappy(field(1, field(1, b'{a="%b"}' % (b"x" * 60_000)) + field(2, b"") * 100_000))),
         (PUSH, "application/json", push_json("x" * 500_000, 50_000)),
-        ("/" + "i" * 1000 + "/_bulk", "", b'{"index":{}}\n{}\n' * 50_000),
+        ("/" + "i" * 250 + "/_bulk", "", b'{"index":{}}\n{}\n' * 50_000),
         ("/ingest/" + "s" * 1000, "", b"{}" * 50_000),
     ],
     ids=["otlp", "otlp-json", "loki", "loki-json", "bulk", "ingest"],
@@ -111,3 +113,106 @@ def test_many_emitters_have_a_packet_each():
     batch = convert("/ingest", body, limits)
     assert len(batch.packets) == 5000
     assert len(messages(batch)) == 5000
+
+
+# ---- work and memory, of the order of the body's
+
+
+def any_map(value):
+    """Return an AnyValue: a map with one member."""
+    return field(6, field(1, field(1, b"k") + field(2, value)))
+
+
+def record(data):
+    return field(1, field(2, field(2, data)))
+
+
+def doubles(count):
+    return field(5, field(5, field(1, b"\x21" + struct.pack("<d", 1 / 3)) * count))
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "body"),
+    [
+        ("/v1/logs", PROTOBUF, record(field(5, any_map(field(1, b"\x01" * 4_000_000))))),
+        ("/v1/logs", PROTOBUF, record(field(6, field(1, b"\x01" * 4_000_000)))),
+        ("/v1/logs", PROTOBUF, field(1, field(1, field(1, field(1, b"\x01" * 4_000_000))) + field(2, field(2, b"")))),
+        ("/v1/logs", PROTOBUF, record(doubles(300_000))),
+        ("/v1/logs", PROTOBUF, record(field(5, field(5, field(1, b"") * 2_000_000)))),
+        (PUSH, PROTOBUF, snappy(field(1, field(1, b"{}") + field(2, field(2, b"\x01" * 4_000_000))))),
+        ("/i/_bulk", "", b'{"delete":{}}\n' * 290_000),
+        ("/" + "i" * 250 + "/_bulk", "", b'{"index":{}}\n\n' * 290_000),
+        ("/ingest", "text/plain", b"\xff\n" * 2_000_000),
+        ("/ingest", "application/json", b"".join(b'{"host":"%d"}' % n for n in range(250_000))),
+    ],
+    ids=["map", "key", "resource", "doubles", "nulls", "line", "delete", "no-source", "lines", "emitters"],
+)
+def test_what_grows_most_ends_at_a_multiple(target, kind, body):
+    """Escapes within escapes, long responses to short actions, a packet for each emitter."""
+    tracemalloc.start()
+    error, reply = refusal(target, body, LARGE, content_type=kind)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (error.reason, reply.status) == (Reason.TOO_LARGE, 413)
+    assert peak < 48 << 20
+
+
+@pytest.mark.parametrize(
+    ("target", "headers"),
+    [("/services/collector", {"x_splunk_request_channel": "c" * 15_000}), (PUSH, {"x_scope_orgid": "t" * 15_000})],
+)
+def test_headers_that_are_in_every_packet_count(target, headers):
+    if target == PUSH:
+        streams = [{"stream": {"host": f"h{n}"}, "values": [["1", ""]]} for n in range(2000)]
+        body = json.dumps({"streams": streams}).encode()
+    else:
+        body = b"".join(b'{"event":1,"host":"h%d"}' % n for n in range(2000))
+    assert refusal(target, body, LARGE, content_type="application/json", **headers)[1].status == 413
+
+
+def test_conversions_tell_what_they_keep():
+    for target, kind, body in (
+        ("/ingest", "text/plain", b"a\n" * 40_000),
+        ("/ingest", "application/json", b"{}" * 40_000),
+        ("/v1/logs", PROTOBUF, field(1, field(2, field(2, b"") * 40_000))),
+        (PUSH, PROTOBUF, snappy(field(1, field(1, b"{}") + field(2, b"") * 40_000))),
+        (PUSH, "application/json", push_json("", 40_000)),
+        ("/services/collector", "", b'{"event":1}' * 40_000),
+        ("/_bulk", "", b'{"index":{}}\n{}\n' * 20_000),
+    ):
+        asked = request(target, body, content_type=kind)
+        work = route(asked).take(asked, replace(LARGE, max_batch=64 << 20))
+        told = [size for size in work if size is not None]
+        assert told == sorted(told), target
+        assert told[-1] > 1_500_000, target
+
+
+@pytest.mark.parametrize(
+    ("target", "body", "headers"),
+    [
+        (PUSH, b'{"streams":[' + b"{}," * 200_000 + b"{}]}", {"content_type": "application/json"}),
+        ("/v1/logs", b'{"resourceLogs":[' + b"{}," * 200_000 + b"{}]}", {"content_type": "application/json"}),
+        ("/ingest", b"\xff\x06\x00\x00sNaPpY" + b"\xfe\x00\x00\x00" * 1_000_000, {"content_encoding": "snappy"}),
+        ("/_bulk", b'{"delete":{"_id":1}}\n' * 100_000, {}),
+    ],
+    ids=["streams", "resources", "skipped", "deletes"],
+)
+def test_no_step_is_most_of_a_conversion(target, body, headers):
+    """Parts without records take their time too."""
+    asked = request(target, body, **headers)
+    work = route(asked).take(asked, replace(LARGE, max_body=8 << 20, max_batch=64 << 20))
+    steps, began = [], time.thread_time_ns()
+    for _ in work:
+        steps.append(time.thread_time_ns() - began)
+        began = time.thread_time_ns()
+    assert len(steps) > 10
+    assert max(steps) < sum(steps) / 2
+
+
+@pytest.mark.parametrize("path", ["/{}/_bulk", "/{}/_doc"])
+def test_names_of_indices_are_no_longer_than_elasticsearchs(path):
+    body = b'{"index":{}}\n{"message":"m"}\n' if path.endswith("_bulk") else b'{"message":"m"}'
+    assert convert(path.format("i" * 255), body).records == 1
+    assert refusal(path.format("i" * 256), body)[1].status == 400
+    body = b'{"index":{"_index":"%b"}}\n{"message":"m"}\n' % (b"i" * 256)
+    assert refusal("/_bulk", body)[1].status == 400
