@@ -25,8 +25,8 @@ ROOT = FOLDER.parent
 BUILD = ROOT / "build" / "fuzz"
 LIBRARY = BUILD / "lib"
 FINDINGS = BUILD / "findings"
-NAMES = ("packet", "request", "reply")
-MAX_BYTES = {"packet": 2048, "request": 2048, "reply": 2048}  # bytes; the limits that inputs meet are set below that
+NAMES = ("packet", "request", "reply", "otlp", "loki", "ingest", "bulk", "hec", "decoding")
+MAX_BYTES = 2048  # the limits that inputs meet are set below that
 NEWEST_CLANG = 30
 
 
@@ -77,7 +77,12 @@ class Fuzzer:
     """Runs libFuzzer on a target, in a process of its own."""
 
     def __init__(self, preload: list[Path]) -> None:
-        paths = [LIBRARY, FOLDER, ROOT / "tests" / "component", ROOT / "tests" / "unit", ROOT / "tests", ROOT]
+        paths = [
+            LIBRARY,
+            FOLDER,
+            *(ROOT / "tests" / each for each in ("component", "unit", "unit/protocols", "")),
+            ROOT,
+        ]
         self.environment = os.environ | {
             "LD_PRELOAD": " ".join(map(str, preload)),
             # libFuzzer has to come first: AddressSanitizer has empty functions for coverage too.
@@ -114,7 +119,7 @@ class Fuzzer:
         print(f"fuzz: {target}, for {seconds} s, from {len(list(corpus.iterdir()))} inputs", flush=True)
         options = [
             f"-max_total_time={seconds}",
-            f"-max_len={MAX_BYTES[target]}",
+            f"-max_len={MAX_BYTES}",
             f"-dict={FOLDER / f'{target}.dict'}",
             f"-artifact_prefix={FINDINGS}/{target}-",
             "-timeout=10",
@@ -134,9 +139,7 @@ class Fuzzer:
         shutil.rmtree(fewest, ignore_errors=True)
         fewest.mkdir(parents=True)
         sources = [str(BUILD / "corpus" / target), str(corpus), str(BUILD / "seeds" / target)]
-        if self.call(
-            target, "-set_cover_merge=1", f"-max_len={MAX_BYTES[target]}", "-detect_leaks=0", str(fewest), *sources
-        ):
+        if self.call(target, "-set_cover_merge=1", f"-max_len={MAX_BYTES}", "-detect_leaks=0", str(fewest), *sources):
             return False
         if not any(fewest.iterdir()):
             print(f"fuzz: {target}: the corpus could not be merged", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What must hold whatever the bytes: a function for each of the three places where bytes of others are read.
+"""What must hold whatever the bytes: a function for each of the places where bytes of others are read.
 
 A target raises if it does not hold. The sockets, loops and analyzers around the code are those of the component tests.
 Whatever a target needs to choose (where to cut, how a connection ends) follows from a checksum of the input, so that
@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING
 
+import agent_targets
 from ingest_harness import Service, corpus
 from test_ingest_hostile import TRAILERS, Recorder, SecondOpinion, requests_read
 from test_schema_scanner import ACCEPTED, REFUSED, bodies_with, is_json
@@ -116,7 +117,12 @@ def reply(given: Input) -> None:
         raise AssertionError(("other outcomes in two reads than in one", cut, end, whole, in_two))
 
 
-TARGETS: dict[str, Callable[[Input], None]] = {"packet": packet, "request": request, "reply": reply}
+TARGETS: dict[str, Callable[[Input], None]] = {
+    "packet": packet,
+    "request": request,
+    "reply": reply,
+    **agent_targets.TARGETS,
+}
 
 
 def seeds(target: str) -> Iterable[bytes]:
@@ -126,5 +132,7 @@ def seeds(target: str) -> Iterable[bytes]:
             yield bodies_with(value.encode())[_choice(value.encode(), 5)]
     elif target == "request":
         yield from corpus().values()
+    elif target in agent_targets.TARGETS:
+        yield from agent_targets.seeds(target)
     else:
         yield from (data for data, _, _ in CASES.values())

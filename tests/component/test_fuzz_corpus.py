@@ -14,7 +14,8 @@ import pytest
 from fastdist._core import scan
 
 FOLDER = Path(__file__).parents[2] / "fuzz"
-UNIT_TESTS = str(Path(__file__).parents[1] / "unit")  # some of whose inputs the targets begin with
+UNIT_TESTS = Path(__file__).parents[1] / "unit"  # some of whose inputs the targets begin with
+AGENTS = ("otlp", "loki", "ingest", "bulk", "hec", "decoding")
 
 
 class Input:
@@ -37,14 +38,14 @@ def targets():
     spec = importlib.util.spec_from_file_location("fuzz_targets", FOLDER / "targets.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path, UNIT_TESTS])
+        patch.setattr(sys, "path", [*sys.path, str(FOLDER), str(UNIT_TESTS), str(UNIT_TESTS / "protocols")])
         spec.loader.exec_module(module)
     yield module
     for ingest in module._INGEST:
         ingest.timers.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("target", ["packet", "request", "reply"])
+@pytest.mark.parametrize("target", ["packet", "request", "reply", *AGENTS])
 def test_the_corpus_finds_nothing(targets, target):
     inputs = sorted((FOLDER / "corpus" / target).iterdir())
     assert len(inputs) > 100
@@ -53,6 +54,12 @@ def test_the_corpus_finds_nothing(targets, target):
             targets.TARGETS[target](Input(path.read_bytes()))
         except Exception as error:
             raise AssertionError(path.name) from error
+
+
+@pytest.mark.parametrize("target", AGENTS)
+def test_what_fuzzing_begins_with_finds_nothing(targets, target):
+    for data in targets.seeds(target):
+        targets.TARGETS[target](Input(data))
 
 
 def test_a_target_that_does_not_hold_says_so(targets, monkeypatch):

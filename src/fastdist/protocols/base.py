@@ -222,11 +222,13 @@ class Slices:
         self._until = time.monotonic_ns() + SLICE_NS
 
     def over(self) -> bool:
-        """Whether this slice is over; the next one begins then."""
+        """Whether this slice is over; the next one begins with the next call, as others may have their turn before."""
         now = time.monotonic_ns()
+        if self._until == 0:
+            self._until = now + SLICE_NS
         if now < self._until:
             return False
-        self._until = now + SLICE_NS
+        self._until = 0
         return True
 
 

@@ -290,7 +290,7 @@ class _Bulk:
 
 
 def _index(name: str, number: int = 0) -> str:
-    """Return the name of an index. Raises Refused if it is longer than one may be: it is in every item of a response."""
+    """Return the name of an index. Raises Refused if it is too long: it is in every item of a response."""
     if len(name) > MAX_INDEX:
         detail = f"index name is too long, ({len(name)} > {MAX_INDEX})"
         raise Refused(Reason.MALFORMED, detail, record=number)

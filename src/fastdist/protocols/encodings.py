@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ACCEPTED: Final = b"Accept-Encoding: gzip, deflate, zstd, snappy\r\n"
 MAX_CODINGS: Final = 3  # of one body, within each other
-MAX_MEMBERS: Final = 4096  # of gzip, or frames of zstd, one after the other
+MAX_MEMBERS: Final = 4096  # of gzip, frames of zstd, chunks of snappy without data
 SMALL: Final = 64 * 1024  # bytes by which a body may grow without that being told
 PIECE: Final = 64 * 1024  # bytes that are decoded at once
 FIRST_INPUT: Final = 512  # bytes that a member is begun with: what it leaves of them is copied
@@ -179,7 +179,7 @@ def snappy_block(body: bytes | memoryview, max_body: int) -> bytes:
 
 def _snappy_frames(body: bytes, max_body: int) -> Decoding:
     """Decode snappy's framing format: chunks of a type, 24 bits of length, and a checksum before the data."""
-    view, at, size, out, slices = memoryview(body), 0, 0, [], Slices()
+    view, at, size, skipped, out, slices = memoryview(body), 0, 0, 0, [], Slices()
     while at < len(body):
         kind, length = body[at], int.from_bytes(body[at + 1 : at + 4], "little")
         at += 4
@@ -187,7 +187,11 @@ def _snappy_frames(body: bytes, max_body: int) -> Decoding:
         at += length
         if at > len(body) or (kind == 0xFF and chunk != SNAPPY_MAGIC[4:]) or 0x02 <= kind < 0x80:  # noqa: PLR2004
             raise _broken("snappy", f"there is no whole chunk before byte {min(at, len(body))}")
-        if kind <= 0x01:  # else padding, and what may be skipped
+        if kind > 0x01:  # padding, and what may be skipped
+            skipped += 1
+            if skipped > MAX_MEMBERS:
+                raise _broken("snappy", f"more than {MAX_MEMBERS} chunks have no data")
+        else:
             piece = _chunk(kind, chunk)
             size += len(piece)
             if size > max_body:
