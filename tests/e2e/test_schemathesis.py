@@ -20,11 +20,12 @@ PROGRAM = shutil.which("schemathesis", path=Path(sys.executable).parent) or "sch
 TOKEN = "for-packets-and-for-changes"
 
 DOCUMENT = WHOLE | {"paths": PATHS}
+AGENTS = WHOLE | {"paths": {path: item for path, item in WHOLE["paths"].items() if path not in PATHS}}
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
-def schemathesis(run, folder, document, port, *options):
+def schemathesis(run, folder, document, port, *options, phases=("Examples", "Coverage", "Fuzzing", "Stateful")):
     """Run it; return how many requests it has made. Fails with its report if it found anything."""
     location = folder / "openapi.json"  # served, it would leave out the path it comes from
     location.write_text(json.dumps(document))
@@ -34,15 +35,15 @@ def schemathesis(run, folder, document, port, *options):
     process = run(*command, cwd=folder, NO_COLOR="1", COLUMNS="160")
     status = process.wait(240)
     assert status == 0, process.output
-    for phase in ("Examples", "Coverage", "Fuzzing", "Stateful"):
+    for phase in phases:
         assert re.search(rf"✅ +{phase}", process.output), process.output
     tested = re.search(r"Tested: (\d+)", process.output)
-    operations = sum(method in item for item in DOCUMENT["paths"].values() for method in METHODS)
+    operations = sum(method in item for item in document["paths"].values() for method in METHODS)
     assert int(tested[1]) == operations, process.output
     return int(re.search(r"(\d+) generated", process.output)[1])
 
 
-METHODS = ("get", "head", "options", "post", "patch", "delete")
+METHODS = ("get", "head", "options", "post", "put", "patch", "delete")
 
 
 def of_a_service_with_tokens():
@@ -73,3 +74,13 @@ def test_service_with_tokens_requires_one(mocks, serve, run, tmp_path):
     assert stats["rejected"]["unauthorized"] > 0
     assert stats["packets"]["accepted"] > 10
     assert TOKEN not in fastdist.output
+
+
+def test_agents_paths_have_no_fault(mocks, serve, run, tmp_path):
+    """Their bodies are not described in full: whatever is sent there is answered, and by no fault of the program."""
+    fastdist = serve(mocks)
+    options = ("--checks", "not_a_server_error", "--max-examples", "8")
+    assert schemathesis(run, tmp_path, AGENTS, fastdist.port, *options, phases=("Coverage", "Fuzzing")) > 100
+    stats = fastdist.wait_at_rest()
+    assert [row["restarts"] for row in stats["workers"]] == [0, 0]
+    assert not [line for line in fastdist.lines if json.loads(line)["level"] == "error"]
