@@ -47,8 +47,8 @@ def targets():
 
 @pytest.mark.parametrize("target", ["packet", "request", "reply", *AGENTS])
 def test_the_corpus_finds_nothing(targets, target):
-    inputs = sorted((FOLDER / "corpus" / target).iterdir())
-    assert len(inputs) > 100
+    inputs = sorted((FOLDER / "corpus" / target).glob("*"))
+    assert len(inputs) > 100 or target in AGENTS
     for path in inputs:
         try:
             targets.TARGETS[target](Input(path.read_bytes()))
