@@ -1,6 +1,6 @@
 """Requests of log agents, 512 records each, and what decoding them costs with the library one would take for it.
 
-Whoever converts them has to do that at least: the race and ``micro/test_protocols.py`` compare to it.
+To convert them takes at least that: the race and ``micro/test_protocols.py`` compare to it.
 """
 
 from __future__ import annotations

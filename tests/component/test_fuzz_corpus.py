@@ -57,7 +57,7 @@ def test_the_corpus_finds_nothing(targets, target):
 
 
 @pytest.mark.parametrize("target", AGENTS)
-def test_what_fuzzing_begins_with_finds_nothing(targets, target):
+def test_seeds_of_fuzzing_find_nothing(targets, target):
     for data in targets.seeds(target):
         targets.TARGETS[target](Input(data))
 

@@ -151,7 +151,7 @@ def test_container_takes_delivers_and_stops(run, volume):
 def test_it_has_the_dashboards_files(run):
     container = run()
     container.line_with("fastdist is ready")
-    status, headers, page = request(container.port, "GET", "/", headers={"Accept": "text/html"})
+    status, headers, page = request(container.port, "GET", "/")
     assert (status, headers["content-type"].split(";")[0]) == (200, "text/html")
     for name in re.findall(rb'(?:src|href)="(/?[\w./-]+\.(?:js|css|svg))"', page):
         assert request(container.port, "GET", f"/{name.decode().lstrip('/')}")[0] == 200, name

@@ -192,7 +192,7 @@ def begin(mocks: Mocks, serve: Any, make: Any, **settings: dict[str, object]) ->
 
 
 def analyzers_down(mocks: Mocks, serve: Any, make: Any) -> None:
-    """One is gone for a while, another answers 503 meanwhile: nobody notices."""
+    """One is gone for a while, another answers 503 meanwhile: no client notices."""
     fastdist, clients = begin(mocks, serve, make, queue={"durability": "fsync"}, retry={"cap": "200ms"})
     with at_work(clients):
         some_more(clients)
@@ -223,7 +223,7 @@ def empty(mocks: Mocks) -> None:
 
 
 def queue_full(mocks: Mocks, serve: Any, make: Any) -> None:
-    """There is room again while requests wait for it: nobody notices. Later there is none for longer than they wait.
+    """There is room again while requests wait for it: no client notices. Later it is full for longer than they wait.
 
     Those that retry lose nothing then either.
     """

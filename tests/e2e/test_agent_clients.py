@@ -284,5 +284,5 @@ def make(port):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_what_clients_are_told_is_accepted_arrives(mocks, serve, scenario):
+def test_what_is_accepted_arrives(mocks, serve, scenario):
     scenario(mocks, serve, make)

@@ -368,8 +368,9 @@ class LogstashElastic(Filebeat):
     """Its output ``elasticsearch``; it asks for a version without saying what it accepts."""
 
     path = "/_bulk?filter_path=errors,items.*.error,items.*.status"
+    agent: ClassVar = {"User-Agent": "logstash/8.11.0 (OS=Linux-6.1-amd64) logstash-output-elasticsearch/11.22.2"}
     headers: ClassVar = {"Content-Type": "application/json", "Content-Encoding": "gzip", "Connection": "Keep-Alive"}
-    probes = (("HEAD", "/", {}), ("GET", "/", {}), ("GET", "/_license", {}))
+    probes = (("HEAD", "/", agent), ("GET", "/", agent), ("GET", "/_license", agent))
 
     def probed(self, path, status, headers, body):
         if body:
@@ -543,5 +544,5 @@ def make(port):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_what_agents_are_told_is_accepted_arrives(mocks, serve, scenario):
+def test_what_is_accepted_arrives(mocks, serve, scenario):
     scenario(mocks, serve, make)

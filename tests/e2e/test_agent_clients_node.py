@@ -109,7 +109,7 @@ class WinstonHttp(NodeClient):
     not (NODE and (CLIENTS / ".made").exists()), reason="needs node, and clients (scripts/peers.sh installs them)"
 )
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_what_clients_are_told_is_accepted_arrives(mocks, serve, request, scenario):
+def test_what_is_accepted_arrives(mocks, serve, request, scenario):
     def make(port):
         node = Node(port)
         request.addfinalizer(node.end)

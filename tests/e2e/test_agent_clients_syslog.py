@@ -199,7 +199,7 @@ def read_stats(control):
 
 @pytest.mark.skipif(not (NG and RS), reason="needs syslog-ng and rsyslog (scripts/peers.sh unpacks them)")
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_what_daemons_are_told_is_accepted_arrives(mocks, serve, run, tmp_path, scenario):
+def test_what_is_accepted_arrives(mocks, serve, run, tmp_path, scenario):
     def make(port):
         kinds = {"syslog-ng": SyslogNg, "syslog-ng-bulk": SyslogNgBulk, "rsyslog": Rsyslog}
         return [kind(name, port, tmp_path, run) for name, kind in kinds.items()]

@@ -221,7 +221,7 @@ def bombs():
 
 
 @pytest.mark.parametrize("name", ["json", "otlp", "loki", "bulk", "packet"])
-def test_bombs_cost_memory_of_the_order_of_a_body(mocks, serve, beside, name):
+def test_bombs_cost_little_memory(mocks, serve, beside, name):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     worker = fastdist.stats()["workers"][0]
     before = most_memory(worker["pid"])

@@ -61,7 +61,7 @@ def broken_in_every_way(port, seen):
     """What can happen to any request, for each operation."""
 
     def one(method, path, status):
-        start = f"{method} {concrete(path)} HTTP/1.1\r\nHost: x\r\nAccept: text/html\r\nConnection: close\r\n"
+        start = f"{method} {concrete(path)} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         data = {
             400: f"{start}A\r\n\r\n",
             408: f"{start}Content-Length: 5\r\n\r\n",
@@ -101,7 +101,7 @@ def looks(port, ask):
     """What has no body to send, of a service where all is well."""
     for method, path in OPERATIONS:
         if method in ("GET", "HEAD"):
-            ask(200, port, method, concrete(path), headers={"Accept": "text/html"})
+            ask(200, port, method, concrete(path))
         elif method == "OPTIONS":
             ask(204, port, method, concrete(path))
             preflight = {"Origin": "https://ops.example", "Access-Control-Request-Method": "PATCH"}
@@ -115,9 +115,8 @@ def pages(port, ask):
     """The dashboard's files, held and unknown."""
     for method, path in OPERATIONS:
         if path in ("/", "/dashboard/{file}") and method in ("GET", "HEAD"):
-            page = {"Accept": "text/html"}
-            etag = request(port, "GET", concrete(path), headers=page)[1]["etag"]
-            ask(304, port, method, concrete(path), headers=page | {"If-None-Match": etag})
+            etag = request(port, "GET", concrete(path))[1]["etag"]
+            ask(304, port, method, concrete(path), headers={"If-None-Match": etag})
             if "{file}" in path:
                 ask(404, port, method, "/dashboard/nothing.js")
     ask(404, port, "OPTIONS", "/dashboard/nothing.js")

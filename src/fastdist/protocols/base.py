@@ -164,7 +164,7 @@ Answer = Callable[[Request, str], Reply]  # the text: why nothing can be stored 
 class Route(Struct, frozen=True):
     """A path, with ``{name}`` for one segment: what takes records there by method, and what else replies.
 
-    ``for_json``: only GET and HEAD, and where Accept names JSON or is missing, as from Logstash and Vector.
+    ``for_json``: only GET and HEAD, and where Accept names JSON, or is missing and User-Agent an agent's.
     """
 
     path: str

@@ -46,10 +46,18 @@ def find(method: str, target: str, headers: Mapping[str, str], enabled: Collecti
     if found is None or found[0].name not in enabled:
         return None
     protocol, route = found
-    if route.for_json and (method not in ("GET", "HEAD") or "json" not in headers.get("accept", "json").lower()):
+    if route.for_json and not (method in ("GET", "HEAD") and _wants_json(headers)):
         return None
     reply = route.reply.get("GET" if method == "HEAD" else method)
     return Found(protocol, route, route.take.get(method), reply, route.methods)
+
+
+def _wants_json(headers: Mapping[str, str]) -> bool:
+    """Whether a client of Elasticsearch asks, not a browser: some do not say what they accept."""
+    accept = headers.get("accept")
+    if accept is not None:
+        return "json" in accept.lower()
+    return headers.get("user-agent", "").lower().startswith(("logstash/", "vector/"))
 
 
 def _pattern(path: str) -> str:

@@ -230,7 +230,10 @@ def test_the_root_is_not_for_browsers():
     assert find("GET", "/", {"accept": "text/html,*/*"}, NAMES) is None
     assert find("GET", "/", {"accept": "*/*"}, NAMES) is None
     assert find("POST", "/", {}, NAMES) is None
-    assert find("GET", "/", {}, NAMES) is not None
+    assert find("GET", "/", {}, NAMES) is None
+    assert find("GET", "/", {"user-agent": "Mozilla/5.0"}, NAMES) is None
+    for agent in ("logstash/8.11.0 (OS=Linux) logstash-output-elasticsearch/11.22.2", "Vector/0.42.0 (x86_64 linux)"):
+        assert find("HEAD", "/", {"user-agent": agent}, NAMES) is not None
 
 
 def test_every_response_names_the_product():

@@ -161,7 +161,7 @@ def test_what_grows_most_ends_at_a_multiple(target, kind, body):
     ("target", "headers"),
     [("/services/collector", {"x_splunk_request_channel": "c" * 15_000}), (PUSH, {"x_scope_orgid": "t" * 15_000})],
 )
-def test_headers_that_are_in_every_packet_count(target, headers):
+def test_headers_in_every_packet_count(target, headers):
     if target == PUSH:
         streams = [{"stream": {"host": f"h{n}"}, "values": [["1", ""]]} for n in range(2000)]
         body = json.dumps({"streams": streams}).encode()
@@ -209,7 +209,7 @@ def test_no_step_is_most_of_a_conversion(target, body, headers):
 
 
 @pytest.mark.parametrize("path", ["/{}/_bulk", "/{}/_doc"])
-def test_names_of_indices_are_no_longer_than_elasticsearchs(path):
+def test_index_names_have_a_limit(path):
     body = b'{"index":{}}\n{"message":"m"}\n' if path.endswith("_bulk") else b'{"message":"m"}'
     assert convert(path.format("i" * 255), body).records == 1
     assert refusal(path.format("i" * 256), body)[1].status == 400
