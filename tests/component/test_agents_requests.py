@@ -326,3 +326,13 @@ def test_encoded_packets_at_every_split():
         cuts = sorted(chance.sample(range(1, len(data)), 4))
         reads = [data[start:end] for start, end in itertools.pairwise([0, *cuts, len(data)])]
         assert normalised(Service().ask(*reads).written) == normalised(whole.written)
+
+
+def test_events_before_a_fault_are_stored():
+    service = Service()
+    events = b'{"event":"one"}{"event":"two"}{"event":""}'
+    answer = ask(service, post(events, first="POST /services/collector")).answer()
+    assert (answer.status, answer.json["code"], answer.json["invalid-event-number"]) == (400, 13, 2)
+    assert counted(service, "splunk") == (2, {400: 1})
+    assert service.rejected == {"invalid": 1}
+    assert len(service.bodies()) == 1

@@ -20,6 +20,7 @@ from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExportResult
 from opentelemetry.sdk.resources import Resource
 from splunk_handler import SplunkHandler
+from support import wait_until
 
 PYTHON_LEVELS = [logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR]
 SEVERITIES = [SeverityNumber.DEBUG, SeverityNumber.INFO2, SeverityNumber.WARN, SeverityNumber.ERROR4]
@@ -219,7 +220,8 @@ class Splunk(Logged):
         return handler
 
     def finish(self):
-        self.handler.force_flush()
+        self.handler.force_flush()  # does not wait for what its thread is sending, or trying again
+        wait_until(lambda: len(self.accepted | self.refused) == self.sent, "all is sent")
         super().finish()
 
     def expected(self, number):

@@ -32,7 +32,8 @@ def schemathesis(run, folder, document, port, *options, phases=("Examples", "Cov
     url = f"http://127.0.0.1:{port}"
     shared = ("--mode", "all", "--continue-on-failure", "--seed", "7", "--max-failures", "20")
     command = [PROGRAM, "--config-file", HERE / "schemathesis.toml", "run", location, "--url", url, *shared, *options]
-    process = run(*command, cwd=folder, NO_COLOR="1", COLUMNS="160")
+    hooks = str(HERE / "schemathesis_hooks.py")
+    process = run(*command, cwd=folder, NO_COLOR="1", COLUMNS="160", SCHEMATHESIS_HOOKS=hooks)
     status = process.wait(240)
     assert status == 0, process.output
     for phase in phases:

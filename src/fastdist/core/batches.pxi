@@ -109,6 +109,8 @@ cdef int push_batch(IngestBase connection, tuple packets, batch) except -1:
         part.request = intake.counters.request_word(connection.route.number, batch.reply.status)
     if not push_all(connection, packets, &part):
         return NOT_WRITTEN
+    if batch.reply.status >= 400:  # what came before a fault is stored
+        intake.counters.words[INVALID] += 1
     if intake.holds and packets:
         answer = connection.hold_place()
         answer.position, answer.read_ns = part.position, connection.begun_ns
