@@ -22,6 +22,7 @@ from msgspec import Struct
 
 SLICE_NS = 1_000_000  # of work, after which a conversion yields
 JSON = b"Content-Type: application/json\r\n"
+PROTOBUF_TYPES = ("application/x-protobuf", "application/protobuf")
 TEXT = b"Content-Type: text/plain; charset=utf-8\r\n"
 
 

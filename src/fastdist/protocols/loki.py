@@ -12,6 +12,7 @@ from msgspec.json import Decoder
 from fastdist._core import RecordParts, find_field, json_fault, loki_entries
 from fastdist.errors import printable
 from fastdist.protocols.base import (
+    PROTOBUF_TYPES,
     STATUSES,
     TEXT,
     Protocol,
@@ -50,7 +51,6 @@ EMITTER_LABELS = ("host", "hostname", "instance", "service_name", "app", "job")
 SOURCE_LABELS = ("filename", "logger", "job")
 MAX_LABELS = 65536  # characters of a stream's labels as text
 MAX_CACHED = 4096
-PROTOBUF_TYPES = ("application/x-protobuf", "application/protobuf")
 
 
 class Stream:

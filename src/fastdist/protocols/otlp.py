@@ -12,6 +12,7 @@ from fastdist._core import RecordParts, date_time, find_field, json_fault, otlp_
 from fastdist.errors import printable
 from fastdist.protocols.base import (
     JSON,
+    PROTOBUF_TYPES,
     STATUSES,
     Protocol,
     Reason,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work
 
 PROTOBUF = b"Content-Type: application/x-protobuf\r\n"
-PROTOBUF_TYPES = ("application/x-protobuf", "application/protobuf")
 MAX_RETRY_AFTER = 5  # seconds: SDKs give up at once when it is more than what is left of their 10
 LEVEL_NUMBERS = ("trace", "debug", "info", "warn", "error", "fatal")  # four severity numbers each
 EMITTERS = ("service.name", "host.name")
