@@ -124,7 +124,8 @@ def test_full_queue_recovers_without_traffic(mocks, serve):
     for name in ("A2", "A3", "A4"):
         mocks.set(name, refuse=False)
     wait_until(lambda: held(fastdist.stats()["packets"]) == 1, "the others take the rest")
-    wait_until(lambda: get_json(fastdist.port, "/queue")["bytes"] < 5000, "the room is free")
+    # Less than an eighth: of the last packets some may lie behind it, if it was moved while they were accepted.
+    wait_until(lambda: get_json(fastdist.port, "/queue")["bytes"] < 1 << 17, "the room is free")
     wait_until(lambda: request(fastdist.port, "GET", "/ready")[0] == 200, "ready again")
     assert fastdist.post(Prefer="wait=20")[0] == 200
     mocks.set("A1", refuse=True)  # which breaks the connection: another gets the packet, under its id
