@@ -5,7 +5,7 @@ import os
 import re
 import socket
 from _typeshed import ReadableBuffer, WriteableBuffer
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import final, type_check_only, Any, Final, NamedTuple, Protocol, Self
 from typing_extensions import disjoint_base
 
@@ -145,6 +145,8 @@ class PacketRing:
     def notes(self) -> list[tuple[int, str]]: ...
     @property
     def tail_position(self) -> int: ...
+    @property
+    def sync_position(self) -> int: ...
     @property
     def next_sequence_number(self) -> int: ...
     @property
@@ -474,8 +476,8 @@ class EmitterCalls(Protocol):
         """Describe that a batch is stored."""
     def withdrawn(self) -> Callable[[Answer], bytes]:
         """Return what describes that the batch at hand could not be written."""
-    def await_deliveries(self, answer: Answer, sequences: range, seconds: float, batch: Any, /) -> None:
-        """Complete the answer when all packets of the batch are delivered, or after ``seconds``."""
+    def awaiting(self, answer: Answer, seconds: float, batch: Any, /) -> Callable[[Collection[int]], None]:
+        """Return what gets the packets' sequences, to complete the answer when all are delivered, or after ``seconds``."""
     def share_with(self, origin: bytes, /) -> bytes | None:
         """Return the CORS header lines for an origin, None when it gets none."""
     def await_delivery(
@@ -516,6 +518,7 @@ class Intake(AfterEvents):
     find: Callable[[str, str, Mapping[str, str]], tuple[object, bool] | None] | None
     """Tells by method, target and headers what a request is for, and whether it brings an agent's records."""
     slice_ns: int
+    piece_bytes: int
     packets_ns: int
     loop_ns: int
     costly_ns: int

@@ -441,7 +441,7 @@ class Service:
         for slot in self.analyzers:
             self.block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
             self.block.analyzers.set_weight(slot, 1.0)
-        fd = os.memfd_create("ring", os.MFD_CLOEXEC)
+        self.fd = fd = os.memfd_create("ring", os.MFD_CLOEXEC)
         os.ftruncate(fd, file_size(capacity))
         self.ring = PacketRing(fd, capacity, claims_wait_for_sync=fsync, volatile=not (fsync or disk))
         self.counters = self.block.rows[0]

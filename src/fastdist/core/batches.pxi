@@ -1,13 +1,17 @@
 """Batches: what agents' requests become, stored whole or not at all. Encoded packets are decoded in the same way.
 
 A body that is whole is converted in slices (``conversion_of``), the first of them at once; until it is stored its
-connection is held back, and reads nothing further. Room for all of a batch is made before its first packet is pushed.
+connection is held back, and reads nothing further. Room for all of a batch is made before its first packet is pushed. A
+large batch is pushed in pieces, one a turn (``LargeBatch``).
 """
 
 
 cdef bint convert_body(IngestBase connection, const uchar *p, Py_ssize_t n) except -1:
     """Convert a body, and store what has become of it; False if that goes on in another turn, or waits for room."""
     cdef Intake intake = connection.intake
+    if isinstance(connection.outcome, LargeBatch):  # which answers
+        connection.held = HELD_WORK if intake.storing is connection.outcome else NOT_HELD
+        return not connection.held
     if intake.draining and connection.after == IDLE:
         connection.after = DISCARDING
     if intake.closed or intake.broken_storage:
@@ -53,21 +57,34 @@ cdef bint is_crowded(IngestBase connection) except -1:
 
 
 cdef bint store_batch(IngestBase connection, batch) except -1:
-    """Put a batch into the ring, whole or not at all, and answer; False if it has to wait for room."""
+    """Put a batch into the ring, whole or not at all, and answer; False if it has to wait, for room or its turn."""
     cdef Intake intake = connection.intake
     cdef tuple packets = tuple(batch.packets)
     cdef bytes body
     cdef int found = RING_FULL
+    cdef bint is_large
     if connection.room_due == 0:
         connection.batch_size = 0
         for packet in packets:
             body = packet.body
             connection.batch_size += size_of(0, len(body))
+    is_large = connection.batch_size > intake.piece_bytes
+    if is_large and intake.storing is not None:  # one at a time
+        connection.charge(connection.batch_size)
+        if is_crowded(connection):
+            return True
+        connection.held = HELD_WORK
+        return False
     if not packets:
         found = PUSHED
     elif not intake.wanting or intake.first_for_room is connection:
         found = intake.ring.room_for(connection.batch_size, 0)
     if likely(found == PUSHED):
+        if is_large:
+            connection.outcome = intake.storing = LargeBatch(connection, packets, batch)
+            intake.await_turn()
+            connection.held = HELD_WORK
+            return False
         found = push_batch(connection, packets, batch)
     if likely(found == PUSHED):
         return True
@@ -96,39 +113,22 @@ cdef bint may_wait_for_room(IngestBase connection) except -1:
 cdef int push_batch(IngestBase connection, tuple packets, batch) except -1:
     """Push packets for which there is room, all or none: PUSHED or NOT_WRITTEN. Answer if they were."""
     cdef Intake intake = connection.intake
-    cdef PacketRing ring = intake.ring
-    cdef bytes data = connection.stored(batch) if connection.wait_seconds < 0 or not packets else None
-    cdef uint64_t first
+    cdef bint waits = connection.wait_seconds >= 0 and len(packets)
+    cdef bytes data = None if waits else connection.stored(batch)
     cdef Part part
+    cdef uint64_t first
     cdef Answer answer = None
     connection.flush_to_answers()
-    first = ring.next_sequence
-    memset(&part, 0, sizeof(Part))
-    part.batch = True
-    if data is not None:  # else it is counted when its answer is known
-        part.request = intake.counters.request_word(connection.route.number, batch.reply.status)
-    if not push_all(connection, packets, &part):
+    first = intake.ring.next_sequence
+    begin_part(connection, waits, batch, &part)
+    if not push_all(intake, packets, connection.batch_size, waits, False, &part):
         return NOT_WRITTEN
-    if batch.reply.status >= 400:  # what came before a fault is stored
-        intake.counters.words[INVALID] += 1
-    if intake.holds and packets:
+    if packets and (waits or intake.holds):
         answer = connection.hold_place()
-        answer.position, answer.read_ns = part.position, connection.begun_ns
         answer.otherwise = connection.withdrawn()
-        connection.await_sync()
-        intake.outbox.add(&part, NULL)
-    else:
-        intake.counters.words[ACCEPTED] += part.packets
-        intake.counters.words[MESSAGES_ACCEPTED] += part.messages
-        intake.counters.words[BYTES_ACCEPTED] += part.body_bytes
-        if part.request:
-            intake.counters.count_request(part.request, part.messages)
-        if packets:
-            observe(intake.counters.ingest, mono_ns() - connection.begun_ns, 1)
-    if data is None:
-        answer = answer or connection.hold_place()
-        connection.answer_due = max(connection.answer_due, connection.moved_ns + connection.wait_seconds * 1000000000)
-        connection.await_deliveries(answer, range(first, ring.next_sequence), connection.wait_seconds, batch)
+    count_batch(intake, &part, batch, answer, connection.begun_ns)
+    if waits:
+        connection.awaiting(answer, connection.wait_seconds, batch)(range(first, intake.ring.next_sequence))
     elif answer is not None:
         answer.take(data)
     else:
@@ -136,9 +136,41 @@ cdef int push_batch(IngestBase connection, tuple packets, batch) except -1:
     return PUSHED
 
 
-cdef bint push_all(IngestBase connection, tuple packets, Part *part) except -1:
-    """Push the packets and sum them up in ``part``; False if one could not be written, and so none was pushed."""
-    cdef Intake intake = connection.intake
+cdef int begin_part(IngestBase connection, bint waits, batch, Part *part) except -1:
+    memset(part, 0, sizeof(Part))
+    part.batch = True
+    if waits:  # it is counted when its answer is known
+        connection.answer_due = max(connection.answer_due, connection.moved_ns + connection.wait_seconds * 1000000000)
+    else:
+        part.request = connection.intake.counters.request_word(connection.route.number, batch.reply.status)
+    return 0
+
+
+cdef int count_batch(Intake intake, Part *part, batch, Answer answer, int64_t begun_ns) except -1:
+    """Count a batch that is in the ring, or have it counted when it is safe."""
+    cdef int64_t *counters = intake.counters.words
+    if batch.reply.status >= 400:  # what came before a fault is stored
+        counters[INVALID] += 1
+    if intake.holds and part.packets:
+        answer.position, answer.read_ns = part.position, begun_ns
+        answer.connection.await_sync()
+        intake.outbox.add(part, NULL)
+        return 0
+    counters[ACCEPTED] += part.packets
+    counters[MESSAGES_ACCEPTED] += part.messages
+    counters[BYTES_ACCEPTED] += part.body_bytes
+    if part.request:
+        intake.counters.count_request(part.request, part.messages)
+    if part.packets:
+        observe(intake.counters.ingest, mono_ns() - begun_ns, 1)
+    return 0
+
+
+cdef bint push_all(Intake intake, tuple packets, int64_t size, bint waits, bint apart, Part *part) except -1:
+    """Push packets, whose records have ``size`` bytes, and add them up in ``part``; False: none, one could not be written.
+
+    ``apart``: they are written here and now, with nothing else.
+    """
     cdef PacketRing ring = intake.ring
     cdef int64_t start, now = mono_ns() + ring.clock_offset
     cdef uint64_t first
@@ -146,10 +178,10 @@ cdef bint push_all(IngestBase connection, tuple packets, Part *part) except -1:
     cdef bytes body
     cdef uint32_t messages
     cdef uint64_t emitter
+    cdef int pushed = PUSHED
     # If they are collected, they are written with all else in one piece, or nothing of that is. If not, some may be in the
     # file already when the next cannot be written: so nothing else is to be in it.
-    cdef bint apart = not ring.file.direct and not ring.file.collects(ring.tail, connection.batch_size)
-    cdef int pushed = PUSHED
+    apart = not ring.file.direct and (apart or not ring.file.collects(ring.tail, size))
     for packet in packets:
         body = packet.body
         apart = apart or (not ring.file.direct and size_of(0, len(body)) >= LARGE)
@@ -161,7 +193,7 @@ cdef bint push_all(IngestBase connection, tuple packets, Part *part) except -1:
         body, messages, emitter = packet.body, packet.messages, packet.emitter_hash
         intake.make_id(intake.wall, packet_id)
         pushed = ring.put_packet(<const uchar *>PyBytes_AS_STRING(body), len(body), NULL, 0, packet_id, messages, emitter,
-                                 now, WAITED if connection.wait_seconds >= 0 else 0)
+                                 now, WAITED if waits else 0)
         if unlikely(pushed != PUSHED):
             break
         part.packets += 1
@@ -173,3 +205,98 @@ cdef bint push_all(IngestBase connection, tuple packets, Part *part) except -1:
         return False
     part.position = ring.tail
     return True
+
+
+@cython.final
+cdef class LargeBatch:
+    """A batch that is pushed in pieces, one a turn, so that no other packet waits for all of it; see ``Intake.go_on``.
+
+    Until it is whole nothing behind its beginning can be claimed, or counts as synced, so it can be withdrawn as a whole.
+    """
+
+    cdef Intake intake
+    cdef tuple packets
+    cdef object batch
+    cdef Py_ssize_t pushed             # packets
+    cdef list pieces                   # of them: (position, number, sequence of the first record, packets)
+    cdef Part part
+    cdef Answer answer
+    cdef bytes data                    # the answer's; None if it waits for deliveries:
+    cdef object await_deliveries       # called with the packets' sequences
+    cdef int64_t begun_ns
+    cdef int64_t charged               # bytes that count as a body on its way
+
+    def __cinit__(self, IngestBase connection not None, tuple packets not None, batch):
+        cdef bint waits = connection.wait_seconds >= 0
+        self.intake, self.packets, self.batch, self.pieces = connection.intake, packets, batch, []
+        self.begun_ns = connection.begun_ns
+        self.answer = connection.hold_place()
+        self.answer.otherwise = connection.withdrawn()
+        if waits:
+            self.await_deliveries = connection.awaiting(self.answer, connection.wait_seconds, batch)
+        else:
+            self.data = connection.stored(batch)
+        begin_part(connection, waits, batch, &self.part)
+        self.charged, connection.charged = connection.charged, 0
+        self.intake.ring.unfinished, self.intake.ring.promised = self.intake.ring.tail, connection.batch_size
+
+    cdef int push_piece(self) except -1:
+        """Push some packets; with the last the batch is stored."""
+        cdef Intake intake = self.intake
+        cdef PacketRing ring = intake.ring
+        cdef Py_ssize_t end = self.pushed
+        cdef int64_t size = 0
+        cdef bytes body
+        while end < len(self.packets) and size < intake.piece_bytes:
+            body = self.packets[end].body
+            size += size_of(0, len(body))
+            end += 1
+        piece = (ring.tail, ring.next_number, ring.next_sequence, end - self.pushed)
+        if not push_all(intake, self.packets[self.pushed:end], size, self.data is None, True, &self.part):
+            return intake.write_failed(ring.file.failed)  # and so it is withdrawn
+        self.pieces.append(piece)
+        self.pushed = end
+        ring.promised -= size
+        if end == len(self.packets):
+            self.finish()
+        return 0
+
+    cdef int finish(self) except -1:
+        self.let_go()
+        count_batch(self.intake, &self.part, self.batch, self.answer, self.begun_ns)
+        if self.data is None:
+            if self.answer.connection.writing != LOST:
+                self.await_deliveries([each for _, _, first, count in self.pieces for each in range(first, first + count)])
+        elif self.intake.holds:
+            self.answer.take(self.data)
+        else:
+            self.answer.complete(self.data)
+        return 0
+
+    cdef int let_go(self) except -1:
+        """Let others be claimed, and be stored."""
+        self.intake.storing = None
+        self.intake.bodies -= self.charged
+        self.intake.ring.unfinished, self.intake.ring.promised = FOREVER, 0
+        self.intake.on_accepted()
+        return 0
+
+    cdef int withdraw(self) except -1:
+        """Take back what was pushed, unless it is already, and answer so."""
+        cdef PacketRing ring = self.intake.ring
+        cdef Record record
+        cdef bytes body
+        cdef Py_ssize_t at = 0, count
+        for record.position, record.number, _, count in self.pieces:
+            for _ in range(count):
+                body = self.packets[at].body
+                at += 1
+                if ring.file.read_mark(&record).state == QUEUED:
+                    ring.withdraw(record.number, record.position, size_of(0, len(body)))
+                    self.intake.counters.words[WITHDRAWN] += 1
+                record.position += size_of(0, len(body))
+                record.number += 1
+        self.let_go()
+        ring.end_withdrawing()
+        self.answer.complete(self.answer.otherwise(self.answer))
+        return 0

@@ -1,7 +1,7 @@
 """What all emitters' connections of a worker share, and answers that have to wait.
 
 ``Intake.go_on`` goes round among the connections that are held back (see ingest.pxi), once in every event-loop iteration:
-packets, then a slice of one conversion, then costly answers. So no turn takes longer the more connections there are, and no
+a piece of a large batch, packets, then a slice of one conversion, then costly answers. So no turn takes longer the more connections there are, and no
 connection waits for all that another has sent.
 """
 
@@ -20,6 +20,7 @@ cdef int64_t PACKETS = 2000000  # for all that are held back
 cdef int64_t LOOP = 2000000     # for those that the loop reads from, not Poller (TLS)
 cdef int64_t COSTLY = 500000    # for answers that Python makes
 
+cdef int64_t BATCH_PIECE = 512 << 10  # bytes of a batch that are pushed in one turn
 cdef int64_t ROOM_WAIT = 2000000000  # ns that a batch waits for room in the ring
 
 cdef enum Refusal:           # of a request, by its head
@@ -98,6 +99,8 @@ cdef class Intake(AfterEvents):
     cdef object working                # those with a conversion under way
     cdef object wanting                # those whose batch waits for room in the ring, in order
     cdef object costly                 # those whose next answer Python makes
+    cdef LargeBatch storing            # what is pushed in pieces, see batches.pxi; None: nothing
+    cdef public int64_t piece_bytes    # see BATCH_PIECE
     cdef bint turn_awaited             # `go_on` will be called
     cdef IngestBase having_turn        # it may have a costly answer made
     cdef bint going_round              # among those with packets: a large one may be taken
@@ -125,7 +128,7 @@ cdef class Intake(AfterEvents):
         self.waiting, self.working, self.wanting, self.costly = deque(), deque(), deque(), deque()
         self.slice_ns, self.packets_ns, self.loop_ns, self.costly_ns = SLICE, PACKETS, LOOP, COSTLY
         self.loop_left, self.costly_left = LOOP, COSTLY
-        self.room_wait_ns = ROOM_WAIT
+        self.room_wait_ns, self.piece_bytes = ROOM_WAIT, BATCH_PIECE
         self.later = call_soon
         self.open_to_all = True
         self.noise = int.from_bytes(os.urandom(8), "little")
@@ -214,9 +217,15 @@ cdef class Intake(AfterEvents):
     def go_on(self):
         """Read on from the connections that are held back, for as long as they may take of this event-loop iteration."""
         cdef int64_t began = mono_ns()
+        cdef LargeBatch storing = self.storing  # which it may cease to be
         self.turn_awaited = False
         self.loop_left, self.costly_left = self.loop_ns, self.costly_ns
         try:
+            if storing is not None and self.broken_storage:
+                storing.withdraw()
+                self.counters.words[STORAGE] += 1
+            elif storing is not None:
+                storing.push_piece()
             if self.closed:
                 self.go_round(self.wanting, began + self.packets_ns, False)
             self.go_round(self.waiting, began + self.packets_ns, False)
@@ -231,7 +240,7 @@ cdef class Intake(AfterEvents):
     @property
     def holds_back(self):
         """Whether there are connections with requests that wait for their turn."""
-        return bool(self.waiting or self.working or self.costly or (self.closed and self.wanting))
+        return bool(self.storing is not None or self.waiting or self.working or self.costly or (self.closed and self.wanting))
 
     cdef int go_round(self, queue, int64_t until, bint costly) except -1:
         cdef IngestBase connection
@@ -270,7 +279,7 @@ cdef class Intake(AfterEvents):
             self.events_over()
 
     cdef int await_turn(self) except -1:
-        if not self.turn_awaited and (self.waiting or self.working or self.costly):
+        if not self.turn_awaited and (self.storing is not None or self.waiting or self.working or self.costly):
             self.turn_awaited = True
             self.later(self.go_on)
         return 0
@@ -356,6 +365,10 @@ cdef class Intake(AfterEvents):
         cdef int64_t packets = 0
         cdef bytes answer
         cdef set behind = set()  # connections with answers that wait on
+        cdef LargeBatch storing = self.storing  # which it ceases to be
+        if storing is not None:
+            storing.withdraw()
+            packets += 1
         for connection in self.unsafe:
             for waiting in connection.answers or ():
                 if waiting.position > position and not waiting.ready:

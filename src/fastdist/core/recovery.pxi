@@ -390,3 +390,25 @@ cdef bytes boot_id():
             return bytes.fromhex(file.read().strip().replace("-", ""))
     except OSError:
         return bytes(16)
+
+
+cdef tuple totals_of_latest(PacketRing ring, int64_t count):
+    """Return (messages, bytes of bodies) of the latest ``count`` packets that were pushed; copies do not count."""
+    cdef int64_t position, turn, skip = 0, messages = 0, body_bytes = 0, end = ring.file.written
+    cdef Record *record
+    for turn in range(2):  # first count all there are
+        skip = max(0, skip - count)
+        position = ring.past_gaps(ring.head, end)
+        while position < end:
+            record = ring.at(position)
+            position = ring.past_gaps(position + record_size(record), end)
+            if record.copied:
+                continue
+            if turn == 0:
+                skip += 1
+            elif skip:
+                skip -= 1
+            else:
+                messages += record.messages
+                body_bytes += record.body_length
+    return messages, body_bytes

@@ -15,7 +15,7 @@ Facts it rests on:
 6. A file may be damaged while it is in use. So a record's head is checked when it is claimed and all of it when it is sent
    (unless it is still in memory that the file cannot change); in between only what was noted of it is relied on.
 7. What is synced is a position: ``mark_synced`` tells that all before it is on stable storage. A sync reads
-   ``tail_position`` first. After a sync that failed it is unknown what reached the disk: what was not synced before is
+   ``sync_position`` first. After a sync that failed it is unknown what reached the disk: what was not synced before is
    withdrawn, and everything is written again (``write_again``). The header keeps that position, or that a sync has failed
    (``forget_synced``), for the process that opens the ring next: a process that was killed cannot tell.
 8. Opening a ring writes only what has to change: a backlog is not to be copied, or written back, for being looked at.
@@ -119,6 +119,8 @@ cdef class PacketRing:
     cdef int64_t answered              # position: packets before it are not withdrawn any more
     cdef int64_t trusted               # as the header has it
     cdef int64_t marked                # position: unclaimed records before it may have a mark
+    cdef int64_t unfinished            # position: what is pushed behind it waits for a batch that is not whole; FOREVER: nothing
+    cdef int64_t promised              # bytes that are yet to be pushed of that batch
     cdef bint claims_wait_for_sync
     cdef readonly bint wants_sync      # space is short, and a sync would free some
     cdef int64_t staged                # packets pushed and not written
@@ -145,6 +147,7 @@ cdef class PacketRing:
         self.file = RingFile(fd, volatile or private, not private)
         self.claims_wait_for_sync = claims_wait_for_sync
         self.synced = self.answered = FOREVER if volatile else 0
+        self.unfinished = FOREVER
         self.clock_offset = wall_ns() - mono_ns()
         if capacity is None:
             open_header(self)
@@ -318,9 +321,12 @@ cdef class PacketRing:
         cdef uint64_t least = max(self.next_number + KEPT // SMALLEST + 1, <uint64_t>wall_ns())
         self.next_number += (least - self.next_number + self.file.slots - 1) // self.file.slots * self.file.slots
 
+    cdef inline int64_t spare(self) noexcept nogil:
+        return self.capacity - (self.tail - self.head) - self.promised
+
     cdef inline bint is_half_full(self, int64_t size) noexcept nogil:
         """Whether room has to be looked after: the largest record there may be has to find room for its copy."""
-        return self.capacity - (self.tail - self.head) < size + self.capacity // 2
+        return self.spare() < size + self.capacity // 2
 
     cdef int64_t lacking(self, int64_t size, int64_t kept) noexcept nogil:
         """Return how far the head has to move on until a record of ``size`` finds room, with ``kept`` left; 0: it does.
@@ -328,7 +334,7 @@ cdef class PacketRing:
         Room for one copy of the largest record is left once the old places of moved ones are free: else a packet that no
         analyzer takes pins for good a ring that was filled while nothing was claimed.
         """
-        cdef int64_t spare = self.capacity - (self.tail - self.head)
+        cdef int64_t spare = self.spare()
         cdef int64_t pinned = self.entries[self.first].position if self.first else self.cursor
         cdef int64_t largest = max(self.largest, size, self.reserved_largest if kept else 0)
         return max(0, size + kept - spare, size + kept + largest - (spare + pinned - self.head))
@@ -344,7 +350,7 @@ cdef class PacketRing:
         while self.first and self.undone_bytes <= self.capacity // 4 * 3 and moves < MOVES_A_PUSH:
             entry = &self.entries[self.first]
             moving = self.size_of_entry(entry)
-            spare = self.capacity - (self.tail - self.head)
+            spare = self.spare()
             if spare < moving or spare + entry.position - self.head >= size + max(self.capacity // 4, moving):
                 break
             if entry.copied and entry.position + moving > self.synced:
@@ -406,7 +412,7 @@ cdef class PacketRing:
     # ---- the reader's side
 
     cdef inline int64_t claimable(self) noexcept nogil:
-        return min(self.answered, self.file.written) if self.claims_wait_for_sync else self.file.written
+        return min(self.unfinished, min(self.answered, self.file.written) if self.claims_wait_for_sync else self.file.written)
 
     cdef bint has_unclaimed(self) noexcept nogil:
         return self.released_first != 0 or self.cursor < self.claimable()
@@ -800,24 +806,7 @@ cdef class PacketRing:
 
     def totals_of_latest(self, int64_t count):
         """Return (messages, bytes of bodies) of the latest ``count`` packets that were pushed; copies do not count."""
-        cdef int64_t position, turn, skip = 0, messages = 0, body_bytes = 0, end = self.file.written
-        cdef Record *record
-        for turn in range(2):  # first count all there are
-            skip = max(0, skip - count)
-            position = self.past_gaps(self.head, end)
-            while position < end:
-                record = self.at(position)
-                position = self.past_gaps(position + record_size(record), end)
-                if record.copied:
-                    continue
-                if turn == 0:
-                    skip += 1
-                elif skip:
-                    skip -= 1
-                else:
-                    messages += record.messages
-                    body_bytes += record.body_length
-        return messages, body_bytes
+        return totals_of_latest(self, count)
 
     def withdraw_unsynced(self):
         """Take back what was pushed since the last sync; return (packets, messages, bytes of bodies).
@@ -832,21 +821,25 @@ cdef class PacketRing:
         while position < self.file.written:
             record = self.at(position)
             if not record.copied:
-                self.file.mark(record.number, position, DONE, 0)
+                self.withdraw(record.number, position, record_size(record))
                 packets += 1
                 messages += record.messages
                 body_bytes += record.body_length
-                self.undone -= 1
-                self.undone_bytes -= record_size(record)
             position = self.next_unclaimed(position + record_size(record))
-        self.marked = max(self.marked, self.tail)
-        self.file.write_marks()
-        self.claim_past_done()
+        self.end_withdrawing()
         return packets, messages, body_bytes
 
-    cdef void claim_past_done(self) noexcept nogil:
+    cdef void withdraw(self, uint64_t number, int64_t position, int64_t size) noexcept nogil:
+        """Take back an unclaimed record; after the last comes ``end_withdrawing``."""
+        self.file.mark(number, position, DONE, 0)
+        self.undone -= 1
+        self.undone_bytes -= size
+
+    cdef void end_withdrawing(self) noexcept nogil:
         """Move the cursor over what is done and will not be claimed, as far as that is allowed."""
         cdef int64_t position
+        self.marked = max(self.marked, self.tail)
+        self.file.write_marks()
         if not self.ahead_first:
             position = self.first_unclaimed()
             if self.first == 0 and self.undone == 0:
@@ -919,7 +912,7 @@ cdef class PacketRing:
         self.file.forget_kept()
 
     def mark_synced(self, int64_t position):
-        """All bytes up to ``position`` (a former ``tail_position``) are on stable storage."""
+        """All bytes up to ``position`` (a former ``sync_position``) are on stable storage."""
         self.synced = max(self.synced, position)
         self.answered = max(self.answered, position)
         self.trusted = max(self.trusted, position)
@@ -935,6 +928,11 @@ cdef class PacketRing:
     def tail_position(self):
         """Up to where records are in the file, in bytes since the ring was made."""
         return self.file.written
+
+    @property
+    def sync_position(self):
+        """Up to where records count as synced after a sync that begins now: a batch is withdrawn as a whole."""
+        return min(self.file.written, self.unfinished)
 
     @property
     def next_sequence_number(self):

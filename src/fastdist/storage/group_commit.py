@@ -41,7 +41,7 @@ def make_safe(ring: PacketRing, fd: int, *, write_again: bool = True) -> OSError
         ring.write_out()
         if write_again:
             ring.write_again()
-        position = ring.tail_position
+        position = ring.sync_position
         os.fdatasync(fd)
     except OSError as error:
         log.error("the queue cannot be synced", error=str(error))
@@ -113,7 +113,7 @@ class Syncer:
             self.run(partial(self.ring.go_on_writing_again, span), self._written_again)
             return
         self._seen = self._state()
-        self._thread.request(self._seen[0])
+        self._thread.request(self.ring.sync_position)
 
     def _written_again(self, failed: OSError | None) -> None:
         self._writing_again = False

@@ -392,6 +392,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         agent, why = self._agent(), Refused(Reason.STORAGE, "the records could not be written to disk")
         return lambda answer: _bytes(answer, agent.refused(why))
 
-    def await_deliveries(self, answer: Answer, sequences: range, seconds: float, batch: Batch) -> None:
-        """Answer once all packets of a batch are delivered, or after ``seconds``."""
-        self.emitters.wait(seconds, BatchWait(self, answer, sequences, self._agent(), batch))
+    def awaiting(self, answer: Answer, seconds: float, batch: Batch) -> Callable[[Collection[int]], None]:
+        """Return what, given the packets' sequences, answers once all are delivered, or after ``seconds``."""
+        agent = self._agent()
+        return lambda sequences: self.emitters.wait(seconds, BatchWait(self, answer, sequences, agent, batch))
