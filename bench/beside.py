@@ -1,7 +1,8 @@
 """Connections that pipeline one kind of request as fast as they can: how long others' packets take beside them.
 
 Kinds: ``invalid`` (a tiny body that is no packet), ``path`` (an unknown one), ``view`` (GET /metrics), ``valid``, and
-bodies of almost 10 MiB, of records of log agents, one after the other: ``otlp``, ``otlp-json``, ``ndjson``, ``loki``.
+bodies of almost 10 MiB (Loki's: as they are decoded), of records of log agents, one after the other: ``otlp``,
+``otlp-json``, ``ndjson``, ``loki``.
 One worker; the others' packets are an open loop whose latencies (ms) are taken with no such connection, then beside
 them. ``answered``: the flood's requests a second. ``lag``: the longest time (ms) for which the event loop let nothing
 else have its turn, as /stats tells it.
@@ -19,6 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import cramjam
 from agent_requests import RECORDS, REQUESTS, export, push
 from contestants import Fastdist
 from google.protobuf import json_format
@@ -48,7 +50,7 @@ def large(agent: str) -> bytes:
         request = ExportLogsServiceRequest.FromString(export(count * RECORDS // 3))
         body = json_format.MessageToJson(request, indent=None).encode()
     elif agent == "loki":
-        body = push(4 * count)
+        body = push(LARGE // (len(cramjam.snappy.decompress_raw(body)) // RECORDS))
     else:
         body = body * count
     return post(body, path, content_type)

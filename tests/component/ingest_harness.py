@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import time
+import weakref
 from collections import deque
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -442,6 +443,7 @@ class Service:
             self.block.analyzers.set(slot, AnalyzerWord.IN_USE, 1)
             self.block.analyzers.set_weight(slot, 1.0)
         self.fd = fd = os.memfd_create("ring", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, fd)
         os.ftruncate(fd, file_size(capacity))
         self.ring = PacketRing(fd, capacity, claims_wait_for_sync=fsync, volatile=not (fsync or disk))
         self.counters = self.block.rows[0]

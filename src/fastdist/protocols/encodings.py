@@ -5,12 +5,15 @@ The rules:
 1. No more than ``max_body`` bytes come out, and memory is of that order: decoding stops there (413). Sizes that a body
    claims to have are not believed.
 2. A body that is cut, broken, or followed by anything is refused (400): nothing of it is used.
-3. Decoding yields after each slice, so that others have their turn. Only a raw block of snappy is decoded at once.
+3. Decoding yields after each slice, so that others have their turn. A raw block of snappy can only be decoded at once: a
+   large one is by another thread, as the library releases the interpreter's lock.
 """
 
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import cramjam
@@ -46,6 +49,7 @@ MIN_WINDOW_LOG: Final = 23  # RFC 8878: what every decoder should support, 8 MiB
 _ERRORS: Final[tuple[type[Exception], ...]] = (zlib.error, zstd.ZstdError)  # type: ignore[assignment]  # isal's stub
 SNAPPY_MAGIC: Final = b"\xff\x06\x00\x00sNaPpY"
 SNAPPY_CHUNK: Final = 65536  # bytes of a chunk of framed snappy, decoded
+LARGE_BLOCK: Final = 512 * 1024  # bytes that a raw block decodes to which takes a good part of a slice for that
 
 
 def decode(request: Request, max_body: int, *, meaningless: str = "") -> Decoding:
@@ -157,24 +161,45 @@ def _members(name: str, body: bytes, max_body: int, decoder: Callable[[], Any], 
 
 
 def _snappy(body: bytes, max_body: int) -> Decoding:
-    if body.startswith(SNAPPY_MAGIC):
-        return _snappy_frames(body, max_body)
-    return _snappy_block(body, max_body)
+    return _snappy_frames(body, max_body) if body.startswith(SNAPPY_MAGIC) else snappy_block(body, max_body)
 
 
-def _snappy_block(body: bytes, max_body: int) -> Decoding:
-    yield
-    return snappy_block(body, max_body)
-
-
-def snappy_block(body: bytes | memoryview, max_body: int) -> bytes:
+def snappy_block(body: bytes, max_body: int) -> Decoding:
     """Decode a raw block of snappy. Raises Refused."""
+    if _block_size(body, max_body) <= LARGE_BLOCK:
+        return _block(body, max_body)
+    future = _thread().submit(_block, body, max_body)
+    while not future.done():
+        yield
+    return future.result()
+
+
+def _block(body: bytes | memoryview, max_body: int) -> bytes:
+    _block_size(body, max_body)
     try:
-        if cramjam.snappy.decompress_raw_len(body) > max_body:
-            raise too_large(max_body)
         return bytes(cramjam.snappy.decompress_raw(body))
     except cramjam.DecompressionError as error:
-        raise _broken("snappy", str(error).removeprefix("snappy: ")) from None
+        raise _broken_block(error) from None
+
+
+def _block_size(body: bytes | memoryview, max_body: int) -> int:
+    """Return how many bytes a block claims to decode to; no more come out of it."""
+    try:
+        size = cramjam.snappy.decompress_raw_len(body)
+    except cramjam.DecompressionError as error:
+        raise _broken_block(error) from None
+    if size > max_body:
+        raise too_large(max_body)
+    return size
+
+
+def _broken_block(error: cramjam.DecompressionError) -> Refused:
+    return _broken("snappy", str(error).removeprefix("snappy: "))
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="snappy")
 
 
 def _snappy_frames(body: bytes, max_body: int) -> Decoding:
@@ -205,7 +230,7 @@ def _snappy_frames(body: bytes, max_body: int) -> Decoding:
 def _chunk(kind: int, chunk: memoryview) -> bytes:
     data = chunk[4:]
     try:
-        piece = bytes(data) if kind else snappy_block(data, SNAPPY_CHUNK)
+        piece = bytes(data) if kind else _block(data, SNAPPY_CHUNK)
     except Refused as error:  # also one that is larger than a chunk may be
         raise _broken("snappy", error.detail) from None
     crc = checksum(piece)

@@ -98,7 +98,7 @@ def _take(request: Request, limits: Limits) -> Work:
 def _protobuf(request: Request, limits: Limits, packets: Packets, received: str) -> Generator[int | None, None, None]:
     """Convert a PushRequest, which is a block of snappy whatever Content-Encoding says of that."""
     body = yield from decode(request, limits.max_body, meaningless="snappy")
-    body = snappy_block(body, limits.max_body)
+    body = yield from snappy_block(body, limits.max_body)
     packets.decoded, at = len(body), 0
     try:
         while (field := find_field(body, at, len(body), 1)) is not None:

@@ -167,6 +167,25 @@ def test_snappy_sizes_are_not_believed(body):
     assert reason(body, "snappy") in (Reason.TOO_LARGE, Reason.MALFORMED)
 
 
+@pytest.mark.parametrize("size", [-1, 0, 1, 700_000])
+def test_large_block_is_decoded_beside(size):
+    """By another thread, whose errors are told as well; small ones at once."""
+    data = random.Random(size).randbytes(encodings.LARGE_BLOCK + size)
+    block = PACKERS["snappy"](data)
+    steps = encodings.snappy_block(block, len(data))
+    waited = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            assert end.value == data
+            break
+        waited += 1
+    assert (waited > 0) == (size > 0)
+    assert reason(block, "snappy", len(data) - 1) is Reason.TOO_LARGE
+    assert reason(block[:-1], "snappy", len(data)) is Reason.MALFORMED
+
+
 def test_zstd_with_a_huge_window_is_refused():
     parameter = zstd.CompressionParameter
     packer = zstd.ZstdCompressor(options={parameter.window_log: 30, parameter.content_size_flag: 0})
