@@ -140,6 +140,22 @@ def test_one_sync_covers_one_iteration(disk):
     asyncio.run(run())
 
 
+def test_unfinished_batch_does_not_count_as_synced(disk):
+    class Unfinished(Watched):
+        sync_position = 0
+
+    async def run() -> None:
+        bench = Bench()
+        bench.syncer.ring = Unfinished(bench.ring, disk)
+        bench.push()
+        await bench.until(1)
+        assert (bench.told, bench.ring.synced_position, disk.syncs) == ([0], 0, 1)
+        assert make_safe(bench.syncer.ring, bench.fd) is None
+        assert bench.ring.synced_position == 0
+
+    asyncio.run(run())
+
+
 def test_arrivals_during_sync_wait_for_next(disk):
     async def run() -> None:
         bench = Bench()
