@@ -5,8 +5,8 @@ The rules:
 1. No more than ``max_body`` bytes come out, and memory is of that order: decoding stops there (413). Sizes that a body
    claims to have are not believed.
 2. A body that is cut, broken, or followed by anything is refused (400): nothing of it is used.
-3. Decoding yields after each slice, so that others have their turn. A raw block of snappy can only be decoded at once: a
-   large one is by another thread, as the library releases the interpreter's lock.
+3. Decoding yields after each slice, so that others have their turn. A raw block of snappy can only be decoded at once:
+   a large one is by another thread, as the library releases the interpreter's lock.
 """
 
 from __future__ import annotations

@@ -172,15 +172,13 @@ def test_large_block_is_decoded_beside(size):
     """By another thread, whose errors are told as well; small ones at once."""
     data = random.Random(size).randbytes(encodings.LARGE_BLOCK + size)
     block = PACKERS["snappy"](data)
-    steps = encodings.snappy_block(block, len(data))
-    waited = 0
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            assert end.value == data
-            break
-        waited += 1
+    waits = []
+
+    def steps():
+        waits.append((yield from encodings.snappy_block(block, len(data))))
+
+    waited = sum(1 for _ in steps())
+    assert waits == [data]
     assert (waited > 0) == (size > 0)
     assert reason(block, "snappy", len(data) - 1) is Reason.TOO_LARGE
     assert reason(block[:-1], "snappy", len(data)) is Reason.MALFORMED
