@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from ring_disk import is_marked, pages_written_again
@@ -63,6 +64,19 @@ def test_opening_full_ring_writes_positions(kind):
 def test_viewing_what_waits_writes_nothing():
     with full_ring("claimed") as fd:
         assert pages_of(fd, lambda view: [packet.messages for packet in view.waiting()].remove(2)) == 0
+
+
+@pytest.mark.skipif(
+    Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2", reason="all memory has to be there beforehand"
+)
+def test_ring_may_be_larger_than_memory(tmp_path):
+    """It is made in a file, so the next start is to open it too, and looks at it first."""
+    capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 5 // 4
+    with (tmp_path / "ring.fdq").open("w+b") as file:
+        os.truncate(file.fileno(), file_size(capacity))
+        PacketRing(file.fileno(), capacity).push(b"one")
+        for private in (True, False):
+            assert [packet.body for packet in PacketRing(file.fileno(), private=private).waiting()] == [b"one"]
 
 
 def test_what_waits_is_what_would_be_claimed():

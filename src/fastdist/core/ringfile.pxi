@@ -208,7 +208,8 @@ cdef class RingFile:
     cdef int map(self, int64_t capacity) except -1:
         """Map the data and the marks. Raises CutShortError, OSError."""
         cdef int protection = PROT_READ | PROT_WRITE if self.direct else PROT_READ
-        cdef int sharing = MAP_SHARED if self.shared else MAP_PRIVATE
+        # A private look changes few pages, if any: it is not to be refused because memory for all of them is lacking.
+        cdef int sharing = MAP_SHARED if self.shared else MAP_PRIVATE | MAP_NORESERVE
         cdef uchar *base
         cdef void *table
         cdef int half
