@@ -262,6 +262,31 @@ def test_marks_made_meanwhile_are_written(seed):
     os.close(other)
 
 
+def test_pages_of_marks_are_rewritten_whole():
+    """Where the disk cannot read a page the kernel can write no part of it: no sync would succeed any more."""
+    capacity, count = 1 << 20, 1500
+    fd, ring = made(capacity)
+    start, end = HEADER_SIZE + capacity, file_size(capacity)
+    for number in range(count):
+        assert ring.push(b"%d" % number)
+        if number == count // 2:
+            ring.mark_synced(ring.tail_position)
+    for _ in range(count):
+        ring.count_attempt(ring.claim())
+    marks = os.pread(fd, end - start, start)
+    other = os.memfd_create("disk")
+    os.ftruncate(other, end)
+    cache = redirect(fd, other)
+    ring.write_again()
+    again = os.pread(other, end - start, start)
+    written = [page for page in range(0, len(again), PAGE) if any(again[page : page + PAGE])]
+    assert 2 <= len(written) < len(again) // PAGE
+    assert [again[page : page + PAGE] for page in written] == [marks[page : page + PAGE] for page in written]
+    os.close(redirect(fd, cache))
+    os.close(cache)
+    os.close(other)
+
+
 def mark_in(table, number):
     at = number * MARK % len(table)
     return table[at : at + MARK]

@@ -612,6 +612,9 @@ cdef class RingFile:
             start += part
         if first < last:  # numbers may be left out, places of marks are not
             last = first + (last - first - 1) % self.slots + 1
+            # Whole pages: of one that the disk cannot read the kernel would have to read the rest.
+            first -= first % MARKS_A_PAGE
+            last = min(last + (MARKS_A_PAGE - 1 - (last - 1) % MARKS_A_PAGE), first + self.slots)
         while first < last and failed == 0:
             at = first % self.slots
             count = min(last - first, PIECE // sizeof(Mark), self.slots - at)
