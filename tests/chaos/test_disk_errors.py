@@ -203,14 +203,34 @@ def test_worker_is_killed_while_writes_fail(experiment, faults, durability, code
     assert fastdist.stats()["workers"][0]["restarts"] == 1
 
 
+def lose_headers(path: Path) -> None:
+    with path.open("r+b") as file:
+        for copy in (0, SECOND_COPY):
+            file.seek(copy)
+            file.write(bytes(128))
+
+
+def test_lost_headers_heal_with_next_sync(experiment, faults):
+    """A worker that is killed after that has a successor which finds all there is."""
+    fastdist, _ = queued(experiment, faults)
+    file = experiment.data / "ring-0.fdq"
+    lose_headers(file)
+    experiment.emitter(connections=4).start().wait_for(50).stop()
+    magic = b"fdring"
+    wait_until(lambda: all(file.read_bytes()[copy:].startswith(magic) for copy in (0, SECOND_COPY)), "both are written")
+    kill_the_worker(fastdist)
+    wait_for_restarts(fastdist, 1)
+    go_on(experiment, fastdist)
+    experiment.judge("both headers are lost, packets come, a worker is killed", bound=in_flight(DELIVERY, 1))
+
+
 def test_headers_are_lost_in_use(experiment, faults):
     """A worker that is killed has no successor then, until it gets a new ring; the old one is set aside."""
     fastdist, accepted = queued(experiment, faults)
-    with (experiment.data / "ring-0.fdq").open("r+b") as file:
-        for copy in (0, SECOND_COPY):
-            file.seek(copy)
-            file.write(bytes(72))
-    kill_the_worker(fastdist)
+    (pid,) = fastdist.worker_pids()
+    os.kill(pid, signal.SIGSTOP)  # else it may write them again
+    lose_headers(experiment.data / "ring-0.fdq")
+    os.kill(pid, signal.SIGKILL)
     wait_until(lambda: "set aside" in fastdist.output, "it is set aside")
     go_on(experiment, fastdist)
     assert len(list(experiment.data.glob("ring-0.fdq.damaged-*"))) == 1

@@ -268,6 +268,19 @@ def test_damage_hides_nothing_kept_in_memory():
     os.close(fd)
 
 
+@pytest.mark.parametrize("copies", [COPIES[:1], COPIES[1:], COPIES])
+def test_lost_headers_are_written_again(disk, copies):
+    """With the next sync at the latest: else what was accepted since could not be read by a successor."""
+    disk.push(b"before")
+    for copy in copies:
+        os.pwrite(disk.fd, bytes(HEADER), copy)
+    disk.push(b"after")
+    disk.ring.mark_synced(disk.ring.tail_position)
+    found = PacketRing(disk.fd, private=True)
+    assert found.damage == []
+    assert_in_order(found, disk.packets())
+
+
 def test_damaged_packet_is_known_by_claim(disk):
     disk.push(b"claimed " * 100)
     handle = disk.ring.claim()

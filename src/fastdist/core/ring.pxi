@@ -183,6 +183,7 @@ cdef class PacketRing:
 
     cdef int use(self, const Header *header) except -1:
         """Map what the header speaks of."""
+        self.file.header = header[0]
         self.file.seed = crc32c(0, &header.salt, 8)
         self.file.map(header.capacity)
         self.capacity = header.capacity

@@ -168,6 +168,7 @@ cdef class RingFile:
     cdef int64_t capacity
     cdef uint64_t slots            # marks there are
     cdef uint32_t seed
+    cdef Header header             # as it was written last
     cdef int64_t written           # position: what is before it is in the file
     cdef int64_t saved_head, limit # as the header has them
     cdef int64_t rewriting         # position: from it on records are being written again, by another thread; else FOREVER
@@ -574,21 +575,20 @@ cdef class RingFile:
     # ---- the header
 
     cdef int save(self, Positions *positions) noexcept nogil:
-        """Write the positions to both copies, one after the other; return 0, or an errno.
+        """Write the header with these positions to both copies, one after the other; return 0, or an errno.
 
         Whenever the process dies, one of the copies is whole. One that cannot be written is as good as lost: the other will do.
+        What never changes is written as well: it may have been damaged, and without it nothing here will be found.
         """
-        cdef Saved saved
         cdef int[2] failed
         cdef int copy
-        cdef Header header
-        cdef int64_t offset = <char *>&header.saved - <char *>&header
-        saved.positions = positions[0]
-        saved.check = crc32c(self.seed, positions, sizeof(Positions))
+        cdef Header *header = &self.header
+        header.saved.positions = positions[0]
+        header.saved.check = crc32c(self.seed, positions, sizeof(Positions))
         failed[0] = failed[1] = 0
         if self.shared:
             for copy in range(2):
-                failed[copy] = write_all(self.fd, &saved, sizeof(Positions) + sizeof(uint32_t), copy * SECOND_COPY + offset)
+                failed[copy] = write_all(self.fd, header, sizeof(Header), copy * SECOND_COPY)
         if failed[0] and failed[1]:
             self.failed = failed[0]
             return failed[0]
