@@ -268,6 +268,23 @@ def test_damage_hides_nothing_kept_in_memory():
     os.close(fd)
 
 
+def test_damage_is_searched_only_once(disk):
+    """It may be very much, and is in the way whenever it is asked for the oldest packet while nothing is claimed."""
+    for number in range(12):
+        disk.push(bytes([65 + number]) * 200)
+    disk.save()
+    first, last = disk.places[0].offset, disk.places[9].offset
+    change(disk, first, bytes(last - first))
+    oldest = disk.ring.oldest_ns
+    assert oldest == disk.places[9].packet.accepted_ns
+    again = disk.places[5]
+    os.pwrite(disk.fd, disk.image[again.offset : again.offset + again.size], again.offset)  # a search would find it
+    assert disk.ring.oldest_ns == oldest
+    heard = damaged(disk)
+    assert drain(disk.ring) == disk.packets()[9:]
+    assert heard == [(first, f"{last - first} bytes that are no record", 9)]
+
+
 @pytest.mark.parametrize("copies", [COPIES[:1], COPIES[1:], COPIES])
 def test_lost_headers_are_written_again(disk, copies):
     """With the next sync at the latest: else what was accepted since could not be read by a successor."""

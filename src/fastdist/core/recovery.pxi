@@ -176,6 +176,21 @@ cdef int64_t next_sound(RingFile file, int64_t position, int64_t end, uint64_t l
     return -1
 
 
+cdef int64_t search_once(PacketRing ring, int64_t position, int64_t end) noexcept nogil:
+    """Return where the next sound record is behind a damaged one in a ring in use; ``end`` without one before.
+
+    Nothing is searched again: it may be very much, and until the place is claimed it is asked for again and again.
+    """
+    cdef int64_t found, start = position + 8
+    if ring.barren <= position < ring.barren_end:
+        start = max(start, ring.barren_end)
+    else:
+        ring.barren = position
+    found = next_sound(ring.file, start, end, 0)
+    ring.barren_end = max(start, end if found < 0 else found)
+    return end if found < 0 else found
+
+
 cdef int64_t sound_behind(RingFile file, int64_t position, int64_t end, uint64_t least) except? -2:
     """Do the same where it was not seen yet that the pages can be read."""
     file.look(end)

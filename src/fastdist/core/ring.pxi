@@ -121,6 +121,7 @@ cdef class PacketRing:
     cdef int64_t marked                # position: unclaimed records before it may have a mark
     cdef int64_t unfinished            # position: what is pushed behind it waits for a batch that is not whole; FOREVER: nothing
     cdef int64_t promised              # bytes that are yet to be pushed of that batch
+    cdef int64_t barren, barren_end    # positions: between them there is no record, see search_once
     cdef bint claims_wait_for_sync
     cdef readonly bint wants_sync      # space is short, and a sync would free some
     cdef int64_t staged                # packets pushed and not written
@@ -287,6 +288,7 @@ cdef class PacketRing:
     cdef void roll_back(self) noexcept nogil:
         """Forget what was pushed and could not be written, some of which may be in the file nevertheless."""
         self.forget_staged()
+        self.barren_end = min(self.barren_end, self.tail)
         self.skip_numbers()
         self.save()
 
@@ -597,10 +599,7 @@ cdef class PacketRing:
 
     cdef int64_t past_damage(self, int64_t position, int64_t end) noexcept nogil:
         """Return where the next record is behind a damaged one; ``end`` without one before."""
-        cdef int64_t found
-        end = min(end, self.file.next_kept(position))
-        found = next_sound(self.file, position + 8, end, 0)
-        return end if found < 0 else found
+        return search_once(self, position, min(end, self.file.next_kept(position)))
 
     cdef void count_copy(self, int64_t accepted_ns) noexcept nogil:
         if self.copies_claimed == 0 or (self.oldest_copy_ns and accepted_ns < self.oldest_copy_ns):
