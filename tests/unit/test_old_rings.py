@@ -191,6 +191,15 @@ def test_successor_gets_no_deleted_ring(tmp_path):
     assert [old.path for old in slot.old_rings] == paths[:1]
 
 
+def test_emptied_ring_counts_as_damaged(tmp_path):
+    """One that has its name, but nothing in it, was not deleted by us: the worker that gets it tells what is lost."""
+    fd = Start(tmp_path, 1, MIB).fds[0]
+    slot = WorkerSlot(SharedBlock.create(1, 4), 0, None, fd, [OldRing(fd, str(ring_path(tmp_path, 0)))])
+    os.truncate(fd, 0)
+    slot.drop_deleted()
+    assert [old.fd for old in slot.old_rings] == [fd]
+
+
 def test_old_ring_gives_unused_space_back(tmp_path):
     start = Start(tmp_path, 1, MIB)
     ring = PacketRing(start.fds[0])

@@ -90,8 +90,10 @@ class WorkerSlot:
 
     def drop_deleted(self) -> None:
         """Do the same for those of which a worker that was killed could not tell."""
-        for old in [old for old in self.old_rings if os.fstat(old.fd).st_size == 0]:
-            self.migrated(old.path)
+        for old in tuple(self.old_rings):
+            state = os.fstat(old.fd)
+            if state.st_size == state.st_nlink == 0:  # one that was cut short, and has a name, is damaged
+                self.migrated(old.path)
 
     def send(self, message: Message) -> bool:
         """Send a message to the worker; False if it is not running."""
