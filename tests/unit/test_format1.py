@@ -287,9 +287,10 @@ def test_the_next_start_delivers_its_packets(tmp_path, name):
     assert [file.read_bytes() for file in kept] == ([image] if report.damage else [])
 
 
-def test_format_1_without_room_stays(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["plain", "damaged-body"])
+def test_format_1_without_room_stays(tmp_path, monkeypatch, name):
     path = tmp_path / "ring-0.fdq"
-    path.write_bytes(gzip.decompress((DATA / "plain.fdq.gz").read_bytes()))
+    path.write_bytes(gzip.decompress((DATA / f"{name}.fdq.gz").read_bytes()))
     before = path.read_bytes()
 
     def full(*_):

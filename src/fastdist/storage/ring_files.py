@@ -134,16 +134,20 @@ def convert(path: Path, fd: int, rings: dict[Path, int]) -> None:
         for packet in old.waiting():
             record = record_bytes(len(packet.key or ""), len(packet.body))
             size, largest = size + record, max(largest, record)
-        if old.damage:
-            aside = name_aside(path)
-            aside.hardlink_to(path)
-            log.error("a queue file is damaged and is kept", file=str(aside), packets=old.undone, lost=old.corrupt)
-        rings[path] = replace(path, size + 2 * largest, copy)
+        with contextlib.ExitStack() as undo:
+            if old.damage:
+                aside = name_aside(path)
+                aside.hardlink_to(path)
+                undo.callback(aside.unlink)
+            rings[path] = replace(path, size + 2 * largest, copy)
+            undo.pop_all()
     except RingError:
         return  # it is set aside
     except OSError as error:
         raise StartError(f"cannot convert the queue file {path} to the present format: {error.strerror}") from error
     os.close(fd)
+    if old.damage:
+        log.error("a queue file is damaged and is kept", file=str(aside), packets=old.undone, lost=old.corrupt)
     log.info("a queue file of an older version was converted", file=str(path), packets=old.undone)
 
 
