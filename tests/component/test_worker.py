@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
@@ -115,6 +116,26 @@ def test_dead_letters_are_finished_at_end(build, tmp_path, deleted):
         assert dead_letter.ring.undone == 1, "it is not synced yet"
         await worker._drain(time.monotonic())
         assert dead_letter.ring.undone == 0
+
+    asyncio.run(check())
+
+
+def test_unseen_files_keep_no_worker_closed(build, monkeypatch):
+    """A write has failed once, and whether files have their names cannot be seen: a folder that may not be searched."""
+
+    def unseen(_migrations):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    async def check():
+        worker = build()
+        monkeypatch.setattr(worker.queue.names, "look", unseen)
+        worker._not_written(errno.ENOSPC)
+        assert worker.intake.broken_storage == errno.ENOSPC
+        monkeypatch.setattr(worker.queue, "_next_try", 0.0)
+        with pytest.raises(PermissionError):
+            worker._look_for_files()
+        assert worker.intake.broken_storage == 0
+        await worker._drain(0.0)
 
     asyncio.run(check())
 

@@ -226,8 +226,10 @@ class Worker:
         self.lag.observe(now_ns)
 
     def _look_for_files(self, _now_ns: int = 0) -> None:
-        self.queue.look()
-        self.intake.broken_storage = self.queue.fault
+        try:
+            self.queue.look()
+        finally:
+            self.intake.broken_storage = self.queue.fault
 
     def _write_dead_letters(self, now_ns: int) -> None:
         if self.intake.draining:

@@ -142,8 +142,7 @@ class Queue:
         self._next_try = time.monotonic() + RETRY_SECONDS
 
     def look(self) -> None:
-        """Look whether files are under their names, and a ring that could not be written to can be. Raises OSError."""
-        self.names.look(self.migrations)
+        """Look whether a ring that could not be written to can be, and files are under their names. Raises OSError."""
         if self._unwritable is not None and time.monotonic() >= self._next_try:
             self._next_try = time.monotonic() + RETRY_SECONDS
             try:
@@ -153,6 +152,7 @@ class Queue:
             else:
                 self._unwritable = None
                 log.info("the queue can be written to again")
+        self.names.look(self.migrations)  # last: it may be impossible, and packets be accepted all the same
 
     def sync(self, _now_ns: int = 0) -> None:
         """Sync the ring if anything has changed."""
