@@ -19,9 +19,10 @@ from fastdist.config import load
 from fastdist.ipc import Settings
 from fastdist.shm.block import SharedBlock, Step, WorkerWord
 from fastdist.storage.dead_letter_writer import PendingDeadLetter
-from fastdist.storage.directory import QueueFolder, ring_path
+from fastdist.storage.directory import OldRing, QueueFolder, ring_path
 from fastdist.worker.ingest import IngestProtocol
 from fastdist.worker.main import Assignment, Worker
+from fastdist.worker.migrate import Migration
 
 CAPACITY = 1 << 20
 
@@ -116,6 +117,25 @@ def test_dead_letters_are_finished_at_end(build, tmp_path, deleted):
         assert dead_letter.ring.undone == 1, "it is not synced yet"
         await worker._drain(time.monotonic())
         assert dead_letter.ring.undone == 0
+
+    asyncio.run(check())
+
+
+def test_nothing_is_migrated_after_the_end(build, tmp_path):
+    """The upkeep may run once more before the event loop ends: what it copied would be delivered from both rings."""
+
+    async def check():
+        worker = build()
+        path = tmp_path / "adopt-1.fdq"
+        with path.open("w+b") as file:
+            os.truncate(path, file_size(CAPACITY))
+            old = PacketRing(file.fileno(), CAPACITY)
+            assert all(old.push(b"{}") for _ in range(3))
+            worker.queue.migrations.append(Migration(OldRing(os.dup(file.fileno()), str(path))))
+        await worker._drain(time.monotonic())
+        for _ in range(2):
+            worker._tend_old_rings()
+        assert (worker.queue.ring.undone, worker.queue.undone) == (0, 3)
 
     asyncio.run(check())
 

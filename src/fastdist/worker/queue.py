@@ -64,6 +64,7 @@ class Queue:
         self.names = RingNames(self.ring, self.fd, path)
         self._unwritable = OSError(errno.EIO, os.strerror(errno.EIO)) if self.ring.broken else None
         self._next_try = 0.0  # at writing, time.monotonic()
+        self._closed = False
         self.syncer = None
         if path is not None:
             self.syncer = Syncer(
@@ -165,7 +166,7 @@ class Queue:
         What the ring cannot take becomes a dead letter. ``deleted(path)`` is called when an old ring is empty and gone.
         """
         failure = None
-        for migration in tuple(self.migrations) if self.is_ready else ():
+        for migration in tuple(self.migrations) if self.is_ready and not self._closed else ():
             try:
                 self._migrate(migration, limit, dead_letter_writer)
                 if migration.finished and time.monotonic() >= migration.next_deletion:
@@ -196,7 +197,8 @@ class Queue:
             )
 
     def close(self) -> None:
-        """Sync once more, and mark migrated packets done whose copies are safe."""
+        """Sync once more, and mark migrated packets done whose copies are safe. None is copied any more."""
+        self._closed = True
         if self.syncer is not None:
             self.syncer.close()
         for migration in () if self.names.misplaced else self.migrations:
