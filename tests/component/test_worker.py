@@ -121,6 +121,23 @@ def test_dead_letters_are_finished_at_end(build, tmp_path, deleted):
     asyncio.run(check())
 
 
+def test_no_dead_letter_after_the_end(build, tmp_path):
+    """What was not written yet stays queued: what the upkeep wrote now, unsynced, would be a dead letter as well."""
+
+    async def check():
+        worker = build()
+        worker.dead_letter_writer.syncing = True
+        dead_letter = dead_letter_of_an_old_ring()
+        worker.dead_letter_writer.add(dead_letter)
+        worker.dead_letter_writer.syncing = False
+        await worker._drain(time.monotonic())
+        worker._write_dead_letters(time.monotonic_ns())
+        assert dead_letter.ring.undone == 1
+        assert not (tmp_path / "dead-letters").exists()
+
+    asyncio.run(check())
+
+
 def test_nothing_is_migrated_after_the_end(build, tmp_path):
     """The upkeep may run once more before the event loop ends: what it copied would be delivered from both rings."""
 

@@ -79,7 +79,7 @@ class DeadLetterWriter:
         self._run, self._sync_delay = run, int(min(sync_delay, MAX_DELAY) * 1e9)  # ns
         self.unwritten: deque[PendingDeadLetter] = deque()
         self.written: list[PendingDeadLetter] = []  # and not known to be safe
-        self.syncing = False
+        self.syncing = self._closed = False
         self.failed = 0  # errno of what was tried last
         self._sync_at = self._retry_at = 0  # monotonic ns
         self._problem: Exception | None = None  # with what was written last
@@ -109,6 +109,11 @@ class DeadLetterWriter:
         if self.written:
             self._settle(self._sync_now())
 
+    def close(self) -> None:
+        """Close the files, and write nothing more: unsynced, it would be a dead letter and stay queued as well."""
+        self._closed = True
+        self.files.close()
+
     def write_all(self, dead_letters: Iterable[PendingDeadLetter]) -> None:
         """Write these and all others now: their ring ends with this process. Raises OSError; some may be written then.
 
@@ -128,7 +133,7 @@ class DeadLetterWriter:
     # ---- writing
 
     def _write(self) -> None:
-        if self.syncing:
+        if self.syncing or self._closed:
             return
         if not self.written:
             self._sync_at = time.monotonic_ns() + self._sync_delay

@@ -55,7 +55,7 @@ class Drain:
         for connection in tuple(self._intake.connections):
             if connection.transport is not None:
                 connection.transport.close()
-        dead_letter_writer.files.close()
+        dead_letter_writer.close()
 
     async def _finish(self, deadline: float) -> None:
         """Serve and deliver while there is something to finish."""
