@@ -575,6 +575,16 @@ def test_complete_for_ordinary_packets(packet, ascii_only, indent, separators):
     assert scan(body) == check(body)
 
 
+@pytest.mark.parametrize("space", [" ", "\n", " \n\t", "\r\n"])
+@pytest.mark.parametrize("text", ["x", "\u00e9", "x\u20ac\U0001f600"])
+def test_places_far_behind_are_counted(space, text):
+    for count in (0, 1, 31, 32, 33, 191, 192, 193, 5000):
+        before = f'["{text * count}",{space * count}"{text * count}"{space * count}'
+        line, column = before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1
+        what = "not JSON: expected a comma or a closing bracket"
+        assert malformed(f"{before}5]".encode()) == (what, line, column, len(before.encode()))
+
+
 # ----------------------------------------------------------------------------------------------------------- the memory
 
 
@@ -606,8 +616,12 @@ def between_walls():
 
 
 @pytest.mark.parametrize(
-    "body", [TYPICAL, COMPACT, MINIMAL + b"\n\n", b"{" * 200, b"[" * 200, b"\\" * 200, b'"\\u' * 70]
-)
+    "body",
+    [
+        TYPICAL, COMPACT, MINIMAL + b"\n\n", MINIMAL.replace(b",", b"," + b" \n\r\t" * 40), b"{" * 200, b"[" * 200,
+        b"\\" * 200, b'"\\u' * 70,
+    ],
+)  # fmt: skip
 def test_nothing_outside_the_body_is_read(between_walls, body):
     """A read across the end would end this process."""
     for piece in (body[:n] for n in range(len(body) + 1)):

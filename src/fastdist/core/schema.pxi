@@ -40,6 +40,10 @@ ctypedef const unsigned char *cursor
 cdef extern from "<ctype.h>" nogil:
     bint isxdigit(int c)
 
+cdef extern from "<string.h>" nogil:
+    size_t strspn(const char *text, const char *accepted)
+    void *memrchr(const void *p, int c, size_t n)
+
 cdef extern from "json.h" nogil:
     cursor plain_end "fd_plain_end"(cursor p, cursor end)
     const int BLOCK "FD_BLOCK"
@@ -60,6 +64,8 @@ cdef enum:
     MAX_RUN = 8  # digits in a row that are kept of a date-time with escapes: no part of one but its fraction has more
     MAX_DATE_TIME = 64
     UTF8 = 4  # bytes, of a character at most
+    NEAR = 32  # bytes of space, at most, that are looked at one by one
+    RUN = 192  # bytes of which some are counted in a byte
 
 # The members that the schema knows, as bits of the set of those seen. Any other is 0: it may come as often as it likes.
 cdef enum:
@@ -99,8 +105,11 @@ cdef inline bint is_space(unsigned char c) noexcept nogil:
 
 
 cdef inline cursor skip_space(cursor p) noexcept nogil:
+    cdef cursor near = p + NEAR
     while is_space(p[0]):
         p += 1
+        if unlikely(p == near):
+            return p + strspn(<const char *>p, b" \n\r\t")  # several bytes at once, on most machines
     return p
 
 
@@ -635,7 +644,6 @@ def malformed(bytes body not None):
     cdef cursor end = start + len(padded)
     cdef cursor p
     cdef cursor opening = NULL
-    cdef Py_ssize_t i, byte, line = 1, column = 1
     if body.startswith(b"\xef\xbb\xbf"):
         p = no(start, BYTE_ORDER_MARK)
     else:
@@ -653,13 +661,33 @@ def malformed(bytes body not None):
         stopped.at = opening
     elif stopped.at[0] >= 0x80 and stopped.why != BYTE_ORDER_MARK:
         scan_utf8(stopped.at)  # which says so, if that is the reason
-    byte = min(stopped.at - start, len(body))
-    for i in range(byte):
-        if start[i] == c'\n':
-            line, column = line + 1, 1
-        elif not is_tail(start[i]):
-            column += 1
-    return stopped.why.decode("ascii"), line, column, byte
+    return stopped.why.decode("ascii"), *place_of(start, min(stopped.at, start + len(body)))
+
+
+cdef tuple place_of(cursor start, cursor at):
+    """Return ``(line, column, byte)`` of a place in a body: lines and columns (of characters) count from 1, bytes from 0."""
+    cdef cursor line = start
+    cdef cursor line_end = <cursor>memrchr(start, c'\n', at - start)
+    if line_end != NULL:
+        line = line_end + 1
+    return count_of(start, at, 0xFF, c'\n') + 1, at - line - count_of(line, at, 0xC0, 0x80) + 1, at - start
+
+
+cdef Py_ssize_t count_of(cursor p, cursor end, uint8_t mask, uint8_t masked) noexcept nogil:
+    """Return of how many bytes these bits are so. Written so that compilers look at many bytes at once."""
+    cdef Py_ssize_t count = 0
+    cdef uint8_t in_run
+    cdef int i
+    while end - p >= RUN:
+        in_run = 0
+        for i in range(RUN):
+            in_run += p[i] & mask == masked
+        count += in_run
+        p += RUN
+    while p < end:
+        count += p[0] & mask == masked
+        p += 1
+    return count
 
 
 def locate(bytes body not None, bint strict=False):

@@ -172,11 +172,5 @@ def json_fault(bytes text not None, int room):
 
 
 cdef tuple place_of_fault(cursor start, cursor end):
-    """Return ``(what, line, column, byte)`` of what the scanner has stopped at; lines and columns from 1."""
-    cdef Py_ssize_t i, byte = min(stopped.at, end) - start, line = 1, column = 1
-    for i in range(byte):
-        if start[i] == c'\n':
-            line, column = line + 1, 1
-        elif not is_tail(start[i]):
-            column += 1
-    return stopped.why.decode("ascii"), line, column, byte
+    """Return ``(what, line, column, byte)`` of what the scanner has stopped at."""
+    return stopped.why.decode("ascii"), *place_of(start, min(stopped.at, end))
