@@ -233,14 +233,30 @@ cdef inline cursor scan_name(cursor p, cursor end) noexcept nogil:
     return scan_colon(p) if p != NULL else NULL
 
 
-cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
-    """A value of any kind with at most so many containers within each other; p is at its first byte."""
-    cdef uint64_t objects = 0  # one bit for each open container, the innermost lowest: whether it is an object
-    cdef uint64_t outer = 0  # those of the first 64, while there are more
+cdef struct Containers:        # that are open around a value
+    uint64_t objects           # one bit for each, the innermost lowest: whether it is an object
+    uint64_t outer             # those of the first 64, while there are more
+    int depth                  # how many there are
+    cursor key                 # in an object: the name of the value
+
+
+cdef inline cursor scan_on(
+    cursor p, cursor end, int room, Containers *open, cursor until, int watched
+) noexcept nogil:
+    """From the first byte of a value on: to behind the one that all are in, and then no container is open.
+
+    Or to the first byte of another one, if that is not before ``until``, or in no more than ``watched`` containers: from
+    there it goes on in the next call.
+    """
+    cdef uint64_t objects = open.objects
+    cdef uint64_t outer = open.outer
+    cdef cursor key = open.key
     cdef unsigned char c
-    cdef int depth = 0
+    cdef int depth = open.depth
+    cdef bint opened
     while True:
         c = p[0]
+        opened = False
         if c == c'"':
             p = scan_string(p + 1, end)
         elif c == c'{' or c == c'[':
@@ -252,12 +268,9 @@ cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
                     outer = objects
                 depth += 1
                 objects = objects << 1 | (c == c'{')
-                if c == c'{':
-                    p = scan_name(p, end)
-                    if p == NULL:
-                        return NULL
-                continue
-            p = p + 1 if p != end else NULL
+                opened = True
+            else:
+                p = p + 1 if p != end else NULL
         elif c == c't':
             p = p + 4 if is_word(p, end, b"true", 4) else no(p, NO_VALUE)
         elif c == c'f':
@@ -269,11 +282,13 @@ cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
         if p == NULL:
             return NULL
         # A value has ended: close the containers that end with it, up to one that goes on.
-        while True:
+        while not opened:
             if depth == 0:
+                open.depth = 0
                 return p
             p = skip_space(p)
             if p[0] == c',':
+                p = skip_space(p + 1)
                 break
             if p[0] != (c'}' if objects & 1 else c']') or p == end:
                 return no(p, NO_END_OF_OBJECT if objects & 1 else NO_END_OF_ARRAY)
@@ -282,11 +297,21 @@ cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
             objects >>= 1
             if unlikely(depth == WORD):
                 objects = outer
-        p = skip_space(p + 1)
         if objects & 1:
+            key = p
             p = scan_name(p, end)
             if p == NULL:
                 return NULL
+        if depth <= watched or p >= until:
+            open.objects, open.outer, open.depth, open.key = objects, outer, depth, key
+            return p
+
+
+cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
+    """A value of any kind with at most so many containers within each other; p is at its first byte."""
+    cdef Containers open
+    memset(&open, 0, sizeof(Containers))
+    return scan_on(p, end, room, &open, end + 1, 0)
 
 
 # ------------------------------------------------------------------------------------------- what strict asks for

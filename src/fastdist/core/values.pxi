@@ -1,4 +1,4 @@
-"""JSON texts one after the other, cut into values without decoding them; date-times.
+"""JSON cut into values without decoding them, from texts one after the other or from lists in an object; date-times.
 
 What agents send as JSON is decoded by a library, value by value, so that no step takes long and a fault has a number.
 Where a value ends the scanner of schema.pxi knows, which also bounds its depth and sees to it that it is JSON.
@@ -12,6 +12,9 @@ cdef enum:
     ERA_DAYS = 146097         # of 400 years
     MAX_RFC3339 = 31          # characters of a date-time, at least
     PIECE_BYTES = 64 << 10    # of values that are cut at once
+    MAX_PATH = 5              # names that lead to records
+    MAX_LISTS = 3             # among them
+    OF_OTHERS = -1
 
 cdef int64_t FIRST_SECOND = -62167219200  # 0000-01-01T00:00:00Z
 cdef int64_t LAST_SECOND = 253402300799   # 9999-12-31T23:59:59Z
@@ -142,6 +145,208 @@ cdef class JsonValues:
             else:
                 self.in_array = True
         return self.at
+
+
+cdef struct Note:              # of an object in a list, as offsets into the body
+    Py_ssize_t common          # of what its records have in common; 0: of nothing
+    Py_ssize_t records         # of the list of its records; 0: of none; OF_OTHERS: other objects have them
+
+
+@cython.final
+cdef class JsonRecords:
+    """The records of a body that is an object with a list of objects, which have lists of objects too, down to the records'.
+
+    ``names``: that of the first list; then, of the objects in each list, that of an object which says what their records
+    have in common, and that of their own list. ``nulls``: null may stand for a list or an object that is not there.
+    ``room``: as JsonValues.
+
+    Members come in any order, and of those with one name the last counts. So all of the body is checked before the first
+    record is taken; on the way it is noted where records are, and what they have in common. Objects that have neither leave
+    no note: all notes together take little more memory than the body. Both take as many steps as the caller likes.
+    """
+
+    cdef bytes body
+    cdef cursor start, at, end
+    cdef int room
+    cdef bint nulls, checked
+    cdef tuple names, wrong    # wrong: the first value that is not what it should be, if there is one
+    cdef const char *name[MAX_PATH]
+    cdef Py_ssize_t[MAX_PATH] length
+    cdef Containers open       # at `at`
+    cdef int known             # how many of them, from outside, the names lead through: an object, its list, an item of it, ...
+    cdef int most_known        # around a record
+    cdef Note *notes
+    cdef Py_ssize_t count, size
+    cdef Py_ssize_t[MAX_LISTS] own  # the numbers of the notes of open objects; -1: the outermost has no note
+    cdef Py_ssize_t next       # note
+    cdef cursor record         # that is taken next; NULL: the first one of the next note
+    cdef tuple outer, common
+
+    def __cinit__(self, bytes body not None, int room, tuple names not None, bint nulls):
+        cdef int i
+        if len(names) % 2 == 0 or len(names) > MAX_PATH:
+            raise ValueError("there are names of lists, and between them of what records have in common")
+        self.body, self.room, self.names, self.nulls = body, room, names, nulls
+        self.most_known = len(names) + 1
+        for i in range(len(names)):
+            self.name[i], self.length[i] = PyBytes_AS_STRING(<bytes>names[i]), len(names[i])
+        self.start = <cursor>PyBytes_AS_STRING(body)
+        self.end = self.start + len(body)
+        self.at = skip_space(self.start)
+        self.own[0] = -1
+        self.outer = self.common = ()
+
+    def __dealloc__(self):
+        free(self.notes)
+
+    @property
+    def noted(self):
+        """Bytes that the notes take."""
+        return self.size * sizeof(Note)
+
+    def check(self, Py_ssize_t most):
+        """Check the next bytes of the body, about as many; say whether it goes on.
+
+        What is not JSON is a ValueError with ``(what, line, column, byte)``. If all of it is JSON, but something else is
+        where a list or an object should be, that is a TypeError with the same, in the end.
+        """
+        global halves
+        cdef cursor p = self.at
+        cdef cursor until = p + min(most, self.end - p)
+        while not self.checked:
+            if self.open.depth == self.known < self.most_known:
+                self.meet(p)
+            halves = True
+            p = scan_on(p, self.end, self.room, &self.open, until, min(self.known, self.most_known - 1))
+            halves = False
+            if p != NULL and self.open.depth == 0:
+                p = skip_space(p)
+                self.checked = p == self.end
+                if not self.checked:
+                    p = no(p, NO_END_OF_BODY)
+            if p == NULL:
+                raise ValueError(*place_of_fault(self.start, self.end))
+            while self.known > self.open.depth:
+                self.leave()
+            if p >= until:
+                break
+        self.at = p
+        if self.checked and self.wrong is not None:
+            raise TypeError(*self.wrong)
+        return not self.checked
+
+    cdef int meet(self, cursor p) except -1:
+        """Note what the value at ``p`` is, which begins in the innermost container that the names lead to."""
+        cdef int list_name = self.known - 1
+        cdef Note *note
+        if self.known % 2 == 0:
+            if self.is_one(p, c'{', False, self.known - 2, "an item of {} is no object"):
+                self.known += 1
+                if self.known > 1:
+                    self.add_note()
+            return 0
+        note = &self.notes[self.own[self.known // 2]] if self.known > 1 else NULL
+        if self.is_named(list_name):
+            self.count = self.own[self.known // 2] + 1  # without those of an earlier list
+            if list_name == len(self.names) - 1:
+                note.records = 0
+            if self.is_one(p, c'[', self.nulls, list_name, "{} is no array"):
+                self.known += 1
+                if self.known == self.most_known:
+                    note.records = p - self.start
+        elif note != NULL and self.is_named(list_name - 1):
+            note.common = p - self.start if self.is_one(p, c'{', self.nulls, list_name - 1, "{} is no object") else 0
+        return 0
+
+    cdef bint is_one(self, cursor p, unsigned char bracket, bint null, int name, str otherwise) except -1:
+        """Whether a container of this kind that is not empty begins at ``p``; what is none is wrong, unless it may be null."""
+        if p[0] == bracket:
+            return skip_space(p + 1)[0] != bracket + 2
+        if self.wrong is None and not (null and p[0] == c'n'):
+            what = otherwise.format(self.names[name].decode()) if name >= 0 else "it is no object"
+            self.wrong = what, *place_of(self.start, p)
+        return False
+
+    cdef bint is_named(self, int name) noexcept nogil:
+        """Whether the member at hand has this name, which may be written with escapes."""
+        cdef cursor p = self.open.key + 1
+        cdef Py_ssize_t i
+        cdef uint32_t c
+        for i in range(self.length[name]):
+            c = p[0]
+            if c != c'\\':
+                p += 1
+            elif p[1] == c'u':
+                c = four_hex(p + 2)
+                p += 6
+            else:
+                c = plain_escape(p[1])
+                p += 2
+            if c != <unsigned char>self.name[name][i]:
+                return False
+        return p[0] == c'"'
+
+    cdef int add_note(self) except -1:
+        """Note an object that begins."""
+        cdef Py_ssize_t size = self.size + self.size // 2 + 64
+        cdef Note *notes = self.notes
+        if self.count == self.size:
+            notes = <Note *>realloc(notes, size * sizeof(Note))
+            if notes == NULL:
+                raise MemoryError
+            self.notes, self.size = notes, size
+        notes[self.count].common, notes[self.count].records = 0, 0 if self.known == self.most_known - 1 else OF_OTHERS
+        self.own[self.known // 2] = self.count
+        self.count += 1
+        return 0
+
+    cdef void leave(self) noexcept nogil:
+        """The innermost container that the names lead to is closed."""
+        cdef Note *last = &self.notes[self.count - 1]
+        if self.known % 2 and self.known > 1 and self.own[self.known // 2] == self.count - 1:
+            self.count -= last.common == 0 and last.records <= 0
+        self.known -= 1
+
+    def take(self, int most):
+        """Return what the next records have in common, a text for each of the objects they are in, and ``most`` of them.
+
+        A text is empty where nothing is said. It is the same tuple for records in the same objects; there may be none. None:
+        it was all. Only when ``check`` has come to the end.
+        """
+        cdef list records = []
+        cdef Note *note
+        cdef cursor until, after, p = self.record
+        if not self.checked or self.wrong is not None:
+            raise ValueError("the body is not checked, or wrong")
+        while p == NULL:
+            if self.next == self.count:
+                return None
+            note = &self.notes[self.next]
+            self.next += 1
+            common = self.text_at(note.common)
+            if note.records == OF_OTHERS:
+                self.outer, self.common = (common,), (common, b"")
+            else:
+                self.common = (*self.outer, common)
+                if note.records:
+                    p = skip_space(self.start + note.records + 1)
+            if p == NULL and common:
+                return self.common, records
+        until = p + PIECE_BYTES
+        while p < until and len(records) < most:
+            after = scan_leniently(p, self.end, self.room)
+            records.append(PyBytes_FromStringAndSize(<const char *>p, after - p))
+            p = skip_space(after)
+            if p[0] != c',':
+                p = NULL
+                break
+            p = skip_space(p + 1)
+        self.record = p
+        return self.common, records
+
+    cdef bytes text_at(self, Py_ssize_t offset):
+        cdef cursor p = self.start + offset
+        return PyBytes_FromStringAndSize(<const char *>p, scan_leniently(p, self.end, self.room) - p) if offset else b""
 
 
 cdef cursor scan_leniently(cursor p, cursor end, int room) noexcept nogil:
