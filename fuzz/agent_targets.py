@@ -1,6 +1,7 @@
 """Targets for what log agents send: a request is converted to strictly valid packets, or refused in its own shape.
 
-Where the same is said in a slower way, as protobuf's classes and the mapping in Python do, the two are compared.
+Where the same is said in a slower way, as protobuf's classes, Python's decoder of JSON and the mapping in Python do,
+the two are compared.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from agents import RECEIVED_NS, convert, packets, request, route
 from agents_harness import REQUESTS
 from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+from test_json_records import EXAMPLES, LOKI, OTLP, compared
 from test_protocol_loki import entry, field, labels_text
 from test_protocol_otlp import by_emitter, emitted, model
 
@@ -47,9 +49,10 @@ def converted(target: str, body: bytes, kind: str) -> Batch | None:
 
 
 def otlp(given: Input) -> None:
-    """Check that records are what the classes of protobuf say; JSON is converted, or refused."""
+    """Check that records are what the classes of protobuf say; JSON is walked as the model does, in any pieces."""
     body = given.data
     if body[:1] == b"{":
+        compared(body, OTLP, 1 + len(body) % 50, 1 + len(body) % 3)
         converted("/v1/logs", body, "application/json")
         return
     batch = converted("/v1/logs", body, PROTOBUF)
@@ -80,10 +83,11 @@ def plainly(asked: ExportLogsServiceRequest, body: bytes) -> bool:
 
 
 def loki(given: Input) -> None:
-    """Check that what is pushed is converted, or refused: protobuf, which is packed for that, and JSON."""
+    """Check that what is pushed is converted, or refused: protobuf, which is packed for that, and JSON as above."""
     body = given.data
     target = "/loki/api/v1/push"
     if body[:1] == b"{":
+        compared(body, LOKI, 1 + len(body) % 50, 1 + len(body) % 3)
         converted(target, body, "application/json")
         return
     converted(target, bytes(cramjam.snappy.compress_raw(body)), PROTOBUF)
@@ -218,6 +222,8 @@ def seeds(target: str) -> Iterable[bytes]:
     names = {"ingest": "json", "bulk": "elasticsearch", "hec": "splunk"}
     if target != "decoding":
         yield REQUESTS[names.get(target, target)].body
+    if target in ("otlp", "loki"):
+        yield from EXAMPLES
     if target == "otlp":
         asked = ExportLogsServiceRequest()
         one = asked.resource_logs.add()
