@@ -239,7 +239,7 @@ class _Bulk:
             self._refuse(action, "document_parsing_exception", detail)
             return
         self._stored(action)
-        self.packets.add(*_message(source, action.index, action.id, self._common))
+        self.packets.add(*_message(source, action.index, action.id, self._common), len(line))
 
     def _read(self, line: bytes) -> Action:
         """Read an action line: an object with an action, beside which and in which there may be anything."""
@@ -331,7 +331,7 @@ def _take_document(request: Request, limits: Limits) -> Work:
     except ValueError:
         raise Refused(Reason.MALFORMED, "the document is no JSON object", record=0) from None
     packets = Packets(limits, {"protocol": "elasticsearch"})
-    packets.add(*_message(source, index, given[0] if given else None, Common(request.received_ns, "")))
+    packets.add(*_message(source, index, given[0] if given else None, Common(request.received_ns, "")), len(body))
     identity = encode(given[0]) if given else b'"%x-0"' % request.received_ns
     reply = Reply(201, b'{"_index":%b,"_id":%b%b' % (encode(index), identity, CREATED), JSON + PRODUCT)
     return (yield from packets.finish(reply))

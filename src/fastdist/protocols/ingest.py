@@ -84,7 +84,7 @@ def _take(request: Request, limits: Limits) -> Work:
         packets.decoded = len(body)
         for batch in lines(body):
             for text, odd in batch:
-                packets.add(common.emitter, common.line(text, odd))
+                packets.add(common.emitter, common.line(text, odd), len(text))
             if packets.slices.over():
                 yield packets.kept
     else:

@@ -6,10 +6,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from msgspec import DecodeError, Raw, Struct
-from msgspec.json import Decoder
-
-from fastdist._core import RecordParts, find_field, json_fault, loki_entries
+from fastdist._core import RecordParts, find_field, loki_entries
 from fastdist.errors import printable
 from fastdist.protocols.base import (
     PROTOBUF_TYPES,
@@ -28,14 +25,14 @@ from fastdist.protocols.encodings import decode, snappy_block
 from fastdist.protocols.records import (
     FLUSH,
     LEVELS_BYTES,
-    MAX_DEPTH,
+    STEP,
     Common,
     Packets,
-    check_values,
     decode_value,
+    decoded_size,
     encode,
+    json_records,
     level_of,
-    not_json,
     text_of,
     time_of,
 )
@@ -184,39 +181,25 @@ def _character(match: re.Match[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-class _JsonStream(Struct):
-    stream: dict[str, Any] = {}
-    values: list[Raw] = []
-
-
-class _Push(Struct):
-    streams: list[_JsonStream] = []
-
-
-_PUSH = Decoder(_Push)
+NAMES = (b"streams", b"stream", b"values")
 
 
 def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None, None, None]:
-    packets.decoded = len(body)
-    check_values(body)
-    fault = json_fault(body, MAX_DEPTH)
-    if fault is not None:
-        raise not_json(fault)
-    if packets.slices.over():
-        yield packets.kept
-    try:
-        push = _PUSH.decode(body)
-    except (DecodeError, ValueError) as error:
-        raise Refused(Reason.MALFORMED, f"the body is not what is pushed to Loki: {error}") from None
-    for streamed in push.streams:
-        stream = Stream({name: text_of(value) for name, value in streamed.stream.items()})
-        packets.expect(len(encode(stream.labels)))
+    """Convert what is pushed."""
+    records = yield from json_records(body, NAMES, packets, "what is pushed to Loki")
+    decoded, about = packets.decoded, None
+    while (taken := records.take(STEP)) is not None:
+        if taken[0] is not about and taken[1]:
+            about = taken[0]
+            labels = decode_value(about[0]) if about[0] else {}
+            stream = Stream({name: text_of(value) for name, value in labels.items()})
+            size = len(encode(stream.labels))
+            packets.decoded = decoded + decoded_size(about[0])
+        for text in taken[1]:
+            message = _entry(decode_value(text), stream, received, packets.number)
+            packets.add(stream.emitter, message, size + decoded_size(text))
         if packets.slices.over():
             yield packets.kept
-        for raw in streamed.values:
-            packets.add(stream.emitter, _entry(decode_value(bytes(raw)), stream, received, packets.number))
-            if packets.slices.over():
-                yield packets.kept
 
 
 def _entry(entry: Any, stream: Stream, received: str, record: int) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import orjson
-from msgspec import DecodeError, Raw, Struct
-from msgspec.json import Decoder
+from msgspec import Struct, ValidationError, convert
 
-from fastdist._core import RecordParts, date_time, find_field, json_fault, otlp_attributes, otlp_records
+from fastdist._core import RecordParts, date_time, find_field, otlp_attributes, otlp_records
 from fastdist.errors import printable
 from fastdist.protocols.base import (
     JSON,
@@ -27,15 +26,15 @@ from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import (
     FLUSH,
     LEVELS_BYTES,
-    MAX_DEPTH,
     NS,
+    STEP,
     Common,
     Packets,
-    check_values,
     decode_value,
+    decoded_size,
     encode,
+    json_records,
     level_of,
-    not_json,
     text_of,
 )
 
@@ -171,6 +170,9 @@ def _scope(
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
+NAMES = (b"resourceLogs", b"resource", b"scopeLogs", b"scope", b"logRecords")
+
+
 class _Resource(Struct):
     attributes: list[dict[str, Any]] | None = None
 
@@ -181,51 +183,41 @@ class _Scope(Struct):
     attributes: list[dict[str, Any]] | None = None
 
 
-class _ScopeLogs(Struct, rename="camel"):
-    scope: _Scope | None = None
-    log_records: list[Raw] | None = None
-
-
-class _ResourceLogs(Struct, rename="camel"):
-    resource: _Resource | None = None
-    scope_logs: list[_ScopeLogs] | None = None
-
-
-class _Export(Struct, rename="camel"):
-    resource_logs: list[_ResourceLogs] | None = None
-
-
-_EXPORT = Decoder(_Export)
+T = TypeVar("T", _Resource, _Scope)
 
 
 def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None, None, None]:
-    check_values(body)
-    fault = json_fault(body, MAX_DEPTH)
-    if fault is not None:
-        raise not_json(fault)
-    if packets.slices.over():
-        yield packets.kept
+    """Convert an ExportLogsServiceRequest."""
+    records = yield from json_records(body, NAMES, packets, "an ExportLogsServiceRequest", nulls=True)
+    decoded, about, resource_text = packets.decoded, None, None
     try:
-        export = _EXPORT.decode(body)
-        for resource_logs in export.resource_logs or ():
-            resource = _attributes(resource_logs.resource.attributes if resource_logs.resource else None)
-            emitter = _emitter(resource)
+        while (taken := records.take(STEP)) is not None:
+            if taken[0] is not about:
+                about = taken[0]
+                if about[0] is not resource_text:  # which may be large, and stand before very many scopes
+                    resource_text = about[0]
+                    resource = _attributes(_read(resource_text, _Resource, "resource").attributes)
+                    emitter, resource_size = _emitter(resource), len(encode(resource))
+                    kept = decoded + decoded_size(resource_text)
+                scope = _read(about[1], _Scope, "scope")
+                common, size = _common(resource, scope), resource_size + len(about[1])
+                packets.decoded = kept + decoded_size(about[1])
+            for text in taken[1]:
+                message = _message(decode_value(text), received, scope.name, common)
+                packets.add(emitter, message, size + decoded_size(text))
             if packets.slices.over():
                 yield packets.kept
-            for scope_logs in resource_logs.scope_logs or ():
-                if packets.slices.over():
-                    yield packets.kept
-                common = _common(resource, scope_logs.scope or _Scope())
-                packets.expect(len(encode(common)))
-                source = scope_logs.scope.name if scope_logs.scope else None
-                for raw in scope_logs.log_records or ():
-                    record = decode_value(bytes(raw))
-                    packets.add(emitter, _message(record, received, source, common))
-                    if packets.slices.over():
-                        yield packets.kept
-    except (DecodeError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         detail = f"the body is not an ExportLogsServiceRequest: {error}"
         raise Refused(Reason.MALFORMED, detail, record=packets.number) from None
+
+
+def _read(text: bytes, kind: type[T], name: str) -> T:
+    """Return what records have in common, of a text that is an object, or empty. Raises ValueError."""
+    try:
+        return convert(decode_value(text), kind) if text else kind()
+    except ValidationError as error:
+        raise ValueError(str(error).replace("`$", f"`{name}")) from None
 
 
 def _common(resource: dict[str, Any], scope: _Scope) -> dict[str, Any]:
@@ -260,7 +252,9 @@ def _nanoseconds(value: Any) -> int:
     return number if 0 < number < 1 << 64 else 0
 
 
-def _message(record: dict[str, Any], received: str, source: str | None, common: dict[str, Any]) -> dict[str, Any]:
+def _message(record: Any, received: str, source: str | None, common: dict[str, Any]) -> dict[str, Any]:
+    if type(record) is not dict:
+        raise TypeError("an item of logRecords is no object")
     time, observed = (_nanoseconds(record.get(name)) for name in ("timeUnixNano", "observedTimeUnixNano"))
     number, text = record.get("severityNumber") or 0, record.get("severityText") or ""
     event = record.get("eventName") or ""

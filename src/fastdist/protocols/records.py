@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from fastdist._core import JsonValues, RecordMapper, date_time, hash_text, is_rfc3339
+from fastdist._core import JsonRecords, JsonValues, RecordMapper, date_time, hash_text, is_rfc3339
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import Batch, Packet, Reason, Refused, Slices
 
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 
     from fastdist.protocols.base import Limits, Reply
 
+PIECE: Final = 64 << 10  # bytes of JSON that are checked before it is asked whether a slice is over
+STEP: Final = 16  # records that are mapped in Python before that is asked
 FLUSH: Final = 128  # messages that are encoded together
+FLUSH_BYTES: Final = 128 << 10  # about, of those
+SMALL: Final = 1024  # bytes of a JSON text whose values are not counted
 FULL: Final = 1 << 20  # bytes of a packet that gets no more messages: a larger one takes long to join, and to split up
-SMALL: Final = 1024  # bytes of a message of which so many are
-MAX_VALUES: Final = 500_000  # of a body that is decoded at once
-MAX_OF_ONE: Final = 200_000  # values of a record
+MAX_VALUES: Final = 200_000  # of what is decoded at once: a record, or what records have in common
+VALUE_BYTES: Final = 224  # that a decoded value takes at most, about: a name and a text, both short
 APART: Final = 512  # bytes that a packet takes besides its own, about
 MAX_DEPTH: Final = 120  # of a value, so that a packet with it in a message's metadata is not nested too deep
 NS: Final = 1_000_000_000  # of a second
@@ -46,8 +49,8 @@ _decode = msgspec.json.Decoder().decode
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-def json_values(body: bytes) -> Iterator[list[Any]]:
-    """Yield the values of JSON texts that follow each other, arrays taken apart, some at a time.
+def json_values(body: bytes) -> Iterator[list[tuple[Any, int]]]:
+    """Yield the values of JSON texts that follow each other, arrays taken apart, some at a time, each with its bytes.
 
     Raises Refused with the number of the value at fault.
     """
@@ -60,24 +63,45 @@ def json_values(body: bytes) -> Iterator[list[Any]]:
             raise not_json(error.args, count) from None
         if not texts:
             return
-        yield [decode_value(text) for text in texts]
+        yield [(decode_value(text), len(text)) for text in texts]
         count += len(texts)
 
 
 def decode_value(text: bytes) -> Any:
     """Return the value of a JSON text that is known to be one; a number too large for Python is ``msgspec.Raw``."""
-    check_values(text, MAX_OF_ONE)
+    if len(text) > MAX_VALUES and text.count(b",") > MAX_VALUES:  # much more memory than the text, and a long step
+        raise Refused(Reason.TOO_LARGE, f"a record, or what is said of several, has more than {MAX_VALUES} values")
     try:
         return _decode(text)
     except (msgspec.DecodeError, ValueError):  # half a surrogate pair, 1e400, an integer of thousands of digits
         return _without_surrogates(_DECODER.decode(text.decode()))
 
 
-def check_values(text: bytes, most: int = MAX_VALUES) -> None:
-    """Refuse a JSON text whose values would take very much more memory than itself, or long to be decoded."""
-    if len(text) > most and text.count(b",") > most:
-        what = "the body" if most == MAX_VALUES else "a record"
-        raise Refused(Reason.TOO_LARGE, f"{what} has more than {most} values")
+def decoded_size(text: bytes) -> int:
+    """Return how many bytes a JSON text takes decoded, about; of a small one how many it has."""
+    return len(text) + text.count(b",") * VALUE_BYTES if len(text) > SMALL else len(text)
+
+
+def json_records(
+    body: bytes, names: tuple[bytes, ...], packets: Packets, what: str, *, nulls: bool = False
+) -> Generator[int, None, JsonRecords]:
+    """Check a body of JSON, and return what takes its records: see JsonRecords. Raises Refused.
+
+    ``what``: what it should be, for a person. How much is kept is told in ``packets.decoded``.
+    """
+    records = JsonRecords(body, MAX_DEPTH, names, nulls)
+    more = True
+    try:
+        while more:
+            more = records.check(PIECE)
+            packets.decoded = len(body) + records.noted
+            if packets.slices.over():
+                yield packets.kept
+    except ValueError as error:
+        raise not_json(error.args) from None
+    except TypeError as error:
+        raise Refused(Reason.MALFORMED, f"the body is not {what}: {not_json(error.args)}") from None
+    return records
 
 
 def not_json(fault: tuple[str, int, int, int], record: int | None = None) -> Refused:
@@ -328,9 +352,9 @@ def add_records(body: bytes, common: Common, packets: Packets) -> Generator[int,
                 continue
             value = decode_value(item)  # type: ignore[arg-type]
             if type(value) is dict:
-                packets.add(*common.message(value))
+                packets.add(*common.message(value), len(item))
             else:
-                packets.add(common.emitter, common.line(text_of(value)))
+                packets.add(common.emitter, common.line(text_of(value)), len(item))
         if packets.slices.over():
             yield packets.kept
 
@@ -365,7 +389,7 @@ class Packets:
         self.limits, self.slices, self.records = limits, Slices(), 0
         self._metadata = metadata
         self._waiting: list[tuple[str, dict[str, Any]]] = []
-        self._flush_at = FLUSH
+        self._size = 0  # of those that wait, about
         self._emitters: dict[str, list[tuple[bytes, int]]] = {}  # chunks: messages with commas between, and how many
         self._room = limits.max_packet - len(self._body("x" * MAX_EMITTER_ID, [b""])) - 6 * MAX_EMITTER_ID
         self._left = limits.max_batch
@@ -375,22 +399,19 @@ class Packets:
     @property
     def kept(self) -> int:
         """How many bytes are kept of the request, for conversions to yield."""
-        return self.decoded + self.limits.max_batch - self._left
+        return self.decoded + self._size + self.limits.max_batch - self._left
 
     @property
     def number(self) -> int:
         """The number of the next record."""
         return self.records + len(self._waiting)
 
-    def add(self, emitter: str, message: dict[str, Any]) -> None:
-        """Add a message."""
-        self._waiting.append((emitter, message))
-        if len(self._waiting) >= self._flush_at:
+    def add(self, emitter: str, message: dict[str, Any], size: int) -> None:
+        """Add a message of about so many bytes: of large ones not as many are encoded together, in another step."""
+        if len(self._waiting) >= FLUSH or self._size + size > FLUSH_BYTES:
             self.flush()
-
-    def expect(self, size: int) -> None:
-        """Say how many bytes the next messages have in common: of large ones not as many are encoded together."""
-        self._flush_at = max(1, FLUSH * SMALL // max(SMALL, size))
+        self._waiting.append((emitter, message))
+        self._size += size
 
     def add_chunk(self, emitter: str, chunk: bytes, count: int) -> None:
         """Add messages that are encoded already, with commas between them, and follow each other in the request."""
@@ -424,13 +445,14 @@ class Packets:
 
     def flush(self) -> None:
         """Encode what was added."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._size = self._waiting, [], 0
         groups: dict[str, list[dict[str, Any]]] = {}
         for emitter, message in waiting:
             groups.setdefault(emitter, []).append(message)
         for emitter, messages in groups.items():
             first = self.records if len(groups) == 1 else None
-            self._add(emitter, encode(messages)[1:-1], len(messages), first)
+            chunk = encode(messages)[1:-1] if len(messages) > 1 else encode(messages[0])  # one may be large
+            self._add(emitter, chunk, len(messages), first)
 
     def _split(self, chunk: bytes, first: int | None) -> Iterator[tuple[bytes, int]]:
         """Cut messages into chunks that fit into a packet."""
@@ -450,6 +472,8 @@ class Packets:
     def finish(self, reply: Reply, refused: int = 0) -> Generator[Any, None, Batch]:
         """Make the packets."""
         self.flush()
+        if self.slices.over():
+            yield
         packets: list[Packet] = []
         for emitter in list(self._emitters):
             chunks = self._emitters.pop(emitter)[::-1]

@@ -133,8 +133,8 @@ def _take(request: Request, limits: Limits) -> Work:
     reply = Reply(200, SUCCESS, JSON)
     try:
         for batch in json_values(body):
-            for value in batch:
-                packets.add(*_event(value, common, packets.number))
+            for value, size in batch:
+                packets.add(*_event(value, common, packets.number), size)
             if packets.slices.over():
                 yield packets.kept
         if not packets.number:
@@ -208,7 +208,7 @@ def _take_raw(request: Request, limits: Limits) -> Work:
     metadata = {name: query[name] for name in names if name in query}
     for batch in lines(body):
         for text, odd in batch:
-            packets.add(emitter, common.line(text, metadata | odd if odd else metadata))
+            packets.add(emitter, common.line(text, metadata | odd if odd else metadata), len(text))
         if packets.slices.over():
             yield packets.kept
     if not packets.number:

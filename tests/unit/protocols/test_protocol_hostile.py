@@ -70,9 +70,11 @@ def test_what_is_shared_is_not_multiplied(target, kind, body):
 @pytest.mark.parametrize(
     ("target", "body"),
     [
-        ("/v1/logs", b'{"resourceLogs":[{"scopeLogs":[{"logRecords":[' + b"0," * 1_000_000 + b"0]}]}]}"),
-        ("/v1/logs", b'{"resourceLogs":[' + b"{}," * 1_000_000 + b"{}]}"),
-        (PUSH, b'{"streams":[{"values":[' + b"0," * 1_000_000 + b"0]}]}"),
+        ("/v1/logs", b'{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"body":[' + b"0," * 1_000_000 + b"0]}]}]}]}"),
+        ("/v1/logs", b'{"resourceLogs":[{"resource":{"attributes":[' + b"0," * 1_000_000 + b"0]}}]}"),
+        ("/v1/logs", b'{"resourceLogs":[{"scopeLogs":[{"scope":{"attributes":[' + b"0," * 1_000_000 + b"0]}}]}]}"),
+        (PUSH, b'{"streams":[{"values":[[' + b"0," * 1_000_000 + b"0]]}]}"),
+        (PUSH, b'{"streams":[{"stream":{"a":[' + b"0," * 1_000_000 + b'0]},"values":[["1","x"]]}]}'),
         ("/ingest", b'{"a":[' + b"0," * 1_000_000 + b"0]}"),
         ("/_bulk", b'{"index":{}}\n{"a":[' + b"0," * 1_000_000 + b'0], "b\\u0061":1}\n'),
         ("/services/collector", b'{"event":[' + b"0," * 1_000_000 + b"0]}"),
@@ -86,6 +88,34 @@ def test_very_many_values_are_413(target, body):
 @pytest.mark.parametrize("body", [b"\x0a\x00" * 300_000, field(1, b"\x12\x00") * 50_000])
 def test_very_many_empty_parts_make_nothing(body):
     assert convert("/v1/logs", body, content_type=PROTOBUF).records == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [
+        ("/v1/logs", b'{"resourceLogs":[' + b"{}," * 1_000_000 + b"{}]}"),
+        ("/v1/logs", b'{"x":[' + b"0," * 1_000_000 + b"0]}"),
+        (PUSH, b'{"streams":[' + b'{"values":[]},' * 250_000 + b"{}]}"),
+    ],
+)
+def test_json_without_records_makes_nothing(target, body):
+    tracemalloc.start()
+    assert convert(target, body, LARGE, content_type="application/json").records == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("target", "before", "behind"),
+    [
+        ("/v1/logs", b'{"resourceLogs":[{"scopeLogs":[{"logRecords":[', b"]}]}]}"),
+        (PUSH, b'{"streams":[{"values":[', b"]}]}"),
+    ],
+)
+def test_records_that_are_none_are_400(target, before, behind):
+    body = before + b"0," * 1_000_000 + b"0" + behind
+    assert refusal(target, body, LARGE, content_type="application/json")[1].status == 400
 
 
 def test_very_many_streams_make_records():
@@ -175,6 +205,7 @@ def test_conversions_tell_what_they_keep():
         ("/ingest", "application/json", b"{}" * 40_000),
         ("/v1/logs", PROTOBUF, field(1, field(2, field(2, b"") * 40_000))),
         (PUSH, PROTOBUF, snappy(field(1, field(1, b"{}") + field(2, b"") * 40_000))),
+        ("/v1/logs", "application/json", export_json("", 40_000)),
         (PUSH, "application/json", push_json("", 40_000)),
         ("/services/collector", "", b'{"event":1}' * 40_000),
         ("/_bulk", "", b'{"index":{}}\n{}\n' * 20_000),
@@ -195,7 +226,8 @@ def test_conversions_tell_what_they_keep():
     ],
     ids=["streams", "resources", "deletes"],
 )
-def test_parts_without_records_take_slices(target, body, headers):
+def test_parts_without_records_take_slices(target, body, headers, monkeypatch):
+    monkeypatch.setattr("fastdist.protocols.base.SLICE_NS", 0)
     asked = request(target, body, **headers)
     work = route(asked).take(asked, replace(LARGE, max_body=8 << 20, max_batch=64 << 20))
     assert sum(1 for _ in work) > 2

@@ -231,6 +231,14 @@ def test_a_record_over_a_packet_is_413():
     assert (caught.value.reason, caught.value.record) == (Reason.TOO_LARGE, 1)
 
 
+def test_large_messages_do_not_wait_for_many():
+    gathered = records.Packets(LIMITS, {})
+    for number in range(1, 20):
+        gathered.add("e", {"message": "m"}, 50_000)
+        assert gathered.number == number
+        assert number - 2 <= gathered.records < number
+
+
 def test_many_tiny_records_end_at_max_batch():
     with pytest.raises(Refused) as caught:
         convert("/ingest", b"{}" * (LIMITS.max_body // 2))
