@@ -166,7 +166,7 @@ cdef int count_batch(Intake intake, Part *part, batch, Answer answer, int64_t be
     return 0
 
 
-cdef bint push_all(Intake intake, tuple packets, int64_t size, bint waits, bint apart, Part *part) except -1:
+cdef bint push_all(Intake intake, packets, int64_t size, bint waits, bint apart, Part *part) except -1:
     """Push packets, whose records have ``size`` bytes, and add them up in ``part``; False: none, one could not be written.
 
     ``apart``: they are written here and now, with nothing else.
@@ -215,10 +215,10 @@ cdef class LargeBatch:
     """
 
     cdef Intake intake
-    cdef tuple packets
-    cdef object batch
+    cdef list packets                  # None where they are pushed: their memory is free
+    cdef object batch                  # without them
     cdef Py_ssize_t pushed             # packets
-    cdef list pieces                   # of them: (position, number, sequence of the first record, packets)
+    cdef list pieces                   # of them: (position, number, sequence of the first record, sizes of the records)
     cdef Part part
     cdef Answer answer
     cdef bytes data                    # the answer's; None if it waits for deliveries:
@@ -228,7 +228,8 @@ cdef class LargeBatch:
 
     def __cinit__(self, IngestBase connection not None, tuple packets not None, batch):
         cdef bint waits = connection.wait_seconds >= 0
-        self.intake, self.packets, self.batch, self.pieces = connection.intake, packets, batch, []
+        self.intake, self.packets, self.pieces = connection.intake, list(packets), []
+        self.batch = batch.without_packets()
         self.begun_ns = connection.begun_ns
         self.answer = connection.hold_place()
         self.answer.otherwise = connection.withdrawn()
@@ -244,20 +245,22 @@ cdef class LargeBatch:
         """Push some packets; with the last the batch is stored."""
         cdef Intake intake = self.intake
         cdef PacketRing ring = intake.ring
-        cdef Py_ssize_t end = self.pushed
+        cdef list packets = [], sizes = []
         cdef int64_t size = 0
         cdef bytes body
-        while end < len(self.packets) and size < intake.piece_bytes:
-            body = self.packets[end].body
-            size += size_of(0, len(body))
-            end += 1
-        piece = (ring.tail, ring.next_number, ring.next_sequence, end - self.pushed)
-        if not push_all(intake, self.packets[self.pushed:end], size, self.data is None, True, &self.part):
+        while self.pushed < len(self.packets) and size < intake.piece_bytes:
+            packet, self.packets[self.pushed] = self.packets[self.pushed], None
+            body = packet.body
+            packets.append(packet)
+            sizes.append(size_of(0, len(body)))
+            size += sizes[-1]
+            self.pushed += 1
+        piece = (ring.tail, ring.next_number, ring.next_sequence, sizes)
+        if not push_all(intake, packets, size, self.data is None, True, &self.part):
             return intake.write_failed(ring.file.failed)  # and so it is withdrawn
         self.pieces.append(piece)
-        self.pushed = end
         ring.promised -= size
-        if end == len(self.packets):
+        if self.pushed == len(self.packets):
             self.finish()
         return 0
 
@@ -266,7 +269,7 @@ cdef class LargeBatch:
         count_batch(self.intake, &self.part, self.batch, self.answer, self.begun_ns)
         if self.data is None:
             if self.answer.connection.writing != LOST:
-                self.await_deliveries([each for _, _, first, count in self.pieces for each in range(first, first + count)])
+                self.await_deliveries([first + each for _, _, first, sizes in self.pieces for each in range(len(sizes))])
         elif self.intake.holds:
             self.answer.take(self.data)
         else:
@@ -285,16 +288,13 @@ cdef class LargeBatch:
         """Take back what was pushed, unless it is already, and answer so."""
         cdef PacketRing ring = self.intake.ring
         cdef Record record
-        cdef bytes body
-        cdef Py_ssize_t at = 0, count
-        for record.position, record.number, _, count in self.pieces:
-            for _ in range(count):
-                body = self.packets[at].body
-                at += 1
+        cdef int64_t size
+        for record.position, record.number, _, sizes in self.pieces:
+            for size in sizes:
                 if ring.file.read_mark(&record).state == QUEUED:
-                    ring.withdraw(record.number, record.position, size_of(0, len(body)))
+                    ring.withdraw(record.number, record.position, size)
                     self.intake.counters.words[WITHDRAWN] += 1
-                record.position += size_of(0, len(body))
+                record.position += size
                 record.number += 1
         self.let_go()
         ring.end_withdrawing()

@@ -16,7 +16,7 @@ cdef enum:
     WAITING_LOOKS = 8                # pools that are looked at, or packets that spill, between two looks at the clock
     OPENINGS = 16            # connections that one flush begins to open, which is slow
 
-cdef int64_t PART_NS = 4000000  # of each thing that a flush does in parts
+cdef int64_t PART_NS = 1000000  # of each thing that a flush does in parts
 
 cdef enum:
     EVEN = 0
@@ -267,7 +267,7 @@ cdef class DispatchBase:
             pool = <PoolBase>pools[at]
             pool.touched = False
             try:
-                pumped = pool.pump_at(now)
+                pumped = pool.pump_at(now, self.part_end)
             except Exception as error:
                 self.went_wrong(error)
                 continue
@@ -278,6 +278,11 @@ cdef class DispatchBase:
                 pool.backlogged = True
                 self.backlog.append(pool)
                 self.next_aged = min(self.next_aged, self.comes_of_age(pool))
+            if pumped == UNFINISHED:
+                pool.touched = True
+                self.touched = pools[at + 1:] + [pool] + self.touched
+                self.schedule()
+                break
         return linger
 
     cdef int route(self, int64_t now) except -1:

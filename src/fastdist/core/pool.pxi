@@ -17,6 +17,7 @@ cdef enum Pumped:
     NOTHING_TO_DO = 0
     LINGERING                # what waits is not yet worth a request
     AT_LIMIT                 # all connections are busy, or being opened
+    UNFINISHED               # the time was over
 
 cdef struct Group:
     # One request in flight: a chain of handles through Entry.next.
@@ -188,9 +189,10 @@ cdef class PoolBase:
 
     def pump(self):
         """Send what may be sent now; open connections for the rest."""
-        return self.pump_at(mono_ns())
+        return self.pump_at(mono_ns(), FOREVER)
 
-    cdef Pumped pump_at(self, int64_t now) except *:
+    cdef Pumped pump_at(self, int64_t now, int64_t end) except *:
+        """Do so until ``end``, at which a request is finished: large ones take a millisecond each."""
         while self.waiting and not self.paused:
             if not self.due(now):
                 return LINGERING
@@ -199,6 +201,8 @@ cdef class PoolBase:
                     self.open_more()
                 return AT_LIMIT
             (<ReplyBase>self.idle[len(self.idle) - 1]).send_waiting(now)
+            if mono_ns() > end:
+                return UNFINISHED
         return NOTHING_TO_DO
 
     cdef bint due(self, int64_t now) noexcept nogil:

@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 SLICE_NS = 1_000_000  # of work, after which a conversion yields
 JSON = b"Content-Type: application/json\r\n"
@@ -89,6 +90,10 @@ class Batch(Struct, frozen=True):
     records: int
     reply: Reply
     refused: int = 0
+
+    def without_packets(self) -> Batch:
+        """Return what is left to be told once they are stored."""
+        return replace(self, packets=())
 
 
 class Reason(StrEnum):
