@@ -41,7 +41,6 @@ cdef extern from "<ctype.h>" nogil:
     bint isxdigit(int c)
 
 cdef extern from "<string.h>" nogil:
-    size_t strspn(const char *text, const char *accepted)
     void *memrchr(const void *p, int c, size_t n)
 
 cdef extern from "json.h" nogil:
@@ -64,7 +63,6 @@ cdef enum:
     MAX_RUN = 8  # digits in a row that are kept of a date-time with escapes: no part of one but its fraction has more
     MAX_DATE_TIME = 64
     UTF8 = 4  # bytes, of a character at most
-    NEAR = 32  # bytes of space, at most, that are looked at one by one
     RUN = 192  # bytes of which some are counted in a byte
 
 # The members that the schema knows, as bits of the set of those seen. Any other is 0: it may come as often as it likes.
@@ -105,11 +103,8 @@ cdef inline bint is_space(unsigned char c) noexcept nogil:
 
 
 cdef inline cursor skip_space(cursor p) noexcept nogil:
-    cdef cursor near = p + NEAR
     while is_space(p[0]):
         p += 1
-        if unlikely(p == near):
-            return p + strspn(<const char *>p, b" \n\r\t")  # several bytes at once, on most machines
     return p
 
 
@@ -219,6 +214,16 @@ cdef inline bint is_word(cursor p, cursor end, const char *word, Py_ssize_t leng
     return end - p >= length and memcmp(p, word, length) == 0
 
 
+cdef inline cursor scan_word_or_number(cursor p, cursor end) noexcept nogil:
+    if p[0] == c't':
+        return p + 4 if is_word(p, end, b"true", 4) else no(p, NO_VALUE)
+    if p[0] == c'f':
+        return p + 5 if is_word(p, end, b"false", 5) else no(p, NO_VALUE)
+    if p[0] == c'n':
+        return p + 4 if is_word(p, end, b"null", 4) else no(p, NO_VALUE)
+    return scan_number(p)
+
+
 cdef inline cursor scan_colon(cursor p) noexcept nogil:
     """From behind a key to the first byte of its value."""
     p = skip_space(p)
@@ -233,30 +238,14 @@ cdef inline cursor scan_name(cursor p, cursor end) noexcept nogil:
     return scan_colon(p) if p != NULL else NULL
 
 
-cdef struct Containers:        # that are open around a value
-    uint64_t objects           # one bit for each, the innermost lowest: whether it is an object
-    uint64_t outer             # those of the first 64, while there are more
-    int depth                  # how many there are
-    cursor key                 # in an object: the name of the value
-
-
-cdef inline cursor scan_on(
-    cursor p, cursor end, int room, Containers *open, cursor until, int watched
-) noexcept nogil:
-    """From the first byte of a value on: to behind the one that all are in, and then no container is open.
-
-    Or to the first byte of another one, if that is not before ``until``, or in no more than ``watched`` containers: from
-    there it goes on in the next call.
-    """
-    cdef uint64_t objects = open.objects
-    cdef uint64_t outer = open.outer
-    cdef cursor key = open.key
+cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
+    """A value of any kind with at most so many containers within each other; p is at its first byte."""
+    cdef uint64_t objects = 0  # one bit for each open container, the innermost lowest: whether it is an object
+    cdef uint64_t outer = 0  # those of the first 64, while there are more
     cdef unsigned char c
-    cdef int depth = open.depth
-    cdef bint opened
+    cdef int depth = 0
     while True:
         c = p[0]
-        opened = False
         if c == c'"':
             p = scan_string(p + 1, end)
         elif c == c'{' or c == c'[':
@@ -268,27 +257,22 @@ cdef inline cursor scan_on(
                     outer = objects
                 depth += 1
                 objects = objects << 1 | (c == c'{')
-                opened = True
-            else:
-                p = p + 1 if p != end else NULL
-        elif c == c't':
-            p = p + 4 if is_word(p, end, b"true", 4) else no(p, NO_VALUE)
-        elif c == c'f':
-            p = p + 5 if is_word(p, end, b"false", 5) else no(p, NO_VALUE)
-        elif c == c'n':
-            p = p + 4 if is_word(p, end, b"null", 4) else no(p, NO_VALUE)
+                if c == c'{':
+                    p = scan_name(p, end)
+                    if p == NULL:
+                        return NULL
+                continue
+            p = p + 1 if p != end else NULL
         else:
-            p = scan_number(p)
+            p = scan_word_or_number(p, end)
         if p == NULL:
             return NULL
         # A value has ended: close the containers that end with it, up to one that goes on.
-        while not opened:
+        while True:
             if depth == 0:
-                open.depth = 0
                 return p
             p = skip_space(p)
             if p[0] == c',':
-                p = skip_space(p + 1)
                 break
             if p[0] != (c'}' if objects & 1 else c']') or p == end:
                 return no(p, NO_END_OF_OBJECT if objects & 1 else NO_END_OF_ARRAY)
@@ -297,21 +281,11 @@ cdef inline cursor scan_on(
             objects >>= 1
             if unlikely(depth == WORD):
                 objects = outer
+        p = skip_space(p + 1)
         if objects & 1:
-            key = p
             p = scan_name(p, end)
             if p == NULL:
                 return NULL
-        if depth <= watched or p >= until:
-            open.objects, open.outer, open.depth, open.key = objects, outer, depth, key
-            return p
-
-
-cdef cursor scan_value(cursor p, cursor end, int room) noexcept nogil:
-    """A value of any kind with at most so many containers within each other; p is at its first byte."""
-    cdef Containers open
-    memset(&open, 0, sizeof(Containers))
-    return scan_on(p, end, room, &open, end + 1, 0)
 
 
 # ------------------------------------------------------------------------------------------- what strict asks for

@@ -4,6 +4,9 @@ What agents send as JSON is decoded by a library, value by value, so that no ste
 Where a value ends the scanner of schema.pxi knows, which also bounds its depth and sees to it that it is JSON.
 """
 
+cdef extern from "<string.h>" nogil:
+    size_t strspn(const char *text, const char *accepted)
+
 cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(str text)
 
@@ -12,6 +15,7 @@ cdef enum:
     ERA_DAYS = 146097         # of 400 years
     MAX_RFC3339 = 31          # characters of a date-time, at least
     PIECE_BYTES = 64 << 10    # of values that are cut at once
+    NEAR = 32                 # bytes of space that are looked at one by one
     MAX_PATH = 5              # names that lead to records
     MAX_LISTS = 3             # among them
     OF_OTHERS = -1
@@ -147,6 +151,18 @@ cdef class JsonValues:
         return self.at
 
 
+cdef inline cursor skip_spaces(cursor p) noexcept nogil:
+    """As skip_space, but quick where there are very many."""
+    return p if likely(p[0] > c' ') else skip_long_space(p)
+
+
+cdef cursor skip_long_space(cursor p) noexcept nogil:
+    cdef cursor near = p + NEAR
+    while p < near and is_space(p[0]):
+        p += 1
+    return p + strspn(<const char *>p, b" \n\r\t") if p == near else p  # several bytes at once, on most machines
+
+
 cdef struct Note:              # of an object in a list, as offsets into the body
     Py_ssize_t common          # of what its records have in common; 0: of nothing
     Py_ssize_t records         # of the list of its records; 0: of none; OF_OTHERS: other objects have them
@@ -172,7 +188,9 @@ cdef class JsonRecords:
     cdef tuple names, wrong    # wrong: the first value that is not what it should be, if there is one
     cdef const char *name[MAX_PATH]
     cdef Py_ssize_t[MAX_PATH] length
-    cdef Containers open       # at `at`
+    cdef uint64_t objects, outer  # the containers around `at`, as in scan_value
+    cdef int depth
+    cdef cursor key            # of the value there, if it is a member
     cdef int known             # how many of them, from outside, the names lead through: an object, its list, an item of it, ...
     cdef int most_known        # around a record
     cdef Note *notes
@@ -180,7 +198,7 @@ cdef class JsonRecords:
     cdef Py_ssize_t[MAX_LISTS] own  # the numbers of the notes of open objects; -1: the outermost has no note
     cdef Py_ssize_t next       # note
     cdef cursor record         # that is taken next; NULL: the first one of the next note
-    cdef tuple outer, common
+    cdef tuple above, common
 
     def __cinit__(self, bytes body not None, int room, tuple names not None, bint nulls):
         cdef int i
@@ -192,9 +210,9 @@ cdef class JsonRecords:
             self.name[i], self.length[i] = PyBytes_AS_STRING(<bytes>names[i]), len(names[i])
         self.start = <cursor>PyBytes_AS_STRING(body)
         self.end = self.start + len(body)
-        self.at = skip_space(self.start)
+        self.at = skip_spaces(self.start)
         self.own[0] = -1
-        self.outer = self.common = ()
+        self.above = self.common = ()
 
     def __dealloc__(self):
         free(self.notes)
@@ -214,19 +232,19 @@ cdef class JsonRecords:
         cdef cursor p = self.at
         cdef cursor until = p + min(most, self.end - p)
         while not self.checked:
-            if self.open.depth == self.known < self.most_known:
+            if self.depth == self.known < self.most_known:
                 self.meet(p)
             halves = True
-            p = scan_on(p, self.end, self.room, &self.open, until, min(self.known, self.most_known - 1))
+            p = self.scan_on(p, until)
             halves = False
-            if p != NULL and self.open.depth == 0:
-                p = skip_space(p)
+            if p != NULL and self.depth == 0:
+                p = skip_spaces(p)
                 self.checked = p == self.end
                 if not self.checked:
                     p = no(p, NO_END_OF_BODY)
             if p == NULL:
                 raise ValueError(*place_of_fault(self.start, self.end))
-            while self.known > self.open.depth:
+            while self.known > self.depth:
                 self.leave()
             if p >= until:
                 break
@@ -234,6 +252,60 @@ cdef class JsonRecords:
         if self.checked and self.wrong is not None:
             raise TypeError(*self.wrong)
         return not self.checked
+
+    cdef cursor scan_on(self, cursor p, cursor until) noexcept nogil:
+        """As scan_value, but with pauses: at the first byte of a value that is not before ``until``, or is to be noted.
+
+        It is a loop of its own because packets, which scan_value checks, would pay 4 % for the pauses.
+        """
+        cdef uint64_t objects = self.objects
+        cdef uint64_t outer = self.outer
+        cdef int depth = self.depth
+        cdef int watched = min(self.known, self.most_known - 1)
+        cdef unsigned char c
+        cdef bint opened
+        while True:
+            c = p[0]
+            opened = c == c'{' or c == c'['
+            if opened:
+                if depth == self.room:
+                    return no(p, TOO_DEEP)
+                p = skip_spaces(p + 1)
+                opened = p[0] != c + 2
+                if opened:
+                    if unlikely(depth == WORD):
+                        outer = objects
+                    depth += 1
+                    objects = objects << 1 | (c == c'{')
+                else:
+                    p += 1
+            else:
+                p = scan_string(p + 1, self.end) if c == c'"' else scan_word_or_number(p, self.end)
+                if p == NULL:
+                    return NULL
+            while not opened and depth:
+                p = skip_spaces(p)
+                if p[0] == c',':
+                    p = skip_spaces(p + 1)
+                    break
+                if p[0] != (c'}' if objects & 1 else c']'):
+                    return no(p, NO_END_OF_OBJECT if objects & 1 else NO_END_OF_ARRAY)
+                p += 1
+                depth -= 1
+                objects >>= 1
+                if unlikely(depth == WORD):
+                    objects = outer
+            if objects & 1:
+                self.key = p
+                p = scan_string(p + 1, self.end) if p[0] == c'"' else no(p, NO_NAME)
+                if p != NULL:
+                    p = skip_spaces(p)
+                    p = skip_spaces(p + 1) if p[0] == c':' else no(p, NO_COLON)
+                if p == NULL:
+                    return NULL
+            if depth <= watched or p >= until:
+                self.objects, self.outer, self.depth = objects, outer, depth
+                return p
 
     cdef int meet(self, cursor p) except -1:
         """Note what the value at ``p`` is, which begins in the innermost container that the names lead to."""
@@ -261,7 +333,7 @@ cdef class JsonRecords:
     cdef bint is_one(self, cursor p, unsigned char bracket, bint null, int name, str otherwise) except -1:
         """Whether a container of this kind that is not empty begins at ``p``; what is none is wrong, unless it may be null."""
         if p[0] == bracket:
-            return skip_space(p + 1)[0] != bracket + 2
+            return skip_spaces(p + 1)[0] != bracket + 2
         if self.wrong is None and not (null and p[0] == c'n'):
             what = otherwise.format(self.names[name].decode()) if name >= 0 else "it is no object"
             self.wrong = what, *place_of(self.start, p)
@@ -269,7 +341,7 @@ cdef class JsonRecords:
 
     cdef bint is_named(self, int name) noexcept nogil:
         """Whether the member at hand has this name, which may be written with escapes."""
-        cdef cursor p = self.open.key + 1
+        cdef cursor p = self.key + 1
         cdef Py_ssize_t i
         cdef uint32_t c
         for i in range(self.length[name]):
@@ -325,22 +397,22 @@ cdef class JsonRecords:
             self.next += 1
             common = self.text_at(note.common)
             if note.records == OF_OTHERS:
-                self.outer, self.common = (common,), (common, b"")
+                self.above, self.common = (common,), (common, b"")
             else:
-                self.common = (*self.outer, common)
+                self.common = (*self.above, common)
                 if note.records:
-                    p = skip_space(self.start + note.records + 1)
+                    p = skip_spaces(self.start + note.records + 1)
             if p == NULL and common:
                 return self.common, records
         until = p + PIECE_BYTES
         while p < until and len(records) < most:
             after = scan_leniently(p, self.end, self.room)
             records.append(PyBytes_FromStringAndSize(<const char *>p, after - p))
-            p = skip_space(after)
+            p = skip_spaces(after)
             if p[0] != c',':
                 p = NULL
                 break
-            p = skip_space(p + 1)
+            p = skip_spaces(p + 1)
         self.record = p
         return self.common, records
 
@@ -367,13 +439,19 @@ def json_fault(bytes text not None, int room):
     """
     cdef cursor start = <cursor>PyBytes_AS_STRING(text)
     cdef cursor end = start + PyBytes_GET_SIZE(text)
-    cdef cursor p = scan_leniently(skip_space(start), end, room)
+    cdef cursor p = scan_leniently(skip_spaces(start), end, room)
     if p != NULL:
-        p = skip_space(p)
+        p = skip_spaces(p)
         if p == end:
             return None
         no(p, NO_END_OF_BODY)
     return place_of_fault(start, end)
+
+
+def count_commas(bytes text not None):
+    """How many commas there are; the values of a JSON text are not many more."""
+    cdef cursor start = <cursor>PyBytes_AS_STRING(text)
+    return count_of(start, start + PyBytes_GET_SIZE(text), 0xFF, c',')
 
 
 cdef tuple place_of_fault(cursor start, cursor end):
