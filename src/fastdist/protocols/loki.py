@@ -191,8 +191,8 @@ def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None,
     while (taken := records.take(STEP)) is not None:
         if taken[0] is not about and taken[1]:
             about = taken[0]
-            labels = decode_value(about[0]) if about[0] else {}
-            stream = Stream({name: text_of(value) for name, value in labels.items()})
+            given = decode_value(about[0] or b"{}").items()
+            stream = Stream({name: text_of(value) for name, value in given})
             size = len(encode(stream.labels))
             packets.decoded = decoded + decoded_size(about[0])
         for text in taken[1]:

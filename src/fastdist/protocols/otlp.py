@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import orjson
 from msgspec import Struct, ValidationError, convert
+from msgspec.json import Decoder
 
 from fastdist._core import RecordParts, date_time, find_field, otlp_attributes, otlp_records
 from fastdist.errors import printable
@@ -196,10 +197,10 @@ def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None,
                 about = taken[0]
                 if about[0] is not resource_text:  # which may be large, and stand before very many scopes
                     resource_text = about[0]
-                    resource = _attributes(_read(resource_text, _Resource, "resource").attributes)
+                    resource = _attributes(_read(resource_text, _RESOURCE, "resource").attributes)
                     emitter, resource_size = _emitter(resource), len(encode(resource))
                     kept = decoded + decoded_size(resource_text)
-                scope = _read(about[1], _Scope, "scope")
+                scope = _read(about[1], _SCOPE, "scope")
                 common, size = _common(resource, scope), resource_size + len(about[1])
                 packets.decoded = kept + decoded_size(about[1])
             for text in taken[1]:
@@ -212,10 +213,14 @@ def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None,
         raise Refused(Reason.MALFORMED, detail, record=packets.number) from None
 
 
-def _read(text: bytes, kind: type[T], name: str) -> T:
+_RESOURCE, _SCOPE = Decoder(_Resource), Decoder(_Scope)
+
+
+def _read(text: bytes, decoder: Decoder[T], name: str) -> T:
     """Return what records have in common, of a text that is an object, or empty. Raises ValueError."""
     try:
-        return convert(decode_value(text), kind) if text else kind()
+        value = decode_value(text, decoder.decode) if text else {}
+        return value if type(value) is decoder.type else convert(value, decoder.type)
     except ValidationError as error:
         raise ValueError(str(error).replace("`$", f"`{name}")) from None
 

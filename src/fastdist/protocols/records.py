@@ -18,12 +18,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from fastdist._core import JsonRecords, JsonValues, RecordMapper, date_time, hash_text, is_rfc3339
+from fastdist._core import (
+    JsonRecords,
+    JsonValues,
+    RecordMapper,
+    count_commas,
+    date_time,
+    hash_text,
+    is_rfc3339,
+)
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import Batch, Packet, Reason, Refused, Slices
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator, Mapping
 
     from fastdist.protocols.base import Limits, Reply
 
@@ -49,8 +57,8 @@ _decode = msgspec.json.Decoder().decode
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-def json_values(body: bytes) -> Iterator[list[tuple[Any, int]]]:
-    """Yield the values of JSON texts that follow each other, arrays taken apart, some at a time, each with its bytes.
+def json_texts(body: bytes) -> Iterator[list[bytes]]:
+    """Yield JSON texts that follow each other, arrays taken apart, some at a time.
 
     Raises Refused with the number of the value at fault.
     """
@@ -63,23 +71,26 @@ def json_values(body: bytes) -> Iterator[list[tuple[Any, int]]]:
             raise not_json(error.args, count) from None
         if not texts:
             return
-        yield [(decode_value(text), len(text)) for text in texts]
+        yield texts
         count += len(texts)
 
 
-def decode_value(text: bytes) -> Any:
-    """Return the value of a JSON text that is known to be one; a number too large for Python is ``msgspec.Raw``."""
-    if len(text) > MAX_VALUES and text.count(b",") > MAX_VALUES:  # much more memory than the text, and a long step
+def decode_value(text: bytes, decode: Callable[[bytes], Any] = _decode) -> Any:
+    """Return the value of a JSON text that is known to be one; a number too large for Python is ``msgspec.Raw``.
+
+    ``decode``: may return what it likes, or raise what msgspec does.
+    """
+    if len(text) > MAX_VALUES and count_commas(text) > MAX_VALUES:  # much more memory than the text, and a long step
         raise Refused(Reason.TOO_LARGE, f"a record, or what is said of several, has more than {MAX_VALUES} values")
     try:
-        return _decode(text)
+        return decode(text)
     except (msgspec.DecodeError, ValueError):  # half a surrogate pair, 1e400, an integer of thousands of digits
         return _without_surrogates(_DECODER.decode(text.decode()))
 
 
 def decoded_size(text: bytes) -> int:
     """Return how many bytes a JSON text takes decoded, about; of a small one how many it has."""
-    return len(text) + text.count(b",") * VALUE_BYTES if len(text) > SMALL else len(text)
+    return len(text) + count_commas(text) * VALUE_BYTES if len(text) > SMALL else len(text)
 
 
 def json_records(

@@ -23,7 +23,7 @@ from fastdist.protocols.base import (
     retry_after,
 )
 from fastdist.protocols.encodings import decode
-from fastdist.protocols.records import Common, Packets, json_values, level_of, lines, text_of, time_of
+from fastdist.protocols.records import Common, Packets, decode_value, json_texts, level_of, lines, text_of, time_of
 
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work
@@ -132,9 +132,10 @@ def _take(request: Request, limits: Limits) -> Work:
     common = Common(request.received_ns, EMITTER)
     reply = Reply(200, SUCCESS, JSON)
     try:
-        for batch in json_values(body):
-            for value, size in batch:
-                packets.add(*_event(value, common, packets.number), size)
+        for texts in json_texts(body):
+            for text in texts:
+                emitter, message = _event(decode_value(text), common, packets.number)
+                packets.add(emitter, message, len(text))
             if packets.slices.over():
                 yield packets.kept
         if not packets.number:

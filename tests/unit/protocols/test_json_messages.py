@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from agents import LIMITS, RECEIVED, convert, packets, refusal, request, route
+from agents import LIMITS, RECEIVED, convert, message, packets, refusal, request, route
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -28,8 +28,8 @@ def otlp_messages(body):
             scope = scope_logs.get("scope") or {}
             about = otlp._Scope(*(scope.get(name) for name in ("name", "version", "attributes")))
             for record in scope_logs.get("logRecords") or ():
-                message = otlp._message(record, RECEIVED, about.name, otlp._common(resource, about))
-                yield otlp._emitter(resource)[:256], message
+                one = otlp._message(record, RECEIVED, about.name, otlp._common(resource, about))
+                yield otlp._emitter(resource)[:256], one
 
 
 def loki_messages(body):
@@ -42,15 +42,15 @@ def loki_messages(body):
 
 def by_emitter(pairs):
     found = {}
-    for emitter, message in pairs:
-        found.setdefault(emitter, []).append(message)
+    for emitter, one in pairs:
+        found.setdefault(emitter, []).append(one)
     return found
 
 
 def agrees(path, body, expected):
     """Check that a body becomes these messages, a few at a time too."""
     batch = convert(path, body, content_type=KIND)
-    found = [(each["emitterId"], message) for each in packets(batch) for message in each["messages"]]
+    found = [(each["emitterId"], one) for each in packets(batch) for one in each["messages"]]
     assert by_emitter(found) == by_emitter(json.loads(encode(list(expected(json.loads(body))))))
 
 
@@ -150,8 +150,28 @@ def test_faults_behind_records_refuse_all(path):
 
 def test_halves_of_surrogate_pairs_are_mended():
     body = b'{"streams":[{"stream":{"a":"\\ud800"},"values":[["1","\\udfff"]]}],"\\ud800":["\\udc00"]}'
-    (one,) = [message for each in packets(convert(PUSH, body, content_type=KIND)) for message in each["messages"]]
+    one = message(PUSH, body, content_type=KIND)
     assert (one["message"], one["metadata"]) == ("\ufffd", {"a": "\ufffd"})
+    origin = b'{"attributes":[{"key":"a","value":{"stringValue":"\\ud800"}}],"x":1e400}'
+    body = b'{"resourceLogs":[{"resource":%b,"scopeLogs":[{"scope":%b,"logRecords":[{}]}]}]}' % (origin, origin)
+    expected = {"a": "\ufffd"}
+    assert message(LOGS, body, content_type=KIND)["metadata"] == {
+        "resource": expected,
+        "scope": {"attributes": expected},
+    }
+
+
+def test_numbers_too_large_for_any_type_stay():
+    body = b'{"streams":[{"stream":{"a":1e400},"values":[["1","x",{"b":-1e999}]]}]}'
+    (each,) = convert(PUSH, body, content_type=KIND).packets
+    assert b'"b":-1e999' in each.body
+    assert b'"a":"1e400"' in each.body
+    value = b'{"doubleValue":1e400}'
+    origin = b'{"attributes":[{"key":"a","value":%b}]}' % value
+    body = b'{"resourceLogs":[{"resource":%b,"scopeLogs":[{"logRecords":[{"body":%b}]}]}]}' % (origin, value)
+    (each,) = convert(LOGS, body, content_type=KIND).packets
+    assert b'"message":"1e400"' in each.body
+    assert b'"resource":{"a":1e400}' in each.body
 
 
 def test_bodies_of_very_many_values_are_taken():

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from fastdist._core import JsonValues, date_time, is_rfc3339, json_fault
+from fastdist._core import JsonValues, count_commas, date_time, is_rfc3339, json_fault
 from fastdist.packet import LEVELS, is_date_time
 from fastdist.protocols import records
 from fastdist.protocols.base import Reason, Refused
@@ -166,6 +166,12 @@ def test_noise_is_cut_or_refused(body):
                 assert json_fault(text, 128) is None
     except ValueError as error:
         assert len(error.args) == 4  # noqa: PT017 - the other outcome is no exception
+
+
+@given(st.integers(0, 1000), st.binary(max_size=400) | st.text(",;\x00\uac2c", max_size=400).map(str.encode))
+def test_commas_are_counted(repeated, piece):
+    text = b"," * repeated + piece * 7
+    assert count_commas(text) == text.count(b",")
 
 
 @pytest.mark.parametrize("text", [b"[" * 120 + b"]" * 120, b'{"":' * 119 + b"{}" + b"}" * 119])
