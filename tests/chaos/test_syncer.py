@@ -140,7 +140,7 @@ def test_one_sync_covers_one_iteration(disk):
     asyncio.run(run())
 
 
-def test_unfinished_batch_does_not_count_as_synced(disk):
+def test_unfinished_batch_is_not_synced(disk):
     class Unfinished(Watched):
         sync_position = 0
 

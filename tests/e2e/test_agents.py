@@ -208,7 +208,7 @@ def test_large_bodies_hold_up_no_one(mocks, serve):
 
 
 @pytest.mark.slow
-def test_killed_while_large_batches_are_stored(mocks, serve):
+def test_killed_while_storing_large_batches(mocks, serve):
     """At whatever piece of one: what was answered arrives, and the figures agree with that."""
     mocks.set_all(keep=True)
     settings = {"queue": {"capacity": "256MiB", "durability": "disk"}, "delivery": {"mode": "batch"}}

@@ -331,7 +331,7 @@ cdef class JsonRecords:
         return 0
 
     cdef bint is_one(self, cursor p, unsigned char bracket, bint null, int name, str otherwise) except -1:
-        """Whether a container of this kind that is not empty begins at ``p``; what is none is wrong, unless it may be null."""
+        """Whether a container of this kind that is not empty begins at ``p``; anything else is wrong, unless it may be null."""
         if p[0] == bracket:
             return skip_spaces(p + 1)[0] != bracket + 2
         if self.wrong is None and not (null and p[0] == c'n'):

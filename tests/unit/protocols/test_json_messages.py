@@ -102,7 +102,7 @@ def test_messages_of_loki_are_the_models(body):
 RESOURCE = {"attributes": [{"key": "service.name", "value": {"stringValue": "s"}}]}
 
 
-def test_what_is_common_may_stand_behind_records():
+def test_common_parts_may_follow_records():
     record = {"body": {"stringValue": "m"}}
     scoped = {"logRecords": [record] * 300, "scope": {"name": "n"}}
     body = {"resourceLogs": [{"scopeLogs": [scoped, {"logRecords": [record]}], "resource": RESOURCE}]}
@@ -148,7 +148,7 @@ def test_faults_behind_records_refuse_all(path):
         assert error.detail == "{} at line {}, column {} (byte {})".format(what, *place)
 
 
-def test_halves_of_surrogate_pairs_are_mended():
+def test_halves_of_surrogates_are_mended():
     body = b'{"streams":[{"stream":{"a":"\\ud800"},"values":[["1","\\udfff"]]}],"\\ud800":["\\udc00"]}'
     one = message(PUSH, body, content_type=KIND)
     assert (one["message"], one["metadata"]) == ("\ufffd", {"a": "\ufffd"})
@@ -174,7 +174,7 @@ def test_numbers_too_large_for_any_type_stay():
     assert b'"resource":{"a":1e400}' in each.body
 
 
-def test_bodies_of_very_many_values_are_taken():
+def test_very_many_values_are_taken():
     record = {"attributes": [{"key": f"k{n}", "value": {"intValue": n}} for n in range(50)]}
     body = {"resourceLogs": [{"scopeLogs": [{"logRecords": [record] * 6000}]}]}
     text = json.dumps(body, separators=(",", ":")).encode()

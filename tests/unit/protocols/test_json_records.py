@@ -310,6 +310,6 @@ def test_empty_parts_leave_no_notes(part):
         b'{"scopeLogs":[{"logRecords":[0]},{"logRecords":[0]}]}',
     ],
 )  # fmt: skip
-def test_notes_take_little_more_than_the_body(part):
+def test_notes_take_little_memory(part):
     body = b'{"resourceLogs":[%b]}' % b",".join([part] * 50_000)
     assert 0 < walk(body).noted < 2.5 * len(body)
