@@ -50,6 +50,11 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "OTLP, 9 MiB of 300-byte records in a scope": (LOGS, lambda: logs(filled(record(300)), RESOURCE)),
     "OTLP, 9 MiB of 50 KB records": (LOGS, lambda: logs(filled(record(50_000)))),
     "OTLP, 9 MiB in a record": (LOGS, lambda: logs(record(SIZE))),
+    "OTLP, 199,999 values in a record": (LOGS, lambda: logs(b'{"flags":[%b]}' % b",".join([b"[]"] * 199_999))),
+    "OTLP, 99,999 attributes of a resource": (
+        LOGS,
+        lambda: logs(b"{}", RESOURCE.replace(b"]", b',{"key":"abc","value":{}}' * 99_998 + b"]")),
+    ),
     "OTLP, 500,000 scopes with a record": (
         LOGS,
         lambda: b'{"resourceLogs":[{"scopeLogs":[%b]}]}' % b",".join([b'{"logRecords":[{}]}'] * MANY),
@@ -63,6 +68,12 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
         lambda: b'{"streams":[{"stream":{"app":"a"},"values":[%b]}]}' % filled(entry(300)),
     ),
     "Loki, 9 MiB in an entry": (PUSH, lambda: b'{"streams":[{"values":[%b]}]}' % entry(SIZE)),
+    "Loki, 199,999 labels": (
+        PUSH,
+        lambda: (
+            b'{"streams":[{"stream":{%b},"values":[["1","x"]]}]}' % b",".join(b'"%x":1' % n for n in range(199_999))
+        ),
+    ),
     "Loki, 500,000 empty streams": (PUSH, lambda: b'{"streams":[%b]}' % b",".join([b"{}"] * MANY)),
     "Loki, 200,000 streams with an entry": (
         PUSH,
@@ -81,6 +92,8 @@ class Converted:
         headers = {"content-type": "application/json"}
         found = find("POST", path, headers, NAMES)
         limits = Limits(max_body=10 << 20, max_packet=10 << 20, max_batch=64 << 20)
+        if found is None or found.take is None:
+            raise ValueError(path)
         work = found.take(Request("POST", path, headers, body, "192.0.2.1", 1), limits)
         steps, self.outcome = [], ""
         while not self.outcome:
