@@ -330,6 +330,14 @@ def test_idle_analyzer_gets_one_at_once():
     assert busy.transport.sent.endswith(batch(["p2"], [b"second"]))
 
 
+def test_first_packet_waits_for_no_more():
+    desk = Desk(mode="batch", linger=1e9)  # longer than any machine has been up
+    connection = desk.connect()
+    desk.push(b"1")
+    desk.pool.pump()
+    assert len(connection.transport.writes) == 1
+
+
 def test_analyzer_is_busy_a_linger_per_batch():
     """However fast it answers: it would get the packets of every event-loop iteration one by one."""
     desk, busy, _ = busy_desk()

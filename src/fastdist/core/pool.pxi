@@ -76,6 +76,7 @@ cdef class PoolBase:
         self.mine = counters.of(counters.checked(slot))
         self.histogram = counters.delivery_of(slot)
         self.failures = states.failures_of(slot)
+        self.sent_ns = -(INT64_MAX // 2)  # long ago, also on a machine that has just been started
         self.idle = []
 
     def configure(self, bytes head, int connections, int pipeline, bint batching, uint32_t batch_packets,
