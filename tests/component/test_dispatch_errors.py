@@ -74,7 +74,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way[0].__name__}.{way[1]} {way[2][9:12].decode('latin-1')}")
 def test_whatever_is_thrown_packets_go_again(tmp_path, monkeypatch, way, mode):
     owner, name, data = way
-    delivery = {"mode": mode, "connections": 2, "pipeline": 2, "batch_packets": 3}
+    delivery = {"mode": mode, "connections": 2, "pipeline": 2, "batch_packets": 3, "linger": 0}  # no real time passes
     with Bench(tmp_path, (1, 1, 1), delivery=delivery, health={"fall": 10_000}) as bench, capture_logs() as lines:
         bench.push(*[b"x"] * 60)
         for slot in bench.analyzers:  # so that deliveries are told of, too
