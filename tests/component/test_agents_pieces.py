@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from unittest import mock
 
 import orjson
 import pytest
@@ -14,6 +15,7 @@ from support import files_end_at
 
 from fastdist._core import HEADER_SIZE, PacketRing
 from fastdist.http.api import problem
+from fastdist.protocols import base
 
 DURABILITIES = pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
 CAPACITY = 2**20
@@ -32,14 +34,15 @@ class Pieces:
         self.handles = {}
 
     def batch(self, count: int, size: int = 0, *headers: str):
-        """Send a batch of so many packets; the loop has no turn."""
+        """Send a batch of so many packets, which is converted at once; the loop has no turn."""
         number = len(self.batches)
         names = [f"b{number}r{each}" for each in range(count)]
         body = b"\n".join(orjson.dumps({"host": name, "message": "x" * size}) for name in names)
         request = Sent("/ingest", body, ("Content-Type: application/x-ndjson",), 200).request(*headers)
         connection = connect(self.service)
         self.batches.append((connection, names))
-        connection.protocol.data_received(request)
+        with mock.patch.object(base, "SLICE_NS", 10**15):
+            connection.protocol.data_received(request)
         return connection
 
     def packet(self):
