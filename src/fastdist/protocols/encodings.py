@@ -49,6 +49,7 @@ MIN_WINDOW_LOG: Final = 23  # RFC 8878: what every decoder should support, 8 MiB
 _ERRORS: Final[tuple[type[Exception], ...]] = (zlib.error, zstd.ZstdError)  # type: ignore[assignment]  # isal's stub
 SNAPPY_MAGIC: Final = b"\xff\x06\x00\x00sNaPpY"
 SNAPPY_CHUNK: Final = 65536  # bytes of a chunk of framed snappy, decoded
+SNAPPY_RATIO: Final = 22  # bytes that a byte of a block decodes to: at best three are a copy of 64
 LARGE_BLOCK: Final = 512 * 1024  # bytes that a raw block decodes to which takes a good part of a slice for that
 
 
@@ -166,11 +167,15 @@ def _snappy(body: bytes, max_body: int) -> Decoding:
 
 def snappy_block(body: bytes, max_body: int) -> Decoding:
     """Decode a raw block of snappy. Raises Refused."""
-    if _block_size(body, max_body) <= LARGE_BLOCK:
+    size = _block_size(body, max_body)
+    if size <= LARGE_BLOCK:
         return _block(body, max_body)
     future = _thread().submit(_block, body, max_body)
-    while not future.done():
-        yield
+    try:
+        while not future.done():
+            yield min(size, SNAPPY_RATIO * len(body))  # which may be there before this is asked again
+    finally:
+        future.cancel()  # its request may be gone
     return future.result()
 
 

@@ -7,6 +7,8 @@ import os
 import random
 import tracemalloc
 import zlib
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import cramjam
 import pytest
@@ -168,20 +170,43 @@ def test_snappy_sizes_are_not_believed(body):
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1, 700_000])
-def test_large_block_is_decoded_beside(size):
+def test_large_block_is_decoded_beside(size, monkeypatch):
     """By another thread, whose errors are told as well; small ones at once."""
     data = random.Random(size).randbytes(encodings.LARGE_BLOCK + size)
     block = PACKERS["snappy"](data)
-    waits = []
+    outcome, submitted, thread = [], [], encodings._thread()
+
+    def submit(*args):
+        submitted.append(thread.submit(*args))
+        return submitted[-1]
 
     def steps():
-        waits.append((yield from encodings.snappy_block(block, len(data))))
+        outcome.append((yield from encodings.snappy_block(block, len(data))))
 
-    waited = sum(1 for _ in steps())
-    assert waits == [data]
-    assert (waited > 0) == (size > 0)
+    monkeypatch.setattr(encodings, "_thread", lambda: SimpleNamespace(submit=submit))
+    for _ in steps():
+        pass
+    assert outcome == [data]
+    assert len(submitted) == (size > 0)
     assert reason(block, "snappy", len(data) - 1) is Reason.TOO_LARGE
     assert reason(block[:-1], "snappy", len(data)) is Reason.MALFORMED
+
+
+def test_blocks_count_while_they_are_decoded(monkeypatch):
+    """Very many may be decoded before the first of them is asked for."""
+    submitted = []
+
+    def submit(*_):
+        submitted.append(Future())
+        return submitted[-1]
+
+    monkeypatch.setattr(encodings, "_thread", lambda: SimpleNamespace(submit=submit))
+    work = encodings.snappy_block(PACKERS["snappy"](bytes(MAX - 1)), MAX)
+    assert next(work) == MAX - 1
+    work.close()
+    assert submitted[0].cancelled()
+    claims = encodings.snappy_block(b"\x80\x80\x40" + bytes(9), MAX)
+    assert next(claims) < 1000, "so short a block has no 1 MiB"
 
 
 def test_zstd_with_a_huge_window_is_refused():
