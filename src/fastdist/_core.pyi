@@ -518,6 +518,12 @@ class AfterEvents: ...
 class Outbox: ...
 
 @final
+class LargeBatch:
+    """A batch that is pushed in pieces."""
+
+    def __new__(cls, connection: IngestBase, packets: tuple[Any, ...], batch: Any) -> Self: ...
+
+@final
 class Intake(AfterEvents):
     draining: bool
     closed: bool
@@ -537,6 +543,7 @@ class Intake(AfterEvents):
     room_wait_ns: int
     @property
     def holds_back(self) -> bool: ...
+    def give_up_storing(self) -> None: ...
     @property
     def bodies(self) -> int: ...
     @property

@@ -7,9 +7,12 @@ import errno
 import os
 import socket
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
+from agents_harness import Sent
+from ingest_harness import Connection, post
 from structlog.testing import capture_logs
 from upstream_harness import until
 
@@ -153,6 +156,30 @@ def test_nothing_is_migrated_after_the_end(build, tmp_path):
         for _ in range(2):
             worker._tend_old_rings()
         assert (worker.queue.ring.undone, worker.queue.undone) == (0, 3)
+
+    asyncio.run(check())
+
+
+def test_slow_batch_is_withdrawn_at_the_end(build, monkeypatch):
+    """A disk that takes seconds for the rest of it is not waited for: none of it is delivered, and that is said."""
+
+    async def check():
+        worker = build()
+        worker.intake.piece_bytes = 1
+        service = SimpleNamespace(
+            protocol=IngestProtocol, intake=worker.intake, emitters=worker.emitters, turns=deque()
+        )
+        batch, other = Connection(service), Connection(service)
+        body = b"".join(b'{"message":"m","host":"%d"}\n' % n for n in range(9))
+        batch.protocol.data_received(Sent("/ingest", body, ("Content-Type: application/x-ndjson",), 200).request())
+        worker.intake.go_on()
+        other.protocol.data_received(post())
+        assert worker.queue.ring.undone == 2
+        monkeypatch.setattr("fastdist.worker.drain.LAST_ANSWERS", 0.0)
+        await worker._drain(0.0)
+        assert (batch.statuses, other.statuses) == ([503], [202])
+        assert worker.counters.get("storage") == 1
+        assert PacketRing(worker.queue.fd, private=True).undone == 1
 
     asyncio.run(check())
 

@@ -222,8 +222,7 @@ cdef class Intake(AfterEvents):
         self.loop_left, self.costly_left = self.loop_ns, self.costly_ns
         try:
             if storing is not None and self.broken_storage:
-                storing.withdraw()
-                self.counters.words[STORAGE] += 1
+                self.give_up_storing()
             elif storing is not None:
                 storing.push_piece()
             if self.closed:
@@ -236,6 +235,13 @@ cdef class Intake(AfterEvents):
             self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for new connections
             self.await_turn()
             self.longest_ns = max(self.longest_ns, mono_ns() - began)
+
+    def give_up_storing(self):
+        """Withdraw the large batch that is being stored, if there is one."""
+        cdef LargeBatch storing = self.storing
+        if storing is not None:
+            storing.withdraw()
+            self.counters.words[STORAGE] += 1
 
     @property
     def holds_back(self):

@@ -90,6 +90,7 @@ class Drain:
         end = time.monotonic() + LAST_ANSWERS
         while (not self._poller.turn() or self._intake.holds_back) and time.monotonic() < end:
             self._intake.go_on()
+        self._intake.give_up_storing()  # the disk was too slow for the rest of it
 
     def _dead_letter_rest(self) -> None:
         """Make dead letters of what would be lost with this process; the supervisor retries what cannot be written."""
