@@ -10,15 +10,25 @@ import pytest
 from agents_harness import Sent, ask, connect
 from hypothesis import given
 from hypothesis import strategies as st
-from ingest_harness import Service, keyed
+from ingest_harness import Service, keyed, post
+from msgspec.structs import replace
 from support import files_end_at
 
 from fastdist._core import HEADER_SIZE, PacketRing
 from fastdist.http.api import problem
 from fastdist.protocols import base
+from fastdist.worker.ingest import IngestProtocol
 
 DURABILITIES = pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
 CAPACITY = 2**20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_slice():
+    """A conversion takes one slice, however busy the machine is: what is here goes by turns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdist.protocols.base.SLICE_NS", 10**18)
+        yield
 
 
 class Pieces:
@@ -171,6 +181,49 @@ def test_large_batches_take_turns():
     pieces.finish()
 
 
+def test_waiting_batch_is_counted_once():
+    """It may have very many packets: to go through them each turn would take longer than all else."""
+    batches = []
+
+    class Counted(tuple):  # noqa: SLOT001  (which has an attribute)
+        def __new__(cls, packets):
+            batches.append(super().__new__(cls, packets))
+            batches[-1].times = 0
+            return batches[-1]
+
+        def __iter__(self):
+            self.times += 1
+            return super().__iter__()
+
+    class Protocol(IngestProtocol):
+        def conversion_of(self, body):
+            batch = yield from super().conversion_of(body)
+            return replace(batch, packets=Counted(batch.packets))
+
+    pieces = Pieces("memory")
+    pieces.service.protocol = Protocol
+    for _ in range(2):
+        pieces.batch(9)
+    while pieces.service.turns:
+        pieces.turn()
+    assert [batch.times for batch in batches] == [2, 2], "to add up their sizes, and to push them"
+    pieces.finish()
+
+
+def test_waiting_batches_take_memory():
+    pieces = Pieces("memory")
+    first, second = (pieces.batch(5, 1000) for _ in range(2))
+    pieces.turn()
+    assert pieces.intake.bodies >= 5000
+    pieces.intake.most_bodies = 5000
+    third = pieces.batch(5, 1000)
+    while pieces.service.turns:
+        pieces.turn()
+    assert [each.statuses for each in (first, second, third)].count([503]) >= 1
+    assert first.statuses == [200], "what is being stored goes on"
+    assert pieces.intake.bodies == 0
+
+
 def test_room_is_kept_for_the_rest():
     """Whatever others send meanwhile: what was begun finds its room."""
     pieces = Pieces("memory", 20_000, 2**18)
@@ -184,6 +237,31 @@ def test_room_is_kept_for_the_rest():
     assert batch.statuses == [200]
     pieces.claim()
     assert sum(pieces.claimed[name] for name in pieces.batches[0][1]) == 6
+
+
+def stored(pieces, size):
+    body = b'{"emitterId":"e","messages":[{"message":"%b"}]}' % (b"x" * size)
+    return ask(pieces.service, post(body)).statuses == [202]
+
+
+def test_no_more_room_is_kept_than_it_needs():
+    pieces = Pieces("memory", 20_000, 2**18)
+    pieces.batch(6, 20_000)
+    while pieces.ring.undone < 5:
+        pieces.turn()
+    pieces.service.turns.clear()
+    assert stored(pieces, 30_000)
+
+
+def test_withdrawn_batch_keeps_no_room():
+    pieces = Pieces("disk", 20_000, 2**18)
+    batch = pieces.batch(6, 20_000)
+    pieces.turn()
+    pieces.intake.broken_storage = 5
+    pieces.turn()
+    assert batch.statuses == [503]
+    pieces.intake.broken_storage = 0
+    assert [stored(pieces, 50_000) for _ in range(3)] == [True] * 3
 
 
 @pytest.mark.parametrize("durability", ["disk", "fsync"])
@@ -210,6 +288,29 @@ def test_batch_is_finished_while_closing():
     assert not pieces.intake.holds_back
 
 
+def test_others_are_told_when_it_is_whole():
+    """Who claims packets had none to claim before; also where nothing is pushed any more."""
+    pieces = Pieces("memory")
+    pieces.batch(5)
+    pieces.packet()
+    while pieces.ring.undone < 5:
+        pieces.turn()
+    before = pieces.service.accepts
+    while pieces.service.turns:
+        pieces.turn()
+    assert pieces.service.accepts > before
+    pieces.finish()
+
+
+def test_lost_batch_is_whole_after_closing():
+    pieces = Pieces("memory")
+    pieces.batch(5).lose()
+    while pieces.intake.holds_back:
+        pieces.turn()
+    pieces.claim()
+    assert sum(pieces.claimed.values()) == 5
+
+
 def test_lost_connection_ends_no_batch():
     """It may have sent all it had to and be gone; others must not wait for it."""
     pieces = Pieces("memory")
@@ -234,6 +335,8 @@ def test_pieces_wait_for_delivery():
         while pieces.service.turns:
             pieces.turn()
         assert connection.written == b""
+        waits = pieces.service.emitters.waiting.values()
+        assert [wait.batch.packets for wait in waits] == [()] * 3, "their memory is free"
         pieces.service.deliver()
         assert connection.statuses == [200]
     assert not pieces.service.emitters.waiting

@@ -33,7 +33,7 @@ cdef bint do_slice(IngestBase connection, const uchar *p, Py_ssize_t n) except -
             connection.release_body()
         size = next(connection.conversion)
     except StopIteration as end:
-        connection.conversion, connection.outcome = None, end.value
+        connection.conversion, connection.outcome, connection.batch_size = None, end.value, -1
         return True
     except Exception as error:
         connection.conversion = None
@@ -59,13 +59,13 @@ cdef bint is_crowded(IngestBase connection) except -1:
 cdef bint store_batch(IngestBase connection, batch) except -1:
     """Put a batch into the ring, whole or not at all, and answer; False if it has to wait, for room or its turn."""
     cdef Intake intake = connection.intake
-    cdef tuple packets = tuple(batch.packets)
+    cdef tuple packets
     cdef bytes body
     cdef int found = RING_FULL
     cdef bint is_large
-    if connection.room_due == 0:
+    if connection.batch_size < 0:  # they may be very many: not each time that it has to wait
         connection.batch_size = 0
-        for packet in packets:
+        for packet in batch.packets:
             body = packet.body
             connection.batch_size += size_of(0, len(body))
     is_large = connection.batch_size > intake.piece_bytes
@@ -75,11 +75,12 @@ cdef bint store_batch(IngestBase connection, batch) except -1:
             return True
         connection.held = HELD_WORK
         return False
-    if not packets:
+    if connection.batch_size == 0:
         found = PUSHED
     elif not intake.wanting or intake.first_for_room is connection:
         found = intake.ring.room_for(connection.batch_size, 0)
     if likely(found == PUSHED):
+        packets = tuple(batch.packets)
         if is_large:
             connection.outcome = intake.storing = LargeBatch(connection, packets, batch)
             intake.await_turn()

@@ -80,7 +80,7 @@ cdef class IngestBase(Connection):
     cdef object conversion             # a generator that does so; None: not begun, or done
     cdef object outcome                # of it: a batch, or the decoded body
     cdef int64_t begun_ns              # when its body was whole
-    cdef int64_t batch_size            # bytes of records
+    cdef int64_t batch_size            # bytes of records; -1: not counted yet
     cdef int64_t room_due              # until when a batch may wait for room; 0: it does not
     cdef int64_t charged               # bytes that count as a body besides `body`
     # buffers

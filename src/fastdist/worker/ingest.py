@@ -394,5 +394,5 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def awaiting(self, answer: Answer, seconds: float, batch: Batch) -> Callable[[Collection[int]], None]:
         """Return what, given the packets' sequences, answers once all are delivered, or after ``seconds``."""
-        agent = self._agent()
+        agent, batch = self._agent(), batch.without_packets()  # a wait may be for a day
         return lambda sequences: self.emitters.wait(seconds, BatchWait(self, answer, sequences, agent, batch))
