@@ -203,6 +203,27 @@ def test_batches_wait_in_order():
     assert [text[0] for text in texts(service)] == ["0", "1", "2"]
 
 
+def test_room_cannot_be_made_by_writing():
+    """What was pushed for one that waited is gone when it cannot be written to make room for the next: it is told."""
+    service = full(disk=True)
+    first, second = ask(service, many(1, 5000).request()), ask(service, many(1, 100_000).request())
+    filled = []
+    while handle := service.ring.claim():
+        filled.append(handle)
+    for handle in filled:
+        if handle != filled[9]:  # which is then the first, in the way of the second
+            service.ring.done(handle)
+    before = service.accepted
+    with files_end_at(HEADER_SIZE):
+        service.intake.look_for_room()
+    assert service.unwritten
+    while service.turns:
+        service.turn()
+    assert (first.statuses, second.statuses) == ([503], [503])
+    assert ask(service, lines(("h", "later")).request()).statuses == [200]
+    assert (service.accepted, service.ring.undone) == (before + 1, 2)
+
+
 def test_wait_for_room_ends_with_connection():
     service = full()
     gone, left = (ask(service, many(100, 300).request()) for _ in range(2))

@@ -231,9 +231,9 @@ cdef class Intake(AfterEvents):
             self.go_round(self.working, 0, False)
             self.go_round(self.costly, mono_ns() + self.costly_ns, True)
         finally:
-            self.events_over()
             self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for new connections
             self.await_turn()
+            self.events_over()
             self.longest_ns = max(self.longest_ns, mono_ns() - began)
 
     def give_up_storing(self):
@@ -269,15 +269,19 @@ cdef class Intake(AfterEvents):
         """Have batches that wait for room try again, in order, unless the first would not be done with; to be called often."""
         cdef IngestBase connection
         cdef int64_t until = mono_ns() + self.packets_ns
+        cdef int found
         if not self.wanting:
             return
         try:
             while self.wanting and mono_ns() < until:
                 connection = self.wanting[0]
                 if connection.held == HELD_ROOM and not (
-                        self.closed or self.broken_storage or mono_ns() >= connection.room_due
-                        or self.ring.room_for(connection.batch_size, 0) != RING_FULL):
-                    break
+                        self.closed or self.broken_storage or mono_ns() >= connection.room_due):
+                    found = self.ring.room_for(connection.batch_size, 0)
+                    if found == RING_FULL:
+                        break
+                    if found == NOT_WRITTEN:  # what was pushed before it, for those in front, is gone
+                        self.write_failed(self.ring.file.failed)
                 self.first_for_room = connection
                 self.go_round(self.wanting, 0, False)
         finally:
