@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import cramjam
 import msgspec
-from agents import RECEIVED_NS, convert, packets, request, route
+from agents import RECEIVED_NS, convert, request, route
 from agents_harness import REQUESTS
 from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
@@ -131,7 +131,7 @@ def agreed(target: str, body: bytes, kind: str) -> None:
             raise AssertionError(("only one of the mappings takes it", body))
         return
     found, expected = (
-        [(each["emitterId"], json.loads(json.dumps(each["messages"]))) for each in packets(made)]
+        [(each["emitterId"], each["messages"]) for packet in made.packets for each in [json.loads(packet.body)]]
         for made in (batch, model)
     )
     if merged(found) != merged(expected) or batch.reply != model.reply:
