@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from fastdist import early
@@ -12,6 +13,7 @@ def main() -> None:
     early.open_standard_streams()
     if sys.argv[1:2] == ["serve"]:
         early.watch_signals()
+    gc.set_threshold(100_000)  # more than all imports make: none of that is garbage
     from fastdist.cli import main  # noqa: PLC0415  (takes a while)
 
     main.main()

@@ -6,15 +6,16 @@ command line. It opens its ring as its predecessor left it, and serves until the
 
 from __future__ import annotations
 
+import gc
 import signal
 
 if __name__ == "__main__":  # before the other imports, which take a while
+    gc.disable()  # until all is there: none of it is garbage
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C and a hangup reach the whole group; the supervisor decides
 
 import asyncio
 import errno
-import gc
 import os
 import socket
 import sys
@@ -156,6 +157,7 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
+        gc.enable()
         self.upkeep.run(Step.GAUGES, self.publish)
         self.upkeep.run(Step.OLD_RINGS, self._tend_old_rings)
         self.schedule.start()
