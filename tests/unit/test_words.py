@@ -4,14 +4,33 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NOT_OURS = re.compile(
-    r"undertaker|\bbur(y|ied|ies)\b|\bsigns? of life\b|\bturns? of the (event )?loop\b|\broster\b|\bwho comes\b"
-    r"|\blest\b|\banew\b|(?-i:\bis none\b)|\bnobody\b|\bwhoever\b|\bcomplain|\bgoodbye\b|\bhopeless\b|\bkeeper\b"
-    r"|(?<!dead[ _-])(?<!dead)\bletters?\b(?!-spacing)|(?-i:\b_?(MOST|LONGEST|SHORTEST|LARGEST|SMALLEST|LEAST)_)"
-    r"|(?<!\")somebody|anybody|everybody|\bwho (was|got|has)\b|\bhears?\b|taken over|\bsendings\b"
-    r"|\b(a|each|first|last|next|per) sending\b",
-    re.IGNORECASE,
-)
+# By what they contain, in lower case, which is looked for first: patterns alone take ten times as long.
+NOT_OURS = {
+    "undertaker": r"undertaker",
+    "bur": r"\bbur(y|ied|ies)\b",
+    "of life": r"\bsigns? of life\b",
+    " of the ": r"\bturns? of the (event )?loop\b",
+    "roster": r"\broster\b",
+    "who comes": r"\bwho comes\b",
+    "lest": r"\blest\b",
+    "anew": r"\banew\b",
+    "is none": r"(?-i:\bis none\b)",
+    "nobody": r"\bnobody\b",
+    "whoever": r"\bwhoever\b",
+    "complain": r"\bcomplain",
+    "goodbye": r"\bgoodbye\b",
+    "hopeless": r"\bhopeless\b",
+    "keeper": r"\bkeeper\b",
+    "letter": r"(?<!dead[ _-])(?<!dead)\bletters?\b(?!-spacing)",
+    "st_": r"(?-i:\b_?(MOST|LONGEST|SHORTEST|LARGEST|SMALLEST|LEAST)_)",
+    "somebody": r"(?<!\")somebody",
+    "ybody": r"anybody|everybody",
+    "who ": r"\bwho (was|got|has)\b",
+    "hear": r"\bhears?\b",
+    "taken over": r"taken over",
+    "sending": r"\bsendings\b|\b(a|each|first|last|next|per) sending\b",
+}
+PATTERNS = [(part, re.compile(pattern, re.IGNORECASE)) for part, pattern in NOT_OURS.items()]
 FOLDERS = ("src", "docs", "tests", "bench", "deploy", "fuzz", "mock_analyzers", "scripts")
 NAMES = re.compile(r".*\.(py|pyx|pxi|pyi|h|c|js|html|css|md|sh|toml|ya?ml|json)|Makefile|Dockerfile")
 NOT_READ = {ROOT / "src/fastdist/_core.c", ROOT / "fuzz/core.c", Path(__file__)}  # written by Cython; the list itself
@@ -32,9 +51,11 @@ def text(path):
 def test_words_are_those_of_the_glossary():
     found = []
     for path in files():
-        name = path.relative_to(ROOT).as_posix()
-        lines = enumerate(text(path).splitlines(), 1)
-        found += [f"{name}:{number}: {line.strip()}" for number, line in lines if NOT_OURS.search(line)]
+        words = text(path)
+        lower = words.lower()
+        for pattern in (pattern for part, pattern in PATTERNS if part in lower):
+            lines = enumerate(words.splitlines(), 1)
+            found += [f"{path.relative_to(ROOT)}:{number}: {line}" for number, line in lines if pattern.search(line)]
     assert not found
 
 
