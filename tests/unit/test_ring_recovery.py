@@ -291,16 +291,22 @@ def spoil(patches, seed=0):
         yield offset, rng.randbytes(size) if fill is None else bytes([fill]) * size
 
 
+@pytest.fixture(scope="module")
+def many():
+    """Return a disk with 120 packets, and whose each byte of its file is that belongs to one of them."""
+    disk = Disk(os.memfd_create("ring")).fill(packets=120, sizes=(0, 40, 300, 1000), start=CAPACITY - 20_000)
+    whose = {place.byte(relative): place for place in disk.places for relative in range(place.size)}
+    whose |= {place.mark + relative: place for place in disk.places for relative in range(MARK)}
+    return disk, whose
+
+
 @given(damages, st.integers(0, 2**32))
 @settings(max_examples=2 * settings().max_examples, deadline=None)
-def test_damage_alters_nothing_else(patches, seed):
-    disk = Disk(os.memfd_create("ring")).fill(packets=120, sizes=(0, 40, 300, 1000), start=CAPACITY - 20_000)
+def test_damage_alters_nothing_else(many, patches, seed):
+    disk, whose = many
     spoilt = list(spoil(patches, seed))
     hit = set().union(*(range(offset, offset + len(data)) for offset, data in spoilt))
-    parts = {
-        place: {*map(place.byte, range(place.size)), *range(place.mark, place.mark + MARK)} for place in disk.places
-    }
-    touched = {place for place, offsets in parts.items() if hit & offsets}
+    touched = {whose[offset] for offset in hit & whose.keys()}
     unreadable = all(hit.intersection(range(copy, copy + HEADER)) for copy in COPIES)
     try:
         ring = disk.open(*spoilt)
