@@ -389,7 +389,7 @@ def test_checks_go_on_whatever_one_meets(monkeypatch):
         mock = start_mock()
         async with ward_of(analyzer(mock.listener.port)) as ward:
             ask = ward.checker._ask
-            monkeypatch.setattr(ward.checker, "_ask", lambda _analyzer: 1 / 0)
+            monkeypatch.setattr(ward.checker, "_ask", lambda *_: 1 / 0)
             await until(lambda: not ward.online())
             assert ward.states.error(0) == "health check: division by zero"
             monkeypatch.setattr(ward.checker, "_ask", ask)

@@ -16,6 +16,7 @@ import asyncio
 import random
 import ssl
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -134,12 +135,16 @@ class HealthChecker:
         self.states, self.settings, self._max_age = states, settings, max_age
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._analyzers: dict[int, Analyzer] = {}
-        self._tls = ssl.create_default_context()
         self._names = Names()
         self._max_connections = max(1, descriptors() // 4)
         self._limit = asyncio.Semaphore(self._max_connections)
         self._kept: dict[str, Probe] = {}  # by health_url, while no check uses it
         self.shortage = Shortage()  # that kept checks from being made
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Made for the first https URL: to read all authorities' certificates takes long."""
+        return ssl.create_default_context()
 
     def set_analyzers(self, analyzers: Mapping[int, Analyzer]) -> None:
         """Check these from now on."""
@@ -181,10 +186,11 @@ class HealthChecker:
         try:
             status = await self._ask_again(analyzer)
             if not status:
-                async with self._limit:
-                    await self._names.infos(address.host, address.port, timeout)  # outside the analyzer's time-out
+                async with self._limit:  # what is not the analyzer's is outside its time-out
+                    await self._names.infos(address.host, address.port, timeout)
+                    tls = self._tls if address.scheme == "https" else None
                     async with timeouts.running(timeout):
-                        status = await self._ask(analyzer)
+                        status = await self._ask(analyzer, tls)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
             if lacking := shortage(error):
                 self.shortage.last = lacking
@@ -206,9 +212,8 @@ class HealthChecker:
         except Exception:  # noqa: BLE001  (as above)
             return 0
 
-    async def _ask(self, analyzer: Analyzer) -> int:
+    async def _ask(self, analyzer: Analyzer, tls: ssl.SSLContext | None) -> int:
         address, probe = analyzer.health_address, Probe(self._max_age)
-        tls = self._tls if address.scheme == "https" else None
         probe.address = await connect(probe, self._names, address, self.settings.timeout, tls=tls)
         return await self._ask_on(probe, analyzer)
 
