@@ -89,11 +89,11 @@ def shared(lasting, mocks, tmp_path, request):
     """
     used: list[str] = []
 
-    def shared(settings=None):
-        key = json.dumps(settings)
+    def shared(settings=None, kind=Distributor):
+        key = json.dumps([kind.__name__, settings])
         used.append(key)
         if key not in lasting:
-            lasting[key] = Distributor(tmp_path, mocks, settings)
+            lasting[key] = kind(tmp_path, mocks, settings)
         request.node.stash.setdefault(PROCESSES, []).append(lasting[key])
         lasting[key].wait_for_states("online")
         lasting[key].lines.clear()  # of other tests

@@ -67,6 +67,16 @@ class Secure(Distributor):
     def stats(self):
         return json.loads(self.once("GET", "/stats")[1])
 
+    def analyzers(self):
+        return {row["id"]: row for row in json.loads(self.once("GET", "/analyzers")[1])["analyzers"]}
+
+
+class WithRsa(Secure):
+    """One with a key that ciphers of old work with."""
+
+    def __init__(self, folder, mocks, settings=None):
+        super().__init__(folder, mocks, settings, pair={"key_type": trustme.KeyType.RSA})
+
 
 @pytest.fixture
 def secure(start, tmp_path, mocks):
@@ -104,8 +114,8 @@ def test_packets_over_tls_are_delivered(secure, mocks):
     assert len(mocks.delivered()) == 51
 
 
-def test_alpn_agrees_on_http_1_1(secure):
-    fastdist = secure()
+def test_alpn_agrees_on_http_1_1(shared):
+    fastdist = shared(kind=WithRsa)
     for offered, agreed in ((["http/1.1"], "http/1.1"), (["h2", "http/1.1"], "http/1.1"), (["h2"], None), ([], None)):
         context = client_context()
         if offered:
@@ -115,8 +125,8 @@ def test_alpn_agrees_on_http_1_1(secure):
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_modern_tls_has_forward_secrecy(secure, version):
-    fastdist = secure()
+def test_modern_tls_has_forward_secrecy(shared, version):
+    fastdist = shared(kind=WithRsa)
     context = client_context()
     context.minimum_version = context.maximum_version = version
     with handshake(fastdist.port, context) as connection:
@@ -166,16 +176,18 @@ def handshake_with_a_lax_server(folder, version, ciphers):
         (ssl.TLSVersion.TLSv1_2, "kRSA+AESGCM"),  # who gets the key later reads it all
     ],
 )
-def test_old_versions_and_ciphers_refused(secure, tmp_path, version, ciphers):
-    fastdist = secure(pair={"key_type": trustme.KeyType.RSA})  # which ciphers of old work with
-    assert isinstance(handshake_with_a_lax_server(tmp_path, version, ciphers), ssl.SSLSocket), "this tests nothing"
+def test_old_versions_and_ciphers_refused(shared, version, ciphers):
+    fastdist = shared(kind=WithRsa)
+    assert isinstance(handshake_with_a_lax_server(fastdist.folder, version, ciphers), ssl.SSLSocket), (
+        "this tests nothing"
+    )
     failure = handshake(fastdist.port, weak_context(client_context(), version, ciphers))
     assert isinstance(failure, ssl.SSLError | ConnectionError), failure
     assert fastdist.once("GET", "/health")[0] == 200
 
 
-def test_plain_http_or_garbage_is_harmless(secure):
-    fastdist = secure()
+def test_plain_http_or_garbage_is_harmless(shared):
+    fastdist = shared(kind=WithRsa)
     for data in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(3000), bytes(range(256))):
         with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
             connection.sendall(data)
@@ -451,7 +463,7 @@ def test_endless_handshakes_are_limited(secure):
             connection.close()
     assert fastdist.once("POST", "/logs", BODY)[0] == 202
     fastdist.wait_at_rest()
-    assert [row["state"] for row in json.loads(fastdist.once("GET", "/analyzers")[1])["analyzers"]] == ["online"] * 4
+    assert [row["state"] for row in fastdist.analyzers().values()] == ["online"] * 4
 
 
 def test_waiting_handshakes_finish_at_end(secure):
@@ -497,8 +509,8 @@ def test_kept_connection_does_not_delay_end(secure):
         assert kept.recv(1) == b""
 
 
-def test_client_hello_may_come_in_pieces(secure):
-    fastdist = secure({"server": {"workers": 1}})
+def test_client_hello_may_come_in_pieces(shared):
+    fastdist = shared(kind=WithRsa)
     for chop in (lambda data: [data], in_pieces, in_records_of_a_byte):
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         secured = client_context().wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
