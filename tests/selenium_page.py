@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import chromium
 from selenium.webdriver import ActionChains
 from support import wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from selenium.webdriver import Chrome
     from selenium.webdriver.remote.webelement import WebElement
 
@@ -106,3 +111,15 @@ class Page:
     def is_too_wide(self) -> bool:
         """Whether there is anything to scroll to sideways."""
         return bool(self.run("return document.documentElement.scrollWidth > document.documentElement.clientWidth"))
+
+
+@contextmanager
+def watched(driver: Chrome) -> Iterator[Page]:
+    """Have a dashboard to be opened; see that in the end neither console nor policy have reported anything."""
+    page = Page(driver)
+    yield page
+    errors = [
+        line for line in chromium.console_errors(driver) if not any(re.search(each, line) for each in page.forgiven)
+    ]
+    page.leave()
+    assert errors == []

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
 import chromium
 import pytest
-from selenium_page import ELSEWHERE, Page
+from selenium_page import ELSEWHERE, watched
 from support import Distributor, Mocks, request, running
 
 
@@ -29,13 +28,8 @@ def driver():
 @pytest.fixture
 def page(driver, serve):  # noqa: ARG001  (what it shows is ended after it)
     """A dashboard to be opened; whatever the console or the policy reports at the end fails the test."""
-    page = Page(driver)
-    yield page
-    errors = [
-        line for line in chromium.console_errors(driver) if not any(re.search(each, line) for each in page.forgiven)
-    ]
-    page.leave()
-    assert errors == []
+    with watched(driver) as page:
+        yield page
 
 
 @pytest.fixture

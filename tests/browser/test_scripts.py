@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from selenium_page import watched
 
 GOOD = {
     "health": {
@@ -32,9 +33,11 @@ CONDITIONS = """
 """
 
 
-@pytest.fixture
-def scripts(page, lasting_fastdist):
-    return page.open(lasting_fastdist.port)
+@pytest.fixture(scope="module")
+def scripts(driver, lasting_fastdist):
+    """Return a dashboard whose scripts can be called, one for all: none of them changes it."""
+    with watched(driver) as page:
+        yield page.open(lasting_fastdist.port)
 
 
 def changed(document=None, **members):
