@@ -54,7 +54,8 @@ def wait_until(
 
     The time begins again whenever ``progress`` has become another: how long much work takes is the machine's affair.
     """
-    end, last, pause = time.monotonic() + seconds, progress(), 0.005
+    began = time.monotonic()
+    end, last, pause = began + seconds, progress(), 0.005
     while True:
         result = condition()
         if result:
@@ -64,7 +65,7 @@ def wait_until(
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds:g} s: {what}")
         time.sleep(pause)  # longer and longer: to look takes processor time from what is awaited
-        pause = min(0.05, 1.5 * pause)
+        pause = min(1.5 * pause, max(0.05, (time.monotonic() - began) / 20))
 
 
 GIVEN: set[int] = set()
