@@ -154,7 +154,6 @@ class Worker:
         reconcile(self.queue.ring, self.queue.migrations, self.counters, renewed=self.assignment.renewed)
         self.dispatcher.set_analyzers(self.analyzers)
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
-        gc.collect()
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
         gc.enable()
