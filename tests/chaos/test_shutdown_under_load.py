@@ -69,7 +69,7 @@ def test_two_signals_end_it_at_once(experiment, durability):
 def test_signals_at_any_moment_of_a_start(experiment):
     """Ended or killed before it is ready, with a queue to take over: nothing of that is lost, or delivered twice."""
     mocks = experiment.analyzers()
-    fastdist = experiment.serve()
+    fastdist = experiment.serve({"server": {"drain_timeout": "1s"}})  # one that is ready by then can deliver nothing
     emitter = experiment.emitter().start().wait_for(100)
     mocks.set_all(refuse=True)
     emitter.wait_for(form(200, 2000))
