@@ -29,8 +29,9 @@ build:  ## build everything into .venv/
 	$(BIN)/python -m pip install --quiet --group build
 	touch $@
 
+# Not compiled: most of these modules are never imported, and the others are compiled when they are.
 .venv/.tools: .venv/.made pyproject.toml
-	$(BIN)/python -m pip install --quiet --group dev $$($(BIN)/python -c "$(DEPENDENCIES)")
+	$(BIN)/python -m pip install --quiet --no-compile --group dev $$($(BIN)/python -c "$(DEPENDENCIES)")
 	touch $@
 
 # Without what fastdist needs at run time: that is installed with the tools, while the core is compiled.
