@@ -7,14 +7,14 @@ unexport PYTHONDONTWRITEBYTECODE
 CORE := src/fastdist/_core.pyx $(wildcard src/fastdist/core/*)
 # How the core was built last: a build of another kind, debug and sanitize too, begins by removing this.
 BUILT := .venv/.built-$(or $(FASTDIST_BUILD),release)
-DEPENDENCIES := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'])
+DEPENDENCIES := import tomllib; of = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*of['dependencies'], *sum(of['optional-dependencies'].values(), []))
 PYTEST := $(BIN)/python -m pytest --durations=25
 # Processes of tests: one for each core, or two where tests mostly wait.
 CORES = --numprocesses=$(shell nproc) --dist=worksteal
 TWICE = --numprocesses=$$((2 * $(shell nproc))) --dist=loadgroup
 FUZZ_SECONDS ?= 120
 
-.PHONY: help build run check system test unit component e2e browser deploy explore bare screenshots chaos docs bench bench-quick load micro profile generated lint types debug sanitize fuzz wheel clean
+.PHONY: help build run check system test unit component e2e browser deploy explore bare screenshots chaos cluster docs bench bench-quick load micro profile generated lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,13 +52,13 @@ check: build  ## what is quick to tell: lint, types, unit and component tests, o
 	$(PYTEST) $(CORES) tests/unit tests/component; tests=$$?; \
 	wait $$types && exit $$tests
 
-system: build  ## all other tests: e2e, deploy, browser, chaos; most of their time is waiting
-	$(PYTEST) $(TWICE) tests/e2e tests/deploy tests/browser tests/chaos
+system: build  ## all other tests: e2e, deploy, browser, chaos, cluster; most of their time is waiting
+	$(PYTEST) $(TWICE) tests/e2e tests/deploy tests/browser tests/chaos tests/cluster
 
 test: build  ## every test, and which took longest
 	$(PYTEST) $(TWICE)
 
-unit component e2e browser deploy: build  ## one kind of tests
+unit component e2e browser deploy cluster: build  ## one kind of tests
 	$(BIN)/python -m pytest tests/$@
 
 explore: build  ## look for what no test has thought of: other, and ten times as many examples, another CHAOS_SEED; ARGS="-k ring"

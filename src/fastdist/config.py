@@ -96,7 +96,13 @@ SETTINGS = {path: about for path, about in FACTS.items() if "[" not in path}
 _KEPT = {"analyzers": "write them into the file again (to have the default ones, restart)"} | {
     path: f"write them into the file again, or {path.partition('.')[2]} = [] to have none"
     for path, about in SETTINGS.items()
-    if about.secret
+    if about.secret and about.changes == "reload"
+}
+# Settings of the ring, and what is there instead where the queue is a stream.
+_RING_ONLY = {
+    "queue.capacity": "the size of the stream is jetstream.max_bytes",
+    "queue.durability": "packets are as safe as jetstream.replicas and the servers' own settings make them",
+    "queue.sync_interval": "when the servers sync is their own setting",
 }
 _VARIABLES = {"PORT": "server.port", "WORKER_COUNT": "server.workers"} | {
     f"FASTDIST_{path.replace('.', '__').upper()}": path for path in SETTINGS if "." in path
@@ -171,6 +177,14 @@ def warnings(config: Config) -> list[str]:
     return found
 
 
+def without_effect(loaded: Loaded) -> list[str]:
+    """Return which settings were given but mean nothing beside others, as ``warnings`` does."""
+    if loaded.config.queue.backend != "jetstream":
+        return []
+    given = [path for path in _RING_ONLY if loaded.sources[path] != "default"]
+    return [f'{path}: has no effect with queue.backend = "jetstream"; {_RING_ONLY[path]}' for path in given]
+
+
 def usable_cores() -> int:
     """Return how many workers there are by default."""
     return min(256, len(os.sched_getaffinity(0)))
@@ -196,9 +210,16 @@ def _from_environment(environ: Mapping[str, str], problems: list[_Problem]) -> I
         if get_origin(base) is tuple:
             problems.append(_Problem(name, "a list cannot be set in the environment, only in the file"))
         else:
-            yield path, units.number(text) if base in {int, float} else text, f"environment {name}"
+            yield path, _from_text(base, text), f"environment {name}"
     unknown = (name for name in environ if re.match("FASTDIST_.*__", name) and name not in _VARIABLES)
     problems.extend(_Problem(_shown(name), f"unknown setting{_hint(name, _VARIABLES)}") for name in unknown)
+
+
+def _from_text(base: Any, text: str) -> Any:
+    """Return what a variable's text stands for; text that is no number or no ``true`` or ``false`` stays as it is."""
+    if base is bool:
+        return {"true": True, "false": False}.get(text, text)
+    return units.number(text) if base in {int, float} else text
 
 
 def _build(document: Mapping[str, Any], sources: Mapping[str, str], others: list[_Problem]) -> Config:
@@ -207,6 +228,7 @@ def _build(document: Mapping[str, Any], sources: Mapping[str, str], others: list
     _check_together(reader)
     _check_analyzers(reader)
     _check_capacity(reader)
+    _check_jetstream(reader)
     if problems := reader.problems + others:
         ranks = {name: rank for rank, name in enumerate(Config.__struct_fields__)}
         problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
@@ -277,6 +299,8 @@ def _scalar(about: Facts, raw: Any) -> Any:
             raise ValueError(f"must be one of {', '.join(get_args(base))}; got {shown.removeprefix('string ')}")
         return raw
     expected, types = _TYPES[base]
+    if base is bool and isinstance(raw, bool):
+        return raw
     if (base is str or not about.parse) and (not isinstance(raw, types) or isinstance(raw, bool)):
         raise ValueError(f"expected {expected}, got {shown}")
     if base is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", raw):  # surrogates stand for invalid bytes
@@ -293,7 +317,12 @@ def _scalar(about: Facts, raw: Any) -> Any:
     return base(value)
 
 
-_TYPES: dict[Any, Any] = {int: ("an integer", int), float: ("a number", int | float), str: ("a string", str)}
+_TYPES: dict[Any, Any] = {
+    int: ("an integer", int),
+    float: ("a number", int | float),
+    str: ("a string", str),
+    bool: ("true or false", ()),  # which is looked at before
+}
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "a list", dict: "a table"}
 
 
@@ -332,7 +361,28 @@ def _check_together(reader: _Reader) -> None:
             report(key, f"missing: {other} is set, and TLS needs both")
 
 
+def _check_jetstream(reader: _Reader) -> None:
+    at, report = reader.valid.get, reader.report
+    if at("jetstream.servers") == ():
+        report("jetstream.servers", "at least one is needed")
+    given = [name for name in ("user", "token", "credentials", "nkey") if at(f"jetstream.{name}")]
+    if len(given) > 1:
+        report(f"jetstream.{given[1]}", f"{given[0]} is set as well, and there may be one way to log in at most")
+    for key, other, why in (
+        ("password", "user", "a user needs a password"),
+        ("user", "password", "a password needs a user"),
+        ("tls_cert", "tls_key", "a key needs its certificate"),
+        ("tls_key", "tls_cert", "a certificate needs its key"),
+    ):
+        if at(f"jetstream.{key}") == "" and at(f"jetstream.{other}"):
+            report(f"jetstream.{key}", f"missing: jetstream.{other} is set, and {why}")
+    if at("jetstream.dedup_window", math.inf) < at("jetstream.publish_timeout", 0):
+        report("jetstream.dedup_window", "must be >= jetstream.publish_timeout, so that what is tried again is known")
+
+
 def _check_capacity(reader: _Reader) -> None:
+    if reader.valid.get("queue.backend") == "jetstream":
+        return
     if "queue.capacity" not in reader.valid or "server.workers" not in reader.valid:
         return
     set_to = reader.valid["server.workers"]

@@ -84,6 +84,16 @@ PemFile = Annotated[
     str,
     Meta(extra={"type": "path", "range": "a file; both or neither", "changes": "reload; on or off: restart"}),
 ]
+NatsUrl = Annotated[
+    str,
+    Meta(
+        pattern=".",
+        extra={"type": "URL", "range": "`nats://` or `tls://`, host and port", "parse": units.check_nats_url},
+    ),
+]
+NatsSecret = Annotated[str, Meta(extra={"type": "text", "range": "any", "secret": True})]
+NatsFile = Annotated[str, Meta(extra={"type": "path", "range": "a file, or empty"})]
+Flag = Annotated[bool, Meta(extra={"type": "boolean", "range": "`true`, `false`"})]
 Protocol = Literal["json", "otlp", "loki", "splunk", "elasticsearch"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)  # of log agents; their places here are their numbers
 RELOAD = Meta(extra={"changes": "reload"})  # of a setting, or of a whole section
@@ -250,6 +260,13 @@ class Distribution(Struct, frozen=True, kw_only=True):
 class Queue(Struct, frozen=True, kw_only=True):
     """Where accepted packets are kept until they are delivered."""
 
+    backend: Annotated[
+        Literal["ring", "jetstream"],
+        about("""Where the queue is: `ring` (files of this machine), or `jetstream` (a stream that replicas share).
+        `jetstream` is for [more than one machine](cluster.md) and has its own section,
+        [`[jetstream]`](#jetstream); `capacity`, `durability` and `sync_interval` have no effect then. It needs the
+        extra `fastdist[jetstream]`."""),
+    ] = "ring"
     durability: Annotated[
         Literal["memory", "disk", "fsync"],
         about("""What an accepted packet survives: `memory` a worker's death, `disk` kill -9, `fsync` a system crash.
@@ -279,6 +296,164 @@ class Queue(Struct, frozen=True, kw_only=True):
         It is synced sooner when the queue is short of room and that would free some. Dead letters are synced as often,
         at least once a second, and only then leave the queue. No effect with `memory` and `fsync`."""),
     ] = 0.5
+
+
+class Jetstream(Struct, frozen=True, kw_only=True):
+    """The stream of NATS JetStream that is the queue where [`queue.backend`](#queuebackend) is `"jetstream"`.
+
+    [More than one machine](cluster.md) says what that is for. Nothing of this has an effect with `"ring"`.
+    """
+
+    servers: Annotated[
+        tuple[NatsUrl, ...],
+        about("""The NATS servers: one that answers is enough, the others of its cluster are learnt from it.
+        List all that you know, for the case that one is away at a start. With `tls://` nothing is sent before the
+        connection is encrypted; with `nats://` it is encrypted where the server asks for it. Without a port it is 4222.
+        How to log in is below, not in the URL."""),
+    ] = ("nats://127.0.0.1:4222",)
+    stream: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9_-]{1,64}\Z",
+            extra={
+                "type": "text",
+                "range": "1 to 64 characters of `A-Z a-z 0-9 _ -`",
+                "refusal": "must be 1..64 characters of A-Z a-z 0-9 _ -",
+            },
+        ),
+        about("""The stream's name; services that share a queue have the same.
+        Dead letters are in the stream of this name with `_DEAD` behind it, overrides of analyzers in the key-value
+        bucket with `_STATE` behind it. Another service on the same NATS servers needs another name."""),
+    ] = "FASTDIST"
+    replicas: Annotated[
+        int,
+        Meta(extra={"type": "number", "range": "1, 3 or 5", "parse": units.check_replicas}),
+        about("""How many NATS servers have a copy of each packet: 1, 3 or 5.
+        With 3 any one of them may be lost, with its disk; with 1 none. A first start needs as many servers."""),
+    ] = 3
+    create: Annotated[
+        Flag,
+        about("""Whether streams that do not exist are made at the start.
+        `false` where the account may not make any; they have to be as [the page](cluster.md#what-is-kept-where) says.
+        """),
+    ] = True
+    max_bytes: Annotated[
+        int,
+        Meta(ge=2**20, le=2**50, extra=_SIZE),
+        about("""The size of the stream, and so of the queue; when it is full packets are answered 503.
+        It replaces [`queue.capacity`](#queuecapacity), and is for all replicas together. Nothing is dropped to make
+        room. Each copy takes as much of its server's disk."""),
+    ] = 2**30
+    ack_wait: Annotated[
+        float,
+        Meta(ge=1, le=86_400, extra=_DURATION),
+        about("""After how long the packets of a replica that has died go to the others.
+        A live one keeps its packets for as long as it takes. Well above ten seconds, which an election among the NATS
+        servers may take, or else packets are delivered twice when one is lost."""),
+    ] = 30.0
+    dedup_window: Annotated[
+        float,
+        Meta(ge=1, le=86_400, extra=_DURATION),
+        about("""How long an `Idempotency-Key` is remembered, by all replicas.
+        A packet whose key was sent within this time is stored once and answered `"duplicate": true`. Longer takes
+        memory of the servers for each packet. Not below
+        [`jetstream.publish_timeout`](#jetstreampublish_timeout)."""),
+    ] = 120.0
+    publish_timeout: Annotated[
+        float,
+        Meta(ge=0.1, le=3600, extra=_DURATION),
+        about("""How long storing a packet may take; then its emitter is answered 503.
+        Within that time it is tried again, always under the same id. An election takes up to ten seconds: longer than
+        that, and emitters wait instead of being refused."""),
+    ] = 5.0
+    claim: Annotated[
+        int,
+        Meta(ge=64, le=10**6),
+        about("""How many packets a worker takes from the stream at most, to deliver them.
+        Fewer where that is more than it delivers in about a second, but 64 at least: what one replica has taken, the
+        others cannot deliver."""),
+    ] = 4096
+    bundle_packets: Annotated[
+        int,
+        Meta(ge=1, le=1000),
+        about("""How many packets without an `Idempotency-Key` may share a message of the stream; 1 is one each.
+        Those that wait while messages are under way are sent together, and none ever waits for others. It saves most
+        of the work of all servers. A replica or a server that is killed may cause all of a message's packets to be
+        delivered twice."""),
+    ] = 64
+    bundle_bytes: Annotated[
+        BodySize,
+        about("""How large a message of several packets may be.
+        Well below the servers' `max_payload`. A larger packet travels alone."""),
+    ] = 256 * 1024
+    user: Annotated[
+        str,
+        Meta(extra={"type": "text", "range": "any; with `password`"}),
+        about("""The user name to log in with.
+        One way to log in at most: this, `token`, `credentials` or `nkey`."""),
+        Meta(examples=["fastdist"]),
+    ] = ""
+    password: Annotated[
+        NatsSecret,
+        about("""The password of `user`.
+        Better in the environment, as `FASTDIST_JETSTREAM__PASSWORD`, than in a file that others may read. It is shown
+        nowhere."""),
+        Meta(examples=["a-password"]),
+    ] = ""
+    token: Annotated[
+        NatsSecret,
+        about("""A token to log in with.
+        As for the password: better as `FASTDIST_JETSTREAM__TOKEN`."""),
+        Meta(examples=["a-token"]),
+    ] = ""
+    credentials: Annotated[
+        NatsFile,
+        about("A file of credentials (`.creds`: JWT and seed) to log in with, as `nsc` writes it."),
+        Meta(examples=["/etc/fastdist/nats.creds"]),
+    ] = ""
+    nkey: Annotated[
+        NatsFile,
+        about("A file with the seed (`SU…`) of the NKey to log in with."),
+        Meta(examples=["/etc/fastdist/nats.nk"]),
+    ] = ""
+    tls_ca: Annotated[
+        NatsFile,
+        about("Certificates (PEM) to trust as the servers' instead of the system's."),
+        Meta(examples=["/etc/fastdist/nats-ca.pem"]),
+    ] = ""
+    tls_cert: Annotated[
+        NatsFile,
+        about("A certificate (PEM) to show to servers that ask for one; both or neither of the next."),
+        Meta(examples=["/etc/fastdist/nats-client.pem"]),
+    ] = ""
+    tls_key: Annotated[
+        NatsFile,
+        about("The key of `tls_cert`, as PEM, not encrypted."),
+        Meta(examples=["/etc/fastdist/nats-client-key.pem"]),
+    ] = ""
+
+    @property
+    def subject(self) -> str:
+        """The subject of the packets."""
+        return f"{self.stream}.packets"
+
+    @property
+    def dead_stream(self) -> str:
+        """The name of the stream of dead letters."""
+        return f"{self.stream}_DEAD"
+
+    @property
+    def dead_subject(self) -> str:
+        """The subject of dead letters."""
+        return f"{self.stream}.dead"
+
+    @property
+    def bucket(self) -> str:
+        """The name of the key-value bucket."""
+        return f"{self.stream}_STATE"
+
+    def __repr__(self) -> str:
+        return f"Jetstream({self.stream!r}, {self.servers!r})"
 
 
 class Delivery(Struct, frozen=True, kw_only=True):
@@ -485,6 +660,7 @@ class Config(Struct, frozen=True, kw_only=True):
     analyzers: Annotated[tuple[Analyzer, ...], RELOAD] = _ANALYZERS
     distribution: Distribution = Distribution()
     queue: Queue = Queue()
+    jetstream: Jetstream = Jetstream()
     delivery: Delivery = Delivery()
     retry: Retry = Retry()
     health: Health = Health()

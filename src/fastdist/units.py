@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+NATS_PORT = 4222
 _REST = re.compile(r"(?P<userinfo>[^/?]*@)?(?P<host>\[[^\]/?]*\]|[^/?:]*)(?::(?P<port>\d{1,5}))?(?P<target>[/?].*)?")
 _LABEL = r"[A-Za-z0-9_-]{1,63}"  # with the "_" of container names
 _HOSTNAME = re.compile(rf"(?=.{{1,254}}$){_LABEL}(\.{_LABEL})*\.?")
@@ -157,6 +158,35 @@ def check_url(url: str) -> str:
     """Return the URL if ``parse_endpoint`` takes it; raises ValueError as that does."""
     parse_endpoint(url)
     return url
+
+
+def parse_nats_url(url: str) -> Endpoint:
+    """Parse the URL of a NATS server (``nats://`` or ``tls://``, host, port or 4222); its text never shows the URL.
+
+    Raises ValueError for any other.
+    """
+    scheme, mark, rest = url.partition("://")
+    if not mark or scheme not in {"nats", "tls"}:
+        raise ValueError("must be a nats:// or tls:// URL")
+    if "@" in rest:
+        raise ValueError("must have no user name or password: they have settings of their own")
+    if rest.startswith(":") or re.search(r"[/?]|^$", rest):
+        raise ValueError("must have the form nats://host[:port], without a path")
+    endpoint = _endpoint(scheme, rest)
+    return msgspec.structs.replace(endpoint, port=endpoint.port or NATS_PORT)
+
+
+def check_nats_url(url: str) -> str:
+    """Return the URL if ``parse_nats_url`` takes it; raises ValueError as that does."""
+    parse_nats_url(url)
+    return url
+
+
+def check_replicas(value: object) -> int:
+    """Return the number of copies of a stream. Raises ValueError for what JetStream cannot keep a majority of."""
+    if isinstance(value, bool) or not isinstance(value, int) or value not in {1, 3, 5}:
+        raise ValueError("must be 1, 3 or 5")
+    return value
 
 
 def check_url_or_path(text: str) -> str:

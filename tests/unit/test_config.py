@@ -67,6 +67,28 @@ durability = "disk"
 path = "fastdist-data"
 capacity = "256MiB"
 sync_interval = "500ms"
+backend = "ring"
+
+[jetstream]
+servers = ["nats://127.0.0.1:4222"]
+stream = "FASTDIST"
+replicas = 3
+create = true
+max_bytes = "1GiB"
+ack_wait = "30s"
+dedup_window = "2m"
+publish_timeout = "5s"
+claim = 4096
+bundle_packets = 64
+bundle_bytes = "256KiB"
+user = ""
+password = ""
+token = ""
+credentials = ""
+nkey = ""
+tls_ca = ""
+tls_cert = ""
+tls_key = ""
 
 [delivery]
 mode = "single"

@@ -53,6 +53,7 @@ def code(text):
 
 def test_the_variables_that_are_named_exist():
     known = config._VARIABLES.keys() | {"FASTDIST_CONFIG", "FASTDIST_TOKEN", "FASTDIST_BUILD", "FASTDIST_CHAOS"}
+    known |= {Config().jetstream.dead_stream, Config().jetstream.bucket}  # which look like some
     for document in DOCUMENTS:
         named = re.findall(r"\b(?:PORT|WORKER_COUNT|FASTDIST_\w+)\b", document.read_text())
         assert {name for name in named if not name.endswith("__")} <= known, NAMES[document]
@@ -152,7 +153,8 @@ def test_every_part_of_the_core_is_described():
 def test_each_required_package_has_a_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = [entry for group in project["dependency-groups"].values() for entry in group if isinstance(entry, str)]
-    needed = [*project["project"]["dependencies"], *groups, *project["build-system"]["requires"]]
+    extras = chain(*project["project"]["optional-dependencies"].values())
+    needed = [*project["project"]["dependencies"], *extras, *groups, *project["build-system"]["requires"]]
     tables = [rows(ARCHITECTURE, heading) for heading in ("at run time", "to build and test", "to measure")]
     explained = {name for row in chain(*tables) for name in re.findall(r"`([\w.-]+)`", row[0])}
     assert {re.split(r"[<>=~ \[]", entry)[0] for entry in needed} == explained

@@ -26,9 +26,14 @@ def test_example_is_the_default_config():
     assert "default" not in loaded.sources.values()
 
 
-def test_every_setting_has_a_valid_example():
+LOGINS = {"jetstream.token", "jetstream.credentials", "jetstream.nkey"}  # of which one may be set, or user and password
+
+
+@pytest.mark.parametrize("login", ["jetstream.user", *sorted(LOGINS)])
+def test_every_setting_has_a_valid_example(login):
     document = {}
-    for path in config.FACTS.keys() - {"analyzers"}:
+    others = LOGINS - {login} | ({"jetstream.user", "jetstream.password"} if login in LOGINS else set())
+    for path in config.FACTS.keys() - {"analyzers"} - others:
         about, (section, key) = config.FACTS[path], path.split(".")
         assert about.summary
         assert about.examples or about.default not in ("", (), NODEFAULT)

@@ -1,6 +1,7 @@
 """The configuration in force, for a person: as TOML that can be read again, with where each value comes from.
 
-Tokens are masked. Warnings beyond those of a start are for ``check`` only: some concern the defaults as well.
+Tokens and passwords are masked. Warnings beyond those of a start are for ``check`` only: some concern the defaults as
+well.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def as_toml(loaded: Loaded, *, changed: bool = False) -> str:
         if name != section:
             lines += ["", f"[{name}]"]
             section = name
-        if about.secret and value:
+        if about.secret and value and isinstance(value, str):
+            value, origin = MASK, f"{origin}; masked"
+        elif about.secret and value:
             value, origin = (MASK,) * len(value), f"{origin}; {len(value)}, masked"
         lines.append(_commented(f"{key} = {written(value, about)}", origin))
     return "\n".join(lines) + "\n"
@@ -63,7 +66,7 @@ def warnings(config: Config) -> Iterator[str]:
     yield from config_warnings(config)
     workers = config.server.workers or usable_cores()
     largest = config.queue.capacity // workers // 2
-    if largest < config.server.max_body:
+    if config.queue.backend == "ring" and largest < config.server.max_body:
         yield (
             f"server.max_body: packets over {format_size(largest)} are answered 413 all the same, since one may take "
             f"half of a worker's part of queue.capacity at most ({format_size(config.queue.capacity)} for {workers})"

@@ -121,6 +121,7 @@ def serve(
     from fastdist.supervisor import main
 
     pair = _read_certificate(loaded.config)
+    _check_jetstream_files(loaded.config)
     try:
         status = main.serve(loaded, pair)
     except StartError as error:
@@ -141,11 +142,14 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
       fastdist check fastdist.toml
     """
     from fastdist.cli import effective
+    from fastdist.config import without_effect
     from fastdist.net import tls
 
-    config = load_or_exit(file, {}).config
+    loaded = load_or_exit(file, {})
+    config = loaded.config
     pair = _read_certificate(config)
-    for warning in (*effective.warnings(config), tls.out_of_date(pair, config.security)):
+    _check_jetstream_files(config)
+    for warning in (*effective.warnings(config), *without_effect(loaded), tls.out_of_date(pair, config.security)):
         if warning:
             typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
@@ -162,8 +166,9 @@ def show_config(
 ) -> None:
     """Print the configuration that `serve` would use here and now, and where each value comes from.
 
-    It is TOML that can be read again, but for tokens, which are masked. A running distributor may differ in the weights
-    and states that were set by PATCH /analyzers/{id}. Exit status: 0; 2 when the configuration cannot be used.
+    It is TOML that can be read again, but for tokens and passwords, which are masked. A running distributor may differ
+    in the weights and states that were set by PATCH /analyzers/{id}. Exit status: 0; 2 when the configuration cannot be
+    used.
 
     \b
     Examples:
@@ -377,6 +382,18 @@ def _read_certificate(config: Config) -> Pair | None:
     except StartError as error:
         typer.echo(error, err=True)
         raise typer.Exit(BAD_CONFIG) from None
+
+
+def _check_jetstream_files(config: Config) -> None:
+    """Print what is wrong with the files of [jetstream], where that is in use, and exit."""
+    if config.queue.backend != "jetstream":
+        return
+    from fastdist.storage.jetstream import login
+
+    if problems := login.problems(config.jetstream):
+        for problem in problems:
+            typer.echo(problem, err=True)
+        raise typer.Exit(BAD_CONFIG)
 
 
 def _describe_analyzers(config: Config) -> str:

@@ -21,7 +21,7 @@ import uvloop
 
 from fastdist import __version__, early, logs
 from fastdist._core import PacketRing
-from fastdist.config import MIN_PART, usable_cores, warnings
+from fastdist.config import MIN_PART, usable_cores, warnings, without_effect
 from fastdist.errors import ConfigError, StartError
 from fastdist.ipc import Message, Pair, Settings, shorten, write_settings
 from fastdist.net import tls
@@ -30,6 +30,7 @@ from fastdist.shm.block import HeadWord, SharedBlock, Step
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
 from fastdist.shm.weights import seems_online
+from fastdist.storage import jetstream
 from fastdist.storage.dead_letter_writer import DeadLetterWriter, what_is_left
 from fastdist.storage.dead_letters import DeadLetters
 from fastdist.storage.directory import QueueFolder, ring_path
@@ -93,7 +94,8 @@ class Supervisor:
 
     def prepare(self) -> None:
         """Open listeners and rings and fill the shared block. Raises StartError."""
-        for warning in (*warnings(self.config), tls.out_of_date(self.changes.pair, self.config.security)):
+        given = without_effect(self.loaded)
+        for warning in (*warnings(self.config), *given, tls.out_of_date(self.changes.pair, self.config.security)):
             if warning:
                 log.warning(warning)
         self._fit_descriptor_limit()
@@ -490,6 +492,9 @@ def serve(loaded: Loaded, pair: Pair | None = None) -> int:
     Raises StartError when it cannot start.
     """
     logs.configure()
+    if loaded.config.queue.backend == "jetstream":
+        jetstream.require_client()
+        raise StartError('queue.backend = "jetstream": this version cannot serve with it yet; use "ring"')
 
     async def run() -> int:
         supervisor = Supervisor(loaded, pair)
