@@ -1,0 +1,70 @@
+"""Dead letters in a stream of their own, where all replicas, and any machine with the configuration, see the same ones.
+
+A packet's message is acknowledged only after its dead letter is stored. The id of that is made of the packet's place in
+the stream, so one that was stored when its worker was killed is not stored twice within the window. A dead letter is
+the same line of JSON as in the files (see ``storage.dead_letters``).
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fastdist.storage.jetstream import api
+from fastdist.storage.jetstream.api import ApiError, request
+from fastdist.storage.jetstream.publisher import Outcome, Publisher
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from fastdist.storage.jetstream.connection import Connection
+
+
+class StoredLetter(msgspec.Struct, frozen=True):
+    """A dead letter and its sequence, by which it is removed."""
+
+    sequence: int
+    line: bytes
+
+
+class DeadStream:
+    """The stream of dead letters; it makes a publisher (before the connection is started)."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        settings = connection.settings
+        self.stream = settings.dead_stream
+        self._publisher = Publisher(connection, self.stream, settings.dead_subject, settings.publish_timeout)
+
+    async def put(self, line: bytes, sequence: int, index: int = 0) -> Outcome:
+        """Store the dead letter of packet ``index`` of message ``sequence``; only after a *yes* may that be settled."""
+        return await self._publisher.publish(line, f"dead/{sequence}" if not index else f"dead/{sequence}.{index}")
+
+    async def read(self, first: int = 1) -> AsyncIterator[StoredLetter]:
+        """Yield all dead letters from a sequence on, oldest first. Raises UnavailableError."""
+        while True:
+            try:
+                answer = await request(
+                    self.connection.client, f"STREAM.MSG.GET.{self.stream}", {"seq": first, "next_by_subj": ">"}
+                )
+            except ApiError as error:
+                if error.code == api.MESSAGE_NOT_FOUND:
+                    return
+                raise
+            message = answer["message"]
+            yield StoredLetter(message["seq"], base64.b64decode(message.get("data", "")))
+            first = message["seq"] + 1
+
+    async def remove(self, sequence: int) -> bool:
+        """Remove a dead letter that was replayed; return whether it was there. Raises UnavailableError."""
+        try:
+            await request(
+                self.connection.client, f"STREAM.MSG.DELETE.{self.stream}", {"seq": sequence, "no_erase": True}
+            )
+        except ApiError as error:
+            if error.code == api.DELETE_FAILED and "no message found" in str(error):
+                return False
+            raise
+        return True
