@@ -54,7 +54,7 @@ class Proxy:
                 if from_server and self.lose_replies and self.word in data:
                     self.lose_replies -= 1
                     self.lost += 1
-                    data = data[: data.rindex(b"MSG", 0, data.index(self.word))]
+                    data = data[: data.rfind(b"\n", 0, data.rindex(b"MSG", 0, data.index(self.word))) + 1]
                 if not from_server:
                     self.sent += data
                 writer.write(data)
