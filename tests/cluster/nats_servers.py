@@ -23,8 +23,8 @@ MAX_PAYLOAD = 12_000_000
 class Server:
     """A nats-server with its data in a folder; ``routes``: the ports of all servers of its cluster."""
 
-    def __init__(self, folder, name, routes=(), extra=""):
-        self.folder, self.name, self.extra = Path(folder) / name, name, extra
+    def __init__(self, folder, name, routes=(), extra="", *, jetstream=True):
+        self.folder, self.name, self.extra, self.jetstream = Path(folder) / name, name, extra, jetstream
         self.port, self.monitor = free_port(), free_port()
         self.route, self.routes = (free_port() if routes is not None else 0), []
         self.process = None
@@ -40,9 +40,11 @@ class Server:
             f"listen: 127.0.0.1:{self.port}",
             f"http: 127.0.0.1:{self.monitor}",
             f"max_payload: {MAX_PAYLOAD}",
-            f'jetstream {{ store_dir: "{self.folder}/data", max_file_store: 4GB, max_memory_store: 64MB }}',
             self.extra,
         ]
+        if self.jetstream:
+            store = f'store_dir: "{self.folder}/data", max_file_store: 4GB, max_memory_store: 64MB'
+            lines.append(f"jetstream {{ {store} }}")
         if self.routes:
             urls = ", ".join(f"nats://127.0.0.1:{port}" for port in self.routes)
             lines.append(f"cluster {{ name: test, listen: 127.0.0.1:{self.route}, routes: [{urls}] }}")
@@ -81,6 +83,7 @@ class Server:
         shutil.rmtree(self.folder / "data", ignore_errors=True)
 
     def is_healthy(self):
+        assert self.runs, (self.folder / "log").read_text()[-2000:]
         with contextlib.suppress(OSError):
             url = f"http://127.0.0.1:{self.monitor}/healthz"
             with urllib.request.urlopen(url, timeout=1) as reply:
@@ -95,8 +98,10 @@ class Server:
 class Servers:
     """One server, or three that are a cluster."""
 
-    def __init__(self, folder, count=1, extra=""):
-        self.all = [Server(folder, f"n{number}", () if count > 1 else None, extra) for number in range(1, count + 1)]
+    def __init__(self, folder, count=1, extra="", *, jetstream=True):
+        names = [f"n{number}" for number in range(1, count + 1)]
+        routes = () if count > 1 else None
+        self.all = [Server(folder, name, routes, extra, jetstream=jetstream) for name in names]
         for server in self.all:
             server.routes = [each.route for each in self.all] if count > 1 else []
 
