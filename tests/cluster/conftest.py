@@ -42,6 +42,12 @@ def three(lasting_three):
     lasting_three.restore()
 
 
+@pytest.fixture(params=["one", "three"])
+def servers(request):
+    """One server, or three: what one does in order may come out of it among three."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def name():
     """Return the name of a stream of the test's own."""

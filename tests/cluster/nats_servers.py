@@ -43,7 +43,7 @@ class Server:
             self.extra,
         ]
         if self.jetstream:
-            store = f'store_dir: "{self.folder}/data", max_file_store: 4GB, max_memory_store: 64MB'
+            store = f'store_dir: "{self.folder}/data", max_file_store: 1TB, max_memory_store: 64MB'
             lines.append(f"jetstream {{ {store} }}")
         if self.routes:
             urls = ", ".join(f"nats://127.0.0.1:{port}" for port in self.routes)

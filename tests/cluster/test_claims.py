@@ -21,8 +21,8 @@ async def figures_are(made, **expected):
 
 
 @in_loop
-async def test_messages_are_claimed_and_settled(one, name):
-    async with service(one.settings(name), keep=False) as made:
+async def test_messages_are_claimed_and_settled(servers, name):
+    async with service(servers.settings(name), keep=False) as made:
         await made.publish_all([f"m{number}" for number in range(600)])
         made.consumer.start()
         await until(lambda: len(made.claims) == 600 and not made.consumer.unconfirmed, "all settled")
@@ -36,8 +36,8 @@ async def test_messages_are_claimed_and_settled(one, name):
 
 
 @in_loop
-async def test_no_more_is_claimed_than_has_room(one, name):
-    async with service(one.settings(name), room=10) as made:
+async def test_no_more_is_claimed_than_has_room(servers, name):
+    async with service(servers.settings(name), room=10) as made:
         await made.publish_all([f"m{number}" for number in range(50)])
         made.consumer.start()
         await until(lambda: len(made.claims) == 10, "ten claims")
@@ -56,8 +56,8 @@ async def test_no_more_is_claimed_than_has_room(one, name):
 
 
 @in_loop
-async def test_what_is_given_back_goes_to_others(one, name):
-    settings = one.settings(name)
+async def test_what_is_given_back_goes_to_others(servers, name):
+    settings = servers.settings(name)
     async with service(settings, room=3) as made, service(settings, room=0) as other:
         await made.publish_all(["a", "b", "c"])
         made.consumer.start()
@@ -74,8 +74,8 @@ async def test_what_is_given_back_goes_to_others(one, name):
 
 
 @in_loop
-async def test_what_was_given_back_may_return(one, name):
-    async with service(one.settings(name)) as made:
+async def test_what_was_given_back_may_return(servers, name):
+    async with service(servers.settings(name)) as made:
         await made.publish("a")
         made.consumer.start()
         await until(lambda: len(made.claims) == 1, "a claim")
@@ -89,8 +89,8 @@ async def test_what_was_given_back_may_return(one, name):
 
 
 @in_loop
-async def test_claims_are_kept_beyond_ack_wait(one, name):
-    settings = one.settings(name, ack_wait=1)
+async def test_claims_are_kept_beyond_ack_wait(servers, name):
+    settings = servers.settings(name, ack_wait=1)
     async with service(settings) as made, service(settings) as other:
         await made.publish_all([f"m{number}" for number in range(100)])
         made.consumer.start()
@@ -168,9 +168,9 @@ async def test_lost_confirmations_are_asked_again(one, name):
 
 
 @in_loop
-async def test_what_is_held_is_not_handed_out_again(one, name):
+async def test_what_is_held_is_not_handed_out_again(servers, name):
     """The stream hands it out again, as after a server's death; it is ours already."""
-    async with service(one.settings(name)) as made, service(one.settings(name), prepare=False) as other:
+    async with service(servers.settings(name)) as made, service(servers.settings(name), prepare=False) as other:
         await made.publish_all(["a", "b"])
         made.consumer.start()
         await until(lambda: len(made.claims) == 2, "claims")
@@ -198,9 +198,9 @@ async def test_what_was_settled_is_not_handed_out(one, name):
 
 
 @in_loop
-async def test_the_end_leaves_nothing_waiting(one, name):
+async def test_the_end_leaves_nothing_waiting(servers, name):
     """What is held is given back, what comes meanwhile too, and others have it at once."""
-    settings = one.settings(name, ack_wait=3600)
+    settings = servers.settings(name, ack_wait=3600)
     async with service(settings) as ending, service(settings) as other:
         await other.publish_all([f"m{number}" for number in range(500)])
         ending.consumer.start()

@@ -229,7 +229,8 @@ class Consumer:
             return
         self._asked, self._lost_at = count, moment + EXPIRES + OVERDUE
         self._requests += 1
-        wanted = {"batch": count, "max_bytes": MAX_REQUEST_BYTES, "expires": int(EXPIRES * 1e9)}
+        size = max(MAX_REQUEST_BYTES, 2 * client.max_payload)  # or the largest messages would never come
+        wanted = {"batch": count, "max_bytes": size, "expires": int(EXPIRES * 1e9)}
         try:
             await client.publish(self._next, msgspec.json.encode(wanted), f"{self._inbox}.p{self._requests}")
         except (NatsError, OSError):
@@ -257,23 +258,28 @@ class Consumer:
                 claim.sent_at, claim.due = 0.0, now() + PAUSE
 
     def _request_ended(self, message: Msg, status: str, *, current: bool) -> None:
+        """Do not await what a request has not got. What it has got may still come: its end overtakes messages."""
         if status == "100" or not current:  # a heartbeat, or of one that was taken for lost
             return
-        self._asked = 0
-        if status not in {"404", "408"} and "Completed" not in (message.headers or {}).get("Description", ""):
+        headers = message.headers or {}
+        pending = headers.get("Nats-Pending-Messages", "")
+        self._no_more(int(pending) if pending.isdecimal() else self._asked)
+        if status not in {"404", "408"} and headers.get("Description") != "Batch Completed":
             self._not_before = now() + PAUSE
-        self._idle.set()
-        self._wake.set()
+
+    def _no_more(self, count: int) -> None:
+        """Await so many messages less."""
+        self._asked = max(0, self._asked - count)
+        if not self._asked:
+            self._idle.set()
+            self._wake.set()
 
     def _claim(self, message: Msg) -> None:
         try:
             deliveries, sequence = position(message.reply)
         except ValueError:
             return  # published past the stream
-        self._asked = max(0, self._asked - 1)
-        if not self._asked:
-            self._idle.set()
-            self._wake.set()
+        self._no_more(1)
         known = self._held.get(sequence) or self._leaving.get(sequence)
         if known is not None and known.state is not State.GIVEN_BACK:
             self.redelivered += 1

@@ -64,7 +64,8 @@ class DeadStream:
                 self.connection.client, f"STREAM.MSG.DELETE.{self.stream}", {"seq": sequence, "no_erase": True}
             )
         except ApiError as error:
-            if error.code == api.DELETE_FAILED and "no message found" in str(error):
+            gone = error.code == api.DELETE_FAILED and "no message found" in str(error)
+            if gone or error.code in {api.SEQUENCE_NOT_FOUND, api.MESSAGE_NOT_FOUND}:
                 return False
             raise
         return True

@@ -164,7 +164,8 @@ def _not_made(error: ApiError, what: str, where: str) -> Exception:
     # Too few servers: one that is missing may come.
     if "no suitable peers" in str(error) or "insufficient" in str(error):
         return UnavailableError(f"{what} cannot be made: {error}")
-    return StartError(f"{where}: {what} cannot be made: {error}")
+    hint = "; for one server there is jetstream.replicas = 1" if "non-clustered" in str(error) else ""
+    return StartError(f"{where}: {what} cannot be made: {error}{hint}")
 
 
 async def _fit_stream(client: Client | None, found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
