@@ -168,7 +168,7 @@ async def test_lost_confirmations_are_asked_again(one, name):
 
 
 @in_loop
-async def test_what_is_held_is_not_handed_out_again(servers, name):
+async def test_what_is_held_is_not_handed_out(servers, name):
     """The stream hands it out again, as after a server's death; it is ours already."""
     async with service(servers.settings(name)) as made, service(servers.settings(name), prepare=False) as other:
         await made.publish_all(["a", "b"])
@@ -247,6 +247,24 @@ async def test_a_lost_request_is_made_again(one, name, monkeypatch):
         await other.publish("a")
         await until(lambda: made.claims, "a claim")
     await proxy.stop()
+
+
+@in_loop
+async def test_what_cannot_be_taken_is_given_back(one, name, capfd):
+    async with service(one.settings(name, ack_wait=1)) as made:
+        taken = made.consumer._take
+
+        def take(claim, data):
+            if claim.deliveries == 1:
+                raise RuntimeError("a fault of ours")
+            taken(claim, data)
+
+        made.consumer._take = take
+        await made.publish("a")
+        made.consumer.start()
+        await until(lambda: made.claims, "the same again")
+        assert made.claims[0].deliveries == 2
+        assert "a fault of ours" in capfd.readouterr().out
 
 
 @in_loop

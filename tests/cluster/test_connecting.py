@@ -309,7 +309,7 @@ async def test_what_is_no_nats_server_is_none(name, answer):
 
 
 @in_loop
-async def test_a_server_that_says_nothing_is_not_one(monkeypatch, name):
+async def test_one_that_says_nothing_is_no_server(monkeypatch, name):
     monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

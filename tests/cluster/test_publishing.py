@@ -175,7 +175,7 @@ async def test_deleted_stream_is_not_made_again(one, name):
 @pytest.mark.parametrize("answer", [b"+OK", b'{"stream": "OTHER", "seq": 1}', b"{}"])
 @in_loop
 async def test_another_subscriber_stores_nothing(one, name, answer):
-    """An answer that is not the stream's own is none."""
+    """Only the stream's own answer counts."""
     async with service(one.settings(name, publish_timeout=0.3), prepare=False) as made:
 
         async def reply(message):

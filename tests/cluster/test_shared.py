@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from datetime import datetime
 
 import pytest
 from harness import Service, ask, figures_until, in_loop, prepared, service, until
 from proxy import Proxy
 
+from fastdist._core import Packet
+from fastdist.storage.dead_letters import DeadLetters, as_line
 from fastdist.storage.jetstream.api import UnavailableError
 from fastdist.storage.jetstream.connection import now
 from fastdist.storage.jetstream.dead_stream import DeadStream
@@ -49,7 +52,22 @@ async def test_dead_letters_are_seen_by_all(one, name):
 
 
 @in_loop
-async def test_a_packets_dead_letter_is_stored_once(one, name):
+async def test_a_dead_letter_is_that_of_the_files(one, name, tmp_path):
+    packet = Packet(1, "id-1", b'{"a": "\xc3\xbc"}', 3, 10**18, 2, 0, 0)
+    async with dead_letters(one.settings(name)) as (_, dead):
+        files = DeadLetters(tmp_path, "w")
+        files.write(packet, "refused", "A1", 400, None)
+        files.close()
+        await dead.put(as_line(packet, "refused", "A1", 400, None), 1)
+        [(_, line)] = await lines(dead)
+        [file] = (tmp_path / "dead-letters").glob("*.ndjson")
+        stored, written = json.loads(line), json.loads(file.read_bytes())
+        assert stored | {"deadLetteredAt": ""} == written | {"deadLetteredAt": ""}
+        assert stored["body"] == '{"a": "ü"}'
+
+
+@in_loop
+async def test_packets_dead_letter_is_stored_once(one, name):
     """Its worker was killed after it was stored, and before its message was settled."""
     settings = one.settings(name)
     async with dead_letters(settings) as (_, dead):
@@ -93,7 +111,7 @@ async def test_overrides_are_shared(one, name):
 
 
 @in_loop
-async def test_of_two_changes_at_once_one_is_refused(one, name):
+async def test_of_two_changes_one_is_refused(one, name):
     settings = one.settings(name)
     async with service(settings) as made, service(settings) as other:
         mine, its = StateBucket(made.connection), StateBucket(other.connection)

@@ -1,4 +1,4 @@
-"""Making the streams: together, once, and never over what somebody else has there."""
+"""Making the streams: together, once, and never over what another service has there."""
 
 from __future__ import annotations
 

@@ -61,6 +61,26 @@ def iso_time(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def as_line(packet: Packet, reason: str, analyzer: str | None, status: int | None, error: str | None) -> bytes:
+    """Return the dead letter of a packet, as it stands in files and streams: JSON and a line feed."""
+    dead_letter: dict[str, object] = {
+        "id": packet.id,
+        "reason": reason,
+        "analyzer": analyzer,
+        "status": status,
+        "error": error,
+        "attempts": packet.attempts,
+        "messages": packet.messages,
+        "acceptedAt": iso_time(packet.accepted_ns),
+        "deadLetteredAt": iso_time(time.time_ns()),
+    }
+    try:
+        dead_letter["body"] = packet.body.decode()
+    except UnicodeDecodeError:
+        dead_letter["bodyBase64"] = base64.b64encode(packet.body).decode()
+    return orjson.dumps(dead_letter, option=orjson.OPT_APPEND_NEWLINE)
+
+
 class _File:
     """A file of ours, open and locked: its size, and up to where what it holds is settled."""
 
@@ -116,22 +136,7 @@ class DeadLetters:
 
     def write(self, packet: Packet, reason: str, analyzer: str | None, status: int | None, error: str | None) -> None:
         """Append a packet: why it was given up, and the last analyzer with its response. Raises OSError."""
-        dead_letter: dict[str, object] = {
-            "id": packet.id,
-            "reason": reason,
-            "analyzer": analyzer,
-            "status": status,
-            "error": error,
-            "attempts": packet.attempts,
-            "messages": packet.messages,
-            "acceptedAt": iso_time(packet.accepted_ns),
-            "deadLetteredAt": iso_time(time.time_ns()),
-        }
-        try:
-            dead_letter["body"] = packet.body.decode()
-        except UnicodeDecodeError:
-            dead_letter["bodyBase64"] = base64.b64encode(packet.body).decode()
-        self._append(orjson.dumps(dead_letter, option=orjson.OPT_APPEND_NEWLINE))
+        self._append(as_line(packet, reason, analyzer, status, error))
 
     def tick(self, now_ns: int) -> None:
         """Close the file when other processes may have it; call this regularly (``now_ns``: time.monotonic_ns()).

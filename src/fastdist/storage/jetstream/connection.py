@@ -29,10 +29,12 @@ from fastdist.storage.jetstream import login
 from fastdist.storage.jetstream.transport import DroppableTransport
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from fastdist.settings import Jetstream
 
 CONNECT_TIMEOUT = 2  # seconds for each step of it: TCP, INFO, TLS, login
-ATTEMPT_TIMEOUT = 6.0  # seconds for all of them
+ATTEMPT_TIMEOUT = 3.0  # seconds for all of them
 PING_INTERVAL = 1  # seconds
 PINGS = 2  # unanswered; with one more due the server is left
 PAUSE = 0.25  # seconds between two rounds of all servers
@@ -119,9 +121,9 @@ class Connection:
             raise StartError(str(wrong[0]))
         if self.client is None:
             self._warn(refusals)
-        self._task = asyncio.get_running_loop().create_task(self._keep())
-        if self.client is not None:
-            await self._up.wait()
+        self._task = background(self._keep())
+        while self.client is not None and not self._up.is_set():  # noqa: ASYNC110  (either may change)
+            await asyncio.sleep(0.005)
         return self.client is not None
 
     async def wait(self) -> None:
@@ -230,6 +232,8 @@ class Connection:
             del errors[:-4]
             if "permissions violation" in str(error).lower():
                 self._not_allowed(str(error))
+            elif not isinstance(error, NatsError | OSError | TimeoutError):  # of ours: what a part does with a message
+                log.error("jetstream: a message could not be handled", exc_info=error)
 
         options: dict[str, Any] = login.options(self.settings)
         if tls_name is not None and transport:
@@ -272,6 +276,18 @@ class Connection:
                 "jetstream: no server can be used; packets are answered 503 until one can",
                 servers=[str(refusal).removeprefix("jetstream: ") for refusal in refusals],
             )
+
+
+def background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run what should never end by itself in a task; if it fails, that is logged."""
+
+    def done(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("jetstream: a task has failed", exc_info=error)
+
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(done)
+    return task
 
 
 def _is_vague(error: Exception) -> bool:

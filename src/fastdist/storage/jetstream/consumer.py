@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from nats.errors import Error as NatsError
 
-from fastdist.storage.jetstream.connection import now
+from fastdist.storage.jetstream.connection import background, now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -130,8 +130,7 @@ class Consumer:
 
     def start(self) -> None:
         """Begin to claim."""
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(each) for each in (self._run(), self._renew())]
+        self._tasks = [background(self._run()), background(self._renew())]
 
     def wake(self) -> None:
         """Look at once whether there is room."""
@@ -297,8 +296,12 @@ class Consumer:
         self._held[sequence] = claim
         if self._stopping:
             self.give_back(claim)
-        else:
+            return
+        try:
             self._take(claim, message.data)
+        except Exception:
+            self.give_back(claim, self.ack_wait)  # or it would be held for ever
+            raise  # which is logged
 
     def _confirmed(self, claim: Claim) -> None:
         if self._leaving.get(claim.sequence) is claim:

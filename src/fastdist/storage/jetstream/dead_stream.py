@@ -2,7 +2,7 @@
 
 A packet's message is acknowledged only after its dead letter is stored. The id of that is made of the packet's place in
 the stream, so one that was stored when its worker was killed is not stored twice within the window. A dead letter is
-the same line of JSON as in the files (see ``storage.dead_letters``).
+the same line of JSON as in the files (``storage.dead_letters.as_line``).
 """
 
 from __future__ import annotations

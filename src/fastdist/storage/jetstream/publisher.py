@@ -21,7 +21,7 @@ import msgspec
 from nats.errors import Error as NatsError
 
 from fastdist.storage.jetstream import api
-from fastdist.storage.jetstream.connection import now
+from fastdist.storage.jetstream.connection import background, now
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -117,7 +117,7 @@ class Publisher:
         """
         entry = _Entry(next(self._numbers), message, message_id, now() + self.timeout)
         if self._sweeper is None or self._sweeper.done():
-            self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+            self._sweeper = background(self._sweep())
         if self._waiting or not self._has_room(entry):
             self._waiting.append(entry)
         else:
