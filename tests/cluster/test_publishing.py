@@ -162,6 +162,38 @@ async def test_full_stream_refuses_and_keeps_all(one, name):
 
 
 @in_loop
+async def test_full_after_a_lost_reply_is_not_no(servers, name):
+    """The stream is full of what may be our own first one."""
+    proxy = await Proxy(servers.all[0].port).start()
+    settings = servers.settings(name, max_bytes=2**20, servers=(proxy.url,))
+    async with service(servers.settings(name, max_bytes=2**20)) as other, service(settings, prepare=False) as made:
+        proxy.word, proxy.lose_replies = b'"seq"', 1
+        outcome = await made.publish("a", bytes(600_000))
+        assert proxy.lost == 1
+        assert outcome in {Outcome("yes", 1), Outcome("unknown", reason="unconfirmed", detail=outcome.detail)}
+        assert await compare(made, other.connection) == {"a": 1}
+    await proxy.stop()
+
+
+@in_loop
+async def test_the_last_refusal_is_remembered(one, name):
+    async with service(one.settings(name, publish_timeout=0.3, max_bytes=2**20)) as made:
+        await made.publish("a")
+        assert (made.publisher.refusal, made.publisher.refused_at) == ("", 0)
+        await made.publish_all(["b", "c"], bytes(600_000))
+        assert made.publisher.refusal == "queueFull"
+        await made.publish("d")
+        assert made.publisher.refusal == ""
+        await made.publish("e", bytes(MAX_PAYLOAD))
+        assert made.publisher.refusal == ""
+        await ask(made.connection, f"STREAM.DELETE.{name}")
+        before = made.publisher.refused_at
+        await made.publish("f")
+        assert made.publisher.refusal == "storage"
+        assert made.publisher.refused_at > before
+
+
+@in_loop
 async def test_deleted_stream_is_not_made_again(one, name):
     async with service(one.settings(name, publish_timeout=0.5)) as made:
         await made.publish("a")

@@ -107,7 +107,7 @@ class Consumer:
         self._asked = 0  # messages that may still come
         self._lost_at = 0.0  # when they will not any more
         self._not_before = 0.0  # the next request
-        self._requests = 0
+        self._requests = self._words = 0  # sent so far, which makes their replies' subjects different
         self._stopping = False
         self._inbox = ""
         self._client: Client | None = None
@@ -243,12 +243,14 @@ class Consumer:
         status = message.headers.get("Status") if message.headers else None
         if token.startswith("p"):
             self._request_ended(message, status or "", current=token == f"p{self._requests}")
-        elif token.startswith("w"):
-            claim = self._held.get(int(token[1:]))
+            return
+        sequence = int(token[1:].partition("-")[0])
+        if token.startswith("w"):
+            claim = self._held.get(sequence)
             if claim is not None and claim.token == token and status is None:
                 claim.confirmed_at = claim.sent_at
         else:
-            claim = self._leaving.get(int(token[1:]))
+            claim = self._leaving.get(sequence)
             if claim is None or claim.token != token:
                 return
             if status is None:
@@ -332,9 +334,10 @@ class Consumer:
         """Send a word about each claim, and ask for its confirmation."""
         for index, claim in enumerate(claims):
             client = self._client
-            if client is None or (kind == "w" and claim.state is not State.HELD):
+            if client is None or claim.state is State.SETTLED or (kind == "w" and claim.state is not State.HELD):
                 continue
-            claim.sent_at, claim.token = now(), f"{kind}{claim.sequence}"
+            self._words += 1
+            claim.sent_at, claim.token = now(), f"{kind}{claim.sequence}-{self._words}"
             word = PROGRESS if kind == "w" else claim.word
             try:
                 await client.publish(claim.reply, word, f"{self._inbox}.{claim.token}")

@@ -90,6 +90,8 @@ class Publisher:
     def __init__(self, connection: Connection, stream: str, subject: str, timeout: float) -> None:
         self.connection, self.stream, self.subject, self.timeout = connection, stream, subject, timeout
         self.retries: dict[str, int] = {}  # {why: how often a message was sent again}
+        self.refusal: Reason = ""  # why the last message was not stored, if it was not
+        self.refused_at = 0.0  # when that was (time.monotonic())
         self._numbers = itertools.count()
         self._under_way: dict[str, _Entry] = {}
         self._bytes = 0
@@ -224,6 +226,9 @@ class Publisher:
 
     def _settle(self, entry: _Entry, outcome: Outcome) -> None:
         self._forget(entry)
+        if outcome.reason != "tooLarge":  # which says nothing of the stream
+            self.refusal = outcome.reason
+            self.refused_at = now() if outcome.reason else self.refused_at
         if not entry.future.done():
             entry.future.set_result(outcome)
 

@@ -58,7 +58,10 @@ class StateBucket:
         return Value(base64.b64decode(message.get("data", "")), message["seq"])
 
     async def put(self, key: str, data: bytes, replaces: int | None = None) -> int:
-        """Store a value; return its revision. Raises UnavailableError; ConflictError if it is not ``replaces`` now."""
+        """Store a value; return its revision. Raises ConflictError if the present one is not ``replaces``.
+
+        Raises UnavailableError if that is not known to have happened; ``get`` says whether it has.
+        """
         client = self.connection.client
         if client is None:
             raise UnavailableError("no server is connected")
