@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from nats_servers import BINARY, Servers
+from nats_servers import BINARY, Servers, running
 
 NUMBERS = itertools.count(1)
 
@@ -22,17 +22,15 @@ def pytest_collection_modifyitems(items):
 def one(tmp_path_factory):
     """One server, which no test harms."""
     servers = Servers(tmp_path_factory.mktemp("nats"))
-    servers.start()
-    yield servers
-    servers.end()
+    with running(servers):
+        yield servers
 
 
 @pytest.fixture(scope="session")
 def lasting_three(tmp_path_factory):
     servers = Servers(tmp_path_factory.mktemp("nats"), 3)
-    servers.start()
-    yield servers
-    servers.end()
+    with running(servers):
+        yield servers
 
 
 @pytest.fixture

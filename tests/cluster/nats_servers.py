@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -18,6 +19,24 @@ from fastdist.settings import Jetstream
 
 BINARY = Path(sys.executable).with_name("nats-server")
 MAX_PAYLOAD = 12_000_000
+PR_SET_PDEATHSIG = 1  # of prctl
+
+
+def die_with_parent():
+    """Have a child killed with the process that has begun it, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def running(*clusters):
+    """Have servers run, and end them even if some do not start."""
+    try:
+        for servers in clusters:
+            servers.start()
+        yield
+    finally:
+        for servers in clusters:
+            servers.end()
 
 
 class Server:
@@ -54,8 +73,13 @@ class Server:
         self.write()
         log = (self.folder / "log").open("ab")
         environment = os.environ | {"GOMAXPROCS": "1"}  # three of them share two cores with everything else
+        command = [str(BINARY), "-c", str(self.folder / "nats.conf")]
         self.process = subprocess.Popen(
-            [str(BINARY), "-c", str(self.folder / "nats.conf")], stdout=log, stderr=log, env=environment
+            command,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            preexec_fn=die_with_parent,  # noqa: PLW1509  (one call of the system, which takes no lock)
         )
         log.close()
 

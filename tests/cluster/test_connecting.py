@@ -13,7 +13,7 @@ import pytest
 import trustme
 from harness import Service, in_loop, prepared, service, until
 from nacl.signing import SigningKey
-from nats_servers import Servers
+from nats_servers import Servers, running
 from proxy import Proxy
 
 from fastdist.errors import StartError
@@ -97,11 +97,8 @@ def guarded(tmp_path_factory):
     servers = {
         kind: Servers(folder / kind, extra=extra, jetstream=kind != "credentials") for kind, extra in extras.items()
     }
-    for each in servers.values():
-        each.start()
-    yield servers, folder
-    for each in servers.values():
-        each.end()
+    with running(*servers.values()):
+        yield servers, folder
 
 
 @pytest.fixture
@@ -210,11 +207,8 @@ class Encrypted:
 @pytest.fixture(scope="module")
 def encrypted(tmp_path_factory, files):
     made = Encrypted(tmp_path_factory.mktemp("tls"), files)
-    for servers in made.by_kind.values():
-        servers.start()
-    yield made
-    for servers in made.by_kind.values():
-        servers.end()
+    with running(*made.by_kind.values()):
+        yield made
 
 
 @pytest.mark.parametrize("scheme", ["tls", "nats"])
