@@ -417,7 +417,8 @@ class Connection:
 class Service:
     """A worker's ingest. Keywords are settings of ``[server]``; ``security`` and ``limits`` those of their sections.
 
-    ``fsync``: answers wait for ``synced``, as with durability fsync; ``disk``: until their packets are written.
+    ``fsync``: answers wait for ``synced``, as with durability fsync; ``disk``: until their packets are written;
+    ``replicated``: until they are stored elsewhere.
     """
 
     def __init__(  # noqa: PLR0913  (settings of a service)
@@ -426,6 +427,7 @@ class Service:
         capacity: int = 2**20,
         fsync: bool = False,
         disk: bool = False,
+        replicated: bool = False,
         security: dict | None = None,
         limits: dict | None = None,
         protocol: type[IngestProtocol] = IngestProtocol,
@@ -445,7 +447,8 @@ class Service:
         self.fd = fd = os.memfd_create("ring", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, fd)
         os.ftruncate(fd, file_size(capacity))
-        self.ring = PacketRing(fd, capacity, claims_wait_for_sync=fsync, volatile=not (fsync or disk))
+        volatile = not (fsync or disk)
+        self.ring = PacketRing(fd, capacity, claims_wait_for_sync=fsync, volatile=volatile, replicated=replicated)
         self.counters = self.block.rows[0]
         limiter = self.block.limiter()
         limiter.configure(*(float(value) for value in (getattr(self.config.limits, name) for name in LIMITS)))
@@ -457,9 +460,9 @@ class Service:
             self.config.server,
             packet.check,
             self._accepted,
-            self._sync_wanted if fsync else None,
+            self._sync_wanted if fsync or replicated else None,
             self._not_written,
-            answers_after_sync=fsync,
+            answers_after_sync=fsync or replicated,
         )
         api = Api(lambda: Snapshot(self.block, self.config, self.analyzers, "1.2.3", at=0))
         self.emitters = Emitters(api, self.intake, lambda _action, _done: None, self.config.server)

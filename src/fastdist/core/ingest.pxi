@@ -638,7 +638,7 @@ cdef class IngestBase(Connection):
 
     cdef bint is_special(self) noexcept:
         """Whether an answer has to be remembered with what its request asked of it, in case that it becomes another."""
-        return self.extra is not None or self.old_client
+        return self.extra is not None or self.old_client or (self.key_length and self.intake.keyed is not None)
 
     cdef int answer_accepted(self, unsigned char *packet_id, uint32_t messages) except -1:
         cdef Intake intake = self.intake
@@ -663,6 +663,8 @@ cdef class IngestBase(Connection):
         answer = self.hold_place()
         if intake.holds:
             answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
+            if self.key_length and intake.keyed is not None:
+                intake.keyed[intake.ring.next_sequence - 1] = answer
             self.await_sync()
             intake.outbox.add(&intake.fresh, NULL)
             memset(&intake.fresh, 0, sizeof(Part))

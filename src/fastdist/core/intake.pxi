@@ -75,6 +75,7 @@ cdef class Intake(AfterEvents):
     cdef bint holds                    # answers wait until their packets are written at least
     cdef Outbox outbox
     cdef Part fresh                    # what the answers in `out` are about
+    cdef public dict keyed             # sequence -> `Answer`, of packets with a key, which may be duplicates; None: they are not
     cdef list unsafe                   # connections with an `Answer` that waits for its packet to be written, or synced
     cdef int validation
     cdef int64_t max_body, max_header
@@ -115,7 +116,7 @@ cdef class Intake(AfterEvents):
         self.ring, self.counters, self.limiter = ring, counters, limiter
         self.check, self.on_accepted, self.on_sync_wanted = check, on_accepted, on_sync_wanted
         self.answers_after_sync, self.on_not_written = answers_after_sync, on_not_written
-        self.holds = not ring.file.direct
+        self.holds = answers_after_sync or not ring.file.direct
         self.outbox = Outbox()
         self.validation = VALIDATIONS[server.validation]
         self.max_body, self.max_header = server.max_body, server.max_header
@@ -362,8 +363,8 @@ cdef class Intake(AfterEvents):
         """More packets are on stable storage: their answers may leave."""
         self.let_leave()
 
-    def not_stored(self, int64_t position, int status, str reason, bytes headers, bytes body):
-        """What was pushed behind ``position`` was withdrawn: clients that wait for it get this answer instead.
+    def not_stored(self, int64_t position, int status, str reason, bytes headers, bytes body, *, int64_t end=FOREVER):
+        """What was pushed behind ``position``, up to ``end``, was withdrawn: clients that wait for it get this answer instead.
 
         At once, unless answers that come before it on their connection have to wait on. Return how many packets that were;
         a batch, which has its own answer for that, counts as one.
@@ -376,12 +377,12 @@ cdef class Intake(AfterEvents):
         cdef bytes answer
         cdef set behind = set()  # connections with answers that wait on
         cdef LargeBatch storing = self.storing  # which it ceases to be
-        if storing is not None:
+        if storing is not None and end == FOREVER:
             storing.withdraw()
             packets += 1
         for connection in self.unsafe:
             for waiting in connection.answers or ():
-                if waiting.position > position and not waiting.ready:
+                if position < waiting.position <= end and not waiting.ready:
                     waiting.take(waiting.compose(status, reason, headers, body) if waiting.otherwise is None
                                  else waiting.otherwise(waiting))
                     waiting.ready = True
@@ -391,7 +392,7 @@ cdef class Intake(AfterEvents):
             part = kept = before.take()
             answer = before.data()[:part.size]
             to = self.outbox
-            if part.position > position:
+            if position < part.position <= end:
                 if part.connection == NULL or <object>part.connection not in behind:
                     to = leaving
                 packets += 1 if part.batch else part.packets

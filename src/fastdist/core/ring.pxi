@@ -92,7 +92,8 @@ cdef class PacketRing:
 
     ``capacity``: make a new ring; None: open the one that is there (RingError without one) and recover it.
     ``claims_wait_for_sync``: records can be claimed once ``mark_synced`` has covered them (durability fsync).
-    ``volatile``: nothing outlives the kernel, so nothing ever waits for a sync (durability memory).
+    ``volatile``: nothing outlives the kernel, so nothing ever waits for a sync (durability memory). ``replicated``: but it is
+    stored elsewhere too, and counts as synced when it is (``mark_synced``).
     ``private``: look at a ring without changing it, on a copy (``fd`` may be read-only).
     """
 
@@ -143,11 +144,12 @@ cdef class PacketRing:
     cdef inline int64_t size_of_entry(self, Entry *entry) noexcept nogil:
         return size_of(entry.key_length, entry.length)
 
-    def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False, bint private=False):
+    def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False, bint private=False,
+                  bint replicated=False):
         self.damage, self.notes, self.late = [], [], LateRecords()
         self.file = RingFile(fd, volatile or private, not private)
         self.claims_wait_for_sync = claims_wait_for_sync
-        self.synced = self.answered = FOREVER if volatile else 0
+        self.synced = self.answered = FOREVER if volatile and not replicated else 0
         self.unfinished = FOREVER
         self.clock_offset = wall_ns() - mono_ns()
         if capacity is None:
@@ -943,6 +945,11 @@ cdef class PacketRing:
     def synced_position(self):
         """Up to where everything has reached stable storage."""
         return self.synced
+
+    @property
+    def claim_position(self):
+        """Up to where packets are claimed, or done."""
+        return self.cursor
 
     @property
     def has_more(self):
