@@ -36,7 +36,7 @@ class Replicated(Service):
 
     def failed(self, number: int) -> int:
         """Let one of the packets that were taken be stored nowhere; return how many answers that became."""
-        handle, begin, end = self.taken[number]
+        _handle, begin, end = self.taken[number]
         return self.intake.not_stored(begin, 503, "Service Unavailable", b"Retry-After: 1\r\n", b"unknown", end=end)
 
 
