@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+from msgspec import UNSET
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from fastdist.http.models import Analyzer, Health, Latencies, Queue, Stats, Worker
+    from fastdist.http.models import Analyzer, Health, Latencies, Queue, Stats, Stream, Worker
 
 BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -47,6 +48,7 @@ COUNTERS = {
     "recovered": "recovered",
     "corrupt": "corrupt",
     "lost": "lost",
+    "duplicates": "duplicates",
 }
 WRONG = {"rejected", "dead_lettered", "corrupt", "lost"}  # coloured when there are any
 
@@ -281,6 +283,7 @@ def _flow(answers: Answers, width: int, history: History | None) -> Table:
         rates.append(f"{name} {rate:,.1f}/s {sparkline(past)}  ")
     grid.add_row(Text("rates", style="bold"), rates)
     counts = [(key, name, getattr(stats.packets, key)) for key, name in COUNTERS.items()]
+    counts = [each for each in counts if each[2] is not UNSET]
     packets = [(f"{name} {count:,}", "bold red" if key in WRONG and count else "") for key, name, count in counts]
     grid.add_row(Text("packets", style="bold"), _wrapped(packets, width - FLOW_INDENT))
     if rejected := _rejected(stats):
@@ -288,6 +291,8 @@ def _flow(answers: Answers, width: int, history: History | None) -> Table:
     if agents := _agents(stats, history):
         grid.add_row(Text("agents", style="bold"), _wrapped(agents, width - FLOW_INDENT))
     grid.add_row(Text("queue", style="bold"), _queue(queue))
+    if stats.stream:
+        grid.add_row(Text("stream", style="bold"), _stream(stats.stream))
     return grid
 
 
@@ -319,6 +324,17 @@ def _queue(queue: Queue) -> Text:
     )
     if queue.packets:
         text.append("nothing is delivered" if drained is None else f"drained in {age_text(drained)}")
+    return text
+
+
+def _stream(stream: Stream) -> Text:
+    """Return whose figures those of the queue are: all replicas'; the others are of this one."""
+    text = Text(f"{stream.name}, shared by all replicas  ")
+    if not stream.connected:
+        text.append("not connected  ", style="bold red")
+    current, total = stream.replicas.current, stream.replicas.total
+    text.append(f"copies {current}/{total}  ", style="" if current == total else "yellow")
+    text.append(f"leader {stream.leader or '-'}  claimed {stream.in_flight:,}  dead letters {stream.dead_letters:,}")
     return text
 
 

@@ -40,10 +40,20 @@ cdef enum:
     EMITTERS
     OLD_BYTES
     LOST_PACKETS
-    REQUESTS = 40  # from here on: of agents' protocols, which are known by their numbers
+    # With the queue in a stream.
+    UNCONFIRMED
+    DUPLICATES
+    STREAM_PACKETS
+    STREAM_MESSAGES
+    REDELIVERED
+    RECONNECTS
+    NO_RESPONDER
+    REPUBLISHED
+    REFUSED_ONCE
+    REQUESTS = 48  # from here on: of agents' protocols, which are known by their numbers
     MAX_PROTOCOLS = 8
     PROTOCOL_WORDS = 20  # of each: records, then responses by status
-    COUNTERS = 200  # how many words a worker's counters take
+    COUNTERS = 208  # how many words a worker's counters take
 
 cdef enum:
     # Of an analyzer, as one worker sees it.
@@ -64,7 +74,7 @@ cdef enum:
     HISTOGRAM_SUM
     HISTOGRAM_MAX
     HISTOGRAM_WORDS = 248
-    ROW_HISTOGRAMS = 3       # of a worker as a whole, before those of analyzers
+    ROW_HISTOGRAMS = 4       # of a worker as a whole, before those of analyzers
 
 FIELDS = {
     "accepted": ACCEPTED,
@@ -102,6 +112,15 @@ FIELDS = {
     "emitters": EMITTERS,
     "old_bytes": OLD_BYTES,
     "lost": LOST_PACKETS,
+    "unconfirmed": UNCONFIRMED,
+    "duplicates": DUPLICATES,
+    "stream_packets": STREAM_PACKETS,
+    "stream_messages": STREAM_MESSAGES,
+    "redelivered": REDELIVERED,
+    "reconnects": RECONNECTS,
+    "publish_no_responder": NO_RESPONDER,
+    "publish_unconfirmed": REPUBLISHED,
+    "publish_refused": REFUSED_ONCE,
 }
 # Of responses to agents, in the order of their words. There are no others.
 STATUSES_COUNTED = (200, 201, 202, 204, 400, 401, 403, 404, 405, 408, 413, 415, 417, 429, 431, 500, 502, 503)
@@ -201,6 +220,7 @@ cdef class Counters:
     cdef int64_t *ingest            # histogram: request read to answer ready
     cdef int64_t *queue_wait        # histogram: accepted to first attempt
     cdef int64_t *loop_lag          # histogram: how long the event loop kept others waiting
+    cdef int64_t *publish           # histogram: a message sent to the stream to its acknowledgement
     cdef int64_t *analyzers         # ANALYZER_COUNTERS words a slot
     cdef int64_t *delivery          # a histogram a slot
     cdef readonly Py_ssize_t slots
@@ -225,6 +245,7 @@ cdef class Counters:
         self.ingest = self.words + COUNTERS
         self.queue_wait = self.ingest + HISTOGRAM_WORDS
         self.loop_lag = self.queue_wait + HISTOGRAM_WORDS
+        self.publish = self.loop_lag + HISTOGRAM_WORDS
         self.analyzers = self.ingest + ROW_HISTOGRAMS * HISTOGRAM_WORDS
         self.delivery = self.analyzers + slots * ANALYZER_COUNTERS
 
@@ -273,6 +294,10 @@ cdef class Counters:
     def observe_loop_lag(self, int64_t ns):
         """Count a delay of the event loop."""
         observe(self.loop_lag, ns, 1)
+
+    def observe_publish(self, int64_t ns):
+        """Count how long a stream took to store a message."""
+        observe(self.publish, ns, 1)
 
     def observe_delivery(self, Py_ssize_t slot, int64_t ns):
         """Count a delivery latency of the analyzer in ``slot``."""

@@ -363,6 +363,14 @@ cdef class Intake(AfterEvents):
         """More packets are on stable storage: their answers may leave."""
         self.let_leave()
 
+    def answer_end(self, int64_t position):
+        """Return up to where the packets of an answer are, of which one ends at ``position`` (a batch has one); 0: there is none."""
+        cdef Py_ssize_t at
+        for at in range(self.outbox.first, self.outbox.end):
+            if self.outbox.parts[at].position >= position:
+                return self.outbox.parts[at].position
+        return 0
+
     def not_stored(self, int64_t position, int status, str reason, bytes headers, bytes body, *, int64_t end=FOREVER):
         """What was pushed behind ``position``, up to ``end``, was withdrawn: clients that wait for it get this answer instead.
 

@@ -83,14 +83,23 @@ def json_response(document: Model, status: int = 200) -> Response:
 
 
 def problem(
-    status: int, detail: str, *, errors: Sequence[Mapping[str, str]] | None = None, headers: bytes = b""
+    status: int,
+    detail: str,
+    *,
+    errors: Sequence[Mapping[str, str]] | None = None,
+    headers: bytes = b"",
+    stored: str = "",
 ) -> Response:
     """Return an RFC 9457 document; ``errors`` are ``{"pointer", "detail"}`` of the fields at fault, if any.
+
+    ``stored``: whether the packet is, where that has to be said.
 
     Any text is allowed, also what is not Unicode: see ``printable``.
     """
     faults = [FieldError(**{name: printable(text) for name, text in error.items()}) for error in errors or ()]
-    document = Problem(title=reason(status), status=status, detail=printable(detail), errors=faults or UNSET)
+    document = Problem(
+        title=reason(status), status=status, detail=printable(detail), errors=faults or UNSET, stored=stored or UNSET
+    )
     return Response(status, msgspec.json.encode(document), PROBLEM + headers)
 
 

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
     from fastdist.shm.histograms import Histogram
     from fastdist.shm.snapshot import Snapshot
+    from fastdist.stream import StreamFigures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 # (a bound in seconds, how many of the buckets in shared memory are below it)
 _BUCKETS = [(repr(2**octave / 1e9), BOUNDS.index(2**octave) + 1) for octave in range(14, 38)]
+PUBLISH_RETRIES = {"noResponder": "no_responder", "unconfirmed": "unconfirmed", "refused": "refused"}
 _SUFFIXES = {"counter": "_total", "info": "_info"}  # which a family's samples have, and in 0.0.4 the family as well
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
@@ -66,6 +68,8 @@ def _families(it: Snapshot) -> Iterator[Family]:
     yield _gauge("ready", "Whether packets are taken (1) or not (0).", not it.obstacle)
     yield from _packets(it)
     yield from _queue(it)
+    if it.stream is not None:
+        yield from _stream(it, it.stream)
     yield from _analyzers(it)
     yield from _durations(it)
     yield from _workers(it)
@@ -101,9 +105,29 @@ def _requests(it: Snapshot) -> str:
 
 def _queue(it: Snapshot) -> Iterator[Family]:
     yield _gauge("queue_packets", "Packets that wait to be sent.", it.queued)
-    yield _gauge("queue_bytes", "Bytes of the queue in use, old rings included.", it.total("queue_bytes"))
-    yield _gauge("queue_capacity_bytes", "Bytes the queue can hold.", it.total("queue_capacity"))
+    yield _gauge("queue_bytes", "Bytes of the queue in use, old rings included.", it.queue_bytes)
+    yield _gauge("queue_capacity_bytes", "Bytes the queue can hold.", it.queue_capacity)
     yield _gauge("queue_oldest_age_seconds", "Age of the oldest packet; 0 when the queue is empty.", it.oldest_age)
+
+
+def _stream(it: Snapshot, stream: StreamFigures) -> Iterator[Family]:
+    packets = it.packets_per_message
+    yield _gauge("stream_connected", "Whether a NATS server is connected (1) or not (0).", stream.connected)
+    yield _gauge("stream_packets", "Packets in the stream, claimed or not.", round(stream.messages * packets))
+    yield _gauge("stream_bytes", "Bytes of the stream in use.", stream.bytes)
+    yield _gauge("stream_capacity_bytes", "Bytes that the stream can hold.", stream.capacity)
+    unacknowledged = round(stream.in_flight * packets)
+    yield _gauge("stream_unacknowledged_packets", "Packets claimed by any replica.", unacknowledged)
+    yield _gauge("stream_dead_letters", "Dead letters in their stream.", stream.dead_letters)
+    yield _gauge("stream_replicas_current", "Copies of the stream that have all of it.", stream.replicas_current)
+    yield _counter("stream_stored", "Messages that were ever stored in the stream.", stream.stored)
+    yield _counter("stream_redelivered", "Messages that were claimed here after another claim.", it.total("redelivered"))
+    yield _counter("stream_reconnects", "Connections to NATS servers that were lost.", it.total("reconnects"))
+    retries = {reason: it.total(f"publish_{field}") for reason, field in PUBLISH_RETRIES.items()}
+    yield _counter("stream_publish_retries", "Messages that were sent again, by reason.", retries, by="reason")
+    yield _counter("packets_duplicate", "Packets whose Idempotency-Key was known.", it.total("duplicates"))
+    help_text = "Time from the sending of a message to the stream until its acknowledgement."
+    yield _histograms("stream_publish_duration_seconds", help_text, [({}, it.publish)])
 
 
 def _analyzers(it: Snapshot) -> Iterator[Family]:

@@ -78,6 +78,13 @@ class Problem(Model, kw_only=True):
         Annotated[list[FieldError], Meta(min_length=1, max_length=1000)] | UnsetType,
         doc("The fields at fault, where it is fields."),
     ] = UNSET
+    stored: Annotated[
+        Annotated[str, _words("no", "unknown")] | UnsetType,
+        doc(
+            "Of a 503 to POST /logs with `queue.backend` `jetstream`. `no`: the packet will not be delivered. `unknown`: "
+            "it may be; to send it again under the same Idempotency-Key is right."
+        ),
+    ] = UNSET
 
 
 # ---- packets
@@ -89,6 +96,10 @@ class Accepted(Model, kw_only=True):
     status: Annotated[Literal["accepted"], doc("Always `accepted`.")] = "accepted"
     packet_id: PacketId
     messages: Messages = UNSET
+    duplicate: Annotated[
+        bool | UnsetType,
+        doc("True: a packet of this Idempotency-Key was stored before. Only with `queue.backend` `jetstream`."),
+    ] = UNSET
 
 
 class Delivered(Model, kw_only=True):
@@ -162,12 +173,20 @@ class Percentiles(Model, kw_only=True):
 class Packets(Model, kw_only=True):
     """Packets."""
 
-    received: Annotated[Count, doc("Accepted or rejected.")] = 0
+    received: Annotated[Count, doc("Accepted, rejected, or duplicates.")] = 0
     accepted: Annotated[Count, doc("Answered 202 or 200.")] = 0
     rejected: Annotated[Count, doc("Refused; `rejected` has the reasons.")] = 0
     delivered: Annotated[Count, doc("Taken by an analyzer.")] = 0
-    queued: Annotated[Count, doc("That wait.")] = 0
-    in_flight: Annotated[Count, doc("Sent, and not answered yet.")] = 0
+    queued: Annotated[
+        Count,
+        doc(
+            "That wait. With `queue.backend` `jetstream`: in the whole stream, so the same at every replica, and an "
+            "estimate where messages of the stream hold several packets."
+        ),
+    ] = 0
+    in_flight: Annotated[
+        Count, doc("Sent, and not answered yet. With `queue.backend` `jetstream`: claimed by this service.")
+    ] = 0
     retried: Annotated[Count, doc("Attempts that were not a packet's first.")] = 0
     spilled: Annotated[Count, doc("Given to another analyzer because the one picked was busy for too long.")] = 0
     dead_lettered: Annotated[Count, doc("Given up, and written to the dead letters.")] = 0
@@ -176,6 +195,10 @@ class Packets(Model, kw_only=True):
     lost: Annotated[
         Count, doc("Packets that were accepted or recovered, and then damaged in the queue while they waited.")
     ] = 0
+    duplicates: Annotated[
+        Count | UnsetType,
+        doc("Known by their Idempotency-Key, and so not stored again. Only with `queue.backend` `jetstream`."),
+    ] = UNSET
 
 
 class InAndOut(Model, kw_only=True):
@@ -202,6 +225,9 @@ class Rejected(Model, kw_only=True):
     queue_full: Annotated[Count, doc("No room in the queue, or for more in-progress bodies.")] = 0
     draining: Annotated[Count, doc("While the service is shutting down.")] = 0
     storage: Annotated[Count, doc("The queue's storage failed.")] = 0
+    unconfirmed: Annotated[
+        Count | UnsetType, doc("Sent to the stream, and not acknowledged in time: they may be delivered.")
+    ] = UNSET
     timeout: Annotated[Count, doc("A request that did not arrive in time.")] = 0
 
 
@@ -271,6 +297,29 @@ class Supervisor(Model, kw_only=True):
     pid: Annotated[Count, doc("Its process.")] = 0
 
 
+class Replicas(Model, kw_only=True):
+    """Copies of the stream."""
+
+    current: Annotated[Count, doc("Those that have all of it.")] = 0
+    total: Annotated[Count, doc("As many as there should be.")] = 0
+
+
+class Stream(Model, kw_only=True):
+    """The stream that replicas of the service share as their queue: figures over all of them, a second old at most."""
+
+    name: Annotated[str, doc("What it is called.")] = ""
+    connected: Annotated[bool, doc("Whether this service is connected to a server.")] = False
+    stored: Annotated[Count, doc("Messages that were ever stored: the last sequence.")] = 0
+    queued: Annotated[Count, doc("Messages that wait, claimed by no replica.")] = 0
+    in_flight: Annotated[Count, doc("Messages that are claimed, and not acknowledged yet.")] = 0
+    bytes: Annotated[Count, doc("Used.")] = 0
+    capacity_bytes: Annotated[Count, doc("What it may hold: `jetstream.max_bytes`.")] = 0
+    dead_letters: Annotated[Count, doc("In the stream of dead letters.")] = 0
+    server: Annotated[str | None, doc("The server that this service is, or was last, connected to.")] = None
+    leader: Annotated[str | None, doc("The server that leads the stream; null: none does, or there is only one.")] = None
+    replicas: Replicas = field(default_factory=Replicas)
+
+
 class Stats(Model, kw_only=True):
     """What came in, what became of it, how fast, and by which workers and analyzers.
 
@@ -283,6 +332,7 @@ class Stats(Model, kw_only=True):
         default_factory=InAndOut
     )
     bytes: Annotated[InAndOut, doc("Bytes in accepted and in delivered packets.")] = field(default_factory=InAndOut)
+    stream: Annotated[Stream | UnsetType, doc("Only with `queue.backend` `jetstream`.")] = UNSET
     rejected: Rejected
     protocols: Annotated[
         dict[str, ProtocolCounts], doc("By protocol of log agents (`server.protocols`); POST /logs is not among them.")
@@ -311,8 +361,12 @@ class WorkerQueue(Model, kw_only=True):
 
 
 class Queue(Model, kw_only=True):
-    """What waits, and when it will have gone if nothing more comes."""
+    """What waits, and when it will have gone if nothing more comes.
 
+    With `backend` `jetstream`: in the stream that all replicas share, and so the same at each of them.
+    """
+
+    backend: Annotated[str, _words("ring", "jetstream"), doc("Where the queue is: `queue.backend`.")] = "ring"
     packets: Annotated[Count, doc("That wait, without those in flight.")]
     bytes: Annotated[
         Count, doc("Used, by records of any kind, and by old rings: then it may be more than `capacityBytes`.")
@@ -321,7 +375,7 @@ class Queue(Model, kw_only=True):
     full: Annotated[bool, doc("Whether a worker's part is full. `/ready` is 503 then.")] = False
     in_flight: Annotated[Count, doc("Packets sent, and not answered yet.")]
     oldest_age_seconds: Annotated[Number, doc("Of the oldest packet; 0 when the queue is empty.")]
-    durability: Annotated[str, _words("memory", "disk", "fsync"), doc("What the queue survives.")]
+    durability: Annotated[str, _words("memory", "disk", "fsync", "replicated"), doc("What the queue survives.")]
     sync_interval_seconds: Annotated[
         Number,
         doc(

@@ -16,6 +16,8 @@ from fastdist.http import models
 from fastdist.shm.block import HUNG, AnalyzerWord, HeadWord
 
 if TYPE_CHECKING:
+    from msgspec import UnsetType
+
     from fastdist.shm.histograms import Histogram
     from fastdist.shm.snapshot import AnalyzerFigures, Snapshot, WorkerFigures
 
@@ -56,7 +58,9 @@ def stats(snapshot: Snapshot) -> models.Stats:
             recovered=snapshot.total("recovered"),
             corrupt=snapshot.total("corrupt"),
             lost=snapshot.total("lost"),
+            duplicates=snapshot.total("duplicates") if snapshot.stream is not None else UNSET,
         ),
+        stream=_stream(snapshot),
         messages=_in_and_out(snapshot, "messages"),
         bytes=_in_and_out(snapshot, "bytes"),
         rejected=models.Rejected(**snapshot.rejected),
@@ -79,19 +83,39 @@ def stats(snapshot: Snapshot) -> models.Stats:
     )
 
 
+def _stream(snapshot: Snapshot) -> models.Stream | UnsetType:
+    it = snapshot.stream
+    if it is None:
+        return UNSET
+    return models.Stream(
+        name=snapshot.config.jetstream.stream,
+        connected=it.connected,
+        stored=it.stored,
+        queued=it.queued,
+        in_flight=it.in_flight,
+        bytes=it.bytes,
+        capacity_bytes=it.capacity,
+        dead_letters=it.dead_letters,
+        server=it.server or None,
+        leader=it.leader or None,
+        replicas=models.Replicas(current=it.replicas_current, total=it.replicas_total),
+    )
+
+
 def queue(snapshot: Snapshot) -> models.Queue:
     """Return GET /queue."""
-    packets, rate = snapshot.queued, snapshot.rates.delivered
+    packets, rate, config = snapshot.queued, snapshot.drain_rate, snapshot.config.queue
     drained_in = round(packets / rate, 3) if rate else None
     return models.Queue(
+        backend=config.backend,
         packets=packets,
-        bytes=snapshot.total("queue_bytes"),
-        capacity_bytes=snapshot.total("queue_capacity"),
+        bytes=snapshot.queue_bytes,
+        capacity_bytes=snapshot.queue_capacity,
         full=any(worker.lacking for worker in snapshot.workers),
         in_flight=snapshot.in_flight,
         oldest_age_seconds=round(snapshot.oldest_age, 3),
-        durability=snapshot.config.queue.durability,
-        sync_interval_seconds=snapshot.config.queue.sync_interval,
+        durability=config.durability if snapshot.stream is None else "replicated",
+        sync_interval_seconds=config.sync_interval,
         drain_rate_per_second=round(rate, 3),
         estimated_drain_seconds=drained_in if packets else 0.0,
         workers=[
@@ -104,7 +128,9 @@ def queue(snapshot: Snapshot) -> models.Queue:
                 oldest_age_seconds=round(snapshot.age(worker.oldest_ns), 3),
             )
             for worker in snapshot.workers
-        ],
+        ]
+        if snapshot.stream is None
+        else [],
     )
 
 

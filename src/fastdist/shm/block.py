@@ -6,6 +6,7 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 |-----------|--------------------|------------|
 | head      | 64                 | the supervisor, except ``EPOCH`` |
 | samples   | 16 x 4             | the supervisor, once a second |
+| stream    | 256                | the supervisor: ``StreamFigures`` as JSON, with its length and checksum before it |
 | limiter   | limiter_words      | all, by compare-and-swap |
 | analyzers | n x 64             | see ``AnalyzerWord`` |
 | baselines | n x 256            | the supervisor: what a slot's earlier analyzers have counted, laid out as in a row |
@@ -25,6 +26,8 @@ import struct
 from enum import IntEnum, IntFlag, auto
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from fastdist._core import (
     ANALYZER_FIELDS,
     ANALYZER_WORDS,
@@ -34,10 +37,12 @@ from fastdist._core import (
     AnalyzerStates,
     Counters,
     RateLimiter,
+    checksum,
     limiter_words,
     row_words,
 )
 from fastdist.errors import StartError
+from fastdist.stream import StreamFigures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,8 +51,11 @@ MAGIC = 0x0A6466_74736166  # "fastfd\n"
 CLIENT_SLOTS = 16384
 SAMPLES = 16
 SAMPLE_WORDS = 4
+STREAM_WORDS = 256
+TRIES = 100  # to read what may be just being written
 BASELINE_WORDS = ANALYZER_WORDS + WORDS_PER_HISTOGRAM  # of a slot
 COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries")  # the other fields are gauges
+_STREAM = struct.Struct("=QQ")  # before the figures of the stream: their length and checksum
 HUNG = 1000  # the status of a worker that was killed because it gave no heartbeat
 
 
@@ -162,7 +170,7 @@ class SharedBlock:
         for words in self._layout(workers, slots):
             parts.append(view[at : at + 8 * words])
             at += 8 * words
-        head, samples, self._limiter, analyzers, baselines, *of_workers = parts
+        head, samples, self._stream, self._limiter, analyzers, baselines, *of_workers = parts
         self.head, self.samples, self.baselines = head.cast("q"), samples.cast("q"), baselines.cast("q")
         self.analyzers = AnalyzerStates(analyzers, self.head)
         self._worker_words = [part.cast("q") for part in of_workers[:workers]]
@@ -172,7 +180,7 @@ class SharedBlock:
     @staticmethod
     def _layout(workers: int, slots: int) -> list[int]:
         """Return how many words each part has."""
-        of_all = [HeadWord.HEAD_WORDS, SAMPLES * SAMPLE_WORDS, limiter_words(CLIENT_SLOTS)]
+        of_all = [HeadWord.HEAD_WORDS, SAMPLES * SAMPLE_WORDS, STREAM_WORDS, limiter_words(CLIENT_SLOTS)]
         of_analyzers = [slots * AnalyzerWord.ANALYZER_WORDS, slots * BASELINE_WORDS]
         return [*of_all, *of_analyzers, *[WorkerWord.WORKER_WORDS] * workers, *[row_words(slots)] * workers]
 
@@ -237,3 +245,23 @@ class SharedBlock:
         at = self.head[HeadWord.SAMPLED] % SAMPLES * SAMPLE_WORDS
         self.samples[at], self.samples[at + 1], self.samples[at + 2] = now_ns, accepted, delivered
         self.head[HeadWord.SAMPLED] += 1
+
+    @property
+    def stream(self) -> StreamFigures:
+        """What is known of the stream that is the queue; as a new one while there is nothing."""
+        for _ in range(TRIES):
+            length, checked = _STREAM.unpack_from(self._stream)
+            data = bytes(self._stream[_STREAM.size : _STREAM.size + length])
+            if length and checksum(data) == checked:  # else it is being written
+                return msgspec.json.decode(data, type=StreamFigures)
+        return StreamFigures()
+
+    @stream.setter
+    def stream(self, figures: StreamFigures) -> None:
+        room = len(self._stream) - _STREAM.size
+        data = msgspec.json.encode(figures)
+        if len(data) > room:  # the reason is the only one without a limit
+            left = max(0, len(figures.error) - (len(data) - room) - 3)
+            data = msgspec.json.encode(msgspec.structs.replace(figures, error=f"{figures.error[:left]}..."))
+        self._stream[_STREAM.size : _STREAM.size + len(data)] = data
+        _STREAM.pack_into(self._stream, 0, len(data), checksum(data))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from fastdist.settings import Analyzer, Config
     from fastdist.shm.block import SharedBlock
+    from fastdist.stream import StreamFigures
 
 REJECTIONS = (
     "malformed",
@@ -56,6 +57,12 @@ REJECTIONS = (
 )
 DEAD_LETTERS = ("refused", "exhausted", "oversized", "shutdown")
 RATE_WINDOW_NS = 10_000_000_000
+STREAM_FAULTS = {  # errno -> what it means where the queue is a stream
+    errno.ENOTCONN: "no NATS server is connected",
+    errno.EAGAIN: "the stream has no leader that sees a majority",
+    errno.ETIMEDOUT: "the stream does not acknowledge",
+    errno.EIO: "dead letters cannot be stored in their stream",
+}
 MAX_WAIT = 30  # seconds, of Retry-After
 FIRST_ERROR = 400  # of statuses
 MIN_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not a thousand a second
@@ -63,6 +70,7 @@ MIN_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not 
 _INGEST = COUNTER_WORDS  # where the histograms of a row begin
 _QUEUE_WAIT = _INGEST + WORDS_PER_HISTOGRAM
 _LOOP_LAG = _QUEUE_WAIT + WORDS_PER_HISTOGRAM
+_PUBLISH = _LOOP_LAG + WORDS_PER_HISTOGRAM
 _ANALYZERS = _INGEST + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
 
 
@@ -206,7 +214,8 @@ class Snapshot:
     @cached_property
     def rejected(self) -> dict[str, int]:
         """Requests that brought no packet, by reason."""
-        return {reason: self.total(reason) for reason in REJECTIONS}
+        reasons = REJECTIONS if self.stream is None else (*REJECTIONS, "unconfirmed")
+        return {reason: self.total(reason) for reason in reasons}
 
     @cached_property
     def protocols(self) -> dict[str, ProtocolFigures]:
@@ -227,22 +236,56 @@ class Snapshot:
 
     @property
     def received(self) -> int:
-        """Accepted or rejected."""
-        return self.accepted + sum(self.rejected.values())
+        """Accepted, rejected, or known already."""
+        return self.accepted + sum(self.rejected.values()) + self.total("duplicates")
 
     @property
     def in_flight(self) -> int:
-        """Packets sent to an analyzer that has not replied yet."""
+        """Packets sent to an analyzer that has not replied yet; with a stream, those that were claimed from it."""
+        if self.stream is not None:
+            return self.total("undone")
         return self.total_of_analyzers("packets_in_flight")
+
+    @cached_property
+    def stream(self) -> StreamFigures | None:
+        """The stream that is the queue; None: each worker has its own."""
+        return self.block.stream if self.config.queue.backend == "jetstream" else None
+
+    @property
+    def packets_per_message(self) -> float:
+        """How many packets a message of the stream holds, of those that were published or claimed here."""
+        messages = self.total("stream_messages")
+        return self.total("stream_packets") / messages if messages else 1.0
 
     @property
     def queued(self) -> int:
-        """Packets that wait."""
+        """Packets that wait; with a stream, in all of it, and an estimate where its messages hold several."""
+        if self.stream is not None:
+            return round(self.stream.queued * self.packets_per_message)
         return sum(worker.queued for worker in self.workers)
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes of the queue in use, old rings included."""
+        return self.total("queue_bytes") if self.stream is None else self.stream.bytes
+
+    @property
+    def queue_capacity(self) -> int:
+        """Bytes that the queue can hold."""
+        return self.total("queue_capacity") if self.stream is None else self.stream.capacity
+
+    @property
+    def drain_rate(self) -> float:
+        """Packets that leave the queue a second."""
+        if self.stream is not None:
+            return self.stream.settled_per_second * self.packets_per_message
+        return self.rates.delivered
 
     @property
     def oldest_age(self) -> float:
         """For how many seconds the oldest packet has been in the queue; 0 when it is empty."""
+        if self.stream is not None:
+            return max(time.time() - self.stream.oldest, 0.0) if self.stream.oldest else 0.0
         return max(self.age(worker.oldest_ns) for worker in self.workers)
 
     @property
@@ -283,7 +326,12 @@ class Snapshot:
 
     def loop_lag(self, worker: int) -> Histogram:
         """How long a worker's event loop was blocked: the longest time in each tick, see ``LoopLag``."""
-        return merge([self._rows[worker][_LOOP_LAG:_ANALYZERS]])
+        return merge([self._rows[worker][_LOOP_LAG:_PUBLISH]])
+
+    @property
+    def publish(self) -> Histogram:
+        """From the sending of a message to the stream until its acknowledgement."""
+        return merge(row[_PUBLISH:_ANALYZERS] for row in self._rows)
 
     def delivery(self, slots: Iterable[int] | None = None) -> Histogram:
         """From an attempt to its reply, for the analyzers in ``slots`` (None: for all, also removed ones)."""
@@ -369,6 +417,8 @@ class Snapshot:
     def storage_error(self) -> str:
         """Why packets cannot be stored; empty when they can."""
         fault = next((worker.storage_fault for worker in self.workers if worker.storage_fault), 0)
+        if fault and self.stream is not None:
+            return self.stream.error or STREAM_FAULTS.get(fault, os.strerror(fault))
         if fault == errno.ENOENT:
             return "the queue's file was deleted or renamed"
         return os.strerror(fault) if fault else ""
@@ -387,7 +437,16 @@ class Snapshot:
     @property
     def retry_after(self) -> int:
         """In how many seconds there will be room in the queue, at the present rate of deliveries; 1 to MAX_WAIT."""
+        if self.stream is not None:
+            return self._room_in_stream(self.stream)
         return max(self._room_in(worker) for worker in self.workers)
+
+    def _room_in_stream(self, stream: StreamFigures) -> int:
+        lacking = max((worker.lacking for worker in self.workers), default=0)
+        if not (lacking and stream.messages):
+            return 1
+        seconds = lacking / (stream.bytes / stream.messages) / max(stream.settled_per_second, 1e-9)
+        return max(1, math.ceil(min(seconds, MAX_WAIT)))
 
     def _room_in(self, worker: WorkerFigures) -> int:
         if not (worker.lacking and worker.undone):  # or there is room as soon as the file is synced

@@ -100,6 +100,10 @@ class DeadLetterWriter:
         elif self.written and now_ns >= self._sync_at:
             self._sync()
 
+    def look(self, now_ns: int) -> None:
+        """Close the file when other processes may have it; to be called regularly."""
+        self.files.tick(now_ns)
+
     def sync_soon(self) -> None:
         """Make the next tick sync what was written."""
         self._sync_at = 0

@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fastdist.config import Loaded
+    from fastdist.ipc import Action
     from fastdist.settings import Config
+    from fastdist.supervisor.stream import SharedStream
 
 BACKLOG = 4096
 KEEPALIVE = (  # inherited by accepted connections: a client that vanished is noticed after two minutes
@@ -83,12 +85,18 @@ class Supervisor:
         self._applying: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
+        self.stream: SharedStream | None = None  # the queue, if it is one
         self._next_reload: asyncio.Task[tuple[int, object]] | None = None  # that has not begun to read
 
     @property
     def config(self) -> Config:
         """The configuration in force."""
         return self.changes.config
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the queue is a stream that other replicas share."""
+        return self.config.queue.backend == "jetstream"
 
     # ---- what must be there before a worker starts
 
@@ -104,7 +112,7 @@ class Supervisor:
         head[HeadWord.CLOCK_OFFSET_NS] = time.time_ns() - time.monotonic_ns()
         self._lock()
         rings = self._open_rings()
-        old_rings = self.folder.old_rings() if self.folder.has_rings() else []
+        old_rings = self.folder.old_rings() if self.folder.has_rings() and not self.is_shared else []
         self.processes.held = self.folder.held
         self.changes.begin()
         self._write_settings()
@@ -116,11 +124,20 @@ class Supervisor:
 
     def _lock(self) -> None:
         """Lock the queue's folder if anything in it is needed. Raises StartError."""
-        if self.config.queue.durability != "memory" or self.folder.has_rings():
+        if self.is_shared:
+            if self.folder.has_rings():
+                log.warning(
+                    'the queue\'s folder has files of a queue of backend "ring"; what is in them is delivered only by a '
+                    "start with that",
+                    path=str(self.folder.path),
+                )
+        elif self.config.queue.durability != "memory" or self.folder.has_rings():
             self.folder.lock()
 
     def _open_rings(self) -> list[int]:
         queue = self.config.queue
+        if self.is_shared:  # workers make their own
+            return self.folder.memory_rings(self.workers, MIN_PART)
         capacity = queue.capacity // self.workers // MIN_PART * MIN_PART  # the sum is never above the setting
         if queue.durability == "memory":
             if self.folder.has_rings():
@@ -183,6 +200,11 @@ class Supervisor:
             loop.add_signal_handler(number, self._signals.put_nowait, number)
         if early.asked_to_reload():
             self._signals.put_nowait(signal.SIGHUP)
+        if self.is_shared:
+            from fastdist.supervisor.stream import SharedStream  # noqa: PLC0415  (its library may not be installed)
+
+            self.stream = SharedStream(self.config, self.block, self.changes)
+            await self.stream.start()
         self.health = HealthChecker(self.block.analyzers, self.config.health, self.config.delivery.max_age)
         self.health.set_analyzers(self.changes.analyzers)
         slots = self.processes.slots
@@ -197,7 +219,9 @@ class Supervisor:
         for task in helpers:
             task.cancel()
         self.health.close()
-        saved = self._dead_letter_rest()
+        if self.stream is not None:
+            await self.stream.close()
+        saved = self.is_shared or self._dead_letter_rest()
         return CANNOT_START if self.processes.gave_up else 0 if saved else LOST
 
     async def _announce(self, host: str, port: int) -> None:
@@ -213,7 +237,7 @@ class Supervisor:
             url=url,
             workers=self.workers,
             analyzers=len(self.config.analyzers),
-            durability=self.config.queue.durability,
+            durability="replicated" if self.is_shared else self.config.queue.durability,
         )
         self.manager.status(_status_line(self._snapshot()))
         self.manager.ready()
@@ -324,13 +348,16 @@ class Supervisor:
         action = message.action
         assert action is not None  # noqa: S101  (_heard has looked)
         try:
-            status, body = await self._reload() if action.name == "reload" else self.changes.apply(action)
+            status, body = await self._reload() if action.name == "reload" else await self._apply(action)
         except Exception:
             slot.send(
                 Message("reply", id=message.id, status=500, body="a fault in fastdist; its log has the traceback")
             )
             raise  # which is logged
         slot.send(Message("reply", id=message.id, status=status, body=body))
+
+    async def _apply(self, action: Action) -> tuple[int, object]:
+        return self.changes.apply(action) if self.stream is None else await self.stream.apply(action)
 
     async def _reload(self) -> tuple[int, object]:
         """Read the configuration again; return 200 and the settings that need a restart, or 422 and the problems.
@@ -494,7 +521,6 @@ def serve(loaded: Loaded, pair: Pair | None = None) -> int:
     logs.configure()
     if loaded.config.queue.backend == "jetstream":
         jetstream.require_client()
-        raise StartError('queue.backend = "jetstream": this version cannot serve with it yet; use "ring"')
 
     async def run() -> int:
         supervisor = Supervisor(loaded, pair)

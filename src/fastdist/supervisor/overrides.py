@@ -35,9 +35,12 @@ class Override(msgspec.Struct, omit_defaults=True):
 
 
 class Overrides:
-    """The overrides in force, and their file. ``locked``: no other service uses the folder (``memory`` locks none)."""
+    """The overrides in force, and their file. ``locked``: no other service uses the folder (``memory`` locks none).
 
-    def __init__(self, folder: Path, *, locked: bool) -> None:
+    Without a folder they are kept elsewhere.
+    """
+
+    def __init__(self, folder: Path | None, *, locked: bool = False) -> None:
         self.folder, self.locked = folder, locked
         self.by_id: dict[str, Override] = {}
         self._file = -1  # what was read or written last, open, so that another file is recognised
@@ -45,6 +48,8 @@ class Overrides:
 
     def load(self, analyzers: Iterable[Analyzer]) -> None:
         """Read those of earlier runs; they are ignored if they leave no analyzer to deliver to."""
+        if self.folder is None:
+            return
         self._home = identity(self.folder)
         try:
             self._file = os.open(self.folder / FILE, os.O_RDONLY | os.O_CLOEXEC)
@@ -77,6 +82,7 @@ class Overrides:
 
     def save(self, by_id: dict[str, Override]) -> None:
         """Put them in force: write a new file, then rename it over the old one. Raises OSError."""
+        assert self.folder is not None  # noqa: S101  (for type checkers)
         if not self.locked:  # else the folder exists; if not, it was moved and may come back
             make_folder(self.folder)
         path = self.folder / FILE
@@ -100,6 +106,8 @@ class Overrides:
         Nothing is written while the folder is missing. One that is not locked, or not the one of the start, may be
         another service's, whose file stays.
         """
+        if self.folder is None:
+            return
         path = self.folder / FILE
         if self._file < 0 or not self.folder.is_dir() or has_name(self._file, path):
             return

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastdist.ipc import Action, Pair
     from fastdist.settings import Analyzer, Config
     from fastdist.shm.block import SharedBlock
+    from fastdist.supervisor.overrides import Override
 
 log = logs.get()
 
@@ -31,12 +32,13 @@ class Changes:
     """The configuration in force, certificate and key, the slots of the analyzers, and what is overridden."""
 
     def __init__(self, config: Config, block: SharedBlock, folder: Path, pair: Pair | None = None) -> None:
+        own = config.queue.backend == "ring"  # else they are shared, see ``supervisor.stream``
         self.config, self.block, self.pair = config, block, pair
         self._wanted_connections = config.server.max_connections  # more than the system may allow
         self.generation = 0  # of the settings; grows with every reload
         self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot was not reused
         self.analyzers: dict[int, Analyzer] = {}
-        self.overrides = Overrides(folder, locked=config.queue.durability != "memory")
+        self.overrides = Overrides(folder, locked=config.queue.durability != "memory") if own else Overrides(None)
 
     def begin(self) -> None:
         """Put the analyzers into the shared block, with the overrides of earlier runs."""
@@ -135,18 +137,29 @@ class Changes:
 
     # ---- overrides
 
-    def apply(self, action: Action) -> tuple[int, object]:
-        """Change an analyzer; return a status as in HTTP, and the error if it is not 200."""
-        slot = self.slots_in_use().get(action.analyzer)
-        if slot is None:
+    def wanted(self, action: Action) -> dict[str, Override] | tuple[int, str]:
+        """Return what the overrides are after an action; or a status as in HTTP and why that cannot be."""
+        if action.analyzer not in self.slots_in_use():
             return 404, f"there is no analyzer {action.analyzer!r}"
         wanted = self.overrides.after(action)
         if not leaves_any(self.config.analyzers, wanted):
             return 422, "nothing would be left to deliver to"
+        return wanted
+
+    def apply(self, action: Action) -> tuple[int, object]:
+        """Change an analyzer; return a status as in HTTP, and the error if it is not 200."""
+        wanted = self.wanted(action)
+        if not isinstance(wanted, dict):
+            return wanted
         try:
             self.overrides.save(wanted)
         except OSError as error:
             return 503, f"the change cannot be stored in {self.overrides.folder}: {error.strerror}"
+        return self.put_override_in_force(action)
+
+    def put_override_in_force(self, action: Action) -> tuple[int, object]:
+        """Let workers know what an action has changed in the overrides; return 200."""
+        slot = self.slots_in_use()[action.analyzer]
         self._put_in_force(slot, self.analyzers[slot])
         if action.draining is False:  # set online: end a pause (Retry-After) and the wait for a trial
             self.block.analyzers.set(slot, AnalyzerWord.PAUSED_UNTIL_NS, 0)
@@ -157,3 +170,16 @@ class Changes:
             "an analyzer was changed", analyzer=action.analyzer, weight=override.weight, draining=override.draining
         )
         return 200, None
+
+    def use_overrides(self, by_id: dict[str, Override]) -> None:
+        """Put the overrides of all replicas in force; they are ignored if they leave no analyzer to deliver to."""
+        if by_id == self.overrides.by_id:
+            return
+        if not leaves_any(self.config.analyzers, by_id):
+            log.error("the shared overrides leave no analyzer to deliver to, and are ignored")
+            return
+        self.overrides.by_id = by_id
+        for slot, analyzer in self.analyzers.items():
+            self._put_in_force(slot, analyzer)
+        self.block.analyzers.touch()
+        log.info("analyzers were changed at another replica", overrides=sorted(by_id))

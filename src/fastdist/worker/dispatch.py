@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastdist.settings import Analyzer, Config, Delivery
     from fastdist.storage.dead_letter_writer import Runner
     from fastdist.storage.dead_letters import DeadLetters
+    from fastdist.worker.outcomes import MakeWriter
     from fastdist.worker.upstream import AnalyzerConnection
 
 RAMP_STEP = 0.25  # seconds: how often weights are looked at while an analyzer starts slowly
@@ -65,7 +66,7 @@ class Dispatcher(Outcomes):
         config: Config,
         *,
         counters: Counters,
-        dead_letters: DeadLetters,
+        dead_letters: DeadLetters | MakeWriter,
         settled: Callable[[int, str | None], None],
         poller: Poller,
         run_in_thread: Runner | None = None,

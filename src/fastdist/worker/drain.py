@@ -13,7 +13,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist.storage.files import is_nameless
 from fastdist.worker.upkeep import TICK
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from fastdist.worker.ingest import Emitters, IngestProtocol
     from fastdist.worker.listener import Acceptor
     from fastdist.worker.queue import Queue
+    from fastdist.worker.stream.queue import StreamQueue
 
 LAST_LOOKS = 50  # TICK apart: the time a last request has to arrive; ticks in which we could not read do not count
 LAST_ANSWERS = 1.0  # seconds at most for rejecting requests that arrive too late
@@ -32,20 +32,21 @@ log = logs.get()
 class Drain:
     """A worker's shutdown, done by ``run``."""
 
-    def __init__(self, server: Acceptor, emitters: Emitters, dispatcher: Dispatcher, queue: Queue) -> None:
+    def __init__(self, server: Acceptor, emitters: Emitters, dispatcher: Dispatcher, queue: Queue | StreamQueue) -> None:
         self._server, self._emitters, self._dispatcher, self._queue = server, emitters, dispatcher, queue
         self._intake, self._poller = emitters.intake, dispatcher.poller
 
     async def run(self, deadline: float) -> None:
         """Drain until ``deadline`` (time.monotonic()) at most; afterwards nothing is under way and all is stored."""
-        await self._finish(deadline)
+        await self._finish(deadline - self._queue.end_seconds)
         self._intake.closed = True
         self._reject()
         self._dispatcher.stop()
-        dead_letter_writer, ring = self._dispatcher.dead_letter_writer, self._queue.ring
+        await self._queue.end(deadline)
+        dead_letter_writer = self._dispatcher.dead_letter_writer
         while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would be set for this alone)
             await asyncio.sleep(TICK)
-        if ring.undone and is_nameless(self._queue.fd):
+        if self._queue.ends_here:
             self._dead_letter_rest()
         else:
             dead_letter_writer.finish()
@@ -63,8 +64,9 @@ class Drain:
         self._server.finish()
         idle: Counter[IngestProtocol] = Counter()  # looks at a connection that has nothing under way
         for look in itertools.count():
+            self._queue.begin_to_end()
             self._close_finished(idle)
-            done = not (self._queue.undone or self._intake.connections or self._server.busy)
+            done = not (self._queue.unfinished or self._intake.connections or self._server.busy)
             if done or time.monotonic() >= deadline:
                 break
             if look == LAST_LOOKS:

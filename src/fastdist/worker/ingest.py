@@ -50,7 +50,8 @@ class Emitters:
     """What the connections of a worker share: their ``Intake``, the API, tokens, CORS, and waits for deliveries.
 
     ``carry_out(action, done)`` requests a change; ``done`` gets the response. ``found_full()`` is called when there was
-    no room for a packet, and returns in how many seconds there may be.
+    no room for a packet, and returns in how many seconds there may be. ``shared``: the queue is a stream, and what is
+    not stored says so.
     """
 
     def __init__(
@@ -60,8 +61,12 @@ class Emitters:
         carry_out: Callable[[Action, Callable[[Response], None]], None],
         server: Server,
         found_full: Callable[[], int] = lambda: 1,
+        *,
+        shared: bool = False,
     ) -> None:
         self.api, self.intake, self.carry_out, self.found_full = api, intake, carry_out, found_full
+        self.shared = shared
+        self.counts_messages = server.validation != "none"
         self.agents = Agents(server, min(intake.ring.capacity, intake.most_bodies))
         intake.find = self.agents.find
         self.tokens: Sequence[str] = ()
@@ -156,6 +161,12 @@ class Emitters:
         for sequence in tuple(connection.awaited):
             if (waiting := self.waiting.get(sequence)) is not None and waiting.connection is connection:
                 self._forget(waiting, (sequence,))
+
+    def forget_wait(self, sequence: int) -> None:
+        """Drop the wait for this packet, and for those that it has an answer with: that is given otherwise."""
+        waiting = self.waiting.get(sequence)
+        if waiting is not None:
+            self._forget(waiting, tuple(waiting.left))
 
     def forget_from(self, sequence: int) -> None:
         """Drop the waits for packets from this sequence on: they were never stored, and others will have it."""
@@ -287,7 +298,8 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         headers = why.headers + (retry_after(why.retry_after) if why.reason in BUSY else b"")
         if why.reason is Reason.RATE_LIMITED:
             return self._compose(problem(429, why.detail, headers=headers))
-        return self._compose(problem(STATUSES[why.reason], why.detail, headers=headers))
+        stored = "no" if self.emitters.shared and why.reason in BUSY else ""
+        return self._compose(problem(STATUSES[why.reason], why.detail, headers=headers, stored=stored))
 
     def limited(self, seconds: float) -> bytes:
         """Answer that the rate is exceeded."""
@@ -333,6 +345,9 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             why = Refused(Reason.QUEUE_FULL, f"the queue is full; try again in {seconds} s", retry_after=seconds)
         elif self.intake.closed:
             why = Refused(Reason.DRAINING, "the service is shutting down")
+        elif self.emitters.shared:
+            fault = self.emitters.api.snapshot().storage_error
+            why = Refused(Reason.STORAGE, f"nothing can be stored now: {fault or 'the stream was not reached'}")
         else:
             fault = os.strerror(self.intake.broken_storage)
             why = Refused(Reason.STORAGE, f"the queue's storage fails ({fault}); nothing can be stored safely now")
@@ -389,7 +404,8 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def withdrawn(self) -> Callable[[Answer], bytes]:
         """Return what makes the response if the batch is withdrawn because it could not be written or synced."""
-        agent, why = self._agent(), Refused(Reason.STORAGE, "the records could not be written to disk")
+        what = "not all records could be stored" if self.emitters.shared else "the records could not be written to disk"
+        agent, why = self._agent(), Refused(Reason.STORAGE, what)
         return lambda answer: _bytes(answer, agent.refused(why))
 
     def awaiting(self, answer: Answer, seconds: float, batch: Batch) -> Callable[[Collection[int]], None]:

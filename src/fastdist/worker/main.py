@@ -42,12 +42,12 @@ from fastdist.worker.drain import Drain
 from fastdist.worker.ingest import Emitters, IngestProtocol
 from fastdist.worker.listener import serve
 from fastdist.worker.queue import OWN, Queue
-from fastdist.worker.reconcile import reconcile
 from fastdist.worker.tls import TlsServer
 from fastdist.worker.upkeep import TICK, EmitterTimeouts, LoopLag, Schedule, Task
 
 if TYPE_CHECKING:
     from fastdist.worker.listener import Acceptor
+    from fastdist.worker.stream.queue import StreamQueue
 
 LOOK = 0.1  # seconds between two looks at the names of the rings' files, dead-letter files and lack of descriptors
 ROOM_NS = 100_000_000  # that an estimate of when there will be room holds
@@ -69,17 +69,20 @@ class Worker:
         self._use(ipc.read_settings(assignment.settings))
         config, index = self.config, assignment.index
         self.fsync = config.queue.durability == "fsync"
-        self.queue = Queue(assignment, config, self.block, synced=self._synced, not_synced=self._not_synced)
         self.poller = Poller(loop)
-        syncer = self.queue.syncer
+        self.stream: StreamQueue | None = None
+        self.queue = self._open_queue()
+        syncer, stream = self.queue.syncer, self.stream
         self.dispatcher = Dispatcher(
             loop,
-            self.queue.ring,
+            self.queue.claimed,
             self.block.analyzers,
             config,
             counters=self.counters,
-            dead_letters=DeadLetters(config.queue.path, f"w{index}-{os.getpid()}", assignment.ring),
-            settled=lambda sequence, analyzer: self.emitters.settled(sequence, analyzer),  # noqa: PLW0108  (made below)
+            dead_letters=DeadLetters(config.queue.path, f"w{index}-{os.getpid()}", assignment.ring)
+            if stream is None
+            else stream.dead_letter_writer,
+            settled=lambda sequence, analyzer: (stream or self.emitters).settled(sequence, analyzer),
             poller=self.poller,
             run_in_thread=syncer.run if syncer is not None else None,
         )
@@ -91,16 +94,18 @@ class Worker:
             self.limiter,
             config.server,
             packet.check,
-            self.dispatcher.schedule,
-            syncer.want if syncer is not None else None,
+            self.dispatcher.schedule if stream is None else stream.want_sync,
+            self.queue.want_sync,
             self._not_written,
-            answers_after_sync=self.fsync,
+            answers_after_sync=self.queue.answers_after_sync,
         )
         self.poller.after = self.intake
         self.queue.watch_damage(self._damaged)
         api = Api(self.snapshot)
         self.admin = AdminRequests(control, api)
-        self.emitters = Emitters(api, self.intake, self.admin.send, config.server, self._found_full)
+        self.emitters = Emitters(
+            api, self.intake, self.admin.send, config.server, self._found_full, shared=stream is not None
+        )
         self.schedule = Schedule(loop, self.upkeep, self._tasks())
         self.lag = LoopLag(self.counters, (self.poller, self.intake, self.schedule))
         self.intake.broken_storage = self.queue.fault
@@ -109,6 +114,16 @@ class Worker:
         self._retry_after = (0, 1)  # monotonic ns until which it holds; seconds
         self._stopped = asyncio.Event()
         self._server: Acceptor  # set by ``serve``
+
+    def _open_queue(self) -> Queue | StreamQueue:
+        if self.config.queue.backend == "ring":
+            return Queue(
+                self.assignment, self.config, self.block, synced=self._synced, not_synced=self._not_synced
+            )
+        from fastdist.worker.stream.queue import StreamQueue  # noqa: PLC0415  (its library may not be installed)
+
+        self.stream = StreamQueue(self.loop, self.config, self.block, self.assignment.index, self._found_full)
+        return self.stream
 
     # ---- settings
 
@@ -151,8 +166,11 @@ class Worker:
 
     async def serve(self, commands: asyncio.StreamReader) -> None:
         """Serve until the supervisor, whose ``commands`` are read, says stop or is gone."""
-        reconcile(self.queue.ring, self.queue.migrations, self.counters, renewed=self.assignment.renewed)
+        self.queue.reconcile(self.counters, renewed=self.assignment.renewed)
         self.dispatcher.set_analyzers(self.analyzers)
+        if self.stream is not None:
+            await self.stream.serve(self.intake, self.emitters, self.dispatcher)
+            self.intake.broken_storage = self.stream.fault
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
@@ -213,11 +231,11 @@ class Worker:
             *self.dispatcher.tasks,
             Task(Step.CONNECTIONS, LOOK, lambda _now_ns: self.dispatcher.shortage.raise_once()),
             Task(Step.DEAD_LETTERS, TICK, self._write_dead_letters),
-            Task(Step.DEAD_LETTERS, LOOK, self.dead_letter_writer.files.tick),
+            Task(Step.DEAD_LETTERS, LOOK, self.dead_letter_writer.look),
             Task(Step.GAUGES, TICK, self.publish),
             Task(Step.OLD_RINGS, TICK, self._tend_old_rings),
             Task(Step.QUEUE_FILES, LOOK, self._look_for_files),
-            Task(Step.SYNC, self.config.queue.sync_interval, self.queue.sync),
+            Task(Step.SYNC, self.queue.sync_interval, self.queue.sync),
             Task(Step.TIMEOUTS, TICK, lambda _now_ns: self.intake.look_for_room()),
             Task(Step.TIMEOUTS, timeouts.interval, timeouts.go_on),
         )
@@ -243,7 +261,7 @@ class Worker:
 
     def _migrate(self) -> None:
         """Move some packets of old rings: of each, at a time, as many as may be in flight."""
-        if self.queue.migrations:
+        if isinstance(self.queue, Queue) and self.queue.migrations:
             limit = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.analyzers))
             tail = self.queue.ring.tail_position
             try:
@@ -263,14 +281,14 @@ class Worker:
         counters.set("queue_bytes", ring.used + old_bytes)
         counters.set("queue_capacity", ring.capacity)
         counters.set("oldest_ns", self.queue.oldest_ns)
-        self.words[WorkerWord.LACKING] = ring.room_lacking()
+        self.words[WorkerWord.LACKING] = self.queue.lacking
         if ring.wants_sync and self.queue.syncer is not None:
             self.queue.syncer.want()
         self.words[WorkerWord.STORAGE_FAULT] = self.intake.broken_storage or self.dead_letter_writer.failed
 
     def _found_full(self) -> int:
         """Tell all workers that this one is full; return in how many seconds a client may try again."""
-        self.words[WorkerWord.LACKING] = self.queue.ring.room_lacking()
+        self.words[WorkerWord.LACKING] = self.queue.lacking
         now = time.monotonic_ns()
         if now >= self._retry_after[0]:
             self._retry_after = (now + ROOM_NS, self.snapshot().retry_after)

@@ -19,7 +19,7 @@ import random
 import time
 import traceback
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fastdist import logs
 from fastdist._core import DispatchBase, Rendezvous, Retrying
@@ -31,7 +31,7 @@ from fastdist.worker.probation import Probation
 from fastdist.worker.upstream import LOG_INTERVAL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing
     from fastdist.settings import Analyzer, Config
@@ -39,10 +39,40 @@ if TYPE_CHECKING:
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerPool
 
+    MakeWriter = Callable[[Callable[[PacketRing, int], None]], "Writer"]
+
 MIN_PAUSE = 1.0  # seconds, for a Retry-After that is 0 or just past: its unit is whole seconds
 MAX_PAUSE = 3600.0  # seconds; a Retry-After beyond that is taken for a mistake
 
 log = logs.get()
+
+
+class Writer(Protocol):
+    """What takes dead letters: to files (``DeadLetterWriter``), or to a stream."""
+
+    failed: int
+    syncing: bool
+
+    def add(self, *dead_letters: PendingDeadLetter) -> None:
+        """Make dead letters of claimed packets."""
+
+    def tick(self, now_ns: int) -> None:
+        """Go on with what waits."""
+
+    def look(self, now_ns: int) -> None:
+        """Look after files."""
+
+    def sync_soon(self) -> None:
+        """Let nothing wait for more."""
+
+    def finish(self) -> None:
+        """Make safe what was written."""
+
+    def close(self) -> None:
+        """Write nothing more."""
+
+    def write_all(self, dead_letters: Iterable[PendingDeadLetter]) -> None:
+        """Write these and all others now. Raises OSError."""
 
 
 class Returned(NamedTuple):
@@ -56,7 +86,10 @@ class Returned(NamedTuple):
 
 
 class Outcomes(DispatchBase):
-    """Gets outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``analyzers`` and ``weights``."""
+    """Gets outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``analyzers`` and ``weights``.
+
+    ``dead_letters``: files; or what, given whom to tell of each, returns what takes them.
+    """
 
     def __init__(  # noqa: PLR0913  (as Dispatcher's)
         self,
@@ -64,7 +97,7 @@ class Outcomes(DispatchBase):
         config: Config,
         *,
         counters: Counters,
-        dead_letters: DeadLetters,
+        dead_letters: DeadLetters | MakeWriter,
         settled: Callable[[int, str | None], None],
         run_in_thread: Runner | None,
     ) -> None:
@@ -81,7 +114,11 @@ class Outcomes(DispatchBase):
         self.any_pickable = False  # whether an analyzer is online, if only paused
         self.probation = Probation(states, config.health.rise)
         delay = 0.0 if config.queue.durability == "fsync" else config.queue.sync_interval
-        self.dead_letter_writer = DeadLetterWriter(dead_letters, counters, self._dead_lettered, run_in_thread, delay)
+        self.dead_letter_writer: Writer = (
+            dead_letters(self._dead_lettered)
+            if callable(dead_letters)
+            else DeadLetterWriter(dead_letters, counters, self._dead_lettered, run_in_thread, delay)
+        )
         self._warnings = logs.Throttle(LOG_INTERVAL)  # of an analyzer (its slot) that refuses everything
         self._log_limit = logs.Throttle(LOG_INTERVAL)  # of errors, by kind and line
         self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked

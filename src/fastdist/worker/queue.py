@@ -16,9 +16,10 @@ from fastdist.errors import StartError
 from fastdist.shm.block import HeadWord, WorkerWord
 from fastdist.storage.dead_letter_writer import PendingDeadLetter
 from fastdist.storage.directory import OldRing, ring_path
-from fastdist.storage.files import has_name, present_path
+from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.storage.group_commit import RETRY_SECONDS, Syncer, make_safe
 from fastdist.worker.migrate import Migration
+from fastdist.worker.reconcile import reconcile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,8 @@ class Queue:
         not_synced: Callable[[OSError], None],
     ) -> None:
         durability = config.queue.durability
+        self.answers_after_sync = durability == "fsync"
+        self.sync_interval = config.queue.sync_interval
         self.fd = assignment.ring
         try:
             self.ring = PacketRing(self.fd, volatile=durability == "memory", claims_wait_for_sync=durability == "fsync")
@@ -86,10 +89,51 @@ class Queue:
                 migration.ring.free_unused()
         return next((error for error in errors if error is not None), None)
 
+    # ---- what a queue that is a stream has otherwise, see ``worker.stream.queue``
+
+    @property
+    def claimed(self) -> PacketRing:
+        """The ring that the dispatcher claims from."""
+        return self.ring
+
+    @property
+    def want_sync(self) -> Callable[[], None] | None:
+        """What is called when a sync is wanted."""
+        return self.syncer.want if self.syncer is not None else None
+
+    @property
+    def lacking(self) -> int:
+        """Bytes to become free until there is room for one more packet like the last; 0: there is."""
+        return self.ring.room_lacking()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a worker that ends has something to wait for."""
+        return bool(self.undone)
+
+    @property
+    def ends_here(self) -> bool:
+        """Whether what is queued is lost with this process."""
+        return bool(self.ring.undone) and is_nameless(self.fd)
+
+    end_seconds = 0.0  # that ``end`` takes
+
+    def begin_to_end(self) -> None:
+        """All that is queued is delivered before the end, as far as there is time."""
+
+    async def end(self, deadline: float) -> None:  # noqa: ARG002  (there is nobody to wait for)
+        """Nothing is to be told to anybody."""
+
+    # ----
+
     @property
     def undone(self) -> int:
         """Packets in the worker's own ring and in those that are migrated."""
         return self.ring.undone + (sum(migration.undone for migration in self.migrations) if self.migrations else 0)
+
+    def reconcile(self, counters: Counters, *, renewed: bool) -> None:
+        """Make ``counters`` agree with the rings; see ``fastdist.worker.reconcile``."""
+        reconcile(self.ring, self.migrations, counters, renewed=renewed)
 
     def watch_damage(self, damaged: Callable[[str, int, str, int, int], None]) -> None:
         """Have ``damaged(ring, offset, what, packets lost, sequence)`` called when damage is found in rings in use.

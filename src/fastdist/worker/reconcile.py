@@ -51,11 +51,16 @@ def _count_pushed(ring: PacketRing, counters: Counters) -> None:
         counters.add("bytes_accepted", body_bytes)
 
 
-def _count_delivered(undone: int, counters: Counters, corrupt: int) -> None:
-    slots = range(counters.slots)
-    for slot in slots:
+def reset_gauges(counters: Counters) -> None:
+    """Forget what a predecessor had in flight."""
+    for slot in range(counters.slots):
         for gauge in ("connections", "requests_in_flight", "packets_in_flight"):
             counters.set_of(slot, gauge, 0)
+
+
+def _count_delivered(undone: int, counters: Counters, corrupt: int) -> None:
+    slots = range(counters.slots)
+    reset_gauges(counters)
     gone = counters.get("accepted") + counters.get("recovered") - undone
     gone -= sum(counters.get(reason) for reason in DEAD_LETTERS)
     gone -= counters.get("lost")

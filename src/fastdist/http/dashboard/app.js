@@ -71,6 +71,7 @@ function show(documents) {
   panels.latencies(documents.stats);
   panels.rejections(documents.stats);
   panels.fill(documents.queue);
+  panels.stream(documents.stats);
   panels.protocols(documents, history);
   panels.workers(documents);
   analyzers.update(documents.analyzers, history);

@@ -67,9 +67,10 @@ function ofWorkers({ running, configured }, workers) {
 
 function ofQueue(queue, stats, history) {
   const found = [];
-  const fullest = Math.max(...queue.workers.map((row) => (row.capacityBytes ? row.bytes / row.capacityBytes : 0)));
+  const parts = queue.backend === "jetstream" ? [queue] : queue.workers;
+  const fullest = Math.max(...parts.map((row) => (row.capacityBytes ? row.bytes / row.capacityBytes : 0)));
   if (fullest >= NEARLY_FULL) {
-    const text = `A worker’s part is over ${percent(NEARLY_FULL).replace(".0", "")} full. Packets are refused once it is full.`;
+    const text = `${queue.backend === "jetstream" ? "The stream" : "A worker’s part"} is over ${percent(NEARLY_FULL).replace(".0", "")} full. Packets are refused once it is full.`;
     found.push({ level: "warning", title: "The queue is nearly full.", text });
   }
   if (history.growth((sample) => sample.dead, LATELY)) {

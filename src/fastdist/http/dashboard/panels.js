@@ -44,6 +44,20 @@ export function fill({ bytes, capacityBytes }) {
   setText(byId("fill-percent"), format.percent(part));
 }
 
+/** Whose figures those of the queue are, where it is a stream that replicas share. */
+export function stream({ stream }) {
+  const note = byId("stream-note");
+  note.hidden = !stream;
+  if (!stream) return;
+  const leader = stream.leader ? `led by ${stream.leader}, ` : "";
+  const where = stream.connected ? `through ${stream.server}` : "not connected to any server";
+  setText(
+    note,
+    `All replicas share this queue: stream ${stream.name}, ${leader}${stream.replicas.current} of ${stream.replicas.total} copies current, ` +
+      `${where}; ${format.count(stream.inFlight)} messages claimed, ${format.count(stream.deadLetters)} dead letters. The other figures are this replica’s own.`,
+  );
+}
+
 const protocolRows = new Map();
 
 /** The protocols of log agents in which there was a request, if any. */

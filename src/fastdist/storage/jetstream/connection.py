@@ -73,9 +73,13 @@ class _Client(Client):
 
 
 class Connection:
-    """Keeps a client connected from ``start`` to ``close``. ``name``: what the servers list it under."""
+    """Keeps a client connected from ``start`` to ``close``. ``name``: what the servers list it under.
 
-    def __init__(self, settings: Jetstream, name: str) -> None:
+    ``is_quiet``: another one of the same service says in the log when servers are lost.
+    """
+
+    def __init__(self, settings: Jetstream, name: str, *, is_quiet: bool = False) -> None:
+        self._is_quiet = is_quiet
         self.settings, self.name = settings, name
         self.client: Client | None = None  # the one to use now
         self.server = ""  # the URL of the one that is, or was, connected
@@ -121,10 +125,14 @@ class Connection:
             raise StartError(str(wrong[0]))
         if self.client is None:
             self._warn(refusals)
-        self._task = background(self._keep())
+        self.keep()
         while self.client is not None and not self._up.is_set():  # noqa: ASYNC110  (either may change)
             await asyncio.sleep(0.005)
         return self.client is not None
+
+    def keep(self) -> None:
+        """Connect, and keep connected until ``close``, whatever servers say."""
+        self._task = background(self._keep())
 
     async def wait(self) -> None:
         """Wait until a server is connected."""
@@ -161,7 +169,7 @@ class Connection:
             self.client = None
             self._up.clear()
             self.reconnects += 1
-            if self._throttle.allow("lost"):
+            if not self._is_quiet and self._throttle.allow("lost"):
                 log.warning("jetstream: lost the connection; reconnecting", server=self.server)
             self._learn(client)
             await self._leave(client)
@@ -267,11 +275,11 @@ class Connection:
 
     def _not_allowed(self, text: str) -> None:
         self.denied = self.last_error = f"jetstream: {self.server}: authorization: {text.removeprefix('nats: ')}"
-        if self._throttle.allow("denied"):
+        if not self._is_quiet and self._throttle.allow("denied"):
             log.error(self.denied)
 
     def _warn(self, refusals: list[Refusal]) -> None:
-        if refusals and self._throttle.allow("away"):
+        if refusals and not self._is_quiet and self._throttle.allow("away"):
             log.warning(
                 "jetstream: no server can be used; packets are answered 503 until one can",
                 servers=[str(refusal).removeprefix("jetstream: ") for refusal in refusals],

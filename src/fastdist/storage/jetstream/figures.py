@@ -7,51 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
+import msgspec
 
 from fastdist.storage.jetstream.api import ApiError, UnavailableError, request
 from fastdist.storage.jetstream.connection import now
 from fastdist.storage.jetstream.consumer import NAME
+from fastdist.stream import StreamFigures
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from fastdist.storage.jetstream.connection import Connection
 
 EVERY = 0.8  # seconds between two questions: figures are at most a second old
 TIMEOUT = 0.8  # seconds for each
+RATE_WINDOW = 10.0  # seconds
 SILENT_NS = 3_000_000_000  # a copy that its leader has not seen for as long does not count
-
-
-class Figures(Struct, frozen=True, kw_only=True):
-    """The stream as it is. Counts are of messages, which may be bundles of packets.
-
-    ``at``: time.monotonic() of the last answer, 0 if there was none. ``stored``: the last sequence, so all messages
-    there ever were. ``queued``: claimed by no replica. ``in_flight``: claimed by some. ``settled``: gone from the
-    stream since it was made, to measure rates by. ``oldest``: when the oldest message was stored (Unix time), or 0.
-    """
-
-    at: float = 0.0
-    connected: bool = False
-    has_leader: bool = False  # that sees a majority
-    server: str = ""
-    leader: str = ""
-    stored: int = 0
-    messages: int = 0
-    bytes: int = 0
-    capacity: int = 0
-    queued: int = 0
-    in_flight: int = 0
-    redelivered: int = 0
-    settled: int = 0
-    oldest: float = 0.0
-    dead_letters: int = 0
-    replicas_current: int = 0
-    replicas_total: int = 0
-    error: str = ""  # why there are no newer figures
 
 
 class Watcher:
@@ -59,16 +34,29 @@ class Watcher:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.latest = Figures()
+        self.latest = StreamFigures()
+        self._settled: deque[tuple[float, int]] = deque()  # (when, how many by then), of the last RATE_WINDOW seconds
 
-    async def run(self) -> None:
-        """Ask again and again; never ends."""
+    async def run(self, changed: Callable[[StreamFigures], object] = lambda _: None) -> None:
+        """Ask again and again, and tell what the answers are; never ends."""
         while True:
             began = now()
-            await self.refresh()
+            changed(await self.refresh())
             await asyncio.sleep(max(0.05, EVERY - (now() - began)))
 
-    async def refresh(self) -> Figures:
+    def _rate(self, settled: int) -> float:
+        """Return how many messages were settled a second."""
+        moment = now()
+        samples = self._settled
+        if samples and samples[-1][1] > settled:  # another stream
+            samples.clear()
+        samples.append((moment, settled))
+        while moment - samples[0][0] > RATE_WINDOW:
+            samples.popleft()
+        since, before = samples[0]
+        return (settled - before) / (moment - since) if moment > since else 0.0
+
+    async def refresh(self) -> StreamFigures:
         """Ask now, and return the figures; where there is no answer, the old ones with the reason."""
         connection, settings = self.connection, self.connection.settings
         client = connection.client
@@ -78,7 +66,7 @@ class Watcher:
                 request(client, f"CONSUMER.INFO.{settings.stream}.{NAME}", timeout=TIMEOUT),
             )
         except (UnavailableError, ApiError) as error:
-            self.latest = replaced(
+            self.latest = msgspec.structs.replace(
                 self.latest, connected=client is not None, server=connection.server, has_leader=False, error=str(error)
             )
             return self.latest
@@ -86,16 +74,12 @@ class Watcher:
         with contextlib.suppress(UnavailableError, ApiError):
             answer = await request(client, f"STREAM.INFO.{settings.dead_stream}", timeout=TIMEOUT)
             dead = answer["state"]["messages"]
-        self.latest = figures(stream, consumer, connection.server, dead)
+        found = figures(stream, consumer, connection.server, dead)
+        self.latest = msgspec.structs.replace(found, settled_per_second=self._rate(found.settled))
         return self.latest
 
 
-def replaced(old: Figures, **new: Any) -> Figures:
-    """Return figures with some of them changed."""
-    return Figures(**{name: getattr(old, name) for name in Figures.__struct_fields__} | new)
-
-
-def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str, dead_letters: int) -> Figures:
+def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str, dead_letters: int) -> StreamFigures:
     """Return the figures that are in two answers of JetStream."""
     state, config, cluster = stream["state"], stream["config"], stream.get("cluster") or {}
     total = config["num_replicas"]
@@ -103,7 +87,7 @@ def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str,
     current = 1 + sum(bool(other.get("current")) and not other.get("offline") for other in others)
     in_touch = 1 + sum(not other.get("offline") and other.get("active", 0) < SILENT_NS for other in others)
     messages, stored = state["messages"], state["last_seq"]
-    return Figures(
+    return StreamFigures(
         at=now(),
         connected=True,
         has_leader=(total == 1 or bool(cluster.get("leader"))) and 2 * in_touch > total,

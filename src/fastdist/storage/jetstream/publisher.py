@@ -92,6 +92,8 @@ class Publisher:
         self.retries: dict[str, int] = {}  # {why: how often a message was sent again}
         self.refusal: Reason = ""  # why the last message was not stored, if it was not
         self.refused_at = 0.0  # when that was (time.monotonic())
+        self.refused_bytes = 0  # of that message
+        self.stored_at = 0.0  # when the last one was stored
         self._numbers = itertools.count()
         self._under_way: dict[str, _Entry] = {}
         self._bytes = 0
@@ -228,7 +230,10 @@ class Publisher:
         self._forget(entry)
         if outcome.reason != "tooLarge":  # which says nothing of the stream
             self.refusal = outcome.reason
-            self.refused_at = now() if outcome.reason else self.refused_at
+            if outcome.reason:
+                self.refused_at, self.refused_bytes = now(), entry.size
+            else:
+                self.stored_at = now()
         if not entry.future.done():
             entry.future.set_result(outcome)
 

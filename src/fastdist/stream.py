@@ -1,0 +1,35 @@
+"""What is known of the stream that several services share as their queue; see ``storage.jetstream``."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class StreamFigures(Struct, frozen=True, kw_only=True):
+    """The stream as it is. Counts are of messages, which may be bundles of packets.
+
+    ``at``: time.monotonic() of the last answer, 0 if there was none. ``stored``: the last sequence, so all messages
+    there ever were. ``queued``: claimed by no replica. ``in_flight``: claimed by some. ``settled``: gone from the
+    stream since it was made. ``settled_per_second``: over the last seconds. ``oldest``: when the oldest message was
+    stored (Unix time), or 0.
+    """
+
+    at: float = 0.0
+    connected: bool = False
+    has_leader: bool = False  # that sees a majority
+    server: str = ""
+    leader: str = ""
+    stored: int = 0
+    messages: int = 0
+    bytes: int = 0
+    capacity: int = 0
+    queued: int = 0
+    in_flight: int = 0
+    redelivered: int = 0
+    settled: int = 0
+    settled_per_second: float = 0.0
+    oldest: float = 0.0
+    dead_letters: int = 0
+    replicas_current: int = 0
+    replicas_total: int = 0
+    error: str = ""  # why there are no newer figures, or the stream cannot be used

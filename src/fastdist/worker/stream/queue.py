@@ -1,0 +1,218 @@
+"""A worker's way to the stream and back: its connection, its two rings, and whether packets can be stored now.
+
+In the place of ``fastdist.worker.queue.Queue``: the worker calls the same of both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import time
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist._core import PacketRing, file_size, round_capacity
+from fastdist.errors import StartError
+from fastdist.shm.block import HeadWord
+from fastdist.storage.jetstream.connection import Connection, background
+from fastdist.storage.jetstream.consumer import Consumer
+from fastdist.storage.jetstream.dead_stream import DeadStream
+from fastdist.storage.jetstream.publisher import Publisher
+from fastdist.worker.reconcile import reset_gauges
+from fastdist.worker.stream.claims import Claims
+from fastdist.worker.stream.dead_letters import DeadLetterPublisher
+from fastdist.worker.stream.outgoing import Outgoing
+from fastdist.worker.stream.waits import Words
+from fastdist.worker.upkeep import TICK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fastdist._core import Counters, Intake
+    from fastdist.settings import Config
+    from fastdist.shm.block import SharedBlock
+    from fastdist.worker.dispatch import Dispatcher
+    from fastdist.worker.ingest import Emitters
+
+MIN_CAPACITY = 64 << 20  # bytes of each ring; pages that were never used take no memory
+CONNECT_TIMEOUT = 5.0  # seconds that a start waits for a server
+PATIENCE = 1.0  # seconds that a server or a leader may be missing before packets are rejected at once
+IDLE = 2.0  # seconds without an analyzer that can be picked, until others may have what is claimed here
+END_TIMEOUT = 1.0  # seconds for the last confirmations
+
+RETRIES = {"noResponder": "publish_no_responder", "unconfirmed": "publish_unconfirmed"}  # the counters; others: refused
+
+log = logs.get()
+
+
+class StreamQueue:
+    """What is kept of packets. ``full()`` is called when the stream has no room, and returns Retry-After."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, config: Config, block: SharedBlock, index: int, full: Callable[[], int]
+    ) -> None:
+        settings = config.jetstream
+        self.block, self.settings, self.counters = block, settings, block.rows[index]
+        capacity = round_capacity(max(MIN_CAPACITY, 4 * config.server.max_body))
+        self.fd, self.ring = _ring(capacity, block, replicated=True)
+        _, self.claimed = _ring(capacity, block, replicated=False)
+        self.connection = Connection(settings, f"fastdist-{os.getpid()}", is_quiet=True)  # the supervisor's speaks
+        self.publisher = Publisher(self.connection, settings.stream, settings.subject, settings.publish_timeout)
+        self.words = Words(self.connection, f"_INBOX.{os.urandom(16).hex()}", self._told)
+        self.claims = Claims(self.claimed, self.counters, settings.claim, self.words.tell)
+        self.consumer = Consumer(self.connection, settings, self.claims.take, self.claims.room, self.claims.void)
+        self.dead_stream = DeadStream(self.connection)
+        self.outgoing = Outgoing(loop, self.ring, self.publisher, settings, self.counters, full)
+        self.dead_letters: DeadLetterPublisher
+        self._emitters: Emitters
+        self._dispatcher: Dispatcher
+        self._missing_since = -PATIENCE  # a server or a leader; 0: all is there
+        self._pickable_at = time.monotonic()
+        self._ending = False
+        self._reconnects = 0  # counted so far
+
+    def dead_letter_writer(self, gone: Callable[[PacketRing, int], None]) -> DeadLetterPublisher:
+        """Return what stores the dead letters of the dispatcher."""
+        self.dead_letters = DeadLetterPublisher(self.dead_stream, self.counters, self.claims.place, gone)
+        return self.dead_letters
+
+    async def serve(self, intake: Intake, emitters: Emitters, dispatcher: Dispatcher) -> None:
+        """Connect, publish what comes in, and claim for the dispatcher."""
+        self._emitters, self._dispatcher = emitters, dispatcher
+        self.outgoing.serve(intake, emitters, self.words.subject)
+        await asyncio.wait([background(self._connect())], timeout=CONNECT_TIMEOUT)
+        self.claims.serve(self.consumer, self.publisher, dispatcher, self.outgoing.message_id)
+
+    async def _connect(self) -> None:
+        try:
+            await self.connection.start()
+        except StartError as error:  # it worked when the service started
+            log.error(str(error))
+            self.connection.keep()
+
+    def _told(self, sequence: int, analyzer: str | None) -> None:
+        self._emitters.settled(sequence, analyzer)
+
+    # ---- called by the worker
+
+    answers_after_sync = True
+    sync_interval = TICK
+    syncer = None
+    old_bytes = 0
+    migrations: Sequence[object] = ()
+
+    @property
+    def want_sync(self) -> Callable[[], None]:
+        """What is called when packets were put into the ring."""
+        return self.outgoing.schedule
+
+    @property
+    def undone(self) -> int:
+        """Packets that are claimed here and not settled."""
+        return self.claims.undone
+
+    @property
+    def oldest_ns(self) -> int:
+        """When the oldest packet that is claimed was accepted, 0 without any."""
+        return self.claimed.oldest_ns
+
+    def reconcile(self, counters: Counters, *, renewed: bool) -> None:  # noqa: ARG002  (nothing of a predecessor is left)
+        """What a predecessor had claimed comes again."""
+        reset_gauges(counters)
+
+    def watch_damage(self, _damaged: object) -> None:
+        """Nothing but this process writes to the rings."""
+
+    def reserve(self, *_: object) -> None:
+        """There are no old rings."""
+
+    def look(self) -> None:
+        """There are no files."""
+
+    def close(self) -> None:
+        """Nothing is to be written."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a worker that ends has something to wait for."""
+        return bool(self.claims.undone or self.outgoing.undone or self.dead_letters.undone)
+
+    def settled(self, sequence: int, analyzer: str | None) -> None:
+        """Note that a packet was delivered, or (None) is a dead letter."""
+        self.claims.settled(sequence, analyzer)
+
+    @property
+    def fault(self) -> int:
+        """Why nothing may be accepted, an errno; 0 if it may."""
+        stream, publisher = self.block.stream, self.publisher
+        now = time.monotonic()
+        if not self.connection.is_connected:
+            fault = errno.ENOTCONN
+        elif not stream.has_leader and now - publisher.stored_at > PATIENCE:
+            fault = errno.EAGAIN
+        else:
+            fault = 0
+        if not fault:
+            self._missing_since = 0.0
+        elif not self._missing_since:
+            self._missing_since = now
+        if fault and now - self._missing_since >= PATIENCE:
+            return fault
+        if publisher.refusal in {"storage", "unconfirmed"} and not self._has_recovered():
+            return errno.ETIMEDOUT
+        return 0
+
+    @property
+    def lacking(self) -> int:
+        """Bytes that have to leave the stream until there is room for a message like the one it refused; 0: there is."""
+        publisher, stream = self.publisher, self.block.stream
+        if publisher.refusal != "queueFull":
+            return 0
+        if stream.at <= publisher.refused_at:
+            return max(1, publisher.refused_bytes)
+        return max(0, publisher.refused_bytes - max(0, stream.capacity - stream.bytes))
+
+    def _has_recovered(self) -> bool:
+        """Whether the stream could store, when it was last asked, after it did not."""
+        stream = self.block.stream
+        return stream.has_leader and stream.at > self.publisher.refused_at
+
+    def sync(self, now_ns: int = 0) -> None:
+        """Do what is due: to be called often."""
+        self.claims.tick(now_ns)
+        now = time.monotonic()
+        if self._dispatcher.any_pickable:
+            self._pickable_at = now
+        elif now - self._pickable_at > IDLE or self._ending:
+            self.claims.take_back()
+        self.counters.add("reconnects", self.connection.reconnects - self._reconnects)
+        self._reconnects = self.connection.reconnects
+        for reason, count in self.publisher.retries.items():
+            self.counters.add(RETRIES.get(reason, "publish_refused"), count)
+        self.publisher.retries.clear()
+
+    # ---- at the end
+
+    ends_here = False  # what is left of it is not lost with this process
+    end_seconds = END_TIMEOUT  # that ``end`` takes
+
+    def begin_to_end(self) -> None:
+        """Claim nothing more, and give back what was not sent; to be called again as long as packets come back."""
+        self._ending = self.claims.ending = True
+        self.claims.take_back()
+
+    async def end(self, deadline: float) -> None:
+        """Have what is settled or given back confirmed, and leave."""
+        self.claims.take_back()
+        rest = max(END_TIMEOUT / 2, deadline - time.monotonic())
+        await self.consumer.stop(rest)
+        await self.connection.close()
+
+
+def _ring(capacity: int, block: SharedBlock, *, replicated: bool) -> tuple[int, PacketRing]:
+    fd = os.memfd_create("fastdist-claims", os.MFD_CLOEXEC)
+    os.ftruncate(fd, file_size(capacity))
+    ring = PacketRing(fd, capacity, volatile=True, replicated=replicated)
+    ring.clock_offset = block.head[HeadWord.CLOCK_OFFSET_NS]
+    return fd, ring
