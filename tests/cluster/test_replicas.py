@@ -83,7 +83,7 @@ def test_packets_without_a_key_are_bundled(replicas):
 def test_other_replicas_deliver(replicas, mocks):
     """What one replica accepts another delivers, if that is the one with an analyzer."""
     first = replicas.start()
-    away = {name: "http://127.0.0.1:9/logs" for name in mocks.endpoints}
+    away = dict.fromkeys(mocks.endpoints, "http://127.0.0.1:9/logs")
     replicas.mocks = type("Away", (), {"endpoints": away})
     second = replicas.start()
     replicas.mocks = mocks
@@ -112,7 +112,7 @@ def test_key_is_known_at_every_replica(on_one):
     assert "fastdist_packets_duplicate_total 2" in metrics
 
 
-def test_pipelined_duplicates_keep_their_order(on_one):
+def test_duplicates_are_answered_in_order(on_one):
     replica = on_one.start()
     assert replica.post(Idempotency_Key="known")[0] == 202
     names = ["a", "known", "b", "known", "c"]
@@ -132,7 +132,7 @@ def test_pipelined_duplicates_keep_their_order(on_one):
 def test_wait_is_answered_whoever_delivers(replicas, mocks, here):
     delivers = replicas.start()
     if not here:
-        replicas.mocks = type("Away", (), {"endpoints": {name: "http://127.0.0.1:9/logs" for name in mocks.endpoints}})
+        replicas.mocks = type("Away", (), {"endpoints": dict.fromkeys(mocks.endpoints, "http://127.0.0.1:9/logs")})
     accepts = replicas.start()
     replicas.mocks = mocks
     if not here:
@@ -277,7 +277,7 @@ def test_worker_killed(replicas):
     compare([sender], ledger_of(replicas), twice=4096)
 
 
-def test_analyzers_away_for_longer_than_ack_wait(replicas, mocks):
+def test_analyzers_away_beyond_ack_wait(replicas, mocks):
     mocks.set_all(refuse=True)
     first, second = replicas.start(), replicas.start()
     for replica in (first, second):

@@ -259,12 +259,6 @@ def test_serve_without_library_exits_three(write, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_serve_says_what_it_cannot_do_yet(run, write):
-    result = run("serve", "--config", str(write(JETSTREAM)))
-    assert result.exit_code == 3
-    assert result.stderr == 'fastdist: queue.backend = "jetstream": this version cannot serve with it yet; use "ring"\n'
-
-
 def test_serve_names_problems_of_its_files(run, write, tmp_path):
     result = run("serve", "--config", str(write(JETSTREAM + f'tls_ca = "{tmp_path}/none"\n')))
     assert result.exit_code == 2

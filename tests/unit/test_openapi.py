@@ -270,4 +270,4 @@ def test_examples_of_packets_are_taken():
 
 
 def test_all_rejection_reasons_are_listed():
-    assert Rejected.__struct_fields__ == REJECTIONS
+    assert Rejected.__struct_fields__ == (*REJECTIONS, "unconfirmed")

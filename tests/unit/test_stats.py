@@ -362,6 +362,7 @@ def test_queue_shows_packets_bytes_and_age(block):
     block.add_sample(AT - 10 * SECOND, 0, 0)
     block.rows[1].add_to(A1, "delivered", 50)
     assert shown(stats.queue, block, Config(queue=Queue(durability="fsync"))) == {
+        "backend": "ring",
         "packets": 25,
         "bytes": 4096,
         "capacityBytes": 2**21,

@@ -364,7 +364,7 @@ cdef class Intake(AfterEvents):
         self.let_leave()
 
     def answer_end(self, int64_t position):
-        """Return up to where the packets of an answer are, of which one ends at ``position`` (a batch has one); 0: there is none."""
+        """Return where the packets end of the answer that tells of the one that ends at ``position``; 0: it was given."""
         cdef Py_ssize_t at
         for at in range(self.outbox.first, self.outbox.end):
             if self.outbox.parts[at].position >= position:

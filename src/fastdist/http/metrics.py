@@ -121,7 +121,9 @@ def _stream(it: Snapshot, stream: StreamFigures) -> Iterator[Family]:
     yield _gauge("stream_dead_letters", "Dead letters in their stream.", stream.dead_letters)
     yield _gauge("stream_replicas_current", "Copies of the stream that have all of it.", stream.replicas_current)
     yield _counter("stream_stored", "Messages that were ever stored in the stream.", stream.stored)
-    yield _counter("stream_redelivered", "Messages that were claimed here after another claim.", it.total("redelivered"))
+    yield _counter(
+        "stream_redelivered", "Messages that were claimed here after another claim.", it.total("redelivered")
+    )
     yield _counter("stream_reconnects", "Connections to NATS servers that were lost.", it.total("reconnects"))
     retries = {reason: it.total(f"publish_{field}") for reason, field in PUBLISH_RETRIES.items()}
     yield _counter("stream_publish_retries", "Messages that were sent again, by reason.", retries, by="reason")

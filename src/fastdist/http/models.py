@@ -81,8 +81,8 @@ class Problem(Model, kw_only=True):
     stored: Annotated[
         Annotated[str, _words("no", "unknown")] | UnsetType,
         doc(
-            "Of a 503 to POST /logs with `queue.backend` `jetstream`. `no`: the packet will not be delivered. `unknown`: "
-            "it may be; to send it again under the same Idempotency-Key is right."
+            "Of a 503 to POST /logs with `queue.backend` `jetstream`. `no`: the packet will not be delivered. "
+            "`unknown`: it may be; to send it again under the same Idempotency-Key is right."
         ),
     ] = UNSET
 
@@ -225,10 +225,10 @@ class Rejected(Model, kw_only=True):
     queue_full: Annotated[Count, doc("No room in the queue, or for more in-progress bodies.")] = 0
     draining: Annotated[Count, doc("While the service is shutting down.")] = 0
     storage: Annotated[Count, doc("The queue's storage failed.")] = 0
+    timeout: Annotated[Count, doc("A request that did not arrive in time.")] = 0
     unconfirmed: Annotated[
         Count | UnsetType, doc("Sent to the stream, and not acknowledged in time: they may be delivered.")
     ] = UNSET
-    timeout: Annotated[Count, doc("A request that did not arrive in time.")] = 0
 
 
 class ProtocolCounts(Model, kw_only=True):
@@ -316,7 +316,9 @@ class Stream(Model, kw_only=True):
     capacity_bytes: Annotated[Count, doc("What it may hold: `jetstream.max_bytes`.")] = 0
     dead_letters: Annotated[Count, doc("In the stream of dead letters.")] = 0
     server: Annotated[str | None, doc("The server that this service is, or was last, connected to.")] = None
-    leader: Annotated[str | None, doc("The server that leads the stream; null: none does, or there is only one.")] = None
+    leader: Annotated[str | None, doc("The server that leads the stream; null: none does, or there is only one.")] = (
+        None
+    )
     replicas: Replicas = field(default_factory=Replicas)
 
 

@@ -127,8 +127,8 @@ class Supervisor:
         if self.is_shared:
             if self.folder.has_rings():
                 log.warning(
-                    'the queue\'s folder has files of a queue of backend "ring"; what is in them is delivered only by a '
-                    "start with that",
+                    'the queue\'s folder has files of a queue of backend "ring"; only a start with that delivers '
+                    "what is in them",
                     path=str(self.folder.path),
                 )
         elif self.config.queue.durability != "memory" or self.folder.has_rings():

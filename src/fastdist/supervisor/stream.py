@@ -23,7 +23,6 @@ from fastdist.storage.jetstream.connection import Connection, background
 from fastdist.storage.jetstream.figures import Watcher
 from fastdist.storage.jetstream.state import ConflictError, StateBucket
 from fastdist.storage.jetstream.streams import prepare
-from fastdist.stream import StreamFigures
 from fastdist.supervisor.overrides import Override
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from fastdist.settings import Config
     from fastdist.shm.block import SharedBlock
     from fastdist.storage.jetstream.state import Value
+    from fastdist.stream import StreamFigures
     from fastdist.supervisor.reload import Changes
 
 KEY = "overrides"

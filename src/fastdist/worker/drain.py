@@ -32,7 +32,9 @@ log = logs.get()
 class Drain:
     """A worker's shutdown, done by ``run``."""
 
-    def __init__(self, server: Acceptor, emitters: Emitters, dispatcher: Dispatcher, queue: Queue | StreamQueue) -> None:
+    def __init__(
+        self, server: Acceptor, emitters: Emitters, dispatcher: Dispatcher, queue: Queue | StreamQueue
+    ) -> None:
         self._server, self._emitters, self._dispatcher, self._queue = server, emitters, dispatcher, queue
         self._intake, self._poller = emitters.intake, dispatcher.poller
 

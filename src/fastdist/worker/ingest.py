@@ -54,7 +54,7 @@ class Emitters:
     not stored says so.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what connections share)
         self,
         api: Api,
         intake: Intake,

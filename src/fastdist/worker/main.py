@@ -82,7 +82,7 @@ class Worker:
             dead_letters=DeadLetters(config.queue.path, f"w{index}-{os.getpid()}", assignment.ring)
             if stream is None
             else stream.dead_letter_writer,
-            settled=lambda sequence, analyzer: (stream or self.emitters).settled(sequence, analyzer),
+            settled=lambda sequence, analyzer: (stream or self.emitters).settled(sequence, analyzer),  # noqa: PLW0108
             poller=self.poller,
             run_in_thread=syncer.run if syncer is not None else None,
         )
@@ -117,9 +117,7 @@ class Worker:
 
     def _open_queue(self) -> Queue | StreamQueue:
         if self.config.queue.backend == "ring":
-            return Queue(
-                self.assignment, self.config, self.block, synced=self._synced, not_synced=self._not_synced
-            )
+            return Queue(self.assignment, self.config, self.block, synced=self._synced, not_synced=self._not_synced)
         from fastdist.worker.stream.queue import StreamQueue  # noqa: PLC0415  (its library may not be installed)
 
         self.stream = StreamQueue(self.loop, self.config, self.block, self.assignment.index, self._found_full)
@@ -317,6 +315,7 @@ class Worker:
     def _not_written(self, code: int) -> None:
         """Reject what was accepted in this event-loop iteration: it could not be written, and is withdrawn."""
         error = OSError(code, os.strerror(code))
+        assert isinstance(self.queue, Queue)  # noqa: S101  (memory can be written to)
         self.queue.not_written(error)
         self.intake.broken_storage = code
         self._reject_behind(self.queue.ring.tail_position, error)

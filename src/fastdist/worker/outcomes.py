@@ -50,6 +50,7 @@ log = logs.get()
 class Writer(Protocol):
     """What takes dead letters: to files (``DeadLetterWriter``), or to a stream."""
 
+    counters: Counters
     failed: int
     syncing: bool
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastdist.ipc import Assignment
     from fastdist.settings import Config
     from fastdist.shm.block import SharedBlock
-    from fastdist.storage.dead_letter_writer import DeadLetterWriter
+    from fastdist.worker.outcomes import Writer
 
 HEARTBEAT = 0.5  # seconds, before the event loop runs
 HEARTBEATS_TILL_LOGGED = 20
@@ -121,8 +121,8 @@ class Queue:
     def begin_to_end(self) -> None:
         """All that is queued is delivered before the end, as far as there is time."""
 
-    async def end(self, deadline: float) -> None:  # noqa: ARG002  (there is nobody to wait for)
-        """Nothing is to be told to anybody."""
+    async def end(self, deadline: float) -> None:
+        """Do nothing: only this service has the queue."""
 
     # ----
 
@@ -204,7 +204,7 @@ class Queue:
         if self.syncer is not None:
             self.syncer.want_if_changed()
 
-    def migrate(self, limit: int, dead_letter_writer: DeadLetterWriter, deleted: Callable[[str], object]) -> None:
+    def migrate(self, limit: int, dead_letter_writer: Writer, deleted: Callable[[str], object]) -> None:
         """Move up to ``limit`` packets of each old ring, whatever happens to the others. Raises the last one's error.
 
         What the ring cannot take becomes a dead letter. ``deleted(path)`` is called when an old ring is empty and gone.
@@ -224,7 +224,7 @@ class Queue:
         if failure is not None:
             raise failure
 
-    def _migrate(self, migration: Migration, limit: int, dead_letter_writer: DeadLetterWriter) -> None:
+    def _migrate(self, migration: Migration, limit: int, dead_letter_writer: Writer) -> None:
         tail = self.ring.tail_position
         try:
             _, oversized = migration.step(self.ring, dead_letter_writer.counters, limit)

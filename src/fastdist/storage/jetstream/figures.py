@@ -84,8 +84,8 @@ def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str,
     state, config, cluster = stream["state"], stream["config"], stream.get("cluster") or {}
     total = config["num_replicas"]
     others = cluster.get("replicas") or []
-    current = 1 + sum(bool(other.get("current")) and not other.get("offline") for other in others)
-    in_touch = 1 + sum(not other.get("offline") and other.get("active", 0) < SILENT_NS for other in others)
+    seen = [other for other in others if not other.get("offline") and other.get("active", 0) < SILENT_NS]
+    current, in_touch = 1 + sum(bool(other.get("current")) for other in seen), 1 + len(seen)
     messages, stored = state["messages"], state["last_seq"]
     return StreamFigures(
         at=now(),

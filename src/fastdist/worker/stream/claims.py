@@ -1,16 +1,15 @@
-"""The claimed messages of a worker: their packets go to the dispatcher's ring, and when all are settled, the stream is told.
+"""The claimed messages of a worker: their packets go to the dispatcher's ring; when all are settled, it is told.
 
 - As many are claimed as there is room for: what is settled in about a second, MIN_PACKETS at least. None while no
   analyzer can be picked: other replicas may have one.
-- ``take_back`` takes packets that were not sent yet out of the dispatcher's hands: at the end, when no analyzer is left,
-  and when a claim is void (it could not be renewed, so another replica may have the message).
+- ``take_back`` takes packets that were not sent yet from the dispatcher: at the end, when no analyzer is left, and when
+  a claim is void (it could not be renewed, so another replica may have the message).
 - A message of which nothing was sent is given back. Of one that was begun the rest is stored again as a message of its
   own, and then the message is acknowledged.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -56,7 +55,9 @@ class Held:
 class Claims:
     """Hands packets to the dispatcher of ``ring``. ``tell(inbox, analyzer)``: an emitter waits there for this word."""
 
-    def __init__(self, ring: PacketRing, counters: Counters, limit: int, tell: Callable[[str, str | None], None]) -> None:
+    def __init__(
+        self, ring: PacketRing, counters: Counters, limit: int, tell: Callable[[str, str | None], None]
+    ) -> None:
         self.ring, self.counters, self.limit = ring, counters, limit
         self._tell = tell
         self._consumer: Consumer
@@ -72,7 +73,9 @@ class Claims:
         self._log_limit = logs.Throttle(LOG_INTERVAL)
         self.ending = False
 
-    def serve(self, consumer: Consumer, publisher: Publisher, dispatcher: Dispatcher, new_id: Callable[[], str]) -> None:
+    def serve(
+        self, consumer: Consumer, publisher: Publisher, dispatcher: Dispatcher, new_id: Callable[[], str]
+    ) -> None:
         """Begin to claim for ``dispatcher``; what is left of a message that was begun goes to ``publisher``."""
         self._consumer, self._publisher, self._dispatcher, self._new_id = consumer, publisher, dispatcher, new_id
         consumer.start()

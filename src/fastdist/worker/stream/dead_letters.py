@@ -1,4 +1,4 @@
-"""Dead letters of a worker whose queue is a stream: each is stored in the stream of dead letters, then its packet is done.
+"""Dead letters of a worker whose queue is a stream: each is stored in a stream of its own, then its packet is done.
 
 What cannot be stored stays queued, and is tried again every RETRY_SECONDS. The same calls as those of
 ``storage.dead_letter_writer.DeadLetterWriter``.
@@ -72,7 +72,7 @@ class DeadLetterPublisher:
         """There is nothing to sync."""
 
     def finish(self) -> None:
-        """What is not stored by now comes again, here or elsewhere."""
+        """Do nothing: what is not stored by now comes again, here or elsewhere."""
 
     def write_all(self, dead_letters: Iterable[PendingDeadLetter]) -> None:
         """Nothing ends with this process."""

@@ -63,7 +63,7 @@ class _Message(NamedTuple):
 class Outgoing:
     """Publishes the packets of ``ring``. ``full()``: the stream has no room; returns Retry-After."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917  (the parts it is wired from)
         self,
         loop: asyncio.AbstractEventLoop,
         ring: PacketRing,

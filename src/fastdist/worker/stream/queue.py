@@ -117,8 +117,8 @@ class StreamQueue:
         """When the oldest packet that is claimed was accepted, 0 without any."""
         return self.claimed.oldest_ns
 
-    def reconcile(self, counters: Counters, *, renewed: bool) -> None:  # noqa: ARG002  (nothing of a predecessor is left)
-        """What a predecessor had claimed comes again."""
+    def reconcile(self, counters: Counters, *, renewed: bool) -> None:  # noqa: ARG002
+        """Forget what a predecessor had claimed: it comes again."""
         reset_gauges(counters)
 
     def watch_damage(self, _damaged: object) -> None:
@@ -165,7 +165,7 @@ class StreamQueue:
 
     @property
     def lacking(self) -> int:
-        """Bytes that have to leave the stream until there is room for a message like the one it refused; 0: there is."""
+        """Bytes that have to leave the stream until there is room for what it refused last; 0: there is."""
         publisher, stream = self.publisher, self.block.stream
         if publisher.refusal != "queueFull":
             return 0
