@@ -363,13 +363,15 @@ cdef class Intake(AfterEvents):
         """More packets are on stable storage: their answers may leave."""
         self.let_leave()
 
-    def answer_end(self, int64_t position):
-        """Return where the packets end of the answer that tells of the one that ends at ``position``; 0: it was given."""
+    def answer_of(self, int64_t position):
+        """Return between which positions the packets are of the answer that tells of the one that ends at ``position``."""
         cdef Py_ssize_t at
+        cdef int64_t begin = self.safe()
         for at in range(self.outbox.first, self.outbox.end):
             if self.outbox.parts[at].position >= position:
-                return self.outbox.parts[at].position
-        return 0
+                return begin, self.outbox.parts[at].position
+            begin = self.outbox.parts[at].position
+        return begin, position
 
     def not_stored(self, int64_t position, int status, str reason, bytes headers, bytes body, *, int64_t end=FOREVER):
         """What was pushed behind ``position``, up to ``end``, was withdrawn: clients that wait for it get this answer instead.

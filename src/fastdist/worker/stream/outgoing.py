@@ -232,9 +232,9 @@ class Outgoing:
             self._emitters.forget_wait(entry.sequence)
             if any(begin < entry.end <= end for begin, end in self._rejected):
                 continue  # another packet of the same batch
-            end = self._intake.answer_end(entry.end)
-            self._rejected.append((entry.begin, end))
+            begin, end = self._intake.answer_of(entry.end)
+            self._rejected.append((begin, end))
             rejected = self._intake.not_stored(
-                entry.begin, response.status, reason(response.status), response.headers, response.body, end=end
+                begin, response.status, reason(response.status), response.headers, response.body, end=end
             )
             self.counters.add(COUNTERS[outcome.reason or "unconfirmed"], rejected)
