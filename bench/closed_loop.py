@@ -48,7 +48,7 @@ class Order(NamedTuple):
 
     Of ``wrk`` only: ``timeout``, seconds from which an answer is late; ``step``, by how much the
     traceparent of a request is above that of the one before (None: it has none); ``others``: bodies that are sent in
-    turn with ``body`` (with them there is no ``step``).
+    turn with ``body`` (with them there is no ``step``); ``keys``: the beginning of Idempotency-Keys, one each.
     """
 
     url: str
@@ -60,6 +60,7 @@ class Order(NamedTuple):
     timeout: float = 2.0
     step: int | None = None
     others: Sequence[bytes] = ()
+    keys: str = ""
 
 
 # ----------------------------------------------------------------------------------------------------------------- wrk
@@ -78,6 +79,13 @@ TRACED = """local count = 0
 function request()
   count = count + %d
   wrk.headers["traceparent"] = string.format("00-%%032x-%%016x-01", count, count)
+  return wrk.format()
+end
+"""
+KEYED = """local count = 0
+function request()
+  count = count + 1
+  wrk.headers["Idempotency-Key"] = string.format("%s%%d", count)
   return wrk.format()
 end
 """
@@ -108,6 +116,7 @@ def _post_script(folder: Path, order: Order) -> Path:
         f'wrk.method = "POST"\nwrk.body = assert(io.open({json.dumps(str(body))}, "rb")):read("*a")\n'
         + "".join(f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}\n" for name, value in headers.items())
         + (TRACED % order.step if order.step is not None else "")
+        + (KEYED % order.keys if order.keys else "")
         + (_in_turn(folder, order) if order.others else "")
         + SLOWEST
     )
