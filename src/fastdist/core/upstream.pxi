@@ -28,7 +28,8 @@ cdef class ReplyBase(Connection):
     """
 
     cdef readonly PoolBase pool
-    cdef Group *groups           # a circle of `pipeline` requests in flight
+    cdef Group *groups           # a circle of `depth` requests in flight
+    cdef int depth               # what `pool.pipeline` was when it was opened: a reload may change that
     cdef int first_group, group_count
     cdef Group early             # answered with a 2xx before it was written whole; without packets: no such reply
     cdef int64_t given           # bytes to be written since the connection was opened
@@ -51,7 +52,8 @@ cdef class ReplyBase(Connection):
 
     def __cinit__(self, PoolBase pool, *args, **kwargs):
         self.life, self.pool = ANALYZER_LIFE, pool
-        self.groups = <Group *>calloc(pool.pipeline, sizeof(Group))
+        self.depth = pool.pipeline
+        self.groups = <Group *>calloc(self.depth, sizeof(Group))
         if self.groups == NULL:
             raise MemoryError
         self.used_ns = mono_ns()
@@ -76,7 +78,7 @@ cdef class ReplyBase(Connection):
         return 0
 
     cdef bint has_room(self) noexcept:
-        return self.writing == OPEN and self.group_count + (self.reading != REPLY_HEAD) < self.pool.pipeline
+        return self.writing == OPEN and self.group_count + (self.reading != REPLY_HEAD) < self.depth
 
     def in_flight(self):
         """Return how many requests wait here for their reply, or for being written whole."""
@@ -161,7 +163,7 @@ cdef class ReplyBase(Connection):
         if self.group_count == 0 and self.reading == REPLY_HEAD:
             self.waiting_since = now
         while pool.waiting and self.has_room() and pool.due(now):
-            group = &self.groups[(self.first_group + self.group_count) % pool.pipeline]
+            group = &self.groups[(self.first_group + self.group_count) % self.depth]
             if not pool.form(group, now):
                 break
             pool.leaves(group, now)
@@ -177,7 +179,7 @@ cdef class ReplyBase(Connection):
                 raise MemoryError
             begin_pieces(&pieces, start)
             for i in range(self.group_count - made, self.group_count):
-                group = &self.groups[(self.first_group + i) % pool.pipeline]
+                group = &self.groups[(self.first_group + i) % self.depth]
                 pool.write_request(group, &pieces, now)
                 group.end = self.given + size_of_pieces(&pieces)
             self.given += size_of_pieces(&pieces)
@@ -317,7 +319,7 @@ cdef class ReplyBase(Connection):
             return p + length
         self.interim = 0
         group = self.groups[self.first_group]
-        self.first_group = (self.first_group + 1) % self.pool.pipeline
+        self.first_group = (self.first_group + 1) % self.depth
         self.group_count -= 1
         self.replies += 1
         self.keep_alive = head.keep_alive
@@ -405,7 +407,7 @@ cdef class ReplyBase(Connection):
         cdef list requests = []
         while self.group_count:
             requests.append(self.pool.dissolve(&self.groups[self.first_group]))
-            self.first_group = (self.first_group + 1) % self.pool.pipeline
+            self.first_group = (self.first_group + 1) % self.depth
             self.group_count -= 1
         return requests
 
