@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE, PAGE = ROOT / "fastdist.example.toml", ROOT / "docs" / "settings.md"
 MARK = "<!-- What follows is made by `make generated` from src/fastdist/settings.py. -->\n"
 SECTIONS = asdict(Config())  # name -> defaults: a struct, or several of them
+UNSET = (None, "", ())  # in an analyzer: left out in the example
 COMMENTS, WIDTH = 31, 120  # columns of the example
 
 HEAD = """\
@@ -49,7 +50,8 @@ def example() -> str:
         lines = [_explained(key, getattr(first, key), about) for key, about in _settings(name)]
         blocks.append("\n".join([_header(name), *lines, ""]))
         for other in others:
-            lines = [f"{key} = {written(getattr(other, key), about)}" for key, about in _settings(name)]
+            values = {key: (getattr(other, key), about) for key, about in _settings(name)}
+            lines = [f"{key} = {written(value, about)}" for key, (value, about) in values.items() if value not in UNSET]
             blocks.append("\n".join([_header(name), *lines, ""]))
     return "\n".join(blocks)
 
@@ -63,7 +65,7 @@ def reference() -> str:
             rows = [f"| `{each.id}` | `{each.endpoint}` | {each.weight} |" for each in default]
             parts += ["Without any there are these:", _table("id", "endpoint", "weight", rows)]
         for key, about in _settings(name):
-            unset = "required" if about.default is NODEFAULT else f"`{written(about.default, about)}`"
+            unset = _default(key, about)
             row = f"| {_type(about)} | {unset} | {_range(about)} | {about.changes} |"
             parts += [f"### `{_prefix(name)}{key}`", _table("type", "default", "range", "changes on", [row])]
             parts.append(inspect.cleandoc(about.description))
@@ -92,8 +94,18 @@ def _settings(name: str) -> list[tuple[str, Facts]]:
     return [(path.removeprefix(prefix), about) for path, about in FACTS.items() if path.startswith(prefix)]
 
 
+def _default(key: str, about: Facts) -> str:
+    if about.default is NODEFAULT:
+        return "required"
+    if about.default is None:
+        return f"[`delivery.{key}`](#delivery{key})"
+    return "none" if about.type == "table" else f"`{written(about.default, about)}`"
+
+
 def _explained(key: str, value: object, about: Facts) -> str:
-    """Return the lines of a setting in the example."""
+    """Return the lines of a setting in the example: as a comment where nothing is set."""
+    if value is None or (about.type == "table" and not value):
+        return _explained(f"# {key}", about.examples[0], about)
     such_as = f"; such as {written(about.examples[0], about)}" if about.examples and not value else ""
     comment = textwrap.wrap(about.summary + such_as, WIDTH - COMMENTS - 2, break_on_hyphens=False)
     return f"{f'{key} = {written(value, about)}':<{COMMENTS - 1}} # " + f"\n{' ' * COMMENTS}# ".join(comment)

@@ -290,11 +290,12 @@ class Distributor(Process):
         settings: dict[str, dict[str, object]] | None = None,
         *,
         weights: dict[str, float] | None = None,
+        own: dict[str, str] | None = None,
         port: int = 0,
         prefix: tuple[str, ...] = (),
         **environment: str,
     ) -> None:
-        """Start it; ``prefix`` is a command that runs the one behind it."""
+        """Start it; ``prefix`` is a command that runs the one behind it. ``own``: further lines of single analyzers."""
         self.folder = folder
         endpoints = mocks if isinstance(mocks, dict) else mocks.endpoints
         merged: dict[str, dict[str, object]] = {
@@ -311,6 +312,7 @@ class Distributor(Process):
         for name, endpoint in endpoints.items():
             weight = (weights or WEIGHTS)[name]
             text += f'[[analyzers]]\nid = "{name}"\nendpoint = "{endpoint}"\nweight = {weight}\n'
+            text += (own or {}).get(name, "")
         self.config = folder / "fastdist.toml"
         self.config.write_text(text)
         self.settings = merged

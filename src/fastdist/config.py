@@ -12,6 +12,7 @@ applies them. The rules:
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -19,16 +20,18 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
 
 import msgspec
 from msgspec import NODEFAULT, Struct
 
-from fastdist import tomlfile, units
+from fastdist import credentials, tomlfile, units
 from fastdist.errors import ConfigError
-from fastdist.settings import Config
+from fastdist.settings import Config, Header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,6 +60,7 @@ class Facts:
     parse: Callable[[Any], Any] | None = None  # raises ValueError
     show: Callable[[Any], Any] = lambda value: value  # the inverse of ``parse``, easy to read
     secret: bool = False  # to be masked
+    internal: bool = False  # no setting: what has become of some
     changes: str = "restart"  # when a new value takes effect: "restart" or "reload"
 
     @property
@@ -68,6 +72,10 @@ class Facts:
 def facts(kind: Any, **known: Any) -> Facts:
     """Return what an annotation says: each ``Meta`` goes before those in front of it, and all before what is known."""
     base, *metas = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    if NoneType in get_args(base):  # None: what is left out is as another setting says
+        inner = get_args(base)[0]
+        base, *others = get_args(inner) if get_origin(inner) is Annotated else (inner,)
+        metas = [*others, *metas]
     if get_origin(base) is tuple:
         item = facts(get_args(base)[0])
         known |= {"type": f"list of {item.type}", "range": item.range, "secret": item.secret}
@@ -77,6 +85,13 @@ def facts(kind: Any, **known: Any) -> Facts:
     return Facts(base=base, **known)
 
 
+@cache
+def fields(struct: Any) -> dict[str, Facts]:
+    """Return the settings in a struct, by name."""
+    each = {info.name: facts(info.type, default=info.default) for info in msgspec.structs.fields(struct)}
+    return {name: about for name, about in each.items() if not about.internal}
+
+
 def _all_facts() -> Iterator[tuple[str, Facts]]:
     for section in msgspec.structs.fields(Config):
         of_section, prefix = facts(section.type, default=section.default), section.name
@@ -84,8 +99,9 @@ def _all_facts() -> Iterator[tuple[str, Facts]]:
         if get_origin(struct) is tuple:
             yield prefix, of_section
             struct, prefix = get_args(struct)[0], f"{prefix}[]"
-        for info in msgspec.structs.fields(struct):
-            yield f"{prefix}.{info.name}", facts(info.type, default=info.default, changes=of_section.changes)
+        for name, about in fields(struct).items():
+            live = about.changes == "restart" and of_section.changes == "reload"
+            yield f"{prefix}.{name}", dataclasses.replace(about, changes="reload") if live else about
 
 
 # By dotted path, with those of an analyzer as ``analyzers[].id``. The analyzers are one setting, as every list is.
@@ -107,6 +123,7 @@ _RING_ONLY = {
 _VARIABLES = {"PORT": "server.port", "WORKER_COUNT": "server.workers"} | {
     f"FASTDIST_{path.replace('.', '__').upper()}": path for path in SETTINGS if "." in path
 }
+_TOKEN_FILES = {f"security.{key}_file": f"security.{key}" for key in ("tokens", "admin_tokens")}
 _FLAGS = {"host": "server.host", "port": "server.port", "workers": "server.workers"}
 
 
@@ -159,13 +176,17 @@ def load(
         if isinstance(table, dict):  # what is not a table is a problem of its own
             table[key] = value
             sources[setting] = origin
-    return Loaded(_build(document, sources, problems), sources, file, environ, flags)
+    config = _build(document, sources, problems, environ=environ, quiet=quiet)
+    for setting, held in _TOKEN_FILES.items():
+        if name := attrgetter(setting)(config):
+            sources[held] = f"file {name}" if sources[held] == "default" else f"{sources[held]}; file {name}"
+    return Loaded(config, sources, file, environ, flags)
 
 
 def warnings(config: Config) -> list[str]:
     """Return what is allowed but perhaps not intended, each on one line that begins with its path."""
     delivery = config.delivery
-    if delivery.mode != "batch":
+    if not batches(config):
         return []
     found = []
     if delivery.batch_packets > SAFE_BATCH:
@@ -183,6 +204,11 @@ def without_effect(loaded: Loaded) -> list[str]:
         return []
     given = [path for path in _RING_ONLY if loaded.sources[path] != "default"]
     return [f'{path}: has no effect with queue.backend = "jetstream"; {_RING_ONLY[path]}' for path in given]
+
+
+def batches(config: Config) -> bool:
+    """Whether any analyzer gets batches."""
+    return any(analyzer.delivery(config.delivery).mode == "batch" for analyzer in config.analyzers)
 
 
 def usable_cores() -> int:
@@ -222,9 +248,17 @@ def _from_text(base: Any, text: str) -> Any:
     return units.number(text) if base in {int, float} else text
 
 
-def _build(document: Mapping[str, Any], sources: Mapping[str, str], others: list[_Problem]) -> Config:
-    reader = _Reader(sources)
+def _build(
+    document: Mapping[str, Any],
+    sources: Mapping[str, str],
+    others: list[_Problem],
+    *,
+    environ: Mapping[str, str] | None = None,
+    quiet: float = 0.0,
+) -> Config:
+    reader = _Reader(sources, environ or {})
     config = reader.table(Config, document, "")
+    tokens = _read_tokens(reader, quiet)
     _check_together(reader)
     _check_analyzers(reader)
     _check_capacity(reader)
@@ -233,14 +267,30 @@ def _build(document: Mapping[str, Any], sources: Mapping[str, str], others: list
         ranks = {name: rank for rank, name in enumerate(Config.__struct_fields__)}
         problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
         raise ConfigError([f"{problem.path}: {problem.text}" for problem in problems])
-    return cast("Config", config)
+    config = cast("Config", config)
+    if any(tokens.values()):
+        both = {name: tuple(dict.fromkeys((*getattr(config.security, name), *more))) for name, more in tokens.items()}
+        config = msgspec.structs.replace(config, security=msgspec.structs.replace(config.security, **both))
+    return config
+
+
+def _read_tokens(reader: _Reader, quiet: float) -> dict[str, list[str]]:
+    """Return the tokens in files, by the name of the setting they add to."""
+    found: dict[str, list[str]] = {}
+    for path, held in _TOKEN_FILES.items():
+        if file := reader.valid.get(path):
+            try:
+                found[held.partition(".")[2]] = credentials.tokens(file, quiet)
+            except ValueError as error:
+                reader.report(path, str(error))
+    return found
 
 
 class _Reader:
     """Reads a document into structs and collects all problems instead of stopping at the first."""
 
-    def __init__(self, sources: Mapping[str, str]) -> None:
-        self.sources = sources
+    def __init__(self, sources: Mapping[str, str], environ: Mapping[str, str]) -> None:
+        self.sources, self.environ = sources, environ
         self.problems: list[_Problem] = []
         self.valid: dict[str, Any] = {}  # path -> value, of all that is valid by itself
 
@@ -249,12 +299,14 @@ class _Reader:
         blame = f" ({origin})" if origin.startswith(("environment", "flag")) else ""
         self.problems.append(_Problem(path, text + blame))
 
-    def read(self, kind: Any, raw: Any, path: str) -> Any:
-        """Return ``raw`` as ``kind``; what it returns after a problem is never used."""
-        before, about = len(self.problems), facts(kind)
+    def read(self, about: Facts, raw: Any, path: str) -> Any:
+        """Return ``raw`` as a setting; what it returns after a problem is never used."""
+        before = len(self.problems)
         value: Any = None
         if isinstance(about.base, type) and issubclass(about.base, Struct):
             value = self.table(about.base, raw, path)
+        elif about.base == tuple[Header, ...]:
+            value = self.headers({} if raw == [] else raw, path)
         elif get_origin(about.base) is tuple:
             value = self.items(get_args(about.base)[0], raw, path)
         else:
@@ -268,27 +320,53 @@ class _Reader:
 
     def items(self, kind: Any, raw: Any, path: str) -> tuple[Any, ...]:
         if isinstance(raw, list | tuple):
-            return tuple(self.read(kind, item, f"{path}[{index}]") for index, item in enumerate(raw))
+            about = facts(kind)
+            return tuple(self.read(about, item, f"{path}[{index}]") for index, item in enumerate(raw))
         self.report(path, f"expected a list, got {_describe(raw, secret=True)}")
         return ()
+
+    def headers(self, raw: Any, path: str) -> tuple[Header, ...]:
+        if not isinstance(raw, dict):
+            self.report(path, f"expected a table, got {_describe(raw, secret=True)}")
+            return ()
+        found: dict[str, Header] = {}
+        for name, value in raw.items():
+            at = f"{path}.{_shown(name)}"
+            try:
+                header = credentials.header(name, value, self.environ)
+            except ValueError as error:
+                self.report(at, str(error))
+                continue
+            if found.setdefault(name.lower(), header) is not header:
+                self.report(at, "is there twice: upper and lower case make no other name")
+        return tuple(found.values())
 
     def table(self, kind: type[Struct], raw: Any, path: str) -> Struct | None:
         if not isinstance(raw, dict):
             self.report(path, f"expected a table, got {_describe(raw, secret=True)}")
             return None
         before, values, prefix = len(self.problems), {}, f"{path}." if path else ""
-        fields = {info.name: info for info in msgspec.structs.fields(kind)}
-        for name, info in fields.items():
-            if name in raw or not info.required:
-                # Defaults are read as if they were written, so that the rules below see them too.
-                value = raw[name] if name in raw else msgspec.to_builtins(info.default)
-                values[name] = self.read(info.type, value, prefix + name)
-            else:
+        known = fields(kind)
+        for name, about in known.items():
+            if name in raw:
+                values[name] = self.read(about, raw[name], prefix + name)
+            elif about.default is NODEFAULT:
                 self.report(prefix + name, "missing")
-        for key in [key for key in raw if key not in fields]:
+            elif about.default is not None:
+                # Defaults are read as if they were written, so that the rules below see them too.
+                values[name] = self.read(about, _as_written(about.default), prefix + name)
+        for key in [key for key in raw if key not in known]:
             what = "key" if path else "section"
-            self.report(prefix + _shown(key), f"unknown {what}{_hint(key.lower(), fields)}")
+            self.report(prefix + _shown(key), f"unknown {what}{_hint(key.lower(), known)}")
         return kind(**values) if len(self.problems) == before else None
+
+
+def _as_written(default: Any) -> Any:
+    """Return a default as a document has it."""
+    if isinstance(default, Struct):
+        values = {name: getattr(default, name) for name in fields(type(default))}
+        return {name: _as_written(value) for name, value in values.items() if value is not None}
+    return [_as_written(each) for each in default] if isinstance(default, tuple) else default
 
 
 def _scalar(about: Facts, raw: Any) -> Any:
@@ -398,6 +476,8 @@ def _check_analyzers(reader: _Reader) -> None:
     for path, value in reader.valid.items():
         if re.fullmatch(r"analyzers\[\d+\]\.id", path) and first.setdefault(value, path) != path:
             reader.report(path, f'duplicate of {first[value]}, "{value}"')
+    for analyzer in dict.fromkeys(path.partition(".")[0] for path in reader.valid if path.startswith("analyzers[")):
+        _check_tls(reader, analyzer)
     if "analyzers" not in reader.valid:
         return  # neither their number nor the sum of their weights is known
     total = sum(analyzer.weight for analyzer in reader.valid["analyzers"])
@@ -407,3 +487,17 @@ def _check_analyzers(reader: _Reader) -> None:
         reader.report("analyzers", "at least one weight must be > 0")
     elif total == math.inf:
         reader.report("analyzers", "the sum of the weights must be finite")
+
+
+def _check_tls(reader: _Reader, analyzer: str) -> None:
+    """Check what one analyzer's settings of TLS need of each other."""
+    at, report = reader.valid.get, reader.report
+    cert, key = f"{analyzer}.client_cert", f"{analyzer}.client_key"
+    for path, other in ((cert, key), (key, cert)):
+        if at(path) == "" and at(other):
+            report(path, f"missing: {other} is set, and a client certificate needs both")
+    urls = str(at(f"{analyzer}.endpoint", "https:")), str(at(f"{analyzer}.health", ""))
+    if not any(url.lower().startswith("https:") for url in urls):
+        for name in ("ca_file", "client_cert", "client_key", "server_name"):
+            if at(f"{analyzer}.{name}"):
+                report(f"{analyzer}.{name}", "needs an https:// endpoint: without TLS it has no effect")

@@ -10,8 +10,9 @@ it, the command line takes help texts from it, and ``config`` checks values by i
 Durations are float seconds, sizes int bytes. Whatever is not marked RELOAD needs a restart to change.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import msgspec
 from msgspec import Meta, Struct
 
 from fastdist import units
@@ -92,11 +93,44 @@ NatsUrl = Annotated[
     ),
 ]
 NatsSecret = Annotated[str, Meta(extra={"type": "text", "range": "any", "secret": True})]
-NatsFile = Annotated[str, Meta(extra={"type": "path", "range": "a file, or empty"})]
+File = Annotated[str, Meta(extra={"type": "path", "range": "a file, or empty"})]
 Flag = Annotated[bool, Meta(extra={"type": "boolean", "range": "`true`, `false`"})]
+ServerName = Annotated[
+    str, Meta(extra={"type": "name", "range": "a host name, or empty", "parse": units.check_server_name})
+]
+Mode = Literal["single", "batch"]
 Protocol = Literal["json", "otlp", "loki", "splunk", "elasticsearch"]
+MIN_SECRET = 6  # bytes: the shorter parts of a header's value are found in any text
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)  # of log agents; their places here are their numbers
 RELOAD = Meta(extra={"changes": "reload"})  # of a setting, or of a whole section
+
+
+class Header(Struct, frozen=True):
+    """A header of requests to an analyzer; ``source``: the variable or file its value comes from, as TOML has it."""
+
+    name: str
+    value: bytes
+    source: str = ""
+
+    def __repr__(self) -> str:
+        return f"Header({self.name!r}, ...)"
+
+
+Headers = Annotated[
+    tuple[Header, ...],
+    Meta(extra={"type": "table", "range": "a name and a value each", "secret": True}),
+]
+
+
+class ClientTls(Struct, frozen=True):
+    """What the files say that are for TLS with an analyzer, as PEM; empty where none is named."""
+
+    authorities: bytes = b""
+    certificate: bytes = b""
+    key: bytes = b""
+
+    def __repr__(self) -> str:
+        return "ClientTls(...)"
 
 
 class Server(Struct, frozen=True, kw_only=True):
@@ -203,7 +237,8 @@ class Analyzer(Struct, frozen=True, kw_only=True):
     endpoint: Annotated[
         Url,
         about("""The URL that packets are posted to.
-        Names are resolved when a connection is opened. For https the system's certificates are trusted."""),
+        Names are resolved when a connection is opened. For https the system's certificates are trusted, or those of
+        [`ca_file`](#analyzersca_file). A query is shown as `?...` wherever the endpoint is, as it may hold a key."""),
         Meta(examples=["http://127.0.0.1:3001/analyze"]),
     ]
     weight: Annotated[
@@ -218,8 +253,83 @@ class Analyzer(Struct, frozen=True, kw_only=True):
         UrlOrPath,
         about("""What to GET to see whether it is healthy (any 2xx): a path on the endpoint's origin, or a URL.
         A whole URL may be of any host. A check that exercises what packets need is worth more than one that always says
-        yes."""),
+        yes. It has the analyzer's [`headers`](#analyzersheaders) and its TLS settings."""),
     ] = "/health"
+    headers: Annotated[
+        Headers,
+        about("""Headers of each request to it, health checks too, such as its credentials.
+        It is a table of names and values. A value is text, which is sent byte for byte; or `{ env = "A1_TOKEN" }`, the
+        value of that variable; or `{ file = "/run/credentials/a1" }`, what that file holds, without the line end behind
+        it. Variables and files are read at the start and again by each reload. Values are in no log, no response and no
+        output of `fastdist config`.
+
+        Not allowed is what fastdist itself sends (`Host`, `Content-Type`, `Content-Length`, `X-Packet-Id`,
+        `X-Packet-Ids`, `X-Packet-Count`, `X-Attempt`, and with checks `Accept` and `User-Agent`), and what is about the
+        connection or the form of the body (`Connection`, `Transfer-Encoding`, `Upgrade`, `TE`, `Expect`,
+        `Content-Encoding` and the like)."""),
+        Meta(examples=['{ Authorization = { env = "A1_AUTHORIZATION" } }']),
+    ] = ()
+    timeout: Annotated[
+        Interval | None,
+        about("""How long it may make no progress while a response is awaited; else `delivery.timeout`.
+        What counts as progress is said at [`delivery.timeout`](#deliverytimeout)."""),
+        Meta(examples=[20.0]),
+    ] = None
+    connections: Annotated[
+        Count | None,
+        about("""Keep-alive connections to it, for each worker; else `delivery.connections`.
+        When it is lowered, those beyond it are closed once their responses are there."""),
+        Meta(examples=[4]),
+    ] = None
+    pipeline: Annotated[
+        Count | None,
+        about("""Requests in flight on each of its connections; else `delivery.pipeline`.
+        When it changes, its connections are replaced once their responses are there."""),
+        Meta(examples=[8]),
+    ] = None
+    mode: Annotated[
+        Mode | None,
+        about("""`single` (a packet a request) or `batch` (an array of packets a request); else `delivery.mode`.
+        Both are described at [`delivery.mode`](#deliverymode). Size and `linger` of batches are those of `[delivery]`.
+        """),
+        Meta(examples=["batch"]),
+    ] = None
+    ca_file: Annotated[
+        File,
+        about("""Certificates (PEM) to trust for it over https, instead of the system's: those of a private authority.
+        This and the next two files are read at the start and by each reload; workers that are replaced later use what
+        was read then. A file that is renewed is used for new connections from a reload on, and those that are open are
+        replaced once their responses are there. Files that cannot be used are a fault of the configuration."""),
+        Meta(examples=["/etc/fastdist/analyzers-ca.pem"]),
+    ] = ""
+    client_cert: Annotated[
+        File,
+        about("""The certificate, with its chain, as PEM, that fastdist shows it; with `client_key` (both or neither).
+        An analyzer that asks for a certificate and gets none ends the connection with a TLS alert, which is then its
+        last error."""),
+        Meta(examples=["/etc/fastdist/client.pem"]),
+    ] = ""
+    client_key: Annotated[
+        File,
+        about("The key of that certificate, as PEM, not encrypted; both or neither."),
+        Meta(examples=["/etc/fastdist/client-key.pem"]),
+    ] = ""
+    server_name: Annotated[
+        ServerName,
+        about("""The name it is asked for over TLS (SNI) and that its certificate has to have; else the endpoint's host.
+        For an endpoint that is an address, or that leads there through a proxy or a port of this machine. A health
+        check of another host or port is made under that host's own name."""),
+        Meta(examples=["analyzer.example"]),
+    ] = ""
+    tls: Annotated[ClientTls, Meta(extra={"internal": True})] = ClientTls()  # what the files said when they were read
+
+    def __repr__(self) -> str:
+        return f"Analyzer({self.id!r}, {self.shown_endpoint!r}, {self.weight!r}, ...)"
+
+    @property
+    def shown_endpoint(self) -> str:
+        """The endpoint as it is shown: a query may hold a key."""
+        return units.without_query(self.endpoint)
 
     @property
     def address(self) -> units.Endpoint:
@@ -235,6 +345,35 @@ class Analyzer(Struct, frozen=True, kw_only=True):
     def health_address(self) -> units.Endpoint:
         """The URL of the health check, taken apart."""
         return units.parse_endpoint(self.health_url)
+
+    @property
+    def tls_name(self) -> str:
+        """The name that the endpoint is asked for over TLS."""
+        return self.server_name or self.address.host
+
+    @property
+    def health_tls_name(self) -> str:
+        """The name that the health check asks for over TLS."""
+        return self.tls_name if self.health_address.origin == self.address.origin else self.health_address.host
+
+    def without_secrets(self, text: str) -> str:
+        """Return text of the analyzer's with the values of its headers masked, which it may have sent back."""
+        secrets = {part for header in self.headers for part in (header.value, *header.value.split())}
+        for secret in sorted(secrets, key=len, reverse=True):
+            if len(secret) >= MIN_SECRET:
+                text = text.replace(secret.decode("latin-1"), "***").replace(secret.decode("utf-8", "replace"), "***")
+        return text
+
+    @property
+    def header_lines(self) -> bytes:
+        """Its headers as they stand in a head."""
+        return b"".join(b"%s: %s\r\n" % (header.name.encode("ascii"), header.value) for header in self.headers)
+
+    def delivery(self, of_all: "Delivery") -> "Delivery":
+        """Return ``of_all`` with what is set for this analyzer in the place of it."""
+        own = {name: getattr(self, name) for name in ("timeout", "connections", "pipeline", "mode")}
+        given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        return msgspec.structs.replace(of_all, **given) if given else of_all
 
 
 class Distribution(Struct, frozen=True, kw_only=True):
@@ -407,27 +546,27 @@ class Jetstream(Struct, frozen=True, kw_only=True):
         Meta(examples=["a-token"]),
     ] = ""
     credentials: Annotated[
-        NatsFile,
+        File,
         about("A file of credentials (`.creds`: JWT and seed) to log in with, as `nsc` writes it."),
         Meta(examples=["/etc/fastdist/nats.creds"]),
     ] = ""
     nkey: Annotated[
-        NatsFile,
+        File,
         about("A file with the seed (`SU…`) of the NKey to log in with."),
         Meta(examples=["/etc/fastdist/nats.nk"]),
     ] = ""
     tls_ca: Annotated[
-        NatsFile,
+        File,
         about("Certificates (PEM) to trust as the servers' instead of the system's."),
         Meta(examples=["/etc/fastdist/nats-ca.pem"]),
     ] = ""
     tls_cert: Annotated[
-        NatsFile,
+        File,
         about("A certificate (PEM) to show to servers that ask for one; both or neither of the next."),
         Meta(examples=["/etc/fastdist/nats-client.pem"]),
     ] = ""
     tls_key: Annotated[
-        NatsFile,
+        File,
         about("The key of `tls_cert`, as PEM, not encrypted."),
         Meta(examples=["/etc/fastdist/nats-client-key.pem"]),
     ] = ""
@@ -457,10 +596,14 @@ class Jetstream(Struct, frozen=True, kw_only=True):
 
 
 class Delivery(Struct, frozen=True, kw_only=True):
-    """How packets travel to analyzers. Time-outs and connections are the same for all of them."""
+    """How packets travel to analyzers.
+
+    `mode`, `connections`, `pipeline` and `timeout` may be set for [single analyzers](#analyzers) too, and change on
+    reload there.
+    """
 
     mode: Annotated[
-        Literal["single", "batch"],
+        Mode,
         about("""`single` (a packet a request) or `batch` (a JSON array of packets a request).
         `single`: as it came. `batch` saves most of the work on both sides; analyzers have to take arrays. See
         [what an analyzer receives](api.md#what-an-analyzer-receives)."""),
@@ -613,6 +756,13 @@ class Security(Struct, frozen=True, kw_only=True):
         just to leave them out [is refused](#how-they-are-given)."""),
         Meta(examples=[["a-token"]]),
     ] = ()
+    tokens_file: Annotated[
+        File,
+        about("""A file with more of these, one a line; read at the start and by each reload.
+        Empty lines and those that begin with `#` are left out. A file without a token is a fault: it may have been
+        found half-written, and `POST /logs` must not be open then."""),
+        Meta(examples=["/run/credentials/tokens"]),
+    ] = ""
     admin_tokens: Annotated[
         tuple[Token, ...],
         about("""Bearer tokens that changes ask for; empty is clients on this machine only.
@@ -620,6 +770,11 @@ class Security(Struct, frozen=True, kw_only=True):
         fastdist, its clients are all here."""),
         Meta(examples=[["another-token"]]),
     ] = ()
+    admin_tokens_file: Annotated[
+        File,
+        about("""A file with more of these, one a line; as `tokens_file`."""),
+        Meta(examples=["/run/credentials/admin-tokens"]),
+    ] = ""
     cors_origins: Annotated[
         tuple[Origin, ...],
         about("""Origins whose pages may send packets and read responses, exactly; or `["*"]`.

@@ -23,7 +23,7 @@ def read(file: Path, origin: str, quiet: float) -> dict[str, Any]:
     Raises ConfigError; ``origin`` says there where the file's name came from.
     """
     try:
-        return tomllib.loads(_read_whole(file, quiet).decode("utf-8-sig"))
+        return tomllib.loads(read_whole(file, quiet).decode("utf-8-sig"))
     except OSError as error:
         problem = f"cannot be read: {error.strerror}{origin}"
     except UnicodeDecodeError as error:
@@ -37,7 +37,8 @@ def read(file: Path, origin: str, quiet: float) -> dict[str, Any]:
     raise ConfigError([f"{file}: {problem}"])
 
 
-def _read_whole(file: Path, quiet: float) -> bytes:
+def read_whole(file: Path, quiet: float) -> bytes:
+    """Return what a file holds, as ``read`` does it. Raises OSError, and ValueError if it changes all the time."""
     for _ in range(READINGS):
         with file.open("rb") as stream:
             before, data = _identity(os.fstat(stream.fileno())), stream.read()

@@ -197,6 +197,19 @@ def check_url_or_path(text: str) -> str:
     return text
 
 
+def without_query(url: str) -> str:
+    """Return a URL or a path as it is shown: a query, which may hold a key, as ``?...``."""
+    before, mark, _ = url.partition("?")
+    return f"{before}?..." if mark else url
+
+
+def check_server_name(text: str) -> str:
+    """Return the name of a TLS server, an IPv4 address among them, if it can be one; raises ValueError if not."""
+    if text and not _HOSTNAME.fullmatch(text):
+        raise ValueError("must be a host name such as analyzer.example")
+    return text.lower()
+
+
 def parse_origin(text: str) -> str:
     """Return the origin ``scheme://host[:port]`` as browsers send it (lower case, no default port); or ValueError."""
     scheme, mark, rest = text.lower().partition("://")

@@ -7,14 +7,13 @@ import math
 import os
 import re
 import tomllib
-from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastdist import ipc
+from fastdist import ipc, tomlfile
 from fastdist._core import round_capacity
 from fastdist.config import MIN_PART, load, reloadable, warnings
 from fastdist.errors import ConfigError
@@ -122,7 +121,9 @@ client_burst = 0
 
 [security]
 tokens = []
+tokens_file = ""
 admin_tokens = []
+admin_tokens_file = ""
 cors_origins = []
 tls_cert = ""
 tls_key = ""
@@ -906,8 +907,7 @@ VALUES = st.recursive(
 @example(document={"server": {"host": "a" * 10**6, "port": 10**400, "x" * 10**5: 1, "header_timeout": [10**400]}})
 def test_document_raises_only_config_error(document):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tomllib, "loads", lambda _: document)
-        patch.setattr(Path, "read_bytes", lambda _: b"")
+        patch.setattr(tomlfile, "read", lambda *_: document)
         try:
             config = load("any.toml", {}, {}).config
         except ConfigError as error:

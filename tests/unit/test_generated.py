@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ LOGINS = {"jetstream.token", "jetstream.credentials", "jetstream.nkey"}  # of wh
 
 
 @pytest.mark.parametrize("login", ["jetstream.user", *sorted(LOGINS)])
-def test_every_setting_has_a_valid_example(login):
+def test_every_setting_has_a_valid_example(login, monkeypatch):
+    monkeypatch.setattr("fastdist.credentials.tokens", lambda *_: ["a-token-in-a-file"])
     document = {}
     others = LOGINS - {login} | ({"jetstream.user", "jetstream.password"} if login in LOGINS else set())
     for path in config.FACTS.keys() - {"analyzers"} - others:
@@ -38,5 +40,7 @@ def test_every_setting_has_a_valid_example(login):
         assert about.summary
         assert about.examples or about.default not in ("", (), NODEFAULT)
         document.setdefault(section, {})[key] = about.examples[0] if about.examples else about.default
-    document["analyzers"] = [document.pop("analyzers[]")]
-    config._build(document, {}, [])
+    analyzer = document.pop("analyzers[]")
+    analyzer |= tomllib.loads(f"headers = {analyzer['headers']}") | {"endpoint": "https://analyzer.example"}
+    document["analyzers"] = [analyzer]
+    config._build(document, {}, [], environ={"A1_AUTHORIZATION": "Bearer a-token"})

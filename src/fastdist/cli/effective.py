@@ -1,20 +1,19 @@
 """The configuration in force, for a person: as TOML that can be read again, with where each value comes from.
 
-Tokens and passwords are masked. Warnings beyond those of a start are for ``check`` only: some concern the defaults as
-well.
+Tokens, passwords, the values of headers and the queries of URLs are masked. Warnings beyond those of a start are for
+``check`` only: some concern the defaults as well.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from fastdist.config import FACTS, SETTINGS, usable_cores
+from fastdist.config import FACTS, SETTINGS, batches, usable_cores
 from fastdist.config import warnings as config_warnings
-from fastdist.units import format_size
+from fastdist.units import format_size, without_query
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from fastdist.settings import Analyzer, Config
 
 MASK = "********"
+_ANALYZER = {path.removeprefix("analyzers[]."): about for path, about in FACTS.items() if "[]." in path}
 
 
 def as_toml(loaded: Loaded, *, changed: bool = False) -> str:
@@ -50,12 +50,21 @@ def as_toml(loaded: Loaded, *, changed: bool = False) -> str:
 
 
 def _analyzer(analyzer: Analyzer) -> Iterator[str]:
-    for key, value in msgspec.structs.asdict(analyzer).items():
-        yield f"{key} = {written(value, FACTS[f'analyzers[].{key}'])}"
+    for key, about in _ANALYZER.items():
+        value = getattr(analyzer, key)
+        if value not in (None, "", ()) and key != "headers":
+            yield f"{key} = {written(without_query(value) if about.type.endswith('URL') else value, about)}"
+    if analyzer.headers:
+        yield "[analyzers.headers]"
+    for header in analyzer.headers:
+        name = header.name if re.fullmatch("[A-Za-z0-9_-]+", header.name) else json.dumps(header.name)
+        yield f"{name} = {header.source or json.dumps(MASK)}"
 
 
 def written(value: Any, about: Facts) -> str:
     """Return the value of a setting as TOML has it, in the unit that is the easiest to read."""
+    if about.type == "table":
+        return str(value)  # an example, which is TOML
     # Control characters, where TOML and JSON strings differ, cannot be in a setting.
     value = about.show(value)
     return repr(value).removesuffix(".0") if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
@@ -75,8 +84,8 @@ def warnings(config: Config) -> Iterator[str]:
     for index, analyzer in enumerate(config.analyzers):
         if first.setdefault(analyzer.endpoint, index) != index:
             yield f"analyzers[{index}].endpoint: the same as analyzers[{first[analyzer.endpoint]}].endpoint"
-    if config.delivery.mode == "batch" and config.server.validation == "none":
-        yield "server.validation: with none, a body that is not JSON breaks the batches (delivery.mode) it is sent in"
+    if batches(config) and config.server.validation == "none":
+        yield "server.validation: with none, a body that is not JSON breaks the batches (mode) it is sent in"
 
 
 def _summary(loaded: Loaded) -> str:

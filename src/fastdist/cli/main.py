@@ -8,6 +8,7 @@ printed as it is, without a traceback; an unexpected one shows no local variable
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -33,9 +34,10 @@ from fastdist.cli.options import (
     target_or_exit,
     token_or_environment,
 )
-from fastdist.errors import StartError
+from fastdist.errors import ConfigError, StartError
 
 if TYPE_CHECKING:
+    from fastdist.config import Loaded
     from fastdist.ipc import Pair
     from fastdist.settings import Config
     from fastdist.storage.inspect import QueueView
@@ -117,10 +119,9 @@ def serve(
       fastdist serve --config fastdist.toml --port 8080
       FASTDIST_QUEUE__DURABILITY=fsync fastdist serve
     """
-    loaded = load_or_exit(config, {"host": host, "port": port, "workers": workers})
+    loaded, pair = _read_files(load_or_exit(config, {"host": host, "port": port, "workers": workers}))
     from fastdist.supervisor import main
 
-    pair = _read_certificate(loaded.config)
     _check_jetstream_files(loaded.config)
     try:
         status = main.serve(loaded, pair)
@@ -134,7 +135,7 @@ def serve(
 def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to check.")]) -> None:
     """Check a configuration file and print every problem.
 
-    What is checked is what `serve --config FILE` would use here and now, the environment and the certificate included.
+    What is checked is what `serve --config FILE` would use here and now: the environment, and the files that are named.
     Exit status: 0 when it can be used, with warnings of what may not be meant; 2 when it cannot.
 
     \b
@@ -145,13 +146,11 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
     from fastdist.config import without_effect
     from fastdist.net import tls
 
-    loaded = load_or_exit(file, {})
+    loaded, pair = _read_files(load_or_exit(file, {}))
     config = loaded.config
-    pair = _read_certificate(config)
     _check_jetstream_files(config)
-    for warning in (*effective.warnings(config), *without_effect(loaded), tls.out_of_date(pair, config.security)):
-        if warning:
-            typer.echo(f"{file}: warning: {warning}", err=True)
+    for warning in (*effective.warnings(config), *without_effect(loaded), *tls.date_warnings(pair, config)):
+        typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
 
 
@@ -166,9 +165,9 @@ def show_config(
 ) -> None:
     """Print the configuration that `serve` would use here and now, and where each value comes from.
 
-    It is TOML that can be read again, but for tokens and passwords, which are masked. A running distributor may differ
-    in the weights and states that were set by PATCH /analyzers/{id}. Exit status: 0; 2 when the configuration cannot be
-    used.
+    It is TOML that can be read again, but for what is masked: tokens, passwords, values of headers, queries of URLs. A
+    running distributor may differ in the weights and states that were set by PATCH /analyzers/{id}. Exit status: 0; 2
+    when the configuration cannot be used.
 
     \b
     Examples:
@@ -373,13 +372,17 @@ def _look_or_exit(path: Path, limit: int) -> QueueView:
         fail(str(error), IN_USE)
 
 
-def _read_certificate(config: Config) -> Pair | None:
-    """Return certificate and key; exit if they cannot be used: files that are named are part of a configuration."""
-    from fastdist.net import tls
+def _read_files(loaded: Loaded) -> tuple[Loaded, Pair | None]:
+    """Return the configuration with what its analyzers' TLS files say, and certificate and key of its own.
+
+    Exit if they cannot be used: files that are named are part of a configuration.
+    """
+    from fastdist.net import tls, upstream_tls
 
     try:
-        return tls.read_pair(config.security)
-    except StartError as error:
+        pair = tls.read_pair(loaded.config.security)
+        return replace(loaded, config=upstream_tls.with_files(loaded.config)), pair
+    except (ConfigError, StartError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(BAD_CONFIG) from None
 

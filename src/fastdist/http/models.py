@@ -418,7 +418,13 @@ class Checks(Model, kw_only=True):
 class Analyzer(AnalyzerInShort, kw_only=True):
     """All that is known of an analyzer."""
 
-    endpoint: Annotated[str, Meta(description="Where packets are posted to.", extra_json_schema={"format": "uri"})] = ""
+    endpoint: Annotated[
+        str,
+        Meta(
+            description="Where packets are posted to; of a query, which may hold a key, `?...` is shown.",
+            extra_json_schema={"format": "uri"},
+        ),
+    ] = ""
     weight: Annotated[Number, doc("The weight in force, as it was configured or set.")] = 0.0
     override: Annotated[Override | None, doc("What was set while the service ran; null if nothing was.")] = None
     effective_share: Annotated[Share, doc("What it gets of new packets now.")]

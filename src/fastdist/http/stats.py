@@ -204,7 +204,7 @@ def _analyzer(snapshot: Snapshot, figures: AnalyzerFigures) -> models.Analyzer:
     probation = models.Probation(next_packet_in_seconds=round(max(trial_ns, 0) / 1e9, 3))
     return models.Analyzer(
         **_in_short(figures),
-        endpoint=figures.analyzer.endpoint,
+        endpoint=figures.analyzer.shown_endpoint,
         weight=figures.weight,
         override=_override(figures),
         effective_share=round(figures.effective_share, 6),

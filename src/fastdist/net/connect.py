@@ -9,8 +9,10 @@ import asyncio
 import errno
 import itertools
 import os
+import re
 import resource
 import socket
+import ssl
 from typing import TYPE_CHECKING, cast
 
 import aiohappyeyeballs
@@ -19,8 +21,6 @@ from fastdist._core import Poller, Receiver, Stream
 from fastdist.net import timeouts
 
 if TYPE_CHECKING:
-    import ssl
-
     from fastdist.net.names import AddressInfo, Names
     from fastdist.units import Endpoint
 
@@ -29,6 +29,9 @@ DESCRIPTORS_BESIDES = 512  # what a worker needs besides its emitters' connectio
 NO_PORT = "no local port is left for another connection"
 CLOSE_TIMEOUT = 1.0  # seconds to write what is buffered when a connection with TLS is closed
 YOUNGEST = 0.5  # of delivery.max_age: when the first connections of many that began together are replaced
+# How OpenSSL calls what the other side has ended a connection with, and what then helps.
+ALERT = re.compile(r"(?:SSLV3|TLSV1|TLSV13)_ALERT_(\w+)")
+HINTS = {"CERTIFICATE_REQUIRED": " (it asks for a client certificate: client_cert, client_key)"}
 NEXT_ADDRESS = 0.25  # seconds before the next address of a name is tried in parallel
 
 
@@ -65,12 +68,14 @@ async def connect(  # noqa: PLR0913  (protocol, address and transport)
     *,
     poller: Poller | None = None,
     tls: ssl.SSLContext | None = None,
+    server_name: str = "",
 ) -> str:
     """Connect ``protocol`` to the first address of the endpoint's host that accepts; return that address.
 
     ``patience``: seconds for each address, and for the handshake. After ``NEXT_ADDRESS`` the next address is tried
     in parallel, at once when one fails (RFC 8305). With a ``poller`` and without ``tls`` the protocol, a
-    ``Receiver``, gets a ``Stream``, else a transport of the loop. Raises OSError, ssl.SSLError among them.
+    ``Receiver``, gets a ``Stream``, else a transport of the loop. ``server_name`` is what is asked for over TLS, if not
+    the host. Raises OSError, ssl.SSLError among them.
     """
     infos = await names.infos(endpoint.host, endpoint.port, patience)
     async with timeouts.running(patience + NEXT_ADDRESS * (len(infos) - 1)):
@@ -90,7 +95,7 @@ async def connect(  # noqa: PLR0913  (protocol, address and transport)
             return str(peer[0])
         try:
             async with timeouts.running(patience):
-                await _connect_by_loop(protocol, connection, tls, endpoint.host)
+                await _connect_by_loop(protocol, connection, tls, server_name or endpoint.host)
         except Exception:
             names.deprioritize(endpoint.host, peer[0])  # it accepts connections, but does not respond
             raise
@@ -169,4 +174,6 @@ def describe(error: BaseException, timeout: float) -> str:
         return f"no answer within {timeout:g} s"
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
+    if isinstance(error, ssl.SSLError) and (alert := ALERT.fullmatch(getattr(error, "reason", None) or "")):
+        return f"TLS alert: {alert[1].lower().replace('_', ' ')}{HINTS.get(alert[1], '')}"
     return str(getattr(error, "strerror", None) or error) or type(error).__name__

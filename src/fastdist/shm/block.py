@@ -73,6 +73,7 @@ class HeadWord(IntEnum):
     STORAGE_FAULT = 8  # workers whose last write to disk failed
     FAILING = 9  # Steps of the supervisor that fail at present
     CLOCK_OFFSET_NS = 10  # from the monotonic clock to the one packets are stamped with; see PacketRing
+    NOT_AFTER = 20  # seconds since 1970: when the certificate that emitters are shown expires; 0 without one
     HEAD_WORDS = 64
 
 
@@ -97,6 +98,8 @@ class AnalyzerWord(IntEnum):
     PROBATION_WAIT_NS = 15  # after the next trial that fails; 0: deliveries did not take it offline; workers
     NEXT_TRIAL_NS = 16  # monotonic: no trial before; workers
     TRIAL_UNTIL_NS = 17  # monotonic: until then a worker has a trial under way, 0: no trial; workers
+    NOT_AFTER = 22  # seconds since 1970: when its certificate expires, as last seen; 0: none was; workers
+    CLIENT_NOT_AFTER = 23  # the same of the certificate that it is shown
     ERROR = 24  # text, up to 40 words
     ANALYZER_WORDS = 64
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-import ssl
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -24,9 +22,11 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from fastdist.net import timeouts
 from fastdist.net.connect import YOUNGEST, Shortage, connect, describe, descriptors, shortage
 from fastdist.net.names import Names
+from fastdist.net.upstream_tls import Contexts, not_after
 from fastdist.shm.block import AnalyzerState, AnalyzerWord
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Mapping
 
     from fastdist._core import AnalyzerStates
@@ -138,21 +138,24 @@ class HealthChecker:
         self._names = Names()
         self._max_connections = max(1, descriptors() // 4)
         self._limit = asyncio.Semaphore(self._max_connections)
-        self._kept: dict[str, Probe] = {}  # by health_url, while no check uses it
+        self._kept: dict[tuple[object, ...], Probe] = {}  # by _way, while no check uses it
+        self._contexts = Contexts()
         self.shortage = Shortage()  # that kept checks from being made
 
-    @cached_property
+    @property
     def _tls(self) -> ssl.SSLContext:
-        """Made for the first https URL: to read all authorities' certificates takes long."""
-        return ssl.create_default_context()
+        """For https URLs of analyzers with no certificates of their own."""
+        return self._contexts.system
 
     def set_analyzers(self, analyzers: Mapping[int, Analyzer]) -> None:
         """Check these from now on."""
         for slot, analyzer in list(self._analyzers.items()):
-            if analyzers.get(slot) is None or analyzers[slot].health_url != analyzer.health_url:
+            now = analyzers.get(slot)
+            if now is None or (_way(now), now.headers) != (_way(analyzer), analyzer.headers):
                 self._tasks.pop(slot).cancel()
-                self._let_go(analyzer.health_url)
+                self._let_go(_way(analyzer))
         self._analyzers = dict(analyzers)
+        self._contexts.keep(analyzers.values())
         for slot, analyzer in analyzers.items():
             if slot not in self._tasks:
                 self._tasks[slot] = asyncio.get_running_loop().create_task(self._watch(slot, analyzer))
@@ -161,11 +164,11 @@ class HealthChecker:
         """Stop checking."""
         for task in self._tasks.values():
             task.cancel()
-        for url in list(self._kept):
-            self._let_go(url)
+        for way in list(self._kept):
+            self._let_go(way)
 
-    def _let_go(self, url: str) -> None:
-        if probe := self._kept.pop(url, None):
+    def _let_go(self, way: tuple[object, ...]) -> None:
+        if probe := self._kept.pop(way, None):
             probe.transport.close()
 
     async def _watch(self, slot: int, analyzer: Analyzer) -> None:
@@ -173,14 +176,14 @@ class HealthChecker:
         while True:
             started = time.monotonic()
             pause = self.settings.interval * random.uniform(0.9, 1.0)  # noqa: S311
-            outcome = await self._probe(analyzer)
+            outcome = await self._probe(slot, analyzer)
             if outcome is None:
                 pause = min(pause, SHORT_PAUSE)
             else:
                 self.record(slot, *outcome)
             await asyncio.sleep(max(0.01, pause - (time.monotonic() - started)))
 
-    async def _probe(self, analyzer: Analyzer) -> tuple[int, str] | None:
+    async def _probe(self, slot: int, analyzer: Analyzer) -> tuple[int, str] | None:
         """Check once; return the status (0: no reply) and the error ("": none), or None if we could not check."""
         address, timeout = analyzer.health_address, self.settings.timeout
         try:
@@ -188,9 +191,9 @@ class HealthChecker:
             if not status:
                 async with self._limit:  # what is not the analyzer's is outside its time-out
                     await self._names.infos(address.host, address.port, timeout)
-                    tls = self._tls if address.scheme == "https" else None
+                    tls = self._contexts.of(analyzer) if address.scheme == "https" else None
                     async with timeouts.running(timeout):
-                        status = await self._ask(analyzer, tls)
+                        status = await self._ask(slot, analyzer, tls)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
             if lacking := shortage(error):
                 self.shortage.last = lacking
@@ -200,7 +203,7 @@ class HealthChecker:
 
     async def _ask_again(self, analyzer: Analyzer) -> int:
         """Check on the kept connection; return the status, or 0 if a new connection is needed."""
-        probe = self._kept.pop(analyzer.health_url, None)
+        probe = self._kept.pop(_way(analyzer), None)
         if probe is None:
             return 0
         if not probe.can_be_asked_again(self._names.current(analyzer.health_address.host)):
@@ -212,9 +215,11 @@ class HealthChecker:
         except Exception:  # noqa: BLE001  (as above)
             return 0
 
-    async def _ask(self, analyzer: Analyzer, tls: ssl.SSLContext | None) -> int:
-        address, probe = analyzer.health_address, Probe(self._max_age)
-        probe.address = await connect(probe, self._names, address, self.settings.timeout, tls=tls)
+    async def _ask(self, slot: int, analyzer: Analyzer, tls: ssl.SSLContext | None) -> int:
+        address, probe, name = analyzer.health_address, Probe(self._max_age), analyzer.health_tls_name
+        probe.address = await connect(probe, self._names, address, self.settings.timeout, tls=tls, server_name=name)
+        if tls is not None and address.origin == analyzer.address.origin:
+            self.states.set(slot, AnalyzerWord.NOT_AFTER, not_after(probe.transport))
         return await self._ask_on(probe, analyzer)
 
     async def _ask_on(self, probe: Probe, analyzer: Analyzer) -> int:
@@ -223,15 +228,16 @@ class HealthChecker:
         keep = address.scheme == "https"
         request = (
             f"GET {address.path_and_query} HTTP/1.1\r\nHost: {address.host_header}\r\n"
-            f"Accept: */*\r\nUser-Agent: fastdist-health\r\nConnection: {'keep-alive' if keep else 'close'}\r\n\r\n"
+            f"Accept: */*\r\nUser-Agent: fastdist-health\r\nConnection: {'keep-alive' if keep else 'close'}\r\n"
         )
         try:
-            status = await probe.ask(request.encode("latin-1"))
+            status = await probe.ask(request.encode("latin-1") + analyzer.header_lines + b"\r\n")
         except BaseException:
             probe.transport.abort()  # without waiting for the end of TLS
             raise
-        if keep and analyzer.health_url not in self._kept and len(self._kept) < self._max_connections:
-            self._kept[analyzer.health_url] = probe
+        way = _way(analyzer)
+        if keep and way not in self._kept and len(self._kept) < self._max_connections:
+            self._kept[way] = probe
         else:
             probe.transport.close()
         return status
@@ -257,3 +263,8 @@ class HealthChecker:
                 states.go_online(slot)
             elif successes == self.settings.rise and not states.has_failed_trials(slot):
                 states.set(slot, word.SINCE_NS, time.time_ns())  # shown as online, on probation
+
+
+def _way(analyzer: Analyzer) -> tuple[object, ...]:
+    """Return what tells connections for checks apart: analyzers behind one URL share them if they speak TLS alike."""
+    return analyzer.health_url, analyzer.health_tls_name, analyzer.tls

@@ -8,6 +8,7 @@ one task acts on it. Until that runs, ``early`` does.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 import resource
@@ -26,6 +27,7 @@ from fastdist.errors import ConfigError, StartError
 from fastdist.ipc import Message, Pair, Settings, shorten, write_settings
 from fastdist.net import tls
 from fastdist.net.connect import DESCRIPTORS_BESIDES
+from fastdist.net.upstream_tls import with_files
 from fastdist.shm.block import HeadWord, SharedBlock, Step
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
@@ -102,10 +104,9 @@ class Supervisor:
 
     def prepare(self) -> None:
         """Open listeners and rings and fill the shared block. Raises StartError."""
-        given = without_effect(self.loaded)
-        for warning in (*warnings(self.config), *given, tls.out_of_date(self.changes.pair, self.config.security)):
-            if warning:
-                log.warning(warning)
+        given, dates = without_effect(self.loaded), tls.date_warnings(self.changes.pair, self.config)
+        for warning in (*warnings(self.config), *given, *dates):
+            log.warning(warning)
         self._fit_descriptor_limit()
         head = self.block.head
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.monotonic_ns(), os.getpid()
@@ -153,7 +154,7 @@ class Supervisor:
     def _fit_descriptor_limit(self) -> None:
         """Raise the descriptor limit for ``max_connections``, or lower that to what the limit allows."""
         server = self.config.server
-        outgoing = len(self.config.analyzers) * self.config.delivery.connections
+        outgoing = sum(each.delivery(self.config.delivery).connections for each in self.config.analyzers)
         needed = server.max_connections + outgoing + DESCRIPTORS_BESIDES
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -390,6 +391,7 @@ class Supervisor:
 
     def _read_again(self) -> tuple[Loaded, Pair | None]:
         loaded = self.loaded.reload()
+        loaded = dataclasses.replace(loaded, config=with_files(loaded.config))
         return loaded, tls.read_pair(loaded.config.security)
 
     async def _apply_settings(self) -> list[str]:
@@ -438,7 +440,7 @@ class Supervisor:
                     log.warning(
                         "analyzer offline; its share goes to the others",
                         analyzer=analyzer.id,
-                        endpoint=analyzer.endpoint,
+                        endpoint=analyzer.shown_endpoint,
                         reason=states.error(slot),
                     )
                 elif state == "probation":

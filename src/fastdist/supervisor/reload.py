@@ -14,7 +14,7 @@ from fastdist import logs
 from fastdist.config import reloadable
 from fastdist.errors import ConfigError, StartError
 from fastdist.net import tls
-from fastdist.shm.block import AnalyzerWord
+from fastdist.shm.block import AnalyzerWord, HeadWord
 from fastdist.supervisor.overrides import Overrides, leaves_any
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class Changes:
         """Put the analyzers into the shared block, with the overrides of earlier runs."""
         self.overrides.load(self.config.analyzers)
         self._set_analyzers(self.config)
+        self._note_own_certificate()
+
+    def _note_own_certificate(self) -> None:
+        self.block.head[HeadWord.NOT_AFTER] = tls.not_after(self.pair.certificate) if self.pair is not None else 0
 
     def lower_connections(self, limit: int) -> None:
         """Limit emitters' connections, whatever is configured."""
@@ -75,10 +79,10 @@ class Changes:
                 security, tls_cert=self.config.security.tls_cert, tls_key=self.config.security.tls_key
             )
             pair = self.pair
-        if fault := tls.out_of_date(pair, security):
-            if pair != self.pair:
-                raise StartError(fault)
-            log.warning(fault)
+        if pair != self.pair and (fault := tls.out_of_date(pair, security)):
+            raise StartError(fault)
+        for warning in tls.date_warnings(pair, msgspec.structs.replace(new, security=security)):
+            log.warning(warning)
         if not leaves_any(new.analyzers, self.overrides.by_id):
             raise ConfigError(["analyzers: with the overrides in force nothing would be left to deliver to"])
         config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=security)
@@ -89,6 +93,7 @@ class Changes:
         """Set the settings that workers will read. Raises ConfigError as above."""
         self._set_analyzers(config)
         self.config, self.pair = config, pair
+        self._note_own_certificate()
         self.generation += 1
 
     def _set_analyzers(self, config: Config) -> None:
@@ -104,6 +109,7 @@ class Changes:
             before = self.analyzers.get(slot)
             if before is None or before.endpoint != analyzer.endpoint:
                 states.clear(slot)
+            states.set(slot, AnalyzerWord.CLIENT_NOT_AFTER, tls.not_after(analyzer.tls.certificate))
             if self.slots.get(analyzer.id) != slot and slot in self.slots.values():
                 self.block.reset_slot(slot)
         self.slots, self.analyzers = slots, analyzers

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import ssl
 import time
 from bisect import bisect_left
 from typing import TYPE_CHECKING
@@ -21,20 +20,21 @@ from typing import TYPE_CHECKING
 from fastdist._core import UNLIMITED, AliasTable, Rendezvous, busy_ns
 from fastdist.net.connect import Shortage, max_upstream_connections
 from fastdist.net.names import Names
+from fastdist.net.upstream_tls import Contexts
 from fastdist.shm.block import AnalyzerWord, Step
 from fastdist.shm.weights import effective_weights
 from fastdist.storage.dead_letter_writer import what_is_left
 from fastdist.worker.outcomes import Outcomes
 from fastdist.worker.probation import choose
 from fastdist.worker.upkeep import TICK, Sweep, Task
-from fastdist.worker.upstream import AnalyzerPool
+from fastdist.worker.upstream import AnalyzerPool, max_in_flight
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Mapping, Sequence
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
-    from fastdist.settings import Analyzer, Config, Delivery
+    from fastdist.settings import Analyzer, Config
     from fastdist.storage.dead_letter_writer import Runner
     from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.outcomes import MakeWriter
@@ -81,7 +81,7 @@ class Dispatcher(Outcomes):
         self._short = False  # since the last check
         self.retired: list[AnalyzerPool] = []  # of analyzers that were removed, until their connections are closed
         self.online: set[int] = set()
-        self._tls: ssl.SSLContext | None = None
+        self.tls = Contexts()
         self._next_pruning = self._ramp_looked = self._resume_at = 0
         self._load = LoadMeter()
         self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
@@ -98,8 +98,6 @@ class Dispatcher(Outcomes):
 
     def set_analyzers(self, analyzers: Mapping[int, Analyzer]) -> None:
         """Deliver to these analyzers (by slot) from now on."""
-        if self._tls is None and any(analyzer.address.scheme == "https" for analyzer in analyzers.values()):
-            self._tls = ssl.create_default_context()
         for slot in range(len(self.pools)):
             pool, analyzer = self.pools[slot], analyzers.get(slot)
             if analyzer is None or (
@@ -110,7 +108,9 @@ class Dispatcher(Outcomes):
             if analyzer is not None and pool is None:
                 pool = self.pools[slot] = AnalyzerPool(self.ring, self.counters, self.analyzer_states, slot, self)
             if analyzer is not None:
-                pool.set_up(analyzer, self.config.delivery, self._tls)
+                tls = self.tls.of(analyzer) if analyzer.address.scheme == "https" else None
+                pool.set_up(analyzer, self.config.delivery, tls)
+        self.tls.keep(analyzers.values())
         self.analyzers = dict(analyzers)
         self.refresh()
         self.schedule()
@@ -201,9 +201,9 @@ class Dispatcher(Outcomes):
     def _share_descriptors(self, _now_ns: int) -> None:
         """Leave some for emitters; while there are too few for analyzers, close idle connections."""
         self.room = self._max_connections
-        many = (len(self.analyzers) + len(self.retired)) * self.config.delivery.connections > self._max_connections
+        pools = [pool for pool in (*self.pools, *self.retired) if pool is not None]
+        many = sum(pool.connection_limit for pool in pools) > self._max_connections
         if many or self._short:
-            pools = [pool for pool in (*self.pools, *self.retired) if pool is not None]
             if self._short:
                 self._short = False
                 for pool in pools:
@@ -284,7 +284,8 @@ class Dispatcher(Outcomes):
         if steady or lift:
             self.claim_limit = UNLIMITED
         else:
-            self.claim_limit = CLAIMS_AHEAD * max_in_flight(self.config.delivery) * max(1, len(self.weights))
+            all_in_flight = sum(self.pools[slot].max_in_flight for slot in self.weights)
+            self.claim_limit = CLAIMS_AHEAD * (all_in_flight or max_in_flight(self.config.delivery))
         if self.ring.has_more:
             self.schedule()
         return steady
@@ -317,11 +318,6 @@ class Dispatcher(Outcomes):
         self.set_analyzers({})
         for pool in self.retired:
             pool.close()
-
-
-def max_in_flight(delivery: Delivery) -> int:
-    """Return how many packets a worker may have in flight to an analyzer."""
-    return delivery.connections * delivery.pipeline * (delivery.batch_packets if delivery.mode == "batch" else 1)
 
 
 def median_of_others(ordered: Sequence[float], one: float | None) -> float:

@@ -37,13 +37,14 @@ from fastdist.shm.upkeep import Upkeep
 from fastdist.statuses import reason
 from fastdist.storage.dead_letters import DeadLetters
 from fastdist.worker.admin import AdminRequests
-from fastdist.worker.dispatch import Dispatcher, max_in_flight
+from fastdist.worker.dispatch import Dispatcher
 from fastdist.worker.drain import Drain
 from fastdist.worker.ingest import Emitters, IngestProtocol
 from fastdist.worker.listener import serve
 from fastdist.worker.queue import OWN, Queue
 from fastdist.worker.tls import TlsServer
 from fastdist.worker.upkeep import TICK, EmitterTimeouts, LoopLag, Schedule, Task
+from fastdist.worker.upstream import max_in_flight
 
 if TYPE_CHECKING:
     from fastdist.worker.listener import Acceptor
@@ -142,6 +143,8 @@ class Worker:
             context = self.tls
             if settings.pair != self.pair:
                 context = tls.server_context(settings.pair, settings.config.security)
+            for analyzer in settings.config.analyzers:
+                self.dispatcher.tls.make(analyzer)
         except StartError as error:  # the supervisor could use them: this process lacks something
             log.error("the new settings cannot be used; the old ones stay", error=str(error))
             ipc.send(self.control, Message("reloaded", id=settings.generation, body=str(error)))
@@ -260,7 +263,8 @@ class Worker:
     def _migrate(self) -> None:
         """Move some packets of old rings: of each, at a time, as many as may be in flight."""
         if isinstance(self.queue, Queue) and self.queue.migrations:
-            limit = max(MIN_MIGRATED, max_in_flight(self.config.delivery) * len(self.analyzers))
+            delivery = self.config.delivery
+            limit = max(MIN_MIGRATED, sum(max_in_flight(each.delivery(delivery)) for each in self.analyzers.values()))
             tail = self.queue.ring.tail_position
             try:
                 self.queue.migrate(limit, self.dead_letter_writer, self._report_deleted)

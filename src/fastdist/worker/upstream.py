@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import ssl
 import time
 from typing import TYPE_CHECKING, Protocol
 
 from fastdist import logs
 from fastdist._core import PoolBase, ReplyBase
 from fastdist.net.connect import YOUNGEST, connect, describe, shortage
+from fastdist.net.upstream_tls import not_after
+from fastdist.shm.block import AnalyzerWord
 
 if TYPE_CHECKING:
-    import ssl
-
     from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller, PoolOwner
     from fastdist.net.names import Names
     from fastdist.settings import Analyzer, Delivery
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     class Owner(PoolOwner, Protocol):
         """What a pool needs of its owner, the dispatcher, besides what the compiled half calls."""
 
+        analyzer_states: AnalyzerStates
         poller: Poller
         names: Names
         room: int  # for connections, of all pools
@@ -53,11 +55,16 @@ class AnalyzerConnection(ReplyBase, asyncio.Protocol):
     def __init__(self, pool: AnalyzerPool) -> None:
         age = pool.delivery.max_age * (1 - (1 - YOUNGEST) * random.random())  # noqa: S311
         self.replace_at = time.monotonic_ns() + int(age * 1e9)
+        self.way = pool.way
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Join the pool."""
         self.transport = transport
         self.pool.connected(self)
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        """End its life; an alert of TLS is named as one."""
+        super().connection_lost(OSError(describe(error, 0)) if isinstance(error, ssl.SSLError) else error)
 
     def check(self) -> None:
         """Close the connection if it makes no progress or was not used for long; retire it when it is old."""
@@ -96,10 +103,12 @@ class AnalyzerPool(PoolBase):
         self.late_ns = 0  # by how much it is too late
         self._addresses: frozenset[str] = frozenset()  # of the analyzer's name, at that time
         self._short: asyncio.TimerHandle | None = None  # while this process has no descriptor for a connection
+        self.way: tuple[object, ...] = ()  # how connections are made: those made otherwise are replaced
 
     def set_up(self, analyzer: Analyzer, delivery: Delivery, tls: ssl.SSLContext | None) -> None:
-        """Aim the pool at ``analyzer``."""
-        self.analyzer, self.delivery = analyzer, delivery
+        """Aim the pool at ``analyzer``; ``delivery`` and ``tls`` are for all of them, and for this one."""
+        self.analyzer, self.delivery = analyzer, analyzer.delivery(delivery)
+        delivery = self.delivery
         self._address = analyzer.address
         self._tls = tls if self._address.scheme == "https" else None
         head = (
@@ -107,7 +116,7 @@ class AnalyzerPool(PoolBase):
             "Content-Type: application/json\r\n"
         )
         self.configure(
-            head.encode("latin-1"),
+            head.encode("latin-1") + analyzer.header_lines,
             delivery.connections,
             delivery.pipeline,
             delivery.mode == "batch",
@@ -115,6 +124,21 @@ class AnalyzerPool(PoolBase):
             delivery.batch_bytes,
             delivery.linger,
         )
+        self.way = (self._tls, analyzer.tls_name, delivery.pipeline)
+        self._replace_connections()
+
+    def _replace_connections(self) -> None:
+        """Retire connections that are made otherwise than they are now, and those over the limit: idle ones first."""
+        others = [each for each in self.connections if each.way != self.way]
+        alike = sorted((each for each in self.connections if each.way == self.way), key=lambda each: each.in_flight())
+        surplus = max(0, len(alike) - self.connection_limit)
+        for connection in (*others, *alike[:surplus]):
+            connection.retire()
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many packets may be in flight to the analyzer."""
+        return max_in_flight(self.delivery)
 
     # ---- connecting
 
@@ -149,7 +173,10 @@ class AnalyzerPool(PoolBase):
                 self.delivery.connect_timeout,
                 poller=self.owner.poller,
                 tls=self._tls,
+                server_name=self.analyzer.tls_name,
             )
+            if self._tls is not None and not self.retired:
+                self.owner.analyzer_states.set(self.slot, AnalyzerWord.NOT_AFTER, not_after(connection.transport))
         except Exception as error:  # noqa: BLE001  (OSError, nearly always; whatever it is, packets wait for this)
             if lacking := shortage(error):
                 self._wait_out(lacking)
@@ -178,6 +205,8 @@ class AnalyzerPool(PoolBase):
         self.opening -= 1
         self.connections.add(connection)
         self.connection_count(1)
+        if connection.way != self.way or self.open_connections > self.connection_limit:  # changed meanwhile
+            connection.retire()
         connection.offer()
         self.owner.wake(self)
 
@@ -225,5 +254,11 @@ class AnalyzerPool(PoolBase):
             log.warning(
                 "an analyzer sent more than the replies it was asked for; the connection is closed",
                 analyzer=self.analyzer.id,
-                beginning=beginning.decode("latin-1"),
+                # It may repeat a request, whose headers are not to be shown.
+                beginning=beginning.decode("latin-1") if not self.analyzer.headers else "",
             )
+
+
+def max_in_flight(delivery: Delivery) -> int:
+    """Return how many packets a worker may have in flight to an analyzer."""
+    return delivery.connections * delivery.pipeline * (delivery.batch_packets if delivery.mode == "batch" else 1)
