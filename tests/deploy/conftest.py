@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import ssl
 
 import images
 import pytest
+import trustme
 from prometheus_client.parser import text_string_to_metric_families
+from recorder import Recorder
 from support import Distributor, Emitter, Mocks, request, running
+
+
+def checked_over_tls(folder):
+    """Return settings of an analyzer whose health check is over TLS, with a certificate on either side."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client = authority.issue_cert("fastdist.example")
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    client.private_key_and_cert_chain_pem.write_to_path(folder / "client.pem")
+    files = f'client_cert = "{folder}/client.pem"\nclient_key = "{folder}/client.pem"\nca_file = "{folder}/ca.pem"\n'
+    return f'{files}health = "https://127.0.0.1:{Recorder(context).port}/health"\n'
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +29,8 @@ def live(tmp_path_factory):
     """Return a distributor that has accepted, rejected and delivered packets."""
     mocks = Mocks()
     with running(mocks):
-        distributor = Distributor(tmp_path_factory.mktemp("live"), mocks)
+        folder = tmp_path_factory.mktemp("live")
+        distributor = Distributor(folder, mocks, own={"A1": checked_over_tls(folder)})
         with running(distributor):
             Emitter(distributor.port).send(200)
             assert distributor.post(b"[]")[0] == 400

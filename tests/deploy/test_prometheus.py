@@ -50,6 +50,7 @@ def test_metrics_follow_naming_conventions(families):
         for sample in family.samples:
             assert set(sample.labels) <= {
                 "analyzer",
+                "certificate",
                 "reason",
                 "protocol",
                 "code",

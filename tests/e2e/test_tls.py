@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import trustme
@@ -302,6 +302,24 @@ def test_expired_certificate_warns_at_start(start, run, tmp_path, mocks):
     checked = run(sys.executable, "-m", "fastdist", "check", fastdist.config)
     assert checked.wait() == 0
     assert "warning: security.tls_cert: " in checked.line_with("has expired on 2020-02-03 04:05:06 UTC")
+    fastdist.kill_all()
+
+
+def test_certificate_near_its_end_is_told(start, run, tmp_path, mocks):
+    """At the start, by `check`, at a reload; and its end is in the metrics."""
+    ends = datetime.now(UTC).replace(microsecond=0) + timedelta(days=3, hours=1)
+    fastdist = start(Secure, tmp_path, mocks, pair={"not_after": ends})
+    fastdist.line_with(f"cert.pem expires in 3 days, on {ends:%Y-%m-%d %H:%M:%S} UTC; renew it")
+    checked = run(sys.executable, "-m", "fastdist", "check", fastdist.config)
+    assert checked.wait() == 0
+    assert "warning: security.tls_cert: " in checked.line_with("expires in 3 days")
+    metric = 'fastdist_tls_certificate_not_after_timestamp_seconds{certificate="own"} '
+    assert f"{metric}{int(ends.timestamp())}\n" in fastdist.once("GET", "/metrics")[1].decode()
+    write_pair(tmp_path, not_after=ends + timedelta(days=90))
+    assert reload(fastdist, fastdist.connect())[0] == 200
+    renewed = int((ends + timedelta(days=90)).timestamp())
+    assert f"{metric}{renewed}\n" in fastdist.once("GET", "/metrics")[1].decode()
+    assert sum("expires in" in line for line in fastdist.lines) == 1
     fastdist.kill_all()
 
 

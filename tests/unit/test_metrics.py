@@ -85,6 +85,7 @@ GAUGES = (
     "analyzer_actual_share",
     "worker_resident_memory_bytes",
     "worker_up",
+    "tls_certificate_not_after_timestamp_seconds",
     "ready",
     "uptime_seconds",
     "build_info",
@@ -232,3 +233,19 @@ def test_the_same_figures_as_openmetrics(block):
     assert "_created" not in text
     _, plain = scrape(block)
     assert {sample.name for family in families.values() for sample in family.samples} == {key[0] for key in plain}
+
+
+def test_ends_of_certificates_are_shown(block):
+    """Of those that there are: no certificate is no sample."""
+    name = "fastdist_tls_certificate_not_after_timestamp_seconds"
+    _, samples = scrape(block)
+    assert not [key for key in samples if key[0] == name]
+    block.head[HeadWord.NOT_AFTER] = 1_900_000_000
+    block.analyzers.set(3, AnalyzerWord.NOT_AFTER, 1_900_000_001)
+    block.analyzers.set(0, AnalyzerWord.CLIENT_NOT_AFTER, 1_900_000_002)
+    _, samples = scrape(block)
+    assert {key[1:]: value for key, value in samples.items() if key[0] == name} == {
+        ("own",): 1_900_000_000,
+        ("analyzer", "A1"): 1_900_000_001,
+        ("client", "a-2_x.y"): 1_900_000_002,
+    }

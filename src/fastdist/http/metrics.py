@@ -153,6 +153,25 @@ def _analyzers(it: Snapshot) -> Iterator[Family]:
         ("analyzer_actual_share", "actual_share", "The share (0 to 1) of all deliveries that it has taken."),
     ):
         yield _gauge(name, help_text, values(attribute), by="analyzer")
+    yield Family(
+        "tls_certificate_not_after_timestamp_seconds",
+        "gauge",
+        "When a certificate expires: own (shown to emitters), client (shown to the analyzer), analyzer (last seen).",
+        _certificates(it),
+    )
+
+
+def _certificates(it: Snapshot) -> str:
+    return "".join(
+        [
+            _sample(
+                "tls_certificate_not_after_timestamp_seconds",
+                {"certificate": kind} | ({"analyzer": analyzer} if analyzer else {}),
+                ends,
+            )
+            for kind, analyzer, ends in it.certificates
+        ]
+    )
 
 
 def _durations(it: Snapshot) -> Iterator[Family]:

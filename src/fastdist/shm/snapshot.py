@@ -401,6 +401,16 @@ class Snapshot:
             for slot, analyzer in self.configured.items()
         ]
 
+    @property
+    def certificates(self) -> list[tuple[str, str, int]]:
+        """Certificates: of whom (own, analyzer, client), the analyzer's id, and when they expire (s since 1970)."""
+        states, word = self.block.analyzers, AnalyzerWord
+        found = [("own", "", self.block.head[HeadWord.NOT_AFTER])]
+        for slot, analyzer in self.configured.items():
+            found.append(("analyzer", analyzer.id, states.get(slot, word.NOT_AFTER)))
+            found.append(("client", analyzer.id, states.get(slot, word.CLIENT_NOT_AFTER)))
+        return [each for each in found if each[2]]
+
     def _of(self, slot: int, field: str) -> int:
         at: int = slot * ANALYZER_WORDS + ANALYZER_FIELDS[field]
         return self._analyzer_totals[at]
