@@ -480,7 +480,7 @@ def test_trusted_certificate_passes_a_check(certificate):
     async def scenario():
         server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start(certificate[1])
         async with ward_of() as ward:
-            ward.checker._tls.load_verify_locations(certificate[0])
+            ward.checker.tls.system.load_verify_locations(certificate[0])
             ward.checker.set_analyzers({0: analyzer(server.port, scheme="https")})
             await ward.checks(3)
             assert (ward.get("LAST_STATUS"), ward.online()) == (200, True)

@@ -32,7 +32,7 @@ class Checked:
         self.states.set(0, AnalyzerWord.IN_USE, 1)
         wanted = Health(**{"interval": 0.01, "timeout": 5.0, "rise": 1, "fall": 1} | settings)
         self.checker = HealthChecker(self.states, wanted, max_age)
-        self.checker._tls.load_verify_locations(certificate[0])
+        self.checker.tls.system.load_verify_locations(certificate[0])
 
     async def __aenter__(self):
         await self.server.start(self.certificate[1])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import trustme
 from recorder import Recorder
-from support import ROOT, Emitter, get_json, request, wait_until
+from support import ROOT, Emitter, compare, get_json, request, wait_until
 
 PRIVATE, PUBLIC = trustme.CA(), trustme.CA()
 SECRET = b"Bearer \xe2\x82\xac s3cret-of-a-test"
@@ -250,6 +253,27 @@ def test_limits_change_on_reload(serve, record):
     fastdist.wait_at_rest()
 
 
+def test_changes_of_limits_lose_nothing(mocks, serve):
+    """Under load, with requests in flight on connections that are replaced."""
+    fastdist = serve(mocks, {"queue": {"durability": "disk"}}, own={"A2": "# its own\n"})
+    text = fastdist.config.read_text()
+    for name, latency in (("A1", 0.0), ("A2", 0.02)):
+        mocks.set(name, latency=latency, jitter=latency)
+    emitter = Emitter(fastdist.port, connections=32, pause=0.001).start()
+    for pipeline, connections, mode in itertools.islice(
+        itertools.cycle(itertools.product((1, 8, 3), (4, 1, 32), ("single", "batch"))), 30
+    ):
+        own = f'pipeline = {pipeline}\nconnections = {connections}\nmode = "{mode}"\n'
+        assert reload(fastdist, text.replace("# its own\n", own))[0] == 200
+        emitter.wait_for(50)
+    emitter.stop()
+    stats = fastdist.wait_at_rest()
+    compare(emitter, mocks)
+    assert stats["packets"]["deadLettered"] == 0
+    assert [row["restarts"] for row in stats["workers"]] == [0, 0]
+    assert "offline" not in fastdist.output
+
+
 # ---- TLS
 
 
@@ -313,3 +337,14 @@ def test_private_authority_and_certificate(serve, record, tmp_path):
         '{certificate="analyzer",analyzer="A2"}': (ends + timedelta(days=300)).timestamp(),
     }
     assert get_json(fastdist.port, "/health")["analyzers"]["online"] == 2
+
+    for name in ("private.pem", "client.pem", "client.key"):
+        (tmp_path / name).unlink()
+    pids = fastdist.worker_pids()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not {*pids, 0} & set(fastdist.worker_pids()), "workers were replaced")
+    delivered = len(private.ids)
+    send(fastdist, 20)
+    fastdist.wait_at_rest()
+    assert len(private.ids) >= delivered + 8, "they have what was read at the reload"

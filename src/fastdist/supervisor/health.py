@@ -139,23 +139,18 @@ class HealthChecker:
         self._max_connections = max(1, descriptors() // 4)
         self._limit = asyncio.Semaphore(self._max_connections)
         self._kept: dict[tuple[object, ...], Probe] = {}  # by _way, while no check uses it
-        self._contexts = Contexts()
+        self.tls = Contexts()
         self.shortage = Shortage()  # that kept checks from being made
-
-    @property
-    def _tls(self) -> ssl.SSLContext:
-        """For https URLs of analyzers with no certificates of their own."""
-        return self._contexts.system
 
     def set_analyzers(self, analyzers: Mapping[int, Analyzer]) -> None:
         """Check these from now on."""
         for slot, analyzer in list(self._analyzers.items()):
             now = analyzers.get(slot)
-            if now is None or (_way(now), now.headers) != (_way(analyzer), analyzer.headers):
+            if now is None or _asked(now) != _asked(analyzer):
                 self._tasks.pop(slot).cancel()
                 self._let_go(_way(analyzer))
         self._analyzers = dict(analyzers)
-        self._contexts.keep(analyzers.values())
+        self.tls.keep(analyzers.values())
         for slot, analyzer in analyzers.items():
             if slot not in self._tasks:
                 self._tasks[slot] = asyncio.get_running_loop().create_task(self._watch(slot, analyzer))
@@ -191,7 +186,7 @@ class HealthChecker:
             if not status:
                 async with self._limit:  # what is not the analyzer's is outside its time-out
                     await self._names.infos(address.host, address.port, timeout)
-                    tls = self._contexts.of(analyzer) if address.scheme == "https" else None
+                    tls = self.tls.of(analyzer) if address.scheme == "https" else None
                     async with timeouts.running(timeout):
                         status = await self._ask(slot, analyzer, tls)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
@@ -263,6 +258,11 @@ class HealthChecker:
                 states.go_online(slot)
             elif successes == self.settings.rise and not states.has_failed_trials(slot):
                 states.set(slot, word.SINCE_NS, time.time_ns())  # shown as online, on probation
+
+
+def _asked(analyzer: Analyzer) -> tuple[object, ...]:
+    """Return what a check depends on."""
+    return *_way(analyzer), analyzer.headers, analyzer.endpoint
 
 
 def _way(analyzer: Analyzer) -> tuple[object, ...]:
