@@ -10,7 +10,19 @@ import msgspec
 import pytest
 import trustme
 from recorder import Recorder
-from upstream_harness import OK, Desk, ScriptServer, World, reply, requests_in, run, shared_block, start_mock, until
+from upstream_harness import (
+    OK,
+    Bench,
+    Desk,
+    ScriptServer,
+    World,
+    reply,
+    requests_in,
+    run,
+    shared_block,
+    start_mock,
+    until,
+)
 
 from fastdist.net.upstream_tls import with_files
 from fastdist.settings import Analyzer, Config, Header, Health
@@ -184,6 +196,17 @@ def test_an_analyzers_limit_is_its_own(tmp_path):
             assert w.dispatcher.pools[0].open_connections <= 2
 
     run(scenario())
+
+
+def test_claims_are_limited_by_the_sum(tmp_path):
+    """While this process is the bottleneck: four times what may be in flight to all of them."""
+    with Bench(tmp_path, weights=(1, 1, 1)) as bench:
+        bench.analyzers[1] = msgspec.structs.replace(bench.analyzers[1], connections=2, pipeline=3)
+        bench.analyzers[2] = msgspec.structs.replace(bench.analyzers[2], mode="batch", connections=1)
+        bench.dispatcher.set_analyzers(bench.analyzers)
+        bench.dispatcher._load.measure = lambda _now: 1.0
+        bench.tick()
+        assert bench.dispatcher.claim_limit == 4 * (32 + 2 * 3 + 1 * 64)
 
 
 # ---- TLS

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import resource
 import signal
 import ssl
 import subprocess
@@ -285,6 +286,38 @@ def context(authority, name, *, ends=None, client_authority=None):
         made.verify_mode = ssl.CERT_REQUIRED
         client_authority.configure_trust(made)
     return made
+
+
+def client_pair(folder, name="client"):
+    """Write a client's certificate and key; return them as settings."""
+    pair = PRIVATE.issue_cert("fastdist.example")
+    (folder / f"{name}.pem").write_bytes(b"".join(blob.bytes() for blob in pair.cert_chain_pems))
+    pair.private_key_pem.write_to_path(folder / f"{name}.key")
+    return f'client_cert = "{folder}/{name}.pem"\nclient_key = "{folder}/{name}.key"\n'
+
+
+def test_files_one_worker_rejects_are_void(serve, record, tmp_path):
+    """It has no descriptor left for a moment, which loading a certificate takes: all keep what they had."""
+    PRIVATE.cert_pem.write_to_path(tmp_path / "ca.pem")
+    analyzer = record(context(PRIVATE, "127.0.0.1", client_authority=PRIVATE))
+    own = f'ca_file = "{tmp_path}/ca.pem"\n{client_pair(tmp_path)}'
+    fastdist = serve({"A1": analyzer.endpoint}, weights={"A1": 1}, own={"A1": own})
+    pid = fastdist.worker_pids()[0]
+    client_pair(tmp_path)
+    limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limit[1]))
+    status, refused = reload(fastdist)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+    assert status == 422
+    assert "analyzer A1.client_cert: " in refused["errors"][0]["detail"]
+    assert "Too many open files" in refused["errors"][0]["detail"]
+    send(fastdist, 10)
+    fastdist.wait_at_rest()
+    assert reload(fastdist)[0] == 200
+    send(fastdist, 10)
+    fastdist.wait_at_rest()
+    assert len(analyzer.ids) == len(set(analyzer.ids)) == 20
+    assert [row["restarts"] for row in fastdist.stats()["workers"]] == [0, 0]
 
 
 def certificate_ends(fastdist):

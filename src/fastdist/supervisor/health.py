@@ -139,6 +139,7 @@ class HealthChecker:
         self._max_connections = max(1, descriptors() // 4)
         self._limit = asyncio.Semaphore(self._max_connections)
         self._kept: dict[tuple[object, ...], Probe] = {}  # by _way, while no check uses it
+        self._not_after: dict[str, int] = {}  # of certificates that were seen and not recorded yet, by analyzer
         self.tls = Contexts()
         self.shortage = Shortage()  # that kept checks from being made
 
@@ -171,14 +172,16 @@ class HealthChecker:
         while True:
             started = time.monotonic()
             pause = self.settings.interval * random.uniform(0.9, 1.0)  # noqa: S311
-            outcome = await self._probe(slot, analyzer)
+            outcome = await self._probe(analyzer)
             if outcome is None:
                 pause = min(pause, SHORT_PAUSE)
             else:
                 self.record(slot, *outcome)
+            if ends := self._not_after.pop(analyzer.id, 0):
+                self.states.set(slot, AnalyzerWord.NOT_AFTER, ends)
             await asyncio.sleep(max(0.01, pause - (time.monotonic() - started)))
 
-    async def _probe(self, slot: int, analyzer: Analyzer) -> tuple[int, str] | None:
+    async def _probe(self, analyzer: Analyzer) -> tuple[int, str] | None:
         """Check once; return the status (0: no reply) and the error ("": none), or None if we could not check."""
         address, timeout = analyzer.health_address, self.settings.timeout
         try:
@@ -188,7 +191,7 @@ class HealthChecker:
                     await self._names.infos(address.host, address.port, timeout)
                     tls = self.tls.of(analyzer) if address.scheme == "https" else None
                     async with timeouts.running(timeout):
-                        status = await self._ask(slot, analyzer, tls)
+                        status = await self._ask(analyzer, tls)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
             if lacking := shortage(error):
                 self.shortage.last = lacking
@@ -210,11 +213,11 @@ class HealthChecker:
         except Exception:  # noqa: BLE001  (as above)
             return 0
 
-    async def _ask(self, slot: int, analyzer: Analyzer, tls: ssl.SSLContext | None) -> int:
+    async def _ask(self, analyzer: Analyzer, tls: ssl.SSLContext | None) -> int:
         address, probe, name = analyzer.health_address, Probe(self._max_age), analyzer.health_tls_name
         probe.address = await connect(probe, self._names, address, self.settings.timeout, tls=tls, server_name=name)
         if tls is not None and address.origin == analyzer.address.origin:
-            self.states.set(slot, AnalyzerWord.NOT_AFTER, not_after(probe.transport))
+            self._not_after[analyzer.id] = not_after(probe.transport)
         return await self._ask_on(probe, analyzer)
 
     async def _ask_on(self, probe: Probe, analyzer: Analyzer) -> int:
