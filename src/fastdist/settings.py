@@ -253,7 +253,8 @@ class Analyzer(Struct, frozen=True, kw_only=True):
         UrlOrPath,
         about("""What to GET to see whether it is healthy (any 2xx): a path on the endpoint's origin, or a URL.
         A whole URL may be of any host. A check that exercises what packets need is worth more than one that always says
-        yes. It has the analyzer's [`headers`](#analyzersheaders) and its TLS settings."""),
+        yes. It has the TLS settings and the [`headers`](#analyzersheaders) of the analyzer, with its credentials,
+        whatever the host is."""),
     ] = "/health"
     headers: Annotated[
         Headers,
