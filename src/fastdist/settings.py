@@ -101,6 +101,7 @@ ServerName = Annotated[
 Mode = Literal["single", "batch"]
 Protocol = Literal["json", "otlp", "loki", "splunk", "elasticsearch"]
 MIN_SECRET = 6  # bytes: the shorter parts of a header's value are found in any text
+MASKED = "***"
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)  # of log agents; their places here are their numbers
 RELOAD = Meta(extra={"changes": "reload"})  # of a setting, or of a whole section
 
@@ -358,12 +359,18 @@ class Analyzer(Struct, frozen=True, kw_only=True):
         return self.tls_name if self.health_address.origin == self.address.origin else self.health_address.host
 
     def without_secrets(self, text: str) -> str:
-        """Return text of the analyzer's with the values of its headers masked, which it may have sent back."""
-        secrets = {part for header in self.headers for part in (header.value, *header.value.split())}
+        """Return text of the analyzer's with the values of its headers masked, which it may have sent back.
+
+        The text may end in the midst of one: of a response only the beginning is kept.
+        """
+        parts = {part for header in self.headers for part in (header.value, *header.value.split())}
+        long_enough = [part for part in parts if len(part) >= MIN_SECRET]
+        secrets = {part.decode(encoding, "replace") for part in long_enough for encoding in ("latin-1", "utf-8")}
+        cut = max((_overlap(text, secret) for secret in secrets), default=0)
+        text, end = (text[:-cut], MASKED) if cut else (text, "")
         for secret in sorted(secrets, key=len, reverse=True):
-            if len(secret) >= MIN_SECRET:
-                text = text.replace(secret.decode("latin-1"), "***").replace(secret.decode("utf-8", "replace"), "***")
-        return text
+            text = text.replace(secret, MASKED)
+        return text + end
 
     @property
     def header_lines(self) -> bytes:
@@ -375,6 +382,12 @@ class Analyzer(Struct, frozen=True, kw_only=True):
         own = {name: getattr(self, name) for name in ("timeout", "connections", "pipeline", "mode")}
         given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         return msgspec.structs.replace(of_all, **given) if given else of_all
+
+
+def _overlap(text: str, secret: str) -> int:
+    """Return how many characters of ``secret`` a text ends with, 0 for fewer than ``MIN_SECRET``."""
+    lengths = range(min(len(text), len(secret)), MIN_SECRET - 1, -1)
+    return next((length for length in lengths if text.endswith(secret[:length])), 0)
 
 
 class Distribution(Struct, frozen=True, kw_only=True):

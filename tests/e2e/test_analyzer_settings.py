@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -304,10 +305,17 @@ def test_files_one_worker_rejects_are_void(serve, record, tmp_path):
     fastdist = serve({"A1": analyzer.endpoint}, weights={"A1": 1}, own={"A1": own})
     pid = fastdist.worker_pids()[0]
     client_pair(tmp_path)
+    connection = http.client.HTTPConnection("127.0.0.1", fastdist.port, timeout=20)
+    connection.connect()  # before there are too few descriptors to accept it
+    connection.request("GET", "/ready")
+    connection.getresponse().read()
     limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limit[1]))
-    status, refused = reload(fastdist)
+    connection.request("POST", "/admin/reload")
+    response = connection.getresponse()
+    status, refused = response.status, json.loads(response.read())
     resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+    connection.close()
     assert status == 422
     assert "analyzer A1.client_cert: " in refused["errors"][0]["detail"]
     assert "Too many open files" in refused["errors"][0]["detail"]

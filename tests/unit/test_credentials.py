@@ -223,6 +223,12 @@ def test_values_sent_back_are_masked():
     analyzer = Analyzer(id="a", endpoint="http://h", weight=1, headers=headers)
     told = analyzer.without_secrets("HTTP 302, Location: /abcdefgh/7 for Bearer abcdefgh")
     assert told == "HTTP 302, Location: /***/7 for ***"
+    for cut in range(6, 15):
+        assert analyzer.without_secrets("X-Echo: Bearer abcdefgh"[: 8 + cut]) == "X-Echo: ***"
+    assert analyzer.without_secrets("for abcdefg") == "for ***"
+    assert analyzer.without_secrets("nothing of that") == "nothing of that"
+    plain = Analyzer(id="a", endpoint="http://h", weight=1)
+    assert plain.without_secrets("Bearer abcdefgh") == "Bearer abcdefgh"
 
 
 # ---- files of tokens

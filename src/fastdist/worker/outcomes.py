@@ -161,8 +161,7 @@ class Outcomes(DispatchBase):
         self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
     ) -> None:
         """Send packets elsewhere: a request failed with ``error``. ``counted``: it speaks against the analyzer."""
-        if pool.analyzer.headers:
-            error = pool.analyzer.without_secrets(error)
+        error = pool.analyzer.without_secrets(error)
         self.counters.add_to(pool.slot, "failed", len(handles))
         if counted:
             self._count_failure(pool, error)

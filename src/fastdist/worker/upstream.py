@@ -254,8 +254,7 @@ class AnalyzerPool(PoolBase):
             log.warning(
                 "an analyzer sent more than the replies it was asked for; the connection is closed",
                 analyzer=self.analyzer.id,
-                # It may repeat a request, whose headers are not to be shown.
-                beginning=beginning.decode("latin-1") if not self.analyzer.headers else "",
+                beginning=self.analyzer.without_secrets(beginning.decode("latin-1")),
             )
 
 
