@@ -6,7 +6,6 @@ They also say whether it can store: there is a leader, and it is in touch with a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,8 @@ class Watcher:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.latest = StreamFigures()
+        self._consumer: dict[str, Any] | ApiError = {}  # what was last said of it
+        self._dead = 0  # letters
         self._settled: deque[tuple[float, int]] = deque()  # (when, how many by then), of the last RATE_WINDOW seconds
 
     async def run(self, changed: Callable[[StreamFigures], object] = lambda _: None) -> None:
@@ -60,23 +61,29 @@ class Watcher:
         """Ask now, and return the figures; where there is no answer, the old ones with the reason."""
         connection, settings = self.connection, self.connection.settings
         client = connection.client
-        try:
-            stream, consumer = await asyncio.gather(
-                request(client, f"STREAM.INFO.{settings.stream}", timeout=TIMEOUT),
-                request(client, f"CONSUMER.INFO.{settings.stream}.{NAME}", timeout=TIMEOUT),
-            )
-        except (UnavailableError, ApiError) as error:
+        stream, consumer, dead = await asyncio.gather(
+            self._info(f"STREAM.INFO.{settings.stream}"),
+            self._info(f"CONSUMER.INFO.{settings.stream}.{NAME}"),
+            self._info(f"STREAM.INFO.{settings.dead_stream}"),
+        )
+        # Neither of these keeps packets from being stored while it elects a leader.
+        self._consumer = self._consumer if isinstance(consumer, UnavailableError) else consumer
+        self._dead = self._dead if isinstance(dead, Exception) else dead["state"]["messages"]
+        fault = stream if isinstance(stream, Exception) else self._consumer
+        if isinstance(stream, Exception) or isinstance(fault, Exception):
             self.latest = msgspec.structs.replace(
-                self.latest, connected=client is not None, server=connection.server, has_leader=False, error=str(error)
+                self.latest, connected=client is not None, server=connection.server, has_leader=False, error=str(fault)
             )
             return self.latest
-        dead = self.latest.dead_letters
-        with contextlib.suppress(UnavailableError, ApiError):
-            answer = await request(client, f"STREAM.INFO.{settings.dead_stream}", timeout=TIMEOUT)
-            dead = answer["state"]["messages"]
-        found = figures(stream, consumer, connection.server, dead)
+        found = figures(stream, fault, connection.server, self._dead)
         self.latest = msgspec.structs.replace(found, settled_per_second=self._rate(found.settled))
         return self.latest
+
+    async def _info(self, subject: str) -> dict[str, Any] | UnavailableError | ApiError:
+        try:
+            return await request(self.connection.client, subject, timeout=TIMEOUT)
+        except (UnavailableError, ApiError) as error:
+            return error
 
 
 def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str, dead_letters: int) -> StreamFigures:
