@@ -74,6 +74,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._send(*answer)
 
+    def do_PATCH(self):
+        self.do_POST()
+
+    def do_DELETE(self):
+        self.do_POST()
+
     def _send(self, status, headers, content):
         self.send_response(status)
         for name, value in headers.items():

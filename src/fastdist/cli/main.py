@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fastdist import __version__
-from fastdist.cli import clients
+from fastdist.cli import admin, clients
 from fastdist.cli.options import (
     BAD_CONFIG,
     CANNOT_START,
@@ -132,15 +132,23 @@ def serve(
 
 
 @app.command()
-def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to check.")]) -> None:
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to check.")],
+    *,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also resolve, connect to and check the health of each analyzer, once.")
+    ] = False,
+) -> None:
     """Check a configuration file and print every problem.
 
     What is checked is what `serve --config FILE` would use here and now: the environment, and the files that are named.
-    Exit status: 0 when it can be used, with warnings of what may not be meant; 2 when it cannot.
+    Exit status: 0 when it can be used, with warnings of what may not be meant; 2 when it cannot; with --probe, 1 when
+    an analyzer cannot be reached or does not say that it is healthy.
 
     \b
-    Example:
+    Examples:
       fastdist check fastdist.toml
+      fastdist check fastdist.toml --probe
     """
     from fastdist.cli import effective
     from fastdist.config import without_effect
@@ -152,6 +160,8 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="TOML file to
     for warning in (*effective.warnings(config), *without_effect(loaded), *tls.date_warnings(pair, config)):
         typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
+    if probe:
+        raise typer.Exit(0 if _print_probes(config) else INCOMPLETE)
 
 
 @app.command("config")
@@ -183,6 +193,8 @@ def show_config(
 
 app.command()(clients.send)
 app.command()(clients.top)
+app.command()(admin.reload)
+app.add_typer(admin.analyzers, name="analyzers")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(queue, name="queue")
 
@@ -397,6 +409,16 @@ def _check_jetstream_files(config: Config) -> None:
         for problem in problems:
             typer.echo(problem, err=True)
         raise typer.Exit(BAD_CONFIG)
+
+
+def _print_probes(config: Config) -> bool:
+    """Probe each analyzer and print a line about it; return whether all are well."""
+    from fastdist.supervisor.probe import probe
+
+    findings = probe(config)
+    for found in findings:
+        typer.echo(f"{found.analyzer}: {'ok' if found.ok else 'FAILED'}: {found.text}", err=not found.ok)
+    return all(found.ok for found in findings)
 
 
 def _describe_analyzers(config: Config) -> str:

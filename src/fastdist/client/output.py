@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from fastdist.client.replay import Summary
+    from fastdist.http.models import Analyzer
     from fastdist.storage.dead_letters import Found, Line, Selection
     from fastdist.storage.inspect import QueueView, RingReport
 
@@ -26,6 +27,18 @@ WIDE = 104  # columns of a terminal
 DEAD_LETTER_COLUMNS = ("id", "reason", "analyzer", "status", "attempts>", "accepted", "dead since", "size>")
 PACKET_COLUMNS = ("id", "accepted", "age>", "attempts>", "messages>", "size>", "file")
 FILE_COLUMNS = ("file", "packets>", "in use>", "capacity>", "")
+ANALYZER_COLUMNS = (
+    "id",
+    "state",
+    "weight>",
+    "target>",
+    "effective>",
+    "actual>",
+    "delivered>",
+    "failed>",
+    "in flight>",
+    "last error",
+)
 
 
 # ---- figures
@@ -241,3 +254,34 @@ def print_queue_json(view: QueueView, now: datetime) -> None:
     ]
     total = sum(report.packets for report in view.files)
     typer.echo(msgspec.json.encode({"total": total, "packets": packets, "files": view.files}))
+
+
+# ---- analyzers
+
+
+def print_analyzers(analyzers: list[Analyzer]) -> None:
+    """Print a row for each analyzer; a weight that was set while the service ran has a star."""
+    print_table(ANALYZER_COLUMNS, map(_analyzer_row, analyzers))
+
+
+def _analyzer_row(row: Analyzer) -> tuple[str, ...]:
+    is_set = row.override is not None and row.override.weight is not msgspec.UNSET
+    state = f"{row.state}, on probation" if row.probation is not None and row.state == "online" else row.state
+    if row.paused_for_seconds:
+        state = f"{state}, paused for {age_text(row.paused_for_seconds)}"
+    shares = (row.target_share, row.effective_share, row.actual_share)
+    return (
+        row.id,
+        state,
+        f"{row.weight:g}{'*' if is_set else ''}",
+        *(f"{share * 100:.1f} %" for share in shares),
+        str(row.delivered),
+        str(row.failed),
+        str(row.in_flight),
+        " ".join((row.last_error or "-").split()),
+    )
+
+
+def print_analyzers_json(analyzers: list[Analyzer]) -> None:
+    """Print the same, and all else that is known, as one JSON object."""
+    typer.echo(msgspec.json.encode({"analyzers": analyzers}))

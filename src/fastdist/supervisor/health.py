@@ -181,6 +181,10 @@ class HealthChecker:
                 self.states.set(slot, AnalyzerWord.NOT_AFTER, ends)
             await asyncio.sleep(max(0.01, pause - (time.monotonic() - started)))
 
+    async def check_once(self, analyzer: Analyzer) -> tuple[int, str] | None:
+        """Check an analyzer now, and record nothing; see ``_probe`` for what is returned."""
+        return await self._probe(analyzer)
+
     async def _probe(self, analyzer: Analyzer) -> tuple[int, str] | None:
         """Check once; return the status (0: no reply) and the error ("": none), or None if we could not check."""
         address, timeout = analyzer.health_address, self.settings.timeout
