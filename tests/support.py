@@ -113,7 +113,9 @@ def get_json(port: int, path: str) -> Any:
 class Process:
     """A child in a session of its own, whose output is kept."""
 
-    def __init__(self, command: list[str], cwd: Path = ROOT, **environment: str) -> None:
+    def __init__(
+        self, command: list[str], cwd: Path = ROOT, pass_fds: tuple[int, ...] = (), **environment: str
+    ) -> None:
         env = {name: value for name, value in os.environ.items() if not name.startswith("FASTDIST_")}
         env.pop("PORT", None)
         env.pop("WORKER_COUNT", None)
@@ -125,6 +127,7 @@ class Process:
             env=env | environment,
             start_new_session=True,
             text=True,
+            pass_fds=pass_fds,
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -293,6 +296,7 @@ class Distributor(Process):
         own: dict[str, str] | None = None,
         port: int = 0,
         prefix: tuple[str, ...] = (),
+        pass_fds: tuple[int, ...] = (),
         **environment: str,
     ) -> None:
         """Start it; ``prefix`` is a command that runs the one behind it. ``own``: further lines of single analyzers."""
@@ -317,7 +321,7 @@ class Distributor(Process):
         self.config.write_text(text)
         self.settings = merged
         command = [*prefix, sys.executable, "-m", "fastdist", "serve", "--config", str(self.config)]
-        super().__init__(command, **environment)
+        super().__init__(command, pass_fds=pass_fds, **environment)
         ready = json.loads(self.line_with("fastdist is ready", 120))  # thousands of analyzers on a busy machine
         self.port = int(ready["url"].rsplit(":", 1)[1])
 

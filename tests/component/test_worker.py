@@ -48,7 +48,7 @@ def build(tmp_path):
             index=0, shared=block.fd, listener=-1, ring=ring, control=-1, settings=settings, old_rings={}
         )
         worker = Worker(assignment, asyncio.get_running_loop(), SimpleNamespace(is_closing=lambda: True))
-        worker._server = SimpleNamespace(finish=lambda: None, close=lambda: None, busy=False)
+        worker._server = SimpleNamespace(finish=lambda: None, close=lambda: None, busy=False, handed_on=False)
         return worker
 
     yield build

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import dockerfile
@@ -18,20 +19,22 @@ import pytest
 from dockerfile import ROOT
 from images import Image
 from machine import Machine
-from support import Emitter, Mocks, free_port, get_json, request, running, wait_until
+from support import BODY, Emitter, Mocks, free_port, get_json, request, running, wait_until
 
 from fastdist.settings import Config
+from fastdist.supervisor.main import BACKLOG
 
 pytestmark = pytest.mark.processes
 FOLDER = ROOT / "deploy" / "systemd"
 UNIT = FOLDER / "fastdist.service"
+SOCKET = FOLDER / "fastdist.socket"
 EXPOSURE = 1.5  # of 10: what systemd-analyze makes of the sandbox
 CONFIG = "/etc/fastdist/fastdist.toml"
 
 
-def entries(section):
+def entries(section, unit=UNIT):
     """Return the settings of a section, as (name, value), in order."""
-    text = re.search(rf"^\[{section}\]\n(.*?)(?=^\[|\Z)", UNIT.read_text(), re.MULTILINE | re.DOTALL)[1]
+    text = re.search(rf"^\[{section}\]\n(.*?)(?=^\[|\Z)", unit.read_text(), re.MULTILINE | re.DOTALL)[1]
     return [tuple(line.split("=", 1)) for line in text.splitlines() if line and not line.startswith("#")]
 
 
@@ -69,6 +72,25 @@ def test_systemd_verifies_the_unit(analyze, tmp_path):
     assert (done.returncode, done.stdout) == (0, "")
     unit.write_text(unit.read_text().replace("KillMode=mixed", "KillMood=mixed"))
     assert "KillMood" in analyze("verify", unit).stdout
+
+
+def test_systemd_verifies_the_socket(analyze, tmp_path):
+    installed = Path(sys.executable).with_name("fastdist")
+    (tmp_path / UNIT.name).write_text(UNIT.read_text().replace("/opt/fastdist/bin/fastdist", str(installed)))
+    unit = tmp_path / SOCKET.name
+    unit.write_text(SOCKET.read_text())
+    done = analyze("verify", unit)
+    assert (done.returncode, done.stdout) == (0, "")
+    unit.write_text(SOCKET.read_text().replace("Backlog=", "Backlock="))
+    assert "Backlock" in analyze("verify", unit).stdout
+
+
+def test_socket_is_where_the_settings_say():
+    socket, server = dict(entries("Socket", SOCKET)), Config().server
+    assert (socket["ListenStream"], socket["BindIPv6Only"]) == (str(server.port), "both")
+    assert int(socket["Backlog"]) == BACKLOG
+    assert "Accept" not in socket, "the service accepts connections itself"
+    assert SOCKET.stem == UNIT.stem, "which is how systemd finds the service"
 
 
 def test_the_sandbox_is_tight(analyze):
@@ -171,6 +193,7 @@ def machine(builder, tmp_path_factory):
         pytest.skip(obstacle)
     image = Image(tmp_path_factory.mktemp("machine") / "image", builder.build("build"))
     image.copy_in(UNIT, "/etc/systemd/system/fastdist.service")
+    image.copy_in(SOCKET, "/etc/systemd/system/fastdist.socket")
     image.copy_in(FOLDER / "fastdist.sysusers", "/etc/sysusers.d/fastdist.conf")
     image.copy_text("", CONFIG)
     # The watchdog's half minute, for tests that wait for it. All else is as it is.
@@ -304,4 +327,50 @@ def test_draining_may_exceed_systemd_default(service):
         assert len(service.mocks.delivered()) == 20
     finally:
         service.machine.run("rm", "/etc/systemd/system/fastdist.service.d/stop.conf")
+        service.machine.run("systemctl", "daemon-reload")
+
+
+def new_connections(port, outcomes, enough):
+    """Post packets, each on a connection of its own; note each status, or what went wrong."""
+    while not enough.is_set():
+        try:
+            outcomes.append(request(port, "POST", "/logs", BODY)[0])
+        except OSError as error:
+            outcomes.append(repr(error))
+
+
+@pytest.mark.slow
+def test_systemd_holds_port_over_restarts(service):
+    """With a packet that cannot be delivered, so that the old process takes its time."""
+    service.systemctl("stop")
+    port = service.port
+    service.machine.run(
+        "sh", "-c", "mkdir -p /etc/systemd/system/fastdist.socket.d; printf "
+        f"'[Socket]\\nListenStream=\\nListenStream={port}\\n' > /etc/systemd/system/fastdist.socket.d/test.conf",
+    )  # fmt: skip
+    service.configure(drain_timeout="4s")
+    service.mocks.set_all(status=503)
+    enough = threading.Event()
+    try:
+        service.machine.run("systemctl", "daemon-reload")
+        service.machine.run("systemctl", "start", "fastdist.socket")
+        service.systemctl("start")
+        before, outcomes = service.show("MainPID"), []
+        client = threading.Thread(target=lambda: new_connections(port, outcomes, enough))
+        client.start()
+        wait_until(lambda: len(outcomes) > 100, "packets that cannot be delivered")
+        service.systemctl("restart")
+        there = len(outcomes)
+        wait_until(lambda: len(outcomes) > there + 100, "packets for the new process")
+        assert service.show("MainPID") != before
+        assert service.show("NRestarts") == "0"
+        service.mocks.set_all(**service.mocks.harmless)
+        enough.set()
+        client.join(60)
+        assert set(outcomes) == {202}
+        wait_until(lambda: len(service.mocks.delivered()) == len(outcomes), "all of them are delivered")
+    finally:
+        enough.set()
+        service.machine.run("systemctl", "stop", "fastdist.socket", check=False)
+        service.machine.run("rm", "-r", "/etc/systemd/system/fastdist.socket.d")
         service.machine.run("systemctl", "daemon-reload")

@@ -1,8 +1,8 @@
 """The supervisor: opens what must outlive a worker, keeps workers running, checks health, and carries out changes.
 
 It owns one listener per worker (SO_REUSEPORT, kept open, so that what is queued on a dead worker's socket waits for its
-successor), the rings' descriptors and the shared block. It carries no packet. Signal handlers only queue the signal;
-one task acts on it. Until that runs, ``early`` does.
+successor; or it has those of the service manager, see ``activation``), the rings' descriptors and the shared block. It
+carries no packet. Signal handlers only queue the signal; one task acts on it. Until that runs, ``early`` does.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from fastdist.storage.dead_letter_writer import DeadLetterWriter, what_is_left
 from fastdist.storage.dead_letters import DeadLetters
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.storage.files import has_name, is_nameless, present_path
+from fastdist.supervisor import activation
 from fastdist.supervisor.health import HealthChecker
 from fastdist.supervisor.processes import LATE, Processes, WorkerSlot
 from fastdist.supervisor.reload import Changes
@@ -81,6 +82,7 @@ class Supervisor:
         self.changes = Changes(loaded.config, self.block, self.folder.path, pair)
         self.processes = Processes(self.block, self.settings, self._heard, self._renew)
         self.manager = ServiceManager()
+        self.inherited = activation.inherited()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._known_states: dict[int, str] = {}
@@ -117,8 +119,10 @@ class Supervisor:
         self.processes.held = self.folder.held
         self.changes.begin()
         self._write_settings()
-        for index, listener in enumerate(self._listen()):
+        listeners = self._listen()
+        for index in range(self.workers):
             mine = old_rings[index :: self.workers]
+            listener = listeners[index % len(listeners)]
             self.processes.slots.append(WorkerSlot(self.block, index, listener, rings[index], mine))
         if old_rings:
             log.info("migrating packets of an earlier run", rings=len(old_rings))
@@ -171,8 +175,16 @@ class Supervisor:
             self.changes.lower_connections(room)
 
     def _listen(self) -> list[socket.socket]:
+        """Return a listener for each worker; those of the service manager may be fewer, and workers share them."""
         server = self.config.server
-        listeners: list[socket.socket] = []
+        if listeners := self.inherited.get("", []):
+            activation.check(listeners, self.workers, server.host, server.port)
+            for listener in listeners:
+                _set_options(listener)
+                listener.listen(BACKLOG)
+            self.processes.handed_on = True
+            log.info("the service manager listens", sockets=len(listeners))
+            return listeners
         try:
             info = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             family, _, _, _, address = info
@@ -181,9 +193,7 @@ class Supervisor:
                 listener = _socket(family)
                 listeners.append(listener)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                for level, option, value in KEEPALIVE:
-                    listener.setsockopt(level, option, value)
-                listener.settimeout(0)
+                _set_options(listener)
                 listener.bind((address[0], port, *address[2:]))
             for listener in listeners:
                 listener.listen(BACKLOG)
@@ -513,6 +523,12 @@ def _socket(family: socket.AddressFamily) -> socket.socket:
     if family == socket.AF_INET6:
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     return made
+
+
+def _set_options(listener: socket.socket) -> None:
+    for level, option, value in KEEPALIVE:
+        listener.setsockopt(level, option, value)
+    listener.settimeout(0)
 
 
 def serve(loaded: Loaded, pair: Pair | None = None) -> int:

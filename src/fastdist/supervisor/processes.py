@@ -158,6 +158,7 @@ class Processes:
         self.block, self.settings, self.heard, self._renew = block, settings, heard, renew
         self.slots: list[WorkerSlot] = []
         self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
+        self.handed_on = False  # see ipc.Assignment.handed_on
         self.stopping = self.gave_up = False
         self._spawning = 0  # processes that are being started: their ids are not known yet
         self._looked = time.monotonic()
@@ -218,6 +219,7 @@ class Processes:
             old_rings=old_rings,
             renewed=slot.renewed,
             irreplaceable=slot.irreplaceable,
+            handed_on=self.handed_on,
         )
         passed = (
             self.block.fd,

@@ -2,6 +2,10 @@
 
 Connections that the system has completed already are served. A request that arrives meanwhile is accepted and is the
 last on its connection: the emitter could not know yet.
+
+A listener that is handed on (the service manager has it open, and the next process gets it) need not be closed before
+that process is there: while something is left in queues that last, all workers accept new connections and store their
+packets. What comes once they do not waits for the next process.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from fastdist import logs
 from fastdist.worker.upkeep import TICK
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastdist.worker.dispatch import Dispatcher
     from fastdist.worker.ingest import Emitters, IngestProtocol
     from fastdist.worker.listener import Acceptor
@@ -24,18 +30,26 @@ if TYPE_CHECKING:
 
 LAST_LOOKS = 50  # TICK apart: the time a last request has to arrive; ticks in which we could not read do not count
 LAST_ANSWERS = 1.0  # seconds at most for rejecting requests that arrive too late
+SETTLED = 3  # looks after which what the other workers say of their queues is later than the drain's begin
+LAST_CONNECTIONS = 2.0  # seconds before the end from which on a listener that is handed on is the next process's
 LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last response once all else is done
 
 log = logs.get()
 
 
 class Drain:
-    """A worker's shutdown, done by ``run``."""
+    """A worker's shutdown, done by ``run``. ``left()``: how many packets all workers have yet to deliver."""
 
     def __init__(
-        self, server: Acceptor, emitters: Emitters, dispatcher: Dispatcher, queue: Queue | StreamQueue
+        self,
+        server: Acceptor,
+        emitters: Emitters,
+        dispatcher: Dispatcher,
+        queue: Queue | StreamQueue,
+        left: Callable[[], int],
     ) -> None:
         self._server, self._emitters, self._dispatcher, self._queue = server, emitters, dispatcher, queue
+        self._left = left
         self._intake, self._poller = emitters.intake, dispatcher.poller
 
     async def run(self, deadline: float) -> None:
@@ -63,18 +77,28 @@ class Drain:
     async def _finish(self, deadline: float) -> None:
         """Serve and deliver while there is something to finish."""
         self._intake.draining = True
-        self._server.finish()
+        accepts = self._server.handed_on and not is_nameless(self._queue.fd)
+        finished = 0  # the look at which new connections were stopped
+        if not accepts:
+            self._server.finish()
         idle: Counter[IngestProtocol] = Counter()  # looks at a connection that has nothing under way
         for look in itertools.count():
             self._queue.begin_to_end()
+            if accepts and not self._accepts_on(look, deadline):
+                accepts, finished = False, look
+                self._server.finish()
             self._close_finished(idle)
             done = not (self._queue.unfinished or self._intake.connections or self._server.busy)
             if done or time.monotonic() >= deadline:
                 break
-            if look == LAST_LOOKS:
+            if not accepts and look - finished == LAST_LOOKS:
                 self._server.close()  # the time for handshakes is over as well
             await asyncio.sleep(TICK)
         self._server.close()
+
+    def _accepts_on(self, look: int, deadline: float) -> bool:
+        """Whether a listener that is handed on has to be served yet: what is left keeps the next process away."""
+        return time.monotonic() < deadline - LAST_CONNECTIONS and (look < SETTLED or self._left() > 0)
 
     def _close_finished(self, idle: Counter[IngestProtocol]) -> None:
         """Close connections whose last response was read, or had the time to be, and those ``idle`` at enough looks."""

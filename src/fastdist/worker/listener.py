@@ -37,6 +37,8 @@ class Acceptor:
     The system completes connections by itself, and would reset those that were not accepted when the listener is
     closed. So ``finish`` first stops new ones, accepts those that are there, and only then closes.
 
+    A listener that is ``handed_on`` stays open in the service manager; what waits on it is served by the next process.
+
     ``first`` is called before accepting, so that closed connections make room for new ones.
 
     When there are no descriptors left, new connections are closed at once, with a descriptor kept in reserve for that:
@@ -51,6 +53,7 @@ class Acceptor:
     ) -> None:
         self.listener, self.taken, self.first = listener, taken, first
         self.loop = asyncio.get_running_loop()
+        self.handed_on = False
         self._open = True
         self._reserve = _reserve()
         self._log_limit = logs.Throttle(LOG_INTERVAL)
@@ -63,15 +66,18 @@ class Acceptor:
         return self._open
 
     def finish(self) -> None:
-        """Stop new connections; accept those that were begun, then close."""
+        """Stop new connections; accept those that were begun, then close. Where they are handed on, close at once."""
+        if self.handed_on:
+            Acceptor.close(self)  # a subclass may close more
+            return
         _drop_syn(self.listener)
         self.loop.call_later(HANDSHAKE, self._accept_remaining)
 
     def close(self) -> None:
-        """Accept all connections that are there, now, and no more."""
+        """Accept all connections that are there, now, and no more; where they are handed on, none."""
         if not self._open:
             return
-        for _ in range(LAST_ROUNDS):
+        for _ in range(0 if self.handed_on else LAST_ROUNDS):
             if not self._accept():
                 break
         self._open = False

@@ -173,6 +173,7 @@ class Worker:
             await self.stream.serve(self.intake, self.emitters, self.dispatcher)
             self.intake.broken_storage = self.stream.fault
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
+        self._server.handed_on = self.assignment.handed_on
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
         gc.enable()
@@ -219,9 +220,13 @@ class Worker:
         await self._drain(time.monotonic())
 
     async def _drain(self, deadline: float) -> None:
-        await Drain(self._server, self.emitters, self.dispatcher, self.queue).run(deadline)
+        await Drain(self._server, self.emitters, self.dispatcher, self.queue, self._left).run(deadline)
         self.publish()
         self._stopped.set()
+
+    def _left(self) -> int:
+        self.publish()
+        return sum(row.get("undone") for row in self.block.rows)
 
     # ---- upkeep
 
