@@ -324,12 +324,13 @@ class Distributor(Process):
         super().__init__(command, pass_fds=pass_fds, **environment)
         ready = json.loads(self.line_with("fastdist is ready", 120))  # thousands of analyzers on a busy machine
         self.port = int(ready["url"].rsplit(":", 1)[1])
+        self.views_port = int(ready.get("admin", ready["url"]).rsplit(":", 1)[1])
 
     def stats(self) -> Any:
-        return get_json(self.port, "/stats")
+        return get_json(self.views_port, "/stats")
 
     def analyzers(self) -> dict[str, Any]:
-        return {row["id"]: row for row in get_json(self.port, "/analyzers")["analyzers"]}
+        return {row["id"]: row for row in get_json(self.views_port, "/analyzers")["analyzers"]}
 
     def post(self, body: bytes = BODY, **headers: str) -> tuple[int, dict[str, str], bytes]:
         named = {name.replace("_", "-"): value for name, value in headers.items()}

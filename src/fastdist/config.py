@@ -434,6 +434,11 @@ def _check_together(reader: _Reader) -> None:
         report("distribution.by", f'"messages" {needs}: they are counted there')
     if "*" in at("security.cors_origins", ())[:-1] or "*" in at("security.cors_origins", ())[1:]:
         report("security.cors_origins", '"*" must be alone')
+    if admin := at("admin.listen", ""):
+        host, port = units.split_listen(admin)
+        served = {host, at("server.host")}
+        if port == at("server.port") != 0 and (len(served) == 1 or served & {"0.0.0.0", "::"}):  # noqa: S104
+            report("admin.listen", "must not be the address of server.host and server.port")
     for key, other in (("security.tls_cert", "security.tls_key"), ("security.tls_key", "security.tls_cert")):
         if at(key) == "" and at(other):
             report(key, f"missing: {other} is set, and TLS needs both")

@@ -67,6 +67,7 @@ class Assignment(msgspec.Struct, frozen=True):
     renewed: bool = False  # the ring is in the place of one that could not be read
     irreplaceable: bool = False  # the ring cannot be read in part, and no other could be made
     handed_on: bool = False  # the listener is the service manager's, and the next process of the service gets it too
+    views: int = -1  # the listener of admin.listen; -1: none
 
 
 def write_settings(fd: int, settings: Settings) -> None:

@@ -71,6 +71,16 @@ Token = Annotated[
         },
     ),
 ]
+Listen = Annotated[
+    str,
+    Meta(
+        extra={
+            "type": "address and port",
+            "range": "`address:port`, `[address]:port`, or empty",
+            "parse": units.parse_listen,
+        }
+    ),
+]
 Origin = Annotated[
     str,
     Meta(
@@ -816,6 +826,28 @@ class Security(Struct, frozen=True, kw_only=True):
         return f"Security({len(self.tokens)} tokens, {len(self.admin_tokens)} admin tokens, {self.cors_origins!r})"
 
 
+class Admin(Struct, frozen=True, kw_only=True):
+    """An address of their own for views, metrics, the dashboard and changes: what is not for emitters."""
+
+    listen: Annotated[
+        Listen,
+        about("""The address and port for all but packets; empty is the server's own, for all.
+        With it, [`server.host`](#serverhost) serves what emitters and load balancers ask for: packets, `/health` and
+        `/ready`; all else there is 404. This address serves all but packets. It has 256 connections for each worker,
+        which emitters cannot take, and is served until the end of a drain. Which clients may make changes is as ever
+        ([`security.admin_tokens`](#securityadmin_tokens)); the views are open to all that reach the address, so let
+        it be one that only those reach that may see them.
+
+        `fastdist top`, `reload` and `analyzers` then need `--url`, and Prometheus this address as its target."""),
+        Meta(examples=["127.0.0.1:3001"]),
+    ] = ""
+    tls: Annotated[
+        Literal["on", "off"],
+        about("""Whether that address speaks HTTPS where the server does (`on`), or plain HTTP (`off`).
+        The certificate is [`security.tls_cert`](#securitytls_cert); without one both addresses speak HTTP."""),
+    ] = "on"
+
+
 _ANALYZERS = tuple(
     Analyzer(id=f"A{number}", endpoint=f"http://127.0.0.1:{3000 + number}/analyze", weight=weight)
     for number, weight in enumerate((0.1, 0.4, 0.2, 0.3), 1)
@@ -835,3 +867,4 @@ class Config(Struct, frozen=True, kw_only=True):
     health: Health = Health()
     limits: Annotated[Limits, RELOAD] = Limits()
     security: Annotated[Security, RELOAD] = Security()
+    admin: Admin = Admin()

@@ -223,6 +223,33 @@ def parse_origin_or_any(text: str) -> str:
     return text if text == "*" else parse_origin(text)
 
 
+def parse_network(text: str) -> str:
+    """Return a network (``10.0.0.0/8``), or that of a single address, in its normal form. Raises ValueError."""
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        hint = "; bits behind the prefix are set" if "host bits" in str(error) else ""
+        raise ValueError(f"must be an address, or a network such as 10.0.0.0/8{hint}") from None
+
+
+def parse_listen(text: str) -> str:
+    """Return an address and a port to listen on (``127.0.0.1:3001``, ``[::1]:3001``) as they are, and "" as it is.
+
+    Raises ValueError for anything else.
+    """
+    if text:
+        split_listen(text)
+    return text
+
+
+def split_listen(text: str) -> tuple[str, int]:
+    """Return host (no brackets) and port of what ``parse_listen`` takes. Raises ValueError likewise."""
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]+):(\d{1,5})", text, re.ASCII)
+    if not match or int(match[2]) > 65535:  # noqa: PLR2004  (the range of TCP ports)
+        raise ValueError("must be an address and a port, such as 127.0.0.1:3001 or [::1]:3001")
+    return _host(match[1]), int(match[2])
+
+
 def _endpoint(scheme: str, rest: str) -> Endpoint:
     if not re.fullmatch(r"[\x21-\x7e]*", rest):
         raise ValueError("must be visible ASCII characters only (percent-encode the others)")

@@ -269,6 +269,26 @@ def test_workers_share_one_socket(analyzer, held, serve):
     clients.stop()
 
 
+def test_admin_socket_is_known_by_its_name(analyzer, held, serve):
+    packets, admin = held(), held()
+    prefix, fds = passing(packets, admin)
+    options = settings(workers=1) | {"admin": {"listen": f"127.0.0.1:{admin.getsockname()[1]}"}}
+    names = {"LISTEN_FDNAMES": "fastdist.socket:admin"}
+    fastdist = serve(analyzer, options, prefix=prefix, pass_fds=fds, **names)
+    assert (fastdist.port, fastdist.views_port) == (packets.getsockname()[1], admin.getsockname()[1])
+    assert fastdist.post()[0] == 202
+    assert request(fastdist.port, "GET", "/stats")[0] == 404
+    assert request(fastdist.views_port, "GET", "/stats")[0] == 200
+
+
+def test_admin_socket_needs_its_setting(held, run, tmp_path):
+    prefix, fds = passing(held())
+    names = {"LISTEN_FDNAMES": "admin", "FASTDIST_QUEUE__PATH": str(tmp_path / "data")}
+    process = run(*prefix, sys.executable, "-m", "fastdist", "serve", "--port", "0", pass_fds=fds, **names)
+    assert process.wait() == CANNOT_START
+    assert process.lines[-1] == 'fastdist: a socket called "admin" was passed, and admin.listen is not set'
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [

@@ -334,3 +334,35 @@ def test_same_exceptions_are_logged_rarely(monkeypatch):
     with capture_logs() as lines:
         ask(api, "GET", "/stats")
     assert [line["error"] for line in lines] == ["of another place"]
+
+
+# ---- two addresses (admin.listen)
+
+
+PATHS = ["/", "/dashboard/app.js", "/stats", "/queue", "/analyzers", "/metrics", "/openapi.json", "/admin/reload"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_views_are_at_their_own_address(block, path):
+    def snapshot():
+        return Snapshot(block, CONFIG, ANALYZERS, "1.2.3")
+
+    response = ask(Api(snapshot, at="packets"), "GET", path)
+    assert response.status == 404
+    assert "admin.listen" in orjson.loads(response.body)["detail"]
+    views, both = ask(Api(snapshot, at="views"), "GET", path), ask(Api(snapshot), "GET", path)
+    assert (views.status, views.headers) == (both.status, both.headers)
+
+
+@pytest.mark.parametrize("at", ["packets", "views"])
+def test_both_addresses_tell_of_health(block, at):
+    def snapshot():
+        return Snapshot(block, CONFIG, ANALYZERS, "1.2.3")
+
+    api = Api(snapshot, at=at)
+    for path in ("/health", "/ready"):
+        assert ask(api, "GET", path).status == ask(Api(snapshot), "GET", path).status
+    logs = ask(api, "GET", "/logs")
+    assert logs.status == (405 if at == "packets" else 404)
+    allowed = header(ask(api, "OPTIONS", "*"), "Allow")
+    assert ("PATCH" in allowed) == (at == "views")

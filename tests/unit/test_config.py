@@ -127,6 +127,10 @@ admin_tokens_file = ""
 cors_origins = []
 tls_cert = ""
 tls_key = ""
+
+[admin]
+listen = ""
+tls = "on"
 """
 
 ID_RULE = 'must be 1..64 characters of A-Z a-z 0-9 . _ -, and neither "." nor ".."'
@@ -376,6 +380,16 @@ def test_a_configuration_is_frozen():
         ("[security]\ntokens = ['']", None),
         ("[security]\ntokens = ['a', 'b c']", None),
         ("[security]\nadmin_tokens = ['ü']", None),
+        (
+            "[admin]\nlisten = '3001'",
+            "admin.listen: must be an address and a port, such as 127.0.0.1:3001 or [::1]:3001",
+        ),
+        ("[admin]\nlisten = 'a:3000'", "admin.listen: must not be the address of server.host and server.port"),
+        (
+            "[server]\nhost = '::1'\nport = 1\n[admin]\nlisten = '[::1]:1'",
+            "admin.listen: must not be the address of server.host and server.port",
+        ),
+        ("[admin]\ntls = 'yes'", 'admin.tls: must be one of on, off; got "yes"'),
         ("[security]\ncors_origins = ['*', 'http://a']", 'security.cors_origins: "*" must be alone'),
         ("[security]\ncors_origins = ['http://a', '*']", 'security.cors_origins: "*" must be alone'),
     ],

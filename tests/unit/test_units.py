@@ -9,7 +9,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastdist.units import format_duration, format_size, parse_duration, parse_size
+from fastdist.units import (
+    format_duration,
+    format_size,
+    parse_duration,
+    parse_listen,
+    parse_network,
+    parse_size,
+    split_listen,
+)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +205,54 @@ def test_nothing_but_a_value_error_comes_out(value):
     for parse in (parse_duration, parse_size):
         with contextlib.suppress(ValueError):
             assert 0 <= parse(value) <= 2**63
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("127.0.0.1:3001", "127.0.0.1", 3001),
+        ("0.0.0.0:0", "0.0.0.0", 0),
+        ("[::1]:3001", "::1", 3001),
+        ("[2001:DB8:0:0::1]:65535", "2001:db8::1", 65535),
+        ("Admin.example:80", "admin.example", 80),
+    ],
+)
+def test_addresses_to_listen_on(text, host, port):
+    assert parse_listen(text) == text
+    assert split_listen(text) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["3001", ":3001", "::1:3001", "[::1]", "a:65536", "a:b", "a:-1", "a:", "http://a:1", "a b:1", "[x]:1", "a:1/"],
+)
+def test_what_cannot_be_listened_on(text):
+    with pytest.raises(ValueError, match="must "):
+        parse_listen(text)
+
+
+def test_no_address_to_listen_on_is_allowed():
+    assert parse_listen("") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "network"),
+    [
+        ("10.0.0.0/8", "10.0.0.0/8"),
+        ("127.0.0.1", "127.0.0.1/32"),
+        ("10.1.2.0/255.255.255.0", "10.1.2.0/24"),
+        ("2001:DB8::/32", "2001:db8::/32"),
+        ("::1", "::1/128"),
+    ],
+)
+def test_networks_have_one_form(text, network):
+    assert parse_network(text) == network
+    assert parse_network(network) == network
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("10.0.0.1/8", "; bits behind the prefix are set"), ("10.0.0.0/33", ""), ("proxy", ""), ("", "")]
+)
+def test_what_is_no_network(text, hint):
+    with pytest.raises(ValueError, match=f"must be an address, or a network such as 10.0.0.0/8{hint}$"):
+        parse_network(text)

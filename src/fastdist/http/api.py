@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
 import msgspec
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 JSON = b"Content-Type: application/json\r\n"
 PROBLEM = b"Content-Type: application/problem+json\r\n"
 PREFLIGHT_SECONDS = 600  # how long a browser may go by the response to its preflight
+PUBLIC = ("/health", "/ready")  # paths that are served at each address
 REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
 
 LOG_INTERVAL = 60.0  # between tracebacks of one kind
@@ -140,11 +141,13 @@ class Api:
     ``routes`` maps paths (with ``{id}`` for an analyzer's, ``{file}`` for the dashboard's) to methods to handlers. GET
     brings HEAD with it, every path has OPTIONS, and a path whose handlers are elsewhere says in ``ELSEWHERE`` what it
     takes. A handler that asks for a change returns the ``Action``, which the worker has carried out.
+
+    ``at``: with ``admin.listen``, the address that is served. What load balancers ask for is at both of them.
     """
 
     ELSEWHERE: Mapping[str, Sequence[str]] = {"/logs": ("POST",)}
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], *, at: Literal["all", "packets", "views"] = "all") -> None:
         self.snapshot = snapshot
         self.faults = Faults()
         self.routes: dict[str, dict[str, Handler]] = {
@@ -161,6 +164,13 @@ class Api:
             "/analyzers/{id}": {"PATCH": self._guarded(self._override)},
             "/analyzers/{id}/override": {"DELETE": self._guarded(self._clear)},
         }
+        self._hint = "there is nothing at this path; packets go to POST /logs"
+        if at == "packets":
+            self.routes = {path: self.routes[path] for path in PUBLIC}
+            self._hint = "there is nothing at this path here; figures and changes are at the address of admin.listen"
+        elif at == "views":
+            self.ELSEWHERE = {}
+            self._hint = "there is nothing at this path here; packets go to POST /logs of the other address"
 
     def respond(
         self, method: str, target: str, headers: Mapping[str, str], body: bytes, client: str = ""
@@ -177,7 +187,7 @@ class Api:
         method, route = request.method, template(request.path)
         methods = self._methods(request.path)
         if not methods:
-            return problem(404, "there is nothing at this path; packets go to POST /logs")
+            return problem(404, self._hint)
         if method == "OPTIONS":
             if "{id}" in route:
                 self._analyzer(request)

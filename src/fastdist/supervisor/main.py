@@ -43,6 +43,7 @@ from fastdist.supervisor.processes import LATE, Processes, WorkerSlot
 from fastdist.supervisor.reload import Changes
 from fastdist.supervisor.renewal import renew
 from fastdist.supervisor.systemd import ServiceManager
+from fastdist.units import split_listen
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -119,11 +120,13 @@ class Supervisor:
         self.processes.held = self.folder.held
         self.changes.begin()
         self._write_settings()
-        listeners = self._listen()
+        listeners, for_views = self._listen(), self._listen_for_views()
         for index in range(self.workers):
             mine = old_rings[index :: self.workers]
             listener = listeners[index % len(listeners)]
-            self.processes.slots.append(WorkerSlot(self.block, index, listener, rings[index], mine))
+            slot = WorkerSlot(self.block, index, listener, rings[index], mine)
+            slot.views = for_views[index % len(for_views)] if for_views else None
+            self.processes.slots.append(slot)
         if old_rings:
             log.info("migrating packets of an earlier run", rings=len(old_rings))
 
@@ -177,16 +180,35 @@ class Supervisor:
     def _listen(self) -> list[socket.socket]:
         """Return a listener for each worker; those of the service manager may be fewer, and workers share them."""
         server = self.config.server
-        if listeners := self.inherited.get("", []):
-            activation.check(listeners, self.workers, server.host, server.port)
-            for listener in listeners:
-                _set_options(listener)
-                listener.listen(BACKLOG)
+        if inherited := self.inherited.get("", []):
             self.processes.handed_on = True
-            log.info("the service manager listens", sockets=len(listeners))
-            return listeners
+            return self._use(inherited, server.host, server.port)
+        return self._open(server.host, server.port)
+
+    def _listen_for_views(self) -> list[socket.socket]:
+        """Return those of admin.listen; none if it is not set. Raises StartError."""
+        inherited, listen = self.inherited.get(activation.ADMIN, []), self.config.admin.listen
+        if inherited and not listen:
+            raise StartError(f'a socket called "{activation.ADMIN}" was passed, and admin.listen is not set')
+        if not listen:
+            return []
+        host, port = split_listen(listen)
+        return self._use(inherited, host, port) if inherited else self._open(host, port)
+
+    def _use(self, inherited: list[socket.socket], host: str, port: int) -> list[socket.socket]:
+        """Return the service manager's sockets, ready to be used. Raises StartError."""
+        activation.check(inherited, self.workers, host, port)
+        for listener in inherited:
+            _set_options(listener)
+            listener.listen(BACKLOG)
+        log.info("the service manager listens", sockets=len(inherited))
+        return inherited
+
+    def _open(self, host: str, port: int) -> list[socket.socket]:
+        """Return a new listener for each worker. Raises StartError."""
+        listeners: list[socket.socket] = []
         try:
-            info = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             family, _, _, _, address = info
             port = _free_port(family, address)
             for _ in range(self.workers):
@@ -198,8 +220,7 @@ class Supervisor:
             for listener in listeners:
                 listener.listen(BACKLOG)
         except OSError as error:
-            where = f'"{server.host}" port {server.port}'
-            raise StartError(f"cannot listen on {where}: {error.strerror or error}") from error
+            raise StartError(f'cannot listen on "{host}" port {port}: {error.strerror or error}') from error
         return listeners
 
     # ---- running
@@ -219,10 +240,9 @@ class Supervisor:
         self.health = HealthChecker(self.block.analyzers, self.config.health, self.config.delivery.max_age)
         self.health.set_analyzers(self.changes.analyzers)
         slots = self.processes.slots
-        host, port = slots[0].listener.getsockname()[:2]
         helpers = [
             loop.create_task(each)
-            for each in (self._announce(host, port), self._watch(), self._sample(), self._act_on_signals())
+            for each in (self._announce(slots[0]), self._watch(), self._sample(), self._act_on_signals())
         ]
         if os.getpid() == 1:
             helpers.append(loop.create_task(self._reap()))
@@ -235,13 +255,12 @@ class Supervisor:
         saved = self.is_shared or self._dead_letter_rest()
         return CANNOT_START if self.processes.gave_up else 0 if saved else LOST
 
-    async def _announce(self, host: str, port: int) -> None:
+    async def _announce(self, slot: WorkerSlot) -> None:
         """Log when all workers are ready, and how to send a first packet."""
+        secure = bool(self.config.security.tls_cert)
+        url = _url(slot.listener, secure=secure)
+        admin = _url(slot.views, secure=secure and self.config.admin.tls == "on") if slot.views else None
         await self.processes.all_ready.wait()
-        if host in ("0.0.0.0", "::"):  # noqa: S104  (compared with, not bound to)
-            host = "127.0.0.1"
-        scheme = "https" if self.config.security.tls_cert else "http"
-        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         log.info(
             "fastdist is ready",
             version=__version__,
@@ -249,6 +268,7 @@ class Supervisor:
             workers=self.workers,
             analyzers=len(self.config.analyzers),
             durability="replicated" if self.is_shared else self.config.queue.durability,
+            **({"admin": admin} if admin else {}),
         )
         self.manager.status(_status_line(self._snapshot()))
         self.manager.ready()
@@ -256,7 +276,7 @@ class Supervisor:
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
             print(  # noqa: T201  (for the person at the terminal, not for the log)
                 f"\nSend a first packet:\n  curl -i {url}/logs -H 'Content-Type: application/json' -d '{body}'\n"
-                f"See where it went:\n  curl {url}/stats\n",
+                f"See where it went:\n  curl {admin or url}/stats\n",
                 file=sys.stderr,
             )
 
@@ -523,6 +543,14 @@ def _socket(family: socket.AddressFamily) -> socket.socket:
     if family == socket.AF_INET6:
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     return made
+
+
+def _url(listener: socket.socket, *, secure: bool) -> str:
+    """Return the URL under which this machine reaches a listener."""
+    host, port = listener.getsockname()[:2]
+    if host in activation.ALL:
+        host = "127.0.0.1"
+    return f"http{'s' * secure}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _set_options(listener: socket.socket) -> None:

@@ -48,6 +48,7 @@ class WorkerSlot:
         self, block: SharedBlock, index: int, listener: socket.socket, ring: int, old_rings: Sequence[OldRing]
     ) -> None:
         self.index, self.listener, self.ring, self.old_rings = index, listener, ring, list(old_rings)
+        self.views: socket.socket | None = None  # the listener of admin.listen
         self.words = block.worker(index)
         self.process: asyncio.subprocess.Process | None = None
         self.usage: _Usage | None = None  # of the process
@@ -186,6 +187,8 @@ class Processes:
             assert slot.process is not None  # noqa: S101  (_start made it)
             status = await slot.process.wait()
             slot.ended()
+            if self.stopping and slot.views is not None:
+                slot.views.close()  # else connections would wait on it in vain
             if not self.stopping:
                 self._after_death(slot, status)
             if not self.stopping and slot.false_starts and slot.false_starts % FALSE_STARTS == 0:
@@ -220,6 +223,7 @@ class Processes:
             renewed=slot.renewed,
             irreplaceable=slot.irreplaceable,
             handed_on=self.handed_on,
+            views=slot.views.fileno() if slot.views else -1,
         )
         passed = (
             self.block.fd,
@@ -229,6 +233,7 @@ class Processes:
             self.settings,
             *old_rings.values(),
             *self.held,
+            *([slot.views.fileno()] if slot.views else ()),
         )
         slot.words[WorkerWord.HEARTBEAT_NS] = 0
         slot.words[WorkerWord.STATE] = WorkerState.STARTING

@@ -45,6 +45,7 @@ from fastdist.worker.queue import OWN, Queue
 from fastdist.worker.tls import TlsServer
 from fastdist.worker.upkeep import TICK, EmitterTimeouts, LoopLag, Schedule, Task
 from fastdist.worker.upstream import max_in_flight
+from fastdist.worker.views import Views
 
 if TYPE_CHECKING:
     from fastdist.worker.listener import Acceptor
@@ -102,10 +103,13 @@ class Worker:
         )
         self.poller.after = self.intake
         self.queue.watch_damage(self._damaged)
-        api = Api(self.snapshot)
+        api = Api(self.snapshot, at="packets" if config.admin.listen else "all")
         self.admin = AdminRequests(control, api)
         self.emitters = Emitters(
             api, self.intake, self.admin.send, config.server, self._found_full, shared=stream is not None
+        )
+        self.views = Views(
+            self.queue.ring, self.counters, self.block.limiter(), config.server, self.snapshot, self.admin.send
         )
         self.schedule = Schedule(loop, self.upkeep, self._tasks())
         self.lag = LoopLag(self.counters, (self.poller, self.intake, self.schedule))
@@ -135,6 +139,7 @@ class Worker:
         limits, security = self.config.limits, self.config.security
         self.limiter.configure(limits.rate, limits.burst, limits.client_rate, limits.client_burst)
         self.emitters.configure(security.tokens, security.cors_origins)
+        self.views.configure(security, self.tls)
 
     def _reload(self) -> None:
         """Apply the settings as they are now: all of them or, after reporting that to the supervisor, none."""
@@ -174,6 +179,9 @@ class Worker:
             self.intake.broken_storage = self.stream.fault
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
         self._server.handed_on = self.assignment.handed_on
+        if self.assignment.views >= 0:
+            context = self.tls if self.config.admin.tls == "on" else None
+            self.views.listen(socket.socket(fileno=self.assignment.views), self.poller, context)
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
         gc.enable()
@@ -221,6 +229,7 @@ class Worker:
 
     async def _drain(self, deadline: float) -> None:
         await Drain(self._server, self.emitters, self.dispatcher, self.queue, self._left).run(deadline)
+        self.views.close()
         self.publish()
         self._stopped.set()
 
@@ -232,6 +241,7 @@ class Worker:
 
     def _tasks(self) -> tuple[Task, ...]:
         timeouts = EmitterTimeouts(self.intake, self.config.server)
+        of_views = EmitterTimeouts(self.views.intake, self.config.server)
         return (
             Task(Step.GAUGES, TICK, self._beat),
             *self.dispatcher.tasks,
@@ -244,6 +254,7 @@ class Worker:
             Task(Step.SYNC, self.queue.sync_interval, self.queue.sync),
             Task(Step.TIMEOUTS, TICK, lambda _now_ns: self.intake.look_for_room()),
             Task(Step.TIMEOUTS, timeouts.interval, timeouts.go_on),
+            Task(Step.TIMEOUTS, of_views.interval, of_views.go_on),
         )
 
     def _beat(self, now_ns: int) -> None:
