@@ -503,6 +503,8 @@ class EmitterCalls(Protocol):
         """Close when all is written; ``lingering``: shut down this side only. Called once."""
     def went_wrong(self, error: Exception, /) -> None:
         """Tell of an error of the program, for which the connection is aborted."""
+    def client_changed(self, forwarded: bytes, /) -> None:
+        """Set the client that a trusted proxy names (``set_client``); empty: it names none."""
 
 @type_check_only
 class Check(Protocol):
@@ -603,6 +605,8 @@ class Answer:
 
 @disjoint_base
 class IngestBase(Connection):
+    forwarded: bytes | None
+    """X-Forwarded-For of the last request; to be set to empty where a trusted proxy has connected."""
     @property
     def intake(self) -> Intake: ...
     @property
@@ -616,7 +620,7 @@ class IngestBase(Connection):
     @property
     def answers(self) -> list[Answer] | None: ...
     def __new__(cls, intake: Intake, *args: object, **kwargs: object) -> Self: ...
-    def set_client(self: EmitterCalls, address: str) -> None: ...
+    def set_client(self, address: str) -> None: ...
     def read_rest(self) -> None: ...
     def answer(self, status: int, reason: str, headers: bytes, body: bytes, close: bool = False) -> bytes: ...
     def let_go(self) -> None: ...

@@ -434,6 +434,8 @@ def _check_together(reader: _Reader) -> None:
         report("distribution.by", f'"messages" {needs}: they are counted there')
     if "*" in at("security.cors_origins", ())[:-1] or "*" in at("security.cors_origins", ())[1:]:
         report("security.cors_origins", '"*" must be alone')
+    if at("server.proxy_protocol") == "on" and at("server.trusted_proxies") == ():
+        report("server.proxy_protocol", "needs server.trusted_proxies: the header is read from these only")
     if admin := at("admin.listen", ""):
         host, port = units.split_listen(admin)
         served = {host, at("server.host")}

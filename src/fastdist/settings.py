@@ -71,6 +71,16 @@ Token = Annotated[
         },
     ),
 ]
+Network = Annotated[
+    str,
+    Meta(
+        extra={
+            "type": "text",
+            "range": "an address, or a network such as `10.0.0.0/8`",
+            "parse": units.parse_network,
+        }
+    ),
+]
 Listen = Annotated[
     str,
     Meta(
@@ -229,6 +239,22 @@ class Server(Struct, frozen=True, kw_only=True):
         (OpenTelemetry), `loki` is `/loki/api/v1/push` (Alloy, promtail), `splunk` is `/services/collector` (HEC), and
         `elasticsearch` is `/_bulk` and what its clients ask for besides (Filebeat). What is not listed is 404."""),
     ] = PROTOCOLS
+    trusted_proxies: Annotated[
+        tuple[Network, ...],
+        about("""Networks of proxies that are believed when they say who the client is; empty: none are.
+        From these, `X-Forwarded-For` names the client of each request: from its end, the first address that is no
+        trusted proxy's. `limits.client_rate`, the rule that changes come from this machine, and the log go by that
+        client. From all others the header means nothing. List proxies only, and only such as add the address of their
+        client to the header, or set it; see [behind a proxy](operations.md#behind-a-proxy)."""),
+        Meta(examples=[["127.0.0.1", "10.1.2.0/24"]]),
+    ] = ()
+    proxy_protocol: Annotated[
+        Literal["off", "on"],
+        about("""Whether connections from `server.trusted_proxies` begin with a header of the PROXY protocol (1 or 2).
+        With `on` they all have to, within `server.header_timeout`, also before TLS; one without it is closed, and
+        logged. The client that the header names is that of the connection. Connections from elsewhere have no header,
+        and one that is sent all the same is broken HTTP (400); so it is at the address of `admin.listen`."""),
+    ] = "off"
 
 
 class Analyzer(Struct, frozen=True, kw_only=True):

@@ -228,7 +228,7 @@ def parse_network(text: str) -> str:
     try:
         return str(ipaddress.ip_network(text))
     except ValueError as error:
-        hint = "; bits behind the prefix are set" if "host bits" in str(error) else ""
+        hint = "; host bits are set" if "host bits" in str(error) else ""
         raise ValueError(f"must be an address, or a network such as 10.0.0.0/8{hint}") from None
 
 

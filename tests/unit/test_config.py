@@ -35,6 +35,8 @@ max_connections = 10000
 drain_timeout = "30s"
 validation = "schema"
 protocols = ["json", "otlp", "loki", "splunk", "elasticsearch"]
+trusted_proxies = []
+proxy_protocol = "off"
 
 [[analyzers]]
 id = "A1"
@@ -390,6 +392,14 @@ def test_a_configuration_is_frozen():
             "admin.listen: must not be the address of server.host and server.port",
         ),
         ("[admin]\ntls = 'yes'", 'admin.tls: must be one of on, off; got "yes"'),
+        (
+            "[server]\nproxy_protocol = 'on'",
+            "server.proxy_protocol: needs server.trusted_proxies: the header is read from these only",
+        ),
+        (
+            "[server]\ntrusted_proxies = ['10.0.0.1/8']",
+            "server.trusted_proxies[0]: must be an address, or a network such as 10.0.0.0/8; host bits are set",
+        ),
         ("[security]\ncors_origins = ['*', 'http://a']", 'security.cors_origins: "*" must be alone'),
         ("[security]\ncors_origins = ['http://a', '*']", 'security.cors_origins: "*" must be alone'),
     ],

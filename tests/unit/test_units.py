@@ -251,7 +251,7 @@ def test_networks_have_one_form(text, network):
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("10.0.0.1/8", "; bits behind the prefix are set"), ("10.0.0.0/33", ""), ("proxy", ""), ("", "")]
+    ("text", "hint"), [("10.0.0.1/8", "; host bits are set"), ("10.0.0.0/33", ""), ("proxy", ""), ("", "")]
 )
 def test_what_is_no_network(text, hint):
     with pytest.raises(ValueError, match=f"must be an address, or a network such as 10.0.0.0/8{hint}$"):

@@ -18,6 +18,7 @@ cdef enum:
 
 cdef enum HoleKind:
     ANYTHING = 0             # decides nothing: trace ids, User-Agent, Date ...
+    FORWARDED                # of X-Forwarded-For, if there is one of it
     LENGTH                   # digits of Content-Length
     KEY                      # of Idempotency-Key
     CREDENTIALS              # of Authorization
@@ -33,6 +34,7 @@ cdef struct Filled:
     int64_t content_length   # -1: none
     Span key
     Span credentials
+    Span forwarded           # p is NULL: see RequestHead.forwarded
 
 cdef object HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|(?:[-._~!$&'()*+;=0-9A-Za-z]|%[0-9A-Fa-f]{2})+)(?::0*([0-9]{0,5}))?")
 cdef object ABSOLUTE = re.compile(rb"(?i)https?://([^/?]*)(.*)")
@@ -47,7 +49,8 @@ cdef frozenset DECISIVE = frozenset((
     b"connection", b"proxy-connection", b"upgrade", b"transfer-encoding", b"host", b"content-type", b"content-encoding",
     b"expect", b"prefer", b"origin", b"retry-after", b"location",
 ))
-cdef dict HANDED_OUT = {b"content-length": LENGTH, b"idempotency-key": KEY, b"authorization": CREDENTIALS}
+cdef dict HANDED_OUT = {b"content-length": LENGTH, b"idempotency-key": KEY, b"authorization": CREDENTIALS,
+                        b"x-forwarded-for": FORWARDED}
 
 cdef unsigned char[256] IN_VALUES  # field content: HTAB, SP, visible ASCII, obs-text
 
@@ -220,8 +223,8 @@ cdef class Head:
         cdef Hole *hole
         cdef int i
         filled.content_length = self.content_length
-        filled.key.p = filled.credentials.p = NULL
-        filled.key.n = filled.credentials.n = 0
+        filled.key.p = filled.credentials.p = filled.forwarded.p = NULL
+        filled.key.n = filled.credentials.n = filled.forwarded.n = 0
         for i in range(self.hole_count):
             hole = &self.holes[i]
             literal, size = hole.start - done, hole.end - hole.start
@@ -240,7 +243,7 @@ cdef class Head:
                     return 0
             else:
                 # Mostly it is the same. How long that takes to see must not reveal credentials that another client has sent.
-                if hole.kind == ANYTHING and end - at > size and memcmp(at, text + hole.start, size) == 0:
+                if hole.kind <= FORWARDED and end - at > size and memcmp(at, text + hole.start, size) == 0:
                     at += size
                 while at < end and IN_VALUES[at[0]]:
                     at += 1
@@ -248,6 +251,8 @@ cdef class Head:
                     filled.key = trim(start, at)
                 elif hole.kind == CREDENTIALS:
                     filled.credentials = trim(start, at)
+                elif hole.kind == FORWARDED:
+                    filled.forwarded = trim(start, at)
             done = hole.end
         literal = PyBytes_GET_SIZE(self.text) - done
         if end - at < literal or memcmp(at, text + done, literal) != 0:
@@ -282,7 +287,8 @@ cdef class RequestHead(Head):
     cdef readonly dict fields        # values by lower-case name, repeated ones joined by commas; None: is_log, not encoded
     cdef readonly object route       # what it is for, as `Intake.find` has said; None: no agent's request
     cdef readonly bint brings        # records, in an agent's format
-    cdef int hosts, credentials      # how many fields
+    cdef int hosts, credentials, forwards  # how many fields
+    cdef bytes forwarded             # X-Forwarded-For, repeated ones joined; None: none
 
     def __init__(self, bytes text not None):
         self.text, self.target, self.fields, self.json, self.wait = text, b"", {}, True, -1
@@ -298,20 +304,26 @@ cdef class RequestHead(Head):
             self.status, self.fault = status_for(parser), objection
         if self.status:
             self.hole_count = 0
+        if self.forwards > 1:  # what is in one of them is not all
+            self.keep_holes(~(1 << FORWARDED))
         # Joined only now, as there may be very many of one name.
         self.fields = (None if self.is_log and not self.encoded else
                        {name: ", ".join(values) for name, values in self.fields.items()})
 
     cdef int use(self, object route, bint brings) except -1:
         """Take in what it is for. An agent's request is read by all of its fields: a template has them all but two."""
-        cdef int i, kept = 0
         self.route, self.brings = route, brings
+        self.keep_holes(1 << LENGTH | 1 << CREDENTIALS)
+        return 0
+
+    cdef void keep_holes(self, int kinds) noexcept:
+        """Have a template be the same but for holes of these kinds, a bit each."""
+        cdef int i, kept = 0
         for i in range(self.hole_count):
-            if self.holes[i].kind == LENGTH or self.holes[i].kind == CREDENTIALS:
+            if kinds >> self.holes[i].kind & 1:
                 self.holes[kept] = self.holes[i]
                 kept += 1
         self.hole_count = kept
-        return 0
 
     def on_url(self, bytes url):
         """Called by httptools with the target."""
@@ -340,6 +352,9 @@ cdef class RequestHead(Head):
             self.keys += 1
         elif name == b"authorization":
             self.credentials += 1
+        elif name == b"x-forwarded-for":
+            self.forwards += 1
+            self.forwarded = value if self.forwarded is None else self.forwarded + b"," + value
         else:
             Head.take(self, name, value)
         return 0

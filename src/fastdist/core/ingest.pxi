@@ -54,7 +54,8 @@ cdef class IngestBase(Connection):
     """One emitter's connection, mixed into an ``asyncio.Protocol`` that has what ``EmitterCalls`` in the stub describes."""
 
     cdef readonly Intake intake
-    cdef uint64_t client               # hash of the peer's address
+    cdef uint64_t client               # hash of the client's address
+    cdef public bytes forwarded        # X-Forwarded-For of the last request, from a trusted proxy; None: from no such
     cdef Held held
     cdef bint output_paused            # by the transport
     cdef bint queued                   # in `intake.waiting` or `intake.costly`
@@ -375,6 +376,8 @@ cdef class IngestBase(Connection):
         cdef int64_t wait = 0
         cdef Refusal refusal
         self.is_log, self.brings = head.is_log, head.brings
+        if unlikely(self.forwarded is not None):
+            find_client(self, head, filled)
         if unlikely(not head.is_log or head.encoded):
             self.note_route(head, filled)
         self.head_only = not head.is_log and head.method == "HEAD"

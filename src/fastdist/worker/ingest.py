@@ -20,6 +20,7 @@ from fastdist._core import Answer, IngestBase, Intake
 from fastdist.errors import PacketError
 from fastdist.http.admin import has_token, is_token
 from fastdist.http.api import Response, cors_headers, is_preflight, problem, retry_after
+from fastdist.net.proxies import TrustedProxies
 from fastdist.protocols.base import BUSY, STATUSES, Reason, Refused, Request
 from fastdist.protocols.encodings import decode
 from fastdist.statuses import reason
@@ -67,6 +68,7 @@ class Emitters:
         self.api, self.intake, self.carry_out, self.found_full = api, intake, carry_out, found_full
         self.shared = shared
         self.counts_messages = server.validation != "none"
+        self.proxies = TrustedProxies(server.trusted_proxies)
         self.agents = Agents(server, min(intake.ring.capacity, intake.most_bodies))
         intake.find = self.agents.find
         self.tokens: Sequence[str] = ()
@@ -196,8 +198,10 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Take the connection in, unless there are too many."""
         self.transport = transport
         peer = transport.get_extra_info("peername")
-        self.address = str(peer[0]) if peer else ""
+        self.peer = self.address = str(peer[0]) if peer else ""
         self.set_client(self.address)
+        if self.emitters.proxies and self.emitters.proxies.trusts(self.peer):
+            self.forwarded = b""
         self.intake.connections.add(self)
         rejected = self.emitters.rejected
         if len(self.intake.connections) - len(rejected) > self.intake.max_connections:
@@ -205,6 +209,11 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             response = problem(503, "too many connections; try again shortly", headers=retry_after())
             self.turn_away(self._compose(response, close=True), len(rejected) <= MAX_REJECTED)
         self._count()
+
+    def client_changed(self, forwarded: bytes) -> None:
+        """Note whose the requests of a trusted proxy are from now on."""
+        self.address = self.emitters.proxies.client(forwarded.decode("latin-1"), self.peer)
+        self.set_client(self.address)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Release everything."""

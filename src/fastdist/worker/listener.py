@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 from fastdist import logs
 from fastdist._core import Poller, Receiver, Stream
 from fastdist.net.connect import SHORTAGES
+from fastdist.worker.proxy_headers import ProxyHeaders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fastdist.net.proxies import TrustedProxies
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
 LAST_ROUNDS = 128  # of accepting when it is closed: twice the backlog
@@ -54,6 +57,7 @@ class Acceptor:
         self.listener, self.taken, self.first = listener, taken, first
         self.loop = asyncio.get_running_loop()
         self.handed_on = False
+        self._headers: ProxyHeaders | None = None
         self._open = True
         self._reserve = _reserve()
         self._log_limit = logs.Throttle(LOG_INTERVAL)
@@ -63,18 +67,27 @@ class Acceptor:
     @property
     def busy(self) -> bool:
         """Whether connections may still arrive."""
-        return self._open
+        return self._open or (self._headers is not None and self._headers.busy)
+
+    def read_headers(self, proxies: TrustedProxies, has_room: Callable[[int], bool], patience: float) -> None:
+        """Read a header of the PROXY protocol from each connection of a trusted proxy first; see ``ProxyHeaders``."""
+        self.taken = self._headers = ProxyHeaders(self.taken, proxies, has_room, patience)
 
     def finish(self) -> None:
         """Stop new connections; accept those that were begun, then close. Where they are handed on, close at once."""
         if self.handed_on:
-            Acceptor.close(self)  # a subclass may close more
+            self._stop()
             return
         _drop_syn(self.listener)
         self.loop.call_later(HANDSHAKE, self._accept_remaining)
 
     def close(self) -> None:
         """Accept all connections that are there, now, and no more; where they are handed on, none."""
+        self._stop()
+        if self._headers is not None:
+            self._headers.close()
+
+    def _stop(self) -> None:
         if not self._open:
             return
         for _ in range(0 if self.handed_on else LAST_ROUNDS):
@@ -90,7 +103,7 @@ class Acceptor:
         if self._accept():
             self.loop.call_soon(self._accept_remaining)
         else:
-            Acceptor.close(self)  # a subclass may close more
+            self._stop()
 
     def _listen(self) -> None:
         if self._open:

@@ -197,6 +197,13 @@ class Worker:
         obeying.cancel()
 
     def _listen(self, listener: socket.socket) -> Acceptor:
+        server = self._acceptor(listener)
+        if self.config.server.proxy_protocol == "on":
+            room, patience = self.emitters.has_room_besides, self.config.server.header_timeout
+            server.read_headers(self.emitters.proxies, room, patience)
+        return server
+
+    def _acceptor(self, listener: socket.socket) -> Acceptor:
         def protocol() -> IngestProtocol:
             return IngestProtocol(self.intake, self.emitters)
 
