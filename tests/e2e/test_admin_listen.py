@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import trustme
-from support import BODY, Emitter, get_json, request, wait_until
+from support import BODY, ROOT, Emitter, free_port, get_json, request, wait_until
 
 from fastdist.supervisor.main import CANNOT_START
 
@@ -154,6 +154,17 @@ def test_port_that_is_taken_ends_the_start(run, tmp_path):
         process = run(*FASTDIST, "serve", "--config", file)
         assert process.wait() == CANNOT_START
         assert process.lines[-1] == f'fastdist: cannot listen on "127.0.0.1" port {port}: Address already in use'
+
+
+def test_containers_health_check_asks_there(mocks, serve, run):
+    listen = {"admin": {"listen": f"127.0.0.1:{free_port()}"}}
+    fastdist = serve(mocks, listen | {"server": {"trusted_proxies": ["127.0.0.1"], "proxy_protocol": "on"}})
+    check = (sys.executable, ROOT / "deploy" / "docker" / "healthcheck.py")
+    process = run(*check, FASTDIST_CONFIG=str(fastdist.config))
+    assert process.wait() == 0, process.output
+    assert json.loads(process.lines[0])["status"] == "ok"
+    fastdist.stop()
+    assert run(*check, FASTDIST_CONFIG=str(fastdist.config)).wait() == 1
 
 
 def test_commands_reach_it(mocks, serve, run):
