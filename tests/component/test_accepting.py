@@ -13,7 +13,7 @@ import uvloop
 
 from fastdist._core import Poller
 from fastdist.worker import tls
-from fastdist.worker.listener import Acceptor
+from fastdist.worker.listener import SHARED_AT_ONCE, Acceptor
 
 CLIENTS = 300
 
@@ -39,9 +39,13 @@ def run(work):
     return uvloop.run(work())
 
 
+async def until(condition):
+    while not condition():  # noqa: ASYNC110  (there is no event to wait for)
+        await asyncio.sleep(0.001)
+
+
 async def ended(server):
-    while server.busy:  # noqa: ASYNC110  (it has no event to wait for)
-        await asyncio.sleep(0.01)
+    await until(lambda: not server.busy)
 
 
 def test_closing_accepts_all_connected(listener):
@@ -124,3 +128,59 @@ def test_closing_ends_endless_handshakes(listener):
     with clients(listener, 20) as connected:
         run(close)
         assert [client.recv(1) for client in connected] == [b""] * 20
+
+
+# ---- a listener that is handed on
+
+
+def test_listener_handed_on_is_left_as_it_is(listener):
+    """What waits on it waits on, what comes is not refused, and the next that has it serves both."""
+    taken = []
+
+    def take(connection, _):
+        taken.append(connection)
+
+    async def finish():
+        acceptor = Acceptor(listener.dup(), take)
+        acceptor.handed_on = True
+        acceptor.finish()
+        assert not acceptor.busy
+        await asyncio.get_running_loop().run_in_executor(None, connect_more)
+        assert not taken
+
+    async def serve_next():
+        acceptor = Acceptor(listener.dup(), take)
+        await until(lambda: len(taken) == CLIENTS + 1)
+        acceptor.close()
+
+    def connect_more():
+        more.append(socket.create_connection(listener.getsockname(), timeout=20))
+
+    more = []
+    with clients(listener):
+        run(finish)
+        run(serve_next)
+    for connection in (*taken, *more):
+        connection.close()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_worker_with_more_yields_but_once(listener, there):
+    """To one that has fewer, if that is there and takes it."""
+    taken = []
+
+    async def serve():
+        acceptors = []
+        for name in ("more", "fewer") if there else ("more",):
+            acceptor = Acceptor(listener.dup(), lambda connection, _, name=name: taken.append((name, connection)))
+            acceptor.handed_on, acceptor.has_more = True, lambda name=name: name == "more"
+            acceptors.append(acceptor)
+        await until(lambda: len(taken) == 20)
+        for acceptor in acceptors:
+            acceptor.close()
+
+    with clients(listener, 20):
+        run(serve)
+    assert {name for name, _ in taken[:SHARED_AT_ONCE]} == {"fewer" if there else "more"}
+    for _, connection in taken:
+        connection.close()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fastdist.net.proxies import TrustedProxies
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
+SHARED_AT_ONCE = 8  # the same where workers share a listener: each is to have some of many that come together
+YIELD = 0.001  # seconds that a worker leaves a connection to another which has fewer
 LAST_ROUNDS = 128  # of accepting when it is closed: twice the backlog
 PAUSE = 0.1  # seconds without accepting when descriptors have run out
 HANDSHAKE = 0.1  # seconds for clients to complete connections that were begun before we finish
@@ -41,6 +43,8 @@ class Acceptor:
     closed. So ``finish`` first stops new ones, accepts those that are there, and only then closes.
 
     A listener that is ``handed_on`` stays open in the service manager; what waits on it is served by the next process.
+    Workers share it, and all of them are woken for each connection: one that has several more than another
+    (``has_more()``) lets that have it, if it takes it at once.
 
     ``first`` is called before accepting, so that closed connections make room for new ones.
 
@@ -57,6 +61,8 @@ class Acceptor:
         self.listener, self.taken, self.first = listener, taken, first
         self.loop = asyncio.get_running_loop()
         self.handed_on = False
+        self.has_more: Callable[[], bool] = lambda: False
+        self._yielded = False
         self._headers: ProxyHeaders | None = None
         self._open = True
         self._reserve = _reserve()
@@ -110,6 +116,12 @@ class Acceptor:
             self.loop.add_reader(self.listener, self._ready)
 
     def _ready(self) -> None:
+        if self.handed_on and not self._yielded and self.has_more():
+            self._yielded = True
+            self.loop.remove_reader(self.listener)
+            self.loop.call_later(YIELD, self._listen)
+            return
+        self._yielded = False
         if self.first is not None:
             self.first()
         self.loop.call_soon(self._accept)  # after lost connections, which are reported through the loop
@@ -118,7 +130,7 @@ class Acceptor:
         """Accept some connections; return whether there may be more of them now."""
         if not self._open:
             return False
-        for _ in range(ACCEPTED_AT_ONCE):
+        for _ in range(SHARED_AT_ONCE if self.handed_on else ACCEPTED_AT_ONCE):
             try:
                 connection, peer = self.listener.accept()
             except BlockingIOError:

@@ -31,7 +31,7 @@ from fastdist.errors import StartError
 from fastdist.http.api import Api, problem, retry_after
 from fastdist.ipc import Assignment, Message
 from fastdist.net import tls
-from fastdist.shm.block import SharedBlock, Step, WorkerWord
+from fastdist.shm.block import SharedBlock, Step, WorkerState, WorkerWord
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
 from fastdist.statuses import reason
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 LOOK = 0.1  # seconds between two looks at the names of the rings' files, dead-letter files and lack of descriptors
 ROOM_NS = 100_000_000  # that an estimate of when there will be room holds
 CANNOT_START = 3  # exit status
+SEVERAL = 8  # connections that a worker may have more than another before it leaves new ones to that
 MIN_MIGRATED = 64  # packets of an old ring that are moved at once, at least
 
 log = logs.get()
@@ -179,6 +180,7 @@ class Worker:
             self.intake.broken_storage = self.stream.fault
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
         self._server.handed_on = self.assignment.handed_on
+        self._server.has_more = self._has_more
         if self.assignment.views >= 0:
             context = self.tls if self.config.admin.tls == "on" else None
             self.views.listen(socket.socket(fileno=self.assignment.views), self.poller, context)
@@ -243,6 +245,14 @@ class Worker:
     def _left(self) -> int:
         self.publish()
         return sum(row.get("undone") for row in self.block.rows)
+
+    def _has_more(self) -> bool:
+        """Whether another worker that runs has several connections fewer."""
+        ours, others = self.counters.get("emitters"), enumerate(self.block.rows)
+        return any(
+            row.get("emitters") < ours - SEVERAL and self.block.worker(index)[WorkerWord.STATE] == WorkerState.RUNNING
+            for index, row in others
+        )
 
     # ---- upkeep
 
