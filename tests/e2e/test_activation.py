@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import trustme
 from support import BODY, Process, get_json, request, wait_until
 
 from fastdist.supervisor.main import CANNOT_START
@@ -112,8 +114,8 @@ class Clients:
     ``outcomes`` maps each packet's id to its status, or to what went wrong.
     """
 
-    def __init__(self, port, rate=200):
-        self.port, self.rate, self.outcomes = port, rate, {}
+    def __init__(self, port, rate=200, context=None):
+        self.port, self.rate, self.context, self.outcomes = port, rate, context, {}
         self._enough = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
@@ -129,7 +131,7 @@ class Clients:
         self.outcomes[name] = "no answer"
         try:
             async with asyncio.timeout(60):
-                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=self.context)
                 head = (
                     f"POST /logs HTTP/1.1\r\nHost: t\r\nIdempotency-Key: {name}\r\nContent-Length: {len(BODY)}\r\n\r\n"
                 )
@@ -195,7 +197,12 @@ def test_packets_are_taken_while_it_drains(analyzer, held, serve):
     assert fastdist.post(Idempotency_Key="stuck")[0] == 202
     fastdist.signal(signal.SIGTERM)
     fastdist.line_with("draining")
-    wait_until(lambda: request(fastdist.port, "GET", "/ready")[0] == 503, "draining is told")
+
+    def all_close():
+        answers = [request(fastdist.port, "GET", "/ready") for _ in range(20)]
+        return all(status == 503 and headers.get("connection") == "close" for status, headers, _ in answers)
+
+    wait_until(all_close, "both workers drain")
     for number in range(20):
         status, headers, _ = fastdist.post(Idempotency_Key=f"n-{number}")
         assert (status, headers["connection"]) == (202, "close")
@@ -220,6 +227,27 @@ def test_memory_queue_leaves_new_to_the_next(analyzer, held, serve):
     clients.wait_for(20)
     clients.stop()
     assert {*clients.outcomes.values()} == {202}
+    second.wait_at_rest()
+    assert analyzer.delivered.keys() == clients.outcomes.keys()
+
+
+def test_restart_with_tls_loses_nothing(analyzer, held, serve, tmp_path):
+    authority = trustme.CA()
+    pair = authority.issue_cert("127.0.0.1")
+    (tmp_path / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in pair.cert_chain_pems))
+    (tmp_path / "key.pem").write_bytes(pair.private_key_pem.bytes())
+    files = {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
+    plain = {"admin": {"listen": "127.0.0.1:0", "tls": "off"}, "security": files}
+    prefix, fds = passing(held())
+    options = {"prefix": prefix, "pass_fds": fds}
+    first = serve(analyzer, settings() | plain, **options)
+    clients = Clients(first.port, 50, ssl.create_default_context(cadata=authority.cert_pem.bytes().decode()))
+    clients.wait_for(50)
+    assert first.stop() == 0
+    second = serve(analyzer, settings() | plain, **options)
+    clients.wait_for(50)
+    clients.stop()
+    assert {*clients.outcomes.values()} == {202}, Counter(map(str, clients.outcomes.values()))
     second.wait_at_rest()
     assert analyzer.delivered.keys() == clients.outcomes.keys()
 

@@ -141,3 +141,11 @@ def test_shared_analyzer_endpoint_warns(tmp_path):
 def test_batching_possible_non_json_warns(tmp_path):
     text = "[server]\nworkers = 1\nvalidation = 'none'\n[delivery]\nmode = 'batch'\nbatch_packets = 200\n"
     assert [line.split(":")[0] for line in warned(tmp_path, text)] == ["delivery.batch_packets", "server.validation"]
+
+
+def test_trusting_every_client_warns(tmp_path):
+    text = "[server]\nworkers = 1\ntrusted_proxies = ['10.0.0.0/8', '0.0.0.0/0', '::/0']\n"
+    assert [line.split(":")[0] for line in warned(tmp_path, text)] == [
+        "server.trusted_proxies[1]",
+        "server.trusted_proxies[2]",
+    ]

@@ -84,6 +84,9 @@ def warnings(config: Config) -> Iterator[str]:
     for index, analyzer in enumerate(config.analyzers):
         if first.setdefault(analyzer.endpoint, index) != index:
             yield f"analyzers[{index}].endpoint: the same as analyzers[{first[analyzer.endpoint]}].endpoint"
+    for index, network in enumerate(config.server.trusted_proxies):
+        if network.endswith("/0"):
+            yield f"server.trusted_proxies[{index}]: every client is in it, and may say that it is another"
     if batches(config) and config.server.validation == "none":
         yield "server.validation: with none, a body that is not JSON breaks the batches (mode) it is sent in"
 

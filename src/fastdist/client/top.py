@@ -72,7 +72,8 @@ class Watcher:
         except (OSError, HTTPException) as error:
             raise NoAnswerError(describe(error, TIMEOUT)) from None
         if reply.status != 200:  # noqa: PLR2004  (what it answers when it serves)
-            raise NoAnswerError(f"{path} is answered {reply.status}; is that the URL of a distributor?")
+            hint = " With admin.listen, it is that address." if "admin.listen" in reply.text else ""
+            raise NoAnswerError(f"{path} is answered {reply.status}; is that the URL of a distributor?{hint}")
         try:
             return msgspec.json.decode(reply.content, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

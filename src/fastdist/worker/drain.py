@@ -17,6 +17,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from fastdist import logs
+from fastdist.storage.files import is_nameless
 from fastdist.worker.upkeep import TICK
 
 if TYPE_CHECKING:
