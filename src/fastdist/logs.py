@@ -46,7 +46,7 @@ def _as_json(line: dict[str, object], **_: object) -> str:
         return json.dumps(line, default=str)
 
 
-def configure(**context: object) -> None:
+def configure(level: int = logging.INFO, **context: object) -> None:
     """Set logging up for this process; ``context`` (such as ``worker="w0"``) is part of every line."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -61,7 +61,7 @@ def configure(**context: object) -> None:
         renderer = structlog.processors.JSONRenderer(serializer=_as_json)
     structlog.configure(
         processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         # A line is one write, its end included: several processes share the stream.
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Patient(sys.stderr))),
         cache_logger_on_first_use=True,

@@ -261,6 +261,35 @@ def test_list_as_json_has_one_line_each(run, dead_letters):
     assert torn == {"id": None, "reason": "unreadable", "file": str(path), "bytes": 11}
 
 
+@pytest.mark.parametrize("verb", ["list", "replay", "purge"])
+def test_dead_letters_are_in_one_place(run, dead_letters, verb):
+    for where in ([], [str(dead_letters), "--config", "fastdist.toml"]):
+        result = run("dead-letters", verb, *where, *(["--yes"] if verb == "purge" else []))
+        assert result.exit_code == 2
+        assert result.stderr == "fastdist: where are the dead letters? Name PATH or --config FILE, one of them\n"
+
+
+def test_configuration_says_where_they_are(run, dead_letters, tmp_path):
+    file = tmp_path / "fastdist.toml"
+    file.write_text(f'[queue]\npath = "{dead_letters}"\n')
+    assert (
+        run("dead-letters", "list", "--config", str(file)).stdout
+        == run("dead-letters", "list", str(dead_letters)).stdout
+    )
+    file.write_text("[queue]\npath = 1\n")
+    result = run("dead-letters", "list", "--config", str(file))
+    assert (result.exit_code, result.stderr) == (2, "queue.path: expected a string, got integer 1\n")
+
+
+def test_a_stream_needs_its_client(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdist.storage.jetstream.find_spec", lambda _: None)
+    file = tmp_path / "fastdist.toml"
+    file.write_text('[queue]\nbackend = "jetstream"\n')
+    result = run("dead-letters", "list", "--config", str(file))
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.endswith("pip install 'fastdist[jetstream]'\n")
+
+
 def test_list_selects_by_reason_and_time(run, dead_letters):
     assert "1 dead letter, 1 B" in run("dead-letters", "list", str(dead_letters), "--reason", "shutdown").stdout
     assert "2 dead letters" in run("dead-letters", "list", str(dead_letters), "--since", "1h").stdout

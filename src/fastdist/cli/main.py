@@ -17,6 +17,7 @@ import typer
 
 from fastdist import __version__
 from fastdist.cli import admin, clients
+from fastdist.cli.dead_letters import dead_letters_at
 from fastdist.cli.options import (
     BAD_CONFIG,
     CANNOT_START,
@@ -27,6 +28,7 @@ from fastdist.cli.options import (
     Json,
     Token,
     ago,
+    check_jetstream_files,
     fail,
     load_or_exit,
     problems_shown,
@@ -53,7 +55,14 @@ dead_letters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 queue = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 DeadLettersPath = Annotated[
-    Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), its folder dead-letters, or one file.")
+    Path | None,
+    typer.Argument(metavar="[PATH]", help="The queue's folder (queue.path), its folder dead-letters, or one file."),
+]
+DeadLettersConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--config", metavar="FILE", help="In place of PATH: the configuration whose queue, or stream, has them."
+    ),
 ]
 QueuePath = Annotated[Path, typer.Argument(metavar="PATH", help="The queue's folder (queue.path), or one file of it.")]
 Reason = Literal["refused", "exhausted", "oversized", "shutdown"]  # why a packet is a dead letter
@@ -122,7 +131,7 @@ def serve(
     loaded, pair = _read_files(load_or_exit(config, {"host": host, "port": port, "workers": workers}))
     from fastdist.supervisor import main
 
-    _check_jetstream_files(loaded.config)
+    check_jetstream_files(loaded.config)
     try:
         status = main.serve(loaded, pair)
     except StartError as error:
@@ -156,7 +165,7 @@ def check(
 
     loaded, pair = _read_files(load_or_exit(file, {}))
     config = loaded.config
-    _check_jetstream_files(config)
+    check_jetstream_files(config)
     for warning in (*effective.warnings(config), *without_effect(loaded), *tls.date_warnings(pair, config)):
         typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
@@ -203,11 +212,14 @@ app.add_typer(queue, name="queue")
 def dead_letters_group() -> None:
     """List, replay and purge dead letters.
 
-    Those are packets that no analyzer would take, or that could not be delivered before the service ended.
+    Those are packets that no analyzer would take, or that could not be delivered before the service ended. They are in
+    files below the queue's folder, or with queue.backend = "jetstream" in a stream that all replicas share: any machine
+    that has their configuration can name it by --config FILE.
 
     \b
     Examples:
       fastdist dead-letters list fastdist-data
+      fastdist dead-letters list --config fastdist.toml
       fastdist dead-letters replay fastdist-data
       fastdist dead-letters purge fastdist-data --older-than 30d
     """
@@ -215,8 +227,9 @@ def dead_letters_group() -> None:
 
 @dead_letters.command("list")
 def dead_letters_list(
-    path: DeadLettersPath,
+    path: DeadLettersPath = None,
     *,
+    config: DeadLettersConfig = None,
     reason: LineReasonOption = None,
     since: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Only those that became dead letters this recently.")
@@ -233,54 +246,59 @@ def dead_letters_list(
       fastdist dead-letters list fastdist-data
       fastdist dead-letters list fastdist-data --reason refused --since 1h
       fastdist dead-letters list fastdist-data --json | jq -r .error | sort | uniq -c
+      fastdist dead-letters list --config fastdist.toml
     """
     from fastdist.client import output
-    from fastdist.storage import dead_letters
+    from fastdist.storage.dead_letters import Selection
 
-    with problems_shown():
-        selection = dead_letters.Selection(reason=reason, since=ago(since, "--since"))
+    with problems_shown(), dead_letters_at(path, config) as store:
+        selection = Selection(reason=reason, since=ago(since, "--since"))
         show = output.print_dead_letters_json if json else output.print_dead_letters
-        show(dead_letters.find_files(path), selection)
+        show(store.selected(selection))
 
 
 @dead_letters.command("replay")
 def dead_letters_replay(
-    path: DeadLettersPath,
+    path: DeadLettersPath = None,
     *,
-    url: Annotated[str, typer.Option(help="The distributor to post them to.")] = DEFAULT_URL,
+    config: DeadLettersConfig = None,
+    url: Annotated[str, typer.Option(help="The distributor to post those of files to.")] = DEFAULT_URL,
     token: Token = None,
     ca_file: CaFile = None,
     connections: Annotated[int, typer.Option(min=1, max=256, help="How many to post at the same time.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Post no more than this many.")] = None,
     reason: DeadLetterReasonOption = None,
 ) -> None:
-    """Post dead letters to a running distributor, under the ids they had.
+    """Send dead letters again, under the ids they had.
 
-    What it accepts is removed from the files, what it refuses stays. If this is interrupted, even killed, call it
-    again: at worst the few packets that were under way are sent twice, under the same ids. Exit status: 0 when none
-    is left, 1 otherwise.
+    Those of files are posted to a running distributor. What it accepts is removed from the files, what it refuses
+    stays. Those of a stream are published to the stream of packets, whether a distributor runs or not; --url, --token
+    and --ca-file do not matter then. If this is interrupted, even killed, call it again: at worst the few packets that
+    were under way are sent twice, under the same ids (of a stream: not within jetstream.dedup_window). Exit status: 0
+    when none is left, 1 otherwise.
 
     \b
     Examples:
       fastdist dead-letters replay fastdist-data
       fastdist dead-letters replay fastdist-data --url http://logs.example:3000 --limit 10
       FASTDIST_TOKEN=secret fastdist dead-letters replay fastdist-data --connections 16
+      fastdist dead-letters replay --config fastdist.toml
     """
-    from fastdist.client import output, progress, replay
-    from fastdist.storage import dead_letters
+    from fastdist.client import output, progress
+    from fastdist.storage.dead_letters import Selection
 
     target = target_or_exit(url, token_or_environment(token), ca_file)
-    with problems_shown(), progress.ReplayView() as view:
-        files = dead_letters.find_files(path)
-        summary = replay.Replay(files, dead_letters.Selection(reason=reason), target, view).run(connections, limit)
+    with problems_shown(), dead_letters_at(path, config) as store, progress.ReplayView(store.peer) as view:
+        summary = store.replay(Selection(reason=reason), target, view, connections, limit)
     output.print_summary(summary)
     raise typer.Exit(INCOMPLETE if summary.left or summary.stopped else 0)
 
 
 @dead_letters.command("purge")
 def dead_letters_purge(
-    path: DeadLettersPath,
+    path: DeadLettersPath = None,
     *,
+    config: DeadLettersConfig = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     reason: LineReasonOption = None,
     older_than: Annotated[
@@ -294,16 +312,16 @@ def dead_letters_purge(
       fastdist dead-letters purge fastdist-data
       fastdist dead-letters purge fastdist-data --older-than 30d --yes
       fastdist dead-letters purge fastdist-data --reason unreadable
+      fastdist dead-letters purge --config fastdist.toml
     """
     from fastdist.client import output, purge
-    from fastdist.storage import dead_letters
+    from fastdist.storage.dead_letters import Selection
 
     if not yes and not sys.stdin.isatty():
         fail("cannot ask for confirmation (stdin is no terminal); say --yes to delete them")
-    with problems_shown():
-        selection = dead_letters.Selection(reason=reason, until=ago(older_than, "--older-than"))
-        files = dead_letters.find_files(path)
-        census = purge.count(files, selection)
+    with problems_shown(), dead_letters_at(path, config) as store:
+        selection = Selection(reason=reason, until=ago(older_than, "--older-than"))
+        census = purge.census_of(line for _, line in store.selected(selection))
         if census.lines and not yes and not typer.confirm(f"Delete {output.census_text(census)}?", err=True):
             fail("nothing was deleted", INCOMPLETE)
         skipped: list[str] = []
@@ -312,7 +330,7 @@ def dead_letters_purge(
             skipped.append(note)
             typer.echo(note, err=True)
 
-        removed = purge.purge(files, selection, skip)
+        removed = store.purge(selection, skip)
     typer.echo(f"removed {output.lines_text(removed)}" if removed.lines else "no dead letters removed")
     raise typer.Exit(INCOMPLETE if skipped else 0)
 
@@ -397,18 +415,6 @@ def _read_files(loaded: Loaded) -> tuple[Loaded, Pair | None]:
     except (ConfigError, StartError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(BAD_CONFIG) from None
-
-
-def _check_jetstream_files(config: Config) -> None:
-    """Print what is wrong with the files of [jetstream], where that is in use, and exit."""
-    if config.queue.backend != "jetstream":
-        return
-    from fastdist.storage.jetstream import login
-
-    if problems := login.problems(config.jetstream):
-        for problem in problems:
-            typer.echo(problem, err=True)
-        raise typer.Exit(BAD_CONFIG)
 
 
 def _print_probes(config: Config) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastdist.client.connection import Target
+    from fastdist.settings import Config
 
 INCOMPLETE = 1
 BAD_CONFIG = 2
@@ -72,6 +73,18 @@ def load_or_exit(path: str | None, flags: dict[str, str | int | None]) -> Loaded
         for problem in error.problems:
             typer.echo(problem, err=True)
         raise typer.Exit(BAD_CONFIG) from None
+
+
+def check_jetstream_files(config: Config) -> None:
+    """Print what is wrong with the files of [jetstream], where that is in use, and exit."""
+    if config.queue.backend != "jetstream":
+        return
+    from fastdist.storage.jetstream import login
+
+    if problems := login.problems(config.jetstream):
+        for problem in problems:
+            typer.echo(problem, err=True)
+        raise typer.Exit(BAD_CONFIG)
 
 
 def token_or_environment(token: str | None) -> str | None:

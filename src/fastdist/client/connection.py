@@ -58,6 +58,11 @@ class Response(NamedTuple):
         detail = detail or responses.get(self.status, "")
         return f"{self.status} ({detail})" if detail else str(self.status)
 
+    @property
+    def verdict(self) -> str:
+        """The same behind the name of the distributor."""
+        return f"answers {self.text}"
+
 
 class Target(msgspec.Struct, frozen=True):
     """Where to go, and with what bearer token; ``context`` is for https."""

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 import msgspec
 import typer
 
-from fastdist.client.purge import Census, selected
+from fastdist.client.purge import Census
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
+    from fastdist.client.dead_letter_store import Stored
     from fastdist.client.replay import Summary
     from fastdist.http.models import Analyzer
-    from fastdist.storage.dead_letters import Found, Line, Selection
+    from fastdist.storage.dead_letters import Line
     from fastdist.storage.inspect import QueueView, RingReport
 
 MAX_DAMAGES = 20  # of a file
@@ -108,10 +109,10 @@ def _echo_all(lines: Iterable[str]) -> None:
 # ---- dead letters
 
 
-def print_dead_letters(files: list[Found], selection: Selection) -> None:
-    """Print the selected dead letters and a line that sums them up. Raises OSError."""
+def print_dead_letters(found: Iterable[Stored]) -> None:
+    """Print dead letters and a line that sums them up."""
     census, rows = Census(), []
-    for _, line in selected(files, selection):
+    for _, line in found:
         census.add(line)
         rows.append(_dead_letter_row(line))
     if not rows:
@@ -150,11 +151,10 @@ def _dead_letter_row(line: Line) -> tuple[str, ...]:
     )
 
 
-def print_dead_letters_json(files: list[Found], selection: Selection) -> None:
-    """Print a JSON object for each selected dead letter, without its packet. Raises OSError."""
+def print_dead_letters_json(found: Iterable[Stored]) -> None:
+    """Print a JSON object for each dead letter, without its packet."""
     _echo_all(
-        msgspec.json.encode(_dead_letter_members(line) | {"file": str(found.path), "bytes": line.size}).decode()
-        for found, line in selected(files, selection)
+        msgspec.json.encode(_dead_letter_members(line) | where | {"bytes": line.size}).decode() for where, line in found
     )
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.progress import Task
 
-    from fastdist.client.connection import Response
+    from fastdist.client.retry import Answer
     from fastdist.storage.dead_letters import DeadLetter
 
 LINE_EVERY = 10.0  # seconds between the lines that stand for a bar
@@ -25,10 +25,10 @@ def stderr_console() -> Console:
 
 
 class View:
-    """A bar with one task, and lines above it; ``quiet``: nothing but notes is shown."""
+    """A bar with one task, and lines above it; ``quiet``: nothing but notes is shown. ``peer``: what is sent to."""
 
-    def __init__(self, bar: Progress, *, quiet: bool = False) -> None:
-        self.bar, self._quiet = bar, quiet
+    def __init__(self, bar: Progress, *, quiet: bool = False, peer: str = "the distributor") -> None:
+        self.bar, self._quiet, self._peer = bar, quiet, peer
         self._task = bar.add_task("", total=None, messages=0, state="")
         self._last_reason = ""  # why nothing is sent
         self._next_line = time.monotonic() + LINE_EVERY
@@ -49,7 +49,7 @@ class View:
         self.bar.update(self._task, state=f"{why}; again in {seconds:.1f} s")
         if why != self._last_reason:
             self._last_reason = why
-            self.note(f"the distributor {why}; trying again")
+            self.note(f"{self._peer} {why}; trying again")
 
     def take_line(self) -> bool:
         """Return whether it is time for a line that stands for the bar; if so, the next one is due later."""
@@ -69,10 +69,10 @@ class _Rate(ProgressColumn):
 class ReplayView(View):
     """Shows how a replay goes. Called by several threads, but by one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: str) -> None:
         columns = "replaying", BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
         console = stderr_console()
-        super().__init__(Progress(*columns, console=console, disable=not console.is_terminal))
+        super().__init__(Progress(*columns, console=console, disable=not console.is_terminal), peer=peer)
         self._total = self._settled = self._refused = 0
 
     def begin(self, total: int) -> None:
@@ -87,7 +87,7 @@ class ReplayView(View):
         if self.take_line():
             self.note(f"{self._settled} of {self._total}")
 
-    def refused(self, dead_letter: DeadLetter, response: Response) -> None:
+    def refused(self, dead_letter: DeadLetter, response: Answer) -> None:
         """Show a refusal, unless there were many."""
         self._refused += 1
         if self._refused <= MAX_REFUSALS:

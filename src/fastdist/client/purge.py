@@ -10,7 +10,7 @@ from fastdist.client.held_file import HeldFile, tidy
 from fastdist.storage.dead_letters import read_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime
 
     from fastdist.storage.dead_letters import Found, Line, Selection
@@ -39,8 +39,13 @@ def selected(files: list[Found], selection: Selection) -> Iterator[tuple[Found, 
 
 def count(files: list[Found], selection: Selection) -> Census:
     """Return what there is of a selection. Raises OSError."""
+    return census_of(line for _, line in selected(files, selection))
+
+
+def census_of(lines: Iterable[Line]) -> Census:
+    """Return what there is of some lines."""
     census = Census()
-    for _, line in selected(files, selection):
+    for line in lines:
         census.add(line)
     return census
 

@@ -1,6 +1,6 @@
-"""Dead letters posted again.
+"""Dead letters sent again: what all replays have in common, and those of files, which are posted to a distributor.
 
-The rules:
+The rules of files:
 
 1. A dead letter goes from its file only once the distributor has accepted it. At worst it is replayed twice, under its
    own id, so that an analyzer can recognise it.
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from http.client import HTTPException
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -32,8 +32,9 @@ from fastdist.storage.dead_letters import journal_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastdist.client.connection import Response, Target
+    from fastdist.client.connection import Target
     from fastdist.client.progress import ReplayView
+    from fastdist.client.purge import Census
     from fastdist.storage.dead_letters import DeadLetter, Found, Line, Selection
 
 UNKNOWN_INTERVAL = 0.5  # seconds between syncs of a distributor that does not say how often it does that
@@ -59,24 +60,89 @@ class _State(msgspec.Struct, rename="camel"):
     storage: str = "ok"
 
 
-class Replay(retry.Run):
+class Source(Protocol):
+    """Dead letters to be sent, for several threads; and the way of each."""
+
+    def lines(self) -> Iterator[Line]:
+        """Yield them; the run's lock is held."""
+
+    def send(self, line: Line, dead_letter: DeadLetter) -> retry.Answer | None:
+        """Send one until the answer is final; None when the run ends before that."""
+
+    def remove(self, line: Line) -> bool:
+        """Remove one that was accepted; return whether it is gone. If not, or not in good order, end the run."""
+
+
+class ReplayRun(retry.Run):
+    """One run: what is selected of some dead letters, at most so many of them, as often as is said."""
+
+    def __init__(self, name: str, selection: Selection, view: ReplayView) -> None:
+        super().__init__(name, PATIENCE, view.waiting, MAX_FAILURES)
+        self.selection, self.view = selection, view
+        self.summary: Summary = Summary()
+        self._room = 0  # dead letters that may still be sent
+
+    def _begin(self, census: Census, limit: int | None) -> None:
+        """Set how many there are, and how many of them may be sent."""
+        self.summary.left = census.lines
+        self._room = census.dead_letters if limit is None else min(limit, census.dead_letters)
+        self.view.begin(self._room)
+
+    def _replay(self, source: Source, connections: int) -> None:
+        """Send what is selected of a source, as many at a time as there are connections."""
+        lines = ((line, line.dead_letter) for line in source.lines() if line.dead_letter and line in self.selection)
+        with ThreadPoolExecutor(connections) as pool:
+            try:
+                list(pool.map(self._work, repeat(source, connections), repeat(lines)))
+            except BaseException:  # Ctrl-C, or a fault in a thread: the others must end as well
+                self.halt.set()
+                raise
+
+    # ---- in a thread for each connection
+
+    def _work(self, source: Source, lines: Iterator[tuple[Line, DeadLetter]]) -> None:
+        """Send the dead letters of a source, one after another, while there are any."""
+        while (found := self._take(lines)) is not None:
+            line, dead_letter = found
+            answer = source.send(line, dead_letter)
+            if answer is None:
+                return
+            gone = answer.accepted and source.remove(line)
+            with self.lock:
+                self._settle(dead_letter, answer, gone=gone)
+
+    def _take(self, lines: Iterator[tuple[Line, DeadLetter]]) -> tuple[Line, DeadLetter] | None:
+        with self.lock:
+            if self.halt.is_set() or self._room <= 0:
+                return None
+            found = next(lines, None)
+            self._room -= found is not None
+            return found
+
+    def _settle(self, dead_letter: DeadLetter, answer: retry.Answer, *, gone: bool) -> None:
+        """Count what became of one, and show it; the lock is held."""
+        self.summary.left -= gone
+        if answer.accepted:
+            self.summary.replayed += 1
+            self.view.replayed()
+        else:
+            self.summary.refused += 1
+            self.view.refused(dead_letter, answer)
+
+
+class Replay(ReplayRun):
     """One run: what is selected of the dead letters in ``files``, to ``target``."""
 
     def __init__(self, files: list[Found], selection: Selection, target: Target, view: ReplayView) -> None:
-        super().__init__(target, PATIENCE, view.waiting, MAX_FAILURES)
-        self.files, self.selection, self.view = files, selection, view
-        self.summary: Summary = Summary()
-        self._room = 0  # dead letters that may still be sent
+        super().__init__(target.url, selection, view)
+        self.files, self.target = files, target
         self._noted_unsynced = False
         self._done: deque[tuple[float, HeldFile]] = deque()  # to be rewritten after that moment (time.monotonic())
 
     def run(self, connections: int, limit: int | None = None) -> Summary:
         """Replay over this many connections, ``limit`` dead letters at most. Raises OSError for unreadable files."""
         tidy(self.files)
-        census = count(self.files, self.selection)
-        self.summary.left = census.lines
-        self._room = census.dead_letters if limit is None else min(limit, census.dead_letters)
-        self.view.begin(self._room)
+        self._begin(count(self.files, self.selection), limit)
         opened = [Connection(self.target) for _ in range(connections)]
         try:
             for found in self.files:
@@ -97,16 +163,8 @@ class Replay(retry.Run):
         held = HeldFile.hold_or_skip(found.path, self.view.note)
         if held is None:
             return
-        lines = (
-            (line, line.dead_letter) for line in held.lines(found.size) if line.dead_letter and line in self.selection
-        )
         try:
-            with ThreadPoolExecutor(len(connections)) as pool:
-                try:
-                    list(pool.map(self._work, connections, repeat(held), repeat(lines)))
-                except BaseException:  # Ctrl-C, or a fault in a thread: the others must end as well
-                    self.halt.set()
-                    raise
+            self._replay(_File(self, held, found.size, connections), len(connections))
         finally:
             self._done.append((time.monotonic() + (self._time_to_sync if held.has_replayed else 0.0), held))
 
@@ -162,36 +220,29 @@ class Replay(retry.Run):
         finally:
             connection.close()
 
-    # ---- in a thread for each connection
 
-    def _work(self, connection: Connection, held: HeldFile, lines: Iterator[tuple[Line, DeadLetter]]) -> None:
-        """Post the dead letters of a file, one after another, while there are any."""
-        while (found := self._take(lines)) is not None:
-            line, dead_letter = found
-            response = self.post(connection, dead_letter.id, dead_letter.packet)
-            if response is None:
-                return
-            with self.lock:
-                self._settle(held, line, dead_letter, response)
+class _File:
+    """A file as the source of a run, with a connection for each thread."""
 
-    def _take(self, lines: Iterator[tuple[Line, DeadLetter]]) -> tuple[Line, DeadLetter] | None:
-        with self.lock:
-            if self.halt.is_set() or self._room <= 0:
-                return None
-            found = next(lines, None)
-            self._room -= found is not None
-            return found
+    def __init__(self, run: Replay, held: HeldFile, end: int, connections: list[Connection]) -> None:
+        self._run, self._held, self._end = run, held, end
+        self._free = list(connections)
 
-    def _settle(self, held: HeldFile, line: Line, dead_letter: DeadLetter, response: Response) -> None:
-        """Do what a final response asks for; the lock is held."""
-        if not response.accepted:
-            self.summary.refused += 1
-            self.view.refused(dead_letter, response)
-            return
-        self.summary.replayed += 1
-        self.summary.left -= 1
+    def lines(self) -> Iterator[Line]:
+        return self._held.lines(self._end)
+
+    def send(self, line: Line, dead_letter: DeadLetter) -> retry.Answer | None:  # noqa: ARG002  (its place is no matter)
+        connection = self._free.pop()
         try:
-            held.note_replayed(line)
-        except OSError as error:
-            self.end(f"cannot note what was replayed of {held.path}: {error.strerror}")
-        self.view.replayed()
+            return self._run.post(connection, dead_letter.id, dead_letter.packet)
+        finally:
+            self._free.append(connection)
+
+    def remove(self, line: Line) -> bool:
+        """Note that it was replayed; if that fails it is gone nevertheless, once the file is rewritten."""
+        with self._run.lock:
+            try:
+                self._held.note_replayed(line)
+            except OSError as error:
+                self._run.end(f"cannot note what was replayed of {self._held.path}: {error.strerror}")
+        return True

@@ -1,5 +1,7 @@
 """The retry policy of ``send`` and ``replay``: which responses are final, how long to back off, when to give up.
 
+A response is that of a distributor; what a stream says of a packet has the shape of one (``Answer``).
+
 The rules:
 
 1. 2xx accepts a packet. What may get better is tried again, with the same id: no response, 408, 425, 429 and 5xx.
@@ -17,7 +19,7 @@ import threading
 import time
 from http.client import HTTPException
 from ssl import SSLCertVerificationError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
@@ -26,11 +28,38 @@ from fastdist.client.connection import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastdist.client.connection import Connection, Response, Target
+    from fastdist.client.connection import Connection, Response
 
 MIN_BACK_OFF, MAX_BACK_OFF = 0.1, 10.0  # seconds of the first and the longest without a Retry-After
 BUSY = {408, 425, 429}  # and every 5xx
 REDIRECTION, CLIENT_ERROR, SERVER_ERROR = 300, 400, 500  # redirections are not followed
+
+
+class Answer(Protocol):
+    """What became of a packet: a status as of HTTP, and the same for a person."""
+
+    @property
+    def status(self) -> int:
+        """The status; 2xx has taken the packet over."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it has."""
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds to wait before the next attempt; None when that is not said."""
+
+    @property
+    def text(self) -> str:
+        """What was said, on one line."""
+
+    @property
+    def verdict(self) -> str:
+        """The same behind the name of what has said it."""
+
+
+AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -85,19 +114,19 @@ def _advice(status: int) -> str:
 
 
 class Run:
-    """Posts packets over several connections, each in a thread, until they are accepted or the run ends.
+    """Sends packets over several connections, each in a thread, until they are accepted or the run ends.
 
-    ``waiting`` is called with the reason for a back-off and its seconds. ``max_failures``: attempts at a packet without
-    a response, after which the run is given up before ``patience`` ends. ``lock`` (reentrant) is held for what is
-    shown, and for all that the threads share.
+    ``name``: of what they are sent to, for people. ``waiting`` is called with the reason for a back-off and its
+    seconds. ``max_failures``: attempts at a packet without a response, after which the run is given up before
+    ``patience`` ends. ``lock`` (reentrant) is held for what is shown, and for all that the threads share.
     """
 
     summary: Summary
 
     def __init__(
-        self, target: Target, patience: float, waiting: Callable[[str, float], None], max_failures: float = math.inf
+        self, name: str, patience: float, waiting: Callable[[str, float], None], max_failures: float = math.inf
     ) -> None:
-        self.target, self._waiting, self._max_failures = target, waiting, max_failures
+        self._name, self._waiting, self._max_failures = name, waiting, max_failures
         self.lock = threading.RLock()
         self.halt = threading.Event()  # nothing more may be sent
         self._back_off = BackOff(patience)
@@ -111,13 +140,20 @@ class Run:
 
     def post(self, connection: Connection, packet_id: str, body: bytes) -> Response | None:
         """Post a packet until it is accepted or refused; None when the run ends before that."""
+        return self.repeat(lambda: connection.post(packet_id, body), lambda: connection.is_open)
+
+    def repeat(self, attempt: Callable[[], AnyAnswer], is_reused: Callable[[], bool]) -> AnyAnswer | None:
+        """Try until an answer is final, and return it; None when the run ends before that.
+
+        ``is_reused``: whether the next attempt is made over a connection that may have been closed meanwhile.
+        """
         failures = 0
         while not self.halt.wait(self._back_off.left()):
-            reused = connection.is_open
+            reused = is_reused()
             try:
-                response = connection.post(packet_id, body)
+                response = attempt()
             except SSLCertVerificationError as error:
-                self.end(f"{self.target.url} cannot be trusted: {describe(error)}", permanent=True)
+                self.end(f"{self._name} cannot be trusted: {describe(error)}", permanent=True)
                 return None
             except (OSError, HTTPException) as error:
                 if not reused:  # else it may only have been idle for too long
@@ -125,14 +161,14 @@ class Run:
                     self._failed(f"cannot be reached: {describe(error)}", None, give_up=failures >= self._max_failures)
             else:
                 if advice := _advice(response.status):
-                    self.end(f"{self.target.url} answers {response.text}; {advice}", permanent=True)
+                    self.end(f"{self._name} {response.verdict}; {advice}", permanent=True)
                     return None
                 if response.status not in BUSY and response.status < SERVER_ERROR:
                     if response.accepted:
                         with self.lock:
                             self._back_off.end()
                     return response
-                self._failed(f"answers {response.text}", response.pause)
+                self._failed(response.verdict, response.pause)
             with self.lock:
                 self.summary.retries += 1
         return None
@@ -143,6 +179,6 @@ class Run:
             seconds = self._back_off.begin(asked)
             if give_up or seconds is None:
                 asks = f" and asks to wait {asked:.0f} s" if asked else ""
-                self.end(f"{self.target.url} {why}{asks}; given up, try again later")
+                self.end(f"{self._name} {why}{asks}; given up, try again later")
             else:
                 self._waiting(why, seconds)

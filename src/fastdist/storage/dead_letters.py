@@ -365,8 +365,14 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="ca
         return self.body.encode() if self.body is not None else self.body_base64 or b""
 
 
+_decoder = msgspec.json.Decoder(DeadLetter)
+
+
 class Line(NamedTuple):
-    """A line of a file: a dead letter, or what is left of one (``dead_letter`` is None)."""
+    """A line of a file: a dead letter, or what is left of one (``dead_letter`` is None).
+
+    In a stream it is a message, and ``offset`` its sequence.
+    """
 
     offset: int
     raw: bytes
@@ -449,21 +455,27 @@ def read_journal(path: Path) -> dict[int, str]:
 
 def read_lines(file: BinaryIO, end: int, replayed: Mapping[int, str]) -> Iterator[Line]:
     """Yield the lines that start before ``end`` bytes of a file, but for those that are blank or were replayed."""
-    decoder = msgspec.json.Decoder(DeadLetter)
     changed = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
     offset = file.seek(0)
     for raw in file:
         if offset >= end:
             return
-        try:
-            dead_letter = decoder.decode(raw)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        line = as_read(offset, raw, changed)
+        if line.dead_letter is None:
             if raw.strip():
-                yield Line(offset, raw, None, changed)
-        else:
-            if offset not in replayed or replayed[offset] != digest_of(raw):
-                yield Line(offset, raw, dead_letter, dead_letter.dead_lettered_at)
+                yield line
+        elif offset not in replayed or replayed[offset] != digest_of(raw):
+            yield line
         offset += len(raw)
+
+
+def as_read(offset: int, raw: bytes, changed: datetime) -> Line:
+    """Return a line as what it is; ``changed``: its time, if it is not a dead letter."""
+    try:
+        dead_letter = _decoder.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return Line(offset, raw, None, changed)
+    return Line(offset, raw, dead_letter, dead_letter.dead_lettered_at)
 
 
 def read_file(found: Found) -> Iterator[Line]:

@@ -8,6 +8,7 @@ the same line of JSON as in the files (``storage.dead_letters.as_line``).
 from __future__ import annotations
 
 import base64
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 
 
 class StoredLetter(msgspec.Struct, frozen=True):
-    """A dead letter and its sequence, by which it is removed."""
+    """A dead letter, its sequence, by which it is removed, and when it was stored."""
 
     sequence: int
     line: bytes
+    stored_at: datetime
 
 
 class DeadStream:
@@ -44,18 +46,26 @@ class DeadStream:
 
     async def read(self, first: int = 1) -> AsyncIterator[StoredLetter]:
         """Yield all dead letters from a sequence on, oldest first. Raises UnavailableError."""
-        while True:
-            try:
-                answer = await request(
-                    self.connection.client, f"STREAM.MSG.GET.{self.stream}", {"seq": first, "next_by_subj": ">"}
-                )
-            except ApiError as error:
-                if error.code == api.MESSAGE_NOT_FOUND:
-                    return
-                raise
-            message = answer["message"]
-            yield StoredLetter(message["seq"], base64.b64decode(message.get("data", "")))
-            first = message["seq"] + 1
+        while (found := await self.next(first)) is not None:
+            yield found
+            first = found.sequence + 1
+
+    async def next(self, first: int) -> StoredLetter | None:
+        """Return the first dead letter from a sequence on; None if it does not exist. Raises UnavailableError."""
+        wanted = {"seq": first, "next_by_subj": ">"}
+        try:
+            answer = await request(self.connection.client, f"STREAM.MSG.GET.{self.stream}", wanted)
+        except ApiError as error:
+            if error.code == api.MESSAGE_NOT_FOUND:
+                return None
+            raise
+        message = answer["message"]
+        return StoredLetter(message["seq"], base64.b64decode(message.get("data", "")), _time(message.get("time", "")))
+
+    async def last(self) -> int:
+        """Return the sequence of the last dead letter there ever was. Raises UnavailableError."""
+        answer = await request(self.connection.client, f"STREAM.INFO.{self.stream}")
+        return int(answer["state"]["last_seq"])
 
     async def remove(self, sequence: int) -> bool:
         """Remove a dead letter that was replayed; return whether it was there. Raises UnavailableError."""
@@ -69,3 +79,11 @@ class DeadStream:
                 return False
             raise
         return True
+
+
+def _time(text: str) -> datetime:
+    """Return a time as JetStream writes it, to the nanosecond."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.fromtimestamp(0, UTC)

@@ -1,0 +1,55 @@
+"""Where the commands about dead letters find them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist.cli.options import CANNOT_START, check_jetstream_files, fail, load_or_exit
+from fastdist.errors import StartError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastdist.client.dead_letter_store import Store
+    from fastdist.settings import Jetstream
+
+
+@contextlib.contextmanager
+def dead_letters_at(path: Path | None, config: str | None) -> Iterator[Store]:
+    """Give the dead letters of a path, or of a configuration; exit if they cannot be had. Raises OSError, ValueError.
+
+    Nothing is needed beside the configuration: with a stream, no part of the service has to run on this machine.
+    """
+    if (path is None) == (config is None):
+        fail("where are the dead letters? Name PATH or --config FILE, one of them")
+    if path is None:
+        settings = load_or_exit(config, {}).config
+        if settings.queue.backend == "jetstream":
+            check_jetstream_files(settings)
+            with _stream(settings.jetstream) as store:
+                yield store
+            return
+        path = Path(settings.queue.path)
+    from fastdist.client.dead_letter_store import Files
+    from fastdist.storage.dead_letters import find_files
+
+    yield Files(find_files(path))
+
+
+@contextlib.contextmanager
+def _stream(settings: Jetstream) -> Iterator[Store]:
+    from fastdist.storage.jetstream import require_client
+
+    logs.configure(logging.ERROR)
+    try:
+        require_client()
+        from fastdist.client.dead_letter_stream import DeadLetterStream
+
+        with DeadLetterStream(settings) as store:
+            yield store
+    except StartError as error:
+        fail(str(error), CANNOT_START)
