@@ -11,9 +11,10 @@ WORKDIR /build
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY src src
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir dist .
-# Without pip of its own: nothing in the final image installs anything.
+# Without pip of its own: nothing in the final image installs anything. The extra is for queue.backend = "jetstream".
 RUN python -m venv --without-pip /opt/fastdist \
-    && python -m pip --python /opt/fastdist/bin/python install --no-cache-dir dist/*.whl
+    && set -- dist/*.whl \
+    && python -m pip --python /opt/fastdist/bin/python install --no-cache-dir "$1[jetstream]"
 
 FROM build AS build-mock-analyzers
 # The parser that the mock analyzers are built on; all else they need, fastdist needs as well.

@@ -14,7 +14,7 @@ CORES = --numprocesses=$(shell nproc) --dist=worksteal
 TWICE = --numprocesses=$$((2 * $(shell nproc))) --dist=loadgroup
 FUZZ_SECONDS ?= 120
 
-.PHONY: help build run check system test unit component e2e browser deploy explore bare screenshots chaos cluster docs bench bench-quick load micro profile generated lint types debug sanitize fuzz wheel clean
+.PHONY: help build run run-cluster check system test unit component e2e browser deploy explore bare screenshots chaos cluster docs bench bench-quick load micro profile generated lint types debug sanitize fuzz wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ run: build  ## four mock analyzers (3001-3004) and the distributor (3000); Ctrl-
 	@setsid $(BIN)/python -m mock_analyzers --quiet & mocks=$$!; \
 	trap 'kill $$mocks 2>/dev/null; wait $$mocks' EXIT; trap : INT TERM; \
 	$(BIN)/fastdist serve
+
+run-cluster: build  ## three NATS servers, two replicas, a balancer if there is HAProxy or nginx (3000), mock analyzers; Ctrl-C ends all
+	@exec $(BIN)/python scripts/run_cluster.py $(ARGS)
 
 check: build  ## what is quick to tell: lint, types, unit and component tests, on all cores
 	@$(MAKE) --no-print-directory lint
