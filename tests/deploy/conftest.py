@@ -8,6 +8,7 @@ import ssl
 import images
 import pytest
 import trustme
+from dockerfile import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 from recorder import Recorder
 from support import Distributor, Emitter, Mocks, request, running
@@ -53,6 +54,13 @@ def exposition(live) -> str:
 def families(exposition):
     """Return what GET /metrics tells, as prometheus_client reads it."""
     return list(text_string_to_metric_families(exposition))
+
+
+@pytest.fixture(scope="session")
+def all_families(families):
+    """Return the same with what a replica tells of the stream that it shares with others."""
+    text = (ROOT / "tests" / "data" / "stream_metrics.txt").read_text()
+    return [*families, *text_string_to_metric_families(text)]
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import re
 import shutil
+import threading
 from urllib.parse import quote
 
 import pytest
@@ -20,14 +22,44 @@ pytestmark = [
 RULES = ROOT / "deploy" / "prometheus" / "fastdist.rules.yml"
 
 
+class StreamMetrics(http.server.ThreadingHTTPServer):
+    """Tells what a replica tells of the stream that it shares with others; all that counts grows with each look."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Exposition)
+        self.text = (ROOT / "tests" / "data" / "stream_metrics.txt").read_text()
+        self.looks = 0
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def exposition(self) -> str:
+        self.looks += 1
+        counting = r"^(\w+(?:_total|_bucket|_sum|_count)\S*) (\S+)$"
+        return re.sub(counting, lambda line: f"{line[1]} {float(line[2]) * self.looks}", self.text, flags=re.MULTILINE)
+
+
+class Exposition(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4")
+        self.end_headers()
+        self.wfile.write(self.server.exposition().encode())
+
+    def log_message(self, *_) -> None:
+        pass
+
+
 class Prometheus(Process):
     """Prometheus with our rules, so impatient that tests need not wait for minutes."""
 
-    def __init__(self, folder, target: int) -> None:
+    def __init__(self, folder, *targets: int) -> None:
         self.port = free_port()
         configuration = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())
         configuration["global"] = {"scrape_interval": "250ms", "evaluation_interval": "250ms"}
-        configuration["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{target}"]}]
+        configuration["scrape_configs"][0]["static_configs"] = [
+            {"targets": [f"127.0.0.1:{target}" for target in targets]}
+        ]
         configuration["rule_files"] = ["rules.yml"]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
         (folder / "rules.yml").write_text(re.sub(r"for: \d+m", "for: 1s", RULES.read_text()))
@@ -65,7 +97,8 @@ def everything(tmp_path_factory):
     mocks.set("A1", failureRate=0.3)
     mocks.set("A3", failureRate=0.3, failureStatus=422)
     distributor = Distributor(folder, mocks, {"health": {"fall": 1000}})
-    prometheus = Prometheus(folder, distributor.port)
+    stream = StreamMetrics()
+    prometheus = Prometheus(folder, distributor.port, stream.server_port)
     with running(mocks, distributor, prometheus):
         prometheus.wait_until_ready()
         emitter = Emitter(distributor.port, 4, pause=0.02).start()
@@ -73,6 +106,8 @@ def everything(tmp_path_factory):
         assert request(distributor.port, "PATCH", "/analyzers/A4", b'{"state": "draining"}')[0] == 200
         yield prometheus, distributor, mocks
         emitter.stop()
+    stream.shutdown()
+    stream.server_close()
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
