@@ -113,8 +113,8 @@ def test_password_is_the_same_everywhere():
 
 def test_servers_store_what_replicas_send():
     server, stream = loaded(CONFIG).server, jetstream(CONFIG)
-    assert int(re.search(r"max_payload: (\d+)MB", NATS_CONF)[1]) * 10**6 > server.max_body
-    assert int(re.search(r"max_file_store: (\d+)GB", NATS_CONF)[1]) * 10**9 > 2 * stream.max_bytes
+    assert int(re.search(r"max_payload: (\d+)MB", NATS_CONF)[1]) << 20 > server.max_body
+    assert int(re.search(r"max_file_store: (\d+)GB", NATS_CONF)[1]) << 30 > 2 * stream.max_bytes
     assert re.search(r"^  sync_interval: always$", NATS_CONF, re.MULTILINE)
 
 

@@ -111,7 +111,7 @@ def test_build_makes_one_wheel_of_context(builder):
 def test_final_image_has_no_sources_or_tools(builder, name):
     layer = builder.build(name).layer
     packages = {path.name for path in layer.glob("opt/fastdist/lib/python*/site-packages/*")}
-    assert {"fastdist", "uvloop", "orjson"} <= packages
+    assert {"fastdist", "uvloop", "orjson", "nats", "nkeys"} <= packages
     assert not {"pip", "setuptools", "Cython", "cython.py", "wheel", "pytest"} & packages
     assert not (layer / BUILD[1:]).exists()
     assert not [

@@ -49,7 +49,7 @@ def seconds(key):
 
 
 def gigabytes(key):
-    return int(re.search(rf"{key}: (\d+)GB", NATS_CONF)[1]) * 10**9
+    return int(re.search(rf"{key}: (\d+)GB", NATS_CONF)[1]) << 30
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_what_is_stored_fits_the_volume():
     assert f"store_dir: {mount['mountPath']}\n" in NATS_CONF
     kept = STATEFUL["spec"]["persistentVolumeClaimRetentionPolicy"]
     assert kept == {"whenDeleted": "Retain", "whenScaled": "Retain"}
-    assert int(re.search(r"max_payload: (\d+)MB", NATS_CONF)[1]) * 10**6 > settings().server.max_body
+    assert int(re.search(r"max_payload: (\d+)MB", NATS_CONF)[1]) << 20 > settings().server.max_body
     assert "  sync_interval: always\n" in NATS_CONF
 
 

@@ -1,0 +1,146 @@
+"""The NATS servers of ``deploy/`` run as their files say, and their user may do what fastdist needs, and no more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+from harness import Service, figures_until, in_loop, prepared, until
+from msgspec.structs import replace
+from nats_servers import BINARY, Server, die_with_parent
+from support import ROOT, free_port, wait_until
+
+from fastdist.config import load
+from fastdist.errors import StartError
+from fastdist.storage.jetstream.connection import Connection
+from fastdist.storage.jetstream.dead_stream import DeadStream
+from fastdist.storage.jetstream.figures import Watcher
+from fastdist.storage.jetstream.state import StateBucket
+
+DEPLOY = ROOT / "deploy"
+FILES = {
+    "compose": (DEPLOY / "compose" / "nats.conf", DEPLOY / "compose" / "cluster.toml", "nats-{}"),
+    "kubernetes": (
+        DEPLOY / "kubernetes" / "cluster" / "nats.conf",
+        DEPLOY / "kubernetes" / "cluster" / "fastdist.toml",
+        "nats-{}.nats",
+    ),
+}
+PASSWORD = "of-a-test"
+
+
+class Deployed(Server):
+    """A server with a configuration of ``deploy/``, for ports of this machine."""
+
+    def __init__(self, folder, number, text, hosts):
+        super().__init__(folder, hosts[number].partition(".")[0])
+        self.text, self.hosts = text, hosts
+
+    def write(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = self.text
+        changes = {
+            "0.0.0.0:4222": f"127.0.0.1:{self.port}",
+            "0.0.0.0:8222": f"127.0.0.1:{self.monitor}",
+            "0.0.0.0:6222": f"127.0.0.1:{self.route}",
+            "store_dir: /data": f'store_dir: "{self.folder}/data"',
+            **{f"{host}:6222": f"127.0.0.1:{port}" for host, port in zip(self.hosts, self.routes, strict=True)},
+        }
+        for old, new in changes.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (self.folder / "nats.conf").write_text(text.replace("/tmp/nats.pid", f"{self.folder}/pid"))
+
+    def start(self):
+        self.write()
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(BINARY), "--config", str(self.folder / "nats.conf")],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"SERVER_NAME": self.name, "NATS_PASSWORD": PASSWORD, "GOMAXPROCS": "1"},
+                preexec_fn=die_with_parent,  # noqa: PLW1509  (one call of the system, which takes no lock)
+            )
+
+
+@pytest.fixture(scope="module", params=FILES)
+def deployed(request, tmp_path_factory):
+    """Return three servers, and the settings that replicas have for them."""
+    conf, toml, host = FILES[request.param]
+    settings = load(toml, {"FASTDIST_JETSTREAM__PASSWORD": PASSWORD}, {}).config.jetstream
+    first = 0 if request.param == "kubernetes" else 1
+    hosts = [host.format(number) for number in range(first, first + 3)]
+    assert settings.servers == tuple(f"nats://{each}:4222" for each in hosts)
+    folder = tmp_path_factory.mktemp("deployed")
+    servers = [Deployed(folder, number, conf.read_text(), hosts) for number in range(3)]
+    for server in servers:
+        server.route = server.route or free_port()
+    for server in servers:
+        server.routes = [each.route for each in servers]
+    try:
+        for server in servers:
+            server.start()
+        wait_until(lambda: all(server.is_healthy() for server in servers), "healthy NATS servers", 60)
+        yield servers, replace(settings, servers=tuple(server.url for server in servers))
+    finally:
+        for server in servers:
+            server.end()
+
+
+@in_loop
+async def test_its_user_may_do_all_there_is_to_do(deployed):
+    _, settings = deployed
+    made = Service(settings, keep=False)
+    dead, watcher = DeadStream(made.connection), Watcher(made.connection)
+    try:
+        assert await made.connection.start()
+        await prepared(made.connection)
+        await made.publish("small")
+        await made.publish("large", bytes((10 << 20) + 10_000))  # server.max_body and what is beside it
+        made.consumer.start()
+        await until(lambda: made.stored("yes") == {"small", "large"}, "both are stored")
+        assert (await dead.put(b"{}", 1)).stored == "yes"
+        assert [found.line async for found in dead.read()] == [b"{}"]
+        assert await dead.remove(1)
+        revision = await StateBucket(made.connection).put("overrides", b"{}")
+        assert (await StateBucket(made.connection).get("overrides")).revision == revision
+        await made.connection.client.publish("_INBOX.another.replica", b"delivered")
+        figures = await figures_until(watcher, lambda figures: figures.settled == 2)
+        assert (figures.messages, figures.replicas_total, figures.capacity) == (0, 3, settings.max_bytes)
+        assert made.connection.denied == ""
+    finally:
+        await made.consumer.stop(1)
+        await made.connection.close()
+
+
+@in_loop
+async def test_its_user_may_do_no_more(deployed):
+    _, settings = deployed
+    connection = Connection(settings, "test")
+    try:
+        assert await connection.start()
+        for subject in ("FASTDIST", "OTHER.packets", "$SYS.REQ.SERVER.PING", "$KV.OTHER.key"):
+            connection.denied = ""
+            await connection.client.publish(subject, b"")
+            await until(lambda: connection.denied, f"that {subject} is not allowed")
+            assert f'Publish to "{subject}"'.lower() in connection.denied.lower()
+    finally:
+        await connection.close()
+
+
+@in_loop
+async def test_another_password_is_refused(deployed):
+    _, settings = deployed
+    connection = Connection(replace(settings, password="another"), "test")
+    with pytest.raises(StartError, match="authorization"):
+        await connection.start()
+
+
+def test_servers_sync_what_they_acknowledge(deployed):
+    servers, settings = deployed
+    for server in servers:
+        config = server.ask("/jsz?config=true")["config"]
+        assert config["sync_always"] is True
+        assert config["max_storage"] > 2 * settings.max_bytes
+        assert server.ask("/varz")["max_payload"] == 12 << 20
