@@ -149,7 +149,7 @@ def counted(method):
         result = method(*arguments)
         count -= 1
         if not count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, os.environ.get("SIGNAL", "SIGKILL")))
         return result
     return call
 
@@ -285,3 +285,19 @@ async def test_new_ones_are_left_for_later(one, name):
         loop = asyncio.get_running_loop()
         assert await asyncio.to_thread(look) == ["a", "b"]
         assert await left(made) == ["a", "b", "c"]
+
+
+@in_loop
+async def test_ctrl_c_ends_it_in_good_order(one, name, command):
+    names = {f"p-{number}" for number in range(400)}
+    async with service(one.settings(name)) as made:
+        await fill(made, [dead_letter(each) for each in sorted(names)])
+        status, shown, errors = await command(
+            made.settings, "replay", program=("-c", KILLED), STEP="removed", COUNT="50", SIGNAL="SIGINT"
+        )
+        assert (status, errors) == (1, "stopped: interrupted\n")
+        stored, kept = Counter(packet.id for packet in await packets(made)), await left(made)
+        assert shown == f"replayed {len(stored)}, refused 0, left {len(kept)}\n"
+        assert stored == dict.fromkeys(names - set(kept), 1)
+        assert (await command(made.settings, "replay"))[0] == 0
+        assert Counter(packet.id for packet in await packets(made)) == dict.fromkeys(names, 1)
