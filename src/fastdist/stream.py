@@ -11,7 +11,7 @@ class StreamFigures(Struct, frozen=True, kw_only=True):
     ``at``: time.monotonic() of the last answer, 0 if there was none. ``stored``: the last sequence, so all messages
     there ever were. ``queued``: claimed by no replica. ``in_flight``: claimed by some. ``settled``: gone from the
     stream since it was made. ``settled_per_second``: over the last seconds. ``oldest``: when the oldest message was
-    stored (Unix time), or 0.
+    stored (Unix time), or 0. ``replicas_current``: copies that have all of it, 0 without a leader.
     """
 
     at: float = 0.0

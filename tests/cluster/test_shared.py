@@ -207,6 +207,7 @@ async def test_figures_say_why_they_are_old(one, name):
         figures = await watcher.refresh()
         assert (figures.connected, figures.has_leader, figures.error) == (True, False, "stream not found")
         assert (figures.stored, figures.at) == (1, known.at)
+        assert (known.replicas_current, figures.replicas_current, figures.replicas_total) == (1, 0, 1)
         await proxy.stop()
         await until(lambda: not made.connection.is_connected, "the loss")
         figures = await watcher.refresh()

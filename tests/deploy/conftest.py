@@ -8,9 +8,9 @@ import ssl
 import images
 import pytest
 import trustme
-from dockerfile import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 from recorder import Recorder
+from stream_exposition import stream_exposition
 from support import Distributor, Emitter, Mocks, request, running
 
 
@@ -58,9 +58,8 @@ def families(exposition):
 
 @pytest.fixture(scope="session")
 def all_families(families):
-    """Return the same with what a replica tells of the stream that it shares with others."""
-    text = (ROOT / "tests" / "data" / "stream_metrics.txt").read_text()
-    return [*families, *text_string_to_metric_families(text)]
+    """Return the same with what a replica tells that shares a stream with others."""
+    return [*families, *text_string_to_metric_families(stream_exposition())]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from itertools import chain
@@ -11,17 +10,15 @@ from pathlib import Path
 import msgspec
 import pytest
 import typer
+from stream_exposition import stream_exposition
 
 import fastdist
 from fastdist import config
 from fastdist._core import FIELDS
 from fastdist.cli import main
-from fastdist.http import metrics
 from fastdist.http.api import Api
 from fastdist.protocols.table import PROTOCOLS
 from fastdist.settings import Config
-from fastdist.shm.block import SharedBlock
-from fastdist.shm.snapshot import Snapshot
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = Path(fastdist.__file__).parent
@@ -90,11 +87,7 @@ def test_the_requests_that_are_named_exist(document):
 
 
 def test_the_metrics_that_are_named_exist():
-    block = SharedBlock.create(1, 8)
-    os.close(block.fd)
-    snapshot = Snapshot(block, Config(), dict(enumerate(Config().analyzers)), "1")
-    text = metrics.text(snapshot).decode() + (ROOT / "tests" / "data" / "stream_metrics.txt").read_text()
-    names = set(re.findall(r"^(?:# TYPE )?(fastdist_\w+)", text, re.MULTILINE))
+    names = set(re.findall(r"^(?:# TYPE )?(fastdist_\w+)", stream_exposition(), re.MULTILINE))
     beginnings = {name[: at + 1] for name in names for at, character in enumerate(name) if character == "_"}
     for document in DOCUMENTS:
         named = re.findall(r"\bfastdist_[a-z_]+\b", document.read_text())

@@ -72,11 +72,18 @@ class Watcher:
         fault = stream if isinstance(stream, Exception) else self._consumer
         if isinstance(stream, Exception) or isinstance(fault, Exception):
             self.latest = msgspec.structs.replace(
-                self.latest, connected=client is not None, server=connection.server, has_leader=False, error=str(fault)
+                self.latest,
+                connected=client is not None,
+                server=connection.server,
+                has_leader=False,
+                replicas_current=0,
+                error=str(fault),
             )
             return self.latest
         found = figures(stream, fault, connection.server, self._dead)
-        self.latest = msgspec.structs.replace(found, settled_per_second=self._rate(found.settled))
+        current = found.replicas_current if found.has_leader else 0  # none, as far as can be known
+        rate = self._rate(found.settled)
+        self.latest = msgspec.structs.replace(found, settled_per_second=rate, replicas_current=current)
         return self.latest
 
     async def _info(self, subject: str) -> dict[str, Any] | UnavailableError | ApiError:
