@@ -22,6 +22,7 @@ from fastdist import __version__
 from fastdist.http import models
 from fastdist.packet import LEVELS, LogMessage, LogPacket
 from fastdist.shm.block import Step
+from fastdist.shm.problems import KINDS
 
 FILE = Path(__file__).resolve().parent.parent / "src" / "fastdist" / "http" / "openapi.json"
 
@@ -391,6 +392,7 @@ def schemas() -> Json:
         for name, description in OF_PACKETS.get(kind, {}).items():
             (members[name] if name else schema)["description"] = description
     found["Health"]["properties"]["failing"]["items"]["enum"] = [step.word for step in Step]
+    found["ListedProblem"]["properties"]["code"]["enum"] = list(KINDS)
     found["Change"]["minProperties"] = 1
     return {kind.__name__: found[kind.__name__] for kind in kinds}
 

@@ -191,6 +191,20 @@ HEALTH = models.Health(
     workers=models.RunningWorkers(running=2, configured=2),
     analyzers=models.OnlineAnalyzers(online=4, total=4),
 )
+DEGRADED = msgspec.structs.replace(
+    HEALTH,
+    status="degraded",
+    analyzers=models.OnlineAnalyzers(online=3, total=4),
+    problems=[
+        models.ListedProblem(
+            code="analyzer_offline",
+            level="warning",
+            since=LONG_AGO,
+            subject="A2",
+            detail="A2 is offline: health check: HTTP 503",
+        )
+    ],
+)
 STATS = models.Stats(
     uptime_seconds=244.913,
     packets=models.Packets(received=101, accepted=100, rejected=1, delivered=100),
@@ -220,6 +234,7 @@ STATS = models.Stats(
         for number in range(2)
     ],
     supervisor=models.Supervisor(pid=4241),
+    configuration=models.ConfigurationState(file="/etc/fastdist/fastdist.toml", last_success_at=LONG_AGO),
 )
 QUEUE = models.Queue(
     packets=0,
@@ -386,7 +401,7 @@ RESPONSES = {
         off="there is nothing at this path; packets go to POST /logs",
     ),
     # figures
-    "Health": shows("It serves.", usual=HEALTH),
+    "Health": shows("It serves.", usual=HEALTH, degraded=DEGRADED),
     "Ready": shows("It does.", usual=models.Ready()),
     "Unready": refuses(
         503,
@@ -433,7 +448,14 @@ RESPONSES = {
     "UnknownFileHeaders": response("There is no such file."),
     # changes
     "Changed": shows("The change is in force, and kept over restarts. This is the analyzer now.", draining=DRAINING),
-    "Reloaded": shows("It is in force.", usual=models.Reloaded(needs_restart=["server.port"])),
+    "Reloaded": shows(
+        "It is in force.",
+        usual=models.Reloaded(
+            changed=[models.ChangedSetting(setting="analyzers[A2].weight", before="0.4", after="0.6")],
+            needs_restart=["server.port"],
+            masked=["A3"],
+        ),
+    ),
     "BadChange": refuses(
         400,
         "The body is not JSON, or the request is no HTTP.",
@@ -473,7 +495,7 @@ RESPONSES = {
         "The new configuration cannot be used; the old one stays.",
         invalid=(
             "the new configuration cannot be used; the old one stays",
-            {"": "analyzers[2].weight: must be >= 0"},
+            {"/analyzers/2/weight": "analyzers[2].weight: must be >= 0"},
         ),
     ),
     "ChangeNotStored": refuses(

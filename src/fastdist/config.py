@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get
 import msgspec
 from msgspec import NODEFAULT, Struct
 
-from fastdist import credentials, tomlfile, units
-from fastdist.errors import ConfigError
+from fastdist import credentials, tomlfile, tomllines, units
+from fastdist.errors import ConfigError, Fault
 from fastdist.settings import Config, Header
 
 if TYPE_CHECKING:
@@ -151,7 +151,10 @@ class Loaded:
         given = [path for path in _KEPT if self.sources[path] != "default" and attrgetter(path)(self.config)]
         missing = [path for path in given if loaded.sources[path] == "default"]
         if missing:
-            raise ConfigError([f"{path}: left out, and in force; {_KEPT[path]}" for path in missing])
+            file = str(loaded.path or "")
+            raise ConfigError(
+                Fault(f"{path}: left out, and in force; {_KEPT[path]}", pointer(path), file) for path in missing
+            )
         return loaded
 
 
@@ -165,7 +168,7 @@ def load(
     """
     named = environ.get("FASTDIST_CONFIG") if path is None else None
     file = Path(path or named or "") if path is not None or named else None
-    document = tomlfile.read(file, " (environment FASTDIST_CONFIG)" if named else "", quiet) if file else {}
+    document, text = tomlfile.read(file, " (environment FASTDIST_CONFIG)" if named else "", quiet) if file else ({}, "")
     written = {f"{name}.{key}" for name, table in document.items() if isinstance(table, dict) for key in table}
     sources = {name: f"file {file}" if name in written or name in document else "default" for name in SETTINGS}
     problems: list[_Problem] = []
@@ -176,7 +179,8 @@ def load(
         if isinstance(table, dict):  # what is not a table is a problem of its own
             table[key] = value
             sources[setting] = origin
-    config = _build(document, sources, problems, environ=environ, quiet=quiet)
+    places = _Places(file, text, sources)
+    config = _build(document, sources, problems, places, environ=environ, quiet=quiet)
     for setting, held in _TOKEN_FILES.items():
         if name := attrgetter(setting)(config):
             sources[held] = f"file {name}" if sources[held] == "default" else f"{sources[held]}; file {name}"
@@ -227,6 +231,32 @@ class _Problem(NamedTuple):
     text: str
 
 
+def pointer(path: str) -> str:
+    """Return a path as a JSON pointer (RFC 6901): ``/analyzers/2/weight``."""
+    names = re.findall(r'"(?:[^"\\]|\\.)*"|[^.\[\]]+', path)
+    parts = [json.loads(name) if name.startswith('"') else name for name in names]
+    return "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in parts)
+
+
+class _Places(NamedTuple):
+    """Where problems stand in the file that was read, if one was."""
+
+    file: Path | None
+    text: str
+    sources: Mapping[str, str]
+
+    def fault(self, problem: _Problem, lines: Mapping[str, int], *, of_file: bool) -> Fault:
+        """Return a problem with its place: the line of what is at fault, or of the table that it belongs into."""
+        detail, path = f"{problem.path}: {problem.text}", problem.path
+        if not of_file:  # but of the name of a variable
+            return Fault(detail)
+        if self.file is None or self.sources.get(path, "").startswith(("environment", "flag")):
+            return Fault(detail, pointer(path))
+        while path and path not in lines:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        return Fault(detail, pointer(problem.path), str(self.file), lines.get(path, 0))
+
+
 def _from_environment(environ: Mapping[str, str], problems: list[_Problem]) -> Iterator[tuple[str, Any, str]]:
     """Yield setting, value and origin; a later one wins. An empty variable counts as not set (as in Compose files)."""
     for name, path in _VARIABLES.items():
@@ -252,6 +282,7 @@ def _build(
     document: Mapping[str, Any],
     sources: Mapping[str, str],
     others: list[_Problem],
+    places: _Places | None = None,
     *,
     environ: Mapping[str, str] | None = None,
     quiet: float = 0.0,
@@ -266,7 +297,9 @@ def _build(
     if problems := reader.problems + others:
         ranks = {name: rank for rank, name in enumerate(Config.__struct_fields__)}
         problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
-        raise ConfigError([f"{problem.path}: {problem.text}" for problem in problems])
+        places = places or _Places(None, "", sources)
+        lines = tomllines.lines(places.text)
+        raise ConfigError(places.fault(each, lines, of_file=each not in others) for each in problems)
     config = cast("Config", config)
     if any(tokens.values()):
         both = {name: tuple(dict.fromkeys((*getattr(config.security, name), *more))) for name, more in tokens.items()}

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """Return text that can be encoded: lone surrogates are escaped."""
@@ -12,11 +19,35 @@ class FastdistError(Exception):
     """The base of all errors below; its text can be shown as it is."""
 
 
-class ConfigError(FastdistError):
-    """A configuration that cannot be used. ``problems`` has one line for each fault, starting with its path."""
+class Fault(Struct, frozen=True, omit_defaults=True):
+    """A fault of a configuration: what is wrong, and where it stands in a file, if it stands in one."""
 
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = [printable(problem) for problem in problems]  # file names may be any bytes
+    detail: str
+    pointer: str = ""  # RFC 6901
+    file: str = ""
+    line: int = 0  # 0: not known
+
+    def __str__(self) -> str:
+        if not self.line or self.detail.startswith(self.file):
+            return self.detail
+        return f"{self.detail} ({self.file}:{self.line})"
+
+
+class ConfigError(FastdistError):
+    """A configuration that cannot be used.
+
+    ``problems`` has one line for each fault, starting with its path; ``faults`` has the same, with their places.
+    """
+
+    def __init__(self, faults: Iterable[str | Fault]) -> None:
+        # File names may be any bytes.
+        self.faults = [
+            Fault(printable(each.detail), each.pointer, printable(each.file), each.line)
+            if isinstance(each, Fault)
+            else Fault(printable(each))
+            for each in faults
+        ]
+        self.problems = [fault.detail for fault in self.faults]
         super().__init__("\n".join(self.problems))
 
 

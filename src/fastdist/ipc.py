@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastdist.errors import StartError
+from fastdist.errors import Fault, StartError
 from fastdist.settings import Config  # noqa: TC001  (decoding needs it)
 
 if TYPE_CHECKING:
@@ -96,12 +96,16 @@ def _checksum(body: bytes) -> bytes:
 
 
 class Action(msgspec.Struct, frozen=True):
-    """A change an administrator asks for: ``reload``, or ``override`` or ``clear`` of an analyzer's settings."""
+    """A change an administrator asks for: ``reload``, or ``override`` or ``clear`` of an analyzer's settings.
+
+    ``by``: the client's address, and a short hash of its token if it gave one.
+    """
 
     name: str
     analyzer: str = ""
     weight: float | None = None
     draining: bool | None = None
+    by: str = ""
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -121,6 +125,14 @@ def shorten(problems: list[str]) -> list[str]:
     if len(problems) > MAX_PROBLEMS:
         few.append(f"and {len(problems) - MAX_PROBLEMS} more problems; `fastdist check FILE` prints them all")
     return few
+
+
+def shorten_faults(faults: list[Fault]) -> list[Fault]:
+    """Return the same of faults of a configuration."""
+    details = shorten([fault.detail for fault in faults])
+    few = zip(details, faults[:MAX_PROBLEMS], strict=False)
+    short = [Fault(text, each.pointer[:MAX_PROBLEM], each.file[:MAX_PROBLEM], each.line) for text, each in few]
+    return short + [Fault(text) for text in details[MAX_PROBLEMS:]]
 
 
 async def connect(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -47,7 +47,7 @@ def _as_json(line: dict[str, object], **_: object) -> str:
 
 
 def configure(level: int = logging.INFO, **context: object) -> None:
-    """Set logging up for this process; ``context`` (such as ``worker="w0"``) is part of every line."""
+    """Set logging up for this process; ``context`` (such as ``worker="0"``) is part of every line."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -9,7 +9,7 @@ import time
 import tomllib
 from typing import TYPE_CHECKING, Any
 
-from fastdist.errors import ConfigError
+from fastdist.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 READINGS, PAUSE = 20, 0.01  # attempts to read a file that changes meanwhile, and seconds between them
 
 
-def read(file: Path, origin: str, quiet: float) -> dict[str, Any]:
-    """Return what a file says, once it has stayed the same for ``quiet`` seconds after it was read.
+def read(file: Path, origin: str, quiet: float) -> tuple[dict[str, Any], str]:
+    """Return what a file says, and its text, once it has stayed the same for ``quiet`` seconds after it was read.
 
     Raises ConfigError; ``origin`` says there where the file's name came from.
     """
+    line = 0
     try:
-        return tomllib.loads(read_whole(file, quiet).decode("utf-8-sig"))
+        text = read_whole(file, quiet).decode("utf-8-sig")
+        return tomllib.loads(text), text
     except OSError as error:
         problem = f"cannot be read: {error.strerror}{origin}"
     except UnicodeDecodeError as error:
@@ -32,9 +34,10 @@ def read(file: Path, origin: str, quiet: float) -> dict[str, Any]:
         problem = "nested too deeply"
     except ValueError as error:  # TOMLDecodeError, and what int() and datetime() raise inside tomllib
         text = str(error)
-        where = re.fullmatch(r"(.*) \(at (line \d+, column \d+|end of document)\)", text, re.DOTALL)
+        where = re.fullmatch(r"(.*) \(at (line (\d+), column \d+|end of document)\)", text, re.DOTALL)
         problem = f"{where[2]}: {where[1]}" if where else text
-    raise ConfigError([f"{file}: {problem}"])
+        line = int(where[3]) if where and where[3] else 0
+    raise ConfigError([Fault(f"{file}: {problem}", file=str(file), line=line)])
 
 
 def read_whole(file: Path, quiet: float) -> bytes:

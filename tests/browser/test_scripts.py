@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from selenium_page import watched
+from troubles import TROUBLES, World
 
 GOOD = {
     "health": {
@@ -13,8 +16,8 @@ GOOD = {
         "analyzers": {"online": 2, "total": 2},
         "storage": "ok",
         "failing": [],
+        "problems": [],
     },
-    "ready": {"status": "ready"},
     "stats": {
         "uptimeSeconds": 100.0,
         "packets": {"accepted": 0, "delivered": 0, "queued": 0, "deadLettered": 0, "corrupt": 0},
@@ -26,11 +29,8 @@ GOOD = {
     "queue": {"oldestAgeSeconds": 0, "workers": [{"bytes": 0, "capacityBytes": 100}]},
     "analyzers": [{"id": "A1", "state": "online"}, {"id": "A2", "state": "online"}],
 }
-CONDITIONS = """
-    const history = new window.History_();
-    for (const each of a) history.add(each);
-    return m.conditions(a.at(-1), history).map(({level, title, text}) => [level, `${title} ${text}`.trim()]);
-"""
+CONDITIONS = "return m.conditions(a[0]).map(({level, title, text}) => [level, `${title} ${text}`.trim()])"
+SINCE = "2020-01-02T03:04:05Z"
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,12 @@ def _copy(value):
     return [_copy(each) for each in value] if isinstance(value, list) else value
 
 
-def conditions(scripts, *documents):
-    scripts.run_module("history", "window.History_ = m.History")
-    return [tuple(each) for each in scripts.run_module("conditions", CONDITIONS, *documents)]
+def conditions(scripts, document):
+    return [tuple(each) for each in scripts.run_module("conditions", CONDITIONS, document)]
+
+
+def problem(detail, level="warning", code="analyzer_offline"):
+    return {"code": code, "level": level, "since": SINCE, "subject": "x", "detail": detail}
 
 
 # ---- figures
@@ -202,84 +205,56 @@ def test_all_well_is_the_only_condition(scripts):
     ]
 
 
+@pytest.mark.parametrize("code", TROUBLES)
+def test_banner_is_the_services_list(scripts, tmp_path, code):
+    """Of every trouble in docs/operations.md, as the service lists it."""
+    world = World(tmp_path)
+    try:
+        TROUBLES[code](world)
+        health = world.look()
+    finally:
+        world.close()
+    found = conditions(scripts, changed(health=health))
+    if found[0][1].startswith("All well."):
+        assert health["status"] == "ok"
+        found = found[1:]
+    levels = {"error": "error", "warning": "warning", "info": "notice"}
+    assert [levels[level] for level, _ in found] == [problem["level"] for problem in health["problems"]]
+    for (_, text), listed in zip(found, health["problems"], strict=True):
+        what, _, more = listed["detail"].partition(": ")
+        assert text.lower().startswith(f"{what}. {more}".lower().rstrip()), text
+        assert re.search(r"\. Since [\d:-]+( [\d:]+)?\.$", text), text
+
+
 @pytest.mark.parametrize(
-    ("members", "level", "words"),
+    ("problems", "shown"),
     [
+        ([problem("A1 is offline: HTTP 503")], [("warning", "A1 is offline. HTTP 503. Since 2020-01-02 03:04:05.")]),
+        ([problem("the queue is full", "error")], [("error", "The queue is full. Since 2020-01-02 03:04:05.")]),
+        ([problem("x: y!", "odd")], [("warning", "X. Y! Since 2020-01-02 03:04:05.")]),
         (
-            {"ready": {"status": 503, "detail": "the queue is full"}},
-            "error",
-            "No packets are taken. The queue is full.",
-        ),
-        (
-            {"ready": {"status": 503, "detail": "the service is draining: it is about to end"}},
-            "error",
-            "is draining: it",
-        ),
-        ({"health__storage": "failing", "health__status": "degraded"}, "error", "The queue’s storage fails."),
-        ({"health__status": "degraded"}, "warning", "The service is degraded."),
-        (
-            {"health__failing": ["oldRings", "sync"], "health__status": "degraded"},
-            "warning",
-            "A part of the upkeep fails again and again. Old rings, sync: fastdist’s log says why.",
-        ),
-        ({"queue__workers": [{"bytes": 81, "capacityBytes": 100}]}, "warning", "The queue is nearly full."),
-        ({"stats__packets__corrupt": 1}, "ok", "Damaged records of the queue were skipped."),
-        (
-            {
-                "health__workers__running": 1,
-                "stats__workers": [
-                    {"id": 0, "state": "running"},
-                    {"id": 1, "state": "starting", "lastError": "ended by signal SIGKILL"},
-                ],
-            },
-            "warning",
-            "1 of 2 workers is running. Worker 1 is starting: ended by signal SIGKILL.",
-        ),
-        (
-            {"analyzers": [{"id": "A1", "state": "offline"}, {"id": "A2", "state": "draining"}]},
-            "error",
-            "No analyzer is online. Packets are accepted and queued until one comes back.",
-        ),
-        (
-            {"analyzers": [{"id": "A1", "state": "offline"}, {"id": "A2", "state": "offline"}]},
-            "error",
-            "A1 and A2 are offline.$",
-        ),
-        (
-            {"analyzers": [{"id": "A1", "state": "online"}, *({"id": f"B{n}", "state": "offline"} for n in range(5))]},
-            "warning",
-            "B0, B1, B2 and 2 others are offline. Their share goes to the others.",
-        ),
-        (
-            {"analyzers": [{"id": "A1", "state": "online", "pausedForSeconds": 3}, {"id": "A2", "state": "online"}]},
-            "ok",
-            "A1 is paused, as asked for by Retry-After.",
-        ),
-        (
-            {"analyzers": [{"id": "A1", "state": "online", "probation": {"nextPacketInSeconds": 0}}]},
-            "ok",
-            "A1 is on probation: one packet at a time until one is taken.",
+            [*(problem(f"A{n} is offline") for n in range(6)), problem("sync fails", code="upkeep_failing")],
+            [
+                *(("warning", f"A{n} is offline. Since 2020-01-02 03:04:05.") for n in range(2)),
+                ("warning", "A2 is offline. Since 2020-01-02 03:04:05. And 3 more problems of this kind."),
+                ("warning", "Sync fails. Since 2020-01-02 03:04:05."),
+            ],
         ),
     ],
 )
-def test_what_is_wrong_is_said(scripts, members, level, words):
-    found = conditions(scripts, changed(**members))
-    assert found[0][0] == level
-    assert any(words in f"{text}$" for _, text in found), found  # $: the end
+def test_problems_are_written_for_people(scripts, problems, shown):
+    assert conditions(scripts, changed(health__problems=problems, health__status="degraded")) == shown
 
 
-def test_recent_growth_shows_for_a_minute(scripts):
-    worse = changed(stats__uptimeSeconds=101.0, stats__packets__deadLettered=2, stats__rejected__tooLarge=1)
-    found = conditions(scripts, GOOD, worse)
-    assert found[0][1].startswith("Packets became dead letters within the last minute.")
-    assert ("info", "Requests were rejected within the last minute: too large.") in found
-    later = [changed(worse, stats__uptimeSeconds=101.0 + second) for second in range(1, 63)]
-    assert [level for level, _ in conditions(scripts, GOOD, worse, *later)] == ["ok"]
+def test_notices_stand_below_all_well(scripts):
+    found = conditions(scripts, changed(health__problems=[problem("A1 is draining: it gets no new packets", "notice")]))
+    assert [level for level, _ in found] == ["ok", "info"]
 
 
-def test_the_worst_comes_first(scripts):
-    members = {"stats__packets__corrupt": 1, "health__storage": "failing"}
-    found = conditions(
-        scripts, changed(analyzers=[{"id": "A1", "state": "offline"}, {"id": "A2", "state": "online"}], **members)
-    )
-    assert [level for level, _ in found] == ["error", "warning", "info"]
+def test_four_of_a_kind_are_all_named(scripts):
+    found = conditions(scripts, changed(health__problems=[problem(f"A{n} is offline") for n in range(4)]))
+    assert [text.split(" ")[0] for _, text in found] == ["A0", "A1", "A2", "A3"]
+
+
+def test_without_a_list_the_status_shows(scripts):
+    assert conditions(scripts, changed(health__status="degraded")) == [("warning", "The service is degraded.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 from contextlib import contextmanager
@@ -184,3 +185,31 @@ def test_worker_with_more_yields_but_once(listener, there):
     assert {name for name, _ in taken[:SHARED_AT_ONCE]} == {"fewer" if there else "more"}
     for _, connection in taken:
         connection.close()
+
+
+def test_lack_of_descriptors_is_noted(listener):
+    """As a problem; one that was reset before it was accepted is no problem."""
+    errors = iter([ConnectionAbortedError(errno.ECONNABORTED, ""), OSError(errno.EMFILE, "Too many open files")])
+
+    class Listener:
+        def __getattr__(self, name):
+            return getattr(listener, name)
+
+        def accept(self):
+            if error := next(errors, None):
+                raise error
+            return listener.accept()
+
+    async def accept():
+        server = Acceptor(Listener(), lambda *_: None)
+        try:
+            with clients(listener, 1):
+                while server.shortage.last is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            with pytest.raises(OSError, match="Too many open files"):
+                server.shortage.raise_once()
+            server.shortage.raise_once()
+        finally:
+            server.close()
+
+    run(accept)

@@ -9,39 +9,12 @@ import threading
 
 import psutil
 import pytest
+from manager import Manager
 from support import Distributor, Mocks, running, wait_until
 
 from fastdist.supervisor.processes import HANG, LATE
 
 pytestmark = pytest.mark.processes
-
-
-class Manager:
-    """systemd's end: keeps what it is told, with the process that said it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.socket.bind("\0" + name[1:] if name.startswith("@") else name)
-        self.told: list[tuple[int, str]] = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        while True:
-            text, ancillary, _, _ = self.socket.recvmsg(4096, socket.CMSG_SPACE(12))
-            self.told.append((int.from_bytes(ancillary[0][2][:4], "little"), text.decode()))
-
-    @property
-    def messages(self) -> list[str]:
-        return [text for _, text in self.told]
-
-    def states(self) -> list[str]:
-        """Return what was said of the state, in order, without status and heartbeats."""
-        return [text.split("\n")[0] for text in self.messages if not text.startswith(("STATUS=", "WATCHDOG="))]
-
-    def count(self, message: str) -> int:
-        return self.messages.count(message)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +83,8 @@ def test_status_follows_analyzer_changes(serve, manager, mocks):
     wait_until(lambda: "READY=1" in manager.messages, "ready")
     assert manager.messages[manager.messages.index("READY=1") - 1] == all_well
     mocks.set("A2", unhealthy=True)
-    wait_until(lambda: manager.messages[-1].endswith("3 of 4 analyzers online"), "one is missing")
+    missing = "3 of 4 analyzers online; A2 is offline: health check: HTTP 503"
+    wait_until(lambda: manager.messages[-1].endswith(missing), "one is missing")
     mocks.set("A2", unhealthy=False)
     wait_until(lambda: manager.messages[-1] == all_well, "all well again")
 

@@ -83,7 +83,7 @@ def test_process_1_takes_sigterm_from_start(run, config, at_import, module):
 def test_hangup_in_start_reloads_after_it(run, config, at_import, module):
     fastdist = run(*SERVE, config, **at_import(signal.SIGHUP, module))
     port = port_of(fastdist)
-    fastdist.line_with("the configuration was read again")
+    fastdist.line_with("configuration reloaded")
     assert get_json(port, "/health")["workers"] == {"running": 2, "configured": 2}
 
 

@@ -152,8 +152,8 @@ def test_tokenless_api_rejects_other_origins(api):
         head = f"POST /admin/reload HTTP/1.1\r\nHost: localhost:3000\r\n{lines}\r\n".encode()
         return api.respond("POST", "/admin/reload", RequestHead(head).fields, b"", "127.0.0.1")
 
-    assert reload() == Action("reload")
-    assert reload(Origin="http://localhost:3000") == Action("reload")
+    assert reload() == Action("reload", by="127.0.0.1")
+    assert reload(Origin="http://localhost:3000") == Action("reload", by="127.0.0.1")
     for origin in ("https://evil.example", "null", "http://localhost:8080"):
         response = reload(Origin=origin)
         assert_problem(response, 403)

@@ -112,7 +112,9 @@ def test_check_prints_one_problem_per_line(run, file):
     result = run("check", str(file))
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr == "server.port: must be >= 0\nserver.prot: unknown key; did you mean 'port'?\n"
+    assert result.stderr == (
+        f"server.port: must be >= 0 ({file}:2)\nserver.prot: unknown key; did you mean 'port'? ({file}:3)\n"
+    )
 
 
 def test_check_warns_of_likely_mistakes(run, file):
@@ -184,7 +186,7 @@ def test_serve_with_problems_never_starts(run, file, supervisor):
     file.write_text("[server]\nport = -1\n[zzz]\n")
     result = run("serve", "--config", str(file))
     assert result.exit_code == 2
-    assert result.stderr == "server.port: must be >= 0\nzzz: unknown section\n"
+    assert result.stderr == f"server.port: must be >= 0 ({file}:2)\nzzz: unknown section ({file}:3)\n"
     assert supervisor.loaded is None
 
 

@@ -21,14 +21,14 @@ def test_processes_on_one_stream_mix_no_line(tmp_path):
     with target.open("ab") as stream:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", WRITER, f"w{n}"], stderr=stream, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+                [sys.executable, "-c", WRITER, str(n)], stderr=stream, env=os.environ | {"PYTHONUNBUFFERED": "1"}
             )
             for n in range(4)
         ]
         assert [process.wait(60) for process in processes] == [0] * 4
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     for n in range(4):
-        assert [line["number"] for line in lines if line["worker"] == f"w{n}"] == list(range(400))
+        assert [line["number"] for line in lines if line["worker"] == str(n)] == list(range(400))
 
 
 def test_line_of_invalid_unicode_is_written(capfd):

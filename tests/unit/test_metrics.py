@@ -8,10 +8,12 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from fastdist.errors import Fault
 from fastdist.http import metrics
 from fastdist.settings import PROTOCOLS, Analyzer, Config
 from fastdist.shm.block import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.histograms import BOUNDS
+from fastdist.shm.report import Configuration, Report, encode
 from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 
 SECOND = 10**9
@@ -71,6 +73,8 @@ COUNTERS = (
     "worker_cpu_seconds",
 )
 GAUGES = (
+    "config_last_reload_successful",
+    "config_last_reload_success_timestamp_seconds",
     "queue_packets",
     "queue_bytes",
     "queue_capacity_bytes",
@@ -189,6 +193,19 @@ def test_reasons_for_refusing_packets_show(block):
     block.worker(0)[WorkerWord.STORAGE_FAULT] = 1
     _, it = scrape(block)
     assert it["fastdist_ready",] == 0
+
+
+def test_state_of_the_configuration_shows(block):
+    state = Configuration(success_ns=1_700_000_000_500_000_000)
+    block.set_report(encode(Report(state)))
+    _, it = scrape(block)
+    assert it["fastdist_config_last_reload_successful",] == 1
+    assert it["fastdist_config_last_reload_success_timestamp_seconds",] == 1_700_000_000.5
+    state.faults = [Fault("server.port: must be >= 0")]
+    block.set_report(encode(Report(state)))
+    _, it = scrape(block)
+    assert it["fastdist_config_last_reload_successful",] == 0
+    assert it["fastdist_config_last_reload_success_timestamp_seconds",] == 1_700_000_000.5
 
 
 def test_histograms_are_exact_at_every_bound(block):

@@ -9,8 +9,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from fastdist.config import load
+from fastdist.errors import Fault
 from fastdist.ipc import Action, Message, read_settings
 from fastdist.supervisor import main
+from fastdist.supervisor.differences import Difference
 
 CONFIG = """
 [server]
@@ -25,11 +27,17 @@ weight = {weight}
 """
 
 
+def heavier(before, after):
+    """Return what a reload says that has changed the weight."""
+    changed = Difference("analyzers[A1].weight", f"{before:.1f}", f"{after:.1f}")
+    return main.Reloaded([changed], needs_restart=[], masked=[])
+
+
 class Slot:
     """A worker that sends nothing; the test sends for it."""
 
     def __init__(self, name):
-        self.name, self.alive, self.heard = name, True, []
+        self.name, self.alive, self.crashes, self.heard = name, True, False, []
 
     def send(self, message):
         self.heard.append(message.verb)
@@ -53,7 +61,7 @@ class Service:
         self.supervisor.changes.begin()
         self.supervisor._write_settings()
         self.supervisor.health = Checker()
-        self.slots = self.supervisor.processes.slots = [Slot(f"w{number}") for number in range(3)]
+        self.slots = self.supervisor.processes.slots = [Slot(str(number)) for number in range(3)]
 
     def write(self, weight):
         self.file.write_text(CONFIG.format(folder=self.folder, weight=weight))
@@ -65,7 +73,7 @@ class Service:
     async def begin(self, weight):
         """Begin a reload with that weight; return its task when the workers were told."""
         self.write(weight)
-        task = asyncio.create_task(self.supervisor._reload())
+        task = asyncio.create_task(self.supervisor._reload("127.0.0.1"))
         await self.told(1)
         return task
 
@@ -98,7 +106,7 @@ def test_reload_waits_for_no_ended_worker(service):
         return await task
 
     with capture_logs() as lines:
-        assert asyncio.run(scenario()) == (200, [])
+        assert asyncio.run(scenario()) == (200, heavier(1, 2))
     assert not any("not all workers" in line["event"] for line in lines)
     assert service.weight == 2
 
@@ -108,7 +116,7 @@ def test_requests_in_a_reload_share_the_next(service):
 
     async def scenario():
         first = await service.begin(2)
-        others = [asyncio.create_task(service.supervisor._reload()) for _ in range(50)]
+        others = [asyncio.create_task(service.supervisor._reload(f"127.0.0.{n % 2}")) for n in range(50)]
         await asyncio.sleep(0)
         service.write(3)
         for times in (2, 3):
@@ -116,12 +124,15 @@ def test_requests_in_a_reload_share_the_next(service):
                 service.says(number, "reloaded")
             if times == 2:
                 await service.told(times)
-        done = (200, [])
-        assert await asyncio.gather(first, *others) == [done] * 51
+        results = await asyncio.gather(first, *others)
+        assert results == [(200, heavier(1, 2)), *[(200, heavier(2, 3))] * 50]
         assert [slot.heard.count("reload") for slot in service.slots] == [2] * 3
 
-    asyncio.run(scenario())
+    with capture_logs() as lines:
+        asyncio.run(scenario())
     assert service.weight == 3
+    done = [line["by"] for line in lines if line["event"] == "configuration reloaded"]
+    assert done == [["127.0.0.1"], ["127.0.0.0", "127.0.0.1"]]
 
 
 def test_change_a_worker_rejects_is_undone(service):
@@ -137,7 +148,7 @@ def test_change_a_worker_rejects_is_undone(service):
             service.says(number, "reloaded")
         status, problems = await task
         assert status == 422
-        assert problems == ["worker w1: security.tls_cert: x.pem cannot be loaded: Too many open files"]
+        assert problems == [Fault("worker 1: security.tls_cert: x.pem cannot be loaded: Too many open files")]
         assert service.supervisor.health.analyzers[0].weight == 1
 
         for slot in service.slots:

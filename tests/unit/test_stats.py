@@ -166,6 +166,7 @@ def test_stats_has_the_names_of_the_api(block):
         "analyzers",
         "workers",
         "supervisor",
+        "configuration",
     }
     assert set(view["packets"]) == {
         "received",
@@ -291,7 +292,9 @@ def test_health_is_of_analyzers_and_workers(block, offline, draining, workers, e
     states = dict(zip("SRDX", WorkerState, strict=True))
     for index, code in enumerate(workers):
         block.worker(index)[WorkerWord.STATE] = states[code]
-    assert shown(stats.health, block) == {
+    health = shown(stats.health, block)
+    assert bool(health.pop("problems")) == bool(offline or draining or set(workers) & {"S", "X"})
+    assert health == {
         "status": status,
         "version": "1.2.3",
         "uptimeSeconds": 90.0,

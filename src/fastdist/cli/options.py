@@ -70,8 +70,8 @@ def load_or_exit(path: str | None, flags: dict[str, str | int | None]) -> Loaded
     try:
         return load(path, dict(os.environ), flags)
     except ConfigError as error:
-        for problem in error.problems:
-            typer.echo(problem, err=True)
+        for fault in error.faults:
+            typer.echo(fault, err=True)
         raise typer.Exit(BAD_CONFIG) from None
 
 

@@ -6,6 +6,8 @@ for reading; counts are whole. Colours repeat what words say, so that nothing is
 
 from __future__ import annotations
 
+from collections import Counter
+from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -15,15 +17,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastdist.client.output import age_text, plural, size_text
+from fastdist.client.output import age_text, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from datetime import datetime
 
     from rich.console import RenderableType
 
-    from fastdist.http.models import Analyzer, Health, Latencies, Queue, Stats, Stream, Worker
+    from fastdist.http.models import Analyzer, Health, Latencies, ListedProblem, Queue, Stats, Stream, Worker
 
 BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -35,7 +36,7 @@ MARK, GAP = "┃", "░"
 BETWEEN = 2  # cells between columns
 STATE_WIDTH = len("draining")
 ROOM_FOR_ERRORS, MIN_ERROR = 100, 14  # cells: of a terminal that shows last errors, and of their column
-ALMOST_FULL = 0.8  # of the queue's capacity
+NAMED = 3  # problems of one kind
 STATES = {"online": "green", "running": "green", "draining": "yellow", "offline": "bold red"}
 COUNTERS = {
     "received": "received",
@@ -106,18 +107,17 @@ def render(frame: Frame, width: int, lines: int | None = None, history: History 
     """
     parts: list[RenderableType] = [_head(frame)]
     if warnings := list(_warnings(frame)):
-        style = "bold white on red" if frame.trouble or _status(frame) == "unavailable" else "bold black on yellow"
-        parts.append(Text("\n".join(f" {warning} " for warning in warnings), style=style))
+        parts.append(Text("\n".join(f" {warning} " for warning in warnings), style=_style(warnings[0])))
     if (answers := frame.answers) is not None:
         rows = None
         if lines is not None:
             lists = bool(_rejected(answers.stats)) + bool(_agents(answers.stats, history))
             rows = max(1, lines - FIXED_LINES - len(warnings) - len(answers.analyzers) - lists)
         parts += [
-            _analyzers(answers.analyzers, width),
+            _analyzers(answers.analyzers, width, frame.at),
             _flow(answers, width, history),
             _latencies(answers.stats.latency_ms),
-            _workers(answers.stats.workers, rows),
+            _workers(answers.stats.workers, rows, frame.at),
         ]
     return Group(*parts)
 
@@ -141,6 +141,13 @@ def _head(frame: Frame) -> Text:
     return head
 
 
+def _style(worst: str) -> str:
+    """Return the style of what is wrong, by its first line."""
+    if worst.startswith("NOTICE"):
+        return "bold black on cyan"
+    return "bold black on yellow" if worst.startswith(("WARNING", "DEGRADED")) else "bold white on red"
+
+
 def _warnings(frame: Frame) -> Iterable[str]:
     """Yield what needs attention, the worst first."""
     answers = frame.answers
@@ -149,35 +156,30 @@ def _warnings(frame: Frame) -> Iterable[str]:
         yield f"UNREACHABLE: {frame.trouble}{last}"
     if answers is None:
         return
-    health, queue = answers.health, answers.queue
-    if health.status == "unavailable":
-        yield "UNAVAILABLE: no analyzer is online; packets are queued"
-    yield from _failures(health)
-    for row in answers.analyzers:
-        yield from _of_analyzer(row)
-    workers = health.workers
-    if workers.running < workers.configured:
-        yield f"DEGRADED: {workers.running} of {plural(workers.configured, 'worker')} running"
-    if queue.capacity_bytes and queue.bytes >= ALMOST_FULL * queue.capacity_bytes:
-        yield f"QUEUE {queue.bytes / queue.capacity_bytes:.0%} FULL: what does not fit in is answered 503"
+    listed = answers.health.problems
+    counts = Counter(problem.code for problem in listed)
+    shown: Counter[str] = Counter()
+    for problem in listed:
+        shown[problem.code] += 1
+        if shown[problem.code] <= NAMED or counts[problem.code] == NAMED + 1:  # one more takes no more room
+            yield f"{problem.level.upper()}: {problem.detail}{_since(problem, frame.at)}"
+        elif shown[problem.code] == counts[problem.code]:
+            yield f"{problem.level.upper()}: {counts[problem.code] - NAMED} more like the last one"
+    if not listed and answers.health.status != "ok":  # a server of another version
+        yield answers.health.status.upper()
 
 
-def _failures(health: Health) -> Iterable[str]:
-    if health.storage != "ok":
-        why = f" ({health.storage_error})" if health.storage_error else ""
-        yield f"DEGRADED: packets cannot be stored{why}, and are answered 503"
-    if health.failing:
-        yield f"DEGRADED: {', '.join(health.failing)} cannot be done, again and again; the log says why"
+def _since(problem: ListedProblem, now: datetime) -> str:
+    age = _age(problem.since, now)
+    return f" ({age})" if age else ""
 
 
-def _of_analyzer(row: Analyzer) -> Iterable[str]:
-    if row.state == "offline":
-        trial = "; on probation: one packet at a time" if row.probation else ""
-        yield f"DEGRADED: {row.id} is offline{trial}" + (f": {row.last_error}" if row.last_error else "")
-    elif _shown_state(row) == "on trial":
-        yield f"PROBATION: {row.id} answers its checks, and has its share again when it takes a packet"
-    elif _shown_state(row) == "paused":
-        yield f"PAUSED: {row.id} for {row.paused_for_seconds:.0f} s, as it asks"
+def _age(moment: str | None, now: datetime) -> str:
+    """Return how long ago a moment of the server was; nothing if that is not known."""
+    try:
+        return age_text((now - datetime.fromisoformat(moment or "")).total_seconds())
+    except (ValueError, TypeError):  # TypeError: without a time zone
+        return ""
 
 
 # ---- analyzers
@@ -227,7 +229,25 @@ COLUMNS = (
 )
 
 
-def _analyzers(rows: list[Analyzer], width: int) -> Table:
+OVERRIDE = _Column("override", lambda row: _override(row), 55)  # noqa: PLW0108  (defined below); where there is one
+
+
+def _override(row: Analyzer) -> str:
+    """Return what was set while the service ran, over what the configuration says."""
+    if row.override is None:
+        return "-"
+    weight = [] if row.override.weight is UNSET else [f"weight {row.override.weight:g}"]
+    return ", ".join([*weight, *([] if row.override.state is UNSET else [row.override.state])])
+
+
+def _error(text: str | None, moment: str | None, now: datetime, *, bad: bool) -> Text:
+    """Return a last error and how long ago that was."""
+    age = _age(moment, now)
+    style = "red" if bad else "dim"
+    return Text(f"{age} ago: {text}" if text and age else text or "-", style=style)
+
+
+def _analyzers(rows: list[Analyzer], width: int, now: datetime) -> Table:
     cells = max(MIN_BAR, min(BAR, width // 6))
     longest_id = max(min(max(map(len, (row.id for row in rows)), default=0), width // 4), len("analyzer"))
     room = width - longest_id - STATE_WIDTH - cells - 4 * BETWEEN
@@ -243,7 +263,7 @@ def _analyzers(rows: list[Analyzer], width: int) -> Table:
         table.add_column("last error", ratio=1, no_wrap=True, overflow="ellipsis")
     scale = max([share for row in rows for share in (row.actual_share, row.target_share)], default=0) or 1.0
     for row in rows:
-        error = Text(row.last_error or "-", style="dim" if row.state == "online" else "red")
+        error = _error(row.last_error, row.last_error_at, now, bad=row.state != "online")
         table.add_row(
             row.id,
             _state(_shown_state(row)),
@@ -256,7 +276,8 @@ def _analyzers(rows: list[Analyzer], width: int) -> Table:
 
 def _that_fit(rows: list[Analyzer], width: int, room: int) -> list[_Column]:
     """Return the columns that fit into ``room``, those that matter least left out."""
-    columns = [column for column in COLUMNS if column.width <= width]
+    known = (*COLUMNS, OVERRIDE) if any(row.override for row in rows) else COLUMNS
+    columns = [column for column in known if column.width <= width]
     needed = {
         column: max(len(column.name), *(len(column.cell(row)) for row in rows), 0) + BETWEEN for column in columns
     }
@@ -380,7 +401,7 @@ def _milliseconds(value: float | None) -> str:
 # ---- workers
 
 
-def _workers(workers: list[Worker], rows: int | None) -> RenderableType:
+def _workers(workers: list[Worker], rows: int | None, now: datetime) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("worker", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -398,7 +419,7 @@ def _workers(workers: list[Worker], rows: int | None) -> RenderableType:
             size_text(worker.rss_bytes),
             f"{worker.accepted:,}",
             f"{worker.delivered:,}",
-            Text(worker.last_error or "-", style="dim" if worker.state == "running" else "red"),
+            _error(worker.last_error, worker.last_error_at, now, bad=worker.state != "running"),
         )
     hidden = len(workers) - len(shown)
     return Group(table, Text(f"… and {hidden} more", style="dim")) if hidden else table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 from typing import TYPE_CHECKING
@@ -30,18 +31,21 @@ class RefusedError(Exception):
         self.status, self.detail, self.errors, self.headers = status, detail, errors or [], headers
 
 
-def authorize(headers: Mapping[str, str], client: str, security: Security) -> None:
-    """Let administrators pass: by token where there are any, else from this machine. Raises RefusedError."""
+def authorize(headers: Mapping[str, str], client: str, security: Security) -> str:
+    """Let administrators pass: by token where there are any, else from this machine. Return how the log names them.
+
+    Raises RefusedError.
+    """
     if security.admin_tokens:
         if not has_token(headers.get("authorization"), security.admin_tokens):
             challenge = b'WWW-Authenticate: Bearer realm="fastdist admin"\r\n'
             raise RefusedError(401, "an admin token is needed", headers=challenge)
-        return
+        return f"{client}, token {token_hash(headers['authorization'])}"
     if not is_loopback(client):
         raise RefusedError(403, "without security.admin_tokens changes are taken from this machine only")
     origin = headers.get("origin")
     if origin is None or origin in security.cors_origins or is_own_page(origin, headers.get("host", "")):
-        return
+        return client
     raise RefusedError(
         403,
         f"without security.admin_tokens changes are not taken from pages of {origin}; "
@@ -53,6 +57,12 @@ def has_token(authorization: str | None, tokens: Iterable[str]) -> bool:
     """Whether an Authorization header holds one of the bearer tokens; takes as long whichever it is."""
     scheme, _, given = (authorization or "").partition(" ")
     return scheme.lower() == "bearer" and is_token(given.strip(), tokens)
+
+
+def token_hash(authorization: str) -> str:
+    """Return what tells a token from others, and does not tell the token: the first 8 digits of its SHA-256."""
+    token = authorization.partition(" ")[2].strip()
+    return hashlib.sha256(token.encode("latin-1", "replace")).hexdigest()[:8]
 
 
 def is_token(given: str, tokens: Iterable[str]) -> bool:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 
 import msgspec
@@ -87,21 +87,25 @@ def problem(
     status: int,
     detail: str,
     *,
-    errors: Sequence[Mapping[str, str]] | None = None,
+    errors: Sequence[Mapping[str, Any]] | None = None,
     headers: bytes = b"",
     stored: str = "",
 ) -> Response:
-    """Return an RFC 9457 document; ``errors`` are ``{"pointer", "detail"}`` of the fields at fault, if any.
+    """Return an RFC 9457 document; ``errors`` are members of ``FieldError``, of the fields at fault, if any.
 
     ``stored``: whether the packet is, where that has to be said.
 
     Any text is allowed, also what is not Unicode: see ``printable``.
     """
-    faults = [FieldError(**{name: printable(text) for name, text in error.items()}) for error in errors or ()]
+    faults = [FieldError(**{name: _printable(member) for name, member in error.items()}) for error in errors or ()]
     document = Problem(
         title=reason(status), status=status, detail=printable(detail), errors=faults or UNSET, stored=stored or UNSET
     )
     return Response(status, msgspec.json.encode(document), PROBLEM + headers)
+
+
+def _printable(member: Any) -> Any:
+    return printable(member) if isinstance(member, str) else member
 
 
 class Faults:
@@ -237,8 +241,9 @@ class Api:
         """Let only administrators ask for a change."""
 
         def guarded(request: Request) -> Response | Action:
-            authorize(request.headers, request.client, self.snapshot().config.security)
-            return handler(request)
+            by = authorize(request.headers, request.client, self.snapshot().config.security)
+            change = handler(request)
+            return msgspec.structs.replace(change, by=by) if isinstance(change, Action) else change
 
         return guarded
 

@@ -66,6 +66,11 @@ def _families(it: Snapshot) -> Iterator[Family]:
     yield Family("build", "info", "What is running; always 1.", _sample("build_info", build, 1))
     yield _gauge("uptime_seconds", "How long the service has been running.", it.uptime)
     yield _gauge("ready", "Whether packets are taken (1) or not (0).", not it.obstacle)
+    state = it.report.configuration
+    help_text = "Whether the last reload, or else the start, has succeeded (1) or not (0)."
+    yield _gauge("config_last_reload_successful", help_text, not state.faults)
+    help_text = "When the configuration in force was read, as a Unix time."
+    yield _gauge("config_last_reload_success_timestamp_seconds", help_text, state.success_ns / 1e9)
     yield from _packets(it)
     yield from _queue(it)
     if it.stream is not None:

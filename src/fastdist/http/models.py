@@ -63,6 +63,8 @@ class FieldError(Model, kw_only=True):
         ),
     ]
     detail: Annotated[str, Meta(description="What is wrong with it.", min_length=1)]
+    file: Annotated[str | UnsetType, doc("The file that it stands in, of a configuration.")] = UNSET
+    line: Annotated[Positive | UnsetType, doc("The line there, or that of the table it belongs into.")] = UNSET
 
 
 class Problem(Model, kw_only=True):
@@ -128,6 +130,23 @@ class OnlineAnalyzers(Model, kw_only=True):
     total: Annotated[Positive, doc("How many are configured.")]
 
 
+class ListedProblem(Model, kw_only=True):
+    """Something that is wrong; it stays in the list for as long as it lasts."""
+
+    code: Annotated[str, doc("What kind of problem it is; the operations page says what to do about each.")]
+    level: Annotated[
+        str,
+        _words("error", "warning", "notice"),
+        doc(
+            "`error`: packets are refused, or none are delivered. `warning`: an operator has to look. `notice`: it is "
+            "meant to be so, or passes."
+        ),
+    ] = "warning"
+    since: Annotated[Time, doc("Since when.")]
+    subject: Annotated[str, doc("What it is about: an analyzer, a worker, a file, a part of the upkeep; may be empty.")]
+    detail: Annotated[str, Meta(description="What is wrong, for a person to read.", min_length=1)]
+
+
 class Health(Model, kw_only=True):
     """Whether all is there that should be."""
 
@@ -135,8 +154,8 @@ class Health(Model, kw_only=True):
         str,
         _words("ok", "degraded", "unavailable"),
         doc(
-            "`degraded`: an analyzer (not a draining one) or a worker is missing, the storage fails, or "
-            "a part of the upkeep does. `unavailable`: no analyzer is online."
+            "`degraded`: `problems` has an error or a warning, such as an analyzer or a worker that is missing. "
+            "`unavailable`: no analyzer is online."
         ),
     ]
     version: Annotated[str, doc("The version of the service.")]
@@ -148,6 +167,10 @@ class Health(Model, kw_only=True):
     failing: Annotated[
         list[str],
         doc("Parts of the upkeep that fail at present and are tried again; the log says why. Usually empty."),
+    ] = []
+    problems: Annotated[
+        list[ListedProblem],
+        doc("All that is wrong, the worst first; the dashboard, `fastdist top`, systemd and the log show the same."),
     ] = []
 
 
@@ -322,6 +345,22 @@ class Stream(Model, kw_only=True):
     replicas: Replicas = field(default_factory=Replicas)
 
 
+class ConfigurationState(Model, kw_only=True):
+    """The state of the configuration."""
+
+    file: Annotated[str | None, doc("The file it was read from; null without one.")] = None
+    last_reload_at: Annotated[Time | None, doc("When a reload was last tried; null if none was.")] = None
+    last_reload_successful: Annotated[bool, doc("Whether that one, or the start, has succeeded.")] = True
+    last_success_at: Annotated[Time | None, doc("When what is in force was read.")] = None
+    errors: Annotated[list[FieldError], doc("What was wrong with the last reload; of very many, the first.")] = []
+    needs_restart: Annotated[
+        list[str], doc("Settings in the file that differ from those in force, and change with a restart only.")
+    ] = []
+    masked: Annotated[
+        list[str], doc("Analyzers whose weight in the file has no effect, since another was set while the service ran.")
+    ] = []
+
+
 class Stats(Model, kw_only=True):
     """What came in, what became of it, how fast, and by which workers and analyzers.
 
@@ -344,6 +383,7 @@ class Stats(Model, kw_only=True):
     analyzers: Annotated[list[AnalyzerInShort], doc("In the order of the configuration.")] = []
     workers: Annotated[list[Worker], doc("By their numbers.")]
     supervisor: Supervisor = field(default_factory=Supervisor)
+    configuration: ConfigurationState = field(default_factory=ConfigurationState)
 
 
 # ---- GET /queue
@@ -468,8 +508,20 @@ class Change(Model, kw_only=True, forbid_unknown_fields=True):
     ] = UNSET
 
 
+class ChangedSetting(Model, kw_only=True):
+    """A setting with its values as text, secrets masked."""
+
+    setting: Annotated[str, doc("Its path; of an analyzer with its id: `analyzers[A2].weight`.")]
+    before: Annotated[str | None, doc("What was in force; null if it was not there.")]
+    after: Annotated[str | None, doc("What is in force now; null if it is gone.")]
+
+
 class Reloaded(Model, kw_only=True):
     """The configuration was read again, and is in force."""
 
     status: Annotated[Literal["reloaded"], doc("Always `reloaded`.")] = "reloaded"
+    changed: Annotated[list[ChangedSetting], doc("What has changed by it.")]
+    masked: Annotated[
+        list[str], doc("Analyzers whose weight in the file has no effect, since another was set while the service ran.")
+    ]
     needs_restart: Annotated[list[str], doc("Settings that differ from those in force and change with a restart only.")]

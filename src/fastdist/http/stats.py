@@ -6,14 +6,14 @@ of nothing; a count, an age or a rate of nothing is 0.
 
 from __future__ import annotations
 
-import signal
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET
 
 from fastdist.http import models
-from fastdist.shm.block import HUNG, AnalyzerWord, HeadWord
+from fastdist.shm.block import AnalyzerWord, HeadWord
+from fastdist.shm.problems import problems, status
 
 if TYPE_CHECKING:
     from msgspec import UnsetType
@@ -27,17 +27,26 @@ def health(snapshot: Snapshot) -> models.Health:
     workers, analyzers = snapshot.workers, snapshot.analyzers
     running = sum(worker.running for worker in workers)
     online = sum(figures.state == "online" for figures in analyzers)
-    storage_error, failing = snapshot.storage_error, snapshot.failing
-    complete = running == len(workers) and not any(figures.state == "offline" for figures in analyzers)
+    storage_error, found = snapshot.storage_error, problems(snapshot)
     return models.Health(
-        status="unavailable" if online == 0 else "ok" if complete and not storage_error and not failing else "degraded",
+        status=status(found),
         version=snapshot.version,
         uptime_seconds=round(snapshot.uptime, 3),
         workers=models.RunningWorkers(running=running, configured=len(workers)),
         analyzers=models.OnlineAnalyzers(online=online, total=len(analyzers)),
         storage="failing" if storage_error else "ok",
         storage_error=storage_error or UNSET,
-        failing=failing,
+        failing=snapshot.failing,
+        problems=[
+            models.ListedProblem(
+                code=each.code,
+                level=each.level,
+                since=_iso(each.since_ns) or "",
+                subject=each.subject,
+                detail=each.detail,
+            )
+            for each in found
+        ],
     )
 
 
@@ -80,6 +89,7 @@ def stats(snapshot: Snapshot) -> models.Stats:
         analyzers=[models.AnalyzerInShort(**_in_short(figures)) for figures in snapshot.analyzers],
         workers=[_worker(snapshot, worker) for worker in snapshot.workers],
         supervisor=models.Supervisor(pid=snapshot.block.head[HeadWord.SUPERVISOR]),
+        configuration=_configuration(snapshot),
     )
 
 
@@ -144,6 +154,24 @@ def analyzer(snapshot: Snapshot, name: str) -> models.Analyzer:
     return next(_analyzer(snapshot, figures) for figures in snapshot.analyzers if figures.analyzer.id == name)
 
 
+def _configuration(snapshot: Snapshot) -> models.ConfigurationState:
+    state = snapshot.report.configuration
+    return models.ConfigurationState(
+        file=state.file or None,
+        last_reload_at=_iso(state.attempt_ns),
+        last_reload_successful=not state.faults,
+        last_success_at=_iso(state.success_ns),
+        errors=[
+            models.FieldError(
+                pointer=each.pointer, detail=each.detail, file=each.file or UNSET, line=each.line or UNSET
+            )
+            for each in state.faults
+        ],
+        needs_restart=state.needs_restart,
+        masked=state.masked,
+    )
+
+
 def _in_and_out(snapshot: Snapshot, unit: str) -> models.InAndOut:
     return models.InAndOut(
         accepted=snapshot.total(f"{unit}_accepted"),
@@ -166,19 +194,9 @@ def _worker(snapshot: Snapshot, worker: WorkerFigures) -> models.Worker:
         accepted=worker.accepted,
         delivered=worker.delivered,
         loop_lag_ms=_percentiles(snapshot.loop_lag(worker.id)),
-        last_error=_end(worker.end_status) if worker.end_ns else None,
+        last_error=worker.ended or None,
         last_error_at=_iso(worker.end_ns),
     )
-
-
-def _end(status: int) -> str:
-    """Return how the process before a worker's present one ended."""
-    if status == HUNG:
-        return "it hung and was killed"
-    if status < 0:
-        names = {int(each): each.name for each in signal.Signals}
-        return f"ended by signal {names.get(-status, -status)}"
-    return f"ended with exit status {status}"
 
 
 def _in_short(figures: AnalyzerFigures) -> dict[str, Any]:

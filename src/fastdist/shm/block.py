@@ -5,6 +5,7 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 | part      | words              | written by |
 |-----------|--------------------|------------|
 | head      | 64                 | the supervisor, except ``EPOCH`` |
+| report    | 16384              | the supervisor: see ``shm.report`` |
 | samples   | 16 x 4             | the supervisor, once a second |
 | stream    | 256                | the supervisor: ``StreamFigures`` as JSON, with its length and checksum before it |
 | limiter   | limiter_words      | all, by compare-and-swap |
@@ -24,6 +25,7 @@ import mmap
 import os
 import struct
 from enum import IntEnum, IntFlag, auto
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -53,6 +55,9 @@ SAMPLES = 16
 SAMPLE_WORDS = 4
 STREAM_WORDS = 256
 TRIES = 100  # to read what may be just being written
+REPORT_WORDS = 16384
+READINGS = 1000  # of a report that is being written
+REPORT_HEAD = struct.Struct("=Q16s")  # length and checksum: a report may be read while it is written
 BASELINE_WORDS = ANALYZER_WORDS + WORDS_PER_HISTOGRAM  # of a slot
 COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries")  # the other fields are gauges
 _STREAM = struct.Struct("=QQ")  # before the figures of the stream: their length and checksum
@@ -120,6 +125,7 @@ class WorkerWord(IntEnum):
     END_STATUS = 10  # of the last process that ended here unasked: as in Popen.returncode, or HUNG; the supervisor
     END_NS = 11  # wall clock: when that was, 0 if never; the supervisor
     FAILING = 12  # Steps that fail at present; the worker
+    DEAD_LETTERS_FAULT = 13  # errno of the last write of dead letters; the worker
     WORKER_WORDS = 16
 
 
@@ -134,11 +140,12 @@ class Step(IntFlag):
     TIMEOUTS = auto()  # of emitters' connections
     QUEUE_FILES = auto()  # whether rings, and the lock, are under their names
     WORKERS = auto()  # those that hang are replaced
-    ANALYZERS = auto()  # changes of their state are logged
+    ANALYZERS = auto()  # problems, changes of their state among them, are listed and logged
     FIGURES = auto()  # rates; what workers use
     OVERRIDES = auto()  # whether their file is there
     SERVICE_MANAGER = auto()
     CONNECTIONS = auto()  # to analyzers: whether this process has the resources to open them
+    ACCEPTING = auto()  # connections of emitters: likewise
 
     @property
     def word(self) -> str:
@@ -173,7 +180,7 @@ class SharedBlock:
         for words in self._layout(workers, slots):
             parts.append(view[at : at + 8 * words])
             at += 8 * words
-        head, samples, self._stream, self._limiter, analyzers, baselines, *of_workers = parts
+        head, self._report, samples, self._stream, self._limiter, analyzers, baselines, *of_workers = parts
         self.head, self.samples, self.baselines = head.cast("q"), samples.cast("q"), baselines.cast("q")
         self.analyzers = AnalyzerStates(analyzers, self.head)
         self._worker_words = [part.cast("q") for part in of_workers[:workers]]
@@ -183,7 +190,7 @@ class SharedBlock:
     @staticmethod
     def _layout(workers: int, slots: int) -> list[int]:
         """Return how many words each part has."""
-        of_all = [HeadWord.HEAD_WORDS, SAMPLES * SAMPLE_WORDS, STREAM_WORDS, limiter_words(CLIENT_SLOTS)]
+        of_all = [HeadWord.HEAD_WORDS, REPORT_WORDS, SAMPLES * SAMPLE_WORDS, STREAM_WORDS, limiter_words(CLIENT_SLOTS)]
         of_analyzers = [slots * AnalyzerWord.ANALYZER_WORDS, slots * BASELINE_WORDS]
         return [*of_all, *of_analyzers, *[WorkerWord.WORKER_WORDS] * workers, *[row_words(slots)] * workers]
 
@@ -213,6 +220,23 @@ class SharedBlock:
         if magic != MAGIC:
             raise StartError("the descriptor passed to this worker is not a shared block")
         return cls(fd, workers, slots)
+
+    def report(self) -> bytes:
+        """Return what the supervisor has reported last; nothing if it never has, or writes just now and goes on to."""
+        for _ in range(READINGS):
+            length, checksum = REPORT_HEAD.unpack_from(self._report)
+            if length == 0:
+                break
+            body = bytes(self._report[REPORT_HEAD.size : REPORT_HEAD.size + length])
+            if _checksum(body) == checksum:
+                return body
+        return b""
+
+    def set_report(self, body: bytes) -> None:
+        """Replace the report; one that is too long for the block is dropped."""
+        if REPORT_HEAD.size + len(body) <= len(self._report):
+            self._report[REPORT_HEAD.size : REPORT_HEAD.size + len(body)] = body
+            REPORT_HEAD.pack_into(self._report, 0, len(body), _checksum(body))
 
     def limiter(self) -> RateLimiter:
         """Return this process's view of the rate limits."""
@@ -268,3 +292,7 @@ class SharedBlock:
             data = msgspec.json.encode(msgspec.structs.replace(figures, error=f"{figures.error[:left]}..."))
         self._stream[_STREAM.size : _STREAM.size + len(data)] = data
         _STREAM.pack_into(self._stream, 0, len(data), checksum(data))
+
+
+def _checksum(body: bytes) -> bytes:
+    return blake2b(body, digest_size=16).digest()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import signal
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,8 +32,9 @@ from fastdist._core import (
     WORDS_PER_PROTOCOL,
 )
 from fastdist.settings import PROTOCOLS
-from fastdist.shm.block import AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
+from fastdist.shm.block import HUNG, AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
 from fastdist.shm.histograms import Histogram, merge
+from fastdist.shm.report import Report, decode
 from fastdist.shm.weights import effective_weights, normalised, seems_online
 
 if TYPE_CHECKING:
@@ -61,7 +63,6 @@ STREAM_FAULTS = {  # errno -> what it means where the queue is a stream
     errno.ENOTCONN: "no NATS server is connected",
     errno.EAGAIN: "the stream has no leader that sees a majority",
     errno.ETIMEDOUT: "the stream does not acknowledge",
-    errno.EIO: "dead letters cannot be stored in their stream",
 }
 MAX_WAIT = 30  # seconds, of Retry-After
 FIRST_ERROR = 400  # of statuses
@@ -103,6 +104,7 @@ class WorkerFigures(Struct, frozen=True):
     undone: int
     oldest_ns: int
     storage_fault: int  # errno, 0: packets can be stored
+    dead_letters_fault: int  # errno, 0: dead letters can be written
     lacking: int
     end_status: int
     end_ns: int
@@ -111,6 +113,18 @@ class WorkerFigures(Struct, frozen=True):
     def running(self) -> bool:
         """Whether it serves."""
         return self.state in {WorkerState.RUNNING, WorkerState.DRAINING}
+
+    @property
+    def ended(self) -> str:
+        """How the process before the present one ended, unasked; empty if none did."""
+        if not self.end_ns:
+            return ""
+        if self.end_status == HUNG:
+            return "it hung and was killed"
+        if self.end_status < 0:
+            names = {int(each): each.name for each in signal.Signals}
+            return f"ended by signal {names.get(-self.end_status, -self.end_status)}"
+        return f"ended with exit status {self.end_status}"
 
 
 class ProtocolFigures(NamedTuple):
@@ -366,6 +380,7 @@ class Snapshot:
             undone=counters[FIELDS["undone"]],
             oldest_ns=counters[FIELDS["oldest_ns"]],
             storage_fault=words[WorkerWord.STORAGE_FAULT],
+            dead_letters_fault=words[WorkerWord.DEAD_LETTERS_FAULT],
             lacking=words[WorkerWord.LACKING],
             end_status=words[WorkerWord.END_STATUS],
             end_ns=words[WorkerWord.END_NS],
@@ -434,15 +449,34 @@ class Snapshot:
         return os.strerror(fault) if fault else ""
 
     @property
-    def obstacle(self) -> str:
-        """Why the service should get no packets now; empty when it is ready."""
+    def dead_letter_error(self) -> str:
+        """Why dead letters cannot be written; empty when they can. Packets are accepted all the same."""
+        fault = next((worker.dead_letters_fault for worker in self.workers if worker.dead_letters_fault), 0)
+        if fault and self.stream is not None:
+            return "their stream does not take them"
+        return os.strerror(fault) if fault else ""
+
+    @cached_property
+    def obstacles(self) -> list[tuple[str, str]]:
+        """Why the service should get no packets now: codes of problems, and texts."""
+        found = []
         if self.block.head[HeadWord.DRAINING]:
-            return "the service is draining: it is about to end"
+            found.append(("service_draining", "the service is draining: it is about to end"))
         if self.storage_error:
-            return f"packets cannot be stored: {self.storage_error}"
+            found.append(("storage_failing", f"packets cannot be stored: {self.storage_error}"))
         if any(worker.lacking for worker in self.workers):
-            return "the queue is full"
-        return ""
+            found.append(("queue_full", "the queue is full"))
+        return found
+
+    @property
+    def obstacle(self) -> str:
+        """The first of them; empty when it is ready."""
+        return self.obstacles[0][1] if self.obstacles else ""
+
+    @cached_property
+    def report(self) -> Report:
+        """What the supervisor has said last."""
+        return decode(self.block.report())
 
     @property
     def retry_after(self) -> int:

@@ -24,6 +24,7 @@ ADVICE = {
     Step.OLD_RINGS: "let fastdist write to the queue's folder and to the old rings in it (adopt-*.fdq)",
     Step.QUEUE_FILES: "let fastdist read and write the queue's folder",
     Step.CONNECTIONS: "raise the limit on open files (ulimit -n, LimitNOFILE) or lower delivery.connections",
+    Step.ACCEPTING: "raise the limit on open files (ulimit -n, LimitNOFILE) or lower server.max_connections",
     Step.OVERRIDES: "let fastdist write to the queue's folder",
 }
 

@@ -18,27 +18,31 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
 import uvloop
 
 from fastdist import __version__, early, logs
 from fastdist._core import PacketRing
 from fastdist.config import MIN_PART, usable_cores, warnings, without_effect
-from fastdist.errors import ConfigError, StartError
-from fastdist.ipc import Message, Pair, Settings, shorten, write_settings
+from fastdist.errors import ConfigError, Fault, StartError, printable
+from fastdist.ipc import Message, Pair, Settings, shorten_faults, write_settings
 from fastdist.net import tls
 from fastdist.net.connect import DESCRIPTORS_BESIDES
 from fastdist.net.upstream_tls import with_files
 from fastdist.shm.block import HeadWord, SharedBlock, Step
+from fastdist.shm.problems import problems
+from fastdist.shm.report import Own, Report, encode
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
-from fastdist.shm.weights import seems_online
 from fastdist.storage import jetstream
 from fastdist.storage.dead_letter_writer import DeadLetterWriter, what_is_left
 from fastdist.storage.dead_letters import DeadLetters
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.supervisor import activation
+from fastdist.supervisor.differences import Difference, differences
 from fastdist.supervisor.health import HealthChecker
+from fastdist.supervisor.problems import Follower, Traffic, set_aside, status_line
 from fastdist.supervisor.processes import LATE, Processes, WorkerSlot
 from fastdist.supervisor.reload import Changes
 from fastdist.supervisor.renewal import renew
@@ -62,6 +66,7 @@ KEEPALIVE = (  # inherited by accepted connections: a client that vanished is no
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
 )
 WATCH = 0.1  # seconds between checks of workers and analyzers
+START = 10.0  # seconds after which workers that are not ready yet are a problem
 REAP = 1.0  # seconds between reaping orphaned processes
 PORT_TIMEOUT = 1.0  # seconds to wait until another process has released our port
 APPLIED = 5.0  # seconds for workers to report that they have applied new settings
@@ -69,6 +74,14 @@ CANNOT_START = 3  # exit status: workers cannot start
 LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
 
 log = logs.get()
+
+
+class Reloaded(msgspec.Struct, frozen=True):
+    """What a reload has done: settings that are in force now, wait for a restart, or are masked by an override."""
+
+    changed: list[Difference]
+    needs_restart: list[str]
+    masked: list[str]
 
 
 class Supervisor:
@@ -81,16 +94,20 @@ class Supervisor:
         self.settings = os.memfd_create("fastdist-settings")
         self.folder = QueueFolder(loaded.config.queue.path)
         self.changes = Changes(loaded.config, self.block, self.folder.path, pair)
+        self.changes.state.file = printable(str(loaded.path or ""))
         self.processes = Processes(self.block, self.settings, self._heard, self._renew)
         self.manager = ServiceManager()
         self.inherited = activation.inherited()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self._known_states: dict[int, str] = {}
+        self.follower, self.traffic = Follower(), Traffic()
+        self._epoch = 0  # of the analyzers' states, when problems were listed last
+        self._reported = b""
         self._applying: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
         self.stream: SharedStream | None = None  # the queue, if it is one
+        self._reload_by: list[str] = []  # clients that have asked for it
         self._next_reload: asyncio.Task[tuple[int, object]] | None = None  # that has not begun to read
 
     @property
@@ -270,7 +287,7 @@ class Supervisor:
             durability="replicated" if self.is_shared else self.config.queue.durability,
             **({"admin": admin} if admin else {}),
         )
-        self.manager.status(_status_line(self._snapshot()))
+        self._list_problems()
         self.manager.ready()
         if sys.stderr.isatty():
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
@@ -287,16 +304,17 @@ class Supervisor:
         while True:
             number = await self._signals.get()
             if number == signal.SIGHUP:
-                self._begin(self._reload())  # so that a signal to end does not wait for it
+                self._begin(self._reload("SIGHUP"))  # so that a signal to end does not wait for it
             elif self.processes.stopping:
                 log.warning("a second signal: ending at once")
                 self.processes.stop(0.0)
             else:
                 seconds = self.config.server.drain_timeout
-                log.info("draining", signal=number.name, for_at_most=seconds)
+                log.info("signal received, shutting down", signal=number.name, for_at_most=seconds)
+                self.block.head[HeadWord.DRAINING] = 1
+                self._list_problems()
                 self.manager.stopping(seconds + 2 * LATE)
                 self.manager.status(f"Draining for at most {seconds:g} s")
-                self.block.head[HeadWord.DRAINING] = 1
                 self.processes.stop(time.monotonic() + seconds)
 
     def _dead_letter_rest(self) -> bool:
@@ -379,7 +397,7 @@ class Supervisor:
         action = message.action
         assert action is not None  # noqa: S101  (_heard has looked)
         try:
-            status, body = await self._reload() if action.name == "reload" else await self._apply(action)
+            status, body = await self._reload(action.by) if action.name == "reload" else await self._apply(action)
         except Exception:
             slot.send(
                 Message("reply", id=message.id, status=500, body="a fault in fastdist; its log has the traceback")
@@ -390,11 +408,12 @@ class Supervisor:
     async def _apply(self, action: Action) -> tuple[int, object]:
         return self.changes.apply(action) if self.stream is None else await self.stream.apply(action)
 
-    async def _reload(self) -> tuple[int, object]:
-        """Read the configuration again; return 200 and the settings that need a restart, or 422 and the problems.
+    async def _reload(self, by: str) -> tuple[int, object]:
+        """Read the configuration again; return 200 and what has changed, or 422 and the faults.
 
         All requests made during a reload share the next one.
         """
+        self._reload_by.append(by)
         if self._next_reload is None:
             self._next_reload = asyncio.get_running_loop().create_task(self._reload_now())
         return await asyncio.shield(self._next_reload)
@@ -402,22 +421,31 @@ class Supervisor:
     async def _reload_now(self) -> tuple[int, object]:
         async with self._changing, self.manager.reloading():
             self._next_reload = None
+            by, self._reload_by = list(dict.fromkeys(self._reload_by)), []
             before = self.changes.config, self.changes.pair
             try:
                 loaded, pair = await asyncio.to_thread(self._read_again)  # which may wait until the file is written
                 need_restart = self.changes.reload(loaded.config, pair)
-                problems = await self._apply_settings()
-                if problems:
+                faults = [Fault(each) for each in await self._apply_settings()]
+                if faults:
                     self.changes.put_in_force(*before)
                     await self._apply_settings()
             except (ConfigError, StartError) as error:
-                problems = getattr(error, "problems", [str(error)])
-            if problems:
-                log.error("the new configuration cannot be used; the old one stays", problems=shorten(problems))
-                return 422, shorten(problems)
+                faults = getattr(error, "faults", [Fault(str(error))])
+            if faults:
+                few = shorten_faults(faults)
+                what = "the new configuration cannot be used; the old one stays"
+                log.error(what, by=by, problems=[str(fault) for fault in few])
+                self.changes.failed(few)
+                self._list_problems()
+                return 422, few
             self.loaded = loaded
-            log.info("the configuration was read again", needs_restart=need_restart or None)
-            return 200, need_restart
+            self.changes.succeeded(need_restart)
+            self._list_problems()
+            changed = differences(before[0], self.changes.config, (before[1], self.changes.pair))
+            done = Reloaded(changed, need_restart, self.changes.masked)
+            log.info("configuration reloaded", by=by, **msgspec.to_builtins(done))
+            return 200, done
 
     def _read_again(self) -> tuple[Loaded, Pair | None]:
         loaded = self.loaded.reload()
@@ -446,7 +474,7 @@ class Supervisor:
             await asyncio.sleep(WATCH)
             run = self.upkeep.run
             run(Step.WORKERS, self.processes.replace_hanging)
-            run(Step.ANALYZERS, self._log_analyzers)
+            run(Step.ANALYZERS, self._look_at_analyzers)
             run(Step.CONNECTIONS, self.health.shortage.raise_once)
             run(Step.SERVICE_MANAGER, self._send_heartbeat)
 
@@ -460,26 +488,39 @@ class Supervisor:
             await asyncio.sleep(REAP)
             self.processes.reap_orphans()
 
-    def _log_analyzers(self) -> None:
-        states, rise = self.block.analyzers, self.config.health.rise
-        for slot, analyzer in self.changes.analyzers.items():
-            online = states.is_online(slot)
-            state = "online" if online else "probation" if seems_online(states, slot, rise) else "offline"
-            if state != self._known_states.get(slot, "online"):
-                if state == "offline":
-                    log.warning(
-                        "analyzer offline; its share goes to the others",
-                        analyzer=analyzer.id,
-                        endpoint=analyzer.shown_endpoint,
-                        reason=states.error(slot),
-                    )
-                elif state == "probation":
-                    log.info(
-                        "analyzer on probation; it gets one packet at a time until it takes one", analyzer=analyzer.id
-                    )
-                else:
-                    log.info("analyzer online; it gets its share again", analyzer=analyzer.id)
-            self._known_states[slot] = state
+    def _look_at_analyzers(self) -> None:
+        if self.block.analyzers.epoch != self._epoch:  # else once a second is enough
+            self._list_problems()
+
+    def _list_problems(self) -> None:
+        """List what is wrong, and say so to all processes, to the log and to the service manager."""
+        self._epoch = self.block.analyzers.epoch
+        snapshot = self._snapshot()
+        self.changes.state.masked = self.changes.masked
+        report = Report(self.changes.state, self._own_problems(snapshot), self.follower.since)
+        found = problems(snapshot, report)
+        if self._told():
+            self.follower.follow(found)
+            report.since = self.follower.since
+        if (body := encode(report)) != self._reported:
+            self._reported = body
+            self.block.set_report(body)
+        if not self.processes.stopping:
+            self.manager.status(status_line(snapshot, found))
+
+    def _told(self) -> bool:
+        """Whether the log is told: not that workers begin, nor that they end when they should."""
+        begun = time.monotonic() - self.block.head[HeadWord.STARTED_NS] / 1e9 > START
+        return (begun or self.processes.all_ready.is_set()) and not self.processes.stopping
+
+    def _own_problems(self, snapshot: Snapshot) -> list[Own]:
+        """Return what no other process knows."""
+        found = [*self.traffic.problems(snapshot), *self.changes.problems(), *set_aside(self.folder.path)]
+        for slot in self.processes.slots:
+            if slot.crashes:
+                name, ended = f"worker {slot.index}", snapshot.workers[slot.index].ended
+                found.append(Own("worker_restarting", name, f"{name} dies again and again: the last {ended}"))
+        return found
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.block, self.config, self.changes.analyzers, __version__)
@@ -498,24 +539,11 @@ class Supervisor:
         self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
         for slot in self.processes.slots:
             slot.measure()
-        if not self.processes.stopping:
-            self.manager.status(_status_line(snapshot))
+        self._list_problems()
 
     def _keep_lock(self) -> None:
         self.folder.renew_lock()
         self.processes.held = self.folder.held
-
-
-def _status_line(snapshot: Snapshot) -> str:
-    """Return the status line that the service manager shows."""
-    states = [figures.state for figures in snapshot.analyzers]
-    running = sum(worker.running for worker in snapshot.workers)
-    draining = f", {states.count('draining')} draining" if "draining" in states else ""
-    obstacle = f"; takes no packets: {snapshot.obstacle}" if snapshot.obstacle else ""
-    return (
-        f"{running} of {len(snapshot.workers)} workers running, "
-        f"{states.count('online')} of {len(states)} analyzers online{draining}{obstacle}"
-    )
 
 
 def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int:

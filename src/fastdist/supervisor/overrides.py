@@ -43,6 +43,7 @@ class Overrides:
     def __init__(self, folder: Path | None, *, locked: bool = False) -> None:
         self.folder, self.locked = folder, locked
         self.by_id: dict[str, Override] = {}
+        self.fault = ""  # why those of earlier runs are not in force
         self._file = -1  # what was read or written last, open, so that another file is recognised
         self._home = (0, 0)  # the folder at the start of the service
 
@@ -58,8 +59,10 @@ class Overrides:
         except FileNotFoundError:
             pass
         except (OSError, msgspec.DecodeError) as error:
+            self.fault = f"cannot be read: {error}"
             log.error("the overrides of the analyzers cannot be read; the configuration holds", error=str(error))
         if not leaves_any(analyzers, self.by_id):
+            self.fault = "leave no analyzer to deliver to"
             log.error("the overrides of earlier runs leave no analyzer to deliver to, and are ignored", file=FILE)
             self.by_id = {}
 
@@ -98,7 +101,7 @@ class Overrides:
                 os.close(self._file)
             self._file = os.dup(file.fileno())
         sync_folder(self.folder)
-        self.by_id = by_id
+        self.by_id, self.fault = by_id, ""
 
     def check_file(self) -> None:
         """Write the file again if it was deleted or replaced: a restart must find it. Raises OSError.

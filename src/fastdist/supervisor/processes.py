@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,6 +37,7 @@ STEADY = 10.0  # seconds a worker has to live for the back-off to be reset
 FALSE_STARTS = 3
 PAUSED = 2.0  # seconds between two checks, beyond which the whole machine was paused
 SPAN = 0.5  # seconds at least over which the use of the processor is measured: the kernel counts it in hundredths
+CRASHES, CRASH_WINDOW = 3, 900.0  # that many unasked ends of a worker within so many seconds are a problem
 LATE = 10.0  # seconds for workers to exit after the drain timeout
 
 log = logs.get()
@@ -59,14 +61,20 @@ class WorkerSlot:
         self.time_to_start = START + rings / READ_RATE
         self.delay = 0.0
         self.false_starts = 0
+        self.deaths: deque[float] = deque(maxlen=CRASHES)  # the last ones, time.monotonic()
         self.renewed = self.irreplaceable = False  # see ipc.Assignment
         self.hung = False  # the process was killed because it gave no heartbeat
         self.cpu_before = 0  # ns, of earlier processes in this slot
 
     @property
     def name(self) -> str:
-        """What the log calls the worker."""
-        return f"w{self.index}"
+        """What the log calls the worker: its number, as everywhere."""
+        return str(self.index)
+
+    @property
+    def crashes(self) -> bool:
+        """Whether its processes end again and again."""
+        return len(self.deaths) == CRASHES and time.monotonic() - self.deaths[0] < CRASH_WINDOW
 
     @property
     def alive(self) -> bool:
@@ -277,6 +285,7 @@ class Processes:
         slot.words[WorkerWord.RESTARTS] += 1
         slot.words[WorkerWord.END_STATUS] = HUNG if slot.hung else status
         slot.words[WorkerWord.END_NS] = time.time_ns()
+        slot.deaths.append(time.monotonic())
         log.warning("worker exited, restarting", worker=slot.name, ended_by=how, delay=slot.delay)
 
     def _gives_up(self, slot: WorkerSlot, why: str) -> bool:

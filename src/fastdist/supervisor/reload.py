@@ -6,16 +6,18 @@ figures begin at 0.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from fastdist import logs
 from fastdist.config import reloadable
-from fastdist.errors import ConfigError, StartError
+from fastdist.errors import ConfigError, Fault, StartError
 from fastdist.net import tls
 from fastdist.shm.block import AnalyzerWord, HeadWord
-from fastdist.supervisor.overrides import Overrides, leaves_any
+from fastdist.shm.report import Configuration, Own
+from fastdist.supervisor.overrides import FILE, Override, Overrides, leaves_any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +41,7 @@ class Changes:
         self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot was not reused
         self.analyzers: dict[int, Analyzer] = {}
         self.overrides = Overrides(folder, locked=config.queue.durability != "memory") if own else Overrides(None)
+        self.state = Configuration(success_ns=time.time_ns())
 
     def begin(self) -> None:
         """Put the analyzers into the shared block, with the overrides of earlier runs."""
@@ -59,7 +62,44 @@ class Changes:
         """Return {analyzer id: slot} of those configured."""
         return {analyzer.id: slot for slot, analyzer in self.analyzers.items()}
 
+    def problems(self) -> list[Own]:
+        """Return what is wrong with the configuration."""
+        state, found = self.state, []
+        if state.faults:
+            first, *others = state.faults
+            more = f", and {len(others)} more" if others else ""
+            found.append(Own("reload_failed", state.file, f"the last reload failed: {first}{more}"))
+        if state.needs_restart:
+            settings = ", ".join(state.needs_restart)
+            found.append(Own("restart_needed", state.file, f"settings wait for a restart: {settings}"))
+        if (lowered := self.config.server.max_connections) < self._wanted_connections:
+            detail = f"server.max_connections is lowered to {lowered}: more than the limit on open files allows"
+            found.append(Own("connections_lowered", "server.max_connections", detail))
+        if self.overrides.fault:
+            detail = f"the overrides of earlier runs {self.overrides.fault}; the configuration holds"
+            found.append(Own("overrides_ignored", FILE, detail))
+        if fault := tls.out_of_date(self.pair, self.config.security):
+            setting, _, detail = fault.partition(": ")
+            found.append(Own("certificate_out_of_date", setting, detail))
+        return found
+
     # ---- reload
+
+    def failed(self, faults: list[Fault]) -> None:
+        """Note that a reload has failed."""
+        self.state.attempt_ns, self.state.faults = time.time_ns(), faults
+
+    def succeeded(self, needs_restart: list[str]) -> None:
+        """Note that a reload has succeeded, and which settings are not in force yet."""
+        self.state.attempt_ns = self.state.success_ns = time.time_ns()
+        self.state.faults, self.state.needs_restart = [], needs_restart
+
+    @property
+    def masked(self) -> list[str]:
+        """Analyzers whose weight is not that of the configuration, since it is overridden."""
+        weights = {analyzer.id: analyzer.weight for analyzer in self.config.analyzers}
+        overrides = {name: self.overrides.get(name).weight for name in weights}
+        return [name for name, weight in weights.items() if overrides[name] not in {None, weight}]
 
     def reload(self, new: Config, pair: Pair | None = None) -> list[str]:
         """Apply what can change while running; return the paths that differ and need a restart.
@@ -154,26 +194,29 @@ class Changes:
 
     def apply(self, action: Action) -> tuple[int, object]:
         """Change an analyzer; return a status as in HTTP, and the error if it is not 200."""
-        wanted = self.wanted(action)
+        wanted, before = self.wanted(action), self.overrides.get(action.analyzer)
         if not isinstance(wanted, dict):
             return wanted
         try:
             self.overrides.save(wanted)
         except OSError as error:
             return 503, f"the change cannot be stored in {self.overrides.folder}: {error.strerror}"
-        return self.put_override_in_force(action)
+        return self.put_override_in_force(action, before)
 
-    def put_override_in_force(self, action: Action) -> tuple[int, object]:
-        """Let workers know what an action has changed in the overrides; return 200."""
+    def put_override_in_force(self, action: Action, before: Override) -> tuple[int, object]:
+        """Let workers know what an action has changed in the overrides, and log it; return 200."""
         slot = self.slots_in_use()[action.analyzer]
         self._put_in_force(slot, self.analyzers[slot])
         if action.draining is False:  # set online: end a pause (Retry-After) and the wait for a trial
             self.block.analyzers.set(slot, AnalyzerWord.PAUSED_UNTIL_NS, 0)
             self.block.analyzers.set(slot, AnalyzerWord.NEXT_TRIAL_NS, 0)
         self.block.analyzers.touch()
-        override = self.overrides.get(action.analyzer)
         log.info(
-            "an analyzer was changed", analyzer=action.analyzer, weight=override.weight, draining=override.draining
+            "analyzer changed",
+            analyzer=action.analyzer,
+            by=action.by,
+            before=self._described(action.analyzer, before),
+            after=self._described(action.analyzer, self.overrides.get(action.analyzer)),
         )
         return 200, None
 
@@ -189,3 +232,10 @@ class Changes:
             self._put_in_force(slot, analyzer)
         self.block.analyzers.touch()
         log.info("analyzers were changed at another replica", overrides=sorted(by_id))
+
+    def _described(self, name: str, override: Override) -> dict[str, object]:
+        """Return what is in force for an analyzer with that override."""
+        configured = next(analyzer.weight for analyzer in self.config.analyzers if analyzer.id == name)
+        weight = configured if override.weight is None else override.weight
+        state = "draining" if override.draining else "online"
+        return {"weight": weight, "state": state, "override": override != Override()}

@@ -147,7 +147,7 @@ class SharedStream:
             try:
                 value = await self._bucket.get(KEY)
                 self._changes.overrides.by_id = _read(value)
-                wanted = self._changes.wanted(action)
+                wanted, before = self._changes.wanted(action), self._changes.overrides.get(action.analyzer)
                 if not isinstance(wanted, dict):
                     return wanted
                 await self._bucket.put(KEY, msgspec.json.encode(wanted), value.revision)
@@ -156,7 +156,7 @@ class SharedStream:
             except (UnavailableError, msgspec.MsgspecError) as error:
                 return 503, f"the change cannot be shared with the other replicas: {error}"
             self._changes.overrides.by_id = wanted
-            return self._changes.put_override_in_force(action)
+            return self._changes.put_override_in_force(action, before)
         return 503, "others change analyzers at the same time; try again"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastdist import ipc
 from fastdist.http import stats
 from fastdist.http.api import Api, Response, json_response, problem
-from fastdist.http.models import Reloaded
+from fastdist.http.models import ChangedSetting, Reloaded
 from fastdist.ipc import Action, Message
 
 if TYPE_CHECKING:
@@ -51,12 +51,14 @@ class AdminRequests:
 
     def _response(self, action: Action, reply: Message) -> Response:
         if reply.status == HTTPStatus.OK and action.name == "reload":
-            return json_response(Reloaded(needs_restart=reply.body))
+            changed = [ChangedSetting(**each) for each in reply.body["changed"]]
+            needs_restart, masked = reply.body["needs_restart"], reply.body["masked"]
+            return json_response(Reloaded(changed=changed, needs_restart=needs_restart, masked=masked))
         if reply.status == HTTPStatus.OK:
             return json_response(stats.analyzer(self._api.snapshot(), action.analyzer))
         if reply.status == HTTPStatus.GATEWAY_TIMEOUT:
             return problem(503, "the supervisor has not answered in time")
         if isinstance(reply.body, list):
-            errors = [{"pointer": "", "detail": str(each)} for each in reply.body]
+            errors = [{"pointer": "", **each} for each in reply.body]
             return problem(reply.status, "the new configuration cannot be used; the old one stays", errors=errors)
         return problem(reply.status, str(reply.body))

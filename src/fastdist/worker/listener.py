@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastdist import logs
 from fastdist._core import Poller, Receiver, Stream
-from fastdist.net.connect import SHORTAGES
+from fastdist.net.connect import SHORTAGES, Shortage
 from fastdist.worker.proxy_headers import ProxyHeaders
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Acceptor:
         self._open = True
         self._reserve = _reserve()
         self._log_limit = logs.Throttle(LOG_INTERVAL)
+        self.shortage = Shortage()  # that kept connections from being accepted
         listener.setblocking(False)  # noqa: FBT003
         self._listen()
 
@@ -140,10 +141,12 @@ class Acceptor:
             except OSError as error:
                 if self._log_limit.allow():
                     log.error("connections cannot be accepted and are closed", error=error.strerror)
-                if error.errno in SHORTAGES and not self._reject():
-                    self.loop.remove_reader(self.listener)
-                    self.loop.call_later(PAUSE, self._listen)
-                    return False
+                if error.errno in SHORTAGES:
+                    self.shortage.last = error
+                    if not self._reject():
+                        self.loop.remove_reader(self.listener)
+                        self.loop.call_later(PAUSE, self._listen)
+                        return False
             else:
                 self.taken(connection, peer)
         return True

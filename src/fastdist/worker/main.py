@@ -31,6 +31,7 @@ from fastdist.errors import StartError
 from fastdist.http.api import Api, problem, retry_after
 from fastdist.ipc import Assignment, Message
 from fastdist.net import tls
+from fastdist.net.connect import Shortage
 from fastdist.shm.block import SharedBlock, Step, WorkerState, WorkerWord
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
@@ -112,6 +113,7 @@ class Worker:
         self.views = Views(
             self.queue.ring, self.counters, self.block.limiter(), config.server, self.snapshot, self.admin.send
         )
+        self.accepting = Shortage()  # that keeps emitters' connections from being accepted
         self.schedule = Schedule(loop, self.upkeep, self._tasks())
         self.lag = LoopLag(self.counters, (self.poller, self.intake, self.schedule))
         self.intake.broken_storage = self.queue.fault
@@ -184,6 +186,7 @@ class Worker:
         if self.assignment.views >= 0:
             context = self.tls if self.config.admin.tls == "on" else None
             self.views.listen(socket.socket(fileno=self.assignment.views), self.poller, context)
+        self._server.shortage = self.accepting
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
         gc.enable()
@@ -263,6 +266,7 @@ class Worker:
             Task(Step.GAUGES, TICK, self._beat),
             *self.dispatcher.tasks,
             Task(Step.CONNECTIONS, LOOK, lambda _now_ns: self.dispatcher.shortage.raise_once()),
+            Task(Step.ACCEPTING, LOOK, lambda _now_ns: self.accepting.raise_once()),
             Task(Step.DEAD_LETTERS, TICK, self._write_dead_letters),
             Task(Step.DEAD_LETTERS, LOOK, self.dead_letter_writer.look),
             Task(Step.GAUGES, TICK, self.publish),
@@ -319,7 +323,8 @@ class Worker:
         self.words[WorkerWord.LACKING] = self.queue.lacking
         if ring.wants_sync and self.queue.syncer is not None:
             self.queue.syncer.want()
-        self.words[WorkerWord.STORAGE_FAULT] = self.intake.broken_storage or self.dead_letter_writer.failed
+        self.words[WorkerWord.STORAGE_FAULT] = self.intake.broken_storage
+        self.words[WorkerWord.DEAD_LETTERS_FAULT] = self.dead_letter_writer.failed
 
     def _found_full(self) -> int:
         """Tell all workers that this one is full; return in how many seconds a client may try again."""
@@ -384,7 +389,7 @@ class Worker:
 def main() -> int:
     """Run a worker; the supervisor calls ``python -m fastdist.worker.main ASSIGNMENT``."""
     assignment = msgspec.json.decode(sys.argv[1], type=Assignment)
-    logs.configure(worker=f"w{assignment.index}")
+    logs.configure(worker=str(assignment.index))
 
     async def run() -> None:
         commands, control = await ipc.connect(socket.socket(fileno=assignment.control))

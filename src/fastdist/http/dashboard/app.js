@@ -77,7 +77,7 @@ function show(documents) {
   analyzers.update(documents.analyzers, history);
   drawCharts();
   version ??= documents.health.version;
-  const found = conditions(documents, history);
+  const found = conditions(documents);
   if (version !== documents.health.version) {
     found.push({ level: "info", title: "The service was upgraded.", text: "Load this page again to see all of it." });
   }

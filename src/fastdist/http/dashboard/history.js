@@ -21,8 +21,6 @@ export class History {
       delivered: stats.packets.delivered,
       waiting: stats.packets.queued,
       age: queue.oldestAgeSeconds,
-      dead: stats.packets.deadLettered,
-      rejected: stats.rejected,
       each: new Map(stats.analyzers.map((row) => [row.id, row.delivered])),
       records: new Map(Object.entries(stats.protocols).map(([name, counts]) => [name, counts.records])),
     });
@@ -76,10 +74,5 @@ export class History {
     const seconds = this.latest.at - first.at;
     if (seconds <= 0 || pick(first) === undefined) return null;
     return Math.max(pick(this.latest) - pick(first), 0) / seconds;
-  }
-
-  /** By how much a count has grown in the last `seconds`; `pick` takes it out of a sample. */
-  growth(pick, seconds) {
-    return Math.max(pick(this.latest) - pick(this.since(seconds)), 0);
   }
 }
