@@ -31,6 +31,7 @@ BASE_UNITS = {
     "connected",
     "current",
     "total",
+    "successful",
 }
 OTHER_UNITS = re.compile(r"_(ms|milliseconds|us|ns|minutes|hours|kb|mb|kib|mib|percent|kilobytes|megabytes)(_|$)")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import trustme
+from structlog.testing import capture_logs
 
-from fastdist.errors import ConfigError, StartError
+from fastdist.errors import ConfigError, Fault, StartError
 from fastdist.http import stats
-from fastdist.http.admin import RefusedError, has_token, is_loopback, is_own_page, parse_override
+from fastdist.http.admin import RefusedError, authorize, has_token, is_loopback, is_own_page, parse_override
 from fastdist.ipc import Action
 from fastdist.net.tls import read_pair
 from fastdist.settings import Analyzer, Config, Security
@@ -252,6 +254,56 @@ def test_damaged_override_file_is_skipped(block, tmp_path):
     (tmp_path / "overrides.json").write_text('{"A1": {"weight": ')
     changes(block, tmp_path, 1, 1)
     assert block.analyzers.weight(0) == 1.0
+
+
+def test_change_is_logged_with_who_and_what(block, tmp_path):
+    it = changes(block, tmp_path, 1, 1)
+    plain = {"weight": 1.0, "state": "online", "override": False}
+    drained = {"weight": 5.0, "state": "draining", "override": True}
+    with capture_logs() as lines:
+        it.apply(Action("override", "A1", 5.0, True, by="10.0.0.7, token 2bb80d53"))
+        it.apply(Action("clear", "A1", by="127.0.0.1"))
+        it.apply(Action("override", "A9", 5.0, by="127.0.0.1"))
+    assert [(line["event"], line["by"], line["before"], line["after"]) for line in lines] == [
+        ("analyzer changed", "10.0.0.7, token 2bb80d53", plain, drained),
+        ("analyzer changed", "127.0.0.1", drained, plain),
+    ]
+
+
+def test_masked_weights_are_named(block, tmp_path):
+    it = changes(block, tmp_path, 1, 2, 3)
+    it.apply(Action("override", "A1", 5.0))
+    it.apply(Action("override", "A2", 2.0))  # as it is configured
+    it.apply(Action("override", "A3", None, True))
+    assert it.masked == ["A1"]
+    it.reload(Config(analyzers=analyzers(4, 7, 3)))
+    assert it.masked == ["A1", "A2"]
+    it.reload(Config(analyzers=analyzers(5)))
+    assert it.masked == []
+
+
+def test_state_of_the_configuration(block, tmp_path):
+    it = changes(block, tmp_path, 1)
+    start = it.state.success_ns
+    assert it.problems() == []
+    it.failed([Fault("a.b: no", "/a/b", "f.toml", 3), Fault("c: no")])
+    assert (it.state.success_ns, it.state.attempt_ns >= start) == (start, True)
+    assert [each.detail for each in it.problems()] == ["the last reload failed: a.b: no (f.toml:3), and 1 more"]
+    it.succeeded(["server.port"])
+    assert it.state.success_ns == it.state.attempt_ns > start
+    assert [each.detail for each in it.problems()] == ["settings wait for a restart: server.port"]
+    it.failed([Fault("c: no")])
+    assert it.state.needs_restart == ["server.port"], "that is so all the same"
+    it.succeeded([])
+    assert it.problems() == []
+
+
+def test_token_is_named_by_a_hash():
+    security = Security(admin_tokens=("secret-one", "secret-two"))
+    named = [authorize({"authorization": f"Bearer  {token}"}, "10.0.0.7", security) for token in security.admin_tokens]
+    digests = [hashlib.sha256(token.encode()).hexdigest()[:8] for token in security.admin_tokens]
+    assert named == [f"10.0.0.7, token {digest}" for digest in digests]
+    assert authorize({}, "127.0.0.1", Security()) == "127.0.0.1"
 
 
 def test_reload_adds_removes_and_brings_back(block, tmp_path):
