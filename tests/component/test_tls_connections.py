@@ -93,6 +93,35 @@ def readable(client):
     return False
 
 
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_plain_request_may_come_in_pieces(cut):
+    async def scenario(server):
+        reader, writer = await asyncio.open_connection(*server.address)
+        data = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        writer.write(data[:cut])
+        await until(lambda: server.poller.streams, "accepted")
+        await asyncio.sleep(0.01)
+        writer.write(data[cut:])
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        writer.close()
+        await until(lambda: not server.poller.streams, "closed")
+        assert not server.server._handshakes
+        assert server.made == []
+
+    run(scenario)
+
+
+def test_plain_client_that_stays_is_closed():
+    async def scenario(server):
+        reader, writer = await asyncio.open_connection(*server.address)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        await until(lambda: not server.poller.streams, "closed, although the client does not close")
+        writer.close()
+
+    run(scenario, patience=0.2)
+
+
 def test_handshakes_share_iterations():
     """Each costs a millisecond or more; a thousand in one event-loop iteration would hold up all others."""
 

@@ -103,7 +103,7 @@ def test_reload_says_what_has_changed(mocks, serve):
     assert fastdist.analyzers()["A1"]["weight"] == 0.6
 
 
-def test_failed_reload_shows_until_one_succeeds(mocks, serve):
+def test_failed_reload_shows_until_one_works(mocks, serve):
     fastdist = serve(mocks, {"security": {"admin_tokens": ["a-secret-of-an-administrator"]}})
     before = metric(fastdist, "fastdist_config_last_reload_success_timestamp_seconds")
     assert metric(fastdist, "fastdist_config_last_reload_successful") == 1

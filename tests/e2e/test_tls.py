@@ -186,9 +186,45 @@ def test_old_versions_and_ciphers_refused(shared, version, ciphers):
     assert fastdist.once("GET", "/health")[0] == 200
 
 
-def test_plain_http_or_garbage_is_harmless(shared):
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "PATCH", "OPTIONS", "get"])
+def test_plain_http_is_answered_so(shared, method):
     fastdist = shared(kind=WithRsa)
-    for data in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(3000), bytes(range(256))):
+    connection = http.client.HTTPConnection("127.0.0.1", fastdist.port, timeout=20)
+    connection.request(method, "/logs", BODY if method == "POST" else None)
+    response = connection.getresponse()
+    body = response.read()
+    headers = {name.lower() for name in response.headers}
+    assert (response.status, response.headers["Connection"]) == (400, "close")
+    assert {"date", "content-length", "content-type"} <= headers
+    if method != "HEAD":
+        assert "use https:// in the URL" in json.loads(body)["detail"]
+    assert fastdist.once("GET", "/health")[0] == 200
+
+
+def test_large_plain_request_gets_its_answer(shared):
+    """What is still being sent when the response is there must not destroy it."""
+    fastdist = shared(kind=WithRsa)
+    with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
+        connection.sendall(b"POST /logs HTTP/1.1\r\nHost: x\r\nContent-Length: 4000000\r\n\r\n" + bytes(4_000_000))
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["status"] == 400
+
+
+def test_send_says_that_the_scheme_is_wrong(shared, tmp_path):
+    fastdist = shared(kind=WithRsa)
+    (tmp_path / "app.log").write_text("a line\n")
+    url = f"http://127.0.0.1:{fastdist.port}"
+    command = [sys.executable, "-m", "fastdist", "send", str(tmp_path / "app.log"), "--url", url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 4
+    assert f"stopped: {url} answers 400 " in done.stderr
+    assert "use https:// in the URL" in done.stderr
+
+
+def test_garbage_is_harmless(shared):
+    fastdist = shared(kind=WithRsa)
+    for data in (b"\x16\x03\x01\xff\xff" + bytes(3000), bytes(range(256))):
         with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
             connection.sendall(data)
             received = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))

@@ -217,7 +217,7 @@ def test_silent_service_ends_the_replay(tmp_path, distributor, run, monkeypatch)
 @pytest.mark.parametrize(
     ("status", "advice"),
     [
-        (401, "is the token right?"),
+        (401, "give one with --token, or in FASTDIST_TOKEN"),
         (403, "is the token right?"),
         (404, "of a distributor?"),
         (301, "of a distributor?"),

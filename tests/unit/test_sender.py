@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 
@@ -218,7 +219,8 @@ def test_refusal_ends_send_and_skips_nothing(rig, distributor, status):
 @pytest.mark.parametrize(
     ("answer", "advice"),
     [
-        (problem(401, "no token"), "is the token right?"),
+        (problem(400, "a plain HTTP request was sent to a port that takes HTTPS only"), "it speaks TLS"),
+        (problem(401, "no token"), "give one with --token, or in FASTDIST_TOKEN"),
         (problem(403, "no"), "is the token right?"),
         (problem(404, "no"), "is that the URL of a distributor?"),
         ((301, {"Location": "http://x/"}, b""), "is that the URL of a distributor?"),
@@ -230,6 +232,35 @@ def test_permanent_error_is_not_retried(rig, distributor, answer, advice):
     assert summary.permanent
     assert advice in summary.stopped
     assert len(distributor.requests) == 1
+
+
+def test_wrong_token_is_asked_about(rig, distributor):
+    distributor.otherwise = problem(401, "this token is not known")
+    assert rig.fill(40).send(connections=1, token="x").stopped.endswith("; is the token right?")
+
+
+def test_https_to_a_plain_port_ends_at_once(rig, distributor):
+    url = distributor.url.replace("http:", "https:")
+    summary = rig.fill(40).send(connections=1, url=url)
+    assert (summary.permanent, summary.retries) == (True, 0)
+    assert summary.stopped == f"{url} does not speak TLS; use http:// in the URL"
+
+
+def test_http_to_any_tls_port_ends_at_once(rig):
+    """Of a server that answers with a TLS alert."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46")
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        summary = rig.fill(2).send(connections=1, url=url)
+    assert (summary.permanent, summary.retries) == (True, 0)
+    assert summary.stopped == f"{url} speaks TLS; use https:// in the URL"
 
 
 # -------------------------------------------------------------------------------------------------------------- offsets

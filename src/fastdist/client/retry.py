@@ -17,8 +17,8 @@ import math
 import random
 import threading
 import time
-from http.client import HTTPException
-from ssl import SSLCertVerificationError
+from http.client import BadStatusLine, HTTPException
+from ssl import SSLCertVerificationError, SSLError
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 MIN_BACK_OFF, MAX_BACK_OFF = 0.1, 10.0  # seconds of the first and the longest without a Retry-After
 BUSY = {408, 425, 429}  # and every 5xx
+UNAUTHORIZED = 401
+NOT_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG"}  # OpenSSL's, of a response that is HTTP
+TLS_ALERT = "\x15\x03"  # how one begins
+PLAIN = b"plain HTTP request was sent to"  # in the 400 of fastdist's port with TLS, and of nginx's
 REDIRECTION, CLIENT_ERROR, SERVER_ERROR = 300, 400, 500  # redirections are not followed
 
 
@@ -104,8 +108,22 @@ class BackOff:
         self._in_a_row = 0
 
 
-def _advice(status: int) -> str:
+def _other_scheme(error: Exception) -> str:
+    """Return what to do where the other side speaks TLS and this one does not, or the reverse; else nothing."""
+    if isinstance(error, SSLError) and error.reason in NOT_TLS:
+        return "does not speak TLS; use http:// in the URL"
+    if isinstance(error, BadStatusLine) and str(error.args[0]).startswith(TLS_ALERT):
+        return "speaks TLS; use https:// in the URL"
+    return ""
+
+
+def _advice(response: Response, token: str | None) -> str:
     """Return what to look at after a response that any packet would get; nothing for all others."""
+    status = response.status
+    if status == CLIENT_ERROR and PLAIN in response.content:
+        return "it speaks TLS"
+    if status == UNAUTHORIZED and not token:
+        return "give one with --token, or in FASTDIST_TOKEN"
     if status in {401, 403}:
         return "is the token right?"
     if REDIRECTION <= status < CLIENT_ERROR or status in {404, 405}:
@@ -156,11 +174,14 @@ class Run:
                 self.end(f"{self._name} cannot be trusted: {describe(error)}", permanent=True)
                 return None
             except (OSError, HTTPException) as error:
+                if advice := _other_scheme(error):
+                    self.end(f"{self.target.url} {advice}", permanent=True)
+                    return None
                 if not reused:  # else it may only have been idle for too long
                     failures += 1
                     self._failed(f"cannot be reached: {describe(error)}", None, give_up=failures >= self._max_failures)
             else:
-                if advice := _advice(response.status):
+                if advice := _advice(response, self.target.token):
                     self.end(f"{self._name} {response.verdict}; {advice}", permanent=True)
                     return None
                 if response.status not in BUSY and response.status < SERVER_ERROR:

@@ -306,7 +306,7 @@ class Supervisor:
             if number == signal.SIGHUP:
                 self._begin(self._reload("SIGHUP"))  # so that a signal to end does not wait for it
             elif self.processes.stopping:
-                log.warning("a second signal: ending at once")
+                log.warning("second signal received, exiting now", signal=number.name)
                 self.processes.stop(0.0)
             else:
                 seconds = self.config.server.drain_timeout

@@ -140,7 +140,7 @@ class Acceptor:
                 continue
             except OSError as error:
                 if self._log_limit.allow():
-                    log.error("connections cannot be accepted and are closed", error=error.strerror)
+                    log.error("accept() failed, closing connections", error=error.strerror)
                 if error.errno in SHORTAGES:
                     self.shortage.last = error
                     if not self._reject():
@@ -183,7 +183,7 @@ def _reserve() -> int | None:
 
 def refuse(connection: socket.socket, error: OSError) -> None:
     """Close a connection that no stream can be made of: it was reset meanwhile, or the system's limits are reached."""
-    log.error("a connection was accepted and cannot be used", error=error.strerror)
+    log.error("accept() failed, connection closed", error=error.strerror)
     connection.close()
 
 

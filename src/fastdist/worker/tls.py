@@ -12,9 +12,12 @@ import itertools
 import ssl
 import time
 from collections import deque
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, cast
 
 from fastdist._core import Receiver, Stream
+from fastdist.http.api import problem
+from fastdist.statuses import reason
 from fastdist.worker.listener import Acceptor, refuse
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from fastdist._core import Poller
 
 MAX_RECORD = 16384  # bytes
+HEAD = b"HEAD "
+PLAIN = "a plain HTTP request was sent to a port that takes HTTPS only: use https:// in the URL"
 TURN_NS = 1_000_000  # of an event-loop iteration for handshakes; one step in any case
 EXPIRED_AT_ONCE = 64  # expired handshakes, before the loop runs other callbacks
 
@@ -131,6 +136,7 @@ class TlsConnection(Receiver):
         self._tls = server.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._protocol: asyncio.Protocol | None = None  # None before the handshake is over
         self._paused = self._over = self._eof_reported = False
+        self._beginning = b""  # of what arrives, until it is known to be TLS
 
     # ---- called by the stream
 
@@ -144,6 +150,7 @@ class TlsConnection(Receiver):
             return
         self._incoming.write(data)
         if self._protocol is None:
+            self._beginning += data[: len(HEAD) - len(self._beginning)]
             self.transport.pause_reading()
             self._server.await_turn(self)
         else:
@@ -198,9 +205,23 @@ class TlsConnection(Receiver):
             pass
         except ssl.SSLError:  # the client speaks something else
             self._over = True
+            if self._protocol is None and self._beginning[:1].isalpha():  # which no TLS record begins with
+                self._answer_plain()
+                return
             self._flush()  # an alert that says so
             self.transport.close()
         self._flush()
+
+    def _answer_plain(self) -> None:
+        """Answer a request that came without TLS; it is not read, and the connection is closed by ``patience``."""
+        response = problem(400, PLAIN)
+        head = (
+            f"HTTP/1.1 400 {reason(400)}\r\nDate: {formatdate(usegmt=True)}\r\nContent-Length: {len(response.body)}\r\n"
+            "Connection: close\r\n"
+        )
+        body = b"" if self._beginning == HEAD else response.body
+        self.transport.write(head.encode() + response.headers + b"\r\n" + body)
+        self.transport.write_eof()
 
     def _begin(self) -> None:
         self._server.leave(self)
