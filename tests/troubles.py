@@ -158,6 +158,32 @@ def bad_file(world):
     assert asyncio.run(world.supervisor._reload("127.0.0.1"))[0] == 422
 
 
+def late(world):
+    """Have a worker be told of new settings, and not confirm them."""
+
+    class Control:
+        def is_closing(self):
+            return False
+
+        def write(self, data):
+            pass
+
+    class Process:
+        returncode = None
+
+    class Checker:
+        def set_analyzers(self, analyzers):
+            pass
+
+    slot = world.supervisor.processes.slots[1]
+    slot.control, slot.process, world.supervisor.health = Control(), Process(), Checker()
+    before, main.APPLIED = main.APPLIED, 0.01
+    try:
+        assert asyncio.run(world.supervisor._reload("127.0.0.1"))[0] == 200
+    finally:
+        main.APPLIED = before
+
+
 def bad_overrides(world):
     (world.folder / "data" / "overrides.json").write_text("{")
     world.changes.begin()
@@ -195,6 +221,7 @@ TROUBLES = {
     "lock_lost": lock_lost,
     "queue_file_set_aside": set_aside,
     "reload_failed": bad_file,
+    "settings_not_applied": late,
     "overrides_ignored": bad_overrides,
     "service_draining": draining,
     "restart_needed": lambda world: world.changes.succeeded(["server.port", "queue.capacity"]),

@@ -109,8 +109,9 @@ def test_links_of_the_table_lead_somewhere():
 
 
 def test_the_worst_comes_first(world):
-    for happens in TROUBLES.values():
-        happens(world)
+    for code, happens in TROUBLES.items():
+        if code != "settings_not_applied":  # which takes a reload that succeeds
+            happens(world)
     health = world.look()
     levels = [LEVELS.index(problem["level"]) for problem in health["problems"]]
     assert levels == sorted(levels)

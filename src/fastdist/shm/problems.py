@@ -53,6 +53,7 @@ KINDS = {
     "lock_lost": Kind("warning", "queue lock lost"),
     "queue_file_set_aside": Kind("warning", "queue file set aside"),
     "reload_failed": Kind("warning", "reload failed, configuration unchanged"),
+    "settings_not_applied": Kind("warning", "settings not applied by all workers"),
     "overrides_ignored": Kind("warning", "overrides of earlier runs ignored"),
     "service_draining": Kind("notice", "draining"),
     "restart_needed": Kind("notice", "settings wait for a restart"),

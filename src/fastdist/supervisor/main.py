@@ -104,6 +104,7 @@ class Supervisor:
         self._epoch = 0  # of the analyzers' states, when problems were listed last
         self._reported = b""
         self._applying: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
+        self._late: tuple[WorkerSlot, ...] = ()  # those of them that have taken too long
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
         self.stream: SharedStream | None = None  # the queue, if it is one
@@ -457,13 +458,14 @@ class Supervisor:
         self._write_settings()
         self.health.set_analyzers(self.changes.analyzers)
         loop = asyncio.get_running_loop()
+        self._late = ()
         self._applying = {slot: loop.create_future() for slot in self.processes.slots if slot.send(Message("reload"))}
         if not self._applying:
             return []
         done, _ = await asyncio.wait(self._applying.values(), timeout=APPLIED)
         if self._applying:
-            late = sorted(slot.name for slot in self._applying)
-            log.warning("not all workers have applied the new settings yet", workers=late)
+            self._late = tuple(self._applying)
+            log.warning("not all workers have applied the new settings yet", workers=[slot.name for slot in self._late])
         return sorted(filter(None, (each.result() for each in done)))
 
     # ---- watching
@@ -516,10 +518,13 @@ class Supervisor:
     def _own_problems(self, snapshot: Snapshot) -> list[Own]:
         """Return what no other process knows."""
         found = [*self.traffic.problems(snapshot), *self.changes.problems(), *set_aside(self.folder.path)]
+        if late := [slot.name for slot in self._late if slot in self._applying]:
+            detail = f"settings are not applied by all workers: {', '.join(late)} may go by those before the reload"
+            found.append(Own("settings_not_applied", "workers", detail))
         for slot in self.processes.slots:
             if slot.crashes:
                 name, ended = f"worker {slot.index}", snapshot.workers[slot.index].ended
-                found.append(Own("worker_restarting", name, f"{name} dies again and again: the last {ended}"))
+                found.append(Own("worker_restarting", name, f"{name} dies again and again: {ended}"))
         return found
 
     def _snapshot(self) -> Snapshot:
