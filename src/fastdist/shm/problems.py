@@ -215,4 +215,4 @@ def _of_upkeep(it: Snapshot) -> Iterator[_Found]:
             yield _Found("descriptors_short", step.word, detail)
         else:
             words = str(step.name).lower().replace("_", " ")
-            yield _Found("upkeep_failing", step.word, f"a part of the upkeep fails: {words}; the log says why")
+            yield _Found("upkeep_failing", step.word, f"upkeep fails: {words}; the log says why")
