@@ -19,6 +19,7 @@ from fastdist.shm import problems
 from fastdist.shm.block import REPORT_HEAD, REPORT_WORDS, AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.problems import KINDS, LEVELS, Problem
 from fastdist.shm.report import MAX_OWN, MAX_SINCE, Configuration, Own, Report, decode, encode
+from fastdist.supervisor import main
 from fastdist.supervisor import problems as following
 from fastdist.supervisor.problems import LATELY, MAX_STATUS, Follower, Growth, status_line
 
@@ -335,3 +336,15 @@ def test_longest_report_fits(world):
     world.block.set_report(b"x" * (8 * REPORT_WORDS))
     assert world.block.report() == report, "one that is too long is dropped"
     assert os.fstat(world.block.fd).st_size == SharedBlock.size(2, 64)
+
+
+def test_failing_list_stops_nothing_else(world, monkeypatch):
+    def fails(_folder):
+        raise ZeroDivisionError("of a test")
+
+    monkeypatch.setattr(main, "set_aside", fails)
+    with capture_logs() as lines:
+        world.supervisor._look_for_problems()
+        world.supervisor._look_for_problems()
+    assert [line["step"] for line in lines] == ["analyzers"], "logged once"
+    assert codes(world.health()) == ["upkeep_failing"]

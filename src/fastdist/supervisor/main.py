@@ -67,6 +67,7 @@ KEEPALIVE = (  # inherited by accepted connections: a client that vanished is no
 )
 WATCH = 0.1  # seconds between checks of workers and analyzers
 START = 10.0  # seconds after which workers that are not ready yet are a problem
+LIST_SHARE = 10  # times as long as it takes to list problems, until they are listed again for an analyzer
 REAP = 1.0  # seconds between reaping orphaned processes
 PORT_TIMEOUT = 1.0  # seconds to wait until another process has released our port
 APPLIED = 5.0  # seconds for workers to report that they have applied new settings
@@ -102,6 +103,7 @@ class Supervisor:
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self.follower, self.traffic = Follower(), Traffic()
         self._epoch = 0  # of the analyzers' states, when problems were listed last
+        self._next_list = 0.0  # time.monotonic()
         self._reported = b""
         self._applying: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
         self._late: tuple[WorkerSlot, ...] = ()  # those of them that have taken too long
@@ -288,7 +290,7 @@ class Supervisor:
             durability="replicated" if self.is_shared else self.config.queue.durability,
             **({"admin": admin} if admin else {}),
         )
-        self._list_problems()
+        self._look_for_problems()
         self.manager.ready()
         if sys.stderr.isatty():
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
@@ -313,7 +315,7 @@ class Supervisor:
                 seconds = self.config.server.drain_timeout
                 log.info("signal received, shutting down", signal=number.name, for_at_most=seconds)
                 self.block.head[HeadWord.DRAINING] = 1
-                self._list_problems()
+                self._look_for_problems()
                 self.manager.stopping(seconds + 2 * LATE)
                 self.manager.status(f"Draining for at most {seconds:g} s")
                 self.processes.stop(time.monotonic() + seconds)
@@ -438,11 +440,11 @@ class Supervisor:
                 what = "the new configuration cannot be used; the old one stays"
                 log.error(what, by=by, problems=[str(fault) for fault in few])
                 self.changes.failed(few)
-                self._list_problems()
+                self._look_for_problems()
                 return 422, few
             self.loaded = loaded
             self.changes.succeeded(need_restart)
-            self._list_problems()
+            self._look_for_problems()
             changed = differences(before[0], self.changes.config, (before[1], self.changes.pair))
             done = Reloaded(changed, need_restart, self.changes.masked)
             log.info("configuration reloaded", by=by, **msgspec.to_builtins(done))
@@ -476,7 +478,8 @@ class Supervisor:
             await asyncio.sleep(WATCH)
             run = self.upkeep.run
             run(Step.WORKERS, self.processes.replace_hanging)
-            run(Step.ANALYZERS, self._look_at_analyzers)
+            if self.block.analyzers.epoch != self._epoch and time.monotonic() >= self._next_list:
+                self._look_for_problems()  # else once a second is enough
             run(Step.CONNECTIONS, self.health.shortage.raise_once)
             run(Step.SERVICE_MANAGER, self._send_heartbeat)
 
@@ -490,9 +493,12 @@ class Supervisor:
             await asyncio.sleep(REAP)
             self.processes.reap_orphans()
 
-    def _look_at_analyzers(self) -> None:
-        if self.block.analyzers.epoch != self._epoch:  # else once a second is enough
-            self._list_problems()
+    def _look_for_problems(self) -> None:
+        """List them, whatever happens."""
+        began = time.monotonic()
+        self.upkeep.run(Step.ANALYZERS, self._list_problems)
+        ended = time.monotonic()
+        self._next_list = ended + LIST_SHARE * (ended - began)
 
     def _list_problems(self) -> None:
         """List what is wrong, and say so to all processes, to the log and to the service manager."""
@@ -535,6 +541,7 @@ class Supervisor:
         while True:
             run = self.upkeep.run
             run(Step.FIGURES, self._keep_figures)
+            self._look_for_problems()
             run(Step.QUEUE_FILES, self._keep_lock)
             run(Step.OVERRIDES, self.changes.overrides.check_file)
             await asyncio.sleep(1.0)
@@ -544,7 +551,6 @@ class Supervisor:
         self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
         for slot in self.processes.slots:
             slot.measure()
-        self._list_problems()
 
     def _keep_lock(self) -> None:
         self.folder.renew_lock()
