@@ -278,7 +278,7 @@ def _from_text(base: Any, text: str) -> Any:
     return units.number(text) if base in {int, float} else text
 
 
-def _build(
+def _build(  # noqa: PLR0913  (what it is made of)
     document: Mapping[str, Any],
     sources: Mapping[str, str],
     others: list[_Problem],

@@ -55,6 +55,7 @@ class StreamAnswer(NamedTuple):
 
     status: int
     text: str
+    content: bytes = b""
 
     @property
     def accepted(self) -> bool:

@@ -136,6 +136,7 @@ class Replay(ReplayRun):
     def __init__(self, files: list[Found], selection: Selection, target: Target, view: ReplayView) -> None:
         super().__init__(target.url, selection, view)
         self.files, self.target = files, target
+        self.has_token = bool(target.token)
         self._noted_unsynced = False
         self._done: deque[tuple[float, HeldFile]] = deque()  # to be rewritten after that moment (time.monotonic())
 

@@ -43,6 +43,10 @@ class Answer(Protocol):
     """What became of a packet: a status as of HTTP, and the same for a person."""
 
     @property
+    def content(self) -> bytes:
+        """What came with it."""
+
+    @property
     def status(self) -> int:
         """The status; 2xx has taken the packet over."""
 
@@ -117,12 +121,12 @@ def _other_scheme(error: Exception) -> str:
     return ""
 
 
-def _advice(response: Response, token: str | None) -> str:
-    """Return what to look at after a response that any packet would get; nothing for all others."""
-    status = response.status
-    if status == CLIENT_ERROR and PLAIN in response.content:
+def _advice(answer: Answer, *, has_token: bool) -> str:
+    """Return what to look at after an answer that any packet would get; nothing for all others."""
+    status = answer.status
+    if status == CLIENT_ERROR and PLAIN in answer.content:
         return "it speaks TLS"
-    if status == UNAUTHORIZED and not token:
+    if status == UNAUTHORIZED and not has_token:
         return "give one with --token, or in FASTDIST_TOKEN"
     if status in {401, 403}:
         return "is the token right?"
@@ -140,6 +144,7 @@ class Run:
     """
 
     summary: Summary
+    has_token = True
 
     def __init__(
         self, name: str, patience: float, waiting: Callable[[str, float], None], max_failures: float = math.inf
@@ -175,13 +180,13 @@ class Run:
                 return None
             except (OSError, HTTPException) as error:
                 if advice := _other_scheme(error):
-                    self.end(f"{self.target.url} {advice}", permanent=True)
+                    self.end(f"{self._name} {advice}", permanent=True)
                     return None
                 if not reused:  # else it may only have been idle for too long
                     failures += 1
                     self._failed(f"cannot be reached: {describe(error)}", None, give_up=failures >= self._max_failures)
             else:
-                if advice := _advice(response, self.target.token):
+                if advice := _advice(response, has_token=self.has_token):
                     self.end(f"{self._name} {response.verdict}; {advice}", permanent=True)
                     return None
                 if response.status not in BUSY and response.status < SERVER_ERROR:

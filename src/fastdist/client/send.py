@@ -98,6 +98,7 @@ class Shipper(retry.Run):
     def __init__(self, target: Target, connections: int, patience: float, view: SendView) -> None:
         super().__init__(target.url, patience, view.waiting)
         self.target, self.connections, self.view = target, connections, view
+        self.has_token = bool(target.token)
         self.summary: Summary = Summary()
         self.stopping = self._stop_shown = False
         self._source: Log | Stream

@@ -125,14 +125,7 @@ def status(found: Iterable[Problem]) -> str:
 def _of_queue(it: Snapshot) -> Iterator[_Found]:
     for code, text in it.obstacles:
         yield _Found(code, "" if code == "service_draining" else "queue", text + _parts(it, code))
-    if it.stream is not None and it.stream.bytes >= NEARLY_FULL * it.stream.capacity > 0:
-        if not any(worker.lacking for worker in it.workers):
-            yield _Found(
-                "queue_nearly_full", "queue", f"the queue is nearly full: over {NEARLY_FULL:.0%} of the stream"
-            )
-    fullest = [worker for worker in it.workers if worker.queue_bytes >= NEARLY_FULL * worker.capacity_bytes > 0]
-    if fullest and it.stream is None and not any(worker.lacking for worker in it.workers):
-        whose = f"the part of {_names(fullest)}" if len(fullest) < len(it.workers) else "it"
+    if whose := _nearly_full(it):
         yield _Found("queue_nearly_full", "queue", f"the queue is nearly full: over {NEARLY_FULL:.0%} of {whose}")
     if error := it.dead_letter_error:
         detail = f"dead letters cannot be written: {error}; the packets stay queued"
@@ -141,6 +134,18 @@ def _of_queue(it: Snapshot) -> Iterator[_Found]:
         lost = it.total("lost")
         packets = f", {lost} packet{'s' if lost > 1 else ''} lost" if lost else ""
         yield _Found("records_damaged", "queue", f"damaged records of the queue were skipped{packets}: see the log")
+
+
+def _nearly_full(it: Snapshot) -> str:
+    """Return what of the queue is nearly full; nothing if it is not, or is full."""
+    if any(worker.lacking for worker in it.workers):
+        return ""
+    if it.stream is not None:
+        return "the stream" if it.stream.bytes >= NEARLY_FULL * it.stream.capacity > 0 else ""
+    fullest = [worker for worker in it.workers if worker.queue_bytes >= NEARLY_FULL * worker.capacity_bytes > 0]
+    if len(fullest) == len(it.workers):
+        return "it"
+    return f"the part of {_names(fullest)}" if fullest else ""
 
 
 def _parts(it: Snapshot, code: str) -> str:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fastdist.ipc import Action, Pair
     from fastdist.settings import Analyzer, Config
     from fastdist.shm.block import SharedBlock
-    from fastdist.supervisor.overrides import Override
 
 log = logs.get()
 
