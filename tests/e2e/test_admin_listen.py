@@ -35,8 +35,9 @@ def test_each_address_serves_its_own(mocks, serve):
     assert fastdist.wait_at_rest()["packets"]["accepted"] == 100
 
 
-def test_changes_are_made_at_admin_address(mocks, serve):
-    fastdist = serve(mocks, ADMIN)
+@pytest.mark.parametrize("durability", ["memory", "disk", "fsync"])
+def test_changes_are_made_at_admin_address(mocks, serve, durability):
+    fastdist = serve(mocks, ADMIN | {"queue": {"durability": durability}})
     change = ("PATCH", "/analyzers/A1", b'{"weight": 0.7}')
     assert request(fastdist.port, *change)[0] == 404
     assert request(fastdist.port, "POST", "/admin/reload")[0] == 404
