@@ -650,18 +650,26 @@ class PoolOwner(Protocol):
     """What ``PoolBase`` and ``ReplyBase`` call in the pool's owner, which decides what becomes of packets.
 
     ``handles`` are those of one request. A call takes out of the list what it has a place for; whatever it raises, the rest is
-    picked again. ``pool`` is the AnalyzerPool that tells.
+    picked again. ``pool`` is the AnalyzerPool that tells; ``response`` the first 512 bytes of the body of a reply that is no 2xx.
     """
 
     def delivered(self, pool: Any, sequences: list[int], /) -> None:
         """Called when packets with the flag WAITED, or that were watched, are delivered."""
-    def refused(self, pool: Any, handles: list[int], status: int, /, *, batch: bool) -> None:
+    def refused(self, pool: Any, handles: list[int], status: int, /, *, batch: bool, response: bytes) -> None:
         """Called when the request is at fault (4xx)."""
     def failed(
-        self, pool: Any, handles: list[int], error: str, /, *, counted: bool, status: int | None = None
+        self,
+        pool: Any,
+        handles: list[int],
+        error: str,
+        /,
+        *,
+        counted: bool,
+        status: int | None = None,
+        response: bytes = b"",
     ) -> None:
         """Called when the analyzer is at fault; ``counted``: as one more failure of its."""
-    def paused_for(self, pool: Any, handles: list[int], status: int, value: str, /) -> None:
+    def paused_for(self, pool: Any, handles: list[int], status: int, value: str, /, *, response: bytes) -> None:
         """Called for a 429 or 503 with Retry-After ``value``."""
     def not_sent(self, pool: Any, handles: list[int], /) -> None:
         """Called when the analyzer has certainly not looked at the request."""

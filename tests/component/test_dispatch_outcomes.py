@@ -336,7 +336,9 @@ def answer_503(bench, value):
     bench.push(b"x")
     ((slot,),) = [where(bench, "p1")]
     (connection,) = bench.busy(slot)
-    bench.answer(connection, b"HTTP/1.1 503 No\r\nRetry-After: %b\r\n\r\n" % value.encode("latin-1"))
+    bench.answer(
+        connection, b"HTTP/1.1 503 No\r\nRetry-After: %b\r\nContent-Length: 0\r\n\r\n" % value.encode("latin-1")
+    )
     assert where(bench, "p1") == [slot, 1 - slot]
     return slot
 

@@ -147,6 +147,7 @@ class Owner:
 
     def __init__(self):
         self.events = []
+        self.responses = []  # beside the events of replies that are no 2xx
         self.handles = []
         self.wakes = 0
         self.names = Names()
@@ -158,13 +159,16 @@ class Owner:
     def delivered(self, _pool, sequences):
         self.events.append(("delivered", sequences))
 
-    def refused(self, pool, handles, status, *, batch):
+    def refused(self, pool, handles, status, *, batch, response):
+        self.responses.append(response)
         self._note("refused", pool, handles, status, batch)
 
-    def failed(self, pool, handles, error, *, counted, status=None):
+    def failed(self, pool, handles, error, *, counted, status=None, response=None):  # noqa: PLR0913  (as is called)
+        self.responses.append(response)
         self._note("failed", pool, handles, error, counted, status)
 
-    def paused_for(self, pool, handles, status, value):
+    def paused_for(self, pool, handles, status, value, *, response):
+        self.responses.append(response)
         self._note("paused", pool, handles, status, value)
 
     def not_sent(self, pool, handles):

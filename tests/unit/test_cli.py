@@ -216,11 +216,16 @@ def test_check_tests_certificate_as_serve(run, file):
 # ---- dead letters (what becomes of them: test_replay.py)
 
 
+RESPONSE = b'{"error":\n  "no such\x1bfield", "fields": ["' + b"a" * 100
+
+
 @pytest.fixture
 def dead_letters(tmp_path):
     """A queue's folder with two dead letters and a torn line."""
     writer = DeadLetters(tmp_path, "w0-1")
-    writer.write(Packet(1, "first", b'{"n":1}', 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, "it says no")
+    writer.write(
+        Packet(1, "first", b'{"n":1}', 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, "it says no", RESPONSE
+    )
     writer.write(Packet(2, "second", b"\xff", 0, time.time_ns(), 1, 0, 0), "shutdown", None, None, None)
     writer.close()
     (path,) = tmp_path.glob("dead-letters/*.ndjson")
@@ -233,9 +238,21 @@ def test_list_has_a_line_for_each_and_a_sum(run, dead_letters):
     result = run("dead-letters", "list", str(dead_letters))
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["ID", "REASON", "ANALYZER", "STATUS", "ATTEMPTS", "ACCEPTED", "DEAD", "SINCE", "SIZE"]
+    assert lines[0] == [
+        "ID",
+        "REASON",
+        "ANALYZER",
+        "STATUS",
+        "ATTEMPTS",
+        "ACCEPTED",
+        "DEAD",
+        "SINCE",
+        "SIZE",
+        "RESPONSE",
+    ]
     assert lines[1][:5] == ["first", "refused", "A1", "422", "3"]
-    assert lines[1][7:] == ["7", "B"]
+    assert lines[1][7:9] == ["7", "B"]
+    assert " ".join(lines[1][9:]) == '{"error": "no such?field", "fields": ["' + "a" * 20 + "…"
     assert lines[2][:5] == ["second", "shutdown", "-", "-", "0"]
     assert lines[3][:2] == ["-", "unreadable"]
     assert " ".join(lines[4]).startswith("2 dead letters and 1 unreadable line, 19 B, the oldest of 20")
@@ -254,12 +271,14 @@ def test_list_as_json_has_one_line_each(run, dead_letters):
         "analyzer": "A1",
         "status": 422,
         "error": "it says no",
+        "response": RESPONSE.decode(),
         "attempts": 3,
         "messages": 2,
         "file": str(path),
         "bytes": 7,
     }
     assert (second["id"], second["analyzer"], second["status"], second["bytes"]) == ("second", None, None, 1)
+    assert second["response"] is None
     assert torn == {"id": None, "reason": "unreadable", "file": str(path), "bytes": 11}
 
 

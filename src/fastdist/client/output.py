@@ -25,7 +25,8 @@ MAX_DAMAGES = 20  # of a file
 ECHO_LINES = 1000
 WIDE = 104  # columns of a terminal
 
-DEAD_LETTER_COLUMNS = ("id", "reason", "analyzer", "status", "attempts>", "accepted", "dead since", "size>")
+DEAD_LETTER_COLUMNS = ("id", "reason", "analyzer", "status", "attempts>", "accepted", "dead since", "size>", "response")
+SHOWN_RESPONSE = 60  # characters
 PACKET_COLUMNS = ("id", "accepted", "age>", "attempts>", "messages>", "size>", "file")
 FILE_COLUMNS = ("file", "packets>", "in use>", "capacity>", "")
 ANALYZER_COLUMNS = (
@@ -138,7 +139,7 @@ def census_text(census: Census) -> str:
 def _dead_letter_row(line: Line) -> tuple[str, ...]:
     dead_letter = line.dead_letter
     if dead_letter is None:
-        return ("-", line.reason, "-", "-", "-", "-", time_text(line.time), size_text(line.size))
+        return ("-", line.reason, "-", "-", "-", "-", time_text(line.time), size_text(line.size), "-")
     return (
         dead_letter.id,
         dead_letter.reason,
@@ -148,7 +149,14 @@ def _dead_letter_row(line: Line) -> tuple[str, ...]:
         time_text(dead_letter.accepted_at),
         time_text(dead_letter.dead_lettered_at),
         size_text(line.size),
+        _beginning(dead_letter.response or "-"),
     )
+
+
+def _beginning(response: str) -> str:
+    """Return the beginning of an analyzer's response on one line, fit for a terminal."""
+    text = "".join(char if char.isprintable() else "?" for char in " ".join(response.split()))
+    return text if len(text) <= SHOWN_RESPONSE else f"{text[: SHOWN_RESPONSE - 1]}…"
 
 
 def print_dead_letters_json(found: Iterable[Stored]) -> None:

@@ -40,6 +40,7 @@ cdef enum:
     EMITTERS
     OLD_BYTES
     LOST_PACKETS
+    DISCARDED
     # With the queue in a stream.
     UNCONFIRMED
     DUPLICATES
@@ -121,6 +122,7 @@ FIELDS = {
     "publish_no_responder": NO_RESPONDER,
     "publish_unconfirmed": REPUBLISHED,
     "publish_refused": REFUSED_ONCE,
+    "discarded": DISCARDED,
 }
 # Of responses to agents, in the order of their words. There are no others.
 STATUSES_COUNTED = (200, 201, 202, 204, 400, 401, 403, 404, 405, 408, 413, 415, 417, 429, 431, 500, 502, 503)

@@ -1,7 +1,8 @@
 """Connections to analyzers: they send from the waiting list of their pool (pool.pxi), and read replies.
 
-A reply counts as soon as its head is read; a 2xx, once its request is written whole as well. Failures are told to the
-pool's owner as lists of handles, and it decides where they go next; after any failure on a connection it is closed.
+A reply counts as soon as its head is read; a 2xx, once its request is written whole as well, any other, once the
+beginning of its body is there, which dead letters keep. Failures are told to the pool's owner as lists of handles, and it
+decides where they go next; after any failure on a connection it is closed.
 """
 
 # Statuses besides 3xx and 5xx that say nothing of the packet: of the time ...
@@ -12,12 +13,14 @@ PHRASES = {int(status): status.phrase for status in HTTPStatus}
 LOCATION = re.compile(rb"[^?#]{0,200}")  # what is shown of one: a query may hold what is secret
 
 cdef int64_t STALE_NS = 1000000000
+cdef int64_t RESPONSE_NS = 1000000000  # that the body of a reply is awaited before its request goes elsewhere
 
 cdef enum:
     MAX_REPLY_HEAD = 65536
     USUAL_ROOM = 1024            # bytes
     LOOKS = 16                   # at a connection's progress, in the time it may make none
     MAX_INTERIM = 32            # 1xx before a reply: each is progress, so that they could go on for ever
+    MAX_RESPONSE = 512          # bytes of the body of a reply that is no 2xx: what is kept of it
 
 
 cdef class ReplyBase(Connection):
@@ -33,6 +36,10 @@ cdef class ReplyBase(Connection):
     cdef int first_group, group_count
     cdef Group early             # answered with a 2xx before it was written whole; without packets: no such reply
     cdef int64_t given           # bytes to be written since the connection was opened
+    cdef Group denied            # answered with another status, and the body is awaited; without packets: no such reply
+    cdef ReplyHead denied_head   # of that reply
+    cdef bytes response          # what was read of its body, up to MAX_RESPONSE
+    cdef int64_t denied_ns       # when its head was read
     cdef int64_t body_left
     cdef ChunkedBody chunks
     cdef bytes usual_chunks      # of the last body that came whole
@@ -57,7 +64,7 @@ cdef class ReplyBase(Connection):
         if self.groups == NULL:
             raise MemoryError
         self.used_ns = mono_ns()
-        self.usual_chunks = b""
+        self.usual_chunks = self.response = b""
 
     def __dealloc__(self):
         free(self.groups)
@@ -82,7 +89,7 @@ cdef class ReplyBase(Connection):
 
     def in_flight(self):
         """Return how many requests wait here for their reply, or for being written whole."""
-        return self.group_count + (self.early.packets > 0)
+        return self.group_count + (self.early.packets > 0) + (self.denied.packets > 0)
 
     def is_early(self):
         """Whether a request was answered with a 2xx and is not written whole yet."""
@@ -113,6 +120,8 @@ cdef class ReplyBase(Connection):
         cdef int64_t moved, silent = now - max(self.waiting_since, self.moved_ns)
         if self.early.packets and self.stream is None:
             self.settle_early(now)  # nothing else says how far it is written
+        if self.denied.packets and now - self.denied_ns > RESPONSE_NS:
+            self.settle_denied()
         if self.writing == CLOSED or (self.in_flight() == 0 and self.reading == REPLY_HEAD):
             return False
         if silent <= timeout and now - max(self.waiting_since, self.looked_ns) < timeout // LOOKS:
@@ -248,6 +257,7 @@ cdef class ReplyBase(Connection):
                 p = self.read_head(p, end, now)
             elif self.reading == REPLY_LENGTH:
                 n = min(self.body_left, end - p)
+                self.keep_response(p, n)
                 p += n
                 self.body_left -= n
                 if self.body_left == 0:
@@ -257,14 +267,23 @@ cdef class ReplyBase(Connection):
             elif self.reading == REPLY_CHUNKS:
                 p = self.read_chunks(p, end, now)
             else:
+                self.keep_response(p, end - p)
                 p = end
+            if unlikely(self.denied.packets and len(self.response) == MAX_RESPONSE):
+                self.settle_denied()
+        return 0
+
+    cdef int keep_response(self, const uchar *p, Py_ssize_t n) except -1:
+        """Keep the beginning of the body of a reply that is no 2xx."""
+        if unlikely(self.denied.packets):
+            self.response += p[:min(n, MAX_RESPONSE - len(self.response))]
         return 0
 
     cdef const uchar *begin_chunks(self, const uchar *p, const uchar *end, int64_t now) except NULL:
         """Read a chunked body. An analyzer nearly always says the same: what was read before needs no reading."""
         cdef const uchar *start = p
         cdef Py_ssize_t n = len(self.usual_chunks)
-        if n and n <= end - p and memcmp(p, PyBytes_AS_STRING(self.usual_chunks), n) == 0:
+        if n and self.denied.packets == 0 and n <= end - p and memcmp(p, PyBytes_AS_STRING(self.usual_chunks), n) == 0:
             self.reply_over(now)
             return p + n
         self.set_reading(REPLY_CHUNKS)
@@ -279,6 +298,8 @@ cdef class ReplyBase(Connection):
         cdef int event = CHUNK_MORE
         while p < end and event < CHUNK_END:
             event = self.chunks.read(&p, end, &piece)
+            if event == CHUNK_DATA:
+                self.keep_response(piece.p, piece.n)
         if event == CHUNK_END:
             self.reply_over(now)
         elif event > CHUNK_END:
@@ -339,7 +360,9 @@ cdef class ReplyBase(Connection):
         if not self.keep_alive:
             self.leave()
         if unlikely(head.status >= 300):
-            self.unsuccessful(&group, head)
+            self.denied, self.denied_head, self.denied_ns = group, head, now
+            if self.reading == REPLY_LENGTH and self.body_left == 0:
+                self.settle_denied()
         elif likely(self.is_written(&group)):
             self.pool.settle(&group, now)
         else:
@@ -365,25 +388,31 @@ cdef class ReplyBase(Connection):
             keep(&self.partial, p, n)
         return end
 
-    cdef int unsuccessful(self, Group *group, ReplyHead head) except -1:
+    cdef int settle_denied(self) except -1:
         """Tell of a reply that is no 2xx: whether it speaks of the packet or of the analyzer."""
         cdef PoolBase pool = self.pool
-        cdef list handles = pool.dissolve(group)
-        status = head.status
+        cdef Group group = self.denied
+        cdef ReplyHead head = self.denied_head
+        cdef bytes response = self.response
+        cdef list handles = pool.dissolve(&group)
+        self.denied.packets, self.denied_head, self.response = 0, None, b""
+        owner, status = pool.owner, head.status
         if (status == 429 or status == 503) and head.retry_after is not None:
-            told = pool.hand_over(pool.owner.paused_for, handles, status, head.retry_after.decode("latin-1"))
-        elif status >= 500 or status in LATER:
-            told = pool.hand_over(pool.owner.failed, handles, f"HTTP {status}", counted=True, status=status)
-        elif status < 400 or status in OF_THE_ENDPOINT:
-            told = pool.hand_over(pool.owner.failed, handles, in_words(status, head.location), counted=True, status=status)
+            value = head.retry_after.decode("latin-1")
+            told = pool.hand_over(owner.paused_for, handles, status, value, response=response)
+        elif status >= 500 or status in LATER or status < 400 or status in OF_THE_ENDPOINT:
+            error = f"HTTP {status}" if status >= 500 or status in LATER else in_words(status, head.location)
+            told = pool.hand_over(owner.failed, handles, error, counted=True, status=status, response=response)
         else:
-            told = pool.hand_over(pool.owner.refused, handles, status, batch=bool(group.batch))
+            told = pool.hand_over(owner.refused, handles, status, batch=bool(group.batch), response=response)
         if not told:
             self.close_after("", False)
         return 0
 
     cdef int reply_over(self, int64_t now) except -1:
         """A reply was read to its end: the connection is free for the next, unless the analyzer closes it."""
+        if unlikely(self.denied.packets):
+            self.settle_denied()
         self.set_reading(REPLY_HEAD if self.keep_alive else REPLY_OVER)
         return self.between_replies(now)
 
@@ -437,7 +466,10 @@ cdef class ReplyBase(Connection):
         return self.go_on(now)
 
     def close_after(self, str error, bint counted):
-        """Close the connection. With an ``error`` the first request in flight failed; those behind it were not looked at."""
+        """Close the connection. With an ``error`` the first request in flight failed; those behind it were not looked at.
+
+        If that has its reply, but not the beginning of the body, the reply says what becomes of it.
+        """
         cdef list requests
         if self.writing == CLOSED:
             return
@@ -448,7 +480,7 @@ cdef class ReplyBase(Connection):
         if self.early.packets:
             requests.insert(0, self.pool.dissolve(&self.early))
             self.early.packets = 0
-        failed = requests.pop(0) if error and requests else None
+        failed = requests.pop(0) if error and requests and not self.denied.packets else None
         try:
             if error or self.transport.get_write_buffer_size():  # what is still to be written will be sent elsewhere
                 self.transport.abort()
@@ -457,6 +489,8 @@ cdef class ReplyBase(Connection):
         finally:
             for handles in reversed(requests):
                 self.pool.hand_over(self.pool.owner.not_sent, handles)
+            if self.denied.packets:
+                self.settle_denied()
             if failed is not None:  # it goes last, to the front
                 self.pool.hand_over(self.pool.owner.failed, failed, error, counted=counted)
 

@@ -41,7 +41,7 @@ log = logs.get()
 
 
 class PendingDeadLetter(NamedTuple):
-    """A dead letter to be written: the packet, why, and the last analyzer that saw it with what it said."""
+    """A dead letter to be written: the packet, why, and the last analyzer that saw it with its response."""
 
     ring: PacketRing
     handle: int
@@ -49,6 +49,7 @@ class PendingDeadLetter(NamedTuple):
     analyzer: str | None
     status: int | None
     error: str | None
+    response: bytes | None = None  # the beginning of its body
 
 
 def what_is_left(ring: PacketRing) -> list[PendingDeadLetter]:
@@ -125,6 +126,8 @@ class DeadLetterWriter:
         may be running.
         """
         self.unwritten += dead_letters
+        if self.files.bounds is not None:
+            self.files.bounds.gives_way = True
         while self.unwritten or self.written:
             self._write_part(LAST_PART_NS)
             error = self._sync_now()
@@ -153,11 +156,13 @@ class DeadLetterWriter:
         """Write for a while."""
         self._problem = None
         end, first = time.monotonic_ns() + part_ns, True
-        while self.unwritten and (first or time.monotonic_ns() < end):
+        while self.unwritten and not self.files.wants_sync and (first or time.monotonic_ns() < end):
             first = False
-            ring, handle, reason, analyzer, status, error = self.unwritten[0]
+            ring, handle, reason, analyzer, status, error, response = self.unwritten[0]
             try:
-                self.files.write(ring.packet(handle), reason, analyzer, status, error)
+                self.files.write(ring.packet(handle), reason, analyzer, status, error, response)
+            except BlockingIOError:  # room is being made for it
+                return
             except DamagedError:
                 self.unwritten.popleft()
                 ring.discard(handle)
@@ -170,7 +175,9 @@ class DeadLetterWriter:
     # ---- syncing
 
     def _are_many(self) -> bool:
-        return len(self.written) >= MANY or self.files.unsettled > self.written[-1].ring.capacity // SHARE
+        if len(self.written) >= MANY or self.files.wants_sync:
+            return True
+        return self.files.unsettled > self.written[-1].ring.capacity // SHARE
 
     def _sync(self) -> None:
         if self._run is not None and not self.syncing:

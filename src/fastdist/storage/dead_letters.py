@@ -20,6 +20,7 @@ durability memory) synced; ``DeadLetterWriter`` takes care of that. Rules for th
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -41,8 +42,24 @@ from fastdist.storage.files import is_nameless, make_folder, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from typing import Protocol
 
     from fastdist._core import Packet
+
+    class Room(Protocol):
+        """What bounds the files; see ``dead_letter_bounds``."""
+
+        gives_way: bool
+
+        @property
+        def file_size(self) -> int: ...  # noqa: D102
+
+        @property
+        def file_age(self) -> float: ...  # noqa: D102
+
+        def room(self, size: int, /) -> AbstractContextManager[None]: ...  # noqa: D102
+
 
 FOLDER = "dead-letters"
 SUFFIX = ".ndjson"
@@ -61,7 +78,14 @@ def iso_time(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def as_line(packet: Packet, reason: str, analyzer: str | None, status: int | None, error: str | None) -> bytes:
+def as_line(  # noqa: PLR0913, PLR0917  (what a dead letter has)
+    packet: Packet,
+    reason: str,
+    analyzer: str | None,
+    status: int | None,
+    error: str | None,
+    response: bytes | None = None,
+) -> bytes:
     """Return the dead letter of a packet, as it stands in files and streams: JSON and a line feed."""
     dead_letter: dict[str, object] = {
         "id": packet.id,
@@ -74,11 +98,18 @@ def as_line(packet: Packet, reason: str, analyzer: str | None, status: int | Non
         "acceptedAt": iso_time(packet.accepted_ns),
         "deadLetteredAt": iso_time(time.time_ns()),
     }
+    if response:
+        dead_letter["response"] = _as_text(response)
     try:
         dead_letter["body"] = packet.body.decode()
     except UnicodeDecodeError:
         dead_letter["bodyBase64"] = base64.b64encode(packet.body).decode()
     return orjson.dumps(dead_letter, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _as_text(response: bytes) -> str:
+    """Return what was kept of a response as text: without the part of a character that it may end in."""
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(response)
 
 
 class _File:
@@ -116,27 +147,49 @@ class _File:
 
 
 class DeadLetters:
-    """The files that the process ``owner`` (a word fit for a file name) writes below ``queue_path``.
+    """The files that the process ``owner`` (a word fit for a file name) writes below ``queue_path``, or in ``path``.
 
     ``beside`` is an open file of the queue: as long as it has a name, a missing queue folder is not created again. It
-    was renamed then, and a new folder would prevent renaming it back.
+    was renamed then, and a new folder would prevent renaming it back. ``bounds`` says how large and how old a file may
+    become, and makes room for it.
 
     What was written must be settled: after a sync (``begin_sync``), if there is one, ``settle`` returns whether it is
     safe. Until then its files stay open.
     """
 
-    def __init__(self, queue_path: str | Path, owner: str, beside: int | None = None) -> None:
-        self._folder = Path(queue_path) / FOLDER
-        self._owner, self._beside = owner, beside
+    def __init__(
+        self,
+        queue_path: str | Path,
+        owner: str,
+        beside: int | None = None,
+        *,
+        path: str = "",
+        bounds: Room | None = None,
+    ) -> None:
+        self._folder = folder_of(queue_path, path)
+        self._owner, self._beside = owner, None if path else beside
+        self.bounds = bounds
+        self._begun = 0.0  # time.monotonic(): the current file, or that which was until it had been idle
         self._open: list[_File] = []  # that which is written to, and those that are not settled
         self._current: _File | None = None
         self._last: Path | None = None  # of the current file, or that which was until it had been idle
         self._written = False  # since the last tick
         self._idle_since = 0  # ns
 
-    def write(self, packet: Packet, reason: str, analyzer: str | None, status: int | None, error: str | None) -> None:
-        """Append a packet: why it was given up, and the last analyzer with its response. Raises OSError."""
-        self._append(as_line(packet, reason, analyzer, status, error))
+    def write(  # noqa: PLR0913, PLR0917  (what a dead letter has)
+        self,
+        packet: Packet,
+        reason: str,
+        analyzer: str | None,
+        status: int | None,
+        error: str | None,
+        response: bytes | None = None,
+    ) -> None:
+        """Append a packet: why it was given up, and the last analyzer with its response. Raises OSError.
+
+        BlockingIOError: there is no room yet, see ``Bounds``.
+        """
+        self._append(as_line(packet, reason, analyzer, status, error, response))
 
     def tick(self, now_ns: int) -> None:
         """Close the file when other processes may have it; call this regularly (``now_ns``: time.monotonic_ns()).
@@ -161,6 +214,11 @@ class DeadLetters:
         self._open, self._current, self._last = [], None, None
 
     # ---- what becomes of what was written
+
+    @property
+    def wants_sync(self) -> bool:
+        """Whether so much is unsettled that more of it would leave no room within the bounds."""
+        return self.bounds is not None and self.unsettled >= 2 * self.bounds.file_size
 
     @property
     def unsettled(self) -> int:
@@ -212,9 +270,26 @@ class DeadLetters:
     # ---- files
 
     def _append(self, line: bytes) -> None:
-        file = self._current or self._reopen()
-        if file is None or (file.size and file.size + len(line) > MAX_FILE):
-            file = self._create()
+        file = self._current
+        if file is not None and self._fits(file, line):
+            self._write(file, line)
+            return
+        if file is not None:  # it may have to be discarded as well
+            self._last = None
+            self._release()
+        with self.bounds.room(len(line)) if self.bounds is not None else contextlib.nullcontext():
+            file = self._reopen()
+            self._write(file if file is not None and self._fits(file, line) else self._create(), line)
+
+    def _fits(self, file: _File, line: bytes) -> bool:
+        """Whether a line may be appended to a file: it has room for that, and is not too old."""
+        if self.bounds is None:
+            return not file.size or file.size + len(line) <= MAX_FILE
+        if file.size and time.monotonic() - self._begun > self.bounds.file_age:
+            return False
+        return not file.size or file.size + len(line) <= self.bounds.file_size
+
+    def _write(self, file: _File, line: bytes) -> None:
         self._written = True
         while True:
             try:
@@ -259,7 +334,7 @@ class DeadLetters:
                 with contextlib.suppress(OSError):
                     name.unlink(missing_ok=True)
             raise
-        self._last = path
+        self._last, self._begun = path, time.monotonic()
         return self._take_up(_File(fd, path))
 
     def _reopen(self) -> _File | None:
@@ -348,6 +423,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="ca
     analyzer: str | None = None
     status: int | None = None
     error: str | None = None
+    response: str | None = None  # the beginning of its body
     attempts: int = 0
     messages: int = 0
     body: str | None = None
@@ -410,6 +486,11 @@ class Found(NamedTuple):
 
     path: Path
     size: int
+
+
+def folder_of(queue_path: str | Path, path: str = "") -> Path:
+    """Return the folder of dead letters: ``path`` if it is set, else one in that of the queue."""
+    return Path(path) if path else Path(queue_path) / FOLDER
 
 
 def find_files(path: Path) -> list[Found]:

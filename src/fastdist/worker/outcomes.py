@@ -83,6 +83,7 @@ class Returned(NamedTuple):
     handles: list[int]
     error: str
     status: int | None
+    response: bytes | None  # the beginning of its body
     failed: bool  # else the analyzer has not looked at it
 
 
@@ -157,8 +158,15 @@ class Outcomes(DispatchBase):
             except Exception as error:  # noqa: BLE001  (whatever it is, the others must be settled too)
                 self.went_wrong(error)
 
-    def failed(
-        self, pool: AnalyzerPool, handles: list[int], error: str, *, counted: bool, status: int | None = None
+    def failed(  # noqa: PLR0913  (as the core calls it)
+        self,
+        pool: AnalyzerPool,
+        handles: list[int],
+        error: str,
+        *,
+        counted: bool,
+        status: int | None = None,
+        response: bytes | None = None,
     ) -> None:
         """Send packets elsewhere: a request failed with ``error``. ``counted``: it speaks against the analyzer."""
         error = pool.analyzer.without_secrets(error)
@@ -168,7 +176,7 @@ class Outcomes(DispatchBase):
         if self.probation.is_trying(pool.slot):
             for handle in handles:
                 self.probation.failed(pool, self.ring.sequence(handle), time.monotonic_ns(), counted=counted)
-        self._return(Returned(pool, handles.copy(), error, status, failed=True), handles)
+        self._return(Returned(pool, handles.copy(), error, status, response, failed=True), handles)
 
     def _return(self, returned: Returned, handles: list[int]) -> None:
         """Requeue packets in the next flushes; from here on the caller does not own them any more."""
@@ -185,16 +193,20 @@ class Outcomes(DispatchBase):
         if slot in self.weights:
             pool.paused = True  # until the next flush has taken its packets elsewhere
 
-    def paused_for(self, pool: AnalyzerPool, handles: list[int], status: int, value: str) -> None:
+    def paused_for(
+        self, pool: AnalyzerPool, handles: list[int], status: int, value: str, *, response: bytes | None = None
+    ) -> None:
         """Send nothing to the analyzer for a while, as it asks for (429 or 503 with Retry-After)."""
         seconds = retry_after(value)
         if not pool.retired and seconds is not None:
             self.analyzer_states.set_error(pool.slot, f"HTTP {status}, Retry-After: {value[:40]}")
             self.analyzer_states.pause(pool.slot, time.monotonic_ns() + int(seconds * 1e9))
             pool.paused = True
-        self.failed(pool, handles, f"HTTP {status}", counted=seconds is None, status=status)
+        self.failed(pool, handles, f"HTTP {status}", counted=seconds is None, status=status, response=response)
 
-    def refused(self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool) -> None:
+    def refused(
+        self, pool: AnalyzerPool, handles: list[int], status: int, *, batch: bool, response: bytes | None = None
+    ) -> None:
         """Make a packet that was refused a dead letter; of a refused batch, find out first which packet it was.
 
         Those that may not be sent again (``max_attempts``) are dead letters as well: which one was at fault is unknown.
@@ -203,28 +215,29 @@ class Outcomes(DispatchBase):
         self.counters.add_to(pool.slot, "failed", len(handles))
         if batch:
             self._note_refusal(pool, error)
-            self._send_again(pool, handles, status, error, alone=True)
+            self._send_again(Returned(pool, handles, error, status, response, failed=True), alone=True)
         while handles:
-            self._refused_alone(pool, handles[-1], status, error)
+            self._refused_alone(pool, handles[-1], status, response)
             handles.pop()
         self.wake(pool)
 
     def not_sent(self, pool: AnalyzerPool, handles: list[int]) -> None:
         """Send packets again that the analyzer has not looked at."""
         error = "connection closed before the reply"
-        self._return(Returned(pool, handles.copy(), error, None, failed=False), handles)
+        self._return(Returned(pool, handles.copy(), error, None, None, failed=False), handles)
 
     # ---- refusals
 
-    def _refused_alone(self, pool: AnalyzerPool, handle: int, status: int, error: str) -> None:
+    def _refused_alone(self, pool: AnalyzerPool, handle: int, status: int, response: bytes | None) -> None:
         packet = self.ring.sequence(handle)
         in_doubt = self._count_refusal(pool)
         self.probation.refused(pool, packet, time.monotonic_ns())
         first, _ = self.refused_by.get(packet, (pool, 0))
         if in_doubt and first is pool and self._ask_another(pool, handle, status):
             return
+        error = f"HTTP {status}"
         self._note_refusal(pool, error)
-        self._dead_letter(pool, handle, "refused", status, error)
+        self._dead_letter(handle, "refused", Returned(pool, [], error, status, response, failed=True))
 
     def _note_refusal(self, pool: AnalyzerPool, error: str) -> None:
         """Keep an error for the operator, unless deliveries fail too: what takes the analyzer offline is the reason."""
@@ -303,12 +316,13 @@ class Outcomes(DispatchBase):
         """Requeue a packet that failed, or those of a request no analyzer looked at; False without any."""
         if not self.returned:
             return False
-        pool, handles, reason, status, failed = self.returned[0]
+        returned = self.returned[0]
+        handles = returned.handles
         try:
-            if not failed:
-                self._send_again(pool, handles, status, reason)
+            if not returned.failed:
+                self._send_again(returned)
             elif handles:  # each goes to the front of its new list, so that the first is first again
-                self._retry(pool, handles[-1], status, reason)
+                self._retry(handles[-1], returned)
                 handles.pop()
         except Exception as error:  # noqa: BLE001  (whatever it is, the packet must be sent again)
             self.went_wrong(error)
@@ -318,30 +332,29 @@ class Outcomes(DispatchBase):
             self.returned.popleft()
         return True
 
-    def _send_again(
-        self, pool: AnalyzerPool, handles: list[int], status: int | None, error: str, *, alone: bool = False
-    ) -> None:
+    def _send_again(self, returned: Returned, *, alone: bool = False) -> None:
         """Send packets to the same analyzer before all others, or to the one picked if it gets none now."""
+        pool, handles = returned.pool, returned.handles
         while handles:
-            if not self._exhausted(pool, handles[-1], status, error):
+            if not self._exhausted(handles[-1], returned):
                 self._count_retries(pool, 1)
                 pool.prepend(handles[-1], alone)
             handles.pop()
         if pool.retired or pool.slot not in self.weights:
             pool.release_waiting()
 
-    def _exhausted(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> bool:
+    def _exhausted(self, handle: int, returned: Returned) -> bool:
         """Make a packet that has been sent ``max_attempts`` times a dead letter; return whether it was one."""
         limit = self.config.retry.max_attempts
         if not limit or self.ring.attempts(handle) < limit:
             return False
-        self._dead_letter(pool, handle, "exhausted", status, error)
+        self._dead_letter(handle, "exhausted", returned)
         return True
 
-    def _retry(self, pool: AnalyzerPool, handle: int, status: int | None, error: str) -> None:
-        if self._exhausted(pool, handle, status, error):
+    def _retry(self, handle: int, returned: Returned) -> None:
+        if self._exhausted(handle, returned):
             return
-        retrying = self._remember(pool, handle)
+        retrying = self._remember(returned.pool, handle)
         self._pass_on(handle, retrying, self.another(handle, retrying))
 
     def _remember(self, pool: AnalyzerPool, handle: int) -> Retrying:
@@ -419,8 +432,10 @@ class Outcomes(DispatchBase):
 
     # ---- dead letters
 
-    def _dead_letter(self, pool: AnalyzerPool, handle: int, reason: str, status: int | None, error: str) -> None:
-        self.dead_letter_writer.add(PendingDeadLetter(self.ring, handle, reason, pool.analyzer.id, status, error))
+    def _dead_letter(self, handle: int, reason: str, last: Returned) -> None:
+        analyzer, error, status, response = last.pool.analyzer.id, last.error, last.status, last.response
+        pending = PendingDeadLetter(self.ring, handle, reason, analyzer, status, error, response)
+        self.dead_letter_writer.add(pending)
 
     def _dead_lettered(self, ring: PacketRing, sequence: int) -> None:
         if ring is self.ring:  # not an old one
