@@ -252,6 +252,15 @@ ROUTES = [
     ),
     Route(
         "get",
+        "/dead-letters",
+        "getDeadLetters",
+        "figures",
+        "The dead letters that are there",
+        "How many, by reason and analyzer, and the last 20 without their packets. Figures may be some seconds old.",
+        {200: "LastDeadLetters"},
+    ),
+    Route(
+        "get",
         "/metrics",
         "getMetrics",
         "figures",
@@ -377,7 +386,9 @@ OF_PACKETS: dict[type[msgspec.Struct], dict[str, str]] = {
 
 def schemas() -> Json:
     """Return the schemas of all models, and of packets."""
-    of_models = [*models.Model.__subclasses__(), *models.AnalyzerInShort.__subclasses__()]
+    of_models = [
+        each for base in (models.Model, models.AnalyzerInShort, models.DeadLetters) for each in base.__subclasses__()
+    ]
     kinds: list[type[msgspec.Struct]] = sorted([*of_models, *OF_PACKETS], key=lambda kind: kind.__name__)
     _, found = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in kinds:

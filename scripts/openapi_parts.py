@@ -251,6 +251,27 @@ QUEUE = models.Queue(
         for number in range(2)
     ],
 )
+DEAD_LETTERS = models.LastDeadLetters(
+    packets=3,
+    bytes=2117,
+    files=1,
+    counts=[models.DeadLetterCount(reason="refused", analyzer="A2", packets=3)],
+    discarded=models.Discarded(max_bytes=120),
+    last=[
+        models.DescribedDeadLetter(
+            id=PACKET_ID,
+            reason="refused",
+            analyzer="A2",
+            status=422,
+            error="HTTP 422",
+            attempts=1,
+            messages=2,
+            accepted_at="2026-01-02T03:04:04.880211Z",
+            dead_lettered_at="2026-01-02T03:04:04.883870Z",
+            bytes=397,
+        )
+    ],
+)
 METRICS = """\
 # HELP fastdist_packets_accepted{0} Packets that were stored and acknowledged.
 # TYPE fastdist_packets_accepted{0} counter
@@ -413,6 +434,7 @@ RESPONSES = {
     ),
     "Stats": shows("The figures.", usual=STATS),
     "Queue": shows("The figures.", usual=QUEUE),
+    "LastDeadLetters": shows("The figures.", usual=DEAD_LETTERS),
     "Analyzers": shows("All of them.", usual=models.Analyzers(analyzers=[ANALYZERS[0], OFFLINE])),
     "Metrics": response(
         "The figures; in OpenMetrics' format if Accept names that, else in Prometheus' own.",

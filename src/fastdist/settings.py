@@ -771,6 +771,42 @@ class Health(Struct, frozen=True, kw_only=True):
     ] = 0.0
 
 
+class DeadLetters(Struct, frozen=True, kw_only=True):
+    """Where packets that were given up are kept, how many of them and for how long: by default all, until a replay.
+
+    What is over a bound is discarded for good: whole files, the oldest first, but for those that a replay or a purge is
+    going through. It is counted (`fastdist_dead_letter_packets_discarded_total`) and logged.
+    """
+
+    max_bytes: Annotated[
+        int,
+        Meta(ge=0, le=2**46, extra=_SIZE),
+        RELOAD,
+        about("""How large the files of dead letters may be together; 0 is without a bound.
+        It holds at every moment, over all workers, but for a packet that is larger than all of this: that one is kept
+        alone. With a bound files are small (an eighth of a worker's part), so that little goes at a time. Without one
+        dead letters can fill the file system; then packets stay in the queue, and once that is full emitters get 503.
+        """),
+        Meta(examples=[2**30]),
+    ] = 0
+    max_age: Annotated[
+        Duration,
+        RELOAD,
+        about("""How long dead letters are kept; 0 is without a bound.
+        A file is discarded when the last dead letter in it is older than this. No file is written to for longer than an
+        eighth of it, so that none is kept much longer."""),
+        Meta(examples=[30 * 86_400]),
+    ] = 0.0
+    path: Annotated[
+        str,
+        Meta(extra={"type": "path", "range": "a folder"}),
+        about("""The folder of dead letters; empty is `dead-letters` in [`queue.path`](#queuepath).
+        Relative to where the service is started. On a file system of its own dead letters cannot take space that the
+        queue or something else needs. What is in the old folder stays there, and is neither counted nor discarded."""),
+        Meta(examples=["/var/lib/fastdist-dead-letters"]),
+    ] = ""
+
+
 class Limits(Struct, frozen=True, kw_only=True):
     """How many `POST /logs` requests are taken a second, over all workers; beyond that 429 with `Retry-After`.
 
@@ -891,6 +927,7 @@ class Config(Struct, frozen=True, kw_only=True):
     delivery: Delivery = Delivery()
     retry: Retry = Retry()
     health: Health = Health()
+    dead_letters: DeadLetters = DeadLetters()
     limits: Annotated[Limits, RELOAD] = Limits()
     security: Annotated[Security, RELOAD] = Security()
     admin: Admin = Admin()

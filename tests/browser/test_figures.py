@@ -262,3 +262,25 @@ def test_hidden_page_requests_nothing(page, fastdist):
     page.run(hide % "false" + "document.dispatchEvent(new Event('visibilitychange'))")
     seen = page.run(asked)
     wait_until(lambda: page.run(asked) > seen, "it asks again")
+
+
+def test_last_dead_letters_are_listed(page, mocks, fresh):
+    page.open(fresh.port)
+    wait_until(lambda: page.text("#live-word") == "live", "it is live")
+    assert not page.all("#dead-letters-card")[0].is_displayed()
+    mocks.set_all(status=422)
+    for each in range(25):
+        assert fresh.post(Idempotency_Key=f"p-{each}")[0] == 202
+    fresh.wait_at_rest()
+    mocks.set_all(status=None)
+    there = sum(1 for _ in fresh.dead_letters())
+
+    def shown():
+        return page.run("return [...document.querySelectorAll('#dead-letters-last tr')].map((e) => e.dataset.packet)")
+
+    last = lambda: [each["id"] for each in get_json(fresh.port, "/dead-letters")["last"]]  # noqa: E731
+    wait_until(lambda: shown() == last() and len(shown()) == min(there, 20), "the last 20 are shown")
+    counts = [number(cell.text) for cell in page.all("#dead-letters-counts [data-count=packets]")]
+    assert sum(counts) == there
+    assert page.text("#dead-letters-note").startswith(f"{there} dead letters in ")
+    assert "newsletter" not in page.text("#dead-letters-card"), "no packet is"

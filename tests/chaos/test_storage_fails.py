@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 from experiment import DELIVERY, SOME, body_of, form, in_flight, wait_for_restarts
+from small_disk import fill, small_disk
 from support import check_identity, get_json, request, wait_until
 from test_processes_killed import kill_a_worker
 
@@ -374,34 +373,6 @@ def test_dead_letter_files_are_deleted_often(experiment, durability):
 
 
 # ---- a disk that is full
-
-
-@contextmanager
-def small_disk(folder, size: str):
-    """Mount a tmpfs over ``folder``."""
-    folder.mkdir(exist_ok=True)
-    if (
-        os.geteuid() != 0
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False, capture_output=True
-        ).returncode
-    ):
-        pytest.skip("a small disk can be mounted by root only")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(folder) -> None:
-    """Leave no byte free."""
-    with (folder / "filler").open("wb", buffering=0) as file:
-        for size in (65536, 4096, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                continue
 
 
 def test_queue_that_the_disk_cannot_hold(experiment, tmp_path):

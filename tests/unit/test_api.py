@@ -25,7 +25,7 @@ from fastdist.statuses import reason
 SITE = "https://ops.example"
 CONFIG = replace(Config(), security=Security(cors_origins=(SITE,)))
 ANALYZERS = dict(enumerate(CONFIG.analyzers))
-VIEWS = ("/health", "/ready", "/stats", "/queue", "/analyzers")
+VIEWS = ("/health", "/ready", "/stats", "/queue", "/analyzers", "/dead-letters")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "get", "BREW")
 
 

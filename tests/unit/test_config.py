@@ -115,6 +115,11 @@ rise = 2
 fall = 3
 slow_start = "0s"
 
+[dead_letters]
+max_bytes = 0
+max_age = 0
+path = ""
+
 [limits]
 rate = 0
 burst = 0

@@ -81,7 +81,7 @@ def routes():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES.get)
 def test_the_requests_that_are_named_exist(document):
     named = re.findall(
-        r"\b(GET|POST|PATCH|PUT|DELETE) (/(?!control|analyze\b)[\w/{}]*(?:\.json)?)", document.read_text()
+        r"\b(GET|POST|PATCH|PUT|DELETE) (/(?!control|analyze\b)[\w/{}-]*(?:\.json)?)", document.read_text()
     )
     assert {f"{method} {path}" for method, path in named} <= routes()
 

@@ -63,6 +63,7 @@ COUNTERS = (
     "packets_failed",
     "packets_retried",
     "packets_dead_lettered",
+    "dead_letter_packets_discarded",
     "requests",
     "records",
     "messages_accepted",
@@ -75,6 +76,10 @@ COUNTERS = (
 GAUGES = (
     "config_last_reload_successful",
     "config_last_reload_success_timestamp_seconds",
+    "dead_letter_packets",
+    "dead_letter_bytes",
+    "dead_letter_filesystem_size_bytes",
+    "dead_letter_filesystem_available_bytes",
     "queue_packets",
     "queue_bytes",
     "queue_capacity_bytes",

@@ -16,7 +16,7 @@ from troubles import OPERATIONS, STOPPING, TROUBLES, WHOLE, World, draining, eve
 from fastdist.client.top_view import Answers, Frame, render
 from fastdist.http import models, stats
 from fastdist.shm import problems
-from fastdist.shm.block import REPORT_HEAD, REPORT_WORDS, AnalyzerWord, SharedBlock, WorkerState, WorkerWord
+from fastdist.shm.block import REPORT_WORDS, AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.problems import KINDS, LEVELS, Problem
 from fastdist.shm.report import MAX_OWN, MAX_SINCE, Configuration, Own, Report, decode, encode
 from fastdist.supervisor import main
@@ -323,7 +323,7 @@ def test_a_report_is_read_as_it_was_written(world):
 
 def test_torn_report_is_not_believed(world):
     world.block.set_report(encode(Report(since={"a": 1})))
-    world.block._report[REPORT_HEAD.size + 3] ^= 1
+    world.block._report._part[20] ^= 1
     assert world.block.report() == b""
 
 

@@ -169,7 +169,7 @@ def test_the_page_has_nothing_inline():
 
 def test_everything_the_page_names_is_there():
     links = [value for _, attributes, _ in ELEMENTS for name, value in attributes.items() if name in ("src", "href")]
-    views = {"health", "ready", "stats", "queue", "analyzers", "metrics", "openapi.json"}
+    views = {"health", "ready", "stats", "queue", "analyzers", "dead-letters", "metrics", "openapi.json"}
     ids = {attributes["id"] for _, attributes, _ in ELEMENTS if "id" in attributes}
     assert len(links) > 10
     for link in links:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from fastdist.dead_letter_report import Count, Described, Report
 from fastdist.http import stats
 from fastdist.settings import Config, Distribution, Queue
 from fastdist.shm.block import HUNG, AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, Step, WorkerState, WorkerWord
@@ -161,6 +162,7 @@ def test_stats_has_the_names_of_the_api(block):
         "bytes",
         "rejected",
         "protocols",
+        "deadLetters",
         "rates",
         "latencyMs",
         "analyzers",
@@ -302,7 +304,45 @@ def test_health_is_of_analyzers_and_workers(block, offline, draining, workers, e
         "analyzers": {"online": online, "total": 4},
         "storage": "ok",
         "failing": [],
+        "deadLetters": {"packets": 0, "bytes": 0, "fileSystemUsed": None},
     }
+
+
+def test_dead_letters_are_as_reported(block):
+    last = Described("p1", "refused", "A1", 422, "HTTP 422", 1, 2, "2026-01-02T03:04:05Z", "2026-01-02T03:04:06Z", 10)
+    report = Report((Count("refused", "A1", 3), Count("shutdown", "", 2)), 1000, 2, (last,), 10_000, 1000)
+    block.dead_letters = report
+    block.rows[0].add("discarded", 4)
+    block.rows[1].add("discarded", 5)
+    block.head[HeadWord.DISCARDED_FOR_SIZE], block.head[HeadWord.DISCARDED_FOR_AGE] = 6, 7
+    counts = [
+        {"reason": "refused", "analyzer": "A1", "packets": 3},
+        {"reason": "shutdown", "analyzer": None, "packets": 2},
+    ]
+    expected = {
+        "packets": 5,
+        "bytes": 1000,
+        "files": 2,
+        "counts": counts,
+        "discarded": {"maxBytes": 15, "maxAge": 7},
+    }
+    assert shown(stats.stats, block)["deadLetters"] == expected
+    described = {
+        "id": "p1",
+        "reason": "refused",
+        "analyzer": "A1",
+        "status": 422,
+        "error": "HTTP 422",
+        "attempts": 1,
+        "messages": 2,
+        "acceptedAt": "2026-01-02T03:04:05Z",
+        "deadLetteredAt": "2026-01-02T03:04:06Z",
+        "bytes": 10,
+    }
+    assert shown(stats.dead_letters, block) == expected | {"last": [described]}
+    health = shown(stats.health, block)["deadLetters"]
+    assert health.pop("warning").endswith("is over 80% full")
+    assert health == {"packets": 5, "bytes": 1000, "fileSystemUsed": 0.9}
 
 
 def test_health_shows_failing_upkeep(block):

@@ -127,6 +127,8 @@ class HeldFile:
             with os.fdopen(self._create(self._temporary, os.O_TRUNC), "wb") as out:
                 out.writelines(line.raw.removesuffix(b"\n") + b"\n" for line in self.lines() if line.offset not in gone)
                 out.flush()
+                was = os.fstat(self._file.fileno())  # what is left is as old as it was
+                os.utime(out.fileno(), ns=(was.st_atime_ns, was.st_mtime_ns))
                 os.fsync(out.fileno())
             self._temporary.rename(self.path)
             sync_folder(self.path.parent)

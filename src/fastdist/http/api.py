@@ -162,6 +162,7 @@ class Api:
             "/stats": {"GET": lambda _: json_response(stats.stats(self.snapshot()))},
             "/queue": {"GET": lambda _: json_response(stats.queue(self.snapshot()))},
             "/analyzers": {"GET": lambda _: json_response(stats.analyzers(self.snapshot()))},
+            "/dead-letters": {"GET": lambda _: json_response(stats.dead_letters(self.snapshot()))},
             "/metrics": {"GET": self._metrics},
             "/openapi.json": {"GET": lambda _: Response(200, description(), JSON)},
             "/admin/reload": {"POST": self._guarded(lambda _: Action("reload"))},

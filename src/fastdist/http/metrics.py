@@ -72,6 +72,7 @@ def _families(it: Snapshot) -> Iterator[Family]:
     help_text = "When the configuration in force was read, as a Unix time."
     yield _gauge("config_last_reload_success_timestamp_seconds", help_text, state.success_ns / 1e9)
     yield from _packets(it)
+    yield from _dead_letters(it)
     yield from _queue(it)
     if it.stream is not None:
         yield from _stream(it, it.stream)
@@ -96,6 +97,24 @@ def _packets(it: Snapshot) -> Iterator[Family]:
         accepted, delivered = it.total(f"{unit}_accepted"), it.total_of_analyzers(f"{unit}_delivered")
         yield _counter(f"{unit}_accepted", f"{what} in accepted packets.", accepted)
         yield _counter(f"{unit}_delivered", f"{what} in delivered packets.", delivered)
+
+
+def _dead_letters(it: Snapshot) -> Iterator[Family]:
+    report = it.dead_letters
+    counts = dict.fromkeys([(reason, "") for reason in it.dead_lettered], 0)  # so that there is a 0 before the first
+    counts |= {(each.reason, each.analyzer): each.packets for each in report.counts}
+    samples = [
+        _sample("dead_letter_packets", {"reason": reason, "analyzer": analyzer}, packets)
+        for (reason, analyzer), packets in counts.items()
+    ]
+    help_text = "Dead letters that are there now, by reason and by the analyzer that had them last."
+    yield Family("dead_letter_packets", "gauge", help_text, "".join(samples))
+    yield _gauge("dead_letter_bytes", "Bytes of the files of dead letters.", report.bytes)
+    help_text = "Dead letters that were discarded because they were over a bound."
+    yield _counter("dead_letter_packets_discarded", help_text, it.discarded, by="reason")
+    for name, value, what in (("size", report.size, "can hold"), ("available", report.available, "has room for")):
+        help_text = f"Bytes that the file system of the dead letters {what}."
+        yield _gauge(f"dead_letter_filesystem_{name}_bytes", help_text, value)
 
 
 def _requests(it: Snapshot) -> str:

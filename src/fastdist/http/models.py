@@ -147,6 +147,19 @@ class ListedProblem(Model, kw_only=True):
     detail: Annotated[str, Meta(description="What is wrong, for a person to read.", min_length=1)]
 
 
+class DeadLettersInShort(Model, kw_only=True):
+    """The dead letters that are there, and their file system."""
+
+    packets: Annotated[Count, doc("How many there are.")] = 0
+    bytes: Annotated[Count, doc("How large their files are.")] = 0
+    file_system_used: Annotated[Share | None, doc("Which part of their file system is used; null: not known yet.")] = (
+        None
+    )
+    warning: Annotated[
+        str | UnsetType, doc("What is wrong with that: it is over 80 % full while there are dead letters.")
+    ] = UNSET
+
+
 class Health(Model, kw_only=True):
     """Whether all is there that should be."""
 
@@ -172,6 +185,7 @@ class Health(Model, kw_only=True):
         list[ListedProblem],
         doc("All that is wrong, the worst first; the dashboard, `fastdist top`, systemd and the log show the same."),
     ] = []
+    dead_letters: DeadLettersInShort = field(default_factory=DeadLettersInShort)
 
 
 class Ready(Model, kw_only=True):
@@ -361,6 +375,57 @@ class ConfigurationState(Model, kw_only=True):
     ] = []
 
 
+class DeadLetterCount(Model, kw_only=True):
+    """Dead letters with one reason, last sent to one analyzer."""
+
+    reason: Annotated[
+        str,
+        doc(
+            "`refused`, `exhausted`, `oversized` or `shutdown`; `unreadable`: a line of a file that is no dead letter."
+        ),
+    ]
+    analyzer: Annotated[str | None, doc("The analyzer that had it last; null if none had.")] = None
+    packets: Annotated[Count, doc("How many.")] = 0
+
+
+class Discarded(Model, kw_only=True):
+    """Dead letters that were discarded because they were over a bound, since the service started."""
+
+    max_bytes: Annotated[Count, doc("Over `dead_letters.max_bytes`.")] = 0
+    max_age: Annotated[Count, doc("Older than `dead_letters.max_age`.")] = 0
+
+
+class DeadLetters(Model, kw_only=True):
+    """The dead letters that are there now, also those of earlier runs; figures may be some seconds old."""
+
+    packets: Annotated[Count, doc("How many, unreadable lines included.")] = 0
+    bytes: Annotated[Count, doc("How large their files are.")] = 0
+    files: Annotated[Count, doc("How many files.")] = 0
+    counts: Annotated[list[DeadLetterCount], doc("By reason and analyzer; what is replayed or purged goes to 0.")] = []
+    discarded: Discarded = field(default_factory=Discarded)
+
+
+class DescribedDeadLetter(Model, kw_only=True):
+    """A dead letter without its packet, and without the analyzer's response: `fastdist dead-letters list` has that."""
+
+    id: Annotated[str, doc("The packet's id.")]
+    reason: Annotated[str, doc("Why it was given up.")]
+    analyzer: Annotated[str | None, doc("The analyzer that had it last; null if none had.")] = None
+    status: Annotated[int | None, doc("Its response.")] = None
+    error: Annotated[str | None, doc("What was wrong, in words.")] = None
+    attempts: Annotated[Count, doc("How often it was sent.")] = 0
+    messages: Annotated[Count, doc("How many messages it holds.")] = 0
+    accepted_at: Annotated[Time, doc("When it was accepted.")]
+    dead_lettered_at: Annotated[Time, doc("When it was given up.")]
+    bytes: Annotated[Count, doc("The size of the packet.")] = 0
+
+
+class LastDeadLetters(DeadLetters, kw_only=True):
+    """The dead letters that are there now: how many, and the last of them."""
+
+    last: Annotated[list[DescribedDeadLetter], doc("The last 20, the latest first.")] = []
+
+
 class Stats(Model, kw_only=True):
     """What came in, what became of it, how fast, and by which workers and analyzers.
 
@@ -378,6 +443,7 @@ class Stats(Model, kw_only=True):
     protocols: Annotated[
         dict[str, ProtocolCounts], doc("By protocol of log agents (`server.protocols`); POST /logs is not among them.")
     ] = {}
+    dead_letters: DeadLetters = field(default_factory=DeadLetters)
     rates: Rates
     latency_ms: Latencies
     analyzers: Annotated[list[AnalyzerInShort], doc("In the order of the configuration.")] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from msgspec import UNSET
 
 from fastdist.http import models
@@ -47,7 +48,39 @@ def health(snapshot: Snapshot) -> models.Health:
             )
             for each in found
         ],
+        dead_letters=_dead_letters_in_short(snapshot),
     )
+
+
+def _dead_letters_in_short(snapshot: Snapshot) -> models.DeadLettersInShort:
+    report = snapshot.dead_letters
+    return models.DeadLettersInShort(
+        packets=report.packets,
+        bytes=report.bytes,
+        file_system_used=round(report.used, 3) if report.size else None,
+        warning=report.warning or UNSET,
+    )
+
+
+def dead_letters(snapshot: Snapshot) -> models.LastDeadLetters:
+    """Return GET /dead-letters."""
+    last = [models.DescribedDeadLetter(**msgspec.structs.asdict(each)) for each in snapshot.dead_letters.last]
+    return models.LastDeadLetters(**_dead_letters(snapshot), last=last)
+
+
+def _dead_letters(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the members of ``DeadLetters``."""
+    report = snapshot.dead_letters
+    return {
+        "packets": report.packets,
+        "bytes": report.bytes,
+        "files": report.files,
+        "counts": [
+            models.DeadLetterCount(reason=each.reason, analyzer=each.analyzer or None, packets=each.packets)
+            for each in report.counts
+        ],
+        "discarded": models.Discarded(**snapshot.discarded),
+    }
 
 
 def stats(snapshot: Snapshot) -> models.Stats:
@@ -77,6 +110,7 @@ def stats(snapshot: Snapshot) -> models.Stats:
             name: models.ProtocolCounts(requests=counts.requests, records=counts.records, refused=counts.refused)
             for name, counts in snapshot.protocols.items()
         },
+        dead_letters=models.DeadLetters(**_dead_letters(snapshot)),
         rates=models.Rates(
             accepted_per_second=round(snapshot.rates.accepted, 3),
             delivered_per_second=round(snapshot.rates.delivered, 3),

@@ -5,9 +5,8 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 | part      | words              | written by |
 |-----------|--------------------|------------|
 | head      | 64                 | the supervisor, except ``EPOCH`` |
-| report    | 16384              | the supervisor: see ``shm.report`` |
 | samples   | 16 x 4             | the supervisor, once a second |
-| stream    | 256                | the supervisor: ``StreamFigures`` as JSON, with its length and checksum before it |
+| documents | 16384, 8192, 256   | the supervisor: what is wrong (``report``), dead letters, the stream |
 | limiter   | limiter_words      | all, by compare-and-swap |
 | analyzers | n x 64             | see ``AnalyzerWord`` |
 | baselines | n x 256            | the supervisor: what a slot's earlier analyzers have counted, laid out as in a row |
@@ -25,7 +24,6 @@ import mmap
 import os
 import struct
 from enum import IntEnum, IntFlag, auto
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -39,11 +37,13 @@ from fastdist._core import (
     AnalyzerStates,
     Counters,
     RateLimiter,
-    checksum,
     limiter_words,
     row_words,
 )
+from fastdist.dead_letter_report import Report as DeadLetterReport
+from fastdist.dead_letter_report import encode
 from fastdist.errors import StartError
+from fastdist.shm.document import Document
 from fastdist.stream import StreamFigures
 
 if TYPE_CHECKING:
@@ -53,14 +53,11 @@ MAGIC = 0x0A6466_74736166  # "fastfd\n"
 CLIENT_SLOTS = 16384
 SAMPLES = 16
 SAMPLE_WORDS = 4
-STREAM_WORDS = 256
-TRIES = 100  # to read what may be just being written
 REPORT_WORDS = 16384
-READINGS = 1000  # of a report that is being written
-REPORT_HEAD = struct.Struct("=Q16s")  # length and checksum: a report may be read while it is written
+DEAD_LETTER_WORDS = 8192  # 64 KiB, of which hundreds of analyzers need half
+STREAM_WORDS = 256
 BASELINE_WORDS = ANALYZER_WORDS + WORDS_PER_HISTOGRAM  # of a slot
 COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries")  # the other fields are gauges
-_STREAM = struct.Struct("=QQ")  # before the figures of the stream: their length and checksum
 HUNG = 1000  # the status of a worker that was killed because it gave no heartbeat
 
 
@@ -79,6 +76,8 @@ class HeadWord(IntEnum):
     FAILING = 9  # Steps of the supervisor that fail at present
     CLOCK_OFFSET_NS = 10  # from the monotonic clock to the one packets are stamped with; see PacketRing
     NOT_AFTER = 20  # seconds since 1970: when the certificate that emitters are shown expires; 0 without one
+    DISCARDED_FOR_SIZE = 11  # dead letters, by the supervisor (workers count theirs)
+    DISCARDED_FOR_AGE = 12
     HEAD_WORDS = 64
 
 
@@ -180,17 +179,20 @@ class SharedBlock:
         for words in self._layout(workers, slots):
             parts.append(view[at : at + 8 * words])
             at += 8 * words
-        head, self._report, samples, self._stream, self._limiter, analyzers, baselines, *of_workers = parts
+        head, samples, report, letters, stream, self._limiter, analyzers, baselines, *of_workers = parts
+        self._report, self._letters, self._stream = Document(report), Document(letters), Document(stream)
         self.head, self.samples, self.baselines = head.cast("q"), samples.cast("q"), baselines.cast("q")
         self.analyzers = AnalyzerStates(analyzers, self.head)
         self._worker_words = [part.cast("q") for part in of_workers[:workers]]
         self._rows = of_workers[workers:]
+        self._last_letters = DeadLetterReport()  # that was read whole
         self.rows = [Counters(row, slots) for row in self._rows]
 
     @staticmethod
     def _layout(workers: int, slots: int) -> list[int]:
         """Return how many words each part has."""
-        of_all = [HeadWord.HEAD_WORDS, REPORT_WORDS, SAMPLES * SAMPLE_WORDS, STREAM_WORDS, limiter_words(CLIENT_SLOTS)]
+        documents = [REPORT_WORDS, DEAD_LETTER_WORDS, STREAM_WORDS]
+        of_all = [HeadWord.HEAD_WORDS, SAMPLES * SAMPLE_WORDS, *documents, limiter_words(CLIENT_SLOTS)]
         of_analyzers = [slots * AnalyzerWord.ANALYZER_WORDS, slots * BASELINE_WORDS]
         return [*of_all, *of_analyzers, *[WorkerWord.WORKER_WORDS] * workers, *[row_words(slots)] * workers]
 
@@ -223,20 +225,11 @@ class SharedBlock:
 
     def report(self) -> bytes:
         """Return what the supervisor has reported last; nothing if it never has, or writes just now and goes on to."""
-        for _ in range(READINGS):
-            length, checksum = REPORT_HEAD.unpack_from(self._report)
-            if length == 0:
-                break
-            body = bytes(self._report[REPORT_HEAD.size : REPORT_HEAD.size + length])
-            if _checksum(body) == checksum:
-                return body
-        return b""
+        return self._report.read() or b""
 
     def set_report(self, body: bytes) -> None:
         """Replace the report; one that is too long for the block is dropped."""
-        if REPORT_HEAD.size + len(body) <= len(self._report):
-            self._report[REPORT_HEAD.size : REPORT_HEAD.size + len(body)] = body
-            REPORT_HEAD.pack_into(self._report, 0, len(body), _checksum(body))
+        self._report.write(body)
 
     def limiter(self) -> RateLimiter:
         """Return this process's view of the rate limits."""
@@ -260,6 +253,17 @@ class SharedBlock:
         for at in (*counted, *range(histogram, histogram + WORDS_PER_HISTOGRAM)):
             self.baselines[at] = sum(row[at] for row in rows)
 
+    @property
+    def dead_letters(self) -> DeadLetterReport:
+        """What was last seen of the dead letters."""
+        if body := self._letters.read():
+            self._last_letters = msgspec.msgpack.decode(body, type=DeadLetterReport)
+        return self._last_letters
+
+    @dead_letters.setter
+    def dead_letters(self, report: DeadLetterReport) -> None:
+        self._letters.write(encode(report, self._letters.room))
+
     def recent_samples(self) -> Iterator[tuple[int, int, int]]:
         """Yield (monotonic ns, packets accepted, packets delivered) of the last seconds, the latest first."""
         taken = self.head[HeadWord.SAMPLED]
@@ -276,23 +280,13 @@ class SharedBlock:
     @property
     def stream(self) -> StreamFigures:
         """What is known of the stream that is the queue; as a new one while there is nothing."""
-        for _ in range(TRIES):
-            length, checked = _STREAM.unpack_from(self._stream)
-            data = bytes(self._stream[_STREAM.size : _STREAM.size + length])
-            if length and checksum(data) == checked:  # else it is being written
-                return msgspec.json.decode(data, type=StreamFigures)
-        return StreamFigures()
+        body = self._stream.read()
+        return msgspec.json.decode(body, type=StreamFigures) if body else StreamFigures()
 
     @stream.setter
     def stream(self, figures: StreamFigures) -> None:
-        room = len(self._stream) - _STREAM.size
-        data = msgspec.json.encode(figures)
-        if len(data) > room:  # the reason is the only one without a limit
-            left = max(0, len(figures.error) - (len(data) - room) - 3)
-            data = msgspec.json.encode(msgspec.structs.replace(figures, error=f"{figures.error[:left]}..."))
-        self._stream[_STREAM.size : _STREAM.size + len(data)] = data
-        _STREAM.pack_into(self._stream, 0, len(data), checksum(data))
-
-
-def _checksum(body: bytes) -> bytes:
-    return blake2b(body, digest_size=16).digest()
+        body = msgspec.json.encode(figures)
+        if (over := len(body) - self._stream.room) > 0:  # the reason is the only member without a limit
+            error = f"{figures.error[: max(0, len(figures.error) - over - 3)]}..."
+            body = msgspec.json.encode(msgspec.structs.replace(figures, error=error))
+        self._stream.write(body)

@@ -48,6 +48,7 @@ KINDS = {
     "worker_restarting": Kind("warning", "worker dies again and again"),
     "dead_letters_failing": Kind("warning", "cannot write dead letters", 5.0),
     "packets_dead_lettered": Kind("warning", "packets become dead letters"),
+    "dead_letters_fill_disk": Kind("warning", "dead letters fill their file system", 10.0),
     "descriptors_short": Kind("warning", "too few file descriptors", 5.0),
     "upkeep_failing": Kind("warning", "upkeep failing", 5.0),
     "lock_lost": Kind("warning", "queue lock lost"),
@@ -130,6 +131,9 @@ def _of_queue(it: Snapshot) -> Iterator[_Found]:
     if error := it.dead_letter_error:
         detail = f"dead letters cannot be written: {error}; the packets stay queued"
         yield _Found("dead_letters_failing", "dead-letters", detail)
+    if warning := it.dead_letters.warning:
+        detail = f"{warning}: replay or purge them, or set dead_letters.max_bytes"
+        yield _Found("dead_letters_fill_disk", "dead-letters", detail)
     if it.total("corrupt"):
         lost = it.total("lost")
         packets = f", {lost} packet{'s' if lost > 1 else ''} lost" if lost else ""

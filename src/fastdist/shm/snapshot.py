@@ -40,6 +40,7 @@ from fastdist.shm.weights import effective_weights, normalised, seems_online
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from fastdist.dead_letter_report import Report as DeadLetterReport
     from fastdist.settings import Analyzer, Config
     from fastdist.shm.block import SharedBlock
     from fastdist.stream import StreamFigures
@@ -247,6 +248,20 @@ class Snapshot:
     def dead_lettered(self) -> dict[str, int]:
         """Packets that became dead letters, by reason."""
         return {reason: self.total(reason) for reason in DEAD_LETTERS}
+
+    @cached_property
+    def dead_letters(self) -> DeadLetterReport:
+        """The dead letters that are there, as of the supervisor's last look: a second ago, or somewhat more."""
+        return self.block.dead_letters
+
+    @property
+    def discarded(self) -> dict[str, int]:
+        """Dead letters that were discarded, by the bound that they were over."""
+        head = self.block.head
+        return {
+            "max_bytes": self.total("discarded") + head[HeadWord.DISCARDED_FOR_SIZE],
+            "max_age": head[HeadWord.DISCARDED_FOR_AGE],
+        }
 
     @property
     def received(self) -> int:

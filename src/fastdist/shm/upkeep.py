@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 QUIET = 2.0  # seconds: a step may have nothing to do in some runs
 ADVICE = {
     Step.OLD_RINGS: "let fastdist write to the queue's folder and to the old rings in it (adopt-*.fdq)",
+    Step.DEAD_LETTERS: "let fastdist read and write the folder of dead letters, and the files in it",
     Step.QUEUE_FILES: "let fastdist read and write the queue's folder",
     Step.CONNECTIONS: "raise the limit on open files (ulimit -n, LimitNOFILE) or lower delivery.connections",
     Step.ACCEPTING: "raise the limit on open files (ulimit -n, LimitNOFILE) or lower server.max_connections",

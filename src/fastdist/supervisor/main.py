@@ -40,6 +40,7 @@ from fastdist.storage.dead_letters import DeadLetters
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.supervisor import activation
+from fastdist.supervisor.dead_letters import DeadLetterWatch, check_folder, make_bounds
 from fastdist.supervisor.differences import Difference, differences
 from fastdist.supervisor.health import HealthChecker
 from fastdist.supervisor.problems import Follower, Traffic, set_aside, status_line
@@ -100,6 +101,7 @@ class Supervisor:
         self.manager = ServiceManager()
         self.inherited = activation.inherited()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
+        self.dead_letters = DeadLetterWatch(loaded.config, self.block, self.upkeep)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self.follower, self.traffic = Follower(), Traffic()
         self._epoch = 0  # of the analyzers' states, when problems were listed last
@@ -135,6 +137,7 @@ class Supervisor:
         head[HeadWord.STARTED_NS], head[HeadWord.SUPERVISOR] = time.monotonic_ns(), os.getpid()
         head[HeadWord.CLOCK_OFFSET_NS] = time.time_ns() - time.monotonic_ns()
         self._lock()
+        check_folder(self.config)
         rings = self._open_rings()
         old_rings = self.folder.old_rings() if self.folder.has_rings() and not self.is_shared else []
         self.processes.held = self.folder.held
@@ -262,7 +265,13 @@ class Supervisor:
         slots = self.processes.slots
         helpers = [
             loop.create_task(each)
-            for each in (self._announce(slots[0]), self._watch(), self._sample(), self._act_on_signals())
+            for each in (
+                self._announce(slots[0]),
+                self._watch(),
+                self._sample(),
+                self._act_on_signals(),
+                self.dead_letters.run(),
+            )
         ]
         if os.getpid() == 1:
             helpers.append(loop.create_task(self._reap()))
@@ -341,7 +350,9 @@ class Supervisor:
             log.warning(
                 "packets stay queued, for the next start to deliver", packets=queued, path=str(self.folder.path)
             )
-        files = DeadLetters(self.config.queue.path, f"s-{os.getpid()}")
+        config = self.config
+        bounds = make_bounds(config, self.block)
+        files = DeadLetters(config.queue.path, f"s-{os.getpid()}", path=config.dead_letters.path, bounds=bounds)
         count, saved = 0, True
         for fd, row in nameless.items():
             ring = PacketRing(fd, volatile=True)
@@ -459,6 +470,7 @@ class Supervisor:
         """Apply the settings in force to workers and checks; return the workers' errors."""
         self._write_settings()
         self.health.set_analyzers(self.changes.analyzers)
+        self.dead_letters.bounds.use(self.config.dead_letters)
         loop = asyncio.get_running_loop()
         self._late = ()
         self._applying = {slot: loop.create_future() for slot in self.processes.slots if slot.send(Message("reload"))}

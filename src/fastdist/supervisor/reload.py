@@ -124,7 +124,10 @@ class Changes:
             log.warning(warning)
         if not leaves_any(new.analyzers, self.overrides.by_id):
             raise ConfigError(["analyzers: with the overrides in force nothing would be left to deliver to"])
-        config = msgspec.structs.replace(self.config, analyzers=new.analyzers, limits=new.limits, security=security)
+        dead_letters = msgspec.structs.replace(new.dead_letters, path=self.config.dead_letters.path)
+        config = msgspec.structs.replace(
+            self.config, analyzers=new.analyzers, limits=new.limits, security=security, dead_letters=dead_letters
+        )
         self.put_in_force(config, pair)
         return need_restart
 

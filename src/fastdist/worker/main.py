@@ -36,7 +36,8 @@ from fastdist.shm.block import SharedBlock, Step, WorkerState, WorkerWord
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
 from fastdist.statuses import reason
-from fastdist.storage.dead_letters import DeadLetters
+from fastdist.storage.dead_letter_bounds import Bounds
+from fastdist.storage.dead_letters import DeadLetters, folder_of
 from fastdist.worker.admin import AdminRequests
 from fastdist.worker.dispatch import Dispatcher
 from fastdist.worker.drain import Drain
@@ -71,7 +72,7 @@ class Worker:
         self.upkeep = Upkeep(self.words, WorkerWord.FAILING)
         self.counters = self.block.rows[assignment.index]
         self._use(ipc.read_settings(assignment.settings))
-        config, index = self.config, assignment.index
+        config = self.config
         self.fsync = config.queue.durability == "fsync"
         self.poller = Poller(loop)
         self.stream: StreamQueue | None = None
@@ -83,9 +84,7 @@ class Worker:
             self.block.analyzers,
             config,
             counters=self.counters,
-            dead_letters=DeadLetters(config.queue.path, f"w{index}-{os.getpid()}", assignment.ring)
-            if stream is None
-            else stream.dead_letter_writer,
+            dead_letters=self._dead_letters() if stream is None else stream.dead_letter_writer,
             settled=lambda sequence, analyzer: (stream or self.emitters).settled(sequence, analyzer),  # noqa: PLW0108
             poller=self.poller,
             run_in_thread=syncer.run if syncer is not None else None,
@@ -131,6 +130,13 @@ class Worker:
         self.stream = StreamQueue(self.loop, self.config, self.block, self.assignment.index, self._found_full)
         return self.stream
 
+    def _dead_letters(self) -> DeadLetters:
+        queue, settings, assignment = self.config.queue, self.config.dead_letters, self.assignment
+        folder = folder_of(queue.path, settings.path)
+        self.bounds = Bounds(folder, settings, self.block.workers, lambda n: self.counters.add("discarded", n))
+        owner = f"w{assignment.index}-{os.getpid()}"
+        return DeadLetters(queue.path, owner, assignment.ring, path=settings.path, bounds=self.bounds)
+
     # ---- settings
 
     def _use(self, settings: ipc.Settings) -> None:
@@ -143,6 +149,7 @@ class Worker:
         self.limiter.configure(limits.rate, limits.burst, limits.client_rate, limits.client_burst)
         self.emitters.configure(security.tokens, security.cors_origins)
         self.views.configure(security, self.tls)
+        self.bounds.use(self.config.dead_letters)
 
     def _reload(self) -> None:
         """Apply the settings as they are now: all of them or, after reporting that to the supervisor, none."""

@@ -433,8 +433,11 @@ class Outcomes(DispatchBase):
     # ---- dead letters
 
     def _dead_letter(self, handle: int, reason: str, last: Returned) -> None:
-        analyzer, error, status, response = last.pool.analyzer.id, last.error, last.status, last.response
-        pending = PendingDeadLetter(self.ring, handle, reason, analyzer, status, error, response)
+        analyzer, response = last.pool.analyzer, last.response
+        if response and analyzer.headers:  # which it may have sent back
+            text = analyzer.without_secrets(response.decode("utf-8", "surrogateescape"))
+            response = text.encode("utf-8", "surrogateescape")
+        pending = PendingDeadLetter(self.ring, handle, reason, analyzer.id, last.status, last.error, response)
         self.dead_letter_writer.add(pending)
 
     def _dead_lettered(self, ring: PacketRing, sequence: int) -> None:

@@ -5,6 +5,7 @@ import { Analyzers } from "./analyzers.js";
 import { Chart } from "./chart.js";
 import { Cancelled, change, everything, Problem, token, Unreachable } from "./client.js";
 import { conditions, silence } from "./conditions.js";
+import { deadLetters } from "./deadletters.js";
 import { byId, icon, make, setAttribute, setText } from "./dom.js";
 import { brief, clock, count, duration, rate } from "./format.js";
 import { History, WINDOW } from "./history.js";
@@ -73,6 +74,7 @@ function show(documents) {
   panels.fill(documents.queue);
   panels.stream(documents.stats);
   panels.protocols(documents, history);
+  deadLetters(documents.deadLetters);
   panels.workers(documents);
   analyzers.update(documents.analyzers, history);
   drawCharts();

@@ -38,13 +38,14 @@ export async function get(path) {
 
 /** Everything the page shows, asked for side by side. */
 export async function everything() {
-  const [health, stats, queue, { analyzers }] = await Promise.all([
+  const [health, stats, queue, { analyzers }, deadLetters] = await Promise.all([
     get("health"),
     get("stats"),
     get("queue"),
     get("analyzers"),
+    get("dead-letters"),
   ]);
-  return { health, stats, queue, analyzers };
+  return { health, stats, queue, analyzers, deadLetters };
 }
 
 export const token = {

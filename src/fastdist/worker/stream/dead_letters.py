@@ -87,10 +87,10 @@ class DeadLetterPublisher:
             background(self._store(self._waiting.popleft()))
 
     async def _store(self, dead_letter: PendingDeadLetter) -> None:
-        ring, handle, reason, analyzer, status, error = dead_letter
+        ring, handle, reason, analyzer, status, error, response = dead_letter
         why = ""
         try:
-            line = as_line(ring.packet(handle), reason, analyzer, status, error)
+            line = as_line(ring.packet(handle), reason, analyzer, status, error, response)
             outcome = await self.stream.put(line, *self._place(ring.sequence(handle)))
             why = "" if outcome.stored == "yes" else outcome.detail or outcome.reason
         except DamagedError:

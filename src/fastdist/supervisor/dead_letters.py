@@ -1,0 +1,127 @@
+"""The supervisor's part in dead letters: a census for the views, the bounds, and an eye on their file system.
+
+It looks once a second, in a thread, for a folder may be large: at the start the files are read whole. After a look that
+took long it rests longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from fastdist import logs
+from fastdist.dead_letter_report import NEARLY_FULL
+from fastdist.errors import StartError
+from fastdist.shm.block import HeadWord, Step
+from fastdist.storage.dead_letter_bounds import Bounds
+from fastdist.storage.dead_letter_census import Census, HaltedError
+from fastdist.storage.dead_letters import folder_of
+from fastdist.storage.files import make_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastdist.dead_letter_report import Report
+    from fastdist.settings import Config
+    from fastdist.shm.block import SharedBlock
+    from fastdist.shm.upkeep import Upkeep
+
+LOOK = 1.0  # seconds
+REST = 20  # times as long as a look, but no longer than MAX_REST seconds
+MAX_REST = 30.0
+LOG_INTERVAL = 60.0  # seconds
+HYSTERESIS = 0.02  # of a file system that has to become free until it is no longer nearly full
+
+log = logs.get()
+
+
+def make_bounds(config: Config, block: SharedBlock) -> Bounds:
+    """Return the bounds for the supervisor."""
+
+    def discarded(dead_letters: int) -> None:
+        block.head[HeadWord.DISCARDED_FOR_SIZE] += dead_letters
+
+    return Bounds(folder_of(config.queue.path, config.dead_letters.path), config.dead_letters, block.workers, discarded)
+
+
+def check_folder(config: Config) -> None:
+    """See that a folder of dead letters of its own can be used. Raises StartError."""
+    path = config.dead_letters.path
+    if not path:
+        return
+    try:
+        make_folder(folder_of(config.queue.path, path))
+        probe = folder_of(config.queue.path, path) / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StartError(f"dead_letters.path: cannot write to the folder {path}: {error.strerror}") from error
+
+
+class DeadLetterWatch:
+    """Looks at the folder of dead letters again and again: ``run`` does."""
+
+    def __init__(self, config: Config, block: SharedBlock, upkeep: Upkeep) -> None:
+        self._block, self._upkeep = block, upkeep
+        self.bounds = make_bounds(config, block)
+        self._census = Census(self.bounds.folder)
+        self._halted = threading.Event()
+        self._warned = False
+        self._log_limit, self._logged = logs.Throttle(LOG_INTERVAL), 0  # dead letters that were logged as discarded
+
+    async def run(self) -> None:
+        """Look, until cancelled."""
+        try:
+            while True:
+                began = time.monotonic()
+                look = await asyncio.gather(asyncio.to_thread(self._look), return_exceptions=True)
+                self._upkeep.run(Step.DEAD_LETTERS, self._publish, look[0])
+                await asyncio.sleep(max(LOOK, min(MAX_REST, REST * (time.monotonic() - began))))
+        finally:
+            self._halted.set()
+
+    def _look(self) -> Report:
+        """In a thread: keep to the bounds, and count what is there."""
+        self.bounds.enforce(self._discarded_for_age, self._halted.is_set)
+        return self._census.look(self._halted.is_set)
+
+    def _discarded_for_age(self, dead_letters: int) -> None:
+        self._block.head[HeadWord.DISCARDED_FOR_AGE] += dead_letters
+
+    def _publish(self, look: Report | BaseException) -> None:
+        if isinstance(look, HaltedError):
+            return
+        if isinstance(look, BaseException):
+            raise look
+        self._block.dead_letters = look
+        self._log_discarded()
+        self._warn(look, self.bounds.folder)
+
+    def _log_discarded(self) -> None:
+        head = self._block.head
+        discarded = head[HeadWord.DISCARDED_FOR_SIZE] + head[HeadWord.DISCARDED_FOR_AGE]
+        discarded += sum(row.get("discarded") for row in self._block.rows)
+        if discarded > self._logged and self._log_limit.allow():
+            log.warning("dead letters discarded: over a bound", dead_letters=discarded - self._logged)
+            self._logged = discarded
+
+    def _warn(self, report: Report, folder: Path) -> None:
+        """Log when their file system gets nearly full, and when it is not any more."""
+        if report.warning and not self._warned:
+            self._warned = True
+            log.warning(
+                report.warning,
+                advice="replay or purge them, or set dead_letters.max_bytes",
+                folder=str(folder),
+                used=f"{report.used:.0%}",
+                dead_letters=report.packets,
+                bytes=report.bytes,
+                available_bytes=report.available,
+            )
+        elif self._warned and not report.warning and (not report.packets or report.used < NEARLY_FULL - HYSTERESIS):
+            self._warned = False
+            log.info(
+                "the file system of the dead letters has room again", folder=str(folder), used=f"{report.used:.0%}"
+            )
