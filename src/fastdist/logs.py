@@ -18,7 +18,7 @@ if sys.modules["rich"] is None:
     del sys.modules["rich"]
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
     from types import ModuleType
     from typing import TextIO
 
@@ -58,6 +58,7 @@ def configure(level: int = logging.INFO, **context: object) -> None:
         renderer: structlog.typing.Processor = structlog.dev.ConsoleRenderer(pad_event_to=0)
     else:
         shared.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
+        shared.append(structlog.processors.EventRenamer("message"))
         renderer = structlog.processors.JSONRenderer(serializer=_as_json)
     structlog.configure(
         processors=[*shared, renderer],
@@ -67,6 +68,19 @@ def configure(level: int = logging.INFO, **context: object) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(**context)
+
+
+_limits: list[Callable[[], bool]] = []  # none, or one
+
+
+def limit_lines(allow: Callable[[], bool]) -> None:
+    """Have ``allow`` decide, for all processes, about lines that many things may cause: see ``may_log``."""
+    _limits[:] = [allow]
+
+
+def may_log() -> bool:
+    """Whether a line that many things may cause may be logged now; ask once for each line."""
+    return all(allow() for allow in _limits)
 
 
 class Throttle:

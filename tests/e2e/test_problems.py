@@ -17,6 +17,7 @@ from support import Distributor, get_json, request, wait_until
 from fastdist.client.connection import Target
 from fastdist.client.top import Watcher
 from fastdist.client.top_view import render
+from fastdist.supervisor.problems import COUNTED
 
 LARGE = b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 100_000)
 QUEUE = {"durability": "disk", "capacity": "2MiB"}
@@ -56,7 +57,7 @@ def logged(fastdist):
     for line in list(fastdist.lines):
         said = json.loads(line) if line.startswith("{") else {}
         key = (said.get("problem"), said.get("subject"))
-        if key[0] and said["event"].startswith("resolved: "):
+        if key[0] and said["message"].startswith("resolved: "):
             lasting.remove(key)
         elif key[0]:
             assert key not in lasting, f"{key} has begun already"
@@ -77,7 +78,7 @@ def views_agree(fastdist, manager):
     top = [f"{problem['level'].upper()}: {problem['detail']}" for problem in before]
     parts = [problem["detail"] for problem in before]
     status = f"{others[1].split('; ')[0]}{''.join(f'; {part}' for part in parts)}"
-    keys = {(problem["code"], problem["subject"]) for problem in before}
+    keys = {(problem["code"], problem["subject"]) for problem in before if problem["code"] not in COUNTED}
     settling = {key for key in others[2] - keys if key[0] in {"queue_nearly_full", "queue_full", "storage_failing"}}
     return before if others == (top, status, keys | settling) else None
 

@@ -36,4 +36,4 @@ def test_line_of_invalid_unicode_is_written(capfd):
     program = "from fastdist import logs; logs.configure(); logs.get().info('é', file='a\\udcff', number=1 << 70)"
     subprocess.run([sys.executable, "-c", program], check=True)
     line = json.loads(capfd.readouterr().err)
-    assert (line["event"], line["file"], line["number"]) == ("é", "a\udcff", 1 << 70)
+    assert (line["message"], line["file"], line["number"]) == ("é", "a\udcff", 1 << 70)

@@ -12,6 +12,8 @@ Laid out in 8-byte words, in this order (``w`` workers, ``n`` analyzer slots):
 | baselines | n x 256            | the supervisor: what a slot's earlier analyzers have counted, laid out as in a row |
 | workers   | w x 16             | see ``WorkerWord`` |
 | rows      | w x row_words(n)   | each worker its own: counters, histograms (``core/counters.pxi``) |
+| examples  | w x 1024           | each worker its own: see ``Examples`` |
+| lines     | limiter_words(8)   | all, by compare-and-swap: the limit of log lines |
 
 An analyzer keeps its slot until it has left the configuration and another needs it: ``reset_slot`` then. Words have one
 writer, or are changed atomically by helpers of ``AnalyzerStates``; text is written whole and may be read torn, so it is
@@ -47,7 +49,7 @@ from fastdist.shm.document import Document
 from fastdist.stream import StreamFigures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MAGIC = 0x0A6466_74736166  # "fastfd\n"
 CLIENT_SLOTS = 16384
@@ -57,6 +59,9 @@ REPORT_WORDS = 16384
 DEAD_LETTER_WORDS = 8192  # 64 KiB, of which hundreds of analyzers need half
 STREAM_WORDS = 256
 BASELINE_WORDS = ANALYZER_WORDS + WORDS_PER_HISTOGRAM  # of a slot
+EXAMPLE_WORDS = 1024  # 32 kinds
+LINE_SLOTS = 8  # that the limiter asks for; one limit for all lines is used
+LINES = 10  # in any minute: half of them at once, the others evenly
 COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retries")  # the other fields are gauges
 HUNG = 1000  # the status of a worker that was killed because it gave no heartbeat
 
@@ -125,6 +130,7 @@ class WorkerWord(IntEnum):
     END_NS = 11  # wall clock: when that was, 0 if never; the supervisor
     FAILING = 12  # Steps that fail at present; the worker
     DEAD_LETTERS_FAULT = 13  # errno of the last write of dead letters; the worker
+    TURNED_AWAY = 13  # connections that were over server.max_connections; the worker
     WORKER_WORDS = 16
 
 
@@ -184,7 +190,8 @@ class SharedBlock:
         self.head, self.samples, self.baselines = head.cast("q"), samples.cast("q"), baselines.cast("q")
         self.analyzers = AnalyzerStates(analyzers, self.head)
         self._worker_words = [part.cast("q") for part in of_workers[:workers]]
-        self._rows = of_workers[workers:]
+        self._rows, self._examples = of_workers[workers : 2 * workers], of_workers[2 * workers : 3 * workers]
+        self._lines = of_workers[-1]
         self._last_letters = DeadLetterReport()  # that was read whole
         self.rows = [Counters(row, slots) for row in self._rows]
 
@@ -194,7 +201,8 @@ class SharedBlock:
         documents = [REPORT_WORDS, DEAD_LETTER_WORDS, STREAM_WORDS]
         of_all = [HeadWord.HEAD_WORDS, SAMPLES * SAMPLE_WORDS, *documents, limiter_words(CLIENT_SLOTS)]
         of_analyzers = [slots * AnalyzerWord.ANALYZER_WORDS, slots * BASELINE_WORDS]
-        return [*of_all, *of_analyzers, *[WorkerWord.WORKER_WORDS] * workers, *[row_words(slots)] * workers]
+        of_workers = [*[WorkerWord.WORKER_WORDS] * workers, *[row_words(slots)] * workers, *[EXAMPLE_WORDS] * workers]
+        return [*of_all, *of_analyzers, *of_workers, limiter_words(LINE_SLOTS)]
 
     @classmethod
     def size(cls, workers: int, slots: int) -> int:
@@ -234,6 +242,16 @@ class SharedBlock:
     def limiter(self) -> RateLimiter:
         """Return this process's view of the rate limits."""
         return RateLimiter(self._limiter)
+
+    def line_limit(self) -> Callable[[], bool]:
+        """Return what says whether one more of the lines that all processes have to limit may be logged now."""
+        limiter = RateLimiter(self._lines)
+        limiter.configure(LINES / 2 / 60, LINES / 2, 0, 0)
+        return lambda: limiter.check("") == 0.0
+
+    def examples(self, index: int) -> memoryview:
+        """Return a worker's examples as bytes."""
+        return self._examples[index]
 
     def worker(self, index: int) -> memoryview:
         """Return the words of a worker, indexed by ``WorkerWord``."""

@@ -58,6 +58,8 @@ REJECTIONS = (
     "storage",
     "timeout",
 )
+UNCONFIRMED = "unconfirmed"  # the reason that only a stream has
+CONNECTIONS = "connections"  # that were turned away
 DEAD_LETTERS = ("refused", "exhausted", "oversized", "shutdown")
 RATE_WINDOW_NS = 10_000_000_000
 STREAM_FAULTS = {  # errno -> what it means where the queue is a stream
@@ -229,7 +231,7 @@ class Snapshot:
     @cached_property
     def rejected(self) -> dict[str, int]:
         """Requests that brought no packet, by reason."""
-        reasons = REJECTIONS if self.stream is None else (*REJECTIONS, "unconfirmed")
+        reasons = REJECTIONS if self.stream is None else (*REJECTIONS, UNCONFIRMED)
         return {reason: self.total(reason) for reason in reasons}
 
     @cached_property
@@ -253,6 +255,11 @@ class Snapshot:
     def dead_letters(self) -> DeadLetterReport:
         """The dead letters that are there, as of the supervisor's last look: a second ago, or somewhat more."""
         return self.block.dead_letters
+
+    @property
+    def turned_away(self) -> int:
+        """Connections that were over ``server.max_connections``."""
+        return sum(self.block.worker(index)[WorkerWord.TURNED_AWAY] for index in range(self.block.workers))
 
     @property
     def discarded(self) -> dict[str, int]:

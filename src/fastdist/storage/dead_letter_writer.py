@@ -219,7 +219,7 @@ class DeadLetterWriter:
 
     def _judge(self, problem: Exception | None) -> None:
         if problem is not None:
-            if not self.failed:
+            if not self.failed and logs.may_log():
                 log.error("cannot write dead letters; the packets stay queued", error=str(problem))
             self._retry_at = time.monotonic_ns() + int(RETRY_SECONDS * 1e9)
         self.failed = 0 if problem is None else getattr(problem, "errno", None) or errno.EIO

@@ -137,7 +137,8 @@ class Syncer:
     def _succeed(self, position: int) -> None:
         if self.failing:
             self.error = None
-            log.info("the queue can be written to disk again")
+            if logs.may_log():
+                log.info("the queue can be written to disk again")
         found = self._is_found()
         if not found:  # it is on the disk, and yet the next start will know nothing of it
             self._on_failed(FileNotFoundError(errno.ENOENT, "the queue's file was deleted or renamed"))
@@ -146,7 +147,7 @@ class Syncer:
             self._on_synced(position)
 
     def _fail(self, error: OSError) -> None:
-        if not self.failing:
+        if not self.failing and logs.may_log():
             log.error(
                 "cannot write the queue to disk; nothing can be accepted until that is possible", error=str(error)
             )

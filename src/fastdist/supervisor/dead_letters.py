@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 LOOK = 1.0  # seconds
 REST = 20  # times as long as a look, but no longer than MAX_REST seconds
 MAX_REST = 30.0
-LOG_INTERVAL = 60.0  # seconds
 HYSTERESIS = 0.02  # of a file system that has to become free until it is no longer nearly full
 
 log = logs.get()
@@ -69,7 +68,6 @@ class DeadLetterWatch:
         self._census = Census(self.bounds.folder)
         self._halted = threading.Event()
         self._warned = False
-        self._log_limit, self._logged = logs.Throttle(LOG_INTERVAL), 0  # dead letters that were logged as discarded
 
     async def run(self) -> None:
         """Look, until cancelled."""
@@ -96,16 +94,7 @@ class DeadLetterWatch:
         if isinstance(look, BaseException):
             raise look
         self._block.dead_letters = look
-        self._log_discarded()
         self._warn(look, self.bounds.folder)
-
-    def _log_discarded(self) -> None:
-        head = self._block.head
-        discarded = head[HeadWord.DISCARDED_FOR_SIZE] + head[HeadWord.DISCARDED_FOR_AGE]
-        discarded += sum(row.get("discarded") for row in self._block.rows)
-        if discarded > self._logged and self._log_limit.allow():
-            log.warning("dead letters discarded: over a bound", dead_letters=discarded - self._logged)
-            self._logged = discarded
 
     def _warn(self, report: Report, folder: Path) -> None:
         """Log when their file system gets nearly full, and when it is not any more."""

@@ -42,6 +42,7 @@ from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.supervisor import activation
 from fastdist.supervisor.dead_letters import DeadLetterWatch, check_folder, make_bounds
 from fastdist.supervisor.differences import Difference, differences
+from fastdist.supervisor.event_log import EventLog
 from fastdist.supervisor.health import HealthChecker
 from fastdist.supervisor.problems import Follower, Traffic, set_aside, status_line
 from fastdist.supervisor.processes import LATE, Processes, WorkerSlot
@@ -73,6 +74,7 @@ REAP = 1.0  # seconds between reaping orphaned processes
 PORT_TIMEOUT = 1.0  # seconds to wait until another process has released our port
 APPLIED = 5.0  # seconds for workers to report that they have applied new settings
 CANNOT_START = 3  # exit status: workers cannot start
+LAST_OFFLINE = "analyzer offline; it was the last"
 LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
 
 log = logs.get()
@@ -101,6 +103,7 @@ class Supervisor:
         self.manager = ServiceManager()
         self.inherited = activation.inherited()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
+        self.events = EventLog(self.block.line_limit())
         self.dead_letters = DeadLetterWatch(loaded.config, self.block, self.upkeep)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self.follower, self.traffic = Follower(), Traffic()
@@ -282,6 +285,7 @@ class Supervisor:
         if self.stream is not None:
             await self.stream.close()
         saved = self.is_shared or self._dead_letter_rest()
+        self.events.look(self._snapshot(), last=True)
         return CANNOT_START if self.processes.gave_up else 0 if saved else LOST
 
     async def _announce(self, slot: WorkerSlot) -> None:
@@ -561,6 +565,7 @@ class Supervisor:
     def _keep_figures(self) -> None:
         snapshot = self._snapshot()
         self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
+        self.events.look(snapshot)
         for slot in self.processes.slots:
             slot.measure()
 

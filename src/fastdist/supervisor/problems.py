@@ -1,6 +1,6 @@
 """The supervisor's part in the list of problems: what only it knows, since when each lasts, and the log's lines.
 
-The log has a line when a problem begins and one when it has ended ("resolved: ..."). One that comes and goes counts as
+The log has a line when a problem begins and one when it has ended ("resolved: ..."); of COUNTED ones the event log does. One that comes and goes counts as
 ended when it has not been there for as long as its kind ``settles``, so that it makes no line each time.
 """
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from fastdist.shm.snapshot import Snapshot
 
+# The event log tells these, with how many there were (``event_log``).
+COUNTED = {"queue_full", "storage_failing", "no_analyzer", "packets_dead_lettered", "requests_rejected"}
 LATELY = 60.0  # seconds for which packets that were rejected or given up are a problem
 MAX_FILES = 20  # that were set aside
 MAX_STATUS = 2000  # characters: a message to the service manager has 4096 bytes
@@ -46,13 +48,14 @@ class Follower:
         """Take the list of this moment, and log what has begun and what has ended."""
         now = time.monotonic()
         for problem in found:
-            if problem.key not in self._followed:
+            if problem.key not in self._followed and problem.code not in COUNTED:
                 _log_begin(problem)
             self._followed[problem.key] = _Followed(problem, now)
         for key, (problem, seen) in tuple(self._followed.items()):
             if seen != now and now - seen >= KINDS[problem.code].settles:
                 del self._followed[key]
-                _log_end(problem)
+                if problem.code not in COUNTED:
+                    _log_end(problem)
 
 
 def _log_begin(problem: Problem) -> None:

@@ -82,7 +82,7 @@ class ServiceManager:
                 sender.sendto(message.encode(), self._address)
         except OSError as error:
             if not self._failing:
-                log.error("the service manager cannot be notified", message=message, error=str(error))
+                log.error("the service manager cannot be notified", notification=message, error=str(error))
             self._failing = True
         else:
             self._failing = False

@@ -124,12 +124,10 @@ class Drain:
     def _dead_letter_rest(self) -> None:
         """Make dead letters of what would be lost with this process; the supervisor retries what cannot be written."""
         try:
-            count = self._dispatcher.dead_letter_all()
+            self._dispatcher.dead_letter_all()  # the supervisor logs how many
         except OSError as error:
             log.error(
                 "cannot write dead letters; what is left is lost unless the supervisor can",
                 error=str(error),
                 packets=self._queue.ring.undone,
             )
-        else:
-            log.warning("packets were not delivered in time and are now dead letters", packets=count)

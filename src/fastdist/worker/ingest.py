@@ -23,6 +23,7 @@ from fastdist.http.api import Response, cors_headers, is_preflight, problem, ret
 from fastdist.net.proxies import TrustedProxies
 from fastdist.protocols.base import BUSY, STATUSES, Reason, Refused, Request
 from fastdist.protocols.encodings import decode
+from fastdist.shm.snapshot import CONNECTIONS
 from fastdist.statuses import reason
 from fastdist.worker.agents import AgentRequest, Agents, counter_of
 from fastdist.worker.waits import BatchWait, PacketWait
@@ -53,6 +54,7 @@ class Emitters:
     ``carry_out(action, done)`` requests a change; ``done`` gets the response. ``found_full()`` is called when there was
     no room for a packet, and returns in how many seconds there may be. ``shared``: the queue is a stream, and what is
     not stored says so.
+    ``turned_away(kind, client, pointer)``, if set, gets what was rejected, as an example for the log.
     """
 
     def __init__(  # noqa: PLR0913  (what connections share)
@@ -69,6 +71,7 @@ class Emitters:
         self.shared = shared
         self.counts_messages = server.validation != "none"
         self.proxies = TrustedProxies(server.trusted_proxies)
+        self.turned_away: Callable[[str, str, str], None] = lambda *_: None
         self.agents = Agents(server, min(intake.ring.capacity, intake.most_bodies))
         intake.find = self.agents.find
         self.tokens: Sequence[str] = ()
@@ -206,6 +209,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         rejected = self.emitters.rejected
         if len(self.intake.connections) - len(rejected) > self.intake.max_connections:
             rejected.add(self)
+            self.emitters.turned_away(CONNECTIONS, self.address, "")
             response = problem(503, "too many connections; try again shortly", headers=retry_after())
             self.turn_away(self._compose(response, close=True), len(rejected) <= MAX_REJECTED)
         self._count()
@@ -293,15 +297,19 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     def refuse(self, status: int, counter: str, detail: str, headers: bytes = b"") -> bytes:
         """Count and describe a fault."""
         if counter and (self.is_log or self.brings or counter in UNREADABLE):
-            self.intake.counters.add(counter)
+            self._count_rejected(counter)
         if self.route is not None and status in REASONS:
             return self._compose(self._agent().refused(Refused(REASONS[status], detail, headers=headers)))
         return self._compose(problem(status, detail, headers=headers))
 
+    def _count_rejected(self, counter: str, pointer: str = "") -> None:
+        self.intake.counters.add(counter)
+        self.emitters.turned_away(counter, self.address, pointer)
+
     def _turn_down(self, why: Refused) -> bytes:
         """Count and describe why packets are not taken."""
         if counter := counter_of(why.reason):
-            self.intake.counters.add(counter)
+            self._count_rejected(counter, "" if why.record is None else f"/{why.record}")
         if self.route is not None:
             return self._compose(self._agent().refused(why))
         headers = why.headers + (retry_after(why.retry_after) if why.reason in BUSY else b"")
@@ -340,7 +348,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if isinstance(error, Refused):
             return self._turn_down(error)
         if isinstance(error, PacketError):
-            self.intake.counters.add(error.reason)
+            self._count_rejected(error.reason, error.errors[0]["pointer"] if error.errors else "")
             return self._compose(problem(400, error.detail, errors=error.errors))
         response = self.emitters.api.faults.answer(error)
         if self.route is None:

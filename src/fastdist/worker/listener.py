@@ -139,7 +139,7 @@ class Acceptor:
             except (InterruptedError, ConnectionAbortedError):
                 continue
             except OSError as error:
-                if self._log_limit.allow():
+                if self._log_limit.allow() and logs.may_log():
                     log.error("accept() failed, closing connections", error=error.strerror)
                 if error.errno in SHORTAGES:
                     self.shortage.last = error
@@ -183,7 +183,8 @@ def _reserve() -> int | None:
 
 def refuse(connection: socket.socket, error: OSError) -> None:
     """Close a connection that no stream can be made of: it was reset meanwhile, or the system's limits are reached."""
-    log.error("accept() failed, connection closed", error=error.strerror)
+    if logs.may_log():
+        log.error("accept() failed, connection closed", error=error.strerror)
     connection.close()
 
 

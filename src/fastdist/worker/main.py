@@ -33,7 +33,8 @@ from fastdist.ipc import Assignment, Message
 from fastdist.net import tls
 from fastdist.net.connect import Shortage
 from fastdist.shm.block import SharedBlock, Step, WorkerState, WorkerWord
-from fastdist.shm.snapshot import Snapshot
+from fastdist.shm.examples import Examples
+from fastdist.shm.snapshot import CONNECTIONS, Snapshot
 from fastdist.shm.upkeep import Upkeep
 from fastdist.statuses import reason
 from fastdist.storage.dead_letter_bounds import Bounds
@@ -71,6 +72,8 @@ class Worker:
         self.words = self.block.worker(assignment.index)
         self.upkeep = Upkeep(self.words, WorkerWord.FAILING)
         self.counters = self.block.rows[assignment.index]
+        self.examples = Examples(self.block.examples(assignment.index))
+        logs.limit_lines(self.block.line_limit())
         self._use(ipc.read_settings(assignment.settings))
         config = self.config
         self.fsync = config.queue.durability == "fsync"
@@ -89,6 +92,7 @@ class Worker:
             poller=self.poller,
             run_in_thread=syncer.run if syncer is not None else None,
         )
+        self.dispatcher.given_up = self.examples.note
         self.dead_letter_writer = self.dispatcher.dead_letter_writer
         self.limiter = self.block.limiter()
         self.intake = Intake(
@@ -113,6 +117,7 @@ class Worker:
             self.queue.ring, self.counters, self.block.limiter(), config.server, self.snapshot, self.admin.send
         )
         self.accepting = Shortage()  # that keeps emitters' connections from being accepted
+        self.emitters.turned_away = self._turned_away
         self.schedule = Schedule(loop, self.upkeep, self._tasks())
         self.lag = LoopLag(self.counters, (self.poller, self.intake, self.schedule))
         self.intake.broken_storage = self.queue.fault
@@ -332,6 +337,12 @@ class Worker:
             self.queue.syncer.want()
         self.words[WorkerWord.STORAGE_FAULT] = self.intake.broken_storage
         self.words[WorkerWord.DEAD_LETTERS_FAULT] = self.dead_letter_writer.failed
+
+    def _turned_away(self, kind: str, client: str, pointer: str) -> None:
+        """Note an example for the log; connections are counted here."""
+        if kind == CONNECTIONS:
+            self.words[WorkerWord.TURNED_AWAY] += 1
+        self.examples.note(kind, client=client, pointer=pointer)
 
     def _found_full(self) -> int:
         """Tell all workers that this one is full; return in how many seconds a client may try again."""

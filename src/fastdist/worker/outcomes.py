@@ -91,6 +91,7 @@ class Outcomes(DispatchBase):
     """Gets outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``analyzers`` and ``weights``.
 
     ``dead_letters``: files; or what, given whom to tell of each, returns what takes them.
+    ``given_up(reason, analyzer=, status=)``, if set, gets packets that become dead letters, as examples for the log.
     """
 
     def __init__(  # noqa: PLR0913  (as Dispatcher's)
@@ -104,6 +105,7 @@ class Outcomes(DispatchBase):
         run_in_thread: Runner | None,
     ) -> None:
         self.analyzer_states, self.config, self.counters, self.settled = states, config, counters, settled
+        self.given_up: Callable[..., None] = lambda *_, **__: None
         self.analyzers: dict[int, Analyzer] = {}
         self.weights: dict[int, float] = {}  # of those the table names, by slot
         self.retrying: dict[int, Retrying] = {}  # by sequence
@@ -437,6 +439,7 @@ class Outcomes(DispatchBase):
         if response and analyzer.headers:  # which it may have sent back
             text = analyzer.without_secrets(response.decode("utf-8", "surrogateescape"))
             response = text.encode("utf-8", "surrogateescape")
+        self.given_up(reason, analyzer=analyzer.id, status=last.status)
         pending = PendingDeadLetter(self.ring, handle, reason, analyzer.id, last.status, last.error, response)
         self.dead_letter_writer.add(pending)
 

@@ -181,7 +181,7 @@ class Queue:
 
     def not_written(self, error: OSError) -> None:
         """Accept nothing until writing works again, which is tried once a second."""
-        if self._unwritable is None:
+        if self._unwritable is None and logs.may_log():
             log.error("cannot write to the queue; packets are rejected", error=str(error))
         self._unwritable = error
         self._next_try = time.monotonic() + RETRY_SECONDS
@@ -196,7 +196,8 @@ class Queue:
                 self._unwritable = error
             else:
                 self._unwritable = None
-                log.info("the queue can be written to again")
+                if logs.may_log():
+                    log.info("the queue can be written to again")
         self.names.look(self.migrations)  # last: it may be impossible, and packets be accepted all the same
 
     def sync(self, _now_ns: int = 0) -> None:
