@@ -468,6 +468,7 @@ class Queue(Struct, frozen=True, kw_only=True):
         Text,
         Meta(extra={"type": "path"}),
         about("""The folder for queue, dead letters and overrides; the only place that is written to.
+        [`dead_letters.path`](#dead_letterspath) may name another one for dead letters.
         Relative to where the service is started. On a local file system. With `memory` dead letters and overrides are
         still written there."""),
     ] = "fastdist-data"
@@ -784,7 +785,8 @@ class DeadLetters(Struct, frozen=True, kw_only=True):
         RELOAD,
         about("""How large the files of dead letters may be together; 0 is without a bound.
         It holds at every moment, over all workers, but for a packet that is larger than all of this: that one is kept
-        alone. With a bound files are small (an eighth of a worker's part), so that little goes at a time. Without one
+        alone. With a bound files are small (an eighth of a worker's part, 4 MiB at most unless the bound is over
+        16 GiB), so that little goes at a time. Without one
         dead letters can fill the file system; then packets stay in the queue, and once that is full emitters get 503.
         """),
         Meta(examples=[2**30]),
@@ -802,7 +804,8 @@ class DeadLetters(Struct, frozen=True, kw_only=True):
         Meta(extra={"type": "path", "range": "a folder"}),
         about("""The folder of dead letters; empty is `dead-letters` in [`queue.path`](#queuepath).
         Relative to where the service is started. On a file system of its own dead letters cannot take space that the
-        queue or something else needs. What is in the old folder stays there, and is neither counted nor discarded."""),
+        queue or something else needs. It is made if it is not there; the systemd unit has to allow it
+        (`ReadWritePaths=`). What is in the old folder stays there, and is neither counted nor discarded."""),
         Meta(examples=["/var/lib/fastdist-dead-letters"]),
     ] = ""
 

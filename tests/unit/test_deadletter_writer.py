@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from structlog.testing import capture_logs
 
 from fastdist._core import PacketRing, file_size
 from fastdist.shm.block import SharedBlock
@@ -305,3 +307,75 @@ def test_no_turn_writes_for_long(tmp_path, monkeypatch, syncs):
     assert turns >= 33 // 6
     assert site.written() == names(1, 33)
     site.check()
+
+
+# ---- bounds of the files
+
+
+class Limits:
+    """Bounds that a test opens and closes."""
+
+    file_size, file_age, gives_way = 1000, float("inf"), False
+
+    def __init__(self):
+        self.open = True
+
+    @contextmanager
+    def room(self, _size):
+        if not (self.open or self.gives_way):
+            raise BlockingIOError
+        yield
+
+
+@pytest.fixture
+def limits(site):
+    site.files.bounds = Limits()
+    return site.files.bounds
+
+
+def test_without_room_it_stays_queued(site, limits):
+    """That is no fault: nothing is logged, and packets are accepted."""
+    limits.open = False
+    with capture_logs() as lines:
+        site.add(3)
+        site.later()
+    assert (site.written(), site.gone, site.writer.failed) == ([], [], 0)
+    assert len(site.writer.unwritten) == 3
+    assert lines == []
+    site.check()
+    limits.open = True
+    site.later()
+    site.end_sync()
+    assert site.gone == [1, 2, 3]
+
+
+def test_it_syncs_before_it_fills_the_bound(tmp_path, monkeypatch):
+    """Long before the time for it: what is not synced may not be discarded."""
+    monkeypatch.setattr(dead_letter_writer, "MAX_DELAY", 3600.0)
+    site = Site(tmp_path, syncs=True, delay=3600.0)
+    site.files.bounds = Limits()
+    for _ in range(40):
+        site.add(size=200)
+        assert site.files.unsettled < 3 * Limits.file_size
+        if site.syncs:
+            site.end_sync()
+    assert len(site.gone) >= 35
+    site.check()
+    site.files.close()
+
+
+def test_at_the_end_the_bound_gives_way(tmp_path):
+    site = Site(tmp_path, syncs=False)
+    site.files.bounds = Limits()
+    site.files.bounds.open = False
+    site.writer.write_all([site.dead_letter() for _ in range(3)])
+    assert site.gone == [1, 2, 3]
+    assert site.written() == names(1, 3)
+
+
+def test_it_keeps_the_response(site):
+    dead_letter = site.dead_letter()._replace(response=b"it says no")
+    site.writer.add(dead_letter)
+    (path,) = (site.folder / FOLDER).glob("*.ndjson")
+    assert json.loads(path.read_bytes())["response"] == "it says no"
+    site.end_sync()

@@ -56,7 +56,7 @@ queue = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 DeadLettersPath = Annotated[
     Path | None,
-    typer.Argument(metavar="[PATH]", help="The queue's folder (queue.path), its folder dead-letters, or one file."),
+    typer.Argument(metavar="[PATH]", help="The queue's folder (queue.path), that of dead letters, or one file."),
 ]
 DeadLettersConfig = Annotated[
     str | None,

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 FILES = 8  # that each writer's part of the bound is divided into
 MIN_FILE = 1024  # bytes
-QUICK = 4 << 20  # bytes: a worker discards no file that is larger
+QUICK = 4 << 20  # bytes: a worker discards no file that is larger, unless its own are
+MAX_FILES = 4096  # of this size; with a very large bound files are larger
 PART_NS = 8_000_000  # nor for longer than this
 LOCK_PATIENCE = 1.0  # seconds that the supervisor waits for the lock of the folder
 AGES = 8  # part of ``max_age`` after which a file is not written to any more
@@ -61,7 +62,8 @@ class Bounds:
         """How large a file may become."""
         if not self.max_bytes:
             return MAX_FILE
-        return min(MAX_FILE, max(MIN_FILE, self.max_bytes // (FILES * self._writers)))
+        part = self.max_bytes // (FILES * self._writers)
+        return min(max(MIN_FILE, part), max(QUICK, min(MAX_FILE, self.max_bytes // MAX_FILES)))
 
     @property
     def file_age(self) -> float:
@@ -91,7 +93,7 @@ class Bounds:
         for file in files:
             if left >= 0:
                 return
-            if file.size > QUICK or time.monotonic_ns() > end_ns:
+            if file.size > max(QUICK, self.file_size) or time.monotonic_ns() > end_ns:
                 if self.gives_way:
                     return
                 raise BlockingIOError

@@ -7,6 +7,7 @@ took long it rests longer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from fastdist.dead_letter_report import Report
     from fastdist.settings import Config
+    from fastdist.settings import DeadLetters as Settings
     from fastdist.shm.block import SharedBlock
     from fastdist.shm.upkeep import Upkeep
 
@@ -68,6 +70,12 @@ class DeadLetterWatch:
         self._census = Census(self.bounds.folder)
         self._halted = threading.Event()
         self._warned = False
+        self._changed = asyncio.Event()  # the bounds
+
+    def use(self, settings: Settings) -> None:
+        """Put other bounds in force, now."""
+        self.bounds.use(settings)
+        self._changed.set()
 
     async def run(self) -> None:
         """Look, until cancelled."""
@@ -76,7 +84,10 @@ class DeadLetterWatch:
                 began = time.monotonic()
                 look = await asyncio.gather(asyncio.to_thread(self._look), return_exceptions=True)
                 self._upkeep.run(Step.DEAD_LETTERS, self._publish, look[0])
-                await asyncio.sleep(max(LOOK, min(MAX_REST, REST * (time.monotonic() - began))))
+                rest = max(LOOK, min(MAX_REST, REST * (time.monotonic() - began)))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), rest)
+                self._changed.clear()
         finally:
             self._halted.set()
 

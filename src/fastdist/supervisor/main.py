@@ -474,7 +474,7 @@ class Supervisor:
         """Apply the settings in force to workers and checks; return the workers' errors."""
         self._write_settings()
         self.health.set_analyzers(self.changes.analyzers)
-        self.dead_letters.bounds.use(self.config.dead_letters)
+        self.dead_letters.use(self.config.dead_letters)
         loop = asyncio.get_running_loop()
         self._late = ()
         self._applying = {slot: loop.create_future() for slot in self.processes.slots if slot.send(Message("reload"))}

@@ -256,7 +256,7 @@ class Outcomes(DispatchBase):
         if refusals <= fall and not states.needs_trial(slot):
             states.delivery_succeeded(slot)
             return False
-        if refusals == fall + 1 and self._warnings.allow(slot):
+        if refusals == fall + 1 and self._warnings.allow(slot) and logs.may_log():
             log.warning(
                 "an analyzer refuses packet after packet; what it refuses now is tried once elsewhere",
                 analyzer=pool.analyzer.id,
