@@ -14,6 +14,8 @@ import msgspec
 import trustme
 
 from fastdist.config import load
+from fastdist.dead_letter_report import Count
+from fastdist.dead_letter_report import Report as DeadLetterReport
 from fastdist.http import stats
 from fastdist.ipc import Pair
 from fastdist.shm.block import AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
@@ -145,6 +147,10 @@ def counted(*names):
     return happens
 
 
+def full_disk(world):
+    world.block.dead_letters = DeadLetterReport((Count("refused", "A1", 1),), size=100, available=10)
+
+
 def lock_lost(world):
     world.block.head[HeadWord.FAILING] = int(Step.QUEUE_FILES)
 
@@ -216,6 +222,7 @@ TROUBLES = {
     "worker_restarting": crashing,
     "dead_letters_failing": every_worker(WorkerWord.DEAD_LETTERS_FAULT, errno.ENOSPC),
     "packets_dead_lettered": counted("refused", "exhausted"),
+    "dead_letters_fill_disk": full_disk,
     "descriptors_short": every_worker(WorkerWord.FAILING, int(Step.CONNECTIONS | Step.ACCEPTING)),
     "upkeep_failing": every_worker(WorkerWord.FAILING, int(Step.OLD_RINGS)),
     "lock_lost": lock_lost,

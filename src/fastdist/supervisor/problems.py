@@ -1,7 +1,8 @@
 """The supervisor's part in the list of problems: what only it knows, since when each lasts, and the log's lines.
 
-The log has a line when a problem begins and one when it has ended ("resolved: ..."); of COUNTED ones the event log does. One that comes and goes counts as
-ended when it has not been there for as long as its kind ``settles``, so that it makes no line each time.
+The log has a line when a problem begins and one when it has ended ("resolved: ..."); of COUNTED ones the event log has.
+One that comes and goes counts as ended when it has not been there for as long as its kind ``settles``, so that it makes
+no line each time.
 """
 
 from __future__ import annotations
