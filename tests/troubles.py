@@ -90,7 +90,7 @@ class World:
 
     def look(self) -> dict:
         """Have the supervisor list what is wrong; return what a worker then answers to GET /health."""
-        self.supervisor._list_problems()
+        self.supervisor.problems._list()
         return self.health()
 
     def health(self) -> dict:

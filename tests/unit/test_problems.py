@@ -19,7 +19,6 @@ from fastdist.shm import problems
 from fastdist.shm.block import REPORT_WORDS, AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.problems import KINDS, LEVELS, Problem
 from fastdist.shm.report import MAX_OWN, MAX_SINCE, Configuration, Own, Report, decode, encode
-from fastdist.supervisor import main
 from fastdist.supervisor import problems as following
 from fastdist.supervisor.problems import COUNTED, LATELY, MAX_STATUS, Follower, Growth, status_line
 
@@ -353,9 +352,9 @@ def test_failing_list_stops_nothing_else(world, monkeypatch):
     def fails(_folder):
         raise ZeroDivisionError("of a test")
 
-    monkeypatch.setattr(main, "set_aside", fails)
+    monkeypatch.setattr(following, "set_aside", fails)
     with capture_logs() as lines:
-        world.supervisor._look_for_problems()
-        world.supervisor._look_for_problems()
+        world.supervisor.problems.look()
+        world.supervisor.problems.look()
     assert [line["step"] for line in lines] == ["analyzers"], "logged once"
     assert codes(world.health()) == ["upkeep_failing"]

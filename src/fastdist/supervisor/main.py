@@ -30,8 +30,6 @@ from fastdist.net import tls
 from fastdist.net.connect import DESCRIPTORS_BESIDES
 from fastdist.net.upstream_tls import with_files
 from fastdist.shm.block import HeadWord, SharedBlock, Step
-from fastdist.shm.problems import problems
-from fastdist.shm.report import Own, Report, encode
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
 from fastdist.storage import jetstream
@@ -44,7 +42,7 @@ from fastdist.supervisor.dead_letters import DeadLetterWatch, check_folder, make
 from fastdist.supervisor.differences import Difference, differences
 from fastdist.supervisor.event_log import EventLog
 from fastdist.supervisor.health import HealthChecker
-from fastdist.supervisor.problems import Follower, Traffic, set_aside, status_line
+from fastdist.supervisor.problems import ProblemList
 from fastdist.supervisor.processes import LATE, Processes, WorkerSlot
 from fastdist.supervisor.reload import Changes
 from fastdist.supervisor.renewal import renew
@@ -68,8 +66,6 @@ KEEPALIVE = (  # inherited by accepted connections: a client that vanished is no
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
 )
 WATCH = 0.1  # seconds between checks of workers and analyzers
-START = 10.0  # seconds after which workers that are not ready yet are a problem
-LIST_SHARE = 10  # times as long as it takes to list problems, until they are listed again for an analyzer
 REAP = 1.0  # seconds between reaping orphaned processes
 PORT_TIMEOUT = 1.0  # seconds to wait until another process has released our port
 APPLIED = 5.0  # seconds for workers to report that they have applied new settings
@@ -106,10 +102,7 @@ class Supervisor:
         self.events = EventLog(self.block.line_limit())
         self.dead_letters = DeadLetterWatch(loaded.config, self.block, self.upkeep)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self.follower, self.traffic = Follower(), Traffic()
-        self._epoch = 0  # of the analyzers' states, when problems were listed last
-        self._next_list = 0.0  # time.monotonic()
-        self._reported = b""
+        self.problems = ProblemList(self)
         self._applying: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
         self._late: tuple[WorkerSlot, ...] = ()  # those of them that have taken too long
         self._tasks: set[asyncio.Task[object]] = set()
@@ -303,7 +296,7 @@ class Supervisor:
             durability="replicated" if self.is_shared else self.config.queue.durability,
             **({"admin": admin} if admin else {}),
         )
-        self._look_for_problems()
+        self.problems.look()
         self.manager.ready()
         if sys.stderr.isatty():
             body = '{"emitterId":"me","messages":[{"message":"hello"}]}'
@@ -328,7 +321,7 @@ class Supervisor:
                 seconds = self.config.server.drain_timeout
                 log.info("signal received, shutting down", signal=number.name, for_at_most=seconds)
                 self.block.head[HeadWord.DRAINING] = 1
-                self._look_for_problems()
+                self.problems.look()
                 self.manager.stopping(seconds + 2 * LATE)
                 self.manager.status(f"Draining for at most {seconds:g} s")
                 self.processes.stop(time.monotonic() + seconds)
@@ -455,11 +448,11 @@ class Supervisor:
                 what = "the new configuration cannot be used; the old one stays"
                 log.error(what, by=by, problems=[str(fault) for fault in few])
                 self.changes.failed(few)
-                self._look_for_problems()
+                self.problems.look()
                 return 422, few
             self.loaded = loaded
             self.changes.succeeded(need_restart)
-            self._look_for_problems()
+            self.problems.look()
             changed = differences(before[0], self.changes.config, (before[1], self.changes.pair))
             done = Reloaded(changed, need_restart, self.changes.masked)
             log.info("configuration reloaded", by=by, **msgspec.to_builtins(done))
@@ -494,8 +487,7 @@ class Supervisor:
             await asyncio.sleep(WATCH)
             run = self.upkeep.run
             run(Step.WORKERS, self.processes.replace_hanging)
-            if self.block.analyzers.epoch != self._epoch and time.monotonic() >= self._next_list:
-                self._look_for_problems()  # else once a second is enough
+            self.problems.look_if_changed()
             run(Step.CONNECTIONS, self.health.shortage.raise_once)
             run(Step.SERVICE_MANAGER, self._send_heartbeat)
 
@@ -509,47 +501,12 @@ class Supervisor:
             await asyncio.sleep(REAP)
             self.processes.reap_orphans()
 
-    def _look_for_problems(self) -> None:
-        """List them, whatever happens."""
-        began = time.monotonic()
-        self.upkeep.run(Step.ANALYZERS, self._list_problems)
-        ended = time.monotonic()
-        self._next_list = ended + LIST_SHARE * (ended - began)
+    def late_workers(self) -> list[str]:
+        """Return the workers that have not applied new settings in time, and not since."""
+        return [slot.name for slot in self._late if slot in self._applying]
 
-    def _list_problems(self) -> None:
-        """List what is wrong, and say so to all processes, to the log and to the service manager."""
-        self._epoch = self.block.analyzers.epoch
-        snapshot = self._snapshot()
-        self.changes.state.masked = self.changes.masked
-        report = Report(self.changes.state, self._own_problems(snapshot), self.follower.since)
-        found = problems(snapshot, report)
-        if self._told():
-            self.follower.follow(found)
-            report.since = self.follower.since
-        if (body := encode(report)) != self._reported:
-            self._reported = body
-            self.block.set_report(body)
-        if not self.processes.stopping:
-            self.manager.status(status_line(snapshot, found))
-
-    def _told(self) -> bool:
-        """Whether the log is told: not that workers begin, nor that they end when they should."""
-        begun = time.monotonic() - self.block.head[HeadWord.STARTED_NS] / 1e9 > START
-        return (begun or self.processes.all_ready.is_set()) and not self.processes.stopping
-
-    def _own_problems(self, snapshot: Snapshot) -> list[Own]:
-        """Return what no other process knows."""
-        found = [*self.traffic.problems(snapshot), *self.changes.problems(), *set_aside(self.folder.path)]
-        if late := [slot.name for slot in self._late if slot in self._applying]:
-            detail = f"settings are not applied by all workers: {', '.join(late)} may go by those before the reload"
-            found.append(Own("settings_not_applied", "workers", detail))
-        for slot in self.processes.slots:
-            if slot.crashes:
-                name, ended = f"worker {slot.index}", snapshot.workers[slot.index].ended
-                found.append(Own("worker_restarting", name, f"{name} dies again and again: {ended}"))
-        return found
-
-    def _snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """Return what all processes know now."""
         return Snapshot(self.block, self.config, self.changes.analyzers, __version__)
 
     async def _sample(self) -> None:
@@ -557,13 +514,13 @@ class Supervisor:
         while True:
             run = self.upkeep.run
             run(Step.FIGURES, self._keep_figures)
-            self._look_for_problems()
+            self.problems.look()
             run(Step.QUEUE_FILES, self._keep_lock)
             run(Step.OVERRIDES, self.changes.overrides.check_file)
             await asyncio.sleep(1.0)
 
     def _keep_figures(self) -> None:
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         self.block.add_sample(time.monotonic_ns(), snapshot.accepted, snapshot.delivered)
         self.events.look(snapshot)
         for slot in self.processes.slots:

@@ -8,25 +8,112 @@ no line each time.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fastdist import logs
-from fastdist.shm.problems import KINDS, LEVELS, Problem
-from fastdist.shm.report import Own
+from fastdist.shm.block import HeadWord, Step
+from fastdist.shm.problems import KINDS, LEVELS, Problem, problems
+from fastdist.shm.report import Own, Report, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from fastdist.shm.block import SharedBlock
     from fastdist.shm.snapshot import Snapshot
+    from fastdist.shm.upkeep import Upkeep
+    from fastdist.storage.directory import QueueFolder
+    from fastdist.supervisor.processes import Processes
+    from fastdist.supervisor.reload import Changes
+    from fastdist.supervisor.systemd import ServiceManager
 
 # The event log tells these, with how many there were (``event_log``).
 COUNTED = {"queue_full", "storage_failing", "no_analyzer", "packets_dead_lettered", "requests_rejected"}
+    class Service(Protocol):
+        """What is asked of a supervisor."""
+
+        block: SharedBlock
+        upkeep: Upkeep
+        folder: QueueFolder
+        changes: Changes
+        processes: Processes
+        manager: ServiceManager
+
+        def snapshot(self) -> Snapshot:
+            """Return what all processes know now."""
+
+        def late_workers(self) -> list[str]:
+            """Return the workers that have not applied new settings in time."""
+
+
+START = 10.0  # seconds after which workers that are not ready yet are a problem
+LIST_SHARE = 10  # times as long as it takes to list problems, until they are listed again for an analyzer
 LATELY = 60.0  # seconds for which packets that were rejected or given up are a problem
 MAX_FILES = 20  # that were set aside
 MAX_STATUS = 2000  # characters: a message to the service manager has 4096 bytes
 
 log = logs.get()
+
+
+class ProblemList:
+    """The list of problems as the supervisor makes it, and tells it to all processes, the log and the service manager.
+
+    Once a second is often enough, and at once when the state of an analyzer changes.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._follower, self._traffic = Follower(), Traffic()
+        self._epoch = 0  # of the analyzers' states, when problems were listed last
+        self._next = 0.0  # time.monotonic(): not listed again for an analyzer before that
+        self._reported = b""
+
+    def look_if_changed(self) -> None:
+        """List problems if the state of an analyzer has changed."""
+        if self._service.block.analyzers.epoch != self._epoch and time.monotonic() >= self._next:
+            self.look()
+
+    def look(self) -> None:
+        """List problems, whatever happens."""
+        began = time.monotonic()
+        self._service.upkeep.run(Step.ANALYZERS, self._list)
+        ended = time.monotonic()
+        self._next = ended + LIST_SHARE * (ended - began)
+
+    def _list(self) -> None:
+        service = self._service
+        self._epoch = service.block.analyzers.epoch
+        snapshot = service.snapshot()
+        service.changes.state.masked = service.changes.masked
+        report = Report(service.changes.state, self._own(snapshot), self._follower.since)
+        found = problems(snapshot, report)
+        if self._is_told():
+            self._follower.follow(found)
+            report.since = self._follower.since
+        if (body := encode(report)) != self._reported:
+            self._reported = body
+            service.block.set_report(body)
+        if not service.processes.stopping:
+            service.manager.status(status_line(snapshot, found))
+
+    def _is_told(self) -> bool:
+        """Whether the log is told: not that workers begin, nor that they end when they should."""
+        processes, started_ns = self._service.processes, self._service.block.head[HeadWord.STARTED_NS]
+        begun = time.monotonic() - started_ns / 1e9 > START
+        return (begun or processes.all_ready.is_set()) and not processes.stopping
+
+    def _own(self, snapshot: Snapshot) -> list[Own]:
+        """Return what no other process knows."""
+        service = self._service
+        found = [*self._traffic.problems(snapshot), *service.changes.problems(), *set_aside(service.folder.path)]
+        if late := service.late_workers():
+            detail = f"settings are not applied by all workers: {', '.join(late)} may go by those before the reload"
+            found.append(Own("settings_not_applied", "workers", detail))
+        for slot in service.processes.slots:
+            if slot.crashes:
+                name, ended = f"worker {slot.index}", snapshot.workers[slot.index].ended
+                found.append(Own("worker_restarting", name, f"{name} dies again and again: {ended}"))
+        return found
 
 
 class _Followed(NamedTuple):
