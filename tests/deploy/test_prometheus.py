@@ -32,6 +32,7 @@ BASE_UNITS = {
     "current",
     "total",
     "successful",
+    "problems",
 }
 OTHER_UNITS = re.compile(r"_(ms|milliseconds|us|ns|minutes|hours|kb|mb|kib|mib|percent|kilobytes|megabytes)(_|$)")
 

@@ -13,6 +13,7 @@ from fastdist.http import metrics
 from fastdist.settings import PROTOCOLS, Analyzer, Config
 from fastdist.shm.block import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.histograms import BOUNDS
+from fastdist.shm.problems import KINDS
 from fastdist.shm.report import Configuration, Report, encode
 from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 
@@ -74,6 +75,7 @@ COUNTERS = (
     "worker_cpu_seconds",
 )
 GAUGES = (
+    "problems",
     "config_last_reload_successful",
     "config_last_reload_success_timestamp_seconds",
     "dead_letter_packets",
@@ -200,6 +202,19 @@ def test_reasons_for_refusing_packets_show(block):
     assert it["fastdist_ready",] == 0
 
 
+def test_problems_are_counted_by_code(block):
+    for index in range(2):
+        block.worker(index)[WorkerWord.STATE] = WorkerState.RUNNING
+    _, it = scrape(block)
+    counts = {key[1]: value for key, value in it.items() if key[0] == "fastdist_problems"}
+    assert counts == dict.fromkeys(KINDS, 0)
+    for slot in ANALYZERS:
+        block.analyzers.set(slot, AnalyzerWord.STATE, AnalyzerState.OFFLINE)
+    _, it = scrape(block)
+    counts = {key[1]: value for key, value in it.items() if key[0] == "fastdist_problems" and value}
+    assert counts == {"no_analyzer": 1, "analyzer_offline": 2}
+
+
 def test_state_of_the_configuration_shows(block):
     state = Configuration(success_ns=1_700_000_000_500_000_000)
     block.set_report(encode(Report(state)))
@@ -241,7 +256,7 @@ def test_any_text_may_stand_in_a_label(block):
         text = write(Snapshot(block, Config(), analyzers, odd, AT)).decode()
         labels = {value for family in read(text) for sample in family.samples for value in sample.labels.values()}
         assert odd in labels
-        assert {label for label in labels if label.startswith("a")} == {odd}
+        assert {label for label in labels - KINDS.keys() if label.startswith("a")} == {odd}
 
 
 def test_the_same_figures_as_openmetrics(block):

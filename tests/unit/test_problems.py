@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import time
 from datetime import UTC, datetime
 
 import msgspec
@@ -358,3 +359,19 @@ def test_failing_list_stops_nothing_else(world, monkeypatch):
         world.supervisor.problems.look()
     assert [line["step"] for line in lines] == ["analyzers"], "logged once"
     assert codes(world.health()) == ["upkeep_failing"]
+
+
+def test_changed_analyzer_is_listed_at_once(world, monkeypatch):
+    listed = []
+    it = world.supervisor.problems
+    it.look()
+    monkeypatch.setattr(it, "_list", lambda: listed.append(1))
+    it.look_if_changed()
+    assert listed == [], "nothing has changed"
+    world.block.analyzers.go_offline(1)
+    it._next = time.monotonic() + 3600
+    it.look_if_changed()
+    assert listed == [], "the last time took long"
+    it._next = 0.0
+    it.look_if_changed()
+    assert listed == [1]

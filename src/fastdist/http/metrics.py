@@ -12,10 +12,12 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist.shm.histograms import BOUNDS
+from fastdist.shm.problems import KINDS, problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -71,6 +73,9 @@ def _families(it: Snapshot) -> Iterator[Family]:
     yield _gauge("config_last_reload_successful", help_text, not state.faults)
     help_text = "When the configuration in force was read, as a Unix time."
     yield _gauge("config_last_reload_success_timestamp_seconds", help_text, state.success_ns / 1e9)
+    counts = Counter(problem.code for problem in problems(it))
+    help_text = "Problems that GET /health lists at present, by their code."
+    yield _gauge("problems", help_text, {code: counts[code] for code in KINDS}, by="code")
     yield from _packets(it)
     yield from _dead_letters(it)
     yield from _queue(it)
