@@ -258,8 +258,8 @@ def test_damaged_override_file_is_skipped(block, tmp_path):
 
 def test_change_is_logged_with_who_and_what(block, tmp_path):
     it = changes(block, tmp_path, 1, 1)
-    plain = {"weight": 1.0, "state": "online", "override": False}
-    drained = {"weight": 5.0, "state": "draining", "override": True}
+    plain = {"weight": 1.0, "draining": False, "override": False}
+    drained = {"weight": 5.0, "draining": True, "override": True}
     with capture_logs() as lines:
         it.apply(Action("override", "A1", 5.0, True, by="10.0.0.7, token 2bb80d53"))
         it.apply(Action("clear", "A1", by="127.0.0.1"))

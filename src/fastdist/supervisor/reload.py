@@ -239,5 +239,4 @@ class Changes:
         """Return what is in force for an analyzer with that override."""
         configured = next(analyzer.weight for analyzer in self.config.analyzers if analyzer.id == name)
         weight = configured if override.weight is None else override.weight
-        state = "draining" if override.draining else "online"
-        return {"weight": weight, "state": state, "override": override != Override()}
+        return {"weight": weight, "draining": override.draining, "override": override != Override()}
