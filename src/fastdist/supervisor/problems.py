@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from fastdist.supervisor.reload import Changes
     from fastdist.supervisor.systemd import ServiceManager
 
-# The event log tells these, with how many there were (``event_log``).
-COUNTED = {"queue_full", "storage_failing", "no_analyzer", "packets_dead_lettered", "requests_rejected"}
     class Service(Protocol):
         """What is asked of a supervisor."""
 
@@ -46,6 +44,8 @@ COUNTED = {"queue_full", "storage_failing", "no_analyzer", "packets_dead_lettere
             """Return the workers that have not applied new settings in time."""
 
 
+# The event log tells these, with how many there were (``event_log``).
+COUNTED = {"queue_full", "storage_failing", "no_analyzer", "packets_dead_lettered", "requests_rejected"}
 START = 10.0  # seconds after which workers that are not ready yet are a problem
 LIST_SHARE = 10  # times as long as it takes to list problems, until they are listed again for an analyzer
 LATELY = 60.0  # seconds for which packets that were rejected or given up are a problem
