@@ -252,6 +252,17 @@ def test_a_killed_worker_under_the_bound(five, serve, tmp_path):
     missing = emitter.accepted - five.delivered().keys() - there
     assert len(missing) <= discarded(fastdist)
     assert stats["packets"]["deadLettered"] <= discarded(fastdist) + len(fastdist.dead_letters()), "twice at worst"
+    before = discarded(fastdist)
+    fastdist.kill_all()
+    with Watch(tmp_path / "data") as watch:
+        fastdist = serve(five, settings | BELIEVED | {"server": {"workers": 3}}, weights=EVEN)
+        again = Emitter(fastdist.port, connections=4, prefix="again").send(1000)
+        fastdist.wait_at_rest()
+        wait_until(lambda: gauge(fastdist) == len(fastdist.dead_letters()), "the gauge has what is there")
+    assert watch.largest <= 128 * 1024 + 16 * 1024
+    there = {each["id"] for each in fastdist.dead_letters()}
+    missing = (emitter.accepted | again.accepted) - five.delivered().keys() - there
+    assert len(missing) <= before + discarded(fastdist)
 
 
 def test_a_full_file_system_is_warned_of(five, serve, run, tmp_path):
@@ -273,6 +284,31 @@ def test_a_full_file_system_is_warned_of(five, serve, run, tmp_path):
             lambda: "warning" not in get_json(fastdist.port, "/health")["deadLetters"], "no dead letters, no warning"
         )
         fastdist.line_with("has room again")
+
+
+def test_a_bound_heals_a_full_disk(five, serve, tmp_path):
+    """As the runbook of the alert has it: what is oldest goes, and what waited is written."""
+    with small_disk(tmp_path / "dead", "2M") as disk:
+        fastdist = serve(five, {"dead_letters": {"path": str(disk)}, **BELIEVED}, weights=EVEN)
+        emitter = Emitter(fastdist.port, connections=8).start()
+        wait_until(
+            lambda: get_json(fastdist.port, "/health")["storage"] == "failing",
+            "no more can be written",
+            progress=lambda: len(emitter.answers),
+        )
+        emitter.stop()
+        assert "No space left on device" in get_json(fastdist.port, "/health")["storageError"]
+        text = fastdist.config.read_text()
+        fastdist.config.write_text(text.replace("[dead_letters]", '[dead_letters]\nmax_bytes = "1MiB"'))
+        assert request(fastdist.port, "POST", "/admin/reload")[0] == 200
+        wait_until(lambda: get_json(fastdist.port, "/health")["storage"] == "ok", "there is room")
+        all_of_them = given_up(fastdist)
+        there = [line for path in disk.glob("*.ndjson") for line in path.read_text().splitlines()]
+        assert sum(map(len, there)) <= MIB
+        assert all_of_them == discarded(fastdist) + len(there)
+        missing = emitter.accepted - five.delivered().keys() - {json.loads(line)["id"] for line in there}
+        assert len(missing) == discarded(fastdist)
+        fastdist.line_with("storage works again")
 
 
 def test_a_folder_that_cannot_be_used(run, tmp_path):
