@@ -146,6 +146,20 @@ def test_a_long_name_fits_on_a_phone(page, single, serve):
     assert page.run("const d = document.getElementById('analyzer'); return d.scrollWidth <= d.clientWidth")
 
 
+@pytest.mark.parametrize("width", [320, 1280])
+def test_dead_letters_fit_on_a_phone(page, mocks, fresh, width):
+    mocks.set_all(status=422)
+    for number in range(3):
+        assert fresh.post(Idempotency_Key=f"{number}{'x' * 63}")[0] == 202
+    fresh.wait_at_rest()
+    mocks.set_all(status=None)
+    chromium.resize(page.driver, width, 760, mobile=width < 768)
+    page.open(fresh.port)
+    wait_until(lambda: len(page.all("#dead-letters-last tr")) == 3, "they are shown")
+    assert not page.is_too_wide
+    assert violations(page) == []
+
+
 def test_touch_targets_are_large_enough(page, fastdist):
     chromium.resize(page.driver, *PHONE, mobile=True)
     page.open(fastdist.port)

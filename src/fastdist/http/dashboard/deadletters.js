@@ -34,18 +34,18 @@ class Kind {
 
 class Row {
   constructor(each) {
-    const cell = (shown, attributes = {}) => make("td", attributes, shown);
+    const cell = (label, shown, look) => make("td", { role: "cell", class: look, "data-label": label }, shown);
     this.element = make(
       "tr",
-      { "data-packet": each.id },
-      make("th", { scope: "row" }, each.id),
-      cell(clock(each.deadLetteredAt)),
-      cell(each.reason),
-      cell(text(each.analyzer)),
-      cell(text(each.error)),
-      cell(count(each.attempts), { class: "number" }),
-      cell(count(each.messages), { class: "number" }),
-      cell(bytes(each.bytes), { class: "number" }),
+      { role: "row", "data-packet": each.id },
+      make("th", { role: "rowheader", scope: "row" }, each.id),
+      cell("Given up", clock(each.deadLetteredAt)),
+      cell("Reason", each.reason),
+      cell("Analyzer", text(each.analyzer)),
+      cell("Error", text(each.error)),
+      cell("Attempts", count(each.attempts), "number"),
+      cell("Messages", count(each.messages), "number"),
+      cell("Size", bytes(each.bytes), "number"),
     );
   }
 }
