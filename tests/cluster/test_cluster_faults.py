@@ -145,7 +145,7 @@ def test_quorum_lost_and_back(made, three, mocks, name):
     compare(senders, delivered, twice=2 * 4096)
 
 
-def test_what_is_answered_no_is_not_delivered(made, three, mocks, name):
+def test_what_is_no_is_not_delivered(made, three, mocks, name):
     """While the quorum goes and comes: `no` is no, whatever is sent meanwhile."""
     replicas = made(three, name, publish_timeout=2.0)
     replica = replicas.start()
@@ -273,7 +273,7 @@ def test_wrong_credentials_end_a_start(tmp_path, mocks, name):
     assert "wrong" not in line
 
 
-def test_stream_of_somebody_else(tmp_path, made, one, mocks, name):
+def test_stream_of_another_service(tmp_path, made, one, mocks, name):
     replicas = made(one, name)
     replicas.start().signal(signal.SIGTERM)
     settings = {"servers": list(one.urls), "stream": f"{name}_DEAD", "replicas": 1}

@@ -96,7 +96,7 @@ class Replica:
         self.claims.settled(packet.sequence, analyzer)
 
 
-def test_message_is_settled_with_its_last_packet():
+def test_last_packet_settles_its_message():
     it = Replica()
     it.take(7, "a", "b", "c")
     it.send_all()
@@ -116,7 +116,7 @@ def test_attempts_go_on_from_earlier_claims():
     assert it.counters.get("redelivered") == 1
 
 
-def test_emitters_that_wait_are_told():
+def test_waiting_emitters_are_told():
     it = Replica()
     it.take(1, "a", inbox="box.1")
     it.take(2, "b", inbox="box.2")
@@ -143,7 +143,7 @@ def test_unreadable_message_is_given_back():
     assert (it.given_back, it.counters.get("corrupt"), it.claims.undone) == ([9], 1, 0)
 
 
-def test_what_is_too_large_here_is_given_back():
+def test_what_is_too_large_is_given_back():
     it = Replica(capacity=1 << 16)
     it.take(1, "large", size=60_000)
     assert (it.given_back, it.acknowledged, it.claims.undone) == ([1], [], 0)
@@ -188,7 +188,7 @@ def test_untouched_messages_are_given_back():
     asyncio.run(run())
 
 
-def test_rest_that_cannot_be_stored_comes_again():
+def test_rest_that_is_not_stored_comes_again():
     async def run():
         it = Replica()
         it.outcome = Outcome("unknown")
@@ -219,7 +219,7 @@ def test_void_claim_is_let_go():
     assert it.acknowledged == [2]
 
 
-def test_void_claim_that_was_sent_is_acknowledged():
+def test_void_claim_may_be_acknowledged():
     it = Replica()
     claim = it.take(1, "a")
     it.send_all()

@@ -196,7 +196,7 @@ def ndjson(records: int) -> bytes:
 
 
 @pytest.mark.parametrize("failing", [[0], [1], [2], [0, 1], [2, 0], [0, 2, 1], [1, 2]], ids=str)
-def test_batch_is_stored_whole_or_says_not(failing):
+def test_batch_is_whole_or_says_not(failing):
     """Whichever of its messages is not stored, and in whatever order that is known."""
 
     async def run():

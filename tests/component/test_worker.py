@@ -16,7 +16,7 @@ from ingest_harness import Connection, post
 from structlog.testing import capture_logs
 from upstream_harness import until
 
-from fastdist import ipc
+from fastdist import ipc, logs
 from fastdist._core import HEADER_SIZE, PacketRing, Retrying, Stream, file_size
 from fastdist.config import load
 from fastdist.ipc import Settings
@@ -31,8 +31,9 @@ CAPACITY = 1 << 20
 
 
 @pytest.fixture
-def build(tmp_path):
+def build(tmp_path, monkeypatch):
     """Return ``build()``: make a worker whose queue is in ``tmp_path``; there is a loop."""
+    monkeypatch.setattr(logs, "_limits", [])  # which it would leave to other tests
     opened = []
 
     def build():

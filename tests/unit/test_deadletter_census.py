@@ -234,7 +234,7 @@ def test_half_a_report_does_not_count():
     block.dead_letters = first
     other = SharedBlock.attach(block.fd)
     assert other.dead_letters == first
-    block._letters._part[20] ^= 1  # as if it was just being written
+    block._dead_letters._part[20] ^= 1  # as if it was just being written
     assert other.dead_letters == first
     second = Report((Count("refused", "A1", 2),))
     block.dead_letters = second

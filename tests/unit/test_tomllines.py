@@ -24,8 +24,8 @@ port = 1
 \"\"\" # here it ends
 list = [ # of three
   1,
-  [2, { deep = 1,
-  }], "]",
+  [2, { deep = 1 },
+  ], "]",
 ]
 
 [[analyzers]]

@@ -185,14 +185,14 @@ class SharedBlock:
         for words in self._layout(workers, slots):
             parts.append(view[at : at + 8 * words])
             at += 8 * words
-        head, samples, report, letters, stream, self._limiter, analyzers, baselines, *of_workers = parts
-        self._report, self._letters, self._stream = Document(report), Document(letters), Document(stream)
+        head, samples, report, dead, stream, self._limiter, analyzers, baselines, *of_workers = parts
+        self._report, self._dead_letters, self._stream = Document(report), Document(dead), Document(stream)
         self.head, self.samples, self.baselines = head.cast("q"), samples.cast("q"), baselines.cast("q")
         self.analyzers = AnalyzerStates(analyzers, self.head)
         self._worker_words = [part.cast("q") for part in of_workers[:workers]]
         self._rows, self._examples = of_workers[workers : 2 * workers], of_workers[2 * workers : 3 * workers]
         self._lines = of_workers[-1]
-        self._last_letters = DeadLetterReport()  # that was read whole
+        self._last_dead_letters = DeadLetterReport()  # that was read whole
         self.rows = [Counters(row, slots) for row in self._rows]
 
     @staticmethod
@@ -274,13 +274,13 @@ class SharedBlock:
     @property
     def dead_letters(self) -> DeadLetterReport:
         """What was last seen of the dead letters."""
-        if body := self._letters.read():
-            self._last_letters = msgspec.msgpack.decode(body, type=DeadLetterReport)
-        return self._last_letters
+        if body := self._dead_letters.read():
+            self._last_dead_letters = msgspec.msgpack.decode(body, type=DeadLetterReport)
+        return self._last_dead_letters
 
     @dead_letters.setter
     def dead_letters(self, report: DeadLetterReport) -> None:
-        self._letters.write(encode(report, self._letters.room))
+        self._dead_letters.write(encode(report, self._dead_letters.room))
 
     def recent_samples(self) -> Iterator[tuple[int, int, int]]:
         """Yield (monotonic ns, packets accepted, packets delivered) of the last seconds, the latest first."""

@@ -278,7 +278,7 @@ class Supervisor:
         if self.stream is not None:
             await self.stream.close()
         saved = self.is_shared or self._dead_letter_rest()
-        self.events.look(self._snapshot(), last=True)
+        self.events.look(self.snapshot(), last=True)
         return CANNOT_START if self.processes.gave_up else 0 if saved else LOST
 
     async def _announce(self, slot: WorkerSlot) -> None:

@@ -35,7 +35,7 @@ class Watcher:
         self.connection = connection
         self.latest = StreamFigures()
         self._consumer: dict[str, Any] | ApiError = {}  # what was last said of it
-        self._dead = 0  # letters
+        self._dead = 0  # dead letters
         self._settled: deque[tuple[float, int]] = deque()  # (when, how many by then), of the last RATE_WINDOW seconds
 
     async def run(self, changed: Callable[[StreamFigures], object] = lambda _: None) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MIN_CAPACITY = 64 << 20  # bytes of each ring; pages that were never used take no memory
 CONNECT_TIMEOUT = 5.0  # seconds that a start waits for a server
-PATIENCE = 1.0  # seconds that a server or a leader may be missing before packets are rejected at once
+PATIENCE = 2.5  # seconds that a server or a leader may be missing before packets are rejected at once
 IDLE = 2.0  # seconds without an analyzer that can be picked, until others may have what is claimed here
 END_TIMEOUT = 1.0  # seconds for the last confirmations
 
