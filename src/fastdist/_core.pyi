@@ -211,6 +211,13 @@ class PacketRing:
     def mark_synced(self, position: int) -> None: ...
     def forget_synced(self) -> None: ...
 
+# ---- bundles
+
+def claim_bundle(
+    ring: PacketRing, most: int, most_bytes: int
+) -> tuple[bytes, list[int], int, int, int] | None: ...
+def done_all(ring: PacketRing, handles: list[int]) -> None: ...
+
 # ---- states
 
 @final

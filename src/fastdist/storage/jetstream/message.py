@@ -67,7 +67,11 @@ _START_SUM = checksum(_START)
 
 def encode(packets: list[StoredPacket]) -> bytes:
     """Return the message of some packets, of one at least."""
-    body = _encoder.encode(packets)
+    return whole(_encoder.encode(packets))
+
+
+def whole(body: bytes) -> bytes:
+    """Return the message whose packets are in ``body``, as MessagePack."""
     return _START + checksum(body, _START_SUM).to_bytes(4, "little") + body
 
 
@@ -84,8 +88,3 @@ def decode(message: bytes) -> list[StoredPacket]:
         return _decoder.decode(body)
     except msgspec.MsgspecError as error:
         raise DamagedError(str(error)) from error
-
-
-def largest_overhead(packet: StoredPacket) -> int:
-    """Return how many bytes of a message are not the body of its only packet, at most."""
-    return HEAD_BYTES + 64 + len(packet.id) + len(packet.inbox)

@@ -1,8 +1,9 @@
 """Publishes what emitters bring, and has each answered once the stream has acknowledged its packet, or has not.
 
-- A packet with an Idempotency-Key travels alone: the key is its message's id, by which the stream knows it again.
-- Others share a message where they come together. While MAX_BUNDLES messages of such packets have no acknowledgement
-  yet, further ones wait for company; a full message does not. So nothing waits while nothing is under way.
+- A packet with an Idempotency-Key travels alone: the key is its message's id, by which the stream knows it again. So
+  does one whose emitter waits for its delivery.
+- Others share a message where they come together. While MAX_BUNDLES messages without a key have no acknowledgement yet,
+  packets wait for company until they fill one. So nothing waits while nothing is under way.
 - Answers leave in the order of the packets. What was not stored is answered at once.
 - A batch has one answer: if one of its packets was not stored, that says so of all.
 """
@@ -12,24 +13,26 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import UNSET
 
 from fastdist import logs
+from fastdist._core import claim_bundle, done_all
 from fastdist.http.api import JSON, problem, retry_after
 from fastdist.http.models import Accepted
 from fastdist.statuses import reason
 from fastdist.storage.jetstream.connection import background
-from fastdist.storage.jetstream.message import StoredPacket, encode, largest_overhead
+from fastdist.storage.jetstream.message import StoredPacket, encode, whole
 from fastdist.storage.jetstream.publisher import Outcome
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from fastdist._core import Counters, Intake, PacketRing
+    from fastdist._core import Counters, Intake, Packet, PacketRing
+    from fastdist.http.api import Response
     from fastdist.settings import Jetstream
     from fastdist.storage.jetstream.publisher import Publisher
     from fastdist.worker.ingest import Emitters
@@ -42,22 +45,17 @@ COUNTERS = {"queueFull": "queue_full", "storage": "storage", "unconfirmed": "unc
 log = logs.get()
 
 
-class _Entry:
-    """A packet that was taken out of the ring, in which it lies from ``begin`` to ``end``."""
+class _Message:
+    """What was taken out of the ring to be a message: the packets with these ``handles``, from ``begin`` to ``end``.
 
-    __slots__ = ("begin", "body_bytes", "duplicate", "end", "handle", "messages", "over", "packet_id", "sequence")
+    ``alone``: the only one, which has a key, or whose emitter waits, or that is large.
+    """
 
-    def __init__(self, begin: int, end: int, handle: int, sequence: int, packet: StoredPacket) -> None:
-        self.begin, self.end, self.handle, self.sequence = begin, end, handle, sequence
-        self.packet_id, self.messages, self.body_bytes = packet.id, packet.messages, len(packet.body)
-        self.over = self.duplicate = False
+    __slots__ = ("alone", "begin", "duplicate", "end", "handles", "is_keyed", "over")
 
-
-class _Message(NamedTuple):
-    """What becomes a message, or waits for company."""
-
-    entries: list[_Entry]
-    packets: list[StoredPacket]
+    def __init__(self, begin: int, end: int, handles: list[int], alone: Packet | None = None) -> None:
+        self.begin, self.end, self.handles, self.alone = begin, end, handles, alone
+        self.over = self.duplicate = self.is_keyed = False
 
 
 class Outgoing:
@@ -77,9 +75,7 @@ class Outgoing:
         self._intake: Intake
         self._emitters: Emitters
         self._reply_to: Callable[[int], str]
-        self._order: deque[_Entry] = deque()  # as they lie in the ring
-        self._open = _Message([], [])
-        self._open_bytes = 0
+        self._order: deque[_Message] = deque()  # as they lie in the ring
         self._under_way = self._bundles = 0  # messages; those of packets without a key
         self._rejected: deque[tuple[int, int]] = deque()  # (begin, end) of answers that were given already
         self._scheduled = False
@@ -110,131 +106,129 @@ class Outgoing:
 
     def _fill(self) -> None:
         self._scheduled = False
+        ring, settings = self.ring, self.settings
         end = time.monotonic_ns() + PART_NS
-        while self._under_way < MAX_MESSAGES and self.ring.has_more:
-            begin = self.ring.claim_position
-            handle = self.ring.claim()
-            if not handle:  # a large batch that is not whole yet
+        while self._under_way < MAX_MESSAGES and ring.has_more:
+            if self._bundles >= MAX_BUNDLES and ring.undone - ring.claimed < settings.bundle_packets:
                 break
-            self._take(begin, handle)
+            found = claim_bundle(ring, settings.bundle_packets, settings.bundle_bytes)
+            if found is None:  # a large batch that is not whole yet
+                break
+            packets, handles, begin, behind, alone = found
+            if handles:
+                self._send(_Message(begin, behind, handles), whole(packets), self.message_id())
+            if alone:
+                self._send_alone(_Message(behind, ring.claim_position, [alone], ring.packet(alone)))
             if time.monotonic_ns() >= end:
                 self.schedule()
                 break
-        if self._open.entries and self._bundles < MAX_BUNDLES:
-            self._send_open()
 
-    def _take(self, begin: int, handle: int) -> None:
-        packet = self.ring.packet(handle)
+    def _send_alone(self, message: _Message) -> None:
+        packet = message.alone
+        assert packet is not None  # noqa: S101  (for type checkers)
         sequence = packet.sequence
+        message.is_keyed = self._intake.keyed is not None and sequence in self._intake.keyed
         inbox = self._reply_to(sequence) if sequence in self._emitters.waiting else ""
-        stored = StoredPacket(
-            packet.id, packet.body, packet.emitter, packet.messages, packet.accepted_ns, packet.attempts, inbox
-        )
-        entry = _Entry(begin, self.ring.claim_position, handle, sequence, stored)
-        self._order.append(entry)
-        if self._intake.keyed is not None and sequence in self._intake.keyed:
-            self._send(_Message([entry], [stored]), stored.id)
-            return
-        size = len(stored.body) + largest_overhead(stored)
-        if self._open.entries and self._open_bytes + size > self.settings.bundle_bytes:
-            self._send_open()
-        self._open.entries.append(entry)
-        self._open.packets.append(stored)
-        self._open_bytes += size
-        if len(self._open.entries) >= self.settings.bundle_packets or self._open_bytes >= self.settings.bundle_bytes:
-            self._send_open()
+        stored = StoredPacket(packet.id, packet.body, packet.emitter, packet.messages, packet.accepted_ns, inbox=inbox)
+        self._send(message, encode([stored]), packet.id if message.is_keyed else self.message_id())
 
-    def _send_open(self) -> None:
-        message, self._open, self._open_bytes = self._open, _Message([], []), 0
-        self._send(message, "")
-
-    def _send(self, message: _Message, key: str) -> None:
+    def _send(self, message: _Message, data: bytes, message_id: str) -> None:
+        self._order.append(message)
         self._under_way += 1
-        self._bundles += not key
-        background(self._publish(message, key))
+        self._bundles += not message.is_keyed
+        background(self._publish(message, data, message_id))
 
-    async def _publish(self, message: _Message, key: str) -> None:
+    async def _publish(self, message: _Message, data: bytes, message_id: str) -> None:
         began = time.monotonic_ns()
         try:
-            outcome = await self.publisher.publish(encode(message.packets), key or self.message_id())
+            outcome = await self.publisher.publish(data, message_id)
         except Exception as error:  # whatever it is, emitters must be answered
             log.error("a message could not be published", exc_info=error)
             outcome = Outcome("unknown", reason="unconfirmed", detail="a fault in fastdist; its log has the traceback")
         self._under_way -= 1
-        self._bundles -= not key
+        self._bundles -= not message.is_keyed
         if outcome.stored == "yes":
             self.counters.observe_publish(time.monotonic_ns() - began)
             self.counters.add("stream_messages")
-            self.counters.add("stream_packets", len(message.entries))
-        self._settle(message, outcome, keyed=bool(key))
+            self.counters.add("stream_packets", len(message.handles))
+        self._settle(message, outcome)
         self._fill()
 
     # ---- answers
 
-    def _settle(self, message: _Message, outcome: Outcome, *, keyed: bool) -> None:
-        for entry in message.entries:
-            entry.over = True
+    def _settle(self, message: _Message, outcome: Outcome) -> None:
+        message.over = True
         try:
             if outcome.stored != "yes":
                 self._reject(message, outcome)
-            elif keyed and outcome.duplicate:
-                self._answer_duplicate(message.entries[0])
+            elif message.is_keyed and outcome.duplicate:
+                self._answer_duplicate(message)
         finally:
-            if keyed and self._intake.keyed is not None:
-                self._intake.keyed.pop(message.entries[0].sequence, None)
+            if message.is_keyed and message.alone is not None:
+                (self._intake.keyed or {}).pop(message.alone.sequence, None)
             self._advance()
 
     def _advance(self) -> None:
         """Let the answers leave that no packet before theirs keeps back."""
         position, duplicates = 0, []
         while self._order and self._order[0].over:
-            entry = self._order.popleft()
-            self.ring.done(entry.handle)
-            position = entry.end
-            if entry.duplicate:
-                duplicates.append(entry)
+            message = self._order.popleft()
+            done_all(self.ring, message.handles)
+            position = message.end
+            if message.duplicate and message.alone is not None:
+                duplicates.append(message.alone)
         if not position:
             return
         while self._rejected and self._rejected[0][1] <= position:
             self._rejected.popleft()
         self.ring.mark_synced(position)
         self._intake.synced()
-        for entry in duplicates:  # which the core has counted like all others
+        for packet in duplicates:  # which the core has counted like all others
             self.counters.add("duplicates")
             self.counters.add("accepted", -1)
-            self.counters.add("messages_accepted", -entry.messages)
-            self.counters.add("bytes_accepted", -entry.body_bytes)
+            self.counters.add("messages_accepted", -packet.messages)
+            self.counters.add("bytes_accepted", -len(packet.body))
 
-    def _answer_duplicate(self, entry: _Entry) -> None:
-        entry.duplicate = True
-        counted = self._emitters.counts_messages
-        document = Accepted(packet_id=entry.packet_id, messages=entry.messages if counted else UNSET, duplicate=True)
-        self._emitters.forget_wait(entry.sequence)
-        answer = (self._intake.keyed or {})[entry.sequence]
+    def _answer_duplicate(self, message: _Message) -> None:
+        packet = message.alone
+        assert packet is not None  # noqa: S101  (for type checkers)
+        message.duplicate = True
+        messages = packet.messages if self._emitters.counts_messages else UNSET
+        document = Accepted(packet_id=packet.id, messages=messages, duplicate=True)
+        self._emitters.forget_wait(packet.sequence)
+        answer = (self._intake.keyed or {})[packet.sequence]
         answer.complete_after_sync(answer.compose(202, reason(202), JSON, msgspec.json.encode(document)))
 
     def _reject(self, message: _Message, outcome: Outcome) -> None:
         """Answer that packets are not stored, or that it is not known; each answer once."""
-        seconds = self._full() if outcome.reason == "queueFull" else 1
+        if message.alone is not None:
+            self._emitters.forget_wait(message.alone.sequence)
+        begin, end = message.begin, message.end
+        for first, last in self._rejected:  # of batches, of which it has a part
+            if first <= begin < last:
+                begin = last
+            if first < end <= last:
+                end = first
+        if begin >= end:
+            return
+        begin, end = self._intake.answer_of(begin + 1)[0], self._intake.answer_of(end)[1]
+        self._rejected.append((begin, end))
+        response = self._refusal(outcome)
+        rejected = self._intake.not_stored(
+            begin, response.status, reason(response.status), response.headers, response.body, end=end
+        )
+        self.counters.add(COUNTERS[outcome.reason or "unconfirmed"], rejected)
+
+    def _refusal(self, outcome: Outcome) -> Response:
         if outcome.reason == "tooLarge":
-            response = problem(413, f"the packet is {outcome.detail}")
-        else:
-            what = {
-                "queueFull": f"the queue is full; try again in {seconds} s",
-                "storage": f"the packet could not be stored, and will not be delivered: {outcome.detail}",
-            }.get(
-                outcome.reason,
-                "the packet was sent to the queue, which has not acknowledged it in time: it may be delivered; to send "
-                "it again under the same Idempotency-Key is right",
-            )
-            response = problem(503, what, headers=retry_after(seconds), stored=outcome.stored)
-        for entry in message.entries:
-            self._emitters.forget_wait(entry.sequence)
-            if any(begin < entry.end <= end for begin, end in self._rejected):
-                continue  # another packet of the same batch
-            begin, end = self._intake.answer_of(entry.end)
-            self._rejected.append((begin, end))
-            rejected = self._intake.not_stored(
-                begin, response.status, reason(response.status), response.headers, response.body, end=end
-            )
-            self.counters.add(COUNTERS[outcome.reason or "unconfirmed"], rejected)
+            return problem(413, f"the packet is {outcome.detail}")
+        seconds = self._full() if outcome.reason == "queueFull" else 1
+        what = {
+            "queueFull": f"the queue is full; try again in {seconds} s",
+            "storage": f"the packet could not be stored, and will not be delivered: {outcome.detail}",
+        }.get(
+            outcome.reason,
+            "the packet was sent to the queue, which has not acknowledged it in time: it may be delivered; to send it "
+            "again under the same Idempotency-Key is right",
+        )
+        return problem(503, what, headers=retry_after(seconds), stored=outcome.stored)

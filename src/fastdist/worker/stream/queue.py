@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 MIN_CAPACITY = 64 << 20  # bytes of each ring; pages that were never used take no memory
 CONNECT_TIMEOUT = 5.0  # seconds that a start waits for a server
 PATIENCE = 2.5  # seconds that a server or a leader may be missing before packets are rejected at once
-IDLE = 2.0  # seconds without an analyzer that can be picked, until others may have what is claimed here
+IDLE = 2.0  # seconds without an analyzer that can be picked, until others may have what is claimed here: by then none
+# of our own requests for messages waits any more
 END_TIMEOUT = 1.0  # seconds for the last confirmations
 
 RETRIES = {"noResponder": "publish_no_responder", "unconfirmed": "publish_unconfirmed"}  # the counters; others: refused
@@ -69,7 +70,6 @@ class StreamQueue:
         self._dispatcher: Dispatcher
         self._missing_since = -PATIENCE  # a server or a leader; 0: all is there
         self._pickable_at = time.monotonic()
-        self._ending = False
         self._reconnects = 0  # counted so far
 
     def dead_letter_writer(self, gone: Callable[[PacketRing, int], None]) -> DeadLetterPublisher:
@@ -173,6 +173,11 @@ class StreamQueue:
             return max(1, publisher.refused_bytes)
         return max(0, publisher.refused_bytes - max(0, stream.capacity - stream.bytes))
 
+    def _others_have_room(self) -> bool:
+        """Whether somebody waits for messages; this service does not, while it has no analyzer."""
+        stream = self.block.stream
+        return stream.wanted > 0 and stream.at - self._pickable_at > IDLE
+
     def _has_recovered(self) -> bool:
         """Whether the stream could store, when it was last asked, after it did not."""
         stream = self.block.stream
@@ -184,7 +189,7 @@ class StreamQueue:
         now = time.monotonic()
         if self._dispatcher.any_pickable:
             self._pickable_at = now
-        elif now - self._pickable_at > IDLE or self._ending:
+        elif now - self._pickable_at > IDLE and self._others_have_room():
             self.claims.take_back()
         self.counters.add("reconnects", self.connection.reconnects - self._reconnects)
         self._reconnects = self.connection.reconnects
@@ -199,7 +204,7 @@ class StreamQueue:
 
     def begin_to_end(self) -> None:
         """Claim nothing more, and give back what was not sent; to be called again as long as packets come back."""
-        self._ending = self.claims.ending = True
+        self.claims.ending = True
         self.claims.take_back()
 
     async def end(self, deadline: float) -> None:
