@@ -86,21 +86,22 @@ def test_a_burst_is_one_line(service):
     assert line == {"event": "requests rejected", "reason": "invalid", "requests": 50, "log_level": "warning"}
 
 
-def test_a_minute_of_503_is_three_lines(service):
+@pytest.mark.parametrize(("seconds", "lines"), [(60, 2), (100, 3), (200, 5)])
+def test_a_full_queue_is_few_lines(service, seconds, lines):
     def full():
         service.reject("queue_full", 100)
         service.block.worker(1)[WorkerWord.LACKING] = 1000
 
-    service.go_on(60, full)
+    service.go_on(seconds, full)
     service.block.worker(1)[WorkerWord.LACKING] = 0
     service.go_on(100)
     assert service.said() == [
         "queue full; packets are rejected",
-        "queue still full; packets are rejected",
+        *["queue still full; packets are rejected"] * (lines - 2),
         "queue has room",
     ]
-    assert service.counted() == {"queue_full": 6000}
-    assert [line["log_level"] for _, line in service.lines] == ["warning", "warning", "info"]
+    assert service.counted() == {"queue_full": 100 * seconds}
+    assert [line["log_level"] for _, line in service.lines] == ["warning"] * (lines - 1) + ["info"]
 
 
 def test_a_full_queue_for_a_moment(service):

@@ -124,7 +124,8 @@ class _Course:
             if over or last:
                 self.is_open = self.total > self.logged or self.lasts or (kind.is_event and over)
                 return kind.ends if self.is_open else ""
-            return kind.goes_on if self.since is not None and now - self.last_line >= REPEAT else ""
+            waits = self.since is None or now - self.last_line < REPEAT or (kind.is_event and self.changed != now)
+            return "" if waits else kind.goes_on
         waits = self.since is None or now - self.since < GATHER or now - self.last_line < REPEAT
         if self.since is None or (waits and not last):
             return ""
