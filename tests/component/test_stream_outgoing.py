@@ -86,15 +86,15 @@ def answers_of(connection) -> list[tuple[int, dict]]:
 def test_keys_travel_alone():
     async def run():
         replica = Replica()
-        connection = await replica.ask(keyed("a") + post() + keyed("b") + post())
-        assert [len(ids) for ids in replica.stream.under_way] == [1, 1, 2]
-        assert [message[1] for message in replica.stream.messages][:2] == ["a", "b"]
-        for number in (2, 1):
+        connection = await replica.ask(keyed("a") + post() * 2 + keyed("b") + post())
+        assert [len(ids) for ids in replica.stream.under_way] == [1, 2, 1, 1]
+        assert [message[1] for message in replica.stream.messages][::2] == ["a", "b"]
+        for number in (3, 2, 1):
             await replica.settle(number, YES)
             assert connection.written == b""
         await replica.settle(0, YES)
-        assert [status for status, _ in answers_of(connection)] == [202] * 4
-        assert (replica.count("stream_messages"), replica.count("stream_packets")) == (3, 4)
+        assert [status for status, _ in answers_of(connection)] == [202] * 5
+        assert (replica.count("stream_messages"), replica.count("stream_packets")) == (4, 5)
 
     asyncio.run(run())
 

@@ -43,7 +43,7 @@ def expected(packets, most, most_bytes):
 
 
 PACKETS = st.lists(
-    st.tuples(st.integers(0, 3000), st.sampled_from([None] * 6 + ["key"]), st.sampled_from([False] * 6 + [True])),
+    st.tuples(st.integers(1, 3000), st.sampled_from([None] * 6 + ["key"]), st.sampled_from([False] * 6 + [True])),
     max_size=40,
 )
 
