@@ -192,7 +192,23 @@ class Dispatcher(Outcomes):
         pool.prepend(handle, alone=True)
         self.touch(pool)
 
+    def wants_trial(self) -> bool:
+        """Whether an analyzer on probation waits for a packet."""
+        now, states = time.monotonic_ns(), self.analyzer_states
+        return any(
+            slot in effective_weights(states, self.analyzers, self.config.health, now, also=slot)
+            for slot in self.probation.due(now)
+        )
+
     # ---- upkeep
+
+    @property
+    def stalled(self) -> int:
+        """How many packets wait for what others need not: a back-off, or an analyzer that is paused or slow."""
+        if not self.weights:
+            return 0
+        waiting = sum(pool.waiting for pool in self.pools_waiting() if pool.paused or pool.slow)
+        return len(self.backing_off) + int(waiting)
 
     def short_of(self, lacking: OSError) -> None:
         """Note that this process lacks something for a connection, which the pool retries in a moment."""

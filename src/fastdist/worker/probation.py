@@ -83,6 +83,11 @@ class Probation:
         """Whether a packet of this worker is on its way there."""
         return slot in self._trials and not self._trials[slot].refused
 
+    @property
+    def trying(self) -> bool:
+        """Whether a packet of this worker is on its way to any."""
+        return any(not trial.refused for trial in self._trials.values())
+
     def _take(self, pool: AnalyzerPool, sequence: int) -> bool:
         """End the trial with this packet at this analyzer; False without one."""
         trial = self._trials.get(pool.slot)

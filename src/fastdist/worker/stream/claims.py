@@ -1,11 +1,13 @@
 """The claimed messages of a worker: their packets go to the dispatcher's ring; when all are settled, it is told.
 
-- As many are claimed as there is room for: what is settled in about a second, MIN_PACKETS at least. None while no
-  analyzer can be picked: other replicas may have one.
+- As many are claimed as there is room for: what is settled in about a second, MIN_PACKETS at least. Those that wait for
+  what others need not (a back-off, an analyzer that is paused) take no room, up to ``limit``: they hold up no others.
+- None while no analyzer can be picked: other replicas may have one. But one message, to try an analyzer with that
+  deliveries took offline: nothing else brings it back.
 - ``take_back`` takes packets that were not sent yet from the dispatcher: at the end, when no analyzer is left, and when
   a claim is void (it could not be renewed, so another replica may have the message).
 - A message of which nothing was sent is given back. Of one that was begun the rest is stored again as a message of its
-  own, and then the message is acknowledged.
+  own, and then the message is acknowledged. What cannot be stored so is sent from here, after all.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Held:
         self.left: set[int] = set()
         self.waiting: list[tuple[int, StoredPacket, int]] = []  # not in the ring yet: place, packet and attempts
         self.inboxes: dict[int, str] = {}  # sequence -> where its emitter waits
-        self.storing = False  # what is left of it is being stored again
+        self.storing = 0  # parts of it that are being stored again
         self.dropped = False  # packets of it will not be sent from here: it is never acknowledged
 
 
@@ -64,35 +66,49 @@ class Claims:
         self._publisher: Publisher
         self._dispatcher: Dispatcher
         self._new_id: Callable[[], str]
+        self._stalled: Callable[[], int]
         self._held: dict[int, Held] = {}  # by the message's sequence
         self._by_packet: dict[int, tuple[Held, int]] = {}  # by a packet's sequence in the ring, and its place in it
         self._overflow: deque[Held] = deque()  # those with packets that the ring had no room for
         self._settled, self._window_ns, self._most = 0, 0, MIN_PACKETS
         self._mean = 1.0  # packets of a message
-        self._storing = 0  # messages whose rest is being stored again
+        self.storing = 0  # rests of messages that are being stored again
         self._log_limit = logs.Throttle(LOG_INTERVAL)
         self.ending = False
 
     def serve(
-        self, consumer: Consumer, publisher: Publisher, dispatcher: Dispatcher, new_id: Callable[[], str]
+        self,
+        consumer: Consumer,
+        publisher: Publisher,
+        dispatcher: Dispatcher,
+        new_id: Callable[[], str],
+        stalled: Callable[[], int],
     ) -> None:
-        """Begin to claim for ``dispatcher``; what is left of a message that was begun goes to ``publisher``."""
+        """Begin to claim for ``dispatcher``; what is left of a message that was begun goes to ``publisher``.
+
+        ``stalled()``: how many packets wait for what others need not.
+        """
         self._consumer, self._publisher, self._dispatcher, self._new_id = consumer, publisher, dispatcher, new_id
+        self._stalled = stalled
         consumer.start()
 
     @property
     def undone(self) -> int:
         """Packets that are claimed and not settled, and messages whose rest is being stored again."""
-        return self.ring.undone + sum(len(held.waiting) for held in self._overflow) + self._storing
+        return self.ring.undone + sum(len(held.waiting) for held in self._overflow) + self.storing
 
     # ---- called by the consumer
 
     def room(self) -> int:
         """Return for how many messages there is room."""
-        if self.ending or self._overflow or not self._dispatcher.any_pickable:
+        undone, dispatcher = self.ring.undone, self._dispatcher
+        if self.ending or self._overflow:
             return 0
-        free = int((self._most - self.ring.undone) / self._mean)
-        return max(free, 0) or int(self.ring.undone == 0)
+        if not dispatcher.any_pickable:
+            return int(undone == 0 and dispatcher.wants_trial())
+        busy = max(0, undone - self._stalled())
+        free = int(min(self._most - busy, self.limit - undone) / self._mean)
+        return max(free, 0) or int(busy == 0 and undone < self.limit)
 
     def take(self, claim: Claim, data: bytes) -> None:
         """Hand over the packets of a message."""
@@ -191,14 +207,18 @@ class Claims:
     def _forget(self, held: Held) -> None:
         if self._held.get(held.claim.sequence) is held:
             del self._held[held.claim.sequence]
-        if not held.dropped:
+        if held.dropped:
+            self._consumer.give_back(held.claim)  # unless it is already, or void: else it would be renewed for ever
+        else:
             self._consumer.acknowledge(held.claim)
         self._consumer.wake()
 
     # ---- now and then
 
     def tick(self, now_ns: int) -> None:
-        """Adapt how many packets may be claimed."""
+        """Hand over what there is room for now, and adapt how many packets may be claimed."""
+        if self._overflow:
+            self._push()
         if now_ns - self._window_ns < WINDOW_NS:
             return
         self._most = max(MIN_PACKETS, min(self.limit, self._settled))
@@ -232,7 +252,7 @@ class Claims:
             dispatcher.schedule()
 
     def _let_go(self, held: Held, handles: list[int]) -> None:
-        whole = len(handles) + len(held.waiting) == held.packets
+        whole = len(handles) + len(held.waiting) == held.packets  # never again, once a part was delivered or stored
         rest = [] if whole or held.claim.state is not State.HELD else self._rest_of(held, handles)
         for handle in handles:
             sequence = self.ring.sequence(handle)
@@ -244,35 +264,40 @@ class Claims:
         if held in self._overflow:
             self._overflow.remove(held)
         if rest:
-            self._storing += 1
-            held.packets -= len(rest)
-            held.storing = True
+            self.storing += 1
+            held.storing += 1
             background(self._store_rest(held, rest))
             return
         held.dropped = True
-        if whole:
-            self._consumer.give_back(held.claim)
         if not held.left:
             self._forget(held)
 
-    def _rest_of(self, held: Held, handles: list[int]) -> list[StoredPacket]:
-        """Return packets of a message that was begun, as they are stored again."""
+    def _rest_of(self, held: Held, handles: list[int]) -> list[tuple[int, StoredPacket]]:
+        """Return packets of a message that was begun, as they are stored again, each with its place."""
         rest = []
         for handle in handles:
             packet = self.ring.packet(handle)
             inbox = held.inboxes.pop(packet.sequence, "")
-            rest.append(
-                StoredPacket(
-                    packet.id, packet.body, packet.emitter, packet.messages, packet.accepted_ns, packet.attempts, inbox
-                )
+            _, place = self._by_packet[packet.sequence]
+            again = StoredPacket(
+                packet.id, packet.body, packet.emitter, packet.messages, packet.accepted_ns, packet.attempts, inbox
             )
-        return rest + [msgspec.structs.replace(packet, attempts=attempts) for _, packet, attempts in held.waiting]
+            rest.append((place, again))
+        waiting = held.waiting
+        return rest + [
+            (place, msgspec.structs.replace(packet, attempts=attempts)) for place, packet, attempts in waiting
+        ]
 
-    async def _store_rest(self, held: Held, rest: list[StoredPacket]) -> None:
-        outcome = await self._publisher.publish(encode(rest), self._new_id())
-        self._storing -= 1
-        held.storing = False
+    async def _store_rest(self, held: Held, rest: list[tuple[int, StoredPacket]]) -> None:
+        outcome = await self._publisher.publish(encode([packet for _, packet in rest]), self._new_id())
+        self.storing -= 1
+        held.storing -= 1
+        if outcome.stored == "no" and held.claim.state is State.HELD:  # the stream may be full
+            held.waiting += [(place, packet, packet.attempts) for place, packet in rest]
+            self._overflow.append(held)
+            self._push()
+            return
         if outcome.stored != "yes":  # the message comes again: what was delivered of it, too
             held.dropped = True
-        if not held.left:
+        if not (held.left or held.waiting or held.storing):
             self._forget(held)

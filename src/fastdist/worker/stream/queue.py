@@ -82,7 +82,13 @@ class StreamQueue:
         self._emitters, self._dispatcher = emitters, dispatcher
         self.outgoing.serve(intake, emitters, self.words.subject)
         await asyncio.wait([background(self._connect())], timeout=CONNECT_TIMEOUT)
-        self.claims.serve(self.consumer, self.publisher, dispatcher, self.outgoing.message_id)
+        self.claims.serve(
+            self.consumer,
+            self.publisher,
+            dispatcher,
+            self.outgoing.message_id,
+            lambda: dispatcher.stalled + self.dead_letters.undone,
+        )
 
     async def _connect(self) -> None:
         try:
@@ -187,7 +193,7 @@ class StreamQueue:
         """Do what is due: to be called often."""
         self.claims.tick(now_ns)
         now = time.monotonic()
-        if self._dispatcher.any_pickable:
+        if self._dispatcher.any_pickable or self._dispatcher.probation.trying:
             self._pickable_at = now
         elif now - self._pickable_at > IDLE and self._others_have_room():
             self.claims.take_back()
@@ -210,8 +216,10 @@ class StreamQueue:
     async def end(self, deadline: float) -> None:
         """Have what is settled or given back confirmed, and leave."""
         self.claims.take_back()
-        rest = max(END_TIMEOUT / 2, deadline - time.monotonic())
-        await self.consumer.stop(rest)
+        end = max(time.monotonic() + END_TIMEOUT / 2, deadline)
+        while self.claims.storing and time.monotonic() < end:  # noqa: ASYNC110  (an event would be set for this alone)
+            await asyncio.sleep(TICK)
+        await self.consumer.stop(max(TICK, end - time.monotonic()))
         await self.connection.close()
 
 
