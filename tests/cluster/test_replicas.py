@@ -208,6 +208,19 @@ def test_overrides_hold_everywhere(replicas):
         wait_until(lambda each=replica: each.analyzers()["A1"]["override"] is None, "no override")
 
 
+def test_overrides_at_the_same_time(on_one):
+    """What another replica has changed a moment ago is in force where the next change is made."""
+    first, second = on_one.start(), on_one.start()
+    for weight in (3, 5, 7):
+        body = json.dumps({"weight": weight}).encode()
+        assert request(first.port, "PATCH", "/analyzers/A1", body, KEYED)[0] == 200
+        assert request(second.port, "PATCH", "/analyzers/A2", body, KEYED)[0] == 200
+        assert request(first.port, "PATCH", "/analyzers/A9", body, KEYED)[0] == 404
+        for replica in (first, second):
+            for name in ("A1", "A2"):
+                wait_until(lambda r=replica, n=name, w=weight: r.analyzers()[n]["weight"] == w, f"{name} {weight}")
+
+
 def test_figures_and_metrics(replicas):
     replica = replicas.start()
     emitter(replica).send(50)

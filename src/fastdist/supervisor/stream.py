@@ -146,7 +146,7 @@ class SharedStream:
         for _ in range(TRIES):
             try:
                 value = await self._bucket.get(KEY)
-                self._changes.overrides.by_id = _read(value)
+                self._changes.use_overrides(_read(value))  # what others have changed since the last look
                 wanted, before = self._changes.wanted(action), self._changes.overrides.get(action.analyzer)
                 if not isinstance(wanted, dict):
                     return wanted
