@@ -14,7 +14,7 @@ from ingest_harness import Service, keyed, post
 from fastdist.settings import Jetstream
 from fastdist.storage.jetstream.message import decode
 from fastdist.storage.jetstream.publisher import Outcome
-from fastdist.worker.stream.outgoing import MAX_BUNDLES, Outgoing
+from fastdist.worker.stream.outgoing import MAX_BUNDLES, MAX_MESSAGES, Outgoing
 
 YES = Outcome("yes", 1)
 NO = Outcome("no", reason="storage", detail="no server is connected")
@@ -26,8 +26,10 @@ class Stream:
 
     def __init__(self) -> None:
         self.messages: list[tuple[list[str], str, asyncio.Future[Outcome]]] = []  # packets' ids, message id, outcome
+        self.waited: list[float] = []
 
-    async def publish(self, message: bytes, message_id: str) -> Outcome:
+    async def publish(self, message: bytes, message_id: str, waited: float) -> Outcome:
+        self.waited.append(waited)
         future = asyncio.get_running_loop().create_future()
         self.messages.append(([packet.id for packet in decode(message)], message_id, future))
         return await future
@@ -113,6 +115,21 @@ def test_packets_wait_for_company():
         assert len(replica.stream.under_way) == MAX_BUNDLES
         await replica.settle(1, YES)
         assert [len(ids) for ids in replica.stream.under_way] == [5, 2]
+
+    asyncio.run(run())
+
+
+def test_time_in_the_ring_counts():
+    """What waited until others had their outcome has so much less of its own time left."""
+
+    async def run():
+        replica = Replica()
+        await replica.ask(b"".join(keyed(f"k{number}") for number in range(MAX_MESSAGES + 1)))
+        assert len(replica.stream.under_way) == MAX_MESSAGES
+        await asyncio.sleep(0.2)
+        await replica.settle(0, NO)
+        assert len(replica.stream.waited) == MAX_MESSAGES + 1
+        assert replica.stream.waited[-1] >= 0.2
 
     asyncio.run(run())
 

@@ -55,12 +55,13 @@ def test_bundles_are_what_was_pushed(packets, most, most_bytes):
     while left:
         begin = ring.claim_position
         count, alone = expected(left, most, most_bytes)
-        body, handles, first, end, other = claim_bundle(ring, most, most_bytes)
+        body, handles, accepted_ns, first, end, other = claim_bundle(ring, most, most_bytes)
         assert (len(handles), bool(other), first) == (count, alone, begin)
         assert count == 1 or len(body) <= most_bytes
         found = decode(whole(body)) if count else []
         assert found == [ring_packet(ring, handle) for handle in handles]
         assert [packet.messages for packet in found] == list(range(seen, seen + count))
+        assert accepted_ns == (found[0].accepted_ns if count else 0)
         assert (end == ring.claim_position) == (not alone)
         if other:
             assert ring.packet(other).messages == seen + count

@@ -19,8 +19,9 @@ cdef inline uchar *put_number(uchar *out, uchar kind, uint64_t value, int size) 
 def claim_bundle(PacketRing ring, Py_ssize_t most, int64_t most_bytes):
     """Claim packets that may share a message: those without a key, for whose delivery nobody waits.
 
-    Return (MessagePack of their list, their handles, where they begin and end, the handle of one that was claimed behind
-    them and has to travel alone or 0); None if there are none. ``most``: packets; ``most_bytes``: of the list.
+    Return (MessagePack of their list, their handles, when the first was accepted (wall clock, ns), where they begin and
+    end, the handle of one that was claimed behind them and has to travel alone or 0); None if there are none. ``most``:
+    packets; ``most_bytes``: of the list.
     """
     cdef uint32_t[MAX_BUNDLE] handles
     cdef Py_ssize_t count = 0, at
@@ -59,7 +60,8 @@ def claim_bundle(PacketRing ring, Py_ssize_t most, int64_t most_bytes):
         out = put_number(out + entry.length, 0xcf, entry.emitter, 8)
         out = put_number(out, 0xce, entry.messages, 4)
         out = put_number(out, 0xcf, <uint64_t>(entry.accepted_ns + step), 8)
-    return payload[:out - <uchar *>PyBytes_AS_STRING(payload)], [handles[at] for at in range(count)], begin, end, handle
+    return (payload[:out - <uchar *>PyBytes_AS_STRING(payload)], [handles[at] for at in range(count)],
+            ring.entries[handles[0]].accepted_ns + step if count else 0, begin, end, handle)
 
 
 def done_all(PacketRing ring, list handles):

@@ -114,12 +114,16 @@ class Publisher:
         """How many messages wait until others have their outcome."""
         return len(self._waiting)
 
-    async def publish(self, message: bytes, message_id: str) -> Outcome:
+    async def publish(self, message: bytes, message_id: str, waited: float = 0.0) -> Outcome:
         """Store a message, once for each id within the stream's window; return what became of it.
 
-        That takes as long as the timeout at most. ``message_id``: printable ASCII.
+        That takes as long as the timeout at most, less what it has ``waited`` already (seconds). ``message_id``:
+        printable ASCII.
         """
-        entry = _Entry(next(self._numbers), message, message_id, now() + self.timeout)
+        entry = _Entry(next(self._numbers), message, message_id, now() + self.timeout - waited)
+        if waited >= self.timeout:
+            self._settle(entry, Outcome("no", reason="storage", detail=self._why(None)))
+            return entry.future.result()
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = background(self._sweep())
         if self._waiting or not self._has_room(entry):
@@ -148,7 +152,7 @@ class Publisher:
             return
         if entry.size > client.max_payload:
             detail = f"over the server's max_payload, {client.max_payload} B"
-            self._settle(entry, Outcome("no", reason="tooLarge", detail=detail))
+            self._give_up(entry, "tooLarge", detail)  # it may be stored: the server before took larger ones
             return
         if entry.sent:
             why = entry.reason or "unconfirmed"

@@ -48,13 +48,15 @@ log = logs.get()
 class _Message:
     """What was taken out of the ring to be a message: the packets with these ``handles``, from ``begin`` to ``end``.
 
+    ``accepted_ns``: when the first of them was (wall clock).
+
     ``alone``: the only one, which has a key, or whose emitter waits, or that is large.
     """
 
-    __slots__ = ("alone", "begin", "duplicate", "end", "handles", "is_keyed", "over")
+    __slots__ = ("accepted_ns", "alone", "begin", "duplicate", "end", "handles", "is_keyed", "over")
 
-    def __init__(self, begin: int, end: int, handles: list[int], alone: Packet | None = None) -> None:
-        self.begin, self.end, self.handles, self.alone = begin, end, handles, alone
+    def __init__(self, begin: int, end: int, handles: list[int], accepted_ns: int, alone: Packet | None = None) -> None:
+        self.begin, self.end, self.handles, self.accepted_ns, self.alone = begin, end, handles, accepted_ns, alone
         self.over = self.duplicate = self.is_keyed = False
 
 
@@ -114,11 +116,12 @@ class Outgoing:
             found = claim_bundle(ring, settings.bundle_packets, settings.bundle_bytes)
             if found is None:  # a large batch that is not whole yet
                 break
-            packets, handles, begin, behind, alone = found
+            packets, handles, accepted_ns, begin, behind, alone = found
             if handles:
-                self._send(_Message(begin, behind, handles), whole(packets), self.message_id())
+                self._send(_Message(begin, behind, handles, accepted_ns), whole(packets), self.message_id())
             if alone:
-                self._send_alone(_Message(behind, ring.claim_position, [alone], ring.packet(alone)))
+                packet = ring.packet(alone)
+                self._send_alone(_Message(behind, ring.claim_position, [alone], packet.accepted_ns, packet))
             if time.monotonic_ns() >= end:
                 self.schedule()
                 break
@@ -140,8 +143,9 @@ class Outgoing:
 
     async def _publish(self, message: _Message, data: bytes, message_id: str) -> None:
         began = time.monotonic_ns()
+        waited = max(0, time.time_ns() - message.accepted_ns) / 1e9  # in the ring
         try:
-            outcome = await self.publisher.publish(data, message_id)
+            outcome = await self.publisher.publish(data, message_id, waited)
         except Exception as error:  # whatever it is, emitters must be answered
             log.error("a message could not be published", exc_info=error)
             outcome = Outcome("unknown", reason="unconfirmed", detail="a fault in fastdist; its log has the traceback")

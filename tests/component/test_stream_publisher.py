@@ -1,0 +1,96 @@
+"""A publisher's three outcomes, with clients that a test plays."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import msgspec
+
+from fastdist.storage.jetstream.publisher import Publisher
+
+STORE_FAILED = {"stream": "S", "error": {"code": 503, "err_code": 10077, "description": "maximum bytes exceeded"}}
+
+
+class Client:
+    """A connection to a server; what was published can be replied to."""
+
+    def __init__(self, max_payload: int = 1000) -> None:
+        self.max_payload = max_payload
+        self.sent: list[str] = []  # where each message is to be replied to
+
+    def new_inbox(self) -> str:
+        return "_INBOX.x"
+
+    async def subscribe(self, _subject: str, *, cb, **_options) -> None:
+        self.replied = cb
+
+    async def publish(self, _subject: str, _message: bytes, reply: str, _headers: dict[str, str]) -> None:
+        self.sent.append(reply)
+
+    async def reply(self, number: int, answer: object) -> None:
+        data = msgspec.json.encode(answer)
+        await self.replied(SimpleNamespace(subject=self.sent[number], headers=None, data=data))
+
+
+def outcome_of(play, timeout: float = 5.0, waited: float = 0.0):
+    """Return what becomes of a message of 500 bytes; ``play(publisher, clients)`` is what happens to it."""
+
+    async def run():
+        connection = SimpleNamespace(add=lambda _part: None, unsent=0, last_error="", drop=lambda: None)
+        publisher = Publisher(connection, "S", "S.packets", timeout)
+        client = Client()
+        await publisher.connected(client)
+        publishing = asyncio.get_running_loop().create_task(publisher.publish(bytes(500), "id", waited))
+        await asyncio.sleep(0)
+        await play(publisher, client)
+        return await publishing
+
+    return asyncio.run(run())
+
+
+def test_too_large_at_the_next_server():
+    """The server before may have stored it."""
+
+    async def play(publisher, client):
+        assert len(client.sent) == 1
+        publisher.lost()
+        await publisher.connected(Client(max_payload=100))
+
+    assert outcome_of(play).stored == "unknown"
+
+
+def test_too_large_at_the_next_after_a_refusal():
+    async def play(publisher, client):
+        await client.reply(0, {"stream": "S", "error": {"code": 503, "err_code": 10008, "description": "busy"}})
+        publisher.lost()
+        await publisher.connected(Client(max_payload=100))
+
+    outcome = outcome_of(play)
+    assert (outcome.stored, outcome.reason) == ("no", "tooLarge")
+
+
+def test_what_has_waited_too_long_is_not_sent():
+    async def play(publisher, client):
+        await asyncio.sleep(0)
+        assert (client.sent, publisher.under_way, publisher.refusal) == ([], 0, "storage")
+
+    outcome = outcome_of(play, waited=5.0)
+    assert (outcome.stored, outcome.reason) == ("no", "storage")
+
+
+def test_time_that_was_waited_is_taken_off():
+    async def play(_publisher, client):
+        assert len(client.sent) == 1
+
+    assert outcome_of(play, timeout=3600.0, waited=3599.9).stored == "unknown"
+
+
+def test_full_stream_after_a_lost_reply():
+    async def play(publisher, client):
+        publisher.lost()
+        again = Client()
+        await publisher.connected(again)
+        await again.reply(0, STORE_FAILED)
+
+    assert outcome_of(play).stored == "unknown"
