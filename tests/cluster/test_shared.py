@@ -52,6 +52,17 @@ async def test_dead_letters_are_seen_by_all(one, name):
 
 
 @in_loop
+async def test_dead_letter_larger_than_a_message(one, name):
+    """As a string in JSON a packet takes more than it did when it was accepted; that is compressed."""
+    async with dead_letters(one.settings(name)) as (_, dead):
+        body = json.dumps({"message": "\\" * (dead.connection.max_payload // 2 - 1000)}).encode()
+        line = as_line(Packet(1, "p", body, 1, 10**18, 2, 0, 0), "refused", "A1", 422, None)
+        assert len(body) < dead.connection.max_payload < len(line)
+        assert (await dead.put(line, 1)).stored == "yes"
+        assert await lines(dead) == [(1, line)]
+
+
+@in_loop
 async def test_a_dead_letter_is_that_of_the_files(one, name, tmp_path):
     packet = Packet(1, "id-1", b'{"a": "\xc3\xbc"}', 3, 10**18, 2, 0, 0)
     async with dead_letters(one.settings(name)) as (_, dead):

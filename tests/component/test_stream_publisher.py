@@ -60,7 +60,7 @@ def test_too_large_at_the_next_server():
     assert outcome_of(play).stored == "unknown"
 
 
-def test_too_large_at_the_next_after_a_refusal():
+def test_too_large_after_a_refusal():
     async def play(publisher, client):
         await client.reply(0, {"stream": "S", "error": {"code": 503, "err_code": 10008, "description": "busy"}})
         publisher.lost()
@@ -70,7 +70,7 @@ def test_too_large_at_the_next_after_a_refusal():
     assert (outcome.stored, outcome.reason) == ("no", "tooLarge")
 
 
-def test_what_has_waited_too_long_is_not_sent():
+def test_what_waited_too_long_is_not_sent():
     async def play(publisher, client):
         await asyncio.sleep(0)
         assert (client.sent, publisher.under_way, publisher.refusal) == ([], 0, "storage")
@@ -87,7 +87,7 @@ def test_time_that_was_waited_is_taken_off():
 
 
 def test_full_stream_after_a_lost_reply():
-    async def play(publisher, client):
+    async def play(publisher, _client):
         publisher.lost()
         again = Client()
         await publisher.connected(again)

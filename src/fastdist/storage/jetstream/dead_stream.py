@@ -2,12 +2,15 @@
 
 A packet's message is acknowledged only after its dead letter is stored. The id of that is made of the packet's place in
 the stream, so one that was stored when its worker was killed is not stored twice within the window. A dead letter is
-the same line of JSON as in the files (``storage.dead_letters.as_line``).
+the same line of JSON as in the files (``storage.dead_letters.as_line``); where that is larger than a message may be
+(its packet need not have been: as a string it takes more), it is compressed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gzip
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from fastdist.storage.jetstream.connection import Connection
+
+
+COMPRESSED = b"\x1f\x8b"  # how gzip's data begin; a line begins with a brace
+HEADERS = 256  # bytes of a message besides the line, at most
 
 
 class StoredLetter(msgspec.Struct, frozen=True):
@@ -42,6 +49,8 @@ class DeadStream:
 
     async def put(self, line: bytes, sequence: int, index: int = 0) -> Outcome:
         """Store the dead letter of packet ``index`` of message ``sequence``; only after a *yes* may that be settled."""
+        if len(line) + HEADERS > (self.connection.max_payload or len(line) + HEADERS):
+            line = await asyncio.to_thread(gzip.compress, line, 1, mtime=0)
         return await self._publisher.publish(line, f"dead/{sequence}" if not index else f"dead/{sequence}.{index}")
 
     async def read(self, first: int = 1) -> AsyncIterator[StoredLetter]:
@@ -60,7 +69,10 @@ class DeadStream:
                 return None
             raise
         message = answer["message"]
-        return StoredLetter(message["seq"], base64.b64decode(message.get("data", "")), _time(message.get("time", "")))
+        line = base64.b64decode(message.get("data", ""))
+        if line.startswith(COMPRESSED):
+            line = await asyncio.to_thread(gzip.decompress, line)
+        return StoredLetter(message["seq"], line, _time(message.get("time", "")))
 
     async def last(self) -> int:
         """Return the sequence of the last dead letter there ever was. Raises UnavailableError."""

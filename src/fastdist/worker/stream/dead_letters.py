@@ -1,7 +1,7 @@
 """Dead letters of a worker whose queue is a stream: each is stored in a stream of its own, then its packet is done.
 
-What cannot be stored stays queued, and is tried again every RETRY_SECONDS. The same calls as those of
-``storage.dead_letter_writer.DeadLetterWriter``.
+What cannot be stored stays queued, and is tried again every RETRY_SECONDS; what is too large for a message, seldom, and
+by itself. At the end others get its packet. The same calls as those of ``storage.dead_letter_writer.DeadLetterWriter``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastdist.storage.jetstream.dead_stream import DeadStream
 
 RETRY_SECONDS = 1.0
+TOO_LARGE_SECONDS = 60.0  # until one that is too large is tried again: the servers' limit may have been raised
 MAX_UNDER_WAY = 256
 
 log = logs.get()
@@ -47,13 +48,14 @@ class DeadLetterPublisher:
         self.syncing = False
         self._place = place
         self._waiting: deque[PendingDeadLetter] = deque()
+        self._too_large: deque[tuple[int, PendingDeadLetter]] = deque()  # when to try each again (monotonic ns)
         self._under_way = 0
         self._retry_at = 0  # monotonic ns
 
     @property
     def undone(self) -> int:
         """Dead letters that are not stored yet."""
-        return len(self._waiting) + self._under_way
+        return len(self._waiting) + len(self._too_large) + self._under_way
 
     def add(self, *dead_letters: PendingDeadLetter) -> None:
         """Make dead letters of claimed packets."""
@@ -62,8 +64,20 @@ class DeadLetterPublisher:
 
     def tick(self, now_ns: int) -> None:
         """Store what waits, or could not be stored."""
+        while self._too_large and now_ns >= self._too_large[0][0]:
+            self._waiting.append(self._too_large.popleft()[1])
         if now_ns >= self._retry_at:
             self._go_on()
+
+    def give_back(self) -> None:
+        """Let go the packets of those that cannot be stored now: they go back to the ring."""
+        unstored = [dead_letter for _, dead_letter in self._too_large]
+        self._too_large.clear()
+        if self.failed:
+            unstored += self._waiting
+            self._waiting.clear()
+        for dead_letter in unstored:
+            dead_letter.ring.release(dead_letter.handle)
 
     def look(self, _now_ns: int) -> None:
         """There are no files."""
@@ -88,11 +102,12 @@ class DeadLetterPublisher:
 
     async def _store(self, dead_letter: PendingDeadLetter) -> None:
         ring, handle, reason, analyzer, status, error, response = dead_letter
-        why = ""
+        why, too_large = "", False
         try:
             line = as_line(ring.packet(handle), reason, analyzer, status, error, response)
             outcome = await self.stream.put(line, *self._place(ring.sequence(handle)))
             why = "" if outcome.stored == "yes" else outcome.detail or outcome.reason
+            too_large = outcome.reason == "tooLarge"
         except DamagedError:
             ring.discard(handle)
             return
@@ -100,6 +115,10 @@ class DeadLetterPublisher:
             why = str(problem) or type(problem).__name__
         finally:
             self._under_way -= 1
+        if too_large:
+            self._too_large.append((time.monotonic_ns() + int(TOO_LARGE_SECONDS * 1e9), dead_letter))
+            log.error("cannot store a dead letter; its packet stays queued", id=ring.packet(handle).id, error=why)
+            return
         if why:
             self._waiting.appendleft(dead_letter)
             self._retry_at = time.monotonic_ns() + int(RETRY_SECONDS * 1e9)

@@ -211,6 +211,7 @@ class StreamQueue:
     def begin_to_end(self) -> None:
         """Claim nothing more, and give back what was not sent; to be called again as long as packets come back."""
         self.claims.ending = True
+        self.dead_letters.give_back()
         self.claims.take_back()
 
     async def end(self, deadline: float) -> None:
