@@ -6,11 +6,12 @@ import asyncio
 import itertools
 
 import pytest
-from harness import ask, compare, contents, in_loop, prepared, repeated, service, until
+from harness import ask, compare, contents, figures_until, in_loop, prepared, repeated, service, until
 from nats_servers import MAX_PAYLOAD, Servers
 from proxy import Proxy
 
 from fastdist.storage.jetstream import publisher
+from fastdist.storage.jetstream.figures import Watcher
 from fastdist.storage.jetstream.publisher import Outcome
 
 
@@ -160,6 +161,26 @@ async def test_full_stream_refuses_and_keeps_all(one, name):
         made.consumer.acknowledge(made.claims[0])
         await until(lambda: not made.consumer.unconfirmed, "a confirmation")
         assert (await made.publish("again", bytes(50_000))).stored == "yes"
+
+
+@in_loop
+async def test_room_is_known_to_the_byte(servers, name):
+    """So that /ready and POST agree on whether there is room for what was refused."""
+    settings = servers.settings(name, max_bytes=1 << 20)
+    async with service(settings) as made:
+        watcher = Watcher(made.connection)
+        number = itertools.count()
+        while (await made.publish(f"m{next(number)}", bytes(10_000))).stored == "yes":
+            pass
+        full = await figures_until(watcher, lambda it: it.capacity - it.bytes < made.publisher.refused_bytes)
+        free = full.capacity - full.bytes
+        spare = (
+            made.publisher.refused_bytes - 10_000 - len(f"m{next(number)}") + 1
+        )  # what a message takes beside its data
+        assert (await made.publish("x", bytes(free - spare + 1))).reason == "queueFull"
+        assert made.publisher.refused_bytes == free + 1
+        assert (await made.publish("y", bytes(free - spare))).stored == "yes"
+        await figures_until(watcher, lambda it: it.capacity == it.bytes)
 
 
 @in_loop

@@ -35,6 +35,7 @@ ACK_TIMEOUT = 1.0  # seconds; acknowledgements do get lost
 FIRST_PAUSE, LAST_PAUSE = 0.05, 0.8  # seconds before a message that was refused is sent again, doubling
 SWEEP = 0.05  # seconds between looks at what is due
 HEADERS_BYTES = len(b"NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
+RECORD_BYTES = 34  # that a message takes in the servers' files besides subject, headers and data (filestore.go)
 
 Stored = Literal["yes", "no", "unknown"]
 Reason = Literal["", "queueFull", "storage", "unconfirmed", "tooLarge"]
@@ -92,7 +93,7 @@ class Publisher:
         self.retries: dict[str, int] = {}  # {why: how often a message was sent again}
         self.refusal: Reason = ""  # why the last message was not stored, if it was not
         self.refused_at = 0.0  # when that was (time.monotonic())
-        self.refused_bytes = 0  # of that message
+        self.refused_bytes = 0  # that the message would have taken in the stream
         self.stored_at = 0.0  # when the last one was stored
         self._numbers = itertools.count()
         self._under_way: dict[str, _Entry] = {}
@@ -235,7 +236,8 @@ class Publisher:
         if outcome.reason != "tooLarge":  # which says nothing of the stream
             self.refusal = outcome.reason
             if outcome.reason:
-                self.refused_at, self.refused_bytes = now(), entry.size
+                self.refused_at = now()
+                self.refused_bytes = entry.size + len(self.subject) + RECORD_BYTES
             else:
                 self.stored_at = now()
         if not entry.future.done():
