@@ -19,7 +19,7 @@ import msgspec
 from fastdist import logs
 from fastdist.errors import StartError
 from fastdist.storage.jetstream.api import ApiError, UnavailableError
-from fastdist.storage.jetstream.connection import Connection, background
+from fastdist.storage.jetstream.connection import Connection, forever
 from fastdist.storage.jetstream.figures import Watcher
 from fastdist.storage.jetstream.state import ConflictError, StateBucket
 from fastdist.storage.jetstream.streams import prepare
@@ -68,7 +68,7 @@ class SharedStream:
         else:
             self._fault = self.connection.last_error or "no server can be used"
             self._publish(self._watcher.latest)
-        self._tasks = [background(self._run()), background(self._watcher.run(self._publish))]
+        self._tasks = [forever(self._run), forever(lambda: self._watcher.run(self._publish))]
 
     def _compare_max_payload(self) -> None:
         largest, wanted = self.connection.max_payload, self._changes.config.server.max_body

@@ -29,7 +29,7 @@ from fastdist.storage.jetstream import login
 from fastdist.storage.jetstream.transport import DroppableTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from fastdist.settings import Jetstream
 
@@ -38,6 +38,7 @@ ATTEMPT_TIMEOUT = 3.0  # seconds for all of them
 PING_INTERVAL = 1  # seconds
 PINGS = 2  # unanswered; with one more due the server is left
 PAUSE = 0.25  # seconds between two rounds of all servers
+AFTER_FAILURE = 1.0  # seconds
 WARNING_EVERY = 10.0  # seconds
 FLUSH_TIMEOUT = 1.0  # seconds, at the end
 
@@ -183,6 +184,9 @@ class Connection:
                 await part.connected(client)
         except (NatsError, OSError):  # it has ended meanwhile
             self._ended.set()
+        except Exception as error:  # whatever it is, another client may do
+            log.error("jetstream: a connection cannot be used; reconnecting", exc_info=error)
+            self._ended.set()
         else:
             self._up.set()
 
@@ -286,8 +290,24 @@ class Connection:
             )
 
 
+def forever(work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    """Run ``work()`` in a task, and again after a failure, which is logged; until it ends by itself or is cancelled."""
+
+    async def run() -> None:
+        while True:
+            try:
+                await work()
+            except Exception as error:  # whatever it is, nothing else would do the work
+                log.error("jetstream: a task has failed and begins again", exc_info=error)
+                await asyncio.sleep(AFTER_FAILURE)
+            else:
+                return
+
+    return asyncio.get_running_loop().create_task(run())
+
+
 def background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Run what should never end by itself in a task; if it fails, that is logged."""
+    """Run something in a task; if it fails, that is logged."""
 
     def done(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from nats.errors import Error as NatsError
 
-from fastdist.storage.jetstream.connection import background, now
+from fastdist.storage.jetstream.connection import forever, now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -130,7 +130,7 @@ class Consumer:
 
     def start(self) -> None:
         """Begin to claim."""
-        self._tasks = [background(self._run()), background(self._renew())]
+        self._tasks = [forever(self._run), forever(self._renew)]
 
     def wake(self) -> None:
         """Look at once whether there is room."""

@@ -21,7 +21,7 @@ import msgspec
 from nats.errors import Error as NatsError
 
 from fastdist.storage.jetstream import api
-from fastdist.storage.jetstream.connection import background, now
+from fastdist.storage.jetstream.connection import forever, now
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -126,7 +126,7 @@ class Publisher:
             self._settle(entry, Outcome("no", reason="storage", detail=self._why(None)))
             return entry.future.result()
         if self._sweeper is None or self._sweeper.done():
-            self._sweeper = background(self._sweep())
+            self._sweeper = forever(self._sweep)
         if self._waiting or not self._has_room(entry):
             self._waiting.append(entry)
         else:

@@ -1,0 +1,118 @@
+"""What goes on all the time beside a stream, after a fault in it: nothing else would do it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from fastdist.settings import Jetstream
+from fastdist.storage.jetstream import connection as connections
+from fastdist.storage.jetstream.connection import Connection, forever
+from fastdist.storage.jetstream.consumer import Consumer
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(connections, "AFTER_FAILURE", 0.01)
+
+
+class Client:
+    """A client whose subscriptions and messages are noted."""
+
+    def __init__(self) -> None:
+        self.max_payload, self.is_closed, self.discovered_servers = 1 << 20, False, []
+        self.sent: list[tuple[str, bytes]] = []
+
+    def new_inbox(self) -> str:
+        return "_INBOX.x"
+
+    async def subscribe(self, _subject: str, *, cb, **_options) -> None:
+        self.received = cb
+
+    async def publish(self, subject: str, data: bytes, _reply: str) -> None:
+        self.sent.append((subject, data))
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  (any condition)
+            await asyncio.sleep(0.01)
+
+
+def test_task_begins_again_until_it_ends():
+    runs = []
+
+    async def work():
+        runs.append(1)
+        if len(runs) < 3:
+            raise KeyError("a fault")
+
+    asyncio.run(asyncio.wait_for(forever_of(work), 20))
+    assert len(runs) == 3
+
+
+async def forever_of(work):
+    await forever(work)
+
+
+def test_consumer_claims_and_renews_after_faults():
+    """One in what says how much room there is, and one in what is told of a claim that is void."""
+
+    async def run():
+        faults = []
+
+        def room():
+            if len(faults) < 2:
+                faults.append("room")
+                raise KeyError("a fault")
+            return 5
+
+        def void(_claim):
+            faults.append("void")
+            raise KeyError("a fault")
+
+        settings = Jetstream(ack_wait=0.3)
+        consumer = Consumer(SimpleNamespace(add=lambda _part: None), settings, lambda *_: None, room, void)
+        client = Client()
+        await consumer.connected(client)
+        consumer.start()
+        await until(lambda: any(".MSG.NEXT." in subject for subject, _ in client.sent))
+        for sequence in (1, 2):
+            reply = f"$JS.ACK.FASTDIST.fastdist.1.{sequence}.{sequence}.0.0"
+            await client.received(SimpleNamespace(subject=settings.subject, reply=reply, data=b"", headers=None))
+        await until(lambda: faults.count("void") == 2 and consumer.held == 0)  # no renewal was confirmed
+        assert any(data == b"+WPI" for _, data in client.sent)
+
+    asyncio.run(run())
+
+
+def test_connection_is_replaced_after_a_fault(monkeypatch):
+    """In a part of it, while that is told of a new client."""
+
+    async def run():
+        it = Connection(Jetstream(), "test", is_quiet=True)
+        clients: list[Client] = []
+
+        async def try_all():
+            clients.append(Client())
+            it.client, it._ended = clients[-1], asyncio.Event()
+            return []
+
+        async def connected(client):
+            if client is clients[0]:
+                raise KeyError("a fault")
+
+        monkeypatch.setattr(it, "_try_all", try_all)
+        it.add(SimpleNamespace(connected=connected, lost=lambda: None))
+        it.keep()
+        await asyncio.wait_for(it.wait(), 20)
+        assert clients[0].is_closed
+        assert it.client is clients[1]
+        it._task.cancel()
+
+    asyncio.run(run())
