@@ -79,6 +79,7 @@ class Worker:
         self.fsync = config.queue.durability == "fsync"
         self.poller = Poller(loop)
         self.stream: StreamQueue | None = None
+        self.bounds: Bounds | None = None  # of dead letters in files
         self.queue = self._open_queue()
         syncer, stream = self.queue.syncer, self.stream
         self.dispatcher = Dispatcher(
@@ -154,7 +155,8 @@ class Worker:
         self.limiter.configure(limits.rate, limits.burst, limits.client_rate, limits.client_burst)
         self.emitters.configure(security.tokens, security.cors_origins)
         self.views.configure(security, self.tls)
-        self.bounds.use(self.config.dead_letters)
+        if self.bounds is not None:
+            self.bounds.use(self.config.dead_letters)
 
     def _reload(self) -> None:
         """Apply the settings as they are now: all of them or, after reporting that to the supervisor, none."""
