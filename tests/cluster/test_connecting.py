@@ -140,6 +140,7 @@ async def test_wrong_login_ends_a_start(guarded_by, given, name, capfd):
     text = str(caught.value)
     assert text.startswith(f"jetstream: {servers.all[0].url}: authorization: the server has refused the login: ")
     assert "\n" not in text
+    assert ("no login is configured" in text) == (not given)
     output = capfd.readouterr()
     assert "wrong-secret" not in text + output.out + output.err
 

@@ -158,6 +158,15 @@ def test_unreadable_message_is_given_back():
     assert (it.given_back, it.counters.get("corrupt"), it.claims.undone) == ([9], 1, 0)
 
 
+def test_unreadable_messages_make_few_lines(capfd):
+    """They may be all those of a later version."""
+    it = Replica()
+    for sequence in range(100):
+        it.claims.take(Claim(sequence, 1, "reply", 0.0), b"FDM\x09" + bytes(20))
+    assert it.counters.get("corrupt") == 100
+    assert capfd.readouterr().out.count("cannot be read") == 1
+
+
 def test_what_is_too_large_is_given_back():
     it = Replica(capacity=1 << 16)
     it.take(1, "large", size=60_000)

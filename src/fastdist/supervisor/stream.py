@@ -19,7 +19,7 @@ import msgspec
 from fastdist import logs
 from fastdist.errors import StartError
 from fastdist.storage.jetstream.api import ApiError, UnavailableError
-from fastdist.storage.jetstream.connection import Connection, forever
+from fastdist.storage.jetstream.connection import WARNING_EVERY, Connection, forever
 from fastdist.storage.jetstream.figures import Watcher
 from fastdist.storage.jetstream.state import ConflictError, StateBucket
 from fastdist.storage.jetstream.streams import prepare
@@ -53,6 +53,7 @@ class SharedStream:
         self._fault = ""  # why the streams cannot be used, or are not there yet
         self._lost_at = 0.0  # time.monotonic(), 0: the stream can store
         self._said = False  # that it cannot
+        self._throttle = logs.Throttle(WARNING_EVERY)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -92,8 +93,10 @@ class SharedStream:
         try:
             await prepare(self.connection)
         except (UnavailableError, ApiError) as error:
-            self._fault = f"the streams cannot be had yet: {error}"
-            log.warning("jetstream: the streams cannot be had yet; packets are answered 503", error=str(error))
+            self._fault = f"the streams cannot be used yet: {error}"
+            if self._throttle.allow():
+                what = "jetstream: the streams cannot be used yet; packets are answered 503"
+                log.warning(what, server=self.connection.server, error=str(error))
         else:
             self._fault = ""
 

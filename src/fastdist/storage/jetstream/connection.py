@@ -270,7 +270,10 @@ class Connection:
         except Exception as error:  # nats-py and nkeys raise all kinds; each is a reason in a line
             transport.close()
             cause = next((each for each in reversed(errors) if not isinstance(each, NatsError)), None)
-            raise _refusal(url, cause if cause is not None and _is_vague(error) else error) from error
+            refusal = _refusal(url, cause if cause is not None and _is_vague(error) else error)
+            if refusal.kind == "authorization" and not login.options(self.settings):
+                refusal.args = (f"{refusal}; no login is configured: see jetstream.user, token, credentials and nkey",)
+            raise refusal from error
         except asyncio.CancelledError:
             transport.close()
             raise

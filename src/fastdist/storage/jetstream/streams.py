@@ -163,7 +163,10 @@ def _not_made(error: ApiError, what: str, where: str) -> Exception:
     """Return what it means that something could not be made."""
     # Too few servers: one that is missing may come.
     if "no suitable peers" in str(error) or "insufficient" in str(error):
-        return UnavailableError(f"{what} cannot be made: {error}")
+        hint = ""
+        if "storage" in str(error):
+            hint = "; each server with a copy needs room for jetstream.max_bytes twice: packets and dead letters"
+        return UnavailableError(f"{what} cannot be made: {error}{hint}")
     hint = "; for one server there is jetstream.replicas = 1" if "non-clustered" in str(error) else ""
     return StartError(f"{where}: {what} cannot be made: {error}{hint}")
 

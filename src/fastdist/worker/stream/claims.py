@@ -120,7 +120,7 @@ class Claims:
             packets = decode(data)
         except UnreadableError as error:
             self.counters.add("corrupt")
-            if self._log_limit.allow(claim.sequence):
+            if self._log_limit.allow("unreadable"):
                 log.error("a message of the stream cannot be read; given back", sequence=claim.sequence, why=str(error))
             self._consumer.give_back(claim, LATER)
             return
@@ -172,7 +172,9 @@ class Claims:
             )
         except ValueError as error:  # another replica takes larger ones
             self.counters.add("corrupt")
-            log.error("a packet of the stream is too large for this service; given back", id=packet.id, why=str(error))
+            if self._log_limit.allow("large"):
+                what = "a packet of the stream is too large for this service; given back"
+                log.error(what, id=packet.id, why=str(error))
             held.dropped = True
             self._consumer.give_back(held.claim, LATER)
             return True

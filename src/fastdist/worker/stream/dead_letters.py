@@ -49,6 +49,7 @@ class DeadLetterPublisher:
         self._place = place
         self._waiting: deque[PendingDeadLetter] = deque()
         self._too_large: deque[tuple[int, PendingDeadLetter]] = deque()  # when to try each again (monotonic ns)
+        self._log_limit = logs.Throttle(TOO_LARGE_SECONDS)
         self._under_way = 0
         self._retry_at = 0  # monotonic ns
 
@@ -117,7 +118,8 @@ class DeadLetterPublisher:
             self._under_way -= 1
         if too_large:
             self._too_large.append((time.monotonic_ns() + int(TOO_LARGE_SECONDS * 1e9), dead_letter))
-            log.error("cannot store a dead letter; its packet stays queued", id=ring.packet(handle).id, error=why)
+            if self._log_limit.allow():
+                log.error("cannot store a dead letter; its packet stays queued", id=ring.packet(handle).id, error=why)
             return
         if why:
             self._waiting.appendleft(dead_letter)
