@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+GONE = "gone"
+
 
 class StreamFigures(Struct, frozen=True, kw_only=True):
     """The stream as it is. Counts are of messages, which may be bundles of packets.
@@ -11,7 +13,8 @@ class StreamFigures(Struct, frozen=True, kw_only=True):
     ``at``: time.monotonic() of the last answer, 0 if there was none. ``stored``: the last sequence, so all messages
     there ever were. ``queued``: claimed by no replica. ``in_flight``: claimed by some. ``settled``: gone from the
     stream since it was made. ``settled_per_second``: over the last seconds. ``oldest``: when the oldest message was
-    stored (Unix time), or 0. ``replicas_current``: copies that have all of it, 0 without a leader.
+    stored (Unix time), or 0. ``replicas_current``: copies that have all of it, 0 without a leader. ``created``: when
+    the stream was made, as the servers say it; GONE: it was deleted.
     """
 
     at: float = 0.0
@@ -30,6 +33,7 @@ class StreamFigures(Struct, frozen=True, kw_only=True):
     settled: int = 0
     settled_per_second: float = 0.0
     oldest: float = 0.0
+    created: str = ""
     dead_letters: int = 0
     replicas_current: int = 0
     replicas_total: int = 0

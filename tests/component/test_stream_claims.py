@@ -297,6 +297,21 @@ def test_room_is_used_without_traffic():
     assert (it.delivered, it.acknowledged) == (["b"], [2])
 
 
+def test_packets_of_a_stream_that_is_gone():
+    """They are sent from here, or stored in that which there is now; not given back to what does not exist."""
+
+    async def run():
+        it = Replica()
+        claim = it.take(1, "a", "b")
+        claim.era.over = True
+        it.claims.take_back()
+        await asyncio.sleep(0.01)
+        assert ([[packet.id for packet in packets] for packets in it.stored], it.given_back) == ([["a", "b"]], [])
+        assert it.claims.undone == 0
+
+    asyncio.run(run())
+
+
 def test_void_claim_is_let_go():
     it = Replica()
     claim = it.take(1, "a", "b")

@@ -8,6 +8,8 @@ A claim is a message that the stream has handed out to us and to no other, for `
 - Acknowledgements are repeated until the stream has confirmed them: over lost replies, leaders and connections.
 - A message that comes again while it is held, or after it was settled, is not handed out again.
 - Giving back is not repeated once it may have arrived: the message may be another's claim by then.
+- Messages are known by their sequence and by when they were stored: a stream that was deleted and made again has the
+  same sequences once more. Of claims of the old one nothing is said any more (``start_over``).
 """
 
 from __future__ import annotations
@@ -57,13 +59,36 @@ class State(enum.Enum):
     SETTLED = "settled"
 
 
+class Era:
+    """The time of one stream; ``over``: it is gone."""
+
+    __slots__ = ("over",)
+
+    def __init__(self) -> None:
+        self.over = False
+
+
 class Claim:
     """A message that is ours for now. ``deliveries``: how often the stream has handed it out, this time included."""
 
-    __slots__ = ("confirmed_at", "deliveries", "due", "reply", "sent_at", "sequence", "state", "token", "word")
+    __slots__ = (
+        "confirmed_at",
+        "deliveries",
+        "due",
+        "era",
+        "reply",
+        "sent_at",
+        "sequence",
+        "state",
+        "stored_ns",
+        "token",
+        "word",
+    )
 
     def __init__(self, sequence: int, deliveries: int, reply: str, confirmed_at: float) -> None:
         self.sequence, self.deliveries, self.reply = sequence, deliveries, reply
+        self.stored_ns = 0  # when the message was stored, Unix time
+        self.era = Era()
         self.confirmed_at = confirmed_at  # the latest moment since which it surely was ours
         self.sent_at = 0.0  # the last word about it
         self.due = 0.0  # when to send that again
@@ -71,14 +96,22 @@ class Claim:
         self.word = b""
         self.state = State.HELD
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether its stream is gone."""
+        return self.era.over
 
-def position(reply: str) -> tuple[int, int]:
-    """Return how often a message was handed out, and its sequence, from its reply subject. Raises ValueError."""
+
+def position(reply: str) -> tuple[int, int, int]:
+    """Return how often a message was handed out, its sequence, and when it was stored (Unix time, ns).
+
+    From its reply subject. Raises ValueError.
+    """
     tokens = reply.split(".")
     at = 4 if len(tokens) == _V1_TOKENS else 6  # behind domain and account there
     if tokens[:2] != ["$JS", "ACK"] or len(tokens) < at + 5:
         raise ValueError(f"not a message of a stream: {reply!r:.100}")
-    return int(tokens[at]), int(tokens[at + 1])
+    return int(tokens[at]), int(tokens[at + 1]), int(tokens[at + 3])
 
 
 class Consumer:
@@ -103,7 +136,8 @@ class Consumer:
         self._held: dict[int, Claim] = {}
         self._leaving: dict[int, Claim] = {}  # acknowledged or given back, not confirmed
         self._to_send: list[Claim] = []
-        self._settled: OrderedDict[int, None] = OrderedDict()
+        self._era = Era()
+        self._settled: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._asked = 0  # messages that may still come
         self._lost_at = 0.0  # when they will not any more
         self._not_before = 0.0  # the next request
@@ -147,13 +181,24 @@ class Consumer:
             self._leave(claim, State.GIVEN_BACK, word)
 
     def _leave(self, claim: Claim, state: State, word: bytes) -> None:
-        if claim.state in {State.SETTLED, State.ACKNOWLEDGED}:
+        if claim.state in {State.SETTLED, State.ACKNOWLEDGED} or claim.is_stale:
             return
         if self._held.get(claim.sequence) is claim:
             del self._held[claim.sequence]
         claim.state, claim.word = state, word
         self._leaving[claim.sequence] = claim
         self._send_soon(claim)
+
+    def start_over(self) -> None:
+        """Say nothing more about what was claimed so far: the stream is gone, and another may have its sequences.
+
+        What is held may still be delivered. The callers ask ``Claim.is_stale`` before they count on its message.
+        """
+        self._era.over, self._era = True, Era()
+        self._held.clear()
+        self._leaving.clear()
+        self._to_send.clear()
+        self._idle.set()
 
     def _send_soon(self, claim: Claim) -> None:
         claim.due = now() + CONFIRM_TIMEOUT
@@ -277,11 +322,14 @@ class Consumer:
 
     def _claim(self, message: Msg) -> None:
         try:
-            deliveries, sequence = position(message.reply)
+            deliveries, sequence, stored_ns = position(message.reply)
         except ValueError:
             return  # published past the stream
         self._no_more(1)
         known = self._held.get(sequence) or self._leaving.get(sequence)
+        if known is not None and known.stored_ns != stored_ns:
+            self.start_over()
+            known = None
         if known is not None and known.state is not State.GIVEN_BACK:
             self.redelivered += 1
             known.reply, known.deliveries, known.confirmed_at = message.reply, deliveries, now()
@@ -289,7 +337,8 @@ class Consumer:
                 self._send_soon(known)
             return
         claim = Claim(sequence, deliveries, message.reply, now())
-        if sequence in self._settled:
+        claim.stored_ns, claim.era = stored_ns, self._era
+        if (sequence, stored_ns) in self._settled:
             self.redelivered += 1
             self._leave(claim, State.ACKNOWLEDGED, ACK)
             return
@@ -309,7 +358,7 @@ class Consumer:
         if self._leaving.get(claim.sequence) is claim:
             del self._leaving[claim.sequence]
         if claim.state is State.ACKNOWLEDGED:
-            self._settled[claim.sequence] = None
+            self._settled[claim.sequence, claim.stored_ns] = None
             if len(self._settled) > REMEMBERED:
                 self._settled.popitem(last=False)
         claim.state = State.SETTLED

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastdist.storage.jetstream.api import ApiError, UnavailableError, request
+from fastdist.storage.jetstream.api import STREAM_NOT_FOUND, ApiError, UnavailableError, request
 from fastdist.storage.jetstream.connection import now
 from fastdist.storage.jetstream.consumer import NAME
-from fastdist.stream import StreamFigures
+from fastdist.stream import GONE, StreamFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,8 +71,10 @@ class Watcher:
         self._dead = self._dead if isinstance(dead, Exception) else dead["state"]["messages"]
         fault = stream if isinstance(stream, Exception) else self._consumer
         if isinstance(stream, Exception) or isinstance(fault, Exception):
+            gone = isinstance(stream, ApiError) and stream.code == STREAM_NOT_FOUND
             self.latest = msgspec.structs.replace(
                 self.latest,
+                created=GONE if gone else self.latest.created,
                 connected=client is not None,
                 server=connection.server,
                 has_leader=False,
@@ -116,6 +118,7 @@ def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str,
         wanted=consumer.get("num_waiting", 0),
         redelivered=consumer.get("num_redelivered", 0),
         settled=stored - messages,
+        created=stream.get("created", ""),
         oldest=_unix_time(state.get("first_ts", "")) if messages else 0.0,
         dead_letters=dead_letters,
         replicas_current=current,

@@ -255,6 +255,7 @@ class Claims:
 
     def _let_go(self, held: Held, handles: list[int]) -> None:
         whole = len(handles) + len(held.waiting) == held.packets  # never again, once a part was delivered or stored
+        whole = whole and not held.claim.is_stale  # its stream is gone: there is nothing to give back to
         rest = [] if whole or held.claim.state is not State.HELD else self._rest_of(held, handles)
         for handle in handles:
             sequence = self.ring.sequence(handle)

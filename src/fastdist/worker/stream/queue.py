@@ -19,6 +19,7 @@ from fastdist.storage.jetstream.connection import Connection, background
 from fastdist.storage.jetstream.consumer import Consumer
 from fastdist.storage.jetstream.dead_stream import DeadStream
 from fastdist.storage.jetstream.publisher import Publisher
+from fastdist.stream import GONE
 from fastdist.worker.reconcile import reset_gauges
 from fastdist.worker.stream.claims import Claims
 from fastdist.worker.stream.dead_letters import DeadLetterPublisher
@@ -70,6 +71,7 @@ class StreamQueue:
         self._dispatcher: Dispatcher
         self._missing_since = -PATIENCE  # a server or a leader; 0: all is there
         self._pickable_at = time.monotonic()
+        self._created = ""  # when the stream was, as far as it is known
         self._reconnects = 0  # counted so far
 
     def dead_letter_writer(self, gone: Callable[[PacketRing, int], None]) -> DeadLetterPublisher:
@@ -134,7 +136,12 @@ class StreamQueue:
         """There are no old rings."""
 
     def look(self) -> None:
-        """There are no files."""
+        """See whether the stream is still the one that messages were claimed from."""
+        created = self.block.stream.created
+        if created and created != self._created:
+            if self._created not in {"", GONE}:  # what was claimed since it was gone is the new one's
+                self.consumer.start_over()
+            self._created = created
 
     def close(self) -> None:
         """Nothing is to be written."""
