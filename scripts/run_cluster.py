@@ -260,6 +260,7 @@ class Cluster:
         pids = {child.name: child.process.pid for child in self.children}
         rows = "\n".join(f"  {name:<12} process group {pid:<8} {self.folder / name}" for name, pid in pids.items())
         first = self.replicas[0]
+        ports = "" if self.ports == Ports() else f" --ports {_numbers(self.ports)}"
         return f"""
 Replicas http://127.0.0.1:{self.ports.replicas[0]} and {self.ports.replicas[1]}; send to {url}
 
@@ -269,10 +270,11 @@ See a replica die, and nothing be lost. In another terminal, from this folder:
 
   seq 50000 | {_short(BIN / "fastdist")} send - --batch 1 --url {url} &
   kill -9 -- -{first.process.pid} && rm -r {first.folder}        # a replica with its disk, while that runs
-  {_short(Path(sys.executable))} scripts/run_cluster.py --count       # once it has sent all: 50,000, some perhaps twice
+  {_short(Path(sys.executable))} scripts/run_cluster.py --count{ports}
 
-What it had claimed comes to the other replica after jetstream.ack_wait, 10 s here. A NATS server may go as well
-(kill -9 -- -{pids["nats-1"]}), one of the three. Ctrl-C ends everything and deletes the folders.
+Once all are sent the last one says 50,000, some of them perhaps twice. What the replica had claimed comes to the other
+after jetstream.ack_wait, 10 s here. A NATS server may go as well, one of the three: kill -9 -- -{pids["nats-1"]}
+Ctrl-C ends everything and deletes the folders.
 """
 
     def watch(self) -> None:
@@ -336,7 +338,8 @@ def count(control: int) -> str:
 
 def run(ports: Ports) -> int:
     """Run everything until Ctrl-C or SIGTERM; return the exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had the first ignored
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="fastdist-cluster-") as folder:
         cluster = Cluster(Path(folder), ports)
         try:
