@@ -26,6 +26,12 @@ def checked_over_tls(folder):
 
 
 @pytest.fixture(scope="session")
+def over_tls():
+    """Return ``over_tls(folder)``: settings of an analyzer whose certificate is known."""
+    return checked_over_tls
+
+
+@pytest.fixture(scope="session")
 def live(tmp_path_factory):
     """Return a distributor that has accepted, rejected and delivered packets."""
     mocks = Mocks()

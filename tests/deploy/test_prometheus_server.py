@@ -93,13 +93,13 @@ class Prometheus(Process):
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory):
+def everything(tmp_path_factory, over_tls):
     """Return Prometheus, a distributor with a bit of everything going on, and its mock analyzers."""
     folder = tmp_path_factory.mktemp("prometheus")
     mocks = Mocks()
     mocks.set("A1", failureRate=0.3)
     mocks.set("A3", failureRate=0.3, failureStatus=422)
-    distributor = Distributor(folder, mocks, {"health": {"fall": 1000}})
+    distributor = Distributor(folder, mocks, {"health": {"fall": 1000}}, own={"A2": over_tls(folder)})
     stream = StreamMetrics()
     prometheus = Prometheus(folder, distributor.port, stream.server_port)
     with running(mocks, distributor, prometheus):
