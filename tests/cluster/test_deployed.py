@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import subprocess
 
 import pytest
@@ -144,3 +146,35 @@ def test_servers_sync_what_they_acknowledge(deployed):
         assert config["sync_always"] is True
         assert config["max_storage"] > 2 * settings.max_bytes
         assert server.ask("/varz")["max_payload"] == 12 << 20
+
+
+def test_probes_are_answered(deployed):
+    servers, _ = deployed
+    manifest = (DEPLOY / "kubernetes" / "cluster" / "nats.yaml").read_text()
+    probes = set(re.findall(r"path: (/healthz\S*)", manifest))
+    assert len(probes) == 3
+    for probe in probes:
+        assert servers[0].ask(probe) == {"status": "ok"}
+
+
+@pytest.mark.parametrize("deployed", ["kubernetes"], indirect=True)
+@in_loop
+async def test_stopped_server_sends_clients_away(deployed):
+    """As preStop asks for it: what its clients publish meanwhile is stored."""
+    servers, settings = deployed
+    made = Service(replace(settings, servers=(servers[0].url,), publish_timeout=30.0))
+    try:
+        assert await made.connection.start()
+        await prepared(made.connection)
+        command = [str(BINARY), "--signal", f"ldm={servers[0].folder}/pid"]
+        await asyncio.to_thread(subprocess.run, command, check=True)
+        number = 0
+        while made.connection.server == servers[0].url:
+            number += 1
+            await made.publish(f"ldm-{number}")
+        await made.publish("behind")
+        assert len(made.stored("yes")) == number + 1
+        await until(lambda: not servers[0].runs, "its end")
+        servers[0].start()
+    finally:
+        await made.connection.close()
