@@ -299,7 +299,8 @@ def test_configuration_says_where_they_are(run, dead_letters, tmp_path):
     )
     file.write_text("[queue]\npath = 1\n")
     result = run("dead-letters", "list", "--config", str(file))
-    assert (result.exit_code, result.stderr) == (2, "queue.path: expected a string, got integer 1\n")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("queue.path: expected a string, got integer 1")
 
 
 def test_a_stream_needs_its_client(run, tmp_path, monkeypatch):
