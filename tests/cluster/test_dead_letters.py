@@ -88,6 +88,7 @@ async def test_dead_letters_are_listed_anywhere(one, name, command):
             "analyzer": "A1",
             "status": 422,
             "error": "it says no",
+            "response": None,
             "attempts": 7,
             "messages": 2,
             "acceptedAt": "2001-09-09T01:46:40Z",
