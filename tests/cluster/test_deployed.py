@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import subprocess
 
 import pytest
-from harness import Service, figures_until, in_loop, prepared, until
+from harness import Service, ask, figures_until, in_loop, prepared, repeated, until
 from msgspec.structs import replace
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
 from nats_servers import BINARY, Server, die_with_parent
 from support import ROOT, free_port, wait_until
 
@@ -29,7 +32,8 @@ FILES = {
         "nats-{}.nats",
     ),
 }
-PASSWORD = "of-a-test"
+PASSWORD, ADMIN = "of-a-test", "of-another"
+PASSWORDS = {"NATS_PASSWORD": PASSWORD, "NATS_ADMIN_PASSWORD": ADMIN}
 
 
 class Deployed(Server):
@@ -61,7 +65,7 @@ class Deployed(Server):
                 [str(BINARY), "--config", str(self.folder / "nats.conf")],
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"SERVER_NAME": self.name, "NATS_PASSWORD": PASSWORD, "GOMAXPROCS": "1"},
+                env=os.environ | PASSWORDS | {"SERVER_NAME": self.name, "GOMAXPROCS": "1"},
                 preexec_fn=die_with_parent,  # noqa: PLW1509  (one call of the system, which takes no lock)
             )
 
@@ -177,4 +181,50 @@ async def test_stopped_server_sends_clients_away(deployed):
         await until(lambda: not servers[0].runs, "its end")
         servers[0].start()
     finally:
+        await made.connection.close()
+
+
+@in_loop
+async def test_new_server_replaces_a_lost_one(deployed):
+    """As docs/cluster.md says: empty, under a new name, and only then is the old one removed."""
+    servers, settings = deployed
+    made = Service(settings)
+    watcher = Watcher(made.connection)
+    admin = Client()
+    try:
+        assert await made.connection.start()
+        await prepared(made.connection)
+        await made.publish_all([f"lost-disk-{number}" for number in range(50)])
+        assert len(made.stored("yes")) == 50
+        stored = (await watcher.refresh()).messages
+        lost = servers[2]
+        name = lost.name
+        lost.kill()
+        lost.wipe()
+        lost.name = "nats-new"
+        lost.start()
+        await until(lost.is_healthy, "that it is healthy")
+        await admin.connect([servers[0].url, servers[1].url], user="admin", password=ADMIN)
+
+        async def removed():
+            try:
+                reply = await admin.request("$JS.API.SERVER.REMOVE", b'{"peer": "%s"}' % name.encode(), timeout=2)
+            except NatsError:  # while the servers elect a leader
+                return {}
+            return json.loads(reply.data)
+
+        await repeated(removed, lambda answer: answer.get("success"), "that the old one is removed")
+        for stream in (settings.stream, settings.dead_stream, f"KV_{settings.bucket}"):
+            await repeated(
+                lambda stream=stream: ask(made.connection, f"STREAM.INFO.{stream}"),
+                lambda info: (
+                    [each["current"] for each in info["cluster"]["replicas"]] == [True, True]
+                    and "nats-new" in str(info["cluster"])
+                ),
+                f"three copies of {stream}",
+            )
+        figures = await figures_until(watcher, lambda figures: figures.replicas_current == 3)
+        assert figures.messages == stored >= 50
+    finally:
+        await admin.close()
         await made.connection.close()

@@ -42,7 +42,8 @@ def jetstream(path):
 
 def nats_accepts(path):
     """Have nats-server read its configuration; return what it says."""
-    environment = os.environ | {"SERVER_NAME": "nats-1", "NATS_PASSWORD": "of-a-test"}
+    passwords = {"NATS_PASSWORD": "of-a-test", "NATS_ADMIN_PASSWORD": "of-another"}
+    environment = os.environ | passwords | {"SERVER_NAME": "nats-1"}
     command = [str(BINARY), "-t", "-c", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -142,10 +142,12 @@ def test_password_is_in_the_secret_only():
     source = {"secretKeyRef": {"name": "fastdist-nats", "key": "password"}}
     variables = {each["name"]: each.get("valueFrom") for each in [*CONTAINER["env"], *NATS["env"]]}
     assert variables["FASTDIST_JETSTREAM__PASSWORD"] == variables["NATS_PASSWORD"] == source
-    password = secret["stringData"]["password"]
-    assert "change-me" in password
-    for path in FOLDER.iterdir():
-        assert path.name == "secret.yaml" or password not in path.read_text()
+    assert variables["NATS_ADMIN_PASSWORD"] == {"secretKeyRef": {"name": "fastdist-nats", "key": "admin-password"}}
+    assert secret["stringData"].keys() == {"password", "admin-password"}
+    for password in secret["stringData"].values():
+        assert "change-me" in password
+        for path in FOLDER.iterdir():
+            assert path.name == "secret.yaml" or password not in path.read_text()
     assert "password: $NATS_PASSWORD\n" in NATS_CONF
     assert f"user: {jetstream(CONFIG).user}\n" in NATS_CONF
 
