@@ -28,7 +28,7 @@ class StreamFigures(Struct, frozen=True, kw_only=True):
     capacity: int = 0
     queued: int = 0
     in_flight: int = 0
-    wanted: int = 0  # requests for messages that wait: somebody has room
+    wanted: int = 0  # requests for messages that are open: some replica has room
     redelivered: int = 0
     settled: int = 0
     settled_per_second: float = 0.0

@@ -79,7 +79,7 @@ class Posting(threading.Thread):
                 self.accepted.add(json.loads(body)["packetId"])
 
 
-def test_analyzers_and_replicas_that_come_and_go(replicas, mocks):
+def test_analyzers_and_replicas_come_and_go(replicas, mocks):
     """Messages of several packets are given back in whole or in part, and nothing is delivered twice."""
     settings = {"delivery": {"mode": "batch", "batch_packets": 8, "linger": "20ms", "connections": 1}}
     settings["health"] = {"interval": "200ms", "rise": 1, "fall": 1}

@@ -40,7 +40,7 @@ class Worker:
             self.stored.append(name)
         return outcome
 
-    async def bury(self, *names: str) -> None:
+    async def give_up(self, *names: str) -> None:
         for name in names:
             self.ring.push(b"{}", name)
             self.publisher.add(PendingDeadLetter(self.ring, self.ring.claim(), "refused", "A1", 422, "HTTP 422"))
@@ -53,8 +53,8 @@ def test_one_too_large_keeps_back_no_other():
     async def run():
         worker = Worker()
         worker.outcomes["large"] = TOO_LARGE
-        await worker.bury("large", "b")
-        await worker.bury("c")
+        await worker.give_up("large", "b")
+        await worker.give_up("c")
         assert (worker.stored, worker.publisher.failed, worker.publisher.undone) == (["b", "c"], 0, 1)
         assert len(worker.gone) == 2
         del worker.outcomes["large"]
@@ -70,7 +70,7 @@ def test_unstored_are_given_back_at_the_end():
     async def run():
         worker = Worker()
         worker.outcomes |= {"a": FULL, "b": TOO_LARGE}
-        await worker.bury("a", "b")
+        await worker.give_up("a", "b")
         assert worker.publisher.failed
         worker.publisher.give_back()
         assert (worker.publisher.undone, worker.ring.undone, worker.gone) == (0, 2, [])
@@ -79,7 +79,7 @@ def test_unstored_are_given_back_at_the_end():
     asyncio.run(run())
 
 
-def test_those_under_way_are_awaited_at_the_end():
+def test_the_end_awaits_those_under_way():
     async def run():
         worker = Worker()
         worker.ring.push(b"{}", "a")

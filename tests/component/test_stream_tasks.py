@@ -60,7 +60,7 @@ async def forever_of(work):
     await forever(work)
 
 
-def test_consumer_claims_and_renews_after_faults():
+def test_consumer_goes_on_after_faults():
     """One in what says how much room there is, and one in what is told of a claim that is void."""
 
     async def run():
@@ -91,7 +91,7 @@ def test_consumer_claims_and_renews_after_faults():
     asyncio.run(run())
 
 
-def test_connection_is_replaced_after_a_fault(monkeypatch):
+def test_fault_replaces_the_connection(monkeypatch):
     """In a part of it, while that is told of a new client."""
 
     async def run():

@@ -17,7 +17,7 @@ cdef inline uchar *put_number(uchar *out, uchar kind, uint64_t value, int size) 
 
 
 def claim_bundle(PacketRing ring, Py_ssize_t most, int64_t most_bytes):
-    """Claim packets that may share a message: those without a key, for whose delivery nobody waits.
+    """Claim packets that may share a message: those without a key, for whose delivery no emitter waits.
 
     Return (MessagePack of their list, their handles, when the first was accepted (wall clock, ns), where they begin and
     end, the handle of one that was claimed behind them and has to travel alone or 0); None if there are none. ``most``:

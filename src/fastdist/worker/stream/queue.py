@@ -187,7 +187,7 @@ class StreamQueue:
         return max(0, publisher.refused_bytes - max(0, stream.capacity - stream.bytes))
 
     def _others_have_room(self) -> bool:
-        """Whether somebody waits for messages; this service does not, while it has no analyzer."""
+        """Whether another replica asks for messages; this one does not, while it has no analyzer."""
         stream = self.block.stream
         return stream.wanted > 0 and stream.at - self._pickable_at > IDLE
 
