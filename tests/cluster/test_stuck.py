@@ -11,6 +11,7 @@ import time
 
 import nats
 import pytest
+from nats_servers import Servers, running
 from replicas import Replicas, compare, emitter
 from support import Mocks, own_body, request, wait_until
 
@@ -37,13 +38,14 @@ def replicas(tmp_path, mocks, one, name):
 
 
 def test_failed_analyzers_are_tried_again(replicas, mocks):
-    """Deliveries have taken all of them offline, so packets are claimed for trials."""
+    """A delivery has taken each of them offline, and nothing is claimed: a packet is, for a trial."""
     mocks.set_all(status=500)
-    replica = replicas.start()
-    sender = emitter(replica).send(50)
-    wait_until(lambda: {row["state"] for row in replica.analyzers().values()} == {"offline"}, "all offline")
-    wait_until(lambda: replica.stats()["packets"]["inFlight"] == 0, "nothing claimed")
+    replica = replicas.start(retry={"max_attempts": 4}, health={"fall": 1})
+    assert replica.post()[0] == 202
+    wait_until(lambda: replica.stats()["packets"]["deadLettered"] == 1, "a failure of each")
+    time.sleep(3)  # until no request for messages is open any more
     mocks.set_all(**mocks.harmless)
+    sender = emitter(replica).send(50)
     replicas.wait_at_rest()
     compare([sender], mocks.delivered())
 
@@ -84,18 +86,18 @@ def test_analyzers_and_replicas_come_and_go(replicas, mocks):
     settings = {"delivery": {"mode": "batch", "batch_packets": 8, "linger": "20ms", "connections": 1}}
     settings["health"] = {"interval": "200ms", "rise": 1, "fall": 1}
     mocks.set_all(latency=0.1)
-    running = [replicas.start(**settings) for _ in range(2)]
-    posting = [Posting(replica) for replica in running for _ in range(12)]
+    both = [replicas.start(**settings) for _ in range(2)]
+    posting = [Posting(replica) for replica in both for _ in range(12)]
     for _ in range(2):
         time.sleep(1)
         mocks.set_all(unhealthy=True)
         time.sleep(3)
         mocks.set_all(unhealthy=False)
         time.sleep(1)
-        running[0].signal(signal.SIGTERM)
-        assert running[0].wait(40) == 0
-        running = [running[1], replicas.start(**settings)]
-        posting += [Posting(running[1]) for _ in range(12)]
+        both[0].signal(signal.SIGTERM)
+        assert both[0].wait(40) == 0
+        both = [both[1], replicas.start(**settings)]
+        posting += [Posting(both[1]) for _ in range(12)]
     for each in posting:
         each.over.set()
     for each in posting:
@@ -132,3 +134,21 @@ def test_new_stream_of_the_same_name(replicas, mocks, one, name):
     senders.append(emitter(second, prefix="new").send(300))
     replicas.wait_at_rest()
     compare(senders, mocks.delivered())
+
+
+def test_records_of_agents_fit_into_messages(tmp_path, mocks, name):
+    """However many there are in a request, and however small the messages that the servers take."""
+    servers = Servers(tmp_path / "nats", extra="max_payload: 100000")
+    replicas = Replicas(tmp_path, mocks, servers.settings(name))
+    with running(servers):
+        replica = replicas.start()
+        assert "smaller messages" in replica.output
+        body = b"".join(b'{"message":"%d %s"}\n' % (number, b"x" * 2000) for number in range(200))
+        status, _, text = request(replica.port, "POST", "/ingest", body, {"Content-Type": "application/x-ndjson"})
+        assert status == 200, text
+        replicas.wait_at_rest()
+        packets = replica.stats()["packets"]
+        assert packets["delivered"] == packets["accepted"] > 4
+        status, _, text = replica.post(b'{"emitterId":"e","messages":[{"message":"%s"}]}' % (b"x" * 100_000))
+        assert (status, "max_payload" in json.loads(text)["detail"]) == (413, True)
+        replicas.kill_all()

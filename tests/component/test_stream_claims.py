@@ -277,6 +277,9 @@ def test_rest_without_room_is_sent_from_here():
         it.settle()
         await asyncio.sleep(0.01)
         assert (it.acknowledged, it.given_back, it.claims.undone) == ([], [], 1)
+        it.outcome = Outcome("yes", 2)
+        it.claims.take_back()  # as is done all the time while there is no analyzer: not at once again
+        assert (it.claims.storing, it.claims.undone) == (0, 1)
         it.dispatcher.send()
         it.settle()
         assert (it.acknowledged, it.delivered, len(it.told)) == ([1], ["a", "b"], 2)

@@ -64,7 +64,6 @@ class SharedStream:
                     await self._prepare()
             if not self._fault:
                 await self._take_overrides()
-            self._compare_max_payload()
             self._publish(await self._watcher.refresh())
         else:
             self._fault = self.connection.last_error or "no server can be used"
@@ -99,6 +98,7 @@ class SharedStream:
                 log.warning(what, server=self.connection.server, error=str(error))
         else:
             self._fault = ""
+            self._compare_max_payload()
 
     async def _run(self) -> None:
         """Have the streams, then follow the overrides."""

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 MIN_PACKETS = 64  # that may be claimed, however few were settled
 WINDOW_NS = 1_000_000_000  # in which those are counted that were
-LATER = 5.0  # seconds until what cannot be read here is tried elsewhere, or again
+LATER = 5.0  # seconds until what cannot be read here is tried elsewhere or again, or a rest that could not be stored
 AGAIN = 1.0  # seconds until a message comes again whose packets are on their way from a claim that is void
 LOG_INTERVAL = 60.0
 
@@ -43,15 +44,21 @@ log = logs.get()
 class Held:
     """A claimed message. ``left``: the sequences in the ring of its packets that are not settled."""
 
-    __slots__ = ("claim", "dropped", "inboxes", "left", "packets", "storing", "waiting")
+    __slots__ = ("claim", "dropped", "inboxes", "kept_until", "left", "packets", "storing", "waiting")
 
     def __init__(self, claim: Claim, packets: int) -> None:
         self.claim, self.packets = claim, packets
         self.left: set[int] = set()
         self.waiting: list[tuple[int, StoredPacket, int]] = []  # not in the ring yet: place, packet and attempts
         self.inboxes: dict[int, str] = {}  # sequence -> where its emitter waits
+        self.kept_until = 0.0  # time.monotonic(): its rest could not be stored again just now
         self.storing = 0  # parts of it that are being stored again
         self.dropped = False  # packets of it will not be sent from here: it is never acknowledged
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is not to be taken back just now."""
+        return self.claim.state is State.HELD and time.monotonic() < self.kept_until
 
 
 class Claims:
@@ -240,13 +247,13 @@ class Claims:
         kept = []
         while handle := ring.claim():
             held, _ = self._by_packet.get(ring.sequence(handle), (None, 0))
-            if held is not None and concerned(held):
+            if held is not None and concerned(held) and not held.is_kept:
                 unsent.setdefault(held, []).append(handle)
             else:
                 kept.append(handle)
         for handle in kept:
             ring.release(handle)
-        for held in [each for each in self._overflow if concerned(each)]:
+        for held in [each for each in self._overflow if concerned(each) and not each.is_kept]:
             unsent.setdefault(held, [])
         for held, handles in unsent.items():
             self._let_go(held, handles)
@@ -296,6 +303,7 @@ class Claims:
         self.storing -= 1
         held.storing -= 1
         if outcome.stored == "no" and held.claim.state is State.HELD:  # the stream may be full
+            held.kept_until = time.monotonic() + LATER
             held.waiting += [(place, packet, packet.attempts) for place, packet in rest]
             self._overflow.append(held)
             self._push()

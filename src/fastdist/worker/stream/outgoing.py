@@ -73,6 +73,7 @@ class Outgoing:
         full: Callable[[], int],
     ) -> None:
         self.ring, self.publisher, self.settings, self.counters = ring, publisher, settings, counters
+        self.bundle_bytes = settings.bundle_bytes  # less where servers take smaller messages
         self._loop, self._full = loop, full
         self._intake: Intake
         self._emitters: Emitters
@@ -113,7 +114,7 @@ class Outgoing:
         while self._under_way < MAX_MESSAGES and ring.has_more:
             if self._bundles >= MAX_BUNDLES and ring.undone - ring.claimed < settings.bundle_packets:
                 break
-            found = claim_bundle(ring, settings.bundle_packets, settings.bundle_bytes)
+            found = claim_bundle(ring, settings.bundle_packets, self.bundle_bytes)
             if found is None:  # a large batch that is not whole yet
                 break
             packets, handles, accepted_ns, begin, behind, alone = found

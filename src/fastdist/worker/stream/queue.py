@@ -11,6 +11,8 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from fastdist import logs
 from fastdist._core import PacketRing, file_size, round_capacity
 from fastdist.errors import StartError
@@ -41,6 +43,7 @@ CONNECT_TIMEOUT = 5.0  # seconds that a start waits for a server
 PATIENCE = 2.5  # seconds that a server or a leader may be missing before packets are rejected at once
 IDLE = 2.0  # seconds without an analyzer that can be picked, until others may have what is claimed here: by then none
 # of our own requests for messages waits any more
+ENVELOPE = 512  # bytes of a message that are not the body of its only packet, at most
 END_TIMEOUT = 1.0  # seconds for the last confirmations
 
 RETRIES = {"noResponder": "publish_no_responder", "unconfirmed": "publish_unconfirmed"}  # the counters; others: refused
@@ -73,6 +76,8 @@ class StreamQueue:
         self._pickable_at = time.monotonic()
         self._created = ""  # when the stream was, as far as it is known
         self._reconnects = 0  # counted so far
+        self._max_payload = 0  # of the server that is, or was, connected
+        self._max_packet = 0  # that is made of agents' records, whatever the server takes
 
     def dead_letter_writer(self, gone: Callable[[PacketRing, int], None]) -> DeadLetterPublisher:
         """Return what stores the dead letters of the dispatcher."""
@@ -82,8 +87,10 @@ class StreamQueue:
     async def serve(self, intake: Intake, emitters: Emitters, dispatcher: Dispatcher) -> None:
         """Connect, publish what comes in, and claim for the dispatcher."""
         self._emitters, self._dispatcher = emitters, dispatcher
+        self._max_packet = emitters.agents.limits.max_packet
         self.outgoing.serve(intake, emitters, self.words.subject)
         await asyncio.wait([background(self._connect())], timeout=CONNECT_TIMEOUT)
+        self.look()
         self.claims.serve(
             self.consumer,
             self.publisher,
@@ -136,7 +143,14 @@ class StreamQueue:
         """There are no old rings."""
 
     def look(self) -> None:
-        """See whether the stream is still the one that messages were claimed from."""
+        """See whether the stream is still the one that messages were claimed from, and how large they may be."""
+        largest = self.connection.max_payload
+        if largest and largest != self._max_payload:
+            self._max_payload = largest
+            agents = self._emitters.agents
+            most = min(self._max_packet, largest - ENVELOPE)
+            agents.limits = msgspec.structs.replace(agents.limits, max_packet=most)
+            self.outgoing.bundle_bytes = min(self.settings.bundle_bytes, largest - ENVELOPE)
         created = self.block.stream.created
         if created and created != self._created:
             if self._created not in {"", GONE}:  # what was claimed since it was gone is the new one's
