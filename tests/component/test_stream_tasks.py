@@ -9,8 +9,9 @@ import pytest
 
 from fastdist.settings import Jetstream
 from fastdist.storage.jetstream import connection as connections
+from fastdist.storage.jetstream import consumer as consumers
 from fastdist.storage.jetstream.connection import Connection, forever
-from fastdist.storage.jetstream.consumer import Consumer
+from fastdist.storage.jetstream.consumer import Claim, Consumer
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,30 @@ def test_consumer_goes_on_after_faults():
             await client.received(SimpleNamespace(subject=settings.subject, reply=reply, data=b"", headers=None))
         await until(lambda: faults.count("void") == 2 and consumer.held == 0)  # no renewal was confirmed
         assert any(data == b"+WPI" for _, data in client.sent)
+
+    asyncio.run(run())
+
+
+def test_acknowledgements_do_not_pile_up(monkeypatch):
+    """While no server is connected they wait, each once, however long that is."""
+
+    async def run():
+        monkeypatch.setattr(consumers, "CONFIRM_TIMEOUT", 0.001)
+        monkeypatch.setattr(consumers, "SWEEP", 0.002)
+        settings = Jetstream()
+        consumer = Consumer(SimpleNamespace(add=lambda _part: None), settings, lambda *_: None, lambda: 0, print)
+        claims = [Claim(sequence, 1, f"reply.{sequence}", 0.0) for sequence in range(1, 101)]
+        for claim in claims:
+            consumer.acknowledge(claim)
+        consumer.start()
+        await asyncio.sleep(0.5)  # hundreds of times until they are due again
+        assert len(consumer._to_send) == len(claims)
+        monkeypatch.setattr(consumers, "CONFIRM_TIMEOUT", 3600.0)
+        client = Client()
+        await consumer.connected(client)
+        await until(lambda: len(client.sent) >= len(claims))
+        await asyncio.sleep(0.1)
+        assert client.sent == [(claim.reply, b"+ACK") for claim in claims]
 
     asyncio.run(run())
 

@@ -135,7 +135,7 @@ class Consumer:
         self._take, self._room, self._void = take, room, void
         self._held: dict[int, Claim] = {}
         self._leaving: dict[int, Claim] = {}  # acknowledged or given back, not confirmed
-        self._to_send: list[Claim] = []
+        self._to_send: dict[Claim, None] = {}  # in this order
         self._era = Era()
         self._settled: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._asked = 0  # messages that may still come
@@ -202,7 +202,7 @@ class Consumer:
 
     def _send_soon(self, claim: Claim) -> None:
         claim.due = now() + CONFIRM_TIMEOUT
-        self._to_send.append(claim)
+        self._to_send[claim] = None
         self._wake.set()
 
     async def stop(self, timeout: float) -> bool:  # noqa: ASYNC109  (the rest is left after it)
@@ -234,7 +234,7 @@ class Consumer:
         for claim in list(self._leaving.values()):
             if claim.state is State.GIVEN_BACK and claim.sent_at:
                 self._confirmed(claim)  # it may have arrived: not again
-            elif claim not in self._to_send:
+            else:
                 self._send_soon(claim)
         self._wake.set()
 
@@ -256,7 +256,7 @@ class Consumer:
                 else:
                     self._send_soon(claim)
             if self._client is not None and self._to_send:
-                claims, self._to_send = self._to_send, []
+                claims, self._to_send = self._to_send, {}
                 await self._send(claims, "a")
             await self._ask(moment)
 
