@@ -7,28 +7,38 @@ import os
 import signal
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 from support import Mocks, running
 from xdist.scheduler import LoadScopeScheduling
 
-# Tests that share what is dear to make: a browser, images, a Prometheus, the site. One process runs all of them.
+# Tests that share what is dear to make: a browser, images, a Prometheus, the site, servers. One process runs all of them.
 TOGETHER = {
     "tests/browser/test_changes.py": "browser",
     "tests/browser/test_figures.py": "browser",
     "tests/browser/test_reading.py": "browser",
     "tests/browser/test_scripts.py": "browser",
     "tests/cluster/test_claims.py": "nats",
+    "tests/cluster/test_cluster_faults.py": "cluster faults",
     "tests/cluster/test_connecting.py": "nats",
+    "tests/cluster/test_dead_letters.py": "stream dead letters",
     "tests/cluster/test_faults.py": "nats",
     "tests/cluster/test_publishing.py": "nats",
+    "tests/cluster/test_replicas.py": "replicas",
     "tests/cluster/test_shared.py": "nats",
     "tests/cluster/test_streams.py": "nats",
+    "tests/cluster/test_stuck.py": "stream dead letters",
     "tests/deploy/test_grafana.py": "metrics",
     "tests/deploy/test_images.py": "images",
     "tests/deploy/test_systemd_unit.py": "images",
     "tests/deploy/test_prometheus.py": "metrics",
     "tests/deploy/test_prometheus_server.py": "prometheus",
     "tests/deploy/test_site.py": "site",
+    "tests/e2e/test_agents_hostile.py": "hostile agents",
+    "tests/e2e/test_endpoints.py": "endpoints",
+    "tests/e2e/test_hostile.py": "hostile clients",
+    "tests/e2e/test_send.py": "send",
+    "tests/e2e/test_tls.py": "tls",
 }
 
 # What hypothesis makes up is the same in every run: a tree passes or fails twice. `make explore` looks for what no test
@@ -80,6 +90,15 @@ class Scheduling(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config, log):
     """Keep together what belongs together where ``--dist loadgroup`` asks for it."""
     return Scheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """Undo what a command that runs in this process has set up."""
+    before = structlog.get_config()
+    yield
+    if structlog.get_config() != before:
+        structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

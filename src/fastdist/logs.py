@@ -46,8 +46,11 @@ def _as_json(line: dict[str, object], **_: object) -> str:
         return json.dumps(line, default=str)
 
 
-def configure(level: int = logging.INFO, **context: object) -> None:
-    """Set logging up for this process; ``context`` (such as ``worker="0"``) is part of every line."""
+def configure(level: int = logging.INFO, *, lasting: bool = True, **context: object) -> None:
+    """Set logging up for this process; ``context`` (such as ``worker="0"``) is part of every line.
+
+    ``lasting``: it is not set up again, so loggers need not look.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -65,7 +68,7 @@ def configure(level: int = logging.INFO, **context: object) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         # A line is one write, its end included: several processes share the stream.
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Patient(sys.stderr))),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=lasting,
     )
     structlog.contextvars.bind_contextvars(**context)
 

@@ -44,7 +44,7 @@ def dead_letters_at(path: Path | None, config: str | None) -> Iterator[Store]:
 def _stream(settings: Jetstream) -> Iterator[Store]:
     from fastdist.storage.jetstream import require_client
 
-    logs.configure(logging.ERROR)
+    logs.configure(logging.ERROR, lasting=False)
     try:
         require_client()
         from fastdist.client.dead_letter_stream import DeadLetterStream
