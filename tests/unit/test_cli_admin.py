@@ -245,4 +245,4 @@ def test_probe_of_healthy_analyzers_exits_0(run, file, analyzer):
 def test_probe_of_a_bad_config_asks_nothing(run, file):
     file.write_text("[server]\nport = -1\n")
     result = run("check", str(file), "--probe")
-    assert (result.exit_code, result.stderr) == (2, "server.port: must be >= 0\n")
+    assert (result.exit_code, result.stderr) == (2, f"server.port: must be >= 0 ({file}:2)\n")

@@ -37,7 +37,7 @@ def test_config_can_print_only_what_is_set(run, file):
 def test_bad_config_prints_only_problems(run, file):
     file.write_text("[server]\nport = -1\n")
     result = run("config", str(file))
-    assert (result.exit_code, result.stdout, result.stderr) == (2, "", "server.port: must be >= 0\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"server.port: must be >= 0 ({file}:2)\n")
 
 
 # ---- completion

@@ -30,7 +30,7 @@ def test_equal_configurations_do_not_differ():
 @pytest.mark.parametrize(
     ("new", "expected"),
     [
-        (replace(PLAIN, limits=Limits(rate=5)), ("limits.rate", "0.0", "5.0")),
+        (replace(PLAIN, limits=Limits(rate=5)), ("limits.rate", "0.0", "5")),
         (replace(PLAIN, server=Server(max_body=2**20)), ("server.max_body", "10MiB", "1MiB")),
         (replace(PLAIN, delivery=Delivery(spill_after=math.inf)), ("delivery.spill_after", "1s", "never")),
         (

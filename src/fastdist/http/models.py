@@ -586,8 +586,8 @@ class Reloaded(Model, kw_only=True):
     """The configuration was read again, and is in force."""
 
     status: Annotated[Literal["reloaded"], doc("Always `reloaded`.")] = "reloaded"
-    changed: Annotated[list[ChangedSetting], doc("What has changed by it.")]
+    changed: Annotated[list[ChangedSetting], doc("What has changed by it.")] = []
     masked: Annotated[
         list[str], doc("Analyzers whose weight in the file has no effect, since another was set while the service ran.")
-    ]
+    ] = []
     needs_restart: Annotated[list[str], doc("Settings that differ from those in force and change with a restart only.")]
