@@ -136,6 +136,19 @@ def test_new_stream_of_the_same_name(replicas, mocks, one, name):
     compare(senders, mocks.delivered())
 
 
+def test_dead_letters_of_a_new_stream(replicas, mocks, one, name):
+    """They are not taken for those of the old one, whose packets had the same numbers."""
+    mocks.set_all(status=422)
+    replica = replicas.start()
+    for attempt in (1, 2):
+        assert replica.post(Prefer="wait=20")[0] == 502
+        wait_until(lambda n=attempt, r=replica: r.stats()["stream"]["deadLetters"] == n, "a dead letter more")
+        delete(one.urls[0], name)
+        wait_until(lambda r=replica: r.ready() == 503, "no readiness")
+        assert replica.stop() == 0
+        replica = replicas.start()
+
+
 def test_records_of_agents_fit_into_messages(tmp_path, mocks, name):
     """However many there are in a request, and however small the messages that the servers take."""
     servers = Servers(tmp_path / "nats", extra="max_payload: 100000")

@@ -30,10 +30,10 @@ class Worker:
         self.stored: list[str] = []
         self.gone: list[int] = []
         self.publisher = DeadLetterPublisher(
-            self, self.counters, lambda sequence: (sequence, 0), lambda _ring, sequence: self.gone.append(sequence)
+            self, self.counters, lambda sequence: (sequence, 0, 7), lambda _ring, sequence: self.gone.append(sequence)
         )
 
-    async def put(self, line: bytes, _sequence: int, _index: int) -> Outcome:
+    async def put(self, line: bytes, _sequence: int, _index: int, _stored_ns: int) -> Outcome:
         name = json.loads(line)["id"]
         outcome = self.outcomes.get(name, Outcome("yes", 1))
         if outcome.stored == "yes":

@@ -47,11 +47,14 @@ class DeadStream:
         self.stream = settings.dead_stream
         self._publisher = Publisher(connection, self.stream, settings.dead_subject, settings.publish_timeout)
 
-    async def put(self, line: bytes, sequence: int, index: int = 0) -> Outcome:
-        """Store the dead letter of packet ``index`` of message ``sequence``; only after a *yes* may that be settled."""
+    async def put(self, line: bytes, sequence: int, index: int = 0, stored_ns: int = 0) -> Outcome:
+        """Store the dead letter of packet ``index`` of message ``sequence``; only after a *yes* may that be settled.
+
+        ``stored_ns``: when that message was stored. A stream that was made again has the same sequences.
+        """
         if len(line) + HEADERS > (self.connection.max_payload or len(line) + HEADERS):
             line = await asyncio.to_thread(gzip.compress, line, 1, mtime=0)
-        return await self._publisher.publish(line, f"dead/{sequence}" if not index else f"dead/{sequence}.{index}")
+        return await self._publisher.publish(line, f"dead/{sequence}.{index}/{stored_ns}")
 
     async def read(self, first: int = 1) -> AsyncIterator[StoredLetter]:
         """Yield all dead letters from a sequence on, oldest first. Raises UnavailableError."""

@@ -208,10 +208,10 @@ class Claims:
         if self._overflow:
             self._push()
 
-    def place(self, sequence: int) -> tuple[int, int]:
-        """Return the sequence of a packet's message, and its place among the packets of that."""
+    def place(self, sequence: int) -> tuple[int, int, int]:
+        """Return the sequence of a packet's message, its place among the packets of that, and when that was stored."""
         held, place = self._by_packet[sequence]
-        return held.claim.sequence, place
+        return held.claim.sequence, place, held.claim.stored_ns
 
     def _forget(self, held: Held) -> None:
         if self._held.get(held.claim.sequence) is held:

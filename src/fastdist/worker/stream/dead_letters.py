@@ -31,7 +31,9 @@ log = logs.get()
 
 
 class DeadLetterPublisher:
-    """Stores in ``stream``; ``place(sequence)`` names a packet's message and which of its packets it is.
+    """Stores in ``stream``.
+
+    ``place(sequence)``: the sequence of a packet's message, which of its packets it is, and when that was stored.
 
     ``gone(ring, sequence)`` is called for each packet that has become a dead letter.
     """
@@ -40,7 +42,7 @@ class DeadLetterPublisher:
         self,
         stream: DeadStream,
         counters: Counters,
-        place: Callable[[int], tuple[int, int]],
+        place: Callable[[int], tuple[int, int, int]],
         gone: Callable[[PacketRing, int], None],
     ) -> None:
         self.stream, self.counters, self.gone = stream, counters, gone
