@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SERVER = Path(sys.executable).with_name("nats-server")
-CONNECTIONS = 32  # of wrk, to each replica
+CONNECTIONS = 256  # of wrk, to each replica: as many packets wait for their answers at most
 RATE, EMITTERS, RATE_SECONDS = 1000, 64, 4  # of the open loop, over both replicas
 PUBLISHES = 500  # of the bare client, one after another
 BATCH = {"DELIVERY__MODE": "batch"}
