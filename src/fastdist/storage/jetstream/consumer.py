@@ -244,21 +244,28 @@ class Consumer:
         self._idle.set()
 
     async def _run(self) -> None:
+        next_sweep = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SWEEP):
                     await self._wake.wait()
             self._wake.clear()
             moment = now()
-            for claim in [each for each in self._leaving.values() if each.due <= moment]:
-                if claim.state is State.GIVEN_BACK and claim.sent_at:
-                    self._confirmed(claim)
-                else:
-                    self._send_soon(claim)
+            if moment >= next_sweep:  # not each time: there may be very many
+                next_sweep = moment + SWEEP
+                self._sweep(moment)
             if self._client is not None and self._to_send:
                 claims, self._to_send = self._to_send, {}
                 await self._send(claims, "a")
             await self._ask(moment)
+
+    def _sweep(self, moment: float) -> None:
+        """Say again what was not confirmed in time."""
+        for claim in [each for each in self._leaving.values() if each.due <= moment]:
+            if claim.state is State.GIVEN_BACK and claim.sent_at:
+                self._confirmed(claim)
+            else:
+                self._send_soon(claim)
 
     async def _ask(self, moment: float) -> None:
         """Ask for messages if there is room, and none are to come."""
