@@ -15,7 +15,6 @@ import threading
 import time
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 from rich.text import Text
 
@@ -63,7 +62,7 @@ def draw_top(watcher: Watcher, history: History, name: str, frames: int) -> None
         history.add(frame.answers)
         time.sleep(1)
     console = recorder(WIDTH)
-    frame = msgspec.structs.replace(watcher.look(), url=SHOWN_URL)
+    frame = watcher.look()._replace(url=SHOWN_URL)
     console.print(render(frame, WIDTH, None, history))
     save(console, name, "fastdist top")
 
