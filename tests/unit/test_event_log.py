@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from itertools import pairwise
@@ -129,6 +130,15 @@ def test_what_is_rare_is_said_once_a_minute(service):
     service.go_on(60)
     assert len(service.lines) <= 6
     assert service.counted() == {"unauthorized": 20}
+
+
+def test_other_faults_are_no_connections(service):
+    """Dead letters that could not be written had the same word once: 28 connections turned away, then -28."""
+    service.block.worker(0)[WorkerWord.DEAD_LETTERS_FAULT] = errno.ENOSPC
+    service.go_on(70)
+    service.block.worker(0)[WorkerWord.DEAD_LETTERS_FAULT] = 0
+    service.go_on(70)
+    assert service.lines == []
 
 
 def test_nothing_is_said_of_nothing(service):

@@ -25,7 +25,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from enum import IntEnum, IntFlag, auto
+from enum import IntEnum, IntFlag, auto, unique
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -66,6 +66,7 @@ COUNTED = ("delivered", "messages_delivered", "bytes_delivered", "failed", "retr
 HUNG = 1000  # the status of a worker that was killed because it gave no heartbeat
 
 
+@unique
 class HeadWord(IntEnum):
     """Words of the head."""
 
@@ -80,12 +81,13 @@ class HeadWord(IntEnum):
     STORAGE_FAULT = 8  # workers whose last write to disk failed
     FAILING = 9  # Steps of the supervisor that fail at present
     CLOCK_OFFSET_NS = 10  # from the monotonic clock to the one packets are stamped with; see PacketRing
-    NOT_AFTER = 20  # seconds since 1970: when the certificate that emitters are shown expires; 0 without one
     DISCARDED_FOR_SIZE = 11  # dead letters, by the supervisor (workers count theirs)
     DISCARDED_FOR_AGE = 12
+    NOT_AFTER = 20  # seconds since 1970: when the certificate that emitters are shown expires; 0 without one
     HEAD_WORDS = 64
 
 
+@unique
 class AnalyzerWord(IntEnum):
     """Words of an analyzer. The supervisor writes all, except where workers are named."""
 
@@ -113,6 +115,7 @@ class AnalyzerWord(IntEnum):
     ANALYZER_WORDS = 64
 
 
+@unique
 class WorkerWord(IntEnum):
     """Words of a worker that are not counters."""
 
@@ -130,7 +133,7 @@ class WorkerWord(IntEnum):
     END_NS = 11  # wall clock: when that was, 0 if never; the supervisor
     FAILING = 12  # Steps that fail at present; the worker
     DEAD_LETTERS_FAULT = 13  # errno of the last write of dead letters; the worker
-    TURNED_AWAY = 13  # connections that were over server.max_connections; the worker
+    TURNED_AWAY = 14  # connections that were over server.max_connections; the worker
     WORKER_WORDS = 16
 
 
