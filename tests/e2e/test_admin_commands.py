@@ -43,10 +43,14 @@ def test_reload_and_its_refusals(mocks, serve, run):
     fastdist.config.write_text(text.replace("weight = 0.1", "weight = -1"))
     bad = run(*FASTDIST, "reload", *url, FASTDIST_TOKEN="admin")
     assert bad.wait() == 4
-    assert "fastdist: analyzers[0].weight: must be >= 0" in bad.lines
+    assert any(
+        line.startswith("fastdist: analyzers[0].weight: must be >= 0 (") and f"{fastdist.config}:" in line
+        for line in bad.lines
+    ), bad.lines
     assert fastdist.analyzers()["A1"]["weight"] == 0.1
     fastdist.config.write_text(text.replace("weight = 0.1", "weight = 0.7").replace("64MiB", "65MiB"))
     good = run(*FASTDIST, "reload", *url, "--token", "admin")
     assert good.wait() == 0
-    assert good.lines == ["the configuration was read again", "needs a restart: queue.capacity"]
+    changed = "changed: analyzers[A1].weight: 0.1 -> 0.7"
+    assert good.lines == ["the configuration was read again", changed, "needs a restart: queue.capacity"]
     wait_until(lambda: fastdist.analyzers()["A1"]["weight"] == 0.7, "the new weight")

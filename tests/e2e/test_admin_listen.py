@@ -176,4 +176,5 @@ def test_commands_reach_it(mocks, serve, run):
         assert process.wait() == 0, process.output
     wrong = run(*FASTDIST, "top", "--once", "--url", f"http://127.0.0.1:{fastdist.port}")
     assert wrong.wait() == 1
-    assert "/stats is answered 404; is that the URL of a distributor? With admin.listen, it is" in wrong.lines[-1]
+    assert "/stats is answered 404: there is nothing at this path here" in wrong.lines[-1]
+    assert wrong.lines[-1].endswith("figures and changes are at the address of admin.listen")

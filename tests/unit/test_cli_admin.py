@@ -9,7 +9,15 @@ import threading
 import pytest
 from fakes import Distributor
 
-RELOADED = {"status": "reloaded", "needsRestart": ["server.port", "queue.capacity"]}
+RELOADED = {
+    "status": "reloaded",
+    "changed": [
+        {"setting": "analyzers[A2].weight", "before": "4.0", "after": "5.0"},
+        {"setting": "analyzers[A9]", "before": None, "after": "http://127.0.0.1:9/"},
+    ],
+    "masked": ["A2"],
+    "needsRestart": ["server.port", "queue.capacity"],
+}
 ROW = {
     "id": "A1",
     "state": "online",
@@ -45,19 +53,29 @@ def answering():
         server.server_close()
 
 
-def test_reload_names_what_needs_a_restart(run, answering):
+def test_reload_prints_what_it_did(run, answering):
     server = answering(200, RELOADED)
     result = run("reload", "--url", server.url, FASTDIST_TOKEN="secret")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == (
-        "the configuration was read again\nneeds a restart: server.port\nneeds a restart: queue.capacity\n"
+        "the configuration was read again\n"
+        "changed: analyzers[A2].weight: 4.0 -> 5.0\nchanged: analyzers[A9]: nothing -> http://127.0.0.1:9/\n"
+        "masked: the weight of A2 in the file; `fastdist analyzers reset A2` puts it in force\n"
+        "needs a restart: server.port\nneeds a restart: queue.capacity\n"
     )
     path, headers, _ = server.requests[0]
     assert (path, headers["Authorization"]) == ("/admin/reload", "Bearer secret")
 
 
 def test_reload_prints_every_problem(run, answering):
-    errors = [{"pointer": "", "detail": "server.port: must be >= 0"}, {"pointer": "/a", "detail": "limits.rate:\n x"}]
+    place = {"file": "/etc/x.toml", "line": 7}
+    errors = [
+        {"pointer": "", "detail": "server.port: must be >= 0"},
+        {"pointer": "/a", "detail": "limits.rate:\n x"},
+        {"pointer": "/analyzers/0/weight", "detail": "analyzers[0].weight: must be >= 0", **place},
+        {"pointer": "/queue/capacity", "detail": "queue.capacity: too small"},
+        {"pointer": "", "detail": "/etc/x.toml: line 7, column 5: no", **place},
+    ]
     document = {"title": "Unprocessable Content", "status": 422, "detail": "the old one stays", "errors": errors}
     server = answering(422, document)
     result = run("reload", "--url", server.url)
@@ -65,6 +83,8 @@ def test_reload_prints_every_problem(run, answering):
     assert result.stderr == (
         f"fastdist: {server.url}: 422 (the old one stays)\n"
         "fastdist: server.port: must be >= 0\nfastdist: /a: limits.rate: x\n"
+        "fastdist: analyzers[0].weight: must be >= 0 (/etc/x.toml:7)\nfastdist: queue.capacity: too small\n"
+        "fastdist: /etc/x.toml: line 7, column 5: no\n"
     )
 
 

@@ -206,6 +206,7 @@ def test_top_with_an_unusable_option(run):
         ((200, {}, b"<html>"), "/health: JSON is malformed"),
         ((200, {}, b"{}"), "/health: Object missing required field `status`; is that the URL of a distributor?"),
         ((404, {}, b""), "/health is answered 404; is that the URL of a distributor?"),
+        ((400, {}, b'{"detail": "use https:// in the URL"}'), "/health is answered 400: use https:// in the URL\n"),
     ],
 )
 def test_top_of_what_is_no_distributor(run, answer, problem):

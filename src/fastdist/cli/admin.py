@@ -48,8 +48,9 @@ def _asked(url: str, token: str | None, ca_file: str | None) -> Iterator[Admin]:
 def reload(*, url: Url = DEFAULT_URL, token: Token = None, ca_file: CaFile = None) -> None:
     """Have a running distributor read its configuration again.
 
-    What can change while it runs is in force when this returns; what needs a restart is named. A file with a fault
-    changes nothing: every problem is printed, as by `check`.
+    What can change while it runs is in force when this returns, and is printed: before and after. So is what needs a
+    restart, and what has no effect because it was set while the distributor ran. A file with a fault changes nothing:
+    every problem is printed, as by `check`.
 
     \b
     Exit status: 0 when it is in force; 1 when there is no answer; 2 when an option cannot be used; 4 when the
@@ -63,8 +64,16 @@ def reload(*, url: Url = DEFAULT_URL, token: Token = None, ca_file: CaFile = Non
     with _asked(url, token, ca_file) as admin:
         reloaded = admin.reload()
     typer.echo("the configuration was read again")
+    for each in reloaded.changed:
+        typer.echo(f"changed: {each.setting}: {_or_nothing(each.before)} -> {_or_nothing(each.after)}")
+    for name in reloaded.masked:
+        typer.echo(f"masked: the weight of {name} in the file; `fastdist analyzers reset {name}` puts it in force")
     for path in reloaded.needs_restart:
         typer.echo(f"needs a restart: {path}")
+
+
+def _or_nothing(value: str | None) -> str:
+    return "nothing" if value is None else value
 
 
 @analyzers.callback()

@@ -14,10 +14,12 @@ from urllib.parse import quote
 import msgspec
 
 from fastdist.client.connection import Connection, describe
+from fastdist.errors import Fault
 from fastdist.http.models import Analyzer, Analyzers, Problem, Reloaded
 
 if TYPE_CHECKING:
     from fastdist.client.connection import Response, Target
+    from fastdist.http.models import FieldError
 
 MAX_RESPONSE = 1 << 24  # bytes
 
@@ -83,5 +85,13 @@ class Admin:
             )
             first = f"{first}; {known}"
         faults = [] if problem.errors is msgspec.UNSET else problem.errors
-        details = [f"{fault.pointer}: {fault.detail}" if fault.pointer else fault.detail for fault in faults]
-        return NotDoneError(first, *(" ".join(detail.split()) for detail in details), permanent=permanent)
+        return NotDoneError(first, *(" ".join(_line(fault).split()) for fault in faults), permanent=permanent)
+
+
+def _line(fault: FieldError) -> str:
+    """Return what is wrong with a field, and where: in a file as ``check`` says it, else by the pointer."""
+    if fault.line is not msgspec.UNSET and fault.file is not msgspec.UNSET:
+        return str(Fault(fault.detail, file=fault.file, line=fault.line))
+    # A fault of a configuration names its path itself: "analyzers[0].weight: must be >= 0".
+    names_itself = not fault.pointer or fault.detail.startswith(fault.pointer.lstrip("/").partition("/")[0])
+    return fault.detail if names_itself else f"{fault.pointer}: {fault.detail}"

@@ -50,13 +50,17 @@ class Response(NamedTuple):
     @property
     def text(self) -> str:
         """The status, and the detail of a problem (RFC 9457) on one line, for a person."""
+        detail = self.detail or responses.get(self.status, "")
+        return f"{self.status} ({detail})" if detail else str(self.status)
+
+    @property
+    def detail(self) -> str:
+        """The detail of a problem (RFC 9457) on one line; empty if it is none."""
         try:
             detail = msgspec.json.decode(self.content, type=_Problem).detail
         except (msgspec.DecodeError, UnicodeDecodeError):
-            detail = ""
-        detail = " ".join("".join(c if c.isprintable() else " " for c in detail).split())
-        detail = detail or responses.get(self.status, "")
-        return f"{self.status} ({detail})" if detail else str(self.status)
+            return ""
+        return " ".join("".join(c if c.isprintable() else " " for c in detail).split())
 
     @property
     def verdict(self) -> str:

@@ -72,8 +72,8 @@ class Watcher:
         except (OSError, HTTPException) as error:
             raise NoAnswerError(describe(error, TIMEOUT)) from None
         if reply.status != 200:  # noqa: PLR2004  (what it answers when it serves)
-            hint = " With admin.listen, it is that address." if "admin.listen" in reply.text else ""
-            raise NoAnswerError(f"{path} is answered {reply.status}; is that the URL of a distributor?{hint}")
+            why = f": {reply.detail}" if reply.detail else "; is that the URL of a distributor?"
+            raise NoAnswerError(f"{path} is answered {reply.status}{why}")
         try:
             return msgspec.json.decode(reply.content, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
