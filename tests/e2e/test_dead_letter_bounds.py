@@ -276,14 +276,15 @@ def test_a_full_file_system_is_warned_of(five, serve, run, tmp_path):
         fill(disk)
         wait_until(lambda: "warning" in get_json(fastdist.port, "/health")["deadLetters"], "it is warned of")
         line = json.loads(fastdist.line_with("over 80% full"))
-        assert (line["level"], line["folder"], line["dead_letters"]) == ("warning", str(disk), all_of_them)
+        assert (line["level"], line["problem"]) == ("warning", "dead_letters_fill_disk")
         purge = run(*FASTDIST, "dead-letters", "purge", str(disk), "--yes")
         assert purge.wait() == 0
         assert f"removed {all_of_them}" in purge.output
         wait_until(
             lambda: "warning" not in get_json(fastdist.port, "/health")["deadLetters"], "no dead letters, no warning"
         )
-        fastdist.line_with("has room again")
+        fastdist.line_with("resolved: dead letters fill their file system")
+        assert sum("over 80% full" in line for line in fastdist.lines) == 1, "it is said once"
 
 
 def test_a_bound_heals_a_full_disk(five, serve, tmp_path):

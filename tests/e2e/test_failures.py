@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from support import WEIGHTS, Emitter, compare, own_body, wait_until
+from support import WEIGHTS, Emitter, compare, get_json, own_body, wait_until
 
 VICTIM = "A2"
 OTHERS = {name: weight / (1 - WEIGHTS[VICTIM]) for name, weight in WEIGHTS.items() if name != VICTIM}
@@ -234,7 +234,9 @@ def test_refused_by_all_is_a_dead_letter(mocks, serve):
     assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted
     assert stats["packets"]["deadLettered"] == 50
     assert {row["state"] for row in fastdist.analyzers().values()} == {"online"}
-    assert "refuses packet after packet" in fastdist.output
+    fastdist.line_with("analyzer refuses packet after packet")
+    codes = [each["code"] for each in get_json(fastdist.port, "/health")["problems"]]
+    assert "analyzer_refusing" in codes
 
 
 def test_analyzer_returns_after_killed_trial(mocks, serve):

@@ -69,6 +69,7 @@ def test_all_views_show_the_same_list(world, code):
     assert world.manager.line.split("; ")[1:] == "; ".join(details(health)).split("; ")
     logged = [line for line in lines if "problem" in line]
     told = [problem for problem in health["problems"] if problem["code"] not in COUNTED]  # the others with counts
+    told = [problem for problem in health["problems"] if problem["code"] not in COUNTED]  # others by the event log
     assert [(line["problem"], line["subject"], line["detail"]) for line in logged] == [
         (problem["code"], problem["subject"], problem["detail"]) for problem in told
     ]
@@ -164,6 +165,15 @@ def test_offline_analyzer_has_its_own_time(world):
     (problem,) = world.look()["problems"]
     assert problem["since"] == "2023-11-14T22:13:20.123Z"
     assert problem["detail"] == "A2 is offline: health check: HTTP 503"
+
+
+def test_problem_lasts_since_its_line_in_the_log(world):
+    """An analyzer on probation that fails again has another time of its own; it has been offline all along."""
+    offline(1)(world)
+    (before,) = world.look()["problems"]
+    world.block.analyzers.set(1, AnalyzerWord.SINCE_NS, time.time_ns() + 10**12)
+    (after,) = world.look()["problems"]
+    assert after["since"] == before["since"]
 
 
 def test_draining_analyzer_has_one_problem(world):

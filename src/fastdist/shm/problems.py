@@ -96,7 +96,7 @@ class _Found(NamedTuple):
     code: str
     subject: str
     detail: str
-    since_ns: int = 0  # 0: only the report says
+    since_ns: int = 0  # if the report says nothing, which the log goes by; 0: now
 
 
 def problems(snapshot: Snapshot, report: Report | None = None) -> list[Problem]:
@@ -107,7 +107,7 @@ def problems(snapshot: Snapshot, report: Report | None = None) -> list[Problem]:
     found.sort(key=lambda each: _ORDER[each.code])  # which keeps the order of analyzers and workers
     now = time.time_ns()
     return [
-        Problem(each.code, each.subject, each.detail, each.since_ns or report.since.get(key(*each[:2]), now))
+        Problem(each.code, each.subject, each.detail, report.since.get(key(*each[:2]), each.since_ns or now))
         for each in found
     ]
 

@@ -12,8 +12,6 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from fastdist import logs
-from fastdist.dead_letter_report import NEARLY_FULL
 from fastdist.errors import StartError
 from fastdist.shm.block import HeadWord, Step
 from fastdist.storage.dead_letter_bounds import Bounds
@@ -22,8 +20,6 @@ from fastdist.storage.dead_letters import folder_of
 from fastdist.storage.files import make_folder
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fastdist.dead_letter_report import Report
     from fastdist.settings import Config
     from fastdist.settings import DeadLetters as Settings
@@ -33,9 +29,6 @@ if TYPE_CHECKING:
 LOOK = 1.0  # seconds
 REST = 20  # times as long as a look, but no longer than MAX_REST seconds
 MAX_REST = 30.0
-HYSTERESIS = 0.02  # of a file system that has to become free until it is no longer nearly full
-
-log = logs.get()
 
 
 def make_bounds(config: Config, block: SharedBlock) -> Bounds:
@@ -69,7 +62,6 @@ class DeadLetterWatch:
         self.bounds = make_bounds(config, block)
         self._census = Census(self.bounds.folder)
         self._halted = threading.Event()
-        self._warned = False
         self._changed = asyncio.Event()  # the bounds
 
     def use(self, settings: Settings) -> None:
@@ -105,23 +97,3 @@ class DeadLetterWatch:
         if isinstance(look, BaseException):
             raise look
         self._block.dead_letters = look
-        self._warn(look, self.bounds.folder)
-
-    def _warn(self, report: Report, folder: Path) -> None:
-        """Log when their file system gets nearly full, and when it is not any more."""
-        if report.warning and not self._warned:
-            self._warned = True
-            log.warning(
-                report.warning,
-                advice="replay or purge them, or set dead_letters.max_bytes",
-                folder=str(folder),
-                used=f"{report.used:.0%}",
-                dead_letters=report.packets,
-                bytes=report.bytes,
-                available_bytes=report.available,
-            )
-        elif self._warned and not report.warning and (not report.packets or report.used < NEARLY_FULL - HYSTERESIS):
-            self._warned = False
-            log.info(
-                "the file system of the dead letters has room again", folder=str(folder), used=f"{report.used:.0%}"
-            )

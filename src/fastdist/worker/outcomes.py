@@ -123,7 +123,6 @@ class Outcomes(DispatchBase):
             if callable(dead_letters)
             else DeadLetterWriter(dead_letters, counters, self._dead_lettered, run_in_thread, delay)
         )
-        self._warnings = logs.Throttle(LOG_INTERVAL)  # of an analyzer (its slot) that refuses everything
         self._log_limit = logs.Throttle(LOG_INTERVAL)  # of errors, by kind and line
         self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked
         self.parts: deque[Callable[[], bool]] = deque((self.requeue_next, self.end_next_back_off))
@@ -256,12 +255,6 @@ class Outcomes(DispatchBase):
         if refusals <= fall and not states.needs_trial(slot):
             states.delivery_succeeded(slot)
             return False
-        if refusals == fall + 1 and self._warnings.allow(slot) and logs.may_log():
-            log.warning(
-                "an analyzer refuses packet after packet; what it refuses now is tried once elsewhere",
-                analyzer=pool.analyzer.id,
-                refused=refusals,
-            )
         return True
 
     def _ask_another(self, pool: AnalyzerPool, handle: int, status: int) -> bool:
