@@ -231,6 +231,14 @@ def test_banner_is_the_services_list(scripts, tmp_path, code):
     [
         ([problem("A1 is offline: HTTP 503")], [("warning", "A1 is offline. HTTP 503. Since 2020-01-02 03:04:05.")]),
         ([problem("the queue is full", "error")], [("error", "The queue is full. Since 2020-01-02 03:04:05.")]),
+        (
+            [problem("the last reload failed: analyzers[1].weight: must be >= 0")],
+            [("warning", "The last reload failed. analyzers[1].weight: must be >= 0. Since 2020-01-02 03:04:05.")],
+        ),
+        (
+            [problem("settings wait for a restart: queue.capacity")],
+            [("warning", "Settings wait for a restart. queue.capacity. Since 2020-01-02 03:04:05.")],
+        ),
         ([problem("x: y!", "odd")], [("warning", "X. Y! Since 2020-01-02 03:04:05.")]),
         (
             [*(problem(f"A{n} is offline") for n in range(6)), problem("sync fails", code="upkeep_failing")],

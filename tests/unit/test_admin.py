@@ -396,7 +396,7 @@ def test_expired_certificate_is_not_loaded(block, tmp_path):
     one, two = certificate(tmp_path, "one"), certificate(tmp_path, "two", LONG_AGO)
     it = Changes(Config(analyzers=analyzers(1), security=one), block, tmp_path, read_pair(one))
     it.begin()
-    with pytest.raises(StartError, match=r"two\.pem has expired on 2020-01-01 00:00:00 UTC"):
+    with pytest.raises(StartError, match=r"two\.pem expired on 2020-01-01 00:00:00 UTC"):
         it.reload(Config(analyzers=analyzers(2), security=two), read_pair(two))
     assert (it.pair, it.config.security, block.analyzers.weight(0)) == (read_pair(one), one, 1.0)
 

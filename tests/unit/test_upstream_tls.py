@@ -150,7 +150,7 @@ def certificate(ends, name="emitters.example"):
         (timedelta(days=13, hours=23), "expires in 13 days, on "),
         (timedelta(days=1, hours=5), "expires in 1 day, on "),
         (timedelta(hours=2), "expires in less than a day, on "),
-        (timedelta(days=-1), "has expired on "),
+        (timedelta(days=-1), "expired on "),
     ],
 )
 def test_dates_are_warned_of_in_time(left, words):

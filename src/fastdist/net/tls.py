@@ -146,7 +146,7 @@ def _not_valid(certificate: bytes, setting: str, file: str) -> str:
     begins, ends = validity(certificate)
     now = datetime.now(UTC)
     if ends is not None and now > ends:
-        return f"{setting}: the certificate in {file} has expired on {ends:%Y-%m-%d %H:%M:%S} UTC"
+        return f"{setting}: the certificate in {file} expired on {ends:%Y-%m-%d %H:%M:%S} UTC"
     if begins is not None and now < begins:
         return f"{setting}: the certificate in {file} is not valid before {begins:%Y-%m-%d %H:%M:%S} UTC"
     return ""

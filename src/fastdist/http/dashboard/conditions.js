@@ -9,7 +9,8 @@ const LEVELS = { error: "error", warning: "warning", notice: "info" };
 const NAMED = 3; // problems of one kind
 
 const sentence = (text) => (/[.!?]$/.test(text) ? text : `${text}.`);
-const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+// What is no word stays as it is: `queue.capacity`, `analyzers[1].weight`.
+const capital = (text) => (/^\w+[.[]\w/.test(text) ? text : text.charAt(0).toUpperCase() + text.slice(1));
 
 /** A problem of the service's list: "what: more of it". */
 function condition({ level, since, detail }) {
