@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from support import Mocks, running
 from xdist.scheduler import LoadScopeScheduling
 
-# Tests that share what is dear to make: a browser, images, a Prometheus, servers. One process runs all of a group.
+# Tests that share what is dear to make (browser, images, a Prometheus, servers): one process runs all of a group.
 TOGETHER = {
     "tests/browser/test_changes.py": "browser",
     "tests/browser/test_figures.py": "browser",

@@ -137,7 +137,7 @@ def test_tls_is_optional_at_admin_address(mocks, serve, tmp_path, tls):
         (tmp_path / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in pair.cert_chain_pems))
         (tmp_path / "key.pem").write_bytes(pair.private_key_pem.bytes())
         fastdist.signal(signal.SIGHUP)
-        fastdist.line_with("the configuration was read again")
+        fastdist.line_with("configuration reloaded")
         with pytest.raises(ssl.SSLCertVerificationError):
             ask(fastdist.views_port, "/health", secure=True)
         context = ssl.create_default_context(cadata=authority_2.cert_pem.bytes().decode())
