@@ -224,7 +224,7 @@ def test_sticky_packets_try_next_in_order(tmp_path):
         assert len(asked) == 1
 
 
-def test_doubtful_analyzer_is_no_line_of_a_worker(tmp_path):
+def test_workers_log_no_doubtful_analyzer(tmp_path):
     """It is a problem (``analyzer_refusing``), of which the supervisor logs one line for all workers."""
     with Bench(tmp_path, (1,), health={"fall": 2}) as bench, capture_logs() as lines:
         refuse(bench, 0, 12)

@@ -228,9 +228,13 @@ def test_check_names_problems_of_its_files(run, write, tmp_path):
 
 
 def test_check_asks_no_server_and_warns(run, write):
-    result = run("check", str(write('[queue]\nbackend = "jetstream"\ncapacity = "64MiB"\n')))
+    text = '[queue]\nbackend = "jetstream"\ncapacity = "64MiB"\n[dead_letters]\nmax_bytes = "1MiB"\n'
+    result = run("check", str(write(text)))
     assert result.exit_code == 0
     assert 'warning: queue.capacity: has no effect with queue.backend = "jetstream"' in result.stderr
+    assert 'warning: dead_letters.max_bytes: is with queue.backend = "jetstream" for files only' in result.stderr
+    assert "max_age" not in result.stderr
+    assert "dead_letters" not in run("check", str(write('[dead_letters]\nmax_bytes = "1MiB"\n'))).stderr
 
 
 def test_config_masks_password_and_token(run, write):

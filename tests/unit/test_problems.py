@@ -167,7 +167,7 @@ def test_offline_analyzer_has_its_own_time(world):
     assert problem["detail"] == "A2 is offline: health check: HTTP 503"
 
 
-def test_problem_lasts_since_its_line_in_the_log(world):
+def test_problem_lasts_since_its_log_line(world):
     """An analyzer on probation that fails again has another time of its own; it has been offline all along."""
     offline(1)(world)
     (before,) = world.look()["problems"]

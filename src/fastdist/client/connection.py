@@ -55,7 +55,7 @@ class Response(NamedTuple):
 
     @property
     def detail(self) -> str:
-        """The detail of a problem (RFC 9457) on one line; empty if it is none."""
+        """The detail of a problem (RFC 9457) on one line; empty without one."""
         try:
             detail = msgspec.json.decode(self.content, type=_Problem).detail
         except (msgspec.DecodeError, UnicodeDecodeError):
