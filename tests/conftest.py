@@ -21,7 +21,7 @@ TOGETHER = {
     "tests/cluster/test_claims.py": "nats",
     "tests/cluster/test_cluster_faults.py": "cluster faults",
     "tests/cluster/test_connecting.py": "nats",
-    "tests/cluster/test_dead_letters.py": "stream dead letters",
+    "tests/cluster/test_dead_stream.py": "stream dead letters",
     "tests/cluster/test_faults.py": "nats",
     "tests/cluster/test_publishing.py": "nats",
     "tests/cluster/test_replicas.py": "replicas",
