@@ -120,10 +120,6 @@ _RING_ONLY = {
     "queue.durability": "packets are as safe as jetstream.replicas and the servers' own settings make them",
     "queue.sync_interval": "when the servers sync is their own setting",
 }
-_FILES_ONLY = (
-    "for files only, which have what is too large for a message; the stream of dead letters is as large as "
-    "jetstream.max_bytes says, and discards none"
-)
 _VARIABLES = {"PORT": "server.port", "WORKER_COUNT": "server.workers"} | {
     f"FASTDIST_{path.replace('.', '__').upper()}": path for path in SETTINGS if "." in path
 }
@@ -210,12 +206,8 @@ def without_effect(loaded: Loaded) -> list[str]:
     """Return which settings were given but mean nothing beside others, as ``warnings`` does."""
     if loaded.config.queue.backend != "jetstream":
         return []
-    given = [path for path, source in loaded.sources.items() if source != "default"]
-    stream = 'with queue.backend = "jetstream"'
-    return [
-        *(f"{path}: has no effect {stream}; {_RING_ONLY[path]}" for path in _RING_ONLY if path in given),
-        *(f"{path}: is {stream} {_FILES_ONLY}" for path in given if path.startswith("dead_letters.")),
-    ]
+    given = [path for path in _RING_ONLY if loaded.sources[path] != "default"]
+    return [f'{path}: has no effect with queue.backend = "jetstream"; {_RING_ONLY[path]}' for path in given]
 
 
 def batches(config: Config) -> bool:
