@@ -26,7 +26,7 @@ TOGETHER = {
     "tests/cluster/test_publishing.py": "nats",
     "tests/cluster/test_replicas.py": "replicas",
     "tests/cluster/test_shared.py": "nats",
-    "tests/cluster/test_streams.py": "nats",
+    "tests/cluster/test_stream_setup.py": "nats",
     "tests/cluster/test_stuck.py": "stream dead letters",
     "tests/deploy/test_grafana.py": "metrics",
     "tests/deploy/test_images.py": "images",

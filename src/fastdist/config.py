@@ -119,6 +119,10 @@ _RING_ONLY = {
     "queue.capacity": "the size of the stream is jetstream.max_bytes",
     "queue.durability": "packets are as safe as jetstream.replicas and the servers' own settings make them",
     "queue.sync_interval": "when the servers sync is their own setting",
+    **dict.fromkeys(
+        ("dead_letters.max_bytes", "dead_letters.max_age", "dead_letters.path"),
+        "the stream of dead letters is as large as jetstream.max_bytes says, and discards none",
+    ),
 }
 _VARIABLES = {"PORT": "server.port", "WORKER_COUNT": "server.workers"} | {
     f"FASTDIST_{path.replace('.', '__').upper()}": path for path in SETTINGS if "." in path

@@ -778,8 +778,8 @@ class DeadLetters(Struct, frozen=True, kw_only=True):
     What is over a bound is discarded for good: whole files, the oldest first, but for those that a replay or a purge is
     going through. It is counted (`fastdist_dead_letter_packets_discarded_total`) and logged.
 
-    With `queue.backend = "jetstream"` all of this is about files only, which have what is too large for a message: the
-    stream of dead letters is as large as `jetstream.max_bytes` says, and discards none.
+    None of this has an effect with `queue.backend = "jetstream"`: the stream of dead letters is as large as
+    `jetstream.max_bytes` says, and discards none.
     """
 
     max_bytes: Annotated[

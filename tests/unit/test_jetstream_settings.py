@@ -232,7 +232,7 @@ def test_check_asks_no_server_and_warns(run, write):
     result = run("check", str(write(text)))
     assert result.exit_code == 0
     assert 'warning: queue.capacity: has no effect with queue.backend = "jetstream"' in result.stderr
-    assert 'warning: dead_letters.max_bytes: is with queue.backend = "jetstream" for files only' in result.stderr
+    assert 'warning: dead_letters.max_bytes: has no effect with queue.backend = "jetstream"' in result.stderr
     assert "max_age" not in result.stderr
     assert "dead_letters" not in run("check", str(write('[dead_letters]\nmax_bytes = "1MiB"\n'))).stderr
 
