@@ -90,6 +90,8 @@ class Disk:
 class DeadLetterFiles:
     """The files of dead letters as a writer sees them: ids that were written, and those that no cut can take."""
 
+    wants_sync = False  # a file is never full
+
     def __init__(self) -> None:
         self.cached: set[str] = set()
         self.synced: set[str] = set()

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from dockerfile import ROOT
-from support import Distributor, Emitter, Mocks, Process, free_port, request, running, wait_until
+from support import Distributor, Emitter, Mocks, Process, free_port, get_json, request, running, wait_until
 
 API = (ROOT / "docs" / "api.md").read_text()
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text()
@@ -34,6 +34,19 @@ def service(tmp_path_factory):
         with running(distributor):
             Emitter(distributor.port).send(100)
             distributor.wait_at_rest()
+            yield distributor
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """A service with a dead letter."""
+    mocks = Mocks()
+    with running(mocks):
+        mocks.set_all(status=422)
+        distributor = Distributor(tmp_path_factory.mktemp("refused"), mocks)
+        with running(distributor):
+            assert distributor.post()[0] == 202
+            wait_until(lambda: get_json(distributor.port, "/dead-letters")["last"], "it is seen")
             yield distributor
 
 
@@ -69,7 +82,8 @@ def assert_answer_is_as_shown(answer, shown):
 
 @with_curl
 @pytest.mark.parametrize(("command", "shown"), list(examples()), ids=lambda text: text[:60])
-def test_api_page_requests_respond_as_shown(service, command, shown):
+def test_api_page_requests_respond_as_shown(request, command, shown):
+    service = request.getfixturevalue("refused" if command.endswith("/dead-letters") else "service")
     local = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
     done = subprocess.run(["sh", "-c", local], capture_output=True, text=True, check=False, timeout=30)
     assert_answer_is_as_shown(done.stdout, shown)

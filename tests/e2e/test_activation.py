@@ -222,7 +222,7 @@ def test_memory_queue_leaves_new_to_the_next(analyzer, held, serve):
     first.line_with("draining")
     clients = Clients(first.port, rate=50)
     assert first.wait() == 0
-    assert "are now dead letters" in first.output
+    assert '"reason":"shutdown"' in first.output, "it is a dead letter now"
     second = serve(analyzer, settings("memory", workers=1), **options)
     clients.wait_for(20)
     clients.stop()

@@ -237,7 +237,12 @@ def test_limits_change_on_reload(serve, record):
     assert analyzer.most_open == 2
     assert reload(fastdist, text.replace("connections = 2", "connections = 6")) == (
         200,
-        {"status": "reloaded", "needsRestart": []},
+        {
+            "status": "reloaded",
+            "changed": [{"setting": "analyzers[A1].connections", "before": "2", "after": "6"}],
+            "masked": [],
+            "needsRestart": [],
+        },
     )
     sent(24)
     assert 2 < analyzer.most_open <= 6

@@ -171,7 +171,7 @@ def test_a_distributor_that_wants_a_token(mocks, serve, command):
     status, output = command(*replay_to(fastdist))
     assert status == 1
     assert "answers 401" in output
-    assert "is the token right?" in output
+    assert "give one with --token" in output
     assert output.endswith("replayed 0, refused 0, left 10")
     assert command(*replay_to(fastdist), FASTDIST_TOKEN="secret") == (0, "replayed 10, refused 0, left 0")
 

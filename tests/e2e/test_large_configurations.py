@@ -27,7 +27,7 @@ def test_2000_analyzers_start_and_reload(mocks, serve):
     text = fastdist.config.read_text()
     fastdist.config.write_text(text.replace("weight = 1.0", "weight = 3.0", 1))
     status, _, body = request(fastdist.port, "POST", "/admin/reload", b"")
-    assert (status, json.loads(body)) == (200, {"status": "reloaded", "needsRestart": []})
+    assert (status, json.loads(body)["needsRestart"]) == (200, [])
     weights = [row["weight"] for row in fastdist.analyzers().values()]
     assert sorted(weights) == [1.0] * 1999 + [3.0]
     assert fastdist.post()[0] == 202

@@ -390,7 +390,7 @@ def test_wrong_token_is_named_as_the_cause(keeping, serve, run, log):
     send = run(*arguments(fastdist, log))
     assert send.wait() == 4
     assert "answers 401" in send.output
-    assert "is the token right?" in send.output
+    assert "give one with --token" in send.output
     assert run(*arguments(fastdist, log), FASTDIST_TOKEN="secret-token").wait() == 0
     assert run(*arguments(fastdist, log, "--token", "secret-token")).wait() == 0
     fastdist.wait_at_rest()
