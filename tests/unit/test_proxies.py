@@ -76,6 +76,23 @@ def test_local_client_is_a_local_proxys_only():
     assert proxies.believed("::1", "192.0.2.1") == "192.0.2.1"
 
 
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [
+        ("127.0.0.1, 10.0.0.5", "10.0.0.5"),  # what another machine has sent to the local proxy
+        ("::1, 127.0.0.1, 10.0.0.5, 127.0.0.1", "10.0.0.5"),
+        ("unknown", "0.0.0.0"),  # a client that is not told is not this machine
+        ("fe80::1%eth0", "0.0.0.0"),
+        ("::1%lo", "0.0.0.0"),
+        ("192.0.2.7,", "0.0.0.0"),
+        ("192.0.2.7, unknown, 10.0.0.2", "10.0.0.2"),
+        ("", "127.0.0.1"),  # the proxy itself, for example its health check
+    ],
+)
+def test_local_proxy_makes_no_others_local(forwarded, client):
+    assert TRUSTED.client(forwarded, "127.0.0.1") == client
+
+
 @given(st.text(), st.ip_addresses().map(str))
 def test_any_field_names_an_address(forwarded, proxy):
     client = TRUSTED.client(forwarded, proxy)

@@ -3,7 +3,8 @@
 - Only a trusted proxy is believed: its address is in one of the networks.
 - X-Forwarded-For is read from its end, which the nearest proxy has written: the client is the first address there that
   is no trusted proxy's. What stands before it any client may have sent.
-- An address of this machine is believed of a proxy on this machine only, since it lets make changes.
+- An address of this machine is believed of this machine only, since it lets make changes: not of a proxy elsewhere,
+  nor of what comes to a local proxy from elsewhere. A client without an address (``unknown``) does not count as local.
 - The header of the PROXY protocol (versions 1 and 2, as HAProxy describes it) is all or nothing: what is no such header
   is an error, for the protocol may not be guessed.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SHORT = 64  # characters of X-Forwarded-For: one address or a few
 MAX_HOPS = 32  # addresses of X-Forwarded-For that are looked at
+NO_ADDRESS = "0.0.0.0"  # noqa: S104  (a client whose address a proxy on this machine does not tell)
 WITH_PORT = re.compile(r"\[([^\]]*)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+")
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"  # of version 2
@@ -61,11 +63,13 @@ class TrustedProxies:
         for item in reversed(forwarded.rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
             address = parse(item)
             if address is None:  # a word such as "unknown", or nonsense: who it had it from is known
+                return NO_ADDRESS if forwarded and is_loopback(found) else found
+            if address.is_loopback and not is_loopback(found):  # another machine's word for it
                 break
             found = str(address)
             if not self.trusts(found):
                 break
-        return believed(found, proxy)
+        return found
 
 
 def believed(client: str, proxy: str) -> str:
