@@ -297,6 +297,11 @@ def test_configuration_says_where_they_are(run, dead_letters, tmp_path):
         run("dead-letters", "list", "--config", str(file)).stdout
         == run("dead-letters", "list", str(dead_letters)).stdout
     )
+    file.write_text(f'[dead_letters]\npath = "{dead_letters}"\n')
+    assert (
+        run("dead-letters", "list", "--config", str(file)).stdout
+        == run("dead-letters", "list", str(dead_letters)).stdout
+    )
     file.write_text("[queue]\npath = 1\n")
     result = run("dead-letters", "list", "--config", str(file))
     assert result.exit_code == 2

@@ -33,7 +33,7 @@ def dead_letters_at(path: Path | None, config: str | None) -> Iterator[Store]:
             with _stream(settings.jetstream) as store:
                 yield store
             return
-        path = Path(settings.queue.path)
+        path = Path(settings.dead_letters.path or settings.queue.path)
     from fastdist.client.dead_letter_store import Files
     from fastdist.storage.dead_letters import find_files
 
