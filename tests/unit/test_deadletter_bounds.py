@@ -241,6 +241,24 @@ def test_unreadable_lines_are_not_counted(tmp_path):
     assert discard(path) == 1
 
 
+def test_nested_brackets_keep_no_file(tmp_path):
+    path = fill(tmp_path, ["a"])
+    path.write_bytes(path.read_bytes() + b"[" * 100_000 + b"]" * 100_000 + b"\n")
+    assert discard(path) == 1
+    assert not path.exists()
+
+
+def test_what_is_no_file_is_in_no_bounds_way(tmp_path):
+    writers = Writers(tmp_path, 4 * KIB)
+    writers.folder.mkdir(parents=True)
+    (writers.folder / "0.ndjson").mkdir()
+    os.mkfifo(writers.folder / "1.ndjson")  # to open it would wait for ever
+    for _ in range(40):
+        writers.write()
+    writers.all[0].bounds.enforce(writers._discard)
+    assert writers.discarded > 0
+
+
 def test_a_rewritten_file_stays_as_old(tmp_path):
     path = fill(tmp_path, ["a", "b"])
     os.utime(path, (1e9, 1e9))

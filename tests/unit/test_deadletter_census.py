@@ -7,7 +7,7 @@ from collections import Counter
 
 import msgspec
 import pytest
-from dead_letters import fill, packet
+from dead_letters import WHOLE, fill, packet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +187,27 @@ def test_no_folder_is_no_dead_letters(tmp_path):
     report = Census(tmp_path / "nothing" / "here").look()
     assert (report.packets, report.files) == (0, 0)
     assert 0 < report.available <= report.size
+
+
+def test_whatever_a_line_holds_it_is_counted(tmp_path):
+    path = fill(tmp_path, ["a", "b"])
+    nested = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+    edges = [
+        WHOLE.replace(b"2026-01-02T03:04:05Z", time)
+        for time in (b"0001-01-01T00:00:00+05:00", b"9999-12-31T23:00:00-05:00")
+    ]
+    path.write_bytes(path.read_bytes() + nested + b"\n".join(edges) + b"\n\xff\n")
+    assert (
+        counted(Census(tmp_path / FOLDER)) == slowly(tmp_path / FOLDER) == {("refused", "A1"): 2, ("unreadable", ""): 4}
+    )
+
+
+def test_what_is_no_file_is_passed_over(tmp_path):
+    path = fill(tmp_path, ["a"])
+    path.with_name("0.ndjson").mkdir()
+    os.mkfifo(path.with_name("1.ndjson"))  # to open it would wait for ever
+    path.with_name("2.ndjson").symlink_to(tmp_path)
+    assert counted(Census(tmp_path / FOLDER)) == slowly(tmp_path / FOLDER) == {("refused", "A1"): 1}
 
 
 def test_a_census_can_be_halted(tmp_path):

@@ -132,7 +132,7 @@ class Bounds:
         found, full = [], self.file_size if self.max_bytes else 0
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
-                if entry.name.endswith(SUFFIX):
+                if entry.name.endswith(SUFFIX) and entry.is_file():  # nothing else may be opened
                     with contextlib.suppress(FileNotFoundError):  # deleted since
                         state = entry.stat()
                         room = full if state.st_size < full and _is_locked(entry.path) else state.st_size

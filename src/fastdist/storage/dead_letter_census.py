@@ -18,18 +18,14 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, BinaryIO
 
-import msgspec
-
 from fastdist.dead_letter_report import LAST, MAX_ERROR, Count, Described, Report
-from fastdist.storage.dead_letters import SUFFIX, UNREADABLE, DeadLetter, digest_of, journal_of, read_journal
+from fastdist.storage.dead_letters import SUFFIX, UNREADABLE, DeadLetter, decoded, digest_of, journal_of, read_journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 RECENT = 64  # files whose last dead letters are remembered
-
-_decoder = msgspec.json.Decoder(DeadLetter)
 
 
 class HaltedError(Exception):
@@ -104,9 +100,8 @@ class _FileCensus:
         self._replayed = replayed
 
     def _count(self, offset: int, raw: bytes, times: int) -> None:
-        try:
-            dead_letter = _decoder.decode(raw)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        dead_letter = decoded(raw)
+        if dead_letter is None:
             if raw.strip():
                 self.counts[UNREADABLE, ""] += times
             return
@@ -128,9 +123,12 @@ class _FileCensus:
             try:
                 with self.path.open("rb") as file:
                     file.seek(offset)
-                    self._described[offset] = _described(_decoder.decode(file.readline()))
-            except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+                    dead_letter = decoded(file.readline())
+            except OSError:
                 return None
+            if dead_letter is None:
+                return None
+            self._described[offset] = _described(dead_letter)
         return self._described[offset]
 
     def forget_last(self) -> None:
@@ -152,7 +150,7 @@ class Census:
         found: dict[str, int] = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as entries:
             for entry in entries:
-                if entry.name.endswith(SUFFIX):
+                if entry.name.endswith(SUFFIX) and entry.is_file():
                     with contextlib.suppress(FileNotFoundError):
                         found[entry.name] = self._look_at(entry, halted)
         self._files = {name: self._files[name] for name in sorted(found) if name in self._files}

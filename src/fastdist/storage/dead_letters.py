@@ -29,7 +29,7 @@ import os
 import stat
 import struct
 import time
-from datetime import UTC, datetime
+from datetime import MAXYEAR, MINYEAR, UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
@@ -434,6 +434,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="ca
             raise ValueError("a dead letter has one body")
         if self.accepted_at.tzinfo is None or self.dead_lettered_at.tzinfo is None:
             raise ValueError("times have a zone")
+        if not {self.accepted_at.year, self.dead_lettered_at.year}.isdisjoint((MINYEAR, MAXYEAR)):
+            raise ValueError("times can be shown in every zone")
 
     @property
     def packet(self) -> bytes:
@@ -505,7 +507,7 @@ def find_files(path: Path) -> list[Found]:
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     found = []
     for file in sorted(folder.iterdir()):
-        if file.suffix == SUFFIX:
+        if file.suffix == SUFFIX and file.is_file():
             with contextlib.suppress(FileNotFoundError):  # deleted since
                 found.append(Found(file, file.stat().st_size))
     return found
@@ -552,11 +554,16 @@ def read_lines(file: BinaryIO, end: int, replayed: Mapping[int, str]) -> Iterato
 
 def as_read(offset: int, raw: bytes, changed: datetime) -> Line:
     """Return a line as what it is; ``changed``: its time, if it is not a dead letter."""
+    dead_letter = decoded(raw)
+    return Line(offset, raw, dead_letter, dead_letter.dead_lettered_at if dead_letter else changed)
+
+
+def decoded(raw: bytes) -> DeadLetter | None:
+    """Return the dead letter that a line is; None if it is none."""
     try:
-        dead_letter = _decoder.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return Line(offset, raw, None, changed)
-    return Line(offset, raw, dead_letter, dead_letter.dead_lettered_at)
+        return _decoder.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # the last: of nested brackets
+        return None
 
 
 def read_file(found: Found) -> Iterator[Line]:
