@@ -10,7 +10,10 @@ it, the command line takes help texts from it, and ``config`` checks values by i
 Durations are float seconds, sizes int bytes. Whatever is not marked RELOAD needs a restart to change.
 """
 
+import json
+from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from msgspec import Meta, Struct
@@ -395,18 +398,23 @@ class Analyzer(Struct, frozen=True, kw_only=True):
         return self.tls_name if self.health_address.origin == self.address.origin else self.health_address.host
 
     def without_secrets(self, text: str) -> str:
-        """Return text of the analyzer's with the values of its headers masked, which it may have sent back.
+        """Return text of the analyzer's with what it may have sent back masked: values of headers, and of queries.
 
         The text may end in the midst of one: of a response only the beginning is kept.
         """
-        parts = {part for header in self.headers for part in (header.value, *header.value.split())}
-        long_enough = [part for part in parts if len(part) >= MIN_SECRET]
-        secrets = {part.decode(encoding, "replace") for part in long_enough for encoding in ("latin-1", "utf-8")}
+        if not self.has_secrets:
+            return text
+        secrets = _secrets(self.headers, self.endpoint, self.health)
         cut = max((_overlap(text, secret) for secret in secrets), default=0)
         text, end = (text[:-cut], MASKED) if cut else (text, "")
         for secret in sorted(secrets, key=len, reverse=True):
             text = text.replace(secret, MASKED)
         return text + end
+
+    @property
+    def has_secrets(self) -> bool:
+        """Whether there is anything in its requests that is not to be shown."""
+        return bool(self.headers) or "?" in self.endpoint or "?" in self.health
 
     @property
     def header_lines(self) -> bytes:
@@ -418,6 +426,19 @@ class Analyzer(Struct, frozen=True, kw_only=True):
         own = {name: getattr(self, name) for name in ("timeout", "connections", "pipeline", "mode")}
         given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         return msgspec.structs.replace(of_all, **given) if given else of_all
+
+
+@lru_cache(maxsize=256)
+def _secrets(headers: tuple[Header, ...], *urls: str) -> frozenset[str]:
+    """Return what is not to be shown, in the forms that an analyzer may send it back in."""
+    parts = {part for header in headers for part in (header.value, *header.value.split())}
+    for url in urls:
+        values = [pair.rpartition("=")[2] for pair in url.partition("?")[2].split("&")]
+        parts |= {form for value in values for form in (value.encode(), unquote_to_bytes(value))}
+    long_enough = [part for part in parts if len(part) >= MIN_SECRET]
+    plain = {part.decode(encoding, "replace") for part in long_enough for encoding in ("latin-1", "utf-8")}
+    escaped = {json.dumps(each, ensure_ascii=False)[1:-1] for each in plain}
+    return frozenset(plain | escaped | {each.replace("/", r"\/") for each in escaped})
 
 
 def _overlap(text: str, secret: str) -> int:

@@ -231,6 +231,21 @@ def test_values_sent_back_are_masked():
     assert plain.without_secrets("Bearer abcdefgh") == "Bearer abcdefgh"
 
 
+def test_queries_sent_back_are_masked():
+    endpoint, health = "http://h/x?key=k%C3%A9y-of-mine&v=1", "/ok?only-the-key"
+    analyzer = Analyzer(id="a", endpoint=endpoint, weight=1, health=health)
+    told = analyzer.without_secrets("Cannot POST /x?key=k%C3%A9y-of-mine&v=1, k\u00e9y-of-mine, only-the-key")
+    assert told == "Cannot POST /x?key=***&v=1, ***, ***"
+    assert analyzer.without_secrets("/x?key=k%C3%A9") == "/x?key=***"
+    assert analyzer.without_secrets("nothing of that") == "nothing of that"
+
+
+def test_values_sent_back_as_json_are_masked():
+    analyzer = Analyzer(id="a", endpoint="http://h", weight=1, headers=(Header("X", b'ab"cd\\ef/gh'),))
+    assert analyzer.without_secrets(r'{"X": "ab\"cd\\ef/gh"}') == '{"X": "***"}'
+    assert analyzer.without_secrets(r'{"X": "ab\"cd\\ef\/gh"}') == '{"X": "***"}', "as PHP writes a slash"
+
+
 # ---- files of tokens
 
 

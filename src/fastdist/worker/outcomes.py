@@ -429,7 +429,7 @@ class Outcomes(DispatchBase):
 
     def _dead_letter(self, handle: int, reason: str, last: Returned) -> None:
         analyzer, response = last.pool.analyzer, last.response
-        if response and analyzer.headers:  # which it may have sent back
+        if response and analyzer.has_secrets:  # which it may have sent back
             text = analyzer.without_secrets(response.decode("utf-8", "surrogateescape"))
             response = text.encode("utf-8", "surrogateescape")
         self.given_up(reason, analyzer=analyzer.id, status=last.status)
