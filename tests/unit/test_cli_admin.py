@@ -111,12 +111,34 @@ def test_refusal_says_why_and_what_helps(run, answering, command, *, answer, exi
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("answer", [(200, b"<html>"), (404, b"nginx"), (200, b"{}"), (500, b"")])
+NESTED = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, b"<html>"), (404, b"nginx"), (200, b"{}"), (500, b""), (200, NESTED), (404, NESTED)]
+)
 def test_other_servers_are_not_ours(run, answering, answer):
     server = answering(*answer)
     result = run("analyzers", "list", "--url", server.url)
     assert result.exit_code == (1 if answer[0] == 500 else 4)
     assert "is that the URL of a distributor?" in result.stderr
+
+
+def test_what_is_no_http_is_shown_on_a_line(run):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection = listener.accept()[0]
+            connection.recv(65536)
+            connection.sendall(b"\x1b[2J\x00SSH\r\n\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        result = run("analyzers", "list", "--url", url)
+        thread.join()
+    assert (result.exit_code, result.stderr) == (1, f"fastdist: {url}: [2J SSH\n")
     assert "Traceback" not in result.output
 
 

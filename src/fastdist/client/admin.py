@@ -68,14 +68,14 @@ class Admin:
             raise self._refusal(response)
         try:
             return msgspec.json.decode(response.content, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise NotDoneError(f"{path}: {error}; is that the URL of a distributor?", permanent=True) from None
 
     def _refusal(self, response: Response) -> NotDoneError:
         permanent = HTTPStatus.BAD_REQUEST <= response.status < HTTPStatus.INTERNAL_SERVER_ERROR
         try:
             problem = msgspec.json.decode(response.content, type=Problem)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             text = f"it answers {response.status}; is that the URL of a distributor?"
             return NotDoneError(text, permanent=permanent)
         first = response.text

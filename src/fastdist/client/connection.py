@@ -58,9 +58,9 @@ class Response(NamedTuple):
         """The detail of a problem (RFC 9457) on one line; empty without one."""
         try:
             detail = msgspec.json.decode(self.content, type=_Problem).detail
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return ""
-        return " ".join("".join(c if c.isprintable() else " " for c in detail).split())
+        return on_a_line(detail)
 
     @property
     def verdict(self) -> str:
@@ -177,10 +177,15 @@ def connect(host: str, port: int, timeout: float) -> socket.socket:
     return sock
 
 
+def on_a_line(text: str) -> str:
+    """Return text of another program as it can be shown: on one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def describe(error: Exception, timeout: float | None = None) -> str:
     """Return why there was no response."""
     if isinstance(error, TimeoutError):
         return f"no answer within {timeout or TIMEOUT:.0f} s"
     if isinstance(error, RemoteDisconnected):
         return "it closes the connection without an answer"
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return (isinstance(error, OSError) and error.strerror) or on_a_line(str(error)) or type(error).__name__

@@ -216,7 +216,7 @@ class Replay(ReplayRun):
             return msgspec.json.decode(connection.request("GET", path, None, {}, MAX_RESPONSE).content, type=_State)
         except (OSError, HTTPException):
             return _State(storage="unknown")
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return _State()
         finally:
             connection.close()

@@ -76,7 +76,7 @@ class Watcher:
             raise NoAnswerError(f"{path} is answered {reply.status}{why}")
         try:
             return msgspec.json.decode(reply.content, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise NoAnswerError(f"{path}: {error}; is that the URL of a distributor?") from None
 
 
