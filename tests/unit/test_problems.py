@@ -21,7 +21,7 @@ from fastdist.shm.block import REPORT_WORDS, AnalyzerWord, SharedBlock, WorkerSt
 from fastdist.shm.problems import KINDS, LEVELS, Problem
 from fastdist.shm.report import MAX_OWN, MAX_SINCE, Configuration, Own, Report, decode, encode
 from fastdist.supervisor import problems as following
-from fastdist.supervisor.problems import COUNTED, LATELY, MAX_STATUS, Follower, Growth, status_line
+from fastdist.supervisor.problems import CALM, COUNTED, LATELY, MAX_STATUS, Follower, Growth, status_line
 
 
 @pytest.fixture
@@ -296,6 +296,29 @@ def test_flapping_makes_two_lines(clock):
             it.follow([])
             clock.now += kind.settles / 5
     assert [line["event"] for line in lines] == ["queue nearly full", "resolved: queue nearly full"]
+
+
+def test_often_offline_is_told_a_few_times(clock):
+    it = Follower()
+    with capture_logs() as lines:
+        for _ in range(40):
+            it.follow([some("analyzer_offline", "A1"), some("analyzer_offline", "A2")])
+            clock.now += 1
+            it.follow([some("analyzer_offline", "A2")])
+            clock.now += 1
+        assert [line["event"] for line in lines if line["subject"] == "A1"] == [
+            *["analyzer offline", "resolved: analyzer offline"] * 2,
+            "analyzer offline",
+        ]
+        clock.now += CALM
+        it.follow([])
+        assert it.since == {}
+        clock.now += 60
+        lines.clear()
+        it.follow([some("analyzer_offline", "A1")])
+        clock.now += 1
+        it.follow([])
+    assert [line["event"] for line in lines] == ["analyzer offline", "resolved: analyzer offline"]
 
 
 def test_each_subject_has_lines_of_its_own(clock):

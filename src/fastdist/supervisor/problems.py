@@ -2,7 +2,8 @@
 
 The log has a line when a problem begins and one when it has ended ("resolved: ..."); of COUNTED ones the event log has.
 One that comes and goes counts as ended when it has not been there for as long as its kind ``settles``, so that it makes
-no line each time.
+no line each time; one of any kind that has begun ``OFTEN`` times within a minute, when it has not been there for
+``CALM`` seconds.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ COUNTED = {"queue_full", "storage_failing", "no_analyzer", "packets_dead_lettere
 START = 10.0  # seconds after which workers that are not ready yet are a problem
 LIST_SHARE = 10  # times as long as it takes to list problems, until they are listed again for an analyzer
 LATELY = 60.0  # seconds for which packets that were rejected or given up are a problem
+OFTEN = 3  # beginnings of a problem within LATELY
+CALM = 20.0  # seconds
 MAX_FILES = 20  # that were set aside
 MAX_STATUS = 2000  # characters: a message to the service manager has 4096 bytes
 
@@ -119,6 +122,7 @@ class ProblemList:
 class _Followed(NamedTuple):
     problem: Problem
     seen: float  # time.monotonic()
+    settles: float  # seconds it must be over for its end to count
 
 
 class Follower:
@@ -126,6 +130,7 @@ class Follower:
 
     def __init__(self) -> None:
         self._followed: dict[str, _Followed] = {}  # by key
+        self._begun: dict[str, list[float]] = {}  # when they have begun within the last minute, by key
 
     @property
     def since(self) -> dict[str, int]:
@@ -135,15 +140,24 @@ class Follower:
     def follow(self, found: Iterable[Problem]) -> None:
         """Take the list of this moment, and log what has begun and what has ended."""
         now = time.monotonic()
+        self._begun = {key: times for key, times in self._begun.items() if now - times[-1] < LATELY}
         for problem in found:
-            if problem.key not in self._followed and problem.code not in COUNTED:
-                _log_begin(problem)
-            self._followed[problem.key] = _Followed(problem, now)
-        for key, (problem, seen) in tuple(self._followed.items()):
-            if seen != now and now - seen >= KINDS[problem.code].settles:
+            before = self._followed.get(problem.key)
+            settles = before.settles if before else self._begin(problem, now)
+            self._followed[problem.key] = _Followed(problem, now, settles)
+        for key, (problem, seen, settles) in tuple(self._followed.items()):
+            if seen != now and now - seen >= settles:
                 del self._followed[key]
                 if problem.code not in COUNTED:
                     _log_end(problem)
+
+    def _begin(self, problem: Problem, now: float) -> float:
+        """Log that a problem has begun; return for how many seconds it must be over for its end to count."""
+        if problem.code not in COUNTED:
+            _log_begin(problem)
+        begun = self._begun[problem.key] = [*self._begun.get(problem.key, ())[1 - OFTEN :], now]
+        often = sum(now - moment < LATELY for moment in begun) >= OFTEN
+        return max(KINDS[problem.code].settles, CALM if often else 0.0)
 
 
 def _log_begin(problem: Problem) -> None:
