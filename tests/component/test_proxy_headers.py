@@ -148,6 +148,19 @@ def test_many_refusals_are_logged_once():
     run(refused)
 
 
+def test_refusals_share_the_limit_of_lines(monkeypatch):
+    async def refused(_):
+        headers = Headers()
+        with capture_logs() as lines:
+            theirs = headers.connect()
+            theirs.sendall(BAD["HTTP"])
+            await headers.settle(lambda: is_closed(theirs))
+        assert lines == []
+
+    monkeypatch.setattr("fastdist.logs.may_log", lambda: False)
+    run(refused)
+
+
 def test_others_have_no_header():
     async def passed(_):
         headers = Headers()

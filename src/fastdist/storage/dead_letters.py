@@ -559,7 +559,7 @@ def as_read(offset: int, raw: bytes, changed: datetime) -> Line:
 
 
 def decoded(raw: bytes) -> DeadLetter | None:
-    """Return the dead letter that a line is; None if it is none."""
+    """Return the dead letter in a line, None for anything else."""
     try:
         return _decoder.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # the last: of nested brackets

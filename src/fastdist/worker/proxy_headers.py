@@ -93,7 +93,7 @@ class ProxyHeaders:
             self._taken(connection, peer if client is None else (believed(client[0], peer[0]), client[1]))
 
     def _refuse(self, connection: socket.socket, peer: tuple[str, int], why: str) -> None:
-        if self._log_limit.allow():
+        if self._log_limit.allow() and logs.may_log():
             log.warning("a connection from a trusted proxy has no PROXY header and is closed", proxy=peer[0], error=why)
         self._leave(connection)
         connection.close()
