@@ -124,14 +124,13 @@ def test_census_agrees_with_a_slow_reading(tmp_path_factory, events):
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     site = Site(tmp_path)
     read = []
-    decode = module._decoder.decode
+    decode = module.decoded
 
-    class Counting:
-        def decode(self, raw):
-            read.append(raw)
-            return decode(raw)
+    def counting(raw):
+        read.append(raw)
+        return decode(raw)
 
-    monkeypatch.setattr(module, "_decoder", Counting())
+    monkeypatch.setattr(module, "decoded", counting)
     for number in range(100):
         site.write(number)
     site.census.look()
