@@ -276,6 +276,7 @@ def test_dead_worker_leaves_no_connection(analyzer, held, serve):
         Process(["kill", "-9", str(pid)]).wait()
         assert fastdist.post()[0] == 202
     wait_until(lambda: sum(row["restarts"] for row in fastdist.stats()["workers"]) == 2, "replaced")
+    wait_until(lambda: {row["state"] for row in fastdist.stats()["workers"]} == {"running"}, "and what they had, too")
 
 
 def test_several_sockets_are_one_each(analyzer, held, serve):
