@@ -112,6 +112,11 @@ def test_a_refusing_analyzer_on_a_small_disk(five, serve, run, tmp_path):
         assert 0.5 * MIB < watch.largest <= MIB + MIB // 16, "a file is an eighth of a worker's part"
         assert all_of_them == pytest.approx(2000, abs=10)
         wait_until(lambda: size_of(disk) <= MIB - MIB // 16, "there is room for a file, so that no more is discarded")
+
+        def agree():
+            return gauge(fastdist) == len(fastdist.dead_letters()) == all_of_them - discarded(fastdist)
+
+        wait_until(agree, "the gauge has what is there")
         gone, there = discarded(fastdist), fastdist.dead_letters()
         assert gone + len(there) == all_of_them
         assert gone > 200
@@ -119,7 +124,6 @@ def test_a_refusing_analyzer_on_a_small_disk(five, serve, run, tmp_path):
             (("reason", "max_age"),): 0,
             (("reason", "max_bytes"),): gone,
         }
-        wait_until(lambda: gauge(fastdist) == len(there), "the gauge has what is there")
         assert fastdist.stats()["deadLetters"]["counts"] == [
             {"reason": "refused", "analyzer": "A5", "packets": len(there)}
         ]
