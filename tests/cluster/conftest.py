@@ -47,6 +47,13 @@ def servers(request):
 
 
 @pytest.fixture
+def mocks(lasting_mocks):
+    """Return analyzers that do no harm, with empty ledgers."""
+    lasting_mocks.start_anew()
+    return lasting_mocks
+
+
+@pytest.fixture
 def name():
     """Return the name of a stream of the test's own."""
     return f"TEST{next(NUMBERS)}"

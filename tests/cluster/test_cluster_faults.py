@@ -12,20 +12,7 @@ import nats
 import pytest
 from nats_servers import MAX_PAYLOAD, Servers, running
 from replicas import Replicas, Watch, compare, emitter
-from support import Mocks, Process, get_json, request, wait_until
-
-
-@pytest.fixture(scope="module")
-def lasting_mocks():
-    mocks = Mocks()
-    yield mocks
-    mocks.kill_all()
-
-
-@pytest.fixture
-def mocks(lasting_mocks):
-    lasting_mocks.start_anew()
-    return lasting_mocks
+from support import Process, get_json, request, wait_until
 
 
 @pytest.fixture

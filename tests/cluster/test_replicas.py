@@ -17,19 +17,6 @@ from support import BODY, Mocks, get_json, own_body, request, wait_until
 KEYED = {"Content-Type": "application/json"}
 
 
-@pytest.fixture(scope="module")
-def lasting_mocks():
-    mocks = Mocks()
-    yield mocks
-    mocks.kill_all()
-
-
-@pytest.fixture
-def mocks(lasting_mocks):
-    lasting_mocks.start_anew()
-    return lasting_mocks
-
-
 @pytest.fixture
 def replicas(tmp_path, mocks, three, name):
     made = Replicas(tmp_path, mocks, three.settings(name, ack_wait=6.0))

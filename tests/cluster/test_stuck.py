@@ -13,20 +13,7 @@ import nats
 import pytest
 from nats_servers import Servers, running
 from replicas import Replicas, compare, emitter
-from support import Mocks, own_body, request, wait_until
-
-
-@pytest.fixture(scope="module")
-def lasting_mocks():
-    mocks = Mocks()
-    yield mocks
-    mocks.kill_all()
-
-
-@pytest.fixture
-def mocks(lasting_mocks):
-    lasting_mocks.start_anew()
-    return lasting_mocks
+from support import own_body, request, wait_until
 
 
 @pytest.fixture
