@@ -70,7 +70,6 @@ REAP = 1.0  # seconds between reaping orphaned processes
 PORT_TIMEOUT = 1.0  # seconds to wait until another process has released our port
 APPLIED = 5.0  # seconds for workers to report that they have applied new settings
 CANNOT_START = 3  # exit status: workers cannot start
-LAST_OFFLINE = "analyzer offline; it was the last"
 LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
 
 log = logs.get()

@@ -64,15 +64,10 @@ def stream_config(settings: Jetstream) -> dict[str, Any]:
 
 def dead_config(settings: Jetstream) -> dict[str, Any]:
     """Return the configuration of the stream of dead letters."""
-    return {
+    return stream_config(settings) | {
         "name": settings.dead_stream,
         "subjects": [settings.dead_subject],
         "retention": "limits",
-        "storage": "file",
-        "discard": "new",
-        "num_replicas": settings.replicas,
-        "max_bytes": settings.max_bytes,
-        "duplicate_window": _ns(settings.dedup_window),
         "description": "dead letters of fastdist",
     }
 
