@@ -20,6 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -66,6 +68,14 @@ def wait_until(
             raise AssertionError(f"not within {seconds:g} s: {what}")
         time.sleep(pause)  # longer and longer: to look takes processor time from what is awaited
         pause = min(1.5 * pause, max(0.05, (time.monotonic() - began) / 20))
+
+
+def kill_worker(pid: int) -> None:
+    """Kill a worker, and wait for its end: until then it may be given connections, which are reset with it."""
+    process = psutil.Process(pid)
+    process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE, f"process {pid} has ended")
 
 
 GIVEN: set[int] = set()
@@ -157,8 +167,8 @@ class Process:
         return str(wait_until(look, f"a line with {text!r}; so far:\n{self.output}", seconds))
 
     def wait_for_lines(self, text: str, count: int) -> None:
-        """Wait until that many lines have ``text`` in them."""
-        wait_until(lambda: sum(text in line for line in list(self.lines)) == count, f"{count} lines with {text!r}")
+        """Wait until at least that many lines have ``text`` in them."""
+        wait_until(lambda: sum(text in line for line in list(self.lines)) >= count, f"{count} lines with {text!r}")
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -7,17 +7,15 @@ What a client makes of a response is its own affair: it is asked, never the resp
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
-import signal
 import threading
 import time
 from collections import Counter, defaultdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from support import free_port, get_json, wait_until
+from support import free_port, get_json, kill_worker, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -252,7 +250,7 @@ def worker_killed(mocks: Mocks, serve: Any, make: Any) -> None:
     mocks.set_all(latency=0.05)  # so that something is in flight
     with at_work(clients):
         some_more(clients)
-        os.kill(random.choice(fastdist.worker_pids()), signal.SIGKILL)
+        kill_worker(random.choice(fastdist.worker_pids()))
         wait_until(lambda: sum(row["restarts"] for row in fastdist.stats()["workers"]) == 1, "a new worker")
         some_more(clients)
     fastdist.wait_at_rest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import socket
 import ssl
@@ -12,7 +11,7 @@ import sys
 
 import pytest
 import trustme
-from support import BODY, ROOT, Emitter, free_port, get_json, request, wait_until
+from support import BODY, ROOT, Emitter, free_port, get_json, kill_worker, request, wait_until
 
 from fastdist.supervisor.main import CANNOT_START
 
@@ -105,7 +104,7 @@ def test_it_is_served_until_a_drain_ends(mocks, serve):
 
 def test_a_new_worker_serves_it_again(mocks, serve):
     fastdist = serve(mocks, ADMIN | {"server": {"workers": 1}})
-    os.kill(fastdist.worker_pids()[0], signal.SIGKILL)
+    kill_worker(fastdist.worker_pids()[0])
     assert fastdist.stats()["workers"][0]["restarts"] == 1, "a connection waits for its successor"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
-import os
 import signal
 import socket
 import threading
@@ -14,7 +13,7 @@ from collections import Counter
 
 import pytest
 from clients_harness import delivered as messages_delivered
-from support import request, wait_until
+from support import kill_worker, request, wait_until
 
 EACH = 40  # records of a request
 NDJSON = "application/x-ndjson"
@@ -175,7 +174,7 @@ def test_worker_is_killed_while_agents_send(mocks, serve):
     agent = Agent(fastdist.port, "otlp", "before")
     agent.send(20)
     for pid in fastdist_pids:
-        os.kill(pid, signal.SIGKILL)
+        kill_worker(pid)
     wait_until(lambda: {row["restarts"] for row in fastdist.stats()["workers"]} == {1}, "two new workers")
     after = Agent(fastdist.port, "otlp", "after")
     after.send(5)
@@ -235,7 +234,7 @@ def test_killed_while_storing_large_batches(mocks, serve):
         before = len(accepted)
         wait_until(lambda before=before: len(accepted) > before, "a batch is stored")
         time.sleep(kills / 40)  # somewhere in the next
-        os.kill(fastdist.stats()["workers"][0]["pid"], signal.SIGKILL)
+        kill_worker(fastdist.stats()["workers"][0]["pid"])
         wait_until(lambda kills=kills: fastdist.stats()["workers"][0]["restarts"] == kills, "a new worker")
     stop.set()
     thread.join()

@@ -6,9 +6,7 @@ import contextlib
 import http.client
 import itertools
 import json
-import os
 import resource
-import signal
 import ssl
 import subprocess
 import sys
@@ -18,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import trustme
 from recorder import Recorder
-from support import ROOT, Emitter, compare, get_json, request, wait_until
+from support import ROOT, Emitter, compare, get_json, kill_worker, request, wait_until
 
 PRIVATE, PUBLIC = trustme.CA(), trustme.CA()
 SECRET = b"Bearer \xe2\x82\xac s3cret-of-a-test"
@@ -388,7 +386,7 @@ def test_private_authority_and_certificate(serve, record, tmp_path):
         (tmp_path / name).unlink()
     pids = fastdist.worker_pids()
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        kill_worker(pid)
     wait_until(lambda: not {*pids, 0} & set(fastdist.worker_pids()), "workers were replaced")
     delivered = len(private.ids)
     send(fastdist, 20)

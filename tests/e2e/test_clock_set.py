@@ -5,16 +5,14 @@ A preloaded library stands between the processes and their wall clock; the machi
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import struct
 import subprocess
 import time
 from datetime import UTC, datetime
 
 import pytest
-from support import Emitter, get_json, wait_until
+from support import Emitter, get_json, kill_worker, wait_until
 
 HOUR, DAY = 3600, 86_400
 SHIM = r"""
@@ -92,7 +90,7 @@ def test_setting_the_clock_changes_no_span(mocks, serve, clock, days):
     after = Emitter(fastdist.port, prefix="after").send(20)
     check_spans(fastdist)
     (victim,) = fastdist.worker_pids()
-    os.kill(victim, signal.SIGKILL)
+    kill_worker(victim)
     wait_until(lambda: fastdist.worker_pids() != [victim], "a successor, which reads the clock again")
     wait_until(lambda: get_json(fastdist.port, "/queue")["oldestAgeSeconds"] > 0, "it tells of the queue")
     check_spans(fastdist)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import threading
 import time
@@ -12,7 +10,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from small_disk import fill, small_disk
-from support import BODY, Emitter, Mocks, free_port, get_json, request, wait_until
+from support import BODY, Emitter, Mocks, free_port, get_json, kill_worker, request, wait_until
 
 FASTDIST = [sys.executable, "-m", "fastdist"]
 MIB = 2**20
@@ -244,7 +242,7 @@ def test_a_killed_worker_under_the_bound(five, serve, tmp_path):
         for kills in range(1, 4):
             before = discarded(fastdist)
             wait_until(lambda before=before: discarded(fastdist) > before + 30, "some are discarded")
-            os.kill(fastdist.worker_pids()[kills % 2], signal.SIGKILL)
+            kill_worker(fastdist.worker_pids()[kills % 2])
             wait_until(
                 lambda kills=kills: sum(row["restarts"] for row in fastdist.stats()["workers"]) >= kills, "it restarts"
             )

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
-import signal
 from datetime import UTC, datetime, timedelta
 
 import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from support import BODY, WEIGHTS, Distributor, Emitter, Mocks, get_json, request, running, wait_until
+from support import BODY, WEIGHTS, Distributor, Emitter, Mocks, get_json, kill_worker, request, running, wait_until
 
 CHANGING = ("uptimeSeconds", "rates", "workers")  # between two requests, without a packet
 PERCENTILES = ("p50", "p90", "p99", "p999", "max")
@@ -219,7 +217,7 @@ def test_health_names_what_is_missing(mocks, serve):
     wait_until(lambda: health()["status"] == "ok", "all are there again")
     victim, survivor = fastdist.worker_pids()
     connection = connection_to(fastdist.port, survivor)
-    os.kill(victim, signal.SIGKILL)
+    kill_worker(victim)
 
     def seen_by_the_survivor():
         connection.request("GET", "/health")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 
 import pytest
-from support import WEIGHTS, Emitter, compare, get_json, own_body, wait_until
+from support import WEIGHTS, Emitter, compare, get_json, kill_worker, own_body, wait_until
 
 VICTIM = "A2"
 OTHERS = {name: weight / (1 - WEIGHTS[VICTIM]) for name, weight in WEIGHTS.items() if name != VICTIM}
@@ -247,7 +246,7 @@ def test_analyzer_returns_after_killed_trial(mocks, serve):
     mocks.set(VICTIM, status=None, hang=True)
     wait_until(lambda: fastdist.analyzers()[VICTIM]["inFlight"] == 1, "a packet is on its way there")
     (worker,) = fastdist.worker_pids()
-    os.kill(worker, signal.SIGKILL)
+    kill_worker(worker)
     mocks.set(VICTIM, hang=False)
     wait_until_it_has_its_share_again(fastdist)
     emitter.stop()

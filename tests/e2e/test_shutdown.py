@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from support import BODY, WEIGHTS, Emitter, compare, request, wait_until
+from support import BODY, WEIGHTS, Emitter, compare, kill_worker, request, wait_until
 
 REQUEST = b"POST /logs HTTP/1.1\r\nHost: test\r\nIdempotency-Key: %s\r\nContent-Length: %d\r\n\r\n"
 
@@ -265,9 +265,9 @@ def test_packets_of_a_down_worker_are_kept(mocks, serve):
     emitter = Emitter(fastdist.port).send(300)
     for _ in range(4):  # its restarts get slower
         victim = fastdist.worker_pids()[0]
-        os.kill(victim, signal.SIGKILL)
+        kill_worker(victim)
         wait_until(lambda victim=victim: fastdist.worker_pids()[0] != victim, "a successor")
-    os.kill(fastdist.worker_pids()[0], signal.SIGKILL)
+    kill_worker(fastdist.worker_pids()[0])
     wait_until(lambda: fastdist.output.count("worker exited, restarting") == 5, "the supervisor has noticed")
     assert fastdist.stop() == 0
     assert {row["id"] for row in fastdist.dead_letters()} == emitter.accepted

@@ -20,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import trustme
-from support import BODY, Distributor, wait_until
+from support import BODY, Distributor, kill_worker, wait_until
 
 AUTHORITY = trustme.CA()
 NEXT = trustme.CA()  # of the certificate that replaces the first
@@ -368,7 +368,7 @@ def test_replaced_worker_has_current_pair(secure, tmp_path):
     (tmp_path / "cert.pem").write_text("half a certif")
     (tmp_path / "key.pem").unlink()
     (before,) = fastdist.stats()["workers"]
-    os.kill(before["pid"], signal.SIGKILL)
+    kill_worker(before["pid"])
     (after,) = fastdist.stats()["workers"]
     assert after["pid"] != before["pid"]
     assert reload(fastdist, fastdist.connect())[0] == 422

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import signal
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from datetime import UTC, datetime
 import pytest
 from manager import Manager
 from rich.console import Console
-from support import Distributor, get_json, request, wait_until
+from support import Distributor, get_json, kill_worker, request, wait_until
 
 from fastdist.client.connection import Target
 from fastdist.client.top import Watcher
@@ -143,7 +142,7 @@ def other_port(fastdist, _):
 
 def crashes(fastdist, _):
     for times in range(1, 4):
-        os.kill(fastdist.worker_pids()[0], signal.SIGKILL)
+        kill_worker(fastdist.worker_pids()[0])
         fastdist.wait_for_lines("worker exited, restarting", times)
         wait_until(lambda: _is_running(fastdist), "it is there again")
 

@@ -11,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from support import BODY, Emitter, check_identity, compare, get_json, wait_until
+from support import BODY, Emitter, check_identity, compare, get_json, kill_worker, wait_until
 
 POST = b"POST /logs HTTP/1.1\r\nHost: test\r\nIdempotency-Key: %s\r\nContent-Length: %d\r\n\r\n" + BODY
 CANNOT_IMPORT = """
@@ -60,7 +60,7 @@ def test_ready_worker_has_its_figures(mocks, serve):
     fastdist = serve(mocks)
     assert all(row["rssBytes"] > 2**20 for row in fastdist.stats()["workers"])
     (pid, _) = fastdist.worker_pids()
-    os.kill(pid, signal.SIGKILL)
+    kill_worker(pid)
     wait_for_successor(fastdist, pid)
     assert all(row["rssBytes"] > 2**20 for row in running_workers(fastdist))
 
@@ -77,7 +77,7 @@ def test_killed_workers_lose_nothing(mocks, serve, delivery):
         mocks.set_all(latency=slow)
         emitter.wait_for(500)
         victim = rng.choice(fastdist.worker_pids())
-        os.kill(victim, signal.SIGKILL)
+        kill_worker(victim)
         wait_for_successor(fastdist, victim)
         assert sum(row["restarts"] for row in fastdist.stats()["workers"]) == kills
     emitter.stop()
@@ -99,7 +99,7 @@ def test_figures_survive_their_worker(mocks, serve):
     assert fastdist.post(b"{}")[0] == 400
     before = fastdist.wait_at_rest()
     victim = fastdist.worker_pids()[0]
-    os.kill(victim, signal.SIGKILL)
+    kill_worker(victim)
     wait_for_successor(fastdist, victim, workers=1)
     after = fastdist.stats()
     for part in ("packets", "messages", "bytes", "rejected", "latencyMs"):
@@ -115,7 +115,7 @@ def test_successor_delivers_queued_packets(mocks, serve):
     fastdist.wait_for_states("offline")
     emitter = Emitter(fastdist.port).send(1000)
     victim = fastdist.worker_pids()[0]
-    os.kill(victim, signal.SIGKILL)
+    kill_worker(victim)
     wait_for_successor(fastdist, victim, workers=1)
     packets = wait_until(lambda: p if (p := fastdist.stats()["packets"])["queued"] == 1000 else None, "all are there")
     assert packets["accepted"] == 1000
@@ -134,7 +134,7 @@ def test_successor_serves_queued_connections(mocks, serve):
         connection = socket.create_connection(("127.0.0.1", fastdist.port), timeout=20)
         connection.sendall(POST % (b"queued-%d" % number, len(BODY)))
         connections.append(connection)
-    os.kill(victim, signal.SIGKILL)
+    kill_worker(victim)
     for connection in connections:
         with connection:
             assert connection.recv(65536).startswith(b"HTTP/1.1 202 ")
@@ -212,7 +212,7 @@ def test_dying_worker_restarts_with_back_off(mocks, serve):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     for _ in range(4):
         victim = fastdist.worker_pids()[0]
-        os.kill(victim, signal.SIGKILL)
+        kill_worker(victim)
         wait_for_successor(fastdist, victim, workers=1)
     delays = [json.loads(line)["delay"] for line in fastdist.lines if "worker exited, restarting" in line]
     assert len(delays) == 4
