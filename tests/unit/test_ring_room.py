@@ -46,6 +46,32 @@ def test_next_push_finds_room_as_told(fd, volatile):
     assert 1000 < told.count(0) < len(told) - 1000
 
 
+@pytest.mark.parametrize("volatile", [True, False])
+def test_room_stays_until_a_push(fd, volatile):
+    """Whatever is claimed, delivered, given back and synced meanwhile, and moved for it."""
+    ring, rng = PacketRing(fd, CAPACITY, volatile=volatile), random.Random(7)
+    claimed, free, looks = [], False, 0
+    for _ in range(40_000):
+        match rng.randrange(12):
+            case 0:
+                ring.push(bytes(rng.choice([100, 1000, 5000])))
+                free = False
+            case 1 | 2:
+                claimed += [handle for _ in range(rng.randrange(8)) if (handle := ring.claim())]
+            case 3:
+                ring.mark_synced(ring.tail_position)
+            case 4 if claimed:
+                ring.done(claimed.pop(rng.randrange(len(claimed))))
+            case 5 if claimed:
+                ring.release(claimed.pop(rng.randrange(len(claimed))))
+            case _:
+                lacking = ring.room_lacking()
+                assert not (free and lacking)
+                looks += free
+                free = lacking == 0
+    assert looks > 1000
+
+
 def test_one_large_packet_fills_no_ring(fd):
     """Others have room beside it; only when one like it is refused the ring is full, until a smaller one is taken."""
     ring = PacketRing(fd, CAPACITY, volatile=True)

@@ -228,7 +228,7 @@ cdef class PacketRing:
         if unlikely(2 * size > self.capacity):
             return TOO_BIG
         if unlikely(self.is_half_full(size + kept)):
-            self.make_room(size)
+            self.make_room(size, kept)
             if self.lacking(size, kept):
                 if not flags & A_COPY:
                     self.last_size = size
@@ -344,19 +344,20 @@ cdef class PacketRing:
         cdef int64_t largest = max(self.largest, size, self.reserved_largest if kept else 0)
         return max(0, size + kept - spare, size + kept + largest - (spare + pinned - self.head))
 
-    cdef void make_room(self, int64_t size) noexcept nogil:
+    cdef void make_room(self, int64_t size, int64_t kept) noexcept nogil:
         """Move claimed records from the head to the tail, some at a time, so they do not pin the ring.
 
-        With a file, their old places are free once the copies are synced.
+        With a file, their old places are free once the copies are synced. No copy takes the room that there is for
+        ``size``, with ``kept`` left.
         """
-        cdef int64_t spare, moving
+        cdef int64_t spare, moving, least = 0 if self.lacking(size, kept) else size + kept
         cdef Entry *entry
         cdef int moves = 0
         while self.first and self.undone_bytes <= self.capacity // 4 * 3 and moves < MOVES_A_PUSH:
             entry = &self.entries[self.first]
             moving = self.size_of_entry(entry)
             spare = self.spare()
-            if spare < moving or spare + entry.position - self.head >= size + max(self.capacity // 4, moving):
+            if spare < moving + least or spare + entry.position - self.head >= size + max(self.capacity // 4, moving):
                 break
             if entry.copied and entry.position + moving > self.synced:
                 break  # a copy: it has not even arrived
@@ -776,7 +777,7 @@ cdef class PacketRing:
         cdef int64_t size = self.last_size or min(max(<int64_t>SMALLEST, self.largest), self.capacity // USUAL)
         # Not while the disk fails: marks that wait to be written would be pushed out by those of moves.
         if self.staged == 0 and self.is_half_full(size + self.reserved) and self.file.write_marks() == 0:
-            self.make_room(size)
+            self.make_room(size, self.reserved)
         return self.lacking(size, self.reserved)
 
     def free_unused(self):
