@@ -85,10 +85,12 @@ def free_port() -> int:
     """Return a port that nothing listens on, and that no connection is given as its own while nothing does.
 
     One from the ephemeral range may be taken by a client that tries to connect, even to itself. Nothing keeps
-    others from taking it before we do.
+    others from taking it before we do; processes of one run have ranges of their own.
     """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(12_000, 30_000)[number :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
     while True:
-        port = random.SystemRandom().randrange(12_000, 30_000)
+        port = random.SystemRandom().choice(ports)
         if port in GIVEN:
             continue
         GIVEN.add(port)

@@ -19,7 +19,7 @@ class Replicas:
         self.folder, self.mocks, self.jetstream, self.more = folder, mocks, settings, more
         self.all = []
 
-    def start(self, **sections):
+    def start(self, environment=None, **sections):
         """Start one more replica; ``sections`` of its configuration differ from the others'."""
         folder = self.folder / f"replica{len(self.all)}"
         folder.mkdir()
@@ -37,7 +37,7 @@ class Replicas:
         for source in (self.more, sections):
             for section, keys in source.items():
                 settings.setdefault(section, {}).update(keys)
-        self.all.append(Replica(folder, self.mocks, settings))
+        self.all.append(Replica(folder, self.mocks, settings, **(environment or {})))
         return self.all[-1]
 
     def kill_all(self):

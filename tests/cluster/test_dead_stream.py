@@ -51,7 +51,7 @@ def command(tmp_path):
 async def fill(made, lines):
     """Store dead letters, as workers do."""
     dead = Publisher(made.connection, made.settings.dead_stream, made.settings.dead_subject, 5)
-    await dead.connected(made.connection.client)
+    dead.connected(made.connection.client)
     for number, line in enumerate(lines, 1):
         assert (await dead.publish(line, f"dead/{number}")).stored == "yes"
 
@@ -196,7 +196,7 @@ async def test_a_second_dead_letter_is_another(one, name, command):
     async with service(one.settings(name)) as made:
         for round_ in (1, 2):
             dead = Publisher(made.connection, f"{name}_DEAD", made.settings.dead_subject, 5)
-            await dead.connected(made.connection.client)
+            dead.connected(made.connection.client)
             await dead.publish(dead_letter("p"), f"dead/{round_}")
             assert (await command(made.settings, "replay"))[0] == 0
             assert [packet.id for packet in await packets(made)] == ["p"] * round_
@@ -280,7 +280,7 @@ async def test_new_ones_are_left_for_later(one, name):
 
         async def later():
             dead = Publisher(made.connection, f"{name}_DEAD", made.settings.dead_subject, 5)
-            await dead.connected(made.connection.client)
+            dead.connected(made.connection.client)
             await dead.publish(dead_letter("c"), "dead/99")
 
         loop = asyncio.get_running_loop()

@@ -28,11 +28,11 @@ class Stream:
         self.messages: list[tuple[list[str], str, asyncio.Future[Outcome]]] = []  # packets' ids, message id, outcome
         self.waited: list[float] = []
 
-    async def publish(self, message: bytes, message_id: str, waited: float) -> Outcome:
+    def store(self, message: bytes, message_id: str, done, waited: float) -> None:
         self.waited.append(waited)
         future = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda future: done(future.result()))
         self.messages.append(([packet.id for packet in decode(message)], message_id, future))
-        return await future
 
     @property
     def under_way(self) -> list[list[str]]:

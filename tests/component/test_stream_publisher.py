@@ -22,15 +22,14 @@ class Client:
     def new_inbox(self) -> str:
         return "_INBOX.x"
 
-    async def subscribe(self, _subject: str, *, cb, **_options) -> None:
-        self.replied = cb
+    def take(self, _subject: str, handler) -> None:
+        self.replied = handler
 
-    async def publish(self, _subject: str, _message: bytes, reply: str, _headers: dict[str, str]) -> None:
+    def send(self, _subject: str, _message: bytes, reply: str, _message_id: str) -> None:
         self.sent.append(reply)
 
-    async def reply(self, number: int, answer: object) -> None:
-        data = msgspec.json.encode(answer)
-        await self.replied(SimpleNamespace(subject=self.sent[number], headers=None, data=data))
+    def reply(self, number: int, answer: object) -> None:
+        self.replied(self.sent[number], "", b"", msgspec.json.encode(answer))
 
 
 def outcome_of(play, timeout: float = 5.0, waited: float = 0.0):
@@ -40,11 +39,11 @@ def outcome_of(play, timeout: float = 5.0, waited: float = 0.0):
         connection = SimpleNamespace(add=lambda _part: None, unsent=0, last_error="", drop=lambda: None)
         publisher = Publisher(connection, "S", "S.packets", timeout)
         client = Client()
-        await publisher.connected(client)
-        publishing = asyncio.get_running_loop().create_task(publisher.publish(bytes(500), "id", waited))
-        await asyncio.sleep(0)
-        await play(publisher, client)
-        return await publishing
+        publisher.connected(client)
+        outcome = asyncio.get_running_loop().create_future()
+        publisher.store(bytes(500), "id", outcome.set_result, waited)
+        play(publisher, client)
+        return await outcome
 
     return asyncio.run(run())
 
@@ -52,27 +51,26 @@ def outcome_of(play, timeout: float = 5.0, waited: float = 0.0):
 def test_too_large_at_the_next_server():
     """The server before may have stored it."""
 
-    async def play(publisher, client):
+    def play(publisher, client):
         assert len(client.sent) == 1
         publisher.lost()
-        await publisher.connected(Client(max_payload=100))
+        publisher.connected(Client(max_payload=100))
 
     assert outcome_of(play).stored == "unknown"
 
 
 def test_too_large_after_a_refusal():
-    async def play(publisher, client):
-        await client.reply(0, {"stream": "S", "error": {"code": 503, "err_code": 10008, "description": "busy"}})
+    def play(publisher, client):
+        client.reply(0, {"stream": "S", "error": {"code": 503, "err_code": 10008, "description": "busy"}})
         publisher.lost()
-        await publisher.connected(Client(max_payload=100))
+        publisher.connected(Client(max_payload=100))
 
     outcome = outcome_of(play)
     assert (outcome.stored, outcome.reason) == ("no", "tooLarge")
 
 
 def test_what_waited_too_long_is_not_sent():
-    async def play(publisher, client):
-        await asyncio.sleep(0)
+    def play(publisher, client):
         assert (client.sent, publisher.under_way, publisher.refusal) == ([], 0, "storage")
 
     outcome = outcome_of(play, waited=5.0)
@@ -80,17 +78,17 @@ def test_what_waited_too_long_is_not_sent():
 
 
 def test_time_that_was_waited_is_taken_off():
-    async def play(_publisher, client):
+    def play(_publisher, client):
         assert len(client.sent) == 1
 
     assert outcome_of(play, timeout=3600.0, waited=3599.9).stored == "unknown"
 
 
 def test_full_stream_after_a_lost_reply():
-    async def play(publisher, _client):
+    def play(publisher, _client):
         publisher.lost()
         again = Client()
-        await publisher.connected(again)
-        await again.reply(0, STORE_FAILED)
+        publisher.connected(again)
+        again.reply(0, STORE_FAILED)
 
     assert outcome_of(play).stored == "unknown"

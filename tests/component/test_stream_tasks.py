@@ -24,15 +24,16 @@ class Client:
 
     def __init__(self) -> None:
         self.max_payload, self.is_closed, self.discovered_servers = 1 << 20, False, []
+        self.transport = SimpleNamespace(close=lambda: None)
         self.sent: list[tuple[str, bytes]] = []
 
     def new_inbox(self) -> str:
         return "_INBOX.x"
 
-    async def subscribe(self, _subject: str, *, cb, **_options) -> None:
-        self.received = cb
+    def take(self, _subject: str, handler) -> None:
+        self.received = handler
 
-    async def publish(self, subject: str, data: bytes, _reply: str) -> None:
+    def send(self, subject: str, data: bytes, _reply: str) -> None:
         self.sent.append((subject, data))
 
     async def close(self) -> None:
@@ -80,12 +81,12 @@ def test_consumer_goes_on_after_faults():
         settings = Jetstream(ack_wait=0.3)
         consumer = Consumer(SimpleNamespace(add=lambda _part: None), settings, lambda *_: None, room, void)
         client = Client()
-        await consumer.connected(client)
+        consumer.connected(client)
         consumer.start()
         await until(lambda: any(".MSG.NEXT." in subject for subject, _ in client.sent))
         for sequence in (1, 2):
             reply = f"$JS.ACK.FASTDIST.fastdist.1.{sequence}.{sequence}.0.0"
-            await client.received(SimpleNamespace(subject=settings.subject, reply=reply, data=b"", headers=None))
+            client.received(settings.subject, reply, b"", b"")
         await until(lambda: faults.count("void") == 2 and consumer.held == 0)  # no renewal was confirmed
         assert any(data == b"+WPI" for _, data in client.sent)
 
@@ -108,7 +109,7 @@ def test_acknowledgements_do_not_pile_up(monkeypatch):
         assert len(consumer._to_send) == len(claims)
         monkeypatch.setattr(consumers, "CONFIRM_TIMEOUT", 3600.0)
         client = Client()
-        await consumer.connected(client)
+        consumer.connected(client)
         await until(lambda: len(client.sent) >= len(claims))
         await asyncio.sleep(0.1)
         assert client.sent == [(claim.reply, b"+ACK") for claim in claims]
@@ -128,7 +129,7 @@ def test_fault_replaces_the_connection(monkeypatch):
             it.client, it._ended = clients[-1], asyncio.Event()
             return []
 
-        async def connected(client):
+        def connected(client):
             if client is clients[0]:
                 raise KeyError("a fault")
 

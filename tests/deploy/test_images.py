@@ -139,6 +139,7 @@ def test_only_the_queue_belongs_to_the_user(builder):
 
 def test_container_takes_delivers_and_stops(run, volume):
     container = run()
+    container.line_with("fastdist is ready")
     wait_until(lambda: container.health().returncode == 0, "healthy")
     emitter = Emitter(container.port).send(100)
     assert emitter.count(202) == 100

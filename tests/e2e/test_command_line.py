@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support import BODY, ROOT, get_json, request, wait_until
+from support import BODY, ROOT, free_port, get_json, request, wait_until
 
 PYTHON = sys.executable
 COMMAND = (PYTHON, "-m", "fastdist")
@@ -30,12 +30,6 @@ endpoint = "http://127.0.0.1:1/"
 weight = -1
 """
 PROBLEMS = ["server.port: ", "server.prot: unknown key", "analyzers[0].endpoint: ", "analyzers[1].weight: must be >= 0"]
-
-
-def free_port():
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_free(port):

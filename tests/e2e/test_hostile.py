@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import BODY, Emitter, Process, compare, request, wait_until
+from support import BODY, Emitter, Process, compare, free_port, request, wait_until
 
 GET_STATS = b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n"
 GET_DESCRIPTION = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -471,12 +471,6 @@ backend fastdist
 
 def program(name):
     return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(params=["nothing", "nginx", "haproxy"])

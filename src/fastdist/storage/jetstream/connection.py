@@ -20,13 +20,12 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from fastdist import logs
 from fastdist.errors import StartError
 from fastdist.storage.jetstream import login
-from fastdist.storage.jetstream.transport import DroppableTransport
+from fastdist.storage.jetstream.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -50,7 +49,7 @@ log = logs.get()
 class Part(Protocol):
     """What uses a connection."""
 
-    async def connected(self, client: Client) -> None:
+    def connected(self, client: Client) -> None:
         """Subscribe on a new client, and send again what is under way."""
 
     def lost(self) -> None:
@@ -63,14 +62,6 @@ class Refusal(Exception):  # noqa: N818  (one of several that make an error)
     def __init__(self, server: str, kind: Kind, text: str) -> None:
         super().__init__(f"jetstream: {server}: {text}")
         self.kind = kind
-
-
-class _Client(Client):
-    """nats-py's client on a transport that can be left at any moment."""
-
-    def __init__(self, transport: DroppableTransport) -> None:
-        super().__init__()
-        self._transport = transport
 
 
 class Connection:
@@ -88,7 +79,6 @@ class Connection:
         self.last_error = ""  # of the last attempt to connect, or what a server has not allowed
         self.denied = ""  # the last operation that the user is not allowed
         self._parts: list[Part] = []
-        self._transport: DroppableTransport | None = None
         self._learnt: dict[str, str | None] = {}  # URL -> the name that its certificate is for, if not its host
         self._ended = asyncio.Event()  # the present client
         self._up = asyncio.Event()
@@ -108,7 +98,7 @@ class Connection:
     @property
     def unsent(self) -> int:
         """Bytes that are ours still: the kernel has not taken them."""
-        return 0 if self._transport is None else self._transport.unsent
+        return 0 if self.client is None else self.client.unsent
 
     def add(self, part: Part) -> None:
         """Have a part told of every client; before ``start``."""
@@ -165,7 +155,7 @@ class Connection:
                 if self.client is None:
                     self._warn(refusals)
             client = self.client
-            await self._tell_parts(client)
+            self._tell_parts(client)
             await self._ended.wait()
             self.client = None
             self._up.clear()
@@ -178,10 +168,10 @@ class Connection:
                 part.lost()
             await self._try_all()  # at once the first time: mostly another server is there
 
-    async def _tell_parts(self, client: Client) -> None:
+    def _tell_parts(self, client: Client) -> None:
         try:
             for part in self._parts:
-                await part.connected(client)
+                part.connected(client)
         except (NatsError, OSError):  # it has ended meanwhile
             self._ended.set()
         except Exception as error:  # whatever it is, another client may do
@@ -192,9 +182,7 @@ class Connection:
 
     async def _leave(self, client: Client) -> None:
         """End a client; nothing of it is sent any more."""
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
+        client.transport.close()
         if not client.is_closed:
             await client.close()
 
@@ -231,8 +219,7 @@ class Connection:
 
     async def _connect(self, url: str, tls_name: str | None) -> None:
         """Connect to one server. Raises Refusal."""
-        transport = DroppableTransport(must_encrypt=url.startswith("tls://"))
-        client = _Client(transport)
+        client = Client(must_encrypt=url.startswith("tls://"))
         ended = asyncio.Event()
         errors: list[Exception] = []
 
@@ -248,7 +235,7 @@ class Connection:
                 log.error("jetstream: a message could not be handled", exc_info=error)
 
         options: dict[str, Any] = login.options(self.settings)
-        if tls_name is not None and transport:
+        if tls_name is not None:
             options["tls_hostname"] = tls_name
         try:
             options["tls"] = login.tls_context(self.settings)
@@ -268,16 +255,16 @@ class Connection:
                     **options,
                 )
         except Exception as error:  # nats-py and nkeys raise all kinds; each is a reason in a line
-            transport.close()
+            client.transport.close()
             cause = next((each for each in reversed(errors) if not isinstance(each, NatsError)), None)
             refusal = _refusal(url, cause if cause is not None and _is_vague(error) else error)
             if refusal.kind == "authorization" and not login.options(self.settings):
                 refusal.args = (f"{refusal}; no login is configured: see jetstream.user, token, credentials and nkey",)
             raise refusal from error
         except asyncio.CancelledError:
-            transport.close()
+            client.transport.close()
             raise
-        self._transport, self._ended = transport, ended
+        self._ended = ended
         self.client, self.server, self.last_error = client, url, ""
 
     def _not_allowed(self, text: str) -> None:

@@ -15,23 +15,22 @@ A claim is a message that the stream has handed out to us and to no other, for `
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
+import itertools
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import msgspec
 from nats.errors import Error as NatsError
 
+from fastdist.storage.jetstream.client import fields_of, status_of
 from fastdist.storage.jetstream.connection import forever, now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from nats.aio.client import Client
-    from nats.aio.msg import Msg
-
     from fastdist.settings import Jetstream
+    from fastdist.storage.jetstream.client import Client
     from fastdist.storage.jetstream.connection import Connection
 
 NAME = "fastdist"  # of the durable consumer
@@ -145,7 +144,7 @@ class Consumer:
         self._stopping = False
         self._inbox = ""
         self._client: Client | None = None
-        self._wake = asyncio.Event()
+        self._is_scheduled = False
         self._idle = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         connection.add(self)
@@ -164,11 +163,14 @@ class Consumer:
 
     def start(self) -> None:
         """Begin to claim."""
-        self._tasks = [forever(self._run), forever(self._renew)]
+        self._tasks = [forever(self._sweep), forever(self._renew)]
+        self.wake()
 
     def wake(self) -> None:
-        """Look at once whether there is room."""
-        self._wake.set()
+        """Look at the end of this event-loop iteration whether there is room, or something to send."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._work)
 
     def acknowledge(self, claim: Claim) -> None:
         """Remove the message from the stream: all of it is settled."""
@@ -203,7 +205,7 @@ class Consumer:
     def _send_soon(self, claim: Claim) -> None:
         claim.due = now() + CONFIRM_TIMEOUT
         self._to_send[claim] = None
-        self._wake.set()
+        self.wake()
 
     async def stop(self, timeout: float) -> bool:  # noqa: ASYNC109  (the rest is left after it)
         """Claim nothing more, have all that was acknowledged or given back confirmed; return whether that was done.
@@ -211,7 +213,7 @@ class Consumer:
         What comes meanwhile is given back at once. What is still held then goes to others after ``ack_wait``.
         """
         self._stopping = True
-        self._wake.set()
+        self.wake()
         try:
             async with asyncio.timeout(timeout):
                 while self._asked or self._leaving:
@@ -222,52 +224,54 @@ class Consumer:
         finally:
             for task in self._tasks:
                 task.cancel()
+            self._tasks.clear()
         return True
 
     # ---- requests and what comes
 
-    async def connected(self, client: Client) -> None:
+    def connected(self, client: Client) -> None:
         """Take messages on a new client, and send again what was not confirmed."""
         self._inbox = client.new_inbox()
-        await client.subscribe(f"{self._inbox}.*", cb=self._received, pending_bytes_limit=0, pending_msgs_limit=0)
+        client.take(f"{self._inbox}.*", self._received)
         self._client, self._asked, self._not_before = client, 0, 0.0
         for claim in list(self._leaving.values()):
             if claim.state is State.GIVEN_BACK and claim.sent_at:
                 self._confirmed(claim)  # it may have arrived: not again
             else:
                 self._send_soon(claim)
-        self._wake.set()
+        self.wake()
 
     def lost(self) -> None:
         """Wait for the next client."""
         self._client, self._asked = None, 0
         self._idle.set()
 
-    async def _run(self) -> None:
-        next_sweep = 0.0
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SWEEP):
-                    await self._wake.wait()
-            self._wake.clear()
-            moment = now()
-            if moment >= next_sweep:  # not each time: there may be very many
-                next_sweep = moment + SWEEP
-                self._sweep(moment)
-            if self._client is not None and self._to_send:
-                claims, self._to_send = self._to_send, {}
-                await self._send(claims, "a")
-            await self._ask(moment)
+    def _work(self) -> None:
+        self._is_scheduled = False
+        if not self._tasks or self._client is None:
+            return
+        if self._to_send:
+            claims = list(itertools.islice(self._to_send, SLICE))
+            for claim in claims:
+                del self._to_send[claim]
+            self._send(claims, "a")
+            if self._to_send:
+                self.wake()
+        self._ask(now())
 
-    def _sweep(self, moment: float) -> None:
+    async def _sweep(self) -> None:
         """Say again what was not confirmed in time."""
-        for claim in [each for each in self._leaving.values() if each.due <= moment]:
-            if claim.state is State.GIVEN_BACK and claim.sent_at:
-                self._confirmed(claim)
-            else:
-                self._send_soon(claim)
+        while True:
+            await asyncio.sleep(SWEEP)
+            moment = now()
+            for claim in [each for each in self._leaving.values() if each.due <= moment]:
+                if claim.state is State.GIVEN_BACK and claim.sent_at:
+                    self._confirmed(claim)
+                else:
+                    self._send_soon(claim)
+            self.wake()
 
-    async def _ask(self, moment: float) -> None:
+    def _ask(self, moment: float) -> None:
         """Ask for messages if there is room, and none are to come."""
         if self._asked and moment >= self._lost_at:
             self._asked = 0
@@ -283,41 +287,41 @@ class Consumer:
         size = max(MAX_REQUEST_BYTES, 2 * client.max_payload)  # or the largest messages would never come
         wanted = {"batch": count, "max_bytes": size, "expires": int(EXPIRES * 1e9)}
         try:
-            await client.publish(self._next, msgspec.json.encode(wanted), f"{self._inbox}.p{self._requests}")
-        except (NatsError, OSError):
+            client.send(self._next, msgspec.json.encode(wanted), f"{self._inbox}.p{self._requests}")
+        except NatsError:
             self._asked = 0
 
-    async def _received(self, message: Msg) -> None:
-        if message.subject == self.subject:
-            self._claim(message)
+    def _received(self, subject: str, reply: str, headers: bytes, data: bytes) -> None:
+        if subject == self.subject:
+            self._claim(reply, data)
             return
-        token = message.subject[len(self._inbox) + 1 :]
-        status = message.headers.get("Status") if message.headers else None
+        token = subject[len(self._inbox) + 1 :]
         if token.startswith("p"):
-            self._request_ended(message, status or "", current=token == f"p{self._requests}")
+            self._request_ended(headers, current=token == f"p{self._requests}")
             return
+        status = status_of(headers)
         sequence = int(token[1:].partition("-")[0])
         if token.startswith("w"):
             claim = self._held.get(sequence)
-            if claim is not None and claim.token == token and status is None:
+            if claim is not None and claim.token == token and not status:
                 claim.confirmed_at = claim.sent_at
         else:
             claim = self._leaving.get(sequence)
             if claim is None or claim.token != token:
                 return
-            if status is None:
+            if not status:
                 self._confirmed(claim)
             else:  # no leader: it has not arrived
                 claim.sent_at, claim.due = 0.0, now() + PAUSE
 
-    def _request_ended(self, message: Msg, status: str, *, current: bool) -> None:
+    def _request_ended(self, headers: bytes, *, current: bool) -> None:
         """Do not await what a request has not got. What it has got may still come: its end overtakes messages."""
+        status, fields = status_of(headers), fields_of(headers)
         if status == "100" or not current:  # a heartbeat, or of one that was taken for lost
             return
-        headers = message.headers or {}
-        pending = headers.get("Nats-Pending-Messages", "")
+        pending = fields.get("Nats-Pending-Messages", "")
         self._no_more(int(pending) if pending.isdecimal() else self._asked)
-        if status not in {"404", "408"} and headers.get("Description") != "Batch Completed":
+        if status not in {"404", "408"} and fields.get("Description") != "Batch Completed":
             self._not_before = now() + PAUSE
 
     def _no_more(self, count: int) -> None:
@@ -325,11 +329,11 @@ class Consumer:
         self._asked = max(0, self._asked - count)
         if not self._asked:
             self._idle.set()
-            self._wake.set()
+            self.wake()
 
-    def _claim(self, message: Msg) -> None:
+    def _claim(self, reply: str, data: bytes) -> None:
         try:
-            deliveries, sequence, stored_ns = position(message.reply)
+            deliveries, sequence, stored_ns = position(reply)
         except ValueError:
             return  # published past the stream
         self._no_more(1)
@@ -339,11 +343,11 @@ class Consumer:
             known = None
         if known is not None and known.state is not State.GIVEN_BACK:
             self.redelivered += 1
-            known.reply, known.deliveries, known.confirmed_at = message.reply, deliveries, now()
+            known.reply, known.deliveries, known.confirmed_at = reply, deliveries, now()
             if known.state is State.ACKNOWLEDGED:
                 self._send_soon(known)
             return
-        claim = Claim(sequence, deliveries, message.reply, now())
+        claim = Claim(sequence, deliveries, reply, now())
         claim.stored_ns, claim.era = stored_ns, self._era
         if (sequence, stored_ns) in self._settled:
             self.redelivered += 1
@@ -356,7 +360,7 @@ class Consumer:
             self.give_back(claim)
             return
         try:
-            self._take(claim, message.data)
+            self._take(claim, data)
         except Exception:
             self.give_back(claim, self.ack_wait)  # or it would be held for ever
             raise  # which is logged
@@ -384,11 +388,13 @@ class Consumer:
                     del self._held[claim.sequence]
                     claim.state = State.VOID
                     self._void(claim)
-            await self._send([claim for claim in old if claim.state is State.HELD], "w")
+            for at in range(0, len(old), SLICE):
+                self._send([claim for claim in old[at : at + SLICE] if claim.state is State.HELD], "w")
+                await asyncio.sleep(0)
 
-    async def _send(self, claims: Iterable[Claim], kind: str) -> None:
+    def _send(self, claims: Iterable[Claim], kind: str) -> None:
         """Send a word about each claim, and ask for its confirmation."""
-        for index, claim in enumerate(claims):
+        for claim in claims:
             client = self._client
             if client is None or claim.state is State.SETTLED or (kind == "w" and claim.state is not State.HELD):
                 continue
@@ -396,8 +402,6 @@ class Consumer:
             claim.sent_at, claim.token = now(), f"{kind}{claim.sequence}-{self._words}"
             word = PROGRESS if kind == "w" else claim.word
             try:
-                await client.publish(claim.reply, word, f"{self._inbox}.{claim.token}")
-            except (NatsError, OSError):
+                client.send(claim.reply, word, f"{self._inbox}.{claim.token}")
+            except NatsError:
                 return
-            if index % SLICE == SLICE - 1:
-                await asyncio.sleep(0)

@@ -21,12 +21,13 @@ import msgspec
 from nats.errors import Error as NatsError
 
 from fastdist.storage.jetstream import api
+from fastdist.storage.jetstream.client import status_of
 from fastdist.storage.jetstream.connection import forever, now
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
-    from nats.aio.msg import Msg
+    from collections.abc import Callable
 
+    from fastdist.storage.jetstream.client import Client
     from fastdist.storage.jetstream.connection import Connection
 
 LIMIT = 512  # messages under way
@@ -57,12 +58,13 @@ class _Entry:
     __slots__ = (
         "answered",
         "deadline",
+        "done",
         "due",
         "floor",
-        "future",
-        "headers",
         "message",
+        "message_id",
         "number",
+        "over",
         "pause",
         "reason",
         "refused",
@@ -70,12 +72,13 @@ class _Entry:
         "size",
     )
 
-    def __init__(self, number: int, message: bytes, message_id: str, deadline: float) -> None:
-        self.number, self.message = str(number), message
-        self.headers = {"Nats-Msg-Id": message_id}
+    def __init__(
+        self, number: int, message: bytes, message_id: str, deadline: float, done: Callable[[Outcome], None]
+    ) -> None:
+        self.number, self.message, self.message_id, self.done = str(number), message, message_id, done
         self.size = len(message) + HEADERS_BYTES + len(message_id)
         self.deadline = deadline
-        self.future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.over = False
         self.sent = 0  # how often
         self.answered = 0  # of those; what was not may be stored
         self.refused = 0  # of those
@@ -115,38 +118,50 @@ class Publisher:
         """How many messages wait until others have their outcome."""
         return len(self._waiting)
 
-    async def publish(self, message: bytes, message_id: str, waited: float = 0.0) -> Outcome:
-        """Store a message, once for each id within the stream's window; return what became of it.
+    async def publish(self, message: bytes, message_id: str) -> Outcome:
+        """Store a message; return what became of it. See ``store``."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: Outcome) -> None:
+            if not future.done():
+                future.set_result(outcome)
+
+        entry = self.store(message, message_id, done)
+        try:
+            return await future
+        finally:
+            entry.over = True
+            self._forget(entry)
+
+    def store(self, message: bytes, message_id: str, done: Callable[[Outcome], None], waited: float = 0.0) -> _Entry:
+        """Store a message, once for each id within the stream's window; ``done(outcome)`` says what became of it.
 
         That takes as long as the timeout at most, less what it has ``waited`` already (seconds). ``message_id``:
         printable ASCII.
         """
-        entry = _Entry(next(self._numbers), message, message_id, now() + self.timeout - waited)
+        entry = _Entry(next(self._numbers), message, message_id, now() + self.timeout - waited, done)
         if waited >= self.timeout:
             self._settle(entry, Outcome("no", reason="storage", detail=self._why(None)))
-            return entry.future.result()
+            return entry
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = forever(self._sweep)
         if self._waiting or not self._has_room(entry):
             self._waiting.append(entry)
         else:
-            await self._begin(entry)
-        try:
-            return await entry.future
-        finally:
-            self._forget(entry)
+            self._begin(entry)
+        return entry
 
     def _has_room(self, entry: _Entry) -> bool:
         under_way = self._under_way
         return not under_way or (len(under_way) < LIMIT and self._bytes + entry.size <= BYTES)
 
-    async def _begin(self, entry: _Entry) -> None:
+    def _begin(self, entry: _Entry) -> None:
         self._under_way[entry.number] = entry
         self._bytes += entry.size
         entry.floor = self._latest
-        await self._send(entry)
+        self._send(entry)
 
-    async def _send(self, entry: _Entry) -> None:
+    def _send(self, entry: _Entry) -> None:
         client = self._client
         if client is None:
             entry.due = float("inf")  # until there is a connection
@@ -162,36 +177,36 @@ class Publisher:
         entry.reason = ""
         entry.due = now() + ACK_TIMEOUT
         try:
-            await client.publish(self.subject, entry.message, f"{self._inbox}.{entry.number}", entry.headers)
-        except (NatsError, OSError):  # nats-py keeps nothing then: the client has ended, and the next one is due soon
+            client.send(self.subject, entry.message, f"{self._inbox}.{entry.number}", entry.message_id)
+        except NatsError:  # the client has ended, and the next one is due soon
             entry.sent -= 1
             entry.due = now() + FIRST_PAUSE
 
     # ---- replies
 
-    async def connected(self, client: Client) -> None:
+    def connected(self, client: Client) -> None:
         """Take replies on a new client, and send again what is under way."""
         self._inbox = client.new_inbox()
-        await client.subscribe(f"{self._inbox}.*", cb=self._replied, pending_bytes_limit=0)
+        client.take(f"{self._inbox}.*", self._replied)
         self._client = client
         for entry in list(self._under_way.values()):
-            await self._send(entry)
-        await self._fill()
+            self._send(entry)
+        self._fill()
 
     def lost(self) -> None:
         """Wait for the next client."""
         self._client = None
 
-    async def _replied(self, reply: Msg) -> None:
-        entry = self._under_way.get(reply.subject[len(self._inbox) + 1 :])
+    def _replied(self, subject: str, _reply: str, headers: bytes, data: bytes) -> None:
+        entry = self._under_way.get(subject[len(self._inbox) + 1 :])
         if entry is None:  # it has its outcome
             return
-        if reply.headers and reply.headers.get("Status") == "503":
+        if headers and status_of(headers) == "503":
             entry.answered += 1
             self._refuse(entry, "noResponder")
             return
         try:
-            ack = api.read_ack(reply.data)
+            ack = api.read_ack(data)
         except msgspec.MsgspecError:
             return  # what answers there is not JetStream; the stream's own may still come
         if ack.error is not None:
@@ -202,7 +217,7 @@ class Publisher:
             self._latest = max(self._latest, ack.seq)
             self._settle(entry, Outcome("yes", ack.seq, duplicate))
         if self._waiting:
-            await self._fill()
+            self._fill()
 
     def _judge(self, entry: _Entry, fault: api.Fault) -> None:
         """Act on an error of the stream's."""
@@ -240,8 +255,9 @@ class Publisher:
                 self.refused_bytes = entry.size + len(self.subject) + RECORD_BYTES
             else:
                 self.stored_at = now()
-        if not entry.future.done():
-            entry.future.set_result(outcome)
+        if not entry.over:
+            entry.over = True
+            entry.done(outcome)
 
     def _forget(self, entry: _Entry) -> None:
         if self._under_way.pop(entry.number, None) is not None:
@@ -249,12 +265,12 @@ class Publisher:
 
     # ---- what is due
 
-    async def _fill(self) -> None:
+    def _fill(self) -> None:
         """Send what waits, as far as there is room."""
-        while self._waiting and (self._waiting[0].future.done() or self._has_room(self._waiting[0])):
+        while self._waiting and (self._waiting[0].over or self._has_room(self._waiting[0])):
             entry = self._waiting.popleft()
-            if not entry.future.done():
-                await self._begin(entry)
+            if not entry.over:
+                self._begin(entry)
 
     async def _sweep(self) -> None:
         """Send again, or give up, what is due; ends when nothing is under way."""
@@ -267,11 +283,11 @@ class Publisher:
                     if entry.sent != entry.refused and self.connection.unsent:
                         self.connection.drop()
                     self._give_up(entry, "storage", self._why(entry))
-                elif not entry.future.done():
-                    await self._send(entry)
+                elif not entry.over:
+                    self._send(entry)
             while self._waiting and self._waiting[0].deadline <= moment:
                 self._settle(self._waiting.popleft(), Outcome("no", reason="storage", detail=self._why(None)))
-            await self._fill()
+            self._fill()
 
     def _why(self, entry: _Entry | None) -> str:
         if self._client is None:

@@ -20,6 +20,7 @@ from nats.aio.transport import Transport
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
     from urllib.parse import ParseResult
 
 MAX_UNREAD = 4 << 20  # bytes after which the server is not read from until those are taken
@@ -27,9 +28,10 @@ DROP_UNSENT = struct.pack("ii", 1, 0)  # struct linger: on, zero seconds
 
 
 class _Received(asyncio.Protocol):
-    """What has come and was not read yet."""
+    """What has come, is left by ``split`` and was not read yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: Callable[[bytes], bytes]) -> None:
+        self._split = split
         self.data = bytearray()
         self.ended = False
         self.error: Exception | None = None
@@ -41,7 +43,9 @@ class _Received(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        self.data += data
+        self.data += self._split(data)
+        if not self.data:
+            return
         if len(self.data) > MAX_UNREAD and not self._paused and self.transport is not None:
             self._paused = True
             self.transport.pause_reading()
@@ -79,10 +83,13 @@ class _Received(asyncio.Protocol):
 
 
 class DroppableTransport(Transport):
-    """A connection to one server; ``must_encrypt``: nothing is written before TLS is up."""
+    """A connection to one server; ``must_encrypt``: nothing is written before TLS is up.
 
-    def __init__(self, *, must_encrypt: bool) -> None:
-        self._received = _Received()
+    ``split(received)`` takes out what nats-py is not to read, and returns the rest.
+    """
+
+    def __init__(self, split: Callable[[bytes], bytes], *, must_encrypt: bool) -> None:
+        self._received = _Received(split)
         self._transport: asyncio.Transport | None = None
         self._may_write = not must_encrypt
         self._socket: socket.socket | None = None

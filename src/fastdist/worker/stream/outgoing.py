@@ -23,7 +23,6 @@ from fastdist._core import claim_bundle, done_all
 from fastdist.http.api import JSON, problem, retry_after
 from fastdist.http.models import Accepted
 from fastdist.statuses import reason
-from fastdist.storage.jetstream.connection import background
 from fastdist.storage.jetstream.message import StoredPacket, encode, whole
 from fastdist.storage.jetstream.publisher import Outcome
 
@@ -140,16 +139,18 @@ class Outgoing:
         self._order.append(message)
         self._under_way += 1
         self._bundles += not message.is_keyed
-        background(self._publish(message, data, message_id))
-
-    async def _publish(self, message: _Message, data: bytes, message_id: str) -> None:
         began = time.monotonic_ns()
         waited = max(0, time.time_ns() - message.accepted_ns) / 1e9  # in the ring
         try:
-            outcome = await self.publisher.publish(data, message_id, waited)
+            self.publisher.store(data, message_id, lambda outcome: self._done(message, began, outcome), waited)
         except Exception as error:  # whatever it is, emitters must be answered
             log.error("a message could not be published", exc_info=error)
-            outcome = Outcome("unknown", reason="unconfirmed", detail="a fault in fastdist; its log has the traceback")
+            detail = "a fault in fastdist; its log has the traceback"
+            self._done(message, began, Outcome("unknown", reason="unconfirmed", detail=detail))
+
+    def _done(self, message: _Message, began: int, outcome: Outcome) -> None:
+        if message.over:
+            return
         self._under_way -= 1
         self._bundles -= not message.is_keyed
         if outcome.stored == "yes":
@@ -157,7 +158,7 @@ class Outgoing:
             self.counters.add("stream_messages")
             self.counters.add("stream_packets", len(message.handles))
         self._settle(message, outcome)
-        self._fill()
+        self.schedule()
 
     # ---- answers
 

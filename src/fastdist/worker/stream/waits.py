@@ -6,20 +6,17 @@ lost costs its emitter no more than that it is answered 202 when its time is ove
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
 from nats.errors import Error as NatsError
 
-from fastdist.storage.jetstream.connection import background
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nats.aio.client import Client
-    from nats.aio.msg import Msg
-
+    from fastdist.storage.jetstream.client import Client
     from fastdist.storage.jetstream.connection import Connection
 
 
@@ -47,27 +44,22 @@ class Words:
     def tell(self, subject: str, analyzer: str | None) -> None:
         """Tell the worker that awaits it what became of a packet."""
         if self._client is not None:
-            background(self._tell(self._client, subject, msgspec.json.encode(Word(analyzer))))
+            with contextlib.suppress(NatsError):
+                self._client.send(subject, msgspec.json.encode(Word(analyzer)))
 
-    async def _tell(self, client: Client, subject: str, word: bytes) -> None:
-        try:
-            await client.publish(subject, word)
-        except (NatsError, OSError):
-            return
-
-    async def connected(self, client: Client) -> None:
+    def connected(self, client: Client) -> None:
         """Listen on a new client."""
-        await client.subscribe(f"{self._inbox}.*", cb=self._received)
+        client.take(f"{self._inbox}.*", self._received)
         self._client = client
 
     def lost(self) -> None:
         """Wait for the next client."""
         self._client = None
 
-    async def _received(self, message: Msg) -> None:
-        number = message.subject[len(self._inbox) + 1 :]
+    def _received(self, subject: str, _reply: str, _headers: bytes, data: bytes) -> None:
+        number = subject[len(self._inbox) + 1 :]
         try:
-            word = _decode(message.data)
+            word = _decode(data)
         except msgspec.MsgspecError:
             return
         if number.isdecimal():
