@@ -94,10 +94,10 @@ class Outgoing:
         return self.ring.undone
 
     def schedule(self) -> None:
-        """Publish what is in the ring at the end of this event-loop iteration."""
+        """Answer what is settled, and publish what is in the ring, at the end of this event-loop iteration."""
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._fill)
+            self._loop.call_soon(self._work)
 
     def message_id(self) -> str:
         """Return a new message id. No key has a comma."""
@@ -106,8 +106,13 @@ class Outgoing:
 
     # ---- from the ring to the stream
 
-    def _fill(self) -> None:
+    def _work(self) -> None:
         self._scheduled = False
+        if self._order and self._order[0].over:
+            self._advance()
+        self._fill()
+
+    def _fill(self) -> None:
         ring, settings = self.ring, self.settings
         end = time.monotonic_ns() + PART_NS
         while self._under_way < MAX_MESSAGES and ring.has_more:
@@ -172,10 +177,9 @@ class Outgoing:
         finally:
             if message.is_keyed and message.alone is not None:
                 (self._intake.keyed or {}).pop(message.alone.sequence, None)
-            self._advance()
 
     def _advance(self) -> None:
-        """Let the answers leave that no packet before theirs keeps back."""
+        """Let the answers leave that no packet before theirs keeps back, together: each time it is asked who waits."""
         position, duplicates = 0, []
         while self._order and self._order[0].over:
             message = self._order.popleft()
@@ -183,8 +187,6 @@ class Outgoing:
             position = message.end
             if message.duplicate and message.alone is not None:
                 duplicates.append(message.alone)
-        if not position:
-            return
         while self._rejected and self._rejected[0][1] <= position:
             self._rejected.popleft()
         self.ring.mark_synced(position)
