@@ -14,9 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+from urllib.error import HTTPError
 
 from tools import HERE, charged_memory, cpu_of, family, free_ports, get, private_memory, wait_for_port, weight_of
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CORES = os.cpu_count() or 1
+READY_SECONDS = 30
 
 
 def program(name: str) -> str:
@@ -53,6 +56,7 @@ class Contestant:
 
     name = ""
     counts_itself = False  # packets end with it, there is nothing behind it
+    more = ""  # of fastdist's configuration
     warm_up = 0  # seconds of load before it is measured, beside the packets that open its connections
 
     def __init__(
@@ -147,7 +151,8 @@ class Fastdist(Contestant):
         )
         config = self.folder / "fastdist.toml"
         config.write_text(
-            f'[server]\nhost = "127.0.0.1"\nport = {self.port}\n[queue]\npath = "{self.folder}/data"\n{analyzers}'
+            f'[server]\nhost = "127.0.0.1"\nport = {self.port}\n[queue]\npath = "{self.folder}/data"\n'
+            f"{analyzers}{self.more}"
         )
         return [self.python, "-m", "fastdist", "serve", "--config", str(config)]
 
@@ -159,7 +164,16 @@ class Fastdist(Contestant):
 
     def start(self) -> None:
         super().start()
-        get(self.port, "/ready")
+        end = time.monotonic() + READY_SECONDS
+        while True:  # with a stream it has to wait for a leader
+            try:
+                get(self.port, "/ready")
+            except HTTPError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
 
 class Before(Fastdist):

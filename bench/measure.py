@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent_requests import RECORDS, REQUESTS
 from closed_loop import Order, wrk
+from cluster import cluster
 from contestants import CORES, Contestant
 from tools import WEIGHTS, Load, Sink, Wrk, free_ports, get, idle_seconds, memory_available
 
@@ -390,6 +391,7 @@ MEASURES: dict[str, Callable[[Scene, Run], Figures]] = {
     "backlog": backlog,
     "memory": memory,
     "records": records,
+    "cluster": cluster,
 }
 
 

@@ -26,6 +26,8 @@ FIGURES = {
     "errors": ("errors that emitters saw", "{:,.0f}"),
     "pause": ("longest pause, ms", "{:,.1f}"),
     "per_cpu": ("packets per CPU-second", "{:,.0f}"),
+    "per_cpu_of_all": ("the servers' too", "{:,.0f}"),
+    "of_bare": ("p50 at 1,000/s, of the stream's", "{:,.2f}"),
     "records_per_cpu": ("records per CPU-second", "{:,.0f}"),
     "of_decoding": ("processor time of decoding alone", "{:,.2f}"),
     "accepted_per_second": ("packets accepted per second", "{:,.0f}"),

@@ -18,7 +18,7 @@ class Load(NamedTuple):
 
     ``step``: every request has a traceparent, every reply a Date and an id; by how much they grow (None: no such).
     ``mixed``: packets of 0.2 to 60 KB in turn, whatever ``messages`` is. ``agent``: requests of a log agent instead, a
-    key of ``agent_requests.REQUESTS``.
+    key of ``agent_requests.REQUESTS``. ``keyed``: every request has an Idempotency-Key of its own.
     """
 
     messages: int = 2
@@ -28,6 +28,7 @@ class Load(NamedTuple):
     step: int | None = None
     mixed: bool = False
     agent: str = ""
+    keyed: bool = False
 
     @property
     def bodies(self) -> tuple[bytes, ...]:
@@ -57,6 +58,7 @@ class Run(NamedTuple):
             self.load.idle > 0
         )
         more += [f"heads grow by {self.load.step}"] * (self.load.step is not None)
+        more += ["keys"] * self.load.keyed
         return f"{self.measure}, {', '.join([load, *more])}: {self.contestant.name} {settings}".strip()
 
 
@@ -309,4 +311,24 @@ def _agents() -> list[Work]:
     ]
 
 
-WORKS = [*_against_peers(), *_latency(), *_stalls(), *_durability(), *_size(), *_agents()]
+def _cluster() -> list[Work]:
+    """Return the works of a stream that two replicas share, and of a ring beside it under the same load."""
+    works = []
+    for keys, least in {"": 0.7, ", keys": 0.2}.items():
+        load, ring = Load(connections=512, keyed=bool(keys)), f"ring, disk{keys}"
+        works.append(Work(ring, "cluster", load, settings("batch", "disk", SERVER__WORKERS="2")))
+        for name, copies in {"three copies": "3", "one copy": "1"}.items():
+            aims = [Aim(ring, at_least=least), Aim("", at_most=3.0, figure="of_bare")]
+            aims += [] if keys else [Aim(ring, at_least=0.5, figure="per_cpu_of_all")]
+            chosen = {
+                "DELIVERY__MODE": "batch",
+                "SERVER__WORKERS": "1",
+                "QUEUE__BACKEND": "jetstream",
+                "JETSTREAM__REPLICAS": copies,
+                "JETSTREAM__MAX_BYTES": "4GiB",
+            }
+            works.append(Work(f"stream, {name}{keys}", "cluster", load, chosen, aims=tuple(aims)))
+    return works
+
+
+WORKS = [*_against_peers(), *_latency(), *_stalls(), *_durability(), *_size(), *_agents(), *_cluster()]

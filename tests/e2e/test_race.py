@@ -79,3 +79,17 @@ def test_race_compares_with_another_tree(tmp_path):
     (aim,) = works["memory, batch, disk"]["aims"]
     assert aim["against"] == "before"
     assert 0.5 < aim["value"] < 2
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed (scripts/peers.sh installs it)")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_race_counts_the_servers_of_a_stream(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "race.py"), "--quick", "--contestant", "fastdist"]
+    command += ["--work", "stream, one copy, keys", "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("*.json")
+    figures = json.loads(written.read_text())["works"]["stream, one copy, keys"]["contestants"]["fastdist"]["median"]
+    assert figures["per_cpu"] > figures["per_cpu_of_all"] > 0
+    assert 0.9 < figures["packets_of_a_message"] < 1.1, "a key travels alone"
+    assert figures["of_bare"] > 0

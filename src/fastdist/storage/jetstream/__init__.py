@@ -5,6 +5,7 @@
 | ``message`` | what a message of the stream holds: packets as bytes, and back |
 | ``login`` | how to log in, and TLS: what is wrong with files, and the options of a connection |
 | ``transport``, ``connection`` | one connection to one of the servers at a time, replaced when it is lost |
+| ``client`` | nats-py's client, with a short way for messages |
 | ``api`` | requests of JetStream's API and their errors |
 | ``streams`` | makes the streams at a start, or says why they cannot be used |
 | ``publisher`` | stores messages: yes, no or unknown |
