@@ -92,3 +92,45 @@ def test_full_stream_after_a_lost_reply():
         again.reply(0, STORE_FAILED)
 
     assert outcome_of(play).stored == "unknown"
+
+
+def test_one_that_cannot_be_told_keeps_no_other():
+    """Of what became of its message."""
+
+    async def run():
+        connection = SimpleNamespace(add=lambda _part: None, unsent=0, last_error="", drop=lambda: None)
+        publisher = Publisher(connection, "S", "S.packets", 0.2)
+        publisher.connected(Client())
+        outcomes = []
+
+        def fail(_outcome):
+            raise KeyError("a fault")
+
+        for number, done in enumerate([outcomes.append, fail, outcomes.append, fail, outcomes.append]):
+            publisher.store(b"x", str(number), done)
+        while len(outcomes) < 3:  # noqa: ASYNC110  (any of them may be the last)
+            await asyncio.sleep(0.01)
+        assert [outcome.stored for outcome in outcomes] == ["unknown"] * 3
+        assert publisher.under_way == 0
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_only_unsent_bytes_end_a_connection():
+    """Of the client that has the message."""
+
+    async def run():
+        drops = []
+        connection = SimpleNamespace(add=lambda _part: None, unsent=7, last_error="", drop=lambda: drops.append(1))
+        publisher = Publisher(connection, "S", "S.packets", 0.2)
+        publisher.connected(Client())
+        assert (await publisher.publish(bytes(500), "first")).stored == "unknown"
+        assert drops == [1]
+        second = asyncio.get_running_loop().create_task(publisher.publish(bytes(500), "second"))
+        await asyncio.sleep(0)
+        publisher.lost()
+        publisher.connected(Client(max_payload=100))
+        assert (await second).stored == "unknown"
+        assert drops == [1]
+
+    asyncio.run(asyncio.wait_for(run(), 20))

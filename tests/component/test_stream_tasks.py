@@ -12,6 +12,7 @@ from fastdist.storage.jetstream import connection as connections
 from fastdist.storage.jetstream import consumer as consumers
 from fastdist.storage.jetstream.connection import Connection, forever
 from fastdist.storage.jetstream.consumer import Claim, Consumer
+from fastdist.worker.stream.waits import Words
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ class Client:
     def take(self, _subject: str, handler) -> None:
         self.received = handler
 
-    def send(self, subject: str, data: bytes, _reply: str) -> None:
+    def send(self, subject: str, data: bytes, _reply: str = "") -> None:
         self.sent.append((subject, data))
 
     async def close(self) -> None:
@@ -115,6 +116,47 @@ def test_acknowledgements_do_not_pile_up(monkeypatch):
         assert client.sent == [(claim.reply, b"+ACK") for claim in claims]
 
     asyncio.run(run())
+
+
+def test_given_back_without_a_connection(monkeypatch):
+    """Others have it as soon as there is one: also if its claim was renewed over the one before."""
+
+    async def run():
+        settings = Jetstream(ack_wait=60)
+        consumer = Consumer(SimpleNamespace(add=lambda _part: None), settings, lambda *_: None, lambda: 5, print)
+        first, second = Client(), Client()
+        consumer.connected(first)
+        consumer.start()
+        reply = "$JS.ACK.FASTDIST.fastdist.1.1.1.0.0"
+        claims = []
+        monkeypatch.setattr(consumer, "_take", lambda claim, _data: claims.append(claim))
+        first.received(settings.subject, reply, b"", b"")
+        consumer._send(claims, "w")
+        assert (reply, b"+WPI") in first.sent
+        consumer.lost()
+        consumer.give_back(claims[0])
+        consumer.connected(second)
+        await until(lambda: (reply, b"-NAK") in second.sent)
+
+    asyncio.run(run())
+
+
+def test_only_inboxes_are_told():
+    """A message of the stream is anybody's who may publish to it."""
+    connection, client = SimpleNamespace(add=lambda _part: None), Client()
+    words = Words(connection, "_INBOX.0123456789abcdef", print)
+    words.connected(client)
+    inbox = words.subject(17)
+    for subject in (
+        "x 0\r\n\r\nPUB y",
+        inbox + "\r\n",
+        inbox + " y",
+        "FASTDIST.packets",
+        "_INBOX." + 5000 * "x",
+        inbox,
+    ):
+        words.tell(subject, "A1")
+    assert [subject for subject, _ in client.sent] == [inbox]
 
 
 def test_fault_replaces_the_connection(monkeypatch):

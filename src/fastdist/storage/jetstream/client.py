@@ -37,7 +37,7 @@ class Client(NatsClient):
     def __init__(self, *, must_encrypt: bool) -> None:
         super().__init__()
         self._messages = Messages()
-        self._transport = self.transport = DroppableTransport(self._messages.split, must_encrypt=must_encrypt)
+        self._transport = self.transport = DroppableTransport(self._messages, must_encrypt=must_encrypt)
         self._is_scheduled = False
 
     def send(self, subject: str, data: bytes, reply: str = "", message_id: str = "") -> None:
@@ -63,17 +63,18 @@ class Client(NatsClient):
 
     @property
     def unsent(self) -> int:
-        """Bytes that are ours still: the kernel has not taken them."""
-        return self._pending_data_size + self.transport.unsent
+        """Bytes that are ours still: the kernel does not take them."""
+        self.write()
+        return self.transport.unsent
 
     def _append(self, command: bytes) -> None:
         self._pending.append(command)
         self._pending_data_size += len(command)
         if not self._is_scheduled:
+            asyncio.get_running_loop().call_soon(self.write)
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._write)
 
-    def _write(self) -> None:
+    def write(self) -> None:
         """Write what is pending, of nats-py too, in its order."""
         self._is_scheduled = False
         if self._pending and self.is_connected:
@@ -86,17 +87,17 @@ class Messages:
 
     def __init__(self) -> None:
         self.handlers: dict[bytes, Handler] = {}  # by the subscription's number
-        self._rest = bytearray()  # the beginning of a message or a line
+        self.rest = bytearray()  # the beginning of a message or a line
         self._needed = 0  # bytes of it until there is more to do
 
     def split(self, received: bytes) -> bytes:
         """Have all whole messages handled; return what is not ours: whole lines and messages, in their order."""
-        if self._rest:
-            self._rest += received
-            if len(self._rest) < self._needed:
+        if self.rest:
+            self.rest += received
+            if len(self.rest) < self._needed:
                 return b""
-            received = bytes(self._rest)
-            self._rest.clear()
+            received = bytes(self.rest)
+            self.rest.clear()
         others, at, size, self._needed = [], 0, len(received), 0
         while at < size:
             end = received.find(LINE_END, at)
@@ -113,7 +114,7 @@ class Messages:
             else:
                 _hand_over(handler, fields, received, begin, behind - 2)
             at = behind
-        self._rest += received[at:]
+        self.rest += received[at:]
         return b"".join(others)
 
 
@@ -127,9 +128,9 @@ def _size_behind(fields: list[bytes]) -> int:
 def _hand_over(handler: Handler, fields: list[bytes], received: bytes, begin: int, end: int) -> None:
     """Call it. ``fields``: MSG, subject, number, reply subject if there is one, size; HMSG has that of its headers."""
     has_headers = fields[0] == b"HMSG"
-    reply = fields[3].decode() if len(fields) == 5 + has_headers else ""
-    body = begin + int(fields[-2]) if has_headers else begin
     try:
+        reply = fields[3].decode() if len(fields) == 5 + has_headers else ""
+        body = begin + int(fields[-2]) if has_headers else begin
         handler(fields[1].decode(), reply, received[begin:body], received[body:end])
     except Exception as error:  # one message is not to end the connection
         log.error("jetstream: a message could not be handled", exc_info=error)

@@ -131,6 +131,8 @@ class Connection:
 
     def drop(self) -> None:
         """Leave the server, with all that was not sent to it, and connect to another."""
+        if self.client is not None:
+            self.client.transport.close()
         self._ended.set()
 
     async def close(self) -> None:
@@ -141,6 +143,7 @@ class Connection:
                 await self._task
         client, self.client = self.client, None
         if client is not None:
+            client.write()
             with contextlib.suppress(NatsError, OSError, TimeoutError):
                 await client.flush(FLUSH_TIMEOUT)  # type: ignore[arg-type]  # any number of seconds
             await self._leave(client)

@@ -169,8 +169,8 @@ class Consumer:
     def wake(self) -> None:
         """Look at the end of this event-loop iteration whether there is room, or something to send."""
         if not self._is_scheduled:
-            self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._work)
+            self._is_scheduled = True
 
     def acknowledge(self, claim: Claim) -> None:
         """Remove the message from the stream: all of it is settled."""
@@ -187,7 +187,7 @@ class Consumer:
             return
         if self._held.get(claim.sequence) is claim:
             del self._held[claim.sequence]
-        claim.state, claim.word = state, word
+        claim.state, claim.word, claim.sent_at = state, word, 0.0
         self._leaving[claim.sequence] = claim
         self._send_soon(claim)
 
@@ -389,14 +389,19 @@ class Consumer:
                     claim.state = State.VOID
                     self._void(claim)
             for at in range(0, len(old), SLICE):
-                self._send([claim for claim in old[at : at + SLICE] if claim.state is State.HELD], "w")
+                self._send(old[at : at + SLICE], "w")
                 await asyncio.sleep(0)
 
     def _send(self, claims: Iterable[Claim], kind: str) -> None:
         """Send a word about each claim, and ask for its confirmation."""
         for claim in claims:
             client = self._client
-            if client is None or claim.state is State.SETTLED or (kind == "w" and claim.state is not State.HELD):
+            if (
+                client is None
+                or claim.is_stale
+                or claim.state is State.SETTLED
+                or (kind == "w" and claim.state is not State.HELD)
+            ):
                 continue
             self._words += 1
             claim.sent_at, claim.token = now(), f"{kind}{claim.sequence}-{self._words}"
@@ -404,4 +409,5 @@ class Consumer:
             try:
                 client.send(claim.reply, word, f"{self._inbox}.{claim.token}")
             except NatsError:
+                claim.sent_at = 0.0
                 return

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 from nats.errors import Error as NatsError
 
+from fastdist import logs
 from fastdist.storage.jetstream import api
 from fastdist.storage.jetstream.client import status_of
 from fastdist.storage.jetstream.connection import forever, now
@@ -37,6 +38,8 @@ FIRST_PAUSE, LAST_PAUSE = 0.05, 0.8  # seconds before a message that was refused
 SWEEP = 0.05  # seconds between looks at what is due
 HEADERS_BYTES = len(b"NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
 RECORD_BYTES = 34  # that a message takes in the servers' files besides subject, headers and data (filestore.go)
+
+log = logs.get()
 
 Stored = Literal["yes", "no", "unknown"]
 Reason = Literal["", "queueFull", "storage", "unconfirmed", "tooLarge"]
@@ -57,6 +60,7 @@ class _Entry:
 
     __slots__ = (
         "answered",
+        "client",
         "deadline",
         "done",
         "due",
@@ -79,6 +83,7 @@ class _Entry:
         self.size = len(message) + HEADERS_BYTES + len(message_id)
         self.deadline = deadline
         self.over = False
+        self.client: Client | None = None  # that has sent it last
         self.sent = 0  # how often
         self.answered = 0  # of those; what was not may be stored
         self.refused = 0  # of those
@@ -174,6 +179,7 @@ class Publisher:
             why = entry.reason or "unconfirmed"
             self.retries[why] = self.retries.get(why, 0) + 1
         entry.sent += 1
+        entry.client = client
         entry.reason = ""
         entry.due = now() + ACK_TIMEOUT
         try:
@@ -244,6 +250,8 @@ class Publisher:
         if entry.sent == entry.refused:
             self._settle(entry, Outcome("no", reason=reason, detail=detail))
         else:
+            if entry.client is self._client and self.connection.unsent:
+                self.connection.drop()
             self._settle(entry, Outcome("unknown", reason="unconfirmed", detail="sent, and not acknowledged in time"))
 
     def _settle(self, entry: _Entry, outcome: Outcome) -> None:
@@ -257,7 +265,10 @@ class Publisher:
                 self.stored_at = now()
         if not entry.over:
             entry.over = True
-            entry.done(outcome)
+            try:
+                entry.done(outcome)
+            except Exception as error:  # one that is told is not to keep the others from it
+                log.error("an outcome could not be acted upon", exc_info=error)
 
     def _forget(self, entry: _Entry) -> None:
         if self._under_way.pop(entry.number, None) is not None:
@@ -280,8 +291,6 @@ class Publisher:
             late = [entry for entry in self._under_way.values() if entry.due <= moment or entry.deadline <= moment]
             for entry in late:
                 if entry.deadline <= moment:
-                    if entry.sent != entry.refused and self.connection.unsent:
-                        self.connection.drop()
                     self._give_up(entry, "storage", self._why(entry))
                 elif not entry.over:
                     self._send(entry)

@@ -14,24 +14,32 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from nats.aio.transport import Transport
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable
     from urllib.parse import ParseResult
 
 MAX_UNREAD = 4 << 20  # bytes after which the server is not read from until those are taken
 DROP_UNSENT = struct.pack("ii", 1, 0)  # struct linger: on, zero seconds
 
 
-class _Received(asyncio.Protocol):
-    """What has come, is left by ``split`` and was not read yet."""
+class Splitter(Protocol):
+    """What takes out of the bytes that have come what nats-py is not to read."""
 
-    def __init__(self, split: Callable[[bytes], bytes]) -> None:
-        self._split = split
+    rest: bytearray  # that waits for more
+
+    def split(self, received: bytes) -> bytes:
+        """Return what nats-py is to read."""
+
+
+class _Received(asyncio.Protocol):
+    """What has come, is left by ``splitter`` and was not read yet."""
+
+    def __init__(self, splitter: Splitter) -> None:
+        self.splitter = splitter
         self.data = bytearray()
         self.ended = False
         self.error: Exception | None = None
@@ -43,7 +51,7 @@ class _Received(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        self.data += self._split(data)
+        self.data += self.splitter.split(data)
         if not self.data:
             return
         if len(self.data) > MAX_UNREAD and not self._paused and self.transport is not None:
@@ -83,14 +91,12 @@ class _Received(asyncio.Protocol):
 
 
 class DroppableTransport(Transport):
-    """A connection to one server; ``must_encrypt``: nothing is written before TLS is up.
+    """A connection to one server; ``must_encrypt``: nothing is written before TLS is up."""
 
-    ``split(received)`` takes out what nats-py is not to read, and returns the rest.
-    """
-
-    def __init__(self, split: Callable[[bytes], bytes], *, must_encrypt: bool) -> None:
-        self._received = _Received(split)
+    def __init__(self, splitter: Splitter, *, must_encrypt: bool) -> None:
+        self._received = _Received(splitter)
         self._transport: asyncio.Transport | None = None
+        self._beneath: asyncio.Transport | None = None  # that of TCP, under TLS
         self._may_write = not must_encrypt
         self._socket: socket.socket | None = None
 
@@ -111,6 +117,8 @@ class DroppableTransport(Transport):
     ) -> None:
         """Encrypt it; the certificate has to be for ``uri``, or its host."""
         assert self._transport is not None  # noqa: S101  (connect comes first)
+        if self._received.data or self._received.splitter.rest:
+            raise ConnectionResetError("the server has said more than its INFO before TLS")
         host = uri if isinstance(uri, str) else uri.hostname
         async with asyncio.timeout(connect_timeout):
             encrypted = await asyncio.get_running_loop().start_tls(
@@ -118,6 +126,7 @@ class DroppableTransport(Transport):
             )
         if encrypted is None:
             raise ConnectionResetError("closed during the handshake")
+        self._beneath = self._transport
         self._transport = self._received.transport = encrypted
         self._may_write = True
 
@@ -169,7 +178,8 @@ class DroppableTransport(Transport):
     @property
     def unsent(self) -> int:
         """Bytes that the kernel has not taken yet."""
-        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+        transports = (self._transport, self._beneath if self._transport is not None else None)
+        return sum(each.get_write_buffer_size() for each in transports if each is not None)
 
     def __bool__(self) -> bool:
         return True

@@ -108,9 +108,10 @@ class Outgoing:
 
     def _work(self) -> None:
         self._scheduled = False
-        if self._order and self._order[0].over:
-            self._advance()
-        self._fill()
+        try:
+            self.answer()
+        finally:
+            self._fill()
 
     def _fill(self) -> None:
         ring, settings = self.ring, self.settings
@@ -162,21 +163,28 @@ class Outgoing:
             self.counters.observe_publish(time.monotonic_ns() - began)
             self.counters.add("stream_messages")
             self.counters.add("stream_packets", len(message.handles))
-        self._settle(message, outcome)
-        self.schedule()
+        try:
+            self._settle(message, outcome)
+        finally:
+            self.schedule()
 
     # ---- answers
 
     def _settle(self, message: _Message, outcome: Outcome) -> None:
-        message.over = True
         try:
             if outcome.stored != "yes":
                 self._reject(message, outcome)
             elif message.is_keyed and outcome.duplicate:
                 self._answer_duplicate(message)
+            message.over = True  # not before it is known what its emitters are answered
         finally:
             if message.is_keyed and message.alone is not None:
                 (self._intake.keyed or {}).pop(message.alone.sequence, None)
+
+    def answer(self) -> None:
+        """Let the answers leave of what is settled."""
+        if self._order and self._order[0].over:
+            self._advance()
 
     def _advance(self) -> None:
         """Let the answers leave that no packet before theirs keeps back, together: each time it is asked who waits."""
@@ -220,8 +228,8 @@ class Outgoing:
         if begin >= end:
             return
         begin, end = self._intake.answer_of(begin + 1)[0], self._intake.answer_of(end)[1]
-        self._rejected.append((begin, end))
         response = self._refusal(outcome)
+        self._rejected.append((begin, end))
         rejected = self._intake.not_stored(
             begin, response.status, reason(response.status), response.headers, response.body, end=end
         )

@@ -243,6 +243,7 @@ class StreamQueue:
             await asyncio.sleep(TICK)
         await self.consumer.stop(max(TICK, end - time.monotonic()))
         await self.connection.close()
+        self.outgoing.answer()
 
 
 def _ring(capacity: int, block: SharedBlock, *, replicated: bool) -> tuple[int, PacketRing]:

@@ -7,6 +7,7 @@ lost costs its emitter no more than that it is answered 202 when its time is ove
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,6 +27,7 @@ class Word(Struct, frozen=True, omit_defaults=True):
     analyzer: str | None = None
 
 
+INBOX = re.compile(r"_INBOX\.[0-9A-Za-z.]{1,100}")
 _decode = msgspec.json.Decoder(Word).decode
 
 
@@ -43,7 +45,7 @@ class Words:
 
     def tell(self, subject: str, analyzer: str | None) -> None:
         """Tell the worker that awaits it what became of a packet."""
-        if self._client is not None:
+        if self._client is not None and INBOX.fullmatch(subject):  # anything may stand in a message
             with contextlib.suppress(NatsError):
                 self._client.send(subject, msgspec.json.encode(Word(analyzer)))
 
