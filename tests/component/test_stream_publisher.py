@@ -94,8 +94,8 @@ def test_full_stream_after_a_lost_reply():
     assert outcome_of(play).stored == "unknown"
 
 
-def test_one_that_cannot_be_told_keeps_no_other():
-    """Of what became of its message."""
+def test_a_fault_keeps_no_outcome_from_others():
+    """Where what is told of one cannot act upon it."""
 
     async def run():
         connection = SimpleNamespace(add=lambda _part: None, unsent=0, last_error="", drop=lambda: None)
