@@ -94,7 +94,7 @@ def test_full_stream_after_a_lost_reply():
     assert outcome_of(play).stored == "unknown"
 
 
-def test_a_fault_keeps_no_outcome_from_others():
+def test_a_fault_keeps_no_outcome_back():
     """Where what is told of one cannot act upon it."""
 
     async def run():

@@ -142,7 +142,7 @@ def test_given_back_without_a_connection(monkeypatch):
 
 
 def test_only_inboxes_are_told():
-    """Whoever may publish to the stream can name any subject in a message."""
+    """A message of the stream may name any subject."""
     connection, client = SimpleNamespace(add=lambda _part: None), Client()
     words = Words(connection, "_INBOX.0123456789abcdef", print)
     words.connected(client)
