@@ -79,7 +79,7 @@ docs: .venv/.tools  ## build the documentation into build/docs; a warning is an 
 	rm -rf build/docs
 	$(BIN)/python -m sphinx --builder html --fresh-env --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet docs build/docs
 
-chaos: build  ## the long form of the chaos suite (some twenty minutes), with its table for docs/reliability.md
+chaos: build  ## the long form of the chaos suite (some 25 minutes), with its table for docs/reliability.md
 	FASTDIST_CHAOS=long CHAOS_SEED=$${CHAOS_SEED:-random} $(BIN)/python -m pytest tests/chaos
 
 bench: build  ## the race against nginx, HAProxy, Envoy, Express (scripts/bench-peers.sh installs them); ARGS="--help"

@@ -419,9 +419,10 @@ def running(*processes: Process) -> Iterator[None]:
 class Emitter:
     """Emitters on ``connections`` keep-alive connections; each packet has an id, and its answer goes into the ledger.
 
-    ``answers`` maps ids to a status, or to None where the connection broke before the answer: such a packet may or may
-    not have been accepted. ``body`` is every packet's, or a function of its id. ``headers`` are lines ended by CR LF.
-    Those that ``send`` a number of packets do so as fast as they can; those that ``start`` pause after each.
+    ``answers`` maps ids to a status, or to None where the connection broke before the answer, or that says it is not
+    known: such a packet may or may not have been accepted. ``body`` is every packet's, or a function of its id.
+    ``headers`` are lines ended by CR LF. Those that ``send`` a number of packets do so as fast as they can; those that
+    ``start`` pause after each.
     """
 
     def __init__(  # noqa: PLR0913  (tests name what they change)
@@ -522,7 +523,9 @@ class Emitter:
             self.answers[name] = status = int(head[9:12])
             self._counts[status] += 1
             lower = head.lower()
-            await reader.readexactly(int(lower.split(b"content-length:")[1].split(b"\r\n")[0]))
+            answer = await reader.readexactly(int(lower.split(b"content-length:")[1].split(b"\r\n")[0]))
+        if status == 503 and b'"stored":"unknown"' in answer:
+            self.answers[name] = None
         if status in (429, 503) and b"\r\nretry-after: " not in lower:
             self.without_retry_after += 1
         if status not in (200, 202):
