@@ -108,11 +108,11 @@ async def test_a_server_comes_back_empty(three, name):
 @in_loop
 async def test_claims_survive_their_servers_death(three, name):
     """Acknowledgements are repeated until they are confirmed, and nothing is handed out twice by one that lives."""
-    async with service(three.settings(name, publish_timeout=40, ack_wait=60), keep=False) as made:
+    async with service(three.settings(name, publish_timeout=40, ack_wait=20), keep=False) as made:
         await publish_on(made, 1000)
         made.consumer.start()
         await until(lambda: len(made.claims) > 200, "claims")
-        three.leader(name).kill()
+        three.leader(name).kill()  # what it was handing out comes again after ack_wait
         await until(lambda: len(made.claims) >= 1000 and not made.consumer.unconfirmed, "all confirmed")
         watcher = Watcher(made.connection)
         await figures_until(watcher, lambda figures: not figures.messages and figures.has_leader)

@@ -76,13 +76,17 @@ def test_haproxy_leads_to_the_replicas(ports):
     assert f"bind 127.0.0.1:{ports.balancer}\n" in text
 
 
+def read(url):
+    with urllib.request.urlopen(url, timeout=5) as reply:
+        return reply.read()
+
+
 def test_nats_servers_run_and_end(tmp_path, ports):
     cluster = run_cluster.Cluster(tmp_path, ports)
     try:
         cluster.start_nats()
         for monitor in ports.monitors:
-            with urllib.request.urlopen(f"http://127.0.0.1:{monitor}/jsz", timeout=5) as reply:
-                assert b'"cluster_size": 3' in reply.read()
+            wait_until(lambda url=f"http://127.0.0.1:{monitor}/jsz": b'"cluster_size": 3' in read(url), "three of them")
     finally:
         cluster.end()
     assert [child.process.returncode for child in cluster.children] == [0, 0, 0]
