@@ -88,7 +88,15 @@ class Server:
         return self.process is not None and self.process.poll() is None
 
     def signal(self, number):
+        """Send a signal; what is to stop has stopped then, with all its threads."""
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            wait_until(lambda: set(self._states()) == {"T"}, f"{self.name} has stopped")
+
+    def _states(self):
+        """Yield the state of each thread, as in /proc."""
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            yield (task / "stat").read_text().rpartition(")")[2].split()[0]
 
     def kill(self):
         if self.runs:
