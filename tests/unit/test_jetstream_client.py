@@ -114,11 +114,17 @@ def test_headers_are_read():
     assert fields_of(end)["Nats-Pending-Messages"] == "3"
 
 
+def connected_client():
+    """Return a client, and what it writes."""
+    client, written = Client(must_encrypt=False), []
+    client.transport.write = written.append
+    client._status = Client.CONNECTED
+    return client, written
+
+
 def test_commands_leave_in_one_write():
     async def run():
-        client, written = Client(must_encrypt=False), []
-        client.transport.write = written.append
-        client._status = Client.CONNECTED
+        client, written = connected_client()
         client.take("in.*", print)
         client.send("a.b", b"data", "in.1")
         client.send("a.b", b"\r\n", "in.2", "an id")
@@ -143,9 +149,7 @@ def test_what_is_pending_is_not_unsent():
     """It leaves within this iteration: no connection has to be given up for it."""
 
     async def run():
-        client, written = Client(must_encrypt=False), []
-        client.transport.write = written.append
-        client._status = Client.CONNECTED
+        client, written = connected_client()
         client.send("a.b", b"data")
         assert client.unsent == 0
         assert written == [b"PUB a.b  4\r\ndata\r\n"]
@@ -155,9 +159,7 @@ def test_what_is_pending_is_not_unsent():
 
 def test_nothing_is_sent_after_the_end():
     async def run():
-        client, written = Client(must_encrypt=False), []
-        client.transport.write = written.append
-        client._status = Client.CONNECTED
+        client, written = connected_client()
         client.send("a.b", b"given up")
         client._status = Client.CLOSED
         await asyncio.sleep(0)
