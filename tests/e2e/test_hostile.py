@@ -187,7 +187,7 @@ def test_pipelined_requests_delay_no_other(mocks, serve, asked):
 
 def test_dripping_bodies_keep_no_other_out(mocks, serve):
     """They have announced all the memory there is for bodies, and sent nearly as much."""
-    fastdist = serve(mocks, {"server": {"workers": 1, "body_timeout": "3s"}})
+    fastdist = serve(mocks, {"server": {"workers": 1, "body_timeout": "6s"}})
     size, count, left = 10 * 2**20, 26, 1000
     most = head(f"Content-Length: {size}") + bytes(size - left)
     connections = [connect(fastdist.port) for _ in range(count)]
