@@ -142,8 +142,7 @@ def test_listener_handed_on_is_left_as_it_is(listener):
         taken.append(connection)
 
     async def finish():
-        acceptor = Acceptor(listener.dup(), take)
-        acceptor.handed_on = True
+        acceptor = Acceptor(listener.dup(), take, handed_on=True)
         acceptor.finish()
         assert not acceptor.busy
         await asyncio.get_running_loop().run_in_executor(None, connect_more)
@@ -171,11 +170,15 @@ def test_worker_with_more_yields_but_once(listener, there):
     taken = []
 
     async def serve():
-        acceptors = []
-        for name in ("more", "fewer") if there else ("more",):
-            acceptor = Acceptor(listener.dup(), lambda connection, _, name=name: taken.append((name, connection)))
-            acceptor.handed_on, acceptor.has_more = True, lambda name=name: name == "more"
-            acceptors.append(acceptor)
+        acceptors = [
+            Acceptor(
+                listener.dup(),
+                lambda connection, _, name=name: taken.append((name, connection)),
+                handed_on=True,
+                has_more=lambda name=name: name == "more",
+            )
+            for name in (("more", "fewer") if there else ("more",))
+        ]
         await until(lambda: len(taken) == 20)
         for acceptor in acceptors:
             acceptor.close()

@@ -55,7 +55,8 @@ class Dispatcher(Outcomes):
     """Gives packets to analyzers.
 
     ``settled(sequence, analyzer)`` is called for packets that failed or that an emitter waits for, with the id of the
-    analyzer that took it, or None for a dead letter. ``run_in_thread``: see ``DeadLetterWriter``.
+    analyzer that took it, or None for a dead letter. ``given_up``: see ``Outcomes``. ``run_in_thread``: see
+    ``DeadLetterWriter``.
     """
 
     def __init__(  # noqa: PLR0913  (the parts a worker is wired from)
@@ -70,9 +71,16 @@ class Dispatcher(Outcomes):
         settled: Callable[[int, str | None], None],
         poller: Poller,
         run_in_thread: Runner | None = None,
+        given_up: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         super().__init__(
-            states, config, counters=counters, dead_letters=dead_letters, settled=settled, run_in_thread=run_in_thread
+            states,
+            config,
+            counters=counters,
+            dead_letters=dead_letters,
+            settled=settled,
+            run_in_thread=run_in_thread,
+            given_up=given_up,
         )
         self.poller, self.names = poller, Names()
         self._max_connections = max_upstream_connections(config.server.max_connections)

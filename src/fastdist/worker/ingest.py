@@ -54,7 +54,7 @@ class Emitters:
     ``carry_out(action, done)`` requests a change; ``done`` gets the response. ``found_full()`` is called when there was
     no room for a packet, and returns in how many seconds there may be. ``shared``: the queue is a stream, and what is
     not stored says so.
-    ``turned_away(kind, client, pointer)``, if set, gets what was rejected, as an example for the log.
+    ``turned_away(kind, client, pointer)`` gets what was rejected, as an example for the log.
     """
 
     def __init__(  # noqa: PLR0913  (what connections share)
@@ -66,12 +66,12 @@ class Emitters:
         found_full: Callable[[], int] = lambda: 1,
         *,
         shared: bool = False,
+        turned_away: Callable[[str, str, str], None] = lambda *_: None,
     ) -> None:
         self.api, self.intake, self.carry_out, self.found_full = api, intake, carry_out, found_full
-        self.shared = shared
+        self.shared, self.turned_away = shared, turned_away
         self.counts_messages = server.validation != "none"
         self.proxies = TrustedProxies(server.trusted_proxies)
-        self.turned_away: Callable[[str, str, str], None] = lambda *_: None
         self.agents = Agents(server, min(intake.ring.capacity, intake.most_bodies))
         intake.find = self.agents.find
         self.tokens: Sequence[str] = ()

@@ -8,7 +8,7 @@ import ctypes
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from fastdist import logs
 from fastdist._core import Poller, Receiver, Stream
@@ -17,6 +17,7 @@ from fastdist.worker.proxy_headers import ProxyHeaders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Unpack
 
     from fastdist.net.proxies import TrustedProxies
 
@@ -36,6 +37,14 @@ NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0x
 log = logs.get()
 
 
+class Options(TypedDict, total=False):
+    """What an ``Acceptor`` need not be given."""
+
+    handed_on: bool
+    has_more: Callable[[], bool]
+    shortage: Shortage
+
+
 class Acceptor:
     """Accepts connections on ``listener`` and gives each to ``taken(connection, peer's address)``.
 
@@ -49,7 +58,7 @@ class Acceptor:
     ``first`` is called before accepting, so that closed connections make room for new ones.
 
     When there are no descriptors left, new connections are closed at once, with a descriptor kept in reserve for that:
-    clients do not wait for a response, and connections that are gone do not fill the backlog.
+    clients do not wait for a response, and connections that are gone do not fill the backlog. ``shortage`` is told.
     """
 
     def __init__(
@@ -57,17 +66,17 @@ class Acceptor:
         listener: socket.socket,
         taken: Callable[[socket.socket, object], None],
         first: Callable[[], object] | None = None,
+        **options: Unpack[Options],
     ) -> None:
         self.listener, self.taken, self.first = listener, taken, first
+        self.handed_on, self.has_more = options.get("handed_on", False), options.get("has_more", lambda: False)
+        self.shortage = options.get("shortage", Shortage())
         self.loop = asyncio.get_running_loop()
-        self.handed_on = False
-        self.has_more: Callable[[], bool] = lambda: False
         self._yielded = False
         self._headers: ProxyHeaders | None = None
         self._open = True
         self._reserve = _reserve()
         self._log_limit = logs.Throttle(LOG_INTERVAL)
-        self.shortage = Shortage()  # that kept connections from being accepted
         listener.setblocking(False)  # noqa: FBT003
         self._listen()
 
@@ -188,7 +197,9 @@ def refuse(connection: socket.socket, error: OSError) -> None:
     connection.close()
 
 
-def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiver]) -> Acceptor:
+def serve(
+    listener: socket.socket, poller: Poller, protocol: Callable[[], Receiver], **options: Unpack[Options]
+) -> Acceptor:
     """Accept connections; each is read for a ``protocol()`` of its own."""
 
     def taken(connection: socket.socket, peer: object) -> None:
@@ -197,4 +208,4 @@ def serve(listener: socket.socket, poller: Poller, protocol: Callable[[], Receiv
         except OSError as error:
             refuse(connection, error)
 
-    return Acceptor(listener, taken, poller.turn)
+    return Acceptor(listener, taken, poller.turn, **options)

@@ -51,7 +51,7 @@ from fastdist.worker.upstream import max_in_flight
 from fastdist.worker.views import Views
 
 if TYPE_CHECKING:
-    from fastdist.worker.listener import Acceptor
+    from fastdist.worker.listener import Acceptor, Options
     from fastdist.worker.stream.queue import StreamQueue
 
 LOOK = 0.1  # seconds between two looks at the names of the rings' files, dead-letter files and lack of descriptors
@@ -92,8 +92,8 @@ class Worker:
             settled=lambda sequence, analyzer: (stream or self.emitters).settled(sequence, analyzer),  # noqa: PLW0108
             poller=self.poller,
             run_in_thread=syncer.run if syncer is not None else None,
+            given_up=self.examples.note,
         )
-        self.dispatcher.given_up = self.examples.note
         self.dead_letter_writer = self.dispatcher.dead_letter_writer
         self.limiter = self.block.limiter()
         self.intake = Intake(
@@ -112,13 +112,18 @@ class Worker:
         api = Api(self.snapshot, at="packets" if config.admin.listen else "all")
         self.admin = AdminRequests(control, api)
         self.emitters = Emitters(
-            api, self.intake, self.admin.send, config.server, self._found_full, shared=stream is not None
+            api,
+            self.intake,
+            self.admin.send,
+            config.server,
+            self._found_full,
+            shared=stream is not None,
+            turned_away=self._turned_away,
         )
         self.views = Views(
             self.queue.ring, self.counters, self.block.limiter(), config.server, self.snapshot, self.admin.send
         )
         self.accepting = Shortage()  # that keeps emitters' connections from being accepted
-        self.emitters.turned_away = self._turned_away
         self.schedule = Schedule(loop, self.upkeep, self._tasks())
         self.lag = LoopLag(self.counters, (self.poller, self.intake, self.schedule))
         self.intake.broken_storage = self.queue.fault
@@ -195,12 +200,9 @@ class Worker:
             await self.stream.serve(self.intake, self.emitters, self.dispatcher)
             self.intake.broken_storage = self.stream.fault
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
-        self._server.handed_on = self.assignment.handed_on
-        self._server.has_more = self._has_more
         if self.assignment.views >= 0:
             context = self.tls if self.config.admin.tls == "on" else None
             self.views.listen(socket.socket(fileno=self.assignment.views), self.poller, context)
-        self._server.shortage = self.accepting
         gc.freeze()
         gc.set_threshold(10_000, 100, 100)  # of the youngest so few that a collection is short
         gc.enable()
@@ -226,8 +228,13 @@ class Worker:
         def protocol() -> IngestProtocol:
             return IngestProtocol(self.intake, self.emitters)
 
+        options: Options = {
+            "handed_on": self.assignment.handed_on,
+            "has_more": self._has_more,
+            "shortage": self.accepting,
+        }
         if self.tls is None:
-            return serve(listener, self.poller, protocol)
+            return serve(listener, self.poller, protocol, **options)
         # Until its handshake is over a connection is like one whose head is not whole.
         return TlsServer(
             listener,
@@ -236,6 +243,7 @@ class Worker:
             self.emitters.has_room_besides,
             self.config.server.header_timeout,
             poller=self.poller,
+            **options,
         )
 
     async def _obey(self, commands: asyncio.StreamReader) -> None:

@@ -91,7 +91,7 @@ class Outcomes(DispatchBase):
     """Gets outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``analyzers`` and ``weights``.
 
     ``dead_letters``: files; or what, given whom to tell of each, returns what takes them.
-    ``given_up(reason, analyzer=, status=)``, if set, gets packets that become dead letters, as examples for the log.
+    ``given_up(reason, analyzer=, status=)`` gets packets that become dead letters, as examples for the log.
     """
 
     def __init__(  # noqa: PLR0913  (as Dispatcher's)
@@ -103,9 +103,10 @@ class Outcomes(DispatchBase):
         dead_letters: DeadLetters | MakeWriter,
         settled: Callable[[int, str | None], None],
         run_in_thread: Runner | None,
+        given_up: Callable[..., None],
     ) -> None:
-        self.analyzer_states, self.config, self.counters, self.settled = states, config, counters, settled
-        self.given_up: Callable[..., None] = lambda *_, **__: None
+        self.analyzer_states, self.config, self.counters = states, config, counters
+        self.settled, self.given_up = settled, given_up
         self.analyzers: dict[int, Analyzer] = {}
         self.weights: dict[int, float] = {}  # of those the table names, by slot
         self.retrying: dict[int, Retrying] = {}  # by sequence

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     import asyncio
     import socket
     from collections.abc import Callable
+    from typing import Unpack
 
     from fastdist._core import Poller
+    from fastdist.worker.listener import Options
 
 MAX_RECORD = 16384  # bytes
 HEAD = b"HEAD "
@@ -50,8 +52,9 @@ class TlsServer(Acceptor):
         patience: float,
         *,
         poller: Poller,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(listener, self._taken, poller.turn)
+        super().__init__(listener, self._taken, poller.turn, **options)
         self.poller, self.context, self.protocol = poller, context, protocol
         self.has_room, self.patience, self.turn_ns = has_room, patience, TURN_NS
         self._handshakes: dict[TlsConnection, float] = {}  # until when, the first to end first

@@ -78,12 +78,12 @@ class Views:
         def protocol() -> IngestProtocol:
             return ViewsProtocol(self.intake, self.emitters)
 
+        handed_on = True  # at the end none is accepted only to be closed
         if context is None:
-            self._acceptor = serve(listener, poller, protocol)
+            self._acceptor = serve(listener, poller, protocol, handed_on=handed_on)
         else:
             room, patience = self.emitters.has_room_besides, self._server.header_timeout
-            self._acceptor = TlsServer(listener, context, protocol, room, patience, poller=poller)
-        self._acceptor.handed_on = True  # at the end none is accepted only to be closed
+            self._acceptor = TlsServer(listener, context, protocol, room, patience, poller=poller, handed_on=handed_on)
 
     def close(self) -> None:
         """Accept no more connections, and close those that are there."""
