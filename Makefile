@@ -12,6 +12,8 @@ PYTEST := $(BIN)/python -m pytest --durations=25
 # Processes of tests: one for each core, or two where tests mostly wait.
 CORES = --numprocesses=$(shell nproc) --dist=worksteal
 TWICE = --numprocesses=$$((2 * $(shell nproc))) --dist=loadgroup
+QUICK_TESTS = $(PYTEST) $(CORES) tests/unit tests/component
+SYSTEM_TESTS = $(PYTEST) $(TWICE) tests/e2e tests/deploy tests/browser tests/chaos tests/cluster
 FUZZ_SECONDS ?= 120
 
 .PHONY: help build run run-cluster check system test unit component e2e browser deploy explore bare screenshots chaos cluster docs bench bench-quick load micro profile generated lint types debug sanitize fuzz wheel clean
@@ -52,14 +54,14 @@ run-cluster: build  ## three NATS servers, two replicas, a balancer if there is 
 check: build  ## what is quick to tell: lint, types, unit and component tests, on all cores
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types & types=$$!; \
-	$(PYTEST) $(CORES) tests/unit tests/component; tests=$$?; \
+	$(QUICK_TESTS); tests=$$?; \
 	wait $$types && exit $$tests
 
 system: build  ## all other tests: e2e, deploy, browser, chaos, cluster; most of their time is waiting
-	$(PYTEST) $(TWICE) tests/e2e tests/deploy tests/browser tests/chaos tests/cluster
+	$(SYSTEM_TESTS)
 
 test: build  ## every test, and which took longest
-	$(PYTEST) $(TWICE)
+	$(QUICK_TESTS); quick=$$?; $(SYSTEM_TESTS) && exit $$quick
 
 unit component e2e browser deploy cluster: build  ## one kind of tests
 	$(BIN)/python -m pytest tests/$@

@@ -1,6 +1,7 @@
 """Names and prose are in the field's words: CONTRIBUTING.md has the glossary."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -64,3 +65,9 @@ def test_names_of_tests_are_short():
         name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     ]
     assert [name for name in names if len(name) > 40] == []
+
+
+def test_names_of_test_files_differ():
+    """Two of one name cannot be imported in one run."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
