@@ -142,7 +142,7 @@ class Endpoint(msgspec.Struct, frozen=True):
         return f"{self.scheme}://{self.host_header}"
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)  # more than the URLs of a thousand analyzers and of their health checks
 def parse_endpoint(url: str) -> Endpoint:
     """Parse an absolute http(s) URL.
 

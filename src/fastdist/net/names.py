@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import socket
 import threading
 import time
@@ -75,8 +76,8 @@ class Names:
 
     async def infos(self, host: str, port: int, patience: float) -> Sequence[AddressInfo]:
         """Return the addresses of ``host`` in the order to try them. Raises OSError after ``patience`` seconds."""
-        with contextlib.suppress(socket.gaierror):  # a numeric address needs no look-up
-            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        if numeric := _numeric(host, port):
+            return numeric
         name = self._names.setdefault(host, Name())
         self._refresh(host, name)
         now = time.monotonic()
@@ -121,6 +122,15 @@ class Names:
             name.failed(error)
         finally:
             name.looked, name.look_up = time.monotonic(), None
+
+
+@functools.lru_cache(maxsize=4096)
+def _numeric(host: str, port: int) -> Sequence[AddressInfo]:
+    """Return what a numeric address stands for, nothing for a name."""
+    try:
+        return tuple(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
+    except socket.gaierror:
+        return ()
 
 
 def _in_thread(host: str) -> asyncio.Future[Sequence[AddressInfo]]:

@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from types import TracebackType
 
 STEPS = 4  # a time-out is counted in so many
 LATE = 0.5  # seconds: a step that ends later than this does not count
 
 
-@asynccontextmanager
-async def running(seconds: float) -> AsyncIterator[None]:
+class running:  # noqa: N801  (a context manager, as asyncio.timeout)
     """Raise TimeoutError when the block takes longer than ``seconds``.
 
     Like ``asyncio.timeout``, whose timer however fires before data that arrived while the process was stopped: here
     such a step does not count, and the data are processed before the next.
     """
-    loop, step, left = asyncio.get_running_loop(), seconds / STEPS, STEPS
-    async with asyncio.timeout(None) as limit:
-        timer: asyncio.TimerHandle
 
-        def over(due: float) -> None:
-            nonlocal left, timer
-            left -= time.monotonic() - due < LATE
-            if left:
-                timer = wait()
-            else:
-                limit.reschedule(loop.time())
+    __slots__ = ("_due", "_left", "_limit", "_loop", "_step", "_timer")
 
-        def wait() -> asyncio.TimerHandle:
-            return loop.call_later(step, over, time.monotonic() + step)
+    def __init__(self, seconds: float) -> None:
+        self._step, self._left = seconds / STEPS, STEPS
 
-        timer = wait()
-        try:
-            yield
-        finally:
-            timer.cancel()
+    async def __aenter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limit = await asyncio.timeout(None).__aenter__()
+        self._wait()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        await self._limit.__aexit__(kind, error, traceback)
+
+    def _wait(self) -> None:
+        self._due = time.monotonic() + self._step
+        self._timer = self._loop.call_later(self._step, self._over)
+
+    def _over(self) -> None:
+        self._left -= time.monotonic() - self._due < LATE
+        if self._left:
+            self._wait()
+        else:
+            self._limit.reschedule(self._loop.time())

@@ -95,6 +95,7 @@ class Dispatcher(Outcomes):
         self._slow_since: dict[int, int] = {}  # slot -> monotonic ns
         self._judged: tuple[set[int], bool] = (set(), True)
         self._overloaded_at = 0  # monotonic ns: when this process was last overloaded
+        self._all_in_flight = 0  # how many packets the analyzers in the table may have at once
         self.tasks = (
             Task(Step.DELIVERIES, CHECK, Sweep(self._begin_checks, self._check).go_on),
             Task(Step.DELIVERIES, CHECK, self._measure_load),
@@ -161,6 +162,7 @@ class Dispatcher(Outcomes):
         self.online = online
         for slot in pickable:
             self.touch(self.pools[slot])
+        self._all_in_flight = sum(self.pools[slot].max_in_flight for slot in self.weights)
 
     def _build(self, pickable: Mapping[int, float], *, sticky: bool) -> None:
         slots, weights = list(pickable), list(pickable.values())
@@ -273,7 +275,9 @@ class Dispatcher(Outcomes):
         idle_too = now_ns >= self._next_pruning
         if idle_too:
             self._next_pruning = now_ns + PRUNING_NS
-        return [each for pool in (*pools, *self.pools_in_use(idle_too)) for each in pool.look(now_ns)]
+        return [
+            each for pool in (*pools, *self.pools_in_use(idle_too)) for each in pool.look(now_ns, idle_too=idle_too)
+        ]
 
     def _check(self, connection: AnalyzerConnection, _now_ns: int) -> None:
         try:
@@ -308,8 +312,7 @@ class Dispatcher(Outcomes):
         if steady or lift:
             self.claim_limit = UNLIMITED
         else:
-            all_in_flight = sum(self.pools[slot].max_in_flight for slot in self.weights)
-            self.claim_limit = CLAIMS_AHEAD * (all_in_flight or max_in_flight(self.config.delivery))
+            self.claim_limit = CLAIMS_AHEAD * (self._all_in_flight or max_in_flight(self.config.delivery))
         if self.ring.has_more:
             self.schedule()
         return steady
@@ -329,9 +332,12 @@ class Dispatcher(Outcomes):
     def _slow_among(self, waiting: list[AnalyzerPool], now_ns: int) -> set[int]:
         """Return the slots of those that cannot be reached, or take much longer to reply than the others do."""
         latencies = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
+        least = min(median_of_others(latencies, each) for each in (*latencies[-1:], None))  # of any others
         slow = set()
         for pool in waiting:
             mine = pool.latency(now_ns) if pool.requests_in_flight else math.inf
+            if mine <= SLOW * least:
+                continue
             known = pool.requests_in_flight and pool.slot in self.weights
             if mine > SLOW * median_of_others(latencies, mine if known else None):
                 slow.add(pool.slot)

@@ -217,12 +217,12 @@ class AnalyzerPool(PoolBase):
 
     # ---- upkeep
 
-    def look(self, now_ns: int) -> tuple[AnalyzerConnection, ...]:
+    def look(self, now_ns: int, *, idle_too: bool = True) -> list[AnalyzerConnection]:
         """Begin a check of the connections, as of ``now_ns``: return those to ``check`` soon."""
         gap, self.looked_ns = now_ns - (self.looked_ns or now_ns), now_ns
         self.late_ns = gap - USUAL_GAP_NS if gap > PAUSED_NS else 0
         self._addresses = self.owner.names.current(self._address.host)
-        return tuple(self.connections)
+        return [each for each in self.connections if idle_too or self.retired or each.in_flight()]
 
     def close_idle(self) -> None:
         """Close the connections that are idle and not about to be used."""
