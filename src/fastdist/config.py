@@ -70,7 +70,7 @@ class Facts:
 
 
 def facts(kind: Any, **known: Any) -> Facts:
-    """Return what an annotation says: each ``Meta`` goes before those in front of it, and all before what is known."""
+    """Return what an annotation says: later ``Meta`` override earlier ones, and all of them what is ``known``."""
     base, *metas = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     if NoneType in get_args(base):  # None: what is left out is as another setting says
         inner = get_args(base)[0]

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+INTERNAL_ERROR = "a fault in fastdist; its log has the traceback"  # what a response with 500 says
+
+
 def printable(text: str) -> str:
     """Return text that can be encoded: lone surrogates are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import UTC
 
 MAX_SECONDS = 1e9  # larger numbers are cut, not an error
+
+
+def retry_after(seconds: float = 1, max_seconds: int = int(MAX_SECONDS)) -> bytes:
+    """Return the header line that asks for another try in so many seconds: whole ones, at least one."""
+    return b"Retry-After: %d\r\n" % min(max(1, math.ceil(seconds)), max_seconds)
 
 
 def parse_retry_after(value: str) -> float | None:

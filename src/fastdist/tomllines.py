@@ -1,7 +1,7 @@
 """On which line each key of a TOML document stands, which the standard library's parser does not say.
 
-For documents that the parser has accepted: what is told here of others means nothing. Paths are written as problems of
-the configuration have them: ``server.port``, ``analyzers[2].weight``.
+For documents that the parser has accepted; for others the result is undefined. Paths are written as problems of the
+configuration have them: ``server.port``, ``analyzers[2].weight``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from fastdist._core import Rendezvous
 from fastdist.shm.block import AnalyzerWord
 from fastdist.shm.weights import effective_weights
 from fastdist.worker import dispatch, outcomes
-from fastdist.worker.outcomes import MAX_PAUSE, MIN_PAUSE, retry_after
+from fastdist.worker.outcomes import MAX_PAUSE, MIN_PAUSE, pause_of
 
 
 def where(bench, packet_id):
@@ -411,7 +411,7 @@ def test_retry_after_is_seconds_or_a_date(monkeypatch, value, seconds, zone):
     outcomes.time.tzset()
     monkeypatch.setattr(outcomes.time, "time", lambda: NOW)
     try:
-        assert retry_after(value) == (None if seconds is None else pytest.approx(seconds))
+        assert pause_of(value) == (None if seconds is None else pytest.approx(seconds))
     finally:
         monkeypatch.undo()
         outcomes.time.tzset()
@@ -422,5 +422,5 @@ def test_retry_after_is_seconds_or_a_date(monkeypatch, value, seconds, zone):
 )
 @settings(max_examples=5 * settings().max_examples)
 def test_no_retry_after_is_too_odd(value):
-    seconds = retry_after(value)
+    seconds = pause_of(value)
     assert seconds is None or MIN_PAUSE <= seconds <= MAX_PAUSE

@@ -12,7 +12,6 @@ No sockets and no waiting here, so that tests need neither. What the module sees
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,12 +22,13 @@ import msgspec
 from msgspec import UNSET, Struct
 
 from fastdist import logs
-from fastdist.errors import printable
+from fastdist.errors import INTERNAL_ERROR, printable
 from fastdist.http import metrics, stats
 from fastdist.http.admin import RefusedError, authorize, parse_override
 from fastdist.http.models import FieldError, Model, Problem, Ready
 from fastdist.http.static import FOLDER, pages
 from fastdist.ipc import Action
+from fastdist.retry_after import retry_after
 from fastdist.statuses import reason
 
 if TYPE_CHECKING:
@@ -71,11 +71,6 @@ class Response(Struct, frozen=True):
 
 
 Handler = Callable[[Request], Response | Action]
-
-
-def retry_after(seconds: float = 1) -> bytes:
-    """Return the header line that asks for another try in so many seconds: whole ones, at least one."""
-    return f"Retry-After: {max(1, math.ceil(seconds))}\r\n".encode()
 
 
 def json_response(document: Model, status: int = 200) -> Response:
@@ -122,7 +117,7 @@ class Faults:
         where = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("", 0)
         if self._log_limit.allow((type(error), *where)):
             log.error("a request could not be answered", error=str(error), exc_info=error)
-        return problem(500, "a fault in fastdist; its log has the traceback")
+        return problem(500, INTERNAL_ERROR)
 
 
 def cors_headers(origin: str, allowed: Sequence[str]) -> bytes:

@@ -11,7 +11,6 @@ The rules:
 from __future__ import annotations
 
 import binascii
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,6 +19,8 @@ from typing import Any, ClassVar
 
 from msgspec import Struct
 from msgspec.structs import replace
+
+from fastdist.retry_after import MAX_SECONDS, retry_after
 
 SLICE_NS = 1_000_000  # of work, after which a conversion yields
 JSON = b"Content-Type: application/json\r\n"
@@ -238,11 +239,9 @@ class Slices:
         return True
 
 
-def retry_after(refused: Refused, most: int = 1 << 30) -> bytes:
-    """Return the header line that asks for another try, in whole seconds, at least one; empty if not BUSY."""
-    if refused.reason not in BUSY:
-        return b""
-    return b"Retry-After: %d\r\n" % min(max(1, math.ceil(refused.retry_after)), most)
+def try_again(refused: Refused, max_seconds: int = int(MAX_SECONDS)) -> bytes:
+    """Return the header line that asks for another try; empty if not BUSY."""
+    return retry_after(refused.retry_after, max_seconds) if refused.reason in BUSY else b""
 
 
 def challenge(refused: Refused, scheme: bytes = b"Bearer") -> bytes:

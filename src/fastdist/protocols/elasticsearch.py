@@ -25,7 +25,7 @@ from fastdist.protocols.base import (
     Request,
     Route,
     challenge,
-    retry_after,
+    try_again,
 )
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import MAX_DEPTH, Common, Packets, decode_value, encode, text_of
@@ -103,7 +103,7 @@ class Elasticsearch(Protocol):
         status = 429 if refused.reason in BUSY else STATUSES[refused.reason]
         kind = "es_rejected_execution_exception" if refused.reason in BUSY else TYPES.get(refused.reason)
         cause = {"type": kind or "illegal_argument_exception", "reason": printable(refused.detail)}
-        headers = JSON + PRODUCT + refused.headers + retry_after(refused) + challenge(refused, b"Basic")
+        headers = JSON + PRODUCT + refused.headers + try_again(refused) + challenge(refused, b"Basic")
         return Reply(status, orjson.dumps({"error": {"root_cause": [cause], **cause}, "status": status}), headers)
 
 

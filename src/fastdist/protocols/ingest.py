@@ -19,7 +19,7 @@ from fastdist.protocols.base import (
     Request,
     Route,
     challenge,
-    retry_after,
+    try_again,
 )
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import Common, Packets, add_records, lines
@@ -58,7 +58,7 @@ class Json(Protocol):
         problem["detail"] = printable(refused.detail)
         if refused.record is not None:
             problem["errors"] = [{"pointer": f"/{refused.record}", "detail": printable(refused.detail)}]
-        headers = PROBLEM + refused.headers + retry_after(refused) + challenge(refused)
+        headers = PROBLEM + refused.headers + try_again(refused) + challenge(refused)
         return Reply(status, orjson.dumps(problem), headers)
 
 

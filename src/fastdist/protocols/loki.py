@@ -19,7 +19,7 @@ from fastdist.protocols.base import (
     Request,
     Route,
     challenge,
-    retry_after,
+    try_again,
 )
 from fastdist.protocols.encodings import decode, snappy_block
 from fastdist.protocols.records import (
@@ -70,7 +70,7 @@ class Loki(Protocol):
 
     def refuse(self, _request: Request, refused: Refused) -> Reply:
         """Return the reason as text."""
-        headers = TEXT + refused.headers + retry_after(refused) + challenge(refused)
+        headers = TEXT + refused.headers + try_again(refused) + challenge(refused)
         return Reply(STATUSES[refused.reason], printable(refused.detail).encode() + b"\n", headers)
 
 

@@ -21,7 +21,7 @@ from fastdist.protocols.base import (
     Request,
     Route,
     challenge,
-    retry_after,
+    try_again,
 )
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import (
@@ -65,7 +65,7 @@ class Otlp(Protocol):
         """Return a google.rpc.Status in the request's encoding."""
         status = STATUSES[refused.reason]
         code, text = CODES[status], printable(refused.detail)
-        headers = refused.headers + retry_after(refused, MAX_RETRY_AFTER) + challenge(refused)
+        headers = refused.headers + try_again(refused, MAX_RETRY_AFTER) + challenge(refused)
         if request.media_type in PROTOBUF_TYPES:
             message = text.encode()
             return Reply(status, b"\x08%c\x12%b%b" % (code, _varint(len(message)), message), PROTOBUF + headers)

@@ -20,7 +20,7 @@ from fastdist.protocols.base import (
     Request,
     Route,
     challenge,
-    retry_after,
+    try_again,
 )
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import Common, Packets, decode_value, json_texts, level_of, lines, text_of, time_of
@@ -87,7 +87,7 @@ class Splunk(Protocol):
         if refused.record is not None:
             document["invalid-event-number"] = refused.record
         document["detail"] = printable(refused.detail)
-        headers = refused.headers + retry_after(refused) + (challenge(refused, b"Splunk") if status == 401 else b"")  # noqa: PLR2004
+        headers = refused.headers + try_again(refused) + (challenge(refused, b"Splunk") if status == 401 else b"")  # noqa: PLR2004
         return Reply(status, orjson.dumps(document), JSON + headers)
 
 

@@ -1,8 +1,8 @@
 """The log of what is turned away, given up or discarded, and of events: few lines, whatever comes.
 
 1. Of each kind there is a line at the beginning, one a minute while it goes on, and one at the end, each with how many
-   there were since the line before, and an example. So their counts add up to what the metrics say. What was over
-   before a second line, and of which the first has told all, has no other, but for events ("queue has room").
+   there were since the line before, and an example. So their counts add up to what the metrics say. A kind that ended
+   before its second line, with nothing to add to the first, has no line at the end, but for events ("queue has room").
 2. Lines are made here from counters that all workers share, not where things happen. All processes together have one
    budget for them (``SharedBlock.line_limit``): ten lines a minute. What it has no room for waits, and is counted.
 3. A kind that comes and goes has a line for its return once a minute at most.

@@ -24,7 +24,7 @@ import uvloop
 from fastdist import __version__, early, logs
 from fastdist._core import PacketRing
 from fastdist.config import MIN_PART, usable_cores, warnings, without_effect
-from fastdist.errors import ConfigError, Fault, StartError, printable
+from fastdist.errors import INTERNAL_ERROR, ConfigError, Fault, StartError, printable
 from fastdist.ipc import Message, Pair, Settings, shorten_faults, write_settings
 from fastdist.net import tls
 from fastdist.net.connect import DESCRIPTORS_BESIDES
@@ -409,9 +409,7 @@ class Supervisor:
         try:
             status, body = await self._reload(action.by) if action.name == "reload" else await self._apply(action)
         except Exception:
-            slot.send(
-                Message("reply", id=message.id, status=500, body="a fault in fastdist; its log has the traceback")
-            )
+            slot.send(Message("reply", id=message.id, status=500, body=INTERNAL_ERROR))
             raise  # which is logged
         slot.send(Message("reply", id=message.id, status=status, body=body))
 

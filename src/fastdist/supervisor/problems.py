@@ -90,7 +90,7 @@ class ProblemList:
         service.changes.state.masked = service.changes.masked
         report = Report(service.changes.state, self._own(snapshot), self._follower.since)
         found = problems(snapshot, report)
-        if self._is_told():
+        if self._is_logged():
             self._follower.follow(found)
             report.since = self._follower.since
         if (body := encode(report)) != self._reported:
@@ -99,8 +99,8 @@ class ProblemList:
         if not service.processes.stopping:
             service.manager.status(status_line(snapshot, found))
 
-    def _is_told(self) -> bool:
-        """Whether the log is told: not that workers begin, nor that they end when they should."""
+    def _is_logged(self) -> bool:
+        """Whether changes are logged: not while the service starts or stops."""
         processes, started_ns = self._service.processes, self._service.block.head[HeadWord.STARTED_NS]
         begun = time.monotonic() - started_ns / 1e9 > START
         return (begun or processes.all_ready.is_set()) and not processes.stopping

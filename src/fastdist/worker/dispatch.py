@@ -214,7 +214,7 @@ class Dispatcher(Outcomes):
 
     @property
     def stalled(self) -> int:
-        """How many packets wait for what others need not: a back-off, or an analyzer that is paused or slow."""
+        """How many packets wait for a back-off, or for an analyzer that is paused or slow, and hold up no others."""
         if not self.weights:
             return 0
         waiting = sum(pool.waiting for pool in self.pools_waiting() if pool.paused or pool.slow)

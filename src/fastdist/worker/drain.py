@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LAST_LOOKS = 50  # TICK apart: the time a last request has to arrive; ticks in which we could not read do not count
 LAST_ANSWERS = 1.0  # seconds at most for rejecting requests that arrive too late
-SETTLED = 3  # looks after which what the other workers say of their queues is later than the drain's begin
+SETTLED = 3  # looks after which the other workers' figures are newer than the beginning of the drain
 LAST_CONNECTIONS = 2.0  # seconds before the end from which on a listener that is handed on is the next process's
 LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last response once all else is done
 

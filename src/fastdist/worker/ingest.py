@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 from msgspec import UNSET
 
 from fastdist._core import Answer, IngestBase, Intake
-from fastdist.errors import PacketError
+from fastdist.errors import INTERNAL_ERROR, PacketError
 from fastdist.http.admin import has_token, is_token
-from fastdist.http.api import Response, cors_headers, is_preflight, problem, retry_after
+from fastdist.http.api import Response, cors_headers, is_preflight, problem
 from fastdist.net.proxies import TrustedProxies
 from fastdist.protocols.base import BUSY, STATUSES, Reason, Refused, Request
 from fastdist.protocols.encodings import decode
+from fastdist.retry_after import retry_after
 from fastdist.shm.snapshot import CONNECTIONS
 from fastdist.statuses import reason
 from fastdist.worker.agents import AgentRequest, Agents, counter_of
@@ -168,7 +169,7 @@ class Emitters:
                 self._forget(waiting, (sequence,))
 
     def forget_wait(self, sequence: int) -> None:
-        """Drop the wait for this packet, and for those that it has an answer with: that is given otherwise."""
+        """Drop the wait for this packet, and for all others of the same response, which is sent by other means."""
         waiting = self.waiting.get(sequence)
         if waiting is not None:
             self._forget(waiting, tuple(waiting.left))
@@ -353,7 +354,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         response = self.emitters.api.faults.answer(error)
         if self.route is None:
             return self._compose(response)
-        return self._turn_down(Refused(Reason.FAULT, "a fault in fastdist; its log has the traceback"))
+        return self._turn_down(Refused(Reason.FAULT, INTERNAL_ERROR))
 
     def not_stored(self, full: bool) -> bytes:  # noqa: FBT001
         """Answer that packets cannot be stored now."""

@@ -28,10 +28,11 @@ import uvloop
 from fastdist import __version__, ipc, logs, packet
 from fastdist._core import Intake, Poller
 from fastdist.errors import StartError
-from fastdist.http.api import Api, problem, retry_after
+from fastdist.http.api import Api, problem
 from fastdist.ipc import Assignment, Message
 from fastdist.net import tls
 from fastdist.net.connect import Shortage
+from fastdist.retry_after import retry_after
 from fastdist.shm.block import SharedBlock, Step, WorkerState, WorkerWord
 from fastdist.shm.examples import Examples
 from fastdist.shm.snapshot import CONNECTIONS, Snapshot

@@ -199,7 +199,7 @@ class Outcomes(DispatchBase):
         self, pool: AnalyzerPool, handles: list[int], status: int, value: str, *, response: bytes | None = None
     ) -> None:
         """Send nothing to the analyzer for a while, as it asks for (429 or 503 with Retry-After)."""
-        seconds = retry_after(value)
+        seconds = pause_of(value)
         if not pool.retired and seconds is not None:
             self.analyzer_states.set_error(pool.slot, f"HTTP {status}, Retry-After: {value[:40]}")
             self.analyzer_states.pause(pool.slot, time.monotonic_ns() + int(seconds * 1e9))
@@ -447,7 +447,7 @@ class Outcomes(DispatchBase):
                 self.went_wrong(error)
 
 
-def retry_after(value: str) -> float | None:
+def pause_of(value: str) -> float | None:
     """Return how many seconds to pause, as Retry-After says; None for what is neither seconds nor an HTTP date."""
     seconds = parse_retry_after(value)
     return None if seconds is None else min(max(seconds, MIN_PAUSE), MAX_PAUSE)

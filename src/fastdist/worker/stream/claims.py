@@ -1,7 +1,7 @@
 """The claimed messages of a worker: their packets go to the dispatcher's ring; when all are settled, it is told.
 
-- As many are claimed as there is room for: what is settled in about a second, MIN_PACKETS at least. Those that wait for
-  what others need not (a back-off, an analyzer that is paused) take no room, up to ``limit``: they hold up no others.
+- As many are claimed as there is room for: what is settled in about a second, MIN_PACKETS at least. Those that wait
+  for a back-off or a paused analyzer take no room, up to ``limit``: they hold up no others.
 - None while no analyzer can be picked: other replicas may have one. But one message, to try an analyzer with that
   deliveries took offline: nothing else brings it back.
 - ``take_back`` takes packets that were not sent yet from the dispatcher: at the end, when no analyzer is left, and when

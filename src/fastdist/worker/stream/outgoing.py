@@ -20,8 +20,10 @@ from msgspec import UNSET
 
 from fastdist import logs
 from fastdist._core import claim_bundle, done_all
-from fastdist.http.api import JSON, problem, retry_after
+from fastdist.errors import INTERNAL_ERROR
+from fastdist.http.api import JSON, problem
 from fastdist.http.models import Accepted
+from fastdist.retry_after import retry_after
 from fastdist.statuses import reason
 from fastdist.storage.jetstream.message import StoredPacket, encode, whole
 from fastdist.storage.jetstream.publisher import Outcome
@@ -151,7 +153,7 @@ class Outgoing:
             self.publisher.store(data, message_id, lambda outcome: self._done(message, began, outcome), waited)
         except Exception as error:  # whatever it is, emitters must be answered
             log.error("a message could not be published", exc_info=error)
-            detail = "a fault in fastdist; its log has the traceback"
+            detail = INTERNAL_ERROR
             self._done(message, began, Outcome("unknown", reason="unconfirmed", detail=detail))
 
     def _done(self, message: _Message, began: int, outcome: Outcome) -> None:
