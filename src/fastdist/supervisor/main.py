@@ -94,9 +94,16 @@ class Supervisor:
         self.folder = QueueFolder(loaded.config.queue.path)
         self.changes = Changes(loaded.config, self.block, self.folder.path, pair)
         self.changes.state.file = printable(str(loaded.path or ""))
-        self.processes = Processes(self.block, self.settings, self._heard, self._renew)
-        self.manager = ServiceManager()
         self.inherited = activation.inherited()
+        self.processes = Processes(
+            self.block,
+            self.settings,
+            self._heard,
+            self._renew,
+            held=lambda: self.folder.held,
+            handed_on=bool(self.inherited.get("")),
+        )
+        self.manager = ServiceManager()
         self.upkeep = Upkeep(self.block.head, HeadWord.FAILING)
         self.events = EventLog(self.block.line_limit())
         self.dead_letters = DeadLetterWatch(loaded.config, self.block, self.upkeep)
@@ -135,16 +142,14 @@ class Supervisor:
         check_folder(self.config)
         rings = self._open_rings()
         old_rings = self.folder.old_rings() if self.folder.has_rings() and not self.is_shared else []
-        self.processes.held = self.folder.held
         self.changes.begin()
         self._write_settings()
         listeners, for_views = self._listen(), self._listen_for_views()
         for index in range(self.workers):
             mine = old_rings[index :: self.workers]
             listener = listeners[index % len(listeners)]
-            slot = WorkerSlot(self.block, index, listener, rings[index], mine)
-            slot.views = for_views[index % len(for_views)] if for_views else None
-            self.processes.slots.append(slot)
+            views = for_views[index % len(for_views)] if for_views else None
+            self.processes.slots.append(WorkerSlot(self.block, index, listener, rings[index], mine, views=views))
         if old_rings:
             log.info("migrating packets of an earlier run", rings=len(old_rings))
 
@@ -199,7 +204,6 @@ class Supervisor:
         """Return a listener for each worker; those of the service manager may be fewer, and workers share them."""
         server = self.config.server
         if inherited := self.inherited.get("", []):
-            self.processes.handed_on = True
             return self._use(inherited, server.host, server.port)
         return self._open(server.host, server.port)
 
@@ -512,7 +516,7 @@ class Supervisor:
             run = self.upkeep.run
             run(Step.FIGURES, self._keep_figures)
             self.problems.look()
-            run(Step.QUEUE_FILES, self._keep_lock)
+            run(Step.QUEUE_FILES, self.folder.renew_lock)
             run(Step.OVERRIDES, self.changes.overrides.check_file)
             await asyncio.sleep(1.0)
 
@@ -522,10 +526,6 @@ class Supervisor:
         self.events.look(snapshot)
         for slot in self.processes.slots:
             slot.measure()
-
-    def _keep_lock(self) -> None:
-        self.folder.renew_lock()
-        self.processes.held = self.folder.held
 
 
 def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int:

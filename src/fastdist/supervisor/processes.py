@@ -44,13 +44,19 @@ log = logs.get()
 
 
 class WorkerSlot:
-    """What outlives a worker's process, and its present process."""
+    """What outlives a worker's process, and its present process. ``views``: the listener of ``admin.listen``."""
 
-    def __init__(
-        self, block: SharedBlock, index: int, listener: socket.socket, ring: int, old_rings: Sequence[OldRing]
+    def __init__(  # noqa: PLR0913  (what a worker is given)
+        self,
+        block: SharedBlock,
+        index: int,
+        listener: socket.socket,
+        ring: int,
+        old_rings: Sequence[OldRing],
+        *,
+        views: socket.socket | None = None,
     ) -> None:
-        self.index, self.listener, self.ring, self.old_rings = index, listener, ring, list(old_rings)
-        self.views: socket.socket | None = None  # the listener of admin.listen
+        self.index, self.listener, self.ring, self.old_rings, self.views = index, listener, ring, list(old_rings), views
         self.words = block.worker(index)
         self.process: asyncio.subprocess.Process | None = None
         self.usage: _Usage | None = None  # of the process
@@ -155,19 +161,22 @@ class Processes:
     """A process for each slot. ``heard(slot, message)`` gets workers' messages; ``gave_up``: they cannot start.
 
     ``renew(slot)`` sees to it that a slot has a ring with which a worker can start: after FALSE_STARTS in a row.
+    ``held()``: descriptors that workers only have to keep open. ``handed_on``: see ``ipc.Assignment.handed_on``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what all workers are given)
         self,
         block: SharedBlock,
         settings: int,
         heard: Callable[[WorkerSlot, Message], None],
         renew: Callable[[WorkerSlot], Awaitable[None]],
+        *,
+        held: Callable[[], tuple[int, ...]] = tuple,
+        handed_on: bool = False,
     ) -> None:
         self.block, self.settings, self.heard, self._renew = block, settings, heard, renew
+        self._held, self._handed_on = held, handed_on
         self.slots: list[WorkerSlot] = []
-        self.held: tuple[int, ...] = ()  # descriptors that workers only have to keep open
-        self.handed_on = False  # see ipc.Assignment.handed_on
         self.stopping = self.gave_up = False
         self._spawning = 0  # processes that are being started: their ids are not known yet
         self._looked = time.monotonic()
@@ -230,7 +239,7 @@ class Processes:
             old_rings=old_rings,
             renewed=slot.renewed,
             irreplaceable=slot.irreplaceable,
-            handed_on=self.handed_on,
+            handed_on=self._handed_on,
             views=slot.views.fileno() if slot.views else -1,
         )
         passed = (
@@ -240,7 +249,7 @@ class Processes:
             theirs.fileno(),
             self.settings,
             *old_rings.values(),
-            *self.held,
+            *self._held(),
             *([slot.views.fileno()] if slot.views else ()),
         )
         slot.words[WorkerWord.HEARTBEAT_NS] = 0

@@ -16,6 +16,7 @@ from fastdist.net.connect import SHORTAGES, Shortage
 from fastdist.worker.proxy_headers import ProxyHeaders
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
     from typing import Unpack
 
@@ -88,6 +89,9 @@ class Acceptor:
     def read_headers(self, proxies: TrustedProxies, has_room: Callable[[int], bool], patience: float) -> None:
         """Read a header of the PROXY protocol from each connection of a trusted proxy first; see ``ProxyHeaders``."""
         self.taken = self._headers = ProxyHeaders(self.taken, proxies, has_room, patience)
+
+    def use(self, context: ssl.SSLContext | None) -> None:
+        """Do the handshakes of connections from now on with this certificate; nothing to do without TLS."""
 
     def finish(self) -> None:
         """Stop new connections; accept those that were begun, then close. Where they are handed on, close at once."""

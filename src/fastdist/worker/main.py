@@ -90,7 +90,7 @@ class Worker:
             config,
             counters=self.counters,
             dead_letters=self._dead_letters() if stream is None else stream.dead_letter_writer,
-            settled=lambda sequence, analyzer: (stream or self.emitters).settled(sequence, analyzer),  # noqa: PLW0108
+            settled=self._settled if stream is None else stream.claims.settled,
             poller=self.poller,
             run_in_thread=syncer.run if syncer is not None else None,
             given_up=self.examples.note,
@@ -178,8 +178,7 @@ class Worker:
             ipc.send(self.control, Message("reloaded", id=settings.generation, body=str(error)))
             return
         self.tls = context
-        if isinstance(self._server, TlsServer) and context is not None:
-            self._server.context = context  # of connections from now on
+        self._server.use(context)
         self._use(settings)
         self._put_in_force()
         self.dispatcher.config = self.config
@@ -382,6 +381,9 @@ class Worker:
         self._reject_behind(self.queue.ring.synced_position, error)
 
     # ---- called by the core
+
+    def _settled(self, sequence: int, analyzer: str | None) -> None:
+        self.emitters.settled(sequence, analyzer)
 
     def _not_written(self, code: int) -> None:
         """Reject what was accepted in this event-loop iteration: it could not be written, and is withdrawn."""

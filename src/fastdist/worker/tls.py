@@ -67,6 +67,11 @@ class TlsServer(Acceptor):
         """Whether connections may still arrive: they are accepted, or in a handshake."""
         return super().busy or bool(self._handshakes)
 
+    def use(self, context: ssl.SSLContext | None) -> None:
+        """Do the handshakes of connections from now on with this certificate."""
+        if context is not None:
+            self.context = context
+
     def close(self) -> None:
         """Accept no more connections, and end the handshakes that are under way."""
         super().close()

@@ -69,8 +69,8 @@ class Views:
     def configure(self, security: Security, context: ssl.SSLContext | None) -> None:
         """Put origins, and for new connections the certificate, in force."""
         self.emitters.configure((), security.cors_origins)
-        if isinstance(self._acceptor, TlsServer) and context is not None:
-            self._acceptor.context = context
+        if self._acceptor is not None:
+            self._acceptor.use(context)
 
     def listen(self, listener: socket.socket, poller: Poller, context: ssl.SSLContext | None) -> None:
         """Begin to serve; with TLS if there is a context."""

@@ -165,10 +165,6 @@ class StreamQueue:
         """Whether a worker that ends has something to wait for."""
         return bool(self.claims.undone or self.outgoing.undone or self.dead_letters.undone)
 
-    def settled(self, sequence: int, analyzer: str | None) -> None:
-        """Note that a packet was delivered, or (None) is a dead letter."""
-        self.claims.settled(sequence, analyzer)
-
     @property
     def fault(self) -> int:
         """Why nothing may be accepted, an errno; 0 if it may."""
