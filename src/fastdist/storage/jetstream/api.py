@@ -29,6 +29,10 @@ STORE_FAILED = 10077  # the stream is full, and discards what is new
 DUPLICATE_IN_PROCESS = 10158  # a message of this id was proposed and is not stored yet
 MESSAGE_TOO_LARGE = 10054
 WRONG_LAST_SEQUENCE = (10071, 10164)
+NO_PEERS = 10005  # too few servers, or with too little room
+MEMORY_EXCEEDED = 10028
+STORAGE_EXCEEDED = 10047
+NOT_CLUSTERED = 10074  # several copies are wanted of one server
 
 
 class Fault(Struct, frozen=True):

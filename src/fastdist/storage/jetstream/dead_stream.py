@@ -89,7 +89,7 @@ class DeadStream:
                 self.connection.client, f"STREAM.MSG.DELETE.{self.stream}", {"seq": sequence, "no_erase": True}
             )
         except ApiError as error:
-            gone = error.code == api.DELETE_FAILED and "no message found" in str(error)
+            gone = error.code == api.DELETE_FAILED and "no message found" in str(error)  # the number is of all failures
             if gone or error.code in {api.SEQUENCE_NOT_FOUND, api.MESSAGE_NOT_FOUND}:
                 return False
             raise

@@ -156,13 +156,12 @@ async def _look(client: Client | None, subject: str, absent: int) -> dict[str, A
 
 def _not_made(error: ApiError, what: str, where: str) -> Exception:
     """Return what it means that something could not be made."""
-    # Too few servers: one that is missing may come.
-    if "no suitable peers" in str(error) or "insufficient" in str(error):
+    if error.code in {api.NO_PEERS, api.MEMORY_EXCEEDED, api.STORAGE_EXCEEDED}:  # a server that is missing may come
         hint = ""
-        if "storage" in str(error):
+        if "storage" in str(error):  # without peers, the text alone says what they lack
             hint = "; each server with a copy needs room for jetstream.max_bytes twice: packets and dead letters"
         return UnavailableError(f"{what} cannot be made: {error}{hint}")
-    hint = "; for one server there is jetstream.replicas = 1" if "non-clustered" in str(error) else ""
+    hint = "; for one server there is jetstream.replicas = 1" if error.code == api.NOT_CLUSTERED else ""
     return StartError(f"{where}: {what} cannot be made: {error}{hint}")
 
 
