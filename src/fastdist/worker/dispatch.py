@@ -332,7 +332,8 @@ class Dispatcher(Outcomes):
     def _slow_among(self, waiting: list[AnalyzerPool], now_ns: int) -> set[int]:
         """Return the slots of those that cannot be reached, or take much longer to reply than the others do."""
         latencies = sorted(self.pools[slot].latency(now_ns) for slot in self.weights)
-        least = min(median_of_others(latencies, each) for each in (*latencies[-1:], None))  # of any others
+        # No median of the others is below this: most analyzers need no search for theirs.
+        least = min(median_of_others(latencies, each) for each in (*latencies[-1:], None))
         slow = set()
         for pool in waiting:
             mine = pool.latency(now_ns) if pool.requests_in_flight else math.inf
