@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 
 import pytest
-from harness import contents, in_loop, repeated, service
+from harness import PATIENCE, contents, in_loop, repeated, service
 from proxy import Proxy
 
 from fastdist._core import Packet, scan
@@ -110,7 +110,7 @@ async def test_replay_keeps_ids_and_bytes(servers, name, command):
         await made.publish_all(list(bodies))  # under their keys, and settled since
         for outcome in made.outcomes.values():
             await made.connection.client.request(
-                f"$JS.API.STREAM.MSG.DELETE.{name}", json.dumps({"seq": outcome.sequence}).encode()
+                f"$JS.API.STREAM.MSG.DELETE.{name}", json.dumps({"seq": outcome.sequence}).encode(), timeout=PATIENCE
             )
         await fill(made, [dead_letter(*each) for each in bodies.items()])
         assert await command(made.settings, "replay") == (0, f"replayed {len(bodies)}, refused 0, left 0\n", "")
