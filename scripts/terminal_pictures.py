@@ -57,9 +57,9 @@ def draw_top(watcher: Watcher, history: History, name: str, frames: int) -> None
     """Look for so many seconds, then draw."""
     for _ in range(frames):
         frame = watcher.look()
-        if frame.answers is None:
+        if frame.responses is None:
             sys.exit(f"no answer: {frame.trouble}")
-        history.add(frame.answers)
+        history.add(frame.responses)
         time.sleep(1)
     console = recorder(WIDTH)
     frame = watcher.look()._replace(url=SHOWN_URL)

@@ -14,7 +14,7 @@ from rich.console import Console
 from structlog.testing import capture_logs
 from troubles import OPERATIONS, STOPPING, TROUBLES, WHOLE, World, draining, every_worker, nearly_full, offline, table
 
-from fastdist.client.top_view import Answers, Frame, render
+from fastdist.client.top_view import Frame, Responses, render
 from fastdist.http import models, stats
 from fastdist.shm import problems
 from fastdist.shm.block import REPORT_WORDS, AnalyzerWord, SharedBlock, WorkerState, WorkerWord
@@ -46,7 +46,7 @@ def shown_by_top(world):
         msgspec.json.decode(msgspec.json.encode(view(snapshot)), type=kind)
         for view, kind in ((stats.health, models.Health), (stats.stats, models.Stats), (stats.queue, models.Queue))
     ]
-    answers = Answers(*documents, stats.analyzers(snapshot).analyzers)
+    answers = Responses(*documents, stats.analyzers(snapshot).analyzers)
     out = io.StringIO()
     frame = Frame("http://h:3000", datetime.now(UTC), answers, datetime.now(UTC))
     Console(file=out, width=500, color_system=None).print(render(frame, 500))

@@ -16,9 +16,9 @@ from fastdist.client.top_view import (
     COUNTERS,
     GAP,
     MARK,
-    Answers,
     Frame,
     History,
+    Responses,
     render,
     share_bar,
     sparkline,
@@ -84,7 +84,7 @@ def answers(*, analyzers=None, workers=None, **changes):
     }
     for document in (health, stats, queue):
         document.update((key, value) for key, value in changes.items() if key in document)
-    return Answers(
+    return Responses(
         msgspec.convert(health, Health),
         msgspec.convert(stats, Stats),
         msgspec.convert(queue | changes.get("queue", {}), Queue),

@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-PATIENCE = 10.0  # seconds without an answer of any server
+PATIENCE = 10.0  # seconds without a response of any server
 PAUSE = 0.25  # seconds between two attempts
 PAGE = 100  # dead letters that are read at once
 PAGE_BYTES = 4 << 20  # of those
 ACCEPTED, TOO_LARGE, INVALID, BUSY = 202, 413, 422, 503  # what a distributor would answer in such a case
 
 
-class StreamAnswer(NamedTuple):
+class StreamResponse(NamedTuple):
     """What became of a packet that was published, in the shape of a distributor's response."""
 
     status: int
@@ -151,7 +151,7 @@ class DeadLetterStream:
         """Remove a dead letter; return whether it was there."""
         return self._run(self._patiently(lambda: self._dead.remove(line.offset)))
 
-    def publish(self, line: Line, dead_letter: DeadLetter) -> StreamAnswer:
+    def publish(self, line: Line, dead_letter: DeadLetter) -> StreamResponse:
         """Store a packet in the stream of packets, under the id it had; return what became of it."""
         body = dead_letter.packet
         messages, emitter = scan(body) or (dead_letter.messages, 0)
@@ -160,11 +160,11 @@ class DeadLetterStream:
         try:
             decode(message)
         except DamagedError as error:  # a foreign dead letter: no replica could read its packet
-            return StreamAnswer(INVALID, str(error))
+            return StreamResponse(INVALID, str(error))
         outcome = self._run(self._packets.publish(message, f"replay/{line.offset}/{digest_of(line.raw)}"))
         if outcome.stored == "yes":
-            return StreamAnswer(ACCEPTED, "")
-        return StreamAnswer(TOO_LARGE if outcome.reason == "tooLarge" else BUSY, outcome.detail)
+            return StreamResponse(ACCEPTED, "")
+        return StreamResponse(TOO_LARGE if outcome.reason == "tooLarge" else BUSY, outcome.detail)
 
     # ---- in the loop
 
@@ -193,7 +193,7 @@ class DeadLetterStream:
         return page
 
     async def _patiently(self, ask: Callable[[], Awaitable[Result]]) -> Result:
-        """Ask until there is an answer. Raises StartError when that takes too long, or cannot help."""
+        """Ask until there is a response. Raises StartError when that takes too long, or cannot help."""
         where = f"jetstream: {self._connection.server}"
         end = time.monotonic() + PATIENCE
         while True:
@@ -232,7 +232,7 @@ class _StreamReplay(ReplayRun):
     def _census(self) -> Census:
         return census_of(line for _, line in self._store.selected(self.selection))
 
-    def send(self, line: Line, dead_letter: DeadLetter) -> StreamAnswer | None:
+    def send(self, line: Line, dead_letter: DeadLetter) -> StreamResponse | None:
         """Publish a packet until the stream has stored or refused it."""
         return self.repeat(lambda: self._store.publish(line, dead_letter), lambda: False)
 

@@ -66,8 +66,8 @@ class Source(Protocol):
     def lines(self) -> Iterator[Line]:
         """Yield them; the run's lock is held."""
 
-    def send(self, line: Line, dead_letter: DeadLetter) -> retry.Answer | None:
-        """Send one until the answer is final; None when the run ends before that."""
+    def send(self, line: Line, dead_letter: DeadLetter) -> retry.AnyResponse | None:
+        """Send one until the response is final; None when the run ends before that."""
 
     def remove(self, line: Line) -> bool:
         """Remove one that was accepted; return whether it is gone. If not, or not in good order, end the run."""
@@ -104,12 +104,12 @@ class ReplayRun(retry.Run):
         """Send the dead letters of a source, one after another, while there are any."""
         while (found := self._take(lines)) is not None:
             line, dead_letter = found
-            answer = source.send(line, dead_letter)
-            if answer is None:
+            response = source.send(line, dead_letter)
+            if response is None:
                 return
-            gone = answer.accepted and source.remove(line)
+            gone = response.accepted and source.remove(line)
             with self.lock:
-                self._settle(dead_letter, answer, gone=gone)
+                self._settle(dead_letter, response, gone=gone)
 
     def _take(self, lines: Iterator[tuple[Line, DeadLetter]]) -> tuple[Line, DeadLetter] | None:
         with self.lock:
@@ -119,15 +119,15 @@ class ReplayRun(retry.Run):
             self._room -= found is not None
             return found
 
-    def _settle(self, dead_letter: DeadLetter, answer: retry.Answer, *, gone: bool) -> None:
+    def _settle(self, dead_letter: DeadLetter, response: retry.AnyResponse, *, gone: bool) -> None:
         """Count what became of one, and show it; the lock is held."""
         self.summary.left -= gone
-        if answer.accepted:
+        if response.accepted:
             self.summary.replayed += 1
             self.view.replayed()
         else:
             self.summary.refused += 1
-            self.view.refused(dead_letter, answer)
+            self.view.refused(dead_letter, response)
 
 
 class Replay(ReplayRun):
@@ -232,7 +232,7 @@ class _File:
     def lines(self) -> Iterator[Line]:
         return self._held.lines(self._end)
 
-    def send(self, line: Line, dead_letter: DeadLetter) -> retry.Answer | None:  # noqa: ARG002  (its place is no matter)
+    def send(self, line: Line, dead_letter: DeadLetter) -> retry.AnyResponse | None:  # noqa: ARG002  (its place is no matter)
         connection = self._free.pop()
         try:
             return self._run.post(connection, dead_letter.id, dead_letter.packet)

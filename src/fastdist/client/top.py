@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 
 from fastdist.client.connection import Connection, describe
-from fastdist.client.top_view import Answers, Frame, History, render
+from fastdist.client.top_view import Frame, History, Responses, render
 from fastdist.http.models import Analyzers, Health, Queue, Stats
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ ENDING_KEYS = {b"q", b"Q", b"\x04", b""}  # Ctrl-D; nothing: the terminal is gon
 Kind = TypeVar("Kind", Health, Stats, Queue, Analyzers)
 
 
-class NoAnswerError(Exception):
+class NoResponseError(Exception):
     """The server does not answer, or not as a distributor does; the text says why."""
 
 
@@ -58,32 +58,32 @@ class Watcher:
         before = self.frame
         try:
             health, stats, queue = self._get("/health", Health), self._get("/stats", Stats), self._get("/queue", Queue)
-            answers = Answers(health, stats, queue, self._get("/analyzers", Analyzers).analyzers)
-        except NoAnswerError as error:
-            self.frame = Frame(self._target.url, datetime.now(UTC), before.answers, before.seen, str(error))
+            responses = Responses(health, stats, queue, self._get("/analyzers", Analyzers).analyzers)
+        except NoResponseError as error:
+            self.frame = Frame(self._target.url, datetime.now(UTC), before.responses, before.seen, str(error))
         else:
             now = datetime.now(UTC)
-            self.frame = Frame(self._target.url, now, answers, now)
+            self.frame = Frame(self._target.url, now, responses, now)
         return self.frame
 
     def _get(self, path: str, kind: type[Kind]) -> Kind:
         try:
             reply = self._connection.request("GET", path, None, {}, MAX_RESPONSE)
         except (OSError, HTTPException) as error:
-            raise NoAnswerError(describe(error, TIMEOUT)) from None
+            raise NoResponseError(describe(error, TIMEOUT)) from None
         if reply.status != 200:  # noqa: PLR2004  (what it answers when it serves)
             why = f": {reply.detail}" if reply.detail else "; is that the URL of a distributor?"
-            raise NoAnswerError(f"{path} is answered {reply.status}{why}")
+            raise NoResponseError(f"{path} is answered {reply.status}{why}")
         try:
             return msgspec.json.decode(reply.content, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise NoAnswerError(f"{path}: {error}; is that the URL of a distributor?") from None
+            raise NoResponseError(f"{path}: {error}; is that the URL of a distributor?") from None
 
 
 def print_once(target: Target) -> bool:
     """Print a frame; return whether there was an answer."""
     frame = Watcher(target).look()
-    if frame.answers is None:
+    if frame.responses is None:
         typer.echo(f"fastdist: {target.url}: {frame.trouble}", err=True)
         return False
     console = Console(highlight=False)
@@ -104,8 +104,8 @@ def watch(target: Target, interval: float) -> bool:
     def ask() -> None:
         while not enough.is_set():
             frame = watcher.look()
-            if frame.answers is not None and not frame.trouble:
-                history.add(frame.answers)
+            if frame.responses is not None and not frame.trouble:
+                history.add(frame.responses)
             enough.wait(interval)
 
     threading.Thread(target=ask, daemon=True).start()

@@ -54,7 +54,7 @@ COUNTERS = {
 WRONG = {"rejected", "dead_lettered", "corrupt", "lost"}  # coloured when there are any
 
 
-class Answers(NamedTuple):
+class Responses(NamedTuple):
     """What the server said: its responses, asked for one after another."""
 
     health: Health
@@ -64,11 +64,11 @@ class Answers(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What is known at a moment. ``answers`` are the last that came, at ``seen``; ``trouble``: why none came since."""
+    """What is known at a moment. ``responses``: the last that came, at ``seen``; ``trouble``: why none came since."""
 
     url: str
     at: datetime
-    answers: Answers | None = None
+    responses: Responses | None = None
     seen: datetime | None = None
     trouble: str | None = None
 
@@ -82,12 +82,12 @@ class History:
         self.delivered: list[float] = []
         self._records: list[tuple[float, dict[str, int]]] = []  # by protocol, at that uptime
 
-    def add(self, answers: Answers) -> None:
+    def add(self, responses: Responses) -> None:
         """Remember the rates."""
-        rates, uptime = answers.stats.rates, answers.stats.uptime_seconds
+        rates, uptime = responses.stats.rates, responses.stats.uptime_seconds
         self.accepted = [*self.accepted, rates.accepted_per_second][-self._length :]
         self.delivered = [*self.delivered, rates.delivered_per_second][-self._length :]
-        records = {name: counts.records for name, counts in answers.stats.protocols.items()}
+        records = {name: counts.records for name, counts in responses.stats.protocols.items()}
         before = [sample for sample in self._records if sample[0] < uptime]  # not what was before a restart
         recent = [sample for sample in before if sample[0] >= uptime - RECENT]
         self._records = [*(recent or before[-1:]), (uptime, records)]
@@ -108,32 +108,32 @@ def render(frame: Frame, width: int, lines: int | None = None, history: History 
     parts: list[RenderableType] = [_head(frame)]
     if warnings := list(_warnings(frame)):
         parts.append(Text("\n".join(f" {warning} " for warning in warnings), style=_style(warnings[0])))
-    if (answers := frame.answers) is not None:
+    if (responses := frame.responses) is not None:
         rows = None
         if lines is not None:
-            lists = bool(_rejected(answers.stats)) + bool(_agents(answers.stats, history))
-            rows = max(1, lines - FIXED_LINES - len(warnings) - len(answers.analyzers) - lists)
+            lists = bool(_rejected(responses.stats)) + bool(_agents(responses.stats, history))
+            rows = max(1, lines - FIXED_LINES - len(warnings) - len(responses.analyzers) - lists)
         parts += [
-            _analyzers(answers.analyzers, width, frame.at),
-            _flow(answers, width, history),
-            _latencies(answers.stats.latency_ms),
-            _workers(answers.stats.workers, rows, frame.at),
+            _analyzers(responses.analyzers, width, frame.at),
+            _flow(responses, width, history),
+            _latencies(responses.stats.latency_ms),
+            _workers(responses.stats.workers, rows, frame.at),
         ]
     return Group(*parts)
 
 
 def _status(frame: Frame) -> str:
-    if frame.trouble or frame.answers is None:
+    if frame.trouble or frame.responses is None:
         return "unreachable" if frame.trouble else "connecting"
-    return frame.answers.health.status
+    return frame.responses.health.status
 
 
 def _head(frame: Frame) -> Text:
     head = Text.assemble(("fastdist top", "bold"), f"  {frame.url}  ")
     status = _status(frame)
     head.append(status, style={"ok": "bold green", "degraded": "bold yellow"}.get(status, "bold red"))
-    if (answers := frame.answers) is not None:
-        health = answers.health
+    if (responses := frame.responses) is not None:
+        health = responses.health
         head.append(f"  version {health.version}  up {age_text(health.uptime_seconds)}")
         head.append(f"  workers {health.workers.running}/{health.workers.configured}")
         head.append(f"  analyzers {health.analyzers.online}/{health.analyzers.total}")
@@ -150,13 +150,13 @@ def _style(worst: str) -> str:
 
 def _warnings(frame: Frame) -> Iterable[str]:
     """Yield what needs attention, the worst first."""
-    answers = frame.answers
+    responses = frame.responses
     if frame.trouble:
         last = f"; the figures are of {frame.seen:%H:%M:%SZ}" if frame.seen else ""
         yield f"UNREACHABLE: {frame.trouble}{last}"
-    if answers is None:
+    if responses is None:
         return
-    listed = answers.health.problems
+    listed = responses.health.problems
     counts = Counter(problem.code for problem in listed)
     shown: Counter[str] = Counter()
     for problem in listed:
@@ -165,8 +165,8 @@ def _warnings(frame: Frame) -> Iterable[str]:
             yield f"{problem.level.upper()}: {problem.detail}{_since(problem, frame.at)}"
         elif shown[problem.code] == counts[problem.code]:
             yield f"{problem.level.upper()}: {counts[problem.code] - NAMED} more like the last one"
-    if not listed and answers.health.status != "ok":  # a server of another version
-        yield answers.health.status.upper()
+    if not listed and responses.health.status != "ok":  # a server of another version
+        yield responses.health.status.upper()
 
 
 def _since(problem: ListedProblem, now: datetime) -> str:
@@ -293,9 +293,9 @@ def _state(state: str) -> Text:
 # ---- flow, queue, latencies
 
 
-def _flow(answers: Answers, width: int, history: History | None) -> Table:
+def _flow(responses: Responses, width: int, history: History | None) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
-    stats, queue = answers.stats, answers.queue
+    stats, queue = responses.stats, responses.queue
     rates = Text()
     for name, rate, past in (
         ("accepted", stats.rates.accepted_per_second, history.accepted if history else []),

@@ -44,7 +44,7 @@ class Fault(Struct, frozen=True):
 
 
 class PubAck(Struct, frozen=True):
-    """The answer to a message that was published to a stream."""
+    """The response to a message that was published to a stream."""
 
     stream: str = ""
     seq: int = 0
@@ -66,7 +66,7 @@ class ApiError(Exception):
 
 
 class UnavailableError(Exception):
-    """There is no answer now: no server, no leader, no majority. It may come back by itself."""
+    """There is no response now: no server, no leader, no majority. It may come back by itself."""
 
 
 read_ack = msgspec.json.Decoder(PubAck).decode
@@ -80,20 +80,20 @@ async def request(
     *,
     timeout: float = TIMEOUT,  # noqa: ASYNC109  (nats-py's)
 ) -> dict[str, Any]:
-    """Ask JetStream (``subject`` without ``$JS.API.``); return its answer. Raises ApiError or UnavailableError."""
+    """Ask JetStream (``subject`` without ``$JS.API.``); return its response. Raises ApiError or UnavailableError."""
     if client is None:
         raise UnavailableError("no server is connected")
     data = b"" if body is None else msgspec.json.encode(body)
     try:
         reply = await client.request(f"$JS.API.{subject}", data, timeout=timeout)
-        answer: dict[str, Any] = msgspec.json.decode(reply.data)
+        response: dict[str, Any] = msgspec.json.decode(reply.data)
     except NoRespondersError as error:
         raise UnavailableError("JetStream does not answer: it is off, or has no leader") from error
     except (NatsError, OSError, TimeoutError, msgspec.DecodeError) as error:
         raise UnavailableError(str(error) or type(error).__name__) from error
-    if "error" in answer:
-        fault = msgspec.convert(answer["error"], Fault)
+    if "error" in response:
+        fault = msgspec.convert(response["error"], Fault)
         if fault.code in {429, 503} and fault.err_code != STREAM_NOT_FOUND:
             raise UnavailableError(fault.description)
         raise ApiError(fault)
-    return answer
+    return response

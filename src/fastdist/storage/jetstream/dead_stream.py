@@ -66,12 +66,12 @@ class DeadStream:
         """Return the first dead letter from a sequence on; None if it does not exist. Raises UnavailableError."""
         wanted = {"seq": first, "next_by_subj": ">"}
         try:
-            answer = await request(self.connection.client, f"STREAM.MSG.GET.{self.stream}", wanted)
+            response = await request(self.connection.client, f"STREAM.MSG.GET.{self.stream}", wanted)
         except ApiError as error:
             if error.code == api.MESSAGE_NOT_FOUND:
                 return None
             raise
-        message = answer["message"]
+        message = response["message"]
         line = base64.b64decode(message.get("data", ""))
         if line.startswith(COMPRESSED):
             line = await asyncio.to_thread(gzip.decompress, line)
@@ -79,8 +79,8 @@ class DeadStream:
 
     async def last(self) -> int:
         """Return the sequence of the last dead letter there ever was. Raises UnavailableError."""
-        answer = await request(self.connection.client, f"STREAM.INFO.{self.stream}")
-        return int(answer["state"]["last_seq"])
+        response = await request(self.connection.client, f"STREAM.INFO.{self.stream}")
+        return int(response["state"]["last_seq"])
 
     async def remove(self, sequence: int) -> bool:
         """Remove a dead letter that was replayed; return whether it was there. Raises UnavailableError."""

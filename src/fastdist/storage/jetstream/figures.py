@@ -58,7 +58,7 @@ class Watcher:
         return (settled - before) / (moment - since) if moment > since else 0.0
 
     async def refresh(self) -> StreamFigures:
-        """Ask now, and return the figures; where there is no answer, the old ones with the reason."""
+        """Ask now, and return the figures; where there is no response, the old ones with the reason."""
         connection, settings = self.connection, self.connection.settings
         client = connection.client
         stream, consumer, dead = await asyncio.gather(
@@ -96,7 +96,7 @@ class Watcher:
 
 
 def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str, dead_letters: int) -> StreamFigures:
-    """Return the figures that are in two answers of JetStream."""
+    """Return the figures that are in two responses of JetStream."""
     state, config, cluster = stream["state"], stream["config"], stream.get("cluster") or {}
     total = config["num_replicas"]
     others = cluster.get("replicas") or []

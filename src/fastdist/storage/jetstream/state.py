@@ -47,14 +47,14 @@ class StateBucket:
     async def get(self, key: str) -> Value:
         """Return the value of a key. Raises UnavailableError."""
         try:
-            answer = await request(
+            response = await request(
                 self.connection.client, f"STREAM.MSG.GET.KV_{self._bucket}", {"last_by_subj": self._subject(key)}
             )
         except ApiError as error:
             if error.code == api.MESSAGE_NOT_FOUND:
                 return Value()
             raise UnavailableError(str(error)) from error
-        message = answer["message"]
+        message = response["message"]
         return Value(base64.b64decode(message.get("data", "")), message["seq"])
 
     async def put(self, key: str, data: bytes, replaces: int | None = None) -> int:
