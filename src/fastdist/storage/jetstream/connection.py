@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from nats.errors import Error as NatsError
+from nats.errors import NoServersError
 
 from fastdist import logs
 from fastdist.errors import StartError
 from fastdist.storage.jetstream import login
 from fastdist.storage.jetstream.client import Client
+from fastdist.storage.jetstream.transport import NotEncryptedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -40,6 +42,8 @@ PAUSE = 0.25  # seconds between two rounds of all servers
 AFTER_FAILURE = 1.0  # seconds
 WARNING_EVERY = 10.0  # seconds
 FLUSH_TIMEOUT = 1.0  # seconds, at the end
+# A server tells errors by text alone (-ERR 'Authorization Violation'); parts of those of logging in and of permissions.
+OF_LOGIN, OF_PERMISSIONS = ("authoriz", "authentic"), "permissions violation"
 
 Kind = Literal["authorization", "certificate", "unreachable"]
 
@@ -232,7 +236,7 @@ class Connection:
         async def on_error(error: Exception) -> None:
             errors.append(error)
             del errors[:-4]
-            if "permissions violation" in str(error).lower():
+            if OF_PERMISSIONS in str(error).lower():
                 self._not_allowed(str(error))
             elif not isinstance(error, NatsError | OSError | TimeoutError):  # of ours: what a part does with a message
                 log.error("jetstream: a message could not be handled", exc_info=error)
@@ -260,7 +264,7 @@ class Connection:
         except Exception as error:  # nats-py and nkeys raise all kinds; each is a reason in a line
             client.transport.close()
             cause = next((each for each in reversed(errors) if not isinstance(each, NatsError)), None)
-            refusal = _refusal(url, cause if cause is not None and _is_vague(error) else error)
+            refusal = _refusal(url, cause if cause is not None and isinstance(error, NoServersError) else error)
             if refusal.kind == "authorization" and not login.options(self.settings):
                 refusal.args = (f"{refusal}; no login is configured: see jetstream.user, token, credentials and nkey",)
             raise refusal from error
@@ -311,24 +315,19 @@ def background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return task
 
 
-def _is_vague(error: Exception) -> bool:
-    return "no servers available" in str(error)
-
-
 def _refusal(url: str, error: Exception) -> Refusal:
     """Return an error of connecting as what it is about."""
     text = str(error).removeprefix("nats: ").strip("'") or type(error).__name__
-    lower = text.lower()
     kind: Kind = "unreachable"
     if isinstance(error, ssl.SSLCertVerificationError):
         kind, text = "certificate", f"certificate: {error.verify_message or text}"
     elif isinstance(error, ssl.SSLError):
         kind, text = "certificate", f"certificate: TLS failed: {error.reason or text}"
-    elif lower.startswith("certificate"):
+    elif isinstance(error, NotEncryptedError):
         kind = "certificate"
-    elif "authoriz" in lower or "authentic" in lower:
+    elif any(part in text.lower() for part in OF_LOGIN):
         kind, text = "authorization", f"authorization: the server has refused the login: {text}"
-    elif isinstance(error, TimeoutError) or "timeout" in lower:
+    elif isinstance(error, TimeoutError):
         text = "no answer"
     elif isinstance(error, OSError):
         text = error.strerror or text

@@ -26,6 +26,10 @@ MAX_UNREAD = 4 << 20  # bytes after which the server is not read from until thos
 DROP_UNSENT = struct.pack("ii", 1, 0)  # struct linger: on, zero seconds
 
 
+class NotEncryptedError(ConnectionError):
+    """The server does not ask for TLS, which the settings do."""
+
+
 class Splitter(Protocol):
     """What takes out of the bytes that have come what nats-py is not to read."""
 
@@ -131,9 +135,9 @@ class DroppableTransport(Transport):
         self._may_write = True
 
     def write(self, payload: bytes) -> None:
-        """Send bytes as soon as the kernel takes them. Raises ConnectionError before they may be sent."""
+        """Send bytes as soon as the kernel takes them. Raises NotEncryptedError before they may be."""
         if not self._may_write:
-            raise ConnectionError("certificate: the server does not ask for TLS, and tls:// does")
+            raise NotEncryptedError("certificate: the server does not ask for TLS, and tls:// does")
         if self._transport is not None and not self._received.ended:
             self._transport.write(payload)
 
