@@ -100,9 +100,9 @@ class ByPython:
     def __init__(self, *_: object) -> None:
         pass
 
-    def take(self, values: records.JsonValues, most: int) -> list[bytes]:
+    def take(self, values: records.JsonValues, limit: int) -> list[bytes]:
         """Return the next values as their bytes."""
-        return values.take(most)
+        return values.take(limit)
 
     def one(self, *_: object) -> None:
         """Map none."""

@@ -40,7 +40,7 @@ class Recorder:
         self.context, self.latency, self.answer = context, latency, answer
         self.requests = []
         self.names_asked = []  # over TLS
-        self.open = self.most_open = 0  # connections that packets came on
+        self.open = self.peak_open = 0  # connections that packets came on
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self._listener.getsockname()[1]
@@ -99,7 +99,7 @@ class Recorder:
     def _count(self, change):
         with self._lock:
             self.open += change
-            self.most_open = max(self.most_open, self.open)
+            self.peak_open = max(self.peak_open, self.open)
 
     def _read(self, stream):
         lines = []

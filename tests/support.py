@@ -539,7 +539,7 @@ def compare(
     emitter: Emitter,
     mocks: Mocks | Fleet,
     *,
-    most_duplicates: int = 0,
+    max_duplicates: int = 0,
     refused: set[str] | frozenset[str] = frozenset(),
 ) -> None:
     """Compare the ledgers of emitters and analyzers: nothing lost, nothing invented, few sent twice.
@@ -553,7 +553,7 @@ def compare(
     duplicates = sum(times - 1 for times in delivered.values())
     assert not lost, f"{len(lost)} of {len(emitter.accepted)} lost, such as {sorted(lost)[:5]}"
     assert not phantoms, f"{len(phantoms)} delivered that were never accepted, such as {sorted(phantoms)[:5]}"
-    assert duplicates <= most_duplicates, f"{duplicates} duplicates"
+    assert duplicates <= max_duplicates, f"{duplicates} duplicates"
 
 
 def copied_pages(name: str) -> int:

@@ -3,8 +3,8 @@
 The way of a packet. ``Poller`` (stream.pxi) reads a connection's bytes into a buffer that all share, and hands them to
 the protocol, ``IngestBase`` (ingest.pxi). That finds the request's head (http.pxi), has the body checked by one pass
 over its bytes (schema.pxi), and pushes it to the ``PacketRing`` (ring.pxi): one record, which is queue, store and
-in-flight table at once, and 202 is written into a buffer of answers. When some connections have been read their records
-are written to the ring's file (ringfile.pxi) in one piece, and the answers leave (outbox.pxi), with durability fsync
+in-flight table at once, and 202 is written into a buffer of responses. When some connections have been read their records
+are written to the ring's file (ringfile.pxi) in one piece, and the responses leave (outbox.pxi), with durability fsync
 when a ``SyncThread`` (syncing.pxi) has synced them. Once in an event-loop iteration ``DispatchBase`` (dispatch.pxi)
 claims what was pushed and written, has an analyzer picked for each packet (pick.pxi), and lets it join the waiting list
 of that analyzer's ``PoolBase`` (pool.pxi). ``ReplyBase`` (upstream.pxi) writes requests with the bodies out of the ring,
@@ -18,7 +18,7 @@ one object of one process and is freed with it. A ``Span`` points into a buffer 
 call only.
 
 Python. What happens for every packet makes no Python object and calls nothing of Python; ``nogil`` and ``noexcept``
-functions cannot raise, and return what happened. What is seldom (an answer that is an error, a failure of an analyzer)
+functions cannot raise, and return what happened. What is seldom (a response that is an error, a failure of an analyzer)
 is up to Python classes that derive from those here, and may close the connection that is calling them. Nothing here
 imports from the rest of fastdist.
 
@@ -63,7 +63,7 @@ include "core/ages.pxi"
 include "core/ring.pxi"
 include "core/recovery.pxi"
 include "core/bundles.pxi"
-include "core/states.pxi"
+include "core/analyzer_states.pxi"
 include "core/files.pxi"
 include "core/syncing.pxi"
 include "core/checksum.pxi"

@@ -418,7 +418,7 @@ class Service:
     """A worker's ingest. Keywords are settings of ``[server]``; ``security`` and ``limits`` those of their sections.
 
     ``fsync``: answers wait for ``synced``, as with durability fsync; ``disk``: until their packets are written;
-    ``replicated``: until they are stored elsewhere.
+    ``replicated``: until they are stored elsewhere. ``remembers_keys``: see ``Intake``.
     """
 
     def __init__(  # noqa: PLR0913  (settings of a service)
@@ -428,6 +428,7 @@ class Service:
         fsync: bool = False,
         disk: bool = False,
         replicated: bool = False,
+        remembers_keys: bool = False,
         security: dict | None = None,
         limits: dict | None = None,
         protocol: type[IngestProtocol] = IngestProtocol,
@@ -462,7 +463,8 @@ class Service:
             self._accepted,
             self._sync_wanted if fsync or replicated else None,
             self._not_written,
-            answers_after_sync=fsync or replicated,
+            responds_after_sync=fsync or replicated,
+            remembers_keys=remembers_keys,
         )
         api = Api(lambda: Snapshot(self.block, self.config, self.analyzers, "1.2.3", at=0))
         self.emitters = Emitters(api, self.intake, lambda _action, _done: None, self.config.server)

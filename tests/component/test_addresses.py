@@ -200,6 +200,6 @@ def test_connections_change_between_requests(tmp_path, pipeline):
             delivered = ids(server)
             assert len(set(delivered)) == len(delivered) == w.pushed
             assert w.counters.get("retried") == w.counters.get_of(0, "failed") == 0
-            assert w.most_open <= 2
+            assert w.peak_open <= 2
 
     run(scenario())

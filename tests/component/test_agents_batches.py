@@ -311,7 +311,7 @@ def test_one_slice_a_turn():
 
         return type(route)(route.number, route.found._replace(take=counting)), brings
 
-    service.intake.find = find
+    service.emitters.agents.find = find
     for name in "abc":
         sent(service, large(20_000, f"X-Emitter-Id: {name}").request())
     assert steps == ["a", "b", "c"]
@@ -324,7 +324,7 @@ def test_one_slice_a_turn():
 def test_conversions_count_as_bodies():
     """A body, and what has become of it so far."""
     service = Service(capacity=2**26)
-    service.intake.most_bodies = 3 * len(large().body)
+    service.intake.max_bodies = 3 * len(large().body)
     connections = [sent(service, large().request()) for _ in range(5)]
     for connection in connections:
         connection.pump()
@@ -336,7 +336,7 @@ def test_conversions_count_as_bodies():
 
 def test_decoded_bytes_count_as_bodies():
     service = Service(capacity=2**26)
-    service.intake.most_bodies = len(large().body) * 5 // 2
+    service.intake.max_bodies = len(large().body) * 5 // 2
     packed = large(20_000, "Content-Encoding: gzip")
     packed = packed.with_body(gzip.compress(packed.body))
     connections = [sent(service, packed.request()) for _ in range(3)]
@@ -349,7 +349,7 @@ def test_decoded_bytes_count_as_bodies():
 def test_whole_body_is_not_ended_for_others():
     """It does not come slowly: it waits for its turn."""
     service = Service(capacity=2**26)
-    service.intake.most_bodies = len(large().body) * 7 // 2
+    service.intake.max_bodies = len(large().body) * 7 // 2
     working = sent(service, large().request())
     working.age(100)
     coming = sent(service, large().chunked()[:-10])

@@ -215,7 +215,7 @@ def test_waiting_batches_take_memory():
     first, second = (pieces.batch(5, 1000) for _ in range(2))
     pieces.turn()
     assert pieces.intake.bodies >= 5000
-    pieces.intake.most_bodies = 5000
+    pieces.intake.max_bodies = 5000
     third = pieces.batch(5, 1000)
     while pieces.service.turns:
         pieces.turn()

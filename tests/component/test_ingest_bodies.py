@@ -79,7 +79,7 @@ def test_pause_of_reading_is_not_body_time():
 def test_bodies_have_limited_memory(chunked):
     """While all of them move as they should, one that comes late is refused: else each would end another."""
     service = Service(capacity=ROOMY)
-    service.intake.most_bodies = 10 * HALF + 5
+    service.intake.max_bodies = 10 * HALF + 5
     connections = [begun(service, chunked=chunked) for _ in range(10)]
     assert service.intake.bodies == 10 * HALF
     late = begun(service, chunked=chunked)
@@ -91,7 +91,7 @@ def test_bodies_have_limited_memory(chunked):
     assert service.ask(post(LARGE)).answer().status == 202, "what comes at once takes none of it"
     connections.pop().lose()
     assert service.intake.bodies == 9 * HALF, "a connection that is gone still counts"
-    service.intake.most_bodies = 2**22
+    service.intake.max_bodies = 2**22
     for connection in connections:
         connection.send(chunk(LARGE[HALF:]) + b"0\r\n\r\n" if chunked else LARGE[HALF:])
         assert connection.answer().status == 202
@@ -101,7 +101,7 @@ def test_bodies_have_limited_memory(chunked):
 
 def test_bodies_of_other_requests_count_too():
     service = Service(capacity=ROOMY)
-    service.intake.most_bodies = 10
+    service.intake.max_bodies = 10
     connection = service.ask(head("PATCH /analyzers/A1", "Content-Length: 20"), b"x" * 12)
     assert connection.answer("PATCH").status == 503
     assert service.intake.bodies == 0
@@ -127,7 +127,7 @@ def test_ended_body_frees_its_memory(end):
 
 def test_small_bodies_have_a_reserve():
     service = Service(capacity=ROOMY)
-    service.intake.most_bodies = 8 * HALF
+    service.intake.max_bodies = 8 * HALF
     large = [begun(service) for _ in range(8)]
     for _ in range(100):
         assert in_two_segments(service).answer().status == 202
@@ -144,7 +144,7 @@ def test_small_bodies_have_a_reserve():
 
 def test_slow_body_refuses_no_new_client():
     service = Service(capacity=ROOMY)
-    service.intake.most_bodies = 10 * HALF
+    service.intake.max_bodies = 10 * HALF
     connections = [begun(service) for _ in range(10)]
     connections[3].age(1005)
     late = begun(service)
@@ -155,7 +155,7 @@ def test_slow_body_refuses_no_new_client():
     assert [connection.open for connection in connections].count(False) == 1
     assert service.intake.bodies == 10 * HALF
     assert service.rejected == {"timeout": 1}
-    service.intake.most_bodies = 2**22
+    service.intake.max_bodies = 2**22
     assert late.send(LARGE[HALF:]).answer().status == 202
 
 
@@ -163,7 +163,7 @@ def test_largest_and_longest_goes_first():
     service = Service(capacity=ROOMY)
     little, less = begun(service, kept=10, stands=300), begun(service, kept=HALF // 4, stands=8)
     most, long = begun(service, kept=HALF * 3 // 2, stands=9), begun(service, stands=20)
-    service.intake.most_bodies = service.intake.bodies
+    service.intake.max_bodies = service.intake.bodies
     begun(service)
     assert [each.open for each in (little, less, most, long)] == [True, True, True, False]
     begun(service)
@@ -173,7 +173,7 @@ def test_largest_and_longest_goes_first():
 def test_dripping_body_keeps_no_other_out():
     """All the memory there is, a byte each now and then: for those who send in segments there was none."""
     service = Service(capacity=ROOMY, max_body=2**20)
-    service.intake.most_bodies = 26 * 100_000
+    service.intake.max_bodies = 26 * 100_000
     lines = head("POST /logs", "Content-Length: 100001")
     dripping = [service.ask(lines, bytes(100_000 - 50)) for _ in range(26)]
     for second in range(40):
@@ -191,10 +191,10 @@ def test_dripping_body_keeps_no_other_out():
 
 def test_each_body_gets_its_own_response():
     service = Service(capacity=ROOMY)
-    service.intake.most_bodies = 2 * HALF
+    service.intake.max_bodies = 2 * HALF
     victim, other = begun(service, stands=5), begun(service)
     late = service.connect().send(keyed("first") + post(LARGE)[: HALF - len(LARGE)])
-    service.intake.most_bodies = 2**22
+    service.intake.max_bodies = 2**22
     late.send(LARGE[HALF:])
     assert [answer.status for answer in victim.answers()] == [408]
     assert [answer.status for answer in late.answers()] == [202, 202]

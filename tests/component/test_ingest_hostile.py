@@ -53,8 +53,8 @@ class Recorder(IngestProtocol):
             self._read = (*self.request[:2], body)
         return super().conversion_of(body)
 
-    def answer(self, *args):
-        data = super().answer(*args)
+    def respond(self, *args):
+        data = super().respond(*args)
         self.composed.append((data, self._read))
         if self.brings:
             self._read = None

@@ -209,7 +209,7 @@ def test_responses_keep_order_of_requests():
     answers = connection.answers()
     assert [answer.status for answer in answers] == [202, 200, 202, 200, 200, 400, 202]
     assert [answer.json.get("packetId") for answer in answers] == ["a", "b", "c", "d", None, None, "e"]
-    assert connection.protocol.answers is None
+    assert connection.protocol.responses is None
     assert len(connection.transport.writes) == 2
 
 
@@ -384,7 +384,7 @@ def test_delivery_wait_reports_failed_sync(late):
         assert connection.statuses == [200, 503, 503]
         loop.advance(100)
     assert connection.written.count(b"HTTP/1.1") == 3
-    assert connection.protocol.answers is None
+    assert connection.protocol.responses is None
 
 
 class Eager(Service):
@@ -468,7 +468,7 @@ def test_long_responses_wait_behind_waiting():
     service = Service()
     with service.timers():
         connection = waiting(service).send(head("GET /openapi.json") * 100 + keyed("last"))
-        assert len(connection.protocol.answers) < 10
+        assert len(connection.protocol.responses) < 10
         assert not connection.transport.reading
         assert service.ring.undone == 1
         service.deliver()

@@ -79,8 +79,7 @@ def test_answers_keep_their_order():
 
 
 def test_duplicate_has_another_answer():
-    service = Replicated()
-    service.intake.keyed = {}
+    service = Replicated(remembers_keys=True)
     connection = service.ask(keyed("a") + post() + keyed("b"))
     other = service.ask(keyed("a"))
     service.take()

@@ -32,7 +32,7 @@ def outcome(service, *reads):
         {reason: count - refused.get(reason, 0) for reason, count in after.items() if count != refused.get(reason)},
         (transport.reading, transport.half_closed, transport.closed, transport.aborted),
         protocol.idle(),
-        protocol.answers,
+        protocol.responses,
     )
     connection.lose()
     return seen

@@ -172,7 +172,7 @@ def test_input_behind_held_input_waits():
     connection.protocol.data_received(keyed("b")[-10:])
     connection.protocol.data_received(keyed("c"))
     assert connection.statuses == [202]
-    while connection.protocol.answers or len(connection.statuses) < 4:
+    while connection.protocol.responses or len(connection.statuses) < 4:
         service.turn()
     assert connection.statuses == [202, 400, 202, 202]
     assert [packet.id for packet in service.packets()] == ["a", "b", "c"]

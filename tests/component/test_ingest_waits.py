@@ -335,7 +335,7 @@ def test_end_is_noticed_without_reading(reads):
 
     async def scenario(emitter):
         await emitter.send(b"".join(keyed(f"k{number}", BODY, f"Prefer: wait={DAY}") for number in range(600)))
-        await until(lambda: len(emitter.protocol.answers or ()) > 512, "as many as are read")
+        await until(lambda: len(emitter.protocol.responses or ()) > 512, "as many as are read")
         if reads:
             emitter.socket.shutdown(socket.SHUT_WR)
         else:

@@ -43,7 +43,7 @@ class Replica:
     """A service whose packets go to a ``Stream``."""
 
     def __init__(self, **settings) -> None:
-        self.service = Service(replicated=True)
+        self.service = Service(replicated=True, remembers_keys=True)
         self.stream = Stream()
         self.fulls = 0
         self.outgoing = Outgoing(

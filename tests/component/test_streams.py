@@ -346,19 +346,19 @@ def test_streams_alternate_under_any_load():
 def test_turn_ends_in_time_and_next_rotates():
     async def scenario(poller):
         pairs = [pair(poller) for _ in range(40)]
-        poller.turn_ns = 1
+        poller.run_ns = 1
         for turn in range(120):
             for _, other in pairs:
                 other.send(b"x")
-            assert not poller.turn()
+            assert not poller.run_once()
             assert sum(protocol.received.count(b".") for protocol, _ in pairs) == turn
             for protocol, _ in pairs:  # however much it was, it was read once
                 if protocol.received.endswith(b"x"):
                     protocol.received[:] = protocol.received.rstrip(b"x") + b"."
         assert {bytes(protocol.received) for protocol, _ in pairs} == {b"..."}
-        assert poller.longest_ns > 0
-        poller.turn_ns = 10**10
-        assert poller.turn()
+        assert poller.max_ns > 0
+        poller.run_ns = 10**10
+        assert poller.run_once()
         for _, other in pairs:
             other.close()
 
@@ -371,7 +371,7 @@ def test_what_is_not_read_yet_is_known():
         assert not protocol.transport.has_unread()
         other.send(b"x")
         await until(protocol.transport.has_unread, "it has come")
-        poller.turn()
+        poller.run_once()
         assert not protocol.transport.has_unread()
         other.close()
 

@@ -128,10 +128,10 @@ def test_handshakes_share_iterations():
     async def scenario(server):
         with clients(server, 40) as connected:
             await until(lambda: len(server.poller.streams) == 40, "accepted")
-            server.server.turn_ns = 0
+            server.server.handshakes_ns = 0
             for client in connected:
                 client.sendall(hello())
-            while not server.poller.turn():
+            while not server.poller.run_once():
                 pass
             server.server._give_turns()
             assert sum(map(readable, connected)) == 1

@@ -353,7 +353,7 @@ def test_connections_open_on_demand_to_limit(tmp_path):
                 await asyncio.sleep(0)
             await until(lambda: len(held) == 5)
             await asyncio.sleep(0.1)
-            assert len(server.transports) == w.most_open == len(held) == 5
+            assert len(server.transports) == w.peak_open == len(held) == 5
             pool = w.dispatcher.pools[0]
             assert (pool.opening, pool.open_connections, pool.waiting) == (0, 5, 26)
             for transport in held:
@@ -372,7 +372,7 @@ def test_one_connection_serves_a_trickle(tmp_path):
             for _ in range(50):
                 w.push(1)
                 await w.until_empty()
-            assert w.most_open == 1
+            assert w.peak_open == 1
             assert mock.ledger.requests == mock.ledger.acknowledged == 50
 
     run(scenario())
@@ -490,7 +490,7 @@ def test_closing_connection_frees_its_slot(tmp_path, tls):
             await w.until_empty()
             assert w.delivered(0) == len(server.transports) == 20
             assert w.counters.get_of(0, "failed") == w.counters.get("retried") == 0
-            assert w.most_open == 1
+            assert w.peak_open == 1
             await until(lambda: w.dispatcher.pools[0].open_connections == 0)
         server.stop()
 

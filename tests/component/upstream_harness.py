@@ -622,7 +622,7 @@ class World(Site):
         super().__init__(folder, loop, settings(**sections), capacity, self.poller)
         for slot, (name, server) in enumerate(servers.items()):
             self.add(slot, (weights or {}).get(name, 1.0), endpoint_of(server), name)
-        self.servers, self.most_open = servers, 0
+        self.servers, self.peak_open = servers, 0
         self.delivered = partial(self.counters.get_of, field="delivered")
 
     async def __aenter__(self):
@@ -649,7 +649,7 @@ class World(Site):
                         pass
             self.dispatcher.dead_letter_writer.tick(time.monotonic_ns())
             for pool in self.pools:
-                self.most_open = max(self.most_open, pool.open_connections + pool.opening)
+                self.peak_open = max(self.peak_open, pool.open_connections + pool.opening)
             await asyncio.sleep(0.01)
 
     def push(self, count=1, body=b'{"n":1}'):

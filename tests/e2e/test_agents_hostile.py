@@ -112,7 +112,7 @@ BODIES = [
 ]
 
 
-def most_memory(pid):
+def peak_memory(pid):
     status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
@@ -225,7 +225,7 @@ def bombs():
 def test_bombs_cost_little_memory(mocks, serve, beside, name):
     fastdist = serve(mocks, {"server": {"workers": 1}})
     worker = fastdist.stats()["workers"][0]
-    before = most_memory(worker["pid"])
+    before = peak_memory(worker["pid"])
     beside(fastdist.port)
     for coding, bomb, expected in all_bombs():
         if name == "loki" and coding == "snappy":  # which means nothing more there
@@ -234,7 +234,7 @@ def test_bombs_cost_little_memory(mocks, serve, beside, name):
         assert status == expected, (coding, len(bomb), status, answer)
         if status not in SUCCESS:
             check_shape(name, status, headers, answer)
-    assert most_memory(worker["pid"]) < before + 8 * MAX_BODY
+    assert peak_memory(worker["pid"]) < before + 8 * MAX_BODY
     assert_unharmed(fastdist)
 
 
@@ -253,7 +253,7 @@ def test_small_requests_become_no_gigabytes(mocks, serve, beside):
     """A few kilobytes that unpack to records of a byte or two, and responses to actions of nothing, many at a time."""
     fastdist = serve(mocks, {"server": {"workers": 1}, "queue": {"capacity": "1GiB"}})
     worker = fastdist.stats()["workers"][0]
-    before = most_memory(worker["pid"])
+    before = peak_memory(worker["pid"])
     beside(fastdist.port)
     statuses = []
 
@@ -276,7 +276,7 @@ def test_small_requests_become_no_gigabytes(mocks, serve, beside):
         thread.join()
     assert len(statuses) == len(threads)
     assert set(statuses) <= {200, 413, 429, 503}
-    assert most_memory(worker["pid"]) < before + (700 << 20)  # 256 MiB of bodies, the queue, what is being joined
+    assert peak_memory(worker["pid"]) < before + (700 << 20)  # 256 MiB of bodies, the queue, what is being joined
     assert_unharmed(fastdist)
 
 

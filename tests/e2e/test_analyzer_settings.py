@@ -201,7 +201,7 @@ def test_slow_analyzer_has_its_own_limits(mocks, serve, record):
     assert set(states) == {"online"}
     assert "offline" not in fastdist.output
     assert (stats["packets"]["retried"], stats["packets"]["deadLettered"]) == (0, 0)
-    assert slow.most_open <= 4 * len(stats["workers"])
+    assert slow.peak_open <= 4 * len(stats["workers"])
     delivered = mocks.delivered()
     assert len(slow.ids) == len(set(slow.ids))
     assert not delivered.keys() & set(slow.ids)
@@ -223,7 +223,7 @@ def test_limits_change_on_reload(serve, record):
     )
 
     def sent(count):
-        analyzer.most_open = analyzer.open
+        analyzer.peak_open = analyzer.open
         before = len(analyzer.packets)
         for _ in range(count):
             assert fastdist.post()[0] == 202
@@ -232,7 +232,7 @@ def test_limits_change_on_reload(serve, record):
 
     text = fastdist.config.read_text()
     assert all(len(received.ids) == 1 for received in sent(12))
-    assert analyzer.most_open == 2
+    assert analyzer.peak_open == 2
     assert reload(fastdist, text.replace("connections = 2", "connections = 6")) == (
         200,
         {
@@ -243,11 +243,11 @@ def test_limits_change_on_reload(serve, record):
         },
     )
     sent(24)
-    assert 2 < analyzer.most_open <= 6
+    assert 2 < analyzer.peak_open <= 6
     assert reload(fastdist, text.replace("connections = 2", 'connections = 1\nmode = "batch"\npipeline = 3'))[0] == 200
     wait_until(lambda: analyzer.open <= 1, "connections beyond the limit are closed")
     batches = sent(24)
-    assert analyzer.most_open == 1
+    assert analyzer.peak_open == 1
     assert all(received.values(b"X-Packet-Ids") for received in batches)
     assert len(batches) < 24
     assert reload(fastdist, text.replace("connections = 2", 'timeout = "300ms"'))[0] == 200

@@ -78,7 +78,7 @@ def test_a_deleted_old_ring_takes_up_no_disk(mocks, serve):
 def test_three_kills_of_all_under_load(mocks, serve, settings):
     """With a backlog in the queue, requests on their way in and out, and new emitters after each restart."""
     emitters, fastdist = [], None
-    most_duplicates = 0
+    max_duplicates = 0
     for round_number in range(3):
         mocks.set_all(latency=0.05)
         fastdist = serve(mocks, settings | {"delivery": {"connections": 8}})
@@ -90,7 +90,7 @@ def test_three_kills_of_all_under_load(mocks, serve, settings):
         os.killpg(fastdist.process.pid, signal.SIGKILL)
         fastdist.wait()
         emitter.stop()
-        most_duplicates += 2 * 4 * 8 * 2  # in flight, and answered by analyzers but not yet read
+        max_duplicates += 2 * 4 * 8 * 2  # in flight, and answered by analyzers but not yet read
     mocks.set_all(latency=0)
     fastdist = serve(mocks, settings)
     stats = fastdist.wait_at_rest()
@@ -100,7 +100,7 @@ def test_three_kills_of_all_under_load(mocks, serve, settings):
     for emitter in emitters:
         assert set(emitter.answers.values()) <= {202, None}
         everything.answers |= emitter.answers
-    compare(everything, mocks, most_duplicates=most_duplicates)
+    compare(everything, mocks, max_duplicates=max_duplicates)
 
 
 def test_restart_figures_exact_under_load(mocks, serve):

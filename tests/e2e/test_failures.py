@@ -116,7 +116,7 @@ def test_stopped_analyzer_is_down_and_back(fleet, serve):
     emitter.stop()
     assert emitter.count(202) == len(emitter.answers)
     fastdist.wait_at_rest()
-    compare(emitter, fleet, most_duplicates=2 * 2 * 32)  # all connections of two workers, twice
+    compare(emitter, fleet, max_duplicates=2 * 2 * 32)  # all connections of two workers, twice
 
 
 def test_retry_after_pauses_but_stays_online(mocks, serve):
@@ -171,7 +171,7 @@ def test_flaky_analyzers_get_everything(mocks, serve, options):
     assert emitter.count(202) == 5000
     stats = fastdist.wait_at_rest(100)
     # Pipelined requests behind a failed one may have been taken before the connection broke.
-    compare(emitter, mocks, most_duplicates=5000)
+    compare(emitter, mocks, max_duplicates=5000)
     assert stats["packets"]["delivered"] == 5000
     assert stats["packets"]["deadLettered"] == 0
 
@@ -251,7 +251,7 @@ def test_analyzer_returns_after_killed_trial(mocks, serve):
     wait_until_it_has_its_share_again(fastdist)
     emitter.stop()
     fastdist.wait_at_rest()
-    compare(emitter, mocks, most_duplicates=200)
+    compare(emitter, mocks, max_duplicates=200)
 
 
 def test_all_analyzers_failing_loses_nothing(mocks, serve):

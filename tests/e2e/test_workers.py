@@ -86,7 +86,7 @@ def test_killed_workers_lose_nothing(mocks, serve, delivery):
     assert len(emitter.unknown) <= 4 * 32, "more connections broke than a killed worker had"
     stats = fastdist.wait_at_rest()
     in_flight = 4 * 8 * delivery.get("pipeline", 1) * (64 if "mode" in delivery else 1)
-    compare(emitter, mocks, most_duplicates=4 * in_flight)
+    compare(emitter, mocks, max_duplicates=4 * in_flight)
     assert len(emitter.accepted) <= stats["packets"]["accepted"] <= len(emitter.accepted) + len(emitter.unknown)
     assert stats["packets"]["delivered"] == stats["packets"]["accepted"]
     assert stats["packets"]["recovered"] == 0, "that is for restarts of the whole"
@@ -159,7 +159,7 @@ def test_a_worker_that_hangs_is_replaced(mocks, serve):
     stats = fastdist.wait_at_rest()
     assert sorted(row["restarts"] for row in stats["workers"]) == [0, 1]
     assert [row["lastError"] for row in stats["workers"] if row["restarts"]] == ["it hung and was killed"]
-    compare(emitter, mocks, most_duplicates=4 * 32)
+    compare(emitter, mocks, max_duplicates=4 * 32)
 
 
 def test_workers_end_with_killed_supervisor(mocks, serve):

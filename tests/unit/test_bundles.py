@@ -32,11 +32,11 @@ def ring_of(packets):
     return ring
 
 
-def expected(packets, most, most_bytes):
+def expected(packets, most, max_bytes):
     """Return how many share the message, and whether one that comes next travels alone."""
     size = 8
     for number, (length, key, waits) in enumerate(packets[:most]):
-        if key or waits or (number and size + AROUND + length > most_bytes):
+        if key or waits or (number and size + AROUND + length > max_bytes):
             return number, True
         size += AROUND + length
     return min(len(packets), most), False
@@ -49,15 +49,15 @@ PACKETS = st.lists(
 
 
 @given(PACKETS, st.integers(1, 64), st.integers(100, 9000))
-def test_bundles_are_what_was_pushed(packets, most, most_bytes):
+def test_bundles_are_what_was_pushed(packets, most, max_bytes):
     ring = ring_of(packets)
     left, seen, handles_seen = list(packets), 0, []
     while left:
         begin = ring.claim_position
-        count, alone = expected(left, most, most_bytes)
-        body, handles, accepted_ns, first, end, other = claim_bundle(ring, most, most_bytes)
+        count, alone = expected(left, most, max_bytes)
+        body, handles, accepted_ns, first, end, other = claim_bundle(ring, most, max_bytes)
         assert (len(handles), bool(other), first) == (count, alone, begin)
-        assert count == 1 or len(body) <= most_bytes
+        assert count == 1 or len(body) <= max_bytes
         found = decode(whole(body)) if count else []
         assert found == [ring_packet(ring, handle) for handle in handles]
         assert [packet.messages for packet in found] == list(range(seen, seen + count))
@@ -70,7 +70,7 @@ def test_bundles_are_what_was_pushed(packets, most, most_bytes):
         handles_seen += handles
         seen += count + alone
         left = left[count + alone :]
-    assert claim_bundle(ring, most, most_bytes) is None
+    assert claim_bundle(ring, most, max_bytes) is None
     assert (ring.undone, len(handles_seen)) == (0, len(packets))
 
 

@@ -17,7 +17,7 @@ RULES = {
     "net": SHARED,
     "shm": SHARED,
     "storage": SHARED,
-    "protocols": SHARED,
+    "protocols": SHARED | {"http.models"},
     "http": SHARED | {"shm"},
     "worker": SHARED | {"net", "shm", "storage", "protocols", "http"},
     "supervisor": SHARED | {"net", "shm", "storage"},

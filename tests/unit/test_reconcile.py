@@ -56,7 +56,7 @@ class Site:
         return moved
 
     def figures(self):
-        names = ("accepted", "messages_accepted", "bytes_accepted", "adopted", "recovered")
+        names = ("accepted", "messages_accepted", "bytes_accepted", "migrated", "recovered")
         return {name: self.counters.get(name) for name in names}
 
     def assert_accounts(self):
@@ -82,7 +82,7 @@ def test_pushed_uncounted_packet_is_counted(site):
         "accepted": 2,
         "messages_accepted": 4,
         "bytes_accepted": 4,
-        "adopted": 0,
+        "migrated": 0,
         "recovered": 10,
     }
     site.assert_accounts()
@@ -96,7 +96,7 @@ def test_old_ring_copies_are_never_accepted(site, counted):
     site.start()
     figures = site.figures()
     assert (figures["accepted"], figures["messages_accepted"], figures["bytes_accepted"]) == (1, 2, 2)
-    assert (figures["adopted"], figures["recovered"]) == (4, 14)
+    assert (figures["migrated"], figures["recovered"]) == (4, 14)
     site.assert_accounts()
 
 
@@ -113,7 +113,7 @@ def test_unsynced_packets_are_no_copies(site, counted):
     site.start()
     figures = site.figures()
     assert (figures["accepted"], figures["messages_accepted"], figures["bytes_accepted"]) == (2, 4, 4)
-    assert (figures["adopted"], figures["recovered"]) == (6, 11)
+    assert (figures["migrated"], figures["recovered"]) == (6, 11)
     site.assert_accounts()
 
 
@@ -154,14 +154,14 @@ def test_death_during_copy_changes_nothing(site):
         def __getattr__(self, name):
             return getattr(site.ring, name)
 
-        def adopt(self, other, handle):
+        def push_copy(self, other, handle):
             if not next(copied):
                 raise Killed
-            return site.ring.adopt(other, handle)
+            return site.ring.push_copy(other, handle)
 
     with pytest.raises(Killed), killed_before_counting():
         site.migration.step(Dying(), site.counters, 5)
     site.start()
     figures = site.figures()
-    assert (figures["accepted"], figures["adopted"], figures["recovered"]) == (1, 2, 12)
+    assert (figures["accepted"], figures["migrated"], figures["recovered"]) == (1, 2, 12)
     site.assert_accounts()

@@ -38,7 +38,7 @@ class Site:
             index=0, name="w0", ring=self.fd, old_rings=old_rings, renewed=False, irreplaceable=False
         )
         self.row = Counters(bytearray(8 * row_words(1)), 1)
-        for name, value in {"sequence_base": 1, "accepted": 5, "withdrawn": 2, "adopted": 3}.items():
+        for name, value in {"sequence_base": 1, "accepted": 5, "withdrawn": 2, "migrated": 3}.items():
             self.row.set(name, value)
 
     def renew(self):
@@ -142,7 +142,7 @@ def test_conversion_drops_no_packet(site, monkeypatch):
         def __init__(self, *_):
             pass
 
-        def adopt(self, *_):
+        def push_copy(self, *_):
             return 0
 
     path = site.path / "ring-0.fdq"

@@ -427,13 +427,13 @@ def test_damage_leaves_claimed_copies_alone(disk):
     assert disk.ring.undone == 2
 
 
-def test_damaged_packet_is_not_adopted(disk):
+def test_damaged_packet_is_not_migrated(disk):
     _, handles = in_use(disk)
     own = Disk(os.memfd_create("own"))
     change(disk, disk.places[0].byte(RECORD))
     with pytest.raises(DamagedError):
-        own.ring.adopt(disk.ring, handles[0])
-    assert own.ring.adopt(disk.ring, handles[1])
+        own.ring.push_copy(disk.ring, handles[0])
+    assert own.ring.push_copy(disk.ring, handles[1])
     assert [packet.body for packet in drain(own.ring)] == [disk.places[1].packet.body]
 
 

@@ -612,14 +612,14 @@ def test_migration_changes_only_sequence(disk):
     ring.push(b"first", accepted_ns=100)
     while handle := other.claim():
         adopted.append(other.packet(handle))
-        assert ring.adopt(other, handle) == len(adopted) + 1
+        assert ring.push_copy(other, handle) == len(adopted) + 1
         assert other.packet(handle) == adopted[-1]
         assert ring.oldest_ns == 51 - len(adopted)
     expected = [packet._replace(sequence=packet.sequence + 1, flags=0) for packet in adopted]
     assert (ring.undone, other.undone) == (4, 3)
     assert drain(ring)[1:] == drain(PacketRing(disk.fd))[1:] == expected
     with pytest.raises(ValueError, match="no handle"):
-        ring.adopt(other, 99)
+        ring.push_copy(other, 99)
 
 
 def test_oversized_packet_is_not_migrated(disk):
@@ -630,22 +630,22 @@ def test_oversized_packet_is_not_migrated(disk):
     other.push(bytes(CAPACITY // 4))
     ring = PacketRing(disk.fd, CAPACITY)
     with pytest.raises(ValueError, match=f"a packet of {CAPACITY // 2} bytes is over half of a ring of {CAPACITY}"):
-        ring.adopt(other, other.claim())
+        ring.push_copy(other, other.claim())
     second = other.claim()
-    assert [ring.adopt(other, second) for _ in range(3)] == [1, 2, 0]  # room for a copy is kept
+    assert [ring.push_copy(other, second) for _ in range(3)] == [1, 2, 0]  # room for a copy is kept
     assert (ring.undone, other.undone) == (2, 2)
 
 
 def test_migrated_packet_is_not_withdrawn(disk):
     another = Disk(os.memfd_create("other"))
     other = another.ring
-    other.push(b"adopted")
+    other.push(b"migrated")
     ring = PacketRing(disk.fd, CAPACITY, claims_wait_for_sync=True)
     ring.push(b"new")
-    assert ring.adopt(other, other.claim()) == 2
+    assert ring.push_copy(other, other.claim()) == 2
     assert ring.withdraw_unsynced() == (1, 1, 3)
     ring.mark_synced(ring.tail_position)
-    assert [packet.body for packet in drain(ring)] == [b"adopted"]
+    assert [packet.body for packet in drain(ring)] == [b"migrated"]
 
 
 # ---- looking at a ring

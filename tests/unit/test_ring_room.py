@@ -93,7 +93,7 @@ def test_room_kept_is_for_copies_only(fd):
     for _ in range(100):  # more comes in than leaves
         while ring.push(bytes(100)):
             accepted += 1
-        if (old_packet := other.claim()) and ring.adopt(other, old_packet):
+        if (old_packet := other.claim()) and ring.push_copy(other, old_packet):
             other.done(old_packet)
             copied += 1
             ring.reserve(other.undone_bytes, other.largest_record)

@@ -133,7 +133,7 @@ def test_lost_marks_end_no_process(tmp_path):
         handles = [ring.claim() for _ in range(2)]
         os.truncate(file.fileno(), {MARKS})
         ring.done(handles[0])
-        ring.adopt(ring, handles[1])
+        ring.push_copy(ring, handles[1])
         ring.write_out()
     """
     disk = Disk(os.open(tmp_path / "ring.fdq", os.O_RDWR | os.O_CREAT, 0o600))

@@ -2,14 +2,14 @@
 
 A body that is whole is converted in slices (``conversion_of``), the first of them at once; until it is stored its
 connection is held back, and reads nothing further. Room for all of a batch is made before its first packet is pushed. A
-large batch is pushed in pieces, one a turn (``LargeBatch``).
+large batch is pushed in pieces, one an event-loop iteration (``LargeBatch``).
 """
 
 
 cdef bint convert_body(IngestBase connection, const uchar *p, Py_ssize_t n) except -1:
-    """Convert a body, and store what has become of it; False if that goes on in another turn, or waits for room."""
+    """Convert a body, and store what has become of it; False if that goes on in another iteration, or waits for room."""
     cdef Intake intake = connection.intake
-    if isinstance(connection.outcome, LargeBatch):  # which answers
+    if isinstance(connection.outcome, LargeBatch):  # which responds
         connection.held = HELD_WORK if intake.storing is connection.outcome else NOT_HELD
         return not connection.held
     if intake.draining and connection.after == IDLE:
@@ -50,7 +50,7 @@ cdef bint do_slice(IngestBase connection, const uchar *p, Py_ssize_t n) except -
 cdef bint is_crowded(IngestBase connection) except -1:
     """Whether there is no memory for what was charged; then say so."""
     cdef Intake intake = connection.intake
-    if likely(intake.bodies <= intake.most_bodies) or intake.make_room(connection, intake.most_bodies):
+    if likely(intake.bodies <= intake.max_bodies) or intake.make_room(connection, intake.max_bodies):
         return False
     connection.reject(connection.crowded_out())
     return True
@@ -93,7 +93,7 @@ cdef bint store_batch(IngestBase connection, batch) except -1:
         connection.held = HELD_ROOM
         return False
     if found == NOT_WRITTEN:
-        connection.flush_to_answers()
+        connection.flush_to_responses()
         intake.write_failed(intake.ring.file.failed)
     if found == TOO_BIG:
         connection.reject(connection.refuse(413, "too_large", f"packets of {connection.batch_size} bytes are over half of what "
@@ -118,20 +118,20 @@ cdef int push_batch(IngestBase connection, tuple packets, batch) except -1:
     cdef bytes data = None if waits else connection.stored(batch)
     cdef Part part
     cdef uint64_t first
-    cdef Answer answer = None
-    connection.flush_to_answers()
+    cdef PendingResponse response = None
+    connection.flush_to_responses()
     first = intake.ring.next_sequence
     begin_part(connection, waits, batch, &part)
     if not push_all(intake, packets, connection.batch_size, waits, False, &part):
         return NOT_WRITTEN
     if packets and (waits or intake.holds):
-        answer = connection.hold_place()
-        answer.otherwise = connection.withdrawn()
-    count_batch(intake, &part, batch, answer, connection.begun_ns)
+        response = connection.hold_place()
+        response.otherwise = connection.withdrawn()
+    count_batch(intake, &part, batch, response, connection.begun_ns)
     if waits:
-        connection.awaiting(answer, connection.wait_seconds, batch)(range(first, intake.ring.next_sequence))
-    elif answer is not None:
-        answer.take(data)
+        connection.awaiting(response, connection.wait_seconds, batch)(range(first, intake.ring.next_sequence))
+    elif response is not None:
+        response.take(data)
     else:
         connection.emit(data)
     return PUSHED
@@ -140,21 +140,21 @@ cdef int push_batch(IngestBase connection, tuple packets, batch) except -1:
 cdef int begin_part(IngestBase connection, bint waits, batch, Part *part) except -1:
     memset(part, 0, sizeof(Part))
     part.batch = True
-    if waits:  # it is counted when its answer is known
-        connection.answer_due = max(connection.answer_due, connection.moved_ns + connection.wait_seconds * 1000000000)
+    if waits:  # it is counted when its response is known
+        connection.response_due = max(connection.response_due, connection.moved_ns + connection.wait_seconds * 1000000000)
     else:
         part.request = connection.intake.counters.request_word(connection.route.number, batch.reply.status)
     return 0
 
 
-cdef int count_batch(Intake intake, Part *part, batch, Answer answer, int64_t begun_ns) except -1:
+cdef int count_batch(Intake intake, Part *part, batch, PendingResponse response, int64_t begun_ns) except -1:
     """Count a batch that is in the ring, or have it counted when it is safe."""
     cdef int64_t *counters = intake.counters.words
     if batch.reply.status >= 400:  # what came before a fault is stored
         counters[INVALID] += 1
     if intake.holds and part.packets:
-        answer.position, answer.read_ns = part.position, begun_ns
-        answer.connection.await_sync()
+        response.position, response.read_ns = part.position, begun_ns
+        response.connection.await_sync()
         intake.outbox.add(part, NULL)
         return 0
     counters[ACCEPTED] += part.packets
@@ -210,7 +210,7 @@ cdef bint push_all(Intake intake, packets, int64_t size, bint waits, bint apart,
 
 @cython.final
 cdef class LargeBatch:
-    """A batch that is pushed in pieces, one a turn, so that no other packet waits for all of it; see ``Intake.go_on``.
+    """A batch that is pushed in pieces, one an iteration, so that no other packet waits for all of it; see ``Intake.go_on``.
 
     Until it is whole nothing behind its beginning can be claimed, or counts as synced, so it can be withdrawn as a whole.
     """
@@ -221,8 +221,8 @@ cdef class LargeBatch:
     cdef Py_ssize_t pushed             # packets
     cdef list pieces                   # of them: (position, number, sequence of the first record, sizes of the records)
     cdef Part part
-    cdef Answer answer
-    cdef bytes data                    # the answer's; None if it waits for deliveries:
+    cdef PendingResponse response
+    cdef bytes data                    # the response's; None if it waits for deliveries:
     cdef object await_deliveries       # called with the packets' sequences
     cdef int64_t begun_ns
     cdef int64_t charged               # bytes that count as a body on its way
@@ -232,10 +232,10 @@ cdef class LargeBatch:
         self.intake, self.packets, self.pieces = connection.intake, list(packets), []
         self.batch = batch.without_packets()
         self.begun_ns = connection.begun_ns
-        self.answer = connection.hold_place()
-        self.answer.otherwise = connection.withdrawn()
+        self.response = connection.hold_place()
+        self.response.otherwise = connection.withdrawn()
         if waits:
-            self.await_deliveries = connection.awaiting(self.answer, connection.wait_seconds, batch)
+            self.await_deliveries = connection.awaiting(self.response, connection.wait_seconds, batch)
         else:
             self.data = connection.stored(batch)
         begin_part(connection, waits, batch, &self.part)
@@ -267,14 +267,14 @@ cdef class LargeBatch:
 
     cdef int finish(self) except -1:
         self.let_go()
-        count_batch(self.intake, &self.part, self.batch, self.answer, self.begun_ns)
+        count_batch(self.intake, &self.part, self.batch, self.response, self.begun_ns)
         if self.data is None:
-            if self.answer.connection.writing != LOST:
+            if self.response.connection.writing != LOST:
                 self.await_deliveries([first + each for _, _, first, sizes in self.pieces for each in range(len(sizes))])
         elif self.intake.holds:
-            self.answer.take(self.data)
+            self.response.take(self.data)
         else:
-            self.answer.complete(self.data)
+            self.response.complete(self.data)
         return 0
 
     cdef int let_go(self) except -1:
@@ -299,5 +299,5 @@ cdef class LargeBatch:
                 record.number += 1
         self.let_go()
         ring.end_withdrawing()
-        self.answer.complete(self.answer.otherwise(self.answer))
+        self.response.complete(self.response.otherwise(self.response))
         return 0

@@ -16,12 +16,12 @@ cdef inline uchar *put_number(uchar *out, uchar kind, uint64_t value, int size) 
     return out + 1 + size
 
 
-def claim_bundle(PacketRing ring, Py_ssize_t most, int64_t most_bytes):
+def claim_bundle(PacketRing ring, Py_ssize_t limit, int64_t max_bytes):
     """Claim packets that may share a message: those without a key, for whose delivery no emitter waits.
 
     Return (MessagePack of their list, their handles, when the first was accepted (wall clock, ns), where they begin and
-    end, the handle of one that was claimed behind them and has to travel alone or 0); None if there are none. ``most``:
-    packets; ``most_bytes``: of the list.
+    end, the handle of one that was claimed behind them and has to travel alone or 0); None if there are none. ``limit``:
+    packets; ``max_bytes``: of the list.
     """
     cdef uint32_t[MAX_BUNDLE] handles
     cdef Py_ssize_t count = 0, at
@@ -32,13 +32,13 @@ def claim_bundle(PacketRing ring, Py_ssize_t most, int64_t most_bytes):
     cdef char[64] text
     cdef bytes payload
     step = step if abs(step) > A_STEP else 0  # what the wall clock was set by meanwhile
-    most = min(most, MAX_BUNDLE)
-    while count < most:
+    limit = min(limit, MAX_BUNDLE)
+    while count < limit:
         handle = ring.claim_next()
         if not handle:
             break
         entry = &ring.entries[handle]
-        if entry.key_length or entry.waited or (count and size + AROUND_BODY + entry.length > most_bytes):
+        if entry.key_length or entry.waited or (count and size + AROUND_BODY + entry.length > max_bytes):
             break
         handles[count] = handle
         count += 1

@@ -33,8 +33,8 @@ cdef enum:
     QUEUE_CAPACITY
     OLDEST_NS
     SEQUENCE_BASE
-    ADOPTED
-    ADOPTING
+    MIGRATED
+    MIGRATING
     WITHDRAWN
     SETTLING
     EMITTERS
@@ -106,8 +106,8 @@ FIELDS = {
     "queue_capacity": QUEUE_CAPACITY,
     "oldest_ns": OLDEST_NS,
     "sequence_base": SEQUENCE_BASE,
-    "adopted": ADOPTED,
-    "adopting": ADOPTING,
+    "migrated": MIGRATED,
+    "migrating": MIGRATING,
     "withdrawn": WITHDRAWN,
     "settling": SETTLING,
     "emitters": EMITTERS,
@@ -219,7 +219,7 @@ cdef class Counters:
 
     cdef object buffer
     cdef int64_t *words             # of the worker
-    cdef int64_t *ingest            # histogram: request read to answer ready
+    cdef int64_t *ingest            # histogram: request read to response ready
     cdef int64_t *queue_wait        # histogram: accepted to first attempt
     cdef int64_t *loop_lag          # histogram: how long the event loop kept others waiting
     cdef int64_t *publish           # histogram: a message sent to the stream to its acknowledgement

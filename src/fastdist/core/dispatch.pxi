@@ -9,7 +9,7 @@ very many has an end after a while (``part_ns``), and the flush of the next turn
 
 
 cdef enum:
-    CLAIMS_A_FLUSH = 8192    # a long backlog is claimed in parts, so that answers are not held up
+    CLAIMS_A_FLUSH = 8192    # a long backlog is claimed in parts, so that responses are not held up
     DRAWS = 8                # candidates looked at for one that is not ahead of its share
     NEVER = 1 << 30          # seconds
     EQUALS = 4               # times spill_after: how long packets wait for an analyzer that is as quick as the others

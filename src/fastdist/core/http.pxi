@@ -285,7 +285,7 @@ cdef class RequestHead(Head):
     cdef readonly int keys           # how many Idempotency-Key fields there are
     cdef readonly bytes origin       # None: none
     cdef readonly dict fields        # values by lower-case name, repeated ones joined by commas; None: is_log, not encoded
-    cdef readonly object route       # what it is for, as `Intake.find` has said; None: no agent's request
+    cdef readonly object route       # what it is for, as `route_of` has said; None: no agent's request
     cdef readonly bint brings        # records, in an agent's format
     cdef int hosts, credentials, forwards  # how many fields
     cdef bytes forwarded             # X-Forwarded-For, repeated ones joined; None: none

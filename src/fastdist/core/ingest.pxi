@@ -1,19 +1,19 @@
-"""Ingest: what emitters send, from bytes to a packet in the ring and an answer.
+"""Ingest: what emitters send, from bytes to a packet in the ring and a response.
 
 ``IngestBase`` is one connection, ``Intake`` (intake.pxi) what all of a worker share. A request goes head -> body ->
-answer; ``POST /logs`` is dealt with here, what agents send (``route``) in batches.pxi, all else, and everything that is wrong,
-in ``fastdist.worker.ingest`` (``handle``, ``refuse``). The answers of one read leave in one write. Where an answer has to wait
-(for a sync, a delivery, another process), it and all behind it become ``Answer`` objects in a list, and leave in order as
-they get ready.
+response; ``POST /logs`` is dealt with here, what agents send (``route``) in batches.pxi, all else, and everything that is wrong,
+in ``fastdist.worker.ingest`` (``handle``, ``refuse``). The responses of one read leave in one write. Where one has to wait
+(for a sync, a delivery, another process), it and all behind it become ``PendingResponse`` objects in a list, and leave in
+order as they get ready.
 
-A short request may have a long answer, or a costly one, and one read holds thousands. So what was read is held back, and
+A short request may have a long response, or a costly one, and one read holds thousands. So what was read is held back, and
 no more is read from the connection:
 
-- while its answers are not taken off;
+- while its responses are not taken off;
 - when it has had its slice of this event-loop iteration (``slice_ns``), until its next;
-- when its next packet is a large one, of which a turn takes one;
-- while its body is converted, one slice a turn, and while the batch that has become of it waits for room in the ring;
-- when its next answer is one that Python makes (anything but a 202) and such answers have had their share of this turn
+- when its next packet is a large one, of which an event-loop iteration takes one;
+- while its body is converted, one slice an iteration, and while the batch that has become of it waits for room in the ring;
+- when its next response is one that Python makes (anything but a 202) and such responses have had their share of this one
   (``costly_ns``): they cost up to a hundred times what a packet does, and packets come first.
 """
 
@@ -25,14 +25,14 @@ cdef enum:
     LARGE_BODY = 128 << 10   # bytes of one that takes a millisecond or more to scan, and so is scanned in its turn
     NS_A_BYTE = 976562       # the least rate of a body and of what is written: 1 KiB/s
     NS_A_BYTE_FAST = 15259   # the rate at which a body is never cut off: 64 KiB/s
-    MAX_ANSWERS = 512       # waiting on one connection, before it is read no further
+    MAX_RESPONSES = 512      # waiting on one connection, before it is read no further
     MAX_WAITING = 256 << 10  # bytes of them
     MAX_WAIT = 86400     # seconds of Prefer: wait
 
 cdef enum Held:              # what was read and has to wait for its turn, in `partial`
     NOT_HELD = 0
     HELD_PACKET              # requests: the connection has had its slice, or the next is a large one
-    HELD_ANSWER              # a request whose answer Python makes
+    HELD_RESPONSE            # a request whose response Python makes
     HELD_WORK                # a body that is being converted
     HELD_ROOM                # a batch for which there is no room
 
@@ -45,9 +45,9 @@ cdef dict TURNED_DOWN = {       # (status, counter, detail, header lines)
     UNEXPECTED: (417, "invalid", "the only expectation understood is 100-continue"),
 }
 
-cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last answer, so that no reset destroys that; and that
-                                  # answers have to be there once it has sent its end
-cdef int64_t OVERDUE = 300000000000  # ns that an answer may be late which waits for the disk or the supervisor
+cdef int64_t LINGER = 5000000000  # ns an emitter is read on after a last response, so that no reset destroys that; and that
+                                  # responses have to be there once it has sent its end
+cdef int64_t OVERDUE = 300000000000  # ns that a response may be late which waits for the disk or the supervisor
 
 
 cdef class IngestBase(Connection):
@@ -60,22 +60,22 @@ cdef class IngestBase(Connection):
     cdef bint output_paused            # by the transport
     cdef bint queued                   # in `intake.waiting` or `intake.costly`
     cdef bint awaits_sync              # in `intake.unsafe`
-    cdef int parts                     # of its answers in `intake.outbox`
-    cdef int64_t costly_since          # when a costly answer was begun; 0: none is being made
+    cdef int parts                     # of its responses in `intake.outbox`
+    cdef int64_t costly_since          # when a costly response was begun; 0: none is being made
     # the request being read: see begin_request
     cdef Reading after                 # what follows it: IDLE, DISCARDING or ENDED
     cdef bint answered, head_only, old_client
     cdef bint admitted                 # by the rate limits
-    cdef bint invites                  # the body was asked for by a 100 Continue that waits behind other answers
+    cdef bint invites                  # the body was asked for by a 100 Continue that waits behind other responses
     cdef readonly bint is_log
     cdef int64_t body_left
     cdef ChunkedBody chunks
     cdef int64_t wait_seconds          # Prefer: wait; -1: none
     cdef char[ID_TEXT] key
     cdef int key_length
-    cdef bytes extra                   # header lines its answer gets besides the usual
+    cdef bytes extra                   # header lines its response gets besides the usual
     cdef readonly tuple request        # (method, target, headers) of one that is not POST /logs, or encoded
-    cdef readonly object route         # of an agent's request, as `Intake.find` has it
+    cdef readonly object route         # of an agent's request, as `route_of` has it
     cdef readonly bint brings          # records of an agent's
     cdef bint converts                 # its body is converted or decoded
     cdef object conversion             # a generator that does so; None: not begun, or done
@@ -99,12 +99,12 @@ cdef class IngestBase(Connection):
     cdef int64_t body_due              # when the present body is too slow, unless more comes
     cdef int64_t body_slow             # when it may be ended for others that need its memory, unless more comes
     cdef int64_t unread_ns             # since when the transport does not read; 0: it does
-    cdef int64_t output_due            # when the emitter reads its answers too slowly, unless more leaves; 0: none waits
+    cdef int64_t output_due            # when the emitter reads its responses too slowly, unless more leaves; 0: none waits
     cdef int64_t acked                 # bytes that its system had acknowledged when that was looked at last
-    cdef int64_t answer_due            # until when it said it would wait for an answer
+    cdef int64_t response_due          # until when it said it would wait for a response
     cdef int64_t ended_ns              # when it has ended or reset the connection; 0: it has not
-    cdef readonly list answers         # in the order of their requests, while any of them has to wait
-    cdef int64_t answers_size          # bytes of them, as far as they are known
+    cdef readonly list responses       # in the order of their requests, while any of them has to wait
+    cdef int64_t responses_size        # bytes of them, as far as they are known
 
     def __cinit__(self, Intake intake, *args, **kwargs):
         self.life, self.intake = EMITTER_LIFE, intake
@@ -135,7 +135,7 @@ cdef class IngestBase(Connection):
         return 0
 
     cdef int stop_reading(self, Reading state) except -1:
-        """Read no further request; ``state``: DISCARDING or ENDED. The connection is closed when all answers are written."""
+        """Read no further request; ``state``: DISCARDING or ENDED. The connection is closed when all responses are written."""
         if self.reading < state:
             self.set_reading(state)
         self.held = NOT_HELD
@@ -228,7 +228,7 @@ cdef class IngestBase(Connection):
             if self.reading <= HEAD:
                 if self.reading == IDLE:
                     if unlikely(self.intake.out.end > MAX_OUT):
-                        self.flush_to_answers()
+                        self.flush_to_responses()
                     if unlikely(self.is_full() or (p > start and mono_ns() - now > self.intake.slice_ns)):
                         self.held = HELD_PACKET
                         break
@@ -251,19 +251,19 @@ cdef class IngestBase(Connection):
         return p
 
     cdef bint is_full(self) except -1:
-        """Whether the emitter does not read its answers, or too many of them wait."""
-        return (self.output_paused or self.parts > MAX_ANSWERS or self.answers_size > MAX_WAITING
-                or (self.answers is not None and len(self.answers) > MAX_ANSWERS))
+        """Whether the emitter does not read its responses, or too many of them wait."""
+        return (self.output_paused or self.parts > MAX_RESPONSES or self.responses_size > MAX_WAITING
+                or (self.responses is not None and len(self.responses) > MAX_RESPONSES))
 
     cdef bint may_answer(self) except -1:
-        """Whether an answer that Python makes may be made now. If not, the request is held back: nothing may have changed."""
+        """Whether a response that Python makes may be made now. If not, the request is held back: nothing may have changed."""
         cdef Intake intake = self.intake
         if self.costly_since:  # it is being made
             return True
         if intake.having_turn is self:
-            intake.having_turn = None  # for one answer
+            intake.having_turn = None  # for one response
         elif intake.costly_left <= 0 or intake.costly:
-            self.held = HELD_ANSWER
+            self.held = HELD_RESPONSE
             return False
         self.costly_since = mono_ns()
         return True
@@ -315,7 +315,7 @@ cdef class IngestBase(Connection):
             if length <= 0:
                 return self.read_unfinished(p, end - p, length == HEAD_BROKEN)
             head = RequestHead(p[:length])
-            if not head.status and (head.encoded if head.is_log else True) and self.intake.find is not None:
+            if not head.status and (head.encoded if head.is_log else True):
                 self.ask_for_route(head)
             head.matches(p, length, &filled)
         self.unfinished = None
@@ -335,7 +335,7 @@ cdef class IngestBase(Connection):
         return p + length
 
     cdef int ask_for_route(self, RequestHead head) except -1:
-        cdef tuple found = self.intake.find(head.method, head.target.decode("latin-1"), head.fields)
+        cdef tuple found = self.route_of(head.method, head.target.decode("latin-1"), head.fields)
         if found is None:
             return 0
         if head.is_log:
@@ -405,7 +405,7 @@ cdef class IngestBase(Connection):
             self.set_reading(CHUNKS)
             if self.chunks is None:
                 self.chunks = ChunkedBody(False)
-            self.chunks.begin(self.most_of_body(), self.intake.max_header)
+            self.chunks.begin(self.max_of_body(), self.intake.max_header)
         elif filled.content_length > 0:
             self.set_reading(BODY)
             self.body_left = filled.content_length
@@ -421,7 +421,7 @@ cdef class IngestBase(Connection):
         self.converts = head.brings or head.route is not None and head.is_log
         return 0
 
-    cdef int64_t most_of_body(self) noexcept:
+    cdef int64_t max_of_body(self) noexcept:
         return self.intake.max_body if self.is_log or self.brings else API_BODY
 
     cdef int turn_down(self, Refusal refusal, Filled *filled, int64_t wait) except -1:
@@ -480,7 +480,7 @@ cdef class IngestBase(Connection):
             return p
         elif event == CHUNK_TOO_LARGE:
             self.fault(413, "too_large" if self.is_log or self.brings else "",
-                       f"the body is larger than the {self.most_of_body()} bytes allowed")
+                       f"the body is larger than the {self.max_of_body()} bytes allowed")
         elif event == CHUNK_BROKEN:
             self.malformed(400, "its chunks are broken")
         elif event == CHUNK_TOO_LONG:
@@ -496,9 +496,9 @@ cdef class IngestBase(Connection):
 
     cdef bint has_room_for(self, Py_ssize_t n) except -1:
         """Whether so much more of a body may be kept. If not, say so: many that come slowly would take all memory."""
-        cdef int64_t room = self.intake.most_bodies - n
+        cdef int64_t room = self.intake.max_bodies - n
         if self.body.end + n <= SMALL_BODY:
-            room += self.intake.most_bodies // RESERVE
+            room += self.intake.max_bodies // RESERVE
         if likely(self.intake.bodies <= room) or self.intake.make_room(self, room):
             return True
         self.after = DISCARDING
@@ -550,9 +550,9 @@ cdef class IngestBase(Connection):
                 if unlikely(not self.accept(p, n)):
                     return False
             elif self.may_answer():
-                answer = self.handle(*self.request, p[:n] if n else b"")
-                if answer is not None:
-                    self.emit(answer)
+                response = self.handle(*self.request, p[:n] if n else b"")
+                if response is not None:
+                    self.emit(response)
             else:
                 return False
         self.drop_body()
@@ -562,7 +562,7 @@ cdef class IngestBase(Connection):
     # ---- packets
 
     cdef bint accept(self, const uchar *p, Py_ssize_t n) except -1:
-        """Check a packet, put it into the ring, and answer; False, and nothing done, if its answer has to wait for its turn."""
+        """Check a packet, put it into the ring, and answer; False, and nothing done, if its response has to wait for its turn."""
         cdef Intake intake = self.intake
         cdef int64_t *counters = intake.counters.words
         cdef uint32_t messages = 0
@@ -589,7 +589,7 @@ cdef class IngestBase(Connection):
                                          mono_ns() + intake.ring.clock_offset, WAITED if self.wait_seconds >= 0 else 0)
         if unlikely(pushed != PUSHED):
             if pushed == NOT_WRITTEN:
-                self.flush_to_answers()
+                self.flush_to_responses()
                 intake.write_failed(intake.ring.file.failed)
             if not self.may_answer():
                 return False
@@ -602,9 +602,9 @@ cdef class IngestBase(Connection):
                 self.reject(self.not_stored(True))
             return True
         if intake.holds:  # what may yet be withdrawn is counted when it is safe
-            if (self.answers is not None or self.wait_seconds >= 0 or self.is_special() or not intake.fresh.packets
+            if (self.responses is not None or self.wait_seconds >= 0 or self.is_special() or not intake.fresh.packets
                     or intake.ring.file.written >= intake.fresh.position):  # those before it are written, it may not be
-                self.flush_to_answers()  # what is in the buffer is another part
+                self.flush_to_responses()  # what is in the buffer is another part
             intake.fresh.position = intake.ring.tail
             intake.fresh.packets += 1
             intake.fresh.messages += messages
@@ -614,7 +614,7 @@ cdef class IngestBase(Connection):
             counters[MESSAGES_ACCEPTED] += messages
             counters[BYTES_ACCEPTED] += n
         self.answer_accepted(packet_id, messages)
-        if not intake.holds:  # else its answer is written, and its time is up, when it is safe
+        if not intake.holds:  # else its response is written, and its time is up, when it is safe
             observe(intake.counters.ingest, mono_ns() - self.moved_ns, 1)
         return True
 
@@ -640,7 +640,7 @@ cdef class IngestBase(Connection):
         return True
 
     cdef bint is_special(self) noexcept:
-        """Whether an answer has to be remembered with what its request asked of it, in case that it becomes another."""
+        """Whether a response has to be remembered with what its request asked of it, in case that it becomes another."""
         return self.extra is not None or self.old_client or (self.key_length and self.intake.keyed is not None)
 
     cdef int answer_accepted(self, unsigned char *packet_id, uint32_t messages) except -1:
@@ -648,101 +648,101 @@ cdef class IngestBase(Connection):
         cdef char[ID_TEXT] text
         cdef int length = self.key_length
         cdef bytes data = None
-        cdef Answer answer
+        cdef PendingResponse response
         if length:
             memcpy(text, self.key, length)
         else:
             write_uuid(packet_id, text)
             length = 36
         if likely(self.wait_seconds < 0):
-            if self.answers is None and not (intake.holds and self.is_special()):
+            if self.responses is None and not (intake.holds and self.is_special()):
                 write_accepted(intake, text, length, messages, self.extra, self.after == IDLE, self.old_client)
                 return 0
-            self.flush_to_answers()
+            self.flush_to_responses()
             write_accepted(intake, text, length, messages, self.extra, self.after == IDLE, self.old_client)
             if not intake.holds:
                 return 0
             data = intake.take_out()
-        answer = self.hold_place()
+        response = self.hold_place()
         if intake.holds:
-            answer.position, answer.read_ns = intake.ring.tail, self.moved_ns
+            response.position, response.read_ns = intake.ring.tail, self.moved_ns
             if self.key_length and intake.keyed is not None:
-                intake.keyed[intake.ring.next_sequence - 1] = answer
+                intake.keyed[intake.ring.next_sequence - 1] = response
             self.await_sync()
             intake.outbox.add(&intake.fresh, NULL)
             memset(&intake.fresh, 0, sizeof(Part))
         if data is not None:
-            answer.take(data)
+            response.take(data)
             return 0
-        self.answer_due = max(self.answer_due, self.moved_ns + self.wait_seconds * 1000000000)
-        self.await_delivery(answer, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
+        self.response_due = max(self.response_due, self.moved_ns + self.wait_seconds * 1000000000)
+        self.await_delivery(response, intake.ring.next_sequence - 1, self.wait_seconds, text[:length].decode("latin-1"),
                             messages if intake.validation else None)
         return 0
 
-    # ---- answers
+    # ---- responses
 
-    def answer(self, int status, str reason, bytes headers, bytes body, bint close=False):
-        """Return the present request's answer as bytes; see ``Intake.compose``."""
+    def respond(self, int status, str reason, bytes headers, bytes body, bint close=False):
+        """Return the present request's response as bytes; see ``Intake.compose``."""
         if self.extra is not None:
             headers += self.extra
         return self.intake.compose(status, reason, headers, body, close=close or self.after != IDLE,
                                    head_only=self.head_only, old_client=self.old_client)
 
     cdef int fault(self, int status, str counter, str detail) except -1:
-        """Answer with an error, if the request has no answer yet, and read no further on this connection."""
+        """Answer with an error, if the request has no response yet, and read no further on this connection."""
         self.after = DISCARDING
         if not self.answered:
             self.reject(self.refuse(status, counter, detail))
         return self.stop_reading(DISCARDING)
 
-    cdef int reject(self, bytes answer) except -1:
+    cdef int reject(self, bytes response) except -1:
         """Answer with an error; the body, if it still comes, is passed over."""
         self.answered = True
-        return self.emit(answer)
+        return self.emit(response)
 
     cdef int emit(self, bytes data) except -1:
-        """Write an answer in its turn."""
+        """Write a response in its turn."""
         if self.intake.fresh.packets:
-            self.flush_to_answers()  # it does not depend on packets, as those before it do
-        if self.answers is None:
+            self.flush_to_responses()  # it does not depend on packets, as those before it do
+        if self.responses is None:
             return keep(&self.intake.out, PyBytes_AS_STRING(data), len(data))
-        self.flush_to_answers()
+        self.flush_to_responses()
         self.line_up(data)
         return 0
 
     def promise(self):
-        """Return an ``Answer`` that holds the present request's place until it is completed."""
+        """Return a ``PendingResponse`` that holds the present request's place until it is completed."""
         return self.hold_place()
 
-    cdef Answer hold_place(self):
-        cdef Answer answer
-        self.flush_to_answers()
-        answer = self.line_up(None)
-        answer.extra = self.extra
-        answer.close, answer.head_only, answer.old_client = self.after != IDLE, self.head_only, self.old_client
-        return answer
+    cdef PendingResponse hold_place(self):
+        cdef PendingResponse response
+        self.flush_to_responses()
+        response = self.line_up(None)
+        response.extra = self.extra
+        response.close, response.head_only, response.old_client = self.after != IDLE, self.head_only, self.old_client
+        return response
 
-    cdef Answer line_up(self, bytes data):
-        """Return a new ``Answer`` behind those that wait; ``data``: None while it is not known."""
-        cdef Answer answer = Answer.__new__(Answer)
-        answer.connection = self
+    cdef PendingResponse line_up(self, bytes data):
+        """Return a new ``PendingResponse`` behind those that wait; ``data``: None while it is not known."""
+        cdef PendingResponse response = PendingResponse.__new__(PendingResponse)
+        response.connection = self
         if data is not None:
-            answer.take(data)
-            answer.ready = True
-        if self.answers is None:
-            self.answers = []
+            response.take(data)
+            response.ready = True
+        if self.responses is None:
+            self.responses = []
             if self.parts == 0:
                 self.set_writing(WAITING)
-        self.answers.append(answer)
-        return answer
+        self.responses.append(response)
+        return response
 
-    cdef int flush_to_answers(self) except -1:
+    cdef int flush_to_responses(self) except -1:
         """What is in the common buffer came first: write it, or let it wait its turn."""
         cdef Intake intake = self.intake
         cdef Py_ssize_t n = intake.out.end
         if n == 0:
             return 0
-        if self.answers is not None:
+        if self.responses is not None:
             self.line_up(intake.take_out())
         elif intake.fresh.packets or self.parts:
             self.put_by(n)
@@ -763,15 +763,15 @@ cdef class IngestBase(Connection):
         if self.parts == 0:
             self.set_writing(WAITING)
         self.parts += 1
-        self.answers_size += n
+        self.responses_size += n
         intake.outbox.add(fresh, intake.out.data)
         memset(fresh, 0, sizeof(Part))
         return 0
 
     cdef int leave(self, const char *data, Py_ssize_t n) except -1:
-        """Its packets are safe: write a part of the answers."""
+        """Its packets are safe: write a part of the responses."""
         self.parts -= 1
-        self.answers_size -= n
+        self.responses_size -= n
         if self.writing == WAITING:
             self.transmit(data, n)
         if self.parts == 0:
@@ -779,8 +779,8 @@ cdef class IngestBase(Connection):
         return 0
 
     cdef int flush(self) except -1:
-        """Write the answers of this read; close if the last was among them; stop reading while too many wait."""
-        self.flush_to_answers()
+        """Write the responses of this read; close if the last was among them; stop reading while too many wait."""
+        self.flush_to_responses()
         if self.writing == WAITING:
             self.release_ready()
         elif self.writing == AT_ONCE and self.reading >= DISCARDING:
@@ -800,67 +800,67 @@ cdef class IngestBase(Connection):
             self.intake.unsafe.append(self)
 
     cdef bint release(self, int64_t position) except -1:
-        """Let go of the answers whose packets are safe up to ``position``; say whether those were all."""
-        cdef Answer answer
+        """Let go of the responses whose packets are safe up to ``position``; say whether those were all."""
+        cdef PendingResponse response
         cdef int64_t now = mono_ns()
         cdef bint all_of_them = True
-        for answer in self.answers or ():
-            if answer.position > position:
-                all_of_them = all_of_them and answer.ready
+        for response in self.responses or ():
+            if response.position > position:
+                all_of_them = all_of_them and response.ready
                 continue
-            if answer.read_ns:
-                observe(self.intake.counters.ingest, now - answer.read_ns, 1)
-                answer.read_ns = 0
-            if answer.position and answer.data is not None:
-                answer.ready = True
+            if response.read_ns:
+                observe(self.intake.counters.ingest, now - response.read_ns, 1)
+                response.read_ns = 0
+            if response.position and response.data is not None:
+                response.ready = True
         self.release_ready()
         return all_of_them
 
     cdef int release_ready(self) except -1:
-        """Write the answers that are next in turn and ready."""
-        cdef Answer answer
+        """Write the responses that are next in turn and ready."""
+        cdef PendingResponse response
         cdef list ready = []
         cdef bytes data
         if self.parts:
             if self.unread_ns or self.is_full():
                 self.balance_input()
             return 0
-        if self.answers is None and self.writing != WAITING:
+        if self.responses is None and self.writing != WAITING:
             return 0
-        for answer in self.answers or ():
-            if not answer.ready:
+        for response in self.responses or ():
+            if not response.ready:
                 break
-            ready.append(answer.data)
-            self.answers_size -= len(answer.data)
+            ready.append(response.data)
+            self.responses_size -= len(response.data)
         if ready:
-            if len(ready) == len(self.answers):
-                self.answers = None
+            if len(ready) == len(self.responses):
+                self.responses = None
             else:
-                del self.answers[:len(ready)]
+                del self.responses[:len(ready)]
             if self.writing == WAITING:
                 data = ready[0] if len(ready) == 1 else b"".join(ready)
                 self.transmit(PyBytes_AS_STRING(data), len(data))
         if self.writing == LOST:
             return 0
-        if self.answers is None and self.reading >= DISCARDING:
+        if self.responses is None and self.reading >= DISCARDING:
             self.finish()
-        elif self.answers is None:
+        elif self.responses is None:
             self.set_writing(AT_ONCE)
             if self.invites:  # only now is the emitter told to send it
                 self.invites, self.body_due = False, mono_ns() + self.intake.body_timeout
-        if self.unread_ns or self.output_paused or self.answers is not None or self.held:
+        if self.unread_ns or self.output_paused or self.responses is not None or self.held:
             self.balance_input()
         return 0
 
     cdef int balance_input(self) except -1:
-        """Read no further while something is held back, the emitter does not read its answers, or too many of them wait."""
+        """Read no further while something is held back, the emitter does not read its responses, or too many of them wait."""
         cdef bint full = self.is_full()
         cdef bint pause = full or self.held
         if self.transport is None or self.transport.is_closing():
             return 0
         if self.held and not full and not self.queued:
             self.queued = True
-            (self.intake.costly if self.held == HELD_ANSWER else self.intake.working if self.held == HELD_WORK
+            (self.intake.costly if self.held == HELD_RESPONSE else self.intake.working if self.held == HELD_WORK
              else self.intake.wanting if self.held == HELD_ROOM else self.intake.waiting).append(self)
             self.intake.await_turn()
         if pause and not self.unread_ns:
@@ -874,22 +874,22 @@ cdef class IngestBase(Connection):
         return 0
 
     def pause_writing(self):
-        """The emitter does not read its answers."""
+        """The emitter does not read its responses."""
         self.output_paused = True
         self.output_moves(mono_ns())
         self.balance_input()
 
     def resume_writing(self):
-        """The emitter reads its answers again."""
+        """The emitter reads its responses again."""
         self.output_paused, self.output_due, self.moved_ns = False, 0, mono_ns()
         self.balance_input()
 
     def has_waiting(self):
-        """Whether there are answers that have yet to be written."""
-        return self.answers is not None or self.parts > 0
+        """Whether there are responses that have yet to be written."""
+        return self.responses is not None or self.parts > 0
 
     def idle(self):
-        """Whether nothing is under way: no part of a request, no answer."""
+        """Whether nothing is under way: no part of a request, no response."""
         return self.reading == IDLE and self.writing == AT_ONCE and not self.held
 
     def lingered(self, int64_t now):
@@ -898,14 +898,14 @@ cdef class IngestBase(Connection):
         return now - self.moved_ns if done else 0
 
     def expired(self, int64_t now):
-        """Return what has taken too long: "" nothing, "idle", "head", "body", "answers" (to be read), "wait" or "end".
+        """Return what has taken too long: "" nothing, "idle", "head", "body", "responses" (to be read), "wait" or "end".
 
-        No state of a connection is without a bound: where nothing is due here, it is in its turn in the loop, or what is
+        No state of a connection is without a bound: where nothing is due here, it is waiting for its turn, or what is
         before it in this order is bounded.
         """
         cdef Intake intake = self.intake
         if not self.output_moves(now):
-            return "answers"
+            return "responses"
         if self.writing == WAITING and self.waited_enough(now):
             return "wait"
         if self.reading >= DISCARDING:
@@ -925,7 +925,7 @@ cdef class IngestBase(Connection):
         return self.stream is not None and self.stream.has_unread()
 
     cdef bint waited_enough(self, int64_t now) except -1:
-        """Whether no client can be waiting for the next answer, or what it depends on does not come."""
+        """Whether no client can be waiting for the next response, or what it depends on does not come."""
         if not self.ended_ns and self.unread_ns and peer_ended(self.descriptor()):  # it is not read, so its end was not seen
             self.ended_ns = now
         if self.ended_ns:
@@ -933,13 +933,13 @@ cdef class IngestBase(Connection):
         return self.is_stuck(now)
 
     def is_stuck(self, int64_t now):
-        """Whether answers have waited too long since anything was read here, or since the emitter has sent its end.
+        """Whether responses have waited too long since anything was read here, or since the emitter has sent its end.
 
-        What it had sent before that may be much, and is read on while its answers leave.
+        What it had sent before that may be much, and is read on while its responses leave.
         """
         if self.ended_ns:
             return now - max(self.moved_ns, self.ended_ns) > LINGER
-        return now - max(self.moved_ns, self.answer_due) > OVERDUE
+        return now - max(self.moved_ns, self.response_due) > OVERDUE
 
     cdef bint output_moves(self, int64_t now) except -1:
         """Whether what was written leaves as it should: at the least rate, and never ``body_timeout`` behind that."""
@@ -964,7 +964,7 @@ cdef class IngestBase(Connection):
             count = self.stream.unwritten()
         else:
             count = self.transport.get_write_buffer_size()
-        if count == 0 and self.answers is None and (
+        if count == 0 and self.responses is None and (
                 self.reading >= DISCARDING or now - self.moved_ns > self.intake.keepalive_timeout):
             count = bytes_unacked(self.descriptor())
         return count
@@ -973,7 +973,7 @@ cdef class IngestBase(Connection):
         """For ``late`` ns until ``now`` this process could not read: that does not count as the emitter's time."""
         self.moved_ns = min(now, self.moved_ns + late)
         self.forgive(late)
-        self.answer_due += late
+        self.response_due += late
         if self.unread_ns:
             self.unread_ns += late
         if self.output_due:
@@ -992,8 +992,8 @@ cdef class IngestBase(Connection):
         self.fault(408, "timeout", detail)
         self.flush()
 
-    def turn_away(self, bytes answer, bint lingering):
-        """Write an answer to nothing in particular, and close; ``lingering``: read on for a while, so that it is not lost."""
-        self.emit(answer)
+    def turn_away(self, bytes response, bint lingering):
+        """Write a response to nothing in particular, and close; ``lingering``: read on for a while, so that it is not lost."""
+        self.emit(response)
         self.stop_reading(DISCARDING if lingering else ENDED)
         self.flush()

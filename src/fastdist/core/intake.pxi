@@ -1,8 +1,8 @@
-"""What all emitters' connections of a worker share, and answers that have to wait.
+"""What all emitters' connections of a worker share, and responses that have to wait.
 
 ``Intake.go_on`` goes round among the connections that are held back (see ingest.pxi), once in every event-loop iteration:
-a piece of a large batch, packets, then a slice of one conversion, then costly answers. So no turn takes longer the more connections there are, and no
-connection waits for all that another has sent.
+a piece of a large batch, packets, then a slice of one conversion, then costly responses. So no iteration takes longer the
+more connections there are, and no connection waits for all that another has sent.
 """
 
 HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"  # in English: no process sets a locale
@@ -10,7 +10,7 @@ HTTP_DATE = "%a, %d %b %Y %H:%M:%S GMT"  # in English: no process sets a locale
 cdef enum:
     MIN_FOR_BODIES = 256 << 20  # bytes of bodies on their way that a worker has room for in any case
     MAX_ENDED = 16          # bodies that are ended to make room for a read
-    MAX_OUT = 64 << 10      # bytes of answers that are put together before they are written
+    MAX_OUT = 64 << 10      # bytes of responses that are put together before they are written
 
 cdef int64_t STALL = 1000000000   # ns that a body may send nothing before it is slow
 
@@ -18,9 +18,9 @@ cdef int64_t STALL = 1000000000   # ns that a body may send nothing before it is
 cdef int64_t SLICE = 150000     # for the packets of one connection
 cdef int64_t PACKETS = 2000000  # for all that are held back
 cdef int64_t LOOP = 2000000     # for those that the loop reads from, not Poller (TLS)
-cdef int64_t COSTLY = 500000    # for answers that Python makes
+cdef int64_t COSTLY = 500000    # for responses that Python makes
 
-cdef int64_t BATCH_PIECE = 512 << 10  # bytes of a batch that are pushed in one turn
+cdef int64_t BATCH_PIECE = 512 << 10  # bytes of a batch that are pushed in one iteration
 cdef int64_t ROOM_WAIT = 2000000000  # ns that a batch waits for room in the ring
 
 cdef enum Refusal:           # of a request, by its head
@@ -47,41 +47,40 @@ cdef bytes ACCEPTED_BODY = b'{"status":"accepted","packetId":"'
 
 
 def call_soon(callback):
-    """Call it in the event loop's next turn."""
+    """Call it in the event loop's next iteration."""
     asyncio.get_running_loop().call_soon(callback)
 
 
 @cython.final
 cdef class Intake(AfterEvents):
-    """What the emitters' connections of one worker share: the ring they push to, limits, time-outs, the answers' buffer.
+    """What the emitters' connections of one worker share: the ring they push to, limits, time-outs, the responses' buffer.
 
     ``server``: the section of the configuration. ``check(body, strict=...)`` returns (messages, emitter hash) or raises
-    PacketError. ``on_accepted()`` is called when packets were pushed, ``on_sync_wanted()`` when a sync would let answers leave
+    PacketError. ``on_accepted()`` is called when packets were pushed, ``on_sync_wanted()`` when a sync would let responses leave
     or free space in the ring, ``on_not_written(errno)`` when packets could not be written: it is to call ``not_stored``.
-    ``answers_after_sync``: answers leave when their packets are synced.
+    ``responds_after_sync``: responses leave when their packets are synced. ``remembers_keys``: ``keyed`` is kept.
     """
 
     cdef readonly PacketRing ring
     cdef readonly Counters counters
     cdef readonly RateLimiter limiter
     cdef readonly set connections
-    cdef public object find            # (method, target, headers) -> (route, whether it brings records), None: no agent's
-    cdef public bint draining          # every answer is the last on its connection
+    cdef public bint draining          # every response is the last on its connection
     cdef public bint closed            # nothing is accepted any more
     cdef public int broken_storage     # errno of what keeps packets from being stored; 0: nothing
     cdef public bint open_to_all       # no token is asked for
     cdef public bint shares_origins    # CORS is on
-    cdef bint answers_after_sync
-    cdef bint holds                    # answers wait until their packets are written at least
+    cdef bint responds_after_sync
+    cdef bint holds                    # responses wait until their packets are written at least
     cdef Outbox outbox
-    cdef Part fresh                    # what the answers in `out` are about
-    cdef public dict keyed             # sequence -> `Answer`, of packets with a key, which may be duplicates; None: they are not
-    cdef list unsafe                   # connections with an `Answer` that waits for its packet to be written, or synced
+    cdef Part fresh                    # what the responses in `out` are about
+    cdef readonly dict keyed           # sequence -> `PendingResponse`, of packets with a key; None: it is not kept
+    cdef list unsafe                   # connections with a `PendingResponse` that waits for its packet to be written, or synced
     cdef int validation
     cdef int64_t max_body, max_header
     cdef int64_t header_timeout, body_timeout, keepalive_timeout
     cdef readonly Py_ssize_t max_connections
-    cdef public int64_t most_bodies    # bytes of bodies on their way, of all connections
+    cdef public int64_t max_bodies    # bytes of bodies on their way, of all connections
     cdef readonly int64_t bodies       # as many as there are
     cdef public int64_t room_wait_ns   # see ROOM_WAIT
     cdef int64_t slow_from             # monotonic ns: before it no body is slow enough to be ended for others
@@ -90,7 +89,7 @@ cdef class Intake(AfterEvents):
     cdef object on_sync_wanted
     cdef object on_not_written
     cdef uint64_t noise
-    cdef Buffer out                    # the answers of one read
+    cdef Buffer out                    # the responses of one read
     cdef RequestHead head              # of the last packet, from any client: a template for new connections
     cdef int64_t dated_second
     cdef int64_t wall                  # ns: when the packet at hand was accepted
@@ -99,24 +98,25 @@ cdef class Intake(AfterEvents):
     cdef object waiting                # connections that have had their slice
     cdef object working                # those with a conversion under way
     cdef object wanting                # those whose batch waits for room in the ring, in order
-    cdef object costly                 # those whose next answer Python makes
+    cdef object costly                 # those whose next response Python makes
     cdef LargeBatch storing            # what is pushed in pieces, see batches.pxi; None: nothing
     cdef public int64_t piece_bytes    # see BATCH_PIECE
     cdef bint turn_awaited             # `go_on` will be called
-    cdef IngestBase having_turn        # it may have a costly answer made
+    cdef IngestBase having_turn        # it may have a costly response made
     cdef bint going_round              # among those with packets: a large one may be taken
     cdef IngestBase first_for_room     # it may push, although others wait for room
     cdef public object later           # call_soon
     cdef public int64_t slice_ns, packets_ns, loop_ns, costly_ns
-    cdef int64_t loop_left, costly_left  # of this turn
-    cdef public int64_t longest_ns     # of `go_on`, until it is set back
+    cdef int64_t loop_left, costly_left  # of this iteration
+    cdef public int64_t max_ns     # of `go_on`, until it is set back
 
     def __cinit__(self, PacketRing ring, Counters counters, RateLimiter limiter, server, check, on_accepted,
-                  on_sync_wanted=None, on_not_written=None, bint answers_after_sync=False):
+                  on_sync_wanted=None, on_not_written=None, bint responds_after_sync=False, bint remembers_keys=False):
         self.ring, self.counters, self.limiter = ring, counters, limiter
         self.check, self.on_accepted, self.on_sync_wanted = check, on_accepted, on_sync_wanted
-        self.answers_after_sync, self.on_not_written = answers_after_sync, on_not_written
-        self.holds = answers_after_sync or not ring.file.direct
+        self.responds_after_sync, self.on_not_written = responds_after_sync, on_not_written
+        self.holds = responds_after_sync or not ring.file.direct
+        self.keyed = {} if remembers_keys else None
         self.outbox = Outbox()
         self.validation = VALIDATIONS[server.validation]
         self.max_body, self.max_header = server.max_body, server.max_header
@@ -124,7 +124,7 @@ cdef class Intake(AfterEvents):
         self.body_timeout = <int64_t>(server.body_timeout * 1e9)
         self.keepalive_timeout = <int64_t>(server.keepalive_timeout * 1e9)
         self.max_connections = server.max_connections
-        self.most_bodies = max(MIN_FOR_BODIES, 2 * self.max_body)
+        self.max_bodies = max(MIN_FOR_BODIES, 2 * self.max_body)
         self.connections, self.unsafe = set(), []
         self.waiting, self.working, self.wanting, self.costly = deque(), deque(), deque(), deque()
         self.slice_ns, self.packets_ns, self.loop_ns, self.costly_ns = SLICE, PACKETS, LOOP, COSTLY
@@ -172,7 +172,7 @@ cdef class Intake(AfterEvents):
             wait[0] = self.limiter.admit(connection.client, connection.moved_ns)
             if wait[0]:
                 return LIMITED
-            connection.admitted = True  # once, also if the answer has to wait
+            connection.admitted = True  # once, also if the response has to wait
         if unlikely(not self.open_to_all):
             if not (filled.credentials.n and connection.is_authorized(filled.credentials.p[:filled.credentials.n])):
                 return NO_TOKEN
@@ -196,7 +196,7 @@ cdef class Intake(AfterEvents):
 
     def compose(self, int status, str reason, bytes headers, bytes body, *, bint close, bint head_only=False,
                 bint old_client=False):
-        """Return a whole answer. ``headers``: lines each ended by CR LF, Content-Type among them.
+        """Return a whole response. ``headers``: lines each ended by CR LF, Content-Type among them.
 
         204 and 304 have no body, and no length of one.
         """
@@ -235,7 +235,7 @@ cdef class Intake(AfterEvents):
             self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for new connections
             self.await_turn()
             self.events_over()
-            self.longest_ns = max(self.longest_ns, mono_ns() - began)
+            self.max_ns = max(self.max_ns, mono_ns() - began)
 
     def give_up_storing(self):
         """Withdraw the large batch that is being stored, if there is one."""
@@ -295,26 +295,26 @@ cdef class Intake(AfterEvents):
             self.later(self.go_on)
         return 0
 
-    # ---- answers that wait for the disk
+    # ---- responses that wait for the disk
 
     @property
     def held(self):
-        """How many reads' answers wait, and connections with an ``Answer`` that does."""
+        """How many reads' responses wait, and connections with a ``PendingResponse`` that does."""
         return self.outbox.end - self.outbox.first + len(self.unsafe)
 
     cdef int64_t safe(self) noexcept:
-        """Return the position up to which packets are as safe as they have to be for their answers to leave."""
-        return self.ring.synced if self.answers_after_sync else self.ring.file.written
+        """Return the position up to which packets are as safe as they have to be for their responses to leave."""
+        return self.ring.synced if self.responds_after_sync else self.ring.file.written
 
     cdef int events_over(self) except -1:
-        """Write what was accepted, and let the answers leave."""
+        """Write what was accepted, and let the responses leave."""
         cdef int failed
         if not self.holds:
             return 0
         failed = self.ring.write()
         if unlikely(failed):
             self.write_failed(failed)
-        if self.answers_after_sync and self.outbox.first < self.outbox.end or self.ring.wants_sync:
+        if self.responds_after_sync and self.outbox.first < self.outbox.end or self.ring.wants_sync:
             if self.on_sync_wanted is not None:
                 self.on_sync_wanted()
         self.let_leave()
@@ -328,7 +328,7 @@ cdef class Intake(AfterEvents):
         return 0
 
     cdef int let_leave(self) except -1:
-        """Have all answers leave whose packets are safe."""
+        """Have all responses leave whose packets are safe."""
         cdef Part part
         cdef IngestBase connection
         cdef int64_t position = self.safe(), now = mono_ns()
@@ -340,7 +340,7 @@ cdef class Intake(AfterEvents):
                     connection = connections.popleft()
                     connection.awaits_sync = False
                     if not connection.release(position):
-                        connection.await_sync()  # it has answers whose packets become safe later
+                        connection.await_sync()  # it has responses whose packets become safe later
             finally:
                 self.unsafe += connections
         while self.outbox.has_until(position):
@@ -360,11 +360,11 @@ cdef class Intake(AfterEvents):
         return 0
 
     def synced(self):
-        """More packets are on stable storage: their answers may leave."""
+        """More packets are on stable storage: their responses may leave."""
         self.let_leave()
 
-    def answer_of(self, int64_t position):
-        """Return between which positions the packets are of the answer that tells of the one that ends at ``position``."""
+    def response_of(self, int64_t position):
+        """Return between which positions the packets are of the response that tells of the one that ends at ``position``."""
         cdef Py_ssize_t at
         cdef int64_t begin = self.safe()
         for at in range(self.outbox.first, self.outbox.end):
@@ -374,24 +374,24 @@ cdef class Intake(AfterEvents):
         return begin, position
 
     def not_stored(self, int64_t position, int status, str reason, bytes headers, bytes body, *, int64_t end=FOREVER):
-        """What was pushed behind ``position``, up to ``end``, was withdrawn: clients that wait for it get this answer instead.
+        """What was pushed behind ``position``, up to ``end``, was withdrawn: clients that wait for it get this response instead.
 
-        At once, unless answers that come before it on their connection have to wait on. Return how many packets that were;
-        a batch, which has its own answer for that, counts as one.
+        At once, unless responses that come before it on their connection have to wait on. Return how many packets that were;
+        a batch, which has its own response for that, counts as one.
         """
         cdef IngestBase connection
-        cdef Answer waiting
+        cdef PendingResponse waiting
         cdef Part part, kept
         cdef Outbox before = self.outbox, leaving = Outbox(), to
         cdef int64_t packets = 0
-        cdef bytes answer
-        cdef set behind = set()  # connections with answers that wait on
+        cdef bytes response
+        cdef set behind = set()  # connections with responses that wait on
         cdef LargeBatch storing = self.storing  # which it ceases to be
         if storing is not None and end == FOREVER:
             storing.withdraw()
             packets += 1
         for connection in self.unsafe:
-            for waiting in connection.answers or ():
+            for waiting in connection.responses or ():
                 if position < waiting.position <= end and not waiting.ready:
                     waiting.take(waiting.compose(status, reason, headers, body) if waiting.otherwise is None
                                  else waiting.otherwise(waiting))
@@ -400,21 +400,21 @@ cdef class Intake(AfterEvents):
         self.outbox = Outbox()
         while before.first < before.end:
             part = kept = before.take()
-            answer = before.data()[:part.size]
+            response = before.data()[:part.size]
             to = self.outbox
             if position < part.position <= end:
                 if part.connection == NULL or <object>part.connection not in behind:
                     to = leaving
                 packets += 1 if part.batch else part.packets
                 if part.packets and part.connection != NULL:
-                    answer = self.compose(status, reason, headers, body, close=False) * (part.packets - 1)
-                    answer += self.compose(status, reason, headers, body, close=part.close)
-                    (<IngestBase>part.connection).answers_size += len(answer) - part.size
-                kept.position, kept.size = position, len(answer)
+                    response = self.compose(status, reason, headers, body, close=False) * (part.packets - 1)
+                    response += self.compose(status, reason, headers, body, close=part.close)
+                    (<IngestBase>part.connection).responses_size += len(response) - part.size
+                kept.position, kept.size = position, len(response)
                 kept.packets = kept.messages = kept.body_bytes = kept.request = 0
             if to is not leaving and part.connection != NULL:
                 behind.add(<object>part.connection)
-            to.add(&kept, PyBytes_AS_STRING(answer))
+            to.add(&kept, PyBytes_AS_STRING(response))
             before.taken(&part)
         while leaving.has_until(FOREVER):
             part = leaving.take()
@@ -451,7 +451,7 @@ cdef class Intake(AfterEvents):
             if slowest is None:
                 self.slow_from = next_slow
                 return False
-            coming.flush_to_answers()  # the buffer is common
+            coming.flush_to_responses()  # the buffer is common
             slowest.time_out("the request's body came slowly, and others needed its memory")
         return self.bodies <= room
 
@@ -492,12 +492,12 @@ cdef int write_accepted(Intake intake, const char *packet_id, int id_length, uin
 
 
 @cython.final
-cdef class Answer:
-    """An answer that has its place in the order of its connection, and may have to wait."""
+cdef class PendingResponse:
+    """A response that has its place in the order of its connection, and may have to wait."""
 
     cdef bytes data
     cdef bint ready
-    cdef bint close, head_only, old_client  # what the request asks of its answer; see Intake.compose
+    cdef bint close, head_only, old_client  # what the request asks of its response; see Intake.compose
     cdef bytes extra
     cdef int64_t position              # of the ring, that a sync has to reach first; 0: none
     cdef int64_t read_ns               # when its request was read, monotonic; 0: it is not, or no longer, to be counted
@@ -505,25 +505,25 @@ cdef class Answer:
     cdef IngestBase connection
 
     def complete(self, bytes data):
-        """The answer is known now."""
+        """The response is known now."""
         if not self.ready:
             self.take(data)
             self.ready = True
             self.connection.release_ready()
 
     def complete_after_sync(self, bytes data):
-        """The answer is known, and true once its packet is synced."""
+        """The response is known, and true once its packet is synced."""
         if self.position <= self.connection.intake.safe():
             self.complete(data)
         elif not self.ready:
             self.take(data)
 
     cdef take(self, bytes data):
-        self.connection.answers_size += len(data) - (len(self.data) if self.data is not None else 0)
+        self.connection.responses_size += len(data) - (len(self.data) if self.data is not None else 0)
         self.data = data
 
     def compose(self, int status, str reason, bytes headers, bytes body):
-        """Return the answer's bytes; see ``Intake.compose``."""
+        """Return the response's bytes; see ``Intake.compose``."""
         if self.extra is not None:
             headers += self.extra
         return self.connection.intake.compose(status, reason, headers, body, close=self.close,

@@ -1,19 +1,20 @@
 """A connection's life: the states it may be in, and what may follow each. Nothing else decides what comes next.
 
 Theory of operation. Each kind of connection has two states, one for each direction. A table, {state: states that may
-follow}, lists them in the order of the enum that numbers them. ``set_reading`` and ``set_writing`` alone change them: a move
-that is not in the table is an error of the program, which is reported and costs the connection (checked builds raise it).
+follow}, lists them in the order of the enum that numbers them. ``set_reading`` and ``set_writing`` change them: a move that
+is not in the table is an error of the program, which is reported and costs the connection (checked builds raise it): after
+any error of the program ``break_off`` alone goes to the last states from wherever it is.
 Bits besides the states belong to the request or reply that is read, and are set back with it in one place; or
 they say in which list a connection is; or mirror what the transport was told.
 
-An emitter's connection reads requests and writes answers (ingest.pxi). Reading goes round from IDLE through HEAD, and BODY
+An emitter's connection reads requests and writes responses (ingest.pxi). Reading goes round from IDLE through HEAD, and BODY
 or CHUNKS if there is a body, back to IDLE. What has to wait for its turn stays in its state and in a buffer (``held``); only
 a body that was put together is WHOLE then. What follows the request is known from its head on (``after``): IDLE, or that it
 is the last. If the emitter said so (Connection: close), the connection is ENDED. Else it may have sent more, and to close at
-once would send a reset, which may destroy the answer before it is read: so what comes is read and dropped until the
+once would send a reset, which may destroy the response before it is read: so what comes is read and dropped until the
 emitter's end (DISCARDING). That is how a fault, a time-out and draining end a connection.
 
-Writing is AT_ONCE until an answer has to wait, and again when all that are WAITING have left, in order. Once the last one
+Writing is AT_ONCE until a response has to wait, and again when all that are WAITING have left, in order. Once the last one
 is WRITTEN our side is shut down (or the connection closed), and only the emitter's end is awaited. So these go together:
 
                                         AT_ONCE         WAITING   WRITTEN   LOST
@@ -42,13 +43,13 @@ cdef enum Reading:
     HEAD                     # in a head, which may be whole and have to wait for its turn
     BODY                     # in a body of known length
     CHUNKS                   # in a chunked body
-    WHOLE                    # the body is whole, in `body`, and its answer has to wait for its turn
+    WHOLE                    # the body is whole, in `body`, and its response has to wait for its turn
     DISCARDING               # no further request is read: what comes is dropped
     ENDED                    # nothing more comes, or need be read
 
-cdef enum Answering:
-    AT_ONCE = 0              # answers leave with the read that brings their requests
-    WAITING                  # one has to wait: it and all behind it are in `answers`
+cdef enum Responding:
+    AT_ONCE = 0              # responses leave with the read that brings their requests
+    WAITING                  # one has to wait: it and all behind it are in `responses`
     WRITTEN                  # the last one is
     LOST                     # there is no connection any more
 
@@ -142,7 +143,7 @@ cdef class Connection(Receiver):
 
     cdef readonly Life life
     cdef int reading                 # Reading or Replying
-    cdef int writing                 # Answering or Sending
+    cdef int writing                 # Responding or Sending
 
     @property
     def state(self):

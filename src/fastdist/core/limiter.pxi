@@ -107,11 +107,11 @@ cdef class RateLimiter:
         return self.admit(hash_bytes(<const char *>name, len(name)), now) / 1e9
 
 
-cdef void bring_down(int64_t *word, int64_t most) noexcept nogil:
+cdef void bring_down(int64_t *word, int64_t limit) noexcept nogil:
     cdef int64_t seen
     while True:
         seen = load(word)
-        if seen <= most or compare_and_swap(word, seen, most):
+        if seen <= limit or compare_and_swap(word, seen, limit):
             return
 
 

@@ -76,8 +76,8 @@ cdef class RecordMapper:
     def __dealloc__(self):
         release(&self.out)
 
-    def take(self, JsonValues values not None, int most):
-        """Map the next values, ``most`` at most: a list of ``(emitter, messages, how many)``, in their order.
+    def take(self, JsonValues values not None, int limit):
+        """Map the next values, ``limit`` at most: a list of ``(emitter, messages, how many)``, in their order.
 
         The emitter is None if the records do not say; the messages have commas between them. A value that is left to the
         caller is there as its bytes. No values: the body is over. Raises as JsonValues.take.
@@ -87,7 +87,7 @@ cdef class RecordMapper:
         cdef cursor until = values.at + PIECE_BYTES
         cdef int count = 0
         self.begin_run()
-        while values.at < until and count < most:
+        while values.at < until and count < limit:
             p = values.begin()
             if p != NULL:
                 if p == values.end and not values.in_array:

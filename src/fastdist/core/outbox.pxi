@@ -1,17 +1,17 @@
-"""Answers that wait until their packets are written, or synced.
+"""Responses that wait until their packets are written, or synced.
 
-A read's answers are kept in a row with those of other connections (``Outbox``), each part with the position of the ring up
-to which packets have to be safe before it may leave. There is no object for an answer that waits.
+A read's responses are kept in a row with those of other connections (``Outbox``), each part with the position of the ring up
+to which packets have to be safe before it may leave. There is no object for a response that waits.
 """
 
-cdef struct Part:            # the answers of one read, in the order in which they came
-    PyObject *connection     # IngestBase; NULL: it has an `Answer` that waits, and only the packets are counted here
+cdef struct Part:            # the responses of one read, in the order in which they came
+    PyObject *connection     # IngestBase; NULL: it has a `PendingResponse` that waits, and only the packets are counted here
     int64_t position         # of the ring
     int64_t read_ns          # when its requests were read, monotonic
     int64_t messages
     int64_t body_bytes
-    Py_ssize_t size          # bytes of answers
-    int32_t packets          # accepted by these answers; 0: they are about something else
+    Py_ssize_t size          # bytes of responses
+    int32_t packets          # accepted by these responses; 0: they are about something else
     int32_t request          # the word that counts an agent's request; 0: none
     bint batch               # the packets are of one request
     bint close               # the last is the last on its connection

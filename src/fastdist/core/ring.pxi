@@ -145,13 +145,13 @@ cdef class PacketRing:
         return size_of(entry.key_length, entry.length)
 
     def __cinit__(self, int fd, capacity=None, bint claims_wait_for_sync=False, bint volatile=False, bint private=False,
-                  bint replicated=False):
+                  bint replicated=False, clock_offset=None, on_damage=None):
         self.damage, self.notes, self.late = [], [], LateRecords()
         self.file = RingFile(fd, volatile or private, not private)
         self.claims_wait_for_sync = claims_wait_for_sync
         self.synced = self.answered = FOREVER if volatile and not replicated else 0
         self.unfinished = FOREVER
-        self.clock_offset = wall_ns() - mono_ns()
+        self.clock_offset = wall_ns() - mono_ns() if clock_offset is None else clock_offset
         if capacity is None:
             open_header(self)
         else:
@@ -160,6 +160,7 @@ cdef class PacketRing:
         self.claimed = 0
         if capacity is None:
             recover(self)
+        self.on_damage = on_damage
 
     def __dealloc__(self):
         free(self.entries)
@@ -689,7 +690,7 @@ cdef class PacketRing:
                                              accepted_ns or mono_ns() + self.clock_offset, flags),
                             len(name), len(body), attempts)
 
-    def adopt(self, PacketRing other, uint32_t handle):
+    def push_copy(self, PacketRing other, uint32_t handle):
         """Append a copy of a packet that ``other`` holds claimed: same id, time and attempts, a new sequence.
 
         Return its sequence, 0 when the ring is full. ValueError: it is too large for this ring. OSError: it cannot be written.
@@ -761,7 +762,7 @@ cdef class PacketRing:
         return attempts
 
     def reserve(self, int64_t size, int64_t largest):
-        """Keep ``size`` bytes free of packets that are pushed, for copies of what other rings hold (see ``adopt``).
+        """Keep ``size`` bytes free of packets that are pushed, for copies of what other rings hold (see ``push_copy``).
 
         ``largest``: bytes of the largest record among these.
         """

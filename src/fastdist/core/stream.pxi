@@ -1,7 +1,7 @@
 """TCP connections without TLS: a transport as asyncio knows it, but from the socket to the protocol in C.
 
 ``Poller`` has an epoll set of its own, which is one descriptor in the loop's: an event-loop iteration asks it for some
-connections at a time, and deals with no more once ``turn_ns`` are over, so that however many have something to read, and
+connections at a time, and deals with no more once ``run_ns`` are over, so that however many have something to read, and
 whatever that brings with it (a large body that is whole), timers and all else have their turn. What is left is still ready
 then, and the kernel goes round: the connections it has told of come last (epoll_wait(2)), so those that there was no time
 for are kept in mind. ``Stream`` is one connection; it behaves as the loop's own transports do (writes at once what the kernel
@@ -59,7 +59,7 @@ cdef bint look_at(int fd, int64_t *info) noexcept nogil:
     cdef socklen_t length = INFO_WORDS * sizeof(int64_t)
     return fd >= 0 and getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &length) == 0 and length == INFO_WORDS * sizeof(int64_t)
 
-cdef int64_t TURN = 3000000  # ns
+cdef int64_t RUN_NS = 3000000
 
 
 cdef int64_t bytes_moved(int fd) noexcept nogil:
@@ -148,23 +148,23 @@ cdef class Poller:
     cdef readonly object loop
     cdef readonly set streams    # all that are not lost yet
     cdef int epoll
-    cdef list left               # (stream, events) told of in a turn that had no time for them
+    cdef list left               # (stream, events) told of in an iteration that had no time for them
     cdef uchar *room             # what one read brings
     cdef public AfterEvents after    # None: nothing is to be done
-    cdef public int64_t turn_ns      # after which a turn ends, whatever is ready
-    cdef public int64_t longest_ns   # of a turn, until it is set back
+    cdef public int64_t run_ns       # after which `run_once` ends, whatever is ready
+    cdef public int64_t max_ns       # of `run_once`, until it is set back
 
     def __cinit__(self, loop):
         self.epoll = -1
         self.loop, self.streams = loop, set()
-        self.turn_ns = TURN
+        self.run_ns = RUN_NS
         self.room = <uchar *>malloc(ROOM)
         if self.room == NULL:
             raise MemoryError
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:
             raise OSError(errno, os.strerror(errno))
-        loop.add_reader(self.epoll, self.turn)
+        loop.add_reader(self.epoll, self.run_once)
 
     def __dealloc__(self):
         if self.epoll >= 0:
@@ -177,8 +177,8 @@ cdef class Poller:
             stream.abort()
         self.loop.remove_reader(self.epoll)
 
-    def turn(self):
-        """Deal with what has happened on the streams, for ``turn_ns``; return whether that was all."""
+    def run_once(self):
+        """Deal with what has happened on the streams, for ``run_ns``; return whether that was all."""
         cdef epoll_event[EVENTS] events
         cdef int64_t taken = 0, began = mono_ns()
         cdef int i, count = EVENTS
@@ -188,24 +188,24 @@ cdef class Poller:
             for i in range(len(told)):
                 self.deal(<Stream>told[i][0], told[i][1])
                 taken = mono_ns() - began
-                if taken >= self.turn_ns and i + 1 < len(told):
+                if taken >= self.run_ns and i + 1 < len(told):
                     self.left = told[i + 1:]
                     break
             self.events_over()
-        while count == EVENTS and taken < self.turn_ns:
+        while count == EVENTS and taken < self.run_ns:
             count = epoll_wait(self.epoll, events, EVENTS, 0)
             for i in range(count):
                 # It is among `streams` at least until this event-loop iteration is over: see Stream.end.
                 self.deal(<Stream>events[i].data.ptr, events[i].events)
                 taken = mono_ns() - began
-                if unlikely(taken >= self.turn_ns and i + 1 < count):
+                if unlikely(taken >= self.run_ns and i + 1 < count):
                     # Asked again, the kernel would name them behind all others: they might never have their turn.
                     self.left = []
                     for i in range(i + 1, count):
                         self.left.append((<Stream>events[i].data.ptr, events[i].events))
                     break
             self.events_over()
-        self.longest_ns = max(self.longest_ns, taken)
+        self.max_ns = max(self.max_ns, taken)
         return count < EVENTS and self.left is None
 
     cdef int events_over(self) except -1:

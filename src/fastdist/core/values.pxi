@@ -107,8 +107,8 @@ cdef class JsonValues:
         self.at = skip_space(self.start + 3 if body.startswith(b"\xef\xbb\xbf") else self.start)
         self.room = room
 
-    def take(self, int most):
-        """Return the next values, ``most`` at most, as they stand there; none: the body is over.
+    def take(self, int limit):
+        """Return the next values, ``limit`` at most, as they stand there; none: the body is over.
 
         If one is not JSON: those before it, and in the next call a ValueError with ``(what, line, column, byte)``. Half a
         surrogate pair is let pass.
@@ -116,7 +116,7 @@ cdef class JsonValues:
         cdef list values = []
         cdef cursor p
         cdef cursor until = self.at + PIECE_BYTES
-        while self.at < until and len(values) < most:
+        while self.at < until and len(values) < limit:
             p = self.begin()
             if p != NULL:
                 if p == self.end and not self.in_array:
@@ -192,7 +192,7 @@ cdef class JsonRecords:
     cdef int depth
     cdef cursor key            # of the value there, if it is a member
     cdef int known             # how many of them, from outside, the names lead through: an object, its list, an item of it, ...
-    cdef int most_known        # around a record
+    cdef int max_known        # around a record
     cdef Note *notes
     cdef Py_ssize_t count, size
     cdef Py_ssize_t[MAX_LISTS] own  # the numbers of the notes of open objects; -1: the outermost has no note
@@ -205,7 +205,7 @@ cdef class JsonRecords:
         if len(names) % 2 == 0 or len(names) > MAX_PATH:
             raise ValueError("there are names of lists, and between them of what records have in common")
         self.body, self.room, self.names, self.nulls = body, room, names, nulls
-        self.most_known = len(names) + 1
+        self.max_known = len(names) + 1
         for i in range(len(names)):
             self.name[i], self.length[i] = PyBytes_AS_STRING(<bytes>names[i]), len(names[i])
         self.start = <cursor>PyBytes_AS_STRING(body)
@@ -222,7 +222,7 @@ cdef class JsonRecords:
         """Bytes that the notes take."""
         return self.size * sizeof(Note)
 
-    def check(self, Py_ssize_t most):
+    def check(self, Py_ssize_t limit):
         """Check the next bytes of the body, about as many; say whether it goes on.
 
         What is not JSON is a ValueError with ``(what, line, column, byte)``. If all of it is JSON, but something else is
@@ -230,9 +230,9 @@ cdef class JsonRecords:
         """
         global halves
         cdef cursor p = self.at
-        cdef cursor until = p + min(most, self.end - p)
+        cdef cursor until = p + min(limit, self.end - p)
         while not self.checked:
-            if self.depth == self.known < self.most_known:
+            if self.depth == self.known < self.max_known:
                 self.meet(p)
             halves = True
             p = self.scan_on(p, until)
@@ -261,7 +261,7 @@ cdef class JsonRecords:
         cdef uint64_t objects = self.objects
         cdef uint64_t outer = self.outer
         cdef int depth = self.depth
-        cdef int watched = min(self.known, self.most_known - 1)
+        cdef int watched = min(self.known, self.max_known - 1)
         cdef unsigned char c
         cdef bint opened
         while True:
@@ -324,7 +324,7 @@ cdef class JsonRecords:
                 note.records = 0
             if self.is_one(p, c'[', self.nulls, list_name, "{} is no array"):
                 self.known += 1
-                if self.known == self.most_known:
+                if self.known == self.max_known:
                     note.records = p - self.start
         elif note != NULL and self.is_named(list_name - 1):
             note.common = p - self.start if self.is_one(p, c'{', self.nulls, list_name - 1, "{} is no object") else 0
@@ -367,7 +367,7 @@ cdef class JsonRecords:
             if notes == NULL:
                 raise MemoryError
             self.notes, self.size = notes, size
-        notes[self.count].common, notes[self.count].records = 0, 0 if self.known == self.most_known - 1 else OF_OTHERS
+        notes[self.count].common, notes[self.count].records = 0, 0 if self.known == self.max_known - 1 else OF_OTHERS
         self.own[self.known // 2] = self.count
         self.count += 1
         return 0
@@ -379,8 +379,8 @@ cdef class JsonRecords:
             self.count -= last.common == 0 and last.records <= 0
         self.known -= 1
 
-    def take(self, int most):
-        """Return what the next records have in common, a text for each of the objects they are in, and ``most`` of them.
+    def take(self, int limit):
+        """Return what the next records have in common, a text for each of the objects they are in, and ``limit`` of them.
 
         A text is empty where nothing is said. It is the same tuple for records in the same objects; there may be none. None:
         it was all. Only when ``check`` has come to the end.
@@ -405,7 +405,7 @@ cdef class JsonRecords:
             if p == NULL and common:
                 return self.common, records
         until = p + PIECE_BYTES
-        while p < until and len(records) < most:
+        while p < until and len(records) < limit:
             after = scan_leniently(p, self.end, self.room)
             records.append(PyBytes_FromStringAndSize(<const char *>p, after - p))
             p = skip_spaces(after)

@@ -93,7 +93,7 @@ cdef cursor read_field(cursor p, cursor end, Field *field) except NULL:
 
 # ------------------------------------------------------------------------------------------------------ writing JSON
 
-cdef Py_ssize_t most_out = PY_SSIZE_T_MAX  # bytes that a buffer may grow to
+cdef Py_ssize_t max_out = PY_SSIZE_T_MAX  # bytes that a buffer may grow to
 cdef int values_left
 
 
@@ -102,7 +102,7 @@ cdef inline int room_for(Buffer *out, Py_ssize_t n) except -1:
 
 
 cdef int grow(Buffer *out, Py_ssize_t n) except -1:
-    if out.end + n > most_out:
+    if out.end + n > max_out:
         raise OverflowError
     return make_room(out, n)
 
@@ -433,18 +433,18 @@ cdef class RecordParts:
 
     ``received``: the time for those without one. ``source``: a JSON string, or empty. ``metadata``: members without
     braces, or empty. ``level``: for records without one. ``levels``: names of levels, see known_level. ``names``: of
-    ``metadata``, as bytes: other members must not be called so. ``most``: bytes of a message.
+    ``metadata``, as bytes: other members must not be called so. ``limit``: bytes of a message.
     """
 
     cdef bytes received, source, metadata, level
     cdef dict levels
     cdef set names
-    cdef Py_ssize_t most
+    cdef Py_ssize_t limit
 
-    def __init__(self, bytes received not None, dict levels not None, Py_ssize_t most, bytes source not None=b"",
+    def __init__(self, bytes received not None, dict levels not None, Py_ssize_t limit, bytes source not None=b"",
                  bytes metadata not None=b"", bytes level not None=b"info", set names not None=set()):
         self.received, self.levels, self.source, self.metadata = received, levels, source, metadata
-        self.level, self.names, self.most = level, names, most
+        self.level, self.names, self.limit = level, names, limit
 
 
 cdef int put_log_record(Buffer *out, Buffer *scratch, cursor p, cursor end, RecordParts parts) except -1:
@@ -664,38 +664,38 @@ def find_field(bytes body not None, Py_ssize_t at, Py_ssize_t end, uint64_t numb
     return None
 
 
-def otlp_attributes(bytes body not None, Py_ssize_t at, Py_ssize_t end, uint64_t number, Py_ssize_t most):
-    """Return the attributes of a message, which are its fields of that number, as a JSON object of ``most`` bytes."""
-    global most_out, values_left
+def otlp_attributes(bytes body not None, Py_ssize_t at, Py_ssize_t end, uint64_t number, Py_ssize_t limit):
+    """Return the attributes of a message, which are its fields of that number, as a JSON object of ``limit`` bytes."""
+    global max_out, values_left
     cdef Buffer out
     cdef cursor start = <cursor>PyBytes_AS_STRING(body)
     check_bounds(body, at, end)
     memset(&out, 0, sizeof(Buffer))
-    most_out, values_left = most, MAX_ANY_VALUES
+    max_out, values_left = limit, MAX_ANY_VALUES
     try:
         put_attributes(&out, start + at, start + end, number, 0)
         return PyBytes_FromStringAndSize(<char *>out.data, out.end)
     finally:
-        most_out = PY_SSIZE_T_MAX
+        max_out = PY_SSIZE_T_MAX
         release(&out)
 
 
-def otlp_records(bytes body not None, Py_ssize_t at, Py_ssize_t end, RecordParts parts not None, int most):
+def otlp_records(bytes body not None, Py_ssize_t at, Py_ssize_t end, RecordParts parts not None, int limit):
     """Write the next log records of a ScopeLogs: ``(messages, how many, next)``; messages with commas between them."""
-    return put_records(body, at, end, parts, most, True)
+    return put_records(body, at, end, parts, limit, True)
 
 
-def loki_entries(bytes body not None, Py_ssize_t at, Py_ssize_t end, RecordParts parts not None, int most):
+def loki_entries(bytes body not None, Py_ssize_t at, Py_ssize_t end, RecordParts parts not None, int limit):
     """Write the next entries of a StreamAdapter: ``(messages, how many, next)``; messages with commas between them."""
-    return put_records(body, at, end, parts, most, False)
+    return put_records(body, at, end, parts, limit, False)
 
 
 cdef Buffer spare  # what messages were written to last: its pages are there already
 memset(&spare, 0, sizeof(Buffer))
 
 
-cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts parts, int most, bint otlp):
-    global spare, most_out
+cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts parts, int limit, bint otlp):
+    global spare, max_out
     cdef Buffer out, scratch
     cdef Field field
     cdef int count = 0
@@ -706,9 +706,9 @@ cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts pa
     out = spare
     memset(&spare, 0, sizeof(Buffer))
     memset(&scratch, 0, sizeof(Buffer))
-    most_out = MAX_CHUNK + parts.most
+    max_out = MAX_CHUNK + parts.limit
     try:
-        while p < until and count < most and out.end < MAX_CHUNK:
+        while p < until and count < limit and out.end < MAX_CHUNK:
             p = read_field(p, start + end, &field)
             if field.number != 2 or field.kind != BYTES:
                 continue
@@ -719,7 +719,7 @@ cdef tuple put_records(bytes body, Py_ssize_t at, Py_ssize_t end, RecordParts pa
             count += 1
         return PyBytes_FromStringAndSize(<char *>out.data, max(out.end - 1, 0)), count, p - start
     finally:
-        most_out = PY_SSIZE_T_MAX
+        max_out = PY_SSIZE_T_MAX
         release(&scratch)
         out.end = 0
         if out.size <= 2 * MAX_CHUNK:

@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import Struct
 
 from fastdist import logs
-from fastdist.errors import INTERNAL_ERROR, printable
+from fastdist.errors import INTERNAL_ERROR
 from fastdist.http import metrics, stats
 from fastdist.http.admin import RefusedError, authorize, parse_override
-from fastdist.http.models import FieldError, Model, Problem, Ready
+from fastdist.http.models import Model, Problem, Ready
 from fastdist.http.static import FOLDER, pages
 from fastdist.ipc import Action
 from fastdist.retry_after import retry_after
-from fastdist.statuses import reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -92,15 +91,7 @@ def problem(
 
     Any text is allowed, also what is not Unicode: see ``printable``.
     """
-    faults = [FieldError(**{name: _printable(member) for name, member in error.items()}) for error in errors or ()]
-    document = Problem(
-        title=reason(status), status=status, detail=printable(detail), errors=faults or UNSET, stored=stored or UNSET
-    )
-    return Response(status, msgspec.json.encode(document), PROBLEM + headers)
-
-
-def _printable(member: Any) -> Any:
-    return printable(member) if isinstance(member, str) else member
+    return Response(status, msgspec.json.encode(Problem.of(status, detail, errors, stored)), PROBLEM + headers)
 
 
 class Faults:
@@ -109,8 +100,8 @@ class Faults:
     def __init__(self) -> None:
         self._log_limit = logs.Throttle(LOG_INTERVAL)  # by kind and line
 
-    def answer(self, error: Exception) -> Response:
-        """Return the response; ``error`` is logged unless one like it just was."""
+    def response(self, error: Exception) -> Response:
+        """Return what to answer; ``error`` is logged unless one like it just was."""
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
@@ -181,7 +172,7 @@ class Api:
         except RefusedError as error:
             return problem(error.status, error.detail, errors=error.errors, headers=error.headers)
         except Exception as error:  # noqa: BLE001  (every request gets a response)
-            return self.faults.answer(error)
+            return self.faults.response(error)
 
     def _respond(self, request: Request) -> Response | Action:
         method, route = request.method, template(request.path)

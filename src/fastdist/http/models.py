@@ -10,9 +10,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from fastdist.errors import printable
+from fastdist.statuses import reason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 MAX_WEIGHT = 1e100  # that can be set, so that no sum of weights is ever infinite
 
@@ -87,6 +93,24 @@ class Problem(Model, kw_only=True):
             "`unknown`: it may be; to send it again under the same Idempotency-Key is right."
         ),
     ] = UNSET
+
+    @classmethod
+    def of(
+        cls, status: int, detail: str, errors: Sequence[Mapping[str, Any]] | None = None, stored: str = ""
+    ) -> Problem:
+        """Return what says this; ``errors`` are members of ``FieldError``. Any text will do: see ``printable``."""
+        faults = [FieldError(**{name: _printable(member) for name, member in error.items()}) for error in errors or ()]
+        return cls(
+            title=reason(status),
+            status=status,
+            detail=printable(detail),
+            errors=faults or UNSET,
+            stored=stored or UNSET,
+        )
+
+
+def _printable(member: Any) -> Any:
+    return printable(member) if isinstance(member, str) else member
 
 
 # ---- packets

@@ -165,7 +165,7 @@ class Refused(Exception):  # noqa: N818  (a fact of the protocol, not a fault of
 # Yields how many bytes of a body it keeps, decoded; None: as many as before. (Any: a bare yield is allowed for that.)
 Work = Generator[Any, None, Batch]
 Take = Callable[[Request, Limits], Work]
-Answer = Callable[[Request, str], Reply]  # the text: why nothing can be stored now; empty if it can
+Respond = Callable[[Request, str], Reply]  # the text: why nothing can be stored now; empty if it can
 
 
 class Route(Struct, frozen=True):
@@ -176,7 +176,7 @@ class Route(Struct, frozen=True):
 
     path: str
     take: Mapping[str, Take] = {}
-    reply: Mapping[str, Answer] = {}
+    reply: Mapping[str, Respond] = {}
     for_json: bool = False
 
     @property

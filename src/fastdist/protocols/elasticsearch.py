@@ -33,7 +33,7 @@ from fastdist.protocols.records import MAX_DEPTH, Common, Packets, decode_value,
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
 
-    from fastdist.protocols.base import Answer, Limits, Work
+    from fastdist.protocols.base import Limits, Respond, Work
 
 VERSION = "8.19.0"  # of Elasticsearch, that clients are told: Filebeat refuses one that is lower than its own
 PRODUCT = b"X-Elastic-Product: Elasticsearch\r\n"  # on every response, or official clients refuse it
@@ -149,7 +149,7 @@ NODES = {"_nodes": SHARDS, "cluster_name": "fastdist", "nodes": {}}
 REFRESHED = {"_shards": SHARDS}
 
 
-def _constant(document: object) -> Answer:
+def _constant(document: object) -> Respond:
     reply = Reply(200, orjson.dumps(document), JSON + PRODUCT)
     return lambda _request, _obstacle: reply
 

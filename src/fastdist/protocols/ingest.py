@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import unquote
 
-import orjson
+import msgspec
 
-from fastdist.errors import printable
+from fastdist.http.models import Problem
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import (
     JSON,
@@ -23,7 +23,6 @@ from fastdist.protocols.base import (
 )
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import Common, Packets, add_records, lines
-from fastdist.statuses import reason
 
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work
@@ -54,12 +53,9 @@ class Json(Protocol):
     def refuse(self, _request: Request, refused: Refused) -> Reply:
         """Return a problem document (RFC 9457) whose pointer is the number of the record at fault."""
         status = STATUSES[refused.reason]
-        problem: dict[str, object] = {"type": "about:blank", "title": reason(status), "status": status}
-        problem["detail"] = printable(refused.detail)
-        if refused.record is not None:
-            problem["errors"] = [{"pointer": f"/{refused.record}", "detail": printable(refused.detail)}]
+        errors = [] if refused.record is None else [{"pointer": f"/{refused.record}", "detail": refused.detail}]
         headers = PROBLEM + refused.headers + try_again(refused) + challenge(refused)
-        return Reply(status, orjson.dumps(problem), headers)
+        return Reply(status, msgspec.json.encode(Problem.of(status, refused.detail, errors)), headers)
 
 
 def _ready(_request: Request, _obstacle: str) -> Reply:

@@ -11,7 +11,7 @@ from fastdist.protocols import elasticsearch, ingest, loki, otlp, splunk
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from fastdist.protocols.base import Answer, Protocol, Route, Take
+    from fastdist.protocols.base import Protocol, Respond, Route, Take
 
 PROTOCOLS: Final[tuple[Protocol, ...]] = (
     ingest.Json(),
@@ -33,7 +33,7 @@ class Found(NamedTuple):
     protocol: Protocol
     route: Route
     take: Take | None
-    reply: Answer | None
+    reply: Respond | None
     allow: list[str]
 
 

@@ -83,7 +83,7 @@ class QueueView(msgspec.Struct):
         return all(report.sound for report in self.files)
 
 
-def look(path: Path, most_packets: int = 0) -> QueueView:
+def look(path: Path, max_packets: int = 0) -> QueueView:
     """Return what there is in ``path``, a queue's folder or one file of it, with at most so many of its packets.
 
     Raises NoQueueError, InUseError, and OSError for what cannot be read.
@@ -100,10 +100,10 @@ def look(path: Path, most_packets: int = 0) -> QueueView:
             raise NoQueueError(f"no queue in {path}{hint}")
         reports, packets = [], list[WaitingPacket]()
         for file in files:
-            report, waiting = _look_at(file, most_packets)
+            report, waiting = _look_at(file, max_packets)
             reports.append(report)
             packets += waiting
-    return QueueView(reports, sorted(packets, key=_age)[:most_packets], aside)
+    return QueueView(reports, sorted(packets, key=_age)[:max_packets], aside)
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def _in_use(folder: Path, pid: int | None) -> InUseError:
     return InUseError(f"{text}; see its GET /queue")
 
 
-def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
+def _look_at(file: Path, max_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
     report = RingReport(file=file.name)
     if is_irregular(file):
         report.error = "not a regular file"
@@ -136,7 +136,7 @@ def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPac
         if not locks.try_lock(opened.fileno(), shared=True):  # though the folder's lock was free, or deleted
             raise _in_use(file.parent, locks.holder(opened.fileno()))
         if format1.is_format1(opened.fileno()):
-            return _look_at_format1(report, opened.fileno(), most_packets)
+            return _look_at_format1(report, opened.fileno(), max_packets)
         try:
             ring = PacketRing(opened.fileno(), private=True)
         except RingError as error:
@@ -146,11 +146,11 @@ def _look_at(file: Path, most_packets: int) -> tuple[RingReport, list[WaitingPac
         report.corrupt = ring.corrupt
         report.damage = [Damage(offset, what) for offset, what in ring.damage]
         report.notes = [Damage(offset, what) for offset, what in ring.notes]
-        packets = heapq.nsmallest(most_packets, _packets(file.name, ring), key=_age) if most_packets else []
+        packets = heapq.nsmallest(max_packets, _packets(file.name, ring), key=_age) if max_packets else []
     return report, packets
 
 
-def _look_at_format1(report: RingReport, fd: int, most_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
+def _look_at_format1(report: RingReport, fd: int, max_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
     try:
         ring = format1.read(fd)
     except RingError as error:
@@ -167,7 +167,7 @@ def _look_at_format1(report: RingReport, fd: int, most_packets: int) -> tuple[Ri
         )
         for packet in ring.waiting()
     )
-    packets = heapq.nsmallest(most_packets, waiting, key=_age)
+    packets = heapq.nsmallest(max_packets, waiting, key=_age)
     for _ in waiting:
         pass  # what was found is known when all has been read
     report.packets, report.bytes, report.capacity_bytes = ring.undone, ring.undone_bytes, ring.capacity

@@ -95,7 +95,7 @@ def _keep_readable(path: Path, broken: PacketRing, rings: dict[Path, int]) -> Pa
         ring = PacketRing(new)
         while handle := broken.claim():
             with contextlib.suppress(DamagedError):
-                if not ring.adopt(broken, handle):
+                if not ring.push_copy(broken, handle):
                     raise OSError(errno.ENOSPC, "its packets do not fit into a new one", str(path))
 
     aside = name_aside(path)

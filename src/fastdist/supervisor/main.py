@@ -355,8 +355,7 @@ class Supervisor:
         files = DeadLetters(config.queue.path, f"s-{os.getpid()}", path=config.dead_letters.path, bounds=bounds)
         count, saved = 0, True
         for fd, row in nameless.items():
-            ring = PacketRing(fd, volatile=True)
-            ring.clock_offset = self.block.head[HeadWord.CLOCK_OFFSET_NS]
+            ring = PacketRing(fd, volatile=True, clock_offset=self.block.head[HeadWord.CLOCK_OFFSET_NS])
             queued = ring.undone
             try:
                 DeadLetterWriter(files, row, lambda *_: None).write_all(what_is_left(ring))

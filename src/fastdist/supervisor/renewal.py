@@ -34,7 +34,7 @@ def _renew(slot: WorkerSlot, folder: QueueFolder, row: Counters) -> None:
             slot.renewed = True
     if not has_name(slot.ring, ring_path(folder.path, slot.index)):
         return  # it is in memory, or was deleted: see worker.queue
-    pushed = sum(row.get(name) for name in ("sequence_base", "adopted", "accepted", "withdrawn"))
+    pushed = sum(row.get(name) for name in ("sequence_base", "migrated", "accepted", "withdrawn"))
     try:
         old_rings = folder.renew(slot.index, pushed or 1)
     finally:

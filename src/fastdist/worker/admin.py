@@ -38,7 +38,7 @@ class AdminRequests:
             try:
                 response = self._response(action, reply)
             except Exception as error:  # noqa: BLE001  (the client must get a response)
-                response = self._api.faults.answer(error)
+                response = self._api.faults.response(error)
             done(response)
 
         self._pending[number] = respond

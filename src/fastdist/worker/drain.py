@@ -103,7 +103,7 @@ class Drain:
 
     def _close_finished(self, idle: Counter[IngestProtocol]) -> None:
         """Close connections whose last response was read, or had the time to be, and those ``idle`` at enough looks."""
-        whole = self._poller.turn()  # else a request may have arrived that was not read yet
+        whole = self._poller.run_once()  # else a request may have arrived that was not read yet
         for connection in tuple(self._intake.connections):
             if connection.transport is None:
                 continue
@@ -117,7 +117,7 @@ class Drain:
     def _reject(self) -> None:
         """Reject the requests that have arrived by now."""
         end = time.monotonic() + LAST_ANSWERS
-        while (not self._poller.turn() or self._intake.holds_back) and time.monotonic() < end:
+        while (not self._poller.run_once() or self._intake.holds_back) and time.monotonic() < end:
             self._intake.go_on()
         self._intake.give_up_storing()  # the disk was too slow for the rest of it
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
-from fastdist._core import Answer, IngestBase, Intake
+from fastdist._core import IngestBase, Intake, PendingResponse
 from fastdist.errors import INTERNAL_ERROR, PacketError
 from fastdist.http.admin import has_token, is_token
 from fastdist.http.api import Response, cors_headers, is_preflight, problem
@@ -73,8 +73,7 @@ class Emitters:
         self.shared, self.turned_away = shared, turned_away
         self.counts_messages = server.validation != "none"
         self.proxies = TrustedProxies(server.trusted_proxies)
-        self.agents = Agents(server, min(intake.ring.capacity, intake.most_bodies))
-        intake.find = self.agents.find
+        self.agents = Agents(server, min(intake.ring.capacity, intake.max_bodies))
         self.tokens: Sequence[str] = ()
         self.cors_origins: Sequence[str] = ()
         self.waiting: dict[int, Waiting] = {}  # by sequence
@@ -137,14 +136,14 @@ class Emitters:
         self._forget(waiting, (sequence,) if analyzer is not None else tuple(waiting.left))
         if not waiting.left:
             response = waiting.dead_letter() if analyzer is None else waiting.delivered(analyzer)
-            waiting.answer.complete_after_sync(_bytes(waiting.answer, response))
+            waiting.pending.complete_after_sync(_bytes(waiting.pending, response))
 
     def lost(self, sequence: int) -> None:
         """Answer the emitter that waits for this packet, which was damaged in the queue: it will not be delivered."""
         waiting = self.waiting.get(sequence)
         if waiting is not None:
             self._forget(waiting, tuple(waiting.left))
-            waiting.answer.complete(_bytes(waiting.answer, waiting.lost()))
+            waiting.pending.complete(_bytes(waiting.pending, waiting.lost()))
 
     def wait_over(self, sequence: int) -> None:
         """Answer that packets are safe, but were not delivered in the time the emitter was prepared to wait."""
@@ -155,7 +154,7 @@ class Emitters:
     def _end(self, waiting: Waiting) -> None:
         if waiting.left:
             self._forget(waiting, tuple(waiting.left))
-            waiting.answer.complete_after_sync(_bytes(waiting.answer, waiting.stored()))
+            waiting.pending.complete_after_sync(_bytes(waiting.pending, waiting.stored()))
 
     def end_waiting(self) -> None:
         """Answer so to all that still wait: the time of this process is up, not that of their packets."""
@@ -187,8 +186,8 @@ class Emitters:
         waiting.left.difference_update(sequences)
 
 
-def _bytes(answer: Answer, response: Response | Reply) -> bytes:
-    return answer.compose(response.status, reason(response.status), response.headers, response.body)
+def _bytes(pending: PendingResponse, response: Response | Reply) -> bytes:
+    return pending.compose(response.status, reason(response.status), response.headers, response.body)
 
 
 class IngestProtocol(IngestBase, asyncio.Protocol):
@@ -281,7 +280,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
     # ---- responses
 
     def _compose(self, response: Response | Reply, *, close: bool = False) -> bytes:
-        data: bytes = self.answer(response.status, reason(response.status), response.headers, response.body, close)
+        data: bytes = self.respond(response.status, reason(response.status), response.headers, response.body, close)
         return data
 
     def handle(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:
@@ -291,9 +290,13 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         response = self.emitters.api.respond(method, target, headers, body, self.address)
         if isinstance(response, Response):
             return self._compose(response)
-        answer = self.promise()
-        self.emitters.carry_out(response, lambda response: answer.complete(_bytes(answer, response)))
+        pending = self.promise()
+        self.emitters.carry_out(response, lambda response: pending.complete(_bytes(pending, response)))
         return None
+
+    def route_of(self, method: str, target: str, headers: Mapping[str, str]) -> tuple[object, bool] | None:
+        """Return what a request is for, and whether it brings an agent's records; None: for no agent."""
+        return self.emitters.agents.find(method, target, headers)
 
     def refuse(self, status: int, counter: str, detail: str, headers: bytes = b"") -> bytes:
         """Count and describe a fault."""
@@ -351,7 +354,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         if isinstance(error, PacketError):
             self._count_rejected(error.reason, error.errors[0]["pointer"] if error.errors else "")
             return self._compose(problem(400, error.detail, errors=error.errors))
-        response = self.emitters.api.faults.answer(error)
+        response = self.emitters.api.faults.response(error)
         if self.route is None:
             return self._compose(response)
         return self._turn_down(Refused(Reason.FAULT, INTERNAL_ERROR))
@@ -383,10 +386,10 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         return cors_headers(origin.decode("latin-1"), self.emitters.cors_origins) or None
 
     def await_delivery(
-        self, answer: Answer, sequence: int, seconds: float, packet_id: str, messages: int | None
+        self, pending: PendingResponse, sequence: int, seconds: float, packet_id: str, messages: int | None
     ) -> None:
         """Answer once the packet is delivered, or after ``seconds``."""
-        waiting = PacketWait(self, answer, sequence, packet_id, UNSET if messages is None else messages)
+        waiting = PacketWait(self, pending, sequence, packet_id, UNSET if messages is None else messages)
         self.emitters.wait(seconds, waiting)
 
     # ---- agents' requests, and bodies that are encoded
@@ -407,7 +410,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         try:
             return agent.without_records(api.snapshot().obstacle)
         except Exception as error:  # noqa: BLE001  (every request gets a response)
-            return api.faults.answer(error)
+            return api.faults.response(error)
 
     def conversion_of(self, body: bytes) -> Generator[int | None, None, Batch | bytes]:
         """Return what makes packets of the body of an agent's request, or decodes that of a packet."""
@@ -420,13 +423,13 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Answer that a batch is stored. The core counts it once that is so."""
         return self._compose(batch.reply)
 
-    def withdrawn(self) -> Callable[[Answer], bytes]:
+    def withdrawn(self) -> Callable[[PendingResponse], bytes]:
         """Return what makes the response if the batch is withdrawn because it could not be written or synced."""
         what = "not all records could be stored" if self.emitters.shared else "the records could not be written to disk"
         agent, why = self._agent(), Refused(Reason.STORAGE, what)
-        return lambda answer: _bytes(answer, agent.refused(why))
+        return lambda pending: _bytes(pending, agent.refused(why))
 
-    def awaiting(self, answer: Answer, seconds: float, batch: Batch) -> Callable[[Collection[int]], None]:
+    def awaiting(self, pending: PendingResponse, seconds: float, batch: Batch) -> Callable[[Collection[int]], None]:
         """Return what, given the packets' sequences, answers once all are delivered, or after ``seconds``."""
         agent, batch = self._agent(), batch.without_packets()  # a wait may be for a day
-        return lambda sequences: self.emitters.wait(seconds, BatchWait(self, answer, sequences, agent, batch))
+        return lambda sequences: self.emitters.wait(seconds, BatchWait(self, pending, sequences, agent, batch))

@@ -212,4 +212,4 @@ def serve(
         except OSError as error:
             refuse(connection, error)
 
-    return Acceptor(listener, taken, poller.turn, **options)
+    return Acceptor(listener, taken, poller.run_once, **options)

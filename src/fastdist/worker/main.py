@@ -106,10 +106,10 @@ class Worker:
             self.dispatcher.schedule if stream is None else stream.want_sync,
             self.queue.want_sync,
             self._not_written,
-            answers_after_sync=self.queue.answers_after_sync,
+            responds_after_sync=self.queue.responds_after_sync,
+            remembers_keys=stream is not None,
         )
         self.poller.after = self.intake
-        self.queue.watch_damage(self._damaged)
         api = Api(self.snapshot, at="packets" if config.admin.listen else "all")
         self.admin = AdminRequests(control, api)
         self.emitters = Emitters(
@@ -127,7 +127,7 @@ class Worker:
         self.accepting = Shortage()  # that keeps emitters' connections from being accepted
         self.schedule = Schedule(loop, self.upkeep, self._tasks())
         self.lag = LoopLag(self.counters, (self.poller, self.intake, self.schedule))
-        self.intake.broken_storage = self.queue.fault
+        self._note_fault()
         self.tls = tls.server_context(self.pair, config.security)
         self._put_in_force()
         self._retry_after = (0, 1)  # monotonic ns until which it holds; seconds
@@ -136,7 +136,14 @@ class Worker:
 
     def _open_queue(self) -> Queue | StreamQueue:
         if self.config.queue.backend == "ring":
-            return Queue(self.assignment, self.config, self.block, synced=self._synced, not_synced=self._not_synced)
+            return Queue(
+                self.assignment,
+                self.config,
+                self.block,
+                synced=self._synced,
+                not_synced=self._not_synced,
+                damaged=self._damaged,
+            )
         from fastdist.worker.stream.queue import StreamQueue  # noqa: PLC0415  (its library may not be installed)
 
         self.stream = StreamQueue(self.loop, self.config, self.block, self.assignment.index, self._found_full)
@@ -198,7 +205,7 @@ class Worker:
         self.dispatcher.set_analyzers(self.analyzers)
         if self.stream is not None:
             await self.stream.serve(self.intake, self.emitters, self.dispatcher)
-            self.intake.broken_storage = self.stream.fault
+            self._note_fault()
         self._server = self._listen(socket.socket(fileno=self.assignment.listener))
         if self.assignment.views >= 0:
             context = self.tls if self.config.admin.tls == "on" else None
@@ -308,7 +315,10 @@ class Worker:
         try:
             self.queue.look()
         finally:
-            self.intake.broken_storage = self.queue.fault
+            self._note_fault()
+
+    def _note_fault(self) -> None:
+        self.intake.broken_storage = self.queue.fault
 
     def _write_dead_letters(self, now_ns: int) -> None:
         if self.intake.draining:
@@ -365,7 +375,7 @@ class Worker:
     # ---- called by the syncer
 
     def _synced(self, _position: int) -> None:
-        self.intake.broken_storage = self.queue.fault
+        self._note_fault()
         self.intake.synced()
         self.dispatcher.schedule()
         self.upkeep.run(Step.OLD_RINGS, self._migrate)
@@ -373,7 +383,7 @@ class Worker:
     def _not_synced(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, withdraw what was not confirmed to any emitter."""
         self.loop.call_soon(self.upkeep.run, Step.QUEUE_FILES, self._look_for_files)
-        self.intake.broken_storage = error.errno or errno.EIO  # until that look, or the next sync
+        self.intake.broken_storage = error.errno or errno.EIO  # at once: that look may find the file misplaced
         if not self.fsync:
             return
         packets, _, _ = self.queue.ring.withdraw_unsynced()
@@ -390,7 +400,7 @@ class Worker:
         error = OSError(code, os.strerror(code))
         assert isinstance(self.queue, Queue)  # noqa: S101  (memory can be written to)
         self.queue.not_written(error)
-        self.intake.broken_storage = code
+        self._note_fault()
         self._reject_behind(self.queue.ring.tail_position, error)
         self.emitters.forget_from(self.queue.ring.next_sequence_number)
 

@@ -15,6 +15,8 @@ from fastdist._core import DamagedError, PacketRing
 from fastdist.storage.files import has_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastdist._core import Counters
     from fastdist.storage.directory import OldRing
 
@@ -22,11 +24,11 @@ RETRY_SECONDS = 1.0  # until deleting an old ring is retried
 
 
 class Migration:
-    """The move of one old ring's packets."""
+    """The move of one old ring's packets; ``on_damage``: see ``PacketRing``."""
 
-    def __init__(self, old: OldRing) -> None:
+    def __init__(self, old: OldRing, on_damage: Callable[[int, str, int, int], object] | None = None) -> None:
         self.old = old
-        self.ring = PacketRing(old.fd)
+        self.ring = PacketRing(old.fd, on_damage=on_damage)
         self.next_deletion = 0.0  # time.monotonic()
         self._copied: list[int] = []  # handles in the old ring whose copies are not synced yet
         self._copied_bytes = 0  # of their records
@@ -51,7 +53,7 @@ class Migration:
         if not self.settle(target):
             return 0, []
         # Until ``end_migrating`` nothing but copies is pushed.
-        counters.set("adopting", target.next_sequence_number - counters.get("adopted"))
+        counters.set("migrating", target.next_sequence_number - counters.get("migrated"))
         before = target.undone_bytes
         try:
             oversized = self._copy(target, limit)
@@ -65,7 +67,7 @@ class Migration:
         oversized = []
         while len(self._copied) < limit and (handle := self.ring.claim()):
             try:
-                if not target.adopt(self.ring, handle):
+                if not target.push_copy(self.ring, handle):
                     self.ring.release(handle)
                     break
             except ValueError:
@@ -108,6 +110,6 @@ class Migration:
 
 def end_migrating(ring: PacketRing, counters: Counters) -> None:
     """Count what was copied since a step began, even if by a process that was killed meanwhile."""
-    if begun := counters.get("adopting"):
-        counters.set("adopted", ring.next_sequence_number - begun)
-        counters.set("adopting", 0)
+    if begun := counters.get("migrating"):
+        counters.set("migrated", ring.next_sequence_number - begun)
+        counters.set("migrating", 0)

@@ -39,9 +39,13 @@ log = logs.get()
 
 
 class Queue:
-    """What is kept of packets. ``synced(position)`` and ``not_synced(error)`` are called in the event loop."""
+    """What is kept of packets. ``synced(position)`` and ``not_synced(error)`` are called in the event loop.
 
-    def __init__(
+    ``damaged(ring, offset, what, packets lost, sequence)`` is called when damage is found in rings in use. ``ring``:
+    OWN or an old ring's path; ``sequence``: of the packet lost, where it is known, else 0.
+    """
+
+    def __init__(  # noqa: PLR0913  (what it is of, and the callbacks)
         self,
         assignment: Assignment,
         config: Config,
@@ -49,20 +53,28 @@ class Queue:
         *,
         synced: Callable[[int], None],
         not_synced: Callable[[OSError], None],
+        damaged: Callable[[str, int, str, int, int], None],
     ) -> None:
         durability = config.queue.durability
-        self.answers_after_sync = durability == "fsync"
+        self.responds_after_sync = durability == "fsync"
         self.sync_interval = config.queue.sync_interval
         self.fd = assignment.ring
         try:
-            self.ring = PacketRing(self.fd, volatile=durability == "memory", claims_wait_for_sync=durability == "fsync")
-            self.migrations = [Migration(OldRing(fd, path)) for path, fd in assignment.old_rings.items()]
+            self.ring = PacketRing(
+                self.fd,
+                volatile=durability == "memory",
+                claims_wait_for_sync=durability == "fsync",
+                clock_offset=block.head[HeadWord.CLOCK_OFFSET_NS],
+                on_damage=partial(damaged, OWN),
+            )
+            self.migrations = [
+                Migration(OldRing(fd, path), partial(damaged, path)) for path, fd in assignment.old_rings.items()
+            ]
         except RingError as error:
             raise StartError(f"a queue file cannot be read: {error}") from error
         rings = (self.ring, *(migration.ring for migration in self.migrations))
         if any(ring.broken for ring in rings) and not assignment.irreplaceable:
             raise StartError("a queue file cannot be read in part")
-        self.ring.clock_offset = block.head[HeadWord.CLOCK_OFFSET_NS]
         path = None if durability == "memory" else ring_path(config.queue.path, assignment.index)
         self.names = RingNames(self.ring, self.fd, path)
         self._unwritable = OSError(errno.EIO, os.strerror(errno.EIO)) if self.ring.broken else None
@@ -134,15 +146,6 @@ class Queue:
     def reconcile(self, counters: Counters, *, renewed: bool) -> None:
         """Make ``counters`` agree with the rings; see ``fastdist.worker.reconcile``."""
         reconcile(self.ring, self.migrations, counters, renewed=renewed)
-
-    def watch_damage(self, damaged: Callable[[str, int, str, int, int], None]) -> None:
-        """Have ``damaged(ring, offset, what, packets lost, sequence)`` called when damage is found in rings in use.
-
-        ``ring``: OWN or an old ring's path; ``sequence``: of the packet lost, where it is known, else 0.
-        """
-        self.ring.on_damage = partial(damaged, OWN)
-        for migration in self.migrations:
-            migration.ring.on_damage = partial(damaged, migration.old.path)
 
     @property
     def old_bytes(self) -> int:

@@ -42,7 +42,7 @@ def reconcile(ring: PacketRing, migrations: Sequence[Migration], counters: Count
 
 def _count_pushed(ring: PacketRing, counters: Counters) -> None:
     end_migrating(ring, counters)
-    pushed = ring.next_sequence_number - counters.get("sequence_base") - counters.get("adopted")
+    pushed = ring.next_sequence_number - counters.get("sequence_base") - counters.get("migrated")
     missing = pushed - counters.get("accepted") - counters.get("withdrawn")
     if missing > 0:
         messages, body_bytes = ring.totals_of_latest(missing)

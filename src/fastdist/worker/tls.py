@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_RECORD = 16384  # bytes
 HEAD = b"HEAD "
 PLAIN = "a plain HTTP request was sent to a port that takes HTTPS only: use https:// in the URL"
-TURN_NS = 1_000_000  # of an event-loop iteration for handshakes; one step in any case
+HANDSHAKES_NS = 1_000_000  # of an event-loop iteration for handshakes; one step in any case
 EXPIRED_AT_ONCE = 64  # expired handshakes, before the loop runs other callbacks
 
 
@@ -54,9 +54,9 @@ class TlsServer(Acceptor):
         poller: Poller,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(listener, self._taken, poller.turn, **options)
+        super().__init__(listener, self._taken, poller.run_once, **options)
         self.poller, self.context, self.protocol = poller, context, protocol
-        self.has_room, self.patience, self.turn_ns = has_room, patience, TURN_NS
+        self.has_room, self.patience, self.handshakes_ns = has_room, patience, HANDSHAKES_NS
         self._handshakes: dict[TlsConnection, float] = {}  # until when, the first to end first
         self._awaiting: deque[TlsConnection] = deque()  # those of them whose next step costs something
         self._turn_comes = False
@@ -93,7 +93,7 @@ class TlsServer(Acceptor):
                 connection.shake_hands()
             except Exception as error:  # noqa: BLE001  (an error of the program: the others must go on)
                 connection.transport.report(error)
-            if time.monotonic_ns() - began > self.turn_ns:
+            if time.monotonic_ns() - began > self.handshakes_ns:
                 break
         self._turn_comes = bool(self._awaiting)
         if self._turn_comes:

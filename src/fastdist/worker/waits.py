@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from msgspec import UnsetType
 
-    from fastdist._core import Answer
+    from fastdist._core import PendingResponse
     from fastdist.protocols.base import Batch
     from fastdist.worker.agents import AgentRequest
 
@@ -28,8 +28,8 @@ class Emitter(Protocol):
 class Waiting(ABC):
     """An emitter that waits for deliveries; ``left``: the sequences of the packets that are not delivered yet."""
 
-    def __init__(self, connection: Emitter, answer: Answer, sequences: Collection[int]) -> None:
-        self.connection, self.answer, self.left = connection, answer, set(sequences)
+    def __init__(self, connection: Emitter, pending: PendingResponse, sequences: Collection[int]) -> None:
+        self.connection, self.pending, self.left = connection, pending, set(sequences)
 
     @abstractmethod
     def delivered(self, analyzer: str) -> Response | Reply:
@@ -54,12 +54,12 @@ class PacketWait(Waiting):
     def __init__(
         self,
         connection: Emitter,
-        answer: Answer,
+        pending: PendingResponse,
         sequence: int,
         packet_id: str,
         messages: int | UnsetType,
     ) -> None:
-        super().__init__(connection, answer, (sequence,))
+        super().__init__(connection, pending, (sequence,))
         self.packet_id, self.messages = packet_id, messages
 
     def delivered(self, analyzer: str) -> Response:
@@ -86,12 +86,12 @@ class BatchWait(Waiting):
     def __init__(
         self,
         connection: Emitter,
-        answer: Answer,
+        pending: PendingResponse,
         sequences: Collection[int],
         agent: AgentRequest,
         batch: Batch,
     ) -> None:
-        super().__init__(connection, answer, sequences)
+        super().__init__(connection, pending, sequences)
         self.agent, self.batch = agent, batch
 
     def delivered(self, analyzer: str) -> Reply:  # noqa: ARG002

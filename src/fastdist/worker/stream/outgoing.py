@@ -4,8 +4,8 @@
   does one whose emitter waits for its delivery.
 - Others share a message where they come together. While MAX_BUNDLES messages without a key have no acknowledgement yet,
   packets wait for company until they fill one. So nothing waits while nothing is under way.
-- Answers leave in the order of the packets. What was not stored is answered at once.
-- A batch has one answer: if one of its packets was not stored, that says so of all.
+- Responses leave in the order of the packets. What was not stored is answered at once.
+- A batch has one response: if one of its packets was not stored, that says so of all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from fastdist._core import Counters, Intake, Packet, PacketRing
+    from fastdist._core import Counters, Intake, Packet, PacketRing, PendingResponse
     from fastdist.http.api import Response
     from fastdist.settings import Jetstream
     from fastdist.storage.jetstream.publisher import Publisher
@@ -81,18 +81,21 @@ class Outgoing:
         self._reply_to: Callable[[int], str]
         self._order: deque[_Message] = deque()  # as they lie in the ring
         self._under_way = self._bundles = 0  # messages; those of packets without a key
-        self._rejected: deque[tuple[int, int]] = deque()  # (begin, end) of answers that were given already
+        self._keyed: dict[int, PendingResponse] = {}
+        self._rejected: deque[tuple[int, int]] = deque()  # (begin, end) of responses that were given already
         self._scheduled = False
         self._token, self._numbers = os.urandom(12).hex(), 0
 
     def serve(self, intake: Intake, emitters: Emitters, reply_to: Callable[[int], str]) -> None:
         """Have the emitters of ``intake`` answered; ``reply_to(sequence)``: where to tell of a packet's delivery."""
         self._intake, self._emitters, self._reply_to = intake, emitters, reply_to
-        intake.keyed = {}
+        if intake.keyed is None:
+            raise AssertionError("an intake that remembers keys is needed")
+        self._keyed = intake.keyed
 
     @property
     def undone(self) -> int:
-        """Packets whose emitters have no answer yet."""
+        """Packets whose emitters have no response yet."""
         return self.ring.undone
 
     def schedule(self) -> None:
@@ -138,7 +141,7 @@ class Outgoing:
         packet = message.alone
         assert packet is not None  # noqa: S101  (for type checkers)
         sequence = packet.sequence
-        message.is_keyed = self._intake.keyed is not None and sequence in self._intake.keyed
+        message.is_keyed = sequence in self._keyed
         inbox = self._reply_to(sequence) if sequence in self._emitters.waiting else ""
         stored = StoredPacket(packet.id, packet.body, packet.emitter, packet.messages, packet.accepted_ns, inbox=inbox)
         self._send(message, encode([stored]), packet.id if message.is_keyed else self.message_id())
@@ -170,7 +173,7 @@ class Outgoing:
         finally:
             self.schedule()
 
-    # ---- answers
+    # ---- responses
 
     def _settle(self, message: _Message, outcome: Outcome) -> None:
         try:
@@ -181,15 +184,15 @@ class Outgoing:
             message.over = True  # not before it is known what its emitters are answered
         finally:
             if message.is_keyed and message.alone is not None:
-                (self._intake.keyed or {}).pop(message.alone.sequence, None)
+                self._keyed.pop(message.alone.sequence, None)
 
     def answer(self) -> None:
-        """Let the answers leave of what is settled."""
+        """Let the responses leave of what is settled."""
         if self._order and self._order[0].over:
             self._advance()
 
     def _advance(self) -> None:
-        """Let the answers leave that no packet before theirs keeps back, together: each time it is asked who waits."""
+        """Let the responses leave that no packet before theirs keeps back: together, as each call looks who waits."""
         position, duplicates = 0, []
         while self._order and self._order[0].over:
             message = self._order.popleft()
@@ -214,11 +217,11 @@ class Outgoing:
         messages = packet.messages if self._emitters.counts_messages else UNSET
         document = Accepted(packet_id=packet.id, messages=messages, duplicate=True)
         self._emitters.forget_wait(packet.sequence)
-        answer = (self._intake.keyed or {})[packet.sequence]
-        answer.complete_after_sync(answer.compose(202, reason(202), JSON, msgspec.json.encode(document)))
+        pending = self._keyed[packet.sequence]
+        pending.complete_after_sync(pending.compose(202, reason(202), JSON, msgspec.json.encode(document)))
 
     def _reject(self, message: _Message, outcome: Outcome) -> None:
-        """Answer that packets are not stored, or that it is not known; each answer once."""
+        """Answer that packets are not stored, or that it is not known; each response once."""
         if message.alone is not None:
             self._emitters.forget_wait(message.alone.sequence)
         begin, end = message.begin, message.end
@@ -229,7 +232,7 @@ class Outgoing:
                 end = first
         if begin >= end:
             return
-        begin, end = self._intake.answer_of(begin + 1)[0], self._intake.answer_of(end)[1]
+        begin, end = self._intake.response_of(begin + 1)[0], self._intake.response_of(end)[1]
         response = self._refusal(outcome)
         self._rejected.append((begin, end))
         rejected = self._intake.not_stored(

@@ -111,7 +111,7 @@ class StreamQueue:
 
     # ---- called by the worker
 
-    answers_after_sync = True
+    responds_after_sync = True
     sync_interval = TICK
     syncer = None
     old_bytes = 0
@@ -135,9 +135,6 @@ class StreamQueue:
     def reconcile(self, counters: Counters, *, renewed: bool) -> None:  # noqa: ARG002
         """Forget what a predecessor had claimed: it comes again."""
         reset_gauges(counters)
-
-    def watch_damage(self, _damaged: object) -> None:
-        """Nothing but this process writes to the rings."""
 
     def reserve(self, *_: object) -> None:
         """There are no old rings."""
@@ -245,6 +242,5 @@ class StreamQueue:
 def _ring(capacity: int, block: SharedBlock, *, replicated: bool) -> tuple[int, PacketRing]:
     fd = os.memfd_create("fastdist-claims", os.MFD_CLOEXEC)
     os.ftruncate(fd, file_size(capacity))
-    ring = PacketRing(fd, capacity, volatile=True, replicated=replicated)
-    ring.clock_offset = block.head[HeadWord.CLOCK_OFFSET_NS]
-    return fd, ring
+    offset = block.head[HeadWord.CLOCK_OFFSET_NS]
+    return fd, PacketRing(fd, capacity, volatile=True, replicated=replicated, clock_offset=offset)
