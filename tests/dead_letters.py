@@ -7,7 +7,8 @@ import time
 from fastdist._core import Packet
 from fastdist.client.connection import Target
 from fastdist.client.replay import Replay
-from fastdist.storage.dead_letters import DeadLetters, Selection, find_files, read_file
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import Selection, find_files, read_file
 
 SECOND = 1_000_000_000
 WHOLE = (
@@ -52,7 +53,7 @@ def replayed(  # noqa: PLR0913  (tests name what they change)
 def fill(folder, names, reason="refused", owner="w0-1", body=b'{"n":1}'):
     """Write a file of dead letters; return its path."""
     before = set(folder.glob("dead-letters/*.ndjson"))
-    dead_letters = DeadLetters(folder, owner)
+    dead_letters = DeadLetterFiles(folder, owner)
     for name in names:
         dead_letters.write(packet(name, body), reason, "A1", 422, "no")
     dead_letters.close()

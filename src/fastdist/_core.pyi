@@ -408,6 +408,23 @@ __test__: dict[str, object]
 
 # ---- stream
 
+@type_check_only
+class StreamCalls(Protocol):
+    """What ``Stream`` calls in its protocol, a ``Receiver``, as transports of asyncio do."""
+
+    def connection_made(self, transport: Any, /) -> None:
+        """Called first, with the stream."""
+    def data_received(self, data: bytes, /) -> None:
+        """Called with what was read, unless the class takes that in the core."""
+    def eof_received(self) -> bool | None:
+        """Called at the peer's end; return whether ours stays open."""
+    def pause_writing(self) -> None:
+        """Called when more than 64 KiB wait to be written."""
+    def resume_writing(self) -> None:
+        """Called when they are fewer than 16 KiB again."""
+    def connection_lost(self, error: Exception | None, /) -> None:
+        """Called last."""
+
 @disjoint_base
 class Receiver:
     transport: Any
@@ -431,10 +448,10 @@ class Stream:
     @property
     def poller(self) -> Poller: ...
     @property
-    def protocol(self) -> Receiver | None: ...
+    def protocol(self) -> StreamCalls | None: ...
     @property
     def peer(self) -> Any: ...
-    def __new__(cls, poller: Poller, connection: socket.socket, peer: object, protocol: Receiver) -> Self: ...
+    def __new__(cls, poller: Poller, connection: socket.socket, peer: object, protocol: StreamCalls) -> Self: ...
     def pending_error(self) -> int: ...
     def report(self, error: Exception) -> None: ...
     def lose(self, error: Exception | None) -> None: ...
@@ -500,7 +517,7 @@ class EmitterCalls(Protocol):
         """Return what describes that the batch at hand could not be written."""
     def awaiting(self, response: PendingResponse, seconds: float, batch: Any, /) -> Callable[[Collection[int]], None]:
         """Return what gets the packets' sequences, to complete the response when all are delivered, or after ``seconds``."""
-    def share_with(self, origin: bytes, /) -> bytes | None:
+    def origin_headers(self, origin: bytes, /) -> bytes | None:
         """Return the CORS header lines for an origin, None when it gets none."""
     def await_delivery(
         self, response: PendingResponse, sequence: int, seconds: float, packet_id: str, messages: int | None, /
@@ -542,7 +559,7 @@ class Intake(AfterEvents):
     closed: bool
     broken_storage: int
     open_to_all: bool
-    shares_origins: bool
+    shares_responses: bool
     max_bodies: int
     later: Callable[[Callable[[], None]], object]
     slice_ns: int
@@ -643,7 +660,7 @@ class IngestBase(Connection):
     def is_stuck(self, now: int) -> bool: ...
     def excuse(self, now: int, late: int) -> None: ...
     def time_out(self, detail: str) -> None: ...
-    def turn_away(self, response: bytes, lingering: bool) -> None: ...
+    def close_with(self, response: bytes, lingering: bool) -> None: ...
 
 # ---- pool, upstream
 

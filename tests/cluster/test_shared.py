@@ -12,7 +12,8 @@ from harness import Service, ask, figures_until, in_loop, prepared, service, unt
 from proxy import Proxy
 
 from fastdist._core import Packet
-from fastdist.storage.dead_letters import DeadLetters, as_line
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import as_line
 from fastdist.storage.jetstream.api import UnavailableError
 from fastdist.storage.jetstream.connection import now
 from fastdist.storage.jetstream.dead_stream import DeadStream
@@ -66,7 +67,7 @@ async def test_dead_letter_larger_than_a_message(one, name):
 async def test_a_dead_letter_is_that_of_the_files(one, name, tmp_path):
     packet = Packet(1, "id-1", b'{"a": "\xc3\xbc"}', 3, 10**18, 2, 0, 0)
     async with dead_letters(one.settings(name)) as (_, dead):
-        files = DeadLetters(tmp_path, "w")
+        files = DeadLetterFiles(tmp_path, "w")
         files.write(packet, "refused", "A1", 400, None)
         files.close()
         await dead.put(as_line(packet, "refused", "A1", 400, None), 1)

@@ -202,7 +202,7 @@ class Obstacle:
             self.path.write_bytes(b"")
         else:
             self.error = OSError({"full": errno.ENOSPC, "broken": errno.EIO}[kind], kind)
-            self.monkeypatch.setattr("fastdist.storage.dead_letters.os.write", self.fail)
+            self.monkeypatch.setattr("fastdist.storage.dead_letter_files.os.write", self.fail)
 
     def fail(self, *_):
         raise self.error
@@ -260,7 +260,7 @@ def test_half_a_dead_letter_is_taken_back(tmp_path, monkeypatch):
         bench.answer_all(reply(422))
         assert len(bench.dead_letters()) == 1
         bench.push(b"2" * 500)
-        monkeypatch.setattr("fastdist.storage.dead_letters.os.write", fill_up)
+        monkeypatch.setattr("fastdist.storage.dead_letter_files.os.write", fill_up)
         bench.answer_all(reply(422))
         assert [dead_letter["id"] for dead_letter in bench.dead_letters()] == ["p1"]
         bench.pass_time(1.1)

@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 from upstream_harness import OK, Bench, Desk, Owner, reply
 
-from fastdist.storage.dead_letters import DeadLetters
+from fastdist.storage.dead_letter_files import DeadLetterFiles
 from fastdist.worker.dispatch import Dispatcher
 from fastdist.worker.outcomes import Outcomes
 from fastdist.worker.probation import Probation
@@ -62,8 +62,8 @@ WAYS = [
     (Probation, "is_trying", reply(500)),
     (Probation, "refused", reply(422)),
     (Probation, "passed", OK),
-    (DeadLetters, "write", reply(422)),
-    (DeadLetters, "settle", reply(422)),
+    (DeadLetterFiles, "write", reply(422)),
+    (DeadLetterFiles, "settle", reply(422)),
     (Outcomes, "schedule", OK),
     (Outcomes, "wake", OK),
     (AnalyzerPool, "unasked", OK + OK + OK),

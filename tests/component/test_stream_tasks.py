@@ -12,7 +12,7 @@ from fastdist.storage.jetstream import connection as connections
 from fastdist.storage.jetstream import consumer as consumers
 from fastdist.storage.jetstream.connection import Connection, forever
 from fastdist.storage.jetstream.consumer import Claim, Consumer
-from fastdist.worker.stream.waits import Words
+from fastdist.worker.stream.waits import DeliveryNotices
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_given_back_without_a_connection(monkeypatch):
 def test_only_inboxes_are_told():
     """A message of the stream may name any subject."""
     connection, client = SimpleNamespace(add=lambda _part: None), Client()
-    words = Words(connection, "_INBOX.0123456789abcdef", print)
+    words = DeliveryNotices(connection, "_INBOX.0123456789abcdef", print)
     words.connected(client)
     inbox = words.subject(17)
     for subject in (

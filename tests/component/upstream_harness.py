@@ -28,7 +28,7 @@ from fastdist.net.names import Names
 from fastdist.settings import Analyzer, Config
 from fastdist.shm.block import AnalyzerWord, SharedBlock
 from fastdist.storage import dead_letter_writer
-from fastdist.storage.dead_letters import DeadLetters
+from fastdist.storage.dead_letter_files import DeadLetterFiles
 from fastdist.worker import dispatch, outcomes
 from fastdist.worker.dispatch import Dispatcher
 from fastdist.worker.upstream import AnalyzerConnection, AnalyzerPool
@@ -342,7 +342,7 @@ class Site:
             self.states,
             config,
             counters=self.counters,
-            dead_letters=DeadLetters(folder, "w0"),
+            dead_letters=DeadLetterFiles(folder, "w0"),
             settled=lambda sequence, analyzer: self.settled.append((sequence, analyzer)),
             poller=poller,
         )

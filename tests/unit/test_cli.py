@@ -22,7 +22,8 @@ from fastdist.cli import main
 from fastdist.client import held_file, output, replay
 from fastdist.errors import StartError
 from fastdist.shm.snapshot import DEAD_LETTERS
-from fastdist.storage.dead_letters import UNREADABLE, DeadLetters
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import UNREADABLE
 
 
 class FakeSupervisor(ModuleType):
@@ -222,7 +223,7 @@ RESPONSE = b'{"error":\n  "no such\x1bfield", "fields": ["' + b"a" * 100
 @pytest.fixture
 def dead_letters(tmp_path):
     """A queue's folder with two dead letters and a torn line."""
-    writer = DeadLetters(tmp_path, "w0-1")
+    writer = DeadLetterFiles(tmp_path, "w0-1")
     writer.write(
         Packet(1, "first", b'{"n":1}', 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, "it says no", RESPONSE
     )
@@ -325,7 +326,7 @@ def test_list_selects_by_reason_and_time(run, dead_letters):
 
 
 def test_list_of_many_shows_each_line(run, tmp_path):
-    writer = DeadLetters(tmp_path, "w0-1")
+    writer = DeadLetterFiles(tmp_path, "w0-1")
     for i in range(2500):
         writer.write(Packet(1, f"p-{i}", b"", 0, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None)
     for options in ([], ["--json"]):
@@ -475,7 +476,7 @@ def test_purge_asks_at_a_terminal(dead_letters, monkeypatch, answer, status, lef
 
 def test_purge_skips_files_in_use(run, tmp_path, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.05)
-    writer = DeadLetters(tmp_path, "w0-1")
+    writer = DeadLetterFiles(tmp_path, "w0-1")
     writer.write(Packet(1, "first", b"", 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None)
     result = run("dead-letters", "purge", str(tmp_path), "--yes")
     assert result.exit_code == 1

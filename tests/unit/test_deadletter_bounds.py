@@ -18,7 +18,8 @@ from fastdist.client.held_file import HeldFile
 from fastdist.settings import DeadLetters as Settings
 from fastdist.storage import dead_letter_bounds as module
 from fastdist.storage.dead_letter_bounds import Bounds, discard
-from fastdist.storage.dead_letters import FOLDER, MAX_FILE, DeadLetters, find_files, folder_of, journal_of
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import FOLDER, MAX_FILE, find_files, folder_of, journal_of
 
 KIB = 1024
 
@@ -41,7 +42,7 @@ class Writers:
 
     def _writer(self, folder, owner, writers):
         bounds = Bounds(folder / FOLDER, self.settings, writers, self._discard)
-        return DeadLetters(folder, owner, bounds=bounds)
+        return DeadLetterFiles(folder, owner, bounds=bounds)
 
     def _discard(self, dead_letters):
         self.discarded += dead_letters
@@ -383,7 +384,7 @@ def test_nothing_is_done_once_halted(tmp_path):
 
 def test_folder_is_made_where_path_says(tmp_path):
     place = tmp_path / "elsewhere" / "dead"
-    dead_letters = DeadLetters(tmp_path / "data", "w0-1", path=str(place))
+    dead_letters = DeadLetterFiles(tmp_path / "data", "w0-1", path=str(place))
     dead_letters.write(packet("a"), "refused", "A1", 422, None)
     dead_letters.begin_sync()()
     assert dead_letters.settle()
@@ -407,7 +408,7 @@ def test_folder_is_made_where_path_says(tmp_path):
     ],
 )
 def test_the_response_is_kept_as_text(tmp_path, response, text):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 422, "HTTP 422", response)
     dead_letters.close()
     (found,) = find_files(tmp_path)

@@ -17,7 +17,8 @@ from fastdist.dead_letter_report import LAST, Count, Described, Report, encode
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_census as module
 from fastdist.storage.dead_letter_census import Census, HaltedError
-from fastdist.storage.dead_letters import FOLDER, DeadLetters, Selection, find_files, read_file
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import FOLDER, Selection, find_files, read_file
 
 SECRET = b"what is in the packet"
 
@@ -44,7 +45,7 @@ class Site:
     def __init__(self, folder):
         self.folder = folder
         (folder / FOLDER).mkdir(parents=True)
-        self.writers = [DeadLetters(folder, f"w{number}-1") for number in range(2)]
+        self.writers = [DeadLetterFiles(folder, f"w{number}-1") for number in range(2)]
         self.census = Census(folder / FOLDER)
         self.written = 0
 

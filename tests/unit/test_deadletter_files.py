@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdist.client.held_file import HeldFile
-from fastdist.storage import dead_letters as module
-from fastdist.storage.dead_letters import DeadLetter, DeadLetters, find_files, read_file
+from fastdist.storage import dead_letter_files as module
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import DeadLetter, find_files, read_file
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def run(distributor):
 
 
 def test_file_is_its_workers_until_idle(tmp_path):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     dead_letters.write(packet(), "refused", "A1", 400, None)
     (found,) = find_files(tmp_path)
     assert dead_letters.settle()
@@ -43,7 +44,7 @@ def test_file_is_its_workers_until_idle(tmp_path):
 
 
 def test_dead_letter_restarts_idle_time(tmp_path):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     for second in (5, 6, 7):
         dead_letters.write(packet(), "refused", "A1", 400, None)
         dead_letters.settle()
@@ -56,7 +57,7 @@ def test_dead_letter_restarts_idle_time(tmp_path):
 
 
 def test_rare_dead_letters_share_a_file(tmp_path):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     for name in "abc":
         dead_letters.write(packet(name), "refused", "A1", 400, None)
         idle(dead_letters)
@@ -65,7 +66,7 @@ def test_rare_dead_letters_share_a_file(tmp_path):
 
 
 def test_worker_reopens_only_an_unowned_file(tmp_path):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     idle(dead_letters)
     (first,) = find_files(tmp_path)
@@ -80,7 +81,7 @@ def test_worker_reopens_only_an_unowned_file(tmp_path):
 
 
 def test_worker_appends_to_a_rewritten_file(tmp_path, distributor, run):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     dead_letters.write(packet("b"), "refused", "A1", 400, None)
     idle(dead_letters)
@@ -123,7 +124,7 @@ def test_new_file_is_locked_before_visible(tmp_path, monkeypatch):
         flock(fd, how)
 
     monkeypatch.setattr(module.fcntl, "flock", look)
-    DeadLetters(tmp_path, "w0-1").write(packet(), "refused", "A1", 400, None)
+    DeadLetterFiles(tmp_path, "w0-1").write(packet(), "refused", "A1", 400, None)
     assert seen == [[]]
 
 
@@ -137,7 +138,7 @@ def sync(dead_letters):
 
 
 def test_nothing_follows_a_failed_sync(tmp_path, monkeypatch):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     assert sync(dead_letters)
     dead_letters.write(packet("b"), "refused", "A1", 400, None)
@@ -153,7 +154,7 @@ def test_nothing_follows_a_failed_sync(tmp_path, monkeypatch):
 
 
 def test_files_never_synced_do_not_pile_up(tmp_path, monkeypatch):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     with monkeypatch.context() as disk:
         disk.setattr(module.os, "fsync", broken)
         for _ in range(3):

@@ -14,8 +14,9 @@ from structlog.testing import capture_logs
 from fastdist._core import PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_writer
+from fastdist.storage.dead_letter_files import DeadLetterFiles
 from fastdist.storage.dead_letter_writer import MANY, DeadLetterWriter, PendingDeadLetter, what_is_left
-from fastdist.storage.dead_letters import FOLDER, DeadLetters
+from fastdist.storage.dead_letters import FOLDER
 
 EIO = OSError(errno.EIO, "Input/output error")
 SECOND = 10**9
@@ -32,7 +33,7 @@ class Site:
         block = SharedBlock.create(1, 4)
         os.close(block.fd)
         self.counters = block.rows[0]
-        self.files = DeadLetters(folder, "w0")
+        self.files = DeadLetterFiles(folder, "w0")
         self.gone = []
         self.writer = DeadLetterWriter(
             self.files,
@@ -195,14 +196,14 @@ def test_syncs_go_on_after_failed_deletion(site):
 
 def test_written_before_disk_full_is_synced(site, monkeypatch):
     site.add()
-    real = DeadLetters.write
+    real = DeadLetterFiles.write
 
     def write(dead_letters, packet, *why):
         if packet.id == "p4":
             raise OSError(errno.ENOSPC, "No space left on device")
         real(dead_letters, packet, *why)
 
-    monkeypatch.setattr(DeadLetters, "write", write)
+    monkeypatch.setattr(DeadLetterFiles, "write", write)
     site.add(4)
     site.end_sync()
     site.end_sync()
@@ -219,7 +220,7 @@ def test_shutdown_syncs_pending_dead_letters(tmp_path, monkeypatch):
     site = Site(tmp_path, syncs=True, delay=3600.0)
     site.add(3)
     with monkeypatch.context() as disk:
-        disk.setattr("fastdist.storage.dead_letters.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
+        disk.setattr("fastdist.storage.dead_letter_files.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
         site.writer.finish()
     assert site.gone == []
     site.later()
@@ -235,7 +236,7 @@ def test_remaining_in_memory_is_written(tmp_path, monkeypatch, syncs):
     site.add(2)
     for number in (3, 4):
         site.ring.push(b"x", f"p{number}")
-    monkeypatch.setattr("fastdist.storage.dead_letters.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
+    monkeypatch.setattr("fastdist.storage.dead_letter_files.os.fdatasync", lambda _fd: (_ for _ in ()).throw(EIO))
     site.writer.write_all(what_is_left(site.ring))
     assert site.gone == [1, 2, 3, 4]
     assert site.written() == names(1, 4)
@@ -247,7 +248,9 @@ def test_remaining_leaves_ring_when_synced(tmp_path, monkeypatch, syncs):
     site = Site(tmp_path, syncs=syncs)
     site.ring.push(b"x", "p1")
     gone_before = []
-    monkeypatch.setattr("fastdist.storage.dead_letters.os.fdatasync", lambda _fd: gone_before.append(list(site.gone)))
+    monkeypatch.setattr(
+        "fastdist.storage.dead_letter_files.os.fdatasync", lambda _fd: gone_before.append(list(site.gone))
+    )
     site.writer.write_all(what_is_left(site.ring))
     assert gone_before == [[]]
     assert site.gone == [1]

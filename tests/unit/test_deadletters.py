@@ -19,17 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist._core import Packet
-from fastdist.storage import dead_letters as module
-from fastdist.storage.dead_letters import (
-    FOLDER,
-    IDLE_NS,
-    MAX_OPEN_NS,
-    DeadLetters,
-    ask_for,
-    find_files,
-    iso_time,
-    read_file,
-)
+from fastdist.storage import dead_letter_files as module
+from fastdist.storage.dead_letter_files import IDLE_NS, MAX_OPEN_NS, DeadLetterFiles, ask_for
+from fastdist.storage.dead_letters import FOLDER, find_files, iso_time, read_file
 
 MOMENT = 1_700_000_000_123_456_000  # 2023-11-14, 22:13:20.123456 UTC
 
@@ -53,7 +45,7 @@ def write(dead_letters, body=b"{}", name="p1"):
 
 @pytest.fixture
 def dead_letters(tmp_path):
-    made = DeadLetters(tmp_path, "w0-1")
+    made = DeadLetterFiles(tmp_path, "w0-1")
     yield made
     made.close()
 
@@ -119,7 +111,7 @@ def test_body_is_its_exact_text_or_base64(dead_letters, tmp_path, body):
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)))
 def test_any_packet_can_be_had_back(tmp_path_factory, body):
     folder = tmp_path_factory.mktemp("any")
-    dead_letters = DeadLetters(folder, "w0")
+    dead_letters = DeadLetterFiles(folder, "w0")
     write(dead_letters, body)
     dead_letters.close()
     (line,) = (line for found in find_files(folder) for line in read_file(found))
@@ -154,7 +146,7 @@ def test_dead_letters_share_the_owners_file(dead_letters, tmp_path):
 def test_only_the_owner_can_read_them(tmp_path):
     old = os.umask(0)
     try:
-        dead_letters = DeadLetters(tmp_path / "new" / "data", "w0")
+        dead_letters = DeadLetterFiles(tmp_path / "new" / "data", "w0")
         write(dead_letters)
     finally:
         os.umask(old)
@@ -166,14 +158,14 @@ def test_only_the_owner_can_read_them(tmp_path):
 
 
 def test_no_file_before_first_dead_letter(tmp_path):
-    dead_letters = DeadLetters(tmp_path / "data", "w0")
+    dead_letters = DeadLetterFiles(tmp_path / "data", "w0")
     dead_letters.tick(1)
     dead_letters.close()
     assert not (tmp_path / "data").exists()
 
 
 def test_owners_do_not_share_files(tmp_path):
-    owners = [DeadLetters(tmp_path, f"w{number}") for number in range(3)]
+    owners = [DeadLetterFiles(tmp_path, f"w{number}") for number in range(3)]
     for number in range(30):
         write(owners[number % 3], name=f"p{number}")
     assert len(files_in(tmp_path)) == 3
@@ -331,9 +323,9 @@ def test_file_size_limit_starts_a_new_file(tmp_path):
     script = """
 import resource, sys
 from fastdist._core import Packet
-from fastdist.storage.dead_letters import DeadLetters
+from fastdist.storage.dead_letter_files import DeadLetterFiles
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-dead_letters = DeadLetters(sys.argv[1], "w0")
+dead_letters = DeadLetterFiles(sys.argv[1], "w0")
 for number in range(20):
     dead_letters.write(Packet(1, f"p{number}", b"x" * 300, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
     assert dead_letters.settle()
@@ -504,7 +496,7 @@ def test_renamed_folder_is_not_recreated(tmp_path):
     """It would be in the way of giving the folder its name back. One that was deleted is made, to lose no packet."""
     (queue := tmp_path / "data").mkdir()
     ring = os.open(queue / "ring-0.fdq", os.O_RDWR | os.O_CREAT)
-    dead_letters = DeadLetters(queue, "w0", ring)
+    dead_letters = DeadLetterFiles(queue, "w0", ring)
     queue.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError):
         write(dead_letters)
@@ -523,7 +515,7 @@ def test_renamed_folder_is_not_recreated(tmp_path):
 
 @pytest.mark.parametrize("call", ["write", "open", "mkdir"])
 def test_failed_write_is_error_without_trace(tmp_path, monkeypatch, call):
-    dead_letters = DeadLetters(tmp_path, "w0")
+    dead_letters = DeadLetterFiles(tmp_path, "w0")
     if call == "write":
         write(dead_letters)  # the first goes well
 

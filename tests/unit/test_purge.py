@@ -11,7 +11,8 @@ from dead_letters import WHOLE, broken, fill, ids, names_in, packet
 
 from fastdist.client import held_file, purge
 from fastdist.client.held_file import HeldFile
-from fastdist.storage.dead_letters import DeadLetters, Selection, find_files
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import Selection, find_files
 
 
 def purged(files, selection, note):
@@ -34,7 +35,7 @@ def test_purging_a_whole_file_needs_no_room(tmp_path, monkeypatch):
 
 def test_file_under_steady_trickle_is_purged(tmp_path):
     """Its worker is asked for it."""
-    dead_letters, ended = DeadLetters(tmp_path, "w0-1"), threading.Event()
+    dead_letters, ended = DeadLetterFiles(tmp_path, "w0-1"), threading.Event()
     dead_letters.write(packet("first"), "refused", "A1", 400, None)
     files = find_files(tmp_path)
 
@@ -83,7 +84,7 @@ def test_purge_by_age_keeps_newer_ones(tmp_path):
 
 def test_purge_skips_open_and_newer_files(tmp_path, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.05)
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     files = find_files(tmp_path)
     notes = []

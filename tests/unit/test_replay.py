@@ -21,7 +21,8 @@ from fastdist.client import connection, held_file, replay
 from fastdist.client.connection import Target
 from fastdist.client.held_file import HeldFile
 from fastdist.client.replay import Replay
-from fastdist.storage.dead_letters import DeadLetters, Selection, digest_of, find_files, journal_of, read_file
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import Selection, digest_of, find_files, journal_of, read_file
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_a_wrong_url_refuses_no_dead_letter(tmp_path, distributor, run, status, 
 def test_file_in_use_by_a_worker_is_skipped(tmp_path, run, events, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.1)
     fill(tmp_path, "a")
-    busy = DeadLetters(tmp_path, "w1-1")
+    busy = DeadLetterFiles(tmp_path, "w1-1")
     busy.write(packet("b"), "refused", "A1", 400, None)
     fill(tmp_path, "c", owner="w2-1")
     summary = run(tmp_path)
@@ -248,14 +249,14 @@ def test_file_in_use_by_a_worker_is_skipped(tmp_path, run, events, monkeypatch):
 
 
 def test_file_released_in_time_is_replayed(tmp_path, run):
-    busy = DeadLetters(tmp_path, "w1-1")
+    busy = DeadLetterFiles(tmp_path, "w1-1")
     busy.write(packet("b"), "refused", "A1", 400, None)
     threading.Timer(0.3, busy.close).start()
     assert run(tmp_path).replayed == 1
 
 
 def test_new_dead_letters_are_left_for_later(tmp_path, distributor):
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     dead_letters.write(packet("a"), "refused", "A1", 400, None)
     idle(dead_letters)
     files = find_files(tmp_path)
@@ -344,7 +345,7 @@ def test_journal_with_torn_entry_goes_on(tmp_path, distributor, run):
 
 def test_an_old_journal_hides_no_dead_letter(tmp_path, run, distributor):
     """The replay was killed between the rename of the new file and the deletion of the journal."""
-    dead_letters = DeadLetters(tmp_path, "w0-1")
+    dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     for body in (b'{"first":1}', b'{"second":2}'):
         dead_letters.write(packet("key", body), "refused", "A1", 404, "no")
     dead_letters.close()

@@ -16,15 +16,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Self
 
-from fastdist.storage.dead_letters import (
-    JOURNAL_SUFFIX,
-    SUFFIX,
-    ask_for,
-    digest_of,
-    journal_of,
-    read_journal,
-    read_lines,
-)
+from fastdist.storage.dead_letter_files import ask_for
+from fastdist.storage.dead_letters import JOURNAL_SUFFIX, SUFFIX, digest_of, journal_of, read_journal, read_lines
 from fastdist.storage.files import sync_folder
 from fastdist.storage.locks import open_locked, try_lock
 

@@ -36,7 +36,7 @@ cdef enum Held:              # what was read and has to wait for its turn, in `p
     HELD_WORK                # a body that is being converted
     HELD_ROOM                # a batch for which there is no room
 
-cdef dict TURNED_DOWN = {       # (status, counter, detail, header lines)
+cdef dict OF_THE_HEAD = {    # what is wrong with one: (status, counter, detail, header lines)
     ENCODED: (415, "unsupported_media_type", "Content-Encoding must be gzip, deflate, zstd or snappy",
               b"Accept-Encoding: gzip, deflate, zstd, snappy\r\n"),
     NO_JSON: (415, "unsupported_media_type", "Content-Type must be application/json", b"Accept: application/json\r\n"),
@@ -392,8 +392,8 @@ cdef class IngestBase(Connection):
             self.after = ENDED
         if unlikely((self.intake.draining and head.keep_alive) or (refusal != FINE and bodiless)):
             self.after = DISCARDING
-        if unlikely(self.intake.shares_origins) and head.origin:
-            self.extra = self.share_with(head.origin)
+        if unlikely(self.intake.shares_responses) and head.origin:
+            self.extra = self.origin_headers(head.origin)
         if unlikely(refusal != FINE):
             self.turn_down(refusal, filled, wait)
             if bodiless:
@@ -426,8 +426,8 @@ cdef class IngestBase(Connection):
 
     cdef int turn_down(self, Refusal refusal, Filled *filled, int64_t wait) except -1:
         """Answer what ``Intake.judge`` has found wrong."""
-        if refusal in TURNED_DOWN:
-            self.reject(self.refuse(*TURNED_DOWN[refusal]))
+        if refusal in OF_THE_HEAD:
+            self.reject(self.refuse(*OF_THE_HEAD[refusal]))
         elif refusal == LIMITED:
             self.reject(self.limited(wait / 1e9))
         elif refusal == NO_TOKEN:
@@ -992,7 +992,7 @@ cdef class IngestBase(Connection):
         self.fault(408, "timeout", detail)
         self.flush()
 
-    def turn_away(self, bytes response, bint lingering):
+    def close_with(self, bytes response, bint lingering):
         """Write a response to nothing in particular, and close; ``lingering``: read on for a while, so that it is not lost."""
         self.emit(response)
         self.stop_reading(DISCARDING if lingering else ENDED)

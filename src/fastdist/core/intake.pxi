@@ -69,7 +69,7 @@ cdef class Intake(AfterEvents):
     cdef public bint closed            # nothing is accepted any more
     cdef public int broken_storage     # errno of what keeps packets from being stored; 0: nothing
     cdef public bint open_to_all       # no token is asked for
-    cdef public bint shares_origins    # CORS is on
+    cdef public bint shares_responses    # CORS is on
     cdef bint responds_after_sync
     cdef bint holds                    # responses wait until their packets are written at least
     cdef Outbox outbox

@@ -42,7 +42,7 @@ cdef class PoolBase:
     cdef readonly Counters counters
     cdef readonly int slot
     cdef public object owner     # decides what becomes of packets
-    cdef int64_t *mine
+    cdef int64_t *row            # the analyzer's counters
     cdef int64_t *histogram      # of the time to a reply
     cdef int64_t *failures       # in a row; the next word: refusals
     cdef bytes head              # of a request, up to the headers that differ
@@ -73,7 +73,7 @@ cdef class PoolBase:
 
     def __cinit__(self, PacketRing ring, Counters counters, AnalyzerStates states, int slot, owner, *args, **kwargs):
         self.ring, self.counters, self.slot, self.owner = ring, counters, slot, owner
-        self.mine = counters.of(counters.checked(slot))
+        self.row = counters.of(counters.checked(slot))
         self.histogram = counters.delivery_of(slot)
         self.failures = states.failures_of(slot)
         self.sent_ns = -(INT64_MAX // 2)  # long ago, also on a machine that has just been started
@@ -305,8 +305,8 @@ cdef class PoolBase:
             self.heard_ns = now
         self.requests_in_flight += 1
         self.packets_in_flight += group.packets
-        self.mine[REQUESTS_IN_FLIGHT] += 1
-        self.mine[PACKETS_IN_FLIGHT] += group.packets
+        self.row[REQUESTS_IN_FLIGHT] += 1
+        self.row[PACKETS_IN_FLIGHT] += group.packets
 
     # ---- outcomes
 
@@ -326,9 +326,9 @@ cdef class PoolBase:
                 watched.append(entry.sequence)
             self.ring.finish(handle)
             handle = next_handle
-        self.mine[DELIVERED] += group.packets
-        self.mine[MESSAGES_DELIVERED] += messages
-        self.mine[BYTES_DELIVERED] += group.bytes
+        self.row[DELIVERED] += group.packets
+        self.row[MESSAGES_DELIVERED] += messages
+        self.row[BYTES_DELIVERED] += group.bytes
         observe(self.histogram, now - group.sent_ns, group.packets)
         self.usual_latency += (now - group.sent_ns - self.usual_latency) / (64 if self.usual_latency else 1)
         self.heard_ns = now
@@ -363,13 +363,13 @@ cdef class PoolBase:
     cdef void landed(self, Group *group) noexcept nogil:
         self.requests_in_flight -= 1
         self.packets_in_flight -= group.packets
-        self.mine[REQUESTS_IN_FLIGHT] -= 1
-        self.mine[PACKETS_IN_FLIGHT] -= group.packets
+        self.row[REQUESTS_IN_FLIGHT] -= 1
+        self.row[PACKETS_IN_FLIGHT] -= group.packets
 
     def connection_count(self, int change):
         """Count a connection that opened (1) or closed (-1)."""
         self.open_connections += change
-        self.mine[CONNECTIONS] += change
+        self.row[CONNECTIONS] += change
 
     # ---- taking over what waits for others
 

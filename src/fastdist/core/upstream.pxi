@@ -256,19 +256,13 @@ cdef class ReplyBase(Connection):
             if self.reading == REPLY_HEAD:
                 p = self.read_head(p, end, now)
             elif self.reading == REPLY_LENGTH:
-                n = min(self.body_left, end - p)
-                self.keep_response(p, n)
-                p += n
-                self.body_left -= n
-                if self.body_left == 0:
-                    self.reply_over(now)
+                p = self.read_body(p, end, now)
             elif self.reading == REPLY_CHUNKED:
                 p = self.begin_chunks(p, end, now)
             elif self.reading == REPLY_CHUNKS:
                 p = self.read_chunks(p, end, now)
             else:
-                self.keep_response(p, end - p)
-                p = end
+                p = self.read_to_close(p, end)
             if unlikely(self.denied.packets and len(self.response) == MAX_RESPONSE):
                 self.settle_denied()
         return 0
@@ -278,6 +272,20 @@ cdef class ReplyBase(Connection):
         if unlikely(self.denied.packets):
             self.response += p[:min(n, MAX_RESPONSE - len(self.response))]
         return 0
+
+    @cython.final
+    cdef inline const uchar *read_body(self, const uchar *p, const uchar *end, int64_t now) except NULL:
+        cdef Py_ssize_t n = min(self.body_left, end - p)
+        self.keep_response(p, n)
+        self.body_left -= n
+        if self.body_left == 0:
+            self.reply_over(now)
+        return p + n
+
+    cdef const uchar *read_to_close(self, const uchar *p, const uchar *end) except NULL:
+        """Read what comes until the connection's end; OVER: what no request asked for."""
+        self.keep_response(p, end - p)
+        return end
 
     cdef const uchar *begin_chunks(self, const uchar *p, const uchar *end, int64_t now) except NULL:
         """Read a chunked body. An analyzer nearly always says the same: what was read before needs no reading."""

@@ -133,7 +133,7 @@ class WorkerWord(IntEnum):
     END_NS = 11  # wall clock: when that was, 0 if never; the supervisor
     FAILING = 12  # Steps that fail at present; the worker
     DEAD_LETTERS_FAULT = 13  # errno of the last write of dead letters; the worker
-    TURNED_AWAY = 14  # connections that were over server.max_connections; the worker
+    REJECTED_CONNECTIONS = 14  # connections that were over server.max_connections; the worker
     WORKER_WORDS = 16
 
 

@@ -257,9 +257,9 @@ class Snapshot:
         return self.block.dead_letters
 
     @property
-    def turned_away(self) -> int:
+    def rejected_connections(self) -> int:
         """Connections that were over ``server.max_connections``."""
-        return sum(self.block.worker(index)[WorkerWord.TURNED_AWAY] for index in range(self.block.workers))
+        return sum(self.block.worker(index)[WorkerWord.REJECTED_CONNECTIONS] for index in range(self.block.workers))
 
     @property
     def discarded(self) -> dict[str, int]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from fastdist._core import Counters, PacketRing
-    from fastdist.storage.dead_letters import DeadLetters
+    from fastdist.storage.dead_letter_files import DeadLetterFiles
 
     Runner = Callable[[Callable[[], None], Callable[[OSError | None], None]], None]
 
@@ -70,7 +70,7 @@ class DeadLetterWriter:
 
     def __init__(
         self,
-        files: DeadLetters,
+        files: DeadLetterFiles,
         counters: Counters,
         gone: Callable[[PacketRing, int], None],
         run: Runner | None = None,

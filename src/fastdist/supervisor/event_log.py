@@ -147,7 +147,8 @@ class EventLog:
     def look(self, snapshot: Snapshot, *, now: float | None = None, last: bool = False) -> None:
         """Log what there is to say; call this every second, and at the end (``last``)."""
         now = time.monotonic() if now is None else now
-        totals = snapshot.rejected | snapshot.dead_lettered | snapshot.discarded | {CONNECTIONS: snapshot.turned_away}
+        connections = {CONNECTIONS: snapshot.rejected_connections}
+        totals = snapshot.rejected | snapshot.dead_lettered | snapshot.discarded | connections
         active = {
             NO_ANALYZER: not any(figures.state == "online" for figures in snapshot.analyzers),
             "storage": bool(snapshot.storage_error),

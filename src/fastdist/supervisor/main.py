@@ -33,8 +33,8 @@ from fastdist.shm.block import HeadWord, SharedBlock, Step
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
 from fastdist.storage import jetstream
+from fastdist.storage.dead_letter_files import DeadLetterFiles
 from fastdist.storage.dead_letter_writer import DeadLetterWriter, what_is_left
-from fastdist.storage.dead_letters import DeadLetters
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.supervisor import activation
@@ -352,7 +352,7 @@ class Supervisor:
             )
         config = self.config
         bounds = make_bounds(config, self.block)
-        files = DeadLetters(config.queue.path, f"s-{os.getpid()}", path=config.dead_letters.path, bounds=bounds)
+        files = DeadLetterFiles(config.queue.path, f"s-{os.getpid()}", path=config.dead_letters.path, bounds=bounds)
         count, saved = 0, True
         for fd, row in nameless.items():
             ring = PacketRing(fd, volatile=True, clock_offset=self.block.head[HeadWord.CLOCK_OFFSET_NS])

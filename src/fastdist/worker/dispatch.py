@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
     from fastdist.settings import Analyzer, Config
+    from fastdist.storage.dead_letter_files import DeadLetterFiles
     from fastdist.storage.dead_letter_writer import Runner
-    from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.outcomes import MakeWriter
     from fastdist.worker.upstream import AnalyzerConnection
 
@@ -67,7 +67,7 @@ class Dispatcher(Outcomes):
         config: Config,
         *,
         counters: Counters,
-        dead_letters: DeadLetters | MakeWriter,
+        dead_letters: DeadLetterFiles | MakeWriter,
         settled: Callable[[int, str | None], None],
         poller: Poller,
         run_in_thread: Runner | None = None,

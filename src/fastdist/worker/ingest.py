@@ -55,7 +55,7 @@ class Emitters:
     ``carry_out(action, done)`` requests a change; ``done`` gets the response. ``found_full()`` is called when there was
     no room for a packet, and returns in how many seconds there may be. ``shared``: the queue is a stream, and what is
     not stored says so.
-    ``turned_away(kind, client, pointer)`` gets what was rejected, as an example for the log.
+    ``on_rejected(kind, client, pointer)`` gets what was rejected, as an example for the log.
     """
 
     def __init__(  # noqa: PLR0913  (what connections share)
@@ -67,10 +67,10 @@ class Emitters:
         found_full: Callable[[], int] = lambda: 1,
         *,
         shared: bool = False,
-        turned_away: Callable[[str, str, str], None] = lambda *_: None,
+        on_rejected: Callable[[str, str, str], None] = lambda *_: None,
     ) -> None:
         self.api, self.intake, self.carry_out, self.found_full = api, intake, carry_out, found_full
-        self.shared, self.turned_away = shared, turned_away
+        self.shared, self.on_rejected = shared, on_rejected
         self.counts_messages = server.validation != "none"
         self.proxies = TrustedProxies(server.trusted_proxies)
         self.agents = Agents(server, min(intake.ring.capacity, intake.max_bodies))
@@ -88,7 +88,7 @@ class Emitters:
         self.tokens = tokens
         self.cors_origins = cors_origins
         self.intake.open_to_all = not tokens
-        self.intake.shares_origins = bool(cors_origins)
+        self.intake.shares_responses = bool(cors_origins)
 
     def has_room_besides(self, coming: int) -> bool:
         """Whether one more connection may be accepted beside so many in a handshake: to be served, or to get a 503."""
@@ -209,9 +209,9 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         rejected = self.emitters.rejected
         if len(self.intake.connections) - len(rejected) > self.intake.max_connections:
             rejected.add(self)
-            self.emitters.turned_away(CONNECTIONS, self.address, "")
+            self.emitters.on_rejected(CONNECTIONS, self.address, "")
             response = problem(503, "too many connections; try again shortly", headers=retry_after())
-            self.turn_away(self._compose(response, close=True), len(rejected) <= MAX_REJECTED)
+            self.close_with(self._compose(response, close=True), len(rejected) <= MAX_REJECTED)
         self._count()
 
     def client_changed(self, forwarded: bytes) -> None:
@@ -308,9 +308,9 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def _count_rejected(self, counter: str, pointer: str = "") -> None:
         self.intake.counters.add(counter)
-        self.emitters.turned_away(counter, self.address, pointer)
+        self.emitters.on_rejected(counter, self.address, pointer)
 
-    def _turn_down(self, why: Refused) -> bytes:
+    def _refused(self, why: Refused) -> bytes:
         """Count and describe why packets are not taken."""
         if counter := counter_of(why.reason):
             self._count_rejected(counter, "" if why.record is None else f"/{why.record}")
@@ -326,7 +326,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Answer that the rate is exceeded."""
         wait = max(1, math.ceil(seconds))
         detail = f"more requests than the limit allows; try again in {wait} s"
-        return self._turn_down(Refused(Reason.RATE_LIMITED, detail, retry_after=wait))
+        return self._refused(Refused(Reason.RATE_LIMITED, detail, retry_after=wait))
 
     def is_authorized(self, authorization: bytes) -> bool:
         """Whether an Authorization header holds one of the tokens, in one of the forms that are known here."""
@@ -340,24 +340,24 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Answer that a token is missing or wrong."""
         if self.route is not None:
             detail = "this token is not known" if authorization is not None else "a token is needed"
-            return self._turn_down(Refused(Reason.UNAUTHORIZED, detail))
+            return self._refused(Refused(Reason.UNAUTHORIZED, detail))
         headers = b'WWW-Authenticate: Bearer realm="fastdist"\r\n'
         if authorization is not None:
             headers = b'WWW-Authenticate: Bearer realm="fastdist", error="invalid_token"\r\n'
         detail = "this token is not known" if authorization is not None else "a bearer token is needed"
-        return self._turn_down(Refused(Reason.UNAUTHORIZED, detail, headers=headers))
+        return self._refused(Refused(Reason.UNAUTHORIZED, detail, headers=headers))
 
     def invalid(self, error: Exception) -> bytes:
         """Answer that the body is no packet, or cannot be converted to packets."""
         if isinstance(error, Refused):
-            return self._turn_down(error)
+            return self._refused(error)
         if isinstance(error, PacketError):
             self._count_rejected(error.reason, error.errors[0]["pointer"] if error.errors else "")
             return self._compose(problem(400, error.detail, errors=error.errors))
         response = self.emitters.api.faults.response(error)
         if self.route is None:
             return self._compose(response)
-        return self._turn_down(Refused(Reason.FAULT, INTERNAL_ERROR))
+        return self._refused(Refused(Reason.FAULT, INTERNAL_ERROR))
 
     def not_stored(self, full: bool) -> bytes:  # noqa: FBT001
         """Answer that packets cannot be stored now."""
@@ -372,16 +372,16 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         else:
             fault = os.strerror(self.intake.broken_storage)
             why = Refused(Reason.STORAGE, f"the queue's storage fails ({fault}); nothing can be stored safely now")
-        return self._turn_down(why)
+        return self._refused(why)
 
     def crowded_out(self) -> bytes:
         """Answer that in-progress bodies take all the memory there is for them."""
         detail = "more bodies are on their way than there is memory for; try again shortly"
         if self.is_log or self.brings:
-            return self._turn_down(Refused(Reason.QUEUE_FULL, detail))
+            return self._refused(Refused(Reason.QUEUE_FULL, detail))
         return self._compose(problem(503, detail, headers=retry_after()))
 
-    def share_with(self, origin: bytes) -> bytes | None:
+    def origin_headers(self, origin: bytes) -> bytes | None:
         """Return the CORS headers for an origin, if it is listed."""
         return cors_headers(origin.decode("latin-1"), self.emitters.cors_origins) or None
 

@@ -11,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING, TypedDict
 
 from fastdist import logs
-from fastdist._core import Poller, Receiver, Stream
+from fastdist._core import Poller, Stream
 from fastdist.net.connect import SHORTAGES, Shortage
 from fastdist.worker.proxy_headers import ProxyHeaders
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Unpack
 
+    from fastdist._core import StreamCalls
     from fastdist.net.proxies import TrustedProxies
 
 ACCEPTED_AT_ONCE = 64  # connections, before others of the loop have their turn
@@ -202,7 +203,7 @@ def refuse(connection: socket.socket, error: OSError) -> None:
 
 
 def serve(
-    listener: socket.socket, poller: Poller, protocol: Callable[[], Receiver], **options: Unpack[Options]
+    listener: socket.socket, poller: Poller, protocol: Callable[[], StreamCalls], **options: Unpack[Options]
 ) -> Acceptor:
     """Accept connections; each is read for a ``protocol()`` of its own."""
 

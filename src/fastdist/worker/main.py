@@ -39,7 +39,8 @@ from fastdist.shm.snapshot import CONNECTIONS, Snapshot
 from fastdist.shm.upkeep import Upkeep
 from fastdist.statuses import reason
 from fastdist.storage.dead_letter_bounds import Bounds
-from fastdist.storage.dead_letters import DeadLetters, folder_of
+from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letters import folder_of
 from fastdist.worker.admin import AdminRequests
 from fastdist.worker.dispatch import Dispatcher
 from fastdist.worker.drain import Drain
@@ -119,7 +120,7 @@ class Worker:
             config.server,
             self._found_full,
             shared=stream is not None,
-            turned_away=self._turned_away,
+            on_rejected=self._rejected,
         )
         self.views = Views(
             self.queue.ring, self.counters, self.block.limiter(), config.server, self.snapshot, self.admin.send
@@ -149,12 +150,12 @@ class Worker:
         self.stream = StreamQueue(self.loop, self.config, self.block, self.assignment.index, self._found_full)
         return self.stream
 
-    def _dead_letters(self) -> DeadLetters:
+    def _dead_letters(self) -> DeadLetterFiles:
         queue, settings, assignment = self.config.queue, self.config.dead_letters, self.assignment
         folder = folder_of(queue.path, settings.path)
         self.bounds = Bounds(folder, settings, self.block.workers, lambda n: self.counters.add("discarded", n))
         owner = f"w{assignment.index}-{os.getpid()}"
-        return DeadLetters(queue.path, owner, assignment.ring, path=settings.path, bounds=self.bounds)
+        return DeadLetterFiles(queue.path, owner, assignment.ring, path=settings.path, bounds=self.bounds)
 
     # ---- settings
 
@@ -358,10 +359,10 @@ class Worker:
         self.words[WorkerWord.STORAGE_FAULT] = self.intake.broken_storage
         self.words[WorkerWord.DEAD_LETTERS_FAULT] = self.dead_letter_writer.failed
 
-    def _turned_away(self, kind: str, client: str, pointer: str) -> None:
+    def _rejected(self, kind: str, client: str, pointer: str) -> None:
         """Note an example for the log; connections are counted here."""
         if kind == CONNECTIONS:
-            self.words[WorkerWord.TURNED_AWAY] += 1
+            self.words[WorkerWord.REJECTED_CONNECTIONS] += 1
         self.examples.note(kind, client=client, pointer=pointer)
 
     def _found_full(self) -> int:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing
     from fastdist.settings import Analyzer, Config
+    from fastdist.storage.dead_letter_files import DeadLetterFiles
     from fastdist.storage.dead_letter_writer import Runner
-    from fastdist.storage.dead_letters import DeadLetters
     from fastdist.worker.upstream import AnalyzerPool
 
     MakeWriter = Callable[[Callable[[PacketRing, int], None]], "Writer"]
@@ -100,7 +100,7 @@ class Outcomes(DispatchBase):
         config: Config,
         *,
         counters: Counters,
-        dead_letters: DeadLetters | MakeWriter,
+        dead_letters: DeadLetterFiles | MakeWriter,
         settled: Callable[[int, str | None], None],
         run_in_thread: Runner | None,
         given_up: Callable[..., None],

@@ -26,7 +26,7 @@ from fastdist.worker.reconcile import reset_gauges
 from fastdist.worker.stream.claims import Claims
 from fastdist.worker.stream.dead_letters import DeadLetterPublisher
 from fastdist.worker.stream.outgoing import Outgoing
-from fastdist.worker.stream.waits import Words
+from fastdist.worker.stream.waits import DeliveryNotices
 from fastdist.worker.upkeep import TICK
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class StreamQueue:
         _, self.claimed = _ring(capacity, block, replicated=False)
         self.connection = Connection(settings, f"fastdist-{os.getpid()}", is_quiet=True)  # the supervisor's speaks
         self.publisher = Publisher(self.connection, settings.stream, settings.subject, settings.publish_timeout)
-        self.words = Words(self.connection, f"_INBOX.{os.urandom(16).hex()}", self._told)
-        self.claims = Claims(self.claimed, self.counters, settings.claim, self.words.tell)
+        self.notices = DeliveryNotices(self.connection, f"_INBOX.{os.urandom(16).hex()}", self._told)
+        self.claims = Claims(self.claimed, self.counters, settings.claim, self.notices.tell)
         self.consumer = Consumer(self.connection, settings, self.claims.take, self.claims.room, self.claims.void)
         self.dead_stream = DeadStream(self.connection)
         self.outgoing = Outgoing(loop, self.ring, self.publisher, settings, self.counters, full)
@@ -88,7 +88,7 @@ class StreamQueue:
         """Connect, publish what comes in, and claim for the dispatcher."""
         self._emitters, self._dispatcher = emitters, dispatcher
         self._max_packet = emitters.agents.limits.max_packet
-        self.outgoing.serve(intake, emitters, self.words.subject)
+        self.outgoing.serve(intake, emitters, self.notices.subject)
         await asyncio.wait([background(self._connect())], timeout=CONNECT_TIMEOUT)
         self.look()
         self.claims.serve(

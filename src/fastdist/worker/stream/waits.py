@@ -1,7 +1,7 @@
 """Tells emitters that wait for a delivery (``Prefer: wait``) what became of it, whichever worker or replica delivers.
 
-A packet's message names the subject to tell it to: this worker's inbox and the packet's sequence here. A word that is
-lost costs its emitter no more than that it is answered 202 when its time is over.
+A packet's message names the subject to tell it to: this worker's inbox and the packet's sequence here. A notice
+that is lost costs its emitter no more than that it is answered 202 when its time is over.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from fastdist.storage.jetstream.connection import Connection
 
 
-class Word(Struct, frozen=True, omit_defaults=True):
+class DeliveryNotice(Struct, frozen=True, omit_defaults=True):
     """What became of a packet: the analyzer that has it; without one, it is a dead letter."""
 
     analyzer: str | None = None
 
 
 INBOX = re.compile(r"_INBOX\.[0-9A-Za-z.]{1,100}")
-_decode = msgspec.json.Decoder(Word).decode
+_decode = msgspec.json.Decoder(DeliveryNotice).decode
 
 
-class Words:
-    """A part of a connection (before that is started). ``settled(sequence, analyzer)`` is called for each word."""
+class DeliveryNotices:
+    """A part of a connection (before that is started). ``settled(sequence, analyzer)`` is called for each notice."""
 
     def __init__(self, connection: Connection, inbox: str, settled: Callable[[int, str | None], None]) -> None:
         self._inbox, self._settled = inbox, settled
@@ -47,7 +47,7 @@ class Words:
         """Tell the worker that awaits it what became of a packet."""
         if self._client is not None and INBOX.fullmatch(subject):  # anything may stand in a message
             with contextlib.suppress(NatsError):
-                self._client.send(subject, msgspec.json.encode(Word(analyzer)))
+                self._client.send(subject, msgspec.json.encode(DeliveryNotice(analyzer)))
 
     def connected(self, client: Client) -> None:
         """Listen on a new client."""
@@ -61,8 +61,8 @@ class Words:
     def _received(self, subject: str, _reply: str, _headers: bytes, data: bytes) -> None:
         number = subject[len(self._inbox) + 1 :]
         try:
-            word = _decode(data)
+            notice = _decode(data)
         except msgspec.MsgspecError:
             return
         if number.isdecimal():
-            self._settled(int(number), word.analyzer)
+            self._settled(int(number), notice.analyzer)
