@@ -8,7 +8,7 @@ from fastdist._core import Packet
 from fastdist.client.connection import Target
 from fastdist.client.replay import Replay
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import Selection, find_files, read_file
+from fastdist.storage.dead_letter_format import Selection, find_files, read_file
 
 SECOND = 1_000_000_000
 WHOLE = (

@@ -8,7 +8,7 @@ from fastdist.http import metrics
 from fastdist.settings import Config, Queue
 from fastdist.shm.block import SharedBlock
 from fastdist.shm.snapshot import Snapshot
-from fastdist.stream import StreamFigures
+from fastdist.stream_figures import StreamFigures
 
 FIGURES = StreamFigures(
     at=1.0,

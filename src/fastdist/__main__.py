@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import sys
 
-from fastdist import early
+from fastdist import before_imports
 
 
 def main() -> None:
     """Run the command line; never returns."""
-    early.open_standard_streams()
+    before_imports.open_standard_streams()
     if sys.argv[1:2] == ["serve"]:
-        early.watch_signals()
+        before_imports.watch_signals()
     gc.set_threshold(100_000)  # more than all imports make: none of that is garbage
     from fastdist.cli import main  # noqa: PLC0415  (takes a while)
 

@@ -1,8 +1,8 @@
 """The compiled core: from the bytes of an emitter to a record in the ring, and from there to an analyzer.
 
-The way of a packet. ``Poller`` (stream.pxi) reads a connection's bytes into a buffer that all share, and hands them to
+The way of a packet. ``Poller`` (transport.pxi) reads a connection's bytes into a buffer that all share, and hands them to
 the protocol, ``IngestBase`` (ingest.pxi). That finds the request's head (http.pxi), has the body checked by one pass
-over its bytes (schema.pxi), and pushes it to the ``PacketRing`` (ring.pxi): one record, which is queue, store and
+over its bytes (packet_scan.pxi), and pushes it to the ``PacketRing`` (ring.pxi): one record, which is queue, store and
 in-flight table at once, and 202 is written into a buffer of responses. When some connections have been read their records
 are written to the ring's file (ringfile.pxi) in one piece, and the responses leave (outbox.pxi), with durability fsync
 when a ``SyncThread`` (syncing.pxi) has synced them. Once in an event-loop iteration ``DispatchBase`` (dispatch.pxi)
@@ -69,12 +69,12 @@ include "core/syncing.pxi"
 include "core/checksum.pxi"
 include "core/http.pxi"
 include "core/chunks.pxi"
-include "core/schema.pxi"
+include "core/packet_scan.pxi"
 include "core/values.pxi"
-include "core/wire.pxi"
-include "core/mapping.pxi"
-include "core/life.pxi"
-include "core/stream.pxi"
+include "core/protobuf.pxi"
+include "core/record_mapping.pxi"
+include "core/connection_life.pxi"
+include "core/transport.pxi"
 include "core/outbox.pxi"
 include "core/intake.pxi"
 include "core/ingest.pxi"

@@ -1,7 +1,7 @@
 """What a log packet is.
 
 ``LogPacket`` and ``LogMessage`` are the schema; ``check`` decides whether a body conforms to it, and says what is wrong
-if it does not. The scanner in ``core/schema.pxi`` accepts conforming bodies before ``check`` is called, so
+if it does not. The scanner in ``core/packet_scan.pxi`` accepts conforming bodies before ``check`` is called, so
 this module is written to be correct and clear, and the scanner is tested against it. Whether a body is JSON at all, and
 where it is not, is reported by the scanner: the texts of Python's decoder differ between versions.
 

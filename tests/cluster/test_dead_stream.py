@@ -15,7 +15,7 @@ from harness import PATIENCE, contents, in_loop, repeated, service
 from proxy import Proxy
 
 from fastdist._core import Packet, scan
-from fastdist.storage.dead_letters import as_line
+from fastdist.storage.dead_letter_format import as_line
 from fastdist.storage.jetstream.message import decode
 from fastdist.storage.jetstream.publisher import Publisher
 

@@ -13,7 +13,7 @@ from proxy import Proxy
 
 from fastdist._core import Packet
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import as_line
+from fastdist.storage.dead_letter_format import as_line
 from fastdist.storage.jetstream.api import UnavailableError
 from fastdist.storage.jetstream.connection import now
 from fastdist.storage.jetstream.dead_stream import DeadStream

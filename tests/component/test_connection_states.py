@@ -1,4 +1,4 @@
-"""The tables of a connection's states (core/life.pxi): each move is taken by one of the examples here, and no other."""
+"""The tables of a connection's states (core/connection_life.pxi): an example here takes each move, and no other."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import os
 import pytest
 from upstream_harness import Bench, reply
 
-from fastdist.storage.dead_letters import FOLDER
+from fastdist.storage.dead_letter_format import FOLDER
 
 
 def send_all(bench):

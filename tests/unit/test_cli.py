@@ -23,7 +23,7 @@ from fastdist.client import held_file, output, replay
 from fastdist.errors import StartError
 from fastdist.shm.snapshot import DEAD_LETTERS
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import UNREADABLE
+from fastdist.storage.dead_letter_format import UNREADABLE
 
 
 class FakeSupervisor(ModuleType):

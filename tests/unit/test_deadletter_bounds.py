@@ -19,7 +19,7 @@ from fastdist.settings import DeadLetters as Settings
 from fastdist.storage import dead_letter_bounds as module
 from fastdist.storage.dead_letter_bounds import Bounds, discard
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import FOLDER, MAX_FILE, find_files, folder_of, journal_of
+from fastdist.storage.dead_letter_format import FOLDER, MAX_FILE, find_files, folder_of, journal_of
 
 KIB = 1024
 

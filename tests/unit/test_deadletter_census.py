@@ -18,7 +18,7 @@ from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_census as module
 from fastdist.storage.dead_letter_census import Census, HaltedError
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import FOLDER, Selection, find_files, read_file
+from fastdist.storage.dead_letter_format import FOLDER, Selection, find_files, read_file
 
 SECRET = b"what is in the packet"
 

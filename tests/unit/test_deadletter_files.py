@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fastdist.client.held_file import HeldFile
 from fastdist.storage import dead_letter_files as module
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import DeadLetter, find_files, read_file
+from fastdist.storage.dead_letter_format import DeadLetter, find_files, read_file
 
 
 @pytest.fixture

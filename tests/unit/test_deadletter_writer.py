@@ -15,8 +15,8 @@ from fastdist._core import PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_writer
 from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letter_format import FOLDER
 from fastdist.storage.dead_letter_writer import MANY, DeadLetterWriter, PendingDeadLetter, what_is_left
-from fastdist.storage.dead_letters import FOLDER
 
 EIO = OSError(errno.EIO, "Input/output error")
 SECOND = 10**9

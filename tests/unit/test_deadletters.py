@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fastdist._core import Packet
 from fastdist.storage import dead_letter_files as module
 from fastdist.storage.dead_letter_files import IDLE_NS, MAX_OPEN_NS, DeadLetterFiles, ask_for
-from fastdist.storage.dead_letters import FOLDER, find_files, iso_time, read_file
+from fastdist.storage.dead_letter_format import FOLDER, find_files, iso_time, read_file
 
 MOMENT = 1_700_000_000_123_456_000  # 2023-11-14, 22:13:20.123456 UTC
 

@@ -14,8 +14,8 @@ from fastdist.settings import PROTOCOLS, Analyzer, Config
 from fastdist.shm.block import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.histograms import BOUNDS
 from fastdist.shm.problems import KINDS
-from fastdist.shm.report import Configuration, Report, encode
 from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
+from fastdist.shm.supervisor_report import Configuration, Report, encode
 
 SECOND = 10**9
 AT, WALL = 500 * SECOND, 1_700_000_000 * SECOND  # one moment, on the monotonic clock and on the wall clock

@@ -19,7 +19,7 @@ from fastdist.http import models, stats
 from fastdist.shm import problems
 from fastdist.shm.block import REPORT_WORDS, AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.problems import KINDS, LEVELS, Problem
-from fastdist.shm.report import MAX_OWN, MAX_SINCE, Configuration, Own, Report, decode, encode
+from fastdist.shm.supervisor_report import MAX_OWN, MAX_SINCE, Configuration, Own, Report, decode, encode
 from fastdist.supervisor import problems as following
 from fastdist.supervisor.problems import CALM, COUNTED, LATELY, MAX_STATUS, Follower, Growth, status_line
 

@@ -12,7 +12,7 @@ from dead_letters import WHOLE, broken, fill, ids, names_in, packet
 from fastdist.client import held_file, purge
 from fastdist.client.held_file import HeldFile
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import Selection, find_files
+from fastdist.storage.dead_letter_format import Selection, find_files
 
 
 def purged(files, selection, note):

@@ -22,7 +22,7 @@ from fastdist.client.connection import Target
 from fastdist.client.held_file import HeldFile
 from fastdist.client.replay import Replay
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import Selection, digest_of, find_files, journal_of, read_file
+from fastdist.storage.dead_letter_format import Selection, digest_of, find_files, journal_of, read_file
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from fastdist.client import replay
-from fastdist.storage.dead_letters import Selection, find_files
+from fastdist.storage.dead_letter_format import Selection, find_files
 from fastdist.client.connection import Target
 
 class Killer:

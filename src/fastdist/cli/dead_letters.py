@@ -35,7 +35,7 @@ def dead_letters_at(path: Path | None, config: str | None) -> Iterator[Store]:
             return
         path = Path(settings.dead_letters.path or settings.queue.path)
     from fastdist.client.dead_letter_store import Files
-    from fastdist.storage.dead_letters import find_files
+    from fastdist.storage.dead_letter_format import find_files
 
     yield Files(find_files(path))
 

@@ -249,7 +249,7 @@ def dead_letters_list(
       fastdist dead-letters list --config fastdist.toml
     """
     from fastdist.client import output
-    from fastdist.storage.dead_letters import Selection
+    from fastdist.storage.dead_letter_format import Selection
 
     with problems_shown(), dead_letters_at(path, config) as store:
         selection = Selection(reason=reason, since=ago(since, "--since"))
@@ -285,7 +285,7 @@ def dead_letters_replay(
       fastdist dead-letters replay --config fastdist.toml
     """
     from fastdist.client import output, progress
-    from fastdist.storage.dead_letters import Selection
+    from fastdist.storage.dead_letter_format import Selection
 
     target = target_or_exit(url, token_or_environment(token), ca_file)
     with problems_shown(), dead_letters_at(path, config) as store, progress.ReplayView(store.peer) as view:
@@ -315,7 +315,7 @@ def dead_letters_purge(
       fastdist dead-letters purge --config fastdist.toml
     """
     from fastdist.client import output, purge
-    from fastdist.storage.dead_letters import Selection
+    from fastdist.storage.dead_letter_format import Selection
 
     if not yes and not sys.stdin.isatty():
         fail("cannot ask for confirmation (stdin is no terminal); say --yes to delete them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from fastdist.client import purge, replay
-from fastdist.storage.dead_letters import Line
+from fastdist.storage.dead_letter_format import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastdist.client.progress import ReplayView
     from fastdist.client.purge import Census
     from fastdist.client.replay import Summary
-    from fastdist.storage.dead_letters import Found, Selection
+    from fastdist.storage.dead_letter_format import Found, Selection
 
 Stored: TypeAlias = tuple[dict[str, object], Line]  # where it is, as members of JSON; the dead letter
 

@@ -23,7 +23,7 @@ from fastdist._core import scan
 from fastdist.client.purge import Census, census_of
 from fastdist.client.replay import ReplayRun, Summary
 from fastdist.errors import StartError
-from fastdist.storage.dead_letters import as_read, digest_of
+from fastdist.storage.dead_letter_format import as_read, digest_of
 from fastdist.storage.jetstream import api
 from fastdist.storage.jetstream.api import ApiError, UnavailableError
 from fastdist.storage.jetstream.connection import Connection
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fastdist.client.dead_letter_store import Stored
     from fastdist.client.progress import ReplayView
     from fastdist.settings import Jetstream
-    from fastdist.storage.dead_letters import DeadLetter, Line, Selection
+    from fastdist.storage.dead_letter_format import DeadLetter, Line, Selection
 
 Result = TypeVar("Result")
 

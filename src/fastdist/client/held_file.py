@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from fastdist.storage.dead_letter_files import ask_for
-from fastdist.storage.dead_letters import JOURNAL_SUFFIX, SUFFIX, digest_of, journal_of, read_journal, read_lines
+from fastdist.storage.dead_letter_format import JOURNAL_SUFFIX, SUFFIX, digest_of, journal_of, read_journal, read_lines
 from fastdist.storage.files import sync_folder
 from fastdist.storage.locks import open_locked, try_lock
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator
     from pathlib import Path
 
-    from fastdist.storage.dead_letters import Found, Line
+    from fastdist.storage.dead_letter_format import Found, Line
 
 LOCK_PATIENCE = 5.0  # seconds to wait for a file that a worker has open
 ASK_EVERY = 0.05  # seconds

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastdist.client.dead_letter_store import Stored
     from fastdist.client.replay import Summary
     from fastdist.http.models import Analyzer
-    from fastdist.storage.dead_letters import Line
+    from fastdist.storage.dead_letter_format import Line
     from fastdist.storage.inspect import QueueView, RingReport
 
 MAX_DAMAGES = 20  # of a file

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Task
 
     from fastdist.client.retry import AnyResponse
-    from fastdist.storage.dead_letters import DeadLetter
+    from fastdist.storage.dead_letter_format import DeadLetter
 
 LINE_EVERY = 10.0  # seconds between the lines that stand for a bar
 MAX_REFUSALS = 20  # shown one by one

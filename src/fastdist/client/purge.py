@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fastdist.client.held_file import HeldFile, tidy
-from fastdist.storage.dead_letters import read_file
+from fastdist.storage.dead_letter_format import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime
 
-    from fastdist.storage.dead_letters import Found, Line, Selection
+    from fastdist.storage.dead_letter_format import Found, Line, Selection
 
 
 class Census(msgspec.Struct):

@@ -27,7 +27,7 @@ from fastdist.client import retry
 from fastdist.client.connection import MAX_RESPONSE, Connection
 from fastdist.client.held_file import HeldFile, tidy
 from fastdist.client.purge import count
-from fastdist.storage.dead_letters import journal_of
+from fastdist.storage.dead_letter_format import journal_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastdist.client.connection import Target
     from fastdist.client.progress import ReplayView
     from fastdist.client.purge import Census
-    from fastdist.storage.dead_letters import DeadLetter, Found, Line, Selection
+    from fastdist.storage.dead_letter_format import DeadLetter, Found, Line, Selection
 
 UNKNOWN_INTERVAL = 0.5  # seconds between syncs of a distributor that does not say how often it does that
 MAX_INTERVAL = 30.0  # seconds between syncs that are waited for

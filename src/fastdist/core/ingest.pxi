@@ -120,7 +120,7 @@ cdef class IngestBase(Connection):
         cdef bytes name = address.encode()
         self.client = hash_bytes(PyBytes_AS_STRING(name), len(name))
 
-    # ---- states (life.pxi)
+    # ---- states (connection_life.pxi)
 
     cdef int begin_request(self, int64_t now) except -1:
         """Be ready for a head: nothing is known of the request."""

@@ -70,7 +70,7 @@ cdef class ReplyBase(Connection):
         free(self.groups)
         release(&self.partial)
 
-    # ---- states (life.pxi)
+    # ---- states (connection_life.pxi)
 
     cdef int send_as(self, Sending state) except -1:
         """Enter a state of writing; what takes no request is not to be among those that do."""

@@ -1,7 +1,7 @@
 """JSON cut into values without decoding them, from texts one after the other or from lists in an object; date-times.
 
 What agents send as JSON is decoded by a library, value by value, so that no step takes long and a fault has a number.
-Where a value ends the scanner of schema.pxi knows, which also bounds its depth and sees to it that it is JSON.
+Where a value ends the scanner of packet_scan.pxi knows, which also bounds its depth and sees to it that it is JSON.
 """
 
 cdef extern from "<string.h>" nogil:

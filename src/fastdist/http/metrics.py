@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from fastdist.shm.histograms import Histogram
     from fastdist.shm.snapshot import Snapshot
-    from fastdist.stream import StreamFigures
+    from fastdist.stream_figures import StreamFigures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"

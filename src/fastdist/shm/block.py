@@ -46,7 +46,7 @@ from fastdist.dead_letter_report import Report as DeadLetterReport
 from fastdist.dead_letter_report import encode
 from fastdist.errors import StartError
 from fastdist.shm.document import Document
-from fastdist.stream import StreamFigures
+from fastdist.stream_figures import StreamFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

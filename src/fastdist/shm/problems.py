@@ -15,13 +15,13 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist.shm.block import AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
-from fastdist.shm.report import key
+from fastdist.shm.supervisor_report import key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from fastdist.shm.report import Report
     from fastdist.shm.snapshot import AnalyzerFigures, Snapshot, WorkerFigures
+    from fastdist.shm.supervisor_report import Report
 
 NEARLY_FULL = 0.8  # of a worker's part of the queue
 LEVELS = ("error", "warning", "notice")

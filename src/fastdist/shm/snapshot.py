@@ -34,7 +34,7 @@ from fastdist._core import (
 from fastdist.settings import PROTOCOLS
 from fastdist.shm.block import HUNG, AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
 from fastdist.shm.histograms import Histogram, merge
-from fastdist.shm.report import Report, decode
+from fastdist.shm.supervisor_report import Report, decode
 from fastdist.shm.weights import effective_weights, normalised, seems_online
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastdist.dead_letter_report import Report as DeadLetterReport
     from fastdist.settings import Analyzer, Config
     from fastdist.shm.block import SharedBlock
-    from fastdist.stream import StreamFigures
+    from fastdist.stream_figures import StreamFigures
 
 REJECTIONS = (
     "malformed",

@@ -17,7 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastdist.storage.dead_letters import MAX_FILE, SUFFIX, journal_of, read_journal, read_lines
+from fastdist.storage.dead_letter_format import MAX_FILE, SUFFIX, journal_of, read_journal, read_lines
 from fastdist.storage.files import has_name
 from fastdist.storage.locks import try_lock
 

@@ -19,7 +19,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, BinaryIO
 
 from fastdist.dead_letter_report import LAST, MAX_ERROR, Count, Described, Report
-from fastdist.storage.dead_letters import SUFFIX, UNREADABLE, DeadLetter, decoded, digest_of, journal_of, read_journal
+from fastdist.storage.dead_letter_format import (
+    SUFFIX,
+    UNREADABLE,
+    DeadLetter,
+    decoded,
+    digest_of,
+    journal_of,
+    read_journal,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -30,7 +30,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist.storage.dead_letters import MAX_FILE, SUFFIX, as_line, folder_of
+from fastdist.storage.dead_letter_format import MAX_FILE, SUFFIX, as_line, folder_of
 from fastdist.storage.files import is_nameless, make_folder, sync_folder
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from fastdist.errors import StartError
 from fastdist.shm.block import HeadWord, Step
 from fastdist.storage.dead_letter_bounds import Bounds
 from fastdist.storage.dead_letter_census import Census, HaltedError
-from fastdist.storage.dead_letters import folder_of
+from fastdist.storage.dead_letter_format import folder_of
 from fastdist.storage.files import make_folder
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 It owns one listener per worker (SO_REUSEPORT, kept open, so that what is queued on a dead worker's socket waits for its
 successor; or it has those of the service manager, see ``activation``), the rings' descriptors and the shared block. It
-carries no packet. Signal handlers only queue the signal; one task acts on it. Until that runs, ``early`` does.
+carries no packet. Signal handlers only queue the signal; one task acts on it. Until that runs, ``before_imports`` does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import uvloop
 
-from fastdist import __version__, early, logs
+from fastdist import __version__, before_imports, logs
 from fastdist._core import PacketRing
 from fastdist.config import MIN_PART, usable_cores, warnings, without_effect
 from fastdist.errors import INTERNAL_ERROR, ConfigError, Fault, StartError, printable
@@ -252,7 +252,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
-        if early.asked_to_reload():
+        if before_imports.asked_to_reload():
             self._signals.put_nowait(signal.SIGHUP)
         if self.is_shared:
             from fastdist.supervisor.stream import SharedStream  # noqa: PLC0415  (its library may not be installed)

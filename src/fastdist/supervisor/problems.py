@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from fastdist import logs
 from fastdist.shm.block import HeadWord, Step
 from fastdist.shm.problems import KINDS, LEVELS, Problem, problems
-from fastdist.shm.report import Own, Report, encode
+from fastdist.shm.supervisor_report import Own, Report, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -16,7 +16,7 @@ from fastdist.config import reloadable
 from fastdist.errors import ConfigError, Fault, StartError
 from fastdist.net import tls
 from fastdist.shm.block import AnalyzerWord, HeadWord
-from fastdist.shm.report import Configuration, Own
+from fastdist.shm.supervisor_report import Configuration, Own
 from fastdist.supervisor.overrides import FILE, Override, Overrides, leaves_any
 
 if TYPE_CHECKING:

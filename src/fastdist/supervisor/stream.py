@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastdist.settings import Config
     from fastdist.shm.block import SharedBlock
     from fastdist.storage.jetstream.state import Value
-    from fastdist.stream import StreamFigures
+    from fastdist.stream_figures import StreamFigures
     from fastdist.supervisor.reload import Changes
 
 KEY = "overrides"

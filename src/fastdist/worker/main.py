@@ -40,7 +40,7 @@ from fastdist.shm.upkeep import Upkeep
 from fastdist.statuses import reason
 from fastdist.storage.dead_letter_bounds import Bounds
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letters import folder_of
+from fastdist.storage.dead_letter_format import folder_of
 from fastdist.worker.admin import AdminRequests
 from fastdist.worker.dispatch import Dispatcher
 from fastdist.worker.drain import Drain

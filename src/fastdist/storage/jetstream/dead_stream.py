@@ -2,7 +2,7 @@
 
 A packet's message is acknowledged only after its dead letter is stored. The id of that is made of the packet's place in
 the stream, so one that was stored when its worker was killed is not stored twice within the window. A dead letter is
-the same line of JSON as in the files (``storage.dead_letters.as_line``); where that is larger than a message may be
+the same line of JSON as in the files (``dead_letter_format.as_line``); where that is larger than a message may be
 (its packet need not have been: as a string it takes more), it is compressed.
 """
 

@@ -15,7 +15,7 @@ import msgspec
 from fastdist.storage.jetstream.api import STREAM_NOT_FOUND, ApiError, UnavailableError, request
 from fastdist.storage.jetstream.connection import now
 from fastdist.storage.jetstream.consumer import NAME
-from fastdist.stream import GONE, StreamFigures
+from fastdist.stream_figures import GONE, StreamFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastdist import logs
 from fastdist._core import DamagedError
-from fastdist.storage.dead_letters import as_line
+from fastdist.storage.dead_letter_format import as_line
 from fastdist.storage.jetstream.connection import background
 
 if TYPE_CHECKING:

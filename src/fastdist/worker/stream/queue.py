@@ -21,7 +21,7 @@ from fastdist.storage.jetstream.connection import Connection, background
 from fastdist.storage.jetstream.consumer import Consumer
 from fastdist.storage.jetstream.dead_stream import DeadStream
 from fastdist.storage.jetstream.publisher import Publisher
-from fastdist.stream import GONE
+from fastdist.stream_figures import GONE
 from fastdist.worker.reconcile import reset_gauges
 from fastdist.worker.stream.claims import Claims
 from fastdist.worker.stream.dead_letters import DeadLetterPublisher

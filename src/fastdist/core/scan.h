@@ -1,4 +1,4 @@
-/* What the JSON scanner (schema.pyx) cannot say in Cython: vector instructions where they are worth it, for passing over
+/* What the JSON scanner (packet_scan.pxi) cannot say in Cython: vector instructions where they are worth it, for passing over
  * plain text, and that some code is hardly ever run. */
 #ifndef FASTDIST_JSON_H
 #define FASTDIST_JSON_H

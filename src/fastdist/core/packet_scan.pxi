@@ -21,7 +21,7 @@ stops there by itself; only what passes a closing brace, and what reads several 
 ``scan_packet`` and ``scan_message`` know the schema and read the members of their objects one by one, in any order; a
 set of bits notes what has been seen, which catches what is missing and what comes twice. Values that the schema does
 not describe go through ``scan_value``, with the kinds of the open containers as bits of a word in place of a call
-stack. Most of the bytes are strings: ``plain_end`` (json.h) passes over their plain text 16 bytes at a time and stops
+stack. Most of the bytes are strings: ``plain_end`` (scan.h) passes over their plain text 16 bytes at a time and stops
 at what deserves a look.
 """
 
@@ -43,7 +43,7 @@ cdef extern from "<ctype.h>" nogil:
 cdef extern from "<string.h>" nogil:
     void *memrchr(const void *p, int c, size_t n)
 
-cdef extern from "json.h" nogil:
+cdef extern from "scan.h" nogil:
     cursor plain_end "fd_plain_end"(cursor p, cursor end)
     const int BLOCK "FD_BLOCK"
     struct Stop "fd_stop":
