@@ -410,7 +410,7 @@ __test__: dict[str, object]
 
 @type_check_only
 class StreamCalls(Protocol):
-    """What ``Stream`` calls in its protocol, a ``Receiver``, as transports of asyncio do."""
+    """What ``Stream`` calls in its protocol, as transports of asyncio do. That has to be a ``Receiver`` besides."""
 
     def connection_made(self, transport: Any, /) -> None:
         """Called first, with the stream."""
@@ -437,7 +437,7 @@ class Poller:
     @property
     def streams(self) -> set[Stream]: ...
     run_ns: int
-    max_ns: int
+    peak_ns: int
     after: AfterEvents | None
     def __new__(cls, loop: asyncio.AbstractEventLoop) -> Self: ...
     def close(self) -> None: ...
@@ -559,7 +559,7 @@ class Intake(AfterEvents):
     closed: bool
     broken_storage: int
     open_to_all: bool
-    shares_responses: bool
+    has_cors: bool
     max_bodies: int
     later: Callable[[Callable[[], None]], object]
     slice_ns: int
@@ -567,7 +567,7 @@ class Intake(AfterEvents):
     packets_ns: int
     loop_ns: int
     costly_ns: int
-    max_ns: int
+    peak_ns: int
     room_wait_ns: int
     @property
     def keyed(self) -> dict[int, PendingResponse] | None: ...

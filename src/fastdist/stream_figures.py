@@ -10,7 +10,7 @@ GONE = "gone"
 class StreamFigures(Struct, frozen=True, kw_only=True):
     """The stream as it is. Counts are of messages, which may be bundles of packets.
 
-    ``at``: time.monotonic() of the last answer, 0 if there was none. ``stored``: the last sequence, so all messages
+    ``at``: time.monotonic() of the last response, 0 if there was none. ``stored``: the last sequence, so all messages
     there ever were. ``queued``: claimed by no replica. ``in_flight``: claimed by some. ``settled``: gone from the
     stream since it was made. ``settled_per_second``: over the last seconds. ``oldest``: when the oldest message was
     stored (Unix time), or 0. ``replicas_current``: copies that have all of it, 0 without a leader. ``created``: when

@@ -144,9 +144,9 @@ def test_given_back_without_a_connection(monkeypatch):
 def test_only_inboxes_are_told():
     """A message of the stream may name any subject."""
     connection, client = SimpleNamespace(add=lambda _part: None), Client()
-    words = DeliveryNotices(connection, "_INBOX.0123456789abcdef", print)
-    words.connected(client)
-    inbox = words.subject(17)
+    notices = DeliveryNotices(connection, "_INBOX.0123456789abcdef", print)
+    notices.connected(client)
+    inbox = notices.subject(17)
     for subject in (
         "x 0\r\n\r\nPUB y",
         inbox + "\r\n",
@@ -155,7 +155,7 @@ def test_only_inboxes_are_told():
         "_INBOX." + 5000 * "x",
         inbox,
     ):
-        words.tell(subject, "A1")
+        notices.tell(subject, "A1")
     assert [subject for subject, _ in client.sent] == [inbox]
 
 

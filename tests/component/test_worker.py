@@ -176,7 +176,7 @@ def test_slow_batch_is_withdrawn_at_the_end(build, monkeypatch):
         worker.intake.go_on()
         other.protocol.data_received(post())
         assert worker.queue.ring.undone == 2
-        monkeypatch.setattr("fastdist.worker.drain.LAST_ANSWERS", 0.0)
+        monkeypatch.setattr("fastdist.worker.drain.LAST_RESPONSES", 0.0)
         await worker._drain(0.0)
         assert (batch.statuses, other.statuses) == ([503], [202])
         assert worker.counters.get("storage") == 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastdist._core import FLAG_WAITED, PacketRing, claim_bundle, done_all, file_size, round_capacity
 from fastdist.storage.jetstream.message import StoredPacket, decode, whole
 
-AROUND = 67  # bytes of a packet beside its body, at most
+AROUND = 67  # bytes of a packet beside its body, at limit
 
 
 def ring_of(packets):
@@ -32,14 +32,14 @@ def ring_of(packets):
     return ring
 
 
-def expected(packets, most, max_bytes):
+def expected(packets, limit, max_bytes):
     """Return how many share the message, and whether one that comes next travels alone."""
     size = 8
-    for number, (length, key, waits) in enumerate(packets[:most]):
+    for number, (length, key, waits) in enumerate(packets[:limit]):
         if key or waits or (number and size + AROUND + length > max_bytes):
             return number, True
         size += AROUND + length
-    return min(len(packets), most), False
+    return min(len(packets), limit), False
 
 
 PACKETS = st.lists(
@@ -49,13 +49,13 @@ PACKETS = st.lists(
 
 
 @given(PACKETS, st.integers(1, 64), st.integers(100, 9000))
-def test_bundles_are_what_was_pushed(packets, most, max_bytes):
+def test_bundles_are_what_was_pushed(packets, limit, max_bytes):
     ring = ring_of(packets)
     left, seen, handles_seen = list(packets), 0, []
     while left:
         begin = ring.claim_position
-        count, alone = expected(left, most, max_bytes)
-        body, handles, accepted_ns, first, end, other = claim_bundle(ring, most, max_bytes)
+        count, alone = expected(left, limit, max_bytes)
+        body, handles, accepted_ns, first, end, other = claim_bundle(ring, limit, max_bytes)
         assert (len(handles), bool(other), first) == (count, alone, begin)
         assert count == 1 or len(body) <= max_bytes
         found = decode(whole(body)) if count else []
@@ -70,7 +70,7 @@ def test_bundles_are_what_was_pushed(packets, most, max_bytes):
         handles_seen += handles
         seen += count + alone
         left = left[count + alone :]
-    assert claim_bundle(ring, most, max_bytes) is None
+    assert claim_bundle(ring, limit, max_bytes) is None
     assert (ring.undone, len(handles_seen)) == (0, len(packets))
 
 

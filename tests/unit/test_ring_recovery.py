@@ -608,14 +608,14 @@ def test_migration_changes_only_sequence(disk):
     for i, key in enumerate([None, "key", "k" * 64]):
         options = {"messages": i, "emitter": 2**64 - 1 - i, "accepted_ns": 50 - i, "attempts": i, "flags": FLAG_WAITED}
         other.push(bytes(1000 * i), key, packet_id=bytes([i] * 16), **options)
-    ring, adopted = PacketRing(disk.fd, CAPACITY, volatile=True), []
+    ring, copied = PacketRing(disk.fd, CAPACITY, volatile=True), []
     ring.push(b"first", accepted_ns=100)
     while handle := other.claim():
-        adopted.append(other.packet(handle))
-        assert ring.push_copy(other, handle) == len(adopted) + 1
-        assert other.packet(handle) == adopted[-1]
-        assert ring.oldest_ns == 51 - len(adopted)
-    expected = [packet._replace(sequence=packet.sequence + 1, flags=0) for packet in adopted]
+        copied.append(other.packet(handle))
+        assert ring.push_copy(other, handle) == len(copied) + 1
+        assert other.packet(handle) == copied[-1]
+        assert ring.oldest_ns == 51 - len(copied)
+    expected = [packet._replace(sequence=packet.sequence + 1, flags=0) for packet in copied]
     assert (ring.undone, other.undone) == (4, 3)
     assert drain(ring)[1:] == drain(PacketRing(disk.fd))[1:] == expected
     with pytest.raises(ValueError, match="no handle"):

@@ -154,7 +154,7 @@ def test_no_two_tasks_share_an_iteration(monkeypatch, words):
     it.run(5)
     iterations = [iteration for iteration, _, _ in it.ran]
     assert len(set(iterations)) == len(iterations)
-    assert it.schedule.max_ns == 1_000_000
+    assert it.schedule.peak_ns == 1_000_000
 
 
 def test_idle_loop_is_not_kept_spinning(monkeypatch, words):
@@ -272,14 +272,14 @@ def test_empty_sweep_is_finished(monkeypatch):
 )
 def test_loop_lag_is_its_longest_part(late, parts, lag):
     seen = []
-    them = [SimpleNamespace(max_ns=0) for _ in parts]
+    them = [SimpleNamespace(peak_ns=0) for _ in parts]
     it = LoopLag(SimpleNamespace(observe_loop_lag=seen.append), them)
     it.observe(1000)
     for part, ns in zip(them, parts, strict=True):
-        part.max_ns = ns
+        part.peak_ns = ns
     it.observe(1000 + TICK_NS + late)
     assert seen == [0, lag]
-    assert [part.max_ns for part in them] == [0, 0, 0]
+    assert [part.peak_ns for part in them] == [0, 0, 0]
 
 
 # ---- time-outs of emitters

@@ -66,7 +66,7 @@ class Source(Protocol):
     def lines(self) -> Iterator[Line]:
         """Yield them; the run's lock is held."""
 
-    def send(self, line: Line, dead_letter: DeadLetter) -> retry.AnyResponse | None:
+    def send(self, line: Line, dead_letter: DeadLetter) -> retry.ResponseLike | None:
         """Send one until the response is final; None when the run ends before that."""
 
     def remove(self, line: Line) -> bool:
@@ -119,7 +119,7 @@ class ReplayRun(retry.Run):
             self._room -= found is not None
             return found
 
-    def _settle(self, dead_letter: DeadLetter, response: retry.AnyResponse, *, gone: bool) -> None:
+    def _settle(self, dead_letter: DeadLetter, response: retry.ResponseLike, *, gone: bool) -> None:
         """Count what became of one, and show it; the lock is held."""
         self.summary.left -= gone
         if response.accepted:
@@ -232,7 +232,7 @@ class _File:
     def lines(self) -> Iterator[Line]:
         return self._held.lines(self._end)
 
-    def send(self, line: Line, dead_letter: DeadLetter) -> retry.AnyResponse | None:  # noqa: ARG002  (its place is no matter)
+    def send(self, line: Line, dead_letter: DeadLetter) -> retry.ResponseLike | None:  # noqa: ARG002  (its place is no matter)
         connection = self._free.pop()
         try:
             return self._run.post(connection, dead_letter.id, dead_letter.packet)

@@ -1,6 +1,6 @@
 """The retry policy of ``send`` and ``replay``: which responses are final, how long to back off, when to give up.
 
-A response is that of a distributor; what a stream says of a packet has the shape of one (``AnyResponse``).
+A response is that of a distributor; what a stream says of a packet has the shape of one (``ResponseLike``).
 
 The rules:
 
@@ -39,7 +39,7 @@ PLAIN = b"plain HTTP request was sent to"  # in the 400 of fastdist's port with 
 REDIRECTION, CLIENT_ERROR, SERVER_ERROR = 300, 400, 500  # redirections are not followed
 
 
-class AnyResponse(Protocol):
+class ResponseLike(Protocol):
     """What became of a packet: a status as of HTTP, and the same for a person."""
 
     @property
@@ -67,7 +67,7 @@ class AnyResponse(Protocol):
         """The same behind the name of what has said it."""
 
 
-SomeResponse = TypeVar("SomeResponse", bound=AnyResponse)
+AnyResponse = TypeVar("AnyResponse", bound=ResponseLike)
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -121,7 +121,7 @@ def _other_scheme(error: Exception) -> str:
     return ""
 
 
-def _advice(response: AnyResponse, *, has_token: bool) -> str:
+def _advice(response: ResponseLike, *, has_token: bool) -> str:
     """Return what to look at after a response that any packet would get; nothing for all others."""
     status = response.status
     if status == CLIENT_ERROR and PLAIN in response.content:
@@ -165,7 +165,7 @@ class Run:
         """Post a packet until it is accepted or refused; None when the run ends before that."""
         return self.repeat(lambda: connection.post(packet_id, body), lambda: connection.is_open)
 
-    def repeat(self, attempt: Callable[[], SomeResponse], is_reused: Callable[[], bool]) -> SomeResponse | None:
+    def repeat(self, attempt: Callable[[], AnyResponse], is_reused: Callable[[], bool]) -> AnyResponse | None:
         """Try until a response is final, and return it; None when the run ends before that.
 
         ``is_reused``: whether the next attempt is made over a connection that may have been closed meanwhile.

@@ -81,7 +81,7 @@ class Watcher:
 
 
 def print_once(target: Target) -> bool:
-    """Print a frame; return whether there was an answer."""
+    """Print a frame; return whether there was a response."""
     frame = Watcher(target).look()
     if frame.responses is None:
         typer.echo(f"fastdist: {target.url}: {frame.trouble}", err=True)

@@ -9,7 +9,7 @@ large batch is pushed in pieces, one an event-loop iteration (``LargeBatch``).
 cdef bint convert_body(IngestBase connection, const uchar *p, Py_ssize_t n) except -1:
     """Convert a body, and store what has become of it; False if that goes on in another iteration, or waits for room."""
     cdef Intake intake = connection.intake
-    if isinstance(connection.outcome, LargeBatch):  # which responds
+    if isinstance(connection.outcome, LargeBatch):  # which answers by itself
         connection.held = HELD_WORK if intake.storing is connection.outcome else NOT_HELD
         return not connection.held
     if intake.draining and connection.after == IDLE:

@@ -2,8 +2,8 @@
 
 Theory of operation. Each kind of connection has two states, one for each direction. A table, {state: states that may
 follow}, lists them in the order of the enum that numbers them. ``set_reading`` and ``set_writing`` change them: a move that
-is not in the table is an error of the program, which is reported and costs the connection (checked builds raise it): after
-any error of the program ``break_off`` alone goes to the last states from wherever it is.
+is not in the table is an error of the program, which is reported and costs the connection (checked builds raise it); an
+emitter's is then put into its last states whatever the table says (``break_off``).
 Bits besides the states belong to the request or reply that is read, and are set back with it in one place; or
 they say in which list a connection is; or mirror what the transport was told.
 

@@ -4,7 +4,7 @@
 (``refresh``), and what becomes of packets that could not be delivered.
 
 No event-loop iteration is to be long, however many packets or connections something concerns: all that is done for each of
-very many has an end after a while (``part_ns``), and the flush of the next turn goes on with it.
+very many has an end after a while (``part_ns``), and the flush of the next iteration goes on with it.
 """
 
 
@@ -435,7 +435,7 @@ cdef class DispatchBase:
         for pool in self.lingering:
             self.touch(pool)
         self.lingering = []
-        self.schedule()  # and no second flush in a turn that has one already
+        self.schedule()  # and no second flush in an iteration that has one already
 
     def touch(self, PoolBase pool):
         """Have the pool looked at in the next flush."""

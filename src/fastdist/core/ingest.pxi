@@ -13,8 +13,8 @@ no more is read from the connection:
 - when it has had its slice of this event-loop iteration (``slice_ns``), until its next;
 - when its next packet is a large one, of which an event-loop iteration takes one;
 - while its body is converted, one slice an iteration, and while the batch that has become of it waits for room in the ring;
-- when its next response is one that Python makes (anything but a 202) and such responses have had their share of this one
-  (``costly_ns``): they cost up to a hundred times what a packet does, and packets come first.
+- when its next response is one that Python makes (anything but a 202) and such responses have had their share of this
+  iteration (``costly_ns``): they cost up to a hundred times what a packet does, and packets come first.
 """
 
 cdef enum:
@@ -36,7 +36,7 @@ cdef enum Held:              # what was read and has to wait for its turn, in `p
     HELD_WORK                # a body that is being converted
     HELD_ROOM                # a batch for which there is no room
 
-cdef dict OF_THE_HEAD = {    # what is wrong with one: (status, counter, detail, header lines)
+cdef dict HEAD_FAULTS = {    # (status, counter, detail, header lines)
     ENCODED: (415, "unsupported_media_type", "Content-Encoding must be gzip, deflate, zstd or snappy",
               b"Accept-Encoding: gzip, deflate, zstd, snappy\r\n"),
     NO_JSON: (415, "unsupported_media_type", "Content-Type must be application/json", b"Accept: application/json\r\n"),
@@ -392,7 +392,7 @@ cdef class IngestBase(Connection):
             self.after = ENDED
         if unlikely((self.intake.draining and head.keep_alive) or (refusal != FINE and bodiless)):
             self.after = DISCARDING
-        if unlikely(self.intake.shares_responses) and head.origin:
+        if unlikely(self.intake.has_cors) and head.origin:
             self.extra = self.origin_headers(head.origin)
         if unlikely(refusal != FINE):
             self.turn_down(refusal, filled, wait)
@@ -405,7 +405,7 @@ cdef class IngestBase(Connection):
             self.set_reading(CHUNKS)
             if self.chunks is None:
                 self.chunks = ChunkedBody(False)
-            self.chunks.begin(self.max_of_body(), self.intake.max_header)
+            self.chunks.begin(self.body_limit(), self.intake.max_header)
         elif filled.content_length > 0:
             self.set_reading(BODY)
             self.body_left = filled.content_length
@@ -421,13 +421,13 @@ cdef class IngestBase(Connection):
         self.converts = head.brings or head.route is not None and head.is_log
         return 0
 
-    cdef int64_t max_of_body(self) noexcept:
+    cdef int64_t body_limit(self) noexcept:
         return self.intake.max_body if self.is_log or self.brings else API_BODY
 
     cdef int turn_down(self, Refusal refusal, Filled *filled, int64_t wait) except -1:
         """Answer what ``Intake.judge`` has found wrong."""
-        if refusal in OF_THE_HEAD:
-            self.reject(self.refuse(*OF_THE_HEAD[refusal]))
+        if refusal in HEAD_FAULTS:
+            self.reject(self.refuse(*HEAD_FAULTS[refusal]))
         elif refusal == LIMITED:
             self.reject(self.limited(wait / 1e9))
         elif refusal == NO_TOKEN:
@@ -480,7 +480,7 @@ cdef class IngestBase(Connection):
             return p
         elif event == CHUNK_TOO_LARGE:
             self.fault(413, "too_large" if self.is_log or self.brings else "",
-                       f"the body is larger than the {self.max_of_body()} bytes allowed")
+                       f"the body is larger than the {self.body_limit()} bytes allowed")
         elif event == CHUNK_BROKEN:
             self.malformed(400, "its chunks are broken")
         elif event == CHUNK_TOO_LONG:

@@ -69,7 +69,7 @@ cdef class Intake(AfterEvents):
     cdef public bint closed            # nothing is accepted any more
     cdef public int broken_storage     # errno of what keeps packets from being stored; 0: nothing
     cdef public bint open_to_all       # no token is asked for
-    cdef public bint shares_responses    # CORS is on
+    cdef public bint has_cors          # there are origins that get responses
     cdef bint responds_after_sync
     cdef bint holds                    # responses wait until their packets are written at least
     cdef Outbox outbox
@@ -80,7 +80,7 @@ cdef class Intake(AfterEvents):
     cdef int64_t max_body, max_header
     cdef int64_t header_timeout, body_timeout, keepalive_timeout
     cdef readonly Py_ssize_t max_connections
-    cdef public int64_t max_bodies    # bytes of bodies on their way, of all connections
+    cdef public int64_t max_bodies     # bytes of bodies on their way, of all connections
     cdef readonly int64_t bodies       # as many as there are
     cdef public int64_t room_wait_ns   # see ROOM_WAIT
     cdef int64_t slow_from             # monotonic ns: before it no body is slow enough to be ended for others
@@ -108,7 +108,7 @@ cdef class Intake(AfterEvents):
     cdef public object later           # call_soon
     cdef public int64_t slice_ns, packets_ns, loop_ns, costly_ns
     cdef int64_t loop_left, costly_left  # of this iteration
-    cdef public int64_t max_ns     # of `go_on`, until it is set back
+    cdef public int64_t peak_ns        # of `go_on`, until it is set back
 
     def __cinit__(self, PacketRing ring, Counters counters, RateLimiter limiter, server, check, on_accepted,
                   on_sync_wanted=None, on_not_written=None, bint responds_after_sync=False, bint remembers_keys=False):
@@ -235,7 +235,7 @@ cdef class Intake(AfterEvents):
             self.loop_left = self.loop_ns  # what was held back has had its own time: all this is for new connections
             self.await_turn()
             self.events_over()
-            self.max_ns = max(self.max_ns, mono_ns() - began)
+            self.peak_ns = max(self.peak_ns, mono_ns() - began)
 
     def give_up_storing(self):
         """Withdraw the large batch that is being stored, if there is one."""

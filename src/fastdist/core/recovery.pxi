@@ -165,12 +165,12 @@ cdef int64_t given_up(PacketRing ring, uint64_t number) except -1:
     return end - ring.capacity
 
 
-cdef int64_t next_sound(RingFile file, int64_t position, int64_t end, uint64_t least) noexcept nogil:
+cdef int64_t next_sound(RingFile file, int64_t position, int64_t end, uint64_t min_number) noexcept nogil:
     """Return where the next sound record is that has at least this number and ends by ``end``, -1 without one."""
     cdef Record *record
     while position + SMALLEST <= end:
         record = file.at(position)
-        if record.magic == RECORD_MAGIC and record.number >= least and file.sound(record, position, end):
+        if record.magic == RECORD_MAGIC and record.number >= min_number and file.sound(record, position, end):
             return position
         position += 8
     return -1
@@ -191,10 +191,10 @@ cdef int64_t search_once(PacketRing ring, int64_t position, int64_t end) noexcep
     return end if found < 0 else found
 
 
-cdef int64_t sound_behind(RingFile file, int64_t position, int64_t end, uint64_t least) except? -2:
+cdef int64_t sound_behind(RingFile file, int64_t position, int64_t end, uint64_t min_number) except? -2:
     """Do the same where it was not seen yet that the pages can be read."""
     file.look(end)
-    return next_sound(file, position, end, least)
+    return next_sound(file, position, end, min_number)
 
 
 cdef int recover(PacketRing ring) except -1:
@@ -262,27 +262,27 @@ cdef int walk(PacketRing ring, uint64_t number, dict moved, list gaps) except -1
     """
     cdef RingFile file = ring.file
     cdef int64_t position = ring.head, known = ring.tail, end = ring.head + ring.capacity, limit, found
-    cdef uint64_t least = 0
+    cdef uint64_t min_number = 0
     cdef Record *record
     limit = max(known, min(file.limit, end))
     while position < limit:
         if position >= known:
-            least = max(least, number)
+            min_number = max(min_number, number)
         file.look(position + SMALLEST)
         record = file.at(position)
-        if record.number >= least and file.sound(record, position, end):
+        if record.number >= min_number and file.sound(record, position, end):
             file.look(position + record_size(record))
-            least = record.number + 1
+            min_number = record.number + 1
             if position >= known and not file.body_sound(record) and sound_behind(
-                    file, position + record_size(record), limit, least) < 0:
+                    file, position + record_size(record), limit, min_number) < 0:
                 ring.notes.append((HEADER_BYTES + position % ring.capacity, "a packet that was not written to its end"))
                 break
             take_over(ring, record, position, moved, gaps)
             position += record_size(record)
             continue
-        found = sound_behind(file, position + 8, limit, least)
+        found = sound_behind(file, position + 8, limit, min_number)
         if position < known <= found:
-            found = sound_behind(file, known, limit, max(least, number))
+            found = sound_behind(file, known, limit, max(min_number, number))
         if found < 0 and position >= known:
             break
         if found < 0:

@@ -72,20 +72,6 @@ Packet = namedtuple("Packet", "sequence id body attempts accepted_ns messages em
 Packet.__doc__ = "A record as Python sees it: ``body`` is a copy, ``accepted_ns`` nanoseconds of the wall clock, as it is set now."
 
 
-cdef const uchar *record_body(const Record *record) noexcept nogil:
-    return <const uchar *>record + sizeof(Record) + record.key_length
-
-
-cdef size_t write_id(const Record *record, char *text) noexcept nogil:
-    """Write the packet's id to ``text`` (ID_TEXT bytes) and return its length."""
-    cdef size_t length = min(<int>record.key_length, ID_TEXT)
-    if length:
-        memcpy(text, <const uchar *>record + sizeof(Record), length)
-        return length
-    write_uuid(record.id, text)
-    return 36
-
-
 @cython.final
 cdef class PacketRing:
     """A ring over the open file ``fd`` (of ``file_size(capacity)`` bytes, read-write; not closed here).
@@ -94,7 +80,9 @@ cdef class PacketRing:
     ``claims_wait_for_sync``: records can be claimed once ``mark_synced`` has covered them (durability fsync).
     ``volatile``: nothing outlives the kernel, so nothing ever waits for a sync (durability memory). ``replicated``: but it is
     stored elsewhere too, and counts as synced when it is (``mark_synced``).
-    ``private``: look at a ring without changing it, on a copy (``fd`` may be read-only).
+    ``private``: look at a ring without changing it, on a copy (``fd`` may be read-only). ``clock_offset``: see rule 9; the
+    wall clock of now without it. ``on_damage(offset in the file, what, packets lost, sequence if known or 0)`` is called when
+    damage is found in use.
     """
 
     cdef RingFile file
@@ -111,7 +99,7 @@ cdef class PacketRing:
     cdef readonly int64_t undone       # packets pushed and not done
     cdef readonly int64_t undone_bytes # of records, headers included
     cdef readonly int64_t corrupt      # records (or what was taken for one) that were lost
-    cdef public object on_damage       # called in use with (offset in the file, what, packets lost, sequence if known or 0)
+    cdef public object on_damage
     cdef int64_t largest               # bytes of the largest record since the ring was empty, at least
     cdef int64_t last_size             # bytes of the record that was pushed last (see USUAL), or found no room; 0: none
     cdef int64_t reserved              # bytes that are kept free of packets, for copies of what other rings hold,
@@ -160,7 +148,7 @@ cdef class PacketRing:
         self.claimed = 0
         if capacity is None:
             recover(self)
-        self.on_damage = on_damage
+        self.on_damage = on_damage  # not of what `recover` finds: that is in `damage`
 
     def __dealloc__(self):
         free(self.entries)
@@ -993,9 +981,3 @@ cdef object packet_of(PacketRing ring, Record *record, uint32_t attempts):
     cdef int64_t step = wall_ns() - mono_ns() - ring.clock_offset  # what the wall clock was set by meanwhile
     return Packet(record.sequence, record_id(record), record_body(record)[:record.body_length], attempts,
                   record.accepted_ns + (step if abs(step) > A_STEP else 0), record.messages, record.emitter, record.flags)
-
-
-cdef str record_id(Record *record):
-    cdef char[64] text
-    cdef size_t n = write_id(record, text)
-    return text[:n].decode("latin-1")

@@ -717,3 +717,23 @@ def file_size(int64_t capacity):
 def round_capacity(int64_t capacity):
     """Return ``capacity`` rounded up to whole pages (of the largest size Linux has)."""
     return max(HEADER_BYTES, (capacity + HEADER_BYTES - 1) // HEADER_BYTES * HEADER_BYTES)
+
+
+cdef const uchar *record_body(const Record *record) noexcept nogil:
+    return <const uchar *>record + sizeof(Record) + record.key_length
+
+
+cdef size_t write_id(const Record *record, char *text) noexcept nogil:
+    """Write the packet's id to ``text`` (ID_TEXT bytes) and return its length."""
+    cdef size_t length = min(<int>record.key_length, ID_TEXT)
+    if length:
+        memcpy(text, <const uchar *>record + sizeof(Record), length)
+        return length
+    write_uuid(record.id, text)
+    return 36
+
+
+cdef str record_id(Record *record):
+    cdef char[64] text
+    cdef size_t n = write_id(record, text)
+    return text[:n].decode("latin-1")

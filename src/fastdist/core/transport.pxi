@@ -152,7 +152,7 @@ cdef class Poller:
     cdef uchar *room             # what one read brings
     cdef public AfterEvents after    # None: nothing is to be done
     cdef public int64_t run_ns       # after which `run_once` ends, whatever is ready
-    cdef public int64_t max_ns       # of `run_once`, until it is set back
+    cdef public int64_t peak_ns      # of `run_once`, until it is set back
 
     def __cinit__(self, loop):
         self.epoll = -1
@@ -205,7 +205,7 @@ cdef class Poller:
                         self.left.append((<Stream>events[i].data.ptr, events[i].events))
                     break
             self.events_over()
-        self.max_ns = max(self.max_ns, taken)
+        self.peak_ns = max(self.peak_ns, taken)
         return count < EVENTS and self.left is None
 
     cdef int events_over(self) except -1:

@@ -192,7 +192,7 @@ cdef class JsonRecords:
     cdef int depth
     cdef cursor key            # of the value there, if it is a member
     cdef int known             # how many of them, from outside, the names lead through: an object, its list, an item of it, ...
-    cdef int max_known        # around a record
+    cdef int max_known         # around a record
     cdef Note *notes
     cdef Py_ssize_t count, size
     cdef Py_ssize_t[MAX_LISTS] own  # the numbers of the notes of open objects; -1: the outermost has no note

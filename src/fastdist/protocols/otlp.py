@@ -105,7 +105,7 @@ def _emitter(attributes: dict[str, Any]) -> str:
     return next((text_of(value) for name in EMITTERS if (value := attributes.get(name))), "otlp")
 
 
-def _parts(received: str, resource: bytes, scope: dict[str, Any], scope_attributes: bytes, most: int) -> RecordParts:
+def _parts(received: str, resource: bytes, scope: dict[str, Any], scope_attributes: bytes, limit: int) -> RecordParts:
     """Return what all records of a scope have in common: its resource and itself in their metadata."""
     metadata = b'"resource":%b' % resource if resource != b"{}" else b""
     if scope or scope_attributes != b"{}":
@@ -113,7 +113,7 @@ def _parts(received: str, resource: bytes, scope: dict[str, Any], scope_attribut
         members += [b'"attributes":%b' % scope_attributes] if scope_attributes != b"{}" else []
         metadata += (b"," if metadata else b"") + b'"scope":{%b}' % b",".join(members)
     name = scope.get("name")
-    return RecordParts(received.encode(), LEVELS_BYTES, most, encode(name) if name else b"", metadata)
+    return RecordParts(received.encode(), LEVELS_BYTES, limit, encode(name) if name else b"", metadata)
 
 
 # ------------------------------------------------------------------------------------------------------------ protobuf

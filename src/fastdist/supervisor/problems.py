@@ -199,10 +199,10 @@ class Traffic:
         given_up = self._given_up.lately(snapshot.dead_lettered)
         rejected = self._rejected.lately(snapshot.rejected)
         dead = "packets became dead letters within the last minute"
-        text = "requests were rejected within the last minute"
+        refused = "requests were rejected within the last minute"
         return [
             *(Own("packets_dead_lettered", each, f"{dead}: {each}") for each in given_up),
-            *(Own("requests_rejected", each, f"{text}: {each.replace('_', ' ')}") for each in rejected),
+            *(Own("requests_rejected", each, f"{refused}: {each.replace('_', ' ')}") for each in rejected),
         ]
 
 

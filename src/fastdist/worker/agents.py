@@ -44,8 +44,8 @@ class Agents:
 
     def __init__(self, server: Server, capacity: int) -> None:
         self.protocols = frozenset(server.protocols)
-        most = capacity // 2
-        self.limits = Limits(server.max_body, min(server.max_body, most - RECORD), most - RECORD)
+        limit = capacity // 2
+        self.limits = Limits(server.max_body, min(server.max_body, limit - RECORD), limit - RECORD)
 
     def find(self, method: str, target: str, headers: Mapping[str, str]) -> tuple[object, bool] | None:
         """Return what a request is for, and whether it brings records; None: for no agent.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastdist.worker.stream.queue import StreamQueue
 
 LAST_LOOKS = 50  # TICK apart: the time a last request has to arrive; ticks in which we could not read do not count
-LAST_ANSWERS = 1.0  # seconds at most for rejecting requests that arrive too late
+LAST_RESPONSES = 1.0  # seconds at most for rejecting requests that arrive too late
 SETTLED = 3  # looks after which the other workers' figures are newer than the beginning of the drain
 LAST_CONNECTIONS = 2.0  # seconds before the end from which on a listener that is handed on is the next process's
 LAST_LINGER_NS = 1_000_000_000  # that an emitter has to read its last response once all else is done
@@ -116,7 +116,7 @@ class Drain:
 
     def _reject(self) -> None:
         """Reject the requests that have arrived by now."""
-        end = time.monotonic() + LAST_ANSWERS
+        end = time.monotonic() + LAST_RESPONSES
         while (not self._poller.run_once() or self._intake.holds_back) and time.monotonic() < end:
             self._intake.go_on()
         self._intake.give_up_storing()  # the disk was too slow for the rest of it

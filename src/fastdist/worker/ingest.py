@@ -88,7 +88,7 @@ class Emitters:
         self.tokens = tokens
         self.cors_origins = cors_origins
         self.intake.open_to_all = not tokens
-        self.intake.shares_responses = bool(cors_origins)
+        self.intake.has_cors = bool(cors_origins)
 
     def has_room_besides(self, coming: int) -> bool:
         """Whether one more connection may be accepted beside so many in a handshake: to be served, or to get a 503."""
@@ -310,7 +310,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         self.intake.counters.add(counter)
         self.emitters.on_rejected(counter, self.address, pointer)
 
-    def _refused(self, why: Refused) -> bytes:
+    def _refuse_for(self, why: Refused) -> bytes:
         """Count and describe why packets are not taken."""
         if counter := counter_of(why.reason):
             self._count_rejected(counter, "" if why.record is None else f"/{why.record}")
@@ -326,7 +326,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Answer that the rate is exceeded."""
         wait = max(1, math.ceil(seconds))
         detail = f"more requests than the limit allows; try again in {wait} s"
-        return self._refused(Refused(Reason.RATE_LIMITED, detail, retry_after=wait))
+        return self._refuse_for(Refused(Reason.RATE_LIMITED, detail, retry_after=wait))
 
     def is_authorized(self, authorization: bytes) -> bool:
         """Whether an Authorization header holds one of the tokens, in one of the forms that are known here."""
@@ -340,24 +340,24 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         """Answer that a token is missing or wrong."""
         if self.route is not None:
             detail = "this token is not known" if authorization is not None else "a token is needed"
-            return self._refused(Refused(Reason.UNAUTHORIZED, detail))
+            return self._refuse_for(Refused(Reason.UNAUTHORIZED, detail))
         headers = b'WWW-Authenticate: Bearer realm="fastdist"\r\n'
         if authorization is not None:
             headers = b'WWW-Authenticate: Bearer realm="fastdist", error="invalid_token"\r\n'
         detail = "this token is not known" if authorization is not None else "a bearer token is needed"
-        return self._refused(Refused(Reason.UNAUTHORIZED, detail, headers=headers))
+        return self._refuse_for(Refused(Reason.UNAUTHORIZED, detail, headers=headers))
 
     def invalid(self, error: Exception) -> bytes:
         """Answer that the body is no packet, or cannot be converted to packets."""
         if isinstance(error, Refused):
-            return self._refused(error)
+            return self._refuse_for(error)
         if isinstance(error, PacketError):
             self._count_rejected(error.reason, error.errors[0]["pointer"] if error.errors else "")
             return self._compose(problem(400, error.detail, errors=error.errors))
         response = self.emitters.api.faults.response(error)
         if self.route is None:
             return self._compose(response)
-        return self._refused(Refused(Reason.FAULT, INTERNAL_ERROR))
+        return self._refuse_for(Refused(Reason.FAULT, INTERNAL_ERROR))
 
     def not_stored(self, full: bool) -> bytes:  # noqa: FBT001
         """Answer that packets cannot be stored now."""
@@ -372,13 +372,13 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         else:
             fault = os.strerror(self.intake.broken_storage)
             why = Refused(Reason.STORAGE, f"the queue's storage fails ({fault}); nothing can be stored safely now")
-        return self._refused(why)
+        return self._refuse_for(why)
 
     def crowded_out(self) -> bytes:
         """Answer that in-progress bodies take all the memory there is for them."""
         detail = "more bodies are on their way than there is memory for; try again shortly"
         if self.is_log or self.brings:
-            return self._refused(Refused(Reason.QUEUE_FULL, detail))
+            return self._refuse_for(Refused(Reason.QUEUE_FULL, detail))
         return self._compose(problem(503, detail, headers=retry_after()))
 
     def origin_headers(self, origin: bytes) -> bytes | None:

@@ -384,7 +384,8 @@ class Worker:
     def _not_synced(self, error: OSError) -> None:
         """Accept nothing until a sync succeeds; with fsync, withdraw what was not confirmed to any emitter."""
         self.loop.call_soon(self.upkeep.run, Step.QUEUE_FILES, self._look_for_files)
-        self.intake.broken_storage = error.errno or errno.EIO  # at once: that look may find the file misplaced
+        # Of a file whose name is gone a sync may succeed: then only that look makes it a fault of the queue.
+        self.intake.broken_storage = error.errno or errno.EIO
         if not self.fsync:
             return
         packets, _, _ = self.queue.ring.withdraw_unsynced()

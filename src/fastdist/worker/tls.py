@@ -133,9 +133,9 @@ class TlsServer(Acceptor):
 class TlsConnection(Receiver):
     """TLS on a ``Stream``: first a handshake, then the transport of a protocol of the server's.
 
-    It reads in the poller's turns and shakes hands in the server's, so that an event-loop iteration is bounded however
-    many there are. It behaves as asyncio's transports do, but TLS ends both sides: what arrives after ``write_eof`` is
-    discarded.
+    It reads when the poller runs and shakes hands when the server does, so that an event-loop iteration is bounded
+    however many there are. It behaves as asyncio's transports do, but TLS ends both sides: what arrives after
+    ``write_eof`` is discarded.
     """
 
     def __init__(self, server: TlsServer) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     class Timed(Protocol):
         """What notes its longest run, until that is reset."""
 
-        max_ns: int
+        peak_ns: int
 
 
 TICK = 0.02  # seconds: heartbeat, retries of deliveries, gauges
@@ -51,7 +51,7 @@ class Schedule:
     def __init__(self, loop: asyncio.AbstractEventLoop, upkeep: Upkeep, tasks: Sequence[Task]) -> None:
         self._loop, self._upkeep, self._tasks = loop, upkeep, tasks
         self._due: list[tuple[int, int]] = []  # a heap: when (monotonic ns) which task is
-        self.max_ns = 0  # of ``run``, until it is reset
+        self.peak_ns = 0  # of ``run``, until it is reset
 
     def start(self) -> None:
         """Run the first task now, and one more in each TICK until all have begun: so the rarer ones do not meet."""
@@ -67,7 +67,7 @@ class Schedule:
         while self._due[0][0] <= now - LATE_NS:
             self._run_first(now)
         ended = time.monotonic_ns()
-        self.max_ns = max(self.max_ns, ended - now)
+        self.peak_ns = max(self.peak_ns, ended - now)
         pause = self._due[0][0] - ended
         if pause > CLOCK_NS:
             self._loop.call_later(pause / 1e9, self.run)
@@ -130,8 +130,8 @@ class LoopLag:
         """Observe the lag since the last tick; call this every TICK seconds."""
         lag = max(0, now_ns - self._due) if self._due else 0
         for part in self._parts:
-            lag = max(lag, part.max_ns)
-            part.max_ns = 0
+            lag = max(lag, part.peak_ns)
+            part.peak_ns = 0
         self._counters.observe_loop_lag(lag)
         self._due = now_ns + TICK_NS
 

@@ -42,8 +42,9 @@ PAUSE = 0.25  # seconds between two rounds of all servers
 AFTER_FAILURE = 1.0  # seconds
 WARNING_EVERY = 10.0  # seconds
 FLUSH_TIMEOUT = 1.0  # seconds, at the end
-# A server tells errors by text alone (-ERR 'Authorization Violation'); parts of those of logging in and of permissions.
-OF_LOGIN, OF_PERMISSIONS = ("authoriz", "authentic"), "permissions violation"
+# A server tells errors by text alone (-ERR 'Authorization Violation'): parts of those of a login, and of permissions.
+LOGIN_ERRORS = ("authoriz", "authentic")
+PERMISSION_ERROR = "permissions violation"
 
 Kind = Literal["authorization", "certificate", "unreachable"]
 
@@ -236,7 +237,7 @@ class Connection:
         async def on_error(error: Exception) -> None:
             errors.append(error)
             del errors[:-4]
-            if OF_PERMISSIONS in str(error).lower():
+            if PERMISSION_ERROR in str(error).lower():
                 self._not_allowed(str(error))
             elif not isinstance(error, NatsError | OSError | TimeoutError):  # of ours: what a part does with a message
                 log.error("jetstream: a message could not be handled", exc_info=error)
@@ -325,7 +326,7 @@ def _refusal(url: str, error: Exception) -> Refusal:
         kind, text = "certificate", f"certificate: TLS failed: {error.reason or text}"
     elif isinstance(error, NotEncryptedError):
         kind = "certificate"
-    elif any(part in text.lower() for part in OF_LOGIN):
+    elif any(part in text.lower() for part in LOGIN_ERRORS):
         kind, text = "authorization", f"authorization: the server has refused the login: {text}"
     elif isinstance(error, TimeoutError):
         text = "no answer"

@@ -39,7 +39,7 @@ class Watcher:
         self._settled: deque[tuple[float, int]] = deque()  # (when, how many by then), of the last RATE_WINDOW seconds
 
     async def run(self, changed: Callable[[StreamFigures], object] = lambda _: None) -> None:
-        """Ask again and again, and tell what the answers are; never ends."""
+        """Ask again and again, and tell what it is told; never ends."""
         while True:
             began = now()
             changed(await self.refresh())

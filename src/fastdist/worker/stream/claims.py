@@ -62,7 +62,7 @@ class Held:
 
 
 class Claims:
-    """Hands packets to the dispatcher of ``ring``. ``tell(inbox, analyzer)``: an emitter waits there for that."""
+    """Hands packets to the dispatcher of ``ring``. ``tell(inbox, analyzer)``: there an emitter waits for that."""
 
     def __init__(
         self, ring: PacketRing, counters: Counters, limit: int, tell: Callable[[str, str | None], None]

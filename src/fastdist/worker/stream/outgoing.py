@@ -192,7 +192,7 @@ class Outgoing:
             self._advance()
 
     def _advance(self) -> None:
-        """Let the responses leave that no packet before theirs keeps back: together, as each call looks who waits."""
+        """Let the responses leave that no packet before theirs keeps back, in one call: each searches for who waits."""
         position, duplicates = 0, []
         while self._order and self._order[0].over:
             message = self._order.popleft()

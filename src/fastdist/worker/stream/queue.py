@@ -242,5 +242,5 @@ class StreamQueue:
 def _ring(capacity: int, block: SharedBlock, *, replicated: bool) -> tuple[int, PacketRing]:
     fd = os.memfd_create("fastdist-claims", os.MFD_CLOEXEC)
     os.ftruncate(fd, file_size(capacity))
-    offset = block.head[HeadWord.CLOCK_OFFSET_NS]
+    offset = block.head[HeadWord.CLOCK_OFFSET_NS]  # nothing but this process writes to it: no ``on_damage``
     return fd, PacketRing(fd, capacity, volatile=True, replicated=replicated, clock_offset=offset)
