@@ -8,7 +8,7 @@ from fastdist._core import Packet
 from fastdist.client.connection import Target
 from fastdist.client.replay import Replay
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import Selection, find_files, read_file
+from fastdist.storage.dead_letter_format import Selection, as_line, find_files, read_file
 
 SECOND = 1_000_000_000
 WHOLE = (
@@ -55,7 +55,7 @@ def fill(folder, names, reason="refused", owner="w0-1", body=b'{"n":1}'):
     before = set(folder.glob("dead-letters/*.ndjson"))
     dead_letters = DeadLetterFiles(folder, owner)
     for name in names:
-        dead_letters.write(packet(name, body), reason, "A1", 422, "no")
+        dead_letters.write(as_line(packet(name, body), reason, "A1", 422, "no"))
     dead_letters.close()
     (new,) = set(folder.glob("dead-letters/*.ndjson")) - before
     return new

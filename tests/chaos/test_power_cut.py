@@ -27,12 +27,12 @@ from ring_disk import redirect
 from fastdist._core import FORMAT_VERSION, HEADER_SIZE, PacketRing, file_size
 from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_writer
+from fastdist.storage.dead_letter_format import decoded
 from fastdist.storage.dead_letter_writer import DeadLetterWriter, PendingDeadLetter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastdist._core import Packet
 
 CAPACITY = 65536
 SIZE = file_size(CAPACITY)
@@ -100,8 +100,10 @@ class DeadLetterFiles:
     def unsettled(self) -> int:
         return len(self.cached - self.synced)
 
-    def write(self, packet: Packet, *_: object) -> None:
-        self.cached.add(packet.id)
+    def write(self, line: bytes) -> None:
+        dead_letter = decoded(line)
+        assert dead_letter is not None
+        self.cached.add(dead_letter.id)
 
     def begin_sync(self) -> Callable[[], None]:
         covered = set(self.cached)

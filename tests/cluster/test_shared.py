@@ -68,7 +68,7 @@ async def test_a_dead_letter_is_that_of_the_files(one, name, tmp_path):
     packet = Packet(1, "id-1", b'{"a": "\xc3\xbc"}', 3, 10**18, 2, 0, 0)
     async with dead_letters(one.settings(name)) as (_, dead):
         files = DeadLetterFiles(tmp_path, "w")
-        files.write(packet, "refused", "A1", 400, None)
+        files.write(as_line(packet, "refused", "A1", 400, None))
         files.close()
         await dead.put(as_line(packet, "refused", "A1", 400, None), 1)
         [(_, line)] = await lines(dead)

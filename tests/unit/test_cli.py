@@ -23,7 +23,7 @@ from fastdist.client import held_file, output, replay
 from fastdist.errors import StartError
 from fastdist.shm.snapshot import DEAD_LETTERS
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import UNREADABLE
+from fastdist.storage.dead_letter_format import UNREADABLE, as_line
 
 
 class FakeSupervisor(ModuleType):
@@ -225,9 +225,11 @@ def dead_letters(tmp_path):
     """A queue's folder with two dead letters and a torn line."""
     writer = DeadLetterFiles(tmp_path, "w0-1")
     writer.write(
-        Packet(1, "first", b'{"n":1}', 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, "it says no", RESPONSE
+        as_line(
+            Packet(1, "first", b'{"n":1}', 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, "it says no", RESPONSE
+        )
     )
-    writer.write(Packet(2, "second", b"\xff", 0, time.time_ns(), 1, 0, 0), "shutdown", None, None, None)
+    writer.write(as_line(Packet(2, "second", b"\xff", 0, time.time_ns(), 1, 0, 0), "shutdown", None, None, None))
     writer.close()
     (path,) = tmp_path.glob("dead-letters/*.ndjson")
     with path.open("ab") as file:
@@ -328,7 +330,7 @@ def test_list_selects_by_reason_and_time(run, dead_letters):
 def test_list_of_many_shows_each_line(run, tmp_path):
     writer = DeadLetterFiles(tmp_path, "w0-1")
     for i in range(2500):
-        writer.write(Packet(1, f"p-{i}", b"", 0, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None)
+        writer.write(as_line(Packet(1, f"p-{i}", b"", 0, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None))
     for options in ([], ["--json"]):
         lines = run("dead-letters", "list", str(tmp_path), *options).stdout.splitlines()
         assert [line for line in lines if "p-" in line] == [line for line in lines if "refused" in line]
@@ -477,7 +479,7 @@ def test_purge_asks_at_a_terminal(dead_letters, monkeypatch, answer, status, lef
 def test_purge_skips_files_in_use(run, tmp_path, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.05)
     writer = DeadLetterFiles(tmp_path, "w0-1")
-    writer.write(Packet(1, "first", b"", 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None)
+    writer.write(as_line(Packet(1, "first", b"", 3, time.time_ns(), 2, 0, 0), "refused", "A1", 422, None))
     result = run("dead-letters", "purge", str(tmp_path), "--yes")
     assert result.exit_code == 1
     assert "skipped, a worker is writing to it" in result.stderr

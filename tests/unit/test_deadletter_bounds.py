@@ -19,7 +19,7 @@ from fastdist.settings import DeadLetters as Settings
 from fastdist.storage import dead_letter_bounds as module
 from fastdist.storage.dead_letter_bounds import Bounds, discard
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import FOLDER, MAX_FILE, find_files, folder_of, journal_of
+from fastdist.storage.dead_letter_format import FOLDER, MAX_FILE, as_line, find_files, folder_of, journal_of
 
 KIB = 1024
 
@@ -49,7 +49,7 @@ class Writers:
 
     def write(self, size=100, writer=0, *, settle=True):
         name = f"p{len(self.written)}"
-        self.all[writer].write(packet(name, b"x" * size), "refused", "A1", 422, "HTTP 422", b"no")
+        self.all[writer].write(as_line(packet(name, b"x" * size), "refused", "A1", 422, "HTTP 422", b"no"))
         self.written.append(name)
         if settle:
             assert self.all[writer].settle()
@@ -385,7 +385,7 @@ def test_nothing_is_done_once_halted(tmp_path):
 def test_folder_is_made_where_path_says(tmp_path):
     place = tmp_path / "elsewhere" / "dead"
     dead_letters = DeadLetterFiles(tmp_path / "data", "w0-1", path=str(place))
-    dead_letters.write(packet("a"), "refused", "A1", 422, None)
+    dead_letters.write(as_line(packet("a"), "refused", "A1", 422, None))
     dead_letters.begin_sync()()
     assert dead_letters.settle()
     dead_letters.close()
@@ -409,7 +409,7 @@ def test_folder_is_made_where_path_says(tmp_path):
 )
 def test_the_response_is_kept_as_text(tmp_path, response, text):
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
-    dead_letters.write(packet("a"), "refused", "A1", 422, "HTTP 422", response)
+    dead_letters.write(as_line(packet("a"), "refused", "A1", 422, "HTTP 422", response))
     dead_letters.close()
     (found,) = find_files(tmp_path)
     assert json.loads(found.path.read_bytes()).get("response") == text

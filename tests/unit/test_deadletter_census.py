@@ -18,7 +18,7 @@ from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_census as module
 from fastdist.storage.dead_letter_census import Census, HaltedError
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import FOLDER, Selection, find_files, read_file
+from fastdist.storage.dead_letter_format import FOLDER, Selection, as_line, find_files, read_file
 
 SECRET = b"what is in the packet"
 
@@ -53,7 +53,7 @@ class Site:
         self.written += 1
         reason, analyzer = ("refused", "exhausted", "shutdown")[number % 3], ("A1", "A2", None)[number % 3]
         writer = self.writers[number % 2]
-        writer.write(packet(f"p{self.written}", SECRET), reason, analyzer, 422, "HTTP 422", SECRET)
+        writer.write(as_line(packet(f"p{self.written}", SECRET), reason, analyzer, 422, "HTTP 422", SECRET))
         writer.settle()
 
     def end(self, number):

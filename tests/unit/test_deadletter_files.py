@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fastdist.client.held_file import HeldFile
 from fastdist.storage import dead_letter_files as module
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import DeadLetter, find_files, read_file
+from fastdist.storage.dead_letter_format import DeadLetter, as_line, find_files, read_file
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def run(distributor):
 
 def test_file_is_its_workers_until_idle(tmp_path):
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
-    dead_letters.write(packet(), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet(), "refused", "A1", 400, None))
     (found,) = find_files(tmp_path)
     assert dead_letters.settle()
     dead_letters.tick(5 * SECOND)
@@ -46,7 +46,7 @@ def test_file_is_its_workers_until_idle(tmp_path):
 def test_dead_letter_restarts_idle_time(tmp_path):
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     for second in (5, 6, 7):
-        dead_letters.write(packet(), "refused", "A1", 400, None)
+        dead_letters.write(as_line(packet(), "refused", "A1", 400, None))
         dead_letters.settle()
         dead_letters.tick(second * SECOND)
     (found,) = find_files(tmp_path)
@@ -59,7 +59,7 @@ def test_dead_letter_restarts_idle_time(tmp_path):
 def test_rare_dead_letters_share_a_file(tmp_path):
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     for name in "abc":
-        dead_letters.write(packet(name), "refused", "A1", 400, None)
+        dead_letters.write(as_line(packet(name), "refused", "A1", 400, None))
         idle(dead_letters)
     assert len(find_files(tmp_path)) == 1
     assert ids(tmp_path) == ["a", "b", "c"]
@@ -67,27 +67,27 @@ def test_rare_dead_letters_share_a_file(tmp_path):
 
 def test_worker_reopens_only_an_unowned_file(tmp_path):
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
-    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("a"), "refused", "A1", 400, None))
     idle(dead_letters)
     (first,) = find_files(tmp_path)
     with HeldFile.hold(first.path, 0):
-        dead_letters.write(packet("b"), "refused", "A1", 400, None)
+        dead_letters.write(as_line(packet("b"), "refused", "A1", 400, None))
     idle(dead_letters)
     second = find_files(tmp_path)[1]
     assert ids(first.path) == ["a"]
     second.path.unlink()
-    dead_letters.write(packet("c"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("c"), "refused", "A1", 400, None))
     assert ids(tmp_path) == ["a", "c"]
 
 
 def test_worker_appends_to_a_rewritten_file(tmp_path, distributor, run):
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
-    dead_letters.write(packet("a"), "refused", "A1", 400, None)
-    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("a"), "refused", "A1", 400, None))
+    dead_letters.write(as_line(packet("b"), "refused", "A1", 400, None))
     idle(dead_letters)
     distributor.script["b"] = [problem(400, "no")]
     run(tmp_path)
-    dead_letters.write(packet("c"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("c"), "refused", "A1", 400, None))
     assert ids(tmp_path) == ["b", "c"]
     assert len(find_files(tmp_path)) == 1
 
@@ -124,7 +124,7 @@ def test_new_file_is_locked_before_visible(tmp_path, monkeypatch):
         flock(fd, how)
 
     monkeypatch.setattr(module.fcntl, "flock", look)
-    DeadLetterFiles(tmp_path, "w0-1").write(packet(), "refused", "A1", 400, None)
+    DeadLetterFiles(tmp_path, "w0-1").write(as_line(packet(), "refused", "A1", 400, None))
     assert seen == [[]]
 
 
@@ -139,14 +139,14 @@ def sync(dead_letters):
 
 def test_nothing_follows_a_failed_sync(tmp_path, monkeypatch):
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
-    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("a"), "refused", "A1", 400, None))
     assert sync(dead_letters)
-    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("b"), "refused", "A1", 400, None))
     with monkeypatch.context() as disk:
         disk.setattr(module.os, "fdatasync", broken)
         disk.setattr(module.os, "ftruncate", broken)
         assert not sync(dead_letters)
-    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("b"), "refused", "A1", 400, None))
     assert sync(dead_letters)
     first, second = find_files(tmp_path)
     assert ids(first.path) == ["a", "b"]
@@ -158,11 +158,11 @@ def test_files_never_synced_do_not_pile_up(tmp_path, monkeypatch):
     with monkeypatch.context() as disk:
         disk.setattr(module.os, "fsync", broken)
         for _ in range(3):
-            dead_letters.write(packet("a"), "refused", "A1", 400, None)
+            dead_letters.write(as_line(packet("a"), "refused", "A1", 400, None))
             assert not sync(dead_letters)
     assert len(names_in(tmp_path / "dead-letters")) == 1
     assert ids(tmp_path) == []
-    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("a"), "refused", "A1", 400, None))
     assert sync(dead_letters)
     assert ids(tmp_path) == ["a"]
 

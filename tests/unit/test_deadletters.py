@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fastdist._core import Packet
 from fastdist.storage import dead_letter_files as module
 from fastdist.storage.dead_letter_files import IDLE_NS, MAX_OPEN_NS, DeadLetterFiles, ask_for
-from fastdist.storage.dead_letter_format import FOLDER, find_files, iso_time, read_file
+from fastdist.storage.dead_letter_format import FOLDER, as_line, find_files, iso_time, read_file
 
 MOMENT = 1_700_000_000_123_456_000  # 2023-11-14, 22:13:20.123456 UTC
 
@@ -40,7 +40,7 @@ def dead_letters_in(folder):
 
 
 def write(dead_letters, body=b"{}", name="p1"):
-    dead_letters.write(packet(body, name), "refused", "A2", 422, "HTTP 422")
+    dead_letters.write(as_line(packet(body, name), "refused", "A2", 422, "HTTP 422"))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def dead_letters(tmp_path):
 
 def test_a_dead_letter_tells_everything(dead_letters, tmp_path):
     before = datetime.now(UTC) - timedelta(microseconds=1)
-    dead_letters.write(packet('{"a":"é\u2028"}'.encode(), "key~1"), "exhausted", "A2", 503, "HTTP 503")
+    dead_letters.write(as_line(packet('{"a":"é\u2028"}'.encode(), "key~1"), "exhausted", "A2", 503, "HTTP 503"))
     (dead_letter,) = dead_letters_in(tmp_path)
     when = datetime.fromisoformat(dead_letter.pop("deadLetteredAt"))
     assert before <= when <= datetime.now(UTC)
@@ -73,7 +73,7 @@ def test_a_dead_letter_tells_everything(dead_letters, tmp_path):
 
 
 def test_what_is_not_known_is_null(dead_letters, tmp_path):
-    dead_letters.write(packet(), "shutdown", None, None, None)
+    dead_letters.write(as_line(packet(), "shutdown", None, None, None))
     (dead_letter,) = dead_letters_in(tmp_path)
     assert (dead_letter["analyzer"], dead_letter["status"], dead_letter["error"]) == (None, None, None)
 
@@ -324,17 +324,18 @@ def test_file_size_limit_starts_a_new_file(tmp_path):
 import resource, sys
 from fastdist._core import Packet
 from fastdist.storage.dead_letter_files import DeadLetterFiles
+from fastdist.storage.dead_letter_format import as_line
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 dead_letters = DeadLetterFiles(sys.argv[1], "w0")
 for number in range(20):
-    dead_letters.write(Packet(1, f"p{number}", b"x" * 300, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+    dead_letters.write(as_line(Packet(1, f"p{number}", b"x" * 300, 1, 0, 1, 0, 0), "refused", "A1", 400, None))
     assert dead_letters.settle()
 for _ in range(3):
     try:
-        dead_letters.write(Packet(1, "large", b"x" * 3000, 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+        dead_letters.write(as_line(Packet(1, "large", b"x" * 3000, 1, 0, 1, 0, 0), "refused", "A1", 400, None))
     except OSError as error:
         print(error.strerror)
-dead_letters.write(Packet(1, "small", b"x", 1, 0, 1, 0, 0), "refused", "A1", 400, None)
+dead_letters.write(as_line(Packet(1, "small", b"x", 1, 0, 1, 0, 0), "refused", "A1", 400, None))
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n") == ["File too large"] * 3 + [""]

@@ -12,7 +12,7 @@ from dead_letters import WHOLE, broken, fill, ids, names_in, packet
 from fastdist.client import held_file, purge
 from fastdist.client.held_file import HeldFile
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import Selection, find_files
+from fastdist.storage.dead_letter_format import Selection, as_line, find_files
 
 
 def purged(files, selection, note):
@@ -36,12 +36,12 @@ def test_purging_a_whole_file_needs_no_room(tmp_path, monkeypatch):
 def test_file_under_steady_trickle_is_purged(tmp_path):
     """Its worker is asked for it."""
     dead_letters, ended = DeadLetterFiles(tmp_path, "w0-1"), threading.Event()
-    dead_letters.write(packet("first"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("first"), "refused", "A1", 400, None))
     files = find_files(tmp_path)
 
     def work():
         while not ended.wait(0.005):
-            dead_letters.write(packet("later"), "refused", "A1", 400, None)
+            dead_letters.write(as_line(packet("later"), "refused", "A1", 400, None))
             dead_letters.settle()
             dead_letters.tick(time.monotonic_ns())
 
@@ -85,12 +85,12 @@ def test_purge_by_age_keeps_newer_ones(tmp_path):
 def test_purge_skips_open_and_newer_files(tmp_path, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.05)
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
-    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("a"), "refused", "A1", 400, None))
     files = find_files(tmp_path)
     notes = []
     assert purged(files, Selection(), notes.append) == (0, 1)
     assert "skipped" in notes[0]
-    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("b"), "refused", "A1", 400, None))
     dead_letters.close()
     assert purged(files, Selection(), notes.append) == (1, 0)
     assert ids(tmp_path) == ["b"]

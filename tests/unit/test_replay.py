@@ -22,7 +22,7 @@ from fastdist.client.connection import Target
 from fastdist.client.held_file import HeldFile
 from fastdist.client.replay import Replay
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import Selection, digest_of, find_files, journal_of, read_file
+from fastdist.storage.dead_letter_format import Selection, as_line, digest_of, find_files, journal_of, read_file
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_file_in_use_by_a_worker_is_skipped(tmp_path, run, events, monkeypatch):
     monkeypatch.setattr(held_file, "LOCK_PATIENCE", 0.1)
     fill(tmp_path, "a")
     busy = DeadLetterFiles(tmp_path, "w1-1")
-    busy.write(packet("b"), "refused", "A1", 400, None)
+    busy.write(as_line(packet("b"), "refused", "A1", 400, None))
     fill(tmp_path, "c", owner="w2-1")
     summary = run(tmp_path)
     assert (summary.replayed, summary.left, summary.stopped) == (2, 1, None)
@@ -250,17 +250,17 @@ def test_file_in_use_by_a_worker_is_skipped(tmp_path, run, events, monkeypatch):
 
 def test_file_released_in_time_is_replayed(tmp_path, run):
     busy = DeadLetterFiles(tmp_path, "w1-1")
-    busy.write(packet("b"), "refused", "A1", 400, None)
+    busy.write(as_line(packet("b"), "refused", "A1", 400, None))
     threading.Timer(0.3, busy.close).start()
     assert run(tmp_path).replayed == 1
 
 
 def test_new_dead_letters_are_left_for_later(tmp_path, distributor):
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
-    dead_letters.write(packet("a"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("a"), "refused", "A1", 400, None))
     idle(dead_letters)
     files = find_files(tmp_path)
-    dead_letters.write(packet("b"), "refused", "A1", 400, None)
+    dead_letters.write(as_line(packet("b"), "refused", "A1", 400, None))
     dead_letters.close()
     Replay(files, Selection(), Target.parse(distributor.url, None), Listener()).run(1)
     assert distributor.accepted == {"a": 1}
@@ -347,7 +347,7 @@ def test_an_old_journal_hides_no_dead_letter(tmp_path, run, distributor):
     """The replay was killed between the rename of the new file and the deletion of the journal."""
     dead_letters = DeadLetterFiles(tmp_path, "w0-1")
     for body in (b'{"first":1}', b'{"second":2}'):
-        dead_letters.write(packet("key", body), "refused", "A1", 404, "no")
+        dead_letters.write(as_line(packet("key", body), "refused", "A1", 404, "no"))
     dead_letters.close()
     (found,) = find_files(tmp_path)
     with HeldFile.hold(found.path, 0) as held:

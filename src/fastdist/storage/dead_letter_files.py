@@ -30,7 +30,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist.storage.dead_letter_format import MAX_FILE, SUFFIX, as_line, folder_of
+from fastdist.storage.dead_letter_format import MAX_FILE, SUFFIX, folder_of
 from fastdist.storage.files import is_nameless, make_folder, sync_folder
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
     from typing import Protocol
-
-    from fastdist._core import Packet
 
     class Room(Protocol):
         """What bounds the files; see ``dead_letter_bounds``."""
@@ -58,7 +56,6 @@ if TYPE_CHECKING:
 IDLE_NS = 1_000_000_000  # without a dead letter, after which a file is closed
 MAX_OPEN_NS = 60_000_000_000  # however many dead letters come
 RECORD_LOCK = "hhqqi"  # struct flock: type, whence, start, length, pid
-
 
 log = logs.get()
 
@@ -127,20 +124,18 @@ class DeadLetterFiles:
         self._written = False  # since the last tick
         self._idle_since = 0  # ns
 
-    def write(  # noqa: PLR0913, PLR0917  (what a dead letter has)
-        self,
-        packet: Packet,
-        reason: str,
-        analyzer: str | None,
-        status: int | None,
-        error: str | None,
-        response: bytes | None = None,
-    ) -> None:
-        """Append a packet: why it was given up, and the last analyzer with its response. Raises OSError.
-
-        BlockingIOError: there is no room yet, see ``Bounds``.
-        """
-        self._append(as_line(packet, reason, analyzer, status, error, response))
+    def write(self, line: bytes) -> None:
+        """Append a dead letter (``as_line``). Raises OSError; BlockingIOError: there is no room yet, see ``Bounds``."""
+        file = self._current
+        if file is not None and self._fits(file, line):
+            self._write(file, line)
+            return
+        if file is not None:  # it may have to be discarded as well
+            self._last = None
+            self._release()
+        with self.bounds.room(len(line)) if self.bounds is not None else contextlib.nullcontext():
+            file = self._reopen()
+            self._write(file if file is not None and self._fits(file, line) else self._create(), line)
 
     def tick(self, now_ns: int) -> None:
         """Close the file when other processes may have it; call this regularly (``now_ns``: time.monotonic_ns()).
@@ -219,18 +214,6 @@ class DeadLetterFiles:
             file.size = file.settled
 
     # ---- files
-
-    def _append(self, line: bytes) -> None:
-        file = self._current
-        if file is not None and self._fits(file, line):
-            self._write(file, line)
-            return
-        if file is not None:  # it may have to be discarded as well
-            self._last = None
-            self._release()
-        with self.bounds.room(len(line)) if self.bounds is not None else contextlib.nullcontext():
-            file = self._reopen()
-            self._write(file if file is not None and self._fits(file, line) else self._create(), line)
 
     def _fits(self, file: _File, line: bytes) -> bool:
         """Whether a line may be appended to a file: it has room for that, and is not too old."""

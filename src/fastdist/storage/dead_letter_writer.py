@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
 from fastdist._core import DamagedError
+from fastdist.storage.dead_letter_format import as_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -160,7 +161,7 @@ class DeadLetterWriter:
             first = False
             ring, handle, reason, analyzer, status, error, response = self.unwritten[0]
             try:
-                self.files.write(ring.packet(handle), reason, analyzer, status, error, response)
+                self.files.write(as_line(ring.packet(handle), reason, analyzer, status, error, response))
             except BlockingIOError:  # room is being made for it
                 return
             except DamagedError:
