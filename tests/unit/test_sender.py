@@ -246,14 +246,15 @@ def test_https_to_a_plain_port_ends_at_once(rig, distributor):
     assert summary.stopped == f"{url} does not speak TLS; use http:// in the URL"
 
 
-def test_http_to_any_tls_port_ends_at_once(rig):
-    """Of a server that answers with a TLS alert."""
+@pytest.mark.parametrize("read", [1 << 16, 1])
+def test_http_to_any_tls_port_ends_at_once(rig, read):
+    """Of a server that answers with a TLS alert; what it has not read makes its close a reset."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve():
             connection, _ = listener.accept()
             with connection:
-                connection.recv(1 << 16)
+                connection.recv(read)
                 connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46")
 
         threading.Thread(target=serve, daemon=True).start()

@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import ssl
-from http.client import HTTPConnection, HTTPSConnection, RemoteDisconnected, responses
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected, responses
 from typing import NamedTuple
 
 import aiohappyeyeballs
@@ -24,6 +24,11 @@ from fastdist.units import Endpoint, parse_endpoint
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPT_DELAY = 0.25  # seconds before the next address is tried beside the one before
 MAX_RESPONSE = 1 << 16  # bytes of a response that are read
+TLS_ALERT = b"\x15\x03"  # how one begins
+
+
+class TLSAlertError(HTTPException):
+    """The other side speaks TLS, and this connection does not."""
 
 
 class _Problem(msgspec.Struct):
@@ -131,6 +136,7 @@ class Connection:
                 connection.sock = self._opened()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
                 connection.request(method, self._path + path, body, self._headers | headers)
+            self._expect_http(connection.sock)
             response = connection.getresponse()
             content = response.read(limit)
             if not response.isclosed():  # the rest is of no use
@@ -139,6 +145,11 @@ class Connection:
             connection.close()
             raise
         return Response(response.status, content, response.getheader("Retry-After"))
+
+    def _expect_http(self, sock: socket.socket) -> None:
+        """Raise TLSAlertError for an alert; reading a line would tell the reset that may follow it instead."""
+        if self._context is None and sock.recv(len(TLS_ALERT), socket.MSG_PEEK) == TLS_ALERT:
+            raise TLSAlertError("it speaks TLS")
 
     def _opened(self) -> socket.socket:
         """Return a new connection, with TLS where that is wanted."""

@@ -17,13 +17,13 @@ import math
 import random
 import threading
 import time
-from http.client import BadStatusLine, HTTPException
+from http.client import HTTPException
 from ssl import SSLCertVerificationError, SSLError
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
-from fastdist.client.connection import describe
+from fastdist.client.connection import TLSAlertError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,6 @@ MIN_BACK_OFF, MAX_BACK_OFF = 0.1, 10.0  # seconds of the first and the longest w
 BUSY = {408, 425, 429}  # and every 5xx
 UNAUTHORIZED = 401
 NOT_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG"}  # OpenSSL's, of a response that is HTTP
-TLS_ALERT = "\x15\x03"  # how one begins
 PLAIN = b"plain HTTP request was sent to"  # in the 400 of fastdist's port with TLS, and of nginx's
 REDIRECTION, CLIENT_ERROR, SERVER_ERROR = 300, 400, 500  # redirections are not followed
 
@@ -116,7 +115,7 @@ def _other_scheme(error: Exception) -> str:
     """Return what to do where the other side speaks TLS and this one does not, or the reverse; else nothing."""
     if isinstance(error, SSLError) and error.reason in NOT_TLS:
         return "does not speak TLS; use http:// in the URL"
-    if isinstance(error, BadStatusLine) and str(error.args[0]).startswith(TLS_ALERT):
+    if isinstance(error, TLSAlertError):
         return "speaks TLS; use https:// in the URL"
     return ""
 
