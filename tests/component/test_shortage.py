@@ -12,7 +12,6 @@ import socket
 import threading
 from pathlib import Path
 
-import aiohappyeyeballs
 import pytest
 from upstream_harness import ScriptServer, World, reply, requests_in, run, shared_block, until
 
@@ -206,12 +205,15 @@ def test_missing_thread_is_a_shortage(monkeypatch):
 @pytest.mark.parametrize(("host", "is_ours"), [("127.0.0.1", True), ("255.255.255.255", False)])
 def test_ports_used_up_are_a_shortage(monkeypatch, host, is_ours):
     """Nothing is said of an address that there is no way to, which has the same error."""
+    ask = socket.socket.connect
 
-    async def no_port(_infos, **_options):
-        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+    def no_port(self, address):
+        if self.type == socket.SOCK_STREAM:
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+        ask(self, address)
 
     async def scenario():
-        monkeypatch.setattr(aiohappyeyeballs, "start_connection", no_port)
+        monkeypatch.setattr(socket.socket, "connect", no_port)
         with pytest.raises(OSError) as caught:  # noqa: PT011  (which, is asked below)
             await connect(asyncio.Protocol(), Names(), parse_endpoint(f"http://{host}:9/"), 1.0)
         assert bool(shortage(caught.value)) is is_ours
