@@ -19,6 +19,7 @@ from fastdist.worker.upkeep import (
     SHARE,
     TICK,
     TICK_NS,
+    TOGETHER_NS,
     EmitterTimeouts,
     LoopLag,
     Schedule,
@@ -120,6 +121,8 @@ class Loop:
 class Clockwork:
     """A schedule of tasks that take 1 ms each and note when they run: (iteration, name, ns)."""
 
+    takes_ns = 1_000_000
+
     def __init__(self, monkeypatch, words, **intervals):
         self.loop, self.ran, self.iteration = Loop(monkeypatch), [], 0
         self.unfinished = dict.fromkeys(intervals, 0)  # how often the task says so
@@ -130,7 +133,7 @@ class Clockwork:
     def _task(self, name):
         def work(now_ns):
             self.ran.append((self.iteration, name, now_ns))
-            self.loop.spend(1_000_000)
+            self.loop.spend(self.takes_ns)
             self.unfinished[name] -= 1
             return self.unfinished[name] >= 0
 
@@ -149,12 +152,20 @@ class Clockwork:
 FIVE = {"a": TICK, "b": TICK, "c": TICK, "d": 0.1, "e": 0.1}
 
 
-def test_no_two_tasks_share_an_iteration(monkeypatch, words):
+def test_long_tasks_share_no_iteration(monkeypatch, words):
     it = Clockwork(monkeypatch, words, **FIVE)
     it.run(5)
     iterations = [iteration for iteration, _, _ in it.ran]
     assert len(set(iterations)) == len(iterations)
     assert it.schedule.peak_ns == 1_000_000
+
+
+def test_short_tasks_share_iterations(monkeypatch, words):
+    monkeypatch.setattr(Clockwork, "takes_ns", TOGETHER_NS // 4)
+    it = Clockwork(monkeypatch, words, **FIVE)
+    it.run(5)
+    assert it.iteration < len(it.ran) / 2
+    assert it.schedule.peak_ns <= TOGETHER_NS + it.takes_ns
 
 
 def test_idle_loop_is_not_kept_spinning(monkeypatch, words):

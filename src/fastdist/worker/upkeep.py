@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 TICK = 0.02  # seconds: heartbeat, retries of deliveries, gauges
 TICK_NS = int(TICK * 1e9)
 CLOCK_NS = 1_000_000  # what the event loop's timers count in
-LATE_NS = 2_000_000  # tasks that are this late do not wait for iterations of their own
+LATE_NS = 2_000_000  # tasks that are this late do not wait for another iteration
+TOGETHER_NS = 100_000  # of an iteration, for tasks that share it because they are short
 PART_NS = 20_000  # of an iteration, for a sweep
 SHARE = 4  # part of the time that a sweep takes where iterations are long
 MAX_PART_NS = 3_000_000
@@ -42,10 +43,10 @@ class Task(NamedTuple):
 
 
 class Schedule:
-    """Runs tasks when they are due, each in an event-loop iteration of its own, so that packets are read in between.
+    """Runs tasks when they are due: in an event-loop iteration one that is long, or some that are short.
 
-    Where iterations are long, tasks that are late run together: none is put off by the others. A task that fails is
-    called again at its next time; see ``Upkeep``.
+    So packets are read in between. Where iterations are long, tasks that are late run as well: none is put off by the
+    others. A task that fails is called again at its next time; see ``Upkeep``.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, upkeep: Upkeep, tasks: Sequence[Task]) -> None:
@@ -60,13 +61,14 @@ class Schedule:
         self.run()
 
     def run(self) -> None:
-        """Run the task that is most due, and come back for the next."""
-        now = time.monotonic_ns()
-        if self._due[0][0] <= now + CLOCK_NS:
-            self._run_first(now)
-        while self._due[0][0] <= now - LATE_NS:
-            self._run_first(now)
-        ended = time.monotonic_ns()
+        """Run tasks that are due, and come back for the next."""
+        now = ended = time.monotonic_ns()
+        due = now + CLOCK_NS
+        while self._due[0][0] <= due:
+            unfinished = self._run_first(now)
+            ended = time.monotonic_ns()
+            if unfinished or ended - now > TOGETHER_NS:
+                due = now - LATE_NS
         self.peak_ns = max(self.peak_ns, ended - now)
         pause = self._due[0][0] - ended
         if pause > CLOCK_NS:
@@ -74,11 +76,13 @@ class Schedule:
         else:
             self._loop.call_soon(self.run)
 
-    def _run_first(self, now_ns: int) -> None:
+    def _run_first(self, now_ns: int) -> bool:
+        """Run the task that is most due; return whether it is unfinished."""
         number = self._due[0][1]
         step, interval, work = self._tasks[number]
-        unfinished = self._upkeep.run(step, work, now_ns)
+        unfinished = bool(self._upkeep.run(step, work, now_ns))
         heapq.heapreplace(self._due, (now_ns if unfinished else now_ns + int(interval * 1e9), number))
+        return unfinished
 
 
 class Sweep:
