@@ -718,6 +718,7 @@ class PoolCalls(Protocol):
 @disjoint_base
 class PoolBase:
     opening: int
+    growth_ns: int
     paused: bool
     slow: bool
     wanted: bool
@@ -736,6 +737,8 @@ class PoolBase:
     def idle(self) -> list[ReplyBase]: ...
     @property
     def open_connections(self) -> int: ...
+    @property
+    def allowed(self) -> int: ...
     @property
     def waiting(self) -> int: ...
     @property

@@ -699,6 +699,7 @@ class Delivery(Struct, frozen=True, kw_only=True):
     connections: Annotated[
         Count,
         about("""Keep-alive connections to each analyzer, for each worker; opened when they are needed.
+        The first is opened at once; each time packets have waited 5 ms for those there are, twice as many are allowed.
         More for analyzers that answer slowly but can do much at once. An analyzer has to bear `workers x connections`.
         """),
     ] = 32

@@ -181,7 +181,9 @@ def test_flapping_analyzer_loses_nothing(tmp_path):
             for _ in range(6):
                 mocks["A1"].configure({"refuse": True})
                 w.push(100)
-                await until(lambda: not w.states.is_online(0))
+                while w.states.is_online(0):  # what was on its kept connections may go elsewhere, which is no failure
+                    w.push(1)
+                    await asyncio.sleep(0.001)
                 w.push(50)
                 mocks["A1"].configure({"refuse": False})
                 await until(lambda: not w.dispatcher.pools[0].opening)  # or a late refusal takes it offline again

@@ -24,7 +24,7 @@ from upstream_harness import (
     until,
 )
 
-from fastdist.worker.upstream import describe
+from fastdist.worker.upstream import AnalyzerPool, describe
 
 CLOSE = reply(200, "Connection: close")
 
@@ -361,6 +361,69 @@ def test_connections_open_on_demand_to_limit(tmp_path):
             server.on_data = lambda _n, transport, _data: transport.write(OK)
             await w.until_empty()
             assert len(server.transports) == 5
+
+    run(scenario())
+
+
+def test_connections_double_for_the_waiting(tmp_path, monkeypatch):
+    """First one, and none more before packets have waited; then as many again each time."""
+    opened, steps = [], []
+    begin = AnalyzerPool.open_more
+
+    def count(pool):
+        before = pool.open_connections + pool.opening
+        begin(pool)
+        steps.append((before, pool.open_connections + pool.opening))
+
+    monkeypatch.setattr(AnalyzerPool, "open_more", count)
+
+    async def scenario():
+        server = await ScriptServer(lambda _n, transport, _data: opened.append(transport)).start()
+        delivery = {"connections": 12, "timeout": 60.0}
+        async with World(tmp_path, {"A1": server}, delivery=delivery) as w:
+            pool = w.dispatcher.pools[0]
+            w.push(40)
+            await until(lambda: steps)
+            assert steps[0] == (0, 1)
+            await until(lambda: pool.open_connections == 12)
+            assert [after - before for before, after in steps] == [1, 1, 2, 4, 4]
+
+    run(scenario())
+
+
+def test_closing_analyzer_gets_connections(tmp_path):
+    """One that closes after each reply: an ended connection is replaced, and the number grows all the same."""
+
+    def answer(_n, transport, _data):
+        transport.write(reply(200, "Connection: close"))
+        transport.close()
+
+    async def scenario():
+        server = await ScriptServer(answer).start()
+        async with World(tmp_path, {"A1": server}, delivery={"connections": 4, "mode": "single"}) as w:
+            w.push(4000)
+            await until(lambda: w.dispatcher.pools[0].allowed == 4)
+            await w.until_empty()
+            assert w.delivered(0) == len(server.transports) == 4000
+
+    run(scenario())
+
+
+def test_no_spinning_without_descriptors(tmp_path, monkeypatch):
+    asked = []
+    begin = AnalyzerPool.open_more
+    monkeypatch.setattr(AnalyzerPool, "open_more", lambda pool: (asked.append(1), begin(pool)))
+
+    async def scenario():
+        server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
+        async with World(tmp_path, {"A1": server}) as w:
+            w.dispatcher.room = 0
+            w.push(1)
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            assert len(asked) <= 5
+            w.dispatcher.room = 100
+            await w.until_empty()
 
     run(scenario())
 

@@ -184,7 +184,15 @@ class Owner:
         self.wakes += 1
 
 
-class DeskPool(AnalyzerPool):
+class EagerPool(AnalyzerPool):
+    """A pool that opens connections as soon as packets wait."""
+
+    def set_up(self, *args):
+        super().set_up(*args)
+        self.growth_ns = 0
+
+
+class DeskPool(EagerPool):
     """Counts how often it was asked for connections, and opens none."""
 
     asked = 0
@@ -255,8 +263,9 @@ class Loop:
         self.ready.append(partial(callback, *args))
 
     def call_later(self, delay, callback, *args):
-        self.timers.append((delay, partial(callback, *args)))
-        return object()
+        timer = (delay, partial(callback, *args))
+        self.timers.append(timer)
+        return SimpleNamespace(cancel=lambda: self.timers.remove(timer))
 
     def turn(self):
         """Run what is ready."""
@@ -302,7 +311,7 @@ class Clock:
         return SimpleNamespace(monotonic_ns=self.monotonic_ns, time=self.time, thread_time_ns=time.thread_time_ns)
 
 
-class BenchPool(AnalyzerPool):
+class BenchPool(EagerPool):
     """A pool whose connections arrive in the next event-loop iteration, or are refused."""
 
     reachable = True

@@ -168,6 +168,15 @@ def test_short_tasks_share_iterations(monkeypatch, words):
     assert it.schedule.peak_ns <= TOGETHER_NS + it.takes_ns
 
 
+def test_no_task_runs_twice_in_an_iteration(monkeypatch, words):
+    monkeypatch.setattr(Clockwork, "takes_ns", 1000)
+    it = Clockwork(monkeypatch, words, a=0.001, b=TICK)
+    it.run(1)
+    turns = [iteration for iteration, name, _ in it.ran if name == "a"]
+    assert len(set(turns)) == len(turns) > 400
+    assert it.iteration < 1.1 * len(it.ran)
+
+
 def test_idle_loop_is_not_kept_spinning(monkeypatch, words):
     it = Clockwork(monkeypatch, words, **FIVE)
     it.run(5)

@@ -116,7 +116,8 @@ cdef class DispatchBase:
     cdef list lingering
     cdef bint scheduled
     cdef object linger_timer
-    cdef int64_t linger_ns
+    cdef int64_t lingers_until       # monotonic: the first of `lingering` has waited long enough; FOREVER without any
+    cdef int64_t timer_due           # when the timer fires; FOREVER without one
     cdef int64_t spill_ns            # how long a packet waits for its analyzer before it may go to another; -1: for ever
     cdef bint steady                 # this process has time to spare
     cdef public int64_t claim_limit  # how many packets may be claimed and not done; more stay in the ring
@@ -138,7 +139,6 @@ cdef class DispatchBase:
     def __cinit__(self, loop, PacketRing ring, AnalyzerStates states, config, *args, **kwargs):
         self.loop, self.ring = loop, ring
         self.strategy, self.unit = STRATEGIES[config.distribution.strategy], UNITS[config.distribution.by]
-        self.linger_ns = <int64_t>(config.delivery.linger * 1e9)
         self.phase = int.from_bytes(os.urandom(8), "little")
         self.states = states
         self.epoch = states.epoch_word()
@@ -155,6 +155,7 @@ cdef class DispatchBase:
         self.part_ns = PART_NS
         self.chance = int.from_bytes(os.urandom(8), "little")
         self.touched, self.lingering, self.backlog = [], [], []
+        self.lingers_until = self.timer_due = FOREVER
         self.claim_limit, self.steady = UNLIMITED, True
         spills = config.delivery.spill_after < NEVER and self.strategy != STICKY
         self.spill_ns = <int64_t>(config.delivery.spill_after * 1e9) if spills else -1
@@ -228,7 +229,6 @@ cdef class DispatchBase:
     def flush(self):
         """Give what was accepted to the analyzers, and send what may be sent."""
         cdef int64_t now = mono_ns()
-        cdef int64_t linger = self.linger_ns
         self.scheduled = False
         if unlikely(load(self.epoch) != self.seen_epoch):
             self.seen_epoch = load(self.epoch)
@@ -242,18 +242,21 @@ cdef class DispatchBase:
         if self.table is not None or self.rendezvous is not None:
             self.route(now)
         self.part_end = mono_ns() + self.part_ns
-        linger = self.pump_touched(now, linger)
+        self.pump_touched(now)
         if self.spill_ns >= 0 and now >= self.next_aged and self.backlog:
             self.spill(now)
-            linger = self.pump_touched(now, linger)
-        if self.lingering and self.linger_timer is None:
+            self.pump_touched(now)
+        if self.lingers_until < self.timer_due:
+            if self.linger_timer is not None:
+                self.linger_timer.cancel()
+            self.timer_due = self.lingers_until
             # In whole milliseconds, upwards: the loop takes less than half of one for none, and would come back at once
             # until the time is over.
-            self.linger_timer = self.loop.call_later((linger + 999999) // 1000000 / 1e3, self.linger_over)
+            self.linger_timer = self.loop.call_later((max(0, self.timer_due - now) + 999999) // 1000000 / 1e3, self.linger_over)
         self.ring.file.write_marks()  # of the attempts that were begun
 
-    cdef int64_t pump_touched(self, int64_t now, int64_t linger) except -1:
-        """Have the pools that got packets send them; return for how many ns (``linger`` at most) some would wait for more."""
+    cdef int pump_touched(self, int64_t now) except -1:
+        """Have the pools that got packets send them."""
         cdef PoolBase pool
         cdef list pools
         cdef Py_ssize_t at
@@ -273,7 +276,7 @@ cdef class DispatchBase:
                 continue
             if pumped == LINGERING:
                 self.lingering.append(pool)
-                linger = min(linger, pool.due_in(now))
+                self.lingers_until = min(self.lingers_until, now + pool.due_in(now))
             if pool.waiting and not pool.backlogged:
                 pool.backlogged = True
                 self.backlog.append(pool)
@@ -283,7 +286,7 @@ cdef class DispatchBase:
                 self.touched = pools[at + 1:] + [pool] + self.touched
                 self.schedule()
                 break
-        return linger
+        return 0
 
     cdef int route(self, int64_t now) except -1:
         """Claim what is in the ring and let it wait for the analyzer it was picked for."""
@@ -431,7 +434,7 @@ cdef class DispatchBase:
     def linger_over(self):
         """Send what has waited long enough for its batch to fill."""
         cdef PoolBase pool
-        self.linger_timer = None
+        self.linger_timer, self.lingers_until, self.timer_due = None, FOREVER, FOREVER
         for pool in self.lingering:
             self.touch(pool)
         self.lingering = []

@@ -15,7 +15,7 @@ cdef enum:
 
 cdef enum Pumped:
     NOTHING_TO_DO = 0
-    LINGERING                # what waits is not yet worth a request
+    LINGERING                # what waits is not yet worth a request, or another connection
     AT_LIMIT                 # all connections are busy, or being opened
     UNFINISHED               # the time was over
 
@@ -50,6 +50,9 @@ cdef class PoolBase:
     cdef uint32_t batch_packets
     cdef int64_t batch_bytes, linger_ns
     cdef int64_t sent_ns         # monotonic: of the last request
+    cdef public int64_t growth_ns    # packets wait so long for the connections there are, before more are opened; 0: not at all
+    cdef readonly int allowed    # how many connections there may be by now, within the limit
+    cdef int64_t held_up_ns      # monotonic: since when packets wait for more than are allowed; 0: none does
     cdef readonly int pipeline, connection_limit
     cdef readonly list idle      # connections with room for a request, the last used last
     cdef readonly int open_connections
@@ -78,6 +81,7 @@ cdef class PoolBase:
         self.failures = states.failures_of(slot)
         self.sent_ns = -(INT64_MAX // 2)  # long ago, also on a machine that has just been started
         self.idle = []
+        self.allowed = 1
 
     def configure(self, bytes head, int connections, int pipeline, bint batching, uint32_t batch_packets,
                   int64_t batch_bytes, double linger):
@@ -117,6 +121,8 @@ cdef class PoolBase:
         self.first = self.ring.entries[handle].next
         self.waiting -= 1
         self.waiting_bytes -= self.ring.entries[handle].length
+        if self.waiting == 0:
+            self.held_up_ns = 0
         return handle
 
     cdef uint32_t leave_behind(self, uint32_t prior) noexcept nogil:
@@ -165,7 +171,7 @@ cdef class PoolBase:
         if count:
             self.ring.give_all_back(self.first, self.last, count)
             self.first = 0
-            self.waiting = self.waiting_bytes = 0
+            self.waiting = self.waiting_bytes = self.held_up_ns = 0
         return count
 
     def take_request(self):
@@ -198,9 +204,7 @@ cdef class PoolBase:
             if not self.due(now):
                 return LINGERING
             if not self.idle:
-                if self.open_connections + self.opening < self.connection_limit:
-                    self.open_more()
-                return AT_LIMIT
+                return self.grow(now)
             (<ReplyBase>self.idle[len(self.idle) - 1]).send_waiting(now)
             if mono_ns() > end:
                 return UNFINISHED
@@ -218,8 +222,32 @@ cdef class PoolBase:
                 or now - entry.since_ns >= self.linger_ns or entry.flags & ALONE)
 
     cdef int64_t due_in(self, int64_t now) noexcept nogil:
-        """Return for how many ns the first that waits may still wait."""
-        return max(0, self.ring.entries[self.first].since_ns + self.linger_ns - now) if self.waiting else 0
+        """Return for how many ns the first that waits may still wait: for its batch to fill, or for a connection."""
+        if not self.waiting:
+            return 0
+        if self.due(now):
+            return max(0, self.held_up_ns + self.growth_ns - now)
+        return max(0, self.since(self.first) + self.linger_ns - now)
+
+    cdef Pumped grow(self, int64_t now) except *:
+        """Open connections for what waits: as many as are allowed, and twice as many after each ``growth_ns``."""
+        cdef int there = self.open_connections + self.opening
+        if there >= self.connection_limit:
+            return AT_LIMIT
+        if self.growth_ns and there >= self.allowed:
+            if self.held_up_ns == 0:
+                self.held_up_ns = now
+            if now - self.held_up_ns < self.growth_ns:
+                return LINGERING
+            self.allowed, self.held_up_ns = 2 * self.allowed, now
+        self.open_more()
+        # Fewer than are allowed: what waits needs no more, or will be told when there may be.
+        there = self.open_connections + self.opening
+        if self.growth_ns == 0 or there < self.allowed or there >= self.connection_limit:
+            return AT_LIMIT
+        if self.held_up_ns == 0:
+            self.held_up_ns = now
+        return LINGERING
 
     cdef bint form(self, Group *group, int64_t now) except -1:
         """Take a request's packets out of the list, and say whether there were any."""
@@ -370,6 +398,8 @@ cdef class PoolBase:
         """Count a connection that opened (1) or closed (-1)."""
         self.open_connections += change
         self.row[CONNECTIONS] += change
+        if self.open_connections == 0 and self.waiting == 0:
+            self.allowed = 1
 
     # ---- taking over what waits for others
 

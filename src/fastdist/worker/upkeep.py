@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TICK = 0.02  # seconds: heartbeat, retries of deliveries, gauges
 TICK_NS = int(TICK * 1e9)
 CLOCK_NS = 1_000_000  # what the event loop's timers count in
+MIN_INTERVAL_NS = 2 * CLOCK_NS  # of a task: what is due within CLOCK_NS runs at once
 LATE_NS = 2_000_000  # tasks that are this late do not wait for another iteration
 TOGETHER_NS = 100_000  # of an iteration, for tasks that share it because they are short
 PART_NS = 20_000  # of an iteration, for a sweep
@@ -43,7 +44,7 @@ class Task(NamedTuple):
 
 
 class Schedule:
-    """Runs tasks when they are due: in an event-loop iteration one that is long, or some that are short.
+    """Runs tasks when they are due, in an event-loop iteration as many as are short or one that is long after them.
 
     So packets are read in between. Where iterations are long, tasks that are late run as well: none is put off by the
     others. A task that fails is called again at its next time; see ``Upkeep``.
@@ -81,7 +82,8 @@ class Schedule:
         number = self._due[0][1]
         step, interval, work = self._tasks[number]
         unfinished = bool(self._upkeep.run(step, work, now_ns))
-        heapq.heapreplace(self._due, (now_ns if unfinished else now_ns + int(interval * 1e9), number))
+        pause = 0 if unfinished else max(MIN_INTERVAL_NS, int(interval * 1e9))
+        heapq.heapreplace(self._due, (now_ns + pause, number))
         return unfinished
 
 

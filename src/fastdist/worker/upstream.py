@@ -36,11 +36,15 @@ if TYPE_CHECKING:
         def short_of(self, lacking: OSError) -> None: ...  # noqa: D102
 
 
-IDLE_SECONDS = 60.0  # after which a connection that nothing was sent on is closed
+IDLE_NS = 60_000_000_000  # after which a connection that nothing was sent on is closed
 MAX_REPLY = 12  # times the time-out without progress: from the first byte of a reply to its last
 LOG_INTERVAL = 60.0  # between warnings of one kind about an analyzer
 USUAL_GAP_NS = 1_000_000_000  # between two checks of a pool, at most
 PAUSED_NS = 1_500_000_000  # a longer one: no check ran, and the time beyond the usual does not count
+# Packets wait so long for the connections there are, before as many again are allowed. An analyzer that replies at once
+# needs few: one for all that waits while many analyzers want their first would be for that moment only.
+GROWTH = 0.005  # seconds
+SPILLS_LATER = 8  # the default limit of connections is reached before packets go to another analyzer
 SHORT_PAUSE = 0.5  # seconds until a connection that failed for want of a descriptor is retried
 
 log = logs.get()
@@ -71,14 +75,14 @@ class AnalyzerConnection(ReplyBase, asyncio.Protocol):
         pool, now_ns = self.pool, self.pool.looked_ns
         if pool.late_ns:
             self.excuse(now_ns, pool.late_ns)
-        if self.is_endless(now_ns, int(MAX_REPLY * pool.delivery.timeout * 1e9)):
+        if self.is_endless(now_ns, MAX_REPLY * pool.timeout_ns):
             self.close_endless(f"no end of a reply within {MAX_REPLY * pool.delivery.timeout:g} s")
-        elif self.overdue(now_ns, int(pool.delivery.timeout * 1e9)):
+        elif self.overdue(now_ns, pool.timeout_ns):
             what = "no whole request taken" if self.is_early() else "no reply"
             self.close_after(f"{what} within {pool.delivery.timeout:g} s", True)  # noqa: FBT003
         elif pool.retired or now_ns > self.replace_at or pool.has_moved(self):
             self.retire()
-        elif self.in_flight() == 0 and now_ns - self.used_ns > IDLE_SECONDS * 1e9:
+        elif self.in_flight() == 0 and now_ns - self.used_ns > IDLE_NS:
             self.close_after("", False)  # noqa: FBT003
 
 
@@ -109,6 +113,8 @@ class AnalyzerPool(PoolBase):
         """Aim the pool at ``analyzer``; ``delivery`` and ``tls`` are for all of them, and for this one."""
         self.analyzer, self.delivery = analyzer, analyzer.delivery(delivery)
         delivery = self.delivery
+        self.timeout_ns = int(delivery.timeout * 1e9)
+        self.growth_ns = int(min(GROWTH, delivery.spill_after / SPILLS_LATER) * 1e9)
         self._address = analyzer.address
         self._tls = tls if self._address.scheme == "https" else None
         head = (
@@ -143,12 +149,13 @@ class AnalyzerPool(PoolBase):
     # ---- connecting
 
     def open_more(self) -> None:
-        """Begin to open as many connections as there are requests waiting, within the limit."""
+        """Begin to open as many connections as there are requests waiting, within the limit and what is ``allowed``."""
         if self._short is not None:
             return
         per_connection = (self.delivery.batch_packets if self.delivery.mode == "batch" else 1) * self.pipeline
-        wanted = -(-self.waiting // per_connection) - self.opening
-        wanted = min(wanted, self.connection_limit - self.open_connections - self.opening)
+        there = self.open_connections + self.opening
+        limit = min(self.connection_limit, self.allowed) if self.growth_ns else self.connection_limit
+        wanted = min(-(-self.waiting // per_connection) - self.opening, limit - there)
         if wanted > 0 and self.owner.room <= 0:
             self._wait_out(OSError(errno.EMFILE, "the descriptors left are for emitters' connections"))
         wanted = min(wanted, self.owner.room)
