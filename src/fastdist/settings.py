@@ -504,8 +504,9 @@ class Queue(Struct, frozen=True, kw_only=True):
     sync_interval: Annotated[
         Interval,
         about("""With `disk`: how often what has changed is synced, and so what a crash of the system may cost.
-        It is synced sooner when the queue is short of room and that would free some. Dead letters are synced as often,
-        at least once a second, and only then leave the queue. No effect with `memory` and `fsync`."""),
+        Below 2 ms it is 2 ms. It is synced sooner when the queue is short of room and that would free some.
+        Dead letters are synced as often, at least once a second, and only then leave the queue.
+        No effect with `memory` and `fsync`."""),
     ] = 0.5
 
 

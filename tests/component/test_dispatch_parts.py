@@ -248,6 +248,8 @@ def test_connections_are_opened_in_portions(tmp_path, monkeypatch):
     async def scenario():
         endpoints = {f"A{n}": f"http://127.0.0.1:{n}/" for n in range(1, 9)}
         async with World(tmp_path, endpoints, delivery={"connections": 32}) as w:
+            for pool in w.pools:
+                pool.growth_ns = 0
             w.push(1000)
             while len(begun) < 8 * 32:
                 before = len(begun)

@@ -391,6 +391,32 @@ def test_connections_double_for_the_waiting(tmp_path, monkeypatch):
     run(scenario())
 
 
+def test_none_is_added_while_the_first_opens(tmp_path, monkeypatch):
+    """However long that takes: a name may be looked up, and TLS shakes hands."""
+    begun = []
+    go_on = asyncio.Event()
+    begin = AnalyzerPool._open
+
+    async def open_late(pool):
+        begun.append(pool)
+        await go_on.wait()
+        await begin(pool)
+
+    monkeypatch.setattr(AnalyzerPool, "_open", open_late)
+
+    async def scenario():
+        server = await ScriptServer(lambda _n, transport, _data: transport.write(OK)).start()
+        async with World(tmp_path, {"A1": server}) as w:
+            w.push(40)
+            await until(lambda: begun)
+            await asyncio.sleep(0.1)
+            assert len(begun) == 1
+            go_on.set()
+            await w.until_empty()
+
+    run(scenario())
+
+
 def test_closing_analyzer_gets_connections(tmp_path):
     """One that closes after each reply: an ended connection is replaced, and the number grows all the same."""
 

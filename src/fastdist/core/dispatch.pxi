@@ -228,7 +228,7 @@ cdef class DispatchBase:
 
     def flush(self):
         """Give what was accepted to the analyzers, and send what may be sent."""
-        cdef int64_t now = mono_ns()
+        cdef int64_t linger, now = mono_ns()
         self.scheduled = False
         if unlikely(load(self.epoch) != self.seen_epoch):
             self.seen_epoch = load(self.epoch)
@@ -249,10 +249,11 @@ cdef class DispatchBase:
         if self.lingers_until < self.timer_due:
             if self.linger_timer is not None:
                 self.linger_timer.cancel()
-            self.timer_due = self.lingers_until
             # In whole milliseconds, upwards: the loop takes less than half of one for none, and would come back at once
             # until the time is over.
-            self.linger_timer = self.loop.call_later((max(0, self.timer_due - now) + 999999) // 1000000 / 1e3, self.linger_over)
+            linger = max(0, self.lingers_until - now)
+            self.linger_timer = self.loop.call_later((linger + 999999) // 1000000 / 1e3, self.linger_over)
+            self.timer_due = self.lingers_until
         self.ring.file.write_marks()  # of the attempts that were begun
 
     cdef int pump_touched(self, int64_t now) except -1:

@@ -122,8 +122,14 @@ cdef class PoolBase:
         self.waiting -= 1
         self.waiting_bytes -= self.ring.entries[handle].length
         if self.waiting == 0:
-            self.held_up_ns = 0
+            self.needs_no_more()
         return handle
+
+    cdef inline void needs_no_more(self) noexcept nogil:
+        """Nothing waits, so nothing is held up; without a connection one is to be opened first."""
+        self.held_up_ns = 0
+        if self.open_connections + self.opening == 0:
+            self.allowed = 1
 
     cdef uint32_t leave_behind(self, uint32_t prior) noexcept nogil:
         """Take out the packet behind ``prior`` in the list, with 0 the first; there must be one."""
@@ -171,7 +177,8 @@ cdef class PoolBase:
         if count:
             self.ring.give_all_back(self.first, self.last, count)
             self.first = 0
-            self.waiting = self.waiting_bytes = self.held_up_ns = 0
+            self.waiting = self.waiting_bytes = 0
+            self.needs_no_more()
         return count
 
     def take_request(self):
@@ -202,6 +209,7 @@ cdef class PoolBase:
         """Do so until ``end``, at which a request is finished: large ones take a millisecond each."""
         while self.waiting and not self.paused:
             if not self.due(now):
+                self.held_up_ns = 0
                 return LINGERING
             if not self.idle:
                 return self.grow(now)
@@ -235,16 +243,17 @@ cdef class PoolBase:
         if there >= self.connection_limit:
             return AT_LIMIT
         if self.growth_ns and there >= self.allowed:
+            if self.open_connections == 0:  # the first are on their way, however long that takes
+                return AT_LIMIT
             if self.held_up_ns == 0:
                 self.held_up_ns = now
             if now - self.held_up_ns < self.growth_ns:
                 return LINGERING
             self.allowed, self.held_up_ns = 2 * self.allowed, now
         self.open_more()
-        # Fewer than are allowed: what waits needs no more, or will be told when there may be.
         there = self.open_connections + self.opening
-        if self.growth_ns == 0 or there < self.allowed or there >= self.connection_limit:
-            return AT_LIMIT
+        if self.growth_ns == 0 or self.open_connections == 0 or there >= self.connection_limit or there < self.allowed:
+            return AT_LIMIT  # what waits needs no more, or is looked at when there may be
         if self.held_up_ns == 0:
             self.held_up_ns = now
         return LINGERING
@@ -398,8 +407,8 @@ cdef class PoolBase:
         """Count a connection that opened (1) or closed (-1)."""
         self.open_connections += change
         self.row[CONNECTIONS] += change
-        if self.open_connections == 0 and self.waiting == 0:
-            self.allowed = 1
+        if self.waiting == 0:
+            self.needs_no_more()
 
     # ---- taking over what waits for others
 
