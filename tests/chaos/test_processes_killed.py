@@ -42,7 +42,9 @@ def test_a_worker_is_killed_each_second(experiment, durability, mode):
     # Each kill hits one of two workers.
     experiment.judge(f"worker kill -9 each second ({durability}, {mode})", bound=kills * in_flight(delivery, 1))
     assert len(emitter.unknown) <= kills * emitter.connections
-    assert fastdist.stats()["packets"]["recovered"] == 0
+    # In the file what was delivered last may not be marked done; in memory a worker's successor sees each mark.
+    recovered = fastdist.stats()["packets"]["recovered"]
+    assert recovered <= (0 if durability == "memory" else kills * in_flight(delivery, 1))
 
 
 def test_a_stopped_worker_is_replaced(experiment):

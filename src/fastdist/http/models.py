@@ -251,7 +251,10 @@ class Packets(Model, kw_only=True):
     retried: Annotated[Count, doc("Attempts that were not a packet's first.")] = 0
     spilled: Annotated[Count, doc("Given to another analyzer because the one picked was busy for too long.")] = 0
     dead_lettered: Annotated[Count, doc("Given up, and written to the dead letters.")] = 0
-    recovered: Annotated[Count, doc("Found in the queue when the service started.")] = 0
+    recovered: Annotated[
+        Count,
+        doc("Found in the queue when the service started, or delivered by a worker that was killed and sent again."),
+    ] = 0
     corrupt: Annotated[Count, doc("Records of the queue that were damaged.")] = 0
     lost: Annotated[
         Count, doc("Packets that were accepted or recovered, and then damaged in the queue while they waited.")

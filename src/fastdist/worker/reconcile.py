@@ -66,7 +66,9 @@ def _count_delivered(undone: int, counters: Counters, corrupt: int) -> None:
     gone -= counters.get("lost")
     uncounted = gone - sum(counters.get_of(slot, "delivered") for slot in slots)
     counters.add("corrupt", max(corrupt, uncounted) if corrupt else 0)
-    if uncounted < 0:  # copied from an old ring, and not marked done there: they will be copied once more
+    if (
+        uncounted < 0
+    ):  # counted, and not yet marked done in the file, or in the old ring they were copied from: once more
         counters.add("recovered", -uncounted)
     elif corrupt:  # what is neither here nor known to be delivered was damaged
         counters.add("lost", uncounted)
