@@ -433,7 +433,7 @@ cdef class DispatchBase:
                 self.schedule()
 
     def linger_over(self):
-        """Send what has waited long enough for its batch to fill."""
+        """Look again at what has waited long enough for its batch to fill, or for a connection."""
         cdef PoolBase pool
         self.linger_timer, self.lingers_until, self.timer_due = None, FOREVER, FOREVER
         for pool in self.lingering:
