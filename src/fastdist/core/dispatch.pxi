@@ -276,8 +276,10 @@ cdef class DispatchBase:
                 self.went_wrong(error)
                 continue
             if pumped == LINGERING:
-                self.lingering.append(pool)
-                self.lingers_until = min(self.lingers_until, now + pool.due_in(now))
+                if pool.look_at_ns == 0:
+                    self.lingering.append(pool)
+                pool.look_at_ns = pool.lingers_until(now)
+                self.lingers_until = min(self.lingers_until, pool.look_at_ns)
             if pool.waiting and not pool.backlogged:
                 pool.backlogged = True
                 self.backlog.append(pool)
@@ -435,10 +437,17 @@ cdef class DispatchBase:
     def linger_over(self):
         """Look again at what has waited long enough for its batch to fill, or for a connection."""
         cdef PoolBase pool
+        cdef int64_t now = mono_ns()
+        cdef list lingering = []
         self.linger_timer, self.lingers_until, self.timer_due = None, FOREVER, FOREVER
         for pool in self.lingering:
-            self.touch(pool)
-        self.lingering = []
+            if pool.look_at_ns <= now:
+                pool.look_at_ns = 0
+                self.touch(pool)
+            else:
+                lingering.append(pool)
+                self.lingers_until = min(self.lingers_until, pool.look_at_ns)
+        self.lingering = lingering
         self.schedule()  # and no second flush in an iteration that has one already
 
     def touch(self, PoolBase pool):

@@ -61,6 +61,7 @@ cdef class PoolBase:
     cdef bint touched
     cdef bint backlogged         # in the dispatcher's list of those that something waits for
     cdef public bint slow        # clearly slower than the others: what waits here goes elsewhere sooner
+    cdef int64_t look_at_ns      # monotonic: when the dispatcher looks here though nothing happens; 0: it does not
     cdef public bint wanted      # packets that waited for others go here as soon as there is room
     cdef uint32_t first, last
     cdef readonly int64_t waiting, waiting_bytes
@@ -229,29 +230,21 @@ cdef class PoolBase:
                 or (self.requests_in_flight == 0 and now - self.sent_ns >= self.linger_ns)
                 or now - entry.since_ns >= self.linger_ns or entry.flags & ALONE)
 
-    cdef int64_t due_in(self, int64_t now) noexcept nogil:
-        """Return for how many ns the first that waits may still wait: for its batch to fill, or for a connection."""
-        if not self.waiting:
-            return 0
+    cdef int64_t lingers_until(self, int64_t now) noexcept nogil:
+        """Return until when the first that waits may wait on: for its batch to fill, or for a connection."""
         if self.due(now):
-            return max(0, self.held_up_ns + self.growth_ns - now)
-        return max(0, self.since(self.first) + self.linger_ns - now)
+            return self.held_up_ns + self.growth_ns
+        return self.since(self.first) + self.linger_ns
 
     cdef Pumped grow(self, int64_t now) except *:
         """Open connections for what waits: as many as are allowed, and twice as many after each ``growth_ns``."""
         cdef int there = self.open_connections + self.opening
-        if there >= self.connection_limit:
-            return AT_LIMIT
-        if self.growth_ns and there >= self.allowed:
-            if self.open_connections == 0:  # the first are on their way, however long that takes
-                return AT_LIMIT
-            if self.held_up_ns == 0:
-                self.held_up_ns = now
-            if now - self.held_up_ns < self.growth_ns:
-                return LINGERING
+        # Beside open ones: the first are on their way, however long that takes.
+        if self.held_up_ns and self.open_connections and there >= self.allowed and now - self.held_up_ns >= self.growth_ns:
             self.allowed, self.held_up_ns = 2 * self.allowed, now
-        self.open_more()
-        there = self.open_connections + self.opening
+        if there < self.connection_limit and (there < self.allowed or self.growth_ns == 0):
+            self.open_more()
+            there = self.open_connections + self.opening
         if self.growth_ns == 0 or self.open_connections == 0 or there >= self.connection_limit or there < self.allowed:
             return AT_LIMIT  # what waits needs no more, or is looked at when there may be
         if self.held_up_ns == 0:
