@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import os
+from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -133,51 +134,26 @@ def _look_at(file: Path, max_packets: int) -> tuple[RingReport, list[WaitingPack
         report.error = "not a regular file"
         return report, []
     with file.open("rb") as opened:
-        if not locks.try_lock(opened.fileno(), shared=True):  # though the folder's lock was free, or deleted
-            raise _in_use(file.parent, locks.holder(opened.fileno()))
-        if format1.is_format1(opened.fileno()):
-            return _look_at_format1(report, opened.fileno(), max_packets)
+        fd = opened.fileno()
+        if not locks.try_lock(fd, shared=True):  # though the folder's lock was free, or deleted
+            raise _in_use(file.parent, locks.holder(fd))
         try:
-            ring = PacketRing(opened.fileno(), private=True)
+            ring = format1.read(fd) if format1.is_format1(fd) else PacketRing(fd, private=True)
         except RingError as error:
             report.error = str(error)
             return report, []
+        waiting = _packets(file.name, ring)
+        packets = heapq.nsmallest(max_packets, waiting, key=_age)
+        if isinstance(ring, format1.Format1Ring):
+            deque(waiting, maxlen=0)  # what was found is known when all has been read
         report.packets, report.bytes, report.capacity_bytes = ring.undone, ring.undone_bytes, ring.capacity
         report.corrupt = ring.corrupt
         report.damage = [Damage(offset, what) for offset, what in ring.damage]
         report.notes = [Damage(offset, what) for offset, what in ring.notes]
-        packets = heapq.nsmallest(max_packets, _packets(file.name, ring), key=_age) if max_packets else []
     return report, packets
 
 
-def _look_at_format1(report: RingReport, fd: int, max_packets: int) -> tuple[RingReport, list[WaitingPacket]]:
-    try:
-        ring = format1.read(fd)
-    except RingError as error:
-        report.error = str(error)
-        return report, []
-    waiting = (
-        WaitingPacket(
-            file=report.file,
-            id=packet.id,
-            accepted_at=datetime.fromtimestamp(packet.accepted_ns / 1e9, UTC),
-            attempts=packet.attempts,
-            messages=packet.messages,
-            bytes=len(packet.body),
-        )
-        for packet in ring.waiting()
-    )
-    packets = heapq.nsmallest(max_packets, waiting, key=_age)
-    for _ in waiting:
-        pass  # what was found is known when all has been read
-    report.packets, report.bytes, report.capacity_bytes = ring.undone, ring.undone_bytes, ring.capacity
-    report.corrupt = ring.corrupt
-    report.damage = [Damage(offset, what) for offset, what in ring.damage]
-    report.notes = [Damage(offset, what) for offset, what in ring.notes]
-    return report, packets
-
-
-def _packets(file: str, ring: PacketRing) -> Iterator[WaitingPacket]:
+def _packets(file: str, ring: PacketRing | format1.Format1Ring) -> Iterator[WaitingPacket]:
     for packet in ring.waiting():
         yield WaitingPacket(
             file=file,
