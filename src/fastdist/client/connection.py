@@ -39,8 +39,8 @@ class Response(NamedTuple):
     """An HTTP response: status, content (no more than was asked for) and Retry-After as it was written."""
 
     status: int
-    content: bytes
-    retry_after: str | None
+    content: bytes = b""
+    retry_after: str | None = None
 
     @property
     def accepted(self) -> bool:

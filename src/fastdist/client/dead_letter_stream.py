@@ -17,9 +17,10 @@ import asyncio
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from fastdist._core import scan
+from fastdist.client.connection import Response
 from fastdist.client.purge import Census, census_of
 from fastdist.client.replay import ReplayRun, Summary
 from fastdist.errors import StartError
@@ -50,22 +51,13 @@ PAGE_BYTES = 4 << 20  # of those
 ACCEPTED, TOO_LARGE, INVALID, BUSY = 202, 413, 422, 503  # what a distributor would answer in such a case
 
 
-class StreamResponse(NamedTuple):
-    """What became of a packet that was published, in the shape of a distributor's response."""
-
-    status: int
-    text: str
-    content: bytes = b""
+class StreamResponse(Response):
+    """What became of a packet that was published, in the shape of a distributor's response; its content is the text."""
 
     @property
-    def accepted(self) -> bool:
-        """Whether it is stored."""
-        return self.status == ACCEPTED
-
-    @property
-    def pause(self) -> float | None:
-        """Nothing that it would say."""
-        return None
+    def text(self) -> str:
+        """What the stream said, for a person."""
+        return self.content.decode()
 
     @property
     def verdict(self) -> str:
@@ -160,11 +152,11 @@ class DeadLetterStream:
         try:
             decode(message)
         except DamagedError as error:  # a foreign dead letter: no replica could read its packet
-            return StreamResponse(INVALID, str(error))
+            return StreamResponse(INVALID, str(error).encode())
         outcome = self._run(self._packets.publish(message, f"replay/{line.offset}/{digest_of(line.raw)}"))
         if outcome.stored == "yes":
-            return StreamResponse(ACCEPTED, "")
-        return StreamResponse(TOO_LARGE if outcome.reason == "tooLarge" else BUSY, outcome.detail)
+            return StreamResponse(ACCEPTED)
+        return StreamResponse(TOO_LARGE if outcome.reason == "tooLarge" else BUSY, outcome.detail.encode())
 
     # ---- in the loop
 
@@ -232,7 +224,7 @@ class _StreamReplay(ReplayRun):
     def _census(self) -> Census:
         return census_of(line for _, line in self._store.selected(self.selection))
 
-    def send(self, line: Line, dead_letter: DeadLetter) -> StreamResponse | None:
+    def send(self, line: Line, dead_letter: DeadLetter) -> Response | None:
         """Publish a packet until the stream has stored or refused it."""
         return self.repeat(lambda: self._store.publish(line, dead_letter), lambda: False)
 

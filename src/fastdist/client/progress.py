@@ -12,7 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.progress import Task
 
-    from fastdist.client.retry import ResponseLike
+    from fastdist.client.connection import Response
     from fastdist.storage.dead_letter_format import DeadLetter
 
 LINE_EVERY = 10.0  # seconds between the lines that stand for a bar
@@ -87,7 +87,7 @@ class ReplayView(View):
         if self.take_line():
             self.note(f"{self._settled} of {self._total}")
 
-    def refused(self, dead_letter: DeadLetter, response: ResponseLike) -> None:
+    def refused(self, dead_letter: DeadLetter, response: Response) -> None:
         """Show a refusal, unless there were many."""
         self._refused += 1
         if self._refused <= MAX_REFUSALS:

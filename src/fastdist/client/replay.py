@@ -32,7 +32,7 @@ from fastdist.storage.dead_letter_format import journal_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastdist.client.connection import Target
+    from fastdist.client.connection import Response, Target
     from fastdist.client.progress import ReplayView
     from fastdist.client.purge import Census
     from fastdist.storage.dead_letter_format import DeadLetter, Found, Line, Selection
@@ -66,7 +66,7 @@ class Source(Protocol):
     def lines(self) -> Iterator[Line]:
         """Yield them; the run's lock is held."""
 
-    def send(self, line: Line, dead_letter: DeadLetter) -> retry.ResponseLike | None:
+    def send(self, line: Line, dead_letter: DeadLetter) -> Response | None:
         """Send one until the response is final; None when the run ends before that."""
 
     def remove(self, line: Line) -> bool:
@@ -119,7 +119,7 @@ class ReplayRun(retry.Run):
             self._room -= found is not None
             return found
 
-    def _settle(self, dead_letter: DeadLetter, response: retry.ResponseLike, *, gone: bool) -> None:
+    def _settle(self, dead_letter: DeadLetter, response: Response, *, gone: bool) -> None:
         """Count what became of one, and show it; the lock is held."""
         self.summary.left -= gone
         if response.accepted:
@@ -232,7 +232,7 @@ class _File:
     def lines(self) -> Iterator[Line]:
         return self._held.lines(self._end)
 
-    def send(self, line: Line, dead_letter: DeadLetter) -> retry.ResponseLike | None:  # noqa: ARG002  (its place is no matter)
+    def send(self, line: Line, dead_letter: DeadLetter) -> Response | None:  # noqa: ARG002  (its place is no matter)
         connection = self._free.pop()
         try:
             return self._run.post(connection, dead_letter.id, dead_letter.packet)

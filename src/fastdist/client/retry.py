@@ -1,6 +1,6 @@
 """The retry policy of ``send`` and ``replay``: which responses are final, how long to back off, when to give up.
 
-A response is that of a distributor; what a stream says of a packet has the shape of one (``ResponseLike``).
+A response is that of a distributor; what a stream says of a packet has the shape of one (``StreamResponse``).
 
 The rules:
 
@@ -19,7 +19,7 @@ import threading
 import time
 from http.client import HTTPException
 from ssl import SSLCertVerificationError, SSLError
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -36,37 +36,6 @@ UNAUTHORIZED = 401
 NOT_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG"}  # OpenSSL's, of a response that is HTTP
 PLAIN = b"plain HTTP request was sent to"  # in the 400 of fastdist's port with TLS, and of nginx's
 REDIRECTION, CLIENT_ERROR, SERVER_ERROR = 300, 400, 500  # redirections are not followed
-
-
-class ResponseLike(Protocol):
-    """What became of a packet: a status as of HTTP, and the same for a person."""
-
-    @property
-    def content(self) -> bytes:
-        """What came with it."""
-
-    @property
-    def status(self) -> int:
-        """The status; 2xx has taken the packet over."""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether it has."""
-
-    @property
-    def pause(self) -> float | None:
-        """Seconds to wait before the next attempt; None when that is not said."""
-
-    @property
-    def text(self) -> str:
-        """What was said, on one line."""
-
-    @property
-    def verdict(self) -> str:
-        """The same behind the name of what has said it."""
-
-
-AnyResponse = TypeVar("AnyResponse", bound=ResponseLike)
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -120,7 +89,7 @@ def _other_scheme(error: Exception) -> str:
     return ""
 
 
-def _advice(response: ResponseLike, *, has_token: bool) -> str:
+def _advice(response: Response, *, has_token: bool) -> str:
     """Return what to look at after a response that any packet would get; nothing for all others."""
     status = response.status
     if status == CLIENT_ERROR and PLAIN in response.content:
@@ -164,7 +133,7 @@ class Run:
         """Post a packet until it is accepted or refused; None when the run ends before that."""
         return self.repeat(lambda: connection.post(packet_id, body), lambda: connection.is_open)
 
-    def repeat(self, attempt: Callable[[], AnyResponse], is_reused: Callable[[], bool]) -> AnyResponse | None:
+    def repeat(self, attempt: Callable[[], Response], is_reused: Callable[[], bool]) -> Response | None:
         """Try until a response is final, and return it; None when the run ends before that.
 
         ``is_reused``: whether the next attempt is made over a connection that may have been closed meanwhile.
