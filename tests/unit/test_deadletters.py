@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdist._core import Packet
+from fastdist.storage import dead_letter_bounds
 from fastdist.storage import dead_letter_files as module
 from fastdist.storage.dead_letter_files import IDLE_NS, MAX_OPEN_NS, DeadLetterFiles, ask_for
 from fastdist.storage.dead_letter_format import FOLDER, as_line, find_files, iso_time, read_file
@@ -175,7 +176,7 @@ def test_owners_do_not_share_files(tmp_path):
 
 
 def test_new_file_begins_when_one_has_grown(dead_letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_FILE", 2000)
+    monkeypatch.setattr(dead_letter_bounds, "MAX_FILE", 2000)
     for number in range(20):
         write(dead_letters, b"x" * 300, f"p{number}")
     files = files_in(tmp_path)
@@ -185,7 +186,7 @@ def test_new_file_begins_when_one_has_grown(dead_letters, tmp_path, monkeypatch)
 
 
 def test_a_huge_dead_letter_has_its_own_file(dead_letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_FILE", 2000)
+    monkeypatch.setattr(dead_letter_bounds, "MAX_FILE", 2000)
     for size in (10, 5000, 10, 5000, 5000):
         write(dead_letters, b"x" * size)
     assert [len(dead_letter["body"]) for dead_letter in dead_letters_in(tmp_path)] == [10, 5000, 10, 5000, 5000]
@@ -424,7 +425,7 @@ def test_name_of_a_closed_file_is_synced(dead_letters, tmp_path, calls, monkeypa
 
 
 def test_full_file_is_synced_as_well(dead_letters, tmp_path, calls, monkeypatch):
-    monkeypatch.setattr(module, "MAX_FILE", 1000)
+    monkeypatch.setattr(dead_letter_bounds, "MAX_FILE", 1000)
     for _ in range(3):
         write(dead_letters, b"x" * 600)
     assert sync(dead_letters)
@@ -456,7 +457,7 @@ def test_unsynced_lines_are_taken_back(dead_letters, tmp_path, monkeypatch, file
     write(dead_letters)
     assert sync(dead_letters)
     if files > 1:
-        monkeypatch.setattr(module, "MAX_FILE", 1000)
+        monkeypatch.setattr(dead_letter_bounds, "MAX_FILE", 1000)
     for number in range(3):
         write(dead_letters, b"x" * 600, name=f"lost{number}")
     assert len(files_in(tmp_path)) == (1 if files == 1 else 4)

@@ -30,28 +30,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist.storage.dead_letter_format import MAX_FILE, SUFFIX, folder_of
+from fastdist.settings import DeadLetters
+from fastdist.storage.dead_letter_bounds import Bounds
+from fastdist.storage.dead_letter_format import SUFFIX, folder_of
 from fastdist.storage.files import is_nameless, make_folder, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
     from pathlib import Path
-    from typing import Protocol
-
-    class Room(Protocol):
-        """What bounds the files; see ``dead_letter_bounds``."""
-
-        gives_way: bool
-
-        @property
-        def file_size(self) -> int: ...  # noqa: D102
-
-        @property
-        def file_age(self) -> float: ...  # noqa: D102
-
-        def room(self, size: int, /) -> AbstractContextManager[None]: ...  # noqa: D102
-
 
 IDLE_NS = 1_000_000_000  # without a dead letter, after which a file is closed
 MAX_OPEN_NS = 60_000_000_000  # however many dead letters come
@@ -112,11 +98,11 @@ class DeadLetterFiles:
         beside: int | None = None,
         *,
         path: str = "",
-        bounds: Room | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         self._folder = folder_of(queue_path, path)
         self._owner, self._beside = owner, None if path else beside
-        self.bounds = bounds
+        self.bounds = bounds or Bounds(self._folder, DeadLetters(), 1, lambda _: None)  # without any
         self._begun = 0.0  # time.monotonic(): the current file, or that which was until it had been idle
         self._open: list[_File] = []  # that which is written to, and those that are not settled
         self._current: _File | None = None
@@ -133,7 +119,7 @@ class DeadLetterFiles:
         if file is not None:  # it may have to be discarded as well
             self._last = None
             self._release()
-        with self.bounds.room(len(line)) if self.bounds is not None else contextlib.nullcontext():
+        with self.bounds.room(len(line)):
             file = self._reopen()
             self._write(file if file is not None and self._fits(file, line) else self._create(), line)
 
@@ -164,7 +150,7 @@ class DeadLetterFiles:
     @property
     def wants_sync(self) -> bool:
         """Whether so much is unsettled that more of it would leave no room within the bounds."""
-        return self.bounds is not None and self.unsettled >= 2 * self.bounds.file_size
+        return self.unsettled >= 2 * self.bounds.file_size
 
     @property
     def unsettled(self) -> int:
@@ -217,11 +203,10 @@ class DeadLetterFiles:
 
     def _fits(self, file: _File, line: bytes) -> bool:
         """Whether a line may be appended to a file: it has room for that, and is not too old."""
-        if self.bounds is None:
-            return not file.size or file.size + len(line) <= MAX_FILE
-        if file.size and time.monotonic() - self._begun > self.bounds.file_age:
-            return False
-        return not file.size or file.size + len(line) <= self.bounds.file_size
+        if not file.size:
+            return True
+        is_old = time.monotonic() - self._begun > self.bounds.file_age
+        return not is_old and file.size + len(line) <= self.bounds.file_size
 
     def _write(self, file: _File, line: bytes) -> None:
         self._written = True
@@ -284,15 +269,12 @@ class DeadLetterFiles:
         except OSError:
             return None
         file = _File(fd, self._last)
-        try:
+        with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = file.is_ours
-        except OSError:
-            ours = False
-        if not ours:
-            os.close(fd)
-            return None
-        return self._take_up(file)
+            if file.is_ours:
+                return self._take_up(file)
+        os.close(fd)
+        return None
 
     def _take_up(self, file: _File) -> _File:
         self._open.append(file)

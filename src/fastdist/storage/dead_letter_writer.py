@@ -127,8 +127,7 @@ class DeadLetterWriter:
         may be running.
         """
         self.unwritten += dead_letters
-        if self.files.bounds is not None:
-            self.files.bounds.gives_way = True
+        self.files.bounds.gives_way = True
         while self.unwritten or self.written:
             self._write_part(LAST_PART_NS)
             error = self._sync_now()
