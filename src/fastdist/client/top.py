@@ -49,21 +49,19 @@ class Watcher:
     """Asks one distributor."""
 
     def __init__(self, target: Target) -> None:
-        self._target = target
         self._connection = Connection(target, TIMEOUT)
         self.frame = Frame(target.url, datetime.now(UTC))
 
     def look(self) -> Frame:
         """Ask for everything; return (and keep) what is known now."""
-        before = self.frame
         try:
             health, stats, queue = self._get("/health", Health), self._get("/stats", Stats), self._get("/queue", Queue)
             responses = Responses(health, stats, queue, self._get("/analyzers", Analyzers).analyzers)
         except NoResponseError as error:
-            self.frame = Frame(self._target.url, datetime.now(UTC), before.responses, before.seen, str(error))
+            self.frame = self.frame._replace(at=datetime.now(UTC), trouble=str(error))
         else:
             now = datetime.now(UTC)
-            self.frame = Frame(self._target.url, now, responses, now)
+            self.frame = Frame(self.frame.url, now, responses, now)
         return self.frame
 
     def _get(self, path: str, kind: type[Kind]) -> Kind:
