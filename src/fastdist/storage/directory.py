@@ -176,16 +176,13 @@ class QueueFolder:
     def rings(self, workers: int, capacity: int) -> list[int]:
         """Return the workers' rings as open files: those that are there and fit, new ones otherwise."""
         self._capacity = capacity = round_capacity(capacity)
+        paths = [ring_path(self.path, index) for index in range(workers)]
         try:
-            return self._worker_rings(workers, capacity)
+            self._sort_out(paths, capacity)
+            sync_folder(self.path)
         except OSError as error:
             where = error.filename or self.path
             raise StartError(f"cannot make the queue in {self.path}: {where}: {error.strerror}") from error
-
-    def _worker_rings(self, workers: int, capacity: int) -> list[int]:
-        paths = [ring_path(self.path, index) for index in range(workers)]
-        self._sort_out(paths, capacity)
-        sync_folder(self.path)
         return [self._rings[path] for path in paths]
 
     def ring(self, index: int) -> int:
