@@ -234,12 +234,7 @@ class Consumer:
         self._inbox = client.new_inbox()
         client.take(f"{self._inbox}.*", self._received)
         self._client, self._asked, self._not_before = client, 0, 0.0
-        for claim in list(self._leaving.values()):
-            if claim.state is State.GIVEN_BACK and claim.sent_at:
-                self._confirmed(claim)  # it may have arrived: not again
-            else:
-                self._send_soon(claim)
-        self.wake()
+        self._repeat(list(self._leaving.values()))
 
     def lost(self) -> None:
         """Wait for the next client."""
@@ -264,12 +259,16 @@ class Consumer:
         while True:
             await asyncio.sleep(SWEEP)
             moment = now()
-            for claim in [each for each in self._leaving.values() if each.due <= moment]:
-                if claim.state is State.GIVEN_BACK and claim.sent_at:
-                    self._confirmed(claim)
-                else:
-                    self._send_soon(claim)
-            self.wake()
+            self._repeat([claim for claim in self._leaving.values() if claim.due <= moment])
+
+    def _repeat(self, claims: list[Claim]) -> None:
+        """Say again what was not confirmed of these."""
+        for claim in claims:
+            if claim.state is State.GIVEN_BACK and claim.sent_at:
+                self._confirmed(claim)  # it may have arrived: not again
+            else:
+                self._send_soon(claim)
+        self.wake()
 
     def _ask(self, moment: float) -> None:
         """Ask for messages if there is room, and none are to come."""
