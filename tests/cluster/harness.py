@@ -57,6 +57,15 @@ async def figures_until(watcher, condition):
     return await repeated(watcher.refresh, condition, "such figures")
 
 
+async def dead_letters_from(dead, first=1):
+    """Return all dead letters from a sequence on, oldest first."""
+    found = []
+    while (each := await dead.next(first)) is not None:
+        found.append(each)
+        first = each.sequence + 1
+    return found
+
+
 class Service:
     """A connection with a publisher and a consumer, and the ledgers of both."""
 

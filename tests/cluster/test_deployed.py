@@ -9,7 +9,7 @@ import re
 import subprocess
 
 import pytest
-from harness import Service, ask, figures_until, in_loop, prepared, repeated, until
+from harness import Service, ask, dead_letters_from, figures_until, in_loop, prepared, repeated, until
 from msgspec.structs import replace
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
@@ -107,7 +107,7 @@ async def test_its_user_may_do_all_there_is_to_do(deployed):
         made.consumer.start()
         await until(lambda: made.stored("yes") == {"small", "large"}, "both are stored")
         assert (await dead.put(b"{}", 1)).stored == "yes"
-        assert [found.line async for found in dead.read()] == [b"{}"]
+        assert [found.line for found in await dead_letters_from(dead)] == [b"{}"]
         assert await dead.remove(1)
         revision = await StateBucket(made.connection).put("overrides", b"{}")
         assert (await StateBucket(made.connection).get("overrides")).revision == revision

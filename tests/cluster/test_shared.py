@@ -8,7 +8,7 @@ import json
 from datetime import datetime
 
 import pytest
-from harness import Service, ask, figures_until, in_loop, prepared, service, until
+from harness import Service, ask, dead_letters_from, figures_until, in_loop, prepared, service, until
 from proxy import Proxy
 
 from fastdist._core import Packet
@@ -35,7 +35,7 @@ async def dead_letters(settings):
 
 
 async def lines(dead, first=1):
-    return [(found.sequence, found.line) async for found in dead.read(first)]
+    return [(found.sequence, found.line) for found in await dead_letters_from(dead, first)]
 
 
 @in_loop

@@ -6,6 +6,7 @@ they read and write back.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -97,3 +98,21 @@ async def request(
             raise UnavailableError(fault.description)
         raise ApiError(fault)
     return response
+
+
+async def find(client: Client | None, subject: str, absent: int, body: object = None) -> dict[str, Any] | None:
+    """Return what is there; None where the response is the error ``absent``. Raises UnavailableError for all others."""
+    try:
+        return await request(client, subject, body)
+    except ApiError as error:
+        if error.code == absent:
+            return None
+        raise UnavailableError(str(error)) from error
+
+
+def parse_time(text: str) -> datetime:
+    """Return a time as JetStream writes it, to the nanosecond; the beginning of 1970 for any other text."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.fromtimestamp(0, UTC)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import gzip
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,7 +20,7 @@ from fastdist.storage.jetstream.api import ApiError, request
 from fastdist.storage.jetstream.publisher import Outcome, Publisher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from datetime import datetime
 
     from fastdist.storage.jetstream.connection import Connection
 
@@ -56,12 +55,6 @@ class DeadStream:
             line = await asyncio.to_thread(gzip.compress, line, 1, mtime=0)
         return await self._publisher.publish(line, f"dead/{sequence}.{index}/{stored_ns}")
 
-    async def read(self, first: int = 1) -> AsyncIterator[StoredLetter]:
-        """Yield all dead letters from a sequence on, oldest first. Raises UnavailableError."""
-        while (found := await self.next(first)) is not None:
-            yield found
-            first = found.sequence + 1
-
     async def next(self, first: int) -> StoredLetter | None:
         """Return the first dead letter from a sequence on; None if it does not exist. Raises UnavailableError."""
         wanted = {"seq": first, "next_by_subj": ">"}
@@ -75,7 +68,7 @@ class DeadStream:
         line = base64.b64decode(message.get("data", ""))
         if line.startswith(COMPRESSED):
             line = await asyncio.to_thread(gzip.decompress, line)
-        return StoredLetter(message["seq"], line, _time(message.get("time", "")))
+        return StoredLetter(message["seq"], line, api.parse_time(message.get("time", "")))
 
     async def last(self) -> int:
         """Return the sequence of the last dead letter there ever was. Raises UnavailableError."""
@@ -94,11 +87,3 @@ class DeadStream:
                 return False
             raise
         return True
-
-
-def _time(text: str) -> datetime:
-    """Return a time as JetStream writes it, to the nanosecond."""
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return datetime.fromtimestamp(0, UTC)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastdist.storage.jetstream.api import STREAM_NOT_FOUND, ApiError, UnavailableError, request
+from fastdist.storage.jetstream.api import STREAM_NOT_FOUND, ApiError, UnavailableError, parse_time, request
 from fastdist.storage.jetstream.connection import now
 from fastdist.storage.jetstream.consumer import NAME
 from fastdist.stream_figures import GONE, StreamFigures
@@ -119,15 +118,8 @@ def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str,
         redelivered=consumer.get("num_redelivered", 0),
         settled=stored - messages,
         created=stream.get("created", ""),
-        oldest=_unix_time(state.get("first_ts", "")) if messages else 0.0,
+        oldest=parse_time(state.get("first_ts", "")).timestamp() if messages else 0.0,
         dead_letters=dead_letters,
         replicas_current=current,
         replicas_total=total,
     )
-
-
-def _unix_time(text: str) -> float:
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return 0.0

@@ -16,7 +16,7 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from fastdist.storage.jetstream import api
-from fastdist.storage.jetstream.api import ApiError, UnavailableError, request
+from fastdist.storage.jetstream.api import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -46,14 +46,10 @@ class StateBucket:
 
     async def get(self, key: str) -> Value:
         """Return the value of a key. Raises UnavailableError."""
-        try:
-            response = await request(
-                self.connection.client, f"STREAM.MSG.GET.KV_{self._bucket}", {"last_by_subj": self._subject(key)}
-            )
-        except ApiError as error:
-            if error.code == api.MESSAGE_NOT_FOUND:
-                return Value()
-            raise UnavailableError(str(error)) from error
+        subject, wanted = f"STREAM.MSG.GET.KV_{self._bucket}", {"last_by_subj": self._subject(key)}
+        response = await api.find(self.connection.client, subject, api.MESSAGE_NOT_FOUND, wanted)
+        if response is None:
+            return Value()
         message = response["message"]
         return Value(base64.b64decode(message.get("data", "")), message["seq"])
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdist.errors import StartError
 from fastdist.storage.jetstream import api
-from fastdist.storage.jetstream.api import ApiError, UnavailableError, request
+from fastdist.storage.jetstream.api import ApiError, UnavailableError, find, request
 from fastdist.storage.jetstream.consumer import NAME
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ async def prepare(connection: Connection) -> None:
 async def _have_stream(client: Client | None, settings: Jetstream, wanted: dict[str, Any], where: str) -> None:
     name = wanted["name"]
     for attempt in range(TRIES):
-        found = await _look(client, f"STREAM.INFO.{name}", api.STREAM_NOT_FOUND)
+        found = await find(client, f"STREAM.INFO.{name}", api.STREAM_NOT_FOUND)
         if found is not None:
             await _fit_stream(client, found["config"], wanted, where)
             return
@@ -142,16 +142,6 @@ async def _have_stream(client: Client | None, settings: Jetstream, wanted: dict[
         if attempt:
             await asyncio.sleep(PAUSE)
     raise UnavailableError(f"stream {name} was made and is not there")
-
-
-async def _look(client: Client | None, subject: str, absent: int) -> dict[str, Any] | None:
-    """Return what is there; None if it does not exist."""
-    try:
-        return await request(client, subject)
-    except ApiError as error:
-        if error.code == absent:
-            return None
-        raise UnavailableError(str(error)) from error
 
 
 def _not_made(error: ApiError, what: str, where: str) -> Exception:
@@ -193,7 +183,7 @@ async def _have_consumer(client: Client | None, settings: Jetstream, where: str)
     wanted = consumer_config(settings)
     stream = settings.stream
     for _ in range(TRIES):
-        found = await _look(client, f"CONSUMER.INFO.{stream}.{NAME}", api.CONSUMER_NOT_FOUND)
+        found = await find(client, f"CONSUMER.INFO.{stream}.{NAME}", api.CONSUMER_NOT_FOUND)
         if found is not None:
             await _fit_consumer(client, stream, found["config"], wanted, where)
             return
@@ -202,7 +192,7 @@ async def _have_consumer(client: Client | None, settings: Jetstream, where: str)
         try:
             await request(client, f"CONSUMER.DURABLE.CREATE.{stream}.{NAME}", {"stream_name": stream, "config": wanted})
         except ApiError as error:
-            if await _look(client, f"CONSUMER.INFO.{stream}.{NAME}", api.CONSUMER_NOT_FOUND) is None:
+            if await find(client, f"CONSUMER.INFO.{stream}.{NAME}", api.CONSUMER_NOT_FOUND) is None:
                 raise _not_made(error, f"consumer {NAME} of stream {stream}", where) from error
     raise UnavailableError(f"consumer {NAME} was made and is not there")
 
