@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from fastdist.http.models import Analyzer, Health, Latencies, ListedProblem, Queue, Stats, Stream, Worker
+    from fastdist.http.models import Analyzer, Health, Latencies, Queue, Stats, Stream, Worker
 
 BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a cell
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -162,16 +162,12 @@ def _warnings(frame: Frame) -> Iterable[str]:
     for problem in listed:
         shown[problem.code] += 1
         if shown[problem.code] <= NAMED or counts[problem.code] == NAMED + 1:  # one more takes no more room
-            yield f"{problem.level.upper()}: {problem.detail}{_since(problem, frame.at)}"
+            age = _age(problem.since, frame.at)
+            yield f"{problem.level.upper()}: {problem.detail}" + (f" ({age})" if age else "")
         elif shown[problem.code] == counts[problem.code]:
             yield f"{problem.level.upper()}: {counts[problem.code] - NAMED} more like the last one"
     if not listed and responses.health.status != "ok":  # a server of another version
         yield responses.health.status.upper()
-
-
-def _since(problem: ListedProblem, now: datetime) -> str:
-    age = _age(problem.since, now)
-    return f" ({age})" if age else ""
 
 
 def _age(moment: str | None, now: datetime) -> str:
