@@ -82,9 +82,7 @@ class Watcher:
             )
             return self.latest
         found = figures(stream, fault, connection.server, self._dead)
-        current = found.replicas_current if found.has_leader else 0  # none, as far as can be known
-        rate = self._rate(found.settled)
-        self.latest = msgspec.structs.replace(found, settled_per_second=rate, replicas_current=current)
+        self.latest = msgspec.structs.replace(found, settled_per_second=self._rate(found.settled))
         return self.latest
 
     async def _info(self, subject: str) -> dict[str, Any] | UnavailableError | ApiError:
@@ -101,11 +99,12 @@ def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str,
     others = cluster.get("replicas") or []
     seen = [other for other in others if not other.get("offline") and other.get("active", 0) < SILENT_NS]
     current, in_touch = 1 + sum(bool(other.get("current")) for other in seen), 1 + len(seen)
+    has_leader = (total == 1 or bool(cluster.get("leader"))) and 2 * in_touch > total
     messages, stored = state["messages"], state["last_seq"]
     return StreamFigures(
         at=now(),
         connected=True,
-        has_leader=(total == 1 or bool(cluster.get("leader"))) and 2 * in_touch > total,
+        has_leader=has_leader,
         server=server,
         leader=cluster.get("leader", ""),
         stored=stored,
@@ -120,6 +119,6 @@ def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str,
         created=stream.get("created", ""),
         oldest=parse_time(state.get("first_ts", "")).timestamp() if messages else 0.0,
         dead_letters=dead_letters,
-        replicas_current=current,
+        replicas_current=current if has_leader else 0,  # none, as far as can be known
         replicas_total=total,
     )
