@@ -112,11 +112,13 @@ def analyzer():
 class Clients:
     """Opens a new connection for each packet, so many a second, until ``stop``; never tries again.
 
+    Not more than ``at_once``: a machine that is slow at the time would be sent ever more handshakes than it has time for.
     ``outcomes`` maps each packet's id to its status, or to what went wrong.
     """
 
-    def __init__(self, port, rate=200, context=None):
+    def __init__(self, port, rate=200, context=None, at_once=200):
         self.port, self.rate, self.context, self.outcomes = port, rate, context, {}
+        self._room = asyncio.Semaphore(at_once)
         self._enough = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
@@ -124,6 +126,7 @@ class Clients:
     async def _run(self):
         clients, began, loop = [], asyncio.get_running_loop().time(), asyncio.get_running_loop()
         while not self._enough.is_set():
+            await self._room.acquire()
             clients.append(loop.create_task(self._send(f"n-{len(clients)}")))
             await asyncio.sleep(max(0.0, began + len(clients) / self.rate - loop.time()))
         await asyncio.gather(*clients)
@@ -141,6 +144,8 @@ class Clients:
                 writer.close()
         except (OSError, EOFError, TimeoutError) as error:
             self.outcomes[name] = repr(error)
+        finally:
+            self._room.release()
 
     def stop(self):
         self._enough.set()
@@ -243,7 +248,8 @@ def test_restart_with_tls_loses_nothing(analyzer, held, serve, tmp_path):
     prefix, fds = passing(held())
     options = {"prefix": prefix, "pass_fds": fds}
     first = serve(analyzer, settings() | plain, **options)
-    clients = Clients(first.port, 50, ssl.create_default_context(cadata=authority.cert_pem.bytes().decode()))
+    context = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+    clients = Clients(first.port, 50, context, at_once=50)
     clients.wait_for(50)
     assert first.stop() == 0
     second = serve(analyzer, settings() | plain, **options)
