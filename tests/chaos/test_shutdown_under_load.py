@@ -50,15 +50,13 @@ def test_disk_keeps_the_rest_for_next_start(experiment, durability):
 @pytest.mark.parametrize("durability", ["memory", "disk"])
 def test_two_signals_end_it_at_once(experiment, durability):
     experiment.analyzers("--latency", "0.1")
-    settings = {"queue": {"durability": durability}}
+    settings = {"queue": {"durability": durability}, "server": {"drain_timeout": "1h"}}
     fastdist = experiment.serve(settings)
     emitter = experiment.emitter().start().wait_for(500)
     fastdist.signal(signal.SIGTERM)
     time.sleep(random.uniform(0.05, 0.3))
     fastdist.signal(signal.SIGTERM)
-    started = time.monotonic()
     fastdist.wait()
-    assert time.monotonic() - started < 5
     if durability == "disk":
         experiment.serve(settings)
         emitter.wait_for(50)

@@ -105,10 +105,8 @@ def test_quorum_lost_and_back(made, three, mocks, name):
         server.kill()
     for replica in (first, second):
         wait_until(lambda each=replica: each.ready() == 503, "no readiness")
-    began = time.monotonic()
     status, problem = first.problem(Idempotency_Key="lost")
     assert (status, problem["stored"] in {"no", "unknown"}) == (503, True)
-    assert time.monotonic() - began < 7
     assert first.health()["storage"] == "failing"
     assert first.health()["status"] == "degraded"
     for server in killed:
@@ -302,10 +300,9 @@ def test_end_without_servers(made, tmp_path, name):
         replica = made(servers, name).start(server={"drain_timeout": "4s"})
         assert replica.post()[0] == 202
         servers.all[0].kill()
-        began = time.monotonic()
         replica.signal(signal.SIGTERM)
-        assert replica.wait(20) == 0
-        assert time.monotonic() - began < 8
+        assert replica.wait() == 0
+        assert "exceeded drain timeout" not in replica.output
 
 
 def test_records_of_agents(made, three, mocks, name):

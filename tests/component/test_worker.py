@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +23,7 @@ from fastdist.ipc import Settings
 from fastdist.shm.block import SharedBlock, Step, WorkerWord
 from fastdist.storage.dead_letter_writer import PendingDeadLetter
 from fastdist.storage.directory import OldRing, QueueFolder, ring_path
+from fastdist.worker.drain import Drain
 from fastdist.worker.ingest import IngestProtocol
 from fastdist.worker.main import Assignment, Worker
 from fastdist.worker.migrate import Migration
@@ -182,6 +183,26 @@ def test_slow_batch_is_withdrawn_at_the_end(build, monkeypatch):
         assert (batch.statuses, other.statuses) == ([503], [202])
         assert worker.counters.get("storage") == 1
         assert PacketRing(worker.queue.fd, private=True).undone == 1
+
+    asyncio.run(check())
+
+
+def test_open_end_is_waited_for_a_second(build):
+    """All is said, and the emitter's end stays open: it may take 5 s to read its response, but not at the end."""
+
+    async def check():
+        worker = build()
+        service = SimpleNamespace(
+            protocol=IngestProtocol, intake=worker.intake, emitters=worker.emitters, turns=deque()
+        )
+        connection = Connection(service).send(b"no HTTP\r\n\r\n")
+        assert (connection.statuses, connection.transport.closed) == ([400], False)
+        drain = Drain(worker._server, worker.emitters, worker.dispatcher, worker.queue, lambda: 0)
+        for seconds, closed in ((0.0, False), (0.5, False), (0.6, True)):
+            connection.age(seconds)
+            drain._close_finished(Counter())
+            assert connection.transport.closed == closed
+        await worker._drain(0.0)
 
     asyncio.run(check())
 

@@ -112,7 +112,7 @@ def analyzer():
 class Clients:
     """Opens a new connection for each packet, so many a second, until ``stop``; never tries again.
 
-    Not more than ``at_once``: a machine that is slow at the time would be sent ever more handshakes than it has time for.
+    Not more than ``at_once``: a machine that is slow for a while would be sent more handshakes than it has time for.
     ``outcomes`` maps each packet's id to its status, or to what went wrong.
     """
 
