@@ -1,13 +1,14 @@
-"""NATS servers that tests share: they are started once."""
+"""NATS servers that tests share: they are started once, and end when other tests come."""
 
 from __future__ import annotations
 
 import itertools
 
 import pytest
-from nats_servers import BINARY, Servers, running
+from nats_servers import BINARY, Servers
 
 NUMBERS = itertools.count(1)
+LASTING = {}  # servers by number, from their first use on
 
 
 def pytest_collection_modifyitems(items):
@@ -19,25 +20,37 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def one(tmp_path_factory):
-    """One server, which no test harms."""
-    servers = Servers(tmp_path_factory.mktemp("nats"))
-    with running(servers):
-        yield servers
+def lasting(tmp_path_factory):
+    """Return ``lasting(count)``: the servers that tests share. They run then, whatever a test did to them."""
+
+    def lasting(count):
+        if count not in LASTING:
+            LASTING[count] = Servers(tmp_path_factory.mktemp("nats"), count)
+        LASTING[count].restore()
+        return LASTING[count]
+
+    return lasting
 
 
-@pytest.fixture(scope="session")
-def lasting_three(tmp_path_factory):
-    servers = Servers(tmp_path_factory.mktemp("nats"), 3)
-    with running(servers):
-        yield servers
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(nextitem):
+    """End the servers when other tests come next: idle ones took a fifth of a core."""
+    yield
+    if nextitem is None or "cluster" not in nextitem.path.parts:
+        for servers in LASTING.values():
+            servers.end()
 
 
 @pytest.fixture
-def three(lasting_three):
+def one(lasting):
+    """One server, which no test harms."""
+    return lasting(1)
+
+
+@pytest.fixture
+def three(lasting):
     """A cluster of three; what a test does to them is undone."""
-    yield lasting_three
-    lasting_three.restore()
+    return lasting(3)
 
 
 @pytest.fixture(params=["one", "three"])
