@@ -8,7 +8,7 @@ from collections import Counter
 import msgspec
 import pytest
 from dead_letters import WHOLE, fill, packet
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdist.client.held_file import HeldFile
@@ -18,7 +18,7 @@ from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_census as module
 from fastdist.storage.dead_letter_census import Census, HaltedError
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import FOLDER, Selection, as_line, find_files, read_file
+from fastdist.storage.dead_letter_format import FOLDER, Selection, as_line, find_files, journal_of, read_file
 
 SECRET = b"what is in the packet"
 
@@ -84,6 +84,10 @@ class Site:
         if (found := self.file(number)) is not None:
             found.path.unlink()
 
+    def lose_journal(self, number):
+        if (found := self.file(number)) is not None:
+            journal_of(found.path).unlink(missing_ok=True)
+
     def cut(self, number):
         if (found := self.file(number)) is not None:
             os.truncate(found.path, found.size * (number % 5) // 5)
@@ -106,10 +110,24 @@ class Site:
             writer.close()
 
 
-EVENTS = ("write", "write", "write", "end", "replay", "purge", "delete", "cut", "tear", "replace", "look")
+EVENTS = (
+    "write",
+    "write",
+    "write",
+    "end",
+    "replay",
+    "purge",
+    "delete",
+    "lose_journal",
+    "cut",
+    "tear",
+    "replace",
+    "look",
+)
 
 
 @given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 29)), max_size=60))
+@example([("write", 0), ("replay", 1), ("lose_journal", 0)])
 def test_census_agrees_with_a_slow_reading(tmp_path_factory, events):
     site = Site(tmp_path_factory.mktemp("data"))
     for event, number in events:

@@ -3,7 +3,7 @@
 1. Of each file is remembered what was counted in it, and how far it was read. Only what was appended is read, and of
    what a replay has noted in the journal only those lines, which are taken out again.
 2. A file that is another one by now (a replay or a purge has rewritten it), or whose last line that was read is not
-   there any more (a failed sync was taken back), is read again from its beginning.
+   there any more (a failed sync was taken back), or whose journal was deleted is read again from its beginning.
 3. A line counts once it is whole. What is left of one that was torn counts as unreadable when nothing follows it.
 
 So the figures follow what workers, replays, purges and other tools do to the files, within a look.
@@ -69,7 +69,10 @@ class _FileCensus:
             if (state.st_dev, state.st_ino) != self.identity or not self._is_continued(file):
                 self._begin((state.st_dev, state.st_ino))
             if journal != self._journal:
-                self._take_out(file, read_journal(self.path) if journal else {})
+                replayed = read_journal(self.path) if journal else {}
+                if not self._replayed.items() <= replayed.items():
+                    self._begin(self.identity)
+                self._take_out(file, replayed)
                 self._journal = journal
             self._read_on(file, unchanged=now == self._state, halted=halted)
         self._state = now
