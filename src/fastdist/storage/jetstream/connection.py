@@ -128,7 +128,7 @@ class Connection:
 
     def keep(self) -> None:
         """Connect, and keep connected until ``close``, whatever servers say."""
-        self._task = background(self._keep())
+        self._task = forever(self._keep)
 
     async def wait(self) -> None:
         """Wait until a server is connected."""
