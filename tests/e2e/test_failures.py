@@ -32,11 +32,11 @@ def check_share_is_with_the_others(fastdist, name=VICTIM):
 
 
 def wait_until_its_share_is_gone(fastdist):
-    wait_until(lambda: fastdist.analyzers()[VICTIM]["effectiveShare"] == 0, "its share goes to the others", 10)
+    wait_until(lambda: fastdist.analyzers()[VICTIM]["effectiveShare"] == 0, "its share goes to the others")
 
 
 def wait_until_it_has_its_share_again(fastdist, name=VICTIM):
-    wait_until(lambda: fastdist.analyzers()[name]["effectiveShare"] > 0, f"{name} has a share", 20)
+    wait_until(lambda: fastdist.analyzers()[name]["effectiveShare"] > 0, f"{name} has a share")
     row = fastdist.analyzers()[name]
     assert (row["state"], row["probation"]) == ("online", None)
     assert row["effectiveShare"] == pytest.approx(WEIGHTS[name])
@@ -130,7 +130,7 @@ def test_retry_after_pauses_but_stays_online(mocks, serve):
     assert 0 < row["pausedForSeconds"] <= 2
     assert "Retry-After" in row["lastError"]
     mocks.set(VICTIM, status=None)
-    wait_until(lambda: fastdist.analyzers()[VICTIM]["effectiveShare"] > 0, "the pause ends", 10)
+    wait_until(lambda: fastdist.analyzers()[VICTIM]["effectiveShare"] > 0, "the pause ends")
     wait_until_it_has_its_share_again(fastdist)
     emitter.stop()
     assert emitter.count(202) == len(emitter.answers)

@@ -33,14 +33,14 @@ if "fastdist.worker.main" in sys.orig_argv:
     def fdatasync(fd):
         if slow:
             slow.clear()  # the first sync of a worker is that of what it finds
-            time.sleep(15)
+            time.sleep(28)
         sync(fd)
 
     os.fdatasync = fdatasync
 elif "serve" in sys.orig_argv:
     from fastdist.supervisor import processes
 
-    processes.START = 5.0
+    processes.START = 12.0  # which a start on a busy machine is far from
 """
 
 
