@@ -133,7 +133,7 @@ def test_200_000_packets_of_a_load_generator(mocks, serve, tmp_path):
     """The emitter is not ours: wrk, whose every answer must be 202."""
     if not shutil.which("wrk"):
         pytest.skip("wrk is not installed (scripts/peers.sh installs it)")
-    fastdist = serve(mocks, {"queue": {"capacity": "256MiB"}})
+    fastdist = serve(mocks, {"queue": {"capacity": "256MiB"}, "health": {"fall": 1000}})
     script = tmp_path / "post.lua"
     script.write_text(WRK_SCRIPT % BODY.decode())
     sent = cut_off = 0
