@@ -34,7 +34,7 @@ from fastdist.errors import ConfigError, Fault
 from fastdist.settings import Config, Header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 MIN_PART = 2**16  # bytes of queue.capacity that a worker needs; its part is a multiple of that
@@ -175,16 +175,17 @@ def load(
     document, text = tomlfile.read(file, " (environment FASTDIST_CONFIG)" if named else "", quiet) if file else ({}, "")
     written = {f"{name}.{key}" for name, table in document.items() if isinstance(table, dict) for key in table}
     sources = {name: f"file {file}" if name in written or name in document else "default" for name in SETTINGS}
-    problems: list[_Problem] = []
+    origins: dict[str, str] = {}  # of what is not in the file
+    problems: list[str] = []
     given = ((path, flags[name], f"flag --{name}") for name, path in _FLAGS.items() if flags.get(name) is not None)
     for setting, value, origin in (*_from_environment(environ, problems), *given):
         section, key = setting.split(".")
         table = document.setdefault(section, {})
         if isinstance(table, dict):  # what is not a table is a problem of its own
             table[key] = value
-            sources[setting] = origin
-    places = _Places(file, text, sources)
-    config = _build(document, sources, problems, places, environ=environ, quiet=quiet)
+            origins[setting] = origin
+    config = _Reader(origins, environ, file, text).config(document, problems, quiet)
+    sources |= origins
     for setting, held in _TOKEN_FILES.items():
         if name := attrgetter(setting)(config):
             sources[held] = f"file {name}" if sources[held] == "default" else f"{sources[held]}; file {name}"
@@ -242,37 +243,18 @@ def pointer(path: str) -> str:
     return "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in parts)
 
 
-class _Places(NamedTuple):
-    """Where problems stand in the file that was read, if one was."""
-
-    file: Path | None
-    text: str
-    sources: Mapping[str, str]
-
-    def fault(self, problem: _Problem, lines: Mapping[str, int], *, of_file: bool) -> Fault:
-        """Return a problem with its place: the line of what is at fault, or of the table that it belongs into."""
-        detail, path = f"{problem.path}: {problem.text}", problem.path
-        if not of_file:  # but of the name of a variable
-            return Fault(detail)
-        if self.file is None or self.sources.get(path, "").startswith(("environment", "flag")):
-            return Fault(detail, pointer(path))
-        while path and path not in lines:
-            path = path[: max(path.rfind("."), path.rfind("["), 0)]
-        return Fault(detail, pointer(problem.path), str(self.file), lines.get(path, 0))
-
-
-def _from_environment(environ: Mapping[str, str], problems: list[_Problem]) -> Iterator[tuple[str, Any, str]]:
+def _from_environment(environ: Mapping[str, str], problems: list[str]) -> Iterator[tuple[str, Any, str]]:
     """Yield setting, value and origin; a later one wins. An empty variable counts as not set (as in Compose files)."""
     for name, path in _VARIABLES.items():
         if not (text := environ.get(name)):
             continue
         base = SETTINGS[path].base
         if get_origin(base) is tuple:
-            problems.append(_Problem(name, "a list cannot be set in the environment, only in the file"))
+            problems.append(f"{name}: a list cannot be set in the environment, only in the file")
         else:
             yield path, _from_text(base, text), f"environment {name}"
     unknown = (name for name in environ if re.match("FASTDIST_.*__", name) and name not in _VARIABLES)
-    problems.extend(_Problem(_shown(name), f"unknown setting{_hint(name, _VARIABLES)}") for name in unknown)
+    problems.extend(f"{_shown(name)}: unknown setting{_hint(name, _VARIABLES)}" for name in unknown)
 
 
 def _from_text(base: Any, text: str) -> Any:
@@ -282,59 +264,60 @@ def _from_text(base: Any, text: str) -> Any:
     return units.number(text) if base in {int, float} else text
 
 
-def _build(  # noqa: PLR0913  (what it is made of)
-    document: Mapping[str, Any],
-    sources: Mapping[str, str],
-    others: list[_Problem],
-    places: _Places | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-    quiet: float = 0.0,
-) -> Config:
-    reader = _Reader(sources, environ or {})
-    config = reader.table(Config, document, "")
-    tokens = _read_tokens(reader, quiet)
-    _check_together(reader)
-    _check_analyzers(reader)
-    _check_capacity(reader)
-    _check_jetstream(reader)
-    if problems := reader.problems + others:
-        ranks = {name: rank for rank, name in enumerate(Config.__struct_fields__)}
-        problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
-        places = places or _Places(None, "", sources)
-        lines = tomllines.lines(places.text)
-        raise ConfigError(places.fault(each, lines, of_file=each not in others) for each in problems)
-    config = cast("Config", config)
-    if any(tokens.values()):
-        both = {name: tuple(dict.fromkeys((*getattr(config.security, name), *more))) for name, more in tokens.items()}
-        config = msgspec.structs.replace(config, security=msgspec.structs.replace(config.security, **both))
-    return config
-
-
-def _read_tokens(reader: _Reader, quiet: float) -> dict[str, list[str]]:
-    """Return the tokens in files, by the name of the setting they add to."""
-    found: dict[str, list[str]] = {}
-    for path, held in _TOKEN_FILES.items():
-        if file := reader.valid.get(path):
-            try:
-                found[held.partition(".")[2]] = credentials.tokens(file, quiet)
-            except ValueError as error:
-                reader.report(path, str(error))
-    return found
-
-
 class _Reader:
-    """Reads a document into structs and collects all problems instead of stopping at the first."""
+    """Reads a document into structs and collects all problems instead of stopping at the first.
 
-    def __init__(self, sources: Mapping[str, str], environ: Mapping[str, str]) -> None:
-        self.sources, self.environ = sources, environ
+    ``file`` and ``text``: what the document was read from, if anything; ``origins``: of values that are not from there.
+    """
+
+    def __init__(
+        self, origins: Mapping[str, str], environ: Mapping[str, str], file: Path | None = None, text: str = ""
+    ) -> None:
+        self.origins, self.environ, self.file, self.text = origins, environ, file, text
         self.problems: list[_Problem] = []
         self.valid: dict[str, Any] = {}  # path -> value, of all that is valid by itself
 
+    def config(self, document: Mapping[str, Any], others: Sequence[str] = (), quiet: float = 0.0) -> Config:
+        """Return the configuration in a document. Raises ConfigError, with the ``others`` (of variables) at the end."""
+        config = self.table(Config, document, "")
+        tokens = self.tokens(quiet)
+        _check_together(self)
+        _check_analyzers(self)
+        _check_capacity(self)
+        _check_jetstream(self)
+        if self.problems or others:
+            ranks = {name: rank for rank, name in enumerate(Config.__struct_fields__)}
+            self.problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
+            lines = tomllines.lines(self.text)
+            raise ConfigError([*(self.fault(each, lines) for each in self.problems), *others])
+        config = cast("Config", config)
+        security = config.security
+        both = {name: tuple(dict.fromkeys((*getattr(security, name), *more))) for name, more in tokens.items()}
+        return msgspec.structs.replace(config, security=msgspec.structs.replace(security, **both))
+
+    def tokens(self, quiet: float) -> dict[str, list[str]]:
+        """Return the tokens in files, by the name of the setting they add to."""
+        found: dict[str, list[str]] = {}
+        for path, held in _TOKEN_FILES.items():
+            if file := self.valid.get(path):
+                try:
+                    found[held.partition(".")[2]] = credentials.tokens(file, quiet)
+                except ValueError as error:
+                    self.report(path, str(error))
+        return found
+
     def report(self, path: str, text: str) -> None:
-        origin = self.sources.get(path, "")
-        blame = f" ({origin})" if origin.startswith(("environment", "flag")) else ""
-        self.problems.append(_Problem(path, text + blame))
+        origin = self.origins.get(path)
+        self.problems.append(_Problem(path, f"{text} ({origin})" if origin else text))
+
+    def fault(self, problem: _Problem, lines: Mapping[str, int]) -> Fault:
+        """Return a problem with its place: the line of what is at fault, or of the table that it belongs into."""
+        detail, path = f"{problem.path}: {problem.text}", problem.path
+        if self.file is None or path in self.origins:
+            return Fault(detail, pointer(path))
+        while path and path not in lines:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        return Fault(detail, pointer(problem.path), str(self.file), lines.get(path, 0))
 
     def read(self, about: Facts, raw: Any, path: str) -> Any:
         """Return ``raw`` as a setting; what it returns after a problem is never used."""

@@ -108,9 +108,9 @@ def test_any_value_is_read_again_as_it_was(text, spill_after, max_header, weight
         "analyzers": [{"id": "a", "endpoint": "http://h/", "weight": weight}],
     }
     loaded = config.Loaded(
-        config._build(document, {}, []), dict.fromkeys(config.SETTINGS, "default"), None, os.environ, {}
+        config._Reader({}, {}).config(document), dict.fromkeys(config.SETTINGS, "default"), None, os.environ, {}
     )
-    again = config._build(tomllib.loads(effective.as_toml(loaded)), {}, [])
+    again = config._Reader({}, {}).config(tomllib.loads(effective.as_toml(loaded)))
     assert again == loaded.config
 
 

@@ -43,4 +43,4 @@ def test_every_setting_has_a_valid_example(login, monkeypatch):
     analyzer = document.pop("analyzers[]")
     analyzer |= tomllib.loads(f"headers = {analyzer['headers']}") | {"endpoint": "https://analyzer.example"}
     document["analyzers"] = [analyzer]
-    config._build(document, {}, [], environ={"A1_AUTHORIZATION": "Bearer a-token"})
+    config._Reader({}, {"A1_AUTHORIZATION": "Bearer a-token"}).config(document)
