@@ -254,7 +254,7 @@ def _from_environment(environ: Mapping[str, str], problems: list[str]) -> Iterat
         else:
             yield path, _from_text(base, text), f"environment {name}"
     unknown = (name for name in environ if re.match("FASTDIST_.*__", name) and name not in _VARIABLES)
-    problems.extend(f"{_shown(name)}: unknown setting{_hint(name, _VARIABLES)}" for name in unknown)
+    problems.extend(f"{tomllines.shown(name)}: unknown setting{_hint(name, _VARIABLES)}" for name in unknown)
 
 
 def _from_text(base: Any, text: str) -> Any:
@@ -351,7 +351,7 @@ class _Reader:
             return ()
         found: dict[str, Header] = {}
         for name, value in raw.items():
-            at = f"{path}.{_shown(name)}"
+            at = f"{path}.{tomllines.shown(name)}"
             try:
                 header = credentials.header(name, value, self.environ)
             except ValueError as error:
@@ -377,7 +377,7 @@ class _Reader:
                 values[name] = self.read(about, _as_written(about.default), prefix + name)
         for key in [key for key in raw if key not in known]:
             what = "key" if path else "section"
-            self.report(prefix + _shown(key), f"unknown {what}{_hint(key.lower(), known)}")
+            self.report(prefix + tomllines.shown(key), f"unknown {what}{_hint(key.lower(), known)}")
         return kind(**values) if len(self.problems) == before else None
 
 
@@ -430,11 +430,6 @@ def _describe(raw: Any, *, secret: bool = False) -> str:
     if secret or not isinstance(raw, int | float | str) or (isinstance(raw, int) and abs(raw) > sys.maxsize):
         return kind
     return f"{kind} {json.dumps(raw[:60] if isinstance(raw, str) else raw, ensure_ascii=not str(raw).isprintable())}"
-
-
-def _shown(key: str) -> str:
-    """Return a key as TOML has it: quoted unless it is a bare one, so that a problem stays on its line."""
-    return key if re.fullmatch("[A-Za-z0-9_-]{1,60}", key) else json.dumps(key[:60])
 
 
 def _hint(key: str, names: Iterable[str]) -> str:

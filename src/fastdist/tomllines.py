@@ -44,10 +44,10 @@ class _Scanner:
         self.at = match.end() if match else self.at
         return self.at < len(self.text)
 
-    def _note(self, path: str) -> None:
+    def _note(self, path: str, at: int) -> None:
         counted, line = self._lines
-        line += self.text.count("\n", counted, self.at)
-        self._lines = self.at, line
+        line += self.text.count("\n", counted, at)
+        self._lines = at, line
         self.found.setdefault(path, line)
 
     def _header(self) -> str:
@@ -61,10 +61,9 @@ class _Scanner:
                 self._tables[path] += 1
             if count := self._tables[path]:
                 path = f"{path}[{count - 1}]"
-        end, self.at = self.at, start
-        self._note(path.rpartition("[")[0] if several else path)
-        self._note(path)
-        self.at = end + (2 if several else 1)
+        self._note(path.rpartition("[")[0] if several else path, start)
+        self._note(path, start)
+        self.at += 2 if several else 1
         return path
 
     def _keys(self) -> list[str]:
@@ -75,7 +74,8 @@ class _Scanner:
             if match := BARE.match(self.text, self.at):
                 keys.append(match[0])
             elif match := STRING.match(self.text, self.at):
-                keys.append(_shown(match[0]))
+                quoted = match[0]
+                keys.append(shown(quoted[1:-1] if quoted.startswith("'") else json.loads(quoted)))
             else:
                 raise ValueError(f"no key at {self.at}")
             self.at = match.end()
@@ -88,13 +88,11 @@ class _Scanner:
         """Pass over ``key = value``."""
         self._skip()
         start = self.at
-        keys = self._keys()
-        end, self.at = self.at, start
         path = prefix
-        for key in keys:
+        for key in self._keys():
             path = f"{path}.{key}" if path else key
-            self._note(path)
-        self.at = end + 1  # the sign =
+            self._note(path, start)
+        self.at += 1  # the sign =
         self._value(path)
 
     def _value(self, path: str) -> None:
@@ -114,7 +112,7 @@ class _Scanner:
         self.at += 1
         number = 0
         while self._skip() and not self.text.startswith("]", self.at):
-            self._note(f"{path}[{number}]")
+            self._note(f"{path}[{number}]", self.at)
             self._value(f"{path}[{number}]")
             number += 1
             self._skip()
@@ -130,9 +128,8 @@ class _Scanner:
         self.at += 1
 
 
-def _shown(quoted: str) -> str:
-    """Return a quoted key as problems show it: bare where it could be."""
-    key = quoted[1:-1] if quoted.startswith("'") else json.loads(quoted)
+def shown(key: str) -> str:
+    """Return a key as problems show it: quoted unless it is a bare one, so that a problem stays on its line."""
     return key if re.fullmatch("[A-Za-z0-9_-]{1,60}", key) else json.dumps(key[:60])
 
 
