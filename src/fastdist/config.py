@@ -397,9 +397,7 @@ def _scalar(about: Facts, raw: Any) -> Any:
             raise ValueError(f"must be one of {', '.join(get_args(base))}; got {shown.removeprefix('string ')}")
         return raw
     expected, types = _TYPES[base]
-    if base is bool and isinstance(raw, bool):
-        return raw
-    if (base is str or not about.parse) and (not isinstance(raw, types) or isinstance(raw, bool)):
+    if (base is str or not about.parse) and (not isinstance(raw, types) or isinstance(raw, bool) != (base is bool)):
         raise ValueError(f"expected {expected}, got {shown}")
     if base is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", raw):  # surrogates stand for invalid bytes
         raise ValueError("must have no control characters, and be valid UTF-8")
@@ -419,7 +417,7 @@ _TYPES: dict[Any, Any] = {
     int: ("an integer", int),
     float: ("a number", int | float),
     str: ("a string", str),
-    bool: ("true or false", ()),  # which is looked at before
+    bool: ("true or false", bool),
 }
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "a list", dict: "a table"}
 
