@@ -58,6 +58,7 @@ class Facts:
     refusal: str = ""  # the error for text that the pattern does not match
     why: str = ""  # added to the error about the upper bound
     parse: Callable[[Any], Any] | None = None  # raises ValueError
+    check: Callable[[Any], object] | None = None  # the same, of a value that stays as it is written
     show: Callable[[Any], Any] = lambda value: value  # the inverse of ``parse``, easy to read
     secret: bool = False  # to be masked
     internal: bool = False  # no setting: what has become of some
@@ -402,6 +403,8 @@ def _scalar(about: Facts, raw: Any) -> Any:
     if base is str and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", raw):  # surrogates stand for invalid bytes
         raise ValueError("must have no control characters, and be valid UTF-8")
     value = about.parse(raw) if about.parse else raw
+    if about.check:
+        about.check(raw)
     if about.pattern and not re.search(about.pattern, raw):
         raise ValueError(about.refusal)
     if base is float and not about.parse and not abs(value) <= sys.float_info.max:

@@ -51,14 +51,14 @@ Id = Annotated[  # a segment of a path, which "." and ".." are not: clients take
         },
     ),
 ]
-Url = Annotated[str, Meta(extra={"type": "URL", "range": "`http://` or `https://`", "parse": units.check_url})]
+Url = Annotated[str, Meta(extra={"type": "URL", "range": "`http://` or `https://`", "check": units.parse_endpoint})]
 UrlOrPath = Annotated[
     str,
     Meta(
         extra={
             "type": "path or URL",
             "range": "begins with `/`, `http://` or `https://`",
-            "parse": units.check_url_or_path,
+            "check": units.check_url_or_path,
         }
     ),
 ]
@@ -112,7 +112,7 @@ NatsUrl = Annotated[
     str,
     Meta(
         pattern=".",
-        extra={"type": "URL", "range": "`nats://` or `tls://`, host and port", "parse": units.check_nats_url},
+        extra={"type": "URL", "range": "`nats://` or `tls://`, host and port", "check": units.parse_nats_url},
     ),
 ]
 NatsSecret = Annotated[str, Meta(extra={"type": "text", "range": "any", "secret": True})]

@@ -154,12 +154,6 @@ def parse_endpoint(url: str) -> Endpoint:
     return _endpoint(scheme.lower(), rest)
 
 
-def check_url(url: str) -> str:
-    """Return the URL if ``parse_endpoint`` takes it; raises ValueError as that does."""
-    parse_endpoint(url)
-    return url
-
-
 def parse_nats_url(url: str) -> Endpoint:
     """Parse the URL of a NATS server (``nats://`` or ``tls://``, host, port or 4222); its text never shows the URL.
 
@@ -176,12 +170,6 @@ def parse_nats_url(url: str) -> Endpoint:
     return msgspec.structs.replace(endpoint, port=endpoint.port or NATS_PORT)
 
 
-def check_nats_url(url: str) -> str:
-    """Return the URL if ``parse_nats_url`` takes it; raises ValueError as that does."""
-    parse_nats_url(url)
-    return url
-
-
 def check_replicas(value: object) -> int:
     """Return the number of copies of a stream. Raises ValueError for what JetStream cannot keep a majority of."""
     if isinstance(value, bool) or not isinstance(value, int) or value not in {1, 3, 5}:
@@ -189,12 +177,11 @@ def check_replicas(value: object) -> int:
     return value
 
 
-def check_url_or_path(text: str) -> str:
-    """Return a path on some host, or an absolute http(s) URL, as it is. Raises ValueError for anything else."""
+def check_url_or_path(text: str) -> None:
+    """Raise ValueError for what is neither a path on some host nor an absolute http(s) URL."""
     if not re.match("/|https?://", text, re.IGNORECASE):
         raise ValueError("must be a path such as /health, or an http:// or https:// URL")
     parse_endpoint(f"http://host{text}" if text.startswith("/") else text)
-    return text
 
 
 def without_query(url: str) -> str:
