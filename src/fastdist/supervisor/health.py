@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from fastdist.settings import Analyzer, Health
 
 OK = range(200, 300)
-INTERIM = range(100, 200)
-SWITCHING = 101  # not an interim response: what follows is not HTTP
+INTERIM = {*range(100, 200)} - {101}  # after that one, what follows is not HTTP
 MAX_BEGINNING = 16384  # bytes up to the end of the head, interim responses before it included
 MAX_REPLY = 65536  # bytes; a connection with a longer one is not kept
 SHORT_PAUSE = 1.0  # seconds at most until a check that failed for want of a descriptor is retried
@@ -98,7 +97,7 @@ class Probe(asyncio.Protocol):
         if not self._parser.get_http_version().startswith("1."):
             raise ValueError("not HTTP/1")
         status = self._parser.get_status_code()
-        if (status == SWITCHING or status not in INTERIM) and not self._status.done():
+        if status not in INTERIM and not self._status.done():
             self._kept_alive = self._parser.should_keep_alive()
             self._status.set_result(status)
 
@@ -172,7 +171,7 @@ class HealthChecker:
         while True:
             started = time.monotonic()
             pause = self.settings.interval * random.uniform(0.9, 1.0)  # noqa: S311
-            outcome = await self._probe(analyzer)
+            outcome = await self.check_once(analyzer)
             if outcome is None:
                 pause = min(pause, SHORT_PAUSE)
             else:
@@ -182,11 +181,7 @@ class HealthChecker:
             await asyncio.sleep(max(0.01, pause - (time.monotonic() - started)))
 
     async def check_once(self, analyzer: Analyzer) -> tuple[int, str] | None:
-        """Check an analyzer now, and record nothing; see ``_probe`` for what is returned."""
-        return await self._probe(analyzer)
-
-    async def _probe(self, analyzer: Analyzer) -> tuple[int, str] | None:
-        """Check once; return the status (0: no reply) and the error ("": none), or None if we could not check."""
+        """Check an analyzer now; return the status (0: no reply) and the error ("": none); None: we could not check."""
         address, timeout = analyzer.health_address, self.settings.timeout
         try:
             status = await self._ask_again(analyzer)

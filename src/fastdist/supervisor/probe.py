@@ -15,7 +15,8 @@ import uvloop
 from fastdist.net.connect import connect, describe
 from fastdist.net.names import Names
 from fastdist.shm.block import SharedBlock
-from fastdist.supervisor.health import OK, HealthChecker
+from fastdist.supervisor.health import HealthChecker
+from fastdist.units import without_query
 
 if TYPE_CHECKING:
     from fastdist.settings import Analyzer, Config
@@ -48,7 +49,7 @@ async def _probe_all(config: Config) -> list[Finding]:
 async def _probe(checker: HealthChecker, analyzer: Analyzer, config: Config) -> Finding:
     """Look up, connect, ask: the first of them that fails is what is said."""
     health, endpoint = analyzer.health_address, analyzer.address
-    url, names = _shown(analyzer.health_url), Names()
+    url, names = without_query(analyzer.health_url), Names()
     try:
         infos = await names.infos(health.host, health.port, config.health.timeout)
     except OSError as error:
@@ -58,13 +59,13 @@ async def _probe(checker: HealthChecker, analyzer: Analyzer, config: Config) -> 
     if outcome is None:
         return Finding(analyzer.id, ok=False, text=f"{url}: not checked: {checker.shortage.last}")
     status, error_text = outcome
-    if error_text or status not in OK:
+    if error_text:
         return Finding(analyzer.id, ok=False, text=f"{url} ({addresses}): {error_text.removeprefix('health check: ')}")
     if (endpoint.host, endpoint.port) != (health.host, health.port):
         try:
             await _connect(names, endpoint, config.delivery.connect_timeout)
         except OSError as error:
-            text = f"{_shown(analyzer.endpoint)}: {describe(error, config.delivery.connect_timeout)}"
+            text = f"{without_query(analyzer.endpoint)}: {describe(error, config.delivery.connect_timeout)}"
             return Finding(analyzer.id, ok=False, text=text)
     return Finding(analyzer.id, ok=True, text=f"{url} ({addresses}) answers {status}")
 
@@ -77,9 +78,3 @@ async def _connect(names: Names, endpoint: Endpoint, patience: float) -> None:
             cast("asyncio.Transport", transport).abort()
 
     await connect(Opened(), names, endpoint, patience)
-
-
-def _shown(url: str) -> str:
-    """Return a URL without its query, which may hold a key."""
-    before, mark, _ = url.partition("?")
-    return f"{before}?..." if mark else before
