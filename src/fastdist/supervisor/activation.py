@@ -26,9 +26,8 @@ ADMIN = "admin"  # what the socket of admin.listen is called; any other name is 
 log = logs.get()
 
 
-def inherited(environment: MutableMapping[str, str] | None = None) -> dict[str, list[socket.socket]]:
+def inherited(environ: MutableMapping[str, str] = os.environ) -> dict[str, list[socket.socket]]:
     """Return the sockets that were passed to this process, by their names. Raises StartError."""
-    environ = os.environ if environment is None else environment
     pid, count, names = (environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
     if not count or pid != str(os.getpid()):
         return {}

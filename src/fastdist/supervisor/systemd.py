@@ -28,8 +28,7 @@ log = logs.get()
 class ServiceManager:
     """The service manager, if systemd or one that speaks its protocol has started us; else nothing is sent."""
 
-    def __init__(self, environment: MutableMapping[str, str] | None = None) -> None:
-        environ = os.environ if environment is None else environment
+    def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
         self._address = _address(environ.pop("NOTIFY_SOCKET", ""))
         self.interval = _interval(environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", ""))
         self._phase = "starting"
