@@ -33,6 +33,10 @@ class Override(msgspec.Struct, omit_defaults=True):
     weight: float | None = None
     draining: bool = False
 
+    def weight_of(self, analyzer: Analyzer) -> float:
+        """Return the weight in force of the analyzer that it is for."""
+        return analyzer.weight if self.weight is None else self.weight
+
 
 class Overrides:
     """The overrides in force, and their file. ``locked``: no other service uses the folder (``memory`` locks none).
@@ -123,5 +127,5 @@ class Overrides:
 def leaves_any(analyzers: Iterable[Analyzer], overrides: Mapping[str, Override]) -> bool:
     """Whether an analyzer remains that is not draining, and the weights are what a configuration may have."""
     all_of_them = [(analyzer, overrides.get(analyzer.id, Override())) for analyzer in analyzers]
-    weights = [analyzer.weight if over.weight is None else over.weight for analyzer, over in all_of_them]
+    weights = [over.weight_of(analyzer) for analyzer, over in all_of_them]
     return 0 < sum(weights) < math.inf and not all(over.draining for _, over in all_of_them)

@@ -96,9 +96,7 @@ class Changes:
     @property
     def masked(self) -> list[str]:
         """Analyzers whose weight is not that of the configuration, since it is overridden."""
-        weights = {analyzer.id: analyzer.weight for analyzer in self.config.analyzers}
-        overrides = {name: self.overrides.get(name).weight for name in weights}
-        return [name for name, weight in weights.items() if overrides[name] not in {None, weight}]
+        return [each.id for each in self.config.analyzers if self.overrides.get(each.id).weight_of(each) != each.weight]
 
     def reload(self, new: Config, pair: Pair | None = None) -> list[str]:
         """Apply what can change while running; return the paths that differ and need a restart.
@@ -178,8 +176,7 @@ class Changes:
     def _put_in_force(self, slot: int, analyzer: Analyzer) -> None:
         override = self.overrides.get(analyzer.id)
         states = self.block.analyzers
-        weight = analyzer.weight if override.weight is None else override.weight
-        states.set_weight(slot, weight)
+        states.set_weight(slot, override.weight_of(analyzer))
         states.set(slot, AnalyzerWord.WEIGHT_OVERRIDDEN, int(override.weight is not None))
         states.set(slot, AnalyzerWord.DRAINING, int(override.draining))
 
@@ -208,7 +205,8 @@ class Changes:
     def put_override_in_force(self, action: Action, before: Override) -> tuple[int, object]:
         """Let workers know what an action has changed in the overrides, and log it; return 200."""
         slot = self.slots_in_use()[action.analyzer]
-        self._put_in_force(slot, self.analyzers[slot])
+        analyzer = self.analyzers[slot]
+        self._put_in_force(slot, analyzer)
         if action.draining is False:  # set online: end a pause (Retry-After) and the wait for a trial
             self.block.analyzers.set(slot, AnalyzerWord.PAUSED_UNTIL_NS, 0)
             self.block.analyzers.set(slot, AnalyzerWord.NEXT_TRIAL_NS, 0)
@@ -217,8 +215,8 @@ class Changes:
             "analyzer changed",
             analyzer=action.analyzer,
             by=action.by,
-            before=self._described(action.analyzer, before),
-            after=self._described(action.analyzer, self.overrides.get(action.analyzer)),
+            before=_described(analyzer, before),
+            after=_described(analyzer, self.overrides.get(analyzer.id)),
         )
         return 200, None
 
@@ -235,8 +233,8 @@ class Changes:
         self.block.analyzers.touch()
         log.info("analyzers were changed at another replica", overrides=sorted(by_id))
 
-    def _described(self, name: str, override: Override) -> dict[str, object]:
-        """Return what is in force for an analyzer with that override."""
-        configured = next(analyzer.weight for analyzer in self.config.analyzers if analyzer.id == name)
-        weight = configured if override.weight is None else override.weight
-        return {"weight": weight, "draining": override.draining, "override": override != Override()}
+
+def _described(analyzer: Analyzer, override: Override) -> dict[str, object]:
+    """Return what is in force for an analyzer with that override."""
+    weight = override.weight_of(analyzer)
+    return {"weight": weight, "draining": override.draining, "override": override != Override()}
