@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from fastdist.ipc import Pair
     from fastdist.settings import Analyzer, Config
 
-ABSENT = None
-
 
 class Difference(msgspec.Struct, frozen=True):
     """A setting, with its values as text; None: it is not there. An analyzer's is ``analyzers[A2].weight``."""
@@ -64,7 +62,7 @@ def _of_analyzers(old: Config, new: Config) -> Iterator[Difference]:
 
 def _in_short(analyzer: Analyzer | None) -> str | None:
     if analyzer is None:
-        return ABSENT
+        return None
     return f"{_shown('analyzers[].endpoint', analyzer.endpoint)}, weight {analyzer.weight:g}"
 
 
@@ -82,4 +80,4 @@ def _shown(path: str, value: Any) -> str:
 
 def _dates(pair: Pair | None) -> str | None:
     ends = tls.validity(pair.certificate)[1] if pair is not None else None
-    return f"valid until {ends:%Y-%m-%d %H:%M:%S} UTC" if ends is not None else ABSENT
+    return f"valid until {ends:%Y-%m-%d %H:%M:%S} UTC" if ends is not None else None

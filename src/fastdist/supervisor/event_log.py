@@ -181,9 +181,6 @@ class EventLog:
 
     def _log_rest(self, names: list[str]) -> None:
         """Log what is left for one line, at the end."""
-        courses = {name: self._courses[name] for name in names}
-        counts = {
-            name: course.total - course.logged for name, course in courses.items() if course.total > course.logged
-        }
-        if counts:
+        left = {name: self._courses[name].total - self._courses[name].logged for name in names}
+        if counts := {name: count for name, count in left.items() if count > 0}:
             log.warning("and before the end, by reason", **counts)

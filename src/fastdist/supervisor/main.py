@@ -388,7 +388,7 @@ class Supervisor:
         elif message.verb == "migrated":
             slot.migrated(message.body)
         elif message.verb == "request" and message.action is not None:
-            self._begin(self._carry_out(slot, message))
+            self._begin(self._carry_out(slot, message.id, message.action))
 
     def _applied(self, slot: WorkerSlot, fault: str) -> None:
         if awaited := self._applying.pop(slot, None):
@@ -406,18 +406,16 @@ class Supervisor:
         self._tasks.add(task)
         task.add_done_callback(done)
 
-    async def _carry_out(self, slot: WorkerSlot, message: Message) -> None:
-        action = message.action
-        assert action is not None  # noqa: S101  (_heard has looked)
+    async def _carry_out(self, slot: WorkerSlot, request: int, action: Action) -> None:
         try:
-            status, body = await self._reload(action.by) if action.name == "reload" else await self._apply(action)
+            if action.name == "reload":
+                status, body = await self._reload(action.by)
+            else:
+                status, body = await self.stream.apply(action) if self.stream else self.changes.apply(action)
         except Exception:
-            slot.send(Message("reply", id=message.id, status=500, body=INTERNAL_ERROR))
+            slot.send(Message("reply", id=request, status=500, body=INTERNAL_ERROR))
             raise  # which is logged
-        slot.send(Message("reply", id=message.id, status=status, body=body))
-
-    async def _apply(self, action: Action) -> tuple[int, object]:
-        return self.changes.apply(action) if self.stream is None else await self.stream.apply(action)
+        slot.send(Message("reply", id=request, status=status, body=body))
 
     async def _reload(self, by: str) -> tuple[int, object]:
         """Read the configuration again; return 200 and what has changed, or 422 and the faults.
