@@ -159,16 +159,13 @@ def reset(name: Id, *, url: Url = DEFAULT_URL, token: Token = None, ca_file: CaF
     Example:
       fastdist analyzers reset A2
     """
-    from fastdist.client import output
-
-    with _asked(url, token, ca_file) as admin:
-        changed = admin.reset(name)
-    output.print_analyzers([changed])
+    _change(name, url, token, ca_file)
 
 
 def _change(name: str, url: str, token: str | None, ca_file: str | None, **changes: float | str) -> None:
+    """Change an analyzer, without changes undo those that were made, and print what it is then."""
     from fastdist.client import output
 
     with _asked(url, token, ca_file) as admin:
-        changed = admin.change(name, **changes)
+        changed = admin.change(name, **changes) if changes else admin.reset(name)
     output.print_analyzers([changed])
