@@ -327,7 +327,7 @@ class _Reader:
         if isinstance(about.base, type) and issubclass(about.base, Struct):
             value = self.table(about.base, raw, path)
         elif about.base == tuple[Header, ...]:
-            value = self.headers({} if raw == [] else raw, path)
+            value = self.headers({} if raw in ([], ()) else raw, path)
         elif get_origin(about.base) is tuple:
             value = self.items(get_args(about.base)[0], raw, path)
         else:
@@ -363,31 +363,24 @@ class _Reader:
         return tuple(found.values())
 
     def table(self, kind: type[Struct], raw: Any, path: str) -> Struct | None:
+        known = fields(kind)
+        if isinstance(raw, kind):  # a default, which is read as if it was written, so that the rules see it too
+            raw = {name: value for name in known if (value := getattr(raw, name)) is not None}
         if not isinstance(raw, dict):
             self.report(path, f"expected a table, got {_describe(raw, secret=True)}")
             return None
         before, values, prefix = len(self.problems), {}, f"{path}." if path else ""
-        known = fields(kind)
         for name, about in known.items():
             if name in raw:
                 values[name] = self.read(about, raw[name], prefix + name)
             elif about.default is NODEFAULT:
                 self.report(prefix + name, "missing")
             elif about.default is not None:
-                # Defaults are read as if they were written, so that the rules below see them too.
-                values[name] = self.read(about, _as_written(about.default), prefix + name)
+                values[name] = self.read(about, about.default, prefix + name)
         for key in [key for key in raw if key not in known]:
             what = "key" if path else "section"
             self.report(prefix + tomllines.shown(key), f"unknown {what}{_hint(key.lower(), known)}")
         return kind(**values) if len(self.problems) == before else None
-
-
-def _as_written(default: Any) -> Any:
-    """Return a default as a document has it."""
-    if isinstance(default, Struct):
-        values = {name: getattr(default, name) for name in fields(type(default))}
-        return {name: _as_written(value) for name, value in values.items() if value is not None}
-    return [_as_written(each) for each in default] if isinstance(default, tuple) else default
 
 
 def _scalar(about: Facts, raw: Any) -> Any:
