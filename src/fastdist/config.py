@@ -441,7 +441,7 @@ def _check_together(reader: _Reader) -> None:
         report("distribution.strategy", f'"sticky" {needs}: the emitterId is read there')
     if at("distribution.by") == "messages" and at("server.validation") == "none":
         report("distribution.by", f'"messages" {needs}: they are counted there')
-    if "*" in at("security.cors_origins", ())[:-1] or "*" in at("security.cors_origins", ())[1:]:
+    if "*" in (origins := at("security.cors_origins", ())) and len(origins) > 1:
         report("security.cors_origins", '"*" must be alone')
     if at("server.proxy_protocol") == "on" and at("server.trusted_proxies") == ():
         report("server.proxy_protocol", "needs server.trusted_proxies: the header is read from these only")
@@ -475,13 +475,11 @@ def _check_jetstream(reader: _Reader) -> None:
 
 
 def _check_capacity(reader: _Reader) -> None:
-    if reader.valid.get("queue.backend") == "jetstream":
+    at, set_to = reader.valid.get, reader.valid.get("server.workers")
+    if at("queue.backend") == "jetstream" or set_to is None:
         return
-    if "queue.capacity" not in reader.valid or "server.workers" not in reader.valid:
-        return
-    set_to = reader.valid["server.workers"]
     workers = set_to or usable_cores()
-    if reader.valid["queue.capacity"] < workers * MIN_PART:
+    if at("queue.capacity", math.inf) < workers * MIN_PART:
         least, part = units.format_size(workers * MIN_PART), units.format_size(MIN_PART)
         whose = "server.workers" if set_to else "one per core here"
         reader.report("queue.capacity", f"must be >= {least}: {part} for each of {workers} workers ({whose})")
