@@ -99,7 +99,7 @@ class Supervisor:
             self.block,
             self.settings,
             self._heard,
-            self._renew,
+            lambda slot: renew(slot, self.folder, self.block.rows[slot.index]),
             held=lambda: self.folder.held,
             handed_on=bool(self.inherited.get("")),
         )
@@ -374,9 +374,6 @@ class Supervisor:
         return {path: present_path(fd) for path, fd in rings if not has_name(fd, path)}
 
     # ---- changes
-
-    async def _renew(self, slot: WorkerSlot) -> None:
-        await renew(slot, self.folder, self.block.rows[slot.index])
 
     def _heard(self, slot: WorkerSlot, message: Message) -> None:
         if message.verb == "ready" and message.body != self.changes.generation:
