@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import socket
 
 import pytest
 
 from fastdist.config import load
-from fastdist.supervisor import main
+from fastdist.supervisor.listeners import for_packets
 
 
 class Ipv6Only(socket.socket):
@@ -21,19 +20,16 @@ class Ipv6Only(socket.socket):
 
 
 @pytest.fixture
-def listeners(monkeypatch, tmp_path):
+def listeners(monkeypatch):
     """Return ``listeners(host)``: those of a service with that address."""
     if not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     opened = []
 
     def listen(host):
-        environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": "memory"}
-        service = main.Supervisor(load(None, environment, {"host": host, "port": 0, "workers": 2}))
-        os.close(service.block.fd)
-        os.close(service.settings)
-        monkeypatch.setattr(main.socket, "socket", Ipv6Only)
-        opened.extend(service._listen())
+        config = load(None, {}, {"host": host, "port": 0}).config
+        monkeypatch.setattr(socket, "socket", Ipv6Only)
+        opened.extend(for_packets(config, {}, 2))
         monkeypatch.undo()
         return opened
 

@@ -22,7 +22,7 @@ from machine import Machine
 from support import BODY, Emitter, Mocks, free_port, get_json, request, running, wait_until
 
 from fastdist.settings import Config
-from fastdist.supervisor.main import BACKLOG
+from fastdist.supervisor.listeners import BACKLOG
 
 pytestmark = pytest.mark.processes
 FOLDER = ROOT / "deploy" / "systemd"

@@ -1,19 +1,16 @@
 """The supervisor: opens what must outlive a worker, keeps workers running, checks health, and carries out changes.
 
-It owns one listener per worker (SO_REUSEPORT, kept open, so that what is queued on a dead worker's socket waits for its
-successor; or it has those of the service manager, see ``activation``), the rings' descriptors and the shared block. It
-carries no packet. Signal handlers only queue the signal; one task acts on it. Until that runs, ``before_imports`` does.
+It owns the workers' listeners, the rings' descriptors and the shared block. It carries no packet. Signal handlers only
+queue the signal; one task acts on it. Until that runs, ``before_imports`` does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -37,7 +34,7 @@ from fastdist.storage.dead_letter_files import DeadLetterFiles
 from fastdist.storage.dead_letter_writer import DeadLetterWriter, what_is_left
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.storage.files import has_name, is_nameless, present_path
-from fastdist.supervisor import activation
+from fastdist.supervisor import activation, listeners
 from fastdist.supervisor.dead_letters import DeadLetterWatch, check_folder, make_bounds
 from fastdist.supervisor.differences import Difference, differences
 from fastdist.supervisor.event_log import EventLog
@@ -47,7 +44,6 @@ from fastdist.supervisor.processes import LATE, Processes, WorkerSlot
 from fastdist.supervisor.reload import Changes
 from fastdist.supervisor.renewal import renew
 from fastdist.supervisor.systemd import ServiceManager
-from fastdist.units import split_listen
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -58,16 +54,8 @@ if TYPE_CHECKING:
     from fastdist.settings import Config
     from fastdist.supervisor.stream import SharedStream
 
-BACKLOG = 4096
-KEEPALIVE = (  # inherited by accepted connections: a client that vanished is noticed after two minutes
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-)
 WATCH = 0.1  # seconds between checks of workers and analyzers
 REAP = 1.0  # seconds between reaping orphaned processes
-PORT_TIMEOUT = 1.0  # seconds to wait until another process has released our port
 APPLIED = 5.0  # seconds for workers to report that they have applied new settings
 CANNOT_START = 3  # exit status: workers cannot start
 LOST = 1  # exit status: packets that were in memory only could not be written to the dead letters
@@ -144,10 +132,11 @@ class Supervisor:
         old_rings = self.folder.old_rings() if self.folder.has_rings() and not self.is_shared else []
         self.changes.begin()
         self._write_settings()
-        listeners, for_views = self._listen(), self._listen_for_views()
+        for_packets = listeners.for_packets(self.config, self.inherited, self.workers)
+        for_views = listeners.for_views(self.config, self.inherited, self.workers)
         for index in range(self.workers):
             mine = old_rings[index :: self.workers]
-            listener = listeners[index % len(listeners)]
+            listener = for_packets[index % len(for_packets)]
             views = for_views[index % len(for_views)] if for_views else None
             self.processes.slots.append(WorkerSlot(self.block, index, listener, rings[index], mine, views=views))
         if old_rings:
@@ -200,51 +189,6 @@ class Supervisor:
             )
             self.changes.lower_connections(room)
 
-    def _listen(self) -> list[socket.socket]:
-        """Return a listener for each worker; those of the service manager may be fewer, and workers share them."""
-        server = self.config.server
-        if inherited := self.inherited.get("", []):
-            return self._use(inherited, server.host, server.port)
-        return self._open(server.host, server.port)
-
-    def _listen_for_views(self) -> list[socket.socket]:
-        """Return those of admin.listen; none if it is not set. Raises StartError."""
-        inherited, listen = self.inherited.get(activation.ADMIN, []), self.config.admin.listen
-        if inherited and not listen:
-            raise StartError(f'a socket called "{activation.ADMIN}" was passed, and admin.listen is not set')
-        if not listen:
-            return []
-        host, port = split_listen(listen)
-        return self._use(inherited, host, port) if inherited else self._open(host, port)
-
-    def _use(self, inherited: list[socket.socket], host: str, port: int) -> list[socket.socket]:
-        """Return the service manager's sockets, ready to be used. Raises StartError."""
-        activation.check(inherited, self.workers, host, port)
-        for listener in inherited:
-            _set_options(listener)
-            listener.listen(BACKLOG)
-        log.info("the service manager listens", sockets=len(inherited))
-        return inherited
-
-    def _open(self, host: str, port: int) -> list[socket.socket]:
-        """Return a new listener for each worker. Raises StartError."""
-        listeners: list[socket.socket] = []
-        try:
-            info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            family, _, _, _, address = info
-            port = _free_port(family, address)
-            for _ in range(self.workers):
-                listener = _socket(family)
-                listeners.append(listener)
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                _set_options(listener)
-                listener.bind((address[0], port, *address[2:]))
-            for listener in listeners:
-                listener.listen(BACKLOG)
-        except OSError as error:
-            raise StartError(f'cannot listen on "{host}" port {port}: {error.strerror or error}') from error
-        return listeners
-
     # ---- running
 
     async def run(self) -> int:
@@ -287,8 +231,8 @@ class Supervisor:
     async def _announce(self, slot: WorkerSlot) -> None:
         """Log when all workers are ready, and how to send a first packet."""
         secure = bool(self.config.security.tls_cert)
-        url = _url(slot.listener, secure=secure)
-        admin = _url(slot.views, secure=secure and self.config.admin.tls == "on") if slot.views else None
+        url = listeners.url(slot.listener, secure=secure)
+        admin = listeners.url(slot.views, secure=secure and self.config.admin.tls == "on") if slot.views else None
         await self.processes.all_ready.wait()
         log.info(
             "fastdist is ready",
@@ -520,47 +464,6 @@ class Supervisor:
         self.events.look(snapshot)
         for slot in self.processes.slots:
             slot.measure()
-
-
-def _free_port(family: socket.AddressFamily, address: tuple[object, ...]) -> int:
-    """Return the port of ``address`` (any free one for 0), once it is free. Raises OSError.
-
-    SO_REUSEPORT would let us share it with another instance. Workers whose supervisor was killed release it soon.
-    """
-    end = time.monotonic() + PORT_TIMEOUT
-    while True:
-        with _socket(family) as probe:
-            try:
-                probe.bind(address)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
-                    raise
-            else:
-                return int(probe.getsockname()[1])
-        time.sleep(0.05)
-
-
-def _socket(family: socket.AddressFamily) -> socket.socket:
-    """Return a socket to listen with; one of ``::`` takes IPv4 as well, whatever the system's ``bindv6only``."""
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    return made
-
-
-def _url(listener: socket.socket, *, secure: bool) -> str:
-    """Return the URL under which this machine reaches a listener."""
-    host, port = listener.getsockname()[:2]
-    if host in activation.ALL:
-        host = "127.0.0.1"
-    return f"http{'s' * secure}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _set_options(listener: socket.socket) -> None:
-    for level, option, value in KEEPALIVE:
-        listener.setsockopt(level, option, value)
-    listener.settimeout(0)
 
 
 def serve(loaded: Loaded, pair: Pair | None = None) -> int:
