@@ -14,7 +14,7 @@ from msgspec import NODEFAULT
 from msgspec.structs import asdict
 
 from fastdist.cli.effective import written
-from fastdist.config import FACTS, Facts
+from fastdist.facts import FACTS, Facts
 from fastdist.settings import Config
 
 ROOT = Path(__file__).parent.parent

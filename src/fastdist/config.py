@@ -12,102 +12,32 @@ applies them. The rules:
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass, field
-from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args, get_origin
 
 import msgspec
 from msgspec import NODEFAULT, Struct
 
-from fastdist import credentials, tomlfile, tomllines, units
+from fastdist import config_rules, credentials, tomlfile, tomllines, units
 from fastdist.errors import ConfigError, Fault
+from fastdist.facts import SETTINGS, facts, fields
 from fastdist.settings import Config, Header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from fastdist.facts import Facts
 
-MIN_PART = 2**16  # bytes of queue.capacity that a worker needs; its part is a multiple of that
 SAFE_BATCH = 120  # with as many ids of 64 characters the head of a request is below 8 KiB
 QUIET = 0.05  # seconds that a file must stay unchanged after it was read, for a reload
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """The facts in the annotation of a setting, and its default."""
-
-    base: Any  # a struct, a tuple of something, a Literal, or int, float or str
-    default: Any = NODEFAULT
-    description: str = ""  # Markdown; the first line is a summary
-    examples: list[Any] = field(default_factory=list)
-    ge: float | None = None
-    le: float | None = None
-    pattern: str = ""
-    type: str = ""  # as the documentation names it
-    range: str = ""  # in words, where there are no bounds
-    refusal: str = ""  # the error for text that the pattern does not match
-    why: str = ""  # added to the error about the upper bound
-    parse: Callable[[Any], Any] | None = None  # raises ValueError
-    check: Callable[[Any], object] | None = None  # the same, of a value that stays as it is written
-    show: Callable[[Any], Any] = lambda value: value  # the inverse of ``parse``, easy to read
-    secret: bool = False  # to be masked
-    internal: bool = False  # no setting: what has become of some
-    changes: str = "restart"  # when a new value takes effect: "restart" or "reload"
-
-    @property
-    def summary(self) -> str:
-        """The first line of the description, as plain text without its full stop."""
-        return self.description.partition("\n")[0].removesuffix(".").replace("`", "")
-
-
-def facts(kind: Any, **known: Any) -> Facts:
-    """Return what an annotation says: later ``Meta`` override earlier ones, and all of them what is ``known``."""
-    base, *metas = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-    if NoneType in get_args(base):  # None: what is left out is as another setting says
-        inner = get_args(base)[0]
-        base, *others = get_args(inner) if get_origin(inner) is Annotated else (inner,)
-        metas = [*others, *metas]
-    if get_origin(base) is tuple:
-        item = facts(get_args(base)[0])
-        known |= {"type": f"list of {item.type}", "range": item.range, "secret": item.secret}
-    for meta in metas:
-        given = {name: getattr(meta, name) for name in ("description", "examples", "ge", "le", "pattern")}
-        known |= {name: value for name, value in given.items() if value is not None} | (meta.extra or {})
-    return Facts(base=base, **known)
-
-
-@cache
-def fields(struct: Any) -> dict[str, Facts]:
-    """Return the settings in a struct, by name."""
-    each = {info.name: facts(info.type, default=info.default) for info in msgspec.structs.fields(struct)}
-    return {name: about for name, about in each.items() if not about.internal}
-
-
-def _all_facts() -> Iterator[tuple[str, Facts]]:
-    for section in msgspec.structs.fields(Config):
-        of_section, prefix = facts(section.type, default=section.default), section.name
-        struct = of_section.base
-        if get_origin(struct) is tuple:
-            yield prefix, of_section
-            struct, prefix = get_args(struct)[0], f"{prefix}[]"
-        for name, about in fields(struct).items():
-            live = about.changes == "restart" and of_section.changes == "reload"
-            yield f"{prefix}.{name}", dataclasses.replace(about, changes="reload") if live else about
-
-
-# By dotted path, with those of an analyzer as ``analyzers[].id``. The analyzers are one setting, as every list is.
-FACTS = dict(_all_facts())
-SETTINGS = {path: about for path, about in FACTS.items() if "[" not in path}
 
 # Settings that a reload must not reset to their default by leaving them out, and what to do.
 _KEPT = {"analyzers": "write them into the file again (to have the default ones, restart)"} | {
@@ -221,11 +151,6 @@ def batches(config: Config) -> bool:
     return any(analyzer.delivery(config.delivery).mode == "batch" for analyzer in config.analyzers)
 
 
-def usable_cores() -> int:
-    """Return how many workers there are by default."""
-    return min(256, len(os.sched_getaffinity(0)))
-
-
 def reloadable(old: Config, new: Config) -> list[str]:
     """Return the dotted paths of the settings that differ and need a restart to change; the others change at once."""
     restart = (path for path, about in SETTINGS.items() if about.changes == "restart")
@@ -282,10 +207,7 @@ class _Reader:
         """Return the configuration in a document. Raises ConfigError, with the ``others`` (of variables) at the end."""
         config = self.table(Config, document, "")
         tokens = self.tokens(quiet)
-        _check_together(self)
-        _check_analyzers(self)
-        _check_capacity(self)
-        _check_jetstream(self)
+        config_rules.check(self.valid, self.report)
         if self.problems or others:
             ranks = {name: rank for rank, name in enumerate(Config.__struct_fields__)}
             self.problems.sort(key=lambda problem: ranks.get(re.split(r"[.\[]", problem.path)[0], len(ranks)))
@@ -429,89 +351,3 @@ def _describe(raw: Any, *, secret: bool = False) -> str:
 def _hint(key: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(key[:60], names, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _check_together(reader: _Reader) -> None:
-    """Check rules over several settings, each only where those are valid by themselves."""
-    at, report = reader.valid.get, reader.report
-    if at("retry.base", 0) > at("retry.cap", math.inf):
-        report("retry.base", "must be <= retry.cap")
-    needs = 'needs server.validation = "schema" or "strict"'
-    if at("distribution.strategy") == "sticky" and at("server.validation") == "none":
-        report("distribution.strategy", f'"sticky" {needs}: the emitterId is read there')
-    if at("distribution.by") == "messages" and at("server.validation") == "none":
-        report("distribution.by", f'"messages" {needs}: they are counted there')
-    if "*" in (origins := at("security.cors_origins", ())) and len(origins) > 1:
-        report("security.cors_origins", '"*" must be alone')
-    if at("server.proxy_protocol") == "on" and at("server.trusted_proxies") == ():
-        report("server.proxy_protocol", "needs server.trusted_proxies: the header is read from these only")
-    if admin := at("admin.listen", ""):
-        host, port = units.split_listen(admin)
-        served = {host, at("server.host")}
-        if port == at("server.port") != 0 and (len(served) == 1 or served & {"0.0.0.0", "::"}):  # noqa: S104
-            report("admin.listen", "must not be the address of server.host and server.port")
-    for key, other in (("security.tls_cert", "security.tls_key"), ("security.tls_key", "security.tls_cert")):
-        if at(key) == "" and at(other):
-            report(key, f"missing: {other} is set, and TLS needs both")
-
-
-def _check_jetstream(reader: _Reader) -> None:
-    at, report = reader.valid.get, reader.report
-    if at("jetstream.servers") == ():
-        report("jetstream.servers", "at least one is needed")
-    given = [name for name in ("user", "token", "credentials", "nkey") if at(f"jetstream.{name}")]
-    if len(given) > 1:
-        report(f"jetstream.{given[1]}", f"{given[0]} is set as well, and there may be one way to log in at most")
-    for key, other, why in (
-        ("password", "user", "a user needs a password"),
-        ("user", "password", "a password needs a user"),
-        ("tls_cert", "tls_key", "a key needs its certificate"),
-        ("tls_key", "tls_cert", "a certificate needs its key"),
-    ):
-        if at(f"jetstream.{key}") == "" and at(f"jetstream.{other}"):
-            report(f"jetstream.{key}", f"missing: jetstream.{other} is set, and {why}")
-    if at("jetstream.dedup_window", math.inf) < at("jetstream.publish_timeout", 0):
-        report("jetstream.dedup_window", "must be >= jetstream.publish_timeout, so that what is tried again is known")
-
-
-def _check_capacity(reader: _Reader) -> None:
-    at, set_to = reader.valid.get, reader.valid.get("server.workers")
-    if at("queue.backend") == "jetstream" or set_to is None:
-        return
-    workers = set_to or usable_cores()
-    if at("queue.capacity", math.inf) < workers * MIN_PART:
-        least, part = units.format_size(workers * MIN_PART), units.format_size(MIN_PART)
-        whose = "server.workers" if set_to else "one per core here"
-        reader.report("queue.capacity", f"must be >= {least}: {part} for each of {workers} workers ({whose})")
-
-
-def _check_analyzers(reader: _Reader) -> None:
-    first: dict[str, str] = {}
-    for path, value in reader.valid.items():
-        if re.fullmatch(r"analyzers\[\d+\]\.id", path) and first.setdefault(value, path) != path:
-            reader.report(path, f'duplicate of {first[value]}, "{value}"')
-    for analyzer in dict.fromkeys(path.partition(".")[0] for path in reader.valid if path.startswith("analyzers[")):
-        _check_tls(reader, analyzer)
-    if "analyzers" not in reader.valid:
-        return  # neither their number nor the sum of their weights is known
-    total = sum(analyzer.weight for analyzer in reader.valid["analyzers"])
-    if not reader.valid["analyzers"]:
-        reader.report("analyzers", "at least one is needed")
-    elif total == 0:
-        reader.report("analyzers", "at least one weight must be > 0")
-    elif total == math.inf:
-        reader.report("analyzers", "the sum of the weights must be finite")
-
-
-def _check_tls(reader: _Reader, analyzer: str) -> None:
-    """Check what one analyzer's settings of TLS need of each other."""
-    at, report = reader.valid.get, reader.report
-    cert, key = f"{analyzer}.client_cert", f"{analyzer}.client_key"
-    for path, other in ((cert, key), (key, cert)):
-        if at(path) == "" and at(other):
-            report(path, f"missing: {other} is set, and a client certificate needs both")
-    urls = str(at(f"{analyzer}.endpoint", "https:")), str(at(f"{analyzer}.health", ""))
-    if not any(url.lower().startswith("https:") for url in urls):
-        for name in ("ca_file", "client_cert", "client_key", "server_name"):
-            if at(f"{analyzer}.{name}"):
-                report(f"{analyzer}.{name}", "needs an https:// endpoint: without TLS it has no effect")

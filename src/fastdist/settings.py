@@ -5,7 +5,7 @@ it, the command line takes help texts from it, and ``config`` checks values by i
 
 - ``about(text)``: a summary on a line of its own, without a link, and then the details. It is Markdown,
   with links as in a page of ``docs/``. So is the docstring of a section, which stands above its settings;
-- ``Meta``: bounds or a pattern, ``examples`` where the default shows nothing, and in ``extra`` other ``config.Facts``.
+- ``Meta``: bounds or a pattern, ``examples`` where the default shows nothing, and in ``extra`` other ``facts.Facts``.
 
 Durations are float seconds, sizes int bytes. Whatever is not marked RELOAD needs a restart to change.
 """

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fastdist import ipc, tomlfile
 from fastdist._core import round_capacity
-from fastdist.config import MIN_PART, load, reloadable, warnings
+from fastdist.config import load, reloadable, warnings
+from fastdist.config_rules import MIN_PART
 from fastdist.errors import ConfigError
 from fastdist.protocols import table
 from fastdist.settings import PROTOCOLS, Analyzer, Config, Delivery, Retry, Server

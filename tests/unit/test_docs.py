@@ -13,7 +13,7 @@ import typer
 from stream_exposition import stream_exposition
 
 import fastdist
-from fastdist import config
+from fastdist import config, facts
 from fastdist._core import FIELDS
 from fastdist.cli import main
 from fastdist.http.api import Api
@@ -61,7 +61,7 @@ def test_the_settings_that_are_named_exist(document):
     sections = "|".join(field.name for field in msgspec.structs.fields(Config) if field.name != "analyzers")
     named = re.findall(rf"`((?:{sections})\.\w+)`", document.read_text())
     modules = {path.name for path in PACKAGE.iterdir()}
-    assert set(named) - modules <= set(config.SETTINGS)
+    assert set(named) - modules <= set(facts.SETTINGS)
 
 
 # ----------------------------------------------------------------------------------------------- API, metrics, commands

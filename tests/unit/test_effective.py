@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdist import config
+from fastdist import config, facts
 from fastdist.cli import effective
 from fastdist.settings import Config
 
@@ -54,7 +54,7 @@ def test_defaults_read_again_are_defaults(tmp_path):
     assert read_again(text, tmp_path) == Config()
     assert text.startswith("# fastdist, no file, only the environment; 0 of ")
     settings = [line for line in text.splitlines() if " = " in line and "# default" in line]
-    assert len(settings) == len(config.SETTINGS) - 1
+    assert len(settings) == len(facts.SETTINGS) - 1
 
 
 def test_set_values_are_read_but_for_tokens(file, tmp_path):
@@ -108,7 +108,7 @@ def test_any_value_is_read_again_as_it_was(text, spill_after, max_header, weight
         "analyzers": [{"id": "a", "endpoint": "http://h/", "weight": weight}],
     }
     loaded = config.Loaded(
-        config._Reader({}, {}).config(document), dict.fromkeys(config.SETTINGS, "default"), None, os.environ, {}
+        config._Reader({}, {}).config(document), dict.fromkeys(facts.SETTINGS, "default"), None, os.environ, {}
     )
     again = config._Reader({}, {}).config(tomllib.loads(effective.as_toml(loaded)))
     assert again == loaded.config

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec import NODEFAULT
 
-from fastdist import config
+from fastdist import config, facts
 from fastdist.settings import Config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,8 +35,8 @@ def test_every_setting_has_a_valid_example(login, monkeypatch):
     monkeypatch.setattr("fastdist.credentials.tokens", lambda *_: ["a-token-in-a-file"])
     document = {}
     others = LOGINS - {login} | ({"jetstream.user", "jetstream.password"} if login in LOGINS else set())
-    for path in config.FACTS.keys() - {"analyzers"} - others:
-        about, (section, key) = config.FACTS[path], path.split(".")
+    for path in facts.FACTS.keys() - {"analyzers"} - others:
+        about, (section, key) = facts.FACTS[path], path.split(".")
         assert about.summary
         assert about.examples or about.default not in ("", (), NODEFAULT)
         document.setdefault(section, {})[key] = about.examples[0] if about.examples else about.default

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fastdist import config
+from fastdist import facts
 from fastdist.cli import effective
 from fastdist.config import load, reloadable, without_effect
 from fastdist.errors import ConfigError, StartError
@@ -129,7 +129,7 @@ def test_every_change_of_it_needs_a_restart():
     old = Config()
     new = Config(queue=Queue(backend="jetstream"), jetstream=Jetstream(token="t", servers=("nats://other",), claim=100))
     assert reloadable(old, new) == ["queue.backend", "jetstream.servers", "jetstream.claim", "jetstream.token"]
-    assert all(about.changes == "restart" for path, about in config.SETTINGS.items() if "jetstream." in path)
+    assert all(about.changes == "restart" for path, about in facts.SETTINGS.items() if "jetstream." in path)
 
 
 def test_a_reload_may_leave_its_secrets_out(write):

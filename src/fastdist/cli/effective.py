@@ -11,14 +11,17 @@ import re
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from fastdist.config import FACTS, SETTINGS, batches, usable_cores
+from fastdist.config import batches
 from fastdist.config import warnings as config_warnings
+from fastdist.config_rules import usable_cores
+from fastdist.facts import FACTS, SETTINGS
 from fastdist.units import format_size, without_query
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastdist.config import Facts, Loaded
+    from fastdist.config import Loaded
+    from fastdist.facts import Facts
     from fastdist.settings import Analyzer, Config
 
 MASK = "********"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastdist.config import SETTINGS, Loaded, load
+from fastdist.config import Loaded, load
 from fastdist.errors import ConfigError
+from fastdist.facts import SETTINGS
 from fastdist.units import parse_duration, parse_endpoint
 
 if TYPE_CHECKING:

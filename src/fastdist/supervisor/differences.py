@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastdist.config import FACTS, SETTINGS
+from fastdist.facts import FACTS, SETTINGS
 from fastdist.net import tls
 from fastdist.units import without_query
 

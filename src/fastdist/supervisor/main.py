@@ -20,7 +20,8 @@ import uvloop
 
 from fastdist import __version__, before_imports, logs
 from fastdist._core import PacketRing
-from fastdist.config import MIN_PART, usable_cores, warnings, without_effect
+from fastdist.config import warnings, without_effect
+from fastdist.config_rules import MIN_PART, usable_cores
 from fastdist.errors import INTERNAL_ERROR, ConfigError, Fault, StartError, printable
 from fastdist.ipc import Message, Pair, Settings, shorten_faults, write_settings
 from fastdist.net import tls
