@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 STRING = re.compile(
@@ -99,30 +103,23 @@ class _Scanner:
         self._skip()
         opening = self.text[self.at : self.at + 1]
         if opening == "[":
-            self._items(path)
+            for number, _ in enumerate(self._elements("]")):
+                self._note(f"{path}[{number}]", self.at)
+                self._value(f"{path}[{number}]")
         elif opening == "{":
-            self._inline(path)
+            for _ in self._elements("}"):
+                self._pair(path)
         else:
             match = STRING.match(self.text, self.at) or ATOM.match(self.text, self.at)
             if match is None:
                 raise ValueError(f"no value at {self.at}")
             self.at = match.end()
 
-    def _items(self, path: str) -> None:
+    def _elements(self, end: str) -> Iterator[None]:
+        """Be at each element of a list or an inline table, which the caller passes over, and then behind its end."""
         self.at += 1
-        number = 0
-        while self._skip() and not self.text.startswith("]", self.at):
-            self._note(f"{path}[{number}]", self.at)
-            self._value(f"{path}[{number}]")
-            number += 1
-            self._skip()
-            self.at += self.text.startswith(",", self.at)
-        self.at += 1
-
-    def _inline(self, path: str) -> None:
-        self.at += 1
-        while self._skip() and not self.text.startswith("}", self.at):
-            self._pair(path)
+        while self._skip() and not self.text.startswith(end, self.at):
+            yield
             self._skip()
             self.at += self.text.startswith(",", self.at)
         self.at += 1
