@@ -31,15 +31,6 @@ REST = 20  # times as long as a look, but no longer than MAX_REST seconds
 MAX_REST = 30.0
 
 
-def make_bounds(config: Config, block: SharedBlock) -> Bounds:
-    """Return the bounds for the supervisor."""
-
-    def discarded(dead_letters: int) -> None:
-        block.head[HeadWord.DISCARDED_FOR_SIZE] += dead_letters
-
-    return Bounds(folder_of(config.queue.path, config.dead_letters.path), config.dead_letters, block.workers, discarded)
-
-
 def check_folder(config: Config) -> None:
     """See that a folder of dead letters of its own can be used. Raises StartError."""
     path = config.dead_letters.path
@@ -59,7 +50,8 @@ class DeadLetterWatch:
 
     def __init__(self, config: Config, block: SharedBlock, upkeep: Upkeep) -> None:
         self._block, self._upkeep = block, upkeep
-        self.bounds = make_bounds(config, block)
+        folder = folder_of(config.queue.path, config.dead_letters.path)
+        self.bounds = Bounds(folder, config.dead_letters, block.workers, self._discarded_for_size)
         self._census = Census(self.bounds.folder)
         self._halted = threading.Event()
         self._changed = asyncio.Event()  # the bounds
@@ -87,6 +79,9 @@ class DeadLetterWatch:
         """In a thread: keep to the bounds, and count what is there."""
         self.bounds.enforce(self._discarded_for_age, self._halted.is_set)
         return self._census.look(self._halted.is_set)
+
+    def _discarded_for_size(self, dead_letters: int) -> None:
+        self._block.head[HeadWord.DISCARDED_FOR_SIZE] += dead_letters
 
     def _discarded_for_age(self, dead_letters: int) -> None:
         self._block.head[HeadWord.DISCARDED_FOR_AGE] += dead_letters

@@ -36,7 +36,7 @@ from fastdist.storage.dead_letter_writer import DeadLetterWriter, what_is_left
 from fastdist.storage.directory import QueueFolder, ring_path
 from fastdist.storage.files import has_name, is_nameless, present_path
 from fastdist.supervisor import activation, listeners
-from fastdist.supervisor.dead_letters import DeadLetterWatch, check_folder, make_bounds
+from fastdist.supervisor.dead_letters import DeadLetterWatch, check_folder
 from fastdist.supervisor.differences import Difference, differences
 from fastdist.supervisor.event_log import EventLog
 from fastdist.supervisor.health import HealthChecker
@@ -295,8 +295,7 @@ class Supervisor:
             log.warning(
                 "packets stay queued, for the next start to deliver", packets=queued, path=str(self.folder.path)
             )
-        config = self.config
-        bounds = make_bounds(config, self.block)
+        config, bounds = self.config, self.dead_letters.bounds
         files = DeadLetterFiles(config.queue.path, f"s-{os.getpid()}", path=config.dead_letters.path, bounds=bounds)
         count, saved = 0, True
         for fd, row in nameless.items():
