@@ -55,10 +55,10 @@ def header(name: str, raw: Any, environ: Mapping[str, str]) -> Header:
 
 
 def _of_environment(variable: str, environ: Mapping[str, str]) -> bytes:
-    text = environ.get(variable, "")
+    text, where = environ.get(variable, ""), f"the environment variable {json.dumps(variable[:60])}"
     if not text:
-        raise ValueError(f"the environment variable {json.dumps(variable[:60])} is not set, or empty")
-    return _checked(text.encode("utf-8", "surrogateescape"), f"the environment variable {json.dumps(variable[:60])}")
+        raise ValueError(f"{where} is not set, or empty")
+    return _checked(text.encode("utf-8", "surrogateescape"), where)
 
 
 def _of_file(path: str) -> bytes:

@@ -19,11 +19,11 @@ from fastdist import __version__
 from fastdist.cli import admin, clients
 from fastdist.cli.dead_letters import dead_letters_at
 from fastdist.cli.options import (
-    BAD_CONFIG,
     CANNOT_START,
     DEFAULT_URL,
     IN_USE,
     INCOMPLETE,
+    UNUSABLE,
     CaFile,
     Json,
     Token,
@@ -414,7 +414,7 @@ def _read_files(loaded: Loaded) -> tuple[Loaded, Pair | None]:
         return replace(loaded, config=upstream_tls.with_files(loaded.config)), pair
     except (ConfigError, StartError) as error:
         typer.echo(error, err=True)
-        raise typer.Exit(BAD_CONFIG) from None
+        raise typer.Exit(UNUSABLE) from None
 
 
 def _print_probes(config: Config) -> bool:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fastdist.settings import Config
 
 INCOMPLETE = 1
-BAD_CONFIG = 2
 UNUSABLE = 2
 CANNOT_START = 3
 IN_USE = 3
@@ -73,7 +72,7 @@ def load_or_exit(path: str | None, flags: dict[str, str | int | None]) -> Loaded
     except ConfigError as error:
         for fault in error.faults:
             typer.echo(fault, err=True)
-        raise typer.Exit(BAD_CONFIG) from None
+        raise typer.Exit(UNUSABLE) from None
 
 
 def check_jetstream_files(config: Config) -> None:
@@ -85,7 +84,7 @@ def check_jetstream_files(config: Config) -> None:
     if problems := login.problems(config.jetstream):
         for problem in problems:
             typer.echo(problem, err=True)
-        raise typer.Exit(BAD_CONFIG)
+        raise typer.Exit(UNUSABLE)
 
 
 def token_or_environment(token: str | None) -> str | None:
