@@ -229,29 +229,24 @@ class Processes:
     async def _spawn(self, slot: WorkerSlot, theirs: socket.socket) -> None:
         slot.drop_deleted()
         old_rings = {ring.path: ring.fd for ring in slot.old_rings}
+        fds = {
+            "shared": self.block.fd,
+            "listener": slot.listener.fileno(),
+            "ring": slot.ring,
+            "control": theirs.fileno(),
+            "settings": self.settings,
+        }
+        if slot.views:
+            fds["views"] = slot.views.fileno()
         assignment = Assignment(
             index=slot.index,
-            shared=self.block.fd,
-            listener=slot.listener.fileno(),
-            ring=slot.ring,
-            control=theirs.fileno(),
-            settings=self.settings,
             old_rings=old_rings,
             renewed=slot.renewed,
             irreplaceable=slot.irreplaceable,
             handed_on=self._handed_on,
-            views=slot.views.fileno() if slot.views else -1,
+            **fds,
         )
-        passed = (
-            self.block.fd,
-            slot.listener.fileno(),
-            slot.ring,
-            theirs.fileno(),
-            self.settings,
-            *old_rings.values(),
-            *self._held(),
-            *([slot.views.fileno()] if slot.views else ()),
-        )
+        passed = (*fds.values(), *old_rings.values(), *self._held())
         slot.words[WorkerWord.HEARTBEAT_NS] = 0
         slot.words[WorkerWord.STATE] = WorkerState.STARTING
         slot.ready, slot.hung, slot.started = False, False, time.monotonic()
