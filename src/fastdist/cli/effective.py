@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fastdist.config import batches
 from fastdist.config import warnings as config_warnings
 from fastdist.config_rules import usable_cores
-from fastdist.facts import FACTS, SETTINGS
+from fastdist.facts import SETTINGS, fields
+from fastdist.settings import Analyzer
 from fastdist.units import format_size, without_query
 
 if TYPE_CHECKING:
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
 
     from fastdist.config import Loaded
     from fastdist.facts import Facts
-    from fastdist.settings import Analyzer, Config
+    from fastdist.settings import Config
 
 MASK = "********"
-_ANALYZER = {path.removeprefix("analyzers[]."): about for path, about in FACTS.items() if "[]." in path}
 
 
 def as_toml(loaded: Loaded, *, changed: bool = False) -> str:
@@ -53,7 +53,7 @@ def as_toml(loaded: Loaded, *, changed: bool = False) -> str:
 
 
 def _analyzer(analyzer: Analyzer) -> Iterator[str]:
-    for key, about in _ANALYZER.items():
+    for key, about in fields(Analyzer).items():
         value = getattr(analyzer, key)
         if value not in (None, "", ()) and key != "headers":
             yield f"{key} = {written(without_query(value) if about.type.endswith('URL') else value, about)}"
