@@ -250,8 +250,9 @@ def test_services_do_not_fight_on_overrides(block, tmp_path):
     assert json.loads(path.read_text()) == {"A1": {"weight": 4.0}}
 
 
-def test_damaged_override_file_is_skipped(block, tmp_path):
-    (tmp_path / "overrides.json").write_text('{"A1": {"weight": ')
+@pytest.mark.parametrize("text", ['{"A1": {"weight": ', '{"A1": {"weight": -0.5}}'])
+def test_damaged_override_file_is_skipped(block, tmp_path, text):
+    (tmp_path / "overrides.json").write_text(text)
     changes(block, tmp_path, 1, 1)
     assert block.analyzers.weight(0) == 1.0
 

@@ -12,7 +12,7 @@ import typer
 from fastdist.config import Loaded, load
 from fastdist.errors import ConfigError
 from fastdist.facts import SETTINGS
-from fastdist.units import parse_duration, parse_endpoint
+from fastdist.units import number, parse_duration, parse_endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,7 +107,7 @@ def ago(duration: str | None, option: str) -> datetime | None:
     if duration is None:
         return None
     with problems_shown(f"{option}: "):
-        seconds = parse_duration(duration)
+        seconds = parse_duration(number(duration))
     try:
         return datetime.now(UTC) - timedelta(seconds=seconds)
     except OverflowError:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
+from msgspec import Meta
 
 from fastdist import logs
 from fastdist.storage.files import has_name, identity, make_folder, sync_folder
@@ -30,7 +31,7 @@ log = logs.get()
 class Override(msgspec.Struct, omit_defaults=True):
     """What is set for an analyzer."""
 
-    weight: float | None = None
+    weight: Annotated[float, Meta(ge=0)] | None = None
     draining: bool = False
 
     def weight_of(self, analyzer: Analyzer) -> float:
