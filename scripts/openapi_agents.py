@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from openapi_formats import FORMATS, OBJECT, SCHEMAS, TEXT
 from openapi_parts import IN_ALL, content, fixed, header, ref, response
 
-from fastdist.protocols.base import Limits, Reason, Refused, Request, finish
+from fastdist.exchange import Request
+from fastdist.protocols.base import Limits, Reason, Refused, finish
 from fastdist.protocols.encodings import ACCEPTED
 from fastdist.protocols.table import NAMES, PROTOCOLS, find
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from openapi_formats import Format
     from openapi_parts import Json
 
-    from fastdist.protocols.base import Protocol, Reply, Route
+    from fastdist.exchange import Response
+    from fastdist.protocols.base import Protocol, Route
 
 TAG = "agents"
 NOT_TAKEN = ("/v1/traces", "/v1/metrics")  # have a response of their own, which is 404
@@ -192,7 +194,7 @@ def encoded(example: object) -> bytes:
     return example.encode() if isinstance(example, str) else json.dumps(example).encode()
 
 
-def _convert(form: Format, asked: Request) -> Reply:
+def _convert(form: Format, asked: Request) -> Response:
     """Return the success that a request gets; raises Refused."""
     found = find(asked.method, asked.target, asked.headers, NAMES)
     if found is None or found.take is None:
@@ -200,7 +202,7 @@ def _convert(form: Format, asked: Request) -> Reply:
     return finish(found.take(asked, LIMITS)).reply
 
 
-def _shown(reply: Reply) -> object:
+def _shown(reply: Response) -> object:
     return json.loads(reply.body) if reply.body[:1] == b"{" else reply.body.decode()
 
 

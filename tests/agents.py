@@ -9,7 +9,8 @@ import pytest
 
 from fastdist import packet
 from fastdist._core import scan
-from fastdist.protocols.base import Limits, Refused, Request, finish
+from fastdist.exchange import Request
+from fastdist.protocols.base import Limits, Refused, finish
 from fastdist.protocols.table import NAMES, find
 
 LIMITS = Limits(max_body=1 << 20, max_packet=1 << 20, max_batch=4 << 20)

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ingest_harness import BODY, CONTINUE, Service, corpus, head, post, read_answers
 
-from fastdist.protocols.base import Refused, Request, finish
+from fastdist.exchange import Request
+from fastdist.protocols.base import Refused, finish
 from fastdist.protocols.encodings import decode
 from fastdist.worker.ingest import IngestProtocol
 

@@ -14,13 +14,13 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from fastdist._core import RequestHead
-from fastdist.http.api import LOG_INTERVAL, Api, Response, accepts, cors_headers, problem
+from fastdist.exchange import Response, reason
+from fastdist.http.api import LOG_INTERVAL, Api, accepts, cors_headers, problem
 from fastdist.http.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
 from fastdist.ipc import Action
 from fastdist.settings import Config, Security
 from fastdist.shm.block import AnalyzerWord, HeadWord, SharedBlock, WorkerWord
 from fastdist.shm.snapshot import Snapshot
-from fastdist.statuses import reason
 
 SITE = "https://ops.example"
 CONFIG = replace(Config(), security=Security(cors_origins=(SITE,)))

@@ -25,10 +25,11 @@ from openapi_description import (
 )
 
 import fastdist
+from fastdist.exchange import Request
 from fastdist.http.api import Api, description
 from fastdist.http.models import Rejected
 from fastdist.packet import check
-from fastdist.protocols.base import Limits, Request, finish
+from fastdist.protocols.base import Limits, finish
 from fastdist.protocols.table import NAMES as NAMES_OF_PROTOCOLS
 from fastdist.protocols.table import PROTOCOLS, find
 from fastdist.shm.snapshot import REJECTIONS

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 
 import msgspec
-from msgspec import Struct
 
 from fastdist import logs
 from fastdist.errors import INTERNAL_ERROR
+from fastdist.exchange import JSON, Request, Response
 from fastdist.http import metrics, stats
 from fastdist.http.admin import RefusedError, authorize, parse_override
 from fastdist.http.models import Model, Problem, Ready
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from fastdist.shm.snapshot import Snapshot
 
-JSON = b"Content-Type: application/json\r\n"
 PROBLEM = b"Content-Type: application/problem+json\r\n"
 PREFLIGHT_SECONDS = 600  # how long a browser may go by the response to its preflight
 PUBLIC = ("/health", "/ready")  # paths that are served at each address
@@ -44,29 +43,6 @@ REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # tha
 LOG_INTERVAL = 60.0  # between tracebacks of one kind
 
 log = logs.get()
-
-
-class Request(Struct, frozen=True):
-    """A request: ``target`` as it came, ``headers`` by lower-case name (repeated ones joined), ``body`` decoded."""
-
-    method: str
-    target: str
-    headers: Mapping[str, str]
-    body: bytes
-    client: str = ""  # address
-
-    @property
-    def path(self) -> str:
-        """The target without its query."""
-        return self.target.partition("?")[0]
-
-
-class Response(Struct, frozen=True):
-    """A response: ``headers`` are lines that each end in CR LF, Content-Type among them if there is a body."""
-
-    status: int
-    body: bytes
-    headers: bytes
 
 
 Handler = Callable[[Request], Response | Action]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from fastdist.errors import printable
-from fastdist.statuses import reason
+from fastdist.exchange import reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -20,41 +20,12 @@ from typing import Any, ClassVar
 from msgspec import Struct
 from msgspec.structs import replace
 
+from fastdist.exchange import Request, Response
 from fastdist.retry_after import MAX_SECONDS, retry_after
 
 SLICE_NS = 1_000_000  # of work, after which a conversion yields
-JSON = b"Content-Type: application/json\r\n"
 PROTOBUF_TYPES = ("application/x-protobuf", "application/protobuf")
 TEXT = b"Content-Type: text/plain; charset=utf-8\r\n"
-
-
-class Request(Struct, frozen=True):
-    """A request: ``target`` as it came, ``headers`` by lower-case name (repeated ones joined), ``body`` as it was sent.
-
-    ``client`` is its address, ``received_ns`` the time of receipt (wall clock).
-    """
-
-    method: str
-    target: str
-    headers: Mapping[str, str]
-    body: bytes = b""
-    client: str = ""
-    received_ns: int = 0
-
-    @property
-    def path(self) -> str:
-        """The target without its query."""
-        return self.target.partition("?")[0]
-
-    @property
-    def query(self) -> str:
-        """The target's query."""
-        return self.target.partition("?")[2]
-
-    @property
-    def media_type(self) -> str:
-        """The content type in lower case, without parameters; empty if not given."""
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 class Limits(Struct, frozen=True):
@@ -73,14 +44,6 @@ class Packet(Struct, frozen=True):
     emitter_hash: int
 
 
-class Reply(Struct, frozen=True):
-    """A response: ``headers`` are lines that each end in CR LF, Content-Type among them if there is a body."""
-
-    status: int
-    body: bytes = b""
-    headers: bytes = b""
-
-
 class Batch(Struct, frozen=True):
     """What a request has become: packets (none is a success too), their records, the reply once they are stored.
 
@@ -89,7 +52,7 @@ class Batch(Struct, frozen=True):
 
     packets: Sequence[Packet]
     records: int
-    reply: Reply
+    reply: Response
     refused: int = 0
 
     def without_packets(self) -> Batch:
@@ -165,7 +128,7 @@ class Refused(Exception):  # noqa: N818  (a fact of the protocol, not a fault of
 # Yields how many bytes of a body it keeps, decoded; None: as many as before. (Any: a bare yield is allowed for that.)
 Work = Generator[Any, None, Batch]
 Take = Callable[[Request, Limits], Work]
-Respond = Callable[[Request, str], Reply]  # the text: why nothing can be stored now; empty if it can
+Respond = Callable[[Request, str], Response]  # the text: why nothing can be stored now; empty if it can
 
 
 class Route(Struct, frozen=True):
@@ -208,7 +171,7 @@ class Protocol(ABC):
         return [given] if scheme in ("bearer", *self.schemes) else []
 
     @abstractmethod
-    def refuse(self, request: Request, refused: Refused) -> Reply:
+    def refuse(self, request: Request, refused: Refused) -> Response:
         """Return the response to a request that is not accepted. Its body need not have been read."""
 
 
@@ -239,16 +202,17 @@ class Slices:
         return True
 
 
-def try_again(refused: Refused, max_seconds: int = int(MAX_SECONDS)) -> bytes:
-    """Return the header line that asks for another try; empty if not BUSY."""
-    return retry_after(refused.retry_after, max_seconds) if refused.reason in BUSY else b""
+def refusal_headers(refused: Refused, scheme: bytes = b"Bearer", max_seconds: int = int(MAX_SECONDS)) -> bytes:
+    """Return the header lines of a refusal: its own, when to try again if BUSY, and the challenge of a 401.
 
-
-def challenge(refused: Refused, scheme: bytes = b"Bearer") -> bytes:
-    """Return the WWW-Authenticate line of a 401; empty for others."""
-    if refused.reason is not Reason.UNAUTHORIZED:
-        return b""
-    return b'WWW-Authenticate: %b realm="fastdist"\r\n' % scheme
+    ``scheme``: of the challenge; empty for none.
+    """
+    headers = refused.headers
+    if refused.reason in BUSY:
+        headers += retry_after(refused.retry_after, max_seconds)
+    if refused.reason is Reason.UNAUTHORIZED and scheme:
+        headers += b'WWW-Authenticate: %b realm="fastdist"\r\n' % scheme
+    return headers
 
 
 def _decoded(base64: str) -> str:

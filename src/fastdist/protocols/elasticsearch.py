@@ -14,19 +14,8 @@ from msgspec import Struct
 
 from fastdist._core import json_fault
 from fastdist.errors import printable
-from fastdist.protocols.base import (
-    BUSY,
-    JSON,
-    STATUSES,
-    Protocol,
-    Reason,
-    Refused,
-    Reply,
-    Request,
-    Route,
-    challenge,
-    try_again,
-)
+from fastdist.exchange import JSON, Request, Response
+from fastdist.protocols.base import BUSY, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import MAX_DEPTH, Common, Packets, decode_value, encode, text_of
 
@@ -98,13 +87,13 @@ class Elasticsearch(Protocol):
             return tokens
         return [*tokens, secret] if colon else tokens
 
-    def refuse(self, _request: Request, refused: Refused) -> Reply:
+    def refuse(self, _request: Request, refused: Refused) -> Response:
         """Return an error as Elasticsearch has it; where another try makes sense 429, after which clients wait."""
         status = 429 if refused.reason in BUSY else STATUSES[refused.reason]
         kind = "es_rejected_execution_exception" if refused.reason in BUSY else TYPES.get(refused.reason)
         cause = {"type": kind or "illegal_argument_exception", "reason": printable(refused.detail)}
-        headers = JSON + PRODUCT + refused.headers + try_again(refused) + challenge(refused, b"Basic")
-        return Reply(status, orjson.dumps({"error": {"root_cause": [cause], **cause}, "status": status}), headers)
+        headers = JSON + PRODUCT + refusal_headers(refused, b"Basic")
+        return Response(status, orjson.dumps({"error": {"root_cause": [cause], **cause}, "status": status}), headers)
 
 
 SHARDS = {"total": 1, "successful": 1, "failed": 0}
@@ -150,7 +139,7 @@ REFRESHED = {"_shards": SHARDS}
 
 
 def _constant(document: object) -> Respond:
-    reply = Reply(200, orjson.dumps(document), JSON + PRODUCT)
+    reply = Response(200, orjson.dumps(document), JSON + PRODUCT)
     return lambda _request, _obstacle: reply
 
 
@@ -277,7 +266,7 @@ class _Bulk:
         self._answer(action, b"," + error[1:] + b"}")
         self.refused += 1
 
-    def reply(self) -> Reply:
+    def reply(self) -> Response:
         """Return the response. Raises Refused if the request ends too early."""
         if self._action is not None:
             detail = f"action line [{len(self._items) + 1}] has no source behind it"
@@ -286,7 +275,7 @@ class _Bulk:
             raise Refused(Reason.MALFORMED, "Validation Failed: 1: no requests added;")
         errors = b"true" if self.refused else b"false"
         body = b'{"took":0,"errors":%b,"items":[%b]}' % (errors, b",".join(self._items))
-        return Reply(200, body, JSON + PRODUCT)
+        return Response(200, body, JSON + PRODUCT)
 
 
 def _index(name: str, number: int = 0) -> str:
@@ -333,5 +322,5 @@ def _take_document(request: Request, limits: Limits) -> Work:
     packets = Packets(limits, {"protocol": "elasticsearch"})
     packets.add(*_message(source, index, given[0] if given else None, Common(request.received_ns, "")), len(body))
     identity = encode(given[0]) if given else b'"%x-0"' % request.received_ns
-    reply = Reply(201, b'{"_index":%b,"_id":%b%b' % (encode(index), identity, CREATED), JSON + PRODUCT)
+    reply = Response(201, b'{"_index":%b,"_id":%b%b' % (encode(index), identity, CREATED), JSON + PRODUCT)
     return (yield from packets.finish(reply))

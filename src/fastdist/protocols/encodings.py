@@ -34,7 +34,7 @@ else:
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from fastdist.protocols.base import Request
+    from fastdist.exchange import Request
 
     Decoding = Generator[Any, None, bytes]  # yields how many bytes there are, or None: see base.Work
 

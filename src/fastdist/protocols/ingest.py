@@ -7,20 +7,10 @@ from urllib.parse import unquote
 
 import msgspec
 
+from fastdist.exchange import JSON, Request, Response
 from fastdist.http.models import Problem
 from fastdist.packet import MAX_EMITTER_ID
-from fastdist.protocols.base import (
-    JSON,
-    STATUSES,
-    Protocol,
-    Reason,
-    Refused,
-    Reply,
-    Request,
-    Route,
-    challenge,
-    try_again,
-)
+from fastdist.protocols.base import STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import Common, Packets, add_records, lines
 
@@ -50,16 +40,16 @@ class Json(Protocol):
         take, reply = {"POST": _take, "PUT": _take}, {"GET": _ready}
         self.routes = [Route("/ingest", take, reply), Route("/ingest/{source}", take, reply)]
 
-    def refuse(self, _request: Request, refused: Refused) -> Reply:
+    def refuse(self, _request: Request, refused: Refused) -> Response:
         """Return a problem document (RFC 9457) whose pointer is the number of the record at fault."""
         status = STATUSES[refused.reason]
         errors = [] if refused.record is None else [{"pointer": f"/{refused.record}", "detail": refused.detail}]
-        headers = PROBLEM + refused.headers + try_again(refused) + challenge(refused)
-        return Reply(status, msgspec.json.encode(Problem.of(status, refused.detail, errors)), headers)
+        headers = PROBLEM + refusal_headers(refused)
+        return Response(status, msgspec.json.encode(Problem.of(status, refused.detail, errors)), headers)
 
 
-def _ready(_request: Request, _obstacle: str) -> Reply:
-    return Reply(200, b'{"status":"ok"}', JSON)
+def _ready(_request: Request, _obstacle: str) -> Response:
+    return Response(200, b'{"status":"ok"}', JSON)
 
 
 def _take(request: Request, limits: Limits) -> Work:
@@ -85,5 +75,5 @@ def _take(request: Request, limits: Limits) -> Work:
                 yield packets.kept
     else:
         yield from add_records(body, common, packets)
-    reply = Reply(200, b'{"status":"accepted","records":%d}' % packets.number, JSON)
+    reply = Response(200, b'{"status":"accepted","records":%d}' % packets.number, JSON)
     return (yield from packets.finish(reply))

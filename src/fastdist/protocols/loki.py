@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastdist._core import RecordParts, find_field, loki_entries
 from fastdist.errors import printable
-from fastdist.protocols.base import (
-    PROTOBUF_TYPES,
-    STATUSES,
-    TEXT,
-    Protocol,
-    Reason,
-    Refused,
-    Reply,
-    Request,
-    Route,
-    challenge,
-    try_again,
-)
+from fastdist.exchange import Request, Response
+from fastdist.protocols.base import PROTOBUF_TYPES, STATUSES, TEXT, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode, snappy_block
 from fastdist.protocols.records import (
     FLUSH,
@@ -68,10 +57,10 @@ class Loki(Protocol):
     def __init__(self) -> None:
         self.routes = [Route("/loki/api/v1/push", {"POST": _take})]
 
-    def refuse(self, _request: Request, refused: Refused) -> Reply:
+    def refuse(self, _request: Request, refused: Refused) -> Response:
         """Return the reason as text."""
-        headers = TEXT + refused.headers + try_again(refused) + challenge(refused)
-        return Reply(STATUSES[refused.reason], printable(refused.detail).encode() + b"\n", headers)
+        headers = TEXT + refusal_headers(refused)
+        return Response(STATUSES[refused.reason], printable(refused.detail).encode() + b"\n", headers)
 
 
 def _take(request: Request, limits: Limits) -> Work:
@@ -86,7 +75,7 @@ def _take(request: Request, limits: Limits) -> Work:
         yield from _protobuf(request, limits, packets, received)
     else:
         yield from _json((yield from decode(request, limits.max_body)), packets, received)
-    return (yield from packets.finish(Reply(204)))
+    return (yield from packets.finish(Response(204)))
 
 
 # ------------------------------------------------------------------------------------------------------------ protobuf

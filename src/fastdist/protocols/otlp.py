@@ -10,19 +10,8 @@ from msgspec.json import Decoder
 
 from fastdist._core import RecordParts, date_time, find_field, otlp_attributes, otlp_records
 from fastdist.errors import printable
-from fastdist.protocols.base import (
-    JSON,
-    PROTOBUF_TYPES,
-    STATUSES,
-    Protocol,
-    Reason,
-    Refused,
-    Reply,
-    Request,
-    Route,
-    challenge,
-    try_again,
-)
+from fastdist.exchange import JSON, Request, Response
+from fastdist.protocols.base import PROTOBUF_TYPES, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import (
     FLUSH,
@@ -61,15 +50,15 @@ class Otlp(Protocol):
         other = {"POST": _not_taken}
         self.routes = [Route("/v1/logs", {"POST": _take}), Route("/v1/traces", other), Route("/v1/metrics", other)]
 
-    def refuse(self, request: Request, refused: Refused) -> Reply:
+    def refuse(self, request: Request, refused: Refused) -> Response:
         """Return a google.rpc.Status in the request's encoding."""
         status = STATUSES[refused.reason]
         code, text = CODES[status], printable(refused.detail)
-        headers = refused.headers + try_again(refused, MAX_RETRY_AFTER) + challenge(refused)
+        headers = refusal_headers(refused, max_seconds=MAX_RETRY_AFTER)
         if request.media_type in PROTOBUF_TYPES:
             message = text.encode()
-            return Reply(status, b"\x08%c\x12%b%b" % (code, _varint(len(message)), message), PROTOBUF + headers)
-        return Reply(status, orjson.dumps({"code": code, "message": text}), JSON + headers)
+            return Response(status, b"\x08%c\x12%b%b" % (code, _varint(len(message)), message), PROTOBUF + headers)
+        return Response(status, orjson.dumps({"code": code, "message": text}), JSON + headers)
 
 
 def _varint(number: int) -> bytes:
@@ -96,9 +85,9 @@ def _take(request: Request, limits: Limits) -> Work:
     received = Common(request.received_ns, "").received
     if kind == "application/json":
         yield from _json(body, packets, received)
-        return (yield from packets.finish(Reply(200, b"{}", JSON)))
+        return (yield from packets.finish(Response(200, b"{}", JSON)))
     yield from _protobuf(body, packets, received)
-    return (yield from packets.finish(Reply(200, b"", PROTOBUF)))
+    return (yield from packets.finish(Response(200, b"", PROTOBUF)))
 
 
 def _emitter(attributes: dict[str, Any]) -> str:

@@ -18,22 +18,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from fastdist._core import (
-    JsonRecords,
-    JsonValues,
-    RecordMapper,
-    count_commas,
-    date_time,
-    hash_text,
-    is_rfc3339,
-)
+from fastdist._core import JsonRecords, JsonValues, RecordMapper, count_commas, date_time, hash_text, is_rfc3339
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import Batch, Packet, Reason, Refused, Slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
-    from fastdist.protocols.base import Limits, Reply
+    from fastdist.exchange import Response
+    from fastdist.protocols.base import Limits
 
 PIECE: Final = 64 << 10  # bytes of JSON that are checked before it is asked whether a slice is over
 STEP: Final = 16  # records that are mapped in Python before that is asked
@@ -480,7 +473,7 @@ class Packets:
             size += len(text) + 1
         yield b",".join(texts), len(texts)
 
-    def finish(self, reply: Reply, refused: int = 0) -> Generator[Any, None, Batch]:
+    def finish(self, reply: Response, refused: int = 0) -> Generator[Any, None, Batch]:
         """Make the packets."""
         self.flush()
         if self.slices.over():

@@ -8,20 +8,9 @@ from urllib.parse import parse_qsl
 import orjson
 
 from fastdist.errors import printable
+from fastdist.exchange import JSON, Request, Response
 from fastdist.packet import MAX_EMITTER_ID
-from fastdist.protocols.base import (
-    BUSY,
-    JSON,
-    STATUSES,
-    Protocol,
-    Reason,
-    Refused,
-    Reply,
-    Request,
-    Route,
-    challenge,
-    try_again,
-)
+from fastdist.protocols.base import BUSY, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.records import Common, Packets, decode_value, json_texts, level_of, lines, text_of, time_of
 
@@ -75,7 +64,7 @@ class Splunk(Protocol):
             Route(base + "/ack", reply={"POST": _no_ack}),
         ]
 
-    def refuse(self, request: Request, refused: Refused) -> Reply:
+    def refuse(self, request: Request, refused: Refused) -> Response:
         """Return Splunk's text and code; the number of the event at fault; what exactly is wrong as ``detail``."""
         code, status = (
             refused.code if isinstance(refused, EventError) else _code(request, refused.reason),
@@ -87,8 +76,8 @@ class Splunk(Protocol):
         if refused.record is not None:
             document["invalid-event-number"] = refused.record
         document["detail"] = printable(refused.detail)
-        headers = refused.headers + try_again(refused) + (challenge(refused, b"Splunk") if status == 401 else b"")  # noqa: PLR2004
-        return Reply(status, orjson.dumps(document), JSON + headers)
+        headers = refusal_headers(refused, b"Splunk" if status == 401 else b"")  # noqa: PLR2004
+        return Response(status, orjson.dumps(document), JSON + headers)
 
 
 def _code(request: Request, why: Reason) -> int:
@@ -102,19 +91,19 @@ def _code(request: Request, why: Reason) -> int:
     return {Reason.TOO_LARGE: LARGE, Reason.FAULT: INTERNAL, Reason.DEAD_LETTER: INTERNAL}.get(why, INVALID_DATA)
 
 
-def _reply(status: int, code: int) -> Reply:
-    return Reply(status, orjson.dumps({"text": MEANINGS[code], "code": code}), JSON)
+def _reply(status: int, code: int) -> Response:
+    return Response(status, orjson.dumps({"text": MEANINGS[code], "code": code}), JSON)
 
 
-def _options(_request: Request, _obstacle: str) -> Reply:
-    return Reply(200, b"", b"Allow: POST, OPTIONS\r\n")
+def _options(_request: Request, _obstacle: str) -> Response:
+    return Response(200, b"", b"Allow: POST, OPTIONS\r\n")
 
 
-def _health(_request: Request, obstacle: str) -> Reply:
+def _health(_request: Request, obstacle: str) -> Response:
     return _reply(503, FULL) if obstacle else _reply(200, HEALTHY)
 
 
-def _no_ack(_request: Request, _obstacle: str) -> Reply:
+def _no_ack(_request: Request, _obstacle: str) -> Response:
     return _reply(400, ACK_OFF)
 
 
@@ -130,7 +119,7 @@ def _take(request: Request, limits: Limits) -> Work:
     body = yield from decode(request, limits.max_body)
     packets = _packets(request, limits, body)
     common = Common(request.received_ns, EMITTER)
-    reply = Reply(200, SUCCESS, JSON)
+    reply = Response(200, SUCCESS, JSON)
     try:
         for texts in json_texts(body):
             for text in texts:
@@ -214,7 +203,7 @@ def _take_raw(request: Request, limits: Limits) -> Work:
             yield packets.kept
     if not packets.number:
         raise EventError(NO_DATA, "there is no line in the body")
-    return (yield from packets.finish(Reply(200, SUCCESS, JSON)))
+    return (yield from packets.finish(Response(200, SUCCESS, JSON)))
 
 
 PROTOCOL = Splunk()

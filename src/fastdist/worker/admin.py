@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from fastdist import ipc
 from fastdist.http import stats
-from fastdist.http.api import Api, Response, json_response, problem
+from fastdist.http.api import json_response, problem
 from fastdist.http.models import ChangedSetting, Reloaded
 from fastdist.ipc import Action, Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fastdist.exchange import Response
+    from fastdist.http.api import Api
 
 TIMEOUT = 15.0  # seconds that the supervisor has to carry out a change
 

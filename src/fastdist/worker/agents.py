@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fastdist._core import Counters
-    from fastdist.protocols.base import Batch, Reply, Request, Work
+    from fastdist.exchange import Request, Response
+    from fastdist.protocols.base import Batch, Work
     from fastdist.settings import Server
 
 RECORD = 256  # bytes that a packet takes in the queue besides its body, at most
@@ -74,15 +75,15 @@ class AgentRequest:
             raise AssertionError(self.request.target)
         return take(self.request, limits)
 
-    def refused(self, why: Refused) -> Reply:
+    def refused(self, why: Refused) -> Response:
         """Return the response to a request that is refused, in the shape of its protocol."""
         return self._counted(self.route.found.protocol.refuse(self.request, why))
 
-    def stored(self, batch: Batch) -> Reply:
+    def stored(self, batch: Batch) -> Response:
         """Return the response to a request that was waiting for the delivery of its packets."""
         return self._counted(batch.reply, batch.records)
 
-    def without_records(self, obstacle: str) -> Reply:
+    def without_records(self, obstacle: str) -> Response:
         """Return the response to a request that brings nothing. ``obstacle``: why nothing can be stored now, if so."""
         reply = self.route.found.reply
         if reply is not None:
@@ -91,7 +92,7 @@ class AgentRequest:
         detail = f"{methods} are what this path takes"
         return self.refused(Refused(Reason.METHOD, detail, headers=f"Allow: {methods}\r\n".encode()))
 
-    def _counted(self, reply: Reply, records: int = 0) -> Reply:
+    def _counted(self, reply: Response, records: int = 0) -> Response:
         self._counters.add_request(self.route.number, reply.status, records)
         return reply
 

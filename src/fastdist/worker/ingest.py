@@ -18,14 +18,14 @@ from msgspec import UNSET
 
 from fastdist._core import IngestBase, Intake, PendingResponse
 from fastdist.errors import INTERNAL_ERROR, PacketError
+from fastdist.exchange import Request, Response
 from fastdist.http.admin import has_token, is_token
-from fastdist.http.api import Response, cors_headers, is_preflight, problem
+from fastdist.http.api import cors_headers, is_preflight, problem
 from fastdist.net.proxies import TrustedProxies
-from fastdist.protocols.base import BUSY, STATUSES, Reason, Refused, Request
+from fastdist.protocols.base import BUSY, STATUSES, Reason, Refused, refusal_headers
 from fastdist.protocols.encodings import decode
 from fastdist.retry_after import retry_after
 from fastdist.shm.snapshot import CONNECTIONS
-from fastdist.statuses import reason
 from fastdist.worker.agents import AgentRequest, Agents, counter_of
 from fastdist.worker.waits import BatchWait, PacketWait
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from fastdist.http.api import Api
     from fastdist.ipc import Action
-    from fastdist.protocols.base import Batch, Reply
+    from fastdist.protocols.base import Batch
     from fastdist.settings import Server
     from fastdist.worker.waits import Waiting
 
@@ -186,8 +186,8 @@ class Emitters:
         waiting.left.difference_update(sequences)
 
 
-def _bytes(pending: PendingResponse, response: Response | Reply) -> bytes:
-    return pending.compose(response.status, reason(response.status), response.headers, response.body)
+def _bytes(pending: PendingResponse, response: Response) -> bytes:
+    return pending.compose(*response.parts)
 
 
 class IngestProtocol(IngestBase, asyncio.Protocol):
@@ -279,9 +279,8 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     # ---- responses
 
-    def _compose(self, response: Response | Reply, *, close: bool = False) -> bytes:
-        data: bytes = self.respond(response.status, reason(response.status), response.headers, response.body, close)
-        return data
+    def _compose(self, response: Response, *, close: bool = False) -> bytes:
+        return self.respond(*response.parts, close)
 
     def handle(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:
         """Answer a request that brings no packets; a change that was asked for is answered when it is carried out."""
@@ -316,7 +315,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
             self._count_rejected(counter, "" if why.record is None else f"/{why.record}")
         if self.route is not None:
             return self._compose(self._agent().refused(why))
-        headers = why.headers + (retry_after(why.retry_after) if why.reason in BUSY else b"")
+        headers = refusal_headers(why, b"")
         if why.reason is Reason.RATE_LIMITED:
             return self._compose(problem(429, why.detail, headers=headers))
         stored = "no" if self.emitters.shared and why.reason in BUSY else ""
@@ -402,7 +401,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         assert self.request is not None  # noqa: S101  (for type checkers)
         return Request(*self.request, body, self.address, time.time_ns())
 
-    def _without_records(self, method: str, headers: Mapping[str, str], body: bytes) -> Response | Reply:
+    def _without_records(self, method: str, headers: Mapping[str, str], body: bytes) -> Response:
         agent, api = self._agent(body), self.emitters.api
         found = agent.route.found
         if method == "OPTIONS" and (found.reply is None or is_preflight(headers)):

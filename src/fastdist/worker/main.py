@@ -37,7 +37,6 @@ from fastdist.shm.block import SharedBlock, Step, WorkerState, WorkerWord
 from fastdist.shm.examples import Examples
 from fastdist.shm.snapshot import CONNECTIONS, Snapshot
 from fastdist.shm.upkeep import Upkeep
-from fastdist.statuses import reason
 from fastdist.storage.dead_letter_bounds import Bounds
 from fastdist.storage.dead_letter_files import DeadLetterFiles
 from fastdist.storage.dead_letter_format import folder_of
@@ -408,10 +407,7 @@ class Worker:
 
     def _reject_behind(self, position: int, error: OSError) -> None:
         response = problem(503, f"the packet could not be written to disk: {error.strerror}", headers=retry_after())
-        rejected = self.intake.not_stored(
-            position, response.status, reason(response.status), response.headers, response.body
-        )
-        self.counters.add("storage", rejected)
+        self.counters.add("storage", self.intake.not_stored(position, *response.parts))
 
     def _damaged(self, ring: str, offset: int, what: str, lost: int, sequence: int) -> None:
         """Count packets that were damaged in one of the queue's files while they waited."""

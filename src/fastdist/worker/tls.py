@@ -16,8 +16,8 @@ from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, cast
 
 from fastdist._core import Receiver, Stream
+from fastdist.exchange import reason
 from fastdist.http.api import problem
-from fastdist.statuses import reason
 from fastdist.worker.listener import Acceptor, refuse
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastdist._core import Counters, PacketRing, Poller, RateLimiter
-    from fastdist.http.api import Response
+    from fastdist.exchange import Response
     from fastdist.ipc import Action
     from fastdist.settings import Security, Server
     from fastdist.shm.snapshot import Snapshot

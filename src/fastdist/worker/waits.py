@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
-from fastdist.http.api import Response, json_response, problem
+from fastdist.http.api import json_response, problem
 from fastdist.http.models import Accepted, Delivered
-from fastdist.protocols.base import Reason, Refused, Reply
+from fastdist.protocols.base import Reason, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from msgspec import UnsetType
 
     from fastdist._core import PendingResponse
+    from fastdist.exchange import Response
     from fastdist.protocols.base import Batch
     from fastdist.worker.agents import AgentRequest
 
@@ -32,19 +33,19 @@ class Waiting(ABC):
         self.connection, self.pending, self.left = connection, pending, set(sequences)
 
     @abstractmethod
-    def delivered(self, analyzer: str) -> Response | Reply:
+    def delivered(self, analyzer: str) -> Response:
         """Return the response when all are delivered, the last one to ``analyzer``."""
 
     @abstractmethod
-    def dead_letter(self) -> Response | Reply:
+    def dead_letter(self) -> Response:
         """Return the response when one has become a dead letter."""
 
     @abstractmethod
-    def lost(self) -> Response | Reply:
+    def lost(self) -> Response:
         """Return the response when one was damaged in the queue."""
 
     @abstractmethod
-    def stored(self) -> Response | Reply:
+    def stored(self) -> Response:
         """Return the response when the time is over, in which they were not delivered."""
 
 
@@ -94,20 +95,20 @@ class BatchWait(Waiting):
         super().__init__(connection, pending, sequences)
         self.agent, self.batch = agent, batch
 
-    def delivered(self, analyzer: str) -> Reply:  # noqa: ARG002
+    def delivered(self, analyzer: str) -> Response:  # noqa: ARG002
         """Return the success."""
         return self.agent.stored(self.batch)
 
-    def dead_letter(self) -> Reply:
+    def dead_letter(self) -> Response:
         """Return the protocol's 502."""
         detail = "not all records could be delivered; some are now among the dead letters"
         return self.agent.refused(Refused(Reason.DEAD_LETTER, detail))
 
-    def lost(self) -> Reply:
+    def lost(self) -> Response:
         """Return the protocol's 500."""
         detail = "not all records will be delivered: the queue's file was damaged; send them again"
         return self.agent.refused(Refused(Reason.FAULT, detail))
 
-    def stored(self) -> Reply:
+    def stored(self) -> Response:
         """Return the success."""
         return self.agent.stored(self.batch)

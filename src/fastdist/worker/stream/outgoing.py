@@ -15,16 +15,14 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-import msgspec
 from msgspec import UNSET
 
 from fastdist import logs
 from fastdist._core import claim_bundle, done_all
 from fastdist.errors import INTERNAL_ERROR
-from fastdist.http.api import JSON, problem
+from fastdist.http.api import json_response, problem
 from fastdist.http.models import Accepted
 from fastdist.retry_after import retry_after
-from fastdist.statuses import reason
 from fastdist.storage.jetstream.message import StoredPacket, encode, whole
 from fastdist.storage.jetstream.publisher import Outcome
 
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastdist._core import Counters, Intake, Packet, PacketRing, PendingResponse
-    from fastdist.http.api import Response
+    from fastdist.exchange import Response
     from fastdist.settings import Jetstream
     from fastdist.storage.jetstream.publisher import Publisher
     from fastdist.worker.ingest import Emitters
@@ -215,10 +213,10 @@ class Outgoing:
         assert packet is not None  # noqa: S101  (for type checkers)
         message.duplicate = True
         messages = packet.messages if self._emitters.counts_messages else UNSET
-        document = Accepted(packet_id=packet.id, messages=messages, duplicate=True)
+        response = json_response(Accepted(packet_id=packet.id, messages=messages, duplicate=True), 202)
         self._emitters.forget_wait(packet.sequence)
         pending = self._keyed[packet.sequence]
-        pending.complete_after_sync(pending.compose(202, reason(202), JSON, msgspec.json.encode(document)))
+        pending.complete_after_sync(pending.compose(*response.parts))
 
     def _reject(self, message: _Message, outcome: Outcome) -> None:
         """Answer that packets are not stored, or that it is not known; each response once."""
@@ -235,9 +233,7 @@ class Outgoing:
         begin, end = self._intake.response_of(begin + 1)[0], self._intake.response_of(end)[1]
         response = self._refusal(outcome)
         self._rejected.append((begin, end))
-        rejected = self._intake.not_stored(
-            begin, response.status, reason(response.status), response.headers, response.body, end=end
-        )
+        rejected = self._intake.not_stored(begin, *response.parts, end=end)
         self.counters.add(COUNTERS[outcome.reason or "unconfirmed"], rejected)
 
     def _refusal(self, outcome: Outcome) -> Response:
