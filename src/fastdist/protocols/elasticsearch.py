@@ -17,10 +17,10 @@ from fastdist.errors import printable
 from fastdist.exchange import JSON, Request, Response
 from fastdist.protocols.base import BUSY, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
-from fastdist.protocols.records import MAX_DEPTH, Common, Packets, decode_value, encode, text_of
+from fastdist.protocols.records import MAX_DEPTH, Common, Packets, decode_value, encode, text_of, whole_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Generator, Mapping
 
     from fastdist.protocols.base import Limits, Respond, Work
 
@@ -170,22 +170,12 @@ def _take_bulk(request: Request, limits: Limits) -> Work:
     path = request.path.split("/")
     bulk = _Bulk(request, limits, _index(unquote(path[1])) if len(path) > 2 else "")  # noqa: PLR2004
     bulk.packets.decoded = len(body)
-    for batch in _lines(body):
-        for line in batch:
+    for part in whole_lines(body, PIECE):
+        for line in part.removesuffix(b"\n").split(b"\n"):
             bulk.line(line)
         if bulk.packets.slices.over():
             yield bulk.packets.kept
     return (yield from bulk.packets.finish(bulk.reply(), bulk.refused))
-
-
-def _lines(body: bytes) -> Iterator[list[bytes]]:
-    """Yield lines, some at a time. What is behind the last line end is a line too."""
-    at = 0
-    while at < len(body):
-        end = body.find(b"\n", min(at + PIECE, len(body) - 1))
-        end = len(body) if end < 0 else end + 1
-        yield body[at:end].removesuffix(b"\n").split(b"\n")
-        at = end
 
 
 class _Bulk:

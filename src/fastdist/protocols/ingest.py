@@ -12,7 +12,7 @@ from fastdist.http.models import Problem
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
-from fastdist.protocols.records import Common, Packets, add_records, lines
+from fastdist.protocols.records import Common, Packets, add_lines, add_records
 
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work
@@ -63,16 +63,11 @@ def _take(request: Request, limits: Limits) -> Work:
     body = yield from decode(request, limits.max_body)
     header = request.headers.get("x-emitter-id", "")
     metadata = {"protocol": "json", **({"emitterId": header} if len(header) > MAX_EMITTER_ID else {})}
-    packets = Packets(limits, metadata)
+    packets = Packets(limits, metadata, len(body))
     source = unquote(request.path.removeprefix("/ingest").removeprefix("/"))
     common = Common(request.received_ns, header or request.client or "unknown", source, fixed_emitter=bool(header))
     if as_text:
-        packets.decoded = len(body)
-        for batch in lines(body):
-            for text, odd in batch:
-                packets.add(common.emitter, common.line(text, odd), len(text))
-            if packets.slices.over():
-                yield packets.kept
+        yield from add_lines(body, common, packets, {})
     else:
         yield from add_records(body, common, packets)
     reply = Response(200, b'{"status":"accepted","records":%d}' % packets.number, JSON)

@@ -80,8 +80,7 @@ def _take(request: Request, limits: Limits) -> Work:
         detail = f"Content-Type {kind or 'is missing and'} is not taken; use application/x-protobuf or application/json"
         raise Refused(Reason.UNSUPPORTED, detail)
     body = yield from decode(request, limits.max_body)
-    packets = Packets(limits, {"protocol": "otlp"})
-    packets.decoded = len(body)
+    packets = Packets(limits, {"protocol": "otlp"}, len(body))
     received = Common(request.received_ns, "").received
     if kind == "application/json":
         yield from _json(body, packets, received)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdist.exchange import Response
     from fastdist.protocols.base import Limits
 
-PIECE: Final = 64 << 10  # bytes of JSON that are checked before it is asked whether a slice is over
+PIECE: Final = 64 << 10  # bytes of JSON or lines that are read before it is asked whether a slice is over
 STEP: Final = 16  # records that are mapped in Python before that is asked
 FLUSH: Final = 128  # messages that are encoded together
 FLUSH_BYTES: Final = 128 << 10  # about, of those
@@ -342,7 +342,6 @@ def _take_emitter(record: dict[str, Any]) -> str | None:
 def add_records(body: bytes, common: Common, packets: Packets) -> Generator[int, None, None]:
     """Add the records of a body of JSON; a value that is no object is a line. Raises Refused."""
     values, mapper = JsonValues(body, MAX_DEPTH), common.mapper()
-    packets.decoded = len(body)
     while True:
         try:
             found = mapper.take(values, FLUSH)
@@ -363,13 +362,24 @@ def add_records(body: bytes, common: Common, packets: Packets) -> Generator[int,
             yield packets.kept
 
 
-def lines(body: bytes) -> Iterator[list[tuple[str, dict[str, str] | None]]]:
-    """Yield the lines of a text that are not empty, some at a time, each with metadata if it is not UTF-8."""
-    at, size = 0, 65536
+def add_lines(body: bytes, common: Common, packets: Packets, metadata: dict[str, Any]) -> Generator[int, None, None]:
+    """Add the lines of a text that are not empty; one that is not UTF-8 has its bytes in its metadata."""
+    for part in whole_lines(body, PIECE):
+        for raw in part.split(b"\n"):
+            if line := raw.removesuffix(b"\r"):
+                text, odd = _line(line)
+                packets.add(common.emitter, common.line(text, metadata | odd if odd else metadata), len(text))
+        if packets.slices.over():
+            yield packets.kept
+
+
+def whole_lines(body: bytes, size: int) -> Iterator[bytes]:
+    """Yield a text in parts of about so many bytes, each to the end of a line or of the text."""
+    at = 0
     while at < len(body):
         end = body.find(b"\n", min(at + size, len(body) - 1))
         end = len(body) if end < 0 else end + 1
-        yield [_line(raw.removesuffix(b"\r")) for raw in body[at:end].split(b"\n") if raw not in (b"", b"\r")]
+        yield body[at:end]
         at = end
 
 
@@ -389,7 +399,7 @@ class Packets:
     ``decoded``: bytes of the body, for ``kept``.
     """
 
-    def __init__(self, limits: Limits, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, limits: Limits, metadata: Mapping[str, Any], decoded: int = 0) -> None:
         self.limits, self.slices, self.records = limits, Slices(), 0
         self._metadata = metadata
         self._waiting: list[tuple[str, dict[str, Any]]] = []
@@ -398,7 +408,7 @@ class Packets:
         self._room = limits.max_packet - len(self._body("x" * MAX_EMITTER_ID, [b""])) - 6 * MAX_EMITTER_ID
         self._left = limits.max_batch
         self._apart = len(self._body("", [b""])) + APART
-        self.decoded = 0
+        self.decoded = decoded
 
     @property
     def kept(self) -> int:

@@ -12,7 +12,7 @@ from fastdist.exchange import JSON, Request, Response
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import BUSY, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
-from fastdist.protocols.records import Common, Packets, decode_value, json_texts, level_of, lines, text_of, time_of
+from fastdist.protocols.records import Common, Packets, add_lines, decode_value, json_texts, level_of, text_of, time_of
 
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work
@@ -66,12 +66,8 @@ class Splunk(Protocol):
 
     def refuse(self, request: Request, refused: Refused) -> Response:
         """Return Splunk's text and code; the number of the event at fault; what exactly is wrong as ``detail``."""
-        code, status = (
-            refused.code if isinstance(refused, EventError) else _code(request, refused.reason),
-            STATUSES[refused.reason],
-        )
-        if code == UNKNOWN_TOKEN:
-            status = 403
+        code = refused.code if isinstance(refused, EventError) else _code(request, refused.reason)
+        status = 403 if code == UNKNOWN_TOKEN else STATUSES[refused.reason]
         document: dict[str, object] = {"text": MEANINGS[code], "code": code}
         if refused.record is not None:
             document["invalid-event-number"] = refused.record
@@ -109,9 +105,7 @@ def _no_ack(_request: Request, _obstacle: str) -> Response:
 
 def _packets(request: Request, limits: Limits, body: bytes) -> Packets:
     channel = request.headers.get("x-splunk-request-channel")
-    packets = Packets(limits, {"protocol": "splunk", **({"channel": channel} if channel else {})})
-    packets.decoded = len(body)
-    return packets
+    return Packets(limits, {"protocol": "splunk", **({"channel": channel} if channel else {})}, len(body))
 
 
 def _take(request: Request, limits: Limits) -> Work:
@@ -196,11 +190,7 @@ def _take_raw(request: Request, limits: Limits) -> Work:
     common = Common(request.received_ns, emitter, query.get("source") or query.get("sourcetype") or "")
     names = ("sourcetype", "index", "host") if len(emitter) > MAX_EMITTER_ID else ("sourcetype", "index")
     metadata = {name: query[name] for name in names if name in query}
-    for batch in lines(body):
-        for text, odd in batch:
-            packets.add(emitter, common.line(text, metadata | odd if odd else metadata), len(text))
-        if packets.slices.over():
-            yield packets.kept
+    yield from add_lines(body, common, packets, metadata)
     if not packets.number:
         raise EventError(NO_DATA, "there is no line in the body")
     return (yield from packets.finish(Response(200, SUCCESS, JSON)))

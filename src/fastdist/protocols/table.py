@@ -31,7 +31,6 @@ class Found(NamedTuple):
     """
 
     protocol: Protocol
-    route: Route
     take: Take | None
     reply: Respond | None
     allow: list[str]
@@ -49,7 +48,7 @@ def find(method: str, target: str, headers: Mapping[str, str], enabled: Collecti
     if route.for_json and not (method in ("GET", "HEAD") and _wants_json(headers)):
         return None
     reply = route.reply.get("GET" if method == "HEAD" else method)
-    return Found(protocol, route, route.take.get(method), reply, route.methods)
+    return Found(protocol, route.take.get(method), reply, route.methods)
 
 
 def _wants_json(headers: Mapping[str, str]) -> bool:
