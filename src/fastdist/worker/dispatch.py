@@ -17,7 +17,7 @@ import time
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-from fastdist._core import UNLIMITED, AliasTable, Rendezvous, busy_ns
+from fastdist._core import UNLIMITED, AliasTable, busy_ns
 from fastdist.net.connect import Shortage, max_upstream_connections
 from fastdist.net.names import Names
 from fastdist.net.upstream_tls import Contexts
@@ -140,21 +140,22 @@ class Dispatcher(Outcomes):
         states = self.analyzer_states
         self.weights = effective_weights(states, self.analyzers, self.config.health, now)
         self.probation.refresh(self.analyzers)
-        sticky = self.config.distribution.strategy == "sticky"
         online = {slot for slot in self.analyzers if states.is_online(slot)}
         paused = {slot: until for slot in online if (until := states.get(slot, AnalyzerWord.PAUSED_UNTIL_NS)) > now}
         self._resume_at = min(paused.values(), default=0)
-        if sticky:  # a paused analyzer keeps its emitters: their packets wait for it
+        pickable = self.weights
+        if self._sticky:  # a paused analyzer keeps its emitters: their packets wait for it
             held = {slot: max(states.weight(slot), 0.0) for slot in paused if states.is_pickable(slot)}
-            pickable = self.weights | {slot: weight for slot, weight in held.items() if weight > 0}
-        else:
-            pickable = self.weights
+            pickable = pickable | {slot: weight for slot, weight in held.items() if weight > 0}
         for slot in self.analyzers:
             pool = self.pools[slot]
             pool.paused = slot in paused
             if slot not in pickable and pool.waiting and not self.probation.is_trying(slot):
                 pool.release_waiting()
-        self._build(pickable, sticky=sticky)
+        if self._sticky:
+            self.set_table(None, self.rendezvous(pickable))
+        else:
+            self.set_table(AliasTable(list(pickable), list(pickable.values())) if pickable else None, None)
         self.any_pickable = any(states.is_pickable(slot) for slot in self.analyzers)
         self._second_opinions.clear()
         if online - self.online:
@@ -164,14 +165,9 @@ class Dispatcher(Outcomes):
             self.touch(self.pools[slot])
         self._all_in_flight = sum(self.pools[slot].max_in_flight for slot in self.weights)
 
-    def _build(self, pickable: Mapping[int, float], *, sticky: bool) -> None:
-        slots, weights = list(pickable), list(pickable.values())
-        if not slots:
-            self.set_table(None, None)
-        elif sticky:
-            self.set_table(None, Rendezvous([self.analyzers[slot].id for slot in slots], slots, weights))
-        else:
-            self.set_table(AliasTable(slots, weights), None)
+    @property
+    def _sticky(self) -> bool:
+        return self.config.distribution.strategy == "sticky"
 
     # ---- probation
 
@@ -185,13 +181,16 @@ class Dispatcher(Outcomes):
         for slot in random.sample(due, len(due)):  # so that the time does not always run out for the same one
             if time.monotonic_ns() - now > self.part_ns:
                 break
-            weights = effective_weights(self.analyzer_states, self.analyzers, self.config.health, now, also=slot)
-            if slot in weights:  # not paused, and not of weight 0 while others are online
+            weights = self._weights_with(slot, now)
+            if slot in weights:
                 self._try(self.pools[slot], weights, now)
 
+    def _weights_with(self, slot: int, now_ns: int) -> dict[int, float]:
+        """Return the weights as if this one were online; without it if it is paused, or of weight 0 beside others."""
+        return effective_weights(self.analyzer_states, self.analyzers, self.config.health, now_ns, also=slot)
+
     def _try(self, pool: AnalyzerPool, weights: Mapping[int, float], now_ns: int) -> None:
-        sticky = self.config.distribution.strategy == "sticky"
-        handle = choose(self.ring, self.analyzers, pool.slot, weights if sticky else None)
+        handle = choose(self.ring, pool.slot, self.rendezvous(weights) if self._sticky else None)
         if not handle:
             return
         if not self.probation.begin(pool, self.ring.sequence(handle), now_ns):
@@ -204,11 +203,8 @@ class Dispatcher(Outcomes):
 
     def wants_trial(self) -> bool:
         """Whether an analyzer on probation waits for a packet."""
-        now, states = time.monotonic_ns(), self.analyzer_states
-        return any(
-            slot in effective_weights(states, self.analyzers, self.config.health, now, also=slot)
-            for slot in self.probation.due(now)
-        )
+        now = time.monotonic_ns()
+        return any(slot in self._weights_with(slot, now) for slot in self.probation.due(now))
 
     # ---- upkeep
 

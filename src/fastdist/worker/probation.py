@@ -15,13 +15,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastdist._core import Rendezvous
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
-    from fastdist._core import AnalyzerStates, PacketRing
-    from fastdist.settings import Analyzer
+    from fastdist._core import AnalyzerStates, PacketRing, Rendezvous
     from fastdist.worker.upstream import AnalyzerPool
 
 HOLD_NS = 3_000_000_000  # after which a trial that was not renewed is over
@@ -116,15 +113,12 @@ class Probation:
             self._states.postpone_trial(pool.slot, now_ns)
 
 
-def choose(ring: PacketRing, analyzers: Mapping[int, Analyzer], slot: int, weights: Mapping[int, float] | None) -> int:
+def choose(ring: PacketRing, slot: int, owners: Rendezvous | None) -> int:
     """Claim the packet for a trial: of the next few the one that was sent least often. Return its handle, 0 for none.
 
-    So a packet that no analyzer takes does not keep all offline. With ``weights`` (sticky: of all that are online,
-    and of ``slot``) it is one that would be the analyzer's own.
+    So a packet that no analyzer takes does not keep all offline. With ``owners`` (sticky: all that are online, and
+    ``slot``) it is one that would be the analyzer's own.
     """
-    owners = None
-    if weights is not None:
-        owners = Rendezvous([analyzers[each].id for each in weights], list(weights), list(weights.values()))
     claimed: list[int] = []
     while len(claimed) < LOOKED_AT and (handle := ring.claim()):
         claimed.append(handle)

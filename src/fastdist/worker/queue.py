@@ -141,7 +141,7 @@ class Queue:
     @property
     def undone(self) -> int:
         """Packets in the worker's own ring and in those that are migrated."""
-        return self.ring.undone + (sum(migration.undone for migration in self.migrations) if self.migrations else 0)
+        return self.ring.undone + sum(migration.undone for migration in self.migrations)
 
     def reconcile(self, counters: Counters, *, renewed: bool) -> None:
         """Make ``counters`` agree with the rings; see ``fastdist.worker.reconcile``."""
@@ -150,13 +150,11 @@ class Queue:
     @property
     def old_bytes(self) -> int:
         """Bytes of records that old rings still hold."""
-        return sum(migration.undone_bytes for migration in self.migrations) if self.migrations else 0
+        return sum(migration.undone_bytes for migration in self.migrations)
 
     @property
     def oldest_ns(self) -> int:
         """When the oldest packet was accepted (see ``PacketRing.oldest_ns``), 0 without any."""
-        if not self.migrations:
-            return self.ring.oldest_ns
         stamps = (self.ring.oldest_ns, *(migration.ring.oldest_ns for migration in self.migrations))
         return min(filter(None, stamps), default=0)
 

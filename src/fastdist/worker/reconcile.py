@@ -66,9 +66,7 @@ def _count_delivered(undone: int, counters: Counters, corrupt: int) -> None:
     gone -= counters.get("lost")
     uncounted = gone - sum(counters.get_of(slot, "delivered") for slot in slots)
     counters.add("corrupt", max(corrupt, uncounted) if corrupt else 0)
-    if (
-        uncounted < 0
-    ):  # counted, and not yet marked done in the file, or in the old ring they were copied from: once more
+    if uncounted < 0:  # counted, not yet marked done in the file or in the old ring they were copied from: once more
         counters.add("recovered", -uncounted)
     elif corrupt:  # what is neither here nor known to be delivered was damaged
         counters.add("lost", uncounted)
