@@ -225,13 +225,6 @@ class Worker:
         obeying.cancel()
 
     def _listen(self, listener: socket.socket) -> Acceptor:
-        server = self._acceptor(listener)
-        if self.config.server.proxy_protocol == "on":
-            room, patience = self.emitters.has_room_besides, self.config.server.header_timeout
-            server.read_headers(self.emitters.proxies, room, patience)
-        return server
-
-    def _acceptor(self, listener: socket.socket) -> Acceptor:
         def protocol() -> IngestProtocol:
             return IngestProtocol(self.intake, self.emitters)
 
@@ -240,18 +233,16 @@ class Worker:
             "has_more": self._has_more,
             "shortage": self.accepting,
         }
-        if self.tls is None:
-            return serve(listener, self.poller, protocol, **options)
         # Until its handshake is over a connection is like one whose head is not whole.
-        return TlsServer(
-            listener,
-            self.tls,
-            protocol,
-            self.emitters.has_room_besides,
-            self.config.server.header_timeout,
-            poller=self.poller,
-            **options,
+        room, patience = self.emitters.has_room_besides, self.config.server.header_timeout
+        server = (
+            serve(listener, self.poller, protocol, **options)
+            if self.tls is None
+            else TlsServer(listener, self.tls, protocol, room, patience, poller=self.poller, **options)
         )
+        if self.config.server.proxy_protocol == "on":
+            server.read_headers(self.emitters.proxies, room, patience)
+        return server
 
     async def _obey(self, commands: asyncio.StreamReader) -> None:
         """Carry out the supervisor's commands; end when it is gone."""
