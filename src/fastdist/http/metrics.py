@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fastdist.shm.snapshot import Snapshot
     from fastdist.stream_figures import StreamFigures
 
+    Sample = tuple[Mapping[str, str], float]  # labels and value
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
@@ -65,7 +67,7 @@ def openmetrics(snapshot: Snapshot) -> bytes:
 def _families(it: Snapshot) -> Iterator[Family]:
     """Yield all metric families, in the order they are written."""
     build = {"version": it.version, "python": platform.python_version()}
-    yield Family("build", "info", "What is running; always 1.", _sample("build_info", build, 1))
+    yield _family("build", "info", "What is running; always 1.", [(build, 1)])
     yield _gauge("uptime_seconds", "How long the service has been running.", it.uptime)
     yield _gauge("ready", "Whether packets are taken (1) or not (0).", not it.obstacle)
     state = it.report.configuration
@@ -95,7 +97,12 @@ def _packets(it: Snapshot) -> Iterator[Family]:
     yield _counter("packets_corrupt", "Damaged records found in the queue and skipped.", it.total("corrupt"))
     yield _counter("packets_lost", "Packets that were damaged in the queue while they waited.", it.total("lost"))
     yield _counter("packets_dead_lettered", "Packets given up and kept in a file.", it.dead_lettered, by="reason")
-    yield Family("requests", "counter", "Requests of log agents, by protocol and status.", _requests(it))
+    requests = (
+        ({"protocol": name, "code": str(status)}, count)
+        for name, figures in it.protocols.items()
+        for status, count in figures.statuses.items()
+    )
+    yield _family("requests", "counter", "Requests of log agents, by protocol and status.", requests)
     records = {name: figures.records for name, figures in it.protocols.items()}
     yield _counter("records", "Records of log agents that were accepted.", records, by="protocol")
     for unit, what in (("messages", "Log messages"), ("bytes", "Bytes of packet bodies")):
@@ -108,28 +115,15 @@ def _dead_letters(it: Snapshot) -> Iterator[Family]:
     report = it.dead_letters
     counts = dict.fromkeys([(reason, "") for reason in it.dead_lettered], 0)  # so that there is a 0 before the first
     counts |= {(each.reason, each.analyzer): each.packets for each in report.counts}
-    samples = [
-        _sample("dead_letter_packets", {"reason": reason, "analyzer": analyzer}, packets)
-        for (reason, analyzer), packets in counts.items()
-    ]
+    samples = (({"reason": reason, "analyzer": analyzer}, packets) for (reason, analyzer), packets in counts.items())
     help_text = "Dead letters that are there now, by reason and by the analyzer that had them last."
-    yield Family("dead_letter_packets", "gauge", help_text, "".join(samples))
+    yield _family("dead_letter_packets", "gauge", help_text, samples)
     yield _gauge("dead_letter_bytes", "Bytes of the files of dead letters.", report.bytes)
     help_text = "Dead letters that were discarded because they were over a bound."
     yield _counter("dead_letter_packets_discarded", help_text, it.discarded, by="reason")
     for name, value, what in (("size", report.size, "can hold"), ("available", report.available, "has room for")):
         help_text = f"Bytes that the file system of the dead letters {what}."
         yield _gauge(f"dead_letter_filesystem_{name}_bytes", help_text, value)
-
-
-def _requests(it: Snapshot) -> str:
-    return "".join(
-        [
-            _sample("requests_total", {"protocol": name, "code": str(status)}, count)
-            for name, figures in it.protocols.items()
-            for status, count in figures.statuses.items()
-        ]
-    )
 
 
 def _queue(it: Snapshot) -> Iterator[Family]:
@@ -182,24 +176,14 @@ def _analyzers(it: Snapshot) -> Iterator[Family]:
         ("analyzer_actual_share", "actual_share", "The share (0 to 1) of all deliveries that it has taken."),
     ):
         yield _gauge(name, help_text, values(attribute), by="analyzer")
-    yield Family(
+    yield _family(
         "tls_certificate_not_after_timestamp_seconds",
         "gauge",
         "When a certificate expires: own (shown to emitters), client (shown to the analyzer), analyzer (last seen).",
-        _certificates(it),
-    )
-
-
-def _certificates(it: Snapshot) -> str:
-    return "".join(
-        [
-            _sample(
-                "tls_certificate_not_after_timestamp_seconds",
-                {"certificate": kind} | ({"analyzer": analyzer} if analyzer else {}),
-                ends,
-            )
+        (
+            ({"certificate": kind} | ({"analyzer": analyzer} if analyzer else {}), ends)
             for kind, analyzer, ends in it.certificates
-        ]
+        ),
     )
 
 
@@ -236,18 +220,23 @@ def _workers(it: Snapshot) -> Iterator[Family]:
 
 
 def _counter(name: str, help_text: str, values: float | Mapping[str, float], by: str = "") -> Family:
-    return Family(name, "counter", help_text, _samples(f"{name}_total", values, by))
+    return _family(name, "counter", help_text, _samples(values, by))
 
 
 def _gauge(name: str, help_text: str, values: float | Mapping[str, float], by: str = "") -> Family:
-    return Family(name, "gauge", help_text, _samples(name, values, by))
+    return _family(name, "gauge", help_text, _samples(values, by))
 
 
-def _samples(name: str, values: float | Mapping[str, float], label: str) -> str:
+def _samples(values: float | Mapping[str, float], label: str) -> list[Sample]:
     """Return one sample, or one for each value of a label."""
     if isinstance(values, (int, float)):
-        return _sample(name, {}, values)
-    return "".join([_sample(name, {label: key}, value) for key, value in values.items()])
+        return [({}, values)]
+    return [({label: key}, value) for key, value in values.items()]
+
+
+def _family(name: str, kind: str, help_text: str, samples: Iterable[Sample]) -> Family:
+    full = name + _SUFFIXES.get(kind, "")
+    return Family(name, kind, help_text, "".join([_sample(full, labels, value) for labels, value in samples]))
 
 
 def _histograms(name: str, help_text: str, histograms: Iterable[tuple[Mapping[str, str], Histogram]]) -> Family:
