@@ -503,20 +503,16 @@ class Snapshot:
     @property
     def retry_after(self) -> int:
         """In how many seconds there will be room in the queue, at the present rate of deliveries; 1 to MAX_WAIT."""
-        if self.stream is not None:
-            return self._room_in_stream(self.stream)
-        return max(self._room_in(worker) for worker in self.workers)
+        workers, stream = self.workers, self.stream
+        if stream is not None:
+            lacking = max(worker.lacking for worker in workers)
+            return _seconds_until_room(lacking, stream.bytes, stream.messages, stream.settled_per_second)
+        rate = self.rates.delivered / len(workers)
+        return max(_seconds_until_room(each.lacking, each.queue_bytes, each.undone, rate) for each in workers)
 
-    def _room_in_stream(self, stream: StreamFigures) -> int:
-        lacking = max((worker.lacking for worker in self.workers), default=0)
-        if not (lacking and stream.messages):
-            return 1
-        seconds = lacking / (stream.bytes / stream.messages) / max(stream.settled_per_second, 1e-9)
-        return max(1, math.ceil(min(seconds, MAX_WAIT)))
 
-    def _room_in(self, worker: WorkerFigures) -> int:
-        if not (worker.lacking and worker.undone):  # or there is room as soon as the file is synced
-            return 1
-        records_per_second = self.rates.delivered / len(self.workers)
-        seconds = worker.lacking / (worker.queue_bytes / worker.undone) / max(records_per_second, 1e-9)
-        return max(1, math.ceil(min(seconds, MAX_WAIT)))
+def _seconds_until_room(lacking: int, size: int, records: int, records_per_second: float) -> int:
+    if not (lacking and records):  # or there is room as soon as the file is synced
+        return 1
+    seconds = lacking / (size / records) / max(records_per_second, 1e-9)
+    return max(1, math.ceil(min(seconds, MAX_WAIT)))
