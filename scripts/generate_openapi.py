@@ -1,8 +1,8 @@
 """Write src/fastdist/http/openapi.json: ``make generated``. With ``--check``: fail unless it is what would be written.
 
-Schemas are those of ``fastdist.http.models``; the rest stands here and in ``openapi_parts`` (responses and their
-headers), what is for log agents in ``openapi_agents`` and ``openapi_formats``. HEAD and OPTIONS follow from the routes,
-as in ``fastdist.http.api``.
+Schemas are those of ``fastdist.http.models`` and ``responses``; the rest stands here and in ``openapi_parts``
+(responses and their headers), what is for log agents in ``openapi_agents`` and ``openapi_formats``. HEAD and OPTIONS
+follow from the routes, as in ``fastdist.http.api``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import msgspec
 
 from fastdist import __version__
 from fastdist.http import models
-from fastdist.http.api import PREFLIGHT_SECONDS, REQUEST_HEADERS, problem
+from fastdist.http.api import PREFLIGHT_SECONDS, REQUEST_HEADERS
+from fastdist.http.responses import Accepted, ChangedSetting, Delivered, Ready, Reloaded, problem
 from fastdist.http.static import POLICY
 
 Json = dict[str, Any]
@@ -342,13 +343,13 @@ RESPONSES = {
     # packets
     "Delivered": shows(
         "To `Prefer: wait`: the packet was delivered.",
-        delivered=models.Delivered(packet_id=PACKET_ID, messages=2, analyzer="A2"),
+        delivered=Delivered(packet_id=PACKET_ID, messages=2, analyzer="A2"),
     ),
     "Accepted": shows(
         "The packet is safe (`queue.durability` says against what), and will be delivered.",
         IN_ACCEPTED,
-        accepted=models.Accepted(packet_id=PACKET_ID, messages=2),
-        withValidationNone=models.Accepted(packet_id="my-key-1"),
+        accepted=Accepted(packet_id=PACKET_ID, messages=2),
+        withValidationNone=Accepted(packet_id="my-key-1"),
     ),
     "NoPacket": refuses(
         400,
@@ -423,7 +424,7 @@ RESPONSES = {
     ),
     # figures
     "Health": shows("It serves.", usual=HEALTH, degraded=DEGRADED),
-    "Ready": shows("It does.", usual=models.Ready()),
+    "Ready": shows("It does.", usual=Ready()),
     "Unready": refuses(
         503,
         "Draining, full or unable to store: send no packets now. Or: too many connections.",
@@ -472,8 +473,8 @@ RESPONSES = {
     "Changed": shows("The change is in force, and kept over restarts. This is the analyzer now.", draining=DRAINING),
     "Reloaded": shows(
         "It is in force.",
-        usual=models.Reloaded(
-            changed=[models.ChangedSetting(setting="analyzers[A2].weight", before="0.4", after="0.6")],
+        usual=Reloaded(
+            changed=[ChangedSetting(setting="analyzers[A2].weight", before="0.4", after="0.6")],
             needs_restart=["server.port"],
             masked=["A3"],
         ),

@@ -26,7 +26,8 @@ from msgspec.structs import replace
 
 from fastdist import packet
 from fastdist._core import Intake, PacketRing, file_size
-from fastdist.http.api import Api, problem
+from fastdist.http.api import Api
+from fastdist.http.responses import problem
 from fastdist.settings import Config, Limits, Security, Server
 from fastdist.shm.block import AnalyzerWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.snapshot import REJECTIONS, Snapshot

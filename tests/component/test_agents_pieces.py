@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from support import files_end_at
 
 from fastdist._core import HEADER_SIZE, PacketRing
-from fastdist.http.api import problem
+from fastdist.http.responses import problem
 from fastdist.protocols import base
 from fastdist.worker.ingest import IngestProtocol
 

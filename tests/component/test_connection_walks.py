@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from ingest_harness import BODY, CONTINUE, Service, head, keyed, post, post_chunked, read_answers
 from upstream_harness import OK, SECOND, Desk, reply
 
-from fastdist.http.api import problem
+from fastdist.http.responses import problem
 
 READS = ("IDLE", "HEAD", "BODY", "CHUNKS", "WHOLE")
 BODIES = ("LENGTH", "CHUNKED", "CHUNKS")

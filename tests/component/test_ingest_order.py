@@ -7,7 +7,7 @@ import time
 import pytest
 from ingest_harness import BODY, CONTINUE, Service, chunk, head, keyed, post
 
-from fastdist.http.api import problem
+from fastdist.http.responses import problem
 
 FAULT = problem(503, "the packet could not be written to disk", headers=b"Retry-After: 1\r\n")
 STORAGE_FAULT = (FAULT.status, "Service Unavailable", FAULT.headers, FAULT.body)

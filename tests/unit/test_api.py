@@ -15,8 +15,9 @@ from structlog.testing import capture_logs
 
 from fastdist._core import RequestHead
 from fastdist.exchange import Response, reason
-from fastdist.http.api import LOG_INTERVAL, Api, accepts, cors_headers, problem
+from fastdist.http.api import LOG_INTERVAL, Api, accepts, cors_headers
 from fastdist.http.metrics import CONTENT_TYPE, OPENMETRICS_CONTENT_TYPE
+from fastdist.http.responses import problem
 from fastdist.ipc import Action
 from fastdist.settings import Config, Security
 from fastdist.shm.block import AnalyzerWord, HeadWord, SharedBlock, WorkerWord

@@ -17,11 +17,11 @@ RULES = {
     "net": SHARED,
     "shm": SHARED,
     "storage": SHARED,
-    "protocols": SHARED | {"http.models"},
+    "protocols": SHARED | {"http.responses"},
     "http": SHARED | {"shm"},
     "worker": SHARED | {"net", "shm", "storage", "protocols", "http"},
     "supervisor": SHARED | {"net", "shm", "storage"},
-    "client": SHARED | {"storage", "http.models"},
+    "client": SHARED | {"storage", "http.models", "http.responses"},
     "cli": SHARED | {"net", "storage", "supervisor", "client"},
 }
 

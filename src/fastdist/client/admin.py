@@ -15,7 +15,8 @@ import msgspec
 
 from fastdist.client.connection import Connection, describe
 from fastdist.errors import Fault
-from fastdist.http.models import Analyzer, Analyzers, Problem, Reloaded
+from fastdist.http.models import Analyzer, Analyzers
+from fastdist.http.responses import Problem, Reloaded
 
 if TYPE_CHECKING:
     from fastdist.client.connection import Response, Target

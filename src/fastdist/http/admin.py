@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from fastdist import packet
 from fastdist.errors import PacketError
-from fastdist.http.models import MAX_WEIGHT
+from fastdist.http.responses import MAX_WEIGHT
 from fastdist.ipc import Action
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
 import msgspec
@@ -25,7 +25,7 @@ from fastdist.errors import INTERNAL_ERROR
 from fastdist.exchange import JSON, Request, Response
 from fastdist.http import metrics, stats
 from fastdist.http.admin import RefusedError, authorize, parse_override
-from fastdist.http.models import Model, Problem, Ready
+from fastdist.http.responses import Ready, json_response, problem
 from fastdist.http.static import FOLDER, pages
 from fastdist.ipc import Action
 from fastdist.retry_after import retry_after
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from fastdist.shm.snapshot import Snapshot
 
-PROBLEM = b"Content-Type: application/problem+json\r\n"
 PREFLIGHT_SECONDS = 600  # how long a browser may go by the response to its preflight
 PUBLIC = ("/health", "/ready")  # paths that are served at each address
 REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
@@ -46,28 +45,6 @@ log = logs.get()
 
 
 Handler = Callable[[Request], Response | Action]
-
-
-def json_response(document: Model, status: int = 200) -> Response:
-    """Return a document as JSON."""
-    return Response(status, msgspec.json.encode(document), JSON)
-
-
-def problem(
-    status: int,
-    detail: str,
-    *,
-    errors: Sequence[Mapping[str, Any]] | None = None,
-    headers: bytes = b"",
-    stored: str = "",
-) -> Response:
-    """Return an RFC 9457 document; ``errors`` are members of ``FieldError``, of the fields at fault, if any.
-
-    ``stored``: whether the packet is, where that has to be said.
-
-    Any text is allowed, also what is not Unicode: see ``printable``.
-    """
-    return Response(status, msgspec.json.encode(Problem.of(status, detail, errors, stored)), PROBLEM + headers)
 
 
 class Faults:

@@ -1,44 +1,24 @@
-"""The JSON of the HTTP API: the server encodes these structs, ``fastdist top`` decodes them.
+"""The JSON of the HTTP API's views: the server encodes these structs, ``fastdist top`` decodes them.
 
 - The schemas in openapi.json are made from them (``scripts/generate_openapi.py``): docstrings and ``doc`` describe the
   API.
 - Attributes are snake_case, members camelCase, in the order written here.
 - A response has every member but those that may be UNSET. Defaults are for ``top``: a server of another version may
   lack what is not shown, and may have members, or words besides those listed, that are not known here.
-- ``Change`` only describes what is taken; ``http.admin`` checks it. What packets are stands in ``fastdist.packet``.
+- What all other requests are answered is in ``http.responses``. What packets are stands in ``fastdist.packet``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
-
-from fastdist.errors import printable
-from fastdist.exchange import reason
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-MAX_WEIGHT = 1e100  # that can be set, so that no sum of weights is ever infinite
 
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Number = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
-PacketId = Annotated[
-    str,
-    Meta(
-        description="The packet's id: a UUIDv7, or the request's Idempotency-Key.",
-        pattern=r"^[!#-+\--:<-\[\]-~]{1,64}$",
-        examples=["019b7a5c-3f2e-7c4d-8a1b-5e6f708192a3"],
-    ),
-]
-Messages = Annotated[
-    Positive | UnsetType,
-    Meta(description='How many messages it holds; absent with `server.validation = "none"`.'),
-]
 
 
 def doc(text: str) -> Meta:
@@ -46,15 +26,13 @@ def doc(text: str) -> Meta:
     return Meta(description=text)
 
 
-def _words(*words: str) -> Meta:
+def words(*words: str) -> Meta:
+    """Return what lists the words that a member may be."""
     return Meta(extra_json_schema={"enum": list(words)})
 
 
 class Model(Struct, rename="camel"):
     """A JSON object."""
-
-
-# ---- problems
 
 
 class FieldError(Model, kw_only=True):
@@ -73,71 +51,7 @@ class FieldError(Model, kw_only=True):
     line: Annotated[Positive | UnsetType, doc("The line there, or that of the table it belongs into.")] = UNSET
 
 
-class Problem(Model, kw_only=True):
-    """What went wrong (RFC 9457)."""
-
-    type: Annotated[Literal["about:blank"], doc("Always `about:blank`: `status` says what kind of problem it is.")] = (
-        "about:blank"
-    )
-    title: Annotated[str, doc("The status in words.")]
-    status: Annotated[int, Meta(description="The status of the response.", ge=400, le=599)]
-    detail: Annotated[str, Meta(description="What was wrong with this request, for a person to read.", min_length=1)]
-    errors: Annotated[
-        Annotated[list[FieldError], Meta(min_length=1, max_length=1000)] | UnsetType,
-        doc("The fields at fault, where it is fields."),
-    ] = UNSET
-    stored: Annotated[
-        Annotated[str, _words("no", "unknown")] | UnsetType,
-        doc(
-            "Of a 503 to POST /logs with `queue.backend` `jetstream`. `no`: the packet will not be delivered. "
-            "`unknown`: it may be; to send it again under the same Idempotency-Key is right."
-        ),
-    ] = UNSET
-
-    @classmethod
-    def of(
-        cls, status: int, detail: str, errors: Sequence[Mapping[str, Any]] | None = None, stored: str = ""
-    ) -> Problem:
-        """Return what says this; ``errors`` are members of ``FieldError``. Any text will do: see ``printable``."""
-        faults = [FieldError(**{name: _printable(member) for name, member in error.items()}) for error in errors or ()]
-        return cls(
-            title=reason(status),
-            status=status,
-            detail=printable(detail),
-            errors=faults or UNSET,
-            stored=stored or UNSET,
-        )
-
-
-def _printable(member: Any) -> Any:
-    return printable(member) if isinstance(member, str) else member
-
-
-# ---- packets
-
-
-class Accepted(Model, kw_only=True):
-    """The packet is safe, and will be delivered."""
-
-    status: Annotated[Literal["accepted"], doc("Always `accepted`.")] = "accepted"
-    packet_id: PacketId
-    messages: Messages = UNSET
-    duplicate: Annotated[
-        bool | UnsetType,
-        doc("True: a packet of this Idempotency-Key was stored before. Only with `queue.backend` `jetstream`."),
-    ] = UNSET
-
-
-class Delivered(Model, kw_only=True):
-    """The packet was delivered."""
-
-    status: Annotated[Literal["delivered"], doc("Always `delivered`.")] = "delivered"
-    packet_id: PacketId
-    messages: Messages = UNSET
-    analyzer: Annotated[str, doc("The id of the analyzer that has it.")]
-
-
-# ---- GET /health and /ready
+# ---- GET /health
 
 
 class RunningWorkers(Model, kw_only=True):
@@ -160,7 +74,7 @@ class ListedProblem(Model, kw_only=True):
     code: Annotated[str, doc("What kind of problem it is; the operations page says what to do about each.")]
     level: Annotated[
         str,
-        _words("error", "warning", "notice"),
+        words("error", "warning", "notice"),
         doc(
             "`error`: packets are refused, or none are delivered. `warning`: an operator has to look. `notice`: it is "
             "meant to be so, or passes."
@@ -189,7 +103,7 @@ class Health(Model, kw_only=True):
 
     status: Annotated[
         str,
-        _words("ok", "degraded", "unavailable"),
+        words("ok", "degraded", "unavailable"),
         doc(
             "`degraded`: `problems` has an error or a warning, such as an analyzer or a worker that is missing. "
             "`unavailable`: no analyzer is online."
@@ -199,7 +113,7 @@ class Health(Model, kw_only=True):
     uptime_seconds: Annotated[Number, doc("Since the service started.")]
     workers: RunningWorkers
     analyzers: OnlineAnalyzers
-    storage: Annotated[str, _words("ok", "failing"), doc("Whether packets can be stored.")] = "ok"
+    storage: Annotated[str, words("ok", "failing"), doc("Whether packets can be stored.")] = "ok"
     storage_error: Annotated[str | UnsetType, doc("Why they cannot, while they cannot.")] = UNSET
     failing: Annotated[
         list[str],
@@ -210,12 +124,6 @@ class Health(Model, kw_only=True):
         doc("All that is wrong, the worst first; the dashboard, `fastdist top`, systemd and the log show the same."),
     ] = []
     dead_letters: DeadLettersInShort = field(default_factory=DeadLettersInShort)
-
-
-class Ready(Model, kw_only=True):
-    """The service takes packets."""
-
-    status: Annotated[Literal["ready"], doc("Always `ready`.")] = "ready"
 
 
 # ---- GET /stats
@@ -328,7 +236,7 @@ class AnalyzerInShort(Model, kw_only=True):
     """An analyzer's shares and counts."""
 
     id: Annotated[str, Meta(description="Its name.", min_length=1)]
-    state: Annotated[str, _words("online", "offline", "draining"), doc("`draining` takes precedence over the others.")]
+    state: Annotated[str, words("online", "offline", "draining"), doc("`draining` takes precedence over the others.")]
     target_share: Annotated[Share, doc("What its weight makes of the whole.")]
     actual_share: Annotated[Share, doc("What it has had of all that was delivered, by `distribution.by`.")]
     delivered: Annotated[Count, doc("Packets it has taken.")]
@@ -342,7 +250,7 @@ class Worker(Model, kw_only=True):
 
     id: Annotated[Count, doc("Its number.")]
     pid: Annotated[Positive | None, doc("Its process; null while it does not run.")]
-    state: Annotated[str, _words("starting", "running", "draining", "stopped"), doc("What it does.")]
+    state: Annotated[str, words("starting", "running", "draining", "stopped"), doc("What it does.")]
     restarts: Annotated[Count, doc("How often it was replaced.")]
     cpu_percent: Annotated[Number, doc("Of one core, over the last second.")]
     rss_bytes: Annotated[Count, doc("Resident memory.")]
@@ -501,7 +409,7 @@ class Queue(Model, kw_only=True):
     With `backend` `jetstream`: in the stream that all replicas share, and so the same at each of them.
     """
 
-    backend: Annotated[str, _words("ring", "jetstream"), doc("Where the queue is: `queue.backend`.")] = "ring"
+    backend: Annotated[str, words("ring", "jetstream"), doc("Where the queue is: `queue.backend`.")] = "ring"
     packets: Annotated[Count, doc("That wait, without those in flight.")]
     bytes: Annotated[
         Count, doc("Used, by records of any kind, and by old rings: then it may be more than `capacityBytes`.")
@@ -510,7 +418,7 @@ class Queue(Model, kw_only=True):
     full: Annotated[bool, doc("Whether a worker's part is full. `/ready` is 503 then.")] = False
     in_flight: Annotated[Count, doc("Packets sent, and not answered yet.")]
     oldest_age_seconds: Annotated[Number, doc("Of the oldest packet; 0 when the queue is empty.")]
-    durability: Annotated[str, _words("memory", "disk", "fsync", "replicated"), doc("What the queue survives.")]
+    durability: Annotated[str, words("memory", "disk", "fsync", "replicated"), doc("What the queue survives.")]
     sync_interval_seconds: Annotated[
         Number,
         doc(
@@ -530,7 +438,7 @@ class Override(Model, kw_only=True):
     """What was set while the service ran, over what the configuration says."""
 
     weight: Annotated[Number | UnsetType, doc("Its weight.")] = UNSET
-    state: Annotated[Annotated[str, _words("draining")] | UnsetType, doc("It gets no new packets.")] = UNSET
+    state: Annotated[Annotated[str, words("draining")] | UnsetType, doc("It gets no new packets.")] = UNSET
 
 
 class Probation(Model, kw_only=True):
@@ -584,37 +492,3 @@ class Analyzers(Model, kw_only=True):
     """All analyzers, in the order of the configuration."""
 
     analyzers: Annotated[list[Analyzer], Meta(min_length=1)]
-
-
-# ---- changes
-
-
-class Change(Model, kw_only=True, forbid_unknown_fields=True):
-    """The changes."""
-
-    weight: Annotated[
-        Annotated[Number, Meta(le=MAX_WEIGHT)] | UnsetType, doc("Its new weight, relative to the others'.")
-    ] = UNSET
-    state: Annotated[
-        Literal["draining", "online"] | UnsetType,
-        doc("`draining`: it gets no new packets. `online` ends draining; it does not overrule health."),
-    ] = UNSET
-
-
-class ChangedSetting(Model, kw_only=True):
-    """A setting with its values as text, secrets masked."""
-
-    setting: Annotated[str, doc("Its path; of an analyzer with its id: `analyzers[A2].weight`.")]
-    before: Annotated[str | None, doc("What was in force; null if it was not there.")]
-    after: Annotated[str | None, doc("What is in force now; null if it is gone.")]
-
-
-class Reloaded(Model, kw_only=True):
-    """The configuration was read again, and is in force."""
-
-    status: Annotated[Literal["reloaded"], doc("Always `reloaded`.")] = "reloaded"
-    changed: Annotated[list[ChangedSetting], doc("What has changed by it.")] = []
-    masked: Annotated[
-        list[str], doc("Analyzers whose weight in the file has no effect, since another was set while the service ran.")
-    ] = []
-    needs_restart: Annotated[list[str], doc("Settings that differ from those in force and change with a restart only.")]

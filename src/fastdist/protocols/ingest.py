@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import unquote
 
-import msgspec
-
 from fastdist.exchange import JSON, Request, Response
-from fastdist.http.models import Problem
+from fastdist.http.responses import problem
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
@@ -17,7 +15,6 @@ from fastdist.protocols.records import Common, Packets, add_lines, add_records
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work
 
-PROBLEM = b"Content-Type: application/problem+json\r\n"
 JSON_TYPES = (
     "",
     "application/json",
@@ -44,8 +41,7 @@ class Json(Protocol):
         """Return a problem document (RFC 9457) whose pointer is the number of the record at fault."""
         status = STATUSES[refused.reason]
         errors = [] if refused.record is None else [{"pointer": f"/{refused.record}", "detail": refused.detail}]
-        headers = PROBLEM + refusal_headers(refused)
-        return Response(status, msgspec.json.encode(Problem.of(status, refused.detail, errors)), headers)
+        return problem(status, refused.detail, errors=errors, headers=refusal_headers(refused))
 
 
 def _ready(_request: Request, _obstacle: str) -> Response:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastdist import ipc
 from fastdist.http import stats
-from fastdist.http.api import json_response, problem
-from fastdist.http.models import ChangedSetting, Reloaded
+from fastdist.http.responses import ChangedSetting, Reloaded, json_response, problem
 from fastdist.ipc import Action, Message
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Emitters' connections: their life, their time-outs, and every response but 202.
 
 The compiled ``IngestBase`` reads requests and accepts packets; it calls the methods here for whatever is seldom.
-Responses are bytes; problems are RFC 9457 documents made by ``fastdist.http.api``.
+Responses are bytes; problems are documents of RFC 9457.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fastdist._core import IngestBase, Intake, PendingResponse
 from fastdist.errors import INTERNAL_ERROR, PacketError
 from fastdist.exchange import Request, Response
 from fastdist.http.admin import has_token, is_token
-from fastdist.http.api import cors_headers, is_preflight, problem
+from fastdist.http.api import cors_headers, is_preflight
+from fastdist.http.responses import problem
 from fastdist.net.proxies import TrustedProxies
 from fastdist.protocols.base import BUSY, STATUSES, Reason, Refused, refusal_headers
 from fastdist.protocols.encodings import decode

@@ -28,7 +28,8 @@ import uvloop
 from fastdist import __version__, ipc, logs, packet
 from fastdist._core import Intake, Poller
 from fastdist.errors import StartError
-from fastdist.http.api import Api, problem
+from fastdist.http.api import Api
+from fastdist.http.responses import problem
 from fastdist.ipc import Assignment, Message
 from fastdist.net import tls
 from fastdist.net.connect import Shortage

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fastdist._core import Receiver, Stream
 from fastdist.exchange import reason
-from fastdist.http.api import problem
+from fastdist.http.responses import problem
 from fastdist.worker.listener import Acceptor, refuse
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from fastdist import packet
 from fastdist._core import Intake
-from fastdist.http.api import Api, problem
+from fastdist.http.api import Api
+from fastdist.http.responses import problem
 from fastdist.worker.ingest import Emitters, IngestProtocol
 from fastdist.worker.listener import serve
 from fastdist.worker.tls import TlsServer

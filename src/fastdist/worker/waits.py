@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
-from fastdist.http.api import json_response, problem
-from fastdist.http.models import Accepted, Delivered
+from fastdist.http.responses import Accepted, Delivered, json_response, problem
 from fastdist.protocols.base import Reason, Refused
 
 if TYPE_CHECKING:

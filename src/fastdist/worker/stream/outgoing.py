@@ -20,8 +20,7 @@ from msgspec import UNSET
 from fastdist import logs
 from fastdist._core import claim_bundle, done_all
 from fastdist.errors import INTERNAL_ERROR
-from fastdist.http.api import json_response, problem
-from fastdist.http.models import Accepted
+from fastdist.http.responses import Accepted, json_response, problem
 from fastdist.retry_after import retry_after
 from fastdist.storage.jetstream.message import StoredPacket, encode, whole
 from fastdist.storage.jetstream.publisher import Outcome
