@@ -17,7 +17,8 @@ from fastdist.errors import printable
 from fastdist.exchange import JSON, Request, Response
 from fastdist.protocols.base import BUSY, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
-from fastdist.protocols.records import MAX_DEPTH, Common, Packets, decode_value, encode, text_of, whole_lines
+from fastdist.protocols.packets import Packets, encode
+from fastdist.protocols.records import MAX_DEPTH, Common, decode_value, text_of, whole_lines
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping

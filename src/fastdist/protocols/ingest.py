@@ -10,7 +10,8 @@ from fastdist.http.responses import problem
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
-from fastdist.protocols.records import Common, Packets, add_lines, add_records
+from fastdist.protocols.packets import Packets
+from fastdist.protocols.records import Common, add_lines, add_records
 
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work

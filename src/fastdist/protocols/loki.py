@@ -11,15 +11,13 @@ from fastdist.errors import printable
 from fastdist.exchange import Request, Response
 from fastdist.protocols.base import PROTOBUF_TYPES, STATUSES, TEXT, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode, snappy_block
+from fastdist.protocols.packets import FLUSH, Packets, encode
 from fastdist.protocols.records import (
-    FLUSH,
     LEVELS_BYTES,
     STEP,
     Common,
-    Packets,
     decode_value,
     decoded_size,
-    encode,
     json_records,
     level_of,
     text_of,

@@ -13,16 +13,14 @@ from fastdist.errors import printable
 from fastdist.exchange import JSON, Request, Response
 from fastdist.protocols.base import PROTOBUF_TYPES, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
+from fastdist.protocols.packets import FLUSH, Packets, encode
 from fastdist.protocols.records import (
-    FLUSH,
     LEVELS_BYTES,
     NS,
     STEP,
     Common,
-    Packets,
     decode_value,
     decoded_size,
-    encode,
     json_records,
     level_of,
     text_of,

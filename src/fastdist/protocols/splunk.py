@@ -12,7 +12,8 @@ from fastdist.exchange import JSON, Request, Response
 from fastdist.packet import MAX_EMITTER_ID
 from fastdist.protocols.base import BUSY, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
 from fastdist.protocols.encodings import decode
-from fastdist.protocols.records import Common, Packets, add_lines, decode_value, json_texts, level_of, text_of, time_of
+from fastdist.protocols.packets import Packets
+from fastdist.protocols.records import Common, add_lines, decode_value, json_texts, level_of, text_of, time_of
 
 if TYPE_CHECKING:
     from fastdist.protocols.base import Limits, Work

@@ -14,7 +14,8 @@ from test_json_records import NAMES, Members, any_json, bodies
 from fastdist._core import json_fault
 from fastdist.protocols import loki, otlp
 from fastdist.protocols.base import Reason
-from fastdist.protocols.records import MAX_DEPTH, encode
+from fastdist.protocols.packets import encode
+from fastdist.protocols.records import MAX_DEPTH
 
 LOGS, PUSH = "/v1/logs", "/loki/api/v1/push"
 KIND = "application/json"

@@ -16,6 +16,7 @@ from fastdist._core import JsonValues, count_commas, date_time, is_rfc3339, json
 from fastdist.packet import LEVELS, is_date_time
 from fastdist.protocols import records
 from fastdist.protocols.base import Reason, Refused
+from fastdist.protocols.packets import Packets, encode
 from fastdist.protocols.records import level_of, time_of
 
 # ------------------------------------------------------------------------------------------------------------- times
@@ -238,7 +239,7 @@ def test_a_record_over_a_packet_is_413():
 
 
 def test_large_messages_do_not_wait_for_many():
-    gathered = records.Packets(LIMITS, {})
+    gathered = Packets(LIMITS, {})
     for number in range(1, 20):
         gathered.add("e", {"message": "m"}, 50_000)
         assert gathered.number == number
@@ -392,7 +393,7 @@ def test_compiled_mapping_agrees(record, fixed):
     common = {"source": "s", "fixed_emitter": fixed}
     found = mapped(record, **common)
     expected = records.Common(RECEIVED_NS, "-", **common).message(dict(record))
-    assert found is None or found == (expected[0], json.loads(records.encode(expected[1])))
+    assert found is None or found == (expected[0], json.loads(encode(expected[1])))
 
 
 @pytest.mark.parametrize(
