@@ -19,8 +19,9 @@ from fastdist.shm.problems import problems, status
 if TYPE_CHECKING:
     from msgspec import UnsetType
 
+    from fastdist.shm.figures import AnalyzerFigures, WorkerFigures
     from fastdist.shm.histograms import Histogram
-    from fastdist.shm.snapshot import AnalyzerFigures, Snapshot, WorkerFigures
+    from fastdist.shm.snapshot import Snapshot
 
 
 def health(snapshot: Snapshot) -> models.Health:

@@ -20,7 +20,8 @@ from fastdist.shm.supervisor_report import key
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from fastdist.shm.snapshot import AnalyzerFigures, Snapshot, WorkerFigures
+    from fastdist.shm.figures import AnalyzerFigures, WorkerFigures
+    from fastdist.shm.snapshot import Snapshot
     from fastdist.shm.supervisor_report import Report
 
 NEARLY_FULL = 0.8  # of a worker's part of the queue

@@ -13,12 +13,9 @@ from __future__ import annotations
 import errno
 import math
 import os
-import signal
 import time
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
-
-from msgspec import Struct
+from typing import TYPE_CHECKING
 
 from fastdist._core import (
     ANALYZER_FIELDS,
@@ -32,7 +29,8 @@ from fastdist._core import (
     WORDS_PER_PROTOCOL,
 )
 from fastdist.settings import PROTOCOLS
-from fastdist.shm.block import HUNG, AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
+from fastdist.shm.block import AnalyzerWord, HeadWord, Step, WorkerState, WorkerWord
+from fastdist.shm.figures import AnalyzerFigures, ProtocolFigures, Rates, WorkerFigures
 from fastdist.shm.histograms import Histogram, merge
 from fastdist.shm.supervisor_report import Report, decode
 from fastdist.shm.weights import effective_weights, normalised, seems_online
@@ -68,7 +66,6 @@ STREAM_FAULTS = {  # errno -> what it means where the queue is a stream
     errno.ETIMEDOUT: "the stream does not acknowledge",
 }
 MAX_WAIT = 30  # seconds, of Retry-After
-FIRST_ERROR = 400  # of statuses
 MIN_WINDOW_NS = 1_000_000_000  # one packet a millisecond after a sample is not a thousand a second
 
 _INGEST = COUNTER_WORDS  # where the histograms of a row begin
@@ -76,100 +73,6 @@ _QUEUE_WAIT = _INGEST + WORDS_PER_HISTOGRAM
 _LOOP_LAG = _QUEUE_WAIT + WORDS_PER_HISTOGRAM
 _PUBLISH = _LOOP_LAG + WORDS_PER_HISTOGRAM
 _ANALYZERS = _INGEST + HISTOGRAMS_PER_ROW * WORDS_PER_HISTOGRAM
-
-
-class Rates(NamedTuple):
-    """Packets a second."""
-
-    accepted: float
-    delivered: float
-
-
-class WorkerFigures(Struct, frozen=True):
-    """What is shown of a worker; ``oldest_ns`` is as ``age`` takes it, ``end_ns`` wall clock; 0 for none.
-
-    ``lacking``: bytes that have to become free until there is room for one more packet like the last.
-    ``end_status`` and ``end_ns`` are of the process before this one, if there was one: see ``WorkerWord``.
-    """
-
-    id: int
-    pid: int
-    state: WorkerState
-    restarts: int
-    cpu_ns: int
-    cpu_percent: float
-    rss_bytes: int
-    accepted: int
-    delivered: int
-    queued: int
-    queue_bytes: int
-    capacity_bytes: int
-    undone: int
-    oldest_ns: int
-    storage_fault: int  # errno, 0: packets can be stored
-    dead_letters_fault: int  # errno, 0: dead letters can be written
-    lacking: int
-    end_status: int
-    end_ns: int
-
-    @property
-    def running(self) -> bool:
-        """Whether it serves."""
-        return self.state in {WorkerState.RUNNING, WorkerState.DRAINING}
-
-    @property
-    def ended(self) -> str:
-        """How the process before the present one ended, unasked; empty if none did."""
-        if not self.end_ns:
-            return ""
-        if self.end_status == HUNG:
-            return "it hung and was killed"
-        if self.end_status < 0:
-            names = {int(each): each.name for each in signal.Signals}
-            return f"ended by signal {names.get(-self.end_status, -self.end_status)}"
-        return f"ended with exit status {self.end_status}"
-
-
-class ProtocolFigures(NamedTuple):
-    """What has come of requests in an agents' protocol: records that were accepted, responses by status."""
-
-    records: int
-    statuses: dict[int, int]
-
-    @property
-    def requests(self) -> int:
-        """All of them."""
-        return sum(self.statuses.values())
-
-    @property
-    def refused(self) -> int:
-        """Those that were answered with an error."""
-        return sum(count for status, count in self.statuses.items() if status >= FIRST_ERROR)
-
-
-class AnalyzerFigures(Struct, frozen=True):
-    """What every view shows of an analyzer: its shares, and counts over all workers."""
-
-    slot: int
-    analyzer: Analyzer
-    weight: float
-    weight_overridden: bool
-    online: bool
-    on_probation: bool
-    draining: bool
-    target_share: float
-    effective_share: float
-    actual_share: float
-    delivered: int
-    failed: int
-    retried: int
-    in_flight: int
-    connections: int
-
-    @property
-    def state(self) -> str:
-        """One word; the administrator's setting comes before the state."""
-        return "draining" if self.draining else "online" if self.online else "offline"
 
 
 class Snapshot:
