@@ -129,14 +129,12 @@ class Outgoing:
                 self._send(_Message(begin, behind, handles, accepted_ns), whole(packets), self.message_id())
             if alone:
                 packet = ring.packet(alone)
-                self._send_alone(_Message(behind, ring.claim_position, [alone], packet.accepted_ns, packet))
+                self._send_alone(_Message(behind, ring.claim_position, [alone], packet.accepted_ns, packet), packet)
             if time.monotonic_ns() >= end:
                 self.schedule()
                 break
 
-    def _send_alone(self, message: _Message) -> None:
-        packet = message.alone
-        assert packet is not None  # noqa: S101  (for type checkers)
+    def _send_alone(self, message: _Message, packet: Packet) -> None:
         sequence = packet.sequence
         message.is_keyed = sequence in self._keyed
         inbox = self._reply_to(sequence) if sequence in self._emitters.waiting else ""
@@ -153,8 +151,7 @@ class Outgoing:
             self.publisher.store(data, message_id, lambda outcome: self._done(message, began, outcome), waited)
         except Exception as error:  # whatever it is, emitters must be answered
             log.error("a message could not be published", exc_info=error)
-            detail = INTERNAL_ERROR
-            self._done(message, began, Outcome("unknown", reason="unconfirmed", detail=detail))
+            self._done(message, began, Outcome("unknown", reason="unconfirmed", detail=INTERNAL_ERROR))
 
     def _done(self, message: _Message, began: int, outcome: Outcome) -> None:
         if message.over:
@@ -176,8 +173,8 @@ class Outgoing:
         try:
             if outcome.stored != "yes":
                 self._reject(message, outcome)
-            elif message.is_keyed and outcome.duplicate:
-                self._answer_duplicate(message)
+            elif message.alone is not None and message.is_keyed and outcome.duplicate:
+                self._answer_duplicate(message, message.alone)
             message.over = True  # not before it is known what its emitters are answered
         finally:
             if message.is_keyed and message.alone is not None:
@@ -207,9 +204,7 @@ class Outgoing:
             self.counters.add("messages_accepted", -packet.messages)
             self.counters.add("bytes_accepted", -len(packet.body))
 
-    def _answer_duplicate(self, message: _Message) -> None:
-        packet = message.alone
-        assert packet is not None  # noqa: S101  (for type checkers)
+    def _answer_duplicate(self, message: _Message, packet: Packet) -> None:
         message.duplicate = True
         messages = packet.messages if self._emitters.counts_messages else UNSET
         response = json_response(Accepted(packet_id=packet.id, messages=messages, duplicate=True), 202)
