@@ -297,7 +297,7 @@ def test_one_slice_a_turn():
 
     def find(method, target, headers):
         route, brings = taken(method, target, headers)
-        take = route.found.take
+        take = route.take
 
         def counting(request, limits):
             work = take(request, limits)
@@ -309,7 +309,7 @@ def test_one_slice_a_turn():
                 steps.append(request.headers["x-emitter-id"])
                 yield value
 
-        return type(route)(route.number, route.found._replace(take=counting)), brings
+        return route._replace(take=counting), brings
 
     service.emitters.agents.find = find
     for name in "abc":

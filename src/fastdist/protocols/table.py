@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from fastdist import settings
 from fastdist.protocols import elasticsearch, ingest, loki, otlp, splunk
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ MAX_PATH: Final = 1024  # of those that are looked for among patterns
 class Found(NamedTuple):
     """What serves a path: ``take`` a request with records, ``reply`` one without; with neither the method is wrong.
 
-    ``allow``: the methods of the path.
+    ``number``: that of the protocol, for counters. ``allow``: the methods of the path.
     """
 
     protocol: Protocol
+    number: int
     take: Take | None
     reply: Respond | None
     allow: list[str]
@@ -48,7 +50,8 @@ def find(method: str, target: str, headers: Mapping[str, str], enabled: Collecti
     if route.for_json and not (method in ("GET", "HEAD") and _wants_json(headers)):
         return None
     reply = route.reply.get("GET" if method == "HEAD" else method)
-    return Found(protocol, route.take.get(method), reply, route.methods)
+    number = settings.PROTOCOLS.index(protocol.name)
+    return Found(protocol, number, route.take.get(method), reply, route.methods)
 
 
 def _wants_json(headers: Mapping[str, str]) -> bool:

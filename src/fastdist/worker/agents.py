@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-
 from fastdist.protocols.base import Limits, Reason, Refused
 from fastdist.protocols.encodings import codings
-from fastdist.protocols.table import Found, find
-from fastdist.settings import PROTOCOLS
+from fastdist.protocols.table import find
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +17,7 @@ if TYPE_CHECKING:
     from fastdist._core import Counters
     from fastdist.exchange import Request, Response
     from fastdist.protocols.base import Batch, Work
+    from fastdist.protocols.table import Found
     from fastdist.settings import Server
 
 RECORD = 256  # bytes that a packet takes in the queue besides its body, at most
@@ -27,13 +25,6 @@ RECORD = 256  # bytes that a packet takes in the queue besides its body, at most
 _COUNTERS = {Reason.EXPECTATION: "invalid"} | dict.fromkeys(
     (Reason.NOT_FOUND, Reason.METHOD, Reason.DEAD_LETTER, Reason.FAULT), ""
 )
-
-
-class Route(Struct, frozen=True):
-    """What an agent's request is for; ``number``: that of its protocol, for counters."""
-
-    number: int
-    found: Found
 
 
 class Agents:
@@ -59,25 +50,25 @@ class Agents:
             except Refused:
                 return None
         found = find(method, target, headers, self.protocols)
-        return None if found is None else (Route(PROTOCOLS.index(found.protocol.name), found), found.take is not None)
+        return None if found is None else (found, found.take is not None)
 
 
 class AgentRequest:
     """A request of an agent, and how it ends; ``counters`` are the worker's."""
 
-    def __init__(self, route: Route, request: Request, counters: Counters) -> None:
+    def __init__(self, route: Found, request: Request, counters: Counters) -> None:
         self.route, self.request, self._counters = route, request, counters
 
     def work(self, limits: Limits) -> Work:
         """Return the conversion of its records."""
-        take = self.route.found.take
+        take = self.route.take
         if take is None:
             raise AssertionError(self.request.target)
         return take(self.request, limits)
 
     def refused(self, why: Refused) -> Response:
         """Return the response to a request that is refused, in the shape of its protocol."""
-        return self._counted(self.route.found.protocol.refuse(self.request, why))
+        return self._counted(self.route.protocol.refuse(self.request, why))
 
     def stored(self, batch: Batch) -> Response:
         """Return the response to a request that was waiting for the delivery of its packets."""
@@ -85,10 +76,10 @@ class AgentRequest:
 
     def without_records(self, obstacle: str) -> Response:
         """Return the response to a request that brings nothing. ``obstacle``: why nothing can be stored now, if so."""
-        reply = self.route.found.reply
+        reply = self.route.reply
         if reply is not None:
             return reply(self.request, obstacle)
-        methods = ", ".join(self.route.found.allow)
+        methods = ", ".join(self.route.allow)
         detail = f"{methods} are what this path takes"
         return self.refused(Refused(Reason.METHOD, detail, headers=f"Allow: {methods}\r\n".encode()))
 

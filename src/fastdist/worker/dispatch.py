@@ -163,7 +163,7 @@ class Dispatcher(Outcomes):
         self.online = online
         for slot in pickable:
             self.touch(self.pools[slot])
-        self._all_in_flight = sum(self.pools[slot].max_in_flight for slot in self.weights)
+        self._all_in_flight = sum(max_in_flight(self.pools[slot].delivery) for slot in self.weights)
 
     @property
     def _sticky(self) -> bool:

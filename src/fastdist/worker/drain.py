@@ -70,9 +70,7 @@ class Drain:
         self._emitters.end_waiting()
         self._queue.close()
         self._intake.synced()
-        for connection in tuple(self._intake.connections):
-            if connection.transport is not None:
-                connection.transport.close()
+        self._emitters.close_all()
         dead_letter_writer.close()
 
     async def _finish(self, deadline: float) -> None:

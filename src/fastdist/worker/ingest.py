@@ -162,6 +162,12 @@ class Emitters:
         for sequence in tuple(self.waiting):
             self.wait_over(sequence)
 
+    def close_all(self) -> None:
+        """Close all connections when all is written."""
+        for connection in tuple(self.intake.connections):
+            if connection.transport is not None:
+                connection.transport.close()
+
     def forget(self, connection: IngestProtocol) -> None:
         """Drop the waits of a connection that is gone."""
         for sequence in tuple(connection.awaited):
@@ -333,7 +339,7 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
         given, tokens = authorization.decode("latin-1"), self.emitters.tokens
         if self.route is None:
             return has_token(given, tokens)
-        forms = self.route.found.protocol.tokens({"authorization": given})
+        forms = self.route.protocol.tokens({"authorization": given})
         return sum(is_token(form, tokens) for form in forms) > 0
 
     def unauthorized(self, authorization: bytes | None) -> bytes:
@@ -404,9 +410,9 @@ class IngestProtocol(IngestBase, asyncio.Protocol):
 
     def _without_records(self, method: str, headers: Mapping[str, str], body: bytes) -> Response:
         agent, api = self._agent(body), self.emitters.api
-        found = agent.route.found
-        if method == "OPTIONS" and (found.reply is None or is_preflight(headers)):
-            return api.options(headers, found.allow)
+        route = agent.route
+        if method == "OPTIONS" and (route.reply is None or is_preflight(headers)):
+            return api.options(headers, route.allow)
         try:
             return agent.without_records(api.snapshot().obstacle)
         except Exception as error:  # noqa: BLE001  (every request gets a response)

@@ -141,11 +141,6 @@ class AnalyzerPool(PoolBase):
         for connection in (*others, *alike[:surplus]):
             connection.retire()
 
-    @property
-    def max_in_flight(self) -> int:
-        """How many packets may be in flight to the analyzer."""
-        return max_in_flight(self.delivery)
-
     # ---- connecting
 
     def open_more(self) -> None:

@@ -90,6 +90,4 @@ class Views:
         """Accept no more connections, and close those that are there."""
         if self._acceptor is not None:
             self._acceptor.close()
-        for connection in tuple(self.intake.connections):
-            if connection.transport is not None:
-                connection.transport.close()
+        self.emitters.close_all()
