@@ -31,13 +31,12 @@ from fastdist.worker.upstream import AnalyzerPool, max_in_flight
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Unpack
 
-    from fastdist._core import AnalyzerStates, Counters, PacketRing, Poller
+    from fastdist._core import AnalyzerStates, PacketRing, Poller
     from fastdist.settings import Analyzer, Config
-    from fastdist.storage.dead_letter_files import DeadLetterFiles
-    from fastdist.storage.dead_letter_writer import Runner
-    from fastdist.worker.outcomes import MakeWriter
+    from fastdist.worker.outcomes import Parts
     from fastdist.worker.upstream import AnalyzerConnection
 
 RAMP_STEP = 0.25  # seconds: how often weights are looked at while an analyzer starts slowly
@@ -52,36 +51,19 @@ SLOW_FOR_NS = 400_000_000  # at a stretch: a hiccup does not make an analyzer sl
 
 
 class Dispatcher(Outcomes):
-    """Gives packets to analyzers.
+    """Gives packets to analyzers."""
 
-    ``settled(sequence, analyzer)`` is called for packets that failed or that an emitter waits for, with the id of the
-    analyzer that took it, or None for a dead letter. ``given_up``: see ``Outcomes``. ``run_in_thread``: see
-    ``DeadLetterWriter``.
-    """
-
-    def __init__(  # noqa: PLR0913  (the parts a worker is wired from)
+    def __init__(
         self,
         loop: asyncio.AbstractEventLoop,  # noqa: ARG002  (taken by __cinit__)
         ring: PacketRing,  # noqa: ARG002
         states: AnalyzerStates,
         config: Config,
         *,
-        counters: Counters,
-        dead_letters: DeadLetterFiles | MakeWriter,
-        settled: Callable[[int, str | None], None],
         poller: Poller,
-        run_in_thread: Runner | None = None,
-        given_up: Callable[..., None] = lambda *_, **__: None,
+        **parts: Unpack[Parts],
     ) -> None:
-        super().__init__(
-            states,
-            config,
-            counters=counters,
-            dead_letters=dead_letters,
-            settled=settled,
-            run_in_thread=run_in_thread,
-            given_up=given_up,
-        )
+        super().__init__(states, config, **parts)
         self.poller, self.names = poller, Names()
         self._max_connections = max_upstream_connections(config.server.max_connections)
         self.room = self._max_connections  # for connections that may still be opened, till the next check

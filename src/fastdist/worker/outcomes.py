@@ -19,7 +19,7 @@ import random
 import time
 import traceback
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, Protocol, TypedDict
 
 from fastdist import logs
 from fastdist._core import DispatchBase, Rendezvous, Retrying
@@ -32,6 +32,7 @@ from fastdist.worker.upstream import LOG_INTERVAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from typing import Unpack
 
     from fastdist._core import AnalyzerStates, Counters, PacketRing
     from fastdist.settings import Analyzer, Config
@@ -87,26 +88,29 @@ class Returned(NamedTuple):
     failed: bool  # else the analyzer has not looked at it
 
 
-class Outcomes(DispatchBase):
-    """Gets outcomes from the pools. ``settled`` as for ``Dispatcher``, which keeps ``analyzers`` and ``weights``.
+class Parts(TypedDict):
+    """What a dispatcher is wired to.
 
     ``dead_letters``: files; or what, given whom to tell of each, returns what takes them.
+
+    ``settled(sequence, analyzer)`` is called for packets that failed or that an emitter waits for, with the id of the
+    analyzer that took it, or None for a dead letter. ``run_in_thread``: see ``DeadLetterWriter``.
     ``given_up(reason, analyzer=, status=)`` gets packets that become dead letters, as examples for the log.
     """
 
-    def __init__(  # noqa: PLR0913  (as Dispatcher's)
-        self,
-        states: AnalyzerStates,
-        config: Config,
-        *,
-        counters: Counters,
-        dead_letters: DeadLetterFiles | MakeWriter,
-        settled: Callable[[int, str | None], None],
-        run_in_thread: Runner | None,
-        given_up: Callable[..., None],
-    ) -> None:
-        self.analyzer_states, self.config, self.counters = states, config, counters
-        self.settled, self.given_up = settled, given_up
+    counters: Counters
+    dead_letters: DeadLetterFiles | MakeWriter
+    settled: Callable[[int, str | None], None]
+    run_in_thread: NotRequired[Runner | None]
+    given_up: NotRequired[Callable[..., None]]
+
+
+class Outcomes(DispatchBase):
+    """Gets outcomes from the pools. ``Dispatcher`` keeps ``analyzers`` and ``weights``."""
+
+    def __init__(self, states: AnalyzerStates, config: Config, **parts: Unpack[Parts]) -> None:
+        self.analyzer_states, self.config, self.counters = states, config, parts["counters"]
+        self.settled, self.given_up = parts["settled"], parts.get("given_up", lambda *_, **__: None)
         self.analyzers: dict[int, Analyzer] = {}
         self.weights: dict[int, float] = {}  # of those the table names, by slot
         self.retrying: dict[int, Retrying] = {}  # by sequence
@@ -119,10 +123,11 @@ class Outcomes(DispatchBase):
         self.any_pickable = False  # whether an analyzer is online, if only paused
         self.probation = Probation(states, config.health.rise)
         delay = 0.0 if config.queue.durability == "fsync" else config.queue.sync_interval
+        dead_letters, run = parts["dead_letters"], parts.get("run_in_thread")
         self.dead_letter_writer: Writer = (
             dead_letters(self._dead_lettered)
             if callable(dead_letters)
-            else DeadLetterWriter(dead_letters, counters, self._dead_lettered, run_in_thread, delay)
+            else DeadLetterWriter(dead_letters, self.counters, self._dead_lettered, run, delay)
         )
         self._log_limit = logs.Throttle(LOG_INTERVAL)  # of errors, by kind and line
         self._second_opinions: dict[tuple[int, ...], Rendezvous | None] = {}  # by slots already asked
