@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 from msgspec import Struct
 
 LAST = 20  # dead letters that are described
 MAX_ERROR = 200  # characters
 NEARLY_FULL = 0.8  # of a file system
+OTHER = "other"  # than the reasons that are most frequent; files of others may have any
 
 
 class Count(Struct, frozen=True, array_like=True):
@@ -62,7 +65,7 @@ class Report(Struct, frozen=True, array_like=True):
 
 
 def encode(report: Report, room: int) -> bytes:
-    """Return it as bytes, ``room`` at most: the last are left out, rare analyzers counted together, as needed."""
+    """Return it as bytes, ``room`` at most: the last are left out, rare analyzers and reasons summed up, as needed."""
     while len(data := msgspec.msgpack.encode(report)) > room:
         if report.last:
             report = msgspec.structs.replace(report, last=report.last[: len(report.last) // 2])
@@ -72,13 +75,13 @@ def encode(report: Report, room: int) -> bytes:
 
 
 def _summed(counts: tuple[Count, ...]) -> tuple[Count, ...]:
-    """Return the larger half of the counts, with the others as those of no analyzer."""
-    ordered = sorted(counts, key=lambda count: count.packets, reverse=True)
-    kept, others = ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
-    sums: dict[str, int] = {}
-    for count in [*others, *(each for each in kept if not each.analyzer)]:
-        sums[count.reason] = sums.get(count.reason, 0) + count.packets
-    return (
-        *(each for each in kept if each.analyzer),
-        *(Count(reason, "", packets) for reason, packets in sums.items()),
+    """Return the rarer half of those of an analyzer as those of none; where none has one, as those of ``OTHER``."""
+    of_analyzers = [each for each in counts if each.analyzer]
+    ordered = sorted(
+        of_analyzers or (each for each in counts if each.reason != OTHER), key=lambda count: count.packets, reverse=True
     )
+    sums = Counter({(each.reason, each.analyzer): each.packets for each in counts})
+    for each in ordered[len(ordered) // 2 :]:
+        packets = sums.pop((each.reason, each.analyzer))
+        sums[each.reason if each.analyzer else OTHER, ""] += packets
+    return tuple(Count(*kind, packets=packets) for kind, packets in sums.items())

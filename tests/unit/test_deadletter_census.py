@@ -257,6 +257,15 @@ def test_a_report_fits_and_sums_up(kinds, room):
     assert shown.last == report.last[: len(shown.last)]
 
 
+@pytest.mark.parametrize("reasons", [[str(number) for number in range(8000)], ["r" * 70000], ["r" * 70000, "other"]])
+def test_a_report_of_any_reasons_fits(reasons):
+    counts = tuple(Count(reason, "", packets) for packets, reason in enumerate(reasons, 1))
+    data = encode(Report(counts, 1, 2, ()), 64 << 10)
+    assert len(data) <= 64 << 10
+    shown = msgspec.msgpack.decode(data, type=Report)
+    assert sum(count.packets for count in shown.counts) == sum(count.packets for count in counts)
+
+
 @pytest.mark.parametrize(
     ("size", "available", "packets", "warned"),
     [(0, 0, 5, False), (100, 21, 5, False), (100, 20, 5, True), (100, 0, 5, True), (100, 0, 0, False)],

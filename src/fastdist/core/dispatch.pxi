@@ -491,7 +491,3 @@ cdef class DispatchBase:
             slot = candidates.race(mix(self.chance), self.marks)
         retrying.mark(self.marks, False)
         return slot
-
-    def choose(self, uint32_t handle):
-        """Return the slot the table gives a claimed packet, which moves the sequence on."""
-        return self.pick(&self.ring.entries[handle])

@@ -189,10 +189,6 @@ cdef class PoolBase:
         cdef Group group
         return self.handles(group.first) if self.form(&group, mono_ns()) else []
 
-    def waiting_since(self):
-        """Return since when (monotonic ns) the first has waited here, 0 if none does."""
-        return self.first_since() if self.waiting else 0
-
     cdef list handles(self, uint32_t handle):
         handles = []
         while handle:

@@ -184,9 +184,10 @@ def analyzers(snapshot: Snapshot) -> models.Analyzers:
     return models.Analyzers(analyzers=[_analyzer(snapshot, figures) for figures in snapshot.analyzers])
 
 
-def analyzer(snapshot: Snapshot, name: str) -> models.Analyzer:
-    """Return all that is known of the analyzer with that id."""
-    return next(_analyzer(snapshot, figures) for figures in snapshot.analyzers if figures.analyzer.id == name)
+def analyzer(snapshot: Snapshot, name: str) -> models.Analyzer | None:
+    """Return all that is known of the analyzer with that id; None if it does not exist."""
+    found = (_analyzer(snapshot, figures) for figures in snapshot.analyzers if figures.analyzer.id == name)
+    return next(found, None)
 
 
 def _configuration(snapshot: Snapshot) -> models.ConfigurationState:

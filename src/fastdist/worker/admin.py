@@ -57,7 +57,8 @@ class AdminRequests:
             needs_restart, masked = reply.body["needs_restart"], reply.body["masked"]
             return json_response(Reloaded(changed=changed, needs_restart=needs_restart, masked=masked))
         if reply.status == HTTPStatus.OK:
-            return json_response(stats.analyzer(self._api.snapshot(), action.analyzer))
+            analyzer = stats.analyzer(self._api.snapshot(), action.analyzer)
+            return json_response(analyzer) if analyzer else problem(404, f"{action.analyzer!r} was removed meanwhile")
         if reply.status == HTTPStatus.GATEWAY_TIMEOUT:
             return problem(503, "the supervisor has not answered in time")
         if isinstance(reply.body, list):
