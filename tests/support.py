@@ -358,7 +358,11 @@ class Distributor(Process):
     def dead_letters(self) -> list[dict[str, Any]]:
         """Return all dead letters, of any worker; a line that is just being written does not count yet."""
         files = sorted((self.folder / "data" / "dead-letters").glob("*.ndjson"))
-        return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
+        lines = []
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # it was discarded meanwhile
+                lines += file.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in lines]
 
     def worker_pids(self) -> list[int]:
         return [int(row["pid"]) for row in self.stats()["workers"]]
