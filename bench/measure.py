@@ -119,13 +119,13 @@ def throughput(scene: Scene, run: Run) -> Figures:
     ports = free_ports(run.load.analyzers)
     step = run.load.step
     with Sink(scene.tools, ports, step=step) as sink, started(scene.contestant(run, ports)) as contestant:
-        _warm_up(scene, run, contestant, sink)
+        warm_up(scene, run, contestant, sink)
         with open_and_idle(scene, contestant, run.load.bodies[0], scene.smaller(run.load.idle)):
             settle(sink)
-            return _closed_loop(contestant, sink, run, scene.folder, scene.seconds)
+            return closed_loop(contestant, sink, run, scene.folder, scene.seconds)
 
 
-def _warm_up(scene: Scene, run: Run, contestant: Contestant, sink: Sink) -> None:
+def warm_up(scene: Scene, run: Run, contestant: Contestant, sink: Sink) -> None:
     """Have it open its connections. Where there are many analyzers let it first find all of them well."""
     bodies, connections, seconds = run.load.bodies, run.load.connections, contestant.warm_up
     if run.load.analyzers > len(WEIGHTS):
@@ -141,7 +141,8 @@ def _warm_up(scene: Scene, run: Run, contestant: Contestant, sink: Sink) -> None
         wait_until_delivered(contestant, sink, 0, answered)
 
 
-def _closed_loop(contestant: Contestant, sink: Sink, run: Run, folder: Path, seconds: float) -> Figures:
+def closed_loop(contestant: Contestant, sink: Sink, run: Run, folder: Path, seconds: float) -> Figures:
+    """Load it with wrk for so long; count until everything is delivered."""
     before, cpu, sink_cpu, idle = sink.each(), contestant.cpu(), sink.cpu(), idle_seconds()
     began = time.monotonic()
     wrk = Wrk(folder, contestant.port, run.load.bodies, seconds, run.load.connections, step=run.load.step)
@@ -197,7 +198,7 @@ def outage(scene: Scene, run: Run) -> Figures:
     ports, (gone, back, end) = free_ports(run.load.analyzers), map(scene.shorter, OUTAGE)
     body, *others = run.load.bodies
     with Sink(scene.tools, ports) as sink, started(scene.contestant(run, ports)) as contestant:
-        _warm_up(scene, run, contestant, sink)
+        warm_up(scene, run, contestant, sink)
         before = sink.packets()
         order = Order(f"http://127.0.0.1:{contestant.port}/logs", body, end, run.load.connections, timeout=60)
         with ThreadPoolExecutor(1) as pool:
@@ -222,9 +223,9 @@ def pause(scene: Scene, run: Run) -> Figures:
     """Load it in a closed loop; milliseconds of the longest time for which a worker's event loop did one thing."""
     ports = free_ports(run.load.analyzers)
     with Sink(scene.tools, ports) as sink, started(scene.contestant(run, ports)) as contestant:
-        _warm_up(scene, run, contestant, sink)
+        warm_up(scene, run, contestant, sink)
         before = loop_lags(contestant.port)
-        figures = _closed_loop(contestant, sink, run, scene.folder, scene.shorter(PAUSE))
+        figures = closed_loop(contestant, sink, run, scene.folder, scene.shorter(PAUSE))
         return figures | {"pause": longest_since(before, loop_lags(contestant.port))}
 
 

@@ -7,7 +7,8 @@ import gzip
 import pytest
 from agent_requests import RECORDS, REQUESTS
 
-from fastdist.protocols.base import Limits, Request, finish
+from fastdist.exchange import Request
+from fastdist.protocols.base import Limits, finish
 from fastdist.protocols.table import NAMES, find
 
 LIMITS = Limits(max_body=10 << 20, max_packet=10 << 20, max_batch=64 << 20)

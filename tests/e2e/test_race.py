@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def test_a_tiny_race_writes_what_it_measured(tmp_path):
     assert latency["answered"] == latency["sent"] == 1000
     assert latency["p50"] <= latency["p99"] <= latency["max"]
     assert "batch, memory" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed (scripts/peers.sh installs it)")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_a_tree_is_compared_with_itself():
+    command = [sys.executable, str(ROOT / "bench" / "pairs.py"), str(ROOT), "--rounds", "2", "--work", "batch, memory"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"batch, memory: \d\.\d+ ± \d\.\d+ of before \([\d,]+ and [\d,]+\)\n", done.stdout)
 
 
 @pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed (scripts/peers.sh installs it)")
