@@ -18,7 +18,15 @@ from fastdist.shm.block import SharedBlock
 from fastdist.storage import dead_letter_census as module
 from fastdist.storage.dead_letter_census import Census, HaltedError
 from fastdist.storage.dead_letter_files import DeadLetterFiles
-from fastdist.storage.dead_letter_format import FOLDER, Selection, as_line, find_files, journal_of, read_file
+from fastdist.storage.dead_letter_format import (
+    FOLDER,
+    Selection,
+    as_line,
+    find_files,
+    journal_of,
+    read_file,
+    read_journal,
+)
 
 SECRET = b"what is in the packet"
 
@@ -138,6 +146,24 @@ def test_census_agrees_with_a_slow_reading(tmp_path_factory, events):
         assert counted(site.census) == slowly(site.folder), event
     site._close()
     assert counted(site.census) == counted(Census(site.folder / FOLDER)), "as after a restart"
+
+
+def test_replay_that_ends_during_a_look(tmp_path, monkeypatch):
+    path = fill(tmp_path, ["a", "b", "c"])
+    census = Census(tmp_path / FOLDER)
+    with HeldFile.hold(path, 0.0) as file:
+        for line, left in zip(list(file.lines()), (2, 1, 0), strict=True):
+            file.note_replayed(line)
+            if left:
+                assert census.look().packets == left
+
+    def end_before(of):
+        path.unlink()
+        journal_of(of).unlink()
+        return read_journal(of)
+
+    monkeypatch.setattr(module, "read_journal", end_before)
+    assert census.look().packets == 0
 
 
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):

@@ -316,7 +316,8 @@ class DeadLetterCount(Model, kw_only=True):
     reason: Annotated[
         str,
         doc(
-            "`refused`, `exhausted`, `oversized` or `shutdown`; `unreadable`: a line of a file that is no dead letter."
+            "`refused`, `exhausted`, `oversized` or `shutdown`; `unreadable`: a line of a file that is no dead letter; "
+            "`other`: the rarest of very many that other programs have written."
         ),
     ]
     analyzer: Annotated[str | None, doc("The analyzer that had it last; null if none had.")] = None

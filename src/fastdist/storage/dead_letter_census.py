@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RECENT = 64  # files whose last dead letters are remembered
+MAX_NAME = 64  # characters of a reason or an analyzer's id, as long as the longest of ours
 
 
 class HaltedError(Exception):
@@ -64,14 +65,14 @@ class _FileCensus:
         journal, now = _state(journal_of(self.path)), (seen.st_size, seen.st_mtime_ns)
         if (now, journal) == (self._state, self._journal) and (self.read == seen.st_size or self.torn):
             return
+        # The journal first: a replay that ends removes or renames the file, and only then its journal.
+        replayed = read_journal(self.path) if journal else {}
         with self.path.open("rb") as file:
             state = os.fstat(file.fileno())
-            if (state.st_dev, state.st_ino) != self.identity or not self._is_continued(file):
-                self._begin((state.st_dev, state.st_ino))
+            identity, is_undone = (state.st_dev, state.st_ino), not self._replayed.items() <= replayed.items()
+            if identity != self.identity or is_undone or not self._is_continued(file):
+                self._begin(identity)
             if journal != self._journal:
-                replayed = read_journal(self.path) if journal else {}
-                if not self._replayed.items() <= replayed.items():
-                    self._begin(self.identity)
                 self._take_out(file, replayed)
                 self._journal = journal
             self._read_on(file, unchanged=now == self._state, halted=halted)
@@ -116,7 +117,7 @@ class _FileCensus:
             if raw.strip():
                 self.counts[UNREADABLE, ""] += times
             return
-        self.counts[dead_letter.reason, dead_letter.analyzer or ""] += times
+        self.counts[dead_letter.reason[:MAX_NAME], (dead_letter.analyzer or "")[:MAX_NAME]] += times
         if times < 0:
             self._forget(offset)
             return

@@ -203,8 +203,10 @@ class Changes:
         return self.put_override_in_force(action, before)
 
     def put_override_in_force(self, action: Action, before: Override) -> tuple[int, object]:
-        """Let workers know what an action has changed in the overrides, and log it; return 200."""
-        slot = self.slots_in_use()[action.analyzer]
+        """Let workers know what an action has changed in the overrides, and log it; return 200 or what is wrong."""
+        slot = self.slots_in_use().get(action.analyzer)
+        if slot is None:  # a reload has removed it meanwhile
+            return 404, f"there is no analyzer {action.analyzer!r}"
         analyzer = self.analyzers[slot]
         self._put_in_force(slot, analyzer)
         if action.draining is False:  # set online: end a pause (Retry-After) and the wait for a trial

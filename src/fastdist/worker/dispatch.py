@@ -135,7 +135,7 @@ class Dispatcher(Outcomes):
             if slot not in pickable and pool.waiting and not self.probation.is_trying(slot):
                 pool.release_waiting()
         if self._sticky:
-            self.set_table(None, self.rendezvous(pickable))
+            self.set_table(None, self.rendezvous_of(pickable))
         else:
             self.set_table(AliasTable(list(pickable), list(pickable.values())) if pickable else None, None)
         self.any_pickable = any(states.is_pickable(slot) for slot in self.analyzers)
@@ -172,7 +172,7 @@ class Dispatcher(Outcomes):
         return effective_weights(self.analyzer_states, self.analyzers, self.config.health, now_ns, also=slot)
 
     def _try(self, pool: AnalyzerPool, weights: Mapping[int, float], now_ns: int) -> None:
-        handle = choose(self.ring, pool.slot, self.rendezvous(weights) if self._sticky else None)
+        handle = choose(self.ring, pool.slot, self.rendezvous_of(weights) if self._sticky else None)
         if not handle:
             return
         if not self.probation.begin(pool, self.ring.sequence(handle), now_ns):

@@ -286,10 +286,10 @@ class Outcomes(DispatchBase):
             others = {slot: analyzer for slot, analyzer in self.analyzers.items() if slot not in asked}
             weights = effective_weights(states, others, self.config.health, time.monotonic_ns())
             believed = {s: weight for s, weight in weights.items() if states.refusals(s) <= self.config.health.fall}
-            self._second_opinions[asked] = self.rendezvous(believed or weights)
+            self._second_opinions[asked] = self.rendezvous_of(believed or weights)
         return self._second_opinions[asked]
 
-    def rendezvous(self, weights: Mapping[int, float]) -> Rendezvous | None:
+    def rendezvous_of(self, weights: Mapping[int, float]) -> Rendezvous | None:
         """Return what gives each emitter one of these analyzers (weights by slot), None without any."""
         names = [self.analyzers[slot].id for slot in weights]
         return Rendezvous(names, list(weights), list(weights.values())) if weights else None
@@ -376,7 +376,7 @@ class Outcomes(DispatchBase):
 
     def make_takers(self) -> Rendezvous | None:
         """Return the analyzers that get packets now."""
-        return self.rendezvous(self.weights)
+        return self.rendezvous_of(self.weights)
 
     def _pass_on(self, handle: int, retrying: Retrying, slot: int) -> None:
         """Queue a packet for the analyzer in ``slot``; -1: no analyzer can take it now."""
