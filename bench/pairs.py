@@ -78,17 +78,14 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Compare works, one after the other."""
     chosen = arguments()
-    works = {
-        work: next(run for run in work.runs if run.contestant is Fastdist)
-        for work in WORKS
-        if (not chosen.work or work.name in chosen.work) and any(run.measure == WORK for run in work.runs)
-    }
-    if not works:
+    works = [work for work in WORKS if not chosen.work or work.name in chosen.work]
+    runs = [(work, run) for work in works for run in work.runs if (run.contestant, run.measure) == (Fastdist, WORK)]
+    if not runs:
         print(f"no work of throughput is called that; race.py --list names them: {chosen.work}", file=sys.stderr)
         return 2
-    prepare_machine(list(works))
+    prepare_machine(works)
     failed = 0
-    for work, run in works.items():
+    for work, run in runs:
         try:
             with tempfile.TemporaryDirectory(prefix="pairs-") as folder:
                 compile_tools(Path(folder))
