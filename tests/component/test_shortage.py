@@ -162,7 +162,7 @@ def test_checks_leave_descriptors_to_others():
                 return all(states.get(slot, AnalyzerWord.CHECK_FAILURES) for slot in analyzers)
 
             await until(all_checked, "each is checked")
-            assert most == limit // 4
+            assert 1 < most <= limit // 4  # fewer where sockets of tests before are collected meanwhile
             checker.close()
 
     run(scenario())
