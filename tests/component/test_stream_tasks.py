@@ -184,3 +184,35 @@ def test_fault_replaces_the_connection(monkeypatch):
         it._task.cancel()
 
     asyncio.run(run())
+
+
+def test_fault_on_losing_one_brings_another(monkeypatch):
+    """In a part of it, while that is told that a client is lost."""
+
+    async def run():
+        it = Connection(Jetstream(), "test", is_quiet=True)
+        clients: list[Client] = []
+        second = asyncio.Event()
+
+        async def try_all():
+            clients.append(Client())
+            it.client, it._ended = clients[-1], asyncio.Event()
+            return []
+
+        def connected(client):
+            if client is not clients[0]:
+                second.set()
+
+        def lost():
+            if len(clients) == 1:
+                raise KeyError("a fault")
+
+        monkeypatch.setattr(it, "_try_all", try_all)
+        it.add(SimpleNamespace(connected=connected, lost=lost))
+        it.keep()
+        await asyncio.wait_for(it.wait(), 20)
+        it.drop()
+        await asyncio.wait_for(second.wait(), 20)
+        it._task.cancel()
+
+    asyncio.run(run())

@@ -257,6 +257,13 @@ def test_damaged_override_file_is_skipped(block, tmp_path, text):
     assert block.analyzers.weight(0) == 1.0
 
 
+def test_removed_meanwhile_is_not_found(block, tmp_path):
+    """A replica awaits the shared stream between its look and the change; a reload may remove the analyzer then."""
+    it = changes(block, tmp_path, 1, 1)
+    answer = it.put_override_in_force(Action("override", "A9", 4.0, None), it.overrides.get("A9"))
+    assert answer == (404, "there is no analyzer 'A9'")
+
+
 def test_change_is_logged_with_who_and_what(block, tmp_path):
     it = changes(block, tmp_path, 1, 1)
     plain = {"weight": 1.0, "draining": False, "override": False}
