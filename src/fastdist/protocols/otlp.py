@@ -255,7 +255,7 @@ def _message(record: Any, received: str, source: str | None, common: dict[str, A
     message: dict[str, Any] = {
         "timestamp": date_time(*divmod(time or observed, NS)) if time or observed else received,
         "level": known or "info",
-        "message": event if body is None else text_of(body),
+        "message": text_of(event if body is None else body),
     }
     if source:
         message["source"] = source

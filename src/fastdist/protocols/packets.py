@@ -110,7 +110,7 @@ class Packets:
             text = bytes(raw)
             if len(text) > self._room:
                 raise self.record_too_large(None if first is None else first + number)
-            if size + len(text) + 1 > self._room:
+            if texts and size + len(text) + 1 > self._room:
                 yield b",".join(texts), len(texts)
                 texts, size = [], 0
             texts.append(text)

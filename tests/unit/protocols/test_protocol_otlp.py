@@ -242,6 +242,14 @@ def test_numbers_may_be_strings_in_json():
     assert (first["timestamp"], first["message"]) == ("2023-11-14T22:13:20.123456789Z", "1700000000123456789")
 
 
+@pytest.mark.parametrize("event", ["started", 5, True, ["a"], {"a": 1}])
+def test_any_event_name_makes_a_text(event):
+    body = json.dumps({"resourceLogs": [{"scopeLogs": [{"logRecords": [{"eventName": event}]}]}]}).encode()
+    (message,) = messages(convert("/v1/logs", body, content_type="application/json"))
+    assert message["message"] == (event if isinstance(event, str) else json.dumps(event, separators=(",", ":")))
+    assert message["metadata"] == {"eventName": event}
+
+
 @pytest.mark.parametrize("coding", ["gzip", "identity"])
 @pytest.mark.parametrize("empty", [b"", ExportLogsServiceRequest().SerializeToString()])
 def test_no_records_are_a_success(coding, empty):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import UTC, datetime, timedelta
 
@@ -228,6 +229,21 @@ def test_too_large_packets_are_split(length):
     batch = convert("/ingest", body, limits)
     assert len(batch.packets) > 1
     assert [m["message"].split()[0] for m in messages(batch)] == [str(n) for n in range(300)]
+
+
+def test_a_packet_may_be_full_to_the_byte():
+    limits = replace(LIMITS, max_packet=8192)
+    fits = []
+    for length in range(5000, 8192):
+        texts = ["x" * length, "second"]
+        body = b"\n".join(b'{"host":"h","message":"%b"}' % each.encode() for each in texts)
+        with contextlib.suppress(Refused):
+            batch = convert("/ingest", body, limits)
+            assert [m["message"] for m in messages(batch)] == texts
+            assert sum(each.messages for each in batch.packets) == len(texts)
+            fits.append(length)
+    assert fits == list(range(5000, fits[-1] + 1))
+    assert fits[-1] < 8191
 
 
 def test_a_record_over_a_packet_is_413():
