@@ -243,3 +243,22 @@ def test_values_of_repeated_field_are_joined():
         "x": "1, 2",
         "y": "",
     }
+
+
+@pytest.mark.parametrize("forwards", [0, 1, 2, 3, 24])
+@pytest.mark.parametrize("others", [0, 19, 20, 21, 60])
+def test_what_is_handed_out_is_always_found(forwards, others):
+    """However many fields come before it, also of those that each proxy adds."""
+    head = b"".join(
+        [
+            b"POST /logs HTTP/1.1\r\nHost: a\r\n",
+            *(b"X-%d: a\r\n" % number for number in range(others)),
+            *(b"X-Forwarded-For: 192.0.2.%d\r\n" % number for number in range(forwards)),
+            b"Content-Length: 7\r\nAuthorization: Bearer sesame\r\nIdempotency-Key: k\r\n\r\n",
+        ]
+    )
+    read = RequestHead(head)
+    assert read.status == 0
+    assert read.filled_by(head) == (len(head), 7, b"k", b"Bearer sesame")
+    other = head.replace(b": k", b": other").replace(b"sesame", b"x").replace(b": 7", b": 12")
+    assert read.filled_by(other) == (len(other), 12, b"other", b"Bearer x")

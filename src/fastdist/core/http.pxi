@@ -1,4 +1,4 @@
-"""HTTP/1.1 (RFC 9112), as both sides read it.
+"""The grammar of HTTP/1.1 (RFC 9112): ingest.pxi reads requests by it, and upstream.pxi replies.
 
 httptools (llhttp) alone knows the grammar. A head is cut out where its empty line is, and shown to it whole; what it has
 accepted becomes a RequestHead or a ReplyHead. That then serves as a template: heads on a connection differ in few places,
@@ -12,8 +12,8 @@ cdef struct Span:
 
 cdef enum:
     TEMPLATE_ROOM = 2048     # bytes of a head that is kept: there may be very many connections
-    MAX_HOLES = 24           # further fields have to be the same,
-    MAX_HANDED_OUT = 4       # but for these
+    MAX_HOLES = 24           # further fields have to be the same;
+    MAX_HANDED_OUT = 4       # so many are kept for what is handed out, the first field of each kind
     MAX_DIGITS = 18          # of a length that a template takes
 
 cdef enum HoleKind:
@@ -187,7 +187,7 @@ cdef class Head:
         if self.text[start - 1 - len(name):start] != name + b":":  # as behind an empty line before a reply
             self.line, self.hole_count = 0, 0
             return 0
-        if decisive or self.hole_count >= (MAX_HOLES if kind else MAX_HOLES - MAX_HANDED_OUT):
+        if decisive or (self.has_hole(kind) if kind else self.hole_count >= MAX_HOLES - MAX_HANDED_OUT):
             return 0
         if text[end - 1] == c'\r':
             end -= 1
@@ -202,6 +202,14 @@ cdef class Head:
         hole.start, hole.end, hole.kind = <int>start, <int>end, kind
         self.hole_count += 1
         return 0
+
+    cdef bint has_hole(self, HoleKind kind) noexcept nogil:
+        """Whether there is a hole of this kind: one that is handed out has room for the first."""
+        cdef int i
+        for i in range(self.hole_count):
+            if self.holes[i].kind == kind:
+                return True
+        return False
 
     cdef int take(self, bytes name, bytes value) except -1:
         """Take in a field; ``name`` is in lower case."""
