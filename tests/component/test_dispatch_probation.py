@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from upstream_harness import Bench, reply
 
-from fastdist._core import Rendezvous
+from fastdist._core import HEADER_SIZE, PacketRing, Rendezvous, file_size, record_bytes
 from fastdist.shm.block import AnalyzerWord
 from fastdist.supervisor.health import HealthChecker
 from fastdist.worker import dispatch, probation
 
 FAILED = reply(404)
 HELD = probation.HOLD_NS / 1e9
+CAPACITY = 1 << 17
 
 
 class Ward(Bench):
@@ -333,6 +336,21 @@ def test_sticky_trial_takes_its_own_packet(tmp_path):
         assert bench.at() == 1
         bench.answer_all()
         assert bench.states.is_online(0)
+
+
+def test_damage_strands_no_candidate(tmp_path):
+    """Of the packets a trial is chosen from, with the strategy sticky: the others stay to be claimed."""
+    with (tmp_path / "ring").open("w+b") as file:
+        file.truncate(file_size(CAPACITY))
+        ring = PacketRing(file.fileno(), CAPACITY)
+        for _ in range(5):
+            ring.push(b"x" * 100, "p")
+        ring.forget_kept()
+        os.pwrite(file.fileno(), b"?", HEADER_SIZE + 2 * record_bytes(1, 100) - 10)
+        chosen = probation.choose(ring, 0, Rendezvous(["A1"], [0], [1.0]))
+        assert ring.claimed == 1
+        ring.done(chosen)
+        assert ring.undone == 4
 
 
 def test_a_slow_start_begins_when_it_is_back(tmp_path):

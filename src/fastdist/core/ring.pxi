@@ -735,6 +735,10 @@ cdef class PacketRing:
         """Return the sequence of the claimed packet, which unlike its handle is never used again."""
         return self.entries[self._checked(handle)].sequence
 
+    def emitter(self, uint32_t handle):
+        """Return the hash of the claimed packet's emitterId."""
+        return self.entries[self._checked(handle)].emitter
+
     def packet_id(self, uint32_t handle):
         """Return the id of the claimed packet."""
         return record_id(self.record_of(self._checked(handle)))

@@ -122,7 +122,7 @@ def choose(ring: PacketRing, slot: int, owners: Rendezvous | None) -> int:
     claimed: list[int] = []
     while len(claimed) < LOOKED_AT and (handle := ring.claim()):
         claimed.append(handle)
-    fit = [handle for handle in claimed if owners is None or owners.pick(ring.packet(handle).emitter) == slot]
+    fit = [handle for handle in claimed if owners is None or owners.pick(ring.emitter(handle)) == slot]
     chosen = min(fit, key=ring.attempts, default=0)
     for handle in claimed:  # they keep their order
         if handle != chosen:
