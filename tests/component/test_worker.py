@@ -27,6 +27,7 @@ from fastdist.worker.drain import Drain
 from fastdist.worker.ingest import IngestProtocol
 from fastdist.worker.main import Assignment, Worker
 from fastdist.worker.migrate import Migration
+from fastdist.worker.queue import Queue
 
 CAPACITY = 1 << 20
 
@@ -37,8 +38,8 @@ def build(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "_limits", [])  # which it would leave to other tests
     opened = []
 
-    def build():
-        environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": "disk"}
+    def build(durability="disk"):
+        environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": durability}
         block, settings = SharedBlock.create(1, 8), os.memfd_create("settings")
         config = load(None, environment, {"workers": 1}).config
         ipc.write_settings(settings, Settings(1, {each.id: slot for slot, each in enumerate(config.analyzers)}, config))
@@ -222,6 +223,25 @@ def test_unseen_files_keep_no_worker_closed(build, monkeypatch):
         with pytest.raises(PermissionError):
             worker._look_for_files()
         assert worker.intake.broken_storage == 0
+        await worker._drain(0.0)
+
+    asyncio.run(check())
+
+
+def test_withdrawn_packet_is_not_waited_for(build, monkeypatch):
+    """After a sync that failed: its emitter has had its response, and nothing more is counted for it."""
+    monkeypatch.setattr(Queue, "want_sync", lambda _: None)
+
+    async def check():
+        worker = build("fsync")
+        emitter = await ask(worker, "a", "Prefer: wait=60")
+        assert set(worker.emitters.waiting) == {1}
+        with capture_logs():
+            worker._not_synced(OSError(errno.EIO, os.strerror(errno.EIO)))
+        assert (await asyncio.get_running_loop().sock_recv(emitter, 10_000)).startswith(b"HTTP/1.1 503 ")
+        assert worker.emitters.waiting == {}
+        assert worker.counters.get("withdrawn") == 1
+        emitter.close()
         await worker._drain(0.0)
 
     asyncio.run(check())

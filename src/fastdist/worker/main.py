@@ -381,6 +381,8 @@ class Worker:
             return
         packets, _, _ = self.queue.ring.withdraw_unsynced()
         self.counters.add("withdrawn", packets)
+        for sequence in self.queue.ring.missing(set(self.emitters.waiting)):
+            self.emitters.forget_wait(sequence)
         self._reject_behind(self.queue.ring.synced_position, error)
 
     # ---- called by the core
