@@ -133,6 +133,7 @@ def _send(shipper: Shipper, sources: Sources, offset_file: Path | None, view: Se
 
     started = time.monotonic()
     caught: list[int] = []
+    held = None
     try:
         with problems_shown(), contextlib.ExitStack() as stack:
             held = stack.enter_context(offsets.OffsetFile(offset_file)) if offset_file else None
@@ -146,8 +147,8 @@ def _send(shipper: Shipper, sources: Sources, offset_file: Path | None, view: Se
     summary = shipper.summary
     for line in summary.lines(time.monotonic() - started):
         typer.echo(line)
-    if offset_file:
-        typer.echo(f"all is accepted up to byte {summary.offset}, as {typer.format_filename(offset_file)} says")
+    if held is not None:
+        typer.echo(f"all is accepted up to byte {held.offset}, as {typer.format_filename(held.path)} says")
     if summary.stopped:
         typer.echo(f"stopped: {summary.stopped}", err=True)
         return REFUSED if summary.permanent else INCOMPLETE

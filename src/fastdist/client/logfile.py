@@ -58,6 +58,7 @@ class Log:
         self._at = position.offset
         # What was read before that: the log may be truncated and written again meanwhile.
         self._read = os.pread(fd, min(self._at, TAIL), max(0, self._at - TAIL))
+        self._earlier = list(self._plan())
         self._siblings = set(position.siblings)
         self._listed_at = -math.inf
         self._stamp: tuple[int, ...] = ()  # of the folder, when the siblings were those
@@ -83,10 +84,16 @@ class Log:
         os.close(self.fd)
 
     def reached(self, last: Packet | None, plan: list[tuple[int, int]]) -> Position:
-        """Return the position after a packet (None: at the start), with ends and cuts of what is planned behind it."""
+        """Return the position after a packet (None: at the start), with ends and cuts of what is planned behind it.
+
+        What an earlier run has planned behind that stays planned: it may have been in flight.
+        """
+        offset = last.end if last else self.position.offset
+        end = plan[-1][0] if plan else offset
+        plan = plan + [planned for planned in self._earlier if planned[0] > end]
         return msgspec.structs.replace(
             self.position,
-            offset=last.end if last else self.position.offset,
+            offset=offset,
             tail=last.tail if last else self.position.tail or tail_digest(b""),
             planned=[end for end, _ in plan],
             cuts=[cut for _, cut in plan],
@@ -133,8 +140,9 @@ class Log:
     def _planned(self) -> Iterator[Packet]:
         """Yield the packets that may have been in flight when this was sent before; what was refused is cut again."""
         for end, cut in self._plan():
-            if end > self.size:
-                return  # a crash of the system has cost the log its end
+            if end > self.size:  # a crash of the system has cost the log its end
+                self._earlier = []
+                return
             recipe = msgspec.structs.replace(self._recipe, max_bytes=cut or self._recipe.max_bytes)
             packer = self._packer(recipe, all_in_one=cut > 0)
             packets: list[Packet] = []

@@ -128,6 +128,12 @@ class OffsetFile:
         os.close(self._fd)
 
     @property
+    def offset(self) -> int:
+        """Up to where the log is sent, as the file says."""
+        said = self._saved or self.position
+        return said.offset if said else 0
+
+    @property
     def has_its_name(self) -> bool:
         """Whether the name still is the file that was written last: not deleted, not exchanged, nor its folder."""
         try:

@@ -52,7 +52,6 @@ class Summary(retry.Summary):
     messages: int = 0
     bytes: int = 0  # of the log
     tally: Counter[str] = msgspec.field(default_factory=Counter)
-    offset: int = 0  # up to which the last log is sent
     unsent: int = 0  # messages that were read from a stream
 
     def lines(self, seconds: float) -> list[str]:
@@ -185,7 +184,6 @@ class Shipper(retry.Run):
         while self._window and not self._window[-1].posted:
             self._window.pop()  # it was never sent: it may be cut in another way the next time
         self._record()
-        self.summary.offset = self._last.end if self._last else source.start
 
     def _hand_out(self, group: list[_Slot]) -> None:
         """Queue packets for the threads once there is room for them and their ends are recorded."""
