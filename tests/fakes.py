@@ -26,7 +26,7 @@ class Distributor(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script = {}
         self.otherwise = ACCEPTED
-        self.says = {"/queue": {"durability": "fsync", "syncIntervalSeconds": 0.5}, "/health": {"storage": "ok"}}
+        self.says = {"/health": {"storage": "ok", "durability": "fsync", "syncIntervalSeconds": 0.5}}
         self.requests = []  # (path, headers, body)
         self.accepted = Counter()
         self.connections = 0

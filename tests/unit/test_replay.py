@@ -458,8 +458,8 @@ def test_ctrl_c_ends_it_in_good_order(tmp_path, distributor, run):
 class Says(dict):
     """What a distributor says of itself; ``asked`` is called for each question."""
 
-    def __init__(self, asked, **says):
-        super().__init__({f"/{name}": said for name, said in says.items()})
+    def __init__(self, asked, **health):
+        super().__init__({"/health": health} if health else {})
         self.asked = asked
 
     def get(self, path):
@@ -467,26 +467,23 @@ class Says(dict):
         return super().get(path)
 
 
-DISK = {"durability": "disk", "syncIntervalSeconds": 0.01}
+DISK = {"durability": "disk", "syncIntervalSeconds": 0.01, "storage": "ok"}
 
 
 def test_replayed_dead_letters_go_if_synced(tmp_path, distributor, run):
     paths = [fill(tmp_path, "ab"), fill(tmp_path, "c", owner="w1-1")]
     seen = []
-    distributor.says = Says(
-        lambda path: seen.append((path, [each.exists() for each in paths])), queue=DISK, health={"storage": "ok"}
-    )
+    distributor.says = Says(lambda path: seen.append((path, [each.exists() for each in paths])), **DISK)
     assert run(tmp_path, connections=1).left == 0
-    assert seen[0] == ("/queue", [True, True])
-    assert seen[1] == ("/health", [True, True])
+    assert seen[:2] == [("/health", [True, True])] * 2
     assert names_in(tmp_path / "dead-letters") == []
 
 
 @pytest.mark.parametrize(
     "says",
     [
-        {"queue": DISK, "health": {"storage": "failing"}},
-        {"queue": DISK | {"syncIntervalSeconds": 3600}, "health": {"storage": "ok"}},
+        DISK | {"storage": "failing"},
+        DISK | {"syncIntervalSeconds": 3600},
     ],
 )
 def test_unsynced_dead_letters_stay_noted(tmp_path, distributor, run, events, says):
@@ -498,7 +495,7 @@ def test_unsynced_dead_letters_stay_noted(tmp_path, distributor, run, events, sa
     assert "until the next replay" in events.notes[0]
     assert ids(tmp_path) == []
     assert journal_of(path).exists()
-    distributor.says = Says(lambda _: None, queue=DISK, health={"storage": "ok"})
+    distributor.says = Says(lambda _: None, **DISK)
     run(tmp_path)
     assert distributor.accepted == {"a": 1, "b": 1, "c": 1}
     assert names_in(path.parent) == []
@@ -509,7 +506,7 @@ def test_no_sync_expected_means_no_wait(tmp_path, distributor, run, durability):
     """Nothing is asked of who syncs before it answers; who says nothing of itself is not distrusted for ever."""
     fill(tmp_path, "ab")
     asked = []
-    distributor.says = Says(asked.append, **({"queue": DISK | {"durability": durability}} if durability else {}))
+    distributor.says = Says(asked.append, **(DISK | {"durability": durability} if durability else {}))
     run(tmp_path)
-    assert asked == (["/queue"] if durability else ["/queue", "/health"])
+    assert asked == ["/health"] * (1 if durability else 2)
     assert names_in(tmp_path / "dead-letters") == []

@@ -303,6 +303,8 @@ def test_health_is_of_analyzers_and_workers(block, offline, draining, workers, e
         "workers": {"running": sum(code in "RD" for code in workers), "configured": 2},
         "analyzers": {"online": online, "total": 4},
         "storage": "ok",
+        "durability": "disk",
+        "syncIntervalSeconds": 0.5,
         "failing": [],
         "deadLetters": {"packets": 0, "bytes": 0, "fileSystemUsed": None},
     }

@@ -53,7 +53,7 @@ class Summary(retry.Summary):
 
 
 class _State(msgspec.Struct, rename="camel"):
-    """What a distributor says of itself (GET /queue, GET /health), as far as it matters here."""
+    """What a distributor says of itself (GET /health, which is served at each address), as far as it matters here."""
 
     durability: str = "disk"
     sync_interval_seconds: float = UNKNOWN_INTERVAL
@@ -190,7 +190,7 @@ class Replay(ReplayRun):
         That is one interval until the sync begins, and one that it may take. 0: it syncs before it accepts, or never;
         infinite: that is too long to wait for.
         """
-        state = self._ask("/queue")
+        state = self._ask()
         interval = state.sync_interval_seconds if state.durability == "disk" else 0.0
         return 2 * interval if interval <= MAX_INTERVAL else math.inf
 
@@ -201,7 +201,7 @@ class Replay(ReplayRun):
             if self._time_to_sync == 0.0:
                 return True
             time.sleep(max(0.0, moment - time.monotonic()))
-            if self._ask("/health").storage == "ok":
+            if self._ask().storage == "ok":
                 return True
             why = "the distributor does not say that it can write to its disk"
         if not self._noted_unsynced:
@@ -209,11 +209,13 @@ class Replay(ReplayRun):
             self.view.note(f"{why}: what it has accepted stays in the files, hidden, until the next replay")
         return False
 
-    def _ask(self, path: str) -> _State:
-        """Return what the distributor says of itself there; the defaults, where it does not."""
+    def _ask(self) -> _State:
+        """Return what the distributor says of itself; the defaults, where it does not."""
         connection = Connection(self.target)
         try:
-            return msgspec.json.decode(connection.request("GET", path, None, {}, MAX_RESPONSE).content, type=_State)
+            return msgspec.json.decode(
+                connection.request("GET", "/health", None, {}, MAX_RESPONSE).content, type=_State
+            )
         except (OSError, HTTPException):
             return _State(storage="unknown")
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

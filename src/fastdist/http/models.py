@@ -98,6 +98,15 @@ class DeadLettersInShort(Model, kw_only=True):
     ] = UNSET
 
 
+Durability = Annotated[str, words("memory", "disk", "fsync", "replicated"), doc("What the queue survives.")]
+SyncInterval = Annotated[
+    Number,
+    doc(
+        "With `disk`: how often the queue is synced; so long after its 202 a packet may be lost if the system crashes."
+    ),
+]
+
+
 class Health(Model, kw_only=True):
     """Whether all is there that should be."""
 
@@ -115,6 +124,8 @@ class Health(Model, kw_only=True):
     analyzers: OnlineAnalyzers
     storage: Annotated[str, words("ok", "failing"), doc("Whether packets can be stored.")] = "ok"
     storage_error: Annotated[str | UnsetType, doc("Why they cannot, while they cannot.")] = UNSET
+    durability: Durability = "disk"
+    sync_interval_seconds: SyncInterval = 0.0
     failing: Annotated[
         list[str],
         doc("Parts of the upkeep that fail at present and are tried again; the log says why. Usually empty."),
@@ -419,14 +430,8 @@ class Queue(Model, kw_only=True):
     full: Annotated[bool, doc("Whether a worker's part is full. `/ready` is 503 then.")] = False
     in_flight: Annotated[Count, doc("Packets sent, and not answered yet.")]
     oldest_age_seconds: Annotated[Number, doc("Of the oldest packet; 0 when the queue is empty.")]
-    durability: Annotated[str, words("memory", "disk", "fsync", "replicated"), doc("What the queue survives.")]
-    sync_interval_seconds: Annotated[
-        Number,
-        doc(
-            "With `disk`: how often the queue is synced; so long after its 202 a packet may be lost if "
-            "the system crashes."
-        ),
-    ] = 0.0
+    durability: Durability
+    sync_interval_seconds: SyncInterval = 0.0
     drain_rate_per_second: Annotated[Number, doc("Packets delivered a second, over the last 10 s.")] = 0.0
     estimated_drain_seconds: Annotated[Number | None, doc("At that rate; null when nothing is delivered.")]
     workers: Annotated[list[WorkerQueue], doc("By their numbers.")] = []

@@ -38,6 +38,8 @@ def health(snapshot: Snapshot) -> models.Health:
         analyzers=models.OnlineAnalyzers(online=online, total=len(analyzers)),
         storage="failing" if storage_error else "ok",
         storage_error=storage_error or UNSET,
+        durability=_durability(snapshot),
+        sync_interval_seconds=snapshot.config.queue.sync_interval,
         failing=snapshot.failing,
         problems=[
             models.ListedProblem(
@@ -51,6 +53,10 @@ def health(snapshot: Snapshot) -> models.Health:
         ],
         dead_letters=_dead_letters_in_short(snapshot),
     )
+
+
+def _durability(snapshot: Snapshot) -> str:
+    return snapshot.config.queue.durability if snapshot.stream is None else "replicated"
 
 
 def _dead_letters_in_short(snapshot: Snapshot) -> models.DeadLettersInShort:
@@ -159,7 +165,7 @@ def queue(snapshot: Snapshot) -> models.Queue:
         full=any(worker.lacking for worker in snapshot.workers),
         in_flight=snapshot.in_flight,
         oldest_age_seconds=round(snapshot.oldest_age, 3),
-        durability=config.durability if snapshot.stream is None else "replicated",
+        durability=_durability(snapshot),
         sync_interval_seconds=config.sync_interval,
         drain_rate_per_second=round(rate, 3),
         estimated_drain_seconds=drained_in if packets else 0.0,
