@@ -211,7 +211,48 @@ def test_check_tests_certificate_as_serve(run, file):
     result = run("check", str(file))
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr == "security.tls_cert: /nowhere.pem cannot be read: No such file or directory\n"
+    assert result.stderr == (
+        "security.tls_cert: /nowhere.pem cannot be read: No such file or directory\n"
+        "security.tls_key: /nowhere.pem cannot be read: No such file or directory\n"
+    )
+
+
+def test_check_names_every_file_at_fault(run, file, tmp_path):
+    (tmp_path / "empty.pem").touch()
+    analyzer = 'endpoint = "https://127.0.0.1:1/"\nweight = 1\n'
+    file.write_text(
+        f"""
+        [security]
+        tls_cert = "/nowhere.pem"
+        tls_key = "/nowhere.pem"
+        [queue]
+        backend = "jetstream"
+        [jetstream]
+        servers = ["tls://127.0.0.1:4222"]
+        tls_ca = "/nowhere.pem"
+        [[analyzers]]
+        id = "A1"
+        ca_file = "/nowhere.pem"
+        client_cert = "/nowhere.pem"
+        client_key = "/nowhere.pem"
+        {analyzer}
+        [[analyzers]]
+        id = "A2"
+        ca_file = "{tmp_path}/empty.pem"
+        {analyzer}
+        """
+    )
+    result = run("check", str(file))
+    assert result.exit_code == 2
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == [
+        "security.tls_cert",
+        "security.tls_key",
+        "analyzers[0].ca_file",
+        "analyzers[0].client_cert",
+        "analyzers[0].client_key",
+        "analyzers[1].ca_file",
+        "jetstream.tls_ca",
+    ]
 
 
 # ---- dead letters (what becomes of them: test_replay.py)

@@ -162,6 +162,28 @@ def test_change_a_worker_rejects_is_undone(service):
     asyncio.run(scenario())
 
 
+def test_late_workers_stay_known(service, monkeypatch):
+    """Also those that could not, when the reload was over: they go by the settings before it."""
+    monkeypatch.setattr(main, "APPLIED", 0.01)
+    late = service.supervisor.late_workers
+
+    async def scenario():
+        task = await service.begin(2)
+        service.says(1, "reloaded")
+        assert (await task)[0] == 200
+        assert late() == ["0", "2"]
+        service.says(0, "reloaded")
+        service.says(2, "reloaded", "too many open files")
+        assert late() == ["2"]
+        service.says(1, "reloaded", "one that was started meanwhile cannot either")
+        assert late() == ["1", "2"]
+        service.says(1, "gone")
+        service.says(2, "reloaded")
+        assert late() == []
+
+    asyncio.run(scenario())
+
+
 def test_response_to_old_reload_is_ignored(service):
     async def scenario():
         task = await service.begin(2)

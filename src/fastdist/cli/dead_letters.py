@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdist import logs
-from fastdist.cli.options import CANNOT_START, check_jetstream_files, fail, load_or_exit
+from fastdist.cli.options import CANNOT_START, exit_for, fail, jetstream_problems, load_or_exit
 from fastdist.errors import StartError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def dead_letters_at(path: Path | None, config: str | None) -> Iterator[Store]:
     if path is None:
         settings = load_or_exit(config, {}).config
         if settings.queue.backend == "jetstream":
-            check_jetstream_files(settings)
+            if problems := jetstream_problems(settings):
+                exit_for(problems)
             with _stream(settings.jetstream) as store:
                 yield store
             return

@@ -23,13 +23,13 @@ from fastdist.cli.options import (
     DEFAULT_URL,
     IN_USE,
     INCOMPLETE,
-    UNUSABLE,
     CaFile,
     Json,
     Token,
     ago,
-    check_jetstream_files,
+    exit_for,
     fail,
+    jetstream_problems,
     load_or_exit,
     problems_shown,
     setting_option,
@@ -131,7 +131,6 @@ def serve(
     loaded, pair = _read_files(load_or_exit(config, {"host": host, "port": port, "workers": workers}))
     from fastdist.supervisor import main
 
-    check_jetstream_files(loaded.config)
     try:
         status = main.serve(loaded, pair)
     except StartError as error:
@@ -165,7 +164,6 @@ def check(
 
     loaded, pair = _read_files(load_or_exit(file, {}))
     config = loaded.config
-    check_jetstream_files(config)
     for warning in (*effective.warnings(config), *without_effect(loaded), *tls.date_warnings(pair, config)):
         typer.echo(f"{file}: warning: {warning}", err=True)
     typer.echo(f"{file}: ok ({_describe_analyzers(config)})")
@@ -405,16 +403,18 @@ def _look_or_exit(path: Path, limit: int) -> QueueView:
 def _read_files(loaded: Loaded) -> tuple[Loaded, Pair | None]:
     """Return the configuration with what its analyzers' TLS files say, and certificate and key of its own.
 
-    Exit if they cannot be used: files that are named are part of a configuration.
+    Exit if any that it names cannot be used: files are part of a configuration.
     """
-    from fastdist.net import tls, upstream_tls
+    from fastdist.net.named_files import read_files
 
+    problems = jetstream_problems(loaded.config)
     try:
-        pair = tls.read_pair(loaded.config.security)
-        return replace(loaded, config=upstream_tls.with_files(loaded.config)), pair
-    except (ConfigError, StartError) as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(UNUSABLE) from None
+        config, pair = read_files(loaded.config)
+    except ConfigError as error:
+        exit_for(error.problems + problems)
+    if problems:
+        exit_for(problems)
+    return replace(loaded, config=config), pair
 
 
 def _print_probes(config: Config) -> bool:

@@ -15,9 +15,10 @@ from fastdist.facts import SETTINGS
 from fastdist.units import number, parse_duration, parse_endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from fastdist.client.connection import Target
+    from fastdist.errors import Fault
     from fastdist.settings import Config
 
 INCOMPLETE = 1
@@ -70,21 +71,23 @@ def load_or_exit(path: str | None, flags: dict[str, str | int | None]) -> Loaded
     try:
         return load(path, dict(os.environ), flags)
     except ConfigError as error:
-        for fault in error.faults:
-            typer.echo(fault, err=True)
-        raise typer.Exit(UNUSABLE) from None
+        exit_for(error.faults)
 
 
-def check_jetstream_files(config: Config) -> None:
-    """Print what is wrong with the files of [jetstream], where that is in use, and exit."""
+def exit_for(problems: Iterable[Fault | str]) -> NoReturn:
+    """Print problems of a configuration, and exit."""
+    for problem in problems:
+        typer.echo(problem, err=True)
+    raise typer.Exit(UNUSABLE)
+
+
+def jetstream_problems(config: Config) -> list[str]:
+    """Return what is wrong with the files of [jetstream], where that is in use."""
     if config.queue.backend != "jetstream":
-        return
+        return []
     from fastdist.storage.jetstream import login
 
-    if problems := login.problems(config.jetstream):
-        for problem in problems:
-            typer.echo(problem, err=True)
-        raise typer.Exit(UNUSABLE)
+    return login.problems(config.jetstream)
 
 
 def token_or_environment(token: str | None) -> str | None:

@@ -20,7 +20,7 @@ from fastdist.errors import StartError
 from fastdist.ipc import Pair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from fastdist.settings import Config, Security
 
@@ -51,17 +51,22 @@ def read_pair(security: Security) -> Pair | None:
     if not security.tls_cert:
         return None
     own = _own(security)
-    pair = Pair(read(own.cert_setting, own.cert), read(own.key_setting, own.key))
+    pair = Pair(*read({own.cert_setting: own.cert, own.key_setting: own.key}))
     server_context(pair, security)
     return pair
 
 
-def read(setting: str, file: str) -> bytes:
-    """Return the content of a file that a setting names. Raises StartError."""
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise StartError(f"{setting}: {file} cannot be read: {error.strerror}") from error
+def read(files: Mapping[str, str]) -> list[bytes]:
+    """Return the contents of files by the settings that name them. Raises StartError, with a line for each at fault."""
+    contents, problems = [], []
+    for setting, file in files.items():
+        try:
+            contents.append(Path(file).read_bytes())
+        except OSError as error:
+            problems.append(f"{setting}: {file} cannot be read: {error.strerror}")
+    if problems:
+        raise StartError("\n".join(problems))
+    return contents
 
 
 def server_context(pair: Pair | None, security: Security) -> ssl.SSLContext | None:

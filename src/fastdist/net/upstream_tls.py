@@ -36,7 +36,7 @@ def with_files(config: Config) -> Config:
             contexts.make(read, f"analyzers[{index}]")
             analyzers.append(read)
         except StartError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
     if problems:
         raise ConfigError(problems)
     return msgspec.structs.replace(config, analyzers=tuple(analyzers))
@@ -44,15 +44,13 @@ def with_files(config: Config) -> Config:
 
 def _read(analyzer: Analyzer, path: str) -> Analyzer:
     named = {"authorities": "ca_file", "certificate": "client_cert", "key": "client_key"}
-    contents = {
-        field: tls.read(f"{path}.{setting}", getattr(analyzer, setting))
-        for field, setting in named.items()
-        if getattr(analyzer, setting)
-    }
-    for field, content in contents.items():
-        if not content:  # which would count as none being named
-            raise StartError(f"{path}.{named[field]}: {getattr(analyzer, named[field])} is empty")
-    return msgspec.structs.replace(analyzer, tls=ClientTls(**contents))
+    files = {f"{path}.{name}": file for name in named.values() if (file := getattr(analyzer, name))}
+    contents = dict(zip(files, tls.read(files), strict=True))
+    if empty := [setting for setting, content in contents.items() if not content]:  # it would count as not named
+        raise StartError("\n".join(f"{setting}: {files[setting]} is empty" for setting in empty))
+    return msgspec.structs.replace(
+        analyzer, tls=ClientTls(**{field: contents.get(f"{path}.{name}", b"") for field, name in named.items()})
+    )
 
 
 class Contexts:

@@ -26,7 +26,7 @@ from fastdist.errors import INTERNAL_ERROR, ConfigError, Fault, StartError, prin
 from fastdist.ipc import Message, Pair, Settings, shorten_faults, write_settings
 from fastdist.net import tls
 from fastdist.net.connect import DESCRIPTORS_BESIDES
-from fastdist.net.upstream_tls import with_files
+from fastdist.net.named_files import read_files
 from fastdist.shm.block import HeadWord, SharedBlock, Step
 from fastdist.shm.snapshot import Snapshot
 from fastdist.shm.upkeep import Upkeep
@@ -99,7 +99,7 @@ class Supervisor:
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self.problems = ProblemList(self)
         self._applying: dict[WorkerSlot, asyncio.Future[str]] = {}  # workers that have yet to apply the settings
-        self._late: tuple[WorkerSlot, ...] = ()  # those of them that have taken too long
+        self._behind: set[WorkerSlot] = set()  # those that have taken too long, or cannot
         self._tasks: set[asyncio.Task[object]] = set()
         self._changing = asyncio.Lock()
         self.stream: SharedStream | None = None  # the queue, if it is one
@@ -334,6 +334,10 @@ class Supervisor:
     def _applied(self, slot: WorkerSlot, fault: str) -> None:
         if awaited := self._applying.pop(slot, None):
             awaited.set_result(fault)
+        elif fault:  # too late to be the reload's result
+            self._behind.add(slot)
+        else:
+            self._behind.discard(slot)
 
     def _begin(self, work: Coroutine[Any, Any, object]) -> None:
         """Run work in a task of its own; its errors are logged."""
@@ -399,8 +403,8 @@ class Supervisor:
 
     def _read_again(self) -> tuple[Loaded, Pair | None]:
         loaded = self.loaded.reload()
-        loaded = dataclasses.replace(loaded, config=with_files(loaded.config))
-        return loaded, tls.read_pair(loaded.config.security)
+        config, pair = read_files(loaded.config)
+        return dataclasses.replace(loaded, config=config), pair
 
     async def _apply_settings(self) -> list[str]:
         """Apply the settings in force to workers and checks; return the workers' errors."""
@@ -408,14 +412,14 @@ class Supervisor:
         self.health.set_analyzers(self.changes.analyzers)
         self.dead_letters.use(self.config.dead_letters)
         loop = asyncio.get_running_loop()
-        self._late = ()
+        self._behind = set()
         self._applying = {slot: loop.create_future() for slot in self.processes.slots if slot.send(Message("reload"))}
         if not self._applying:
             return []
         done, _ = await asyncio.wait(self._applying.values(), timeout=APPLIED)
         if self._applying:
-            self._late = tuple(self._applying)
-            log.warning("not all workers have applied the new settings yet", workers=[slot.name for slot in self._late])
+            self._behind, self._applying = set(self._applying), {}
+            log.warning("not all workers have applied the new settings yet", workers=self.late_workers())
         return sorted(filter(None, (each.result() for each in done)))
 
     # ---- watching
@@ -442,7 +446,7 @@ class Supervisor:
 
     def late_workers(self) -> list[str]:
         """Return the workers that have not applied new settings in time, and not since."""
-        return [slot.name for slot in self._late if slot in self._applying]
+        return [slot.name for slot in self.processes.slots if slot in self._behind]
 
     def snapshot(self) -> Snapshot:
         """Return what all processes know now."""
