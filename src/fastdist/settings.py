@@ -162,7 +162,7 @@ class Server(Struct, frozen=True, kw_only=True):
 
     host: Annotated[
         Text,
-        Meta(extra={"type": "address"}),
+        Meta(extra={"type": "address", "check": units.check_host}),
         about("""The address to listen on.
         It is one of this machine, or a name that resolves to one. `0.0.0.0` is all of IPv4, `::` all of IPv6 too,
         whatever `net.ipv6.bindv6only` says (IPv4 clients then have addresses such as `::ffff:192.0.2.1`). Set

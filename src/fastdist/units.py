@@ -190,6 +190,14 @@ def without_query(url: str) -> str:
     return f"{before}?..." if mark else url
 
 
+def check_host(text: str) -> None:
+    """Raise ValueError for what is neither an address nor a name that can be resolved."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        raise ValueError("must be an address or a host name, each part of 1 to 63 characters") from None
+
+
 def check_server_name(text: str) -> str:
     """Return the name of a TLS server, an IPv4 address among them, if it can be one; raises ValueError if not."""
     if text and not _HOSTNAME.fullmatch(text):

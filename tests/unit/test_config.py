@@ -333,6 +333,14 @@ def test_a_configuration_is_frozen():
         ("[server]\nworkers = -1", "server.workers: must be >= 0"),
         ("[server]\nworkers = 257", "server.workers: must be <= 256"),
         ("[server]\nhost = ''", "server.host: must not be empty"),
+        (
+            "[server]\nhost = '0.0.0..0'",
+            "server.host: must be an address or a host name, each part of 1 to 63 characters",
+        ),
+        (
+            f"[server]\nhost = 'a.{'b' * 64}'",
+            "server.host: must be an address or a host name, each part of 1 to 63 characters",
+        ),
         ('[server]\nhost = "a\\u0000"', "server.host: must have no control characters, and be valid UTF-8"),
         ("[server]\nmax_body = 0", "server.max_body: must be >= 1B"),
         ("[server]\nmax_body = '2GiB'", "server.max_body: must be <= 1GiB"),
