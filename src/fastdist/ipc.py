@@ -7,8 +7,8 @@
 
 End of file on the socket means that the other side is gone; for a worker's the supervisor gets a message, ``gone``.
 
-What grows with the configuration goes into the memfd, never into a line or a command line. It is written in place while
-workers may be reading it; a wrong checksum makes them read again. Of many problems a line has the first.
+Settings grow with the configuration: they go into the memfd, never into a line or a command line. It is written in
+place while workers may be reading it; a wrong checksum makes them read again. Of many problems a line has the first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator
 
-MAX_LINE = 2**20  # bytes; far more than any message has, see ``shorten``
+MAX_LINE = 2**26  # bytes; far more than any message has, see ``shorten``: a reload names all that it has changed
 MAX_PROBLEMS, MAX_PROBLEM = 100, 500  # lines, characters
 HEADER = struct.Struct("=Q16s")  # of the settings: their length and checksum
 PATIENCE = 1.0  # seconds until settings that are being written must be complete

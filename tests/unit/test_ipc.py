@@ -95,10 +95,17 @@ def test_only_many_or_long_problems_are_cut():
     ]
 
 
-@pytest.mark.parametrize("character", ["a", '"', "é", "\U0001f30d", "\x01"])
-def test_longest_list_of_problems_arrives(character):
-    """Whatever the encoding makes of it."""
-    message = Message("reply", id=7, status=422, body=shorten([character * 10_000] * 10_000))
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(shorten([character * 10_000] * 10_000) for character in ["a", '"', "é", "\U0001f30d", "\x01"]),
+        {"changed": [{"setting": "s" * 100, "before": "b" * 300, "after": "a" * 300}] * 10_000},
+    ],
+    ids=["ascii", "escaped", "latin", "astral", "control", "a reload of everything"],
+)
+def test_longest_messages_arrive(body):
+    """Whatever the encoding makes of them."""
+    message = Message("reply", id=7, status=422, body=body)
 
     async def converse():
         ours, theirs = socket.socketpair()
