@@ -186,6 +186,14 @@ def test_unstored_override_is_not_applied(block, tmp_path):
     assert block.analyzers.weight(0) == 1.0
 
 
+def test_unreachable_overrides_are_told(block, tmp_path):
+    """Of a service whose queue is in memory: it starts nevertheless."""
+    (tmp_path / "file").touch()
+    it = changes(block, tmp_path / "file" / "queue", 1, 1)
+    assert it.overrides.fault.startswith("cannot be read: ")
+    assert block.analyzers.weight(0) == 1.0
+
+
 @pytest.mark.parametrize("how", ["deleted", "exchanged", "the folder is another one"])
 def test_overrides_outlive_their_file(block, tmp_path, how):
     folder = tmp_path / "queue"

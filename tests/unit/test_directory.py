@@ -90,6 +90,14 @@ def test_failed_creation_reason_ends_start(tmp_path):
         folder.rings(1, CAPACITY)
 
 
+def test_an_unreadable_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for nothing in ("none", "file", "file/q"):
+        assert not QueueFolder(tmp_path / nothing).has_rings()
+    with pytest.raises(StartError, match=r"queue's folder .* cannot be read: File name too long"):
+        QueueFolder(tmp_path / ("x" * 300)).has_rings()
+
+
 @pytest.mark.parametrize("name", ["ring-0.fdq", "adopt-00.fdq"])
 def test_pipe_as_queue_file_does_not_block(tmp_path, name):
     os.mkfifo(tmp_path / name)

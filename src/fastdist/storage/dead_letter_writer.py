@@ -1,4 +1,4 @@
-"""The dead-letter writer: writes packets in small batches, and removes each from its ring when its dead letter is safe.
+"""The dead-letter writer: has packets written in small batches; each leaves its ring when its dead letter is safe.
 
 1. A packet leaves its ring after its dead letter was written, synced (except with durability memory) and found in a
    file that still has its name. What a failed sync covers is removed from its file and written again, as is what went

@@ -161,7 +161,12 @@ class QueueFolder:
 
     def has_rings(self) -> bool:
         """Whether there are rings of an earlier run."""
-        return any(self.path.glob(f"*{SUFFIX}"))
+        try:
+            return any(path.suffix == SUFFIX for path in self.path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise StartError(f"the queue's folder {self.path} cannot be read: {error.strerror}") from error
 
     def memory_rings(self, workers: int, capacity: int) -> list[int]:
         """Return rings of ``capacity`` bytes each that live in memory only, as open files."""

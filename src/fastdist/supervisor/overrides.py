@@ -56,8 +56,8 @@ class Overrides:
         """Read those of earlier runs; they are ignored if they leave no analyzer to deliver to."""
         if self.folder is None:
             return
-        self._home = identity(self.folder)
         try:
+            self._home = identity(self.folder)
             self._file = os.open(self.folder / FILE, os.O_RDONLY | os.O_CLOEXEC)
             with os.fdopen(os.dup(self._file), "rb") as file:
                 self.by_id = msgspec.json.decode(file.read(), type=dict[str, Override])
