@@ -234,3 +234,52 @@ def test_pause_of_the_whole_hangs_no_worker(under, monkeypatch):
         assert not slot.alive
 
     under(scenario)
+
+
+@pytest.mark.parametrize("status", [-9, -35, 1], ids=["signal", "signal without a name", "exit"])
+def test_worker_is_replaced_however_it_ends(under, status):
+    async def scenario(bench):
+        words = bench.processes.block.worker(0)
+        keeping = asyncio.ensure_future(bench.processes.keep(bench.slot))
+        await asyncio.wait_for(bench.started.wait(), SECONDS)
+        bench.started.clear()
+        bench.workers[0].returncode = status
+        bench.workers[0]._ended.set()
+        await asyncio.wait_for(bench.started.wait(), SECONDS)
+        assert (words[WorkerWord.END_STATUS], words[WorkerWord.RESTARTS]) == (status, 1)
+        bench.processes.stop(0.0)
+        await asyncio.wait_for(keeping, SECONDS)
+        assert words[WorkerWord.PID] == 0
+
+    under(scenario)
+
+
+def test_stop_closes_listeners_of_no_worker(under):
+    """While a worker waits to be replaced: connections would wait there in vain."""
+
+    async def scenario(bench):
+        bench.slot.views, bench.slot.delay = socket.create_server(("127.0.0.1", 0)), 3600.0
+        keeping = asyncio.ensure_future(bench.processes.keep(bench.slot))
+        await asyncio.sleep(0)
+        bench.processes.stop(time.monotonic() + 3600)
+        assert (bench.slot.listener.fileno(), bench.slot.views.fileno()) == (-1, -1)
+        keeping.cancel()
+
+    under(scenario)
+
+
+def test_unmeasured_workers_are_kept(under, monkeypatch):
+    def fail(_pid):
+        raise OSError(errno.EMFILE, "no descriptor")
+
+    async def scenario(bench):
+        monkeypatch.setattr(processes.psutil, "Process", fail)
+        keeping = asyncio.ensure_future(bench.processes.keep(bench.slot))
+        async with asyncio.timeout(SECONDS):
+            while bench.slot.control is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert bench.alive_before == [0]
+        bench.processes.stop(0.0)
+        await asyncio.wait_for(keeping, SECONDS)
+
+    under(scenario)

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 FIRST_ERROR = 400  # of statuses
 
 
+def signal_name(number: int) -> str:
+    """Return what a signal is called; its number for those that have no name (real-time signals)."""
+    names = {int(each): each.name for each in signal.Signals}
+    return names.get(number, str(number))
+
+
 class Rates(NamedTuple):
     """Packets a second."""
 
@@ -62,8 +68,7 @@ class WorkerFigures(Struct, frozen=True):
         if self.end_status == HUNG:
             return "it hung and was killed"
         if self.end_status < 0:
-            names = {int(each): each.name for each in signal.Signals}
-            return f"ended by signal {names.get(-self.end_status, -self.end_status)}"
+            return f"ended by signal {signal_name(-self.end_status)}"
         return f"ended with exit status {self.end_status}"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import sys
 import time
@@ -23,6 +22,7 @@ import psutil
 from fastdist import ipc, logs
 from fastdist.ipc import Assignment, Message
 from fastdist.shm.block import HUNG, SharedBlock, WorkerState, WorkerWord
+from fastdist.shm.figures import signal_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -121,7 +121,7 @@ class WorkerSlot:
         """Write the process's use of processor and memory into the block."""
         if not self.alive or self.process is None:
             return
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             if self.usage is None:
                 self.usage = _Usage(psutil.Process(self.process.pid), self.started)
             used, permille = self.usage.processor(time.monotonic())
@@ -133,7 +133,7 @@ class WorkerSlot:
         """Note that the process has ended."""
         self.words[WorkerWord.STATE] = WorkerState.STOPPED
         self.cpu_before = self.words[WorkerWord.CPU_NS]
-        self.words[WorkerWord.CPU_PERMILLE] = self.words[WorkerWord.RSS] = 0
+        self.words[WorkerWord.CPU_PERMILLE] = self.words[WorkerWord.RSS] = self.words[WorkerWord.PID] = 0
         self.usage = None
         if self.control is not None:
             self.control.close()
@@ -280,7 +280,7 @@ class Processes:
 
     def _after_death(self, slot: WorkerSlot, status: int) -> None:
         """Decide how a dead worker is replaced."""
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        how = f"signal {signal_name(-status)}" if status < 0 else f"exit status {status}"
         if not slot.ready and self._gives_up(slot, how):
             return
         if time.monotonic() - slot.started > STEADY:
@@ -309,6 +309,8 @@ class Processes:
         self.stopping = True
         for slot in self.slots:
             slot.listener.close()
+            if slot.views is not None and not slot.alive:
+                slot.views.close()
             if deadline and slot.send(Message("drain", deadline=deadline)):
                 slot.words[WorkerWord.STATE] = WorkerState.DRAINING
             else:
