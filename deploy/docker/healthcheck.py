@@ -23,9 +23,9 @@ def main() -> int:
     """Ask, and say what is wrong."""
     try:
         config = load(None, os.environ, {}).config
-    except ConfigError as error:
+    except ConfigError as error:  # of the file as it is now: what runs may have been started with a better one
         sys.stderr.write(f"{error}\n")
-        return 1
+        config = load(None, {name: value for name, value in os.environ.items() if name != "FASTDIST_CONFIG"}, {}).config
     host, port, tls = config.server.host, config.server.port, bool(config.security.tls_cert)
     if config.admin.listen:
         host, port = split_listen(config.admin.listen)

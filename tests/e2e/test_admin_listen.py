@@ -167,6 +167,17 @@ def test_containers_health_check_asks_there(mocks, serve, run):
     assert run(*check, FASTDIST_CONFIG=str(fastdist.config)).wait() == 1
 
 
+def test_health_check_outlasts_a_broken_file(mocks, serve, run, tmp_path):
+    """What runs was started with a better one."""
+    fastdist = serve(mocks)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[server]\nports = 1\n")
+    check = (sys.executable, ROOT / "deploy" / "docker" / "healthcheck.py")
+    process = run(*check, FASTDIST_CONFIG=str(broken), FASTDIST_SERVER__PORT=str(fastdist.port))
+    assert process.wait() == 0, process.output
+    assert "server.ports: unknown key" in process.output
+
+
 def test_commands_reach_it(mocks, serve, run):
     fastdist = serve(mocks, ADMIN)
     url = f"http://127.0.0.1:{fastdist.views_port}"
