@@ -837,9 +837,11 @@ class DeadLetters(Struct, frozen=True, kw_only=True):
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """How many `POST /logs` requests are taken a second, over all workers; beyond that 429 with `Retry-After`.
+    """How many requests with packets are taken a second, over all workers; beyond that 429 with `Retry-After`.
 
-    Other requests are not counted. The limits hold from the next request after a reload.
+    Those are `POST /logs` and what [log agents](agents/index.md) send, who get the status that has their protocols try
+    again: 503, or 429 of Elasticsearch. Other requests are not counted. The limits hold from the next request after a
+    reload.
     """
 
     rate: Annotated[
@@ -851,7 +853,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     client_rate: Annotated[
         Rate,
         about("""Requests a second, of each client address; 0 is off.
-        Behind a proxy all clients have its address."""),
+        Behind a proxy all clients have its address, unless it is in
+        [`server.trusted_proxies`](#servertrusted_proxies)."""),
     ] = 0.0
     client_burst: Annotated[Burst, about("Requests of one address that may come at once; 0 is one second's worth.")] = 0
 
