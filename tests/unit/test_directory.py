@@ -90,12 +90,39 @@ def test_failed_creation_reason_ends_start(tmp_path):
         folder.rings(1, CAPACITY)
 
 
-def test_an_unreadable_folder_is_named(tmp_path):
+def test_no_folder_has_no_rings(tmp_path):
     (tmp_path / "file").touch()
-    for nothing in ("none", "file", "file/q"):
+    for nothing in ("none", "file", "file/q", "x" * 300):
         assert not QueueFolder(tmp_path / nothing).has_rings()
-    with pytest.raises(StartError, match=r"queue's folder .* cannot be read: File name too long"):
-        QueueFolder(tmp_path / ("x" * 300)).has_rings()
+
+
+def test_unseen_rings_are_not_overwritten(tmp_path):
+    """In a folder that may be written to and searched, but not listed."""
+    folder, rings = opened(tmp_path / "q")
+    PacketRing(rings[0]).push(b"x", "p")
+    for fd in (*rings, *folder.held):
+        os.close(fd)
+    code = (
+        "import os, sys\nfrom fastdist.errors import StartError\n"
+        "from fastdist.storage.directory import QueueFolder\n"
+        "if os.geteuid() == 0: os.setegid(65534); os.seteuid(65534)\n"
+        "folder = QueueFolder(sys.argv[1])\n"
+        "for step in folder.has_rings, lambda: (folder.lock(), folder.rings(1, 1 << 20)):\n"
+        "    try: print(step())\n    except StartError as error: print(error)\n"
+    )
+    for path in (tmp_path / "q", *(tmp_path / "q").iterdir()):
+        if os.geteuid() == 0:
+            os.chown(path, 65534, 65534)
+    for path in tmp_path, *tmp_path.parents:
+        if path.stat().st_mode & 0o005 == 0:
+            path.chmod(0o755)
+    (tmp_path / "q").chmod(0o300)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "q"], capture_output=True, text=True, check=False)
+    (tmp_path / "q").chmod(0o700)
+    text = f"the queue's folder {tmp_path}/q cannot be read: Permission denied"
+    assert done.stdout.splitlines() == [text] * 2, done.stderr
+    with (tmp_path / "q" / "ring-0.fdq").open("rb+") as ring:
+        assert PacketRing(ring.fileno()).undone == 1
 
 
 @pytest.mark.parametrize("name", ["ring-0.fdq", "adopt-00.fdq"])

@@ -25,7 +25,7 @@ from fastdist import logs
 from fastdist._core import HEADER_SIZE, PacketRing, file_size, round_capacity
 from fastdist.errors import StartError
 from fastdist.storage import format1, locks, ring_files
-from fastdist.storage.files import has_name, identity, make_folder, sync_entry, sync_folder
+from fastdist.storage.files import files_in, has_name, identity, make_folder, sync_entry, sync_folder
 from fastdist.storage.locks import try_lock
 from fastdist.storage.ring_files import NEW, Found
 
@@ -119,7 +119,7 @@ class QueueFolder:
 
     def _try_lock_rings(self) -> InTheWay | None:
         """Open and lock the rings that are there and are not ours yet."""
-        for path in sorted(self.path.glob(f"*{SUFFIX}")):
+        for path in self._files(f"*{SUFFIX}"):
             if path in self._rings and has_name(self._rings[path], path):
                 continue
             fd = ring_files.open_ring(path)
@@ -160,11 +160,13 @@ class QueueFolder:
         return (self._lock,) if self._lock >= 0 else ()
 
     def has_rings(self) -> bool:
-        """Whether there are rings of an earlier run."""
+        """Whether there are rings of an earlier run. Raises StartError where the folder cannot be read."""
+        return os.path.isdir(self.path) and bool(self._files(f"*{SUFFIX}"))  # noqa: PTH112  (which raises nothing)
+
+    def _files(self, pattern: str) -> list[Path]:
+        """Return its files under names that match. Raises StartError: rings that are not seen would be overwritten."""
         try:
-            return any(path.suffix == SUFFIX for path in self.path.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+            return files_in(self.path, pattern)
         except OSError as error:
             raise StartError(f"the queue's folder {self.path} cannot be read: {error.strerror}") from error
 
@@ -284,7 +286,7 @@ class QueueFolder:
                 ring_files.convert(path, fd, self._rings)
         found = {path: ring_files.look_at(path, fd, self._rings) for path, fd in self._rings.items()}
         for pattern in (f"ring-*{NEW}", f"{OLD}*{NEW}"):
-            for path in self.path.glob(pattern):
+            for path in self._files(pattern):
                 if path.is_file():
                     ring_files.delete_half_made(path)
         for path, ring in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fastdist._core import has_name as has_name  # noqa: PLC0414  (for all that deals with files)
@@ -35,6 +36,11 @@ def sync_entry(path: Path) -> None:
         sync_folder(path.parent)
     except PermissionError:  # a folder of others, which we may not read
         os.sync()
+
+
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """Return what is in a folder under names that match, sorted. Raises OSError; ``Path.glob`` would find nothing."""
+    return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
 
 
 def is_irregular(path: Path) -> bool:

@@ -20,7 +20,7 @@ from fastdist._core import PacketRing, RingError
 from fastdist.errors import FastdistError
 from fastdist.storage import format1, locks
 from fastdist.storage.directory import LOCK, SUFFIX
-from fastdist.storage.files import is_irregular
+from fastdist.storage.files import files_in, is_irregular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,8 +94,8 @@ def look(path: Path, max_packets: int = 0) -> QueueView:
         raise NoQueueError(f"no queue in {path}")
     folder = path if is_folder else path.parent
     with _borrowed_lock(folder):
-        files = sorted(folder.glob(f"*{SUFFIX}")) if is_folder else [path]
-        aside = sorted(file.name for file in folder.glob(f"*{SUFFIX}.damaged-*")) if is_folder else []
+        files = files_in(folder, f"*{SUFFIX}") if is_folder else [path]
+        aside = [file.name for file in files_in(folder, f"*{SUFFIX}.damaged-*")] if is_folder else []
         if not files:
             hint = f" but what an earlier start has set aside: {', '.join(aside)}" if aside else ""
             raise NoQueueError(f"no queue in {path}{hint}")

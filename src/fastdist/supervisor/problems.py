@@ -15,6 +15,7 @@ from fastdist import logs
 from fastdist.shm.block import HeadWord, Step
 from fastdist.shm.problems import KINDS, LEVELS, Problem, problems
 from fastdist.shm.supervisor_report import Own, Report, encode
+from fastdist.storage.files import files_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -209,7 +210,7 @@ class Traffic:
 def set_aside(folder: Path) -> list[Own]:
     """Return a problem for each queue file that was damaged and is kept: until it is moved elsewhere or deleted."""
     try:
-        names = sorted(path.name for path in folder.glob("*.damaged-*"))[:MAX_FILES]
+        names = [path.name for path in files_in(folder, "*.damaged-*")][:MAX_FILES]
     except OSError:  # which other problems tell
         return []
     detail = "a queue file could not be read and was set aside: {}; move it elsewhere, or delete it"
