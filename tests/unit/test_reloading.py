@@ -181,6 +181,31 @@ def test_late_workers_stay_known(service, monkeypatch):
         service.says(2, "reloaded")
         assert late() == []
 
+        for slot in service.slots:
+            slot.heard.clear()
+        task = await service.begin(3)
+        service.says(2, "gone")
+        service.says(2, "reloaded", "its successor cannot either")
+        service.says(1, "reloaded")
+        assert (await task)[0] == 200
+        assert late() == ["0", "2"]
+
+    asyncio.run(scenario())
+
+
+def test_worker_that_cannot_go_back_is_known(service):
+    async def scenario():
+        task = await service.begin(2)
+        service.says(0, "reloaded")
+        service.says(1, "reloaded", "cannot")
+        service.says(2, "reloaded")
+        await service.told(2)
+        service.says(0, "reloaded", "cannot go back")
+        service.says(1, "reloaded")
+        service.says(2, "reloaded")
+        assert (await task)[0] == 422
+        assert service.supervisor.late_workers() == ["0"]
+
     asyncio.run(scenario())
 
 

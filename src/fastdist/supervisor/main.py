@@ -7,6 +7,7 @@ queue the signal; one task acts on it. Until that runs, ``before_imports`` does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import resource
@@ -130,7 +131,7 @@ class Supervisor:
         self._lock()
         check_folder(self.config)
         rings = self._open_rings()
-        old_rings = self.folder.old_rings() if self.folder.has_rings() and not self.is_shared else []
+        old_rings = self.folder.old_rings() if not self.is_shared and self.folder.has_rings() else []
         self.changes.begin()
         self._write_settings()
         for_packets = listeners.for_packets(self.config, self.inherited, self.workers)
@@ -146,12 +147,13 @@ class Supervisor:
     def _lock(self) -> None:
         """Lock the queue's folder if anything in it is needed. Raises StartError."""
         if self.is_shared:
-            if self.folder.has_rings():
-                log.warning(
-                    'the queue\'s folder has files of a queue of backend "ring"; only a start with that delivers '
-                    "what is in them",
-                    path=str(self.folder.path),
-                )
+            with contextlib.suppress(StartError):  # nothing in it is needed
+                if self.folder.has_rings():
+                    log.warning(
+                        'the queue\'s folder has files of a queue of backend "ring"; only a start with that delivers '
+                        "what is in them",
+                        path=str(self.folder.path),
+                    )
         elif self.config.queue.durability != "memory" or self.folder.has_rings():
             self.folder.lock()
 
@@ -332,12 +334,9 @@ class Supervisor:
             self._begin(self._carry_out(slot, message.id, message.action))
 
     def _applied(self, slot: WorkerSlot, fault: str) -> None:
+        (self._behind.add if fault else self._behind.discard)(slot)
         if awaited := self._applying.pop(slot, None):
             awaited.set_result(fault)
-        elif fault:  # too late to be the reload's result
-            self._behind.add(slot)
-        else:
-            self._behind.discard(slot)
 
     def _begin(self, work: Coroutine[Any, Any, object]) -> None:
         """Run work in a task of its own; its errors are logged."""
@@ -418,7 +417,8 @@ class Supervisor:
             return []
         done, _ = await asyncio.wait(self._applying.values(), timeout=APPLIED)
         if self._applying:
-            self._behind, self._applying = set(self._applying), {}
+            self._behind.update(self._applying)
+            self._applying = {}
             log.warning("not all workers have applied the new settings yet", workers=self.late_workers())
         return sorted(filter(None, (each.result() for each in done)))
 
