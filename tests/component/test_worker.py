@@ -247,6 +247,31 @@ def test_withdrawn_packet_is_not_waited_for(build, monkeypatch):
     asyncio.run(check())
 
 
+def test_damage_at_a_failed_sync_is_told(build, monkeypatch):
+    """Of a packet that is older than what the sync would have covered."""
+    monkeypatch.setattr(Queue, "want_sync", lambda _: None)
+
+    async def check():
+        worker = build("fsync")
+        ring, loop = worker.queue.ring, asyncio.get_running_loop()
+        position = ring.tail_position
+        damaged = await ask(worker, "damaged", "Prefer: wait=60")
+        ring.mark_synced(ring.sync_position)
+        withdrawn = await ask(worker, "withdrawn", "Prefer: wait=60")
+        with capture_logs():
+            damage(worker, position)
+            worker._not_synced(OSError(errno.EIO, os.strerror(errno.EIO)))
+            assert (await loop.sock_recv(withdrawn, 10_000)).startswith(b"HTTP/1.1 503 ")
+            assert set(worker.emitters.waiting) == {1}
+            ring.claim()
+            assert (await loop.sock_recv(damaged, 10_000)).startswith(b"HTTP/1.1 500 ")
+        for connection in (damaged, withdrawn):
+            connection.close()
+        await worker._drain(0.0)
+
+    asyncio.run(check())
+
+
 # ---- packets that are damaged in the queue
 
 

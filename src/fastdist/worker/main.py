@@ -379,10 +379,13 @@ class Worker:
         self.intake.broken_storage = error.errno or errno.EIO
         if not self.fsync:
             return
-        packets, _, _ = self.queue.ring.withdraw_unsynced()
+        ring, waiting = self.queue.ring, set(self.emitters.waiting)
+        damaged = ring.missing(waiting)  # whose emitters are told of that
+        packets, _, _ = ring.withdraw_unsynced()
         self.counters.add("withdrawn", packets)
-        for sequence in self.queue.ring.missing(set(self.emitters.waiting)):
+        for sequence in ring.missing(waiting - damaged):
             self.emitters.forget_wait(sequence)
+        self.emitters.forget_from(ring.next_sequence_number)  # what could not even be written
         self._reject_behind(self.queue.ring.synced_position, error)
 
     # ---- called by the core
