@@ -365,7 +365,8 @@ class Distributor(Process):
         return [json.loads(line) for line in lines]
 
     def worker_pids(self) -> list[int]:
-        return [int(row["pid"]) for row in self.stats()["workers"]]
+        """Return the processes of the workers that run."""
+        return [int(row["pid"]) for row in self.stats()["workers"] if row["pid"]]
 
     def wait_at_rest(self, seconds: float = 60.0) -> Any:
         """Wait until nothing is queued or in flight; check the accounting; return /stats."""

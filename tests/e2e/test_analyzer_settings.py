@@ -387,7 +387,7 @@ def test_private_authority_and_certificate(serve, record, tmp_path):
     pids = fastdist.worker_pids()
     for pid in pids:
         kill_worker(pid)
-    wait_until(lambda: not {*pids, 0} & set(fastdist.worker_pids()), "workers were replaced")
+    wait_until(lambda: len({*fastdist.worker_pids()} - {*pids}) == len(pids), "workers were replaced")
     delivered = len(private.ids)
     send(fastdist, 20)
     fastdist.wait_at_rest()

@@ -84,6 +84,18 @@ def test_failed_write_leaves_the_old_content(path):
         assert offsets.position.offset == 3
 
 
+def test_the_offset_is_what_the_file_says(path):
+    with OffsetFile(path) as offsets:
+        assert offsets.offset == 0
+        offsets.save(position(offset=1))
+        (path.parent / "log.offset.tmp").mkdir()
+        with pytest.raises(OSError, match="Is a directory"):
+            offsets.save(position(offset=2))
+        assert offsets.offset == 1
+    with OffsetFile(path) as offsets:
+        assert offsets.offset == 1
+
+
 def test_torn_temporary_file_is_harmless(path):
     path.with_name("log.offset.tmp").write_text('{"file":')
     with OffsetFile(path) as offsets:

@@ -118,6 +118,7 @@ class Log:
                 yield None
             if data is None:
                 self.outcome = "truncated"
+                self._earlier = []
             else:
                 self.outcome = self._state() if follow else "end"
             if self.outcome:

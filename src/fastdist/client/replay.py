@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from fastdist.client import retry
-from fastdist.client.connection import MAX_RESPONSE, Connection
+from fastdist.client.connection import Connection
 from fastdist.client.held_file import HeldFile, tidy
 from fastdist.client.purge import count
 from fastdist.storage.dead_letter_format import journal_of
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 UNKNOWN_INTERVAL = 0.5  # seconds between syncs of a distributor that does not say how often it does that
 MAX_INTERVAL = 30.0  # seconds between syncs that are waited for
+MAX_HEALTH = 1 << 24  # bytes of GET /health: it names all problems
 MAX_HELD = 100  # files that wait to be rewritten
 PATIENCE = 60.0  # seconds without a dead letter accepted
 MAX_FAILURES = 3  # attempts at a dead letter without a response
@@ -213,9 +214,7 @@ class Replay(ReplayRun):
         """Return what the distributor says of itself; the defaults, where it does not."""
         connection = Connection(self.target)
         try:
-            return msgspec.json.decode(
-                connection.request("GET", "/health", None, {}, MAX_RESPONSE).content, type=_State
-            )
+            return msgspec.json.decode(connection.request("GET", "/health", None, {}, MAX_HEALTH).content, type=_State)
         except (OSError, HTTPException):
             return _State(storage="unknown")
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

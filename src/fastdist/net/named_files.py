@@ -21,7 +21,7 @@ def read_files(config: Config) -> tuple[Config, Pair | None]:
     try:
         pair = tls.read_pair(config.security)
     except StartError as error:
-        problems += str(error).splitlines()
+        problems += str(error).split("\n")
     try:
         config = upstream_tls.with_files(config)
     except ConfigError as error:

@@ -36,7 +36,7 @@ def with_files(config: Config) -> Config:
             contexts.make(read, f"analyzers[{index}]")
             analyzers.append(read)
         except StartError as error:
-            problems += str(error).splitlines()
+            problems += str(error).split("\n")
     if problems:
         raise ConfigError(problems)
     return msgspec.structs.replace(config, analyzers=tuple(analyzers))
