@@ -198,8 +198,8 @@ def test_trial_is_a_request_with_one_packet(tmp_path, mode):
         bench.check_well()
         bench.push(*[b"x"] * 10)
         request = bench.sent(0)[-1]
-        assert "X-Packet-Id" in request.headers
-        assert request.body == b"x"
+        assert ("X-Packet-Count" in request.headers) == (mode == "batch")
+        assert request.body == (b"[x]" if mode == "batch" else b"x")
         bench.answer_all()
         assert bench.states.is_online(0)
         bench.answer_all()
@@ -472,6 +472,26 @@ def test_refused_but_taken_elsewhere_failed(tmp_path):
         bench.push(b"x")
         assert bench.at() == 0
         bench.answer_all()
+
+
+def test_refused_trials_ask_in_the_mode(tmp_path):
+    """With analyzers that take nothing but arrays the packet is not lost for a trial."""
+    with Ward(tmp_path, delivery={"mode": "batch", "linger": 0.0}) as bench:
+        bench.fail()
+        bench.check_well()
+        bench.push(b"good")
+        bench.answer_all(reply(422), [0])
+        assert bench.dead_letters() == []
+        assert bench.sent(1)[-1].body == b"[good]"
+        bench.answer_all(slots=[1])
+        assert bench.states.has_failed_trials(0)
+        bench.pass_time(1.1)
+        bench.push(b"y", b"z")
+        assert [request.body for request in bench.sent(0)[-1:]] == [b"[y]"]
+        bench.answer_all()
+        assert bench.states.is_online(0)
+        while bench.answer_all():
+            pass
 
 
 def test_trial_refused_by_all_is_dead_letter(tmp_path):

@@ -12,6 +12,7 @@ cdef enum:
     # Flags of an entry.
     ALONE = 1                # send this packet as single, its batch was refused
     WATCHED = 2              # the pool's owner wants to be told of its delivery
+    IN_ITS_OWN = 4           # send this packet in a request of its own, in a batch of one where there are batches
 
 cdef enum Pumped:
     NOTHING_TO_DO = 0
@@ -162,10 +163,12 @@ cdef class PoolBase:
         """Let a claimed packet wait here, behind the others."""
         self.join(handle, mono_ns())
 
-    def prepend(self, uint32_t handle, bint alone=False):
-        """Let a claimed packet wait here, before the others; ``alone``: it is not to share a request."""
-        if alone:
-            self.ring.entries[handle].flags |= ALONE
+    def prepend(self, uint32_t handle, bint alone=False, bint apart=False):
+        """Let a claimed packet wait here, before the others; ``alone``: to be sent as single, whatever the mode.
+
+        ``apart``: it is not to share the next request, in which it is as the mode says.
+        """
+        self.ring.entries[handle].flags |= (ALONE if alone else 0) | (IN_ITS_OWN if apart else 0)
         self.join_front(handle, mono_ns())
 
     def watch(self, uint32_t handle):
@@ -224,7 +227,7 @@ cdef class PoolBase:
         cdef Entry *entry = &self.ring.entries[self.first]
         return (not self.batching or self.waiting >= self.batch_packets or self.waiting_bytes >= self.batch_bytes
                 or (self.requests_in_flight == 0 and now - self.sent_ns >= self.linger_ns)
-                or now - entry.since_ns >= self.linger_ns or entry.flags & ALONE)
+                or now - entry.since_ns >= self.linger_ns or entry.flags & (ALONE | IN_ITS_OWN))
 
     cdef int64_t lingers_until(self, int64_t now) noexcept nogil:
         """Return until when the first that waits may wait on: for its batch to fill, or for a connection."""
@@ -249,17 +252,19 @@ cdef class PoolBase:
 
     cdef bint form(self, Group *group, int64_t now) except -1:
         """Take a request's packets out of the list, and say whether there were any."""
-        cdef uint32_t last, handle
+        cdef uint32_t last, handle, most
         if not self.has_intact():
             return False
         last = handle = self.leave()
         group.first, group.packets, group.sent_ns, group.end = handle, 1, now, 0
         group.bytes = self.ring.entries[handle].length
         group.batch = self.batching and not self.ring.entries[handle].flags & ALONE
-        while group.batch and group.packets < self.batch_packets and self.has_intact():
+        most = 1 if self.ring.entries[handle].flags & IN_ITS_OWN else self.batch_packets
+        self.ring.entries[handle].flags &= ~<uint32_t>IN_ITS_OWN
+        while group.batch and group.packets < most and self.has_intact():
             handle = self.first
             if (group.bytes + self.ring.entries[handle].length > self.batch_bytes
-                    or self.ring.entries[handle].flags & ALONE):
+                    or self.ring.entries[handle].flags & (ALONE | IN_ITS_OWN)):
                 break
             self.leave()
             group.bytes += self.ring.entries[handle].length

@@ -180,7 +180,7 @@ class Dispatcher(Outcomes):
             return
         pool.paused = False
         pool.watch(handle)
-        pool.prepend(handle, alone=True)
+        pool.prepend(handle, apart=True)
         self.touch(pool)
 
     def wants_trial(self) -> bool:

@@ -216,11 +216,13 @@ class Outcomes(DispatchBase):
     ) -> None:
         """Make a packet that was refused a dead letter; of a refused batch, find out first which packet it was.
 
+        A trial's batch has but one, and what that tells is of the analyzer: it is not sent as single.
         Those that may not be sent again (``max_attempts``) are dead letters as well: which one was at fault is unknown.
         """
         error = f"HTTP {status}"
         self.counters.add_to(pool.slot, "failed", len(handles))
-        if batch:
+        is_trial = len(handles) == 1 and self.probation.is_trial(pool, self.ring.sequence(handles[0]))
+        if batch and not is_trial:
             self._note_refusal(pool, error)
             self._send_again(Returned(pool, handles, error, status, response, failed=True), alone=True)
         while handles:
