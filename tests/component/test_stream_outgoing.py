@@ -42,8 +42,8 @@ class Stream:
 class Replica:
     """A service whose packets go to a ``Stream``."""
 
-    def __init__(self, **settings) -> None:
-        self.service = Service(replicated=True, remembers_keys=True)
+    def __init__(self, capacity=1 << 20, **settings) -> None:
+        self.service = Service(capacity=capacity, replicated=True, remembers_keys=True)
         self.stream = Stream()
         self.fulls = 0
         self.outgoing = Outgoing(
@@ -78,6 +78,10 @@ class Replica:
 
     def count(self, field: str) -> int:
         return self.service.counters.get(field)
+
+
+def statuses_of(connection) -> list[int]:
+    return [int(part[:3]) for part in connection.written.split(b"HTTP/1.1 ")[1:]]
 
 
 def answers_of(connection) -> list[tuple[int, dict]]:
@@ -208,8 +212,8 @@ def test_a_wait_is_named_in_the_message():
     asyncio.run(run())
 
 
-def ndjson(records: int) -> bytes:
-    body = b"".join(b'{"message":"%d %s"}\n' % (number, b"x" * 3000) for number in range(records))
+def ndjson(records: int, size: int = 3000) -> bytes:
+    body = b"".join(b'{"message":"%d %s"}\n' % (number, b"x" * size) for number in range(records))
     head = b"POST /ingest HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n"
     return head % len(body) + body
 
@@ -235,6 +239,62 @@ def test_batch_is_whole_or_says_not(failing):
         statuses = [int(part[:3]) for part in connection.written.split(b"HTTP/1.1 ")[1:]]
         assert statuses == [202, 503, 202]
         assert replica.service.intake.held == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["", "waits"])
+@pytest.mark.parametrize("failing", [[number] for number in range(8)] + [[3, 0], [4, 1, 2], [*range(8)]], ids=str)
+def test_large_batches_are_no_others(failing, waits):
+    """What others send while one is stored is answered for its own, whichever message is not stored."""
+
+    async def run():
+        replica = Replica(capacity=1 << 22, bundle_packets=1)
+        agents = replica.service.emitters.agents
+        agents.limits = msgspec.structs.replace(agents.limits, max_packet=500_000)
+        asked = {"o0": replica.service.ask(keyed("o0"))}
+        line = b"Host: x\r\nPrefer: wait=60\r\n" if waits else b"Host: x\r\n"
+        batch = replica.service.ask(ndjson(3, 400_000).replace(b"Host: x\r\n", line))
+        for number in range(1, 5):
+            asked[f"o{number}"] = replica.service.ask(keyed(f"o{number}"))
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await replica.go_on()
+        names = [ids[0] for ids, _, _ in replica.stream.messages]
+        assert len(names) == 8
+        refused = {names[number] for number in failing}
+        for number in [*failing, *range(8)]:
+            if not replica.stream.messages[number][2].done():
+                await replica.settle(number, NO if number in failing else YES)
+        for sequence in tuple(replica.service.emitters.waiting):
+            replica.service.emitters.settled(sequence, "A1")
+        await replica.go_on()
+        whole = refused <= asked.keys()
+        assert statuses_of(batch) == [200 if whole else 503]
+        assert {name: statuses_of(each) for name, each in asked.items()} == {
+            name: [503 if name in refused else 202] for name in asked
+        }
+        assert (replica.service.intake.held, replica.service.ring.undone) == (0, 0)
+        assert replica.service.emitters.waiting == {}
+        assert replica.count("accepted") == 3 * whole + len(asked.keys() - refused)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("size", [110_000, 130_000, 150_000, 154_000, 157_000, 190_000, 250_000])
+def test_the_ring_is_free_when_all_is_stored(size):
+    """Also where packets were moved to make room: the copies are of packets that are done."""
+
+    async def run():
+        replica = Replica()
+        body = b'{"emitterId":"e","messages":[{"message":"%b"}]}' % (b"x" * size)
+        for turn in range(3):
+            connections = [await replica.ask(keyed(f"k{turn}-{number}", body)) for number in range(10)]
+            for number, (_, _, future) in enumerate(replica.stream.messages):
+                if not future.done():
+                    await replica.settle(number, YES)
+            assert connections[0].statuses == [202]
+            assert (replica.service.ring.undone, replica.service.ring.room_lacking()) == (0, 0)
 
     asyncio.run(run())
 

@@ -129,7 +129,8 @@ cdef class Intake(AfterEvents):
         self.waiting, self.working, self.wanting, self.costly = deque(), deque(), deque(), deque()
         self.slice_ns, self.packets_ns, self.loop_ns, self.costly_ns = SLICE, PACKETS, LOOP, COSTLY
         self.loop_left, self.costly_left = LOOP, COSTLY
-        self.room_wait_ns, self.piece_bytes = ROOM_WAIT, BATCH_PIECE
+        # What is published is answered by where it lies in the ring: a batch has to lie there in one piece.
+        self.room_wait_ns, self.piece_bytes = ROOM_WAIT, FOREVER if remembers_keys else BATCH_PIECE
         self.later = call_soon
         self.open_to_all = True
         self.noise = int.from_bytes(os.urandom(8), "little")

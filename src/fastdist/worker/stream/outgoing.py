@@ -196,6 +196,10 @@ class Outgoing:
                 duplicates.append(message.alone)
         while self._rejected and self._rejected[0][1] <= position:
             self._rejected.popleft()
+        if (
+            not self.ring.undone
+        ):  # a copy that was made for room is of a packet that is done: nothing else will cover it
+            position = max(position, self.ring.sync_position)
         self.ring.mark_synced(position)
         self._intake.synced()
         for packet in duplicates:  # which the core has counted like all others
