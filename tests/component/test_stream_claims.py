@@ -293,7 +293,7 @@ def test_room_is_used_without_traffic():
     claim = it.take(1, *(f"a{number}" for number in range(7)), size=8000)
     it.take(2, "b", size=30_000)
     claim.state = State.VOID
-    it.claims.void(claim)
+    it.claims.void([claim])
     it.claims.tick(1)
     it.send_all()
     it.settle()
@@ -321,7 +321,7 @@ def test_void_claim_is_let_go():
     it.take(2, "c")
     it.dispatcher.send()
     claim.state = State.VOID
-    it.claims.void(claim)
+    it.claims.void([claim])
     assert [it.ring.packet(handle).id for handle in it.dispatcher.held] == ["a"]
     it.take(1, "a", "b", deliveries=2)  # it comes again, while one is on its way
     assert it.given_back == [1]
@@ -332,12 +332,28 @@ def test_void_claim_is_let_go():
     assert it.acknowledged == [2]
 
 
+def test_void_claims_are_let_go_together():
+    """What waits is looked at once, not once for each."""
+    it = Replica()
+    claims = [it.take(number, f"a{number}") for number in range(1, 6)]
+    looks = []
+    take_back = it.claims.take_back
+    it.claims.take_back = lambda *args: (looks.append(args), take_back(*args))
+    for claim in claims[1:]:
+        claim.state = State.VOID
+    it.claims.void(claims[1:])
+    assert len(looks) == 1
+    it.send_all()
+    it.settle()
+    assert (it.delivered, it.acknowledged) == (["a1"], [1])
+
+
 def test_void_claim_may_be_acknowledged():
     it = Replica()
     claim = it.take(1, "a")
     it.send_all()
     claim.state = State.VOID
-    it.claims.void(claim)
+    it.claims.void([claim])
     it.settle()
     assert it.acknowledged == [1]
 
@@ -382,7 +398,7 @@ def test_no_packet_is_lost_or_sent_twice(steps):  # noqa: C901  (steps of all ki
                     claim = held[number % len(held)]
                     claim.state = State.VOID
                     void.add(claim.sequence)
-                    it.claims.void(claim)
+                    it.claims.void([claim])
         while it.claims.undone:
             it.send_all()
             while it.dispatcher.held:

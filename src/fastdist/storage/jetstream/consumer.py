@@ -126,7 +126,7 @@ class Consumer:
         settings: Jetstream,
         take: Callable[[Claim, bytes], None],
         room: Callable[[], int],
-        void: Callable[[Claim], None],
+        void: Callable[[list[Claim]], None],
     ) -> None:
         self.subject, self.ack_wait = settings.subject, settings.ack_wait
         self.redelivered = 0  # messages that came again and were not handed out again
@@ -382,11 +382,12 @@ class Consumer:
             await asyncio.sleep(self.ack_wait / 12)
             moment = now()
             old = [claim for claim in self._held.values() if moment - claim.confirmed_at >= self.ack_wait / 4]
-            for claim in old:
-                if moment - claim.confirmed_at >= self.ack_wait * 5 / 6:
-                    del self._held[claim.sequence]
-                    claim.state = State.VOID
-                    self._void(claim)
+            late = [claim for claim in old if moment - claim.confirmed_at >= self.ack_wait * 5 / 6]
+            for claim in late:
+                del self._held[claim.sequence]
+                claim.state = State.VOID
+            if late:
+                self._void(late)
             for at in range(0, len(old), SLICE):
                 self._send(old[at : at + SLICE], "w")
                 await asyncio.sleep(0)

@@ -25,7 +25,7 @@ from fastdist.storage.jetstream.consumer import State
 from fastdist.storage.jetstream.message import StoredPacket, UnreadableError, decode, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from fastdist._core import Counters, PacketRing
     from fastdist.storage.jetstream.consumer import Claim, Consumer
@@ -141,13 +141,14 @@ class Claims:
         self._overflow.append(held)
         self._push()
 
-    def void(self, claim: Claim) -> None:
-        """Let go what was not sent of a message that may be another's now."""
-        held = self._held.get(claim.sequence)
-        if held is not None:
+    def void(self, claims: Iterable[Claim]) -> None:
+        """Let go what was not sent of messages that may be others' now: in one look at all that waits."""
+        concerned = {held for claim in claims if (held := self._held.get(claim.sequence)) is not None}
+        for held in concerned:
             held.dropped = held.dropped or bool(held.waiting)
             held.waiting.clear()
-            self.take_back(lambda each: each is held)
+        if concerned:
+            self.take_back(concerned.__contains__)
 
     def _push(self) -> None:
         """Hand over what the ring has room for."""
