@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nats.errors import ConnectionClosedError
 
+from fastdist.settings import Jetstream
 from fastdist.storage.jetstream.client import Client, Messages, fields_of, status_of
+from fastdist.storage.jetstream.connection import Connection
 
 OURS, THEIRS = b"7", b"3"
 HEADERS = b"NATS/1.0 503\r\n\r\n"
@@ -168,3 +172,21 @@ def test_nothing_is_sent_after_the_end():
             client.send("a.b", b"late")
 
     asyncio.run(run())
+
+
+# ---- servers that others have named
+
+
+def test_learnt_servers_keep_the_given_name():
+    """However many connections ago it was that the first one named them."""
+    made = Connection(Jetstream(servers=("tls://nats-1.example:4222",)), "test")
+    cluster = ["tls://10.0.0.1:4222", "tls://10.0.0.2:4222", "tls://10.0.0.3:4222"]
+    made.server = "tls://nats-1.example:4222"
+    for server in (cluster[1], cluster[2], cluster[1]):
+        others = [urlsplit(url) for url in cluster if url != made.server]
+        made._learn(SimpleNamespace(discovered_servers=others))
+        made.server = server
+        names = dict(made._servers())
+        assert names.pop("tls://nats-1.example:4222") is None
+        assert names.keys() >= {url for url in cluster if url != "tls://10.0.0.1:4222"}
+        assert set(names.values()) == {"nats-1.example"}

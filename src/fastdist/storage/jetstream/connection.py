@@ -219,11 +219,14 @@ class Connection:
         return sorted(order, key=lambda server: server[0] == self.server)
 
     def _learn(self, client: Client) -> None:
-        """Remember the servers that this one has named, in the place of those named before."""
-        host = urlsplit(self.server).hostname
+        """Remember the servers that this one has named, in the place of those named before, and itself if learnt."""
         named = [url.geturl() for url in client.discovered_servers]
         # They name addresses; the certificate is for the name that was configured.
-        self._learnt = dict.fromkeys(named, host) or self._learnt
+        own = self._learnt.get(self.server)
+        learnt: dict[str, str | None] = dict.fromkeys(named, own or urlsplit(self.server).hostname)
+        if own:
+            learnt[self.server] = own
+        self._learnt = learnt or self._learnt
 
     async def _connect(self, url: str, tls_name: str | None) -> None:
         """Connect to one server. Raises Refusal."""
