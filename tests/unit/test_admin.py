@@ -18,6 +18,7 @@ from fastdist.net.tls import read_pair
 from fastdist.settings import Analyzer, Config, Security
 from fastdist.shm.block import AnalyzerWord, SharedBlock
 from fastdist.shm.snapshot import Snapshot
+from fastdist.supervisor.overrides import Override
 from fastdist.supervisor.reload import Changes
 
 AUTHORITY = trustme.CA()
@@ -483,3 +484,18 @@ def test_online_override_ends_a_pause(block, tmp_path):
     assert block.analyzers.get(0, AnalyzerWord.PAUSED_UNTIL_NS) == 0
     assert block.analyzers.epoch > epoch
     assert block.analyzers.get(1, AnalyzerWord.PAUSED_UNTIL_NS) == later
+
+
+# ---- overrides that replicas share
+
+
+def test_ignored_overrides_wait_for_a_reload(block, tmp_path):
+    """Of a replica that has more analyzers: they leave none here, until a reload brings those."""
+    it = changes(block, tmp_path, 1, 1)
+    assert not it.use_overrides({"A1": Override(draining=True), "A2": Override(draining=True)})
+    assert block.analyzers.get(0, AnalyzerWord.DRAINING) == 0
+    it.reload(Config(analyzers=analyzers(1, 1, 1)))
+    assert [block.analyzers.get(slot, AnalyzerWord.DRAINING) for slot in range(3)] == [1, 1, 0]
+    assert it.use_overrides({})
+    it.reload(Config(analyzers=analyzers(1, 1)))
+    assert [block.analyzers.get(slot, AnalyzerWord.DRAINING) for slot in range(2)] == [0, 0]

@@ -40,6 +40,7 @@ class Changes:
         self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot was not reused
         self.analyzers: dict[int, Analyzer] = {}
         self.overrides = Overrides(folder, locked=config.queue.durability != "memory") if own else Overrides(None)
+        self._unused: dict[str, Override] | None = None  # of all replicas, that are ignored here
         self.state = Configuration(success_ns=time.time_ns())
 
     def begin(self) -> None:
@@ -135,6 +136,8 @@ class Changes:
         self.config, self.pair = config, pair
         self._note_own_certificate()
         self.generation += 1
+        if self._unused is not None:
+            self.use_overrides(self._unused)
 
     def _set_analyzers(self, config: Config) -> None:
         slots = dict(self.slots)
@@ -222,18 +225,24 @@ class Changes:
         )
         return 200, None
 
-    def use_overrides(self, by_id: dict[str, Override]) -> None:
-        """Put the overrides of all replicas in force; they are ignored if they leave no analyzer to deliver to."""
+    def use_overrides(self, by_id: dict[str, Override]) -> bool:
+        """Put the overrides of all replicas in force; return whether they are.
+
+        They are not where they leave no analyzer to deliver to, until a reload brings others.
+        """
+        self._unused = None
         if by_id == self.overrides.by_id:
-            return
+            return True
         if not leaves_any(self.config.analyzers, by_id):
             log.error("the shared overrides leave no analyzer to deliver to, and are ignored")
-            return
+            self._unused = by_id
+            return False
         self.overrides.by_id = by_id
         for slot, analyzer in self.analyzers.items():
             self._put_in_force(slot, analyzer)
         self.block.analyzers.touch()
         log.info("analyzers were changed at another replica", overrides=sorted(by_id))
+        return True
 
 
 def _described(analyzer: Analyzer, override: Override) -> dict[str, object]:
