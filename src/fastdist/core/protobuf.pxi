@@ -552,6 +552,9 @@ cdef int put_end(Buffer *out, RecordParts parts) except -1:
 
 # --------------------------------------------------------------------------------------------------------------- Loki
 
+cdef int NO_RANK = 3
+cdef const char *NO_LEVEL = b""
+
 cdef int put_entry(Buffer *out, cursor p, cursor end, RecordParts parts) except -1:
     """Write an EntryAdapter as a message."""
     cdef Field field, line, time
@@ -559,6 +562,7 @@ cdef int put_entry(Buffer *out, cursor p, cursor end, RecordParts parts) except 
     cdef int64_t second = 0
     cdef int nanosecond = 0
     cdef const char *level = PyBytes_AS_STRING(parts.level)
+    cdef int rank = NO_RANK
     cdef bint timed = False
     memset(&line, 0, sizeof(Field))
     while p < end:
@@ -570,7 +574,7 @@ cdef int put_entry(Buffer *out, cursor p, cursor end, RecordParts parts) except 
         elif field.number == 2:
             line = field
         elif field.number == 3:
-            level = pair_level(field.p, field.end, parts.levels, level)
+            level = pair_level(field.p, field.end, parts.levels, level, &rank)
     put(out, b'{"timestamp":"')
     if timed:
         put_time(out, second, nanosecond)
@@ -617,13 +621,21 @@ cdef int read_pair(cursor p, cursor end, Field *name, Field *value) except -1:
     return 0
 
 
-cdef const char *pair_level(cursor p, cursor end, dict levels, const char *otherwise) except NULL:
-    """Return the level that a pair of structured metadata gives, if it is about that."""
+cdef const char *pair_level(cursor p, cursor end, dict levels, const char *otherwise, int *rank) except NULL:
+    """Return the level that a pair of structured metadata gives, if it is about that and no name of a lower ``rank`` was."""
     cdef Field name, value
+    cdef const char *level
+    cdef int found
     read_pair(p, end, &name, &value)
-    if not (is_text(&name, b"level", 5) or is_text(&name, b"detected_level", 14) or is_text(&name, b"severity", 8)):
+    found = (0 if is_text(&name, b"level", 5) else 1 if is_text(&name, b"detected_level", 14) else
+             2 if is_text(&name, b"severity", 8) else NO_RANK)
+    if found == NO_RANK or found > rank[0]:
         return otherwise
-    return known_level(&value, levels, otherwise)
+    level = known_level(&value, levels, NO_LEVEL)
+    if level == NO_LEVEL:
+        return otherwise
+    rank[0] = found
+    return level
 
 
 cdef bint is_text(Field *field, const char *text, Py_ssize_t length) noexcept nogil:

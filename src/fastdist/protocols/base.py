@@ -175,6 +175,14 @@ class Protocol(ABC):
         """Return the response to a request that is not accepted. Its body need not have been read."""
 
 
+def header_text(value: str) -> str:
+    """Return a header's value, which was read as Latin-1, as UTF-8 where it is that."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return value
+
+
 def finish(work: Work) -> Batch:
     """Run a conversion to its end."""
     while True:

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 from fastdist.exchange import JSON, Request, Response
 from fastdist.http.responses import problem
 from fastdist.packet import MAX_EMITTER_ID
-from fastdist.protocols.base import STATUSES, Protocol, Reason, Refused, Route, refusal_headers
+from fastdist.protocols.base import STATUSES, Protocol, Reason, Refused, Route, header_text, refusal_headers
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.packets import Packets
 from fastdist.protocols.records import Common, add_lines, add_records
@@ -58,7 +58,7 @@ def _take(request: Request, limits: Limits) -> Work:
             Reason.UNSUPPORTED, detail, headers=b"Accept: application/json, application/x-ndjson, text/plain\r\n"
         )
     body = yield from decode(request, limits.max_body)
-    header = request.headers.get("x-emitter-id", "")
+    header = header_text(request.headers.get("x-emitter-id", ""))
     metadata = {"protocol": "json", **({"emitterId": header} if len(header) > MAX_EMITTER_ID else {})}
     packets = Packets(limits, metadata, len(body))
     source = unquote(request.path.removeprefix("/ingest").removeprefix("/"))

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fastdist._core import RecordParts, find_field, loki_entries
 from fastdist.errors import printable
 from fastdist.exchange import Request, Response
-from fastdist.protocols.base import PROTOBUF_TYPES, STATUSES, TEXT, Protocol, Reason, Refused, Route, refusal_headers
+from fastdist.protocols.base import (
+    PROTOBUF_TYPES,
+    STATUSES,
+    TEXT,
+    Protocol,
+    Reason,
+    Refused,
+    Route,
+    header_text,
+    refusal_headers,
+)
 from fastdist.protocols.encodings import decode, snappy_block
 from fastdist.protocols.packets import FLUSH, Packets, encode
 from fastdist.protocols.records import (
@@ -66,7 +76,7 @@ def _take(request: Request, limits: Limits) -> Work:
     if kind not in ("", "application/json", *PROTOBUF_TYPES):
         detail = f"Content-Type {kind} is not taken; use application/json or application/x-protobuf"
         raise Refused(Reason.UNSUPPORTED, detail)
-    tenant = headers.get("x-scope-orgid")
+    tenant = header_text(headers.get("x-scope-orgid", ""))
     packets = Packets(limits, {"protocol": "loki", **({"tenant": tenant} if tenant else {})})
     received = Common(request.received_ns, "").received
     if kind in PROTOBUF_TYPES:

@@ -10,7 +10,7 @@ import orjson
 from fastdist.errors import printable
 from fastdist.exchange import JSON, Request, Response
 from fastdist.packet import MAX_EMITTER_ID
-from fastdist.protocols.base import BUSY, STATUSES, Protocol, Reason, Refused, Route, refusal_headers
+from fastdist.protocols.base import BUSY, STATUSES, Protocol, Reason, Refused, Route, header_text, refusal_headers
 from fastdist.protocols.encodings import decode
 from fastdist.protocols.packets import Packets
 from fastdist.protocols.records import Common, add_lines, decode_value, json_texts, level_of, text_of, time_of
@@ -105,7 +105,7 @@ def _no_ack(_request: Request, _obstacle: str) -> Response:
 
 
 def _packets(request: Request, limits: Limits, body: bytes) -> Packets:
-    channel = request.headers.get("x-splunk-request-channel")
+    channel = header_text(request.headers.get("x-splunk-request-channel", ""))
     return Packets(limits, {"protocol": "splunk", **({"channel": channel} if channel else {})}, len(body))
 
 

@@ -131,6 +131,14 @@ def test_source_and_emitter_of_the_request():
     assert (each["emitterId"], each["metadata"]["emitterId"]) == ("e" * 256, "e" * 300)
 
 
+@pytest.mark.parametrize(
+    ("sent", "emitter"), [("münchen".encode(), "münchen"), ("münchen".encode("latin-1"), "münchen")]
+)
+def test_emitter_of_the_header_is_utf8(sent, emitter):
+    """Or Latin-1, as which headers are read."""
+    assert message("/ingest", b'"line"', x_emitter_id=sent.decode("latin-1"))["emitterId"] == emitter
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", ["/ingest", "/ingest/app"])
 def test_probes_are_answered(method, path):

@@ -338,8 +338,11 @@ def test_other_types_are_415(kind):
 
 @pytest.mark.parametrize("path", ["/v1/traces", "/v1/metrics"])
 def test_traces_and_metrics_are_404(path):
-    error, reply = refusal(path, b"", content_type=PROTOBUF)
-    assert (error.reason, reply.status) == (Reason.NOT_FOUND, 404)
+    """Whatever the limits, the tokens and the queue say: exporters would try again."""
+    for obstacle in ("", "the queue is full"):
+        reply = answer(path, "POST", obstacle, content_type=PROTOBUF)
+        assert reply.status == 404
+        assert b"only logs are taken" in reply.body
 
 
 @pytest.mark.parametrize("reason", Reason)
