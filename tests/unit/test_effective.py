@@ -103,7 +103,8 @@ def test_changed_only_shows_just_the_changes(file):
 )
 def test_any_value_is_read_again_as_it_was(text, spill_after, max_header, weight):
     document = {
-        "server": {"host": text, "max_header": max_header},
+        "server": {"max_header": max_header},
+        "queue": {"path": text},
         "delivery": {"spill_after": spill_after},
         "analyzers": [{"id": "a", "endpoint": "http://h/", "weight": weight}],
     }
