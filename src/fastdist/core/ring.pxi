@@ -266,12 +266,14 @@ cdef class PacketRing:
         return PUSHED
 
     cdef int write(self) noexcept nogil:
-        """Write what was pushed, and what has become of records; return 0, or an errno: then the packets are gone."""
+        """Write what was pushed; return 0, or an errno: then the packets are gone.
+
+        Marks can wait: for the end of the iteration, since several writes may come in one.
+        """
         cdef int failed = self.file.write(self.tail)
         if unlikely(failed):
             self.roll_back()
         self.staged = 0
-        self.file.write_marks()
         if unlikely(self.file.gap_count):
             self.file.write_gaps(self.head)
         return failed
@@ -784,7 +786,9 @@ cdef class PacketRing:
 
     def write_out(self):
         """Write what was pushed and noted. Raises OSError: what was pushed since the last time is gone."""
-        raise_errno(self.write())
+        failed = self.write()
+        self.file.write_marks()
+        raise_errno(failed)
 
     def missing(self, set sequences):
         """Return those of these sequences whose packets are not in the ring (any more)."""
