@@ -198,6 +198,36 @@ def test_duplicate_of_a_client_that_left():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_refusal_of_a_client_that_left(pipelined):
+    async def run():
+        replica = Replica()
+        connection = await replica.ask(keyed("a") + keyed("b") * pipelined)
+        connection.protocol.connection_lost(None)
+        await replica.settle(pipelined, NO)
+        if pipelined:
+            await replica.settle(0, YES)
+        assert (replica.count("accepted"), replica.count("storage")) == (int(pipelined), 1)
+        assert (replica.service.ring.undone, replica.service.intake.held) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_refused_keys_are_answered_in_order():
+    async def run():
+        replica = Replica()
+        connection = await replica.ask(keyed("a") + keyed("b") + keyed("c"))
+        await replica.settle(1, NO)
+        assert connection.written == b""
+        await replica.settle(0, YES)
+        assert statuses_of(connection) == [202, 503]
+        await replica.settle(2, YES)
+        assert statuses_of(connection) == [202, 503, 202]
+        assert (replica.count("accepted"), replica.count("messages_accepted"), replica.count("storage")) == (2, 4, 1)
+
+    asyncio.run(run())
+
+
 def test_a_wait_is_named_in_the_message():
     async def run():
         replica = Replica()

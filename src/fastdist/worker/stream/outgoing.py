@@ -51,11 +51,11 @@ class _Message:
     ``alone``: the only one, which has a key, or whose emitter waits, or that is large.
     """
 
-    __slots__ = ("accepted_ns", "alone", "begin", "duplicate", "end", "handles", "is_keyed", "over")
+    __slots__ = ("accepted_ns", "alone", "begin", "duplicate", "end", "handles", "is_keyed", "over", "refused")
 
     def __init__(self, begin: int, end: int, handles: list[int], accepted_ns: int, alone: Packet | None = None) -> None:
         self.begin, self.end, self.handles, self.accepted_ns, self.alone = begin, end, handles, accepted_ns, alone
-        self.over = self.duplicate = self.is_keyed = False
+        self.over = self.duplicate = self.refused = self.is_keyed = False
 
 
 class Outgoing:
@@ -187,13 +187,14 @@ class Outgoing:
 
     def _advance(self) -> None:
         """Let the responses leave that no packet before theirs keeps back, in one call: each searches for who waits."""
-        position, duplicates = 0, []
+        position, others = 0, []
         while self._order and self._order[0].over:
             message = self._order.popleft()
             done_all(self.ring, message.handles)
             position = message.end
-            if message.duplicate and message.alone is not None:
-                duplicates.append(message.alone)
+            if (message.duplicate or message.refused) and message.alone is not None:
+                others.append(message.alone)
+                self.counters.add("duplicates", message.duplicate)
         while self._rejected and self._rejected[0][1] <= position:
             self._rejected.popleft()
         if (
@@ -202,8 +203,7 @@ class Outgoing:
             position = max(position, self.ring.sync_position)
         self.ring.mark_synced(position)
         self._intake.synced()
-        for packet in duplicates:  # which the core has counted like all others
-            self.counters.add("duplicates")
+        for packet in others:  # which the core has counted like all that were stored
             self.counters.add("accepted", -1)
             self.counters.add("messages_accepted", -packet.messages)
             self.counters.add("bytes_accepted", -len(packet.body))
@@ -220,6 +220,12 @@ class Outgoing:
         """Answer that packets are not stored, or that it is not known; each response once."""
         if message.alone is not None:
             self._emitters.forget_wait(message.alone.sequence)
+        if message.is_keyed and message.alone is not None:  # many may be refused: no search among all that wait
+            pending, response = self._keyed[message.alone.sequence], self._refusal(outcome)
+            pending.complete(pending.compose(*response.parts))
+            message.refused = True
+            self.counters.add(COUNTERS[outcome.reason or "unconfirmed"])
+            return
         begin, end = message.begin, message.end
         for first, last in self._rejected:  # of batches, of which it has a part
             if first <= begin < last:
