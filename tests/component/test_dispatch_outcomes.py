@@ -7,11 +7,12 @@ import time
 from collections import Counter
 
 import pytest
+import upstream_harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstream_harness import Bench, reply
 
-from fastdist._core import Rendezvous
+from fastdist._core import PacketRing, Rendezvous, file_size
 from fastdist.shm.block import AnalyzerWord
 from fastdist.shm.weights import effective_weights
 from fastdist.worker import dispatch, outcomes
@@ -424,3 +425,29 @@ def test_retry_after_is_seconds_or_a_date(monkeypatch, value, seconds, zone):
 def test_no_retry_after_is_too_odd(value):
     seconds = pause_of(value)
     assert seconds is None or MIN_PAUSE <= seconds <= MAX_PAUSE
+
+
+# ---- what a killed worker leaves
+
+
+@pytest.mark.parametrize("mode", ["single", "batch"])
+def test_what_is_delivered_is_marked_at_once(tmp_path, monkeypatch, mode):
+    """In the file, at the end of the iteration: also where nothing more comes, and what waits is with the analyzers."""
+    files = []
+
+    def ring_in_a_file(capacity):
+        files.append((tmp_path / "ring").open("w+b"))
+        files[0].truncate(file_size(capacity))
+        return PacketRing(files[0].fileno(), capacity)
+
+    monkeypatch.setattr(upstream_harness, "memory_ring", ring_in_a_file)
+    with Bench(tmp_path, delivery={"mode": mode, "linger": 0.0, "connections": 1, "batch_packets": 10}) as bench:
+        bench.push(*[b"x"] * 100)
+        left = 100
+        while bench.answer_all():
+            bench.rest()
+            assert bench.ring.undone < left
+            left = bench.ring.undone
+            assert PacketRing(files[0].fileno(), private=True).undone == left
+        assert left == 0
+    files[0].close()

@@ -246,7 +246,7 @@ cdef class ReplyBase(Connection):
                 if self.pool.waiting and self.has_room():
                     self.pool.owner.wake(self.pool)  # else its time may pass without a check
             self.offer()
-        if self.pool.ring.has_unclaimed() or self.pool.wanted:
+        if self.pool.ring.has_unclaimed() or self.pool.wanted or self.pool.ring.file.noted_count:  # marks to be written
             self.pool.owner.schedule()
         return 0
 
