@@ -15,7 +15,7 @@ from fastdist.http import stats
 from fastdist.http.admin import RefusedError, authorize, has_token, is_loopback, is_own_page, parse_override
 from fastdist.ipc import Action
 from fastdist.net.tls import read_pair
-from fastdist.settings import Analyzer, Config, Security
+from fastdist.settings import Analyzer, Config, Queue, Security
 from fastdist.shm.block import AnalyzerWord, SharedBlock
 from fastdist.shm.snapshot import Snapshot
 from fastdist.supervisor.overrides import Override
@@ -489,13 +489,47 @@ def test_online_override_ends_a_pause(block, tmp_path):
 # ---- overrides that replicas share
 
 
-def test_ignored_overrides_wait_for_a_reload(block, tmp_path):
-    """Of a replica that has more analyzers: they leave none here, until a reload brings those."""
-    it = changes(block, tmp_path, 1, 1)
-    assert not it.use_overrides({"A1": Override(draining=True), "A2": Override(draining=True)})
-    assert block.analyzers.get(0, AnalyzerWord.DRAINING) == 0
-    it.reload(Config(analyzers=analyzers(1, 1, 1)))
-    assert [block.analyzers.get(slot, AnalyzerWord.DRAINING) for slot in range(3)] == [1, 1, 0]
-    assert it.use_overrides({})
-    it.reload(Config(analyzers=analyzers(1, 1)))
-    assert [block.analyzers.get(slot, AnalyzerWord.DRAINING) for slot in range(2)] == [0, 0]
+@pytest.fixture
+def shared(block, tmp_path):
+    """Return the changes of a replica with two analyzers."""
+    config = Config(analyzers=analyzers(1, 1), queue=Queue(backend="jetstream"))
+    made = Changes(config, block, tmp_path)
+    made.begin()
+    return made
+
+
+BOTH = {"A1": Override(draining=True), "A2": Override(draining=True)}  # of one that has more
+
+
+def draining(block):
+    return [block.analyzers.get(slot, AnalyzerWord.DRAINING) for slot in range(3)]
+
+
+def codes_of(made):
+    return [problem.code for problem in made.problems()]
+
+
+def test_ignored_overrides_wait_for_a_reload(block, shared):
+    assert not shared.use_overrides(BOTH)
+    assert (draining(block), codes_of(shared)) == ([0, 0, 0], ["overrides_ignored"])
+    before = shared.config, shared.pair
+    shared.reload(Config(analyzers=analyzers(1, 1, 1)))
+    assert (draining(block), codes_of(shared)) == ([1, 1, 0], [])
+    shared.put_in_force(*before)  # as a worker cannot follow
+    assert (draining(block)[:2], codes_of(shared)) == ([0, 0], ["overrides_ignored"])
+    shared.reload(Config(analyzers=analyzers(1, 1, 1)))
+    assert draining(block) == [1, 1, 0]
+    assert shared.use_overrides({})
+    assert draining(block) == [0, 0, 0]
+
+
+def test_ignored_overrides_are_changed(block, shared):
+    """The change that leaves an analyzer again is made on what the others have, and is not lost for them."""
+    shared.use_overrides(BOTH)
+    end = Action("override", "A1", None, False)
+    wanted = shared.wanted(end, BOTH)
+    assert wanted == {"A2": Override(draining=True)}
+    shared.overrides.by_id = wanted
+    assert shared.put_override_in_force(end, Override()) == (200, None)
+    assert (draining(block)[:2], codes_of(shared)) == ([0, 1], [])
+    assert shared.wanted(Action("override", "A1", None, True), wanted) == (422, "nothing would be left to deliver to")

@@ -75,11 +75,12 @@ class Overrides:
         """Return what is set for an analyzer."""
         return self.by_id.get(analyzer_id, Override())
 
-    def after(self, action: Action) -> dict[str, Override]:
-        """Return what the overrides are after an action."""
-        wanted = {name: override for name, override in self.by_id.items() if name != action.analyzer}
+    def after(self, action: Action, by_id: Mapping[str, Override] | None = None) -> dict[str, Override]:
+        """Return what the overrides are after an action on those in force, or on others."""
+        by_id = self.by_id if by_id is None else by_id
+        wanted = {name: override for name, override in by_id.items() if name != action.analyzer}
         if action.name == "override":
-            before = self.get(action.analyzer)
+            before = by_id.get(action.analyzer, Override())
             override = Override(
                 before.weight if action.weight is None else action.weight,
                 before.draining if action.draining is None else action.draining,

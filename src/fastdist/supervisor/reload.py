@@ -33,13 +33,14 @@ class Changes:
     """The configuration in force, certificate and key, the slots of the analyzers, and what is overridden."""
 
     def __init__(self, config: Config, block: SharedBlock, folder: Path, pair: Pair | None = None) -> None:
-        own = config.queue.backend == "ring"  # else they are shared, see ``supervisor.stream``
+        self._is_shared = config.queue.backend == "jetstream"  # the overrides, see ``supervisor.stream``
         self.config, self.block, self.pair = config, block, pair
         self._wanted_connections = config.server.max_connections  # more than the system may allow
         self.generation = 0  # of the settings; grows with every reload
         self.slots: dict[str, int] = {}  # of those configured, and of those removed whose slot was not reused
         self.analyzers: dict[int, Analyzer] = {}
-        self.overrides = Overrides(folder, locked=config.queue.durability != "memory") if own else Overrides(None)
+        locked = config.queue.durability != "memory" and not self._is_shared
+        self.overrides = Overrides(None if self._is_shared else folder, locked=locked)
         self._unused: dict[str, Override] | None = None  # of all replicas, that are ignored here
         self.state = Configuration(success_ns=time.time_ns())
 
@@ -78,6 +79,9 @@ class Changes:
         if self.overrides.fault:
             detail = f"the overrides of earlier runs {self.overrides.fault}; the configuration holds"
             found.append(Own("overrides_ignored", FILE, detail))
+        if self._unused is not None:
+            detail = "the overrides that replicas share leave no analyzer to deliver to here, and are ignored"
+            found.append(Own("overrides_ignored", "shared", detail))
         if fault := tls.out_of_date(self.pair, self.config.security):
             setting, _, detail = fault.partition(": ")
             found.append(Own("certificate_out_of_date", setting, detail))
@@ -132,6 +136,8 @@ class Changes:
 
     def put_in_force(self, config: Config, pair: Pair | None) -> None:
         """Set the settings that workers will read. Raises ConfigError as above."""
+        if self._is_shared and not leaves_any(config.analyzers, self.overrides.by_id):  # a reload is taken back
+            self._unused, self.overrides.by_id = self.overrides.by_id, {}
         self._set_analyzers(config)
         self.config, self.pair = config, pair
         self._note_own_certificate()
@@ -176,6 +182,10 @@ class Changes:
         """Whether workers may still count something there: it was removed just now, or awaits replies."""
         return slot in self.analyzers or any(row.get_of(slot, "packets_in_flight") for row in self.block.rows)
 
+    def _put_all_in_force(self) -> None:
+        for slot, analyzer in self.analyzers.items():
+            self._put_in_force(slot, analyzer)
+
     def _put_in_force(self, slot: int, analyzer: Analyzer) -> None:
         override = self.overrides.get(analyzer.id)
         states = self.block.analyzers
@@ -185,11 +195,11 @@ class Changes:
 
     # ---- overrides
 
-    def wanted(self, action: Action) -> dict[str, Override] | tuple[int, str]:
-        """Return what the overrides are after an action; or a status as in HTTP and why that cannot be."""
+    def wanted(self, action: Action, by_id: dict[str, Override] | None = None) -> dict[str, Override] | tuple[int, str]:
+        """Return what the overrides, or others, are after an action; or a status as in HTTP and why that cannot be."""
         if action.analyzer not in self.slots_in_use():
             return 404, f"there is no analyzer {action.analyzer!r}"
-        wanted = self.overrides.after(action)
+        wanted = self.overrides.after(action, by_id)
         if not leaves_any(self.config.analyzers, wanted):
             return 422, "nothing would be left to deliver to"
         return wanted
@@ -211,7 +221,8 @@ class Changes:
         if slot is None:  # a reload has removed it meanwhile
             return 404, f"there is no analyzer {action.analyzer!r}"
         analyzer = self.analyzers[slot]
-        self._put_in_force(slot, analyzer)
+        self._unused = None
+        self._put_all_in_force()
         if action.draining is False:  # set online: end a pause (Retry-After) and the wait for a trial
             self.block.analyzers.set(slot, AnalyzerWord.PAUSED_UNTIL_NS, 0)
             self.block.analyzers.set(slot, AnalyzerWord.NEXT_TRIAL_NS, 0)
@@ -238,8 +249,7 @@ class Changes:
             self._unused = by_id
             return False
         self.overrides.by_id = by_id
-        for slot, analyzer in self.analyzers.items():
-            self._put_in_force(slot, analyzer)
+        self._put_all_in_force()
         self.block.analyzers.touch()
         log.info("analyzers were changed at another replica", overrides=sorted(by_id))
         return True

@@ -149,12 +149,9 @@ class SharedStream:
         for _ in range(TRIES):
             try:
                 value = await self._bucket.get(KEY)
-                if not self._changes.use_overrides(_read(value)):  # what others have changed since the last look
-                    return (
-                        503,
-                        "what is set at other replicas leaves no analyzer here; reload this one with those they have",
-                    )
-                wanted, before = self._changes.wanted(action), self._changes.overrides.get(action.analyzer)
+                shared = _read(value)
+                self._changes.use_overrides(shared)  # what others have changed since the last look
+                wanted, before = self._changes.wanted(action, shared), self._changes.overrides.get(action.analyzer)
                 if not isinstance(wanted, dict):
                     return wanted
                 await self._bucket.put(KEY, msgspec.json.encode(wanted), value.revision)
