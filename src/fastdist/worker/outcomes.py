@@ -221,7 +221,11 @@ class Outcomes(DispatchBase):
         """
         error = f"HTTP {status}"
         self.counters.add_to(pool.slot, "failed", len(handles))
-        is_trial = len(handles) == 1 and self.probation.is_trial(pool, self.ring.sequence(handles[0]))
+        is_trial = (
+            len(handles) == 1
+            and self.probation.is_trying(pool.slot)
+            and self.probation.is_trial(pool, self.ring.sequence(handles[0]))
+        )
         if batch and not is_trial:
             self._note_refusal(pool, error)
             self._send_again(Returned(pool, handles, error, status, response, failed=True), alone=True)
@@ -278,7 +282,7 @@ class Outcomes(DispatchBase):
         retrying = self._remember(pool, handle)
         self.refused_by[self.ring.sequence(handle)] = pool, status
         candidates = self._second_opinion(retrying.tried())
-        self._pass_on(handle, retrying, self.pick_from(candidates, handle, retrying) if candidates else -1)
+        self._pass_on(handle, retrying, self.pick_from(candidates, handle, retrying) if candidates else -1, apart=True)
         return True
 
     def _second_opinion(self, asked: tuple[int, ...]) -> Rendezvous | None:
@@ -380,12 +384,12 @@ class Outcomes(DispatchBase):
         """Return the analyzers that get packets now."""
         return self.rendezvous_of(self.weights)
 
-    def _pass_on(self, handle: int, retrying: Retrying, slot: int) -> None:
-        """Queue a packet for the analyzer in ``slot``; -1: no analyzer can take it now."""
+    def _pass_on(self, handle: int, retrying: Retrying, slot: int, *, apart: bool = False) -> None:
+        """Queue a packet for the analyzer in ``slot``; -1: none can take it now. ``apart``: in no batch with others."""
         if slot >= 0:
             target = self.pools[slot]
             self.touch(target)
-            target.prepend(handle)
+            target.prepend(handle, apart=apart)
         elif not self.any_pickable:
             retrying.clear()
             self.ring.release(handle)  # all are offline: it waits in the ring for the first that comes back
