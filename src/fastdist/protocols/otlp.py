@@ -45,14 +45,9 @@ class Otlp(Protocol):
     name: ClassVar[str] = "otlp"
 
     def __init__(self) -> None:
-        other = {"POST": self._not_taken}
+        other = {"POST": _not_taken}
         logs = Route("/v1/logs", {"POST": _take})
         self.routes = [logs, Route("/v1/traces", reply=other), Route("/v1/metrics", reply=other)]
-
-    def _not_taken(self, request: Request, _obstacle: str) -> Response:
-        return self.refuse(
-            request, Refused(Reason.NOT_FOUND, "only logs are taken, at /v1/logs: no traces, no metrics")
-        )
 
     def refuse(self, request: Request, refused: Refused) -> Response:
         """Return a google.rpc.Status in the request's encoding."""
@@ -71,6 +66,10 @@ def _varint(number: int) -> bytes:
         septets.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*septets, number])
+
+
+def _not_taken(_request: Request, _obstacle: str) -> Response:
+    raise Refused(Reason.NOT_FOUND, "only logs are taken, at /v1/logs: no traces, no metrics")
 
 
 def _take(request: Request, limits: Limits) -> Work:

@@ -78,7 +78,10 @@ class AgentRequest:
         """Return the response to a request that brings nothing. ``obstacle``: why nothing can be stored now, if so."""
         reply = self.route.reply
         if reply is not None:
-            return reply(self.request, obstacle)
+            try:
+                return reply(self.request, obstacle)
+            except Refused as why:
+                return self.refused(why)
         methods = ", ".join(self.route.allow)
         detail = f"{methods} are what this path takes"
         return self.refused(Refused(Reason.METHOD, detail, headers=f"Allow: {methods}\r\n".encode()))

@@ -340,9 +340,9 @@ def test_other_types_are_415(kind):
 def test_traces_and_metrics_are_404(path):
     """Whatever the limits, the tokens and the queue say: exporters would try again."""
     for obstacle in ("", "the queue is full"):
-        reply = answer(path, "POST", obstacle, content_type=PROTOBUF)
-        assert reply.status == 404
-        assert b"only logs are taken" in reply.body
+        with pytest.raises(Refused) as caught:
+            answer(path, "POST", obstacle, content_type=PROTOBUF)
+        assert caught.value.reason is Reason.NOT_FOUND
 
 
 @pytest.mark.parametrize("reason", Reason)
