@@ -190,3 +190,6 @@ def test_learnt_servers_keep_the_given_name():
         assert names.pop("tls://nats-1.example:4222") is None
         assert names.keys() >= {url for url in cluster if url != "tls://10.0.0.1:4222"}
         assert set(names.values()) == {"nats-1.example"}
+    known = dict(made._servers())
+    made._learn(SimpleNamespace(discovered_servers=[]))  # it is the only one that is there
+    assert dict(made._servers()) == known

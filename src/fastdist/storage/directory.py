@@ -161,12 +161,14 @@ class QueueFolder:
 
     def has_rings(self) -> bool:
         """Whether there are rings of an earlier run. Raises StartError where the folder cannot be read."""
-        return os.path.isdir(self.path) and bool(self._files(f"*{SUFFIX}"))  # noqa: PTH112  (which raises nothing)
+        return bool(self._files(f"*{SUFFIX}"))
 
     def _files(self, pattern: str) -> list[Path]:
         """Return its files under names that match. Raises StartError: rings that are not seen would be overwritten."""
         try:
             return files_in(self.path, pattern)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
         except OSError as error:
             raise StartError(f"the queue's folder {self.path} cannot be read: {error.strerror}") from error
 

@@ -226,7 +226,8 @@ class Connection:
         learnt: dict[str, str | None] = dict.fromkeys(named, own or urlsplit(self.server).hostname)
         if own:
             learnt[self.server] = own
-        self._learnt = learnt or self._learnt
+        if named:
+            self._learnt = learnt
 
     async def _connect(self, url: str, tls_name: str | None) -> None:
         """Connect to one server. Raises Refusal."""
