@@ -122,7 +122,7 @@ class Outgoing:
             if self._bundles >= MAX_BUNDLES and ring.undone - ring.claimed < settings.bundle_packets:
                 break
             found = claim_bundle(ring, settings.bundle_packets, self.bundle_bytes)
-            if found is None:  # a large batch that is not whole yet
+            if found is None:
                 break
             packets, handles, accepted_ns, begin, behind, alone = found
             if handles:
