@@ -370,13 +370,13 @@ async def test_what_is_sent_at_the_end_arrives(one, name, monkeypatch):
         async def take(message):
             got.append(message.data)
 
-        client = other.connection.client
+        client, sender = other.connection.client, made.connection.client
         await client.subscribe("elsewhere", cb=take)
         await client.flush()
         for number in range(50):
-            await made.connection.client.publish("elsewhere", b"%d" % number)
+            await sender.publish("elsewhere", b"%d" % number)
         await made.connection.close()
-        await until(lambda: len(got) == 50, "all messages")
+        await until(lambda: len(got) == 50, f"all messages; last errors: {sender.last_error}, {client.last_error}")
 
 
 @in_loop
