@@ -88,8 +88,8 @@ class Service:
     def _room(self):
         return self.room - self.consumer.held
 
-    def _void(self, claim):
-        self.voids.append(claim)
+    def _void(self, claims):
+        self.voids += claims
 
     async def publish(self, message_id, data=b"body"):
         outcome = await self.publisher.publish(data, message_id)

@@ -146,7 +146,10 @@ def test_check_and_serve_report_bad_cert(run, config, tmp_path, command):
     config.write_text(f'{text}[security]\ntls_cert = "{tmp_path}/cert.pem"\ntls_key = "{tmp_path}/key.pem"\n')
     process = run(*COMMAND, command, *([] if command == "check" else ["--config"]), config)
     assert process.wait() == 2
-    assert process.lines == [f"security.tls_cert: {tmp_path}/cert.pem cannot be read: No such file or directory"]
+    assert process.lines == [
+        f"security.tls_{name}: {tmp_path}/{name}.pem cannot be read: No such file or directory"
+        for name in ("cert", "key")
+    ]
 
 
 def test_the_file_is_used(run, config):

@@ -58,7 +58,7 @@ def test_analyzer_ends_and_returns_3_times(fleet, serve):
         row = fastdist.analyzers()[VICTIM]
         assert row["state"] == "offline"
         assert row["lastError"]
-        assert row["health"]["consecutiveFailures"] > 0
+        wait_until(lambda: fastdist.analyzers()[VICTIM]["health"]["consecutiveFailures"] > 0, "a check has failed too")
         before = {name: each["delivered"] for name, each in fastdist.analyzers().items()}
         emitter.wait_for(1000)
         after = {name: each["delivered"] for name, each in fastdist.analyzers().items()}
