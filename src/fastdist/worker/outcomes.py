@@ -221,12 +221,8 @@ class Outcomes(DispatchBase):
         """
         error = f"HTTP {status}"
         self.counters.add_to(pool.slot, "failed", len(handles))
-        is_trial = (
-            len(handles) == 1
-            and self.probation.is_trying(pool.slot)
-            and self.probation.is_trial(pool, self.ring.sequence(handles[0]))
-        )
-        if batch and not is_trial:
+        trial = self.probation.trial(pool, self.ring.sequence(handles[0])) if len(handles) == 1 else None
+        if batch and (trial is None or trial.refused):
             self._note_refusal(pool, error)
             self._send_again(Returned(pool, handles, error, status, response, failed=True), alone=True)
         while handles:

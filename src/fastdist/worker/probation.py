@@ -85,14 +85,14 @@ class Probation:
         """Whether a packet of this worker is on its way to any."""
         return any(not trial.refused for trial in self._trials.values())
 
-    def is_trial(self, pool: AnalyzerPool, sequence: int) -> bool:
-        """Whether there is a trial with this packet at this analyzer."""
+    def trial(self, pool: AnalyzerPool, sequence: int) -> Trial | None:
+        """Return the trial with this packet at this analyzer, if there is one."""
         trial = self._trials.get(pool.slot)
-        return trial is not None and trial.pool is pool and trial.sequence == sequence
+        return trial if trial is not None and trial.pool is pool and trial.sequence == sequence else None
 
     def _take(self, pool: AnalyzerPool, sequence: int) -> bool:
         """End the trial with this packet at this analyzer; False without one."""
-        if not self.is_trial(pool, sequence):
+        if self.trial(pool, sequence) is None:
             return False
         del self._trials[pool.slot]
         return not pool.retired

@@ -197,9 +197,8 @@ class Outgoing:
                 self.counters.add("duplicates", message.duplicate)
         while self._rejected and self._rejected[0][1] <= position:
             self._rejected.popleft()
-        if (
-            not self.ring.undone
-        ):  # a copy that was made for room is of a packet that is done: nothing else will cover it
+        # A copy that was made for room may be of a packet that is done: nothing else will cover it.
+        if not self.ring.undone:
             position = max(position, self.ring.sync_position)
         self.ring.mark_synced(position)
         self._intake.synced()
