@@ -150,8 +150,8 @@ ROUTES = [
         "dashboard",
         "The dashboard",
         "A live view of /stats, /analyzers, /queue and /health for browsers. Its script, style and picture are below "
-        "/dashboard/. To an Accept that names JSON it is what Elasticsearch says of itself, with X-Elastic-Product, as "
-        "long as `server.protocols` has `elasticsearch`.",
+        "/dashboard/. To an Accept that names JSON, and to clients of Elasticsearch that name none, it is what "
+        "Elasticsearch says of itself, with X-Elastic-Product, as long as `server.protocols` has `elasticsearch`.",
         {200: "Page", 304: "NotModified"},
         ("IfNoneMatch",),
     ),

@@ -365,7 +365,7 @@ def _replies(route: Route, method: str) -> dict[int, Json]:
     """Return what is answered to a request without records: while all is well, and while nothing can be stored."""
     found: dict[int, Json] = {}
     for obstacle in ("", "the queue is full"):
-        reply = route.reply[method](Request(method, route.path, {}), obstacle)
+        reply = route.reply[method](Request(method, route.path, {"host": "logs.example:3000"}), obstacle)
         headers = IN_ALL | ({"X-Elastic-Product": "X-Elastic-Product"} if b"X-Elastic-Product" in reply.headers else {})
         headers |= {"Allow": "AllowedEvents"} if method == "OPTIONS" else {}
         schema = ref("schemas", "SplunkReply") if b'"code"' in reply.body else OBJECT

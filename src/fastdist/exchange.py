@@ -40,8 +40,8 @@ class Request(Struct, frozen=True):
 
     @property
     def media_type(self) -> str:
-        """The content type in lower case, without parameters; empty if not given."""
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        """The content type in lower case, without parameters; empty if not given, the last one of several."""
+        return self.headers.get("content-type", "").rpartition(",")[2].partition(";")[0].strip().lower()
 
 
 class Response(Struct, frozen=True):

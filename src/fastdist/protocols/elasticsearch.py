@@ -6,6 +6,7 @@ Nothing is searched here, and nothing has to be set up: what clients ask for bef
 from __future__ import annotations
 
 import binascii
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import unquote
 
@@ -72,7 +73,8 @@ class Elasticsearch(Protocol):
             Route("/", reply={"GET": _constant(ROOT)}, for_json=True),
             Route("/_license", reply={"GET": _constant(LICENSE)}),
             Route("/_cluster/health", reply={"GET": _constant(HEALTH)}),
-            Route("/_nodes/http", reply={"GET": _constant(NODES)}),
+            Route("/_nodes/http", reply={"GET": _nodes}),
+            Route("/_xpack", reply={"GET": _constant(XPACK)}),
             Route("/{index}/_refresh", reply={"POST": _constant(REFRESHED), "GET": _constant(REFRESHED)}),
             *(Route(path, reply={"GET": exists, "PUT": done}) for path in SETUP),
         ]
@@ -135,13 +137,23 @@ HEALTH = {
     "task_max_waiting_in_queue_millis": 0,
     "active_shards_percent_as_number": 100.0,
 }
-NODES = {"_nodes": SHARDS, "cluster_name": "fastdist", "nodes": {}}
+XPACK = {"features": {"ilm": {"available": False, "enabled": False}}}  # else Filebeat 7 asks for more than that
 REFRESHED = {"_shards": SHARDS}
 
 
 def _constant(document: object) -> Respond:
     reply = Response(200, orjson.dumps(document), JSON + PRODUCT)
     return lambda _request, _obstacle: reply
+
+
+def _nodes(request: Request, _obstacle: str) -> Response:
+    """Return the one node there is, where the client has found it: those that look for nodes use no others then."""
+    address = request.headers.get("host", "")
+    if not re.search(r":\d+$", address):  # it is the default port, and clients would take another for it
+        address += ":443" if request.headers.get("x-forwarded-proto", "").lower() == "https" else ":80"
+    node = {"name": "fastdist", "version": VERSION, "roles": ["data", "ingest"], "http": {"publish_address": address}}
+    document = {"_nodes": SHARDS, "cluster_name": "fastdist", "nodes": {"fastdist": node}}
+    return Response(200, orjson.dumps(document), JSON + PRODUCT)
 
 
 def _content(request: Request, limits: Limits) -> Generator[None, None, bytes]:

@@ -249,6 +249,7 @@ _DECODERS: Final[dict[str, Callable[[bytes, int], Decoding]]] = {
     "gzip": _gzip,
     "x-gzip": _gzip,
     "deflate": _deflate,
+    "zlib": _deflate,  # the Collector's name for it
     "zstd": _zstd,
     "snappy": _snappy,
     "x-snappy-framed": _snappy,

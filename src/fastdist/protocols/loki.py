@@ -179,6 +179,8 @@ def _character(match: re.Match[str]) -> str:
 
 
 NAMES = (b"streams", b"stream", b"values")
+FORMER_ENTRIES = re.compile(rb'"entries"\s*:\s*\[')
+FORMER = 'streams with "labels" and "entries" are a former format; send "stream" and "values" (version="1" in Python)'
 
 
 def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None, None, None]:
@@ -197,6 +199,8 @@ def _json(body: bytes, packets: Packets, received: str) -> Generator[int | None,
             packets.add(stream.emitter, message, size + decoded_size(text))
         if packets.slices.over():
             yield packets.kept
+    if not packets.number and FORMER_ENTRIES.search(body):
+        raise Refused(Reason.MALFORMED, FORMER)
 
 
 def _entry(entry: Any, stream: Stream, received: str, record: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ PROTOCOLS: Final[tuple[Protocol, ...]] = (
     elasticsearch.Elasticsearch(),
 )
 NAMES: Final = tuple(protocol.name for protocol in PROTOCOLS)
+CLIENTS: Final = re.compile(r"logstash/|vector/|(go-)?elastic")  # of Elasticsearch, by their User-Agent
 MAX_PATH: Final = 1024  # of those that are looked for among patterns
 
 
@@ -55,11 +56,9 @@ def find(method: str, target: str, headers: Mapping[str, str], enabled: Collecti
 
 
 def _wants_json(headers: Mapping[str, str]) -> bool:
-    """Whether a client of Elasticsearch asks, not a browser: some do not say what they accept."""
-    accept = headers.get("accept")
-    if accept is not None:
-        return "json" in accept.lower()
-    return headers.get("user-agent", "").lower().startswith(("logstash/", "vector/"))
+    """Whether a client of Elasticsearch asks, not a browser: many do not say what they accept, or that all will do."""
+    accept, agent = headers.get("accept", "*/*").lower(), headers.get("user-agent", "").lower()
+    return "json" in accept or (accept == "*/*" and CLIENTS.match(agent) is not None)
 
 
 def _pattern(path: str) -> str:

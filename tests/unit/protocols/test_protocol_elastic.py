@@ -205,8 +205,21 @@ def test_client_checks():
     assert document(answer("/_license"))["license"]["status"] == "active"
     assert document(answer("/_license"))["license"]["type"] == "basic"
     assert document(answer("/_cluster/health?local=true"))["status"] == "green"
-    assert answer("/_nodes/http").status == 200
+    assert document(answer("/_xpack"))["features"]["ilm"] == {"available": False, "enabled": False}
     assert answer("/logs/_refresh", method="POST").status == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "address"),
+    [
+        ({"host": "logs.example:3000"}, "logs.example:3000"),
+        ({"host": "[::1]"}, "[::1]:80"),
+        ({"host": "logs.example", "x-forwarded-proto": "https"}, "logs.example:443"),
+    ],
+)
+def test_the_node_is_where_it_was_asked(headers, address):
+    nodes = document(answer("/_nodes/http", **{name.replace("-", "_"): value for name, value in headers.items()}))
+    assert [node["http"]["publish_address"] for node in nodes["nodes"].values()] == [address]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +247,10 @@ def test_the_root_is_not_for_browsers():
     assert find("GET", "/", {"user-agent": "Mozilla/5.0"}, NAMES) is None
     for agent in ("logstash/8.11.0 (OS=Linux) logstash-output-elasticsearch/11.22.2", "Vector/0.42.0 (x86_64 linux)"):
         assert find("HEAD", "/", {"user-agent": agent}, NAMES) is not None
+    for agent in ("go-elasticsearch/7.17.10 (linux amd64)", "elasticsearch-java/7.17.9", "elasticsearch-ruby/8.1"):
+        assert find("GET", "/", {"user-agent": agent}, NAMES) is not None
+        assert find("GET", "/", {"user-agent": agent, "accept": "*/*"}, NAMES) is not None
+        assert find("GET", "/", {"user-agent": agent, "accept": "text/html"}, NAMES) is None
 
 
 def test_every_response_names_the_product():

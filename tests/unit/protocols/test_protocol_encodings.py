@@ -45,6 +45,7 @@ PACKERS = {
     "GZip": lambda data: gzip.compress(data[:3]) + gzip.compress(data[3:]) + gzip.compress(b""),
     "x-gzip": gzip.compress,
     "deflate": zlib.compress,
+    "zlib": zlib.compress,
     "Deflate": raw_deflate,
     "zstd": zstd.compress,
     "ZSTD": lambda data: zstd.compress(data[:3]) + zstd.compress(data[3:]),

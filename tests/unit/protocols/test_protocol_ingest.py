@@ -183,6 +183,12 @@ def test_other_types_are_415(kind):
     assert (error.reason, reply.status) == (Reason.UNSUPPORTED, 415)
 
 
+def test_the_last_content_type_counts():
+    kind = "application/json, application/json; charset=utf-8"  # Fluent Bit adds a configured one to its own
+    assert convert("/ingest", b'[{"message":"m"}]', content_type=kind).records == 1
+    assert refusal("/ingest", b"{}", content_type="application/json, image/png")[1].status == 415
+
+
 def test_very_many_members_are_kept():
     record = {f"key{n}": n for n in range(30_000)}
     (one,) = messages(convert("/ingest", json.dumps(record | {"message": "m"}).encode()))

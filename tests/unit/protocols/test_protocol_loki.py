@@ -215,6 +215,15 @@ def test_entries_without_time_get_one():
     assert message(PUSH, body, content_type=PROTOBUF)["timestamp"] == RECEIVED
 
 
+def test_entries_as_once_sent_are_400():
+    body = b'{"streams":[{"labels":"{app=\\"x\\"}","entries":[{"ts":"2026-01-02T03:04:05.678901Z","line":"lost"}]}]}'
+    error, reply = refusal(PUSH, body, content_type="application/json")
+    assert reply.status == 400
+    assert 'version="1"' in error.detail
+    named = b'{"streams":[{"stream":{"entries":"x"},"values":[]}]}'
+    assert convert(PUSH, named, content_type="application/json").records == 0
+
+
 @pytest.mark.parametrize("reason", Reason)
 def test_errors_are_text(reason):
     asked = request(PUSH)
