@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -296,6 +297,29 @@ def test_large_files_are_the_supervisors(tmp_path, monkeypatch):
     writers.all[0].bounds.enforce(pytest.fail)
     assert writers.discarded == 200
     writers.write()
+    assert writers.there == ["p0"]
+
+
+def test_large_dead_letters_leave_in_turn(tmp_path, monkeypatch):
+    """Also where there is too little room for another one, and enough for what the supervisor keeps free."""
+    monkeypatch.setattr(module, "QUICK", 10_000)
+    writers = Writers(tmp_path, 64 * KIB)
+    for _ in range(6):
+        writers.write(17_000)
+        writers.all[0].bounds.enforce(pytest.fail)
+    assert writers.there == writers.written[-3:]
+    writers.check()
+
+
+def test_an_unreadable_file_is_discarded(tmp_path, monkeypatch):
+    def fail(_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(module, "read_journal", fail)
+    old = fill(tmp_path, [f"old-{number}" for number in range(200)], owner="w7-999")
+    writers = Writers(tmp_path, 16 * KIB)
+    writers.write()
+    assert not old.exists()
     assert writers.there == ["p0"]
 
 

@@ -377,7 +377,8 @@ def calls(monkeypatch):
     """Return what is synced: ("data", size of the file) or ("folder", its name)."""
     calls = []
     monkeypatch.setattr(module.os, "fdatasync", lambda fd: calls.append(("data", os.fstat(fd).st_size)))
-    monkeypatch.setattr(module, "sync_folder", lambda folder: calls.append(("folder", folder.name)))
+    for where in (module.__name__, "fastdist.storage.files"):
+        monkeypatch.setattr(f"{where}.sync_folder", lambda folder: calls.append(("folder", folder.name)))
     return calls
 
 
@@ -412,6 +413,17 @@ def test_sync_covers_names_and_dead_letters(dead_letters, tmp_path, calls):
     assert sync(dead_letters)
     assert sync(dead_letters)
     assert calls[3:] == [("data", *sizes_in(tmp_path))]
+
+
+def test_folder_in_one_of_others_is_synced(dead_letters, calls, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "no", str(folder))
+
+    monkeypatch.setattr("fastdist.storage.files.sync_folder", refuse)
+    monkeypatch.setattr("fastdist.storage.files.os.sync", lambda: calls.append(("all", "")))
+    write(dead_letters)
+    assert sync(dead_letters)
+    assert [name for name, _ in calls] == ["data", "folder", "all"]
 
 
 def test_name_of_a_closed_file_is_synced(dead_letters, tmp_path, calls, monkeypatch):

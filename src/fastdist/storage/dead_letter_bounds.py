@@ -96,7 +96,8 @@ class Bounds:
             if file.size > max(QUICK, self.file_size) or time.monotonic_ns() > end_ns:
                 if self.gives_way:
                     return
-                raise BlockingIOError
+                if left + size < self.file_size:  # else the supervisor sees nothing to do
+                    raise BlockingIOError
             dead_letters = discard(file.path)
             if dead_letters is not None or not file.path.exists():
                 left += file.room
@@ -164,7 +165,10 @@ def _is_locked(path: str) -> bool:
 
 
 def discard(path: Path) -> int | None:
-    """Delete a file for good; return how many dead letters it had, None if it is gone or not ours. Raises OSError."""
+    """Delete a file for good; return how many dead letters it had, None if it is gone or not ours. Raises OSError.
+
+    Those that cannot be read are not counted.
+    """
     try:
         file = path.open("rb")
     except (FileNotFoundError, PermissionError):
@@ -172,8 +176,10 @@ def discard(path: Path) -> int | None:
     with file:
         if not try_lock(file.fileno()) or not has_name(file.fileno(), path):
             return None
-        lines = read_lines(file, sys.maxsize, read_journal(path))
-        dead_letters = sum(line.dead_letter is not None for line in lines)
+        dead_letters = 0
+        with contextlib.suppress(OSError):
+            for line in read_lines(file, sys.maxsize, read_journal(path)):
+                dead_letters += line.dead_letter is not None
         path.unlink()
         journal_of(path).unlink(missing_ok=True)
         return dead_letters

@@ -33,7 +33,7 @@ from fastdist import logs
 from fastdist.settings import DeadLetters
 from fastdist.storage.dead_letter_bounds import Bounds
 from fastdist.storage.dead_letter_format import SUFFIX, folder_of
-from fastdist.storage.files import is_nameless, make_folder, sync_folder
+from fastdist.storage.files import is_nameless, make_folder, sync_entry, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,8 +163,8 @@ class DeadLetterFiles:
         It may be called in a thread, while nothing is written. It raises OSError.
         """
         files = [file for file in self._open if file.settled < file.size]
-        folders = [] if all(file.name_synced for file in files) else [self._folder, self._folder.parent]
-        return partial(_sync, [file.fd for file in files], folders)
+        folder = None if all(file.name_synced for file in files) else self._folder
+        return partial(_sync, [file.fd for file in files], folder)
 
     def settle(self, error: OSError | None = None) -> bool:
         """Return whether all that was written since the last time is safe; if not, write all of it again.
@@ -301,13 +301,14 @@ class DeadLetterFiles:
             file.close()
 
 
-def _sync(files: list[int], folders: list[Path]) -> None:
-    """Put files on stable storage, and then their names."""
+def _sync(files: list[int], folder: Path | None) -> None:
+    """Put files on stable storage, and then their names in ``folder``, if they are new."""
     for fd in files:
         os.fdatasync(fd)
-    for folder in folders:
+    if folder is not None:
         with contextlib.suppress(FileNotFoundError):  # ``settle`` will see that
             sync_folder(folder)
+            sync_entry(folder)
 
 
 # A worker holds a file by flock. A process that waits for it shows that by a lock of another kind, on the first byte:
