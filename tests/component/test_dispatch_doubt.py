@@ -244,6 +244,24 @@ def test_former_endpoint_is_not_judged(tmp_path):
         assert bench.states.error(0) == ""
 
 
+def test_refusal_of_one_replaced_is_doubted(tmp_path):
+    """What is under way when an endpoint that refuses everything is put right."""
+    with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:
+        refuse(bench, 0)
+        send_all_to(bench, 0)
+        bench.push(b"x")
+        (connection,) = bench.busy(0)
+        bench.add(0, 1.0, endpoint="http://elsewhere.test/")
+        bench.dispatcher.set_analyzers(bench.analyzers)
+        bench.answer(connection, REFUSED)
+        bench.loop.run()
+        assert len(bench.dead_letters()) == 1
+        assert bench.sent_ids(1) == ["p2"]
+        bench.answer_all()
+        assert bench.delivered == 1
+        assert bench.states.get(0, AnalyzerWord.DELIVERY_FAILURES) == 0
+
+
 @pytest.mark.parametrize("state", ["draining", "offline"])
 def test_late_refusal_of_removed_one_counts(tmp_path, state):
     with Bench(tmp_path, (1, 1), health={"fall": 1}) as bench:

@@ -256,8 +256,8 @@ class Outcomes(DispatchBase):
 
     def _count_refusal(self, pool: AnalyzerPool) -> bool:
         """Count a packet that was refused; return whether the analyzer is in doubt: it seems to refuse everything."""
-        if pool.retired:
-            return False
+        if pool.retired:  # perhaps because it refused everything
+            return True
         slot, states, fall = pool.slot, self.analyzer_states, self.config.health.fall
         refusals = states.delivery_refused(slot)
         if refusals <= fall and not states.needs_trial(slot):
