@@ -448,6 +448,7 @@ def test_reused_slot_starts_counters_at_0(block, tmp_path):
     assert (new.delivered, new.failed, new.retried, new.actual_share) == (3, 0, 0, 0.75)
     assert new.latency_ms.max < 2.0
     assert snapshot.delivery([0]).cumulative()[-1] == 1
+    assert snapshot.delivery([0]).sum_ns == 1_000_000
     assert snapshot.delivered == 84
     assert snapshot.total_of_analyzers("failed") == 80
     assert snapshot.delivery().cumulative()[-1] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 
 import pytest
 from hypothesis import example, given
@@ -39,11 +40,17 @@ def row(slots=SLOTS):
     return Counters(memory, slots), memoryview(memory).cast("q")
 
 
+def as_double(number):
+    """Return the word that holds a number as a double."""
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
 class Model:
     """The row as a list of numbers, in the order: worker, ingest, queue wait, loop lag, analyzers, their deliveries."""
 
     def __init__(self):
         self.words = [0] * row_words(SLOTS)
+        self.sums = {}  # by word
 
     def at(self, field):
         return FIELDS[field]
@@ -56,7 +63,8 @@ class Model:
         bucket = next((i for i, bound in enumerate(BOUNDS) if ns < bound), HISTOGRAM_BUCKETS - 1)
         self.words[start + bucket] += 1
         self.words[start + HISTOGRAM_BUCKETS] += 1
-        self.words[start + HISTOGRAM_BUCKETS + 1] += ns
+        total = self.sums[start + HISTOGRAM_BUCKETS + 1] = self.sums.get(start + HISTOGRAM_BUCKETS + 1, 0) + ns
+        self.words[start + HISTOGRAM_BUCKETS + 1] = as_double(total)
         self.words[start + HISTOGRAM_BUCKETS + 2] = max(ns, self.words[start + HISTOGRAM_BUCKETS + 2])
 
     def apply(self, name, *args):
@@ -151,7 +159,7 @@ def test_value_falls_into_its_buckets_bounds(ns):
     assert bucket == 0 or BOUNDS[bucket - 1] <= seen
     assert bucket == HISTOGRAM_BUCKETS - 1 or seen < BOUNDS[bucket]
     assert histogram[bucket] == 1
-    assert histogram[HISTOGRAM_BUCKETS : HISTOGRAM_BUCKETS + 3] == [1, seen, seen]
+    assert histogram[HISTOGRAM_BUCKETS : HISTOGRAM_BUCKETS + 3] == [1, as_double(seen), seen]
 
 
 def test_bounds_grow_by_eighths_to_15_min():

@@ -34,6 +34,10 @@ def test_merging_is_counting_all_in_one(parts):
     assert merged.max_ns == max(durations, default=0)
 
 
+def test_sums_have_no_end():
+    assert merge([words_of([2**62] * 5)] * 3).sum_ns == 15 * 2**62
+
+
 def test_merging_carries_not_between_words():
     words = memoryview(bytearray(8 * WORDS_PER_HISTOGRAM)).cast("q")
     for index in range(len(words)):

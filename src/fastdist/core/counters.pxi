@@ -69,7 +69,7 @@ cdef enum:
     ANALYZER_COUNTERS = 8
 
 cdef enum:
-    # A histogram: 8 buckets an octave from 256 ns on, then the count, the sum and the largest value (in nanoseconds).
+    # A histogram: 8 buckets an octave from 256 ns on, then the count, the sum (a double) and the largest, in ns.
     BUCKETS = 240
     HISTOGRAM_COUNT = 240
     HISTOGRAM_SUM
@@ -164,7 +164,7 @@ cdef void observe(int64_t *histogram, int64_t ns, int64_t times) noexcept nogil:
             bucket = BUCKETS - 1
     histogram[bucket] += times
     histogram[HISTOGRAM_COUNT] += times
-    histogram[HISTOGRAM_SUM] += ns * times
+    (<double *>histogram)[HISTOGRAM_SUM] += <double>ns * times  # a day of a full queue is more than an integer holds
     if ns > histogram[HISTOGRAM_MAX]:
         histogram[HISTOGRAM_MAX] = ns
 
@@ -187,7 +187,8 @@ def add_histograms(histograms):
     Compiled, for a thousand analyzers on eight workers are two million words.
     """
     cdef int64_t[BUCKETS] total
-    cdef int64_t sum_ns = 0, longest = 0
+    cdef int64_t longest = 0
+    cdef double sum_ns = 0
     cdef const int64_t *words
     cdef Py_buffer view
     cdef int bucket
@@ -201,7 +202,7 @@ def add_histograms(histograms):
             if words[HISTOGRAM_COUNT]:
                 for bucket in range(BUCKETS):
                     total[bucket] += words[bucket]
-                sum_ns += words[HISTOGRAM_SUM]
+                sum_ns += (<const double *>words)[HISTOGRAM_SUM]
                 longest = max(longest, words[HISTOGRAM_MAX])
         finally:
             PyBuffer_Release(&view)

@@ -34,6 +34,7 @@ from fastdist._core import (
     ANALYZER_FIELDS,
     ANALYZER_WORDS,
     COUNTER_WORDS,
+    HISTOGRAM_BUCKETS,
     HISTOGRAMS_PER_ROW,
     WORDS_PER_HISTOGRAM,
     AnalyzerStates,
@@ -271,8 +272,12 @@ class SharedBlock:
         first = slot * ANALYZER_WORDS
         histogram = self.slots * ANALYZER_WORDS + slot * WORDS_PER_HISTOGRAM
         counted = (first + ANALYZER_FIELDS[field] for field in COUNTED)
-        for at in (*counted, *range(histogram, histogram + WORDS_PER_HISTOGRAM)):
-            self.baselines[at] = sum(row[at] for row in rows)
+        words, sums = range(histogram, histogram + WORDS_PER_HISTOGRAM), histogram + HISTOGRAM_BUCKETS + 1
+        for at in (*counted, *words):
+            if at != sums:
+                self.baselines[at] = sum(row[at] for row in rows)
+        baselines, *doubles = (view.cast("B").cast("d") for view in (self.baselines, *rows))
+        baselines[sums] = sum(row[sums] for row in doubles)
 
     @property
     def dead_letters(self) -> DeadLetterReport:

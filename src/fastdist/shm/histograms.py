@@ -1,7 +1,8 @@
 """Histograms of the shared block: durations by bucket, and their percentiles.
 
 The buckets are those of ``fastdist._core``: eight an octave, so that a percentile is off by an eighth at most.
-A histogram in shared memory is 248 words: the buckets, then their count, the sum and the longest, in nanoseconds.
+A histogram in shared memory is 248 words: the buckets, then their count, the sum and the longest, in nanoseconds;
+the sum is a double.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Histogram(Struct, frozen=True):
     """Durations: how many fell into each bucket of ``BOUNDS``, their sum and the longest."""
 
     buckets: list[int]
-    sum_ns: int
+    sum_ns: float
     max_ns: int
 
     def since(self, earlier: Histogram) -> Histogram:
