@@ -482,8 +482,12 @@ def test_an_answer_under_way_is_no_idleness():
     connection = service.ask(post())
     connection.wait(250)
     assert connection.open
+    resumed = pause()
     service.sync()
     assert connection.statuses == [202]
+    assert connection.protocol.expired(resumed + 75 * SECOND) == "", "idle only since then"
+    connection.wait(76)
+    assert not connection.open
 
 
 def test_emitter_not_reading_is_cut_off(service):

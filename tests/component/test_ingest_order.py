@@ -346,6 +346,19 @@ def test_failed_sync_keeps_or_closes():
     assert [each.open for each in connections] == [False, False, True]
 
 
+def test_next_requests_close_is_its_own():
+    service = Service(fsync=True)
+    last = post(BODY, "Connection: close")
+    connection = service.ask(keyed("a") + last[:-1])
+    service.ring.withdraw_unsynced()
+    service.intake.not_stored(service.ring.synced_position, *STORAGE_FAULT)
+    assert connection.answer().status == 503
+    assert "connection" not in connection.answer().headers
+    connection.send(last[-1:])
+    service.sync()
+    assert connection.statuses == [503, 202]
+
+
 def test_delivery_wait_waits_for_sync_first():
     service = Service(fsync=True)
     with service.timers() as loop:

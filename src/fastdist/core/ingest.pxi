@@ -657,6 +657,7 @@ cdef class IngestBase(Connection):
         if likely(self.wait_seconds < 0):
             if self.responses is None and not (intake.holds and self.is_special()):
                 write_accepted(intake, text, length, messages, self.extra, self.after == IDLE, self.old_client)
+                intake.fresh.close = self.after != IDLE
                 return 0
             self.flush_to_responses()
             write_accepted(intake, text, length, messages, self.extra, self.after == IDLE, self.old_client)
@@ -758,7 +759,7 @@ cdef class IngestBase(Connection):
         fresh.connection, fresh.read_ns = <PyObject *>self, self.moved_ns
         if not fresh.packets:
             fresh.position = intake.ring.tail
-        fresh.size, fresh.close = n, self.after != IDLE
+        fresh.size = n
         intake.out.end = 0
         if self.parts == 0:
             self.set_writing(WAITING)
@@ -846,6 +847,8 @@ cdef class IngestBase(Connection):
             self.finish()
         elif self.responses is None:
             self.set_writing(AT_ONCE)
+            if self.reading == IDLE:
+                self.moved_ns = mono_ns()  # from here on it is idle
             if self.invites:  # only now is the emitter told to send it
                 self.invites, self.body_due = False, mono_ns() + self.intake.body_timeout
         if self.unread_ns or self.output_paused or self.responses is not None or self.held:
@@ -945,8 +948,8 @@ cdef class IngestBase(Connection):
         """Whether what was written leaves as it should: at the least rate, and never ``body_timeout`` behind that."""
         cdef int64_t acked
         if not self.output_paused and self.unwritten(now) == 0:
-            if self.output_due and self.reading >= DISCARDING:
-                self.moved_ns = now  # from here on it has time to be read
+            if self.output_due and (self.reading >= DISCARDING or self.reading == IDLE):
+                self.moved_ns = now  # from here on it has time to be read, or is idle
             self.output_due = 0
             return True
         acked = bytes_acked(self.descriptor())
