@@ -89,10 +89,18 @@ function request()
   return wrk.format()
 end
 """
+# Files are closed: wrk takes no connection whose descriptor is much higher than the number of its connections.
+READ = """local function read(path)
+  local file = assert(io.open(path, "rb"))
+  local data = file:read("*a")
+  file:close()
+  return data
+end
+"""
 IN_TURN = """local requests, count = {}, 0
 function init()
   for place = 1, %d do
-    requests[place] = wrk.format(nil, nil, nil, assert(io.open(%s .. place, "rb")):read("*a"))
+    requests[place] = wrk.format(nil, nil, nil, read(%s .. place))
   end
 end
 function request()
@@ -113,7 +121,8 @@ def _post_script(folder: Path, order: Order) -> Path:
     headers = {"Content-Type": TYPE, **order.headers}
     script.touch(mode=0o600)
     script.write_text(
-        f'wrk.method = "POST"\nwrk.body = assert(io.open({json.dumps(str(body))}, "rb")):read("*a")\n'
+        READ
+        + f'wrk.method = "POST"\nwrk.body = read({json.dumps(str(body))})\n'
         + "".join(f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}\n" for name, value in headers.items())
         + (TRACED % order.step if order.step is not None else "")
         + (KEYED % order.keys if order.keys else "")

@@ -27,7 +27,7 @@ SEVERITIES = [SeverityNumber.DEBUG, SeverityNumber.INFO2, SeverityNumber.WARN, S
 
 
 class OpenTelemetry(Client):
-    """OpenTelemetry's SDK: a provider, its batches, its exporter, which retries for ten seconds."""
+    """OpenTelemetry's SDK: a provider, its batches, its exporter, which retries as long as it is told."""
 
     def __init__(self, name, port):
         super().__init__(name, port)
@@ -39,7 +39,7 @@ class OpenTelemetry(Client):
                 tell(result is LogRecordExportResult.SUCCESS, [each.log_record.attributes["number"] for each in batch])
                 return result
 
-        exporter = Exporter(endpoint=f"http://127.0.0.1:{port}/v1/logs", compression=Compression.Gzip)
+        exporter = Exporter(endpoint=f"http://127.0.0.1:{port}/v1/logs", compression=Compression.Gzip, timeout=60)
         self.provider = LoggerProvider(resource=Resource.create({"service.name": name, "region": "eu"}))
         self.provider.add_log_record_processor(BatchLogRecordProcessor(exporter, 50, 100))
         self.logger = self.provider.get_logger("shop.cart", "1.2", attributes={"part": "basket"})
