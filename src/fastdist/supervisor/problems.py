@@ -122,7 +122,8 @@ class ProblemList:
 
 class _Followed(NamedTuple):
     problem: Problem
-    seen: float  # time.monotonic()
+    begun: float  # time.monotonic(), as the next: the wall clock may be set meanwhile
+    seen: float
     settles: float  # seconds it must be over for its end to count
 
 
@@ -144,13 +145,13 @@ class Follower:
         self._begun = {key: times for key, times in self._begun.items() if now - times[-1] < LATELY}
         for problem in found:
             before = self._followed.get(problem.key)
-            settles = before.settles if before else self._begin(problem, now)
-            self._followed[problem.key] = _Followed(problem, now, settles)
-        for key, (problem, seen, settles) in tuple(self._followed.items()):
+            begun, settles = (before.begun, before.settles) if before else (now, self._begin(problem, now))
+            self._followed[problem.key] = _Followed(problem, begun, now, settles)
+        for key, (problem, begun, seen, settles) in tuple(self._followed.items()):
             if seen != now and now - seen >= settles:
                 del self._followed[key]
                 if problem.code not in COUNTED:
-                    _log_end(problem)
+                    _log_end(problem, now - begun)
 
     def _begin(self, problem: Problem, now: float) -> float:
         """Log that a problem has begun; return for how many seconds it must be over for its end to count."""
@@ -166,8 +167,7 @@ def _log_begin(problem: Problem) -> None:
     write(KINDS[problem.code].title, problem=problem.code, subject=problem.subject, detail=problem.detail)
 
 
-def _log_end(problem: Problem) -> None:
-    lasted = max(0.0, time.time() - problem.since_ns / 1e9)
+def _log_end(problem: Problem, lasted: float) -> None:
     title = f"resolved: {KINDS[problem.code].title}"
     log.info(title, problem=problem.code, subject=problem.subject, lasted_seconds=round(lasted, 1))
 
