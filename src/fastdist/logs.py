@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 
@@ -18,6 +18,7 @@ if sys.modules["rich"] is None:
     del sys.modules["rich"]
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Hashable
     from types import ModuleType
     from typing import TextIO
@@ -71,6 +72,16 @@ def configure(level: int = logging.INFO, *, lasting: bool = True, **context: obj
         cache_logger_on_first_use=lasting,
     )
     structlog.contextvars.bind_contextvars(**context)
+
+
+def take_errors(loop: asyncio.AbstractEventLoop) -> None:
+    """Log the errors that the event loop reports, of callbacks and tasks: by itself it writes them as plain text."""
+
+    def report(_: object, context: dict[str, Any]) -> None:
+        more = {"task": repr(context["task"])} if "task" in context else {}  # the rest may show what is in packets
+        get().error(context["message"], exc_info=context.get("exception"), **more)
+
+    loop.set_exception_handler(report)
 
 
 _limits: list[Callable[[], bool]] = []  # none, or one

@@ -480,6 +480,7 @@ def serve(loaded: Loaded, pair: Pair | None = None) -> int:
         jetstream.require_client()
 
     async def run() -> int:
+        logs.take_errors(asyncio.get_running_loop())
         supervisor = Supervisor(loaded, pair)
         supervisor.prepare()
         return await supervisor.run()

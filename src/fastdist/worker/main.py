@@ -428,8 +428,10 @@ def main() -> int:
     logs.configure(worker=str(assignment.index))
 
     async def run() -> None:
+        loop = asyncio.get_running_loop()
+        logs.take_errors(loop)
         commands, control = await ipc.connect(socket.socket(fileno=assignment.control))
-        await Worker(assignment, asyncio.get_running_loop(), control).serve(commands)
+        await Worker(assignment, loop, control).serve(commands)
 
     try:
         uvloop.run(run())
