@@ -20,6 +20,8 @@ workers = 3
 [queue]
 path = "{folder}"
 durability = "memory"
+[dead_letters]
+max_bytes = {max_bytes}
 [[analyzers]]
 id = "A1"
 endpoint = "http://127.0.0.1:4001/"
@@ -63,16 +65,16 @@ class Service:
         self.supervisor.health = Checker()
         self.slots = self.supervisor.processes.slots = [Slot(str(number)) for number in range(3)]
 
-    def write(self, weight):
-        self.file.write_text(CONFIG.format(folder=self.folder, weight=weight))
+    def write(self, weight, max_bytes=0):
+        self.file.write_text(CONFIG.format(folder=self.folder, weight=weight, max_bytes=max_bytes))
 
     @property
     def weight(self):
         return read_settings(self.supervisor.settings).config.analyzers[0].weight
 
-    async def begin(self, weight):
-        """Begin a reload with that weight; return its task when the workers were told."""
-        self.write(weight)
+    async def begin(self, weight, max_bytes=0):
+        """Begin a reload with these settings; return its task when the workers were told."""
+        self.write(weight, max_bytes)
         task = asyncio.create_task(self.supervisor._reload("127.0.0.1"))
         await self.told(1)
         return task
@@ -158,6 +160,26 @@ def test_change_a_worker_rejects_is_undone(service):
             service.says(number, "reloaded")
         assert (await task)[0] == 200
         assert service.weight == 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("fault", "status", "bound"), [("cannot", 422, 0), ("", 200, 1 << 20)])
+def test_unconfirmed_bounds_discard_nothing(service, fault, status, bound):
+    """What was discarded by the new settings is gone, also when a worker cannot use them and the old ones stay."""
+    bounds = service.supervisor.dead_letters.bounds
+
+    async def scenario():
+        task = await service.begin(1, 1 << 20)
+        assert bounds.max_bytes == 0
+        for number in range(3):
+            service.says(number, "reloaded", fault if number == 1 else "")
+        if fault:
+            await service.told(2)
+            for number in range(3):
+                service.says(number, "reloaded")
+        assert (await task)[0] == status
+        assert bounds.max_bytes == bound
 
     asyncio.run(scenario())
 

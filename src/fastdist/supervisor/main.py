@@ -393,6 +393,7 @@ class Supervisor:
                 self.problems.look()
                 return 422, few
             self.loaded = loaded
+            self.dead_letters.use(self.config.dead_letters)  # not before: what it discards does not come back
             self.changes.succeeded(need_restart)
             self.problems.look()
             changed = differences(before[0], self.changes.config, (before[1], self.changes.pair))
@@ -409,7 +410,6 @@ class Supervisor:
         """Apply the settings in force to workers and checks; return the workers' errors."""
         self._write_settings()
         self.health.set_analyzers(self.changes.analyzers)
-        self.dead_letters.use(self.config.dead_letters)
         loop = asyncio.get_running_loop()
         self._behind = set()
         self._applying = {slot: loop.create_future() for slot in self.processes.slots if slot.send(Message("reload"))}
