@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 
 import pytest
+import uvloop
 from proxying import BAD, GOOD
 from structlog.testing import capture_logs
 
+from fastdist.net import timeouts
 from fastdist.net.proxies import TrustedProxies
 from fastdist.worker.proxy_headers import ProxyHeaders
 
@@ -196,6 +199,28 @@ def test_slow_header_is_given_up():
         assert not headers.busy
 
     run(slow)
+
+
+def test_header_during_a_pause_is_in_time(monkeypatch):
+    """The event loop runs timers before it reads: a pause of the machine is no fault of the proxy's."""
+    monkeypatch.setattr(timeouts, "LATE", 0.1)
+
+    async def paused():
+        headers, (ours, other) = Headers(patience=0.1), socket.socketpair()
+        theirs = headers.connect()
+
+        def pause():
+            ours.recv(1)
+            theirs.sendall(GOOD["TCP4"][0])
+            time.sleep(0.6)  # as a process that is stopped
+
+        asyncio.get_running_loop().add_reader(ours, pause)  # which is called where the loop reads
+        other.send(b"x")
+        await headers.settle(lambda: headers.passed_on or is_closed(theirs))
+        assert headers.passed_on
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(paused())
 
 
 def test_waiting_connections_are_bounded():

@@ -7,6 +7,7 @@ import contextlib
 import random
 import socket
 import ssl
+import time
 
 import pytest
 import trustme
@@ -15,6 +16,7 @@ from test_streams import Noted
 from upstream_harness import until
 
 from fastdist._core import Poller
+from fastdist.net import timeouts
 from fastdist.worker import tls
 
 AUTHORITY = trustme.CA()
@@ -118,6 +120,25 @@ def test_plain_client_that_stays_is_closed():
         assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
         await until(lambda: not server.poller.streams, "closed, although the client does not close")
         writer.close()
+
+    run(scenario, patience=0.2)
+
+
+def test_pause_aborts_no_handshakes(monkeypatch):
+    """The event loop runs timers before it reads: what came during a pause of the machine came in time."""
+    monkeypatch.setattr(timeouts, "LATE", 0.1)
+
+    async def scenario(server):
+        taken = server.server.taken
+
+        def pause(*connection):
+            taken(*connection)
+            time.sleep(0.6)  # as a process that is stopped
+
+        server.server.taken = pause
+        with clients(server, 1) as (client,):
+            client.sendall(hello())
+            await until(lambda: readable(client), "it is answered")
 
     run(scenario, patience=0.2)
 

@@ -13,6 +13,14 @@ STEPS = 4  # a time-out is counted in so many
 LATE = 0.5  # seconds: a step that ends later than this does not count
 
 
+def grace(late: float, seconds: float) -> float:
+    """Return for how long a time-out of ``seconds`` goes on whose timer is ``late``; 0: it may judge.
+
+    What arrived while the process was stopped is read only after the timer has fired.
+    """
+    return seconds / STEPS if late >= LATE else 0.0
+
+
 class running:  # noqa: N801  (a context manager, as asyncio.timeout)
     """Raise TimeoutError when the block takes longer than ``seconds``.
 

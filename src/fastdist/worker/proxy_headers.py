@@ -11,6 +11,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from fastdist import logs
+from fastdist.net import timeouts
 from fastdist.net.proxies import MAX_2, TrustedProxies, believed, parse_header
 
 if TYPE_CHECKING:
@@ -61,11 +62,19 @@ class ProxyHeaders:
             return
         connection.setblocking(False)  # noqa: FBT003
         begun = bytearray()
-        self._waiting[connection] = self._loop.call_later(
-            self._patience, self._refuse, connection, peer, "none came in time"
-        )
+        self._wait(connection, peer, self._patience)
         self._loop.add_reader(connection, self._read, connection, peer, begun)
         self._read(connection, peer, begun)
+
+    def _wait(self, connection: socket.socket, peer: tuple[str, int], seconds: float) -> None:
+        due = self._loop.time() + seconds
+        self._waiting[connection] = self._loop.call_at(due, self._expired, connection, peer, due)
+
+    def _expired(self, connection: socket.socket, peer: tuple[str, int], due: float) -> None:
+        if more := timeouts.grace(self._loop.time() - due, self._patience):
+            self._wait(connection, peer, more)
+        else:
+            self._refuse(connection, peer, "none came in time")
 
     def _read(self, connection: socket.socket, peer: tuple[str, int], begun: bytearray) -> None:
         """Take what has come of a header; ``begun``: what had come before."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fastdist._core import Receiver, Stream
 from fastdist.exchange import reason
 from fastdist.http.responses import problem
+from fastdist.net import timeouts
 from fastdist.worker.listener import Acceptor, refuse
 
 if TYPE_CHECKING:
@@ -113,21 +114,24 @@ class TlsServer(Acceptor):
         except OSError as error:
             refuse(accepted, error)
             return
-        self._handshakes[connection] = self.loop.time() + self.patience
+        end = self._handshakes[connection] = self.loop.time() + self.patience
         if self._timer is None:
-            self._timer = self.loop.call_later(self.patience, self._abort_expired)
+            self._timer = self.loop.call_at(end, self._abort_expired, end)
 
-    def _abort_expired(self) -> None:
-        """Abort expired handshakes, some at a time: there may be very many."""
+    def _abort_expired(self, due: float) -> None:
+        """Abort expired handshakes, some at a time: there may be very many. ``due``: when this was to be called."""
         self._timer = None
+        late = self.loop.time() - due
+        if more := timeouts.grace(late, self.patience):
+            self._handshakes = {each: end + late + more for each, end in self._handshakes.items()}
         for connection, end in tuple(itertools.islice(self._handshakes.items(), EXPIRED_AT_ONCE)):
             if end > self.loop.time():
-                self._timer = self.loop.call_at(end, self._abort_expired)
+                self._timer = self.loop.call_at(end, self._abort_expired, end)
                 return
             self.leave(connection)
             connection.abort()
         if self._handshakes:
-            self._timer = self.loop.call_soon(self._abort_expired)
+            self._timer = self.loop.call_soon(self._abort_expired, self.loop.time())
 
 
 class TlsConnection(Receiver):
