@@ -209,6 +209,35 @@ def test_time_a_worker_may_send_no_heartbeat(under, ready, ring, limit, signs):
     under(scenario)
 
 
+def test_late_worker_that_gets_on_is_kept(under, monkeypatch):
+    """It writes dead letters of a large queue, which takes as long as it takes."""
+    monkeypatch.setattr(processes, "LATE", 3600.0)
+
+    async def scenario(bench):
+        slot, row = bench.slot, bench.processes.block.rows[0]
+        slot.process = Worker()
+        for before, left, alive in ((None, 9, True), (9, 8, True), (8, 8, False)):
+            row.set("undone", left)
+            bench.processes._kill_late({} if before is None else {slot: before})
+            assert slot.alive is alive
+
+    under(scenario)
+
+
+def test_late_worker_without_progress_ends(under, monkeypatch):
+    monkeypatch.setattr(processes, "LATE", 0.01)
+
+    async def scenario(bench):
+        slot = bench.slot
+        slot.process, slot.ready = Worker(), True
+        slot.control = SimpleNamespace(is_closing=lambda: False, write=lambda _: None)
+        bench.processes.stop(time.monotonic())
+        assert slot.alive
+        assert await asyncio.wait_for(slot.process.wait(), SECONDS) == -9
+
+    under(scenario)
+
+
 def test_pause_of_the_whole_hangs_no_worker(under, monkeypatch):
     """After a pause of the machine, or a frozen container, workers have their whole time again, however long it was."""
 

@@ -144,6 +144,29 @@ def test_no_dead_letter_after_the_end(build, tmp_path):
     asyncio.run(check())
 
 
+def test_heartbeats_go_on_at_the_end(build, tmp_path, monkeypatch):
+    """While what is left is written to the dead letters, and the event loop does nothing else."""
+    monkeypatch.setattr("fastdist.storage.dead_letter_writer.AT_ONCE", 1)
+
+    async def check():
+        worker, shown = build(), []
+        ring_path(tmp_path, 0).unlink()
+        assert all(worker.queue.ring.push(b"{}") for _ in range(4))
+        write = worker.dead_letter_writer.files.write
+
+        def show(line):
+            shown.append((worker.counters.get("undone"), worker.words[WorkerWord.HEARTBEAT_NS]))
+            write(line)
+
+        monkeypatch.setattr(worker.dead_letter_writer.files, "write", show)
+        await worker._drain(time.monotonic())
+        undone, heartbeats = zip(*shown, strict=True)
+        assert undone[1:] == (3, 2, 1)
+        assert sorted(set(heartbeats)) == list(heartbeats)
+
+    asyncio.run(check())
+
+
 def test_nothing_is_migrated_after_the_end(build, tmp_path):
     """The upkeep may run once more before the event loop ends: what it copied would be delivered from both rings."""
 

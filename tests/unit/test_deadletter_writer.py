@@ -256,6 +256,15 @@ def test_remaining_leaves_ring_when_synced(tmp_path, monkeypatch, syncs):
     assert site.gone == [1]
 
 
+def test_each_part_of_the_rest_is_told(tmp_path, monkeypatch):
+    """So that a worker is not taken for hung, and claims no millions of packets at once."""
+    monkeypatch.setattr(dead_letter_writer, "AT_ONCE", 2)
+    site, told = Site(tmp_path, syncs=True), []
+    assert all(site.ring.push(b"x") for _ in range(5))
+    site.writer.write_all(what_is_left(site.ring), lambda: told.append((site.ring.undone, site.ring.claimed)))
+    assert told == [(3, 0), (1, 0), (0, 0)]
+
+
 # ---- files that are taken away
 
 

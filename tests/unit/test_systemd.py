@@ -11,7 +11,11 @@ from itertools import count
 import pytest
 from structlog.testing import capture_logs
 
+from fastdist._core import PacketRing, file_size
+from fastdist.config import load
 from fastdist.supervisor import systemd
+from fastdist.supervisor.main import Supervisor
+from fastdist.supervisor.processes import WorkerSlot
 from fastdist.supervisor.systemd import ServiceManager
 
 NUMBERS = count()
@@ -100,6 +104,35 @@ def test_nothing_is_ready_after_stopping(manager):
     reload(it, lambda: it.stopping(1.5))
     reload(it, it.ready)
     assert manager.messages()[2:] == ["STOPPING=1\nEXTEND_TIMEOUT_USEC=1500000"]
+
+
+def test_the_end_is_extended_when_it_is_near(manager, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(systemd.time, "monotonic", lambda: now)
+    it = service(manager)
+    it.extend(20)
+    it.stopping(50)
+    for _ in range(60):
+        now += 1
+        it.extend(20)
+    assert manager.messages()[1:] == ["EXTEND_TIMEOUT_USEC=20000000"] * 2  # after 41 and 52 s
+
+
+def test_writing_the_rest_extends_the_end(manager, tmp_path):
+    """It takes as long as it takes: workers write it, and then the supervisor what those that died have left."""
+    environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": "memory"}
+    supervisor = Supervisor(load(None, environment, {"workers": 1}))
+    supervisor.manager, fd = service(manager), os.memfd_create("ring")
+    os.ftruncate(fd, file_size(1 << 20))
+    assert PacketRing(fd, 1 << 20, volatile=True).push(b"{}")
+    supervisor.processes.slots.append(WorkerSlot(supervisor.block, 0, socket.socket(), fd, []))
+    for write in (supervisor._send_heartbeat, supervisor._dead_letter_rest):
+        supervisor.manager.stopping(1)
+        write()
+        assert manager.messages()[1:] == ["EXTEND_TIMEOUT_USEC=20000000"]
+    assert len(list(tmp_path.glob("dead-letters/*"))) == 1
+    for each in (fd, supervisor.settings, supervisor.block.fd):
+        os.close(each)
 
 
 def test_status_is_one_line_sent_when_new(manager):

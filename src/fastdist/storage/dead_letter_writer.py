@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastdist import logs
@@ -23,7 +24,7 @@ from fastdist._core import DamagedError
 from fastdist.storage.dead_letter_format import as_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from fastdist._core import Counters, PacketRing
     from fastdist.storage.dead_letter_files import DeadLetterFiles
@@ -34,6 +35,7 @@ RETRY_SECONDS = 1.0  # until a dead letter that could not be written is tried ag
 MAX_DELAY = 1.0  # seconds that a dead letter waits for its sync, with whatever sync_interval
 PART_NS = 8_000_000
 LAST_PART_NS = 1_000_000_000  # at the end, when no other work waits: what is synced together
+AT_ONCE = 1 << 16  # dead letters that are claimed at once then: a queue may hold many millions
 FEW = 16  # dead letters that wait to be written
 MANY = 256  # dead letters that do not wait for others to be synced with
 SHARE = 8  # nor do those of more than this part of a ring
@@ -53,12 +55,10 @@ class PendingDeadLetter(NamedTuple):
     response: bytes | None = None  # the beginning of its body
 
 
-def what_is_left(ring: PacketRing) -> list[PendingDeadLetter]:
-    """Claim all unclaimed packets of a ring that ends with this service; return their dead letters."""
-    dead_letters = []
+def what_is_left(ring: PacketRing) -> Iterator[PendingDeadLetter]:
+    """Claim the unclaimed packets of a ring that ends with this service, one after the other; yield dead letters."""
     while handle := ring.claim():
-        dead_letters.append(PendingDeadLetter(ring, handle, "shutdown", None, None, None))
-    return dead_letters
+        yield PendingDeadLetter(ring, handle, "shutdown", None, None, None)
 
 
 class DeadLetterWriter:
@@ -120,13 +120,16 @@ class DeadLetterWriter:
         self._closed = True
         self.files.close()
 
-    def write_all(self, dead_letters: Iterable[PendingDeadLetter]) -> None:
+    def write_all(
+        self, dead_letters: Iterable[PendingDeadLetter], progress: Callable[[], object] = lambda: None
+    ) -> None:
         """Write these and all others now: their ring ends with this process. Raises OSError; some may be written then.
 
         A sync is tried, but its failure is only logged: a dead letter that is not synced is better than none. No sync
-        may be running.
+        may be running. ``progress()`` is called after each part.
         """
-        self.unwritten += dead_letters
+        more = iter(dead_letters)
+        self.unwritten += islice(more, AT_ONCE)
         self.files.bounds.gives_way = True
         while self.unwritten or self.written:
             self._write_part(LAST_PART_NS)
@@ -136,6 +139,9 @@ class DeadLetterWriter:
             self._settle(None)
             if self._problem is not None:
                 raise self._problem
+            progress()
+            if not self.unwritten:
+                self.unwritten += islice(more, AT_ONCE)
 
     # ---- writing
 

@@ -304,7 +304,7 @@ class Supervisor:
             ring = PacketRing(fd, volatile=True, clock_offset=self.block.head[HeadWord.CLOCK_OFFSET_NS])
             queued = ring.undone
             try:
-                DeadLetterWriter(files, row, lambda *_: None).write_all(what_is_left(ring))
+                DeadLetterWriter(files, row, lambda *_: None).write_all(what_is_left(ring), self._extend)
             except OSError as error:
                 log.error("cannot write dead letters; packets are lost", error=str(error), packets=ring.undone)
                 saved = False
@@ -313,6 +313,10 @@ class Supervisor:
         if count:
             log.warning("packets that workers have left are now dead letters", packets=count)
         return saved
+
+    def _extend(self) -> None:
+        """Have the service manager wait on: dead letters are being written, by workers or by this process."""
+        self.manager.extend(2 * LATE)
 
     def _renamed_rings(self, slots: list[WorkerSlot]) -> dict[str, str | None]:
         """Return the workers' rings that were renamed: {old path: new path}."""
@@ -437,6 +441,7 @@ class Supervisor:
     def _send_heartbeat(self) -> None:
         if self.processes.serving():
             self.manager.heartbeat()
+        self._extend()
 
     async def _reap(self) -> None:
         """As process 1: reap orphaned processes that have ended."""

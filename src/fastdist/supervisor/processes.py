@@ -38,7 +38,7 @@ FALSE_STARTS = 3
 PAUSED = 2.0  # seconds between two checks, beyond which the whole machine was paused
 SPAN = 0.5  # seconds at least over which the use of the processor is measured: the kernel counts it in hundredths
 CRASHES, CRASH_WINDOW = 3, 900.0  # that many unasked ends of a worker within so many seconds are a problem
-LATE = 10.0  # seconds for workers to exit after the drain timeout
+LATE = 10.0  # seconds for workers to exit after the drain timeout, or to have fewer packets left
 
 log = logs.get()
 
@@ -316,14 +316,17 @@ class Processes:
             else:
                 slot.kill()
         if deadline:
-            late = max(0.0, deadline - time.monotonic()) + LATE
-            asyncio.get_running_loop().call_later(late, self._kill_remaining)
+            asyncio.get_running_loop().call_later(max(0.0, deadline - time.monotonic()), self._kill_late, {})
 
-    def _kill_remaining(self) -> None:
-        for slot in self.slots:
-            if slot.alive:
+    def _kill_late(self, before: dict[WorkerSlot, int]) -> None:
+        """Kill workers that have no fewer packets left than ``before``: the others write theirs to the dead letters."""
+        left = {slot: self.block.rows[slot.index].get("undone") for slot in self.slots if slot.alive}
+        for slot, packets in left.items():
+            if slot in before and packets >= before[slot]:
                 log.error("worker exceeded drain timeout, sending SIGKILL", worker=slot.name)
                 slot.kill()
+        if left:
+            asyncio.get_running_loop().call_later(LATE, self._kill_late, left)
 
     def serving(self) -> bool:
         """Whether a worker got ready and does not hang."""

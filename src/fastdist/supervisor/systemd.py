@@ -32,6 +32,7 @@ class ServiceManager:
         self._address = _address(environ.pop("NOTIFY_SOCKET", ""))
         self.interval = _interval(environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", ""))
         self._phase = "starting"
+        self._patient_until = 0.0  # the manager, once we are stopping; time.monotonic()
         self._status = ""
         self._last_heartbeat = -self.interval
         self._failing = False
@@ -57,7 +58,15 @@ class ServiceManager:
     def stopping(self, seconds: float) -> None:
         """Report that the service is ending, which may take so long, whatever the unit's TimeoutStopSec."""
         self._phase = "stopping"
+        self._patient_until = time.monotonic() + seconds
         self._send(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
+
+    def extend(self, seconds: float) -> None:
+        """Report that the end may take so long from now, once half of that is left; may be called at any rate."""
+        now = time.monotonic()
+        if self._phase == "stopping" and self._patient_until - now < seconds / 2:
+            self._patient_until = now + seconds
+            self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
     def status(self, text: str) -> None:
         """Set the line that ``systemctl status`` shows; nothing is sent unless it has changed."""

@@ -31,7 +31,7 @@ from fastdist.worker.upstream import AnalyzerPool, max_in_flight
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Unpack
 
     from fastdist._core import AnalyzerStates, PacketRing, Poller
@@ -215,12 +215,12 @@ class Dispatcher(Outcomes):
             if many:
                 self.room -= sum(pool.open_connections + pool.opening for pool in pools)
 
-    def dead_letter_all(self) -> int:
+    def dead_letter_all(self, progress: Callable[[], object] = lambda: None) -> int:
         """Make all packets that are left dead letters (reason ``shutdown``); return how many. Raises OSError."""
         self.stop()
         self.give_back()
         undone = self.ring.undone
-        self.dead_letter_writer.write_all(what_is_left(self.ring))
+        self.dead_letter_writer.write_all(what_is_left(self.ring), progress)
         return undone
 
     def tick(self, now_ns: int) -> None:

@@ -53,8 +53,11 @@ class Drain:
         self._left = left
         self._intake, self._poller = emitters.intake, dispatcher.poller
 
-    async def run(self, deadline: float) -> None:
-        """Drain until ``deadline`` (time.monotonic()) at most; afterwards nothing is under way and all is stored."""
+    async def run(self, deadline: float, progress: Callable[[], object]) -> None:
+        """Drain until ``deadline`` (time.monotonic()) at most; afterwards nothing is under way and all is stored.
+
+        ``progress()`` is called while dead letters are written and the event loop does nothing else.
+        """
         await self._finish(deadline - self._queue.end_seconds)
         self._intake.closed = True
         self._reject()
@@ -64,7 +67,7 @@ class Drain:
         while dead_letter_writer.syncing:  # noqa: ASYNC110  (an event would be set for this alone)
             await asyncio.sleep(TICK)
         if self._queue.ends_here:
-            self._dead_letter_rest()
+            self._dead_letter_rest(progress)
         else:
             dead_letter_writer.finish()
         self._emitters.end_waiting()
@@ -119,10 +122,10 @@ class Drain:
             self._intake.go_on()
         self._intake.give_up_storing()  # the disk was too slow for the rest of it
 
-    def _dead_letter_rest(self) -> None:
+    def _dead_letter_rest(self, progress: Callable[[], object]) -> None:
         """Make dead letters of what would be lost with this process; the supervisor retries what cannot be written."""
         try:
-            self._dispatcher.dead_letter_all()  # the supervisor logs how many
+            self._dispatcher.dead_letter_all(progress)  # the supervisor logs how many
         except OSError as error:
             log.error(
                 "cannot write dead letters; what is left is lost unless the supervisor can",

@@ -261,10 +261,16 @@ class Worker:
         await self._drain(time.monotonic())
 
     async def _drain(self, deadline: float) -> None:
-        await Drain(self._server, self.emitters, self.dispatcher, self.queue, self._left).run(deadline)
+        drain = Drain(self._server, self.emitters, self.dispatcher, self.queue, self._left)
+        await drain.run(deadline, self._show_progress)
         self.views.close()
         self.publish()
         self._stopped.set()
+
+    def _show_progress(self) -> None:
+        """Give a heartbeat and say how many packets are left: the supervisor ends workers that do not get on."""
+        self._beat(time.monotonic_ns())
+        self.publish()
 
     def _left(self) -> int:
         self.publish()

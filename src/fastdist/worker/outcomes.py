@@ -73,7 +73,7 @@ class Writer(Protocol):
     def close(self) -> None:
         """Write nothing more."""
 
-    def write_all(self, dead_letters: Iterable[PendingDeadLetter]) -> None:
+    def write_all(self, dead_letters: Iterable[PendingDeadLetter], progress: Callable[[], object]) -> None:
         """Write these and all others now. Raises OSError."""
 
 

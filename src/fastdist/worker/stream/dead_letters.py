@@ -91,7 +91,7 @@ class DeadLetterPublisher:
     def finish(self) -> None:
         """Do nothing: what is not stored by now comes again, here or elsewhere."""
 
-    def write_all(self, dead_letters: Iterable[PendingDeadLetter]) -> None:
+    def write_all(self, dead_letters: Iterable[PendingDeadLetter], progress: Callable[[], object]) -> None:
         """Nothing ends with this process."""
 
     def close(self) -> None:
