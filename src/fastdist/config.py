@@ -115,7 +115,7 @@ def load(
         if isinstance(table, dict):  # what is not a table is a problem of its own
             table[key] = value
             origins[setting] = origin
-    config = _Reader(origins, environ, file, text).config(document, problems, quiet)
+    config = _Reader(origins, environ, file, text, quiet).config(document, problems)
     sources |= origins
     for setting, held in _TOKEN_FILES.items():
         if name := attrgetter(setting)(config):
@@ -194,19 +194,25 @@ class _Reader:
     """Reads a document into structs and collects all problems instead of stopping at the first.
 
     ``file`` and ``text``: what the document was read from, if anything; ``origins``: of values that are not from there.
+    ``quiet`` is for the files that it names, as ``tomlfile.read`` has it.
     """
 
     def __init__(
-        self, origins: Mapping[str, str], environ: Mapping[str, str], file: Path | None = None, text: str = ""
+        self,
+        origins: Mapping[str, str],
+        environ: Mapping[str, str],
+        file: Path | None = None,
+        text: str = "",
+        quiet: float = 0.0,
     ) -> None:
-        self.origins, self.environ, self.file, self.text = origins, environ, file, text
+        self.origins, self.environ, self.file, self.text, self.quiet = origins, environ, file, text, quiet
         self.problems: list[_Problem] = []
         self.valid: dict[str, Any] = {}  # path -> value, of all that is valid by itself
 
-    def config(self, document: Mapping[str, Any], others: Sequence[str] = (), quiet: float = 0.0) -> Config:
+    def config(self, document: Mapping[str, Any], others: Sequence[str] = ()) -> Config:
         """Return the configuration in a document. Raises ConfigError, with the ``others`` (of variables) at the end."""
         config = self.table(Config, document, "")
-        tokens = self.tokens(quiet)
+        tokens = self.tokens()
         config_rules.check(self.valid, self.report)
         if self.problems or others:
             ranks = {name: rank for rank, name in enumerate(Config.__struct_fields__)}
@@ -218,13 +224,13 @@ class _Reader:
         both = {name: tuple(dict.fromkeys((*getattr(security, name), *more))) for name, more in tokens.items()}
         return msgspec.structs.replace(config, security=msgspec.structs.replace(security, **both))
 
-    def tokens(self, quiet: float) -> dict[str, list[str]]:
+    def tokens(self) -> dict[str, list[str]]:
         """Return the tokens in files, by the name of the setting they add to."""
         found: dict[str, list[str]] = {}
         for path, held in _TOKEN_FILES.items():
             if file := self.valid.get(path):
                 try:
-                    found[held.partition(".")[2]] = credentials.tokens(file, quiet)
+                    found[held.partition(".")[2]] = credentials.tokens(file, self.quiet)
                 except ValueError as error:
                     self.report(path, str(error))
         return found
@@ -276,7 +282,7 @@ class _Reader:
         for name, value in raw.items():
             at = f"{path}.{tomllines.shown(name)}"
             try:
-                header = credentials.header(name, value, self.environ)
+                header = credentials.header(name, value, self.environ, self.quiet)
             except ValueError as error:
                 self.report(at, str(error))
                 continue

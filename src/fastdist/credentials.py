@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import stat
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_VALUE = 8192  # bytes; servers take no longer heads
+FRESH = 2.0  # seconds since it was written to; clocks may differ a little
 MAX_SHOWN = 200  # characters of a path
 NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}", re.ASCII)  # a token of RFC 9110
 VALUE = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
@@ -37,8 +40,8 @@ REFUSED = (
 )
 
 
-def header(name: str, raw: Any, environ: Mapping[str, str]) -> Header:
-    """Return the header that is written as ``name = raw``. Raises ValueError."""
+def header(name: str, raw: Any, environ: Mapping[str, str], quiet: float = 0.0) -> Header:
+    """Return the header that is written as ``name = raw``. Raises ValueError; ``quiet`` as ``tomlfile.read`` has it."""
     if not NAME.fullmatch(name):
         raise ValueError("is no name of a header: A-Z a-z 0-9 ! # $ % & ' * + - . ^ _ ` | ~")
     if reason := REFUSED.get(name.lower()):
@@ -50,7 +53,7 @@ def header(name: str, raw: Any, environ: Mapping[str, str]) -> Header:
     ((kind, place),) = raw.items()
     if re.search(r"[\x00-\x1f\x7f]", place):
         raise ValueError(f"{kind}: must have no control characters")
-    value = _of_environment(place, environ) if kind == "env" else _of_file(place)
+    value = _of_environment(place, environ) if kind == "env" else _of_file(place, quiet)
     return Header(name, value, f"{{ {kind} = {json.dumps(place, ensure_ascii=False)} }}")
 
 
@@ -61,8 +64,11 @@ def _of_environment(variable: str, environ: Mapping[str, str]) -> bytes:
     return _checked(text.encode("utf-8", "surrogateescape"), where)
 
 
-def _of_file(path: str) -> bytes:
-    data = re.sub(rb"\r?\n\Z", b"", _read(path, 0.0))
+def _of_file(path: str, quiet: float) -> bytes:
+    data = _read(path, 0.0)
+    if quiet and _is_fresh(path):  # else it is whole: a thousand analyzers need not wait for a file each
+        data = _read(path, quiet)
+    data = re.sub(rb"\r?\n\Z", b"", data)
     if not data:
         raise ValueError(f"{_shown(path)} is empty")
     return _checked(data, _shown(path))
@@ -94,6 +100,15 @@ def tokens(path: str, quiet: float) -> list[str]:
     if not found:
         raise ValueError(f"{_shown(path)} holds no token; leave this out to have none")
     return found
+
+
+def _is_fresh(path: str) -> bool:
+    """Return whether a file may be written to at this moment; a pipe can be read only once."""
+    try:
+        status = Path(path).stat()
+    except OSError:  # gone since: reading it says so
+        return True
+    return stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime < FRESH
 
 
 def _read(path: str, quiet: float) -> bytes:

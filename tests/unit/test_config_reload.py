@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastdist import tomlfile
-from fastdist.config import load
+from fastdist.config import QUIET, load
 from fastdist.errors import ConfigError
 
 ANALYZERS = '[[analyzers]]\nid = "mine"\nendpoint = "http://127.0.0.1:1/"\nweight = 1\n'
@@ -96,6 +96,21 @@ def test_file_replaced_while_read_is_reread(file, tmp_path, written_while_read):
     file.write_text("[limits]\nrate = 1\n")
     written_while_read(replace)
     assert load(file, {}, {}).config.limits.rate == 2
+
+
+def test_credential_being_written_is_reread(file, tmp_path, monkeypatch):
+    credential = tmp_path / "credential"
+    credential.write_text("old")
+    before = loaded(file, f'{ANALYZERS}[analyzers.headers]\nX = {{ file = "{credential}" }}\n')
+    credential.write_text("Bearer ne")
+    waits = iter([lambda: None, lambda: credential.write_text("Bearer new-one")])  # of the configuration; of this one
+
+    def sleep(seconds):
+        if seconds >= QUIET:
+            next(waits, lambda: None)()
+
+    monkeypatch.setattr(tomlfile, "time", SimpleNamespace(sleep=sleep))
+    assert before.reload().config.analyzers[0].headers[0].value == b"Bearer new-one"
 
 
 def test_ever_changing_file_is_not_used(file, written_while_read):
