@@ -341,7 +341,7 @@ def test_configuration_says_where_they_are(run, dead_letters, tmp_path):
         run("dead-letters", "list", "--config", str(file)).stdout
         == run("dead-letters", "list", str(dead_letters)).stdout
     )
-    file.write_text(f'[dead_letters]\npath = "{dead_letters}"\n')
+    file.write_text(f'[dead_letters]\npath = "{dead_letters}/dead-letters"\n')
     assert (
         run("dead-letters", "list", "--config", str(file)).stdout
         == run("dead-letters", "list", str(dead_letters)).stdout
@@ -350,6 +350,18 @@ def test_configuration_says_where_they_are(run, dead_letters, tmp_path):
     result = run("dead-letters", "list", "--config", str(file))
     assert result.exit_code == 2
     assert result.stderr.startswith("queue.path: expected a string, got integer 1")
+
+
+def test_folder_of_dead_letters_is_as_set(run, dead_letters, tmp_path):
+    """Also if there is a folder in it that has the usual name."""
+    (path,) = dead_letters.glob("dead-letters/*.ndjson")
+    path.rename(tmp_path / path.name)
+    file = tmp_path / "fastdist.toml"
+    file.write_text(f'[dead_letters]\npath = "{tmp_path}"\n')
+    assert f'"file":"{tmp_path / path.name}"' in run("dead-letters", "list", "--json", "--config", str(file)).stdout
+    file.write_text(f'[dead_letters]\npath = "{tmp_path}/nowhere"\n')
+    result = run("dead-letters", "list", "--config", str(file))
+    assert (result.exit_code, result.stderr) == (2, f"fastdist: {tmp_path}/nowhere: No such file or directory\n")
 
 
 def test_a_stream_needs_its_client(run, tmp_path, monkeypatch):

@@ -34,11 +34,13 @@ def dead_letters_at(path: Path | None, config: str | None) -> Iterator[Store]:
             with _stream(settings.jetstream) as store:
                 yield store
             return
-        path = Path(settings.dead_letters.path or settings.queue.path)
     from fastdist.client.dead_letter_store import Files
-    from fastdist.storage.dead_letter_format import find_files
+    from fastdist.storage.dead_letter_format import files_of, find_files
 
-    yield Files(find_files(path))
+    if path is None and settings.dead_letters.path:  # that is the folder, whatever folders are in it
+        yield Files(files_of(Path(settings.dead_letters.path)))
+    else:
+        yield Files(find_files(path or Path(settings.queue.path)))
 
 
 @contextlib.contextmanager

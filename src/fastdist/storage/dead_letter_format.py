@@ -164,7 +164,11 @@ def find_files(path: Path) -> list[Found]:
         if path.suffix != SUFFIX:
             raise ValueError(f"{path}: neither a folder nor a file of dead letters (*{SUFFIX})")
         return [Found(path, path.stat().st_size)]
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    return files_of(path / FOLDER if (path / FOLDER).is_dir() else path)
+
+
+def files_of(folder: Path) -> list[Found]:
+    """Return the files in a folder of dead letters, oldest first. Raises OSError."""
     found = []
     for file in sorted(folder.iterdir()):
         if file.suffix == SUFFIX and file.is_file():
