@@ -7,6 +7,8 @@ import contextlib
 import errno
 import socket
 import ssl
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -131,6 +133,38 @@ def test_next_address_is_tried_with_tls_too(distributor, resolve, hanging, tmp_p
     resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
     there = Target.parse(f"https://logs.test:{distributor.server_port}", None, str(tmp_path / "ca.pem"))
     assert Connection(there).post("x", b"{}").accepted
+
+
+def test_time_out_is_for_a_part_of_a_body(monkeypatch):
+    time_out, body, arrived = 2.0, bytes(range(256)) * (1 << 14), bytearray()
+
+    def connect_with_little_room(*arguments):
+        sock = connect(*arguments)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)
+        return sock
+
+    def take_slowly(server):
+        sock, _ = server.accept()
+        with sock, sock.makefile("rb") as file:
+            while file.readline().strip():
+                pass
+            end = time.monotonic() + 1.5 * time_out
+            while len(arrived) < len(body) and (data := file.read1(1 << 15)):
+                arrived.extend(data)
+                if time.monotonic() < end:
+                    time.sleep(time_out / 20)
+            sock.sendall(b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n")
+
+    monkeypatch.setattr(connection, "connect", connect_with_little_room)
+    with socket.socket() as server, ThreadPoolExecutor() as pool:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        taken = pool.submit(take_slowly, server)
+        there = Target.parse(f"http://127.0.0.1:{server.getsockname()[1]}", None)
+        assert Connection(there, time_out).post("x", body).accepted
+        taken.result()
+    assert arrived == body
 
 
 # ---- what a distributor says

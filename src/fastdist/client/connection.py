@@ -21,7 +21,8 @@ from fastdist import __version__
 from fastdist.retry_after import parse_retry_after
 from fastdist.units import Endpoint, parse_endpoint
 
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds without a byte of a response, or until the system takes the next PART of a body
+PART = 1 << 14  # bytes: less than the least that a distributor takes in that time, 1 KiB/s
 ATTEMPT_DELAY = 0.25  # seconds before the next address is tried beside the one before
 MAX_RESPONSE = 1 << 16  # bytes of a response that are read
 TLS_ALERT = b"\x15\x03"  # how one begins
@@ -130,12 +131,15 @@ class Connection:
 
     def request(self, method: str, path: str, body: bytes | None, headers: dict[str, str], limit: int) -> Response:
         """Send a request and read ``limit`` bytes of the response. Raises OSError or HTTPException without one."""
-        connection = self._connection
+        connection, parts = self._connection, None
+        if body is not None:  # in parts: each has the time-out, as all of it would have it together
+            whole, headers = memoryview(body), headers | {"Content-Length": str(len(body))}
+            parts = (whole[at : at + PART] for at in range(0, len(body), PART))
         try:
             if connection.sock is None:
                 connection.sock = self._opened()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it hung up
-                connection.request(method, self._path + path, body, self._headers | headers)
+                connection.request(method, self._path + path, parts, self._headers | headers)
             self._expect_http(connection.sock)
             response = connection.getresponse()
             content = response.read(limit)
