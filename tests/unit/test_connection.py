@@ -135,6 +135,27 @@ def test_next_address_is_tried_with_tls_too(distributor, resolve, hanging, tmp_p
     assert Connection(there).post("x", b"{}").accepted
 
 
+def test_address_failing_tls_comes_last(distributor, resolve, tmp_path):
+    """Two accept connections and leave the handshake unanswered."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("logs.test").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    distributor.socket = context.wrap_socket(distributor.socket, server_side=True)
+    resolve("127.0.0.66", "127.0.0.67", "127.0.0.1")
+    there = Target.parse(f"https://logs.test:{distributor.server_port}", None, str(tmp_path / "ca.pem"))
+    sender = Connection(there, 0.5)
+    with (
+        socket.create_server(("127.0.0.66", distributor.server_port)),
+        socket.create_server(("127.0.0.67", distributor.server_port)),
+    ):
+        for _ in range(9):  # a busy machine may keep the third one waiting as well
+            with contextlib.suppress(TimeoutError):
+                sender.post("x", b"{}")
+                break
+    assert distributor.accepted == {"x": 1}
+
+
 def test_time_out_is_for_a_part_of_a_body(monkeypatch):
     time_out, body, arrived = 2.0, bytes(range(256)) * (1 << 14), bytearray()
 

@@ -1,7 +1,7 @@
 """A distributor as a client sees it: one keep-alive connection, and the responses that come on it.
 
 Of a name's addresses each is tried, the next one 250 ms after the one before or as soon as that fails; the first that
-accepts the connection wins (RFC 8305, Happy Eyeballs).
+accepts the connection wins (RFC 8305, Happy Eyeballs). One whose last TLS handshake failed comes after the others.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import contextlib
 import os
 import socket
 import ssl
+import time
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected, responses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import aiohappyeyeballs
 import msgspec
@@ -20,6 +21,11 @@ import msgspec
 from fastdist import __version__
 from fastdist.retry_after import parse_retry_after
 from fastdist.units import Endpoint, parse_endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Address: TypeAlias = tuple[Any, ...]  # as a socket has it
 
 TIMEOUT = 30.0  # seconds without a byte of a response, or until the system takes the next PART of a body
 PART = 1 << 14  # bytes: less than the least that a distributor takes in that time, 1 KiB/s
@@ -109,6 +115,7 @@ class Connection:
     def __init__(self, target: Target, timeout: float | None = None) -> None:
         endpoint, self._timeout = target.endpoint, timeout or TIMEOUT
         self._context = target.context
+        self._failed: dict[Address, float] = {}  # addresses whose last handshake failed, and when (time.monotonic())
         self._path = endpoint.path_and_query.rstrip("/")
         self._headers = {"User-Agent": f"fastdist/{__version__}"}
         if target.token:
@@ -158,29 +165,40 @@ class Connection:
     def _opened(self) -> socket.socket:
         """Return a new connection, with TLS where that is wanted."""
         connection = self._connection
-        sock = connect(connection.host, connection.port, self._timeout)
+        sock = connect(connection.host, connection.port, self._timeout, self._failed)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return self._context.wrap_socket(sock, server_hostname=connection.host) if self._context else sock
+            if self._context is not None:
+                address = sock.getpeername()
+                self._failed[address] = time.monotonic()
+                sock = self._context.wrap_socket(sock, server_hostname=connection.host)
+                del self._failed[address]
         except BaseException:
             sock.close()
             raise
+        return sock
 
     def close(self) -> None:
         """Close it."""
         self._connection.close()
 
 
-def connect(host: str, port: int, timeout: float) -> socket.socket:
+def connect(host: str, port: int, timeout: float, failed: Mapping[Address, float] | None = None) -> socket.socket:
     """Return a connection to the first of a name's addresses that accepts it, with this time-out (seconds).
 
-    Raises OSError: why the addresses refused, TimeoutError when none has accepted in time.
+    Those that have ``failed`` come last, the latest at the end. Raises OSError: why the addresses refused, TimeoutError
+    when none has accepted in time.
     """
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if failed:
+        addresses.sort(key=lambda address: failed.get(address[4], 0.0))
+    interleave = 0 if failed else 1  # 1: families come in turn, whatever the order
 
     async def race() -> socket.socket:
         async with asyncio.timeout(timeout):
-            return await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=ATTEMPT_DELAY)
+            return await aiohappyeyeballs.start_connection(
+                addresses, happy_eyeballs_delay=ATTEMPT_DELAY, interleave=interleave
+            )
 
     try:
         sock = asyncio.run(race())
