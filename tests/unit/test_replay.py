@@ -501,6 +501,55 @@ def test_unsynced_dead_letters_stay_noted(tmp_path, distributor, run, events, sa
     assert names_in(path.parent) == []
 
 
+class Started(Says):
+    """A distributor that has the state of ``DISK``, but for what is given, and was started a moment ago."""
+
+    def __init__(self, **health):
+        super().__init__(lambda _: None, **(DISK | health))
+        self.restart()
+
+    def restart(self):
+        self.at = time.time()
+        time.sleep(0.01)  # for clocks to tell what is after that
+
+    def get(self, path):
+        said = super().get(path)
+        return said and said | {"uptimeSeconds": time.time() - self.at}
+
+
+@pytest.mark.parametrize(
+    ("host", "restarted", "times"), [("127.0.0.1", 0, 1), ("127.0.0.1", 1, 2), ("localhost", 0, 2)]
+)
+def test_what_may_be_lost_is_sent_again(tmp_path, distributor, host, restarted, times):
+    """By a distributor that was restarted before it had synced, or by one that is not asked."""
+    path = fill(tmp_path, "ab")
+    distributor.says = Started(storage="failing")
+    replayed(distributor, Listener(), tmp_path)
+    assert ids(tmp_path) == []
+    distributor.says["/health"] = DISK
+    if restarted:
+        distributor.says.restart()
+    target = Target.parse(f"http://{host}:{distributor.server_port}", None)
+    summary = replayed(distributor, Listener(), tmp_path, target=target)
+    assert (summary.replayed, summary.left) == (2 * (times - 1), 0)
+    assert distributor.accepted == {"a": times, "b": times}
+    assert names_in(path.parent) == []
+
+
+def test_restart_during_a_replay_is_seen(tmp_path, distributor, run, events):
+    path = fill(tmp_path, "ab")
+    distributor.says = Started()
+    distributor.before_answer = lambda: distributor.accepted and distributor.says.restart()
+    run(tmp_path, connections=1)
+    assert "the distributor was restarted meanwhile: " in events.notes[0]
+    assert path.exists()
+    assert ids(tmp_path) == []
+    distributor.before_answer = None
+    assert run(tmp_path).left == 0
+    assert distributor.accepted == {"a": 2, "b": 2}
+    assert names_in(path.parent) == []
+
+
 @pytest.mark.parametrize("durability", ["memory", "fsync", None])
 def test_no_sync_expected_means_no_wait(tmp_path, distributor, run, durability):
     """Nothing is asked of who syncs before it answers; who says nothing of itself is not distrusted for ever."""

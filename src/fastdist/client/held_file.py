@@ -6,12 +6,14 @@ The rules:
 2. What was replayed is noted at once in the file's journal; the file itself is rewritten once, when all of it has been
    gone through. (Rewriting it every so often instead would write a file of 64 MiB many times over.)
 3. At every moment either the old file or the new one is there, whole.
+4. The journal says as well to whom what is noted was sent, and since when: they may have lost it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Self
@@ -30,14 +32,19 @@ if TYPE_CHECKING:
 LOCK_PATIENCE = 5.0  # seconds to wait for a file that a worker has open
 ASK_EVERY = 0.05  # seconds
 TEMPORARY_SUFFIX = ".tmp"
+SENT_TO = re.compile(r"to (\w+) since (\d+\.\d+)", re.ASCII)  # a line of a journal: no offset, no digest
 
 
 class HeldFile:
-    """A file of dead letters that is this process's alone until it is closed."""
+    """A file of dead letters that is this process's alone until it is closed.
+
+    ``sent_to``: to whom what is noted was sent, as far as the journal says it, and since when (``time.time()``).
+    """
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self._replayed = read_journal(path)
+        self.sent_to = _sent_to(path)
         self._file = os.fdopen(fd, "rb")  # last: what fails before leaves fd to the caller
         self._journal = -1
 
@@ -89,13 +96,22 @@ class HeldFile:
         """Yield the lines that start before ``end`` bytes and have not been replayed."""
         return read_lines(self._file, end, self._replayed)
 
-    def note_replayed(self, line: Line) -> None:
-        """Note that a dead letter was replayed: from now on it is no longer in this file. Raises OSError."""
+    def note_replayed(self, line: Line, peer: str = "") -> None:
+        """Note that a dead letter was replayed: from now on it is no longer in this file. Raises OSError.
+
+        ``peer`` is a word for whom it was sent to, the same for all dead letters.
+        """
         digest = self._replayed[line.offset] = digest_of(line.raw)
         if self._journal < 0:
+            since = f"to {peer} since {self.sent_to.setdefault(peer, time.time()):.3f}" if peer else ""
             self._journal = self._create(journal_of(self.path), os.O_APPEND)
-            os.write(self._journal, b"\n")  # the last entry may have been torn
+            os.write(self._journal, f"\n{since}\n".encode())  # the last entry may have been torn
         os.write(self._journal, f"{line.offset} {digest}\n".encode())
+
+    def forget_replayed(self) -> None:
+        """Have what was noted as replayed be in this file again. Raises OSError."""
+        journal_of(self.path).unlink(missing_ok=True)
+        self._replayed, self.sent_to = {}, {}
 
     def rewrite(self, gone: Container[int] = ()) -> None:
         """Replace the file by one without the lines at these offsets and what was replayed; delete it if none is left.
@@ -137,6 +153,17 @@ class HeldFile:
         with contextlib.suppress(PermissionError):
             os.fchown(fd, owner.st_uid, owner.st_gid)
         return fd
+
+
+def _sent_to(path: Path) -> dict[str, float]:
+    try:
+        lines = journal_of(path).read_text("latin-1").split("\n")
+    except FileNotFoundError:
+        return {}
+    found: dict[str, float] = {}
+    for match in filter(None, map(SENT_TO.fullmatch, lines)):
+        found.setdefault(match[1], float(match[2]))
+    return found
 
 
 def tidy(files: list[Found]) -> None:

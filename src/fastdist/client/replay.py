@@ -7,7 +7,9 @@ The rules of files:
 2. What is accepted is noted at once (see ``held_file``), so a replay that is killed repeats no more than
    the dead letters in flight. The file is not rewritten before the distributor has had the time to sync what it
    accepted (``disk``): until then the dead letters are safer in the file, noted as replayed.
-3. Packets that become dead letters while a replay runs are left alone: what is refused again is not sent in circles.
+3. What an earlier replay has noted is sent again if the distributor was restarted since then, or is another one: it may
+   have lost what it had not synced.
+4. Packets that become dead letters while a replay runs are left alone: what is refused again is not sent in circles.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from fastdist.client import retry
 from fastdist.client.connection import Connection
 from fastdist.client.held_file import HeldFile, tidy
 from fastdist.client.purge import count
-from fastdist.storage.dead_letter_format import journal_of
+from fastdist.storage.dead_letter_format import digest_of, journal_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +61,12 @@ class _State(msgspec.Struct, rename="camel"):
     durability: str = "disk"
     sync_interval_seconds: float = UNKNOWN_INTERVAL
     storage: str = "ok"
+    uptime_seconds: float = math.inf
+
+    @property
+    def started(self) -> float:
+        """Since when it has lost nothing that it accepted (``time.time()``), if this is asked at once."""
+        return time.time() - self.uptime_seconds if self.durability == "disk" else -math.inf
 
 
 class Source(Protocol):
@@ -138,12 +146,14 @@ class Replay(ReplayRun):
         super().__init__(target.url, selection, view)
         self.files, self.target = files, target
         self.has_token = bool(target.token)
+        self.peer = digest_of(target.url.rstrip("/").encode())
         self._noted_unsynced = False
         self._done: deque[tuple[float, HeldFile]] = deque()  # to be rewritten after that moment (time.monotonic())
 
     def run(self, connections: int, limit: int | None = None) -> Summary:
         """Replay over this many connections, ``limit`` dead letters at most. Raises OSError for unreadable files."""
         tidy(self.files)
+        self._forget_lost()
         self._begin(count(self.files, self.selection), limit)
         opened = [Connection(self.target) for _ in range(connections)]
         try:
@@ -161,6 +171,25 @@ class Replay(ReplayRun):
             self._rewrite_files(all_of_them=True)
         return self.summary
 
+    def _forget_lost(self) -> None:
+        """Have what earlier replays have noted be sent again, where the distributor may have lost it."""
+        started = None
+        for found in self.files:
+            try:
+                held = HeldFile.hold(found.path, 0.0) if journal_of(found.path).exists() else None
+            except BlockingIOError:  # another replay has it
+                continue
+            if held is not None:
+                with held:
+                    if held.sent_to:
+                        started = self._ask().started if started is None else started
+                        if not self._still_has(held, started):
+                            held.forget_replayed()
+
+    def _still_has(self, held: HeldFile, started: float) -> bool:
+        """Return whether a distributor that started then has all that was noted, in memory at least."""
+        return all(peer == self.peer and started <= since <= time.time() for peer, since in held.sent_to.items())
+
     def _replay_file(self, found: Found, connections: list[Connection]) -> None:
         held = HeldFile.hold_or_skip(found.path, self.view.note)
         if held is None:
@@ -177,7 +206,7 @@ class Replay(ReplayRun):
         while self._done and (all_of_them or len(self._done) > MAX_HELD or self._done[0][0] <= time.monotonic()):
             moment, held = self._done.popleft()
             with held:
-                if not held.has_replayed or self._is_synced(moment):
+                if not held.has_replayed or self._is_synced(moment, held):
                     try:
                         held.rewrite()
                     except OSError as error:
@@ -195,16 +224,20 @@ class Replay(ReplayRun):
         interval = state.sync_interval_seconds if state.durability == "disk" else 0.0
         return 2 * interval if interval <= MAX_INTERVAL else math.inf
 
-    def _is_synced(self, moment: float) -> bool:
+    def _is_synced(self, moment: float, held: HeldFile) -> bool:
         """Wait until then; say whether the distributor has synced what it has accepted, as far as that is known."""
         why = f"the distributor syncs its queue less often than every {MAX_INTERVAL:g} s"
         if moment < math.inf:
             if self._time_to_sync == 0.0:
                 return True
             time.sleep(max(0.0, moment - time.monotonic()))
-            if self._ask().storage == "ok":
+            state = self._ask()
+            if state.storage != "ok":
+                why = "the distributor does not say that it can write to its disk"
+            elif self._still_has(held, state.started):
                 return True
-            why = "the distributor does not say that it can write to its disk"
+            else:
+                why = "the distributor was restarted meanwhile"
         if not self._noted_unsynced:
             self._noted_unsynced = True
             self.view.note(f"{why}: what it has accepted stays in the files, hidden, until the next replay")
@@ -244,7 +277,7 @@ class _File:
         """Note that it was replayed; if that fails it is gone nevertheless, once the file is rewritten."""
         with self._run.lock:
             try:
-                self._held.note_replayed(line)
+                self._held.note_replayed(line, self._run.peer)
             except OSError as error:
                 self._run.end(f"cannot note what was replayed of {self._held.path}: {error.strerror}")
         return True
