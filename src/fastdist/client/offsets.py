@@ -4,8 +4,8 @@ The rules:
 
 1. ``offset`` only covers what the distributor has accepted, without a gap.
 2. Behind it, ``planned`` has the ends of the packets that may be in flight. It is written before they are sent. So the
-   next run makes the same packets of the same bytes, under the same ids: analyzers can recognise repetitions. ``cuts``
-   has how each was cut; one that was refused for good is not made again, its bytes are cut again.
+   next run makes the same packets of the same bytes, under the same ids (of the same emitter): analyzers can recognise
+   repetitions. ``cuts`` has how each was cut; one that was refused for good is not made again, its bytes are cut again.
 3. The file is written whole beside the old one, synced and renamed: at every moment there is an old or a new one.
    Where that cannot be (the file alone is mounted, the folder may not be written to), lines are appended, each with a
    checksum, and the last whole one counts.

@@ -8,8 +8,8 @@ The rules:
 2. A JSON object that is a log message travels on byte for byte, and only then: a line never makes a packet that the
    schema refuses, nor more than one message.
 3. Only empty lines are left out; they are counted.
-4. Which lines make a packet depends on the lines alone, and so does its id: made from the log's identity, the offsets
-   and the bytes. The same part of a log that is sent again has the same id.
+4. Which lines make a packet depends on the lines alone. Its id is made from the log's identity, the emitter, the
+   offsets and the bytes: the same part of a log that the same emitter sends again has the same id.
 """
 
 from __future__ import annotations
