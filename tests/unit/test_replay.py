@@ -501,6 +501,30 @@ def test_unsynced_dead_letters_stay_noted(tmp_path, distributor, run, events, sa
     assert names_in(path.parent) == []
 
 
+def test_long_intervals_end_between_replays(tmp_path, distributor, run):
+    path = fill(tmp_path, "ab")
+    distributor.says = Says(lambda _: None, **(DISK | {"syncIntervalSeconds": 3600}))
+    run(tmp_path)
+    run(tmp_path)
+    assert path.exists()
+    ago = time.time() - 7300
+    os.utime(journal_of(path), (ago, ago))
+    assert run(tmp_path).left == 0
+    assert distributor.accepted == {"a": 1, "b": 1}
+    assert names_in(path.parent) == []
+
+
+def test_journal_follows_no_link(tmp_path, distributor, run):
+    """As root it would change another file."""
+    path = fill(tmp_path, "a")
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    journal_of(path).symlink_to(other)
+    run(tmp_path)
+    assert other.read_bytes() == b""
+    assert distributor.accepted == {"a": 1}
+
+
 class Started(Says):
     """A distributor that has the state of ``DISK``, but for what is given, and was started a moment ago."""
 

@@ -38,13 +38,15 @@ SENT_TO = re.compile(r"to (\w+) since (\d+\.\d+)", re.ASCII)  # a line of a jour
 class HeldFile:
     """A file of dead letters that is this process's alone until it is closed.
 
-    ``sent_to``: to whom what is noted was sent, as far as the journal says it, and since when (``time.time()``).
+    ``sent_to``: to whom what is noted was sent, as far as the journal says it, and since when (``time.time()``);
+    ``noted``: when the last was.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self._replayed = read_journal(path)
         self.sent_to = _sent_to(path)
+        self.noted = journal_of(path).stat().st_mtime if self._replayed else 0.0
         self._file = os.fdopen(fd, "rb")  # last: what fails before leaves fd to the caller
         self._journal = -1
 
@@ -102,6 +104,7 @@ class HeldFile:
         ``peer`` is a word for whom it was sent to, the same for all dead letters.
         """
         digest = self._replayed[line.offset] = digest_of(line.raw)
+        self.noted = time.time()
         if self._journal < 0:
             since = f"to {peer} since {self.sent_to.setdefault(peer, time.time()):.3f}" if peer else ""
             self._journal = self._create(journal_of(self.path), os.O_APPEND)
@@ -148,7 +151,7 @@ class HeldFile:
 
     def _create(self, path: Path, flag: int) -> int:
         """Open a file next to this one, which has the same owner also where root does this."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flag, 0o600)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flag, 0o600)
         owner = os.fstat(self._file.fileno())
         with contextlib.suppress(PermissionError):
             os.fchown(fd, owner.st_uid, owner.st_gid)

@@ -197,7 +197,8 @@ class Replay(ReplayRun):
         try:
             self._replay(_File(self, held, found.size, connections), len(connections))
         finally:
-            self._done.append((time.monotonic() + (self._time_to_sync if held.has_replayed else 0.0), held))
+            wait = held.noted + self._time_to_sync - time.time() if held.has_replayed else 0.0
+            self._done.append((time.monotonic() + min(wait, self._time_to_sync), held))
 
     # ---- files whose dead letters were accepted
 
@@ -217,17 +218,15 @@ class Replay(ReplayRun):
     def _time_to_sync(self) -> float:
         """The seconds after which the distributor has synced what it has accepted.
 
-        That is one interval until the sync begins, and one that it may take. 0: it syncs before it accepts, or never;
-        infinite: that is too long to wait for.
+        That is one interval until the sync begins, and one that it may take. 0: it syncs before it accepts, or never.
         """
         state = self._ask()
-        interval = state.sync_interval_seconds if state.durability == "disk" else 0.0
-        return 2 * interval if interval <= MAX_INTERVAL else math.inf
+        return 2 * state.sync_interval_seconds if state.durability == "disk" else 0.0
 
     def _is_synced(self, moment: float, held: HeldFile) -> bool:
         """Wait until then; say whether the distributor has synced what it has accepted, as far as that is known."""
         why = f"the distributor syncs its queue less often than every {MAX_INTERVAL:g} s"
-        if moment < math.inf:
+        if moment - time.monotonic() <= 2 * MAX_INTERVAL:
             if self._time_to_sync == 0.0:
                 return True
             time.sleep(max(0.0, moment - time.monotonic()))
