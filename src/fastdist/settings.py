@@ -554,7 +554,7 @@ class Jetstream(Struct, frozen=True, kw_only=True):
         Meta(ge=2**20, le=2**50, extra=_SIZE),
         about("""The size of the stream, and so of the queue; when it is full packets are answered 503.
         It replaces [`queue.capacity`](#queuecapacity), and is for all replicas together. Nothing is dropped to make
-        room. Each copy takes as much of its server's disk."""),
+        room. Each copy takes as much of its server's disk. A packet larger than all of it is answered 413."""),
     ] = 2**30
     ack_wait: Annotated[
         float,

@@ -226,6 +226,18 @@ def test_packet_over_max_payload(made, one, name):
     assert replica.stats()["rejected"]["tooLarge"] == 1
 
 
+@pytest.mark.parametrize("headers", [{}, {"Idempotency_Key": "big"}])
+def test_packet_over_the_whole_stream(made, one, name, headers):
+    replicas = made(one, name, max_bytes=1 << 20)
+    replica = replicas.start()
+    status, problem = replica.problem(packet_of(1 << 20), **headers)
+    assert (status, "jetstream.max_bytes" in problem["detail"]) == (413, True)
+    assert replica.ready() == 200
+    assert replica.stats()["rejected"] | {"tooLarge": 1} == replica.stats()["rejected"]
+    assert replica.post()[0] == 202
+    replicas.wait_at_rest()
+
+
 def start_fails(tmp_path, mocks, settings):
     """Return exit status, seconds and last line of a service that cannot start."""
     text = f'[queue]\nbackend = "jetstream"\npath = "{tmp_path}/data"\n[server]\nport = 0\nworkers = 1\n[jetstream]\n'

@@ -6,8 +6,13 @@ import asyncio
 from types import SimpleNamespace
 
 import msgspec
+import pytest
 
+from fastdist.protocols.base import Limits
+from fastdist.settings import Jetstream
 from fastdist.storage.jetstream.publisher import Publisher
+from fastdist.stream_figures import StreamFigures
+from fastdist.worker.stream.queue import ENVELOPE, StreamQueue
 
 STORE_FAILED = {"stream": "S", "error": {"code": 503, "err_code": 10077, "description": "maximum bytes exceeded"}}
 
@@ -92,6 +97,53 @@ def test_full_stream_after_a_lost_reply():
         again.reply(0, STORE_FAILED)
 
     assert outcome_of(play).stored == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("capacity", "reason", "refusal"),
+    [(0, "queueFull", "queueFull"), (10_000, "queueFull", "queueFull"), (500, "tooLarge", "")],
+)
+def test_larger_than_the_whole_stream(capacity, reason, refusal):
+    """Room for it is not waited for."""
+
+    def play(publisher, client):
+        publisher.capacity = capacity
+        client.reply(0, STORE_FAILED)
+        assert publisher.refusal == refusal
+
+    outcome = outcome_of(play)
+    assert (outcome.stored, outcome.reason) == ("no", reason)
+
+
+@pytest.mark.parametrize(("held", "lacking"), [(0, 0), (300, 300), (600, 600)])
+def test_empty_stream_lacks_no_room(held, lacking):
+    """Even if it refused what is larger than all of it, while that was not known."""
+    stream = StreamFigures(at=2.0, capacity=600, bytes=held)
+    publisher = SimpleNamespace(refusal="queueFull", refused_at=1.0, refused_bytes=700)
+    queue = SimpleNamespace(publisher=publisher, block=SimpleNamespace(stream=stream))
+    assert StreamQueue.lacking.fget(queue) == lacking
+
+
+def test_what_is_made_here_fits_the_stream():
+    """Packets of agents' records, and bundles: as large as the server and the whole stream take."""
+    queue = SimpleNamespace(
+        block=SimpleNamespace(stream=StreamFigures()),
+        connection=SimpleNamespace(max_payload=8 << 20),
+        publisher=SimpleNamespace(),
+        outgoing=SimpleNamespace(),
+        settings=Jetstream(bundle_bytes=9 << 20),
+        _emitters=SimpleNamespace(agents=SimpleNamespace(limits=Limits(10 << 20, 10 << 20, 10 << 20))),
+        _created="",
+        _max_packet=10 << 20,
+        _max_payload=0,
+        _max_message=0,
+    )
+    for capacity, max_payload, largest in ((0, 8 << 20, 8 << 20), (1 << 20, 8 << 20, 1 << 20), (1 << 30, 0, 8 << 20)):
+        queue.block.stream = StreamFigures(capacity=capacity)
+        queue.connection.max_payload = max_payload
+        StreamQueue.look(queue)
+        assert queue.publisher.capacity == capacity
+        assert queue.outgoing.bundle_bytes == queue._emitters.agents.limits.max_packet == largest - ENVELOPE
 
 
 def test_a_fault_keeps_no_outcome_back():

@@ -131,6 +131,13 @@ def test_queue_part_too_small_for_body_warns(tmp_path):
     assert warned(tmp_path, "[server]\nworkers = 16\nmax_body = '8MiB'\n") == []
 
 
+def test_stream_too_small_for_body_warns(tmp_path):
+    text = "[server]\nworkers = 64\n[queue]\nbackend = 'jetstream'\n[jetstream]\nmax_bytes = "
+    (warning,) = warned(tmp_path, text + "'8MiB'\n")
+    assert warning.startswith("server.max_body: packets that jetstream.max_bytes has no room for (8MiB)")
+    assert warned(tmp_path, text + "'16MiB'\n") == []
+
+
 def test_shared_analyzer_endpoint_warns(tmp_path):
     text = "[server]\nworkers = 1\n" + "".join(
         f"[[analyzers]]\nid = '{name}'\nendpoint = 'http://{host}/'\nweight = 1\n"

@@ -83,6 +83,11 @@ def warnings(config: Config) -> Iterator[str]:
             f"server.max_body: packets over {format_size(largest)} are answered 413 all the same, since one may take "
             f"half of a worker's part of queue.capacity at most ({format_size(config.queue.capacity)} for {workers})"
         )
+    if config.queue.backend == "jetstream" and config.jetstream.max_bytes <= config.server.max_body:
+        yield (
+            "server.max_body: packets that jetstream.max_bytes has no room for "
+            f"({format_size(config.jetstream.max_bytes)}) are answered 413 all the same, however empty the stream is"
+        )
     first: dict[str, int] = {}
     for index, analyzer in enumerate(config.analyzers):
         if first.setdefault(analyzer.endpoint, index) != index:

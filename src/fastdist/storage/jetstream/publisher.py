@@ -103,6 +103,7 @@ class Publisher:
         self.refused_at = 0.0  # when that was (time.monotonic())
         self.refused_bytes = 0  # that the message would have taken in the stream
         self.stored_at = 0.0  # when the last one was stored
+        self.capacity = 0  # bytes of the stream, if they are known
         self._numbers = itertools.count()
         self._under_way: dict[str, _Entry] = {}
         self._bytes = 0
@@ -230,7 +231,10 @@ class Publisher:
         entry.answered += 1
         if fault.err_code == api.STORE_FAILED and "maximum" in fault.description:
             entry.refused += 1
-            self._give_up(entry, "queueFull", fault.description)
+            if 0 < self.capacity < self._stored_bytes(entry):
+                self._give_up(entry, "tooLarge", f"over jetstream.max_bytes, {self.capacity} B")
+            else:
+                self._give_up(entry, "queueFull", fault.description)
         elif fault.err_code == api.MESSAGE_TOO_LARGE:
             entry.refused += 1
             self._give_up(entry, "tooLarge", fault.description)
@@ -260,7 +264,7 @@ class Publisher:
             self.refusal = outcome.reason
             if outcome.reason:
                 self.refused_at = now()
-                self.refused_bytes = entry.size + len(self.subject) + RECORD_BYTES
+                self.refused_bytes = self._stored_bytes(entry)
             else:
                 self.stored_at = now()
         if not entry.over:
@@ -269,6 +273,10 @@ class Publisher:
                 entry.done(outcome)
             except Exception as error:  # one that is told is not to keep the others from it
                 log.error("an outcome could not be acted upon", exc_info=error)
+
+    def _stored_bytes(self, entry: _Entry) -> int:
+        """Return how many bytes of the stream a message takes."""
+        return entry.size + len(self.subject) + RECORD_BYTES
 
     def _forget(self, entry: _Entry) -> None:
         if self._under_way.pop(entry.number, None) is not None:

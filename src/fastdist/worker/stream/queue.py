@@ -77,6 +77,7 @@ class StreamQueue:
         self._created = ""  # when the stream was, as far as it is known
         self._reconnects = 0  # counted so far
         self._max_payload = 0  # of the server that is, or was, connected
+        self._max_message = 0  # that both that server and the stream take
         self._max_packet = 0  # that is made of agents' records, whatever the server takes
 
     def dead_letter_writer(self, gone: Callable[[PacketRing, int], None]) -> DeadLetterPublisher:
@@ -141,14 +142,17 @@ class StreamQueue:
 
     def look(self) -> None:
         """See whether the stream is still the one that messages were claimed from, and how large they may be."""
-        largest = self.connection.max_payload
-        if largest and largest != self._max_payload:
-            self._max_payload = largest
+        stream = self.block.stream
+        self.publisher.capacity = stream.capacity
+        self._max_payload = self.connection.max_payload or self._max_payload
+        largest = min((size for size in (self._max_payload, stream.capacity) if size > 0), default=0)
+        if largest and largest != self._max_message:
+            self._max_message = largest
             agents = self._emitters.agents
             most = min(self._max_packet, largest - ENVELOPE)
             agents.limits = msgspec.structs.replace(agents.limits, max_packet=most)
             self.outgoing.bundle_bytes = min(self.settings.bundle_bytes, largest - ENVELOPE)
-        created = self.block.stream.created
+        created = stream.created
         if created and created != self._created:
             if self._created not in {"", GONE}:  # what was claimed since it was gone is the new one's
                 self.consumer.start_over()
@@ -191,7 +195,8 @@ class StreamQueue:
             return 0
         if stream.at <= publisher.refused_at:
             return max(1, publisher.refused_bytes)
-        return max(0, publisher.refused_bytes - max(0, stream.capacity - stream.bytes))
+        # What is larger than the whole stream, whose capacity was not known then, is not waited for.
+        return max(0, min(publisher.refused_bytes, stream.capacity) - max(0, stream.capacity - stream.bytes))
 
     def _others_have_room(self) -> bool:
         """Whether another replica asks for messages; this one does not, while it has no analyzer."""
