@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import MsgspecError, Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+# What decoding the bytes of others raises: the second in older versions of msgspec, the last of nested brackets.
+UNDECODABLE = (MsgspecError, UnicodeDecodeError, RecursionError)
 INTERNAL_ERROR = "a fault in fastdist; its log has the traceback"  # what a response with 500 says
 
 

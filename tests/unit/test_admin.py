@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from datetime import UTC, datetime, timedelta
@@ -18,10 +19,13 @@ from fastdist.net.tls import read_pair
 from fastdist.settings import Analyzer, Config, Queue, Security
 from fastdist.shm.block import AnalyzerWord, SharedBlock
 from fastdist.shm.snapshot import Snapshot
+from fastdist.storage.jetstream.state import Value
 from fastdist.supervisor.overrides import Override
 from fastdist.supervisor.reload import Changes
+from fastdist.supervisor.stream import SharedStream
 
 AUTHORITY = trustme.CA()
+UNREADABLE = [b'{"A1": {"weight": ', b'{"A1": {"weight": -0.5}}', b'{"A\xff": {}}', b'{"A1": {"x": ' + b"[" * 100_000]
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
@@ -259,11 +263,12 @@ def test_services_do_not_fight_on_overrides(block, tmp_path):
     assert json.loads(path.read_text()) == {"A1": {"weight": 4.0}}
 
 
-@pytest.mark.parametrize("text", ['{"A1": {"weight": ', '{"A1": {"weight": -0.5}}'])
-def test_damaged_override_file_is_skipped(block, tmp_path, text):
-    (tmp_path / "overrides.json").write_text(text)
-    changes(block, tmp_path, 1, 1)
+@pytest.mark.parametrize("data", UNREADABLE)
+def test_damaged_override_file_is_skipped(block, tmp_path, data):
+    (tmp_path / "overrides.json").write_bytes(data)
+    made = changes(block, tmp_path, 1, 1)
     assert block.analyzers.weight(0) == 1.0
+    assert codes_of(made) == ["overrides_ignored"]
 
 
 def test_removed_meanwhile_is_not_found(block, tmp_path):
@@ -522,6 +527,22 @@ def test_ignored_overrides_wait_for_a_reload(block, shared):
     assert draining(block) == [1, 1, 0]
     assert shared.use_overrides({})
     assert draining(block) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("data", UNREADABLE)
+def test_unreadable_shared_overrides(block, shared, data):
+    """Those in force stay, and no change is made upon what is not known."""
+    shared.use_overrides({"A1": Override(draining=True)})
+    stream = SharedStream(shared.config, block, shared)
+    stream._use(Value(data, 1))
+
+    async def get(_key):
+        return Value(data, 1)
+
+    stream._bucket.get = get
+    status, error = asyncio.run(stream.apply(Action("override", "A2", 4.0, None)))
+    assert (status, error.startswith("the change cannot be shared")) == (503, True)
+    assert (draining(block), block.analyzers.weight(1)) == ([1, 0, 0], 1.0)
 
 
 def test_ignored_overrides_are_changed(block, shared):

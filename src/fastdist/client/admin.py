@@ -14,7 +14,7 @@ from urllib.parse import quote
 import msgspec
 
 from fastdist.client.connection import Connection, describe
-from fastdist.errors import Fault
+from fastdist.errors import UNDECODABLE, Fault
 from fastdist.http.models import Analyzer, Analyzers
 from fastdist.http.responses import Problem, Reloaded
 
@@ -69,14 +69,14 @@ class Admin:
             raise self._refusal(response)
         try:
             return msgspec.json.decode(response.content, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise NotDoneError(f"{path}: {error}; is that the URL of a distributor?", permanent=True) from None
 
     def _refusal(self, response: Response) -> NotDoneError:
         permanent = HTTPStatus.BAD_REQUEST <= response.status < HTTPStatus.INTERNAL_SERVER_ERROR
         try:
             problem = msgspec.json.decode(response.content, type=Problem)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             text = f"it answers {response.status}; is that the URL of a distributor?"
             return NotDoneError(text, permanent=permanent)
         first = response.text

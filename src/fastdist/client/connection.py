@@ -19,6 +19,7 @@ import aiohappyeyeballs
 import msgspec
 
 from fastdist import __version__
+from fastdist.errors import UNDECODABLE
 from fastdist.retry_after import parse_retry_after
 from fastdist.units import Endpoint, parse_endpoint
 
@@ -70,7 +71,7 @@ class Response(NamedTuple):
         """The detail of a problem (RFC 9457) on one line; empty without one."""
         try:
             detail = msgspec.json.decode(self.content, type=_Problem).detail
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             return ""
         return on_a_line(detail)
 

@@ -29,7 +29,7 @@ from typing import Self
 import msgspec
 
 from fastdist._core import birth_ns
-from fastdist.errors import FastdistError
+from fastdist.errors import UNDECODABLE, FastdistError
 from fastdist.storage.files import has_name, sync_folder
 from fastdist.storage.locks import open_locked, try_lock
 
@@ -214,7 +214,7 @@ def _read(fd: int, path: Path) -> Position | None:
     advice = "delete it to send the log from its beginning"
     try:
         position = msgspec.json.decode(whole, type=Position)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise ValueError(f"{path}: not a file of offsets ({error}); {advice}") from None
     ends = [position.offset, *position.planned]
     if position.offset < 0 or any(end <= before for before, end in itertools.pairwise(ends)):

@@ -29,6 +29,7 @@ from fastdist.client import retry
 from fastdist.client.connection import Connection
 from fastdist.client.held_file import HeldFile, tidy
 from fastdist.client.purge import count
+from fastdist.errors import UNDECODABLE
 from fastdist.storage.dead_letter_format import digest_of, journal_of
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ class Replay(ReplayRun):
             return msgspec.json.decode(connection.request("GET", "/health", None, {}, MAX_HEALTH).content, type=_State)
         except (OSError, HTTPException):
             return _State(storage="unknown")
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             return _State()
         finally:
             connection.close()

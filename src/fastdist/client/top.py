@@ -25,6 +25,7 @@ from rich.live import Live
 
 from fastdist.client.connection import Connection, describe
 from fastdist.client.top_view import Frame, History, Responses, render
+from fastdist.errors import UNDECODABLE
 from fastdist.http.models import Analyzers, Health, Queue, Stats
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Watcher:
             raise NoResponseError(f"{path} is answered {reply.status}{why}")
         try:
             return msgspec.json.decode(reply.content, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise NoResponseError(f"{path}: {error}; is that the URL of a distributor?") from None
 
 

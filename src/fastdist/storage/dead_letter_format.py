@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
 import msgspec
 import orjson
 
+from fastdist.errors import UNDECODABLE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -226,7 +228,7 @@ def decoded(raw: bytes) -> DeadLetter | None:
     """Return the dead letter in a line, None for anything else."""
     try:
         return _decoder.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # the last: of nested brackets
+    except UNDECODABLE:
         return None
 
 

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from fastdist import logs
+from fastdist.errors import UNDECODABLE
 from fastdist.storage.files import has_name, identity, make_folder, sync_folder
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Overrides:
                 self.by_id = msgspec.json.decode(file.read(), type=dict[str, Override])
         except FileNotFoundError:
             pass
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *UNDECODABLE) as error:
             self.fault = f"cannot be read: {error}"
             log.error("the overrides of the analyzers cannot be read; the configuration holds", error=str(error))
         if not leaves_any(analyzers, self.by_id):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fastdist import logs
-from fastdist.errors import StartError
+from fastdist.errors import UNDECODABLE, StartError
 from fastdist.storage.jetstream.api import ApiError, UnavailableError
 from fastdist.storage.jetstream.connection import WARNING_EVERY, Connection, forever
 from fastdist.storage.jetstream.figures import Watcher
@@ -141,7 +141,7 @@ class SharedStream:
     def _use(self, value: Value) -> None:
         try:
             self._changes.use_overrides(_read(value))
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             log.error("the shared overrides cannot be read; those in force stay", error=str(error))
 
     async def apply(self, action: Action) -> tuple[int, object]:
@@ -157,7 +157,7 @@ class SharedStream:
                 await self._bucket.put(KEY, msgspec.json.encode(wanted), value.revision)
             except ConflictError:
                 continue
-            except (UnavailableError, msgspec.MsgspecError) as error:
+            except (UnavailableError, *UNDECODABLE) as error:
                 return 503, f"the change cannot be shared with the other replicas: {error}"
             self._changes.overrides.by_id = wanted
             return self._changes.put_override_in_force(action, before)
