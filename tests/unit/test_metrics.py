@@ -10,12 +10,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fastdist.errors import Fault
 from fastdist.http import metrics
-from fastdist.settings import PROTOCOLS, Analyzer, Config
+from fastdist.settings import PROTOCOLS, Analyzer, Config, Queue
 from fastdist.shm.block import AnalyzerState, AnalyzerWord, HeadWord, SharedBlock, WorkerState, WorkerWord
 from fastdist.shm.histograms import BOUNDS
 from fastdist.shm.problems import KINDS
 from fastdist.shm.snapshot import DEAD_LETTERS, REJECTIONS, Snapshot
 from fastdist.shm.supervisor_report import Configuration, Report, encode
+from fastdist.stream_figures import StreamFigures
 
 SECOND = 10**9
 AT, WALL = 500 * SECOND, 1_700_000_000 * SECOND  # one moment, on the monotonic clock and on the wall clock
@@ -247,6 +248,21 @@ def test_histograms_are_exact_at_every_bound(block):
             assert it[f"{prefix}_bucket", *labels, bound] == sum(ns < float(bound) * 1e9 for ns in durations)
     assert it["fastdist_delivery_duration_seconds_count", "a-2_x.y"] == 0
     assert it["fastdist_queue_wait_duration_seconds_count",] == 0
+
+
+def test_unknown_stream_has_no_stored_total(block):
+    """A service that has not heard of its stream yet would show a jump when it does."""
+    config, name = Config(queue=Queue(backend="jetstream")), "fastdist_stream_stored_total"
+
+    def stored():
+        families = text_string_to_metric_families(metrics.text(Snapshot(block, config, ANALYZERS, "1", AT)).decode())
+        return [sample.value for family in families for sample in family.samples if sample.name == name]
+
+    assert stored() == []
+    block.stream = StreamFigures(error="no server can be used")
+    assert stored() == []
+    block.stream = StreamFigures(at=1.0, stored=1000)
+    assert stored() == [1000]
 
 
 def test_any_text_may_stand_in_a_label(block):
