@@ -226,7 +226,8 @@ def test_preflight_lists_what_is_allowed(api):
     response = ask(api, "OPTIONS", "/logs", Origin=SITE, Access_Control_Request_Method="POST")
     assert (response.status, response.body) == (204, b"")
     assert header(response, "Allow") == header(response, "Access-Control-Allow-Methods") == "POST, OPTIONS"
-    assert header(response, "Access-Control-Allow-Headers") == "Content-Type, Authorization, Idempotency-Key, Prefer"
+    allowed = "Content-Type, Content-Encoding, Authorization, Idempotency-Key, Prefer, X-Emitter-Id"
+    assert header(response, "Access-Control-Allow-Headers") == allowed
     assert header(response, "Access-Control-Max-Age") == "600"
     assert header(response, "Access-Control-Allow-Origin") is None  # the connection adds it to all its answers
 

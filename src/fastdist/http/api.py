@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 PREFLIGHT_SECONDS = 600  # how long a browser may go by the response to its preflight
 PUBLIC = ("/health", "/ready")  # paths that are served at each address
-REQUEST_HEADERS = b"Content-Type, Authorization, Idempotency-Key, Prefer"  # that scripts of other origins may set
+# That scripts of other origins may set.
+REQUEST_HEADERS = b"Content-Type, Content-Encoding, Authorization, Idempotency-Key, Prefer, X-Emitter-Id"
 
 LOG_INTERVAL = 60.0  # between tracebacks of one kind
 
