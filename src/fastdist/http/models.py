@@ -202,7 +202,7 @@ class Rejected(Model, kw_only=True):
         Count, doc("A body over `server.max_body`, a packet over half of a worker's part of the queue.")
     ] = 0
     head_too_large: Annotated[Count, doc("A request head over `server.max_header`.")] = 0
-    unsupported_media_type: Annotated[Count, doc("Not JSON, or compressed.")] = 0
+    unsupported_media_type: Annotated[Count, doc("Not JSON, or in a coding that is not taken.")] = 0
     unauthorized: Annotated[Count, doc("No token, or a wrong one.")] = 0
     rate_limited: Annotated[Count, doc("Over one of the `limits`.")] = 0
     queue_full: Annotated[Count, doc("No room in the queue, or for more in-progress bodies.")] = 0
