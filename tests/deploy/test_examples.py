@@ -75,7 +75,7 @@ def assert_answer_is_as_shown(answer, shown):
         status = json.loads(body).get("status")
         assert status is None or status == json.loads(answer)["status"]
     elif body and body[0].isalpha():
-        assert answer.split()[0] == body.split()[0]
+        assert re.sub(r"\d+", "1", answer).split() == re.sub(r"\d+", "1", body).split()
     elif body:
         assert answer.split() == body.split()
 
