@@ -773,6 +773,7 @@ class Health(Struct, frozen=True, kw_only=True):
     timeout: Annotated[
         Interval,
         about("""How long a check may take; then it has failed.
+        Where a name has several addresses, 250 ms longer for each after the first: that is when the next is tried.
         With https a connection is kept from check to check. If nothing comes on that one, a new one has as long again.
         """),
     ] = 1.0

@@ -11,7 +11,7 @@ import threading
 import pytest
 from upstream_harness import OK, ScriptServer, World, endpoint, requests_in, run, shared_block, until
 
-from fastdist.net import names
+from fastdist.net import connect, names
 from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerWord
 from fastdist.supervisor.health import HealthChecker
@@ -67,6 +67,19 @@ async def answering(tls=None, host=SECOND, port=0):
     )
 
 
+async def passed(server, tls, **health):
+    """Have NAME checked until three checks in a row were good, and it is online; return the states."""
+    states = shared_block().analyzers
+    states.clear(0)
+    states.set(0, AnalyzerWord.IN_USE, 1)
+    checker = HealthChecker(states, Health(interval=0.02, **health), 60.0)
+    checker.set_analyzers({0: Analyzer(id="A1", endpoint=endpoint(server.port, tls, NAME), weight=1)})
+    await until(lambda: states.get(0, AnalyzerWord.CHECK_SUCCESSES) >= 3)
+    assert states.is_online(0)
+    checker.close()
+    return states
+
+
 @pytest.mark.parametrize("how", ["refuses", "swallows"])
 def test_packets_reach_next_address_of_name(tmp_path, resolver, tls, how):
     resolver.addresses = [FIRST, SECOND]
@@ -91,16 +104,38 @@ def test_checks_reach_next_address_of_name(resolver, tls, how):
 
     async def scenario():
         server = await answering(tls)
-        states = shared_block().analyzers
-        states.clear(0)
-        states.set(0, AnalyzerWord.IN_USE, 1)
-        checker = HealthChecker(states, Health(interval=0.02, timeout=5.0, fall=1), 60.0)
         with dead(how, server.port):
-            checker.set_analyzers({0: Analyzer(id="A1", endpoint=endpoint(server.port, tls, NAME), weight=1)})
-            await until(lambda: states.get(0, AnalyzerWord.CHECK_SUCCESSES) >= 3)
-            assert states.is_online(0)
+            states = await passed(server, tls, timeout=5.0, fall=1)
             assert states.error(0) == ""
-            checker.close()
+        server.stop()
+
+    run(scenario())
+
+
+def test_dead_address_leaves_checks_time(resolver, monkeypatch, tls):
+    """Where the time-out is over before the next address is tried."""
+    monkeypatch.setattr(connect, "NEXT_ADDRESS", 2.0)
+    resolver.addresses = [FIRST, SECOND]
+
+    async def scenario():
+        server = await answering(tls)
+        with dead("swallows", server.port):
+            states = await passed(server, tls, timeout=2.0, fall=1)
+            assert states.error(0) == ""
+        server.stop()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("tls", ["tls"], indirect=True)
+def test_checks_learn_of_a_silent_address(resolver, tls):
+    """It takes connections and leaves the handshake unanswered: that fails once, not each time."""
+    resolver.addresses = [FIRST, SECOND]
+
+    async def scenario():
+        server = await answering(tls)
+        with dead("says nothing", server.port):
+            await passed(server, tls, timeout=1.0, fall=2)
         server.stop()
 
     run(scenario())

@@ -104,8 +104,13 @@ async def connect(  # noqa: PLR0913  (protocol, address and transport)
     return str(peer[0])
 
 
+def time_for(infos: Sequence[AddressInfo], patience: float) -> float:
+    """Return how many seconds there are for these addresses, each of which has ``patience`` seconds."""
+    return patience + NEXT_ADDRESS * (len(infos) - 1)
+
+
 async def _connect_to_first(infos: Sequence[AddressInfo], patience: float) -> socket.socket:
-    async with timeouts.running(patience + NEXT_ADDRESS * (len(infos) - 1)):
+    async with timeouts.running(time_for(infos, patience)):
         return await aiohappyeyeballs.start_connection(infos, happy_eyeballs_delay=NEXT_ADDRESS)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from fastdist.net import timeouts
-from fastdist.net.connect import YOUNGEST, Shortage, connect, describe, descriptors, shortage
+from fastdist.net.connect import YOUNGEST, Shortage, connect, describe, descriptors, shortage, time_for
 from fastdist.net.names import Names
 from fastdist.net.upstream_tls import Contexts, not_after
 from fastdist.shm.block import AnalyzerState, AnalyzerWord
@@ -187,9 +187,9 @@ class HealthChecker:
             status = await self._ask_again(analyzer)
             if not status:
                 async with self._limit:  # what is not the analyzer's is outside its time-out
-                    await self._names.infos(address.host, address.port, timeout)
+                    infos = await self._names.infos(address.host, address.port, timeout)
                     tls = self.tls.of(analyzer) if address.scheme == "https" else None
-                    async with timeouts.running(timeout):
+                    async with timeouts.running(time_for(infos, timeout)):  # a dead one takes none from the others
                         status = await self._ask(analyzer, tls)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next check is due all the same)
             if lacking := shortage(error):
