@@ -85,10 +85,10 @@ def test_failure_retries_elsewhere_at_once(tmp_path, how):
 def test_packet_failed_everywhere_backs_off(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(outcomes.random, "uniform", lambda low, high: drawn.append((low, high)) or high)
-    with Bench(tmp_path, (1, 2, 3, 4), retry={"base": 0.1, "cap": 1.0}, health={"fall": 10_000}) as bench:
+    with Bench(tmp_path, (1, 2, 3, 4), retry={"base": 3.0, "cap": 30.0}, health={"fall": 10_000}) as bench:
         bench.push(b"x")
         attempts = 0
-        for wanted in (0.1, 0.2, 0.4, 0.8, 1.0, 1.0):
+        for wanted in (3, 6, 12, 24, 30, 30):
             for _ in range(4):
                 attempts += 1
                 assert bench.answer_all(reply(500)) == 1
@@ -96,9 +96,9 @@ def test_packet_failed_everywhere_backs_off(tmp_path, monkeypatch):
             assert len(where(bench, "p1")) == attempts
             assert drawn[-1] == (0, pytest.approx(wanted))
             assert len(bench.dispatcher.backing_off) == 1
-            bench.pass_time(wanted - 0.02)
+            bench.pass_time(wanted - 2)
             assert len(where(bench, "p1")) == attempts
-            bench.pass_time(0.03)
+            bench.pass_time(2.1)
             assert len(where(bench, "p1")) == attempts + 1
         bench.answer_all()
         assert bench.delivered == 1

@@ -50,9 +50,9 @@ def test_packets_wait_for_analyzer_in_order(tmp_path):
 def test_long_waiting_spill_to_those_free(tmp_path):
     with stuck(tmp_path) as bench:
         waiting = bench.pool(0).waiting
-        pass_time(bench, 0.9)
+        pass_time(bench, 0.6)
         assert bench.count("spilled") == 0
-        pass_time(bench, 0.3)
+        pass_time(bench, 0.6)
         assert bench.count("spilled") == 2  # each of the others has room for one
         assert bench.pool(0).waiting == waiting - 2
         pass_time(bench, 0.3)
