@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -26,15 +27,29 @@ def examples():
         yield from re.findall(r"^\$ (curl .*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
+@contextlib.contextmanager
+def serving(folder):
     mocks = Mocks()
     with running(mocks):
-        distributor = Distributor(tmp_path_factory.mktemp("examples"), mocks)
+        distributor = Distributor(folder, mocks)
         with running(distributor):
             Emitter(distributor.port).send(100)
             distributor.wait_at_rest()
             yield distributor
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("examples")) as distributor:
+        yield distributor
+
+
+@pytest.fixture
+def unharmed(tmp_path):
+    """A service that has refused nothing: what other examples are refused for is in /health for a minute."""
+    with serving(tmp_path) as distributor:
+        wait_until(lambda: get_json(distributor.port, "/health")["deadLetters"]["fileSystemUsed"], "it is looked at")
+        yield distributor
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +98,8 @@ def assert_answer_is_as_shown(answer, shown):
 @with_curl
 @pytest.mark.parametrize(("command", "shown"), list(examples()), ids=lambda text: text[:60])
 def test_api_page_requests_respond_as_shown(request, command, shown):
-    service = request.getfixturevalue("refused" if command.endswith("/dead-letters") else "service")
+    of_its_own = {"dead-letters": "refused", "health": "unharmed"}
+    service = request.getfixturevalue(of_its_own.get(command.rpartition("/")[2], "service"))
     local = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
     done = subprocess.run(["sh", "-c", local], capture_output=True, text=True, check=False, timeout=30)
     assert_answer_is_as_shown(done.stdout, shown)
