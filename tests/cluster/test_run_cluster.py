@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 from nats_servers import BINARY
@@ -42,8 +41,11 @@ def accepted(*command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def folders():
-    return set(Path("/tmp").glob("fastdist-cluster-*"))
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Have clusters make their folders where no other does, and return what says which there are."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return lambda: set(tmp_path.glob("fastdist-cluster-*"))
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -92,8 +94,7 @@ def test_nats_servers_run_and_end(tmp_path, ports):
     assert [child.process.returncode for child in cluster.children] == [0, 0, 0]
 
 
-def test_a_port_in_use_is_said_and_all_ends(numbers, ports):
-    before = folders()
+def test_a_port_in_use_is_said_and_all_ends(numbers, ports, folders):
     with socket.create_server(("127.0.0.1", ports.nats[2])):
         done = subprocess.run(
             [sys.executable, str(SCRIPT), "--ports", numbers], capture_output=True, text=True, check=False
@@ -101,7 +102,7 @@ def test_a_port_in_use_is_said_and_all_ends(numbers, ports):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("run_cluster: nats-3 has ended; the end of its log:\n")
     assert "address already in use" in done.stderr
-    assert folders() == before
+    assert folders() == set()
 
 
 def test_count_without_analyzers_is_an_error(numbers):
@@ -111,8 +112,7 @@ def test_count_without_analyzers_is_an_error(numbers):
     assert done.stderr.startswith("run_cluster: no answer of the mock analyzers at port ")
 
 
-def test_replica_dies_and_nothing_is_lost(numbers):
-    before = folders()
+def test_replica_dies_and_nothing_is_lost(numbers, folders):
     cluster = Process([sys.executable, str(SCRIPT), "--ports", numbers])
     try:
         cluster.line_with("Ctrl-C ends everything", 120)
@@ -140,6 +140,6 @@ def test_replica_dies_and_nothing_is_lost(numbers):
         assert "replica-1 has ended (status -9)" in cluster.output
         cluster.signal(signal.SIGINT)
         assert cluster.wait(90) == 0
-        assert folders() == before
+        assert folders() == set()
     finally:
         cluster.kill_all()

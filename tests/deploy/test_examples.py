@@ -46,7 +46,7 @@ def service(tmp_path_factory):
 
 @pytest.fixture
 def unharmed(tmp_path):
-    """A service that has refused nothing: what other examples are refused for is in /health for a minute."""
+    """A service that has refused and changed nothing: /health and a reload tell what other examples have done."""
     with serving(tmp_path) as distributor:
         wait_until(lambda: get_json(distributor.port, "/health")["deadLetters"]["fileSystemUsed"], "it is looked at")
         yield distributor
@@ -98,7 +98,7 @@ def assert_answer_is_as_shown(answer, shown):
 @with_curl
 @pytest.mark.parametrize(("command", "shown"), list(examples()), ids=lambda text: text[:60])
 def test_api_page_requests_respond_as_shown(request, command, shown):
-    of_its_own = {"dead-letters": "refused", "health": "unharmed"}
+    of_its_own = {"dead-letters": "refused", "health": "unharmed", "reload": "unharmed"}
     service = request.getfixturevalue(of_its_own.get(command.rpartition("/")[2], "service"))
     local = command.replace("127.0.0.1:3000", f"127.0.0.1:{service.port}")
     done = subprocess.run(["sh", "-c", local], capture_output=True, text=True, check=False, timeout=30)
