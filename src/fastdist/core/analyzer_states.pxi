@@ -15,13 +15,10 @@ cdef enum:
     REFUSALS = 5             # behind it: what a delivery ends lies side by side
     CHECK_FAILURES = 6
     CHECK_SUCCESSES = 7
-    LAST_CHECK = 8
-    LAST_STATUS = 9
     WEIGHT = 10
     IN_USE = 11
     SLOT_DRAINING = 12
     ERROR_AT = 13
-    WEIGHT_OVERRIDDEN = 14
     PROBATION_WAIT = 15
     NEXT_TRIAL = 16
     TRIAL_UNTIL = 17

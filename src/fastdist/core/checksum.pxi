@@ -1,4 +1,4 @@
-"""CRC-32C for Python, to read files of format 1 with."""
+"""CRC-32C for Python: of framed snappy, of messages of a stream, of documents in shared memory, of files of format 1."""
 
 
 def checksum(bytes data, uint32_t seed=0):

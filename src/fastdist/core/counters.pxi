@@ -28,7 +28,6 @@ cdef enum:
     RECOVERED
     CORRUPT
     UNDONE
-    IN_FLIGHT
     QUEUE_BYTES
     QUEUE_CAPACITY
     OLDEST_NS
@@ -101,7 +100,6 @@ FIELDS = {
     "recovered": RECOVERED,
     "corrupt": CORRUPT,
     "undone": UNDONE,
-    "in_flight": IN_FLIGHT,
     "queue_bytes": QUEUE_BYTES,
     "queue_capacity": QUEUE_CAPACITY,
     "oldest_ns": OLDEST_NS,

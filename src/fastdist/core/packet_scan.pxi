@@ -15,8 +15,9 @@ Hence the rules:
 
 The functions hand a cursor along: each takes the place where its piece begins and returns the place behind it, or NULL
 for "no". ``end`` is the place of the packet's own closing brace, which is looked up first, or (``malformed``) of the NUL
-behind the bytes of every bytes object. That byte may be read but not passed. It goes on no space, number, escape or character beyond ASCII, so what reads these byte by byte
-stops there by itself; only what passes a closing brace, and what reads several bytes at once, must compare with it.
+behind the bytes of every bytes object. That byte may be read but not passed. It goes on no space, number, escape or
+character beyond ASCII, so what reads these byte by byte stops there by itself; only what passes a closing brace, and
+what reads several bytes at once, must compare with it.
 
 ``scan_packet`` and ``scan_message`` know the schema and read the members of their objects one by one, in any order; a
 set of bits notes what has been seen, which catches what is missing and what comes twice. Values that the schema does
@@ -32,8 +33,6 @@ cdef struct PacketFacts:
     const unsigned char *reached  # the member or message that is at fault
     bint in_messages       # it is a message, and so many came before: `messages`
     unsigned int seen      # members of the packet that came before
-
-# Whether the body is a log packet. packet.check says what is wrong if not.
 
 ctypedef const unsigned char *cursor
 

@@ -390,7 +390,7 @@ cdef class RingFile:
         cdef int64_t pad = size - sizeof(Record) - head.key_length - head.body_length
         cdef int failed = self.write(head.position)
         if failed == 0 and head.position + size > self.limit:
-            self.failed = failed = EFBIG  # the header is written before that: see PacketRing.push_packet
+            self.failed = failed = EFBIG  # the header is written before that: see PacketRing.put_packet
         if failed:
             return failed
         pieces[0].iov_base, pieces[0].iov_len = <void *>head, sizeof(Record)

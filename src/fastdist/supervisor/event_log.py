@@ -43,6 +43,10 @@ class Kind(NamedTuple):
     quiet: float = QUIET
 
 
+def _kind(subject: str, verb: str, counted: str, reason: str) -> Kind:
+    return Kind(f"{subject} {verb}", f"{subject} still {verb}", f"{subject} no longer {verb}", counted, reason)
+
+
 NO_ANALYZER = "no_analyzer"
 KINDS_OF_LINES = {
     NO_ANALYZER: Kind(
@@ -70,32 +74,14 @@ KINDS_OF_LINES = {
         "queue_full",
         is_event=True,
     ),
+    **{reason: _kind("packets", "given up", "packets", reason) for reason in DEAD_LETTERS},
+    **{reason: _kind("dead letters", "discarded", "packets", reason) for reason in ("max_bytes", "max_age")},
     **{
-        reason: Kind("packets given up", "packets still given up", "packets no longer given up", "packets", reason)
-        for reason in DEAD_LETTERS
-    },
-    **{
-        reason: Kind(
-            "dead letters discarded",
-            "dead letters still discarded",
-            "dead letters no longer discarded",
-            "packets",
-            reason,
-        )
-        for reason in ("max_bytes", "max_age")
-    },
-    **{
-        reason: Kind("requests rejected", "requests still rejected", "requests no longer rejected", "requests", reason)
+        reason: _kind("requests", "rejected", "requests", reason)
         for reason in (*REJECTIONS, UNCONFIRMED)
         if reason not in ("queue_full", "storage")
     },
-    CONNECTIONS: Kind(
-        "connections turned away",
-        "connections still turned away",
-        "connections no longer turned away",
-        "connections",
-        "max_connections",
-    ),
+    CONNECTIONS: _kind("connections", "turned away", "connections", "max_connections"),
 }
 
 
