@@ -82,12 +82,16 @@ class Response(NamedTuple):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where to go, and with what bearer token; ``context`` is for https."""
+    """Where to go, and with what bearer token; ``context`` is for https.
+
+    ``failed``: addresses whose last TLS handshake failed, of whichever connection, and when (``time.monotonic()``).
+    """
 
     url: str
     endpoint: Endpoint
     token: str | None
     context: ssl.SSLContext | None = None
+    failed: dict[Address, float] = {}
 
     @classmethod
     def parse(cls, url: str, token: str | None, ca_file: str | None = None) -> Target:
@@ -116,7 +120,7 @@ class Connection:
     def __init__(self, target: Target, timeout: float | None = None) -> None:
         endpoint, self._timeout = target.endpoint, timeout or TIMEOUT
         self._context = target.context
-        self._failed: dict[Address, float] = {}  # addresses whose last handshake failed, and when (time.monotonic())
+        self._failed = target.failed
         self._path = endpoint.path_and_query.rstrip("/")
         self._headers = {"User-Agent": f"fastdist/{__version__}"}
         if target.token:
@@ -169,15 +173,20 @@ class Connection:
         sock = connect(connection.host, connection.port, self._timeout, self._failed)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._context is not None:
-                address = sock.getpeername()
-                self._failed[address] = time.monotonic()
-                sock = self._context.wrap_socket(sock, server_hostname=connection.host)
-                del self._failed[address]
+            return self._secured(sock, self._context) if self._context is not None else sock
         except BaseException:
             sock.close()
             raise
-        return sock
+
+    def _secured(self, sock: socket.socket, context: ssl.SSLContext) -> socket.socket:
+        address = sock.getpeername()
+        try:
+            secured = context.wrap_socket(sock, server_hostname=self._connection.host)
+        except BaseException:
+            self._failed[address] = time.monotonic()
+            raise
+        self._failed.pop(address, None)
+        return secured
 
     def close(self) -> None:
         """Close it."""
