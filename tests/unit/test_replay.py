@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -526,19 +527,22 @@ def test_journal_follows_no_link(tmp_path, distributor, run):
 
 
 class Started(Says):
-    """A distributor that has the state of ``DISK``, but for what is given, and was started a moment ago."""
+    """A distributor that has the state of ``DISK``, but for what is given, and was started at ``at``."""
 
     def __init__(self, **health):
         super().__init__(lambda _: None, **(DISK | health))
-        self.restart()
-
-    def restart(self):
-        self.at = time.time()
-        time.sleep(0.01)  # for clocks to tell what is after that
+        self.at = time.time() - 3600
 
     def get(self, path):
         said = super().get(path)
         return said and said | {"uptimeSeconds": time.time() - self.at}
+
+
+def age(path):
+    """Have all that a journal notes be noted a minute earlier."""
+    journal = journal_of(path)
+    text = re.sub(r"(?<=since )\S+", lambda since: f"{float(since[0]) - 60:.3f}", journal.read_text())
+    journal.write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -551,8 +555,9 @@ def test_what_may_be_lost_is_sent_again(tmp_path, distributor, host, restarted, 
     replayed(distributor, Listener(), tmp_path)
     assert ids(tmp_path) == []
     distributor.says["/health"] = DISK
+    age(path)
     if restarted:
-        distributor.says.restart()
+        distributor.says.at = time.time() - 30
     target = Target.parse(f"http://{host}:{distributor.server_port}", None)
     summary = replayed(distributor, Listener(), tmp_path, target=target)
     assert (summary.replayed, summary.left) == (2 * (times - 1), 0)
@@ -563,13 +568,42 @@ def test_what_may_be_lost_is_sent_again(tmp_path, distributor, host, restarted, 
 def test_restart_during_a_replay_is_seen(tmp_path, distributor, run, events):
     path = fill(tmp_path, "ab")
     distributor.says = Started()
-    distributor.before_answer = lambda: distributor.accepted and distributor.says.restart()
+
+    def restart():
+        if distributor.accepted:
+            time.sleep(0.01)  # for clocks to tell what is after that
+            distributor.says.at = time.time()
+
+    distributor.before_answer = restart
     run(tmp_path, connections=1)
-    assert "the distributor was restarted meanwhile: " in events.notes[0]
+    assert "the distributor was restarted meanwhile" in events.notes[0]
     assert path.exists()
     assert ids(tmp_path) == []
     distributor.before_answer = None
+    age(path)
+    distributor.says.at -= 30
     assert run(tmp_path).left == 0
+    assert distributor.accepted == {"a": 2, "b": 2}
+    assert names_in(path.parent) == []
+
+
+def test_held_for_a_moment_is_not_removed(tmp_path, distributor, monkeypatch):
+    """What another distributor had: not seen at the beginning, as a worker looked whether the file is in use."""
+    path = fill(tmp_path, "ab")
+    distributor.says = Started(storage="failing")
+    replayed(distributor, Listener(), tmp_path)
+    distributor.says["/health"] = DISK | {"durability": "fsync"}
+    hold, busy = HeldFile.hold, [True]
+
+    def hold_later(path, patience):
+        if busy and not busy.clear():
+            raise BlockingIOError
+        return hold(path, patience)
+
+    monkeypatch.setattr(HeldFile, "hold", hold_later)
+    target = Target.parse(f"http://localhost:{distributor.server_port}", None)
+    for replays in (0, 2):
+        assert replayed(distributor, Listener(), tmp_path, target=target).replayed == replays
     assert distributor.accepted == {"a": 2, "b": 2}
     assert names_in(path.parent) == []
 

@@ -18,7 +18,6 @@ import math
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from http.client import HTTPException
 from itertools import repeat
 from typing import TYPE_CHECKING, Protocol
@@ -68,6 +67,9 @@ class _State(msgspec.Struct, rename="camel"):
     def started(self) -> float:
         """Since when it has lost nothing that it accepted (``time.time()``), if this is asked at once."""
         return time.time() - self.uptime_seconds if self.durability == "disk" else -math.inf
+
+
+UNKNOWN = _State(storage="unknown")  # it does not answer
 
 
 class Source(Protocol):
@@ -148,7 +150,7 @@ class Replay(ReplayRun):
         self.files, self.target = files, target
         self.has_token = bool(target.token)
         self.peer = digest_of(target.url.rstrip("/").encode())
-        self._noted_unsynced = False
+        self._noted_unsynced, self._state = False, UNKNOWN
         self._done: deque[tuple[float, HeldFile]] = deque()  # to be rewritten after that moment (time.monotonic())
 
     def run(self, connections: int, limit: int | None = None) -> Summary:
@@ -198,8 +200,8 @@ class Replay(ReplayRun):
         try:
             self._replay(_File(self, held, found.size, connections), len(connections))
         finally:
-            wait = held.noted + self._time_to_sync - time.time() if held.has_replayed else 0.0
-            self._done.append((time.monotonic() + min(wait, self._time_to_sync), held))
+            seconds = self._time_to_sync() if held.has_replayed else 0.0
+            self._done.append((time.monotonic() + min(seconds, held.noted + seconds - time.time()), held))
 
     # ---- files whose dead letters were accepted
 
@@ -215,29 +217,29 @@ class Replay(ReplayRun):
                         what = f"cannot rewrite {held.path}: {error.strerror}"
                         self.end(f"{what}; what was replayed is noted next to it")
 
-    @cached_property
     def _time_to_sync(self) -> float:
-        """The seconds after which the distributor has synced what it has accepted.
+        """Return the seconds after which the distributor has synced what it has accepted.
 
         That is one interval until the sync begins, and one that it may take. 0: it syncs before it accepts, or never.
         """
-        state = self._ask()
-        return 2 * state.sync_interval_seconds if state.durability == "disk" else 0.0
+        if self._state.storage == "unknown":
+            self._state = self._ask()
+        return 2 * self._state.sync_interval_seconds if self._state.durability == "disk" else 0.0
 
     def _is_synced(self, moment: float, held: HeldFile) -> bool:
         """Wait until then; say whether the distributor has synced what it has accepted, as far as that is known."""
         why = f"the distributor syncs its queue less often than every {MAX_INTERVAL:g} s"
         if moment - time.monotonic() <= 2 * MAX_INTERVAL:
-            if self._time_to_sync == 0.0:
-                return True
-            time.sleep(max(0.0, moment - time.monotonic()))
-            state = self._ask()
+            state = _State(durability="fsync")
+            if self._time_to_sync():
+                time.sleep(max(0.0, moment - time.monotonic()))
+                state = self._ask()
             if state.storage != "ok":
                 why = "the distributor does not say that it can write to its disk"
             elif self._still_has(held, state.started):
                 return True
             else:
-                why = "the distributor was restarted meanwhile"
+                why = "the distributor was restarted meanwhile, or is another one than before"
         if not self._noted_unsynced:
             self._noted_unsynced = True
             self.view.note(f"{why}: what it has accepted stays in the files, hidden, until the next replay")
@@ -249,7 +251,7 @@ class Replay(ReplayRun):
         try:
             return msgspec.json.decode(connection.request("GET", "/health", None, {}, MAX_HEALTH).content, type=_State)
         except (OSError, HTTPException):
-            return _State(storage="unknown")
+            return UNKNOWN
         except UNDECODABLE:
             return _State()
         finally:
