@@ -217,7 +217,8 @@ class HealthChecker:
         probe.address = await connect(probe, self._names, address, self.settings.timeout, tls=tls, server_name=name)
         if tls is not None and address.origin == analyzer.address.origin:
             self._not_after[analyzer.id] = not_after(probe.transport)
-        return await self._ask_on(probe, analyzer)
+        async with timeouts.running(self.settings.timeout):  # the rest was for connecting to one of many addresses
+            return await self._ask_on(probe, analyzer)
 
     async def _ask_on(self, probe: Probe, analyzer: Analyzer) -> int:
         """Return the status; the connection is kept if it can be used again, else closed."""
