@@ -220,6 +220,7 @@ def test_late_worker_that_gets_on_is_kept(under, monkeypatch):
             row.set("undone", left)
             bench.processes._kill_late({} if before is None else {slot: before})
             assert slot.alive is alive
+            assert bench.processes.gets_on is (before == 9), "else the service manager does not wait longer"
 
     under(scenario)
 

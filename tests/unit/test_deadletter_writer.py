@@ -262,7 +262,16 @@ def test_each_part_of_the_rest_is_told(tmp_path, monkeypatch):
     site, told = Site(tmp_path, syncs=True), []
     assert all(site.ring.push(b"x") for _ in range(5))
     site.writer.write_all(what_is_left(site.ring), lambda: told.append((site.ring.undone, site.ring.claimed)))
-    assert told == [(3, 0), (1, 0), (0, 0)]
+    assert told == [(5, 2), (3, 0), (3, 2), (1, 0), (1, 1), (0, 0)]
+
+
+def test_each_part_of_the_rest_is_small(tmp_path, monkeypatch):
+    """So that a sync on a slow disk takes no longer than one that gets on may."""
+    monkeypatch.setattr(dead_letter_writer, "LAST_PART_BYTES", 1)
+    site, told = Site(tmp_path, syncs=True), []
+    assert all(site.ring.push(b"x") for _ in range(3))
+    site.writer.write_all(what_is_left(site.ring), lambda: told.append(site.ring.undone))
+    assert told == [3, 2, 2, 1, 1, 0]
 
 
 # ---- files that are taken away

@@ -119,17 +119,23 @@ def test_the_end_is_extended_when_it_is_near(manager, monkeypatch):
 
 
 def test_writing_the_rest_extends_the_end(manager, tmp_path):
-    """It takes as long as it takes: workers write it, and then the supervisor what those that died have left."""
+    """It is written by workers, as long as they get on, and then by the supervisor, of those that died."""
     environment = {"FASTDIST_QUEUE__PATH": str(tmp_path), "FASTDIST_QUEUE__DURABILITY": "memory"}
     supervisor = Supervisor(load(None, environment, {"workers": 1}))
     supervisor.manager, fd = service(manager), os.memfd_create("ring")
     os.ftruncate(fd, file_size(1 << 20))
     assert PacketRing(fd, 1 << 20, volatile=True).push(b"{}")
     supervisor.processes.slots.append(WorkerSlot(supervisor.block, 0, socket.socket(), fd, []))
-    for write in (supervisor._send_heartbeat, supervisor._dead_letter_rest):
+    for write, gets_on in (
+        (supervisor._send_heartbeat, False),
+        (supervisor._send_heartbeat, True),
+        (supervisor._dead_letter_rest, False),
+    ):
+        supervisor.processes.gets_on = gets_on
         supervisor.manager.stopping(1)
         write()
-        assert manager.messages()[1:] == ["EXTEND_TIMEOUT_USEC=20000000"]
+        extended = gets_on or write == supervisor._dead_letter_rest
+        assert manager.messages()[1:] == ["EXTEND_TIMEOUT_USEC=20000000"] * extended
     assert len(list(tmp_path.glob("dead-letters/*"))) == 1
     for each in (fd, supervisor.settings, supervisor.block.fd):
         os.close(each)

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import time
 from collections import deque
 from itertools import islice
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 RETRY_SECONDS = 1.0  # until a dead letter that could not be written is tried again
 MAX_DELAY = 1.0  # seconds that a dead letter waits for its sync, with whatever sync_interval
 PART_NS = 8_000_000
-LAST_PART_NS = 1_000_000_000  # at the end, when no other work waits: what is synced together
+LAST_PART_NS = 1_000_000_000  # at the end, when no other work waits: what is synced together,
+LAST_PART_BYTES = 8 << 20  # and how much of that: a slow disk has to be seen to get on
 AT_ONCE = 1 << 16  # dead letters that are claimed at once then: a queue may hold many millions
 FEW = 16  # dead letters that wait to be written
 MANY = 256  # dead letters that do not wait for others to be synced with
@@ -126,13 +128,14 @@ class DeadLetterWriter:
         """Write these and all others now: their ring ends with this process. Raises OSError; some may be written then.
 
         A sync is tried, but its failure is only logged: a dead letter that is not synced is better than none. No sync
-        may be running. ``progress()`` is called after each part.
+        may be running. ``progress()`` is called while each part is written and synced.
         """
         more = iter(dead_letters)
         self.unwritten += islice(more, AT_ONCE)
         self.files.bounds.gives_way = True
         while self.unwritten or self.written:
-            self._write_part(LAST_PART_NS)
+            self._write_part(LAST_PART_NS, LAST_PART_BYTES)
+            progress()
             error = self._sync_now()
             if error is not None:
                 log.error("dead letters cannot be synced", error=str(error))
@@ -158,12 +161,14 @@ class DeadLetterWriter:
         elif self.written and (self._are_many() or time.monotonic_ns() >= self._sync_at):
             self._sync()
 
-    def _write_part(self, part_ns: int) -> None:
-        """Write for a while."""
+    def _write_part(self, part_ns: int, part_bytes: int = sys.maxsize) -> None:
+        """Write for a while, or until so much waits for a sync."""
         self._problem = None
         end, first = time.monotonic_ns() + part_ns, True
         while self.unwritten and not self.files.wants_sync and (first or time.monotonic_ns() < end):
             first = False
+            if self.files.unsettled >= part_bytes:
+                return
             ring, handle, reason, analyzer, status, error, response = self.unwritten[0]
             try:
                 self.files.write(as_line(ring.packet(handle), reason, analyzer, status, error, response))

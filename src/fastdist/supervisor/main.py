@@ -441,7 +441,8 @@ class Supervisor:
     def _send_heartbeat(self) -> None:
         if self.processes.serving():
             self.manager.heartbeat()
-        self._extend()
+        if self.processes.gets_on:
+            self._extend()
 
     async def _reap(self) -> None:
         """As process 1: reap orphaned processes that have ended."""

@@ -178,6 +178,7 @@ class Processes:
         self._held, self._handed_on = held, handed_on
         self.slots: list[WorkerSlot] = []
         self.stopping = self.gave_up = False
+        self.gets_on = False  # whether a worker had fewer packets left at the last look after the drain timeout
         self._spawning = 0  # processes that are being started: their ids are not known yet
         self._looked = time.monotonic()
         self._resumed = 0.0
@@ -321,10 +322,11 @@ class Processes:
     def _kill_late(self, before: dict[WorkerSlot, int]) -> None:
         """Kill workers that have no fewer packets left than ``before``: the others write theirs to the dead letters."""
         left = {slot: self.block.rows[slot.index].get("undone") for slot in self.slots if slot.alive}
-        for slot, packets in left.items():
-            if slot in before and packets >= before[slot]:
-                log.error("worker exceeded drain timeout, sending SIGKILL", worker=slot.name)
-                slot.kill()
+        late = [slot for slot, packets in left.items() if packets >= before.get(slot, packets + 1)]
+        self.gets_on = bool(before) and len(late) < len(left)
+        for slot in late:
+            log.error("worker exceeded drain timeout, sending SIGKILL", worker=slot.name)
+            slot.kill()
         if left:
             asyncio.get_running_loop().call_later(LATE, self._kill_late, left)
 
