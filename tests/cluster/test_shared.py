@@ -230,6 +230,22 @@ async def test_figures_say_why_they_are_old(one, name):
 
 
 @in_loop
+async def test_consumer_electing_hides_no_message(one, name, monkeypatch):
+    async with service(one.settings(name)) as made:
+        watcher, ask_for = Watcher(made.connection), Watcher._info
+        await made.publish("a")
+        await watcher.refresh()
+
+        async def info(self, subject):
+            return UnavailableError("no leader") if subject.startswith("CONSUMER") else await ask_for(self, subject)
+
+        monkeypatch.setattr(Watcher, "_info", info)
+        await made.publish("b")
+        figures = await watcher.refresh()
+        assert (figures.stored, figures.queued, figures.in_flight, figures.error) == (2, 2, 0, "")
+
+
+@in_loop
 async def test_figures_are_renewed_by_themselves(one, name):
     async with service(one.settings(name)) as made:
         watcher = Watcher(made.connection)

@@ -82,6 +82,9 @@ class Watcher:
             )
             return self.latest
         found = figures(stream, fault, connection.server, self._dead)
+        if fault is not consumer:  # what was said of it is old: all that is there waits, but for what was claimed then
+            in_flight = min(found.in_flight, found.messages)
+            found = msgspec.structs.replace(found, queued=found.messages - in_flight, in_flight=in_flight)
         self.latest = msgspec.structs.replace(found, settled_per_second=self._rate(found.settled))
         return self.latest
 
