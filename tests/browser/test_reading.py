@@ -236,7 +236,7 @@ def test_the_banner_is_announced_once(page, mocks, fastdist):
 
 def test_64_analyzers_are_found_and_ordered(page, many, serve):
     many.start_anew()
-    fastdist = serve(many, weights=WEIGHTS)
+    fastdist = serve(many, {"health": {"timeout": "5s"}}, weights=WEIGHTS)
     page.open(fastdist.port)
     rows = "return [...document.querySelectorAll('#analyzers tr')].map((row) => row.dataset.analyzer)"
     assert page.run(rows) == list(MANY)

@@ -197,7 +197,7 @@ def machine(builder, tmp_path_factory):
     image.copy_in(FOLDER / "fastdist.sysusers", "/etc/sysusers.d/fastdist.conf")
     image.copy_text("", CONFIG)
     # The watchdog's half minute, for tests that wait for it. All else is as it is.
-    image.copy_text("[Service]\nWatchdogSec=3s\n", "/etc/systemd/system/fastdist.service.d/test.conf")
+    image.copy_text("[Service]\nWatchdogSec=10s\n", "/etc/systemd/system/fastdist.service.d/test.conf")
     machine = Machine(image)
     try:
         machine.run("systemd-sysusers")

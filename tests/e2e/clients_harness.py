@@ -229,7 +229,7 @@ def queue_full(mocks: Mocks, serve: Any, make: Any) -> None:
     fastdist, clients = begin(mocks, serve, make, queue=queue, server=server, retry={"cap": "200ms"})
     full(mocks, fastdist)
     with at_work(clients):
-        time.sleep(0.5)
+        time.sleep(0.1)
         empty(mocks)
         some_more(clients)
         assert not any(client.gave_up() for client in clients)

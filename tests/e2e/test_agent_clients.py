@@ -41,7 +41,7 @@ class OpenTelemetry(Client):
 
         exporter = Exporter(endpoint=f"http://127.0.0.1:{port}/v1/logs", compression=Compression.Gzip, timeout=60)
         self.provider = LoggerProvider(resource=Resource.create({"service.name": name, "region": "eu"}))
-        self.provider.add_log_record_processor(BatchLogRecordProcessor(exporter, 50, 100))
+        self.provider.add_log_record_processor(BatchLogRecordProcessor(exporter, 50, 100, max_queue_size=100_000))
         self.logger = self.provider.get_logger("shop.cart", "1.2", attributes={"part": "basket"})
 
     def log(self, numbers):
@@ -76,7 +76,7 @@ class Bulk(Client):
 
     def __init__(self, name, port):
         super().__init__(name, port)
-        self.client = Elasticsearch(f"http://127.0.0.1:{port}", http_compress=True)
+        self.client = Elasticsearch(f"http://127.0.0.1:{port}", http_compress=True, request_timeout=60)
 
     def log(self, numbers):
         left = list(numbers)
@@ -190,7 +190,7 @@ class Loki(Logged):
 
 
 class Splunk(Logged):
-    """splunk_handler, which retries five times, by urllib3."""
+    """splunk_handler, which retries as often as it is told, by urllib3."""
 
     def make(self):
         handler = SplunkHandler(
@@ -201,6 +201,7 @@ class Splunk(Logged):
             protocol="http",
             hostname=self.name,
             flush_interval=0.05,
+            retry_count=10,  # by default it gives up after six seconds: a slow machine is away for longer
             retry_backoff=0.2,
             source="cart.py",
         )

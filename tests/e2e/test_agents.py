@@ -154,13 +154,22 @@ def test_every_record_arrives_once(mocks, serve, durability):
     assert b'fastdist_records_total{protocol="json"} 1600\n' in metrics
 
 
+def open_when_full(mocks, agents):
+    try:
+        wait_until(lambda: any(agent.refused.total() for agent in agents), "the queue is full", 120)
+    finally:
+        mocks.set_all(status=200)
+
+
 def test_each_record_once_with_a_full_queue(mocks, serve):
     mocks.set_all(keep=True)
     fastdist = serve(mocks, {"queue": {"capacity": "1MiB"}, "server": {"workers": 1}, "retry": {"cap": "200ms"}})
     agents = [Agent(fastdist.port, kind, kind) for kind in FORMATS]
     mocks.set_all(status=503)
-    threading.Timer(5, lambda: mocks.set_all(status=200)).start()
+    opening = threading.Thread(target=open_when_full, args=(mocks, agents))
+    opening.start()
     run_all(agents, 120)
+    opening.join()
     fastdist.wait_at_rest()
     assert sum(agent.refused.total() for agent in agents) > 0
     assert delivered(mocks) == Counter(text for agent in agents for text in agent.accepted)

@@ -120,7 +120,7 @@ def test_stopped_analyzer_is_down_and_back(fleet, serve):
 
 
 def test_retry_after_pauses_but_stays_online(mocks, serve):
-    fastdist = serve(mocks, {"health": {"fall": 2}})
+    fastdist = serve(mocks, {"health": {"fall": 2, "timeout": "5s"}})
     emitter = Emitter(fastdist.port).start().wait_for(200)
     mocks.set(VICTIM, status=503, retryAfter=2)
     wait_until_its_share_is_gone(fastdist)

@@ -14,7 +14,7 @@ def held(packets):
     "fault", [{"refuse": True}, {"status": 500, "unhealthy": True}, {"hang": True, "healthHang": True}]
 )
 def test_packets_wait_while_all_are_down(mocks, serve, fault):
-    fastdist = serve(mocks, {"delivery": {"timeout": "300ms"}, "retry": {"cap": "1s"}})
+    fastdist = serve(mocks, {"retry": {"cap": "1s"}})
     mocks.set_all(**fault)
     fastdist.wait_for_states("offline")
     health = get_json(fastdist.port, "/health")

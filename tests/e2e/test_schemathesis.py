@@ -34,7 +34,7 @@ def schemathesis(run, folder, document, port, *options, phases=("Examples", "Cov
     command = [PROGRAM, "--config-file", HERE / "schemathesis.toml", "run", location, "--url", url, *shared, *options]
     hooks = str(HERE / "schemathesis_hooks.py")
     process = run(*command, cwd=folder, NO_COLOR="1", COLUMNS="160", SCHEMATHESIS_HOOKS=hooks)
-    status = process.wait(240)
+    status = process.wait(800)
     assert status == 0, process.output
     for phase in phases:
         assert re.search(rf"✅ +{phase}", process.output), process.output

@@ -199,7 +199,7 @@ def test_killed_send_resumes_where_it_was(keeping, shared, run, log, offset_file
         fill(log, 20_000, count)
         count += 20_000
         before = offset_in(offset_file)
-        send = run(*arguments(fastdist, log, "--batch", "50", "--concurrency", "4", "--offset-file", offset_file))
+        send = run(*arguments(fastdist, log, "--batch", "10", "--concurrency", "4", "--offset-file", offset_file))
         wait_until(lambda so_far=before: offset_in(offset_file) > so_far, "it has come some way")
         send.signal(signal.SIGKILL)
         send.wait()
@@ -209,7 +209,7 @@ def test_killed_send_resumes_where_it_was(keeping, shared, run, log, offset_file
         there, _ = arrived(keeping)
         acknowledged = log.read_bytes()[:noted].count(b"\n")
         assert set(list(expected(count))[:acknowledged]) <= there.keys(), "what is noted has arrived"
-    send = run(*arguments(fastdist, log, "--batch", "50", "--concurrency", "4", "--offset-file", offset_file))
+    send = run(*arguments(fastdist, log, "--batch", "10", "--concurrency", "4", "--offset-file", offset_file))
     assert send.wait() == 0, send.output
     fastdist.wait_at_rest()
     messages, doubled = arrived(keeping)
