@@ -63,7 +63,8 @@ class Replicas:
             everything = [replica.stats() for replica in self.alive]
             stream = everything[0]["stream"]
             seen.append((stream["stored"], [each["packets"] for each in everything]))
-            busy = stream["queued"] or stream["inFlight"] or not stream["connected"]
+            old = any(not each["stream"]["replicas"]["current"] for each in everything)  # figures: there is no leader
+            busy = stream["queued"] or stream["inFlight"] or old
             if busy or any(each["packets"]["inFlight"] for each in everything):
                 return None
             time.sleep(1.1)

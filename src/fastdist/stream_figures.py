@@ -10,11 +10,11 @@ GONE = "gone"
 class StreamFigures(Struct, frozen=True, kw_only=True):
     """The stream as it is. Counts are of messages, which may be bundles of packets.
 
-    ``at``: time.monotonic() of the last response, 0 if there was none. ``stored``: the last sequence, so all messages
-    there ever were. ``queued``: claimed by no replica. ``in_flight``: claimed by some. ``settled``: gone from the
-    stream since it was made. ``settled_per_second``: over the last seconds. ``oldest``: when the oldest message was
-    stored (Unix time), or 0. ``replicas_current``: copies that have all of it, 0 without a leader. ``created``: when
-    the stream was made, as the servers say it; GONE: it was deleted.
+    ``at``: time.monotonic() of the last question that was answered, 0 if none was. ``stored``: the last sequence, so
+    all messages there ever were. ``queued``: claimed by no replica. ``in_flight``: claimed by some. ``settled``: gone
+    from the stream since it was made. ``settled_per_second``: over the last seconds. ``oldest``: when the oldest
+    message was stored (Unix time), or 0. ``replicas_current``: copies that have all of it, 0 without a leader.
+    ``created``: when the stream was made, as the servers say it; GONE: it was deleted.
     """
 
     at: float = 0.0

@@ -59,7 +59,7 @@ class Watcher:
     async def refresh(self) -> StreamFigures:
         """Ask now, and return the figures; where there is no response, the old ones with the reason."""
         connection, settings = self.connection, self.connection.settings
-        client = connection.client
+        client, asked = connection.client, now()
         stream, consumer, dead = await asyncio.gather(
             self._info(f"STREAM.INFO.{settings.stream}"),
             self._info(f"CONSUMER.INFO.{settings.stream}.{NAME}"),
@@ -85,7 +85,7 @@ class Watcher:
         if fault is not consumer:  # what was said of it is old: all that is there waits, but for what was claimed then
             in_flight = min(found.in_flight, found.messages)
             found = msgspec.structs.replace(found, queued=found.messages - in_flight, in_flight=in_flight)
-        self.latest = msgspec.structs.replace(found, settled_per_second=self._rate(found.settled))
+        self.latest = msgspec.structs.replace(found, at=asked, settled_per_second=self._rate(found.settled))
         return self.latest
 
     async def _info(self, subject: str) -> dict[str, Any] | UnavailableError | ApiError:
@@ -105,7 +105,6 @@ def figures(stream: Mapping[str, Any], consumer: Mapping[str, Any], server: str,
     has_leader = (total == 1 or bool(cluster.get("leader"))) and 2 * in_touch > total
     messages, stored = state["messages"], state["last_seq"]
     return StreamFigures(
-        at=now(),
         connected=True,
         has_leader=has_leader,
         server=server,
