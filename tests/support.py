@@ -372,12 +372,15 @@ class Distributor(Process):
         """Wait until nothing is queued or in flight; check the accounting; return /stats."""
 
         def at_rest() -> Any:
-            """Look twice: each worker publishes its gauges every 20 ms."""
+            """Look twice: each worker publishes its gauges every 20 ms, if it is not kept from it."""
             before = self.stats()["packets"]
             time.sleep(0.1)
             stats = self.stats()
-            quiet = stats["packets"]["queued"] == 0 and stats["packets"]["inFlight"] == 0
-            return stats if quiet and stats["packets"] == before else None
+            packets = stats["packets"]
+            quiet = packets["queued"] == 0 and packets["inFlight"] == 0
+            settled = packets["delivered"] + packets["deadLettered"] + packets["lost"]
+            all_known = packets["accepted"] + packets["recovered"] == settled
+            return stats if quiet and all_known and packets == before else None
 
         def handled() -> int:
             packets = self.stats()["packets"]

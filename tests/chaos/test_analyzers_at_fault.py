@@ -93,7 +93,7 @@ def test_faults_come_and_go(experiment, fault, delivery):
 @SINGLE_AND_BATCH
 def test_analyzers_that_come_and_go(experiment, delivery):
     mocks = experiment.analyzers("--latency", "0.005")
-    experiment.serve({"delivery": delivery | SHORT_TIMEOUT, "health": {"rise": 1, "fall": 2}})
+    experiment.serve({"delivery": delivery, "health": {"rise": 1, "fall": 2}})
     emitter = experiment.emitter().start().wait_for(100)
     end = time.monotonic() + form(2, 20)
     there = dict.fromkeys(ANALYZERS, True)

@@ -196,7 +196,7 @@ def test_next_sync_begins_without_the_loop(disk):
 
 def test_no_sync_before_a_failure_is_known(disk, monkeypatch):
     """Not even what was requested already: everything has to be written again before."""
-    monkeypatch.setattr(group_commit, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(group_commit, "RETRY_SECONDS", 1.5)
 
     async def run() -> None:
         bench = Bench()

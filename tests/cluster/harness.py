@@ -16,7 +16,7 @@ from fastdist.storage.jetstream.connection import Connection
 from fastdist.storage.jetstream.consumer import Consumer
 from fastdist.storage.jetstream.publisher import Publisher
 
-PATIENCE = 90  # seconds after which a test hangs
+PATIENCE = 400  # seconds after which a test hangs
 
 
 def in_loop(test):
@@ -32,7 +32,7 @@ def in_loop(test):
 async def until(condition, what):
     """Wait until something is so; a test that waits too long ends."""
     try:
-        async with asyncio.timeout(45):
+        async with asyncio.timeout(120):
             while not (result := condition()):  # noqa: ASYNC110  (any condition)
                 await asyncio.sleep(0.01)
     except TimeoutError:
@@ -44,7 +44,7 @@ async def repeated(ask, condition, what):
     """Ask until what comes is so, and return it."""
     last = None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while not condition(last := await ask()):  # noqa: ASYNC110  (any condition)
                 await asyncio.sleep(0.05)
     except TimeoutError:
@@ -120,7 +120,7 @@ async def service(settings, *, prepare=True, **options):
 
 async def prepared(connection):
     """Make the streams, as soon as that is possible."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             try:
                 return await streams.prepare(connection)
@@ -130,7 +130,7 @@ async def prepared(connection):
 
 async def ask(connection, subject, body=None):
     """Ask JetStream until it answers."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             try:
                 return await request(connection.client, subject, body)

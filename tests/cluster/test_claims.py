@@ -91,13 +91,13 @@ async def test_what_was_given_back_may_return(servers, name):
 
 @in_loop
 async def test_claims_are_kept_beyond_ack_wait(servers, name):
-    settings = servers.settings(name, ack_wait=1)
+    settings = servers.settings(name, ack_wait=4)
     async with service(settings) as made, service(settings) as other:
         await made.publish_all([f"m{number}" for number in range(100)])
         made.consumer.start()
         await until(lambda: len(made.claims) == 100, "claims")
         other.consumer.start()
-        await asyncio.sleep(3)
+        await asyncio.sleep(9)
         assert other.claims == []
         assert made.voids == []
         assert made.consumer.redelivered == 0

@@ -247,7 +247,7 @@ def start_fails(tmp_path, mocks, settings):
     (tmp_path / "fastdist.toml").write_text(text)
     began = time.monotonic()
     process = Process([sys.executable, "-m", "fastdist", "serve", "--config", str(tmp_path / "fastdist.toml")])
-    return process.wait(30), time.monotonic() - began, process.lines[-1]
+    return process.wait(120), time.monotonic() - began, process.lines[-1]
 
 
 def test_wrong_credentials_end_a_start(tmp_path, mocks, name):
@@ -261,7 +261,7 @@ def test_wrong_credentials_end_a_start(tmp_path, mocks, name):
             "password": "wrong",
         }
         status, seconds, line = start_fails(tmp_path, mocks, settings)
-    assert (status, seconds < 15) == (3, True)
+    assert (status, seconds < 60) == (3, True)
     assert "jetstream: nats://" in line
     assert "authorization" in line
     assert "wrong" not in line
@@ -272,7 +272,7 @@ def test_stream_of_another_service(tmp_path, made, one, mocks, name):
     replicas.start().signal(signal.SIGTERM)
     settings = {"servers": list(one.urls), "stream": f"{name}_DEAD", "replicas": 1}
     status, seconds, line = start_fails(tmp_path, mocks, settings)
-    assert (status, seconds < 15) == (3, True)
+    assert (status, seconds < 60) == (3, True)
     assert f"{name}_DEAD cannot be used" in line
     assert "retention is limits, not workqueue" in line
 

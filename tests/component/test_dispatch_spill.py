@@ -84,11 +84,11 @@ def test_spilled_go_to_all_with_room(tmp_path):
 
 def test_only_long_waiting_packets_spill(tmp_path):
     with stuck(tmp_path) as bench:
-        pass_time(bench, 0.9)
+        pass_time(bench, 0.6)
         time.sleep(0.01)
         # The compiled half's clock stands still: what comes now has waited as long as the clock is ahead.
         old = bench.pool(0).waiting
-        pass_time(bench, 0.3)
+        pass_time(bench, 0.6)
         assert bench.pool(0).waiting == old - 2
 
 
@@ -370,7 +370,7 @@ def test_overload_limits_what_is_claimed(tmp_path):
             bench.answer_all()
             assert bench.ring.claimed == min(limit, bench.ring.undone)
         overload(bench, 0.5)
-        pass_time(bench, 0.8)  # not at once
+        pass_time(bench, 0.5)  # not at once
         assert bench.ring.claimed == limit
         pass_time(bench, 0.5)
         assert bench.ring.claimed == bench.ring.undone > limit

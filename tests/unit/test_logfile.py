@@ -495,7 +495,9 @@ def test_the_next_log_may_be_long_in_coming(path, trail):
     path.write_bytes(b"")
     assert follower.until_it_ends() == []
     path.unlink()
-    threading.Timer(0.1, path.write_bytes, [lines(5, 6)]).start()
+    coming = path.with_name("coming")
+    coming.write_bytes(lines(5, 6))
+    threading.Timer(0.1, coming.rename, [path]).start()
     assert text_of(follower.next().step()) == 1
 
 
