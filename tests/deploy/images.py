@@ -32,7 +32,7 @@ def obstacle(folder: Path) -> str:
     """Return why no image can be made here; empty when one can."""
     if os.geteuid() != 0:
         return "overlays and chroot need root"
-    for program in ("unshare", "chroot", "groupadd", "useradd"):
+    for program in ("unshare", "flock", "chroot", "groupadd", "useradd"):
         if shutil.which(program) is None:
             return f"there is no {program}"
     command = Image(folder / "probe").command(["sleep", "1"])
@@ -69,7 +69,8 @@ class Image:
     ) -> list[str]:
         """Return the command that runs another in this image; what it changes stays."""
         options = f"lowerdir=/,upperdir={self.layer},workdir={self.work}"
-        steps = [f"mount -t overlay overlay -o {options} {self.root}"]
+        # One at a time: a mount empties the folder that another at that moment works in.
+        steps = [f"flock {self.layer} mount -t overlay overlay -o {options} {self.root}"]
         steps += [f"mount -o remount,bind,ro {self.root}"] if read_only else []
         steps += [f"mount --rbind /{name} {self.root}/{name}" for name in ("proc", "dev")]
         steps += [f"mount --bind {source} {self.root}{target}" for target, source in (BINDS | (volumes or {})).items()]
