@@ -100,7 +100,7 @@ async def test_no_reply_in_time_is_unknown(one, name):
 @in_loop
 async def test_without_a_server_nothing_is_sent(tmp_path, name):
     servers = Servers(tmp_path)
-    async with service(servers.settings(name, publish_timeout=0.5), prepare=False) as made:
+    async with service(servers.settings(name, publish_timeout=2), prepare=False) as made:
         for outcome in await made.publish_all(["a", "b"]):
             assert (outcome.stored, outcome.reason) == ("no", "storage")
             assert servers.all[0].url in outcome.detail
@@ -134,7 +134,7 @@ async def test_a_lost_connection_loses_nothing(one, name):
 async def test_nothing_leaves_after_its_outcome(one, name):
     """What a server does not read is dropped with the connection, not sent when it reads again."""
     proxy = await Proxy(one.all[0].port).start()
-    settings = one.settings(name, servers=(proxy.url,), publish_timeout=1)
+    settings = one.settings(name, servers=(proxy.url,), publish_timeout=3)
     async with service(settings) as made, service(one.settings(name)) as other:
         proxy.open.clear()
         outcomes = await made.publish_all(["a", "b"], bytes(11_000_000))
@@ -199,7 +199,7 @@ async def test_full_after_a_lost_reply_is_not_no(servers, name):
 
 @in_loop
 async def test_the_last_refusal_is_remembered(one, name):
-    async with service(one.settings(name, publish_timeout=0.3, max_bytes=2**20)) as made:
+    async with service(one.settings(name, publish_timeout=2, max_bytes=2**20)) as made:
         await made.publish("a")
         assert (made.publisher.refusal, made.publisher.refused_at) == ("", 0)
         await made.publish_all(["b", "c"], bytes(600_000))
@@ -217,7 +217,7 @@ async def test_the_last_refusal_is_remembered(one, name):
 
 @in_loop
 async def test_deleted_stream_is_not_made_again(one, name):
-    async with service(one.settings(name, publish_timeout=0.5)) as made:
+    async with service(one.settings(name, publish_timeout=2)) as made:
         await made.publish("a")
         await ask(made.connection, f"STREAM.DELETE.{name}")
         ids = (f"m{number}" for number in itertools.count())
