@@ -76,10 +76,18 @@ def on_free_ports(start: Callable[[], Started]) -> Started:
 
 
 def in_flight(delivery: dict[str, object], workers: int = 2) -> int:
-    """Return how many packets can be in flight at one moment: the most that one fault may have delivered twice."""
+    """Return how many packets can be in flight at one moment."""
     requests = int(delivery.get("connections", 32)) * int(delivery.get("pipeline", 1))
     packets = int(delivery.get("batch_packets", 64)) if delivery.get("mode") == "batch" else 1
     return requests * packets * len(ANALYZERS) * workers
+
+
+def twice_after_a_kill(delivery: dict[str, object], workers: int = 2) -> int:
+    """Return how many packets a kill may have delivered twice.
+
+    What was in flight, and what was answered in that event-loop iteration: its marks are not written yet.
+    """
+    return 2 * in_flight(delivery, workers)
 
 
 class Recorder(Emitter):

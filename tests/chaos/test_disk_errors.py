@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from experiment import DELIVERY, form, in_flight, wait_for_restarts
+from experiment import DELIVERY, form, in_flight, twice_after_a_kill, wait_for_restarts
 from support import get_json, request, wait_until
 from test_queue_damaged import PAGE, SECOND_COPY, Place, records
 
@@ -309,5 +309,6 @@ def test_file_is_cut_in_use(experiment, faults):
     experiment.mocks.set_all(refuse=False)
     wait_until(lambda: re.search("SIGBUS|damage in the queue", fastdist.output), "it dies by that, or finds zeros")
     go_on(experiment, fastdist)
-    verdict = experiment.judge("a queue's file is cut", may_lose=touched, corrupt=True, bound=in_flight(DELIVERY, 1))
+    bound = twice_after_a_kill(DELIVERY, 1)
+    verdict = experiment.judge("a queue's file is cut", may_lose=touched, corrupt=True, bound=bound)
     assert verdict.delivered > 100

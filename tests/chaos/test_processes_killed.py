@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from experiment import BATCHES, DELIVERY, SOME, form, in_flight, wait_for_restarts
+from experiment import BATCHES, DELIVERY, SOME, form, in_flight, twice_after_a_kill, wait_for_restarts
 from support import wait_until
 
 EVERY_WAY = list(itertools.product(["memory", "disk", "fsync"], ["single", "batch"]))
@@ -40,11 +40,12 @@ def test_a_worker_is_killed_each_second(experiment, durability, mode):
     wait_for_restarts(fastdist, kills)
     emitter.wait_for(200)
     # Each kill hits one of two workers.
-    experiment.judge(f"worker kill -9 each second ({durability}, {mode})", bound=kills * in_flight(delivery, 1))
+    bound = kills * twice_after_a_kill(delivery, 1)
+    experiment.judge(f"worker kill -9 each second ({durability}, {mode})", bound=bound)
     assert len(emitter.unknown) <= kills * emitter.connections
     # In the file what was delivered last may not be marked done; in memory a worker's successor sees each mark.
     recovered = fastdist.stats()["packets"]["recovered"]
-    assert recovered <= (0 if durability == "memory" else kills * in_flight(delivery, 1))
+    assert recovered <= (0 if durability == "memory" else bound)
 
 
 def test_a_stopped_worker_is_replaced(experiment):
@@ -58,7 +59,7 @@ def test_a_stopped_worker_is_replaced(experiment):
     assert 8 < time.monotonic() - stopped < 60
     wait_for_restarts(fastdist, 1)
     emitter.wait_for(200)
-    experiment.judge("worker SIGSTOP (replaced after 10 s)", bound=in_flight(DELIVERY, 1))
+    experiment.judge("worker SIGSTOP (replaced after 10 s)", bound=twice_after_a_kill(DELIVERY, 1))
     assert victim not in fastdist.worker_pids()
 
 
@@ -120,7 +121,7 @@ def test_all_killed_and_worker_count_changed(experiment, durability, mode):
             time.sleep(random.uniform(0, 0.5))
             fastdist.kill_all()
     # What is being copied from old rings counts as in flight: as many packets again.
-    bound = sum(2 * in_flight(delivery, max(2, workers)) for workers in numbers[:-1])
+    bound = sum(2 * twice_after_a_kill(delivery, max(2, workers)) for workers in numbers[:-1])
     verdict = experiment.judge(
         f"everything kill -9 {len(numbers) - 1} times, 2, 1, 3 … workers ({durability}, {mode})",
         bound=bound,
@@ -144,7 +145,8 @@ def test_all_killed_writing_dead_letters(experiment, durability):
         fastdist = experiment.serve(settings)
         recovered += fastdist.stats()["packets"]["recovered"]
     emitter.wait_for(100)
-    experiment.judge(f"everything kill -9, a share refused ({durability})", bound=kills * in_flight(DELIVERY))
+    bound = kills * twice_after_a_kill(DELIVERY)
+    experiment.judge(f"everything kill -9, a share refused ({durability})", bound=bound)
     dead_letters = [row["id"] for row in fastdist.dead_letters()]
     assert len({*dead_letters}) > 100 * kills
     assert len(dead_letters) - len({*dead_letters}) <= recovered

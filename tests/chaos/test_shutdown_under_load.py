@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from experiment import BATCHES, DELIVERY, form, in_flight
+from experiment import BATCHES, DELIVERY, form, in_flight, twice_after_a_kill
 
 DRAIN = {"drain_timeout": "1s"}
 
@@ -61,7 +61,8 @@ def test_two_signals_end_it_at_once(experiment, durability):
         experiment.serve(settings)
         emitter.wait_for(50)
     # The workers are killed: answers may be cut off.
-    experiment.judge(f"SIGTERM twice ({durability})", at_rest=durability == "disk", bound=in_flight(DELIVERY))
+    bound = twice_after_a_kill(DELIVERY)
+    experiment.judge(f"SIGTERM twice ({durability})", at_rest=durability == "disk", bound=bound)
 
 
 def test_signals_at_any_moment_of_a_start(experiment):

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from experiment import DELIVERY, SOME, body_of, form, in_flight, wait_for_restarts
+from experiment import DELIVERY, SOME, body_of, form, in_flight, twice_after_a_kill, wait_for_restarts
 from small_disk import fill, small_disk
 from support import check_identity, get_json, request, wait_until
 from test_processes_killed import kill_a_worker
@@ -282,7 +282,8 @@ def test_workers_are_killed_while_syncs_fail(experiment, failing_sync, durabilit
         flag.unlink()
         wait_until(lambda: storage(fastdist) == "ok", "it heals by itself")
     emitter.wait_for(200)
-    experiment.judge(f"sync fails, and workers are killed ({durability})", bound=kills * in_flight(DELIVERY, 1))
+    bound = kills * twice_after_a_kill(DELIVERY, 1)
+    experiment.judge(f"sync fails, and workers are killed ({durability})", bound=bound)
 
 
 # ---- dead letters
@@ -417,7 +418,7 @@ def test_unwritten_dead_letters_stay_queued(experiment, tmp_path):
         assert request(fastdist.port, "GET", "/ready")[0] == 200
         dead_letters = fastdist.dead_letters()
         assert len(dead_letters) == len({row["id"] for row in dead_letters}) == stats["packets"]["deadLettered"]
-        experiment.judge("no room for dead letters, restart with a full disk", bound=in_flight(DELIVERY))
+        experiment.judge("no room for dead letters, restart with a full disk", bound=twice_after_a_kill(DELIVERY))
 
 
 def test_purging_makes_room_on_a_full_disk(experiment, tmp_path):

@@ -375,7 +375,7 @@ def test_private_authority_and_certificate(serve, record, tmp_path):
     send(fastdist, 20)
     fastdist.wait_at_rest()
     assert len(private.ids) + len(public.ids) == 30
-    assert len(private.ids) >= 8
+    assert private.ids
     assert set(private.names_asked) == {"analyzer.example"}
     assert certificate_ends(fastdist) == {
         '{certificate="analyzer",analyzer="A1"}': ends.timestamp(),
@@ -393,4 +393,5 @@ def test_private_authority_and_certificate(serve, record, tmp_path):
     delivered = len(private.ids)
     send(fastdist, 20)
     fastdist.wait_at_rest()
-    assert len(private.ids) >= delivered + 8, "they have what was read at the reload"
+    assert len(private.ids) > delivered, "they have what was read at the reload"
+    assert fastdist.analyzers()["A1"]["failed"] == 0

@@ -90,7 +90,7 @@ def test_three_kills_of_all_under_load(mocks, serve, settings):
         os.killpg(fastdist.process.pid, signal.SIGKILL)
         fastdist.wait()
         emitter.stop()
-        max_duplicates += 2 * 4 * 8 * 2  # in flight, and answered by analyzers but not yet read
+        max_duplicates += 2 * 4 * 8 * 2  # in flight, and answered in that event-loop iteration
     mocks.set_all(latency=0)
     fastdist = serve(mocks, settings)
     stats = fastdist.wait_at_rest()
