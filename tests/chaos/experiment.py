@@ -178,7 +178,7 @@ class Experiment:
             "queue": {"durability": "disk"},
             "delivery": DELIVERY,
             "retry": QUICK_RETRIES,
-            "health": {"rise": 1},
+            "health": {"rise": 1, "timeout": "500ms"},
         }
         for section, keys in (settings or {}).items():
             merged[section] = merged.get(section, {}) | keys

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 from experiment import BATCHES, DELIVERY, SOME, form, in_flight, twice_after_a_kill, wait_for_restarts
-from support import wait_until
+from support import kill_worker, wait_until
 
 EVERY_WAY = list(itertools.product(["memory", "disk", "fsync"], ["single", "batch"]))
 MODES = {"single": DELIVERY, "batch": BATCHES}
@@ -20,9 +20,9 @@ MODES = {"single": DELIVERY, "batch": BATCHES}
 def kill_a_worker(fastdist) -> None:
     while True:
         try:
-            victim = random.choice([row["pid"] for row in fastdist.stats()["workers"] if row["state"] == "running"])
-            os.kill(victim, signal.SIGKILL)
-        except (OSError, IndexError):  # asked a worker that dies
+            pids = [row["pid"] for row in fastdist.stats()["workers"] if row["state"] == "running"]
+            kill_worker(random.choice([pid for pid in pids if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]))
+        except (OSError, IndexError, psutil.Error):  # asked a worker that dies
             time.sleep(0.05)
         else:
             return
@@ -127,7 +127,7 @@ def test_all_killed_and_worker_count_changed(experiment, durability, mode):
         bound=bound,
     )
     assert verdict.accepted > len(numbers) * 300
-    assert not list(experiment.data.glob("adopt-*"))
+    wait_until(lambda: not list(experiment.data.glob("adopt-*")), "the old rings are deleted")
 
 
 @pytest.mark.parametrize("durability", form(["fsync"], ["disk", "fsync"]))

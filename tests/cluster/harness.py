@@ -109,8 +109,10 @@ async def service(settings, *, prepare=True, **options):
     """Have a service connected, and the streams made."""
     made = Service(settings, **options)
     try:
-        assert await made.connection.start() or not prepare
+        connected = await made.connection.start()
         if prepare:
+            if not connected:  # a busy machine
+                await made.connection.wait()
             await prepared(made.connection)
         yield made
     finally:
@@ -128,14 +130,19 @@ async def prepared(connection):
                 await asyncio.sleep(0.1)
 
 
-async def ask(connection, subject, body=None):
-    """Ask JetStream until it answers."""
+async def patiently(ask):
+    """Ask until there is an answer."""
     async with asyncio.timeout(120):
         while True:
             try:
-                return await request(connection.client, subject, body)
+                return await ask()
             except UnavailableError:
                 await asyncio.sleep(0.1)
+
+
+async def ask(connection, subject, body=None):
+    """Ask JetStream until it answers."""
+    return await patiently(lambda: request(connection.client, subject, body))
 
 
 async def contents(connection, stream):

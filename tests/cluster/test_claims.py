@@ -23,7 +23,7 @@ async def figures_are(made, **expected):
 
 @in_loop
 async def test_messages_are_claimed_and_settled(servers, name):
-    async with service(servers.settings(name), keep=False) as made:
+    async with service(servers.settings(name, publish_timeout=40), keep=False) as made:
         await made.publish_all([f"m{number}" for number in range(600)])
         made.consumer.start()
         await until(lambda: len(made.claims) == 600 and not made.consumer.unconfirmed, "all settled")

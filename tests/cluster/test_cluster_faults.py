@@ -14,7 +14,7 @@ import nats
 import pytest
 from nats_servers import MAX_PAYLOAD, Servers, running
 from replicas import Replicas, Watch, compare, emitter
-from support import Process, get_json, request, wait_until
+from support import Process, request, wait_until
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_deleted_stream_is_not_made_again(made, one, name):
     status, problem = replica.problem()
     assert (status, problem["stored"]) == (503, "no")
     replica.line_with("the stream cannot store packets")
-    assert "not found" in replica.health()["storageError"]
+    wait_until(lambda: "not found" in replica.health().get("storageError", ""), "it says why")
     time.sleep(1)
     assert replica.ready() == 503
 
@@ -342,4 +342,4 @@ def test_ready_stays_while_one_node_is_away(made, three, name):
         follower.kill()
         time.sleep(6)
     assert watch.seen == [200]
-    assert get_json(replica.port, "/stats")["stream"]["replicas"] == {"current": 2, "total": 3}
+    wait_until(lambda: replica.stats()["stream"]["replicas"] == {"current": 2, "total": 3}, "two copies")

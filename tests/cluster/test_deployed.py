@@ -9,7 +9,7 @@ import re
 import subprocess
 
 import pytest
-from harness import Service, ask, dead_letters_from, figures_until, in_loop, prepared, repeated, until
+from harness import Service, ask, dead_letters_from, figures_until, in_loop, patiently, prepared, repeated, until
 from msgspec.structs import replace
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
@@ -108,11 +108,13 @@ async def test_its_user_may_do_all_there_is_to_do(deployed):
                 lambda each=(name, data): made.publish(*each), lambda it: it.stored == "yes", f"{name} is stored"
             )
         made.consumer.start()
-        assert (await dead.put(b"{}", 1)).stored == "yes"
-        assert [found.line for found in await dead_letters_from(dead)] == [b"{}"]
-        assert await dead.remove(1)
-        revision = await StateBucket(made.connection).put("overrides", b"{}")
-        assert (await StateBucket(made.connection).get("overrides")).revision == revision
+        await repeated(lambda: dead.put(b"{}", 1), lambda it: it.stored == "yes", "a dead letter is stored")
+        assert [found.line for found in await patiently(lambda: dead_letters_from(dead))] == [b"{}"]
+        await patiently(lambda: dead.remove(1))
+        assert await patiently(lambda: dead_letters_from(dead)) == []
+        bucket = StateBucket(made.connection)
+        revision = await patiently(lambda: bucket.put("overrides", b"{}"))
+        assert (await patiently(lambda: bucket.get("overrides"))).revision == revision
         await made.connection.client.publish("_INBOX.another.replica", b"delivered")
         figures = await figures_until(watcher, lambda figures: figures.settled == 2)
         assert (figures.messages, figures.replicas_total, figures.capacity) == (0, 3, settings.max_bytes)
@@ -190,7 +192,7 @@ async def test_stopped_server_sends_clients_away(deployed):
 async def test_new_server_replaces_a_lost_one(deployed):
     """As docs/cluster.md says: empty, under a new name, and only then is the old one removed."""
     servers, settings = deployed
-    made = Service(settings)
+    made = Service(replace(settings, publish_timeout=60.0))
     watcher = Watcher(made.connection)
     admin = Client()
     try:
@@ -198,7 +200,7 @@ async def test_new_server_replaces_a_lost_one(deployed):
         await prepared(made.connection)
         await made.publish_all([f"lost-disk-{number}" for number in range(50)])
         assert len(made.stored("yes")) == 50
-        stored = (await watcher.refresh()).messages
+        stored = (await figures_until(watcher, lambda figures: figures.has_leader)).messages
         lost = servers[2]
         name = lost.name
         lost.kill()

@@ -14,6 +14,7 @@ from proxy import Proxy
 from fastdist._core import Packet
 from fastdist.storage.dead_letter_files import DeadLetterFiles
 from fastdist.storage.dead_letter_format import as_line
+from fastdist.storage.jetstream import figures as figures_module
 from fastdist.storage.jetstream.api import UnavailableError
 from fastdist.storage.jetstream.connection import now
 from fastdist.storage.jetstream.dead_stream import DeadStream
@@ -211,7 +212,8 @@ async def test_figures_are_those_of_the_stream(three, name):
 
 
 @in_loop
-async def test_figures_say_why_they_are_old(one, name):
+async def test_figures_say_why_they_are_old(one, name, monkeypatch):
+    monkeypatch.setattr(figures_module, "TIMEOUT", 30.0)
     proxy = await Proxy(one.all[0].port).start()
     async with service(one.settings(name, servers=(proxy.url,))) as made:
         watcher = Watcher(made.connection)
@@ -231,6 +233,7 @@ async def test_figures_say_why_they_are_old(one, name):
 
 @in_loop
 async def test_consumer_electing_hides_no_message(one, name, monkeypatch):
+    monkeypatch.setattr(figures_module, "TIMEOUT", 30.0)
     async with service(one.settings(name)) as made:
         watcher, ask_for = Watcher(made.connection), Watcher._info
         await made.publish("a")

@@ -108,7 +108,7 @@ def delete(server, stream):
 
 def test_new_stream_of_the_same_name(replicas, mocks, one, name):
     """A replica that lived through does not take its messages for those of the old one, which have the same numbers."""
-    first = replicas.start()
+    first = replicas.start(delivery={"timeout": "20s"})
     senders = [emitter(first, prefix="old").send(200)]
     replicas.wait_at_rest()
     mocks.set_all(latency=4)

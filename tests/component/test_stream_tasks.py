@@ -79,7 +79,7 @@ def test_consumer_goes_on_after_faults():
             faults.extend(["void"] * len(claims))
             raise KeyError("a fault")
 
-        settings = Jetstream(ack_wait=0.3)
+        settings = Jetstream(ack_wait=1.5)
         consumer = Consumer(SimpleNamespace(add=lambda _part: None), settings, lambda *_: None, room, void)
         client = Client()
         consumer.connected(client)

@@ -315,7 +315,7 @@ def test_draining_may_exceed_systemd_default(service):
     """The supervisor asks for the time that its configuration says."""
     service.systemctl("stop")
     service.machine.run(
-        "sh", "-c", "printf '[Service]\\nTimeoutStopSec=1s\\n' > /etc/systemd/system/fastdist.service.d/stop.conf"
+        "sh", "-c", "printf '[Service]\\nTimeoutStopSec=2s\\n' > /etc/systemd/system/fastdist.service.d/stop.conf"
     )
     service.machine.run("systemctl", "daemon-reload")
     try:

@@ -225,8 +225,8 @@ def queue_full(mocks: Mocks, serve: Any, make: Any) -> None:
 
     Those that retry lose nothing then either.
     """
-    queue, server = {"capacity": "1MiB"}, {"workers": 1}
-    fastdist, clients = begin(mocks, serve, make, queue=queue, server=server, retry={"cap": "200ms"})
+    queue, server, health = {"capacity": "1MiB"}, {"workers": 1}, {"rise": 1, "interval": "100ms"}
+    fastdist, clients = begin(mocks, serve, make, queue=queue, server=server, retry={"cap": "200ms"}, health=health)
     full(mocks, fastdist)
     with at_work(clients):
         time.sleep(0.1)

@@ -76,7 +76,7 @@ def test_a_header_is_needed_of_proxies_only(mocks, serve):
 
 
 def test_missing_header_is_given_up(mocks, serve):
-    fastdist = serve(mocks, ADMIN | {"server": HEADERS | {"header_timeout": "300ms"}})
+    fastdist = serve(mocks, ADMIN | {"server": HEADERS | {"header_timeout": "2s"}})
     with socket.create_connection(("127.0.0.1", fastdist.port), timeout=20) as connection:
         connection.sendall(b"PROXY TCP4 ")
         assert connection.recv(1) == b""

@@ -18,7 +18,7 @@ MIB = 2**20
 FIVE = ("A1", "A2", "A3", "A4", "A5")
 EVEN = dict.fromkeys(FIVE, 0.2)
 # However many packets it refuses: none of them is tried elsewhere, and it stays online.
-BELIEVED = {"health": {"fall": 10_000, "interval": "200ms", "timeout": "500ms"}}
+BELIEVED = {"health": {"fall": 10_000}}
 
 
 @pytest.fixture

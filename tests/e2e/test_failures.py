@@ -10,7 +10,7 @@ from support import WEIGHTS, Emitter, compare, get_json, kill_worker, own_body, 
 
 VICTIM = "A2"
 OTHERS = {name: weight / (1 - WEIGHTS[VICTIM]) for name, weight in WEIGHTS.items() if name != VICTIM}
-QUICK = {"delivery": {"timeout": "500ms"}}
+QUICK = {"delivery": {"timeout": "2s"}}
 
 # What an analyzer does -> (the options of the mock, the text that /analyzers shows as its last error)
 COUNTED = {
@@ -20,7 +20,7 @@ COUNTED = {
     "answers 429 without Retry-After": ({"status": 429}, "HTTP 429"),
     "resets": ({"resetRate": 1}, "connection"),
     "speaks no HTTP": ({"garbageRate": 1}, "not HTTP"),
-    "hangs": ({"hang": True}, "no reply within 0.5 s"),
+    "hangs": ({"hang": True}, "no reply within 2 s"),
 }
 
 
@@ -120,14 +120,14 @@ def test_stopped_analyzer_is_down_and_back(fleet, serve):
 
 
 def test_retry_after_pauses_but_stays_online(mocks, serve):
-    fastdist = serve(mocks, {"health": {"fall": 2, "timeout": "5s"}})
+    fastdist = serve(mocks, {"health": {"fall": 2}})
     emitter = Emitter(fastdist.port).start().wait_for(200)
-    mocks.set(VICTIM, status=503, retryAfter=2)
+    mocks.set(VICTIM, status=503, retryAfter=5)
     wait_until_its_share_is_gone(fastdist)
     check_share_is_with_the_others(fastdist)
     row = fastdist.analyzers()[VICTIM]
     assert row["state"] == "online"
-    assert 0 < row["pausedForSeconds"] <= 2
+    assert 0 < row["pausedForSeconds"] <= 5
     assert "Retry-After" in row["lastError"]
     mocks.set(VICTIM, status=None)
     wait_until(lambda: fastdist.analyzers()[VICTIM]["effectiveShare"] > 0, "the pause ends")

@@ -14,7 +14,7 @@ def held(packets):
     "fault", [{"refuse": True}, {"status": 500, "unhealthy": True}, {"hang": True, "healthHang": True}]
 )
 def test_packets_wait_while_all_are_down(mocks, serve, fault):
-    fastdist = serve(mocks, {"retry": {"cap": "1s"}})
+    fastdist = serve(mocks, {"retry": {"cap": "1s"}, "health": {"timeout": "500ms"}})
     mocks.set_all(**fault)
     fastdist.wait_for_states("offline")
     health = get_json(fastdist.port, "/health")
@@ -106,7 +106,7 @@ def test_post_ready_and_queue_agree(mocks, serve, durability):
         assert wait is None or 1 <= int(wait) <= 30
     wait_until(lambda: not held(fastdist.stats()["packets"]), "all is delivered")
     assert look()[:3] == (False, False, False)
-    wait_until(lambda: get_json(fastdist.port, "/queue")["bytes"] == 0, "what is delivered takes no room", 1)
+    wait_until(lambda: get_json(fastdist.port, "/queue")["bytes"] == 0, "what is delivered takes no room")
 
 
 def test_full_queue_recovers_without_traffic(mocks, serve):
