@@ -317,7 +317,8 @@ class Distributor(Process):
         merged: dict[str, dict[str, object]] = {
             "server": {"host": "127.0.0.1", "port": port, "workers": 2},
             "queue": {"path": str(folder / "data"), "durability": "memory", "capacity": "64MiB"},
-            "health": {"interval": "200ms", "timeout": "5s"},  # mocks on a busy machine are healthy
+            # On a busy machine mocks take their time; tests of checks that hang have a time-out of their own.
+            "health": {"interval": "200ms", "timeout": "5s"},
         }
         for section, keys in (settings or {}).items():
             merged.setdefault(section, {}).update(keys)

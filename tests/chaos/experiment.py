@@ -6,7 +6,7 @@ everything come to rest, and compares what emitters were answered with what anal
 - lost: answered 202 (or 200), but acknowledged by no analyzer and not among the dead letters;
 - corrupted: an analyzer got another body than the emitter sent;
 - phantom: acknowledged by an analyzer, but never sent, or answered with an error;
-- duplicates: acknowledged more than once; no more than what was in flight when harm was done.
+- duplicates: acknowledged more than once; no more than what may come twice when harm was done.
 
 Where an emitter's connection broke before the answer, a packet may or may not have been accepted: that cannot be
 known, and it counts as neither lost nor phantom.
@@ -83,7 +83,7 @@ def in_flight(delivery: dict[str, object], workers: int = 2) -> int:
 
 
 def twice_after_a_kill(delivery: dict[str, object], workers: int = 2) -> int:
-    """Return how many packets a kill may have delivered twice.
+    """Return how many packets a kill may have delivered twice, with ``disk`` or ``fsync``.
 
     What was in flight, and what was answered in that event-loop iteration: its marks are not written yet.
     """

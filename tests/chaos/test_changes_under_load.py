@@ -42,7 +42,7 @@ def test_reloads_twice_a_second(experiment, delivery):
         write_config(experiment, {name: rng.choice([0.1, 0.5, 1, 7]) for name in some})
         os.kill(fastdist.process.pid, signal.SIGHUP)
         time.sleep(0.5)
-        # Signals that come during a reload share the next one.
+        # Else, on a slow machine, several signals share a reload.
         wait_until(lambda done=done: fastdist.output.count("configuration reloaded") > done, "it is reloaded")
     write_config(experiment, WEIGHTS)
     os.kill(fastdist.process.pid, signal.SIGHUP)
@@ -52,7 +52,6 @@ def test_reloads_twice_a_second(experiment, delivery):
     emitter.wait_for(200)
     experiment.judge(f"SIGHUP twice a second ({delivery.get('mode', 'single')})")
     assert {*emitter.answers.values()} == {202}
-    assert fastdist.output.count("configuration reloaded") >= reloads
     assert sum(row["restarts"] for row in fastdist.stats()["workers"]) == 0
 
 

@@ -109,10 +109,10 @@ async def service(settings, *, prepare=True, **options):
     """Have a service connected, and the streams made."""
     made = Service(settings, **options)
     try:
-        connected = await made.connection.start()
-        if prepare:
-            if not connected:  # a busy machine
+        if not await made.connection.start() and prepare:  # a busy machine
+            async with asyncio.timeout(60):
                 await made.connection.wait()
+        if prepare:
             await prepared(made.connection)
         yield made
     finally:

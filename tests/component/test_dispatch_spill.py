@@ -84,11 +84,11 @@ def test_spilled_go_to_all_with_room(tmp_path):
 
 def test_only_long_waiting_packets_spill(tmp_path):
     with stuck(tmp_path) as bench:
-        pass_time(bench, 0.6)
+        pass_time(bench, 0.3)
         time.sleep(0.01)
         # The compiled half's clock stands still: what comes now has waited as long as the clock is ahead.
         old = bench.pool(0).waiting
-        pass_time(bench, 0.6)
+        pass_time(bench, 0.9)
         assert bench.pool(0).waiting == old - 2
 
 
@@ -154,7 +154,7 @@ def test_packets_wait_longer_for_a_fast_one(tmp_path):
 
 
 def test_hiccup_makes_no_analyzer_slow(tmp_path, monkeypatch):
-    # Ten times as long, as all here: the machine's own time passes as well.
+    # All times are ten times as long: the real clock runs too, and a busy machine may stand still for a second.
     monkeypatch.setattr(dispatch, "SLOW_FOR_NS", 10 * dispatch.SLOW_FOR_NS)
     with stuck(tmp_path, spill_after=1.0) as bench:
         waiting = bench.pool(0).waiting
@@ -392,9 +392,9 @@ def test_overload_still_waits_for_a_fast_one(tmp_path):
 def test_overloaded_slow_one_delays_no_other(tmp_path):
     with stuck(tmp_path, count=60) as bench:
         overload(bench)
-        pass_time(bench, 0.2)
+        pass_time(bench, 0.1)
         assert bench.dispatcher.claim_limit == CLAIMS_AHEAD * 3
-        pass_time(bench, 0.6)
+        pass_time(bench, 0.7)
         assert bench.dispatcher.claim_limit > 10**9
         pass_time(bench, 0.4)
         assert bench.count("spilled") == 2

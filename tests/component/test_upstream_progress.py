@@ -185,7 +185,7 @@ def test_check_answered_meanwhile_is_good():
 
 @pytest.fixture
 def short_replies(monkeypatch):
-    """A reply may take as long as one time-out, which can be a long one: the machine may stand still for a second."""
+    """A reply may take one time-out, not twelve; so that is a long one: a busy machine stands still for a second."""
     monkeypatch.setattr(upstream, "MAX_REPLY", 1)
 
 

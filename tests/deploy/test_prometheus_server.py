@@ -59,7 +59,7 @@ class Prometheus(Process):
     def __init__(self, folder, *targets: int) -> None:
         self.port = free_port()
         configuration = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())
-        configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "250ms"}
+        configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "250ms"}  # a scrape may last 1 s
         configuration["scrape_configs"][0]["static_configs"] = [
             {"targets": [f"127.0.0.1:{target}" for target in targets]}
         ]

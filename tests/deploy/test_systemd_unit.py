@@ -320,7 +320,7 @@ def test_draining_may_exceed_systemd_default(service):
     service.machine.run("systemctl", "daemon-reload")
     try:
         service.systemctl("start")
-        service.mocks.set_all(latency=3.0)
+        service.mocks.set_all(latency=4.0)
         assert Emitter(service.port).send(20).count(202) == 20
         service.systemctl("stop")
         assert service.show("Result") == "success"

@@ -526,7 +526,7 @@ def test_waiting_handshakes_finish_at_end(secure):
     (worker,) = fastdist.worker_pids()
     context, answers = client_context(), []
     os.kill(worker, signal.SIGSTOP)
-    raw = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=60) for _ in range(40)]
+    raw = [socket.create_connection(("127.0.0.1", fastdist.port), timeout=60) for _ in range(70)]
 
     def post(connection):
         with context.wrap_socket(connection, server_hostname="127.0.0.1") as secured:

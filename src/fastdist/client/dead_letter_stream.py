@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 PATIENCE = 10.0  # seconds without a connection
-LEADER_PATIENCE = 30.0  # seconds without a response: an election may take ten
+RESPONSE_PATIENCE = 30.0  # seconds without a response: an election takes up to ten, more if a vote is split
 PAUSE = 0.25  # seconds between two attempts
 PAGE = 100  # dead letters that are read at once
 PAGE_BYTES = 4 << 20  # of those
@@ -188,7 +188,7 @@ class DeadLetterStream:
     async def _patiently(self, ask: Callable[[], Awaitable[Result]]) -> Result:
         """Ask until there is a response. Raises StartError when that takes too long, or cannot help."""
         where = f"jetstream: {self._connection.server}"
-        end = time.monotonic() + LEADER_PATIENCE
+        end = time.monotonic() + RESPONSE_PATIENCE
         while True:
             try:
                 return await ask()
