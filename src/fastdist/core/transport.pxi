@@ -244,6 +244,7 @@ cdef class Stream:
     cdef bint output_paused      # the protocol was told so
     cdef bint end_wanted         # shut down our side when all is written
     cdef bint closing, over
+    cdef int send_error          # errno of a send that failed: the stream ends once what had come before that is read
     cdef Buffer output           # what the kernel did not take yet
 
     cdef inline Py_ssize_t unwritten(self) noexcept nogil:
@@ -286,6 +287,8 @@ cdef class Stream:
         cdef ssize_t n = recv(self.fd, self.poller.room, ROOM, MSG_DONTWAIT)
         if likely(n > 0):
             self.protocol.receive(self.poller.room, n)
+        elif n == 0 and self.send_error:  # which has taken the socket's error with it
+            self.fail(0)
         elif n == 0:
             self.end_read = True
             self.rewatch()
@@ -303,6 +306,7 @@ cdef class Stream:
         cdef ssize_t n = c_send(self.fd, self.output.data + self.output.start, self.unwritten(), MSG_DONTWAIT | MSG_NOSIGNAL)
         if n < 0:
             return 0 if errno == EAGAIN or errno == EINTR else self.fail(errno)
+        self.send_error = 0
         self.output.start += n
         if self.unwritten() == 0:
             release(&self.output)
@@ -338,6 +342,7 @@ cdef class Stream:
         self.abort()
 
     cdef int fail(self, int code) except -1:
+        code = self.send_error or code
         return self.end(OSError(code, os.strerror(code)) if code else None)
 
     cdef int end(self, error) except -1:
@@ -382,8 +387,7 @@ cdef class Stream:
             if likely(taken == n):
                 return 0
             if taken < 0:
-                if errno != EAGAIN and errno != EINTR:
-                    return self.fail(errno)
+                self.send_error = 0 if errno == EAGAIN or errno == EINTR else errno
                 taken = 0
         keep(&self.output, p + taken, n - taken)
         return self.has_kept()
@@ -404,8 +408,7 @@ cdef class Stream:
             if likely(taken == pieces.size):
                 return 0
             if taken < 0:
-                if errno != EAGAIN and errno != EINTR:
-                    return self.fail(errno)
+                self.send_error = 0 if errno == EAGAIN or errno == EINTR else errno
                 taken = 0
         make_room(&self.output, pieces.size - taken)
         for i in range(pieces.count):
