@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import math
 import os
 import resource
@@ -19,6 +20,7 @@ from fastdist.net.connect import connect, shortage
 from fastdist.net.names import Names
 from fastdist.settings import Analyzer, Health
 from fastdist.shm.block import AnalyzerWord
+from fastdist.supervisor import health
 from fastdist.supervisor.health import HealthChecker
 from fastdist.units import parse_endpoint
 
@@ -144,15 +146,16 @@ def test_analyzers_spare_client_descriptors(tmp_path):
     run(scenario())
 
 
-def test_checks_leave_descriptors_to_others():
+def test_checks_leave_descriptors_to_others(monkeypatch):
     """However many analyzers there are, and however slow: here they accept every connection and say nothing."""
+    monkeypatch.setattr(health, "descriptors", lambda: 100)
 
     async def scenario():
         with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
             endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-            before, limit = open_sockets(), len(open_files()) + 100
-            with descriptors(limit):
-                checker, states, analyzers = checks_of(*[endpoint] * 400, timeout=0.2, fall=2)
+            gc.collect()  # sockets of tests before
+            before = open_sockets()
+            checker, states, analyzers = checks_of(*[endpoint] * 400, timeout=0.2, fall=2)
             checker.set_analyzers(analyzers)
             most = 0
 
@@ -162,7 +165,8 @@ def test_checks_leave_descriptors_to_others():
                 return all(states.get(slot, AnalyzerWord.CHECK_FAILURES) for slot in analyzers)
 
             await until(all_checked, "each is checked")
-            assert 1 < most <= limit // 4  # fewer where sockets of tests before are collected meanwhile
+            # A quarter, and as many whose checks have just ended: they are closed an event-loop iteration later.
+            assert 1 < most <= 50
             checker.close()
 
     run(scenario())
