@@ -156,7 +156,7 @@ def test_packets_wait_longer_for_a_fast_one(tmp_path):
 def test_hiccup_makes_no_analyzer_slow(tmp_path, monkeypatch):
     # All times are ten times as long: the real clock runs too, and a busy machine may stand still for a second.
     monkeypatch.setattr(dispatch, "SLOW_FOR_NS", 10 * dispatch.SLOW_FOR_NS)
-    with stuck(tmp_path, spill_after=2.0) as bench:  # eight seconds for one that is not slow
+    with stuck(tmp_path, spill_after=3.0) as bench:  # twelve seconds for one that is not slow
         pass_time(bench, 3, 1)
         assert bench.count("spilled") == 0  # it has to be slow for a while
         while bench.answer_all():

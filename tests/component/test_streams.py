@@ -263,25 +263,6 @@ def test_reset_with_unwritten_ends_stream():
     run(scenario)
 
 
-@pytest.mark.parametrize("paused", [False, True])
-@pytest.mark.parametrize("writes", [1, 2])  # the second finds no error any more, only a broken pipe
-def test_what_precedes_a_reset_is_read(paused, writes):
-    async def scenario(poller):
-        protocol, other = pair(poller)
-        if paused:
-            protocol.transport.pause_reading()
-        other.sendall(b"reply")
-        reset(other)
-        for _ in range(writes):
-            protocol.transport.write(b"too late")
-        await until(lambda: protocol.told[-1] == "lost", "lost")
-        assert protocol.told == ["made", "lost"]
-        assert protocol.received == (b"" if paused else b"reply")
-        assert isinstance(protocol.error, ConnectionResetError)
-
-    run(scenario)
-
-
 def test_abort_drops_unwritten_calls_later():
     async def scenario(poller):
         protocol, other = pair(poller, room=65536)

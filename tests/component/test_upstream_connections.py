@@ -6,7 +6,6 @@ import asyncio
 import errno
 import socket
 import ssl
-import struct
 import time
 
 import pytest
@@ -546,43 +545,6 @@ def test_stale_keep_alive_is_no_failure(tmp_path):
             assert w.delivered(0) == 60
             assert w.counters.get_of(0, "failed") == 0
             assert w.states.error(0) == ""
-
-    run(scenario())
-
-
-def test_replies_before_a_reset_count(tmp_path):
-    """A server closes a pipelined connection behind some replies: what they settle is not delivered again."""
-
-    async def scenario():
-        loop = asyncio.get_running_loop()
-        ids = []
-
-        async def requests(connection, count):
-            data = b""
-            while data.count(b"\r\n\r\n") < count:
-                data += await asyncio.wait_for(loop.sock_recv(connection, 65536), 30)
-            for request in requests_in(data):
-                ids.extend(request.ids)
-
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            server.setblocking(False)
-            delivery = {"pipeline": 4, "connections": 1, "timeout": 60.0}
-            async with World(tmp_path, {"A1": endpoint(server.getsockname()[1])}, delivery=delivery) as w:
-                w.push(2)
-                first, _ = await loop.sock_accept(server)
-                await requests(first, 2)
-                first.send(OK * 2)
-                first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                first.close()
-                w.push(2)
-                w.dispatcher.flush()  # they are sent before the replies are read
-                second, _ = await loop.sock_accept(server)
-                await requests(second, 2)
-                second.send(OK * 2)
-                await w.until_empty()
-                assert (w.delivered(0), w.counters.get_of(0, "failed")) == (4, 0)
-                second.close()
-        assert len(ids) == len(set(ids)) == 4
 
     run(scenario())
 

@@ -122,6 +122,10 @@ cdef class Receiver:
         """The kernel has taken more of what a ``Stream`` could not write at once."""
         return 0
 
+    cdef int send_failed(self, int code) except -1:
+        """The kernel took nothing of what a ``Stream`` was to write, nor will it take more: it ends, or is read on."""
+        return self.stream.fail(code)
+
     def data_received(self, bytes data):
         """Take in what came."""
         self.receive(<const uchar *>PyBytes_AS_STRING(data), len(data))
@@ -244,7 +248,6 @@ cdef class Stream:
     cdef bint output_paused      # the protocol was told so
     cdef bint end_wanted         # shut down our side when all is written
     cdef bint closing, over
-    cdef int send_error          # errno of a send that failed: the stream ends once what had come before that is read
     cdef Buffer output           # what the kernel did not take yet
 
     cdef inline Py_ssize_t unwritten(self) noexcept nogil:
@@ -287,8 +290,6 @@ cdef class Stream:
         cdef ssize_t n = recv(self.fd, self.poller.room, ROOM, MSG_DONTWAIT)
         if likely(n > 0):
             self.protocol.receive(self.poller.room, n)
-        elif n == 0 and self.send_error:  # which has taken the socket's error with it
-            self.fail(0)
         elif n == 0:
             self.end_read = True
             self.rewatch()
@@ -306,7 +307,6 @@ cdef class Stream:
         cdef ssize_t n = c_send(self.fd, self.output.data + self.output.start, self.unwritten(), MSG_DONTWAIT | MSG_NOSIGNAL)
         if n < 0:
             return 0 if errno == EAGAIN or errno == EINTR else self.fail(errno)
-        self.send_error = 0
         self.output.start += n
         if self.unwritten() == 0:
             release(&self.output)
@@ -342,7 +342,6 @@ cdef class Stream:
         self.abort()
 
     cdef int fail(self, int code) except -1:
-        code = self.send_error or code
         return self.end(OSError(code, os.strerror(code)) if code else None)
 
     cdef int end(self, error) except -1:
@@ -387,7 +386,8 @@ cdef class Stream:
             if likely(taken == n):
                 return 0
             if taken < 0:
-                self.send_error = 0 if errno == EAGAIN or errno == EINTR else errno
+                if errno != EAGAIN and errno != EINTR:
+                    return self.protocol.send_failed(errno)
                 taken = 0
         keep(&self.output, p + taken, n - taken)
         return self.has_kept()
@@ -408,7 +408,8 @@ cdef class Stream:
             if likely(taken == pieces.size):
                 return 0
             if taken < 0:
-                self.send_error = 0 if errno == EAGAIN or errno == EINTR else errno
+                if errno != EAGAIN and errno != EINTR:
+                    return self.protocol.send_failed(errno)
                 taken = 0
         make_room(&self.output, pieces.size - taken)
         for i in range(pieces.count):

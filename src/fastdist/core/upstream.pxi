@@ -45,6 +45,7 @@ cdef class ReplyBase(Connection):
     cdef bytes usual_chunks      # of the last body that came whole
     cdef bint keep_alive         # as the last reply says
     cdef int interim             # how many 1xx have come before the reply that is awaited
+    cdef int send_error          # errno: a request could not be sent
     cdef bint listed             # in pool.idle
     cdef ReplyHead head          # the last one: a template
     cdef UnfinishedHead unfinished  # the head that is being read
@@ -197,12 +198,31 @@ cdef class ReplyBase(Connection):
             self.used_ns = now
             end_pieces(&pieces)
             self.transmit_pieces(&pieces)
+            if unlikely(self.send_error):
+                self.take_back(made)
         except Exception as error:  # how much of it is written is unknown: nothing may follow it
             pool.owner.went_wrong(error)
             self.close_after("an error in fastdist, when it sent a request", False)
         finally:
             free(start)
         return made
+
+    cdef int send_failed(self, int code) except -1:
+        self.send_error = code
+        return 0
+
+    cdef int take_back(self, int made) except -1:
+        """The last requests could not be sent. Replies to those before may have come and be unread: they count."""
+        cdef list requests = []
+        if made == self.group_count and self.reading == REPLY_HEAD:  # what may be there is no reply to these
+            return self.stream.fail(self.send_error)
+        self.leave()
+        for _ in range(made):
+            self.group_count -= 1
+            requests.append(self.pool.dissolve(&self.groups[(self.first_group + self.group_count) % self.depth]))
+        for handles in requests:
+            self.pool.hand_over(self.pool.owner.not_sent, handles)
+        return 0
 
     # ---- replies
 
@@ -523,6 +543,8 @@ cdef class ReplyBase(Connection):
         cdef Group group = self.early
         if self.writing == CLOSED:
             return 0
+        if error is None and self.send_error:  # which took the socket's error with it
+            error = OSError(self.send_error, os.strerror(self.send_error))
         # Closed between two requests while ours was on its way, or behind the reply to one that was delivered: a
         # stale connection, not a failed analyzer. That shows at once; later it had begun to work on the request.
         silent = self.partial.end == 0 and not self.interim and mono_ns() - self.waiting_since < STALE_NS
