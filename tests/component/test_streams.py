@@ -7,14 +7,13 @@ import os
 import random
 import resource
 import socket
-import struct
 import weakref
 from functools import partial
 from pathlib import Path
 
 import pytest
 import uvloop
-from upstream_harness import until
+from upstream_harness import reset, reset_behind, until
 
 from fastdist._core import Poller, Receiver, Stream
 from fastdist.worker.listener import serve
@@ -98,11 +97,6 @@ async def all_of(other):
     while piece := await asyncio.wait_for(loop.sock_recv(other, 65536), 30):
         data += piece
     return bytes(data)
-
-
-def reset(other):
-    other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    other.close()
 
 
 @pytest.mark.parametrize("size", [1, 65535, 262144, 262145, 3_000_000])
@@ -259,6 +253,18 @@ def test_reset_with_unwritten_ends_stream():
         await until(lambda: protocol.told[-1] == "lost", "lost")
         assert isinstance(protocol.error, OSError)
         assert protocol.transport.get_write_buffer_size() == 0
+
+    run(scenario)
+
+
+def test_reset_with_unwritten_is_read_first():
+    async def scenario(poller):
+        protocol, other = pair(poller)
+        protocol.transport.write(b"x" * 20_000_000)
+        reset_behind(b"y" * 80_000, other, protocol.transport)  # more than one read brings
+        await until(lambda: protocol.told[-1] == "lost", "lost")
+        assert len(protocol.received) == 80_000
+        assert isinstance(protocol.error, ConnectionResetError)
 
     run(scenario)
 

@@ -8,12 +8,15 @@ with mock analyzers behind real sockets.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import math
 import os
 import socket
 import ssl
+import struct
 import subprocess
+import termios
 import time
 import uuid
 from functools import partial
@@ -554,6 +557,26 @@ async def until(condition, what="the condition", seconds=PATIENCE):
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
         await asyncio.sleep(0.005)
     return result
+
+
+def wait_at_work(condition):
+    """Wait for a condition, and let the event loop do nothing meanwhile."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+
+
+def reset_behind(data, connection, transport):
+    """Send ``data`` and reset the connection. Both have reached ``transport``, its other side, and lie unread there."""
+    assert connection.send(data) == len(data)
+    wait_at_work(lambda: not any(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))))
+    reset(connection)
+    wait_at_work(transport.peer_has_ended)
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 def start_mock(name="A1", **options):

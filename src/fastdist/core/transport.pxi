@@ -277,12 +277,12 @@ cdef class Stream:
     cdef int happened(self, uint32_t events) except -1:
         if self.over:
             return 0
-        # Reading first: a reply that came before a reset is still there, and to write would only tell of the reset.
+        # Reading first: replies that came before a reset are still there, and to write would only tell of the reset.
         if likely(self.watched & EPOLLIN):
             self.read_some()
         elif events & (EPOLLERR | EPOLLHUP):  # told whether asked for or not
             self.fail(self.pending_error())
-        if events & EPOLLOUT and self.output.end and not self.over:
+        if events & EPOLLOUT and not events & EPOLLHUP and self.output.end and not self.over:
             self.write_some()
         return 0
 

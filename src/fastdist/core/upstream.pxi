@@ -214,9 +214,9 @@ cdef class ReplyBase(Connection):
     cdef int take_back(self, int made) except -1:
         """The last requests could not be sent. Replies to those before may have come and be unread: they count."""
         cdef list requests = []
+        self.leave()
         if made == self.group_count and self.reading == REPLY_HEAD:  # what may be there is no reply to these
             return self.stream.fail(self.send_error)
-        self.leave()
         for _ in range(made):
             self.group_count -= 1
             requests.append(self.pool.dissolve(&self.groups[(self.first_group + self.group_count) % self.depth]))
